@@ -1,0 +1,295 @@
+"""``DynamicPruning``: re-prune a model while Lightning trains it.
+
+When what happens, in Lightning's order:
+
+    setup                     targets that exist are sparsified, keeping everything
+    configure_model           the same for targets that are made there
+    (checkpoint is loaded)    finds the mask buffers; the callback's own state is kept for later
+    on_sanity_check_start,
+    on_train_start            the first mask (whichever comes first); or the state of the checkpoint
+    on_train_batch_start      the batch's padding is told to the recorder
+    (forward, backward)       activations are recorded in the window before an update
+    (optimizer step)
+    on_train_batch_end        after an optimizer step: update, log; ahead of ModelCheckpoint and validation
+    on_fit_end                squash, behind the last checkpoint
+"""
+
+import functools
+import itertools
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from sparse_train.criteria import Criterion, Wanda
+from sparse_train.layers import SparseLinear, sparse_layers, sparsify, squash
+from sparse_train.oneshot import Batch, set_initial_masks
+from sparse_train.patterns import Pattern
+from sparse_train.policies import MaskPolicy, StraightThrough
+from sparse_train.pruner import MaskUpdater, UpdateReport, resolve_target
+from sparse_train.schedules import Schedule
+from sparse_train.targets import select
+
+_log = logging.getLogger(__name__)
+
+
+class DynamicPruning(L.Callback):
+    """Keep a model at its target sparsity in training, re-computing its masks every ``update_freq`` steps.
+
+    ::
+
+        trainer = L.Trainer(max_steps=1000, callbacks=[DynamicPruning("2:4", update_freq=10)])
+        trainer.fit(module, data)
+
+    Works with any LightningModule that holds ``nn.Linear`` layers. Every forward of the run, training, validation or
+    generation, sees the sparse model; after ``fit`` pruned weights are true zeros, so that ``save_pretrained`` or
+    ``state_dict`` export a sparse model.
+
+    Each update scores weights by ``criterion`` from activations of the training forwards just before it (Wanda:
+    ``|W_ij| * ||X_j||_2``, arXiv 2306.11695) and logs ``sparsity/target``, ``sparsity/actual`` (zeros counted on the
+    weights), ``sparsity/flip_rate`` (share of mask entries that changed), ``sparsity/initial_flip_rate`` (share that
+    differs from the first mask; measured on every 32nd row) and ``sparsity/update_seconds`` to all loggers.
+
+    The first mask, with ``start_step`` 0, comes from one-shot pruning, block by block, calibrated on
+    ``calibration_batches`` batches of the training data, where the module holds a transformers model and batches are
+    dicts or tensors of token ids; otherwise from the activations of the first ``window`` steps, which run dense.
+    With a later ``start_step``, it comes from the window before that. A model that is already pruned (its layers
+    masked) starts with the masks it has.
+
+    Checkpoints hold shadow values and masks in the model's state dict, statistics and counters in the callback's; a
+    resumed run continues bit for bit. For that in mid-epoch the data loader must be stateful, as ``TextBlocks`` is:
+    Lightning starts a plain one at its beginning again.
+
+    Args:
+        mask_structure: "unstructured", "N:M" with N **kept** of every M consecutive inputs, or a ``Pattern``.
+        sparsity: share of targeted weights that are zero, in [0, 1); implied by N:M and by ``schedule``.
+        update_freq: k, optimizer steps between updates (never micro-batches).
+        criterion: scores; default ``Wanda()``.
+        policy: what pruned weights do between updates; default ``StraightThrough()``.
+        schedule: sparsity between ``start_step`` and ``end_step``; default constant.
+        targets, ignore: layers by name, class name, or "re:" regular expression; default: the linear layers of the
+            decoder blocks, or without such blocks all but the last. See ``sparse_train.targets.select``.
+        start_step: first update; int = steps, float = share of the run.
+        end_step: the step after which masks are frozen; int = steps, float = share of the run.
+        window: steps before an update over which activations are recorded; float = share of ``update_freq``.
+        calibration_batches: batches of training data for a first mask at step 0; 0 = use the first window.
+        squash: leave plain layers with true zeros after ``fit``; False keeps the training state.
+
+    Raises:
+        ValueError: at construction or at ``fit``, for anything out of range or in conflict, nothing to prune, or a
+            layer whose mask would have no effect; at an update, for non-finite activations or a layer that no token
+            reached; at resume, for another pattern, schedule or criterion.
+    """
+
+    def __init__(
+        self,
+        mask_structure: str | Pattern = "2:4",
+        sparsity: float | None = None,
+        *,
+        update_freq: int = 10,
+        criterion: Criterion | None = None,
+        policy: MaskPolicy | None = None,
+        schedule: Schedule | None = None,
+        targets: Sequence[str] | None = None,
+        ignore: Sequence[str] = (),
+        start_step: int | float = 0,
+        end_step: int | float = 0.75,
+        window: int | float = 0.5,
+        calibration_batches: int = 8,
+        squash: bool = True,
+    ) -> None:
+        self._pattern, self._schedule = resolve_target(mask_structure, sparsity, schedule)
+        if update_freq < 1:
+            raise ValueError(f"update_freq is the number of steps between mask updates, at least 1, got {update_freq}.")
+        if calibration_batches < 0:
+            raise ValueError(f"calibration_batches must be at least 0, got {calibration_batches}.")
+        self._criterion = criterion or Wanda()
+        self._policy = policy or StraightThrough()
+        self._targets, self._ignore = targets, ignore
+        self._timing: dict[str, Any] = {
+            "update_freq": update_freq,
+            "start_step": start_step,
+            "end_step": end_step,
+            "window": window,
+        }
+        self._calibration_batches = calibration_batches
+        self._squash = squash
+        self._restored: dict[str, Any] | None = None
+        self._global_step = 0
+        self._warned = False
+        self.updater: MaskUpdater | None = None
+        """The running pipeline; None before the run has begun."""
+
+    def token_mask(self, batch: Any) -> Tensor | None:
+        """Which tokens of a batch count in activation statistics, (B, L), 0 = padding; None = all.
+
+        Override it for batches that say so in another way than by ``batch["attention_mask"]``.
+        """
+        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        return mask if isinstance(mask, Tensor) else None
+
+    # --- before training ---------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        self.updater, self._warned = None, False
+        if is_overridden("configure_model", pl_module):
+            pl_module.__dict__["configure_model"] = functools.partial(self._configure_model, pl_module)
+        else:
+            self._sparsify(pl_module)
+
+    def _configure_model(self, pl_module: L.LightningModule) -> None:
+        del pl_module.__dict__["configure_model"]
+        pl_module.configure_model()
+        self._sparsify(pl_module)
+
+    def _sparsify(self, pl_module: L.LightningModule) -> None:
+        sparsify(pl_module, select(pl_module, self._pattern, self._targets, self._ignore).layers.values())
+
+    def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._begin(trainer, pl_module)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._begin(trainer, pl_module)
+        self._global_step = trainer.global_step
+
+    def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.updater is not None:
+            return
+        if self._restored is None and trainer.ckpt_path is not None:
+            raise ValueError(
+                f"{trainer.ckpt_path} was written without DynamicPruning, so there is no run to resume. Load its "
+                "weights into the module and fit without ckpt_path."
+            )
+        if self._restored is None and self._timing["start_step"] == 0:
+            self._calibrate(trainer, pl_module)
+        self.updater = MaskUpdater(
+            pl_module,
+            self._pattern,
+            schedule=self._schedule,
+            criterion=self._criterion,
+            policy=self._policy,
+            targets=self._targets,
+            ignore=self._ignore,
+            total_steps=trainer.estimated_stepping_batches,
+            **self._timing,
+        )
+        if self._restored is not None:
+            self.updater.load_state_dict(self._restored)
+            self._restored = None
+
+    def _calibrate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        layers = sparse_layers(pl_module)
+        sparsity = self._schedule.sparsity(0.0)
+        fresh = all(bool(layer.unpacked_mask().all()) for layer in layers.values())
+        if not fresh or sparsity == 0 or not self._criterion.needs_activations or not self._calibration_batches:
+            return
+        model = _causal_lm(pl_module, layers)
+        batches = _peek(trainer, self._calibration_batches) if model is not None else None
+        if model is None or batches is None:
+            _log.info("The first mask will come from the activations of the first steps, which run dense.")
+            return
+        with trainer.precision_plugin.forward_context():
+            set_initial_masks(
+                model,
+                sparse_layers(model),
+                batches,
+                criterion=self._criterion,
+                pattern=self._pattern,
+                sparsity=sparsity,
+                progress=trainer.is_global_zero and trainer.progress_bar_callback is not None,
+            )
+
+    # --- in training -------------------------------------------------------------------------------------------------
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        assert self.updater is not None
+        self.updater.token_mask = self.token_mask(batch)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert self.updater is not None
+        self.updater.token_mask = None
+        self._warn_of_padding()
+        # this hook runs after every micro-batch; only an optimizer step moves the count
+        for _ in range(trainer.global_step - self._global_step):
+            report = self.updater.step()
+            if report is not None:
+                self._log_update(trainer, report)
+        self._global_step = trainer.global_step
+
+    def _log_update(self, trainer: L.Trainer, report: UpdateReport) -> None:
+        metrics = {
+            "sparsity/target": report.target_sparsity,
+            "sparsity/actual": report.sparsity,
+            "sparsity/flip_rate": report.flip_rate,
+            "sparsity/initial_flip_rate": report.initial_flip_rate,
+            "sparsity/update_seconds": report.seconds,
+        }
+        for logger in trainer.loggers:  # straight to them: updates need not coincide with log_every_n_steps
+            logger.log_metrics(metrics, step=trainer.global_step)
+
+    def _warn_of_padding(self) -> None:
+        assert self.updater is not None
+        shape = self.updater.recorder.mask_misfit
+        if shape is not None and not self._warned:
+            self._warned = True
+            _log.warning(
+                "The batch's attention_mask does not fit a layer's input of shape %s, so padding counts in its "
+                "activation statistics. Override DynamicPruning.token_mask to say which tokens count.",
+                shape,
+            )
+
+    # --- after training, and checkpoints -----------------------------------------------------------------------------
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._squash:
+            squash(pl_module)
+        else:
+            for layer in sparse_layers(pl_module).values():
+                layer.recorder = layer.statistics = None
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        pl_module.__dict__.pop("configure_model", None)
+
+    def state_dict(self) -> dict[str, Any]:
+        if self.updater is not None:
+            return self.updater.state_dict()
+        return self._restored or {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._restored = state_dict or None
+
+
+def _causal_lm(pl_module: L.LightningModule, layers: Mapping[str, SparseLinear]) -> nn.Module | None:
+    """The transformers model in the module that holds all of ``layers``, if there is one."""
+    wanted = set(layers.values())
+    for module in pl_module.modules():
+        if any(cls.__name__ == "PreTrainedModel" for cls in type(module).__mro__) and wanted <= set(module.modules()):
+            return module
+    return None
+
+
+def _peek(trainer: L.Trainer, count: int) -> list[Batch] | None:
+    """The first training batches, leaving no trace; None where that is not possible or they are no model inputs."""
+    trainer.fit_loop.setup_data()
+    loader = trainer.train_dataloader
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        return None  # reading a stream would take its first batches away from training
+    generator = getattr(loader, "generator", None) or getattr(loader.sampler, "generator", None)
+    state = generator.get_state() if generator is not None else None
+    with torch.random.fork_rng():
+        batches = list(itertools.islice(iter(loader), count))
+    if generator is not None:
+        generator.set_state(state)
+    usable = all(isinstance(b, Tensor) or (isinstance(b, Mapping) and "input_ids" in b) for b in batches)
+    return batches if batches and usable else None

@@ -1,0 +1,37 @@
+"""Keep a language model at a target sparsity while it trains, by re-computing Wanda scores as it goes.
+
+``import sparse_train`` needs torch alone; Lightning, transformers and the rest are imported where they are used.
+"""
+
+from sparse_train.criteria import Criterion, Magnitude, Wanda
+from sparse_train.layers import SparseLinear, sparse_layers, sparsify, squash
+from sparse_train.oneshot import prune
+from sparse_train.patterns import NM, Pattern, Unstructured
+from sparse_train.policies import Fixed, MaskPolicy, StraightThrough
+from sparse_train.pruner import MaskUpdater, UpdateReport
+from sparse_train.schedules import Constant, Cubic, Linear, Schedule
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "NM",
+    "Constant",
+    "Criterion",
+    "Cubic",
+    "Fixed",
+    "Linear",
+    "Magnitude",
+    "MaskPolicy",
+    "MaskUpdater",
+    "Pattern",
+    "Schedule",
+    "SparseLinear",
+    "StraightThrough",
+    "Unstructured",
+    "UpdateReport",
+    "Wanda",
+    "prune",
+    "sparse_layers",
+    "sparsify",
+    "squash",
+]

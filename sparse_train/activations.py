@@ -1,0 +1,120 @@
+"""Running squared norms of layer inputs, and the discovery of layers that share one.
+
+Shape suffixes: T tokens, I in_features.
+"""
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class ActivationNorm:
+    """Sum of squares of each input feature over the tokens seen, with their count.
+
+    Plain tensors and not buffers: a model cast to bfloat16 must not take its statistics with it.
+
+    Attributes:
+        sum_squares_I: float32 (I,).
+        tokens: int64 scalar, tokens counted.
+    """
+
+    def __init__(self, in_features: int, device: torch.device | str | None = None) -> None:
+        self.sum_squares_I = torch.zeros(in_features, dtype=torch.float32, device=device)
+        self.tokens = torch.zeros((), dtype=torch.int64, device=device)
+
+    @property
+    def norm_I(self) -> Tensor:
+        """``||X_j||_2`` over all tokens seen (arXiv 2306.11695, equation 1), float32 (I,)."""
+        return self.sum_squares_I.sqrt()
+
+    def add(self, x: Tensor, token_mask: Tensor | None = None) -> None:
+        """Count one batch of inputs.
+
+        Args:
+            x: (..., I), any float dtype.
+            token_mask: bool or integer (...), 0 = padding; None, or another shape, counts every token.
+        """
+        if token_mask is not None and token_mask.shape != x.shape[:-1]:
+            token_mask = None
+        _accumulate(x.detach(), token_mask, self.sum_squares_I, self.tokens)
+
+    def merge(self, other: "ActivationNorm") -> None:
+        """Take in what another one has seen: the same as one over both."""
+        self.sum_squares_I += other.sum_squares_I
+        self.tokens += other.tokens
+
+    def reset(self) -> None:
+        """Forget everything seen, in place."""
+        self.sum_squares_I.zero_()
+        self.tokens.zero_()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"sum_squares": self.sum_squares_I.cpu().clone(), "tokens": self.tokens.cpu().clone()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.sum_squares_I.copy_(state["sum_squares"])
+        self.tokens.copy_(state["tokens"])
+
+
+@torch.library.custom_op("sparse_train::accumulate", mutates_args=("sum_squares_I", "tokens"))
+def _accumulate(x: Tensor, token_mask: Tensor | None, sum_squares_I: Tensor, tokens: Tensor) -> None:
+    # One opaque operator, so that a compiled forward keeps it and the question below is asked when it runs: inside a
+    # backward (a recomputed forward of activation checkpointing, of either kind) the same tokens would count twice.
+    if recomputing():
+        return
+    x_TI = x.reshape(-1, x.shape[-1])
+    if token_mask is None:
+        sum_squares_I += x_TI.float().square_().sum(0) if x_TI.dtype != torch.float32 else x_TI.square().sum(0)
+        tokens += x_TI.shape[0]
+    else:
+        kept_T = token_mask.reshape(-1).bool()
+        # where, not a product: padding may hold infinities or NaN
+        sum_squares_I += torch.where(kept_T[:, None], x_TI.float(), 0).square_().sum(0)
+        tokens += kept_T.sum()
+
+
+@_accumulate.register_fake
+def _(x: Tensor, token_mask: Tensor | None, sum_squares_I: Tensor, tokens: Tensor) -> None:
+    return None
+
+
+def recomputing() -> bool:
+    """Whether this forward runs inside a backward, as activation checkpointing's second one does."""
+    return torch._C._current_graph_task_id() != -1
+
+
+class InputSharing:
+    """Finds the layers that read one and the same input (q/k/v; gate/up), so that it is measured once.
+
+    Watches one forward, eagerly, and compares tensor objects, not addresses (those are reused). Weak references
+    suffice: while the object lives it is the same input, and once it is gone nothing can match it.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[int, tuple[weakref.ref[Tensor], nn.Module]] = {}
+        self._leaders: dict[nn.Module, list[nn.Module]] = {}
+
+    def watch(self, layer: nn.Module, x: Tensor) -> None:
+        reference, leader = self._seen.get(id(x), (None, layer))
+        if reference is None or reference() is not x:
+            leader = layer
+            self._seen[id(x)] = (weakref.ref(x), layer)
+        self._leaders.setdefault(layer, []).append(leader)
+
+    def leaders(self) -> dict[nn.Module, nn.Module]:
+        """For each layer the first one that always had its input; itself where there is none."""
+        found: dict[nn.Module, nn.Module] = {}
+        for layer, leaders in self._leaders.items():
+            always = all(leader is leaders[0] for leader in leaders)
+            same_calls = len(self._leaders[leaders[0]]) == len(leaders)
+            found[layer] = leaders[0] if always and same_calls else layer
+        return found
+
+    # Copies and pickles of a model start without the references of a forward that is over.
+    def __deepcopy__(self, memo: dict[int, Any]) -> "InputSharing":
+        return InputSharing()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return InputSharing, ()

@@ -1,0 +1,150 @@
+"""Text as blocks of tokens: ``TextBlocks``, a LightningDataModule, and the packing that calibration shares with it.
+
+Shape suffixes: B batch, L sequence length.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from sparse_train.sources import ModelSource, PackagedWikipedia, Split, TextSource, as_model_source
+
+IGNORED = -100  # transformers' label of positions without a loss
+
+
+class TextBlocks(L.LightningDataModule):
+    """Batches of ``{"input_ids", "attention_mask", "labels"}``, each (B, L).
+
+    Documents are joined with an end-of-text token and cut into blocks of ``block_size`` tokens; what is left at the end
+    of a split is dropped in training and padded in evaluation, where ``attention_mask`` is 0 and there is no loss.
+    The training loader is stateful: a run resumed in mid-epoch goes on with the next batch.
+
+    Args:
+        tokenizer: a model source, or a Hugging Face id or folder with a tokenizer.
+        text: where documents come from.
+        block_size: L, tokens a block.
+        batch_size: B, blocks a batch.
+        pack: False gives each document a block of its own, cut or padded to ``block_size``.
+        seed: of the order in which training blocks come.
+        max_validation_blocks: evaluate the first ones only; None evaluates all.
+    """
+
+    def __init__(
+        self,
+        tokenizer: ModelSource | str,
+        text: TextSource | None = None,
+        block_size: int = 512,
+        batch_size: int = 4,
+        pack: bool = True,
+        seed: int = 0,
+        max_validation_blocks: int | None = None,
+    ) -> None:
+        super().__init__()
+        if block_size < 2 or batch_size < 1:
+            raise ValueError(
+                f"block_size must be at least 2 and batch_size at least 1, got {block_size} and {batch_size}."
+            )
+        self.text = text or PackagedWikipedia()
+        self.tokenizer_source = as_model_source(tokenizer)
+        self.block_size, self.batch_size, self.pack, self.seed = block_size, batch_size, pack, seed
+        self.max_validation_blocks = max_validation_blocks
+        self._blocks: dict[Split, Any] = {}
+
+    def setup(self, stage: str) -> None:
+        wanted: dict[str, list[Split]] = {"fit": ["train", "validation"], "test": ["test"]}
+        tokenizer = self.tokenizer_source.tokenizer()
+        for split in wanted.get(stage, ["validation"]):
+            if split in self._blocks:
+                continue
+            documents = self.text.documents(split)
+            blocks = blocks_of(documents, tokenizer, self.block_size, pack=self.pack, drop_rest=split == "train")
+            if split == "train" and len(blocks) < self.batch_size:
+                raise ValueError(
+                    f"The training split of {self.text.name} gives {len(blocks)} blocks of {self.block_size} tokens, "
+                    f"fewer than one batch of {self.batch_size}. Take a smaller block_size, or more text."
+                )
+            if split == "validation" and self.max_validation_blocks is not None:
+                blocks = blocks.select(range(min(len(blocks), self.max_validation_blocks)))
+            self._blocks[split] = blocks
+
+    def train_dataloader(self) -> Any:
+        return StatefulDataLoader(
+            self._blocks["train"],
+            batch_size=self.batch_size,
+            shuffle=True,
+            drop_last=True,
+            generator=torch.Generator().manual_seed(self.seed),
+        )
+
+    def val_dataloader(self) -> Any:
+        return self._evaluation_loader("validation")
+
+    def test_dataloader(self) -> Any:
+        return self._evaluation_loader("test")
+
+    def _evaluation_loader(self, split: Split) -> Any:
+        blocks = self._blocks[split]
+        return DataLoader(blocks, batch_size=self.batch_size) if len(blocks) else []
+
+
+def blocks_of(
+    documents: Iterable[str], tokenizer: Any, block_size: int, *, pack: bool = True, drop_rest: bool = True
+) -> Any:
+    """A ``datasets.Dataset`` of torch rows with ``input_ids``, ``attention_mask`` and ``labels``, each (L,)."""
+    from datasets import Dataset
+
+    end = tokenizer.eos_token_id
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end
+
+    def to_blocks(rows: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        sequences = [[*ids, end] for ids in tokenizer(rows["text"], add_special_tokens=False)["input_ids"]]
+        if pack:
+            tokens = [token for sequence in sequences for token in sequence]
+            stop = len(tokens) - len(tokens) % block_size if drop_rest else len(tokens)
+            sequences = [tokens[start : start + block_size] for start in range(0, stop, block_size)]
+        else:
+            sequences = [sequence[:block_size] for sequence in sequences]
+        blanks = [block_size - len(sequence) for sequence in sequences]
+        pairs = list(zip(sequences, blanks, strict=True))
+        return {
+            "input_ids": [ids + [padding] * blank for ids, blank in pairs],
+            "attention_mask": [[1] * len(ids) + [0] * blank for ids, blank in pairs],
+            "labels": [ids + [IGNORED] * blank for ids, blank in pairs],
+        }
+
+    texts = Dataset.from_dict({"text": list(documents)})
+    columns = ["input_ids", "attention_mask", "labels"]
+    if not len(texts):
+        return Dataset.from_dict({column: [] for column in columns}).with_format("torch")
+    # one call over all documents: packing must not stop at the edges of chunks
+    return texts.map(to_blocks, batched=True, batch_size=None, remove_columns=["text"]).with_format("torch")
+
+
+def calibration_batches(
+    text: TextSource,
+    tokenizer: Any,
+    *,
+    num_calibration_samples: int = 32,
+    max_seq_length: int = 512,
+    batch_size: int = 4,
+    seed: int = 0,
+) -> list[dict[str, Tensor]]:
+    """Random packed blocks of the training split, as ``prune`` takes them.
+
+    Raises:
+        ValueError: the text is too short for one sample; fewer than asked for are an error too.
+    """
+    blocks = blocks_of(text.documents("train"), tokenizer, max_seq_length)
+    if len(blocks) < num_calibration_samples:
+        raise ValueError(
+            f"The training split of {text.name} gives {len(blocks)} calibration samples of {max_seq_length} tokens, "
+            f"fewer than num_calibration_samples={num_calibration_samples}. Give more text, or ask for less."
+        )
+    order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))[:num_calibration_samples]
+    ids = blocks[order.tolist()]["input_ids"]
+    return [{"input_ids": part} for part in ids.split(batch_size)]

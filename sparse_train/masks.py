@@ -1,0 +1,93 @@
+"""Bit-packed masks: one bit a weight, True = kept.
+
+Shape suffixes: O out_features, I in_features, J bytes a row = ceil(I / 8).
+
+Bit ``b`` of byte ``j`` of a row is input ``8 j + b``; spare bits of the last byte are 0. A packed mask is uint8,
+takes 1/8 byte a weight, and is what layers store, checkpoints hold and ranks exchange.
+"""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+_INTEGER_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def packed_width(in_features: int) -> int:
+    """Bytes that one packed row takes."""
+    return (in_features + 7) // 8
+
+
+def pack(mask_OI: Tensor) -> Tensor:
+    """Pack a bool mask (O, I) into uint8 (O, ceil(I / 8))."""
+    assert mask_OI.dtype == torch.bool and mask_OI.dim() == 2, (mask_OI.dtype, mask_OI.shape)
+    spare = -mask_OI.shape[1] % 8
+    if spare:
+        mask_OI = F.pad(mask_OI, (0, spare))
+    # Eight bools are one 64-bit word of 0/1 bytes (first input lowest). The product with this constant moves byte b
+    # to bit 56 + b, without carries between them, so that the top byte holds all eight.
+    word_OJ = mask_OI.contiguous().view(torch.int64)
+    return ((word_OJ * 0x0102040810204080) >> 56).to(torch.uint8)
+
+
+def unpack(packed_OJ: Tensor, in_features: int) -> Tensor:
+    """Unpack uint8 (O, ceil(I / 8)) into a bool mask (O, I)."""
+    mask = F.embedding(packed_OJ.int(), _byte_table(torch.uint8, packed_OJ.device)).view(torch.bool)
+    return mask.flatten(1)[:, :in_features].contiguous()
+
+
+def apply(weight_OI: Tensor, packed_OJ: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """``where(mask, weight, 0)`` in ``dtype`` (default: the weight's own), as a new tensor.
+
+    Pruned entries become +0.0 whatever they held, infinities and NaN included: the mask is applied to the bits and
+    not by multiplication.
+    """
+    out_features, in_features = weight_OI.shape
+    dtype = dtype or weight_OI.dtype
+    integer = _INTEGER_OF_SIZE[dtype.itemsize]
+    # One row of the table is eight words of all ones or all zeros; looking bytes up in it is a copy of whole vectors.
+    bits = F.embedding(packed_OJ.int(), _byte_table(integer, packed_OJ.device)).view(out_features, -1)
+    if bits.shape[1] == in_features:
+        bits &= weight_OI.to(dtype).view(integer)
+        return bits.view(dtype)
+    return (bits[:, :in_features] & weight_OI.to(dtype).view(integer)).view(dtype)
+
+
+def full(out_features: int, in_features: int, device: torch.device | str | None = None) -> Tensor:
+    """The packed mask that keeps everything, spare bits 0."""
+    packed_OJ = torch.full((out_features, packed_width(in_features)), 255, dtype=torch.uint8, device=device)
+    fill_full(packed_OJ, in_features)
+    return packed_OJ
+
+
+def fill_full(packed_OJ: Tensor, in_features: int) -> None:
+    """Make a packed mask keep everything, in place."""
+    packed_OJ.fill_(255)
+    if in_features % 8:
+        packed_OJ[:, -1] = (1 << in_features % 8) - 1
+
+
+def count(packed_OJ: Tensor) -> int:
+    """Kept entries."""
+    return int(_popcount_table(packed_OJ.device)[packed_OJ.int()].sum())
+
+
+def count_differing(a_OJ: Tensor, b_OJ: Tensor) -> int:
+    """Entries in which two packed masks of one shape differ."""
+    return count(a_OJ ^ b_OJ)
+
+
+@cache
+def _byte_table(integer: torch.dtype, device: torch.device) -> Tensor:
+    """(256, 8): row v holds all ones (1 for uint8, so that it can be seen as bool) where v has bit b, else 0."""
+    with torch.inference_mode(False):  # a table first made under inference_mode could not be used in training
+        bit_VB = torch.arange(256)[:, None] >> torch.arange(8) & 1
+        return (bit_VB if integer == torch.uint8 else -bit_VB).to(integer).to(device)
+
+
+@cache
+def _popcount_table(device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return (torch.arange(256)[:, None] >> torch.arange(8) & 1).sum(1).to(torch.int32).to(device)

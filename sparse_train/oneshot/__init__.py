@@ -1,0 +1,164 @@
+"""One-shot pruning: ``prune`` leaves true zeros; ``set_initial_masks`` is its core, which training starts from."""
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from sparse_train import layers as _layers
+from sparse_train.criteria import Criterion, Wanda
+from sparse_train.layers import Recorder, SparseLinear, sparsify
+from sparse_train.oneshot.walk import Batch, CalibrationPass, layers_inside
+from sparse_train.patterns import Pattern, parse_pattern
+from sparse_train.policies import StraightThrough
+from sparse_train.pruner import LayerUpdate, attach, reduce_statistics, update_masks
+from sparse_train.targets import decoder_blocks, select
+
+__all__ = ["Batch", "OneshotReport", "prune", "set_initial_masks"]
+
+
+@dataclass(frozen=True)
+class OneshotReport:
+    """What one-shot pruning did."""
+
+    layers: Mapping[str, LayerUpdate]
+    forward_seconds: float
+    """Time in forwards of calibration data."""
+    pruning_seconds: float
+    """Time in scores, selection and writing masks."""
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros among the targeted weights, counted on the weights."""
+        return sum(u.zeros for u in self.layers.values()) / sum(u.size for u in self.layers.values())
+
+
+def prune(
+    model: nn.Module,
+    batches: Iterable[Batch] | None = None,
+    mask_structure: str | Pattern = "2:4",
+    *,
+    sparsity: float | None = None,
+    criterion: Criterion | None = None,
+    targets: Sequence[str] | None = None,
+    ignore: Sequence[str] = (),
+    squash: bool = True,
+    progress: bool = False,
+) -> OneshotReport:
+    """Prune a model in one shot, in place.
+
+    Decoder blocks are calibrated one after the other, each on the outputs of the already pruned ones before it
+    (arXiv 2306.11695, section 3; SparseGPT does the same); other models, and ``Unstructured(group="model")``, in one
+    pass with dense activations.
+
+    Args:
+        model: any ``nn.Module`` with linear layers; on any device, of any float dtype.
+        batches: calibration data: token ids (B, L) or dicts of model inputs. Not needed by ``Magnitude``.
+        mask_structure: "unstructured", "N:M" with N **kept** of every M consecutive inputs, or a ``Pattern``.
+        sparsity: share of zeros; implied by N:M.
+        criterion: default ``Wanda()``.
+        targets, ignore: which layers, see ``sparse_train.targets.select``.
+        squash: leave plain linear layers with true zeros. False keeps masks and shadow values, for training.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: no calibration data for a criterion that needs it, non-finite activations, a layer that no token
+            reached, or anything that ``select`` or the pattern refuse. The model is then as it was.
+    """
+    pattern, target = parse_pattern(mask_structure, sparsity)
+    layers = select(model, pattern, targets, ignore).layers
+    fresh = not any(isinstance(layer, SparseLinear) for layer in layers.values())
+    sparsify(model, layers.values())
+    sparse = {name: layer for name, layer in layers.items() if isinstance(layer, SparseLinear)}
+    try:
+        report = set_initial_masks(
+            model, sparse, batches, criterion=criterion or Wanda(), pattern=pattern, sparsity=target, progress=progress
+        )
+    except BaseException:
+        if fresh:  # shadow values are all still there: keep everything, and nothing has happened
+            for layer in sparse.values():
+                layer.weight_mask.copy_(_layers.masks.full(layer.out_features, layer.in_features))
+            _layers.squash(model)
+        raise
+    if squash:
+        _layers.squash(model)
+    return report
+
+
+def set_initial_masks(
+    model: nn.Module,
+    layers: Mapping[str, SparseLinear],
+    batches: Iterable[Batch] | None,
+    *,
+    criterion: Criterion,
+    pattern: Pattern,
+    sparsity: float,
+    progress: bool = False,
+) -> OneshotReport:
+    """Set the masks of sparsified ``layers`` of ``model``; weights stay as they are. See ``prune``."""
+    began = time.perf_counter()
+    attach(layers.values(), recorder := Recorder(), criterion)
+    settings: dict[str, Any] = {
+        "criterion": criterion,
+        "pattern": pattern,
+        "sparsity": sparsity,
+        "policy": StraightThrough(),  # judges all weights alike, whatever masks there were before
+    }
+    if not criterion.needs_activations:
+        return OneshotReport(update_masks(layers, **settings), 0.0, time.perf_counter() - began)
+    if batches is None:
+        raise ValueError(
+            f"{criterion} needs calibration data: pass batches, an iterable of token tensors (B, L) or of dicts of "
+            "model inputs (in a recipe: a data section). Magnitude() needs none."
+        )
+    found = decoder_blocks(model)
+    blocks: Sequence[nn.Module] = [] if found is None or pattern.model_wide else list(found[1])
+    # Targets outside the blocks, such as a named lm_head, come last, on the pruned blocks.
+    groups = [group for block in blocks if (group := layers_inside(layers, block))]
+    in_blocks = {name for group in groups for name in group}
+    rest = {name: layer for name, layer in layers.items() if name not in in_blocks}
+    updates: dict[str, LayerUpdate] = {}
+    with _progress_bar("calibrating", progress) as (set_total, advance):
+        calibration = CalibrationPass(model, batches, recorder, advance)
+        set_total(len(calibration) * ((2 * len(blocks) - 1 if groups else 0) + (1 if rest else 0)))
+        if groups:
+            outputs: list[Any] = []
+            for index, block in enumerate(blocks):
+                group = layers_inside(layers, block)
+                if group:
+                    calibration.record_block(blocks, index, outputs)
+                    reduce_statistics(group.values())
+                    updates |= update_masks(group, **settings)
+                if index + 1 < len(blocks):
+                    outputs = calibration.outputs(blocks, index, outputs)
+        if rest:
+            calibration.whole()
+            reduce_statistics(rest.values())
+            updates |= update_masks(rest, **settings)
+    for layer in layers.values():
+        layer.statistics = layer.recorder = None
+    total = time.perf_counter() - began
+    return OneshotReport(updates, calibration.seconds, total - calibration.seconds)
+
+
+class _progress_bar:
+    """A rich progress bar of unknown length, or nothing."""
+
+    def __init__(self, label: str, shown: bool) -> None:
+        self._label, self._shown = label, shown
+
+    def __enter__(self) -> tuple[Callable[[int], None], Callable[[], None]]:
+        if not self._shown:
+            return (lambda total: None), (lambda: None)
+        from sparse_train.progress import bar
+
+        self._bar = bar()
+        self._bar.start()
+        task = self._bar.add_task(self._label, total=None)
+        return (lambda total: self._bar.update(task, total=total)), (lambda: self._bar.advance(task))
+
+    def __exit__(self, *exception: object) -> None:
+        if self._shown:
+            self._bar.stop()

@@ -1,0 +1,166 @@
+"""Calibration: run batches through a model, block by block, so that each block sees what pruned ones before it send.
+
+No architecture is known here. To run block i alone, the whole model is called with blocks 0 to i - 1 answering with
+the cached output of block i - 1; the model's own code then feeds block i (masks, position embeddings, whatever it
+passes), and the call is cut off behind it.
+"""
+
+import itertools
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparse_train.activations import InputSharing
+from sparse_train.layers import Recorder, SparseLinear
+from sparse_train.pruner import share_statistics
+
+Batch = Tensor | Mapping[str, Any]
+"""Token ids (B, L), or the model's keyword arguments."""
+
+
+class CalibrationPass:
+    """Runs calibration batches through a model or through one block of it at a time, recording activations.
+
+    Args:
+        model: in any mode and on any device; its modes come back after each pass.
+        batches: token tensors or dicts; ``labels`` are dropped, an ``attention_mask`` (B, L) marks padding.
+        recorder: the recorder of the model's masked layers.
+        advance: called after every forward, for a progress bar.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Iterable[Batch],
+        recorder: Recorder,
+        advance: Callable[[], None] = lambda: None,
+    ) -> None:
+        device = next(model.parameters()).device
+        self._model = model
+        self._batches = [_to_device(batch, device) for batch in batches]
+        if not self._batches:
+            raise ValueError("There is no calibration data: the iterable of batches is empty.")
+        self._recorder = recorder
+        self._advance = advance
+        self.seconds = 0.0
+        """Time spent in forwards."""
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def whole(self) -> None:
+        """Record all layers in one forward a batch."""
+        for _ in self._recorded(lambda index: _call(self._model, self._batches[index])):
+            pass
+
+    def record_block(self, blocks: Sequence[nn.Module], index: int, inputs: list[Any]) -> None:
+        """Record the layers of one block; ``inputs`` is what ``outputs`` gave for the block before it."""
+        for _ in self._recorded(lambda i: self._to_block(blocks, index, inputs, i)):
+            pass
+
+    def outputs(self, blocks: Sequence[nn.Module], index: int, inputs: list[Any]) -> list[Any]:
+        """What one block returns, a list over batches."""
+        return list(self._forwards(lambda i: self._to_block(blocks, index, inputs, i)))
+
+    def _recorded(self, forward: Callable[[int], Any]) -> Iterator[Any]:
+        recorder = self._recorder
+        recorder.when, recorder.sharing = "always", InputSharing()
+        try:
+            for output in self._forwards(forward):
+                if recorder.sharing is not None:
+                    share_statistics(recorder)
+                yield output
+        finally:
+            recorder.when, recorder.sharing, recorder.token_mask = "never", None, None
+
+    def _forwards(self, forward: Callable[[int], Any]) -> Iterator[Any]:
+        with _inference(self._model):
+            for index, batch in enumerate(self._batches):
+                began = time.perf_counter()
+                self._recorder.token_mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+                output = forward(index)
+                self.seconds += time.perf_counter() - began
+                self._advance()
+                yield output
+
+    def _to_block(self, blocks: Sequence[nn.Module], index: int, inputs: list[Any], batch: int) -> Any:
+        with ExitStack() as stack:
+            for earlier in itertools.islice(blocks, index):
+                stack.enter_context(_forward_replaced(earlier, lambda *args, **kwargs: inputs[batch]))
+            real = blocks[index].forward
+
+            def stop_behind(*args: Any, **kwargs: Any) -> Any:
+                raise _Stop(real(*args, **kwargs))
+
+            stack.enter_context(_forward_replaced(blocks[index], stop_behind))
+            try:
+                _call(self._model, self._batches[batch])
+            except _Stop as stop:
+                return stop.output
+        raise ValueError(
+            f"Block {index} of {type(self._model).__name__} was not reached by a forward of the calibration data, so "
+            "its layers cannot be calibrated. Are these the blocks that the model runs?"
+        )
+
+
+class _Stop(Exception):
+    """Cuts a forward off; carries a block's output out of it."""
+
+    def __init__(self, output: Any) -> None:
+        super().__init__()
+        self.output = output
+
+
+@contextmanager
+def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    before = module.__dict__.get("forward")
+    module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = before
+
+
+@contextmanager
+def _inference(model: nn.Module) -> Iterator[None]:
+    """Eval mode, no autograd, no cache of keys and values; all as before afterwards."""
+    training = [module for module in model.modules() if module.training]
+    configs = [c for m in model.modules() if getattr(c := getattr(m, "config", None), "use_cache", None) is True]
+    model.eval()
+    for config in configs:
+        config.use_cache = False
+    try:
+        # not inference_mode: cached outputs would be inference tensors, which a later autograd forward refuses
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+        for config in configs:
+            config.use_cache = True
+
+
+def _call(model: nn.Module, batch: Batch) -> Any:
+    return model(**batch) if isinstance(batch, Mapping) else model(batch)
+
+
+def _to_device(batch: Batch, device: torch.device) -> Batch:
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        kept = {key: value for key, value in batch.items() if key != "labels"}  # no loss is needed
+        return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in kept.items()}
+    raise ValueError(f"A calibration batch is a tensor of token ids (B, L) or a dict of model inputs, got {type(batch).__name__}.")
+
+
+def layers_inside(layers: Mapping[str, SparseLinear], module: nn.Module) -> dict[str, SparseLinear]:
+    """Those of ``layers`` that are part of ``module``."""
+    inside = set(module.modules())
+    return {name: layer for name, layer in layers.items() if layer in inside}

@@ -1,0 +1,149 @@
+"""Where zeros may stand: ``Pattern.mask`` turns scores and a sparsity into a mask, with exact counts.
+
+Shape suffixes: O out_features, I in_features.
+"""
+
+import re
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from sparse_train.schedules import check_sparsity
+
+
+class Pattern(ABC):
+    """Selects within groups of weights that are compared with each other."""
+
+    model_wide: ClassVar[bool] = False
+    """Whether the group is the whole model; ``mask`` then gets the scores of all layers as one row."""
+
+    @abstractmethod
+    def mask(self, scores_OI: Tensor, sparsity: float) -> Tensor:
+        """Bool mask (O, I), True = kept, of finite float32 scores (or -inf: pruned first).
+
+        Every group has exactly its count; among equal scores the lower index is pruned first.
+        """
+
+    def check_layer(self, name: str, in_features: int) -> None:
+        """Raise ValueError where a layer with this many inputs cannot carry the pattern."""
+
+    def check_target(self, sparsity: float) -> None:
+        """Raise ValueError where this final sparsity contradicts the pattern."""
+
+
+@dataclass(frozen=True)
+class Unstructured(Pattern):
+    """Zeros anywhere, compared within each output ``row`` (Wanda's group), the ``layer`` or the whole ``model``.
+
+    Prunes ``int(n * sparsity)`` of a group of n, as the Wanda reference does in its rows.
+    """
+
+    group: Literal["row", "layer", "model"] = "row"
+
+    @property
+    def model_wide(self) -> bool:  # type: ignore[override]
+        return self.group == "model"
+
+    def mask(self, scores_OI: Tensor, sparsity: float) -> Tensor:
+        from sparse_train.selection import keep_highest
+
+        grouped = scores_OI if self.group == "row" else scores_OI.reshape(1, -1)
+        members = grouped.shape[1]
+        return keep_highest(grouped, members - int(members * sparsity)).view_as(scores_OI)
+
+
+@dataclass(frozen=True)
+class NM(Pattern):
+    """N **kept** in every M consecutive inputs of one output: 2:4 is the hardware's, 4:8 the paper's other one.
+
+    Half of the field counts N pruned (llm-compressor, the Wanda and SparseGPT scripts); their 1:4 is 3:4 here.
+    """
+
+    n: int
+    m: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.n <= self.m or self.m < 2:
+            raise ValueError(
+                f"N:M keeps N of every M weights, so 1 <= N <= M and M >= 2 must hold, got {self.n}:{self.m}."
+            )
+
+    @property
+    def sparsity(self) -> float:
+        """The share of zeros at the full pattern, 1 - N / M."""
+        return 1 - self.n / self.m
+
+    def mask(self, scores_OI: Tensor, sparsity: float) -> Tensor:
+        from sparse_train.selection import keep_highest
+
+        # A schedule steps through whole kept counts (4:4, 3:4, 2:4) and never runs ahead of its target.
+        pruned = int(sparsity * self.m + 1e-6)
+        assert pruned <= self.m - self.n, (sparsity, self)
+        return keep_highest(scores_OI.reshape(-1, self.m), self.m - pruned).view_as(scores_OI)
+
+    def check_layer(self, name: str, in_features: int) -> None:
+        if in_features % self.m:
+            raise ValueError(
+                f"{self.n}:{self.m} needs in_features divisible by {self.m}, but {name} has {in_features}. "
+                f"Leave the layer dense with ignore=[{name!r}], or use another pattern."
+            )
+
+    def check_target(self, sparsity: float) -> None:
+        if abs(sparsity - self.sparsity) > 1e-6:
+            raise ValueError(
+                f"{self.n}:{self.m} is a sparsity of {self.sparsity:g}, in conflict with {sparsity:g}. Leave sparsity "
+                f'out, make {self.sparsity:g} the schedule\'s final_sparsity, or use "unstructured".'
+            )
+
+
+def parse_pattern(mask_structure: "str | Pattern", sparsity: float | None) -> tuple[Pattern, float]:
+    """The pattern and its final sparsity from what users write.
+
+    Args:
+        mask_structure: "unstructured", "N:M" with N **kept** (as in "2:4"), or a ``Pattern``.
+        sparsity: share of zeros; required for unstructured patterns, implied by N:M.
+
+    Raises:
+        ValueError: neither word nor N:M, a sparsity outside [0, 1), missing, or in conflict with N:M.
+    """
+    pattern = mask_structure if isinstance(mask_structure, Pattern) else _parse_word(mask_structure)
+    if sparsity is not None:
+        check_sparsity("sparsity", sparsity)
+        pattern.check_target(sparsity)
+        return pattern, sparsity
+    if isinstance(pattern, NM):
+        return pattern, pattern.sparsity
+    raise ValueError(f'{pattern} needs a sparsity: the share of weights that are zero, such as sparsity=0.5 ("2:4" does not).')
+
+
+def _parse_word(word: str) -> Pattern:
+    if word == "unstructured":
+        return Unstructured()
+    if match := re.fullmatch(r"(\d+):(\d+)", str(word)):
+        return NM(int(match[1]), int(match[2]))
+    raise ValueError(
+        f'mask_structure must be "unstructured" or "N:M" with N kept of every M (such as "2:4"), got {word!r}.'
+        + (' In YAML put quotes around it: 2:4 without them is a number in base 60.' if isinstance(word, int) else "")
+    )
+
+
+def group_label(pattern: Pattern) -> str:
+    """How tables and file names call a pattern: "2:4", "unstructured", "unstructured (layer)"."""
+    if isinstance(pattern, NM):
+        return f"{pattern.n}:{pattern.m}"
+    if isinstance(pattern, Unstructured):
+        return "unstructured" if pattern.group == "row" else f"unstructured ({pattern.group})"
+    return repr(pattern)
+
+
+def detect_pattern(nonzero_OI: Tensor) -> str:
+    """The tightest pattern that the zeros of a weight follow, for ``inspect``: "2:4", "4:8", "unstructured", "dense"."""
+    if bool(nonzero_OI.all()):
+        return "dense"
+    for n, m in ((1, 4), (2, 4), (4, 8)):
+        if nonzero_OI.shape[1] % m == 0 and int(nonzero_OI.reshape(-1, m).sum(1, dtype=torch.int32).max()) <= n:
+            return f"{n}:{m}"
+    return "unstructured"

@@ -1,0 +1,73 @@
+"""What pruned weights do between mask updates: ``MaskPolicy``.
+
+Shape suffixes: O out_features, I in_features.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+
+class MaskPolicy(ABC):
+    """Decides which weights may be kept at an update, and whether pruned ones get gradient until the next."""
+
+    straight_through: ClassVar[bool]
+    """Whether pruned weights get the straight-through gradient."""
+    revives: ClassVar[bool]
+    """Whether a pruned weight can come back at an update."""
+
+    @abstractmethod
+    def admit(self, scores_OI: Tensor, mask_OI: Tensor) -> Tensor:
+        """The scores (O, I) that selection will see, given the mask so far; -inf = prune first."""
+
+    def shadow_decay(self, progress: float, steps: int) -> float:
+        """Factor on the values of pruned weights, for ``steps`` optimizer steps that end at ``progress`` in [0, 1]."""
+        return 1.0
+
+
+@dataclass(frozen=True)
+class Fixed(MaskPolicy):
+    """Pruned weights get no gradient and stay pruned; masks change only when the schedule asks for more zeros."""
+
+    straight_through: ClassVar[bool] = False
+    revives: ClassVar[bool] = False
+
+    def admit(self, scores_OI: Tensor, mask_OI: Tensor) -> Tensor:
+        return torch.where(mask_OI, scores_OI, -torch.inf)
+
+
+@dataclass(frozen=True)
+class StraightThrough(MaskPolicy):
+    """Pruned weights keep learning from the gradient of their masked self, and come back when their score is high.
+
+    The gradient is SR-STE's (Zhou et al., arXiv 2102.04010). Its decay of pruned weights is decoupled here: not in
+    backward (where it would scale with micro-batches and loss scale, be clipped, and be renormalised by Adam) but a
+    factor ``(1 - rate) ** steps`` on shadow values when the mask is updated. The rate ramps up linearly, as in AST
+    (Huang et al., arXiv 2407.20584, section 3.2).
+
+    Args:
+        srste_decay: share by which a shadow value shrinks per optimizer step once the ramp is over; 0 = none.
+        ramp: share of the way from first to last update over which the rate grows from 0 to ``srste_decay``.
+    """
+
+    srste_decay: float = 0.0
+    ramp: float = 0.5
+
+    straight_through: ClassVar[bool] = True
+    revives: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.srste_decay < 1:
+            raise ValueError(f"srste_decay is a share per step, at least 0 and below 1, got {self.srste_decay}.")
+        if not 0 <= self.ramp <= 1:
+            raise ValueError(f"ramp is a share of the run, from 0 to 1, got {self.ramp}.")
+
+    def admit(self, scores_OI: Tensor, mask_OI: Tensor) -> Tensor:
+        return scores_OI
+
+    def shadow_decay(self, progress: float, steps: int) -> float:
+        rate = self.srste_decay * min(1.0, progress / self.ramp if self.ramp else 1.0)
+        return float((1 - rate) ** steps)

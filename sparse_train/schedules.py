@@ -1,0 +1,70 @@
+"""How sparse the model is when: ``Schedule.sparsity`` over the progress from the first update to the last.
+
+Progress is 0 at ``start_step`` and 1 at ``end_step``; steps are optimizer steps, and belong to ``Timing``.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+
+def check_sparsity(name: str, value: float) -> None:
+    """Raise ValueError unless ``0 <= value < 1``."""
+    if not 0 <= value < 1:
+        raise ValueError(
+            f"{name} must be at least 0 and below 1 (the share of weights that are zero), got {value}."
+            + (f" For {value} % write {value / 100:g}." if 1 < value < 100 else "")
+        )
+
+
+class Schedule(ABC):
+    """Sparsity as a function of progress."""
+
+    @abstractmethod
+    def sparsity(self, progress: float) -> float:
+        """Target sparsity in [0, 1) at ``progress`` in [0, 1]."""
+
+
+@dataclass(frozen=True)
+class Constant(Schedule):
+    """The same sparsity from the first update on."""
+
+    final_sparsity: float
+
+    def __post_init__(self) -> None:
+        check_sparsity("final_sparsity", self.final_sparsity)
+
+    def sparsity(self, progress: float) -> float:
+        return self.final_sparsity
+
+
+@dataclass(frozen=True)
+class Linear(Schedule):
+    """From ``init_sparsity`` to ``final_sparsity`` in a straight line."""
+
+    final_sparsity: float
+    init_sparsity: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_sparsity("init_sparsity", self.init_sparsity)
+        check_sparsity("final_sparsity", self.final_sparsity)
+
+    def sparsity(self, progress: float) -> float:
+        return self.init_sparsity + (self.final_sparsity - self.init_sparsity) * progress
+
+
+@dataclass(frozen=True)
+class Cubic(Schedule):
+    """``s_f + (s_i - s_f) (1 - progress)^3``: fast at first, slow near the end.
+
+    Source: Zhu and Gupta, "To prune, or not to prune", arXiv 1710.01878, equation 1.
+    """
+
+    final_sparsity: float
+    init_sparsity: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_sparsity("init_sparsity", self.init_sparsity)
+        check_sparsity("final_sparsity", self.final_sparsity)
+
+    def sparsity(self, progress: float) -> float:
+        return self.final_sparsity + (self.init_sparsity - self.final_sparsity) * (1 - progress) ** 3

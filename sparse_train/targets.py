@@ -1,0 +1,215 @@
+"""Which layers are pruned: the linear layers of the decoder blocks unless told otherwise."""
+
+import difflib
+import logging
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from sparse_train.patterns import Pattern
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What was chosen, and what of the decoder blocks could not be."""
+
+    layers: dict[str, nn.Linear]
+    """Targets by name, in the model's order."""
+    untargetable: dict[str, int] = field(default_factory=dict)
+    """Weights of blocks that no mask can reach (GPT-2's ``Conv1D``, fused experts): parameter name -> count. They stay
+    dense and count in the model's sparsity."""
+
+
+def select(
+    model: nn.Module, pattern: Pattern, targets: Sequence[str] | None = None, ignore: Sequence[str] = ()
+) -> Selection:
+    """Choose the layers to prune.
+
+    Args:
+        model: any module; nothing is changed.
+        pattern: layers must fit it.
+        targets: names of modules, class names such as "Linear", or "re:" and a regular expression matched from the
+            start of the name (as in llm-compressor). Default: the linear layers of the decoder blocks; in a model
+            without blocks, all linear layers but the last one and those with tied weights.
+        ignore: the same three forms; takes layers out again.
+
+    Raises:
+        ValueError: nothing chosen, a name that matches nothing, or a chosen layer that cannot be masked (see
+            ``_check_maskable``) or does not fit the pattern.
+    """
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    adapters = _adapter_names(model)
+    tied = _tied_names(model)
+    blocks = decoder_blocks(model)
+    ignored = set(_match(model, ignore, "ignore"))
+    lenient = False
+    if targets is not None:
+        matched = _match(model, targets, "targets")
+        # a pattern may reach adapters by accident; only one named in full is a mistake worth an error
+        chosen = [name for name in matched if name not in ignored and (name not in adapters or name in targets)]
+    elif blocks is not None:
+        prefix = blocks[0]
+        chosen = [name for name in linears if name.startswith(f"{prefix}.") and name not in ignored | adapters]
+    else:
+        candidates = [name for name in linears if name not in adapters | tied]
+        chosen = [name for name in candidates[:-1] if name not in ignored]
+        lenient = True
+
+    layers: dict[str, nn.Linear] = {}
+    for name in chosen:
+        module = model.get_submodule(name)
+        _check_maskable(model, name, module, adapters, tied)
+        assert isinstance(module, nn.Linear)
+        try:
+            pattern.check_layer(name, module.in_features)
+        except ValueError as error:
+            if not lenient:
+                raise
+            _log.warning("%s stays dense: %s", name, error)
+            continue
+        layers[name] = module
+    if not layers:
+        raise ValueError(
+            "Nothing to prune: no linear layer was targeted "
+            f"(targets={list(targets) if targets is not None else None}, ignore={list(ignore)}, "
+            f"{len(linears)} nn.Linear in {type(model).__name__}). "
+            + (
+                "A model that is built in configure_model does not exist before it has run."
+                if not linears
+                else f"Name layers with targets, such as targets=[{next(iter(linears))!r}]."
+            )
+        )
+    untargetable = _untargetable(model, blocks[0]) if blocks else {}
+    if untargetable:
+        total = sum(p.numel() for p in model.parameters())
+        _log.warning(
+            "%d block weights cannot be masked and stay dense (%.1f %% of the model's parameters): %s",
+            len(untargetable),
+            100 * sum(untargetable.values()) / total,
+            ", ".join(list(untargetable)[:3]) + (", ..." if len(untargetable) > 3 else ""),
+        )
+    return Selection(layers, untargetable)
+
+
+def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
+    """Name and list of the decoder blocks: the outermost ``nn.ModuleList`` of composite modules with most parameters.
+
+    No architecture is known by name. None where there is no such list.
+    """
+    found: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in found)
+        if isinstance(module, nn.ModuleList) and len(module) and not inside:
+            if all(next(block.children(), None) is not None and _has_matrix(block) for block in module):
+                found[name] = module
+    if not found:
+        return None
+    return max(found.items(), key=lambda item: sum(p.numel() for p in item[1].parameters()))
+
+
+def did_you_mean(word: str, candidates: Iterable[str]) -> str:
+    """" Did you mean ...?" or nothing, to put behind an error."""
+    close = difflib.get_close_matches(word, list(candidates), n=3, cutoff=0.5)
+    return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+
+
+def _match(model: nn.Module, patterns: Sequence[str], argument: str) -> list[str]:
+    if isinstance(patterns, str):
+        raise ValueError(f"{argument} is a list of names, got the text {patterns!r}; write [{patterns!r}].")
+    modules = dict(model.named_modules())
+    linears = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
+    matched: set[str] = set()
+    for text in patterns:
+        if text.startswith("re:"):
+            try:
+                names = {name for name in linears if re.match(text[3:], name)}
+            except re.error as error:
+                raise ValueError(f"{argument}: {text!r} is not a regular expression: {error}.") from error
+        else:
+            hits = {n for n, m in modules.items() if n == text or text in {cls.__name__ for cls in type(m).__mro__}}
+            names = {n for n in linears if any(n == hit or n.startswith(f"{hit}.") for hit in hits)} or hits
+        if not names:
+            raise ValueError(
+                f"{argument}: {text!r} matches no layer of {type(model).__name__}." + did_you_mean(text, linears)
+            )
+        matched |= names
+    return [name for name in modules if name in matched]
+
+
+def _check_maskable(model: nn.Module, name: str, module: nn.Module, adapters: set[str], tied: set[str]) -> None:
+    """Refuse every module whose forward would not see its mask, or whose mask would reach further than it."""
+    way_out = f"Leave it dense with ignore=[{name!r}]"
+    if not isinstance(module, nn.Linear):
+        raise ValueError(f"{name} is a {type(module).__name__}; only nn.Linear layers can be masked. {way_out}.")
+    for outer in _ancestors(model, name):
+        if isinstance(outer, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
+            raise ValueError(
+                f"{name} is inside a {type(outer).__name__}, whose fast path reads the weight directly and would "
+                f"bypass the mask. {way_out}, or build the block from nn.Linear layers."
+            )
+    if not _is_plain_linear(type(module)):
+        raise ValueError(
+            f"{name} is a {type(module).__name__}, a subclass of nn.Linear with a computation of its own, which a mask "
+            f"would replace. {way_out}, or load the model without it (for example not in 4 bits)."
+        )
+    if "forward" in module.__dict__:
+        raise ValueError(
+            f"{name} has its forward overridden on the instance (accelerate does this with device_map), so the mask "
+            "would have no effect. Load the model without device_map, or remove the hooks with "
+            f"accelerate.hooks.remove_hook_from_submodules. {way_out}."
+        )
+    if name in adapters:
+        raise ValueError(f"{name} belongs to a peft adapter; adapters are never pruned. {way_out}.")
+    if name in tied:
+        raise ValueError(f"{name} shares its weight with another module; its mask would prune that too. {way_out}.")
+
+
+def _is_plain_linear(cls: type) -> bool:
+    from sparse_train.layers import SparseLinear
+
+    if cls in (nn.Linear, SparseLinear):
+        return True
+    # after fully_shard the class is generated: FSDPLinear(FSDPModule, Linear)
+    return cls.__name__.startswith("FSDP") and len(cls.__bases__) == 2 and cls.__bases__[1] in (nn.Linear, SparseLinear)
+
+
+def _ancestors(model: nn.Module, name: str) -> list[nn.Module]:
+    parts = name.split(".")
+    return [model.get_submodule(".".join(parts[:i])) for i in range(len(parts))]
+
+
+def _adapter_names(model: nn.Module) -> set[str]:
+    """Everything inside what a peft tuner layer calls its adapter layers (lora_A, lora_B, ...)."""
+    prefixes = [
+        f"{name}.{part}" if name else part
+        for name, module in model.named_modules()
+        for part in getattr(module, "adapter_layer_names", ())
+        if isinstance(part, str)
+    ]
+    return {n for n, _ in model.named_modules() if any(n == p or n.startswith(f"{p}.") for p in prefixes)}
+
+
+def _tied_names(model: nn.Module) -> set[str]:
+    owners = [(name, module._parameters.get("weight")) for name, module in model.named_modules()]
+    uses = Counter(id(weight) for _, weight in owners if weight is not None)
+    return {name for name, weight in owners if weight is not None and uses[id(weight)] > 1}
+
+
+def _untargetable(model: nn.Module, prefix: str) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for name, module in model.get_submodule(prefix).named_modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            continue
+        for parameter_name, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() >= 2:
+                found[f"{prefix}.{name}.{parameter_name}"] = parameter.numel()
+    return found
+
+
+def _has_matrix(block: nn.Module) -> bool:
+    return any(parameter.dim() >= 2 for parameter in block.parameters())

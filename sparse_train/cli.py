@@ -1,0 +1,72 @@
+"""The command line: ``sparse-train fit | validate | prune | evaluate | export | inspect``.
+
+``fit`` and ``validate`` are LightningCLI; the others are plain functions whose arguments jsonargparse reads.
+"""
+
+import sys
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from sparse_train.targets import did_you_mean
+
+_USAGE = """\
+usage: sparse-train COMMAND [options]
+
+Keep a language model at a target sparsity while it trains.
+
+commands:
+  fit        train sparse with re-pruning       sparse-train fit --config recipes/smollm2_2of4.yaml
+  validate   perplexity of a training run       sparse-train validate --config CONFIG --ckpt_path last.ckpt
+  prune      one-shot pruning                   sparse-train prune --config recipes/oneshot_wanda_2of4.yaml
+  evaluate   perplexity of a model              sparse-train evaluate PATH_OR_HUB_ID
+  export     checkpoint to Hugging Face folder  sparse-train export runs/x/last.ckpt runs/x/model
+  inspect    sparsity by layer                  sparse-train inspect PATH_OR_HUB_ID
+
+"sparse-train COMMAND --help" lists a command's options. --config also finds the recipes/ and configs/ that come
+with the package, from any folder, and may be given several times; later ones win.
+"""
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point of ``sparse-train``; ``args`` default to the command line's."""
+    args = sys.argv[1:] if args is None else args
+    if not args or args[0] in ("-h", "--help"):
+        print(_USAGE, end="")
+        return
+    command, *options = args
+    options = _find_shipped(options)
+    try:
+        if command in ("fit", "validate"):
+            from sparse_train.lightning_cli import run
+
+            run([command, *options])
+        else:
+            from sparse_train.commands import COMMANDS, run_command
+
+            if command not in COMMANDS:
+                names = ["fit", "validate", *COMMANDS]
+                sys.exit(f"sparse-train: there is no command {command!r}.{did_you_mean(command, names)}\n\n{_USAGE}")
+            run_command(command, options)
+    except ValueError as error:
+        if "--debug" in sys.argv:
+            raise
+        sys.exit(f"sparse-train {command}: {error}")
+
+
+def _find_shipped(options: list[str]) -> list[str]:
+    """Let ``--config recipes/x.yaml`` name a file that ships with the package where no such file is at hand."""
+    found = []
+    for previous, option in zip(["", *options], options, strict=False):
+        prefix, _, path = option.partition("=") if option.startswith("--config=") else ("", "", option)
+        is_config = previous == "--config" or bool(prefix)
+        if is_config and not Path(path).exists() and path.startswith(("recipes/", "configs/")):
+            shipped: Any = resources.files("sparse_train").joinpath(path)
+            if shipped.is_file():
+                option = f"{prefix}={shipped}" if prefix else str(shipped)
+        found.append(option)
+    return found
+
+
+if __name__ == "__main__":
+    main()

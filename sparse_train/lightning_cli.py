@@ -1,0 +1,45 @@
+"""``sparse-train fit`` and ``validate``: LightningCLI over ``CausalLM`` and ``TextBlocks``."""
+
+from typing import Any
+
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+import sparse_train.callbacks  # noqa: F401  (recipes name these classes without their module)
+from sparse_train.data import TextBlocks
+from sparse_train.module import CausalLM
+
+
+class SparseTrainCLI(LightningCLI):
+    """The tokenizer follows the model, and a finished ``fit`` can be exported."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--export", type=str | None, default=None, help="Folder for the trained sparse model.")
+        parser.link_arguments("model.model", "data.tokenizer")
+
+    def before_fit(self) -> None:
+        from pathlib import Path
+
+        from sparse_train.export import check_free
+
+        if out := self.config.fit.export:
+            check_free(Path(out))
+
+    def after_fit(self) -> None:
+        from sparse_train.export import export_model
+
+        if (out := self.config.fit.export) and self.trainer.is_global_zero:
+            folder = export_model(self.model.model, self.model.source.tokenizer(), out)
+            print(f"exported to {folder}")
+
+
+def run(args: list[str], **settings: Any) -> SparseTrainCLI:
+    """Parse ``args`` (``["fit", "--config", ...]``) and run them."""
+    return SparseTrainCLI(
+        CausalLM,
+        TextBlocks,
+        args=args,
+        seed_everything_default=0,
+        save_config_kwargs={"overwrite": True},
+        auto_configure_optimizers=False,
+        **settings,
+    )

@@ -217,10 +217,10 @@ def _is_pretrained(module: nn.Module) -> bool:
 
 def _refuse_dense(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
     layers = sparse_layers(module)
-    missing = [name for name in layers if f"{prefix}{name}.{MASK_NAME}" not in state_dict]
-    if layers and len(missing) == len(layers):
+    keys = [prefix + ".".join(filter(None, (name, MASK_NAME))) for name in layers]
+    if keys and not any(key in state_dict for key in keys):
         raise ValueError(
-            f"The model is sparsified, but this checkpoint holds no masks (no {prefix}{missing[0]}.{MASK_NAME}): it "
+            f"The model is sparsified, but this checkpoint holds no masks (no {keys[0]}): it "
             "was saved from a dense or a squashed model. To start sparse training from it, load it into the model "
             "before sparsifying, and leave ckpt_path out; to continue a sparse run, use a checkpoint that the run wrote."
         )

@@ -1,0 +1,157 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from sparse_train.activations import ActivationNorm, InputSharing
+from sparse_train.layers import Recorder, sparse_layers, sparsify
+from sparse_train.pruner import attach
+from sparse_train.criteria import Wanda
+
+from .conftest import VOCABULARY, tiny_llama
+
+
+def norm_of(*batches, mask=None) -> ActivationNorm:
+    norm = ActivationNorm(batches[0].shape[-1])
+    for batch in batches:
+        norm.add(batch, mask)
+    return norm
+
+
+@given(st.integers(1, 30), st.integers(1, 20), st.integers(0, 2**31))
+def test_splitting_and_merging_change_nothing(tokens, split, seed):
+    x = torch.randn(tokens + split, 6, generator=torch.Generator().manual_seed(seed))
+    whole, parts = norm_of(x), norm_of(*x.split(split))
+    merged = norm_of(x[:split])
+    merged.merge(norm_of(x[split:]))
+    for other in (parts, merged):
+        torch.testing.assert_close(other.sum_squares_I, whole.sum_squares_I, rtol=1e-5, atol=1e-6)
+        assert int(other.tokens) == int(whole.tokens) == tokens + split
+    torch.testing.assert_close(whole.norm_I.double(), x.double().norm(dim=0), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_sums_are_float32_whatever_comes_in(dtype):
+    x = torch.full((4096, 2), 0.1, dtype=dtype)
+    norm = norm_of(x.view(8, 512, 2))
+    assert norm.sum_squares_I.dtype == torch.float32
+    torch.testing.assert_close(norm.sum_squares_I.double(), x.double().square().sum(0), rtol=1e-5, atol=0)
+
+
+def test_padding_does_not_count_even_where_it_is_not_finite():
+    x = torch.randn(2, 3, 4)
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    padded = x.masked_fill(mask[..., None] == 0, torch.nan)
+    norm = norm_of(padded, mask=mask)
+    torch.testing.assert_close(norm.sum_squares_I, x[mask.bool()].square().sum(0))
+    assert int(norm.tokens) == 3
+    assert int(norm_of(x, mask=torch.ones(7)).tokens) == 6  # a mask of another shape says nothing about these tokens
+
+
+def test_reset_and_state():
+    norm = norm_of(torch.randn(5, 4))
+    copy = ActivationNorm(4)
+    copy.load_state_dict(norm.state_dict())
+    assert torch.equal(copy.sum_squares_I, norm.sum_squares_I)
+    norm.reset()
+    assert int(norm.tokens) == 0
+    assert int(copy.tokens) == 5
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x):
+        return x + self.down(torch.relu(self.up(x)))
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_recomputed_forward_counts_once(use_reentrant):
+    model = Block()
+    sparsify(model, [model.up, model.down])
+    attach([model.up, model.down], Recorder("training"), Wanda())
+    x = torch.randn(2, 5, 8, requires_grad=True)
+    checkpoint(model, x, use_reentrant=use_reentrant).sum().backward()
+    for layer in (model.up, model.down):
+        assert int(layer.statistics.tokens) == 10
+    torch.testing.assert_close(model.up.statistics.sum_squares_I, x.detach().square().sum((0, 1)))
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False, None])
+def test_a_checkpointed_llama_counts_once(use_reentrant):
+    model = tiny_llama().train()
+    if use_reentrant is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        model.enable_input_require_grads()
+    linears = [m for n, m in model.named_modules() if n.endswith("proj")]
+    sparsify(model, linears)
+    attach(linears, Recorder("training"), Wanda())
+    ids = torch.randint(0, VOCABULARY, (2, 16))
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    assert {int(layer.statistics.tokens) for layer in linears} == {32}
+    assert all(layer.weight.grad is not None for layer in linears)
+
+
+def test_evaluation_does_not_count_but_eval_mode_training_does():
+    model = Block().eval()  # transformers models come in eval mode, and many are trained in it
+    sparsify(model, [model.up])
+    attach([model.up], Recorder("training"), Wanda())
+    with torch.no_grad():
+        model(torch.randn(3, 8))
+    assert int(model.up.statistics.tokens) == 0
+    model(torch.randn(3, 8))
+    assert int(model.up.statistics.tokens) == 3
+    model.up.recorder.when = "never"
+    model(torch.randn(3, 8))
+    assert int(model.up.statistics.tokens) == 3
+
+
+def test_layers_that_share_an_input_are_found_by_identity():
+    llama = tiny_llama()
+    linears = {n: m for n, m in llama.named_modules() if n.endswith("proj")}
+    sparsify(llama, linears.values())
+    recorder = Recorder("always", sharing=InputSharing())
+    attach(linears.values(), recorder, Wanda())
+    llama(input_ids=torch.randint(0, VOCABULARY, (1, 8)))
+    name = {m: n for n, m in sparse_layers(llama).items()}
+    leaders = {name[m].split("layers.0.")[-1]: name[leader] for m, leader in recorder.sharing.leaders().items()
+               if "layers.0." in name[m]}
+    prefix = "model.layers.0."
+    assert leaders == {
+        "self_attn.q_proj": prefix + "self_attn.q_proj",
+        "self_attn.k_proj": prefix + "self_attn.q_proj",
+        "self_attn.v_proj": prefix + "self_attn.q_proj",
+        "self_attn.o_proj": prefix + "self_attn.o_proj",
+        "mlp.gate_proj": prefix + "mlp.gate_proj",
+        "mlp.up_proj": prefix + "mlp.gate_proj",
+        "mlp.down_proj": prefix + "mlp.down_proj",
+    }
+
+
+def test_equal_values_or_reused_addresses_are_no_shared_input():
+    a, b = nn.Linear(4, 4), nn.Linear(4, 4)
+    sharing = InputSharing()
+    for layer in (a, b):
+        x = torch.ones(2, 4)  # the second may well sit where the first was
+        sharing.watch(layer, x)
+        del x
+    assert sharing.leaders() == {a: a, b: b}
+    x = torch.ones(2, 4)
+    sharing.watch(a, x)
+    sharing.watch(b, x)
+    assert sharing.leaders()[b] is b  # shared once, but not always
+
+
+def test_statistics_survive_a_cast_of_the_model():
+    model = Block()
+    sparsify(model, [model.up])
+    attach([model.up], Recorder("training"), Wanda())
+    model(torch.randn(3, 8))
+    before = model.up.statistics.sum_squares_I.clone()
+    model.to(torch.bfloat16)
+    assert torch.equal(model.up.statistics.sum_squares_I, before)
+    assert model.up.weight_mask.dtype == torch.uint8

@@ -1,0 +1,127 @@
+import logging
+
+import pytest
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from sparse_train.patterns import NM, Unstructured
+from sparse_train.targets import decoder_blocks, select
+
+from .conftest import tiny_llama
+
+PATTERN = NM(2, 4)
+
+
+def names(model, **arguments):
+    return list(select(model, arguments.pop("pattern", PATTERN), **arguments).layers)
+
+
+def test_default_is_the_linear_layers_of_the_decoder_blocks(llama):
+    chosen = names(llama)
+    assert len(chosen) == 3 * 7
+    assert all(name.startswith("model.layers.") and name.endswith("proj") for name in chosen)
+    assert decoder_blocks(llama)[0] == "model.layers"
+
+
+def test_default_without_blocks_leaves_out_the_last_the_tied_and_what_does_not_fit(caplog):
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2))
+    with caplog.at_level(logging.WARNING):
+        assert names(model) == ["1", "2"]
+    assert "0 stays dense: 2:4 needs in_features divisible by 4, but 0 has 6" in caplog.text
+    model[2].weight = model[1].weight
+    assert names(model, pattern=Unstructured()) == ["0"]
+
+
+def test_names_classes_and_expressions(llama):
+    assert names(llama, targets=["re:.*layers\\.[01]\\..*q_proj"]) == [
+        "model.layers.0.self_attn.q_proj",
+        "model.layers.1.self_attn.q_proj",
+    ]
+    assert names(llama, targets=["model.layers.2.mlp.up_proj"]) == ["model.layers.2.mlp.up_proj"]
+    assert len(names(llama, targets=["LlamaMLP"])) == 9
+    assert len(names(llama, targets=["model.layers.0"])) == 7
+    assert len(names(llama, ignore=["re:.*down_proj", "model.layers.0"])) == 2 * 6
+    assert len(names(llama, targets=["Linear"], ignore=["lm_head"])) == 21
+
+
+class MyAttention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2)
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+
+def overridden():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[0].forward = lambda x: x
+    return model
+
+
+def tied():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    model[0].weight = model[1].weight
+    return model
+
+
+class Quantized(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).round()
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "message"),
+    [
+        (overridden(), {}, "forward overridden on the instance .accelerate"),
+        (tied(), {"targets": ["0"]}, "shares its weight with another module"),
+        (nn.Sequential(Quantized(8, 8), nn.Linear(8, 8)), {}, "a Quantized, a subclass of nn.Linear"),
+        (MyAttention(), {}, "inside a MultiheadAttention, whose fast path"),
+        (nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16), 1), {}, "whose fast path reads the weight"),
+        (nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 8)), {"targets": ["0"]}, "divisible by 4, but 0 has 6"),
+        (nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8)), {"targets": ["0"]}, "0 is a LayerNorm; only nn.Linear"),
+        (nn.Sequential(nn.Linear(8, 8)), {}, "Nothing to prune: no linear layer was targeted"),
+        (nn.Sequential(nn.ReLU()), {}, "built in configure_model does not exist"),
+        (tiny_llama(), {"targets": ["model.layers.0.mlp.up_prj"]}, "Did you mean 'model.layers.0.mlp.up_proj'"),
+        (tiny_llama(), {"ignore": ["lm_hed"]}, "ignore: 'lm_hed' matches no layer"),
+        (tiny_llama(), {"targets": ["re:.*("]}, "not a regular expression"),
+        (tiny_llama(), {"targets": "Linear"}, "write .'Linear'."),
+        (tiny_llama(intermediate_size=30), {}, "needs in_features divisible by 4"),
+        (tiny_llama(), {"targets": ["lm_head"]}, "shares its weight"),
+    ],
+)
+def test_what_cannot_be_masked_is_an_error_with_a_way_out(model, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        select(model, PATTERN, **arguments)
+
+
+def test_block_weights_out_of_reach_are_listed_with_their_share(caplog):
+    config = GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=32, n_positions=16)
+    with caplog.at_level(logging.WARNING), pytest.raises(ValueError, match="Nothing to prune"):
+        select(GPT2LMHeadModel(config), PATTERN)
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = nn.Parameter(torch.randn(4, 8, 8))
+            self.linear = nn.Linear(8, 8)
+
+    model = nn.Module()
+    model.layers = nn.ModuleList([Mixed(), Mixed()])
+    with caplog.at_level(logging.WARNING):
+        selection = select(model, PATTERN)
+    assert list(selection.layers) == ["layers.0.linear", "layers.1.linear"]
+    assert selection.untargetable == {"layers.0.experts": 256, "layers.1.experts": 256}
+    assert "2 block weights cannot be masked and stay dense (78.0 % of" in caplog.text
+
+
+def test_peft_adapters_are_never_targets(llama):
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(llama, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    chosen = names(model)
+    assert len(chosen) == 21
+    assert not any("lora" in name for name in chosen)
+    assert sum(name.endswith("q_proj.base_layer") for name in chosen) == 3
+    assert len(names(model, targets=["re:.*q_proj.*"])) == 3
+    adapter = next(n for n, m in model.named_modules() if "lora_A" in n and isinstance(m, nn.Linear))
+    with pytest.raises(ValueError, match="belongs to a peft adapter"):
+        select(model, PATTERN, targets=[adapter])

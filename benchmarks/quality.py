@@ -54,8 +54,14 @@ class Row:
     protocol: str = "windows of 512, no overlap, bfloat16 autocast, loss in float32"
 
 
-def main(arm: str, seed: int = 0, steps: int = 100, lr: float = 2e-4, wikitext: str | None = None,
-         out: str = "benchmarks/quality.csv") -> None:
+def main(
+    arm: str,
+    seed: int = 0,
+    steps: int = 100,
+    lr: float = 2e-4,
+    wikitext: str | None = None,
+    out: str = "benchmarks/quality.csv",
+) -> None:
     """Run one arm and append its row.
 
     Args:
@@ -73,8 +79,10 @@ def main(arm: str, seed: int = 0, steps: int = 100, lr: float = 2e-4, wikitext: 
     if arm not in ARMS:
         steps, lr = 0, 0.0
     path = Path(out)
-    if any(row["arm"] == arm and row["seed"] == str(seed) and row["steps"] == str(steps) and float(row["lr"]) == lr
-           for row in _read(path)):
+    if any(
+        row["arm"] == arm and row["seed"] == str(seed) and row["steps"] == str(steps) and float(row["lr"]) == lr
+        for row in _read(path)
+    ):
         print(f"{arm}, seed {seed}, {steps} steps, lr {lr}: already in {path}")
         return
     began = time.perf_counter()
@@ -83,11 +91,20 @@ def main(arm: str, seed: int = 0, steps: int = 100, lr: float = 2e-4, wikitext: 
     if arm in ARMS:
         recipe, changes = ARMS[arm]
         with tempfile.TemporaryDirectory() as folder:
-            cli = lightning_cli.run([
-                "fit", f"--config={recipe}", *changes, f"--seed_everything={seed}", f"--data.seed={seed}",
-                f"--model.lr={lr}", f"--trainer.max_steps={steps}", f"--trainer.default_root_dir={folder}",
-                "--trainer.enable_checkpointing=false", f"--trainer.val_check_interval={steps}",
-            ])
+            cli = lightning_cli.run(
+                [
+                    "fit",
+                    f"--config={recipe}",
+                    *changes,
+                    f"--seed_everything={seed}",
+                    f"--data.seed={seed}",
+                    f"--model.lr={lr}",
+                    f"--trainer.max_steps={steps}",
+                    f"--trainer.default_root_dir={folder}",
+                    "--trainer.enable_checkpointing=false",
+                    f"--trainer.val_check_interval={steps}",
+                ]
+            )
         model = cli.model.model
     else:
         model = source.load()
@@ -100,12 +117,22 @@ def main(arm: str, seed: int = 0, steps: int = 100, lr: float = 2e-4, wikitext: 
     if wikitext is not None:
         texts["wikitext2"] = TextFiles(test=[wikitext])
     found = {
-        name: evaluate_perplexity(model, token_ids(text.documents("test"), tokenizer), window=512,
-                                  autocast=torch.bfloat16, progress=True).perplexity
+        name: evaluate_perplexity(
+            model, token_ids(text.documents("test"), tokenizer), window=512, autocast=torch.bfloat16, progress=True
+        ).perplexity
         for name, text in texts.items()
     }
-    row = Row(arm, seed, steps, lr, steps * 2048, found["heldout"], found.get("wikitext2"), sparsity,
-              time.perf_counter() - began)
+    row = Row(
+        arm,
+        seed,
+        steps,
+        lr,
+        steps * 2048,
+        found["heldout"],
+        found.get("wikitext2"),
+        sparsity,
+        time.perf_counter() - began,
+    )
     _append(path, row)
     print(row)
 

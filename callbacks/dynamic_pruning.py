@@ -31,9 +31,10 @@ from sparse_train.layers import SparseLinear, sparse_layers, sparsify, squash
 from sparse_train.oneshot import Batch, set_initial_masks
 from sparse_train.patterns import Pattern
 from sparse_train.policies import MaskPolicy, StraightThrough
-from sparse_train.pruner import MaskUpdater, UpdateReport, resolve_target
+from sparse_train.pruner import UpdateReport
 from sparse_train.schedules import Schedule
 from sparse_train.targets import select
+from sparse_train.updater import MaskUpdater, resolve_target
 
 _log = logging.getLogger(__name__)
 

@@ -8,8 +8,9 @@ from sparse_train.layers import SparseLinear, sparse_layers, sparsify, squash
 from sparse_train.oneshot import prune
 from sparse_train.patterns import NM, Pattern, Unstructured
 from sparse_train.policies import Fixed, MaskPolicy, StraightThrough
-from sparse_train.pruner import MaskUpdater, UpdateReport
+from sparse_train.pruner import UpdateReport
 from sparse_train.schedules import Constant, Cubic, Linear, Schedule
+from sparse_train.updater import MaskUpdater
 
 __version__ = "0.1.0"
 

@@ -57,8 +57,9 @@ def prune(
     began = time.perf_counter()
     loaded, tokenizer = source.load(), source.tokenizer()
     text = text or PackagedWikipedia()
-    batches = None
+    batches = calibration = None
     if criterion.needs_activations:
+        calibration = f"{num_calibration_samples} x {max_seq_length} tokens of {text.name}, seed {seed}"
         batches = calibration_batches(
             text,
             tokenizer,
@@ -83,7 +84,7 @@ def prune(
         "criterion": repr(criterion),
         "mask_structure": mask_structure,
         "sparsity": report.sparsity,
-        "calibration": None if batches is None else f"{num_calibration_samples} x {max_seq_length} tokens of {text.name}, seed {seed}",
+        "calibration": calibration,
         "seconds": {
             "forwards": report.forward_seconds,
             "pruning": report.pruning_seconds,
@@ -181,7 +182,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], list[str]]] = {
 
 def parser_of(command: str) -> ArgumentParser:
     """The parser of one command."""
-    function, positional = COMMANDS[command]
+    function, _ = COMMANDS[command]
     parser = ArgumentParser(prog=f"sparse-train {command}", description=(function.__doc__ or "").split("\n\n")[0])
     parser.add_argument("--config", action="config", help="YAML file with any of these arguments.")
     parser.add_function_arguments(function)
@@ -199,5 +200,3 @@ def run_command(command: str, options: list[str]) -> None:
     arguments = parser_of(command).instantiate(config)
     arguments.pop("config", None)
     function(**arguments)
-
-

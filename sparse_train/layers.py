@@ -149,7 +149,8 @@ def masked_linear(
 
     Under autocast computes in its dtype, forward and backward; otherwise all dtypes must agree.
     """
-    return _MaskedLinear.apply(x, weight_OI, mask_OJ, bias_O, straight_through)  # type: ignore[no-any-return]
+    output: Tensor = _MaskedLinear.apply(x, weight_OI, mask_OJ, bias_O, straight_through)  # type: ignore[no-untyped-call]
+    return output
 
 
 # --- Whole models ----------------------------------------------------------------------------------------------------
@@ -169,7 +170,7 @@ def sparsify(model: nn.Module, layers: Iterable[nn.Linear]) -> None:
     for layer in layers:
         if isinstance(layer, SparseLinear):
             continue
-        layer.__class__ = _sparse_class(type(layer))
+        layer.__class__ = _sparse_class(type(layer))  # type: ignore[arg-type]
         assert isinstance(layer, SparseLinear)
         layer.register_buffer(MASK_NAME, masks.full(layer.out_features, layer.in_features, layer.weight.device))
         layer.straight_through, layer.statistics, layer.records, layer.recorder = True, None, True, None
@@ -188,7 +189,7 @@ def squash(model: nn.Module) -> None:
         layer.weight.copy_(layer.masked_weight())
         for name in (MASK_NAME, "straight_through", "statistics", "records", "recorder"):
             delattr(layer, name)
-        layer.__class__ = _dense_class(type(layer))
+        layer.__class__ = _dense_class(type(layer))  # type: ignore[arg-type]
     for module in model.modules():
         if _is_pretrained(module):
             module.__dict__.pop("save_pretrained", None)
@@ -222,16 +223,17 @@ def _refuse_dense(module: nn.Module, state_dict: dict[str, Any], prefix: str, *a
         raise ValueError(
             f"The model is sparsified, but this checkpoint holds no masks (no {keys[0]}): it "
             "was saved from a dense or a squashed model. To start sparse training from it, load it into the model "
-            "before sparsifying, and leave ckpt_path out; to continue a sparse run, use a checkpoint that the run wrote."
+            "before sparsifying, and leave ckpt_path out; to continue a sparse run, use a checkpoint that it wrote."
         )
 
 
 def _refusals(module: nn.Module) -> list[int]:
-    return [key for key, hook in module._load_state_dict_pre_hooks.items() if hook.hook is _refuse_dense]
+    hooks = module._load_state_dict_pre_hooks.items()
+    return [key for key, hook in hooks if getattr(hook, "hook", hook) is _refuse_dense]
 
 
 @functools.cache
-def _sparse_class(cls: type) -> type:
+def _sparse_class(cls: Any) -> type:
     if cls is nn.Linear:
         return SparseLinear
     # fully_shard has made a class FSDPLinear(FSDPModule, Linear) for this one module; it must stay an FSDPModule.
@@ -240,9 +242,7 @@ def _sparse_class(cls: type) -> type:
 
 
 @functools.cache
-def _dense_class(cls: type) -> type:
+def _dense_class(cls: Any) -> type:
     if cls is SparseLinear:
         return nn.Linear
     return type(cls.__name__.removesuffix("Sparse"), (cls.__bases__[0], nn.Linear), dict(cls.__dict__))
-
-

@@ -116,7 +116,7 @@ def parse_pattern(mask_structure: "str | Pattern", sparsity: float | None) -> tu
         return pattern, sparsity
     if isinstance(pattern, NM):
         return pattern, pattern.sparsity
-    raise ValueError(f'{pattern} needs a sparsity: the share of weights that are zero, such as sparsity=0.5 ("2:4" does not).')
+    raise ValueError(f"{pattern} needs a sparsity: the share of weights that are zero, such as sparsity=0.5.")
 
 
 def _parse_word(word: str) -> Pattern:
@@ -126,7 +126,7 @@ def _parse_word(word: str) -> Pattern:
         return NM(int(match[1]), int(match[2]))
     raise ValueError(
         f'mask_structure must be "unstructured" or "N:M" with N kept of every M (such as "2:4"), got {word!r}.'
-        + (' In YAML put quotes around it: 2:4 without them is a number in base 60.' if isinstance(word, int) else "")
+        + (" In YAML put quotes around it: 2:4 without them is a number in base 60." if isinstance(word, int) else "")
     )
 
 
@@ -140,7 +140,7 @@ def group_label(pattern: Pattern) -> str:
 
 
 def detect_pattern(nonzero_OI: Tensor) -> str:
-    """The tightest pattern that the zeros of a weight follow, for ``inspect``: "2:4", "4:8", "unstructured", "dense"."""
+    """The tightest pattern that the zeros of a weight follow: "1:4", "2:4", "4:8", "unstructured" or "dense"."""
     if bool(nonzero_OI.all()):
         return "dense"
     for n, m in ((1, 4), (2, 4), (4, 8)):

@@ -60,7 +60,9 @@ class Pretrained(ModelSource):
 
         dtype = getattr(torch, self.dtype, None)
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise ValueError(f'dtype must name a floating point dtype of torch, such as "bfloat16", got {self.dtype!r}.')
+            raise ValueError(
+                f'dtype must name a floating point dtype of torch, such as "bfloat16", got {self.dtype!r}.'
+            )
         model = AutoModelForCausalLM.from_pretrained(
             self.path, gguf_file=self.gguf_file, dtype=dtype, attn_implementation=self.attn_implementation
         )

@@ -104,16 +104,15 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
     found: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{outer}.") for outer in found)
-        if isinstance(module, nn.ModuleList) and len(module) and not inside:
-            if all(next(block.children(), None) is not None and _has_matrix(block) for block in module):
-                found[name] = module
+        if isinstance(module, nn.ModuleList) and len(module) and not inside and all(map(_is_block, module)):
+            found[name] = module
     if not found:
         return None
     return max(found.items(), key=lambda item: sum(p.numel() for p in item[1].parameters()))
 
 
 def did_you_mean(word: str, candidates: Iterable[str]) -> str:
-    """" Did you mean ...?" or nothing, to put behind an error."""
+    """ " Did you mean ...?" or nothing, to put behind an error."""
     close = difflib.get_close_matches(word, list(candidates), n=3, cutoff=0.5)
     return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
 
@@ -211,5 +210,6 @@ def _untargetable(model: nn.Module, prefix: str) -> dict[str, int]:
     return found
 
 
-def _has_matrix(block: nn.Module) -> bool:
-    return any(parameter.dim() >= 2 for parameter in block.parameters())
+def _is_block(module: nn.Module) -> bool:
+    composite = next(module.children(), None) is not None
+    return composite and any(parameter.dim() >= 2 for parameter in module.parameters())

@@ -6,9 +6,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from sparse_train.activations import ActivationNorm, InputSharing
+from sparse_train.criteria import Wanda
 from sparse_train.layers import Recorder, sparse_layers, sparsify
 from sparse_train.pruner import attach
-from sparse_train.criteria import Wanda
 
 from .conftest import VOCABULARY, tiny_llama
 
@@ -118,8 +118,11 @@ def test_layers_that_share_an_input_are_found_by_identity():
     attach(linears.values(), recorder, Wanda())
     llama(input_ids=torch.randint(0, VOCABULARY, (1, 8)))
     name = {m: n for n, m in sparse_layers(llama).items()}
-    leaders = {name[m].split("layers.0.")[-1]: name[leader] for m, leader in recorder.sharing.leaders().items()
-               if "layers.0." in name[m]}
+    leaders = {
+        name[m].split("layers.0.")[-1]: name[leader]
+        for m, leader in recorder.sharing.leaders().items()
+        if "layers.0." in name[m]
+    }
     prefix = "model.layers.0."
     assert leaders == {
         "self_attn.q_proj": prefix + "self_attn.q_proj",

@@ -100,7 +100,7 @@ def test_nothing_is_held_for_backward_beyond_the_dense_layer_and_the_mask(autoca
 
 
 def test_autocast_forward_and_backward():
-    layer, mask = sparse_linear(16, 8)
+    layer, _ = sparse_linear(16, 8)
     dense = nn.Linear(16, 8)
     dense.load_state_dict({"weight": layer.masked_weight(), "bias": layer.bias})
     x = torch.randn(3, 16, requires_grad=True)

@@ -127,8 +127,13 @@ def test_a_rising_n_of_m_schedule_steps_through_kept_counts():
 def test_decay_shrinks_shadow_values_only_and_ramps():
     model = tiny_llama()
     updater = MaskUpdater(
-        model, "2:4", criterion=Magnitude(), policy=StraightThrough(srste_decay=0.1, ramp=0.5), update_freq=10,
-        end_step=20, total_steps=20,
+        model,
+        "2:4",
+        criterion=Magnitude(),
+        policy=StraightThrough(srste_decay=0.1, ramp=0.5),
+        update_freq=10,
+        end_step=20,
+        total_steps=20,
     )
     layer = sparse_layers(model)["model.layers.0.mlp.up_proj"]
     before, mask = layer.weight.detach().clone(), layer.unpacked_mask()

@@ -98,6 +98,7 @@ def test_block_weights_out_of_reach_are_listed_with_their_share(caplog):
     config = GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=32, n_positions=16)
     with caplog.at_level(logging.WARNING), pytest.raises(ValueError, match="Nothing to prune"):
         select(GPT2LMHeadModel(config), PATTERN)
+
     class Mixed(nn.Module):
         def __init__(self):
             super().__init__()

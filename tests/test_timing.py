@@ -7,8 +7,14 @@ from sparse_train.timing import Timing
 
 
 def timing(**changes) -> Timing:
-    settings = {"start_step": 0, "end_step": 0.75, "update_freq": 10, "window": 0.5, "total_steps": 100,
-                "first_from_window": False}
+    settings = {
+        "start_step": 0,
+        "end_step": 0.75,
+        "update_freq": 10,
+        "window": 0.5,
+        "total_steps": 100,
+        "first_from_window": False,
+    }
     return Timing.resolve(**(settings | changes))
 
 

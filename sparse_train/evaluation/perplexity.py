@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from sparse_train.losses import next_token_loss, perplexity
+from sparse_train.progress import bar
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,9 @@ class PerplexityProtocol:
 
     def __str__(self) -> str:
         return (
-            f"token perplexity of {self.model} on {self.data}, {self.split}: {self.tokens} tokens scored, windows of "
-            f"{self.window}, stride {self.stride}, tokenizer of {self.tokenizer}, computed in {self.computed_in}, loss in float32"
+            f"token perplexity of {self.model} on {self.data}, {self.split}: {self.tokens} tokens scored, "
+            f"windows of {self.window}, stride {self.stride}, tokenizer of {self.tokenizer}, "
+            f"computed in {self.computed_in}, loss in float32"
         )
 
 
@@ -107,12 +109,16 @@ def evaluate_perplexity(
     was_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        for ids_BL, labels_BL in _bar(list(zip(windows_WL.split(batch_size), labels_WL.split(batch_size), strict=True)), progress):
-            with torch.autocast(device.type, autocast, enabled=autocast is not None):
-                logits_BLV = model(input_ids=ids_BL.to(device), use_cache=False).logits
-            loss, count = next_token_loss(logits_BLV, labels_BL.to(device))
-            metric.update(loss, weight=count)
-            tokens += int(count)
+        batches = list(zip(windows_WL.split(batch_size), labels_WL.split(batch_size), strict=True))
+        with bar("perplexity", shown=progress) as (set_total, advance):
+            set_total(len(batches))
+            for ids_BL, labels_BL in batches:
+                with torch.autocast(device.type, autocast, enabled=autocast is not None):
+                    logits_BLV = model(input_ids=ids_BL.to(device), use_cache=False).logits
+                loss, count = next_token_loss(logits_BLV, labels_BL.to(device))
+                metric.update(loss, weight=count)
+                tokens += int(count)
+                advance()
     finally:
         for module in was_training:
             module.training = True
@@ -121,11 +127,3 @@ def evaluate_perplexity(
         model_name, data_name, split, tokenizer_name or model_name, window, stride, tokens, dtype
     )
     return PerplexityResult(perplexity(metric.compute()), protocol)
-
-
-def _bar(items: list[Any], shown: bool) -> Any:
-    if not shown:
-        return items
-    from rich.progress import track
-
-    return track(items, description="perplexity", transient=True)

@@ -8,11 +8,13 @@ from typing import Any
 from torch import nn
 
 from sparse_train import layers as _layers
+from sparse_train import masks
 from sparse_train.criteria import Criterion, Wanda
 from sparse_train.layers import Recorder, SparseLinear, sparsify
 from sparse_train.oneshot.walk import Batch, CalibrationPass, layers_inside
 from sparse_train.patterns import Pattern, parse_pattern
 from sparse_train.policies import StraightThrough
+from sparse_train.progress import bar
 from sparse_train.pruner import LayerUpdate, attach, reduce_statistics, update_masks
 from sparse_train.targets import decoder_blocks, select
 
@@ -77,10 +79,8 @@ def prune(
             model, sparse, batches, criterion=criterion or Wanda(), pattern=pattern, sparsity=target, progress=progress
         )
     except BaseException:
-        if fresh:  # shadow values are all still there: keep everything, and nothing has happened
-            for layer in sparse.values():
-                layer.weight_mask.copy_(_layers.masks.full(layer.out_features, layer.in_features))
-            _layers.squash(model)
+        if fresh:
+            _layers.squash(model)  # the masks are back to keeping everything
         raise
     if squash:
         _layers.squash(model)
@@ -98,67 +98,66 @@ def set_initial_masks(
     progress: bool = False,
 ) -> OneshotReport:
     """Set the masks of sparsified ``layers`` of ``model``; weights stay as they are. See ``prune``."""
-    began = time.perf_counter()
+    before = {name: layer.weight_mask.clone() for name, layer in layers.items()}
+    for layer in layers.values():  # whatever masks there were, each block is calibrated with all its weights
+        masks.fill_full(layer.weight_mask, layer.in_features)
     attach(layers.values(), recorder := Recorder(), criterion)
     settings: dict[str, Any] = {
         "criterion": criterion,
         "pattern": pattern,
         "sparsity": sparsity,
-        "policy": StraightThrough(),  # judges all weights alike, whatever masks there were before
+        "policy": StraightThrough(),
     }
-    if not criterion.needs_activations:
-        return OneshotReport(update_masks(layers, **settings), 0.0, time.perf_counter() - began)
-    if batches is None:
-        raise ValueError(
-            f"{criterion} needs calibration data: pass batches, an iterable of token tensors (B, L) or of dicts of "
-            "model inputs (in a recipe: a data section). Magnitude() needs none."
-        )
+    began = time.perf_counter()
+    try:
+        if not criterion.needs_activations:
+            updates, forward_seconds = update_masks(layers, **settings), 0.0
+        elif batches is None:
+            raise ValueError(
+                f"{criterion} needs calibration data: pass batches, an iterable of token tensors (B, L) or of dicts "
+                "of model inputs (in a recipe: a data section). Magnitude() needs none."
+            )
+        else:
+            with bar("calibrating", shown=progress) as (set_total, advance):
+                calibration = CalibrationPass(model, batches, recorder, advance)
+                updates = _calibrated_masks(model, layers, calibration, settings, set_total)
+                forward_seconds = calibration.seconds
+    except BaseException:
+        for name, layer in layers.items():
+            layer.weight_mask.copy_(before[name])
+        raise
+    finally:
+        for layer in layers.values():
+            layer.statistics = layer.recorder = None
+    return OneshotReport(updates, forward_seconds, time.perf_counter() - began - forward_seconds)
+
+
+def _calibrated_masks(
+    model: nn.Module,
+    layers: Mapping[str, SparseLinear],
+    calibration: CalibrationPass,
+    settings: dict[str, Any],
+    set_total: Callable[[int], None],
+) -> dict[str, LayerUpdate]:
     found = decoder_blocks(model)
-    blocks: Sequence[nn.Module] = [] if found is None or pattern.model_wide else list(found[1])
-    # Targets outside the blocks, such as a named lm_head, come last, on the pruned blocks.
-    groups = [group for block in blocks if (group := layers_inside(layers, block))]
+    # one threshold over the whole model cannot be known before its last block has been seen
+    blocks = list(found[1]) if found is not None and not settings["pattern"].model_wide else []
+    groups = [layers_inside(layers, block) for block in blocks]
     in_blocks = {name for group in groups for name in group}
     rest = {name: layer for name, layer in layers.items() if name not in in_blocks}
+    last = max((index for index, group in enumerate(groups) if group), default=-1)
+    set_total(len(calibration) * (sum(map(bool, groups)) + max(last, 0) + bool(rest)))
     updates: dict[str, LayerUpdate] = {}
-    with _progress_bar("calibrating", progress) as (set_total, advance):
-        calibration = CalibrationPass(model, batches, recorder, advance)
-        set_total(len(calibration) * ((2 * len(blocks) - 1 if groups else 0) + (1 if rest else 0)))
-        if groups:
-            outputs: list[Any] = []
-            for index, block in enumerate(blocks):
-                group = layers_inside(layers, block)
-                if group:
-                    calibration.record_block(blocks, index, outputs)
-                    reduce_statistics(group.values())
-                    updates |= update_masks(group, **settings)
-                if index + 1 < len(blocks):
-                    outputs = calibration.outputs(blocks, index, outputs)
-        if rest:
-            calibration.whole()
-            reduce_statistics(rest.values())
-            updates |= update_masks(rest, **settings)
-    for layer in layers.values():
-        layer.statistics = layer.recorder = None
-    total = time.perf_counter() - began
-    return OneshotReport(updates, calibration.seconds, total - calibration.seconds)
-
-
-class _progress_bar:
-    """A rich progress bar of unknown length, or nothing."""
-
-    def __init__(self, label: str, shown: bool) -> None:
-        self._label, self._shown = label, shown
-
-    def __enter__(self) -> tuple[Callable[[int], None], Callable[[], None]]:
-        if not self._shown:
-            return (lambda total: None), (lambda: None)
-        from sparse_train.progress import bar
-
-        self._bar = bar()
-        self._bar.start()
-        task = self._bar.add_task(self._label, total=None)
-        return (lambda total: self._bar.update(task, total=total)), (lambda: self._bar.advance(task))
-
-    def __exit__(self, *exception: object) -> None:
-        if self._shown:
-            self._bar.stop()
+    outputs: list[Any] = []
+    for index in range(last + 1):
+        if group := groups[index]:
+            calibration.record_block(blocks, index, outputs)
+            reduce_statistics(group.values())
+            updates |= update_masks(group, **settings)
+        if index < last:
+            outputs = calibration.outputs(blocks, index, outputs)
+    if rest:  # targets outside the blocks, such as a named lm_head: with the blocks pruned
+        calibration.whole()
+        reduce_statistics(rest.values())
+        updates |= update_masks(rest, **settings)
+    return updates

@@ -132,7 +132,8 @@ def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterato
 def _inference(model: nn.Module) -> Iterator[None]:
     """Eval mode, no autograd, no cache of keys and values; all as before afterwards."""
     training = [module for module in model.modules() if module.training]
-    configs = [c for m in model.modules() if getattr(c := getattr(m, "config", None), "use_cache", None) is True]
+    configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    configs = [config for config in configs if getattr(config, "use_cache", None) is True]
     model.eval()
     for config in configs:
         config.use_cache = False
@@ -157,7 +158,9 @@ def _to_device(batch: Batch, device: torch.device) -> Batch:
     if isinstance(batch, Mapping):
         kept = {key: value for key, value in batch.items() if key != "labels"}  # no loss is needed
         return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in kept.items()}
-    raise ValueError(f"A calibration batch is a tensor of token ids (B, L) or a dict of model inputs, got {type(batch).__name__}.")
+    raise ValueError(
+        f"A calibration batch is a tensor of token ids (B, L) or a dict of model inputs, got {type(batch).__name__}."
+    )
 
 
 def layers_inside(layers: Mapping[str, SparseLinear], module: nn.Module) -> dict[str, SparseLinear]:

@@ -1,0 +1,230 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from sparse_train import NM, Magnitude, SparseLinear, Unstructured, Wanda, prune, sparse_layers
+from sparse_train.targets import decoder_blocks
+
+from .conftest import VOCABULARY, tiny_llama
+from .reference import nm_mask, row_mask
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": VOCABULARY}
+ARCHITECTURES = {
+    "llama": {"intermediate_size": 64, "num_key_value_heads": 2},
+    "mistral": {"intermediate_size": 64, "num_key_value_heads": 2, "sliding_window": 8},
+    "qwen2": {"intermediate_size": 64, "num_key_value_heads": 2},
+    "qwen3": {"intermediate_size": 64, "num_key_value_heads": 2, "head_dim": 8},
+    "gemma2": {"intermediate_size": 64, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 8},
+    "gemma3_text": {"intermediate_size": 64, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 8},
+    "phi": {"intermediate_size": 64},
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
+    "gpt_neox": {"intermediate_size": 64},
+    "bloom": {"n_head": 4, "n_layer": 3},
+}
+
+
+def tiny(architecture):
+    config = AutoConfig.for_model(architecture, **(SMALL | ARCHITECTURES[architecture]))
+    config.pad_token_id = 0
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+def reference_prune(model, batches, mask_of):
+    """Sequential calibration the long way: for each block a forward of the whole model, with hooks on its layers."""
+    _, blocks = decoder_blocks(model)
+    for block in blocks:
+        sums: dict[nn.Linear, torch.Tensor] = {}
+
+        def add(module, args, sums=sums):
+            x = args[0].detach().reshape(-1, module.in_features)
+            sums[module] = sums.get(module, 0) + x.float().square().sum(0)
+
+        layers = [m for m in block.modules() if isinstance(m, nn.Linear)]
+        handles = [layer.register_forward_pre_hook(add) for layer in layers]
+        with torch.no_grad():
+            for batch in batches:
+                model(input_ids=batch, use_cache=False)
+        for handle in handles:
+            handle.remove()
+        for layer in layers:
+            scores = layer.weight.detach().abs().float() * sums[layer].sqrt()
+            layer.weight.data = torch.where(mask_of(scores), layer.weight.data, 0)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("structure", ["2:4", "unstructured"])
+def test_block_by_block_equals_a_whole_model_reference(architecture, structure, ids):
+    model, expected = tiny(architecture), tiny(architecture)
+    expected.load_state_dict(model.state_dict())
+    sparsity = 0.5 if structure == "unstructured" else None
+    report = prune(model, ids, structure, sparsity=sparsity, criterion=Wanda())
+    reference_prune(expected, ids, (lambda s: row_mask(s, 0.5)) if sparsity else (lambda s: nm_mask(s, 2, 4)))
+    for (name, a), (_, b) in zip(model.state_dict().items(), expected.state_dict().items(), strict=True):
+        agree = ((a == 0) == (b == 0)).float().mean()
+        assert agree > 0.999, (name, agree)  # the two sum in different orders: near-ties may fall either way
+    assert report.sparsity == pytest.approx(0.5)
+    assert not model.training
+
+
+def test_the_model_ends_with_true_zeros_and_its_own_keys(llama, ids):
+    keys, modes = list(llama.state_dict()), [m.training for m in llama.modules()]
+    assert llama.config.use_cache
+    prune(llama, ids, mask_structure="2:4", criterion=Wanda())
+    assert list(llama.state_dict()) == keys
+    assert [m.training for m in llama.modules()] == modes
+    assert llama.config.use_cache
+    assert not any("forward" in m.__dict__ for m in llama.modules())
+    for name, module in llama.named_modules():
+        assert not isinstance(module, SparseLinear)
+        if name.endswith("proj"):
+            assert type(module) is nn.Linear
+            assert ((module.weight.reshape(-1, 4) == 0).sum(1) == 2).all()
+    assert llama.lm_head.weight is llama.model.embed_tokens.weight
+
+
+def test_batches_may_be_tensors_dicts_or_a_generator(ids):
+    models = [tiny_llama() for _ in range(3)]
+    prune(models[0], ids, "2:4")
+    prune(models[1], [{"input_ids": batch, "attention_mask": torch.ones_like(batch), "labels": batch} for batch in ids])
+    prune(models[2], (batch for batch in ids))
+    for model in models[1:]:
+        for a, b in zip(models[0].parameters(), model.parameters(), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_padding_does_not_count(ids):
+    short = [batch[:, :10] for batch in ids]
+    padded = [
+        {
+            "input_ids": torch.cat([batch, torch.full((2, 6), 99)], 1),
+            "attention_mask": torch.cat([torch.ones(2, 10), torch.zeros(2, 6)], 1).long(),
+        }
+        for batch in short
+    ]
+    a, b = tiny_llama(), tiny_llama()
+    prune(a, short, "unstructured", sparsity=0.5)
+    prune(b, padded, "unstructured", sparsity=0.5)
+    for p, q in zip(a.parameters(), b.parameters(), strict=True):
+        assert ((p == 0) == (q == 0)).float().mean() > 0.999
+
+
+def test_pruning_twice_equals_pruning_once(llama, ids):
+    prune(llama, ids, "2:4")
+    once = copy.deepcopy(llama.state_dict())
+    prune(llama, ids, "2:4")
+    assert all(torch.equal(value, once[key]) for key, value in llama.state_dict().items())
+
+
+def test_the_order_of_batches_changes_nothing_but_near_ties(ids):
+    a, b = tiny_llama(), tiny_llama()
+    prune(a, ids, "2:4")
+    prune(b, ids[::-1], "2:4")
+    for p, q in zip(a.parameters(), b.parameters(), strict=True):
+        assert ((p == 0) == (q == 0)).float().mean() > 0.999
+
+
+def test_magnitude_needs_no_data(llama):
+    expected = {n: nm_mask(m.weight.detach().abs(), 2, 4) for n, m in llama.named_modules() if n.endswith("proj")}
+    prune(llama, criterion=Magnitude())
+    assert all(torch.equal(llama.get_submodule(n).weight != 0, mask) for n, mask in expected.items())
+
+
+def test_model_wide_groups_share_one_threshold(llama, ids):
+    prune(llama, ids, Unstructured("model"), sparsity=0.5, criterion=Magnitude())
+    weights = [m.weight.detach() for n, m in llama.named_modules() if n.endswith("proj")]
+    zeros = sum(int((w == 0).sum()) for w in weights)
+    assert zeros == int(sum(w.numel() for w in weights) * 0.5)
+    assert len({int((w == 0).sum()) / w.numel() for w in weights}) > 1
+    prune(tiny_llama(), ids, Unstructured("model"), sparsity=0.5)
+
+
+def test_any_module_with_linear_layers():
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+    batches = [torch.randn(5, 8) for _ in range(3)]
+    inputs = torch.cat(batches)
+    expected = nm_mask(model[0].weight.detach().abs() * inputs.square().sum(0).sqrt(), 2, 4)
+    prune(model, batches, "2:4")
+    assert torch.equal(model[0].weight != 0, expected)
+    assert (model[4].weight != 0).all()
+
+
+def test_named_layers_outside_the_blocks_come_last(ids):
+    model = tiny_llama(tie_word_embeddings=False)
+    report = prune(model, ids, "2:4", targets=["Linear"])
+    assert list(report.layers)[-1] == "lm_head"
+    assert ((model.lm_head.weight.reshape(-1, 4) == 0).sum(1) == 2).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes(dtype, ids):
+    model = tiny_llama().to(dtype)
+    prune(model, ids, NM(2, 4))
+    assert model.dtype == dtype
+    assert ((model.model.layers[0].mlp.up_proj.weight.reshape(-1, 4) == 0).sum(1) == 2).all()
+
+
+def test_keeping_the_training_state(llama, ids):
+    before = copy.deepcopy(llama.state_dict())
+    prune(llama, ids, "2:4", squash=False)
+    assert len(sparse_layers(llama)) == 21
+    assert all(torch.equal(llama.state_dict()[key], value) for key, value in before.items())  # shadow values
+    assert all(layer.statistics is None and layer.recorder is None for layer in sparse_layers(llama).values())
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        (None, "needs calibration data: pass batches"),
+        ([], "There is no calibration data"),
+        (["text"], "A calibration batch is a tensor of token ids"),
+        ("nan", "input activations are not finite"),
+    ],
+)
+def test_a_failure_leaves_the_model_as_it_was(llama, ids, batches, message):
+    if batches == "nan":
+        batches = ids
+        llama.model.layers[1].input_layernorm.weight.data[3] = torch.nan  # found in the second block
+    before = copy.deepcopy(llama.state_dict())
+    with pytest.raises(ValueError, match=message):
+        prune(llama, batches, "2:4")
+    for key, value in llama.state_dict().items():
+        assert torch.equal(value.nan_to_num(7), before[key].nan_to_num(7)), key
+    assert not sparse_layers(llama)
+    assert not any("forward" in m.__dict__ for m in llama.modules())
+
+
+def test_a_layer_that_no_token_reaches_is_named():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused, self.last = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.last(self.used(x))
+
+    with pytest.raises(ValueError, match="unused is a target, but no token reached it"):
+        prune(Model(), [torch.randn(2, 8)], "2:4")
+
+
+def test_one_layer_with_identical_statistics_is_identical():
+    layer = nn.Sequential(nn.Linear(576, 64), nn.Linear(64, 2))
+    x = torch.randn(100, 576)
+    expected = row_mask(layer[0].weight.detach().abs() * x.square().sum(0).sqrt(), 0.5)
+    prune(layer, [x], "unstructured", sparsity=0.5)
+    assert torch.equal(layer[0].weight != 0, expected)
+
+
+def test_masks_of_an_earlier_pruning_are_no_obstacle(llama, ids):
+    twin = copy.deepcopy(llama)
+    prune(llama, ids, "1:4", squash=False)
+    prune(llama, ids, "2:4")  # from shadow values: as if the first had not been
+    prune(twin, ids, "2:4")
+    for p, q in zip(llama.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p == 0, q == 0)

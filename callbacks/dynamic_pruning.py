@@ -281,16 +281,20 @@ def _causal_lm(pl_module: L.LightningModule, layers: Mapping[str, SparseLinear])
 
 
 def _peek(trainer: L.Trainer, count: int) -> list[Batch] | None:
-    """The first training batches, leaving no trace; None where that is not possible or they are no model inputs."""
+    """Random training batches, leaving no trace in the loader; None where that cannot be, or they are no model inputs."""
     trainer.fit_loop.setup_data()
     loader = trainer.train_dataloader
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return None  # reading a stream would take its first batches away from training
-    generator = getattr(loader, "generator", None) or getattr(loader.sampler, "generator", None)
-    state = generator.get_state() if generator is not None else None
-    with torch.random.fork_rng():
-        batches = list(itertools.islice(iter(loader), count))
-    if generator is not None:
-        generator.set_state(state)
+    # a loader of our own: another iterator of theirs would move its generators, and a stateful one's position
+    own = DataLoader(
+        loader.dataset,
+        batch_size=loader.batch_size or 1,
+        shuffle=True,
+        generator=torch.Generator().manual_seed(0),
+        collate_fn=loader.collate_fn,
+    )
+    with torch.random.fork_rng():  # a data set may draw random numbers
+        batches = list(itertools.islice(own, count))
     usable = all(isinstance(b, Tensor) or (isinstance(b, Mapping) and "input_ids" in b) for b in batches)
     return batches if batches and usable else None

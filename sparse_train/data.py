@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
+from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
 from sparse_train.sources import ModelSource, PackagedWikipedia, Split, TextSource, as_model_source
 
@@ -73,13 +74,12 @@ class TextBlocks(L.LightningDataModule):
             self._blocks[split] = blocks
 
     def train_dataloader(self) -> Any:
-        return StatefulDataLoader(
-            self._blocks["train"],
-            batch_size=self.batch_size,
-            shuffle=True,
-            drop_last=True,
-            generator=torch.Generator().manual_seed(self.seed),
-        )
+        blocks, world_size, rank = self._blocks["train"], 1, 0
+        if self.trainer is not None:
+            world_size, rank = self.trainer.world_size, self.trainer.global_rank
+        # Its order follows from seed and epoch alone, so that epochs after a resumed one are the same too.
+        sampler = StatefulDistributedSampler(blocks, world_size, rank, shuffle=True, seed=self.seed, drop_last=True)
+        return StatefulDataLoader(blocks, batch_size=self.batch_size, sampler=sampler, drop_last=True)
 
     def val_dataloader(self) -> Any:
         return self._evaluation_loader("validation")

@@ -55,15 +55,17 @@ class Timing:
             raise ValueError(f"window must be from 1 to update_freq ({update_freq}) steps, got {window}.")
         start = _steps("start_step", start_step, total_steps)
         end = _steps("end_step", end_step, total_steps)
+        if end < start:
+            raise ValueError(f"end_step ({end}) must not lie before the first update, start_step ({start}).")
         if first_from_window:
             start = max(start, window)
-            if isinstance(end_step, float):  # a share was only roughly meant; a number was meant as given
+            if isinstance(end_step, float):  # a share was only roughly meant
                 end = max(start, end)
-        if end < start:
-            raise ValueError(
-                f"end_step ({end}) must not lie before the first update, at step {start}"
-                + (f" (the first mask needs {window} steps of activations)." if first_from_window else ".")
-            )
+            if end < start:
+                raise ValueError(
+                    f"end_step ({end}) lies before the first mask can be made: it needs {window} steps of activations. "
+                    "Take a smaller window or a later end_step."
+                )
         return Timing(start, end, update_freq, window)
 
     def is_update(self, step: int) -> bool:

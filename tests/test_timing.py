@@ -61,8 +61,8 @@ def test_next_update_and_progress():
         ({"start_step": 1.5}, "start_step as a share of the run must be from 0 to 1, got 1.5"),
         ({"total_steps": None}, "end_step=0.75 is a share of the run, whose length is not known"),
         ({"total_steps": math.inf}, "whose length is not known"),
-        ({"start_step": 50, "end_step": 20}, "end_step .20. must not lie before the first update, at step 50"),
-        ({"first_from_window": True, "end_step": 3}, "first mask needs 5 steps"),
+        ({"start_step": 50, "end_step": 20}, "end_step .20. must not lie before the first update, start_step .50."),
+        ({"first_from_window": True, "end_step": 3}, "it needs 5 steps of activations"),
     ],
 )
 def test_mistakes(changes, message):

@@ -281,7 +281,7 @@ def _causal_lm(pl_module: L.LightningModule, layers: Mapping[str, SparseLinear])
 
 
 def _peek(trainer: L.Trainer, count: int) -> list[Batch] | None:
-    """Random training batches, leaving no trace in the loader; None where that cannot be, or they are no model inputs."""
+    """Random training batches, leaving no trace in the loader; None where there are none that a model could take."""
     trainer.fit_loop.setup_data()
     loader = trainer.train_dataloader
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):

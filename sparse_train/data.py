@@ -122,7 +122,9 @@ def blocks_of(
     if not len(texts):
         return Dataset.from_dict({column: [] for column in columns}).with_format("torch")
     # one call over all documents: packing must not stop at the edges of chunks
-    return texts.map(to_blocks, batched=True, batch_size=None, remove_columns=["text"]).with_format("torch")
+    return texts.map(to_blocks, batched=True, batch_size=None, remove_columns=["text"], desc="tokenising").with_format(
+        "torch"
+    )
 
 
 def calibration_batches(

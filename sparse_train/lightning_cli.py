@@ -1,5 +1,6 @@
 """``sparse-train fit`` and ``validate``: LightningCLI over ``CausalLM`` and ``TextBlocks``."""
 
+import warnings
 from typing import Any
 
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -34,12 +35,14 @@ class SparseTrainCLI(LightningCLI):
 
 def run(args: list[str], **settings: Any) -> SparseTrainCLI:
     """Parse ``args`` (``["fit", "--config", ...]``) and run them."""
-    return SparseTrainCLI(
-        CausalLM,
-        TextBlocks,
-        args=args,
-        seed_everything_default=0,
-        save_config_kwargs={"overwrite": True},
-        auto_configure_optimizers=False,
-        **settings,
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "LightningCLI's args parameter")  # main has taken the command off sys.argv
+        return SparseTrainCLI(
+            CausalLM,
+            TextBlocks,
+            args=args,
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},
+            auto_configure_optimizers=False,
+            **settings,
+        )

@@ -13,6 +13,7 @@ from jsonargparse import ArgumentParser
 from sparse_train.criteria import Criterion, Wanda
 from sparse_train.sources import ModelSource, PackagedWikipedia, Split, TextSource, as_model_source
 from sparse_train.tables import show_inspection, show_pruning
+from sparse_train.yaml_numbers import install
 
 
 def prune(
@@ -182,6 +183,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], list[str]]] = {
 
 def parser_of(command: str) -> ArgumentParser:
     """The parser of one command."""
+    install()
     function, _ = COMMANDS[command]
     parser = ArgumentParser(prog=f"sparse-train {command}", description=(function.__doc__ or "").split("\n\n")[0])
     parser.add_argument("--config", action="config", help="YAML file with any of these arguments.")

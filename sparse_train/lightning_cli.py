@@ -1,13 +1,13 @@
 """``sparse-train fit`` and ``validate``: LightningCLI over ``CausalLM`` and ``TextBlocks``."""
 
 import warnings
-from typing import Any
 
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import sparse_train.callbacks  # noqa: F401  (recipes name these classes without their module)
 from sparse_train.data import TextBlocks
 from sparse_train.module import CausalLM
+from sparse_train.yaml_numbers import install
 
 
 class SparseTrainCLI(LightningCLI):
@@ -33,16 +33,16 @@ class SparseTrainCLI(LightningCLI):
             print(f"exported to {folder}")
 
 
-def run(args: list[str], **settings: Any) -> SparseTrainCLI:
-    """Parse ``args`` (``["fit", "--config", ...]``) and run them."""
+def run(args: list[str], cli: type[SparseTrainCLI] = SparseTrainCLI) -> SparseTrainCLI:
+    """Parse ``args`` (``["fit", "--config", ...]``), make the objects they name, and run them."""
+    install()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "LightningCLI's args parameter")  # main has taken the command off sys.argv
-        return SparseTrainCLI(
+        return cli(
             CausalLM,
             TextBlocks,
             args=args,
             seed_everything_default=0,
             save_config_kwargs={"overwrite": True},
             auto_configure_optimizers=False,
-            **settings,
         )

@@ -1,0 +1,1 @@
+"""Overlays for a second ``--config``; data, not code."""

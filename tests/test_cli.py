@@ -1,0 +1,177 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sparse_train import cli
+from sparse_train.export import export_checkpoint, export_model
+
+from .conftest import tiny_llama, tiny_tokenizer
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["sparse-train"])
+
+
+@pytest.fixture
+def text(text_file):
+    files = {"train": [str(text_file)], "validation": [str(text_file)], "test": [str(text_file)]}
+    return json.dumps({"class_path": "TextFiles", "init_args": files})
+
+
+def prune(model_folder, text, out, *options):
+    cli.main(
+        [
+            "prune",
+            "--config=recipes/oneshot_wanda_2of4.yaml",
+            f"--model={model_folder}",
+            f"--text={text}",
+            f"--out={out}",
+            "--num_calibration_samples=4",
+            "--max_seq_length=32",
+            *options,
+        ]
+    )
+
+
+def test_prune_evaluate_and_inspect(model_folder, text, capsys):
+    prune(model_folder, text, "pruned")  # the recipe is found although the folder here has no recipes/
+    assert "sparsity of the targeted weights 0.5000" in capsys.readouterr().out
+    model = AutoModelForCausalLM.from_pretrained("pruned")
+    weight = model.model.layers[0].mlp.up_proj.weight
+    assert ((weight.reshape(-1, 4) == 0).sum(1) == 2).all()
+    assert AutoTokenizer.from_pretrained("pruned").eos_token_id == 2
+    details = json.loads(Path("pruned/pruning.json").read_text())
+    assert details["sparsity"] == pytest.approx(0.5, abs=1e-3)
+    assert "seed 0" in details["calibration"]
+
+    cli.main(["evaluate", "pruned", f"--text={text}", "--window=32", "--max_tokens=640", "--json=true"])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["tokens"] == 620
+    assert result["perplexity"] > 1
+    cli.main(["evaluate", "pruned", f"--text={text}", "--window=32", "--max_tokens=640"])
+    assert f"{result['perplexity']:.2f}  token perplexity of pruned on topics.txt" in capsys.readouterr().out
+
+    cli.main(["inspect", "pruned", "--json=true"])
+    layers = {row["name"]: row for row in json.loads(capsys.readouterr().out.splitlines()[-1])["layers"]}
+    assert layers["model.layers.0.mlp.up_proj"]["pattern"] == "2:4"
+    assert layers["model.layers.0.mlp.up_proj"]["sparsity"] == 0.5
+    assert layers["lm_head"]["sparsity"] < 0.05
+    cli.main(["inspect", "pruned"])
+    assert "all linear layers" in capsys.readouterr().out
+
+
+def test_fit_export_and_resume(model_folder, text, capsys):
+    options = [
+        "fit",
+        "--config=recipes/smollm2_2of4.yaml",
+        "--config=configs/precision/float32.yaml",
+        f"--model.model={model_folder}",
+        f"--data.text={text}",
+        "--data.block_size=32",
+        "--trainer.max_steps=12",
+        "--trainer.val_check_interval=6",
+        "--trainer.logger.init_args.save_dir=run",
+        "--trainer.default_root_dir=run",
+        "--trainer.enable_model_summary=false",
+        "--trainer.callbacks.init_args.update_freq=4",
+        "--trainer.enable_progress_bar=false",
+    ]
+    cli.main([*options, "--export=exported"])
+    assert "exported to exported" in capsys.readouterr().out
+    model = AutoModelForCausalLM.from_pretrained("exported")
+    assert set(model.state_dict()) == set(tiny_llama().state_dict())
+    assert ((model.model.layers[2].mlp.down_proj.weight.reshape(-1, 4) == 0).sum(1) == 2).all()
+
+    metrics = Path("run/metrics.csv").read_text()
+    for name in ("train/loss", "val/perplexity", "sparsity/flip_rate", "sparsity/initial_flip_rate"):
+        assert name in metrics
+    resolved = yaml.safe_load(Path("run/config.yaml").read_text())
+    assert resolved["trainer"]["max_steps"] == 12
+
+    checkpoint = next(Path("run").rglob("*.ckpt"))
+    cli.main(["export", str(checkpoint), "from_checkpoint", f"--tokenizer={model_folder}"])
+    again = AutoModelForCausalLM.from_pretrained("from_checkpoint")
+    for key, value in again.state_dict().items():
+        assert torch.equal(value, model.state_dict()[key]), key
+    assert AutoTokenizer.from_pretrained("from_checkpoint").eos_token_id == 2
+
+    cli.main(["validate", *options[1:], f"--ckpt_path={checkpoint}"])
+    assert "val/perplexity" in capsys.readouterr().out
+
+
+def test_dense_fit(model_folder, text):
+    cli.main(
+        [
+            "fit",
+            "--config=recipes/smollm2_dense.yaml",
+            f"--model.model={model_folder}",
+            f"--data.text={text}",
+            "--data.block_size=32",
+            "--trainer.max_steps=3",
+            "--trainer.val_check_interval=3",
+            "--trainer.logger.init_args.save_dir=run",
+            "--trainer.default_root_dir=run",
+            "--trainer.enable_checkpointing=false",
+            "--trainer.enable_progress_bar=false",
+        ]
+    )
+    assert "val/perplexity" in Path("run/metrics.csv").read_text()
+
+
+def test_help_shows_the_commands(capsys):
+    cli.main([])
+    usage = capsys.readouterr().out
+    assert all(f"\n  {name} " in usage for name in ("fit", "validate", "prune", "evaluate", "export", "inspect"))
+    with pytest.raises(SystemExit):
+        cli.main(["prune", "--help"])
+    assert "N kept of every M" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["prun"], "there is no command 'prun'. Did you mean 'prune'"),
+        (["evaluate", "model", "--text=TextFiles", "--window=32"], "has no text in its test split"),
+        (["export", "nowhere.ckpt", "out"], "There is no checkpoint file nowhere.ckpt"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, message, model_folder):
+    arguments = [str(model_folder) if argument == "model" else argument for argument in arguments]
+    with pytest.raises(SystemExit, match="sparse-train") as error:
+        cli.main(arguments)
+    assert message in str(error.value)
+
+
+def test_mistakes_come_before_the_work(model_folder, text, monkeypatch):
+    monkeypatch.setattr("sparse_train.sources.Pretrained.load", lambda self: pytest.fail("loaded a model"))
+    Path("taken").mkdir()
+    Path("taken/file").touch()
+    with pytest.raises(SystemExit, match="taken exists already"):
+        prune(model_folder, text, "taken")
+    with pytest.raises(SystemExit, match="in conflict with 0.7"):
+        prune(model_folder, text, "out", "--sparsity=0.7")
+    assert not Path("out").exists()
+
+
+def test_an_export_is_complete_or_absent(monkeypatch):
+    model = tiny_llama()
+    tokenizer = tiny_tokenizer()
+    monkeypatch.setattr(type(tokenizer), "save_pretrained", lambda *args: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        export_model(model, tokenizer, "out/model")
+    assert list(Path("out").iterdir()) == []
+
+
+def test_export_of_another_modules_checkpoint_says_what_to_do(tmp_path):
+    torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
+    with pytest.raises(ValueError, match="was not written by sparse_train's CausalLM"):
+        export_checkpoint(tmp_path / "other.ckpt", tmp_path / "out")

@@ -1,0 +1,196 @@
+import json
+
+import lightning as L
+import pytest
+import torch
+
+from sparse_train.data import TextBlocks, blocks_of, calibration_batches
+from sparse_train.sources import (
+    FromScratch,
+    HubText,
+    PackagedWikipedia,
+    Pretrained,
+    TextFiles,
+    TextSource,
+    as_model_source,
+)
+
+from .conftest import tiny_tokenizer
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+
+
+class Short(TextSource):
+    name = "short texts"
+
+    def documents(self, split):
+        return ["abc", "defgh", "", "ij"] if split == "train" else []
+
+
+def decoded(rows):
+    return ["".join(tiny_tokenizer().convert_ids_to_tokens(row)) for row in rows]
+
+
+def test_packing_joins_documents_and_loses_no_token():
+    tokenizer = tiny_tokenizer()
+    packed = blocks_of(["abc", "defgh", "ij"], tokenizer, 4, drop_rest=False)
+    assert decoded(packed["input_ids"]) == ["abc</s>", "defg", "h</s>ij", "</s><pad><pad><pad>"]
+    assert packed["attention_mask"][3].tolist() == [1, 0, 0, 0]
+    assert packed["labels"][3].tolist() == [tokenizer.eos_token_id, -100, -100, -100]
+    assert len(blocks_of(["abc", "defgh", "ij"], tokenizer, 4)) == 3
+
+
+def test_without_packing_each_document_has_its_own_block():
+    rows = blocks_of(["abc", "defgh"], tiny_tokenizer(), 5, pack=False)
+    assert decoded(rows["input_ids"]) == ["abc</s><pad>", "defgh"]
+    assert rows[:]["attention_mask"].tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
+
+
+def test_packing_does_not_stop_at_chunk_edges():
+    tokenizer = tiny_tokenizer()
+    many = [f"text {i}" for i in range(2500)]
+    tokens = sum(len(tokenizer(text)["input_ids"]) + 1 for text in many)
+    assert len(blocks_of(many, tokenizer, 16)) == tokens // 16
+
+
+@pytest.fixture
+def data(model_folder, text_file):
+    blocks = TextBlocks(str(model_folder), TextFiles(train=[str(text_file)]), block_size=64, batch_size=4, seed=3)
+    blocks.setup("fit")
+    return blocks
+
+
+def test_batches(data):
+    batch = next(iter(data.train_dataloader()))
+    assert {key: value.shape for key, value in batch.items()} == dict.fromkeys(
+        ["input_ids", "attention_mask", "labels"], (4, 64)
+    )
+    assert data.val_dataloader() == []
+
+
+def test_seed_decides_the_order(model_folder, text_file, data):
+    def first(seed):
+        blocks = TextBlocks(str(model_folder), TextFiles(train=[str(text_file)]), block_size=64, seed=seed)
+        blocks.setup("fit")
+        return next(iter(blocks.train_dataloader()))["input_ids"]
+
+    assert torch.equal(first(3), next(iter(data.train_dataloader()))["input_ids"])
+    assert not torch.equal(first(3), first(4))
+
+
+class Seen(L.LightningModule):
+    def __init__(self, stop=None):
+        super().__init__()
+        self.layer, self.sums, self.stop = torch.nn.Linear(1, 1), [], stop
+
+    def training_step(self, batch, _):
+        self.sums.append(int(batch["input_ids"].sum()))
+        return self.layer(torch.ones(1)).sum()
+
+    def on_train_batch_end(self, *args):
+        if self.global_step == self.stop:
+            self.trainer.save_checkpoint(self.path)
+            raise KeyboardInterrupt
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_a_resumed_run_gets_the_next_batch_and_the_same_next_epochs(model_folder, text_file, tmp_path):
+    def run(module, **arguments):
+        data = TextBlocks(str(model_folder), TextFiles(train=[str(text_file)]), block_size=512, batch_size=8)
+        trainer = L.Trainer(
+            max_epochs=3,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            accelerator="cpu",
+            enable_model_summary=False,
+        )
+        trainer.fit(module, data, **arguments)
+        return module.sums
+
+    whole = run(Seen())
+    per_epoch = len(whole) // 3
+    assert per_epoch > 3
+    assert whole[:per_epoch] != whole[per_epoch : 2 * per_epoch]
+    for stop in (2, per_epoch + 2):
+        first = Seen(stop)
+        first.path = tmp_path / f"{stop}.ckpt"
+        with pytest.raises(SystemExit):
+            run(first)
+        assert first.sums + run(Seen(), ckpt_path=first.path, weights_only=False) == whole
+
+
+def test_too_little_text_and_bad_sizes(model_folder):
+    blocks = TextBlocks(str(model_folder), Short(), block_size=8, batch_size=4)
+    with pytest.raises(ValueError, match="training split of short texts gives 1 blocks of 8 tokens, fewer than one"):
+        blocks.setup("fit")
+    with pytest.raises(ValueError, match="gives 1 calibration samples of 8 tokens, fewer than num_cal"):
+        calibration_batches(Short(), tiny_tokenizer(), max_seq_length=8)
+    with pytest.raises(ValueError, match="block_size must be at least 2"):
+        TextBlocks(str(model_folder), block_size=1)
+
+
+def test_calibration_batches(text_file):
+    batches = calibration_batches(
+        TextFiles(train=[str(text_file)]), tiny_tokenizer(), num_calibration_samples=5, max_seq_length=32, batch_size=2
+    )
+    assert [batch["input_ids"].shape for batch in batches] == [(2, 32), (2, 32), (1, 32)]
+
+
+def test_files(tmp_path):
+    plain, lines = tmp_path / "a.txt", tmp_path / "b.jsonl"
+    plain.write_text("one document\n\nof two paragraphs")
+    lines.write_text(json.dumps({"body": "first"}) + "\n\n" + json.dumps({"body": "second"}) + "\n")
+    source = TextFiles(train=[str(plain), str(lines)], column="body")
+    assert source.documents("train") == ["one document\n\nof two paragraphs", "first", "second"]
+    assert source.documents("test") == []
+    with pytest.raises(ValueError, match="There is no text file nowhere.txt"):
+        TextFiles(train=["nowhere.txt"]).documents("train")
+    with pytest.raises(ValueError, match=r"lines without the field 'text'; they have \['body'\]"):
+        TextFiles(train=[str(lines)]).documents("train")
+
+
+def test_a_data_set_of_datasets(tmp_path):
+    for split, texts in {"train": ["a", "b", "c"], "test": ["d"]}.items():
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    splits = {"train": "train", "test": "test"}
+    assert HubText(str(tmp_path), splits=splits).documents("train") == ["a", "b", "c"]
+    assert HubText(str(tmp_path), splits=splits).documents("validation") == []
+    assert HubText(str(tmp_path), splits=splits, max_documents=2).documents("train") == ["a", "b"]
+
+
+def test_packaged_wikipedia_is_split_by_article():
+    source = PackagedWikipedia()
+    splits = {split: source.documents(split) for split in ("train", "validation", "test")}
+    sizes = {split: len(documents) for split, documents in splits.items()}
+    assert sizes["train"] > 8900
+    assert 400 < sizes["validation"] < 600
+    assert 400 < sizes["test"] < 600
+    assert not set(splits["train"]) & set(splits["test"])
+    assert "\n\n" in splits["test"][0]
+
+
+def test_model_sources(model_folder):
+    assert as_model_source("org/name") == Pretrained("org/name")
+    model = Pretrained(str(model_folder), dtype="bfloat16").load()
+    assert model.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="must name a floating point dtype"):
+        Pretrained(str(model_folder), dtype="int8").load()
+    scratch = FromScratch(
+        "llama",
+        Pretrained(str(model_folder)),
+        {
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+        },
+    )
+    state = torch.get_rng_state()
+    first, second = scratch.load(), scratch.load()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(first.lm_head.weight, second.lm_head.weight)
+    assert first.config.vocab_size == len(scratch.tokenizer())
+    assert first.config.eos_token_id == scratch.tokenizer().eos_token_id

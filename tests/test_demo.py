@@ -1,0 +1,45 @@
+"""``make demo`` on a tiny model and text: all arms, table, report, exported model."""
+
+import csv
+import runpy
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from sparse_train.sources import Pretrained, TextFiles
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_whole_job(model_folder, text_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["demo.py"])
+    demo = runpy.run_path(str(ROOT / "benchmarks" / "demo.py"))
+    files = [str(text_file)]
+    text = TextFiles(train=files, validation=files, test=files)
+    out = tmp_path / "demo"
+    demo["main"](steps=6, model=Pretrained(str(model_folder)), text=text, eval_tokens=256, window=32, out=str(out))
+    rows = {row["arm"]: row for row in csv.DictReader((out / "table.csv").open())}
+    assert list(rows) == [
+        "dense",
+        "one-shot magnitude",
+        "one-shot Wanda",
+        "dense, fine-tuned",
+        "static mask, fine-tuned",
+        "dynamically re-pruned",
+    ]
+    for name, row in rows.items():
+        assert float(row["perplexity"]) > 1
+        assert float(row["sparsity"]) == (0 if name.startswith("dense") else 0.5)
+        assert int(row["train_tokens"]) == (6 * 4 * 32 if "tuned" in name or "re-pruned" in name else 0)
+        assert int(row["peak_bytes"]) > 1e8
+        assert (row["window"], row["stride"], row["tokens"]) == ("32", "32", "248")
+    assert len({row["perplexity"] for row in rows.values()}) == 6
+    model = AutoModelForCausalLM.from_pretrained(out / "model")
+    assert ((model.model.layers[0].mlp.up_proj.weight.reshape(-1, 4) == 0).sum(1) == 2).all()
+    assert (out / "dynamic" / "config.yaml").read_text().count("DynamicPruning") == 1
+    assert "sparsity/flip_rate" in (out / "dynamic" / "metrics.csv").read_text()
+    assert (out / "report.html").read_text().count("data:image/png") == 3
+    assert "too few steps to rank methods" in capsys.readouterr().out
+    assert not (out / "dense").exists()

@@ -1,0 +1,93 @@
+"""What users install: the wheel holds what the tree holds, works from another folder, and imports lightly."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*arguments, cwd, **environment):
+    import os
+
+    done = subprocess.run(
+        arguments, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """Built from a copy without the links, as from a checkout on a system that has none."""
+    import shutil
+
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    skip = shutil.ignore_patterns(".*", "runs", "build", "dist", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, source, symlinks=True, ignore=skip)
+    for name in ("callbacks", "recipes", "configs"):
+        (source / "sparse_train" / name).unlink()
+    run(
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        folder,
+        source,
+        cwd=folder,
+    )
+    return next(folder.glob("*.whl"))
+
+
+def test_the_wheel_holds_what_the_tree_holds(wheel):
+    tree = set()
+    for top in ("sparse_train", "callbacks", "recipes", "configs"):
+        for path in (ROOT / top).rglob("*"):
+            if path.suffix in (".py", ".yaml", ".json", ".typed") and not path.parent.is_symlink():
+                inside = path.relative_to(ROOT).as_posix()
+                tree.add(inside if top == "sparse_train" else f"sparse_train/{inside}")
+    tree = {name for name in tree if "__pycache__" not in name}
+    listing = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert listing == tree
+    assert "sparse_train/callbacks/dynamic_pruning.py" in listing
+    assert "sparse_train/configs/strategy/fsdp2.yaml" in listing
+
+
+def test_the_wheel_works_from_another_folder(wheel, tmp_path):
+    target = tmp_path / "site"
+    run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", target, wheel, cwd=tmp_path)
+    script = (
+        "import sparse_train, sparse_train.callbacks as c; print(sparse_train.__file__, c.__file__);"
+        "from sparse_train.callbacks import DynamicPruning; print(DynamicPruning('2:4')._pattern);"
+        "from sparse_train.cli import main;"
+        "main(['fit', '--config=recipes/smollm2_2of4.yaml', '--config=configs/strategy/ddp.yaml', '--print_config'])"
+    )
+    out = run(sys.executable, "-c", script, cwd=tmp_path, PYTHONPATH=str(target))
+    assert out.count(str(target)) == 2
+    assert "NM(n=2, m=4)" in out
+    assert "strategy: ddp" in out
+
+
+def test_importing_needs_torch_alone(tmp_path):
+    script = (
+        "import sys, sparse_train;"
+        "heavy = {'lightning', 'transformers', 'datasets', 'deepspeed', 'lm_eval', 'peft', 'rich', 'matplotlib',"
+        " 'jsonargparse', 'torchmetrics', 'torchdata'};"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    assert run(sys.executable, "-c", script, cwd=tmp_path).strip() == "[]"
+
+
+def test_bare_callbacks_is_the_same_package():
+    script = "import callbacks, sparse_train.callbacks as real; print(callbacks is real)"
+    assert run(sys.executable, "-c", script, cwd=ROOT).strip() == "True"
+    script = "from callbacks import DynamicPruning as a, __name__ as name; print(name, a.__module__)"
+    assert run(sys.executable, "-c", script, cwd=ROOT).split()[0] == "sparse_train.callbacks"

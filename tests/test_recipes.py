@@ -1,0 +1,140 @@
+"""Every YAML of recipes/ and configs/ goes through the real parser, and the small ways to name things through it."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sparse_train import NM, Cubic, Magnitude, Wanda, lightning_cli
+from sparse_train.callbacks import DynamicPruning
+from sparse_train.commands import parser_of
+from sparse_train.module import CausalLM
+from sparse_train.sources import PackagedSmolLM2, PackagedWikipedia, Pretrained
+
+ROOT = Path(__file__).parent.parent
+RECIPES, CONFIGS = sorted((ROOT / "recipes").rglob("*.yaml")), sorted((ROOT / "configs").rglob("*.yaml"))
+FIT = [path for path in RECIPES if "trainer" in yaml.safe_load(path.read_text())]
+PRUNE = [path for path in RECIPES if path not in FIT]
+BASE = ROOT / "recipes" / "smollm2_2of4.yaml"
+
+
+class WithoutRunning(lightning_cli.SparseTrainCLI):
+    def _run_subcommand(self, subcommand):
+        pass
+
+
+class WithoutObjects(WithoutRunning):
+    def instantiate_classes(self):
+        pass
+
+
+def parse_fit(*arguments, cli=WithoutRunning):
+    """The CLI with its objects made, but nothing run."""
+    return lightning_cli.run(["fit", *map(str, arguments)], cli)
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_there_are_recipes_for_what_the_readme_promises():
+    assert {path.stem for path in PRUNE} >= {"oneshot_wanda_50", "oneshot_wanda_2of4"}
+    assert {path.stem for path in FIT} >= {
+        "smollm2_2of4",
+        "smollm2_unstructured60",
+        "smollm2_gradual70",
+        "pretrain_llama_2of4",
+    }
+    assert len(CONFIGS) >= 8
+
+
+@pytest.mark.parametrize("path", FIT, ids=lambda p: p.stem)
+def test_training_recipes(path):
+    cli = parse_fit(f"--config={path}")
+    assert isinstance(cli.model, CausalLM)
+    assert cli.datamodule.tokenizer_source == cli.model.source or "pretrain" in path.stem
+    pruning = [c for c in cli.trainer.callbacks if isinstance(c, DynamicPruning)]
+    assert len(pruning) == ("dense" not in path.stem)
+
+
+@pytest.mark.parametrize("path", PRUNE, ids=lambda p: p.stem)
+def test_pruning_recipes(path):
+    parser = parser_of("prune")
+    arguments = parser.instantiate(parser.parse_args([f"--config={path}"]))
+    assert isinstance(arguments.model, PackagedSmolLM2)
+    assert isinstance(arguments.text, PackagedWikipedia)
+    assert isinstance(arguments.criterion, Wanda)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_overlays(path):
+    config = parse_fit(f"--config={BASE}", f"--config={path}", cli=WithoutObjects).config["fit"]
+    changed = yaml.safe_load(path.read_text())
+    for section, values in changed.items():
+        for key, value in values.items():
+            found = config[section][key]
+            if isinstance(value, dict):
+                assert found["class_path"].endswith(value["class_path"])
+                for name, given in value["init_args"].items():
+                    assert found["init_args"][name] == given
+            else:
+                assert found == value
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_recipes_open_with_their_command_and_what_came_out(path):
+    head = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    command = "fit" if path in FIT else "prune"
+    assert any(f"sparse-train {command} --config recipes/{path.name}" in line for line in head)
+    assert any("Measured" in line for line in head)
+
+
+def test_the_small_ways_to_name_things():
+    cli = parse_fit(
+        f"--config={BASE}",
+        "--trainer.max_steps=50",
+        "--model.model=org/some-model",
+        "--trainer.callbacks.init_args.criterion=Magnitude",
+        "--trainer.callbacks.init_args.mask_structure=1:4",
+        "--trainer.callbacks.init_args.schedule=Cubic",
+        "--trainer.callbacks.init_args.schedule.final_sparsity=0.75",
+    )
+    assert cli.trainer.max_steps == 50
+    assert cli.model.source == Pretrained("org/some-model") == cli.datamodule.tokenizer_source
+    pruning = next(c for c in cli.trainer.callbacks if isinstance(c, DynamicPruning))
+    assert pruning._pattern == NM(1, 4)
+    assert pruning._criterion == Magnitude()
+    assert pruning._schedule == Cubic(0.75)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("--trainer.max_stepz=5", "max_stepz"),
+        ("--model.learning_rate=1", "learning_rate"),
+        ("--trainer.callbacks.init_args.update_frequency=5", "update_frequency"),
+        ("--trainer.callbacks.init_args.criterion=Wonda", "Wonda"),
+        ("--trainer.callbacks.init_args.update_freq=often", "often"),
+    ],
+)
+def test_unknown_keys_and_values_are_named(change, message, capsys):
+    with pytest.raises(SystemExit) as error:
+        parse_fit(f"--config={BASE}", change)
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_unknown_key_in_yaml_is_named(tmp_path, capsys):
+    path = tmp_path / "typo.yaml"
+    path.write_text(BASE.read_text().replace("update_freq", "update_frequency"))
+    with pytest.raises(SystemExit):
+        parse_fit(f"--config={path}")
+    assert "update_frequency" in capsys.readouterr().err
+
+
+def test_a_pattern_needs_no_quotes(tmp_path):
+    path = tmp_path / "quotes.yaml"
+    path.write_text(BASE.read_text().replace('"2:4"', "2:4"))
+    cli = parse_fit(f"--config={path}")
+    assert next(c for c in cli.trainer.callbacks if isinstance(c, DynamicPruning))._pattern == NM(2, 4)

@@ -2,7 +2,8 @@
 
 When what happens, in Lightning's order:
 
-    setup                     targets that exist are sparsified, keeping everything
+    setup                     targets that exist are sparsified, keeping everything (to evaluate, too: a checkpoint of
+                              a sparse run brings masks)
     configure_model           the same for targets that are made there
     (checkpoint is loaded)    finds the mask buffers; the callback's own state is kept for later
     on_sanity_check_start,
@@ -137,9 +138,8 @@ class DynamicPruning(L.Callback):
     # --- before training ---------------------------------------------------------------------------------------------
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage != "fit":
-            return
-        self.updater, self._warned = None, False
+        if stage == "fit":
+            self.updater, self._warned = None, False
         if is_overridden("configure_model", pl_module):
             pl_module.__dict__["configure_model"] = functools.partial(self._configure_model, pl_module)
         else:
@@ -188,8 +188,12 @@ class DynamicPruning(L.Callback):
     def _calibrate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         layers = sparse_layers(pl_module)
         sparsity = self._schedule.sparsity(0.0)
-        fresh = all(bool(layer.unpacked_mask().all()) for layer in layers.values())
-        if not fresh or sparsity == 0 or not self._criterion.needs_activations or not self._calibration_batches:
+        if (
+            not _keeps_all(pl_module)
+            or sparsity == 0
+            or not self._criterion.needs_activations
+            or not self._calibration_batches
+        ):
             return
         model = _causal_lm(pl_module, layers)
         batches = _peek(trainer, self._calibration_batches) if model is not None else None
@@ -261,6 +265,8 @@ class DynamicPruning(L.Callback):
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         pl_module.__dict__.pop("configure_model", None)
+        if stage != "fit" and _keeps_all(pl_module):  # no checkpoint brought masks: leave the module as it was
+            squash(pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         if self.updater is not None:
@@ -269,6 +275,10 @@ class DynamicPruning(L.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict or None
+
+
+def _keeps_all(module: nn.Module) -> bool:
+    return all(layer.keeps_all() for layer in sparse_layers(module).values())
 
 
 def _causal_lm(pl_module: L.LightningModule, layers: Mapping[str, SparseLinear]) -> nn.Module | None:

@@ -198,6 +198,8 @@ def run_command(command: str, options: list[str]) -> None:
     while options and len(taken) < len(positional) and not options[0].startswith("-"):
         taken.append(f"--{positional[len(taken)]}={options[0]}")
         options = options[1:]
+    if "--json" in options:  # a switch by itself
+        options = ["--json=true" if option == "--json" else option for option in options]
     config: Any = parser_of(command).parse_args([*taken, *options])
     arguments = parser_of(command).instantiate(config)
     arguments.pop("config", None)

@@ -79,6 +79,10 @@ class SparseLinear(nn.Linear):
         """The bool mask (O, I), True = kept."""
         return masks.unpack(self.weight_mask, self.in_features)
 
+    def keeps_all(self) -> bool:
+        """Whether the mask prunes nothing."""
+        return masks.count(self.weight_mask) == self.weight.numel()
+
     def set_mask(self, mask_OI: Tensor) -> None:
         """Replace the mask in place."""
         self.weight_mask.copy_(masks.pack(mask_OI))

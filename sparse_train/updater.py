@@ -83,7 +83,7 @@ class MaskUpdater:
         layers = select(model, self.pattern, targets, ignore).layers
         # A run starts from the masks that are there; nothing to prune yet is also a mask.
         already = self.schedule.sparsity(0.0) == 0 or all(
-            isinstance(layer, SparseLinear) and not _keeps_all(layer) for layer in layers.values()
+            isinstance(layer, SparseLinear) and not layer.keeps_all() for layer in layers.values()
         )
         self.target: float | None = self.schedule.sparsity(0.0) if already else None
         """Sparsity of the masks as they are; None before the first."""
@@ -230,7 +230,3 @@ def resolve_target(
         raise ValueError(f"sparsity={sparsity} is in conflict with the schedule, which ends at {final}: give one.")
     pattern, _ = parse_pattern(mask_structure, final)
     return pattern, schedule
-
-
-def _keeps_all(layer: SparseLinear) -> bool:
-    return masks.count(layer.weight_mask) == layer.weight.numel()

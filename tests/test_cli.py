@@ -53,14 +53,14 @@ def test_prune_evaluate_and_inspect(model_folder, text, capsys):
     assert details["sparsity"] == pytest.approx(0.5, abs=1e-3)
     assert "seed 0" in details["calibration"]
 
-    cli.main(["evaluate", "pruned", f"--text={text}", "--window=32", "--max_tokens=640", "--json=true"])
+    cli.main(["evaluate", "pruned", f"--text={text}", "--window=32", "--max_tokens=640", "--json"])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["tokens"] == 620
     assert result["perplexity"] > 1
     cli.main(["evaluate", "pruned", f"--text={text}", "--window=32", "--max_tokens=640"])
     assert f"{result['perplexity']:.2f}  token perplexity of pruned on topics.txt" in capsys.readouterr().out
 
-    cli.main(["inspect", "pruned", "--json=true"])
+    cli.main(["inspect", "pruned", "--json"])
     layers = {row["name"]: row for row in json.loads(capsys.readouterr().out.splitlines()[-1])["layers"]}
     assert layers["model.layers.0.mlp.up_proj"]["pattern"] == "2:4"
     assert layers["model.layers.0.mlp.up_proj"]["sparsity"] == 0.5

@@ -119,7 +119,7 @@ def trainer(tmp_path, *callbacks, max_steps=12, **settings):
 
 @pytest.mark.parametrize("module", [InInit, InConfigureModel])
 @pytest.mark.parametrize("accumulate", [1, 4])
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
 def test_three_lines_keep_any_module_at_2_of_4(tmp_path, module, accumulate, precision):
     model, exact = module(), ExactAfterEveryStep()
     pruning = DynamicPruning("2:4", update_freq=4)
@@ -280,6 +280,36 @@ def test_statistics_under_accumulation_padding_and_gradient_checkpointing(tmp_pa
     )
     # three steps of two micro-batches of two sequences with twelve real tokens each; validation does not count
     assert set(counted) == {3 * 2 * 2 * 12}
+
+
+@pytest.mark.parametrize("module", [InInit, InConfigureModel])
+def test_validation_from_a_sparse_checkpoint_sees_its_masks(tmp_path, module):
+    data = DataLoader(Tokens(), batch_size=4)
+    model = module()
+    run = trainer(tmp_path, DynamicPruning("2:4", update_freq=4, squash=False), limit_val_batches=2)
+    run.fit(model, loader(), data)
+    run.save_checkpoint(tmp_path / "x.ckpt")
+    expected = run.validate(model, data, verbose=False)
+    fresh = trainer(tmp_path, DynamicPruning("2:4"), limit_val_batches=2)
+    found = fresh.validate(module(), data, ckpt_path=tmp_path / "x.ckpt", verbose=False, weights_only=False)
+    assert found == expected
+
+
+def test_validation_of_a_dense_module_leaves_it_as_it_was(tmp_path):
+    model = InInit()
+    trainer(tmp_path, DynamicPruning("2:4")).validate(model, DataLoader(Tokens(), batch_size=4), verbose=False)
+    assert not sparse_layers(model)
+
+
+def test_a_checkpoint_with_masks_but_without_the_callbacks_state_is_no_run_to_resume(tmp_path):
+    path = tmp_path / "middle.ckpt"
+    with pytest.raises(SystemExit):
+        trainer(tmp_path, DynamicPruning("2:4"), Interrupt(2, path)).fit(InInit(), loader())
+    content = torch.load(path, weights_only=False)
+    del content["callbacks"]["DynamicPruning"]
+    torch.save(content, path)
+    with pytest.raises(ValueError, match="was written without DynamicPruning"):
+        trainer(tmp_path, DynamicPruning("2:4")).fit(InInit(), loader(), ckpt_path=path, weights_only=False)
 
 
 def test_resuming_with_another_pattern_is_refused(tmp_path):

@@ -213,7 +213,6 @@ def _write(folder: Path, arms: list[Arm], steps: int, exported: Path) -> Path:
             columns=columns,
             rows=rows,
             runs={name: read_metrics(folder / run / "metrics.csv") for name, run in runs.items()},
-            levels={},
             layers=layer_sparsities(Pretrained(str(exported)).load()),
             recipe=(folder / "dynamic" / "config.yaml").read_text(),
         ),

@@ -26,8 +26,6 @@ class Report:
     """The headline table."""
     runs: Mapping[str, Metrics]
     """Metrics of each run by its name."""
-    levels: Mapping[str, float]
-    """Perplexities without training, drawn as lines."""
     layers: Sequence[LayerSparsity]
     """Layers of the exported model."""
     recipe: str
@@ -65,14 +63,16 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str
 def _plot_perplexity(report: Report, path: Path) -> Path:
     figure, axes = _figure()
     for name, metrics in report.runs.items():
-        points = [(row["step"], row["val/perplexity"]) for row in metrics if "val/perplexity" in row]
+        # Lightning numbers steps from 0; as everywhere here, a step is one that has been completed
+        points = [(row["step"] + 1, row["val/perplexity"]) for row in metrics if "val/perplexity" in row]
         if points:
             axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name)
-    for name, value in report.levels.items():
-        axes.axhline(value, linestyle="--", linewidth=1, color="0.5")
-        axes.annotate(name, (1, value), xycoords=("axes fraction", "data"), fontsize=8, ha="right", va="bottom")
-    axes.set(xlabel="optimizer step", ylabel="token perplexity", yscale="log")
-    axes.legend(fontsize=8)
+    axes.set(xlabel="optimizer steps", ylabel="token perplexity", yscale="log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.tick_params(axis="y", which="minor", labelsize=8)
+    if axes.lines:
+        axes.legend(fontsize=8)
     return _save(figure, path)
 
 
@@ -84,7 +84,8 @@ def _plot_flips(report: Report, path: Path) -> Path:
             if points:
                 label = f"{name}, {'since the update before' if style == '-' else 'since the first mask'}"
                 axes.plot(*zip(*points, strict=True), style, marker="o", markersize=4, label=label)
-    axes.set(xlabel="optimizer step", ylabel="mask entries that changed, %", ylim=(0, None))
+    axes.set(xlabel="optimizer steps", ylabel="mask entries that changed, %")
+    axes.set_ylim(bottom=0)
     if axes.lines:
         axes.legend(fontsize=8)
     return _save(figure, path)
@@ -111,11 +112,13 @@ def _plot_layers(layers: Sequence[LayerSparsity], path: Path) -> Path:
 def _figure(height: float = 3.4):  # type: ignore[no-untyped-def]
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(7.5, height), layout="constrained")
     FigureCanvasAgg(figure)  # draws without a screen, whatever the process has set
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure, axes
 
 

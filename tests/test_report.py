@@ -22,7 +22,6 @@ def test_a_report_is_one_page_with_its_pictures_inside(tmp_path):
         columns=["arm", "perplexity"],
         rows=[["dense", "5.00"], ["dynamic", "6.00"]],
         runs={"dynamic": rows, "nothing logged": []},
-        levels={"one-shot": 12.0},
         layers=[
             LayerSparsity(f"model.layers.{block}.{name}", (4, 8), 16, "2:4")
             for block in range(3)

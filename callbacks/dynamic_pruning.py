@@ -2,8 +2,7 @@
 
 When what happens, in Lightning's order:
 
-    setup                     targets that exist are sparsified, keeping everything (to evaluate, too: a checkpoint of
-                              a sparse run brings masks)
+    setup                     targets that exist are sparsified, keeping everything
     configure_model           the same for targets that are made there
     (checkpoint is loaded)    finds the mask buffers; the callback's own state is kept for later
     on_sanity_check_start,
@@ -16,20 +15,19 @@ When what happens, in Lightning's order:
 """
 
 import functools
-import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning as L
-import torch
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
 
+from sparse_train.callbacks.calibration import causal_lm, peek
 from sparse_train.criteria import Criterion, Wanda
-from sparse_train.layers import SparseLinear, sparse_layers, sparsify, squash
-from sparse_train.oneshot import Batch, set_initial_masks
+from sparse_train.layers import sparse_layers, sparsify, sparsify_like, squash
+from sparse_train.oneshot import set_initial_masks
 from sparse_train.patterns import Pattern
 from sparse_train.policies import MaskPolicy, StraightThrough
 from sparse_train.pruner import UpdateReport
@@ -55,7 +53,8 @@ class DynamicPruning(L.Callback):
     Each update scores weights by ``criterion`` from activations of the training forwards just before it (Wanda:
     ``|W_ij| * ||X_j||_2``, arXiv 2306.11695) and logs ``sparsity/target``, ``sparsity/actual`` (zeros counted on the
     weights), ``sparsity/flip_rate`` (share of mask entries that changed), ``sparsity/initial_flip_rate`` (share that
-    differs from the first mask; measured on every 32nd row) and ``sparsity/update_seconds`` to all loggers.
+    differs from the first mask; measured on every 32nd row) and ``sparsity/update_seconds`` to all loggers. So does a
+    first mask at step 0, and so do the steps of updates at which masks need not change.
 
     The first mask, with ``start_step`` 0, comes from one-shot pruning, block by block, calibrated on
     ``calibration_batches`` batches of the training data, where the module holds a transformers model and batches are
@@ -123,7 +122,7 @@ class DynamicPruning(L.Callback):
         self._squash = squash
         self._restored: dict[str, Any] | None = None
         self._global_step = 0
-        self._warned = False
+        self._load_hook: Any = None
         self.updater: MaskUpdater | None = None
         """The running pipeline; None before the run has begun."""
 
@@ -138,8 +137,15 @@ class DynamicPruning(L.Callback):
     # --- before training ---------------------------------------------------------------------------------------------
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage == "fit":
-            self.updater, self._warned = None, False
+        if stage != "fit":
+            # evaluates the module as it is, or a checkpoint of a sparse run, which brings masks, or a dense one
+            hook = pl_module.register_load_state_dict_pre_hook(_sparsify_as_loaded)  # type: ignore[no-untyped-call]
+            self._load_hook = hook
+            return
+        _refuse_averaging(trainer)
+        continues = self.updater is not None and trainer.global_step > 0 and bool(sparse_layers(pl_module))
+        self._restored = self.state_dict() if continues else None
+        self.updater = None
         if is_overridden("configure_model", pl_module):
             pl_module.__dict__["configure_model"] = functools.partial(self._configure_model, pl_module)
         else:
@@ -158,12 +164,13 @@ class DynamicPruning(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._begin(trainer, pl_module)
-        self._global_step = trainer.global_step
+        # a checkpoint may have been written after the last optimizer step and before this callback saw it
+        self._advance(trainer, pl_module)
 
     def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.updater is not None:
             return
-        if self._restored is None and trainer.ckpt_path is not None:
+        if self._restored is None and trainer.ckpt_path is not None and trainer.global_step > 0:
             raise ValueError(
                 f"{trainer.ckpt_path} was written without DynamicPruning, so there is no run to resume. Load its "
                 "weights into the module and fit without ckpt_path."
@@ -179,11 +186,13 @@ class DynamicPruning(L.Callback):
             targets=self._targets,
             ignore=self._ignore,
             total_steps=trainer.estimated_stepping_batches,
+            state=self._restored,
             **self._timing,
         )
-        if self._restored is not None:
-            self.updater.load_state_dict(self._restored)
-            self._restored = None
+        self._global_step = trainer.global_step if self._restored is None else self._restored["global_step"]
+        if self._restored is None and self.updater.target is not None:
+            self._log_update(trainer, self.updater.report())
+        self._restored = None
 
     def _calibrate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         layers = sparse_layers(pl_module)
@@ -195,8 +204,8 @@ class DynamicPruning(L.Callback):
             or not self._calibration_batches
         ):
             return
-        model = _causal_lm(pl_module, layers)
-        batches = _peek(trainer, self._calibration_batches) if model is not None else None
+        model = causal_lm(pl_module, layers)
+        batches = peek(trainer, self._calibration_batches) if model is not None else None
         if model is None or batches is None:
             _log.info("The first mask will come from the activations of the first steps, which run dense.")
             return
@@ -224,39 +233,38 @@ class DynamicPruning(L.Callback):
     ) -> None:
         assert self.updater is not None
         self.updater.token_mask = None
-        self._warn_of_padding()
-        # this hook runs after every micro-batch; only an optimizer step moves the count
-        for _ in range(trainer.global_step - self._global_step):
-            report = self.updater.step()
-            if report is not None:
-                self._log_update(trainer, report)
+        report = self._advance(trainer, pl_module)
+        if report is not None:  # for what monitors metrics, such as a progress bar or EarlyStopping
+            pl_module.log_dict(_metrics(report), logger=False)
+
+    def _advance(self, trainer: L.Trainer, pl_module: L.LightningModule) -> UpdateReport | None:
+        # Micro-batches do not move the count of optimizer steps; a batch that steps several optimizers is one step.
+        assert self.updater is not None
+        if trainer.global_step == self._global_step:
+            return None
         self._global_step = trainer.global_step
+        report = self.updater.step()
+        if report is not None:
+            self._log_update(trainer, report)
+        return report
 
     def _log_update(self, trainer: L.Trainer, report: UpdateReport) -> None:
-        metrics = {
-            "sparsity/target": report.target_sparsity,
-            "sparsity/actual": report.sparsity,
-            "sparsity/flip_rate": report.flip_rate,
-            "sparsity/initial_flip_rate": report.initial_flip_rate,
-            "sparsity/update_seconds": report.seconds,
-        }
         for logger in trainer.loggers:  # straight to them: updates need not coincide with log_every_n_steps
-            logger.log_metrics(metrics, step=trainer.global_step)
-
-    def _warn_of_padding(self) -> None:
-        assert self.updater is not None
-        shape = self.updater.recorder.mask_misfit
-        if shape is not None and not self._warned:
-            self._warned = True
-            _log.warning(
-                "The batch's attention_mask does not fit a layer's input of shape %s, so padding counts in its "
-                "activation statistics. Override DynamicPruning.token_mask to say which tokens count.",
-                shape,
-            )
+            logger.log_metrics(_metrics(report), step=trainer.global_step)
 
     # --- after training, and checkpoints -----------------------------------------------------------------------------
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        final = self._schedule.sparsity(1.0)
+        if self.updater is not None and self.updater.target != final:
+            _log.warning(
+                "The run ended after %d steps, before its masks reached the final sparsity of %g: they are at %s. "
+                "end_step is %d.",
+                self.updater.steps,
+                final,
+                self.updater.target,
+                self.updater.timing.end_step,
+            )
         if self._squash:
             squash(pl_module)
         else:
@@ -265,46 +273,44 @@ class DynamicPruning(L.Callback):
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         pl_module.__dict__.pop("configure_model", None)
-        if stage != "fit" and _keeps_all(pl_module):  # no checkpoint brought masks: leave the module as it was
-            squash(pl_module)
+        if self._load_hook is not None:
+            self._load_hook.remove()
+            self._load_hook = None
 
     def state_dict(self) -> dict[str, Any]:
         if self.updater is not None:
-            return self.updater.state_dict()
+            return {**self.updater.state_dict(), "global_step": self._global_step}
         return self._restored or {}
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.updater = self._restored = None  # also where a tuner has trained a little and now goes back
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict or None
 
 
+def _metrics(report: UpdateReport) -> dict[str, float]:
+    return {
+        "sparsity/target": report.target_sparsity,
+        "sparsity/actual": report.sparsity,
+        "sparsity/flip_rate": report.flip_rate,
+        "sparsity/initial_flip_rate": report.initial_flip_rate,
+        "sparsity/update_seconds": report.seconds,
+    }
+
+
+def _refuse_averaging(trainer: L.Trainer) -> None:
+    for callback in getattr(trainer, "callbacks", []):
+        if isinstance(callback, WeightAveraging):
+            raise ValueError(
+                f"{type(callback).__name__} averages weights of steps with different masks, and would average the "
+                "bytes of the masks; together with DynamicPruning that is not supported. Leave one of them out."
+            )
+
+
+def _sparsify_as_loaded(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    sparsify_like(module, state_dict, prefix)
+
+
 def _keeps_all(module: nn.Module) -> bool:
     return all(layer.keeps_all() for layer in sparse_layers(module).values())
-
-
-def _causal_lm(pl_module: L.LightningModule, layers: Mapping[str, SparseLinear]) -> nn.Module | None:
-    """The transformers model in the module that holds all of ``layers``, if there is one."""
-    wanted = set(layers.values())
-    for module in pl_module.modules():
-        if any(cls.__name__ == "PreTrainedModel" for cls in type(module).__mro__) and wanted <= set(module.modules()):
-            return module
-    return None
-
-
-def _peek(trainer: L.Trainer, count: int) -> list[Batch] | None:
-    """Random training batches, leaving no trace in the loader; None where there are none that a model could take."""
-    trainer.fit_loop.setup_data()
-    loader = trainer.train_dataloader
-    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
-        return None  # reading a stream would take its first batches away from training
-    # a loader of our own: another iterator of theirs would move its generators, and a stateful one's position
-    own = DataLoader(
-        loader.dataset,
-        batch_size=loader.batch_size or 1,
-        shuffle=True,
-        generator=torch.Generator().manual_seed(0),
-        collate_fn=loader.collate_fn,
-    )
-    with torch.random.fork_rng():  # a data set may draw random numbers
-        batches = list(itertools.islice(own, count))
-    usable = all(isinstance(b, Tensor) or (isinstance(b, Mapping) and "input_ids" in b) for b in batches)
-    return batches if batches and usable else None

@@ -4,7 +4,7 @@
 """
 
 from sparse_train.criteria import Criterion, Magnitude, Wanda
-from sparse_train.layers import SparseLinear, sparse_layers, sparsify, squash
+from sparse_train.layers import SparseLinear, sparse_layers, sparsify, sparsify_like, squash
 from sparse_train.oneshot import prune
 from sparse_train.patterns import NM, Pattern, Unstructured
 from sparse_train.policies import Fixed, MaskPolicy, StraightThrough
@@ -34,5 +34,6 @@ __all__ = [
     "prune",
     "sparse_layers",
     "sparsify",
+    "sparsify_like",
     "squash",
 ]

@@ -88,8 +88,9 @@ def recomputing() -> bool:
 class InputSharing:
     """Finds the layers that read one and the same input (q/k/v; gate/up), so that it is measured once.
 
-    Watches one forward, eagerly, and compares tensor objects, not addresses (those are reused). Weak references
-    suffice: while the object lives it is the same input, and once it is gone nothing can match it.
+    Watches the forwards of one step, eagerly, and compares tensor objects, not addresses (those are reused). Weak
+    references suffice: while the object lives it is the same input, and once it is gone nothing can match it.
+    What is found is taken to hold from then on: layers that shared their input are expected to go on doing so.
     """
 
     def __init__(self) -> None:

@@ -23,14 +23,16 @@ commands:
   export     checkpoint to Hugging Face folder  sparse-train export runs/x/last.ckpt runs/x/model
   inspect    sparsity by layer                  sparse-train inspect PATH_OR_HUB_ID
 
-"sparse-train COMMAND --help" lists a command's options. --config also finds the recipes/ and configs/ that come
-with the package, from any folder, and may be given several times; later ones win.
+"sparse-train COMMAND --help" lists a command's options; --debug shows where an error came from. --config also finds
+the recipes/ and configs/ that come with the package, from any folder, and may be given several times; later ones win.
 """
 
 
 def main(args: list[str] | None = None) -> None:
     """Entry point of ``sparse-train``; ``args`` default to the command line's."""
     args = sys.argv[1:] if args is None else args
+    debug = "--debug" in args
+    args = [argument for argument in args if argument != "--debug"]
     if not args or args[0] in ("-h", "--help"):
         print(_USAGE, end="")
         return
@@ -48,8 +50,8 @@ def main(args: list[str] | None = None) -> None:
                 names = ["fit", "validate", *COMMANDS]
                 sys.exit(f"sparse-train: there is no command {command!r}.{did_you_mean(command, names)}\n\n{_USAGE}")
             run_command(command, options)
-    except ValueError as error:
-        if "--debug" in sys.argv:
+    except (ValueError, OSError) as error:
+        if debug:
             raise
         sys.exit(f"sparse-train {command}: {error}")
 

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from jsonargparse import ArgumentParser
 
 from sparse_train.criteria import Criterion, Wanda
-from sparse_train.sources import ModelSource, PackagedWikipedia, Split, TextSource, as_model_source
+from sparse_train.patterns import Pattern, group_label, parse_pattern
+from sparse_train.sources import ModelSource, PackagedWikipedia, Split, TextSource, as_model_source, float_dtype
 from sparse_train.tables import show_inspection, show_pruning
 from sparse_train.yaml_numbers import install
 
@@ -20,7 +20,7 @@ def prune(
     model: ModelSource | str,
     out: str,
     text: TextSource | None = None,
-    mask_structure: str = "2:4",
+    mask_structure: str | Pattern = "2:4",
     sparsity: float | None = None,
     criterion: Criterion = Wanda(),  # noqa: B008  (frozen; jsonargparse shows it as the default)
     targets: list[str] | None = None,
@@ -36,7 +36,7 @@ def prune(
         model: Hugging Face id, local folder, or a model source.
         out: folder to write; must not exist.
         text: calibration text; default: the packaged Wikipedia text.
-        mask_structure: "unstructured" or "N:M" with N kept of every M consecutive inputs.
+        mask_structure: "unstructured", "N:M" with N kept of every M consecutive inputs, or a pattern class.
         sparsity: share of weights that are zero; implied by N:M.
         criterion: scores weights.
         targets: layers by name, class name or "re:" expression; default: the decoder blocks' linear layers.
@@ -50,9 +50,8 @@ def prune(
     from sparse_train.export import check_free, export_model
     from sparse_train.inspection import layer_sparsities
     from sparse_train.oneshot import prune as prune_model
-    from sparse_train.patterns import parse_pattern
 
-    parse_pattern(mask_structure, sparsity)  # mistakes in the pattern should not wait for the model
+    pattern, _ = parse_pattern(mask_structure, sparsity)  # mistakes in the pattern should not wait for the model
     check_free(Path(out))
     source = as_model_source(model)
     began = time.perf_counter()
@@ -83,7 +82,7 @@ def prune(
     details = {
         "model": source.name,
         "criterion": repr(criterion),
-        "mask_structure": mask_structure,
+        "mask_structure": group_label(pattern),
         "sparsity": report.sparsity,
         "calibration": calibration,
         "seconds": {
@@ -124,6 +123,7 @@ def evaluate(
 
     from sparse_train.evaluation import evaluate_perplexity, token_ids
 
+    dtype = None if autocast is None else float_dtype(autocast)
     source, text = as_model_source(model), text or PackagedWikipedia()
     loaded, tokenizer = source.load(), source.tokenizer()
     documents = text.documents(split)
@@ -139,7 +139,7 @@ def evaluate(
         model_name=source.name,
         data_name=text.name,
         split=split,
-        autocast=None if autocast is None else getattr(torch, autocast),
+        autocast=dtype,
         progress=not json,
     )
     print(dumps(result.as_dict()) if json else f"{result.perplexity:.2f}  {result.protocol}")

@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from sparse_train.layers import MASK_NAME, squash
-from sparse_train.module import sparsify_like
+from sparse_train.layers import MASK_NAME, sparsify_like, squash
 
 
 def export_model(model: Any, tokenizer: Any | None, out: str | Path) -> Path:

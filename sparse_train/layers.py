@@ -4,8 +4,10 @@ Shape suffixes: T tokens, O out_features, I in_features, J packed mask bytes = c
 """
 
 import functools
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+import inspect
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -30,8 +32,9 @@ class Recorder:
     """Which tokens of the current batch count (B, L); None = all."""
     sharing: InputSharing | None = None
     """Set during the one forward in which shared inputs are looked for."""
-    mask_misfit: str | None = field(default=None, compare=False)
-    """Name or shape of the first input that the token mask did not fit, for one warning."""
+    mask_misfit: str | None = None
+    """Shape of the first input that the token mask did not fit, for one warning."""
+    warned: bool = False
 
     def wants(self, training: bool) -> bool:
         return self.when == "always" or (self.when == "training" and (training or torch.is_grad_enabled()))
@@ -49,6 +52,7 @@ class SparseLinear(nn.Linear):
         statistics: norms of the input, shared between layers that share it; None where no criterion needs them.
         records: False where another layer records the shared input.
         recorder: the model's common switch and token mask.
+        reached: whether a forward came by since the last mask update.
     """
 
     weight_mask: Tensor
@@ -56,8 +60,10 @@ class SparseLinear(nn.Linear):
     statistics: ActivationNorm | None
     records: bool
     recorder: Recorder | None
+    reached: bool
 
     def forward(self, x: Tensor) -> Tensor:
+        self.reached = True
         recorder = self.recorder
         if recorder is not None and self.statistics is not None and recorder.wants(self.training):
             self._record(x, recorder, self.statistics)
@@ -66,8 +72,9 @@ class SparseLinear(nn.Linear):
     def _record(self, x: Tensor, recorder: Recorder, statistics: ActivationNorm) -> None:
         if recorder.sharing is not None and not torch.compiler.is_compiling() and not recomputing():
             recorder.sharing.watch(self, x)
-            if recorder.token_mask is not None and recorder.token_mask.shape != x.shape[:-1]:
-                recorder.mask_misfit = recorder.mask_misfit or f"{tuple(x.shape)}"
+        mask = recorder.token_mask
+        if mask is not None and mask.shape != x.shape[:-1] and recorder.mask_misfit is None:
+            recorder.mask_misfit = f"{tuple(x.shape)}"
         if self.records:
             statistics.add(x, recorder.token_mask)
 
@@ -178,12 +185,10 @@ def sparsify(model: nn.Module, layers: Iterable[nn.Linear]) -> None:
         assert isinstance(layer, SparseLinear)
         layer.register_buffer(MASK_NAME, masks.full(layer.out_features, layer.in_features, layer.weight.device))
         layer.straight_through, layer.statistics, layer.records, layer.recorder = True, None, True, None
+        layer.reached = False
     if not _refusals(model):
         model.register_load_state_dict_pre_hook(_refuse_dense)
-    for module in model.modules():
-        if _is_pretrained(module) and sparse_layers(module):
-            # an attribute of the instance; a partial of a module-level function survives deepcopy and pickle
-            module.__dict__["save_pretrained"] = functools.partial(_save_pretrained, module)
+    _teach_save_pretrained()
 
 
 @torch.no_grad()
@@ -191,33 +196,69 @@ def squash(model: nn.Module) -> None:
     """Fold masks into weights: pruned weights become exact zeros, and plain ``nn.Linear`` layers remain."""
     for layer in sparse_layers(model).values():
         layer.weight.copy_(layer.masked_weight())
-        for name in (MASK_NAME, "straight_through", "statistics", "records", "recorder"):
+        for name in (MASK_NAME, "straight_through", "statistics", "records", "recorder", "reached"):
             delattr(layer, name)
         layer.__class__ = _dense_class(type(layer))  # type: ignore[arg-type]
     for module in model.modules():
-        if _is_pretrained(module):
-            module.__dict__.pop("save_pretrained", None)
         for key in _refusals(module):
             del module._load_state_dict_pre_hooks[key]
 
 
 def squashed_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The state dict that ``squash`` would leave, without changing the model."""
-    state: dict[str, Tensor] = model.state_dict()
-    for name, layer in sparse_layers(model).items():
-        prefix = f"{name}." if name else ""
-        del state[prefix + MASK_NAME]
-        state[prefix + "weight"] = layer.masked_weight()
-    return state
+    return _folded(model.state_dict())
 
 
-def _save_pretrained(model: Any, *args: Any, **kwargs: Any) -> Any:
-    kwargs.setdefault("state_dict", squashed_state_dict(model))
-    return type(model).save_pretrained(model, *args, **kwargs)
+def _folded(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict with its masks folded into its weights."""
+    folded = {key: value for key, value in state.items() if not _is_mask(key)}
+    for key, mask_OJ in state.items():
+        if _is_mask(key):
+            weight = key.removesuffix(MASK_NAME) + "weight"
+            folded[weight] = masks.apply(state[weight].detach(), mask_OJ)
+    return folded
 
 
-def _is_pretrained(module: nn.Module) -> bool:
-    return any(cls.__name__ == "PreTrainedModel" for cls in type(module).__mro__)  # without importing transformers
+def _is_mask(key: str) -> bool:
+    return key == MASK_NAME or key.endswith(f".{MASK_NAME}")
+
+
+def _teach_save_pretrained() -> None:
+    """Make ``PreTrainedModel.save_pretrained`` fold masks: once, for all models.
+
+    On the class and not on the model: what is saved may be a model around the one that was sparsified, or a copy, and
+    trainers pass a state dict of their own.
+    """
+    modeling = sys.modules.get("transformers.modeling_utils")
+    if modeling is None or getattr(modeling.PreTrainedModel.save_pretrained, "folds_masks", False):
+        return
+    original = modeling.PreTrainedModel.save_pretrained
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not sparse_layers(self):
+            return original(self, *args, **kwargs)
+        bound = signature.bind(self, *args, **kwargs)
+        state = bound.arguments.get("state_dict")
+        bound.arguments["state_dict"] = _folded(self.state_dict() if state is None else state)
+        return original(*bound.args, **bound.kwargs)
+
+    save_pretrained.folds_masks = True  # type: ignore[attr-defined]
+    modeling.PreTrainedModel.save_pretrained = save_pretrained
+
+
+def sparsify_like(module: nn.Module, state_dict: Mapping[str, Any], prefix: str = "") -> None:
+    """Sparsify the layers of ``module`` whose masks are in ``state_dict``, so that it can be loaded.
+
+    For a checkpoint of a sparse run in a module that knows nothing of it: ``sparsify_like(module, state)``, then
+    ``module.load_state_dict(state)``, and ``squash(module)`` for true zeros.
+    """
+    names = [key.removeprefix(prefix).removesuffix(f".{MASK_NAME}") for key in state_dict if _is_mask(key)]
+    layers = [module.get_submodule(name) for name in names]
+    new = [layer for layer in layers if isinstance(layer, nn.Linear) and not isinstance(layer, SparseLinear)]
+    if new:
+        sparsify(module, new)
 
 
 def _refuse_dense(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

@@ -4,15 +4,15 @@ Shape suffixes: B batch, L sequence length, V vocabulary.
 """
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor, nn
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
 from torchmetrics import MeanMetric
 
-from sparse_train.layers import MASK_NAME, SparseLinear, sparsify
+from sparse_train.layers import sparse_layers, sparsify_like
 from sparse_train.losses import next_token_loss
 from sparse_train.sources import ModelSource, as_model_source
 
@@ -103,13 +103,11 @@ class CausalLM(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # outside a sparse run (validate, load_from_checkpoint) nobody has sparsified the model yet
+        before = len(sparse_layers(self))
         sparsify_like(self, checkpoint["state_dict"])
-
-
-def sparsify_like(module: nn.Module, state_dict: Mapping[str, Any]) -> None:
-    """Sparsify the layers of ``module`` whose masks are in ``state_dict``, so that it can be loaded."""
-    names = [key.removesuffix(f".{MASK_NAME}") for key in state_dict if key.endswith(f".{MASK_NAME}")]
-    layers = [module.get_submodule(name) for name in names]
-    new = [layer for layer in layers if isinstance(layer, nn.Linear) and not isinstance(layer, SparseLinear)]
-    if new:
-        sparsify(module, new)
+        fitting = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
+        if fitting and len(sparse_layers(self)) > before:
+            raise ValueError(
+                "The checkpoint is of a sparse run, and this run has no DynamicPruning callback: its masks would never "
+                "change and never be folded in. Add the callback, or export the checkpoint and train what that gives."
+            )

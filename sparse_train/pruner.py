@@ -5,6 +5,7 @@ One-shot pruning, the Lightning callback and plain loops all go through here.
 Shape suffixes: O out_features, I in_features, J packed mask bytes.
 """
 
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -18,6 +19,8 @@ from sparse_train.distributed import sum_over_ranks
 from sparse_train.layers import Recorder, SparseLinear
 from sparse_train.patterns import Pattern
 from sparse_train.policies import MaskPolicy
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -80,31 +83,63 @@ def update_masks(
     Raises:
         ValueError: a layer without activations, or with non-finite activations or weights.
     """
-    if criterion.needs_activations:
-        for name, layer in layers.items():  # all before the first change: an error leaves every mask as it was
-            _check_statistics(name, layer.statistics)
-    if not pattern.model_wide:
-        return {
-            name: _replace_mask(layer, pattern.mask(_admitted(name, layer, criterion, policy, shadow_factor), sparsity))
-            for name, layer in layers.items()
-        }
-    scores = [_admitted(name, layer, criterion, policy, shadow_factor) for name, layer in layers.items()]
-    keep = pattern.mask(torch.cat([score.reshape(1, -1) for score in scores], dim=1), sparsity)
-    parts = keep.split([score.numel() for score in scores], dim=1)
-    return {
-        name: _replace_mask(layer, part.view(layer.weight.shape))
-        for (name, layer), part in zip(layers.items(), parts, strict=True)
-    }
+    _check_reached(layers, criterion)
+    # All new masks first, then all changes: an error leaves every mask and weight as it was.
+    new: dict[str, Tensor] = {}
+    if pattern.model_wide:
+        scores = [_admitted(name, layer, criterion, policy, shadow_factor) for name, layer in layers.items()]
+        keep = pattern.mask(torch.cat([score.reshape(1, -1) for score in scores], dim=1), sparsity)
+        parts = keep.split([score.numel() for score in scores], dim=1)
+        for (name, layer), part in zip(layers.items(), parts, strict=True):
+            new[name] = masks.pack(part.view(layer.weight.shape))
+    else:
+        for name, layer in layers.items():
+            scores_OI = _admitted(name, layer, criterion, policy, shadow_factor)
+            new[name] = masks.pack(pattern.mask(scores_OI, sparsity))
+    updates = {}
+    for name, layer in layers.items():
+        if shadow_factor != 1:
+            layer.weight.copy_(_decayed(layer, shadow_factor))
+        flips = masks.count_differing(layer.weight_mask, new[name])
+        layer.weight_mask.copy_(new[name])
+        updates[name] = measure(layer, flips)
+        layer.reached = False
+    return updates
+
+
+def measure(layer: SparseLinear, flips: int = 0) -> LayerUpdate:
+    """Count the zeros of a masked layer."""
+    size = layer.weight.numel()
+    return LayerUpdate(size, size - int(layer.masked_weight().count_nonzero()), flips)
 
 
 def _admitted(name: str, layer: SparseLinear, criterion: Criterion, policy: MaskPolicy, shadow_factor: float) -> Tensor:
-    stats = layer.statistics if criterion.needs_activations else None
-    if shadow_factor != 1:
-        layer.weight.copy_(torch.where(layer.unpacked_mask(), layer.weight, layer.weight * shadow_factor))
-    scores_OI = criterion.scores(layer.weight.detach(), stats)
+    weight_OI = layer.weight.detach() if shadow_factor == 1 else _decayed(layer, shadow_factor)
+    scores_OI = criterion.scores(weight_OI, layer.statistics if criterion.needs_activations else None)
     if not bool(scores_OI.isfinite().all()):
-        raise ValueError(f"{name}: scores are not finite, because a weight is infinite or NaN.")
+        raise ValueError(
+            f"{name}: scores are not finite, because a weight is infinite or NaN, or too large for its activations; "
+            "masks were not changed. Lower the learning rate, or look for where the weight got its value."
+        )
     return policy.admit(scores_OI, layer.unpacked_mask())
+
+
+def _decayed(layer: SparseLinear, shadow_factor: float) -> Tensor:
+    weight_OI = layer.weight.detach()
+    return torch.where(layer.unpacked_mask(), weight_OI, weight_OI * shadow_factor)
+
+
+def _check_reached(layers: Mapping[str, SparseLinear], criterion: Criterion) -> None:
+    if criterion.needs_activations:
+        for name, layer in layers.items():
+            _check_statistics(name, layer.statistics)
+        return
+    unreached = [name for name, layer in layers.items() if not layer.reached]
+    if unreached and len(unreached) < len(layers):  # none reached: there has been no forward yet
+        raise ValueError(
+            f"{unreached[0]} is a target, but no forward reached it since the last mask update, so its mask has no "
+            f"effect; masks were not changed. Leave it out with ignore=[{unreached[0]!r}]."
+        )
 
 
 def _check_statistics(name: str, stats: ActivationNorm | None) -> None:
@@ -121,16 +156,6 @@ def _check_statistics(name: str, stats: ActivationNorm | None) -> None:
             "so Wanda scores cannot be computed; masks were not changed. Look for NaN in the data, a learning rate "
             "that is too high, or an overflow of float16."
         )
-
-
-def _replace_mask(layer: SparseLinear, mask_OI: Tensor) -> LayerUpdate:
-    before_OJ = layer.weight_mask.clone()
-    layer.set_mask(mask_OI)
-    return LayerUpdate(
-        size=layer.weight.numel(),
-        zeros=layer.weight.numel() - int(layer.masked_weight().count_nonzero()),
-        flips=masks.count_differing(before_OJ, layer.weight_mask),
-    )
 
 
 def attach(layers: Iterable[SparseLinear], recorder: Recorder, criterion: Criterion) -> None:
@@ -156,3 +181,14 @@ def reduce_statistics(layers: Iterable[SparseLinear]) -> list[ActivationNorm]:
     distinct = {id(layer.statistics): layer.statistics for layer in layers if layer.statistics is not None}
     sum_over_ranks([tensor for each in distinct.values() for tensor in (each.sum_squares_I, each.tokens)])
     return list(distinct.values())
+
+
+def warn_of_padding(recorder: Recorder) -> None:
+    """Say, once, that a token mask did not fit an input, so that padding counts in its statistics."""
+    if recorder.mask_misfit is not None and not recorder.warned:
+        recorder.warned = True
+        _log.warning(
+            "The batch's attention_mask does not fit a layer's input of shape %s, so padding counts in its activation "
+            "statistics. Override DynamicPruning.token_mask, or set MaskUpdater.token_mask, to say which tokens count.",
+            recorder.mask_misfit,
+        )

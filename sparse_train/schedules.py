@@ -16,6 +16,13 @@ def check_sparsity(name: str, value: float) -> None:
         )
 
 
+def _check_rise(init_sparsity: float, final_sparsity: float) -> None:
+    check_sparsity("init_sparsity", init_sparsity)
+    check_sparsity("final_sparsity", final_sparsity)
+    if init_sparsity > final_sparsity:
+        raise ValueError(f"Sparsity rises: init_sparsity ({init_sparsity}) must not be above {final_sparsity}.")
+
+
 class Schedule(ABC):
     """Sparsity as a function of progress."""
 
@@ -45,11 +52,10 @@ class Linear(Schedule):
     init_sparsity: float = 0.0
 
     def __post_init__(self) -> None:
-        check_sparsity("init_sparsity", self.init_sparsity)
-        check_sparsity("final_sparsity", self.final_sparsity)
+        _check_rise(self.init_sparsity, self.final_sparsity)
 
     def sparsity(self, progress: float) -> float:
-        return self.init_sparsity + (self.final_sparsity - self.init_sparsity) * progress
+        return self.init_sparsity * (1 - progress) + self.final_sparsity * progress  # exact at both ends
 
 
 @dataclass(frozen=True)
@@ -63,8 +69,7 @@ class Cubic(Schedule):
     init_sparsity: float = 0.0
 
     def __post_init__(self) -> None:
-        check_sparsity("init_sparsity", self.init_sparsity)
-        check_sparsity("final_sparsity", self.final_sparsity)
+        _check_rise(self.init_sparsity, self.final_sparsity)
 
     def sparsity(self, progress: float) -> float:
         return self.final_sparsity + (self.init_sparsity - self.final_sparsity) * (1 - progress) ** 3

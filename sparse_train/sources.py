@@ -58,14 +58,13 @@ class Pretrained(ModelSource):
     def load(self) -> Any:
         from transformers import AutoModelForCausalLM
 
-        dtype = getattr(torch, self.dtype, None)
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise ValueError(
-                f'dtype must name a floating point dtype of torch, such as "bfloat16", got {self.dtype!r}.'
+        dtype = float_dtype(self.dtype)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                self.path, gguf_file=self.gguf_file, dtype=dtype, attn_implementation=self.attn_implementation
             )
-        model = AutoModelForCausalLM.from_pretrained(
-            self.path, gguf_file=self.gguf_file, dtype=dtype, attn_implementation=self.attn_implementation
-        )
+        except OSError as error:
+            raise ValueError(f"Cannot load a model from {self.path!r}: {error}") from error
         if self.gguf_file:  # the weights are dense now, but the model still calls itself quantised and refuses to save
             model.config.__dict__.pop("quantization_config", None)
             model.hf_quantizer, model.is_quantized = None, False
@@ -128,6 +127,14 @@ class FromScratch(ModelSource):
 
     def tokenizer(self) -> Any:
         return self.tokenizer_source.tokenizer()
+
+
+def float_dtype(name: str) -> torch.dtype:
+    """The floating point dtype of a name such as "bfloat16"."""
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype must name a floating point dtype of torch, such as bfloat16, got {name!r}.")
+    return dtype
 
 
 def as_model_source(model: ModelSource | str) -> ModelSource:

@@ -45,7 +45,7 @@ def select(
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     adapters = _adapter_names(model)
     tied = _tied_names(model)
-    blocks = decoder_blocks(model)
+    blocks = _unambiguous_blocks(model) if targets is None else None
     ignored = set(_match(model, ignore, "ignore"))
     lenient = False
     if targets is not None:
@@ -53,8 +53,8 @@ def select(
         # a pattern may reach adapters by accident; only one named in full is a mistake worth an error
         chosen = [name for name in matched if name not in ignored and (name not in adapters or name in targets)]
     elif blocks is not None:
-        prefix = blocks[0]
-        chosen = [name for name in linears if name.startswith(f"{prefix}.") and name not in ignored | adapters]
+        chosen = [name for name in linears if name.startswith(f"{blocks}.") and name not in ignored | adapters]
+        _log.info("Pruning the linear layers of the decoder blocks %s.", blocks)
     else:
         candidates = [name for name in linears if name not in adapters | tied]
         chosen = [name for name in candidates[:-1] if name not in ignored]
@@ -84,7 +84,7 @@ def select(
                 else f"Name layers with targets, such as targets=[{next(iter(linears))!r}]."
             )
         )
-    untargetable = _untargetable(model, blocks[0]) if blocks else {}
+    untargetable = _untargetable(model, blocks) if blocks else {}
     if untargetable:
         total = sum(p.numel() for p in model.parameters())
         _log.warning(
@@ -96,19 +96,30 @@ def select(
     return Selection(layers, untargetable)
 
 
-def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
-    """Name and list of the decoder blocks: the outermost ``nn.ModuleList`` of composite modules with most parameters.
-
-    No architecture is known by name. None where there is no such list.
-    """
+def block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """The outermost ``nn.ModuleList``s of composite modules, by name, largest first; no architecture is known."""
     found: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{outer}.") for outer in found)
         if isinstance(module, nn.ModuleList) and len(module) and not inside and all(map(_is_block, module)):
             found[name] = module
+    return dict(sorted(found.items(), key=lambda item: -_size(item[1])))
+
+
+def _unambiguous_blocks(model: nn.Module) -> str | None:
+    found = block_lists(model)
+    trainable = {name: blocks for name, blocks in found.items() if any(p.requires_grad for p in blocks.parameters())}
+    found = trainable or found  # beside a model in training, a frozen one is its teacher or reference
     if not found:
         return None
-    return max(found.items(), key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    first, *others = found
+    rivals = [name for name in others if 10 * _size(found[name]) > _size(found[first])]
+    if rivals:
+        raise ValueError(
+            f"The model has several lists of blocks ({', '.join([first, *rivals])}), and it is not clear which are "
+            f"to be pruned. Name them: targets=[{first!r}], or all of them."
+        )
+    return first
 
 
 def did_you_mean(word: str, candidates: Iterable[str]) -> str:
@@ -156,6 +167,11 @@ def _check_maskable(model: nn.Module, name: str, module: nn.Module, adapters: se
             f"{name} is a {type(module).__name__}, a subclass of nn.Linear with a computation of its own, which a mask "
             f"would replace. {way_out}, or load the model without it (for example not in 4 bits)."
         )
+    if "weight" not in module._parameters:
+        raise ValueError(
+            f"The weight of {name} is computed (weight_norm, a parametrization), so zeros in it would not last. Remove "
+            f"the parametrization first. {way_out}."
+        )
     if "forward" in module.__dict__:
         raise ValueError(
             f"{name} has its forward overridden on the instance (accelerate does this with device_map), so the mask "
@@ -194,9 +210,9 @@ def _adapter_names(model: nn.Module) -> set[str]:
 
 
 def _tied_names(model: nn.Module) -> set[str]:
-    owners = [(name, module._parameters.get("weight")) for name, module in model.named_modules()]
-    uses = Counter(id(weight) for _, weight in owners if weight is not None)
-    return {name for name, weight in owners if weight is not None and uses[id(weight)] > 1}
+    parameters = list(model.named_parameters(remove_duplicate=False))
+    uses = Counter(id(parameter) for _, parameter in parameters)
+    return {name.rpartition(".")[0] for name, parameter in parameters if uses[id(parameter)] > 1}
 
 
 def _untargetable(model: nn.Module, prefix: str) -> dict[str, int]:
@@ -208,6 +224,10 @@ def _untargetable(model: nn.Module, prefix: str) -> dict[str, int]:
             if parameter.dim() >= 2:
                 found[f"{prefix}.{name}.{parameter_name}"] = parameter.numel()
     return found
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _is_block(module: nn.Module) -> bool:

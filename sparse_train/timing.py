@@ -57,8 +57,11 @@ class Timing:
         end = _steps("end_step", end_step, total_steps)
         if end < start:
             raise ValueError(f"end_step ({end}) must not lie before the first update, start_step ({start}).")
+        if total_steps is not None and start > total_steps:
+            raise ValueError(f"start_step ({start}) lies behind the end of the run ({total_steps:g} steps).")
         if first_from_window:
-            start = max(start, window)
+            # a run shorter than the window (a trial of a few steps) still ends sparse
+            start = max(start, window if total_steps is None else min(window, int(min(total_steps, window))))
             if isinstance(end_step, float):  # a share was only roughly meant
                 end = max(start, end)
             if end < start:

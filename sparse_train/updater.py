@@ -2,23 +2,27 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sparse_train import masks
 from sparse_train.activations import InputSharing
 from sparse_train.criteria import Criterion, Wanda
-from sparse_train.layers import Recorder, SparseLinear, sparsify
+from sparse_train.layers import Recorder, SparseLinear, sparsify, squash
 from sparse_train.patterns import Pattern, parse_pattern
 from sparse_train.policies import MaskPolicy, StraightThrough
 from sparse_train.pruner import (
     LayerUpdate,
     UpdateReport,
     attach,
+    measure,
     reduce_statistics,
     share_statistics,
     update_masks,
+    warn_of_padding,
 )
 from sparse_train.schedules import Constant, Schedule
 from sparse_train.targets import select
@@ -55,9 +59,11 @@ class MaskUpdater:
         window: steps before an update over which activations are recorded (int = steps, float = share of
             ``update_freq``).
         total_steps: optimizer steps of the run; needed for shares of it.
+        state: ``state_dict`` of the run to resume, whose masks the model has, or will load.
 
     Raises:
-        ValueError: any of these out of range or in conflict, nothing to prune, or a target that cannot be masked.
+        ValueError: any of these out of range or in conflict, nothing to prune, a target that cannot be masked, or
+            masks that the model already has and that are not this run's.
     """
 
     def __init__(
@@ -76,35 +82,49 @@ class MaskUpdater:
         end_step: int | float = 0.75,
         window: int | float = 0.5,
         total_steps: int | float | None = None,
+        state: Mapping[str, Any] | None = None,
     ) -> None:
         self.pattern, self.schedule = resolve_target(mask_structure, sparsity, schedule)
         self.criterion = criterion or Wanda()
         self.policy = policy or StraightThrough()
         layers = select(model, self.pattern, targets, ignore).layers
-        # A run starts from the masks that are there; nothing to prune yet is also a mask.
-        already = self.schedule.sparsity(0.0) == 0 or all(
-            isinstance(layer, SparseLinear) and not layer.keeps_all() for layer in layers.values()
-        )
-        self.target: float | None = self.schedule.sparsity(0.0) if already else None
-        """Sparsity of the masks as they are; None before the first."""
-        self.timing = Timing.resolve(
-            start_step=start_step,
-            end_step=end_step,
-            update_freq=update_freq,
-            window=window,
-            total_steps=total_steps,
-            first_from_window=self.criterion.needs_activations and not already,
-        )
+        began_dense = not any(isinstance(layer, SparseLinear) for layer in layers.values())
         sparsify(model, layers.values())
         self.layers: dict[str, SparseLinear] = {n: m for n, m in layers.items() if isinstance(m, SparseLinear)}
+        try:
+            self._start(
+                state,
+                start_step=start_step,
+                end_step=end_step,
+                update_freq=update_freq,
+                window=window,
+                total_steps=total_steps,
+            )
+        except BaseException:
+            if began_dense:
+                squash(model)  # the masks keep everything: the model is as it was
+            raise
+
+    def _start(self, state: Mapping[str, Any] | None, **timing: Any) -> None:
+        initial = self.schedule.sparsity(0.0)
+        # A run starts from the masks that are there; where nothing is to be pruned yet, that is also a mask.
+        masked = state is not None or initial == 0 or not all(layer.keeps_all() for layer in self.layers.values())
+        if masked and state is None:
+            _check_masks(self.layers, self.pattern, initial)
+        self.timing = Timing.resolve(**timing, first_from_window=self.criterion.needs_activations and not masked)
         self.recorder = Recorder()
         attach(self.layers.values(), self.recorder, self.criterion)
         for layer in self.layers.values():
             layer.straight_through = self.policy.straight_through
         self.steps = 0
-        self._first_rows: dict[str, Tensor] = self._rows() if already else {}
+        self.target: float | None = initial if masked else None
+        """Sparsity of the masks as they are; None before the first."""
+        self._last_update = 0
         self._sharing_known = False
-        if self.timing.is_update(0) and not already:
+        self._first_rows: dict[str, Tensor] = self._rows() if masked else {}
+        if state is not None:
+            self.load_state_dict(state)
+        elif self.timing.is_update(0) and not masked:
             self.update()
         self._set_recording()
 
@@ -118,12 +138,15 @@ class MaskUpdater:
         self.recorder.token_mask = mask
 
     def step(self) -> UpdateReport | None:
-        """Call after every optimizer step, before the next forward. Returns a report where masks were updated."""
+        """Call after every optimizer step, before the next forward. Returns a report at the steps of updates."""
         self.steps += 1
+        warn_of_padding(self.recorder)
         if self.recorder.sharing is not None:
             share_statistics(self.recorder)
             self._sharing_known = True
-        report = self.update() if self.timing.is_update(self.steps) and self._would_change(self.steps) else None
+        report = None
+        if self.timing.is_update(self.steps):
+            report = self.update() if self._would_change(self.steps) else self.report()
         self._set_recording()
         return report
 
@@ -133,25 +156,33 @@ class MaskUpdater:
         progress = self.timing.progress(self.steps)
         target = self.schedule.sparsity(progress)
         statistics = reduce_statistics(self.layers.values())
-        since = min(self.timing.update_freq, self.steps - self.timing.start_step)
+        since = 0 if self.target is None else self.steps - self._last_update
         changes = update_masks(
             self.layers,
             criterion=self.criterion,
             pattern=self.pattern,
             sparsity=target,
             policy=self.policy,
-            shadow_factor=self.policy.shadow_decay(progress, since) if self.target is not None and since > 0 else 1.0,
+            shadow_factor=self.policy.shadow_decay(progress, since) if since else 1.0,
         )
         for each in statistics:
             each.reset()
-        self.target = target
+        self.target, self._last_update = target, self.steps
+        return self._report(changes, time.perf_counter() - began)
+
+    def report(self) -> UpdateReport:
+        """The masks as they are, unchanged: sparsity counted on the weights, flip rate 0."""
+        began = time.perf_counter()
+        changes = {name: measure(layer) for name, layer in self.layers.items()}
         return self._report(changes, time.perf_counter() - began)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that decides a later mask and is not in the model: counters, statistics, settings."""
+        """All that decides a later mask and is not in the model: counters, timing, statistics, settings."""
         return {
             "steps": self.steps,
             "target": self.target,
+            "last_update": self._last_update,
+            "timing": asdict(self.timing),
             "settings": self._settings(),
             "statistics": {n: m.statistics.state_dict() for n, m in self.layers.items() if m.statistics is not None},
             "first_rows": {name: rows.cpu() for name, rows in self._first_rows.items()},
@@ -160,8 +191,10 @@ class MaskUpdater:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where ``state_dict`` was taken. The masks come with the model's own state dict.
 
+        The steps of updates stay those of the interrupted run, also where the resumed one is longer.
+
         Raises:
-            ValueError: the state is from a run with another pattern, sparsity or criterion, or other targets.
+            ValueError: the state is from a run with another pattern, sparsity, criterion or interval, or other targets.
         """
         for name, now in self._settings().items():
             before = state["settings"].get(name)
@@ -170,12 +203,12 @@ class MaskUpdater:
                     f"The checkpoint was written with {name} = {before}, and this run has {now}. Resume with the "
                     "same setting, or start a new run from the exported model."
                 )
-        if set(state["statistics"]) - set(self.layers) or set(state["first_rows"]) - set(self.layers):
-            unknown = sorted(set(state["statistics"]) | set(state["first_rows"]) - set(self.layers))
+        unknown = sorted((set(state["statistics"]) | set(state["first_rows"])) - set(self.layers))
+        if unknown:
             raise ValueError(f"The checkpoint pruned layers that are no targets of this run, such as {unknown[0]}.")
-        self.steps, self.target = state["steps"], state["target"]
-        device_of = {name: layer.weight.device for name, layer in self.layers.items()}
-        self._first_rows = {name: rows.to(device_of[name]) for name, rows in state["first_rows"].items()}
+        self.steps, self.target, self._last_update = state["steps"], state["target"], state["last_update"]
+        self.timing = Timing(**state["timing"])
+        self._first_rows = {n: rows.to(self.layers[n].weight.device) for n, rows in state["first_rows"].items()}
         for name, statistics in state["statistics"].items():
             own = self.layers[name].statistics
             assert own is not None, name
@@ -187,6 +220,7 @@ class MaskUpdater:
             "mask_structure": repr(self.pattern),
             "schedule": repr(self.schedule),
             "criterion": repr(self.criterion),
+            "update_freq": str(self.timing.update_freq),
             "layers": f"{len(self.layers)} targets",
         }
 
@@ -211,11 +245,24 @@ class MaskUpdater:
         self._first_rows = self._first_rows or rows
         differing = sum(masks.count_differing(row, self._first_rows[name]) for name, row in rows.items())
         entries = sum(len(row) * self.layers[name].in_features for name, row in rows.items())
-        assert self.target is not None
-        return UpdateReport(self.steps, self.target, changes, differing / entries, seconds)
+        return UpdateReport(self.steps, self.target or 0.0, changes, differing / entries, seconds)
 
     def _rows(self) -> dict[str, Tensor]:
         return {name: layer.weight_mask[::_FIRST_MASK_STRIDE].clone() for name, layer in self.layers.items()}
+
+
+def _check_masks(layers: Mapping[str, SparseLinear], pattern: Pattern, sparsity: float) -> None:
+    # Scored by itself, a mask that has the pattern's count in every group is what the pattern selects.
+    found = [layer.unpacked_mask() for layer in layers.values()]
+    if pattern.model_wide:
+        found = [torch.cat([mask.reshape(1, -1) for mask in found], dim=1)]
+    for mask, name in zip(found, layers, strict=False):
+        if not torch.equal(pattern.mask(mask.float(), sparsity), mask):
+            raise ValueError(
+                f"The model has masks already, and those of {name} are not {pattern} at a sparsity of {sparsity:g}, "
+                "which this run starts with. Squash the model first to begin with new masks; to resume a run, pass "
+                "its state, or build the updater before loading the model's state dict."
+            )
 
 
 def resolve_target(

@@ -104,6 +104,17 @@ def test_fit_export_and_resume(model_folder, text, capsys):
         assert torch.equal(value, model.state_dict()[key]), key
     assert AutoTokenizer.from_pretrained("from_checkpoint").eos_token_id == 2
 
+    resumed = [*options, "--trainer.max_steps=16", "--trainer.logger.init_args.save_dir=resumed"]
+    cli.main([*resumed, f"--ckpt_path={checkpoint}"])
+    rows = Path("resumed/metrics.csv").read_text().splitlines()
+    steps = [int(row.split(",")[rows[0].split(",").index("step")]) for row in rows[1:]]
+    assert min(steps) >= 12
+
+    dense = [option for option in options if "callbacks" not in option]
+    dense[1] = "--config=recipes/smollm2_dense.yaml"
+    with pytest.raises(SystemExit, match="this run has no DynamicPruning callback"):
+        cli.main([*dense, f"--ckpt_path={checkpoint}"])
+
     cli.main(["validate", *options[1:], f"--ckpt_path={checkpoint}"])
     assert "val/perplexity" in capsys.readouterr().out
 
@@ -142,6 +153,8 @@ def test_help_shows_the_commands(capsys):
         (["prun"], "there is no command 'prun'. Did you mean 'prune'"),
         (["evaluate", "model", "--text=TextFiles", "--window=32"], "has no text in its test split"),
         (["export", "nowhere.ckpt", "out"], "There is no checkpoint file nowhere.ckpt"),
+        (["evaluate", "model", "--autocast=bf16"], "must name a floating point dtype"),
+        (["evaluate", "no/such-model"], "no/such-model"),
     ],
 )
 def test_mistakes_are_one_line(arguments, message, model_folder):
@@ -149,6 +162,12 @@ def test_mistakes_are_one_line(arguments, message, model_folder):
     with pytest.raises(SystemExit, match="sparse-train") as error:
         cli.main(arguments)
     assert message in str(error.value)
+
+
+def test_other_groups_by_class(model_folder, text):
+    pattern = json.dumps({"class_path": "Unstructured", "init_args": {"group": "model"}})
+    prune(model_folder, text, "out", f"--mask_structure={pattern}", "--sparsity=0.5")
+    assert json.loads(Path("out/pruning.json").read_text())["mask_structure"] == "unstructured (model)"
 
 
 def test_mistakes_come_before_the_work(model_folder, text, monkeypatch):

@@ -6,7 +6,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sparse_train import NM, Magnitude, SparseLinear, Unstructured, Wanda, prune, sparse_layers
-from sparse_train.targets import decoder_blocks
+from sparse_train.targets import block_lists
 
 from .conftest import VOCABULARY, tiny_llama
 from .reference import nm_mask, row_mask
@@ -38,7 +38,7 @@ def tiny(architecture):
 
 def reference_prune(model, batches, mask_of):
     """Sequential calibration the long way: for each block a forward of the whole model, with hooks on its layers."""
-    _, blocks = decoder_blocks(model)
+    blocks = next(iter(block_lists(model).values()))
     for block in blocks:
         sums: dict[nn.Linear, torch.Tensor] = {}
 
@@ -211,6 +211,41 @@ def test_a_layer_that_no_token_reaches_is_named():
 
     with pytest.raises(ValueError, match="unused is a target, but no token reached it"):
         prune(Model(), [torch.randn(2, 8)], "2:4")
+
+
+def test_blocks_that_do_not_run_one_after_the_other_are_refused():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return x + self.linear(x)
+
+    class Backwards(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList([Block(), Block(), Block()])
+
+        def forward(self, x):
+            return self.blocks[1](self.blocks[2](self.blocks[0](x)))
+
+    with pytest.raises(ValueError, match="do not run one after the other"):
+        prune(Backwards(), [torch.randn(2, 8)], "2:4")
+    prune(Backwards(), [torch.randn(2, 8)], Unstructured("model"), sparsity=0.5)
+
+
+def test_padding_that_cannot_be_told_apart_is_said(caplog, ids):
+    class Flat(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x, attention_mask):
+            return self.b(self.a(x.reshape(-1, 8)))
+
+    prune(Flat(), [{"x": torch.randn(2, 3, 8), "attention_mask": torch.ones(2, 3)}], "2:4")
+    assert "does not fit a layer's input of shape (6, 8)" in caplog.text
 
 
 def test_one_layer_with_identical_statistics_is_identical():

@@ -89,7 +89,9 @@ def test_fixed_with_a_constant_schedule_never_changes():
     before = {n: m.weight_mask.clone() for n, m in sparse_layers(model).items()}
     shadow = {n: m.weight.detach()[~m.unpacked_mask()].clone() for n, m in sparse_layers(model).items()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0)
-    assert train(model, updater, 20, optimizer) == []
+    reports = train(model, updater, 20, optimizer)
+    assert [report.step for report in reports] == [2, 4, 6, 8, 10, 12, 14, 15]
+    assert {report.flip_rate for report in reports} == {report.initial_flip_rate for report in reports} == {0}
     for name, layer in sparse_layers(model).items():
         assert torch.equal(layer.weight_mask, before[name])
         assert torch.equal(layer.weight.detach()[~layer.unpacked_mask()], shadow[name])  # and no gradient came
@@ -248,3 +250,140 @@ def test_squash_after_a_run():
     assert not any(isinstance(module, SparseLinear) for module in model.modules())
     weight = model.model.layers[0].mlp.up_proj.weight
     assert ((weight.reshape(-1, 4) == 0).sum(1) == 2).all()
+
+
+def snapshot(model):
+    return copy.deepcopy(model.state_dict())
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize("load_first", [True, False])
+def test_a_run_whose_first_mask_came_from_a_window_resumes_on_the_same_steps(load_first):
+    model = tiny_llama()
+    updater = MaskUpdater(model, "2:4", update_freq=4, window=2, total_steps=20)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    train(model, updater, 7, optimizer, seed=1)
+    masks, state = snapshot(model), copy.deepcopy(updater.state_dict())
+    expected = [report.step for report in train(model, updater, 9, optimizer, seed=2)]
+    other = tiny_llama()
+    if load_first:
+        prune(other, criterion=Magnitude(), squash=False)  # any masks at all: they are loaded over
+        other.load_state_dict(masks)
+        resumed = MaskUpdater(other, "2:4", update_freq=4, window=2, total_steps=20, state=state)
+    else:
+        resumed = MaskUpdater(other, "2:4", update_freq=4, window=2, total_steps=20)
+        other.load_state_dict(masks)
+        resumed.load_state_dict(state)
+    second = torch.optim.SGD(other.parameters(), lr=0.01)
+    assert [report.step for report in train(other, resumed, 9, second, seed=2)] == expected == [10, 14, 15]
+    assert equal(snapshot(model), snapshot(other))
+
+
+def test_resuming_changes_no_mask_by_itself():
+    settings = {"sparsity": 0.3, "criterion": Magnitude(), "update_freq": 10, "total_steps": 20}
+    model = tiny_llama()
+    updater = MaskUpdater(model, Unstructured("model"), **settings)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(5):
+        batch = torch.randint(3, VOCABULARY, (2, 16))
+        model(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+        updater.step()
+    before = snapshot(model)
+    MaskUpdater(model, Unstructured("model"), **settings, state=updater.state_dict())
+    assert equal(snapshot(model), before)
+
+
+@pytest.mark.parametrize(
+    ("structure", "arguments"),
+    [
+        ("1:4", {}),
+        ("unstructured", {"sparsity": 0.6}),
+        ("2:4", {"schedule": Linear(0.5, 0.25)}),
+        (Unstructured("model"), {"sparsity": 0.6}),
+    ],
+)
+def test_masks_of_another_run_are_not_taken_for_this_ones(ids, structure, arguments):
+    model = tiny_llama()
+    prune(model, ids, "2:4", squash=False)
+    with pytest.raises(ValueError, match="The model has masks already") as error:
+        MaskUpdater(model, structure, policy=Fixed(), total_steps=20, **arguments)
+    assert "Squash the model first" in str(error.value)
+
+
+def test_decay_counts_the_steps_since_the_last_update():
+    model = tiny_llama()
+    updater = MaskUpdater(
+        model,
+        "2:4",
+        criterion=Magnitude(),
+        policy=StraightThrough(srste_decay=0.1, ramp=0.0),
+        update_freq=10,
+        end_step=15,
+        total_steps=20,
+    )
+    layer = sparse_layers(model)["model.layers.0.mlp.up_proj"]
+    before, mask = layer.weight.detach().clone(), layer.unpacked_mask()
+    for _ in range(20):
+        updater.step()
+    torch.testing.assert_close(layer.weight.detach(), before * torch.where(mask, 1.0, 0.9**15))
+
+
+def test_an_error_in_the_middle_changes_nothing():
+    model = tiny_llama()
+    policy = StraightThrough(srste_decay=0.1, ramp=0.0)
+    updater = MaskUpdater(model, "2:4", criterion=Magnitude(), policy=policy, update_freq=2, total_steps=20)
+    updater.step()
+    layers = list(sparse_layers(model).values())
+    with torch.no_grad():
+        layers[0].weight.mul_(-2)
+        layers[10].weight[0, 0] = torch.nan
+    before = {key: value.nan_to_num(7) for key, value in snapshot(model).items()}
+    with pytest.raises(ValueError, match="scores are not finite"):
+        updater.step()
+    assert equal({key: value.nan_to_num(7) for key, value in snapshot(model).items()}, before)
+
+    dense = tiny_llama()
+    dense.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="scores are not finite"):
+        MaskUpdater(dense, "2:4", criterion=Magnitude(), total_steps=20)
+    assert not sparse_layers(dense)
+
+
+def test_a_target_whose_forward_is_bypassed_is_found_without_activations_too():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.last = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+
+        def forward(self, x):
+            return self.last(self.b(x @ self.a.weight.T))
+
+    model = Model()
+    updater = MaskUpdater(model, "2:4", criterion=Magnitude(), update_freq=1, total_steps=10)
+    model(torch.randn(2, 8))
+    with pytest.raises(ValueError, match="a is a target, but no forward reached it"):
+        updater.step()
+
+
+def test_sparsity_only_rises_and_ends_where_it_should():
+    for schedule in (Linear, Cubic):
+        with pytest.raises(ValueError, match=r"Sparsity rises: init_sparsity \(0.6\)"):
+            schedule(0.3, 0.6)
+    assert Linear(0.85, 0.2).sparsity(1.0) == 0.85
+    assert Linear(0.45, 0.1).sparsity(1.0) == 0.45
+    assert Linear(0.45, 0.1).sparsity(0.0) == 0.1
+
+
+def test_padding_that_cannot_be_told_apart_is_said_once(caplog):
+    model = tiny_llama()
+    updater = MaskUpdater(model, "2:4", update_freq=2, window=1.0, total_steps=20)
+    for _ in range(3):
+        updater.token_mask = torch.ones(5)
+        batch = torch.randint(3, VOCABULARY, (2, 16))
+        model(input_ids=batch, labels=batch).loss.backward()
+        updater.step()
+    assert caplog.text.count("does not fit a layer's input of shape (2, 16, 32)") == 1

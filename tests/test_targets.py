@@ -6,7 +6,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from sparse_train.patterns import NM, Unstructured
-from sparse_train.targets import decoder_blocks, select
+from sparse_train.targets import block_lists, select
 
 from .conftest import tiny_llama
 
@@ -21,7 +21,7 @@ def test_default_is_the_linear_layers_of_the_decoder_blocks(llama):
     chosen = names(llama)
     assert len(chosen) == 3 * 7
     assert all(name.startswith("model.layers.") and name.endswith("proj") for name in chosen)
-    assert decoder_blocks(llama)[0] == "model.layers"
+    assert list(block_lists(llama)) == ["model.layers"]
 
 
 def test_default_without_blocks_leaves_out_the_last_the_tied_and_what_does_not_fit(caplog):
@@ -112,6 +112,40 @@ def test_block_weights_out_of_reach_are_listed_with_their_share(caplog):
     assert list(selection.layers) == ["layers.0.linear", "layers.1.linear"]
     assert selection.untargetable == {"layers.0.experts": 256, "layers.1.experts": 256}
     assert "2 block weights cannot be masked and stay dense (78.0 % of" in caplog.text
+
+
+class Pair(nn.Module):
+    def __init__(self, *models):
+        super().__init__()
+        self.student, self.teacher = models
+
+
+def test_beside_a_model_in_training_a_frozen_one_is_its_teacher():
+    pair = Pair(tiny_llama(num_hidden_layers=2), tiny_llama(num_hidden_layers=4).requires_grad_(False))
+    chosen = names(pair)
+    assert len(chosen) == 14
+    assert all(name.startswith("student.") for name in chosen)
+    assert len(names(tiny_llama().requires_grad_(False))) == 21
+
+
+def test_two_models_in_training_are_no_guessing_matter():
+    pair = Pair(tiny_llama(num_hidden_layers=2), tiny_llama(num_hidden_layers=4))
+    with pytest.raises(ValueError, match=r"several lists of blocks \(teacher.model.layers, student.model.layers\)"):
+        select(pair, PATTERN)
+    assert len(names(pair, targets=["student.model.layers"])) == 14
+
+
+def test_a_weight_that_is_computed_or_tied_under_another_name():
+    normed = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), nn.Linear(8, 8))
+    with pytest.raises(ValueError, match=r"subclass|is computed .weight_norm"):
+        select(normed, PATTERN, targets=["0"])
+    old = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    old[0].weight_v = old[0]._parameters.pop("weight")
+    with pytest.raises(ValueError, match="is computed"):
+        select(old, PATTERN, targets=["0"])
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    model.w = model[0].weight
+    assert names(model) == ["1"]
 
 
 def test_peft_adapters_are_never_targets(llama):

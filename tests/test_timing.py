@@ -37,6 +37,11 @@ def test_a_first_mask_from_a_window_waits_for_it():
     assert updates(timing(first_from_window=True, total_steps=6, end_step=0.1)) == [5]
 
 
+def test_a_run_shorter_than_its_window_still_ends_sparse():
+    assert updates(timing(first_from_window=True, total_steps=3)) == [3]
+    assert updates(timing(first_from_window=True, total_steps=None, end_step=30)) == [5, 15, 25, 30]
+
+
 def test_recorded_steps_are_the_window_before_each_update():
     t = timing(update_freq=10, window=3, end_step=20)
     assert [step for step in range(30) if t.is_recorded(step)] == [7, 8, 9, 17, 18, 19]
@@ -61,6 +66,7 @@ def test_next_update_and_progress():
         ({"start_step": 1.5}, "start_step as a share of the run must be from 0 to 1, got 1.5"),
         ({"total_steps": None}, "end_step=0.75 is a share of the run, whose length is not known"),
         ({"total_steps": math.inf}, "whose length is not known"),
+        ({"start_step": 200, "end_step": 300}, "start_step .200. lies behind the end of the run .100 steps."),
         ({"start_step": 50, "end_step": 20}, "end_step .20. must not lie before the first update, start_step .50."),
         ({"first_from_window": True, "end_step": 3}, "it needs 5 steps of activations"),
     ],

@@ -15,8 +15,8 @@ from sparse_train.oneshot.walk import Batch, CalibrationPass, layers_inside
 from sparse_train.patterns import Pattern, parse_pattern
 from sparse_train.policies import StraightThrough
 from sparse_train.progress import bar
-from sparse_train.pruner import LayerUpdate, attach, reduce_statistics, update_masks
-from sparse_train.targets import decoder_blocks, select
+from sparse_train.pruner import LayerUpdate, attach, reduce_statistics, update_masks, warn_of_padding
+from sparse_train.targets import block_lists, select
 
 __all__ = ["Batch", "OneshotReport", "prune", "set_initial_masks"]
 
@@ -122,6 +122,7 @@ def set_initial_masks(
                 calibration = CalibrationPass(model, batches, recorder, advance)
                 updates = _calibrated_masks(model, layers, calibration, settings, set_total)
                 forward_seconds = calibration.seconds
+                warn_of_padding(recorder)
     except BaseException:
         for name, layer in layers.items():
             layer.weight_mask.copy_(before[name])
@@ -132,6 +133,10 @@ def set_initial_masks(
     return OneshotReport(updates, forward_seconds, time.perf_counter() - began - forward_seconds)
 
 
+def _inside_any(layers: Mapping[str, SparseLinear], blocks: list[nn.Module]) -> set[str]:
+    return {name for block in blocks for name in layers_inside(layers, block)}
+
+
 def _calibrated_masks(
     model: nn.Module,
     layers: Mapping[str, SparseLinear],
@@ -139,11 +144,12 @@ def _calibrated_masks(
     settings: dict[str, Any],
     set_total: Callable[[int], None],
 ) -> dict[str, LayerUpdate]:
-    found = decoder_blocks(model)
-    # one threshold over the whole model cannot be known before its last block has been seen
-    blocks = list(found[1]) if found is not None and not settings["pattern"].model_wide else []
+    blocks: list[nn.Module] = []
+    if not settings["pattern"].model_wide:  # one threshold over the whole model is not known before its last block
+        candidates = [list(found) for found in block_lists(model).values()]
+        blocks = max(candidates, key=lambda found: len(_inside_any(layers, found)), default=[])
     groups = [layers_inside(layers, block) for block in blocks]
-    in_blocks = {name for group in groups for name in group}
+    in_blocks = _inside_any(layers, blocks)
     rest = {name: layer for name, layer in layers.items() if name not in in_blocks}
     last = max((index for index, group in enumerate(groups) if group), default=-1)
     set_total(len(calibration) * (sum(map(bool, groups)) + max(last, 0) + bool(rest)))

@@ -1,8 +1,8 @@
 """Calibration: run batches through a model, block by block, so that each block sees what pruned ones before it send.
 
-No architecture is known here. To run block i alone, the whole model is called with blocks 0 to i - 1 answering with
-the cached output of block i - 1; the model's own code then feeds block i (masks, position embeddings, whatever it
-passes), and the call is cut off behind it.
+No architecture is known here; blocks must run one after the other, once each. To run block i alone, the whole model is
+called with blocks 0 to i - 1 answering with the cached output of block i - 1; the model's own code then feeds block i
+(masks, position embeddings, whatever it passes), and the call is cut off behind it.
 """
 
 import itertools
@@ -88,12 +88,24 @@ class CalibrationPass:
                 yield output
 
     def _to_block(self, blocks: Sequence[nn.Module], index: int, inputs: list[Any], batch: int) -> Any:
+        called: list[int] = []
+
+        def answer(number: int) -> Any:
+            called.append(number)
+            return inputs[batch]
+
         with ExitStack() as stack:
-            for earlier in itertools.islice(blocks, index):
-                stack.enter_context(_forward_replaced(earlier, lambda *args, **kwargs: inputs[batch]))
+            for number, earlier in enumerate(itertools.islice(blocks, index)):
+                stack.enter_context(_forward_replaced(earlier, lambda *args, number=number, **kwargs: answer(number)))
             real = blocks[index].forward
 
             def stop_behind(*args: Any, **kwargs: Any) -> Any:
+                if called != list(range(index)):
+                    raise ValueError(
+                        f"The blocks of {type(self._model).__name__} do not run one after the other, once each (before "
+                        f"block {index} came {called}), so they cannot be calibrated one by one. Use "
+                        'Unstructured(group="model"), which calibrates the whole model in one pass.'
+                    )
                 raise _Stop(real(*args, **kwargs))
 
             stack.enter_context(_forward_replaced(blocks[index], stop_behind))

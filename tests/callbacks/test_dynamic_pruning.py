@@ -1,3 +1,4 @@
+import copy
 import logging
 
 import lightning as L
@@ -8,7 +9,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from sparse_train import Fixed, Magnitude, SparseLinear, sparse_layers
+from sparse_train import Cubic, Fixed, Magnitude, SparseLinear, sparse_layers
 from sparse_train.callbacks import DynamicPruning
 
 from ..conftest import VOCABULARY, tiny_llama
@@ -145,14 +146,18 @@ def flip_rates(tmp_path, **arguments):
 
 def test_flip_rate_is_logged_and_above_zero(tmp_path):
     rows = flip_rates(tmp_path, mask_structure="2:4")
-    assert [row["step"] for row in rows] == ["4", "8", "9"]  # frozen at three quarters
-    assert all(float(row["sparsity/flip_rate"]) > 0 for row in rows)
+    assert [row["step"] for row in rows] == ["0", "4", "8", "9"]  # the first mask; frozen at three quarters
+    assert [float(row["sparsity/flip_rate"]) > 0 for row in rows] == [False, True, True, True]
     assert all(float(row["sparsity/target"]) == float(row["sparsity/actual"]) == 0.5 for row in rows)
     assert float(rows[-1]["sparsity/initial_flip_rate"]) > 0
 
 
 def test_fixed_masks_do_not_change(tmp_path):
-    assert flip_rates(tmp_path, mask_structure="2:4", policy=Fixed()) == []
+    rows = flip_rates(tmp_path, mask_structure="2:4", policy=Fixed())
+    assert [row["step"] for row in rows] == ["0", "4", "8", "9"]
+    for row in rows:
+        assert float(row["sparsity/flip_rate"]) == float(row["sparsity/initial_flip_rate"]) == 0
+        assert float(row["sparsity/actual"]) == 0.5
 
 
 def test_the_first_mask_is_calibrated_on_training_data_and_leaves_no_trace_in_its_order(tmp_path):
@@ -211,27 +216,41 @@ class Interrupt(L.Callback):
 
 @pytest.mark.parametrize("module", [InInit, InConfigureModel])
 @pytest.mark.parametrize("at", [6, 8], ids=["in a window", "at an update"])
-def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, module, at):
+@pytest.mark.parametrize("calibration_batches", [8, 0], ids=["calibrated", "from a window"])
+@pytest.mark.parametrize("saved_by", ["a callback behind", "a callback before"])
+def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, module, at, calibration_batches, saved_by):
+    class Pruning(DynamicPruning):
+        def on_train_end(self, trainer, pl_module):
+            self.at_end = copy.deepcopy(self.state_dict())
+
     def pruning():
-        return DynamicPruning("2:4", update_freq=4, window=3, squash=False)
+        return Pruning(
+            "2:4", update_freq=4, window=3, end_step=100, calibration_batches=calibration_batches, squash=False
+        )
+
+    def interrupted(pruning, interrupt):
+        callbacks = [pruning, interrupt] if saved_by == "a callback behind" else [interrupt, pruning]
+        return trainer(tmp_path, *callbacks, max_steps=14)
 
     whole, whole_pruning = module(), pruning()
-    trainer(tmp_path, whole_pruning, max_steps=16).fit(whole, loader())
+    trainer(tmp_path, whole_pruning, max_steps=14).fit(whole, loader())
 
     path = tmp_path / "middle.ckpt"
     first = module()
     with pytest.raises(SystemExit):
-        trainer(tmp_path, pruning(), Interrupt(at, path), max_steps=16).fit(first, loader())
+        interrupted(pruning(), Interrupt(at, path)).fit(first, loader())
     resumed, resumed_pruning = module(), pruning()
-    trainer(tmp_path, resumed_pruning, max_steps=16).fit(resumed, loader(), ckpt_path=path, weights_only=False)
+    trainer(tmp_path, resumed_pruning, max_steps=14).fit(resumed, loader(), ckpt_path=path, weights_only=False)
 
     assert first.seen[:at] + resumed.seen == whole.seen
     a, b = whole.state_dict(), resumed.state_dict()
     assert a.keys() == b.keys()
     assert all(torch.equal(a[key], b[key]) for key in a)
     assert any(key.endswith("weight_mask") for key in a)
-    left, right = whole_pruning.state_dict(), resumed_pruning.state_dict()
-    assert left["steps"] == right["steps"] == 16
+    left, right = whole_pruning.at_end, resumed_pruning.at_end
+    assert any(int(s["tokens"]) for s in left["statistics"].values())
+    assert left["steps"] == right["steps"] == 14
+    assert left["timing"] == right["timing"]
     for name, rows in left["first_rows"].items():
         assert torch.equal(rows, right["first_rows"][name])
     for name, statistics in left["statistics"].items():
@@ -392,3 +411,137 @@ def test_the_callback_can_be_used_for_a_second_fit(tmp_path):
         assert pruning.updater.steps == 5
         assert (model.net.model.layers[0].mlp.up_proj.weight == 0).float().mean() == 0.5
         assert not isinstance(model.net.model.layers[0].mlp.up_proj, SparseLinear)
+
+
+def zeros(model):
+    weight = model.net.model.layers[0].mlp.up_proj.weight
+    return float((weight == 0).float().mean())
+
+
+def test_a_checkpoint_written_on_an_exception_loses_no_update(tmp_path):
+    class Fails(L.Callback):
+        def on_train_batch_end(self, trainer, *args):
+            if trainer.global_step == 8:
+                trainer.save_checkpoint(tmp_path / "exception.ckpt")
+                raise RuntimeError("out of memory")
+
+    whole = InInit()
+    pruning = {"mask_structure": "2:4", "update_freq": 4, "squash": False}
+    trainer(tmp_path, DynamicPruning(**pruning)).fit(whole, loader())
+    with pytest.raises(RuntimeError, match="out of memory"):
+        trainer(tmp_path, Fails(), DynamicPruning(**pruning)).fit(InInit(), loader())
+    resumed, callback = InInit(), DynamicPruning(**pruning)
+    trainer(tmp_path, callback).fit(resumed, loader(), ckpt_path=tmp_path / "exception.ckpt", weights_only=False)
+    assert callback.updater.steps == 12
+    assert all(
+        torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True)
+    )
+
+
+def test_validation_leaves_nothing_behind_for_the_next_fit(tmp_path):
+    path = tmp_path / "middle.ckpt"
+    with pytest.raises(SystemExit):
+        trainer(tmp_path, DynamicPruning("2:4"), Interrupt(6, path)).fit(InInit(), loader())
+    pruning, data = DynamicPruning("2:4"), DataLoader(Tokens(), batch_size=4)
+    run = trainer(tmp_path, pruning)
+    run.validate(InInit(), data, ckpt_path=path, verbose=False, weights_only=False)
+    run.fit(InInit(), loader())
+    assert pruning.updater.steps == 12
+
+
+def test_a_dense_checkpoint_can_be_validated_with_the_callback_in_place(tmp_path):
+    path = tmp_path / "dense.ckpt"
+    with pytest.raises(SystemExit):
+        trainer(tmp_path, Interrupt(2, path)).fit(InInit(), loader())
+    run = trainer(tmp_path, DynamicPruning("2:4"))
+    assert run.validate(InInit(), DataLoader(Tokens()), ckpt_path=path, verbose=False, weights_only=False)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_trial_of_a_few_steps_ends_sparse(tmp_path, steps):
+    for calibration_batches in (0, 8):
+        model = InInit()
+        pruning = DynamicPruning("2:4", calibration_batches=calibration_batches)
+        trainer(tmp_path, pruning, max_steps=steps).fit(model, loader())
+        assert zeros(model) == 0.5
+
+
+def test_a_run_that_ends_before_its_schedule_says_so(tmp_path, caplog):
+    model = InInit()
+    pruning = DynamicPruning("unstructured", schedule=Cubic(0.7), end_step=1000, update_freq=4)
+    trainer(tmp_path, pruning).fit(model, loader())
+    assert "before its masks reached the final sparsity of 0.7" in caplog.text
+
+
+def test_a_fit_that_goes_on_without_a_checkpoint_goes_on_with_its_schedule(tmp_path):
+    model = InInit()
+    pruning = DynamicPruning("unstructured", schedule=Cubic(0.7), end_step=20, update_freq=4, squash=False)
+    run = trainer(tmp_path, pruning, max_steps=10)
+    run.fit(model, loader())
+    before = pruning.updater.target
+    run.fit_loop.epoch_loop.max_steps = 20
+    run.fit(model, loader())
+    assert pruning.updater.steps == 20
+    assert before < pruning.updater.target == 0.7
+
+
+class TwoOptimizers(InInit):
+    automatic_optimization = False
+
+    def training_step(self, batch, _):
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+        self.manual_backward(self.net(**batch).loss)
+        for optimizer in self.optimizers():
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return [
+            torch.optim.SGD([p for n, p in self.named_parameters() if key in n], lr=0.01) for key in ("mlp", "attn")
+        ]
+
+
+def test_a_batch_that_steps_two_optimizers_is_one_step(tmp_path):
+    pruning, model = DynamicPruning("2:4", update_freq=1, window=1, end_step=5), TwoOptimizers()
+    trainer(tmp_path, pruning, max_steps=16).fit(model, loader())
+    assert pruning.updater.steps == 8
+    assert zeros(model) == 0.5
+
+
+def test_weight_averaging_is_refused(tmp_path):
+    averaging = L.pytorch.callbacks.EMAWeightAveraging()
+    with pytest.raises(ValueError, match="EMAWeightAveraging averages weights of steps with different masks"):
+        trainer(tmp_path, DynamicPruning("2:4"), averaging).fit(InInit(), loader())
+
+
+def test_a_sampler_that_leaves_data_out_is_respected(tmp_path):
+    touched = []
+
+    class Watched(Tokens):
+        def __getitem__(self, i):
+            touched.append(i)
+            return super().__getitem__(i)
+
+    data = DataLoader(Watched(), batch_size=2, sampler=torch.utils.data.SubsetRandomSampler(range(20)))
+    trainer(tmp_path, DynamicPruning("2:4"), max_steps=8).fit(InInit(), data)
+    assert max(touched) < 20
+
+
+def test_a_learning_rate_finder_in_front_changes_nothing(tmp_path):
+    class Finder(L.pytorch.callbacks.LearningRateFinder):
+        pass
+
+    class WithRate(InInit):
+        lr = 1e-3
+
+    model, pruning = WithRate(), DynamicPruning("2:4", update_freq=4)
+    trainer(tmp_path, Finder(num_training_steps=6), pruning).fit(model, loader())
+    assert pruning.updater.steps == 12
+    assert zeros(model) == 0.5
+
+
+def test_metrics_can_be_monitored(tmp_path):
+    run = trainer(tmp_path, DynamicPruning("2:4", update_freq=4))
+    run.fit(InInit(), loader())
+    assert run.callback_metrics["sparsity/actual"] == 0.5
+    assert run.callback_metrics["sparsity/flip_rate"] > 0

@@ -2,7 +2,7 @@
 # make setup  only the virtual environment         make bench  selection and overhead benchmarks
 
 PYTHON ?= python3
-STEPS ?= 25
+STEPS ?= 20
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready

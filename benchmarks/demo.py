@@ -1,6 +1,6 @@
 """The main job on a real model: prune, fine-tune sparse with re-pruning, compare, export, report.
 
-    make demo                 # STEPS=25
+    make demo                 # STEPS=20
     make demo STEPS=200
 
 Runs the recipes of this repository on SmolLM2-135M-Instruct and English Wikipedia lead sections, both from Python
@@ -47,7 +47,7 @@ class Arm:
 
 
 def main(
-    steps: int = 25,
+    steps: int = 20,
     model: ModelSource = PackagedSmolLM2(),  # noqa: B008  (shown as the default)
     text: TextSource = PackagedWikipedia(),  # noqa: B008
     eval_tokens: int = 16384,
@@ -90,7 +90,10 @@ def main(
 
     def trained(recipe: str, name: str, *changes: str) -> Callable[[], Any]:
         def run() -> Any:
-            return lightning_cli.run(runner.arguments(recipe, name, steps, *changes)).model.model
+            cli = lightning_cli.run(runner.arguments(recipe, name, steps, *changes))
+            trained_model = cli.model.model
+            vars(cli).clear()  # jsonargparse keeps the last parser, that the CLI, and that trainer and optimizer state
+            return trained_model
 
         return run
 

@@ -38,6 +38,11 @@ def run(args: list[str], cli: type[SparseTrainCLI] = SparseTrainCLI) -> SparseTr
     install()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "LightningCLI's args parameter")  # main has taken the command off sys.argv
+        for message in (
+            "'set_vital' is deprecated",
+            r"`isinstance\(treespec",
+        ):  # between torchdata, Lightning and torch
+            warnings.filterwarnings("ignore", message)
         return cli(
             CausalLM,
             TextBlocks,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparse_train import Criterion, prune
+from sparse_train import Criterion, Magnitude, prune
 from sparse_train.commands import COMMANDS, run_command
 
 from .conftest import VOCABULARY, tiny_llama
@@ -32,6 +32,8 @@ def test_python_blocks_run(code):
         "model": model,
         "batches": list(torch.randint(3, VOCABULARY, (12, 2, 16))),
         "optimizer": torch.optim.AdamW(model.parameters(), lr=1e-3),
+        "make_module": lambda: model,
+        "load_checkpoint": _sparse_checkpoint,
     }
     exec(compile(code, "block", "exec"), names)
     if "squash(" in code or "prune(" in code:
@@ -40,6 +42,12 @@ def test_python_blocks_run(code):
     if "Criterion" in code:
         own = next(v for v in names.values() if isinstance(v, type) and issubclass(v, Criterion) and v is not Criterion)
         prune(model, names["batches"], "2:4", criterion=own())
+
+
+def _sparse_checkpoint():
+    model = tiny_llama()
+    prune(model, criterion=Magnitude(), squash=False)
+    return {"state_dict": model.state_dict()}
 
 
 def test_there_are_commands():

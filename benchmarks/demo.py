@@ -5,7 +5,7 @@
 
 Runs the recipes of this repository on SmolLM2-135M-Instruct and English Wikipedia lead sections, both from Python
 packages. Everything is left in runs/demo/: model/ (exported), report.html and report.md, table.csv, and a folder per
-training run with its resolved recipe (config.yaml) and metrics.csv.
+training run with its resolved recipe (version_0/config.yaml) and metrics (version_0/metrics.csv).
 """
 
 import csv
@@ -106,7 +106,7 @@ def main(
     exported = folder / "model"
     runner.arm("dynamically re-pruned", trained("smollm2_2of4", "dynamic", f"--export={exported}"), tokens)
     shutil.rmtree(dense)
-    page = _write(folder, runner.arms, steps, exported)
+    page = _write(folder, runner.arms, steps, exported, isinstance(model, PackagedSmolLM2))
     CONSOLE.print(f"exported model: {exported}\nreport: {page}", highlight=False)
 
 
@@ -168,7 +168,7 @@ class _Runner:
         gc.collect()
 
 
-def _write(folder: Path, arms: list[Arm], steps: int, exported: Path) -> Path:
+def _write(folder: Path, arms: list[Arm], steps: int, exported: Path, packaged: bool) -> Path:
     columns = [
         "arm",
         "held-out perplexity",
@@ -208,16 +208,22 @@ def _write(folder: Path, arms: list[Arm], steps: int, exported: Path) -> Path:
     CONSOLE.print(table)
     for note in notes:
         CONSOLE.print(note, highlight=False)
-    runs = {"dense, fine-tuned": "dense_finetuned", "static mask": "static", "dynamically re-pruned": "dynamic"}
+    names = {"dense, fine-tuned": "dense_finetuned", "static mask, fine-tuned": "static", arms[-1].name: "dynamic"}
+    runs = {name: read_metrics(folder / run / "version_0" / "metrics.csv") for name, run in names.items()}
+    if not any(row.get("sparsity/flip_rate", 0) > 0 for row in runs[arms[-1].name]):
+        notes.append("No re-pruning took place: the run is shorter than an interval between updates. Take more steps.")
+    notes.append("Curves are over validation articles, the table over held-out ones.")
+    recipe = (folder / "dynamic" / "version_0" / "config.yaml").read_text()
+    recipe = recipe.replace(f"model: {folder / 'dense'}\n", "model: PackagedSmolLM2\n") if packaged else recipe
     return write_report(
         Report(
             title="sparse-train demo",
             notes=notes,
             columns=columns,
             rows=rows,
-            runs={name: read_metrics(folder / run / "metrics.csv") for name, run in runs.items()},
+            runs=runs,
             layers=layer_sparsities(Pretrained(str(exported)).load()),
-            recipe=(folder / "dynamic" / "config.yaml").read_text(),
+            recipe=recipe,
         ),
         folder,
     )

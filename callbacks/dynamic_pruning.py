@@ -26,11 +26,11 @@ from torch import Tensor, nn
 
 from sparse_train.callbacks.calibration import causal_lm, peek
 from sparse_train.criteria import Criterion, Wanda
-from sparse_train.layers import sparse_layers, sparsify, sparsify_like, squash
+from sparse_train.layers import SparseLinear, sparse_layers, sparsify, sparsify_like, squash
 from sparse_train.oneshot import set_initial_masks
 from sparse_train.patterns import Pattern
 from sparse_train.policies import MaskPolicy, StraightThrough
-from sparse_train.pruner import UpdateReport
+from sparse_train.pruner import UpdateReport, expect
 from sparse_train.schedules import Schedule
 from sparse_train.targets import select
 from sparse_train.updater import MaskUpdater, resolve_target
@@ -109,8 +109,8 @@ class DynamicPruning(L.Callback):
             raise ValueError(f"update_freq is the number of steps between mask updates, at least 1, got {update_freq}.")
         if calibration_batches < 0:
             raise ValueError(f"calibration_batches must be at least 0, got {calibration_batches}.")
-        self._criterion = criterion or Wanda()
-        self._policy = policy or StraightThrough()
+        self._criterion = expect("criterion", criterion, Wanda(), Criterion)
+        self._policy = expect("policy", policy, StraightThrough(), MaskPolicy)
         self._targets, self._ignore = targets, ignore
         self._timing: dict[str, Any] = {
             "update_freq": update_freq,
@@ -278,9 +278,11 @@ class DynamicPruning(L.Callback):
             self._load_hook = None
 
     def state_dict(self) -> dict[str, Any]:
-        if self.updater is not None:
-            return {**self.updater.state_dict(), "global_step": self._global_step}
-        return self._restored or {}
+        if self.updater is None:
+            return self._restored or {}
+        if not all(isinstance(layer, SparseLinear) for layer in self.updater.layers.values()):
+            return {}  # squashed: a checkpoint of this model is one of a dense model with zeros
+        return {**self.updater.state_dict(), "global_step": self._global_step}
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self.updater = self._restored = None  # also where a tuner has trained a little and now goes back

@@ -37,6 +37,7 @@ def main(args: list[str] | None = None) -> None:
         print(_USAGE, end="")
         return
     command, *options = args
+    sys.path.append(str(Path.cwd()))  # recipes may name classes of a module beside them; last, so that it hides nothing
     options = _find_shipped(options)
     try:
         if command in ("fit", "validate"):

@@ -198,7 +198,7 @@ def run_command(command: str, options: list[str]) -> None:
     while options and len(taken) < len(positional) and not options[0].startswith("-"):
         taken.append(f"--{positional[len(taken)]}={options[0]}")
         options = options[1:]
-    if "--json" in options:  # a switch by itself
+    if "--json" in options and not {"true", "false"} & set(options):  # a switch by itself, too
         options = ["--json=true" if option == "--json" else option for option in options]
     config: Any = parser_of(command).parse_args([*taken, *options])
     arguments = parser_of(command).instantiate(config)

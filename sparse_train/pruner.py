@@ -8,6 +8,7 @@ Shape suffixes: O out_features, I in_features, J packed mask bytes.
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ from sparse_train.patterns import Pattern
 from sparse_train.policies import MaskPolicy
 
 _log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -192,3 +195,12 @@ def warn_of_padding(recorder: Recorder) -> None:
             "statistics. Override DynamicPruning.token_mask, or set MaskUpdater.token_mask, to say which tokens count.",
             recorder.mask_misfit,
         )
+
+
+def expect(name: str, value: T | None, default: T, base: type[Any]) -> T:
+    """``value``, or ``default`` for None; ValueError where it is a class, a text, or anything but a ``base``."""
+    if value is None:
+        return default
+    if isinstance(value, base) is False:
+        raise ValueError(f"{name} is an object such as {default!r}, got {value!r}.")
+    return value

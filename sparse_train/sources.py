@@ -64,7 +64,8 @@ class Pretrained(ModelSource):
                 self.path, gguf_file=self.gguf_file, dtype=dtype, attn_implementation=self.attn_implementation
             )
         except OSError as error:
-            raise ValueError(f"Cannot load a model from {self.path!r}: {error}") from error
+            local = "" if Path(self.path).exists() else "There is no local folder of that name, and from the hub: "
+            raise ValueError(f"Cannot load a model from {self.path!r}. {local}{error}") from error
         if self.gguf_file:  # the weights are dense now, but the model still calls itself quantised and refuses to save
             model.config.__dict__.pop("quantization_config", None)
             model.hf_quantizer, model.is_quantized = None, False

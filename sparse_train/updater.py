@@ -18,6 +18,7 @@ from sparse_train.pruner import (
     LayerUpdate,
     UpdateReport,
     attach,
+    expect,
     measure,
     reduce_statistics,
     share_statistics,
@@ -85,8 +86,8 @@ class MaskUpdater:
         state: Mapping[str, Any] | None = None,
     ) -> None:
         self.pattern, self.schedule = resolve_target(mask_structure, sparsity, schedule)
-        self.criterion = criterion or Wanda()
-        self.policy = policy or StraightThrough()
+        self.criterion = expect("criterion", criterion, Wanda(), Criterion)
+        self.policy = expect("policy", policy, StraightThrough(), MaskPolicy)
         layers = select(model, self.pattern, targets, ignore).layers
         began_dense = not any(isinstance(layer, SparseLinear) for layer in layers.values())
         sparsify(model, layers.values())

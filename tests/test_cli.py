@@ -91,10 +91,10 @@ def test_fit_export_and_resume(model_folder, text, capsys):
     assert set(model.state_dict()) == set(tiny_llama().state_dict())
     assert ((model.model.layers[2].mlp.down_proj.weight.reshape(-1, 4) == 0).sum(1) == 2).all()
 
-    metrics = Path("run/metrics.csv").read_text()
+    metrics = Path("run/version_0/metrics.csv").read_text()
     for name in ("train/loss", "val/perplexity", "sparsity/flip_rate", "sparsity/initial_flip_rate"):
         assert name in metrics
-    resolved = yaml.safe_load(Path("run/config.yaml").read_text())
+    resolved = yaml.safe_load(Path("run/version_0/config.yaml").read_text())
     assert resolved["trainer"]["max_steps"] == 12
 
     checkpoint = next(Path("run").rglob("*.ckpt"))
@@ -106,7 +106,7 @@ def test_fit_export_and_resume(model_folder, text, capsys):
 
     resumed = [*options, "--trainer.max_steps=16", "--trainer.logger.init_args.save_dir=resumed"]
     cli.main([*resumed, f"--ckpt_path={checkpoint}"])
-    rows = Path("resumed/metrics.csv").read_text().splitlines()
+    rows = Path("resumed/version_0/metrics.csv").read_text().splitlines()
     steps = [int(row.split(",")[rows[0].split(",").index("step")]) for row in rows[1:]]
     assert min(steps) >= 12
 
@@ -135,7 +135,7 @@ def test_dense_fit(model_folder, text):
             "--trainer.enable_progress_bar=false",
         ]
     )
-    assert "val/perplexity" in Path("run/metrics.csv").read_text()
+    assert "val/perplexity" in Path("run/version_0/metrics.csv").read_text()
 
 
 def test_help_shows_the_commands(capsys):

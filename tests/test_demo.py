@@ -38,8 +38,8 @@ def test_the_whole_job(model_folder, text_file, tmp_path, monkeypatch, capsys):
     assert len({row["perplexity"] for row in rows.values()}) == 6
     model = AutoModelForCausalLM.from_pretrained(out / "model")
     assert ((model.model.layers[0].mlp.up_proj.weight.reshape(-1, 4) == 0).sum(1) == 2).all()
-    assert (out / "dynamic" / "config.yaml").read_text().count("DynamicPruning") == 1
-    assert "sparsity/flip_rate" in (out / "dynamic" / "metrics.csv").read_text()
+    assert (out / "dynamic" / "version_0" / "config.yaml").read_text().count("DynamicPruning") == 1
+    assert "sparsity/flip_rate" in (out / "dynamic" / "version_0" / "metrics.csv").read_text()
     assert (out / "report.html").read_text().count("data:image/png") == 3
     assert "too few steps to rank methods" in capsys.readouterr().out
     assert not (out / "dense").exists()

@@ -15,7 +15,7 @@ from sparse_train.oneshot.walk import Batch, CalibrationPass, layers_inside
 from sparse_train.patterns import Pattern, parse_pattern
 from sparse_train.policies import StraightThrough
 from sparse_train.progress import bar
-from sparse_train.pruner import LayerUpdate, attach, reduce_statistics, update_masks, warn_of_padding
+from sparse_train.pruner import LayerUpdate, attach, expect, reduce_statistics, update_masks, warn_of_padding
 from sparse_train.targets import block_lists, select
 
 __all__ = ["Batch", "OneshotReport", "prune", "set_initial_masks"]
@@ -70,13 +70,14 @@ def prune(
             reached, or anything that ``select`` or the pattern refuse. The model is then as it was.
     """
     pattern, target = parse_pattern(mask_structure, sparsity)
+    criterion = expect("criterion", criterion, Wanda(), Criterion)
     layers = select(model, pattern, targets, ignore).layers
     fresh = not any(isinstance(layer, SparseLinear) for layer in layers.values())
     sparsify(model, layers.values())
     sparse = {name: layer for name, layer in layers.items() if isinstance(layer, SparseLinear)}
     try:
         report = set_initial_masks(
-            model, sparse, batches, criterion=criterion or Wanda(), pattern=pattern, sparsity=target, progress=progress
+            model, sparse, batches, criterion=criterion, pattern=pattern, sparsity=target, progress=progress
         )
     except BaseException:
         if fresh:

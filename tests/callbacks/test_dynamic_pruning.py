@@ -363,6 +363,8 @@ def test_loading_a_sparse_checkpoint_without_the_callback_names_the_masks(tmp_pa
         ({"mask_structure": "unstructured"}, "needs a sparsity"),
         ({"mask_structure": "unstructured", "sparsity": 1.5}, "at least 0 and below 1"),
         ({"update_freq": 0}, "at least 1, got 0"),
+        ({"criterion": "Wanda"}, "criterion is an object such as Wanda.., got 'Wanda'"),
+        ({"policy": Fixed}, "policy is an object such as StraightThrough"),
         ({"calibration_batches": -1}, "at least 0, got -1"),
     ],
 )
@@ -538,6 +540,14 @@ def test_a_learning_rate_finder_in_front_changes_nothing(tmp_path):
     trainer(tmp_path, Finder(num_training_steps=6), pruning).fit(model, loader())
     assert pruning.updater.steps == 12
     assert zeros(model) == 0.5
+
+
+def test_a_checkpoint_after_a_squashed_fit_is_a_plain_one(tmp_path):
+    run, model = trainer(tmp_path, DynamicPruning("2:4", update_freq=4)), InInit()
+    run.fit(model, loader())
+    run.save_checkpoint(tmp_path / "after.ckpt")
+    loaded = InInit.load_from_checkpoint(tmp_path / "after.ckpt", weights_only=False)
+    assert zeros(loaded) == 0.5
 
 
 def test_metrics_can_be_monitored(tmp_path):

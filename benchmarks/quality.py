@@ -11,7 +11,6 @@ not run again, so a list of commands resumes after an interruption. --wikitext a
 
 import csv
 import tempfile
-import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -49,7 +48,6 @@ class Row:
     heldout_perplexity: float
     wikitext2_perplexity: float | None
     sparsity: float
-    seconds: float
     model: str = MODEL_NAME
     protocol: str = "windows of 512, no overlap, bfloat16 autocast, loss in float32"
 
@@ -85,7 +83,6 @@ def main(
     ):
         print(f"{arm}, seed {seed}, {steps} steps, lr {lr}: already in {path}")
         return
-    began = time.perf_counter()
     source = PackagedSmolLM2()
     tokenizer = source.tokenizer()
     if arm in ARMS:
@@ -131,7 +128,6 @@ def main(
         found["heldout"],
         found.get("wikitext2"),
         sparsity,
-        time.perf_counter() - began,
     )
     _append(path, row)
     print(row)

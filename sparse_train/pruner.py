@@ -201,6 +201,7 @@ def expect(name: str, value: T | None, default: T, base: type[Any]) -> T:
     """``value``, or ``default`` for None; ValueError where it is a class, a text, or anything but a ``base``."""
     if value is None:
         return default
-    if isinstance(value, base) is False:
+    given: T = value
+    if not isinstance(value, base):
         raise ValueError(f"{name} is an object such as {default!r}, got {value!r}.")
-    return value
+    return given

@@ -21,6 +21,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
@@ -28,7 +29,7 @@ from sparse_train.callbacks.calibration import causal_lm, peek
 from sparse_train.criteria import Criterion, Wanda
 from sparse_train.layers import SparseLinear, sparse_layers, sparsify, sparsify_like, squash
 from sparse_train.oneshot import set_initial_masks
-from sparse_train.patterns import Pattern
+from sparse_train.patterns import Pattern, group_label
 from sparse_train.policies import MaskPolicy, StraightThrough
 from sparse_train.pruner import UpdateReport, expect
 from sparse_train.schedules import Schedule
@@ -188,6 +189,12 @@ class DynamicPruning(L.Callback):
             total_steps=trainer.estimated_stepping_batches,
             state=self._restored,
             **self._timing,
+        )
+        timing = self.updater.timing
+        rank_zero_info(
+            f"DynamicPruning: {len(self.updater.layers)} layers at {group_label(self._pattern)}, final sparsity "
+            f"{self._schedule.sparsity(1.0):g}; masks change every {timing.update_freq} steps from step "
+            f"{timing.start_step} to {timing.end_step}, and are frozen afterwards."
         )
         self._global_step = trainer.global_step if self._restored is None else self._restored["global_step"]
         if self._restored is None and self.updater.target is not None:

@@ -7,8 +7,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-# glibc gives large blocks back to the kernel after each use and takes them again, page by page: on CPU that makes a
-# training step half as long again. These two keep them.
+# glibc gives large blocks back to the kernel after each use and takes them again, page by page: on CPU that
+# slows training steps down. These two keep them.
 export MALLOC_TRIM_THRESHOLD_ = 20000000000
 export MALLOC_MMAP_MAX_ = 0
 export TOKENIZERS_PARALLELISM = false

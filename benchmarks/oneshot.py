@@ -1,0 +1,159 @@
+"""WikiText-2 perplexity of one-shot pruned models, one row a command: the paper's tables on a small model.
+
+    python benchmarks/oneshot.py --method wanda --structure 2:4 --seed 0
+    python benchmarks/oneshot.py --method sparsegpt --structure unstructured --data WIKITEXT2_RAW_TEST.txt \\
+        --calibration C4_SAMPLE.jsonl
+
+Rows are appended to benchmarks/oneshot.csv as runs finish; a row that is there already is not run again, so a list of
+commands resumes after an interruption. Text comes from the hub unless files are given: the raw WikiText-2 test split
+joined by blank lines, as Wanda, SparseGPT and GPTQ read it, and C4. Weights are bfloat16, as the papers' are float16.
+"""
+
+import csv
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import auto_cli
+
+from sparse_train import Magnitude, Unstructured, Wanda, prune
+from sparse_train.data import calibration_batches
+from sparse_train.evaluation import evaluate_perplexity, token_ids
+from sparse_train.packaged import MODEL_NAME
+from sparse_train.sources import HubText, PackagedSmolLM2, TextFiles, TextSource
+
+METHODS: dict[str, tuple[Callable[[], Any], str]] = {
+    "magnitude": (Magnitude, "row"),
+    "magnitude_layer": (Magnitude, "layer"),
+    "magnitude_model": (Magnitude, "model"),
+    "wanda": (Wanda, "row"),
+    "wanda_layer": (Wanda, "layer"),
+    "wanda_model": (Wanda, "model"),
+}
+"""Name: what scores, and the group within which unstructured weights are compared."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    method: str
+    structure: str
+    sparsity: float
+    seed: int
+    samples: int
+    length: int
+    perplexity: float
+    tokens: int
+    window: int
+    forward_seconds: float
+    pruning_seconds: float
+    data: str
+    calibration: str
+    threads: int
+    model: str = f"{MODEL_NAME}, bfloat16 weights"
+
+
+def main(
+    method: str,
+    structure: str = "unstructured",
+    sparsity: float | None = None,
+    seed: int = 0,
+    samples: int = 64,
+    length: int = 1024,
+    window: int = 2048,
+    max_tokens: int | None = None,
+    data: str | None = None,
+    calibration: str | None = None,
+    out: str = "benchmarks/oneshot.csv",
+) -> None:
+    """Prune, measure, and append a row.
+
+    Args:
+        method: "dense", or one of METHODS.
+        structure: "unstructured" or "N:M".
+        sparsity: of unstructured; default 0.5.
+        seed: of the choice of calibration samples.
+        samples: calibration samples.
+        length: tokens of a sample.
+        window: tokens a forward sees in evaluation, without overlap.
+        max_tokens: read only the first tokens of the test text.
+        data: file with the test text; default: the hub's WikiText-2 raw.
+        calibration: file with calibration text; default: the hub's C4.
+        out: CSV file.
+    """
+    if method not in ("dense", *METHODS):
+        raise SystemExit(f"--method is dense or one of {', '.join(METHODS)}, got {method!r}.")
+    if method == "dense" or method.startswith("magnitude"):
+        seed, samples, length = 0, 0, 0  # there is no chance in it
+    sparsity = 0.5 if sparsity is None and structure == "unstructured" else sparsity
+    path = Path(out)
+    wanted = {"method": method, "structure": structure, "seed": seed, "samples": samples, "length": length}
+    for row in _read(path):
+        same = all(row[key] == str(value) for key, value in wanted.items())
+        if same and sparsity in (None, round(float(row["sparsity"]), 3)):
+            print(f"{wanted}: already in {path}")
+            return
+    source = PackagedSmolLM2()
+    model, tokenizer = source.load().to(torch.bfloat16), source.tokenizer()
+    texts: tuple[TextSource, TextSource] = (
+        TextFiles(test=[data]) if data else HubText("Salesforce/wikitext", "wikitext-2-raw-v1"),
+        TextFiles(train=[calibration]) if calibration else HubText("allenai/c4", "en", max_documents=20_000),
+    )
+    reached, seconds = 0.0, (0.0, 0.0)
+    if method != "dense":
+        make, group = METHODS[method]
+        pattern = Unstructured(group) if structure == "unstructured" else structure  # type: ignore[arg-type]
+        batches = None
+        if samples:
+            batches = calibration_batches(
+                texts[1],
+                tokenizer,
+                num_calibration_samples=samples,
+                max_seq_length=length,
+                batch_size=min(samples, 4),
+                seed=seed,
+            )
+        report = prune(model, batches, pattern, sparsity=sparsity, criterion=make(), progress=True)
+        reached, seconds = report.sparsity, (report.forward_seconds, report.pruning_seconds)
+    ids = token_ids(texts[0].documents("test"), tokenizer)
+    found = evaluate_perplexity(model, ids, window=window, batch_size=1, max_tokens=max_tokens, progress=True)
+    row = Row(
+        method,
+        structure,
+        reached,
+        seed,
+        samples,
+        length,
+        found.perplexity,
+        found.protocol.tokens,
+        window,
+        *seconds,
+        texts[0].name,
+        texts[1].name if samples else "",
+        torch.get_num_threads(),
+    )
+    _append(path, row)
+    print(row)
+
+
+def _read(path: Path) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def _append(path: Path, row: Row) -> None:
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
+        if new:
+            writer.writeheader()
+        writer.writerow(asdict(row))
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=False)

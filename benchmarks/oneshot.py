@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from jsonargparse import auto_cli
 
-from sparse_train import Magnitude, Unstructured, Wanda, prune
+from sparse_train import RIA, Magnitude, Random, SparseGPT, Unstructured, Wanda, WandaCumulative, prune
 from sparse_train.data import calibration_batches
 from sparse_train.evaluation import evaluate_perplexity, token_ids
 from sparse_train.packaged import MODEL_NAME
@@ -31,6 +31,11 @@ METHODS: dict[str, tuple[Callable[[], Any], str]] = {
     "wanda": (Wanda, "row"),
     "wanda_layer": (Wanda, "layer"),
     "wanda_model": (Wanda, "model"),
+    "wanda_variant": (WandaCumulative, "layer"),
+    "ria": (RIA, "row"),
+    "sparsegpt": (SparseGPT, "layer"),
+    "sparsegpt_row": (SparseGPT, "row"),
+    "random": (Random, "row"),
 }
 """Name: what scores, and the group within which unstructured weights are compared."""
 

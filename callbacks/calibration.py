@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
 from torchdata.stateful_dataloader.sampler import RandomSampler as StatefulRandomSampler
 
-from sparse_train.layers import SparseLinear
+from sparse_train.matrices import MaskedLayer
 from sparse_train.oneshot import Batch
 
 _WHOLE_DATA_SAMPLERS = (SequentialSampler, RandomSampler, StatefulRandomSampler, DistributedSampler)
 
 
-def causal_lm(pl_module: L.LightningModule, layers: Mapping[str, SparseLinear]) -> nn.Module | None:
+def causal_lm(pl_module: L.LightningModule, layers: Mapping[str, MaskedLayer]) -> nn.Module | None:
     """The transformers model in the module that holds all of ``layers``, if there is one."""
     wanted = set(layers.values())
     for module in pl_module.modules():

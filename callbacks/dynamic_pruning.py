@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 from sparse_train.callbacks.calibration import causal_lm, peek
 from sparse_train.criteria import Criterion, Wanda
-from sparse_train.layers import SparseLinear, sparse_layers, sparsify, sparsify_like, squash
+from sparse_train.layers import sparse_layers, sparsify, sparsify_like, squash
+from sparse_train.matrices import MaskedLayer
 from sparse_train.oneshot import set_initial_masks
 from sparse_train.patterns import Pattern, group_label
 from sparse_train.policies import MaskPolicy, StraightThrough
@@ -287,7 +288,7 @@ class DynamicPruning(L.Callback):
     def state_dict(self) -> dict[str, Any]:
         if self.updater is None:
             return self._restored or {}
-        if not all(isinstance(layer, SparseLinear) for layer in self.updater.layers.values()):
+        if not all(isinstance(layer, MaskedLayer) for layer in self.updater.layers.values()):
             return {}  # squashed: a checkpoint of this model is one of a dense model with zeros
         return {**self.updater.state_dict(), "global_step": self._global_step}
 

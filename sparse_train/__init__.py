@@ -3,34 +3,46 @@
 ``import sparse_train`` needs torch alone; Lightning, transformers and the rest are imported where they are used.
 """
 
-from sparse_train.criteria import Criterion, Magnitude, Wanda
+from sparse_train.allocation import OWL, Allocation, Explicit, PerBlock, Uniform
+from sparse_train.criteria import RIA, Criterion, Magnitude, Random, Wanda, WandaCumulative
 from sparse_train.layers import SparseLinear, sparse_layers, sparsify, sparsify_like, squash
 from sparse_train.oneshot import prune
 from sparse_train.patterns import NM, Pattern, Unstructured
 from sparse_train.policies import Fixed, MaskPolicy, StraightThrough
 from sparse_train.pruner import UpdateReport
 from sparse_train.schedules import Constant, Cubic, Linear, Schedule
+from sparse_train.solvers import Solver, SparseGPT
 from sparse_train.updater import MaskUpdater
 
 __version__ = "0.1.0"
 
 __all__ = [
     "NM",
+    "OWL",
+    "RIA",
+    "Allocation",
     "Constant",
     "Criterion",
     "Cubic",
+    "Explicit",
     "Fixed",
     "Linear",
     "Magnitude",
     "MaskPolicy",
     "MaskUpdater",
     "Pattern",
+    "PerBlock",
+    "Random",
     "Schedule",
+    "Solver",
+    "SparseGPT",
     "SparseLinear",
     "StraightThrough",
+    "Uniform",
     "Unstructured",
     "UpdateReport",
     "Wanda",
+    "WandaCumulative",
     "prune",
     "sparse_layers",
     "sparsify",

@@ -4,13 +4,46 @@ Shape suffixes: T tokens, I in_features.
 """
 
 import weakref
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 
-class ActivationNorm:
+class Statistics(ABC):
+    """What is gathered over the tokens that reach a layer's input."""
+
+    tokens: Tensor
+
+    def __init__(self, in_features: int, device: torch.device | str | None = None) -> None:
+        raise NotImplementedError
+
+    @abstractmethod
+    def add(self, x: Tensor, token_mask: Tensor | None = None) -> None:
+        """Count one batch of inputs, see ``ActivationNorm.add``."""
+
+    @abstractmethod
+    def tensors(self) -> list[Tensor]:
+        """All that is gathered, as tensors that are summed over ranks in place."""
+
+    @property
+    @abstractmethod
+    def sum_squares_I(self) -> Tensor:
+        """Sum of squares of each feature, float32 (I,)."""
+
+    @property
+    def norm_I(self) -> Tensor:
+        """``||X_j||_2`` over all tokens seen (arXiv 2306.11695, equation 1), float32 (I,)."""
+        return self.sum_squares_I.sqrt()
+
+    def reset(self) -> None:
+        """Forget everything seen, in place."""
+        for tensor in self.tensors():
+            tensor.zero_()
+
+
+class ActivationNorm(Statistics):
     """Sum of squares of each input feature over the tokens seen, with their count.
 
     Plain tensors and not buffers: a model cast to bfloat16 must not take its statistics with it.
@@ -21,13 +54,15 @@ class ActivationNorm:
     """
 
     def __init__(self, in_features: int, device: torch.device | str | None = None) -> None:
-        self.sum_squares_I = torch.zeros(in_features, dtype=torch.float32, device=device)
+        self._sum_squares_I = torch.zeros(in_features, dtype=torch.float32, device=device)
         self.tokens = torch.zeros((), dtype=torch.int64, device=device)
 
     @property
-    def norm_I(self) -> Tensor:
-        """``||X_j||_2`` over all tokens seen (arXiv 2306.11695, equation 1), float32 (I,)."""
-        return self.sum_squares_I.sqrt()
+    def sum_squares_I(self) -> Tensor:
+        return self._sum_squares_I
+
+    def tensors(self) -> list[Tensor]:
+        return [self._sum_squares_I, self.tokens]
 
     def add(self, x: Tensor, token_mask: Tensor | None = None) -> None:
         """Count one batch of inputs.
@@ -38,24 +73,48 @@ class ActivationNorm:
         """
         if token_mask is not None and token_mask.shape != x.shape[:-1]:
             token_mask = None
-        _accumulate(x.detach(), token_mask, self.sum_squares_I, self.tokens)
+        _accumulate(x.detach(), token_mask, self._sum_squares_I, self.tokens)
 
     def merge(self, other: "ActivationNorm") -> None:
         """Take in what another one has seen: the same as one over both."""
-        self.sum_squares_I += other.sum_squares_I
+        self._sum_squares_I += other.sum_squares_I
         self.tokens += other.tokens
-
-    def reset(self) -> None:
-        """Forget everything seen, in place."""
-        self.sum_squares_I.zero_()
-        self.tokens.zero_()
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"sum_squares": self.sum_squares_I.cpu().clone(), "tokens": self.tokens.cpu().clone()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.sum_squares_I.copy_(state["sum_squares"])
+        self._sum_squares_I.copy_(state["sum_squares"])
         self.tokens.copy_(state["tokens"])
+
+
+class ActivationGram(Statistics):
+    """Sum of ``x x^T`` over the tokens seen: second moments of the input, for methods that move weights.
+
+    Only while calibrating: takes I * I floats, and does not look out for recomputed forwards.
+
+    Attributes:
+        gram_II: float32 (I, I).
+        tokens: int64 scalar, tokens counted.
+    """
+
+    def __init__(self, in_features: int, device: torch.device | str | None = None) -> None:
+        self.gram_II = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+        self.tokens = torch.zeros((), dtype=torch.int64, device=device)
+
+    @property
+    def sum_squares_I(self) -> Tensor:
+        return self.gram_II.diagonal()
+
+    def tensors(self) -> list[Tensor]:
+        return [self.gram_II, self.tokens]
+
+    def add(self, x: Tensor, token_mask: Tensor | None = None) -> None:
+        x_TI = x.detach().reshape(-1, x.shape[-1]).float()
+        if token_mask is not None and token_mask.shape == x.shape[:-1]:
+            x_TI = x_TI[token_mask.reshape(-1).bool()]
+        self.gram_II.addmm_(x_TI.t(), x_TI)
+        self.tokens += len(x_TI)
 
 
 @torch.library.custom_op("sparse_train::accumulate", mutates_args=("sum_squares_I", "tokens"))

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from sparse_train.schedules import check_sparsity
 
+Group = Literal["row", "layer", "model"]
+"""Which weights an unstructured pattern compares with each other."""
+
 
 class Pattern(ABC):
     """Selects within groups of weights that are compared with each other."""
@@ -41,7 +44,7 @@ class Unstructured(Pattern):
     Prunes ``int(n * sparsity)`` of a group of n, as the Wanda reference does in its rows.
     """
 
-    group: Literal["row", "layer", "model"] = "row"
+    group: Group = "row"
 
     @property
     def model_wide(self) -> bool:  # type: ignore[override]
@@ -99,17 +102,20 @@ class NM(Pattern):
             )
 
 
-def parse_pattern(mask_structure: "str | Pattern", sparsity: float | None) -> tuple[Pattern, float]:
+def parse_pattern(
+    mask_structure: "str | Pattern", sparsity: float | None, group: Group = "row"
+) -> tuple[Pattern, float]:
     """The pattern and its final sparsity from what users write.
 
     Args:
         mask_structure: "unstructured", "N:M" with N **kept** (as in "2:4"), or a ``Pattern``.
         sparsity: share of zeros; required for unstructured patterns, implied by N:M.
+        group: what the word "unstructured" compares.
 
     Raises:
         ValueError: neither word nor N:M, a sparsity outside [0, 1), missing, or in conflict with N:M.
     """
-    pattern = mask_structure if isinstance(mask_structure, Pattern) else _parse_word(mask_structure)
+    pattern = parse_word(mask_structure, group)
     if sparsity is not None:
         check_sparsity("sparsity", sparsity)
         pattern.check_target(sparsity)
@@ -119,9 +125,12 @@ def parse_pattern(mask_structure: "str | Pattern", sparsity: float | None) -> tu
     raise ValueError(f"{pattern} needs a sparsity: the share of weights that are zero, such as sparsity=0.5.")
 
 
-def _parse_word(word: str) -> Pattern:
+def parse_word(word: "str | Pattern", group: Group) -> Pattern:
+    """The pattern of a word, or the pattern itself."""
+    if isinstance(word, Pattern):
+        return word
     if word == "unstructured":
-        return Unstructured()
+        return Unstructured(group)
     if match := re.fullmatch(r"(\d+):(\d+)", str(word)):
         return NM(int(match[1]), int(match[2]))
     raise ValueError(

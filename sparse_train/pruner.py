@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from sparse_train import masks
-from sparse_train.activations import ActivationNorm
+from sparse_train.activations import ActivationNorm, Statistics
 from sparse_train.criteria import Criterion
 from sparse_train.distributed import sum_over_ranks
-from sparse_train.layers import Recorder, SparseLinear
+from sparse_train.matrices import MaskedLayer, MaskedMatrix, Recorder
 from sparse_train.patterns import Pattern
 from sparse_train.policies import MaskPolicy
 
@@ -65,11 +65,11 @@ class UpdateReport:
 
 @torch.no_grad()
 def update_masks(
-    layers: Mapping[str, SparseLinear],
+    layers: Mapping[str, MaskedMatrix],
     *,
     criterion: Criterion,
     pattern: Pattern,
-    sparsity: float,
+    sparsity: float | Mapping[str, float],
     policy: MaskPolicy,
     shadow_factor: float = 1.0,
 ) -> dict[str, LayerUpdate]:
@@ -79,7 +79,7 @@ def update_masks(
         layers: masked layers by name; with ``statistics`` where the criterion needs them.
         criterion: gives the scores, from the shadow values, in float32.
         pattern: selects, over one layer at a time or over all of them.
-        sparsity: target over each group.
+        sparsity: target over each group; by layer, where layers differ.
         policy: may keep pruned weights out.
         shadow_factor: multiplies the values of pruned weights before they are scored.
 
@@ -90,35 +90,44 @@ def update_masks(
     # All new masks first, then all changes: an error leaves every mask and weight as it was.
     new: dict[str, Tensor] = {}
     if pattern.model_wide:
+        assert isinstance(sparsity, float), "one group has one sparsity"
         scores = [_admitted(name, layer, criterion, policy, shadow_factor) for name, layer in layers.items()]
         keep = pattern.mask(torch.cat([score.reshape(1, -1) for score in scores], dim=1), sparsity)
         parts = keep.split([score.numel() for score in scores], dim=1)
         for (name, layer), part in zip(layers.items(), parts, strict=True):
-            new[name] = masks.pack(part.view(layer.weight.shape))
+            new[name] = masks.pack(part.view(layer.out_features, layer.in_features))
     else:
         for name, layer in layers.items():
             scores_OI = _admitted(name, layer, criterion, policy, shadow_factor)
-            new[name] = masks.pack(pattern.mask(scores_OI, sparsity))
+            own = sparsity[name] if isinstance(sparsity, Mapping) else sparsity
+            new[name] = masks.pack(pattern.mask(scores_OI, own))
     updates = {}
     for name, layer in layers.items():
         if shadow_factor != 1:
-            layer.weight.copy_(_decayed(layer, shadow_factor))
-        flips = masks.count_differing(layer.weight_mask, new[name])
-        layer.weight_mask.copy_(new[name])
-        updates[name] = measure(layer, flips)
-        layer.reached = False
+            layer.weight_OI.copy_(_decayed(layer, shadow_factor))
+        updates[name] = replace_mask(layer, new[name])
     return updates
 
 
-def measure(layer: SparseLinear, flips: int = 0) -> LayerUpdate:
+def replace_mask(layer: MaskedMatrix, packed_OJ: Tensor) -> LayerUpdate:
+    """Put a packed mask in the place of the one that is there."""
+    flips = masks.count_differing(layer.weight_mask, packed_OJ)
+    layer.weight_mask.copy_(packed_OJ)
+    layer.reached = False
+    return measure(layer, flips)
+
+
+def measure(layer: MaskedMatrix, flips: int = 0) -> LayerUpdate:
     """Count the zeros of a masked layer."""
-    size = layer.weight.numel()
+    size = layer.weight_OI.numel()
     return LayerUpdate(size, size - int(layer.masked_weight().count_nonzero()), flips)
 
 
-def _admitted(name: str, layer: SparseLinear, criterion: Criterion, policy: MaskPolicy, shadow_factor: float) -> Tensor:
-    weight_OI = layer.weight.detach() if shadow_factor == 1 else _decayed(layer, shadow_factor)
-    scores_OI = criterion.scores(weight_OI, layer.statistics if criterion.needs_activations else None)
+def _admitted(name: str, layer: MaskedMatrix, criterion: Criterion, policy: MaskPolicy, shadow_factor: float) -> Tensor:
+    weight_OI = layer.weight_OI.detach() if shadow_factor == 1 else _decayed(layer, shadow_factor)
+    stats = layer.statistics if criterion.needs_activations else None
+    assert stats is None or isinstance(stats, ActivationNorm)
+    scores_OI = criterion.scores(weight_OI, stats)
     if not bool(scores_OI.isfinite().all()):
         raise ValueError(
             f"{name}: scores are not finite, because a weight is infinite or NaN, or too large for its activations; "
@@ -127,15 +136,15 @@ def _admitted(name: str, layer: SparseLinear, criterion: Criterion, policy: Mask
     return policy.admit(scores_OI, layer.unpacked_mask())
 
 
-def _decayed(layer: SparseLinear, shadow_factor: float) -> Tensor:
-    weight_OI = layer.weight.detach()
+def _decayed(layer: MaskedMatrix, shadow_factor: float) -> Tensor:
+    weight_OI = layer.weight_OI.detach()
     return torch.where(layer.unpacked_mask(), weight_OI, weight_OI * shadow_factor)
 
 
-def _check_reached(layers: Mapping[str, SparseLinear], criterion: Criterion) -> None:
+def _check_reached(layers: Mapping[str, MaskedMatrix], criterion: Criterion) -> None:
     if criterion.needs_activations:
         for name, layer in layers.items():
-            _check_statistics(name, layer.statistics)
+            check_statistics(name, layer.statistics)
         return
     unreached = [name for name, layer in layers.items() if not layer.reached]
     if unreached and len(unreached) < len(layers):  # none reached: there has been no forward yet
@@ -145,7 +154,8 @@ def _check_reached(layers: Mapping[str, SparseLinear], criterion: Criterion) -> 
         )
 
 
-def _check_statistics(name: str, stats: ActivationNorm | None) -> None:
+def check_statistics(name: str, stats: Statistics | None) -> None:
+    """Raise ValueError where a layer has seen no token, or activations that are not finite."""
     if stats is None or int(stats.tokens) == 0:
         raise ValueError(
             f"{name} is a target, but no token reached it since the last mask update, so it has no activations to "
@@ -161,28 +171,33 @@ def _check_statistics(name: str, stats: ActivationNorm | None) -> None:
         )
 
 
-def attach(layers: Iterable[SparseLinear], recorder: Recorder, criterion: Criterion) -> None:
-    """Give layers a common recorder and, where the criterion reads activations, fresh statistics."""
+def attach(layers: Iterable[MaskedMatrix], recorder: Recorder, statistics: type[Statistics] | None) -> None:
+    """Give layers a common recorder and fresh statistics of this kind; None = none."""
     for layer in layers:
-        layer.recorder, layer.records = recorder, True
-        needs = criterion.needs_activations
-        layer.statistics = ActivationNorm(layer.in_features, layer.weight.device) if needs else None
+        if isinstance(layer, MaskedLayer):
+            layer.recorder, layer.records = recorder, True
+        layer.statistics = None if statistics is None else statistics(layer.in_features, layer.weight_OI.device)
+
+
+def needed_statistics(criterion: Criterion) -> type[ActivationNorm] | None:
+    """What a criterion reads."""
+    return ActivationNorm if criterion.needs_activations else None
 
 
 def share_statistics(recorder: Recorder) -> None:
     """After a forward under ``recorder.sharing``: let layers that read one input use one statistic."""
     assert recorder.sharing is not None
     for layer, leader in recorder.sharing.leaders().items():
-        assert isinstance(layer, SparseLinear) and isinstance(leader, SparseLinear)
+        assert isinstance(layer, MaskedLayer) and isinstance(leader, MaskedLayer)
         if leader is not layer:
             layer.statistics, layer.records = leader.statistics, False
     recorder.sharing = None
 
 
-def reduce_statistics(layers: Iterable[SparseLinear]) -> list[ActivationNorm]:
+def reduce_statistics(layers: Iterable[MaskedMatrix]) -> list[Statistics]:
     """Sum the statistics of ``layers`` over ranks and return the distinct ones."""
     distinct = {id(layer.statistics): layer.statistics for layer in layers if layer.statistics is not None}
-    sum_over_ranks([tensor for each in distinct.values() for tensor in (each.sum_squares_I, each.tokens)])
+    sum_over_ranks([tensor for each in distinct.values() for tensor in each.tensors()])
     return list(distinct.values())
 
 

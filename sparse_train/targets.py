@@ -4,29 +4,46 @@ import difflib
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
 
+from sparse_train.matrices import is_conv1d, shape_OI
 from sparse_train.patterns import Pattern
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class FusedExperts:
+    """The weights of all experts of a Mixture-of-Experts block in one parameter."""
+
+    parameter: nn.Parameter
+    """(E, O, I), or (E, I, O) where ``transposed``."""
+    transposed: bool
+
+
+@dataclass(frozen=True)
 class Selection:
     """What was chosen, and what of the decoder blocks could not be."""
 
-    layers: dict[str, nn.Linear]
-    """Targets by name, in the model's order."""
+    layers: dict[str, nn.Module]
+    """Targets by name, in the model's order: ``nn.Linear`` or transformers' ``Conv1D``."""
+    experts: dict[str, FusedExperts] = field(default_factory=dict)
+    """Fused experts of Mixture-of-Experts blocks by parameter name. One-shot pruning reaches them;
+    a mask in training does not."""
     untargetable: dict[str, int] = field(default_factory=dict)
-    """Weights of blocks that no mask can reach (GPT-2's ``Conv1D``, fused experts): parameter name -> count. They stay
-    dense and count in the model's sparsity."""
+    """Other weights of blocks that no mask can reach: parameter name -> count. They stay dense."""
 
 
 def select(
-    model: nn.Module, pattern: Pattern, targets: Sequence[str] | None = None, ignore: Sequence[str] = ()
+    model: nn.Module,
+    pattern: Pattern,
+    targets: Sequence[str] | None = None,
+    ignore: Sequence[str] = (),
+    *,
+    experts: bool = False,
 ) -> Selection:
     """Choose the layers to prune.
 
@@ -37,43 +54,50 @@ def select(
             start of the name (as in llm-compressor). Default: the linear layers of the decoder blocks; in a model
             without blocks, all linear layers but the last one and those with tied weights.
         ignore: the same three forms; takes layers out again.
+        experts: choose fused experts too (one-shot pruning); otherwise they count as untargetable.
 
     Raises:
         ValueError: nothing chosen, a name that matches nothing, or a chosen layer that cannot be masked (see
             ``_check_maskable``) or does not fit the pattern.
     """
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linears = [name for name, module in model.named_modules() if _is_linear(module)]
     adapters = _adapter_names(model)
     tied = _tied_names(model)
     blocks = _unambiguous_blocks(model) if targets is None else None
-    ignored = set(_match(model, ignore, "ignore"))
+    fused = fused_experts(model) if experts else {}
+    ignored = set(_match(model, ignore, "ignore", fused))
     lenient = False
     if targets is not None:
-        matched = _match(model, targets, "targets")
+        matched = _match(model, targets, "targets", fused)
         # a pattern may reach adapters by accident; only one named in full is a mistake worth an error
         chosen = [name for name in matched if name not in ignored and (name not in adapters or name in targets)]
     elif blocks is not None:
-        chosen = [name for name in linears if name.startswith(f"{blocks}.") and name not in ignored | adapters]
+        everything = [*linears, *fused]
+        chosen = [name for name in everything if name.startswith(f"{blocks}.") and name not in ignored | adapters]
         _log.info("Pruning the linear layers of the decoder blocks %s.", blocks)
     else:
         candidates = [name for name in linears if name not in adapters | tied]
         chosen = [name for name in candidates[:-1] if name not in ignored]
         lenient = True
 
-    layers: dict[str, nn.Linear] = {}
+    layers: dict[str, nn.Module] = {}
     for name in chosen:
+        if name in fused:
+            continue
         module = model.get_submodule(name)
         _check_maskable(model, name, module, adapters, tied)
-        assert isinstance(module, nn.Linear)
         try:
-            pattern.check_layer(name, module.in_features)
+            pattern.check_layer(name, shape_OI(module)[1])
         except ValueError as error:
             if not lenient:
                 raise
             _log.warning("%s stays dense: %s", name, error)
             continue
         layers[name] = module
-    if not layers:
+    chosen_experts = {name: fused[name] for name in chosen if name in fused}
+    for name, expert in chosen_experts.items():
+        pattern.check_layer(name, expert_shape_OI(expert)[1])
+    if not layers and not chosen_experts:
         raise ValueError(
             "Nothing to prune: no linear layer was targeted "
             f"(targets={list(targets) if targets is not None else None}, ignore={list(ignore)}, "
@@ -81,19 +105,38 @@ def select(
             + (
                 "A model that is built in configure_model does not exist before it has run."
                 if not linears
-                else f"Name layers with targets, such as targets=[{next(iter(linears))!r}]."
+                else f"Name layers with targets, such as targets=[{linears[0]!r}]."
             )
         )
-    untargetable = _untargetable(model, blocks) if blocks else {}
+    untargetable = _untargetable(model, blocks, fused) if blocks else {}
     if untargetable:
-        total = sum(p.numel() for p in model.parameters())
+        _warn_of_dense(model, untargetable)
+    return Selection(layers, chosen_experts, untargetable)
+
+
+def _warn_of_dense(model: nn.Module, untargetable: dict[str, int]) -> None:
+    total = sum(p.numel() for p in model.parameters())
+    _log.warning(
+        "%d block weights cannot be masked and stay dense (%.1f %% of the model's parameters): %s",
+        len(untargetable),
+        100 * sum(untargetable.values()) / total,
+        ", ".join(list(untargetable)[:3]) + (", ..." if len(untargetable) > 3 else ""),
+    )
+    parameters = dict(model.named_parameters())
+    sparse = [name for name in untargetable if _share_of_zeros(parameters[name]) > 0.01]
+    if sparse:
         _log.warning(
-            "%d block weights cannot be masked and stay dense (%.1f %% of the model's parameters): %s",
-            len(untargetable),
-            100 * sum(untargetable.values()) / total,
-            ", ".join(list(untargetable)[:3]) + (", ..." if len(untargetable) > 3 else ""),
+            "%s has zeros, as one-shot pruning leaves them, and no mask that would keep them: training fills them. "
+            "Freeze it (requires_grad=False) to keep its zeros.",
+            sparse[0],
         )
-    return Selection(layers, untargetable)
+
+
+def _share_of_zeros(parameter: nn.Parameter) -> float:
+    if parameter.is_meta or not parameter.numel() or not parameter.requires_grad:
+        return 0.0
+    part = parameter.detach()[:1]
+    return 1 - int(part.count_nonzero()) / part.numel()
 
 
 def block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
@@ -128,33 +171,34 @@ def did_you_mean(word: str, candidates: Iterable[str]) -> str:
     return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
-def _match(model: nn.Module, patterns: Sequence[str], argument: str) -> list[str]:
+def _match(model: nn.Module, patterns: Sequence[str], argument: str, fused: Mapping[str, FusedExperts]) -> list[str]:
     if isinstance(patterns, str):
         raise ValueError(f"{argument} is a list of names, got the text {patterns!r}; write [{patterns!r}].")
     modules = dict(model.named_modules())
-    linears = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
+    layers = [*(name for name, module in modules.items() if _is_linear(module)), *fused]
     matched: set[str] = set()
     for text in patterns:
         if text.startswith("re:"):
             try:
-                names = {name for name in linears if re.match(text[3:], name)}
+                names = {name for name in layers if re.match(text[3:], name)}
             except re.error as error:
                 raise ValueError(f"{argument}: {text!r} is not a regular expression: {error}.") from error
         else:
             hits = {n for n, m in modules.items() if n == text or text in {cls.__name__ for cls in type(m).__mro__}}
-            names = {n for n in linears if any(n == hit or n.startswith(f"{hit}.") for hit in hits)} or hits
+            hits |= {text} & set(fused)
+            names = {n for n in layers if any(n == hit or n.startswith(f"{hit}.") for hit in hits)} or hits
         if not names:
             raise ValueError(
-                f"{argument}: {text!r} matches no layer of {type(model).__name__}." + did_you_mean(text, linears)
+                f"{argument}: {text!r} matches no layer of {type(model).__name__}." + did_you_mean(text, layers)
             )
         matched |= names
-    return [name for name in modules if name in matched]
+    return [name for name in [*modules, *fused] if name in matched]
 
 
 def _check_maskable(model: nn.Module, name: str, module: nn.Module, adapters: set[str], tied: set[str]) -> None:
     """Refuse every module whose forward would not see its mask, or whose mask would reach further than it."""
     way_out = f"Leave it dense with ignore=[{name!r}]"
-    if not isinstance(module, nn.Linear):
+    if not _is_linear(module):
         raise ValueError(f"{name} is a {type(module).__name__}; only nn.Linear layers can be masked. {way_out}.")
     for outer in _ancestors(model, name):
         if isinstance(outer, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
@@ -184,10 +228,14 @@ def _check_maskable(model: nn.Module, name: str, module: nn.Module, adapters: se
         raise ValueError(f"{name} shares its weight with another module; its mask would prune that too. {way_out}.")
 
 
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
 def _is_plain_linear(cls: type) -> bool:
     from sparse_train.layers import SparseLinear
 
-    if cls in (nn.Linear, SparseLinear):
+    if cls in (nn.Linear, SparseLinear) or cls.__name__ in ("Conv1D", "SparseConv1D"):
         return True
     # after fully_shard the class is generated: FSDPLinear(FSDPModule, Linear)
     return cls.__name__.startswith("FSDP") and len(cls.__bases__) == 2 and cls.__bases__[1] in (nn.Linear, SparseLinear)
@@ -215,15 +263,42 @@ def _tied_names(model: nn.Module) -> set[str]:
     return {name.rpartition(".")[0] for name, parameter in parameters if uses[id(parameter)] > 1}
 
 
-def _untargetable(model: nn.Module, prefix: str) -> dict[str, int]:
+def expert_shape_OI(experts: FusedExperts) -> tuple[int, int]:
+    """``(out_features, in_features)`` of one expert's matrix."""
+    _, rows, columns = experts.parameter.shape
+    return (columns, rows) if experts.transposed else (rows, columns)
+
+
+def fused_experts(model: nn.Module) -> dict[str, FusedExperts]:
+    """Three-dimensional parameters, as transformers keeps experts; their modules say where they are transposed."""
+    found = {}
+    for name, module in model.named_modules():
+        for own, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() == 3 and len(parameter) > 1 and "bias" not in own and not _is_convolution(module):
+                transposed = bool(getattr(module, "is_transposed", False))
+                found[f"{name}.{own}"] = FusedExperts(parameter, transposed)
+    return found
+
+
+def _is_convolution(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.conv._ConvNd)
+
+
+def _untargetable(model: nn.Module, prefix: str, fused: Mapping[str, FusedExperts]) -> dict[str, int]:
     found: dict[str, int] = {}
     for name, module in model.get_submodule(prefix).named_modules():
-        if isinstance(module, (nn.Linear, nn.Embedding)):
+        if _is_linear(module) or isinstance(module, nn.Embedding):
             continue
         for parameter_name, parameter in module.named_parameters(recurse=False):
-            if parameter.dim() >= 2:
-                found[f"{prefix}.{name}.{parameter_name}"] = parameter.numel()
+            full = f"{prefix}.{name}.{parameter_name}"
+            if parameter.dim() >= 2 and full not in fused and not _is_router(module):
+                found[full] = parameter.numel()
     return found
+
+
+def _is_router(module: nn.Module) -> bool:
+    # its few weights decide which experts run; every method leaves it dense, and it is no loss of sparsity
+    return "Router" in type(module).__name__
 
 
 def _size(module: nn.Module) -> int:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from sparse_train import masks
-from sparse_train.activations import InputSharing
+from sparse_train.activations import ActivationNorm, InputSharing
 from sparse_train.criteria import Criterion, Wanda
-from sparse_train.layers import Recorder, SparseLinear, sparsify, squash
+from sparse_train.layers import sparsify, squash
+from sparse_train.matrices import MaskedLayer, Recorder
 from sparse_train.patterns import Pattern, parse_pattern
 from sparse_train.policies import MaskPolicy, StraightThrough
 from sparse_train.pruner import (
@@ -20,6 +21,7 @@ from sparse_train.pruner import (
     attach,
     expect,
     measure,
+    needed_statistics,
     reduce_statistics,
     share_statistics,
     update_masks,
@@ -89,9 +91,9 @@ class MaskUpdater:
         self.criterion = expect("criterion", criterion, Wanda(), Criterion)
         self.policy = expect("policy", policy, StraightThrough(), MaskPolicy)
         layers = select(model, self.pattern, targets, ignore).layers
-        began_dense = not any(isinstance(layer, SparseLinear) for layer in layers.values())
+        began_dense = not any(isinstance(layer, MaskedLayer) for layer in layers.values())
         sparsify(model, layers.values())
-        self.layers: dict[str, SparseLinear] = {n: m for n, m in layers.items() if isinstance(m, SparseLinear)}
+        self.layers: dict[str, MaskedLayer] = {n: m for n, m in layers.items() if isinstance(m, MaskedLayer)}
         try:
             self._start(
                 state,
@@ -114,7 +116,7 @@ class MaskUpdater:
             _check_masks(self.layers, self.pattern, initial)
         self.timing = Timing.resolve(**timing, first_from_window=self.criterion.needs_activations and not masked)
         self.recorder = Recorder()
-        attach(self.layers.values(), self.recorder, self.criterion)
+        attach(self.layers.values(), self.recorder, needed_statistics(self.criterion))
         for layer in self.layers.values():
             layer.straight_through = self.policy.straight_through
         self.steps = 0
@@ -185,7 +187,7 @@ class MaskUpdater:
             "last_update": self._last_update,
             "timing": asdict(self.timing),
             "settings": self._settings(),
-            "statistics": {n: m.statistics.state_dict() for n, m in self.layers.items() if m.statistics is not None},
+            "statistics": {n: stats.state_dict() for n, stats in self._statistics().items()},
             "first_rows": {name: rows.cpu() for name, rows in self._first_rows.items()},
         }
 
@@ -209,11 +211,10 @@ class MaskUpdater:
             raise ValueError(f"The checkpoint pruned layers that are no targets of this run, such as {unknown[0]}.")
         self.steps, self.target, self._last_update = state["steps"], state["target"], state["last_update"]
         self.timing = Timing(**state["timing"])
-        self._first_rows = {n: rows.to(self.layers[n].weight.device) for n, rows in state["first_rows"].items()}
+        self._first_rows = {n: rows.to(self.layers[n].weight_OI.device) for n, rows in state["first_rows"].items()}
+        own = self._statistics()
         for name, statistics in state["statistics"].items():
-            own = self.layers[name].statistics
-            assert own is not None, name
-            own.load_state_dict(statistics)
+            own[name].load_state_dict(statistics)
         self._set_recording()
 
     def _settings(self) -> dict[str, str]:
@@ -248,11 +249,14 @@ class MaskUpdater:
         entries = sum(len(row) * self.layers[name].in_features for name, row in rows.items())
         return UpdateReport(self.steps, self.target or 0.0, changes, differing / entries, seconds)
 
+    def _statistics(self) -> dict[str, ActivationNorm]:
+        return {n: m.statistics for n, m in self.layers.items() if isinstance(m.statistics, ActivationNorm)}
+
     def _rows(self) -> dict[str, Tensor]:
         return {name: layer.weight_mask[::_FIRST_MASK_STRIDE].clone() for name, layer in self.layers.items()}
 
 
-def _check_masks(layers: Mapping[str, SparseLinear], pattern: Pattern, sparsity: float) -> None:
+def _check_masks(layers: Mapping[str, MaskedLayer], pattern: Pattern, sparsity: float) -> None:
     # Scored by itself, a mask that has the pattern's count in every group is what the pattern selects.
     found = [layer.unpacked_mask() for layer in layers.values()]
     if pattern.model_wide:

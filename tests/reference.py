@@ -24,3 +24,50 @@ def nm_mask(scores_OI: Tensor, kept: int, group: int) -> Tensor:
 def wanda_scores(weight_OI: Tensor, inputs_TI: Tensor) -> Tensor:
     """|W_ij| * ||X_j||_2, equation 1."""
     return weight_OI.double().abs() * inputs_TI.double().pow(2).sum(0).sqrt()
+
+
+def ria_scores(weight_OI: Tensor, inputs_TI: Tensor, a: float) -> Tensor:
+    """(|W| / column sum + |W| / row sum) * ||X_j|| ** a; Zhang et al., ICLR 2024, section 3."""
+    size = weight_OI.double().abs()
+    return (size / size.sum(0) + size / size.sum(1, keepdim=True)) * inputs_TI.double().pow(2).sum(0).sqrt() ** a
+
+
+def cumulative_mask(scores_OI: Tensor, sparsity: float) -> Tensor:
+    """Wanda's variant: rows lose weights until a share alpha of their scores is gone; alpha found by bisection."""
+    values, order = scores_OI.double().sort(dim=1, stable=True)
+    gone = values.cumsum(1) / values.sum(1, keepdim=True)
+    low, high = 0.0, 1.0
+    for _ in range(100):
+        alpha = (low + high) / 2
+        low, high = (low, alpha) if (gone <= alpha).double().mean() > sparsity else (alpha, high)
+    keep = torch.ones_like(scores_OI, dtype=torch.bool)
+    return keep.scatter(1, order, gone > low)
+
+
+def sparsegpt(weight_OI: Tensor, inputs_TI: Tensor, kept: int | None, group: int, block: int, damp: float):
+    """Algorithm 1 of arXiv 2301.00774, a row at a time, in float64; ``kept`` of ``group``, or half of each block.
+
+    Unstructured masks compare a block of columns over all rows, so rows go side by side there too.
+    """
+    weight = weight_OI.double().clone()
+    hessian = inputs_TI.double().t() @ inputs_TI.double()
+    hessian += damp * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=torch.float64)
+    inverse = torch.linalg.inv(hessian)
+    upper = torch.linalg.cholesky(inverse).t()  # inverse = upper^T upper
+    keep = torch.ones_like(weight, dtype=torch.bool)
+    columns = weight.shape[1]
+    for j in range(columns):
+        if kept is None and j % block == 0:
+            part = slice(j, min(j + block, columns))
+            saliency = weight[:, part] ** 2 / upper.diagonal()[part] ** 2
+            pruned = saliency.flatten().argsort()[: saliency.numel() // 2]
+            keep[:, part] = torch.ones(saliency.numel(), dtype=torch.bool).scatter(0, pruned, False).view_as(saliency)
+        if kept is not None and j % group == 0:
+            part = slice(j, j + group)
+            saliency = weight[:, part] ** 2 / upper.diagonal()[part] ** 2
+            keep[:, part] = torch.ones_like(keep[:, part]).scatter(1, saliency.argsort(1)[:, : group - kept], False)
+        for i in range(len(weight)):
+            if not keep[i, j]:
+                weight[i, j:] -= weight[i, j] / upper[j, j] * upper[j, j:]
+                weight[i, j] = 0
+    return weight, keep

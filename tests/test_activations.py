@@ -6,7 +6,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from sparse_train.activations import ActivationNorm, InputSharing
-from sparse_train.criteria import Wanda
 from sparse_train.layers import Recorder, sparse_layers, sparsify
 from sparse_train.pruner import attach
 
@@ -73,7 +72,7 @@ class Block(nn.Module):
 def test_a_recomputed_forward_counts_once(use_reentrant):
     model = Block()
     sparsify(model, [model.up, model.down])
-    attach([model.up, model.down], Recorder("training"), Wanda())
+    attach([model.up, model.down], Recorder("training"), ActivationNorm)
     x = torch.randn(2, 5, 8, requires_grad=True)
     checkpoint(model, x, use_reentrant=use_reentrant).sum().backward()
     for layer in (model.up, model.down):
@@ -89,7 +88,7 @@ def test_a_checkpointed_llama_counts_once(use_reentrant):
         model.enable_input_require_grads()
     linears = [m for n, m in model.named_modules() if n.endswith("proj")]
     sparsify(model, linears)
-    attach(linears, Recorder("training"), Wanda())
+    attach(linears, Recorder("training"), ActivationNorm)
     ids = torch.randint(0, VOCABULARY, (2, 16))
     model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     assert {int(layer.statistics.tokens) for layer in linears} == {32}
@@ -99,7 +98,7 @@ def test_a_checkpointed_llama_counts_once(use_reentrant):
 def test_evaluation_does_not_count_but_eval_mode_training_does():
     model = Block().eval()  # transformers models come in eval mode, and many are trained in it
     sparsify(model, [model.up])
-    attach([model.up], Recorder("training"), Wanda())
+    attach([model.up], Recorder("training"), ActivationNorm)
     with torch.no_grad():
         model(torch.randn(3, 8))
     assert int(model.up.statistics.tokens) == 0
@@ -115,7 +114,7 @@ def test_layers_that_share_an_input_are_found_by_identity():
     linears = {n: m for n, m in llama.named_modules() if n.endswith("proj")}
     sparsify(llama, linears.values())
     recorder = Recorder("always", sharing=InputSharing())
-    attach(linears.values(), recorder, Wanda())
+    attach(linears.values(), recorder, ActivationNorm)
     llama(input_ids=torch.randint(0, VOCABULARY, (1, 8)))
     name = {m: n for n, m in sparse_layers(llama).items()}
     leaders = {
@@ -152,7 +151,7 @@ def test_equal_values_or_reused_addresses_are_no_shared_input():
 def test_statistics_survive_a_cast_of_the_model():
     model = Block()
     sparsify(model, [model.up])
-    attach([model.up], Recorder("training"), Wanda())
+    attach([model.up], Recorder("training"), ActivationNorm)
     model(torch.randn(3, 8))
     before = model.up.statistics.sum_squares_I.clone()
     model.to(torch.bfloat16)

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from sparse_train.activations import ActivationNorm
-from sparse_train.criteria import Criterion, Magnitude, Wanda
+from sparse_train.criteria import RIA, Criterion, Magnitude, Random, Wanda, WandaCumulative
 from sparse_train.patterns import NM, Pattern, Unstructured
 from sparse_train.policies import Fixed, MaskPolicy, StraightThrough
 from sparse_train.schedules import Constant, Cubic, Linear, Schedule
 
-CRITERIA = [Magnitude(), Wanda()]
+CRITERIA = [Magnitude(), Wanda(), WandaCumulative(), RIA(), Random()]
 PATTERNS = [
     (Unstructured("row"), 0.5),
     (Unstructured("row"), 0.33),

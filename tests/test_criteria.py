@@ -2,9 +2,10 @@ import pytest
 import torch
 
 from sparse_train.activations import ActivationNorm
-from sparse_train.criteria import Magnitude, Wanda
-from sparse_train.patterns import Unstructured
+from sparse_train.criteria import RIA, Magnitude, Random, Wanda, WandaCumulative
+from sparse_train.patterns import NM, Unstructured
 
+from . import reference
 from .reference import row_mask, wanda_scores
 
 
@@ -31,3 +32,36 @@ def test_a_zero_scores_zero_whatever_its_input():
     stats = ActivationNorm(3)
     stats.add(torch.full((4, 3), 1e3))
     assert Wanda().scores(torch.tensor([[0.0, 1e-9, 0.0]]), stats)[0].argmax() == 1
+
+
+def test_ria_equals_the_formula():
+    weight, inputs = torch.randn(16, 32), torch.randn(50, 32)
+    stats = ActivationNorm(32)
+    stats.add(inputs)
+    for a in (0.5, 1.0):
+        expected = reference.ria_scores(weight, inputs, a)
+        assert torch.allclose(RIA(a).scores(weight, stats).double(), expected, rtol=1e-5)
+    weight[3], weight[:, 5] = 0, 0  # an empty row and an empty column: 0, not NaN
+    assert RIA().scores(weight, stats).isfinite().all()
+
+
+def test_the_cumulative_variant_equals_bisection():
+    weight, inputs = torch.randn(40, 64), torch.randn(50, 64)
+    stats = ActivationNorm(64)
+    stats.add(inputs)
+    mask = Unstructured("layer").mask(WandaCumulative().scores(weight, stats), 0.5)
+    expected = reference.cumulative_mask(reference.wanda_scores(weight, inputs), 0.5)
+    assert (mask != expected).sum() <= 2  # bisection stops between two weights; the count here is exact
+    assert int((~mask).sum()) == mask.numel() // 2
+    assert len(set((~mask).sum(1).tolist())) > 1  # rows differ
+    rows = Unstructured("row").mask(WandaCumulative().scores(weight, stats), 0.5)
+    assert torch.equal(rows, Unstructured("row").mask(Wanda().scores(weight, stats), 0.5))
+
+
+def test_random_is_the_same_for_a_seed_and_differs_between_layers():
+    weights = torch.randn(2, 16, 32)
+    assert torch.equal(Random(1).scores(weights[0]), Random(1).scores(weights[0]))
+    assert not torch.equal(Random(1).scores(weights[0]), Random(2).scores(weights[0]))
+    assert not torch.equal(Random(1).scores(weights[0]), Random(1).scores(weights[1]))
+    mask = NM(2, 4).mask(Random().scores(weights[0]), 0.5)
+    assert torch.equal(NM(2, 4).mask(Random().scores(weights[0] * mask), 0.5), mask)  # zeros go first

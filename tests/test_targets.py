@@ -96,8 +96,8 @@ def test_what_cannot_be_masked_is_an_error_with_a_way_out(model, arguments, mess
 
 def test_block_weights_out_of_reach_are_listed_with_their_share(caplog):
     config = GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=32, n_positions=16)
-    with caplog.at_level(logging.WARNING), pytest.raises(ValueError, match="Nothing to prune"):
-        select(GPT2LMHeadModel(config), PATTERN)
+    assert len(select(GPT2LMHeadModel(config), PATTERN).layers) == 8  # Conv1D layers are targets
+    assert "cannot be masked" not in caplog.text
 
     class Mixed(nn.Module):
         def __init__(self):

@@ -1,5 +1,6 @@
 """One-shot pruning: ``prune`` leaves true zeros; ``set_initial_masks`` is its core, which training starts from."""
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,16 +10,23 @@ from torch import nn
 
 from sparse_train import layers as _layers
 from sparse_train import masks
+from sparse_train.activations import ActivationNorm
+from sparse_train.allocation import Allocation, LayerShape, Uniform, check_pattern, divide, outlier_share
 from sparse_train.criteria import Criterion, Wanda
-from sparse_train.layers import Recorder, SparseLinear, sparsify
-from sparse_train.oneshot.walk import Batch, CalibrationPass, layers_inside
-from sparse_train.patterns import Pattern, parse_pattern
-from sparse_train.policies import StraightThrough
+from sparse_train.layers import sparsify
+from sparse_train.matrices import MaskedLayer, MaskedMatrix, Recorder
+from sparse_train.oneshot.engine import Method, Undo, prune_group, release, statistics_of
+from sparse_train.oneshot.experts import ExpertMatrix, expert_matrices
+from sparse_train.oneshot.walk import Batch, CalibrationPass
+from sparse_train.patterns import Pattern, parse_pattern, parse_word
 from sparse_train.progress import bar
-from sparse_train.pruner import LayerUpdate, attach, expect, reduce_statistics, update_masks, warn_of_padding
+from sparse_train.pruner import LayerUpdate, attach, expect, warn_of_padding
+from sparse_train.solvers import Solver
 from sparse_train.targets import block_lists, select
 
-__all__ = ["Batch", "OneshotReport", "prune", "set_initial_masks"]
+__all__ = ["Batch", "Method", "OneshotReport", "prune", "set_initial_masks"]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -43,7 +51,8 @@ def prune(
     mask_structure: str | Pattern = "2:4",
     *,
     sparsity: float | None = None,
-    criterion: Criterion | None = None,
+    criterion: Method | None = None,
+    allocation: Allocation | None = None,
     targets: Sequence[str] | None = None,
     ignore: Sequence[str] = (),
     squash: bool = True,
@@ -58,28 +67,44 @@ def prune(
     Args:
         model: any ``nn.Module`` with linear layers; on any device, of any float dtype.
         batches: calibration data: token ids (B, L) or dicts of model inputs. Not needed by ``Magnitude``.
-        mask_structure: "unstructured", "N:M" with N **kept** of every M consecutive inputs, or a ``Pattern``.
-        sparsity: share of zeros; implied by N:M.
-        criterion: default ``Wanda()``.
-        targets, ignore: which layers, see ``sparse_train.targets.select``.
-        squash: leave plain linear layers with true zeros. False keeps masks and shadow values, for training.
+        mask_structure: "unstructured", "N:M" with N **kept** of every M consecutive inputs, or a ``Pattern``. The word
+            "unstructured" compares what the method's paper compares (``criterion.group``).
+        sparsity: share of zeros over all targeted weights; implied by N:M.
+        criterion: a ``Criterion``, or a ``Solver`` such as ``SparseGPT()``; default ``Wanda()``.
+        allocation: how the sparsity is divided among layers; default ``Uniform()``.
+        targets, ignore: which layers, see ``sparse_train.targets.select``. Fused experts of Mixture-of-Experts blocks
+            are pruned too.
+        squash: leave plain linear layers with true zeros. False keeps masks and shadow values, for training; fused
+            experts, which no mask in training reaches, then stay dense.
         progress: show a progress bar.
 
     Raises:
-        ValueError: no calibration data for a criterion that needs it, non-finite activations, a layer that no token
-            reached, or anything that ``select`` or the pattern refuse. The model is then as it was.
+        ValueError: no calibration data for a method that needs it, non-finite activations, a layer that no token
+            reached, or anything that ``select``, the pattern or the allocation refuse. The model is then as it was.
     """
-    pattern, target = parse_pattern(mask_structure, sparsity)
-    criterion = expect("criterion", criterion, Wanda(), Criterion)
-    layers = select(model, pattern, targets, ignore).layers
-    fresh = not any(isinstance(layer, SparseLinear) for layer in layers.values())
-    sparsify(model, layers.values())
-    sparse = {name: layer for name, layer in layers.items() if isinstance(layer, SparseLinear)}
+    method = method_of(criterion)
+    allocation = expect("allocation", allocation, Uniform(), Allocation)
+    pattern, target = resolve(mask_structure, sparsity, method, allocation)
+    selection = select(model, pattern, targets, ignore, experts=squash)
+    fresh = not any(isinstance(layer, MaskedLayer) for layer in selection.layers.values())
+    sparsify(model, selection.layers.values())
+    matrices: dict[str, MaskedMatrix] = {n: m for n, m in selection.layers.items() if isinstance(m, MaskedLayer)}
+    matrices |= expert_matrices(selection.experts)
+    undo = Undo()
     try:
         report = set_initial_masks(
-            model, sparse, batches, criterion=criterion, pattern=pattern, sparsity=target, progress=progress
+            model,
+            matrices,
+            batches,
+            criterion=method,
+            pattern=pattern,
+            sparsity=target,
+            allocation=allocation,
+            progress=progress,
+            save=undo.save,
         )
     except BaseException:
+        undo.restore()
         if fresh:
             _layers.squash(model)  # the masks are back to keeping everything
         raise
@@ -88,31 +113,52 @@ def prune(
     return report
 
 
+def method_of(criterion: Method | None) -> Method:
+    """The method, Wanda by default."""
+    if isinstance(criterion, Solver):
+        return criterion
+    return expect("criterion", criterion, Wanda(), Criterion)
+
+
+def resolve(
+    mask_structure: str | Pattern, sparsity: float | None, method: Method, allocation: Allocation
+) -> tuple[Pattern, float | None]:
+    """Pattern and model-wide sparsity from what users write; None where the allocation says it all."""
+    if sparsity is None and not isinstance(allocation, Uniform):
+        pattern, target = parse_word(mask_structure, method.group), None
+    else:
+        pattern, target = parse_pattern(mask_structure, sparsity, method.group)
+    check_pattern(allocation, pattern)
+    if isinstance(method, Solver):
+        method.check_pattern(pattern)
+    return pattern, target
+
+
 def set_initial_masks(
     model: nn.Module,
-    layers: Mapping[str, SparseLinear],
+    layers: Mapping[str, MaskedMatrix],
     batches: Iterable[Batch] | None,
     *,
-    criterion: Criterion,
+    criterion: Method,
     pattern: Pattern,
-    sparsity: float,
+    sparsity: float | None,
+    allocation: Allocation | None = None,
     progress: bool = False,
+    save: Callable[[MaskedMatrix], None] = lambda layer: None,
 ) -> OneshotReport:
-    """Set the masks of sparsified ``layers`` of ``model``; weights stay as they are. See ``prune``."""
+    """Set the masks of sparsified ``layers`` of ``model``, see ``prune``; a ``Criterion`` leaves weights as they are.
+
+    ``save`` is called with a layer before its weights change.
+    """
     before = {name: layer.weight_mask.clone() for name, layer in layers.items()}
     for layer in layers.values():  # whatever masks there were, each block is calibrated with all its weights
         masks.fill_full(layer.weight_mask, layer.in_features)
-    attach(layers.values(), recorder := Recorder(), criterion)
-    settings: dict[str, Any] = {
-        "criterion": criterion,
-        "pattern": pattern,
-        "sparsity": sparsity,
-        "policy": StraightThrough(),
-    }
     began = time.perf_counter()
+    recorder = Recorder()
+    walk = _Walk(model, layers, criterion, pattern, sparsity, allocation or Uniform(), recorder, save)
     try:
-        if not criterion.needs_activations:
-            updates, forward_seconds = update_masks(layers, **settings), 0.0
+        if statistics_of(criterion) is None and not walk.allocation.needs_outliers:
+            updates, forward_seconds = walk.without_data(), 0.0
         elif batches is None:
             raise ValueError(
                 f"{criterion} needs calibration data: pass batches, an iterable of token tensors (B, L) or of dicts "
@@ -121,7 +167,7 @@ def set_initial_masks(
         else:
             with bar("calibrating", shown=progress) as (set_total, advance):
                 calibration = CalibrationPass(model, batches, recorder, advance)
-                updates = _calibrated_masks(model, layers, calibration, settings, set_total)
+                updates = walk.with_data(calibration, set_total)
                 forward_seconds = calibration.seconds
                 warn_of_padding(recorder)
     except BaseException:
@@ -129,42 +175,105 @@ def set_initial_masks(
             layer.weight_mask.copy_(before[name])
         raise
     finally:
-        for layer in layers.values():
-            layer.statistics = layer.recorder = None
+        release(layers.values())
     return OneshotReport(updates, forward_seconds, time.perf_counter() - began - forward_seconds)
 
 
-def _inside_any(layers: Mapping[str, SparseLinear], blocks: list[nn.Module]) -> set[str]:
-    return {name for block in blocks for name in layers_inside(layers, block)}
+@dataclass
+class _Walk:
+    """Which layers are calibrated together, and in which order."""
+
+    model: nn.Module
+    layers: Mapping[str, MaskedMatrix]
+    method: Method
+    pattern: Pattern
+    sparsity: float | None
+    allocation: Allocation
+    recorder: Recorder
+    save: Callable[[MaskedMatrix], None]
+
+    def __post_init__(self) -> None:
+        self.blocks: list[nn.Module] = []
+        candidates = [list(found) for found in block_lists(self.model).values()]
+        counts = [sum(len(inside(self.layers, block)) for block in found) for found in candidates]
+        if any(counts):
+            self.blocks = candidates[counts.index(max(counts))]
+        self.groups = [inside(self.layers, block) for block in self.blocks]
+        in_blocks = {name for group in self.groups for name in group}
+        self.rest = {name: layer for name, layer in self.layers.items() if name not in in_blocks}
+        self.last = max((index for index, group in enumerate(self.groups) if group), default=-1)
+
+    def without_data(self) -> dict[str, LayerUpdate]:
+        return prune_group(self.layers, self.method, self.pattern, self._divide({}), self.save)
+
+    def with_data(self, calibration: CalibrationPass, set_total: Callable[[int], None]) -> dict[str, LayerUpdate]:
+        # one threshold over the whole model is not known before its last block
+        if self.pattern.model_wide:
+            set_total(len(calibration))
+            return self._together(self.layers, calibration, self._divide({}))
+        calibrated = sum(map(bool, self.groups)) + max(self.last, 0) + bool(self.rest)
+        set_total(len(calibration) * (calibrated + self.allocation.needs_outliers))
+        sparsities = self._divide(self._outliers(calibration) if self.allocation.needs_outliers else {})
+        updates: dict[str, LayerUpdate] = {}
+        for index in range(self.last + 1):
+            if group := self.groups[index]:
+                self._attach(group, statistics_of(self.method))
+                calibration.record_block(self.blocks, index, experts_of(group))
+                updates |= prune_group(group, self.method, self.pattern, sparsities, self.save)
+                release(group.values())
+            if index < self.last:
+                calibration.pass_on(self.blocks, index)
+        if self.rest:  # targets outside the blocks, such as a named lm_head: with the blocks pruned
+            updates |= self._together(self.rest, calibration, sparsities)
+        return updates
+
+    def _together(
+        self, layers: Mapping[str, MaskedMatrix], calibration: CalibrationPass, sparsity: float | Mapping[str, float]
+    ) -> dict[str, LayerUpdate]:
+        self._attach(layers, statistics_of(self.method))
+        calibration.whole(experts_of(layers))
+        return prune_group(layers, self.method, self.pattern, sparsity, self.save)
+
+    def _outliers(self, calibration: CalibrationPass) -> dict[int, float]:
+        """Share of outliers of each block, from one dense pass."""
+        self._attach(self.layers, ActivationNorm)
+        calibration.whole(experts_of(self.layers))
+        found = {index: share_of_outliers(group, self.allocation) for index, group in enumerate(self.groups) if group}
+        release(self.layers.values())
+        return found
+
+    def _divide(self, outliers: Mapping[int, float]) -> float | dict[str, float]:
+        if self.pattern.model_wide:
+            assert self.sparsity is not None
+            return self.sparsity
+        block_of = {name: index for index, group in enumerate(self.groups) for name in group}
+        shapes = {n: LayerShape(block_of.get(n), m.out_features, m.in_features) for n, m in self.layers.items()}
+        return divide(self.allocation, self.pattern, shapes, self.sparsity, outliers)
+
+    def _attach(self, layers: Mapping[str, MaskedMatrix], statistics: Any) -> None:
+        attach(layers.values(), self.recorder, statistics)
 
 
-def _calibrated_masks(
-    model: nn.Module,
-    layers: Mapping[str, SparseLinear],
-    calibration: CalibrationPass,
-    settings: dict[str, Any],
-    set_total: Callable[[int], None],
-) -> dict[str, LayerUpdate]:
-    blocks: list[nn.Module] = []
-    if not settings["pattern"].model_wide:  # one threshold over the whole model is not known before its last block
-        candidates = [list(found) for found in block_lists(model).values()]
-        blocks = max(candidates, key=lambda found: len(_inside_any(layers, found)), default=[])
-    groups = [layers_inside(layers, block) for block in blocks]
-    in_blocks = _inside_any(layers, blocks)
-    rest = {name: layer for name, layer in layers.items() if name not in in_blocks}
-    last = max((index for index, group in enumerate(groups) if group), default=-1)
-    set_total(len(calibration) * (sum(map(bool, groups)) + max(last, 0) + bool(rest)))
-    updates: dict[str, LayerUpdate] = {}
-    outputs: list[Any] = []
-    for index in range(last + 1):
-        if group := groups[index]:
-            calibration.record_block(blocks, index, outputs)
-            reduce_statistics(group.values())
-            updates |= update_masks(group, **settings)
-        if index < last:
-            outputs = calibration.outputs(blocks, index, outputs)
-    if rest:  # targets outside the blocks, such as a named lm_head: with the blocks pruned
-        calibration.whole()
-        reduce_statistics(rest.values())
-        updates |= update_masks(rest, **settings)
-    return updates
+def inside(layers: Mapping[str, MaskedMatrix], block: nn.Module) -> dict[str, MaskedMatrix]:
+    """Those of ``layers`` that are part of ``block``."""
+    modules, parameters = set(map(id, block.modules())), set(map(id, block.parameters()))
+    return {
+        name: layer
+        for name, layer in layers.items()
+        if id(layer) in modules or (isinstance(layer, ExpertMatrix) and id(layer.experts.parameter) in parameters)
+    }
+
+
+def experts_of(layers: Mapping[str, MaskedMatrix]) -> list[ExpertMatrix]:
+    """The experts among ``layers``."""
+    return [layer for layer in layers.values() if isinstance(layer, ExpertMatrix)]
+
+
+def share_of_outliers(layers: Mapping[str, MaskedMatrix], allocation: Allocation) -> float:
+    """``outlier_share`` of the Wanda scores of one block's calibrated layers."""
+
+    def scores_of(layer: MaskedMatrix) -> Callable[[], Any]:
+        assert isinstance(layer.statistics, ActivationNorm)
+        return lambda: Wanda().scores(layer.weight_OI.detach(), layer.statistics)  # type: ignore[arg-type]
+
+    return outlier_share([scores_of(layer) for layer in layers.values()], allocation.owl_m)  # type: ignore[attr-defined]

@@ -8,14 +8,17 @@ called with blocks 0 to i - 1 answering with the cached output of block i - 1; t
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparse_train.activations import InputSharing
-from sparse_train.layers import Recorder, SparseLinear
+from sparse_train.matrices import Recorder
+from sparse_train.oneshot.experts import ExpertMatrix, ExpertRecorder
+from sparse_train.oneshot.store import Activations, moved
 from sparse_train.pruner import share_statistics
 
 Batch = Tensor | Mapping[str, Any]
@@ -30,6 +33,8 @@ class CalibrationPass:
         batches: token tensors or dicts; ``labels`` are dropped, an ``attention_mask`` (B, L) marks padding.
         recorder: the recorder of the model's masked layers.
         advance: called after every forward, for a progress bar.
+        device: where the model computes; default: where its first parameter is.
+        keep: where blocks' outputs rest, see ``Activations``.
     """
 
     def __init__(
@@ -38,42 +43,48 @@ class CalibrationPass:
         batches: Iterable[Batch],
         recorder: Recorder,
         advance: Callable[[], None] = lambda: None,
+        device: torch.device | None = None,
+        keep: str | Path = "device",
     ) -> None:
-        device = next(model.parameters()).device
+        self._device = device or next(model.parameters()).device
         self._model = model
-        self._batches = [_to_device(batch, device) for batch in batches]
+        self._batches = [_to_device(batch, self._device) for batch in batches]
         if not self._batches:
             raise ValueError("There is no calibration data: the iterable of batches is empty.")
         self._recorder = recorder
         self._advance = advance
+        self._activations = Activations(len(self._batches), keep)
         self.seconds = 0.0
         """Time spent in forwards."""
 
     def __len__(self) -> int:
         return len(self._batches)
 
-    def whole(self) -> None:
+    def whole(self, experts: Sequence[ExpertMatrix] = ()) -> None:
         """Record all layers in one forward a batch."""
-        for _ in self._recorded(lambda index: _call(self._model, self._batches[index])):
+        for _ in self._recorded(lambda index: _call(self._model, self._batches[index]), experts):
             pass
 
-    def record_block(self, blocks: Sequence[nn.Module], index: int, inputs: list[Any]) -> None:
-        """Record the layers of one block; ``inputs`` is what ``outputs`` gave for the block before it."""
-        for _ in self._recorded(lambda i: self._to_block(blocks, index, inputs, i)):
+    def record_block(self, blocks: Sequence[nn.Module], index: int, experts: Sequence[ExpertMatrix] = ()) -> None:
+        """Record the layers of one block, on what ``pass_on`` has kept of the block before it."""
+        for _ in self._recorded(lambda i: self._to_block(blocks, index, i), experts):
             pass
 
-    def outputs(self, blocks: Sequence[nn.Module], index: int, inputs: list[Any]) -> list[Any]:
-        """What one block returns, a list over batches."""
-        return list(self._forwards(lambda i: self._to_block(blocks, index, inputs, i)))
+    def pass_on(self, blocks: Sequence[nn.Module], index: int) -> None:
+        """Run one block, and keep what it returns for the next."""
+        for batch, output in enumerate(self._forwards(lambda i: self._to_block(blocks, index, i))):
+            self._activations[batch] = output
 
-    def _recorded(self, forward: Callable[[int], Any]) -> Iterator[Any]:
+    def _recorded(self, forward: Callable[[int], Any], experts: Sequence[ExpertMatrix]) -> Iterator[Any]:
         recorder = self._recorder
         recorder.when, recorder.sharing = "always", InputSharing()
+        watch = ExpertRecorder(experts) if experts else nullcontext()
         try:
-            for output in self._forwards(forward):
-                if recorder.sharing is not None:
-                    share_statistics(recorder)
-                yield output
+            with watch:
+                for output in self._forwards(forward):
+                    if recorder.sharing is not None:
+                        share_statistics(recorder)
+                    yield output
         finally:
             recorder.when, recorder.sharing, recorder.token_mask = "never", None, None
 
@@ -87,12 +98,13 @@ class CalibrationPass:
                 self._advance()
                 yield output
 
-    def _to_block(self, blocks: Sequence[nn.Module], index: int, inputs: list[Any], batch: int) -> Any:
+    def _to_block(self, blocks: Sequence[nn.Module], index: int, batch: int) -> Any:
         called: list[int] = []
+        kept = moved(self._activations[batch], self._device) if index else None
 
         def answer(number: int) -> Any:
             called.append(number)
-            return inputs[batch]
+            return kept
 
         with ExitStack() as stack:
             for number, earlier in enumerate(itertools.islice(blocks, index)):
@@ -142,13 +154,14 @@ def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterato
 
 @contextmanager
 def _inference(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no autograd, no cache of keys and values; all as before afterwards."""
+    """Eval mode, no autograd, no cache of keys and values, experts one by one; all as before afterwards."""
     training = [module for module in model.modules() if module.training]
-    configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]
-    configs = [config for config in configs if getattr(config, "use_cache", None) is True]
+    wanted = {"use_cache": False, "_experts_implementation": "eager"}
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    before = [(c, key, getattr(c, key)) for c in configs.values() for key in wanted if hasattr(c, key)]
     model.eval()
-    for config in configs:
-        config.use_cache = False
+    for config, key, _ in before:
+        setattr(config, key, wanted[key])
     try:
         # not inference_mode: cached outputs would be inference tensors, which a later autograd forward refuses
         with torch.no_grad():
@@ -156,8 +169,8 @@ def _inference(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-        for config in configs:
-            config.use_cache = True
+        for config, key, value in before:
+            setattr(config, key, value)
 
 
 def _call(model: nn.Module, batch: Batch) -> Any:
@@ -173,9 +186,3 @@ def _to_device(batch: Batch, device: torch.device) -> Batch:
     raise ValueError(
         f"A calibration batch is a tensor of token ids (B, L) or a dict of model inputs, got {type(batch).__name__}."
     )
-
-
-def layers_inside(layers: Mapping[str, SparseLinear], module: nn.Module) -> dict[str, SparseLinear]:
-    """Those of ``layers`` that are part of ``module``."""
-    inside = set(module.modules())
-    return {name: layer for name, layer in layers.items() if layer in inside}

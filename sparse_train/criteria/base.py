@@ -1,0 +1,36 @@
+"""``Criterion``: gives every weight of one layer a score.
+
+Shape suffixes: O out_features, I in_features.
+"""
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+from torch import Tensor
+
+from sparse_train.activations import ActivationNorm
+from sparse_train.patterns import Group
+
+
+class Criterion(ABC):
+    """Gives every weight of one layer a score.
+
+    A new criterion is a subclass with this one method; recipes name it by its class, nothing is registered.
+    """
+
+    needs_activations: ClassVar[bool] = False
+    """Whether ``scores`` reads ``stats``; if not, none are gathered."""
+    group: ClassVar[Group] = "row"
+    """What the word "unstructured" compares under this criterion; ``Unstructured(group=...)`` says it in full."""
+
+    @abstractmethod
+    def scores(self, weight_OI: Tensor, stats: ActivationNorm | None) -> Tensor:
+        """Score one layer.
+
+        Args:
+            weight_OI: the layer's weights, shadow values included, any float dtype.
+            stats: norms of the layer's input over the tokens seen; None where ``needs_activations`` is False.
+
+        Returns:
+            float32 scores (O, I), larger = keep.
+        """

@@ -1,0 +1,19 @@
+"""Magnitude. Shape suffixes: O out_features, I in_features."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from sparse_train.activations import ActivationNorm
+from sparse_train.criteria.base import Criterion
+
+
+@dataclass(frozen=True)
+class Magnitude(Criterion):
+    """``|W_ij|``: the classic score (Han et al., arXiv 1506.02626, section 3.1).
+
+    The Wanda paper's magnitude baseline compares within a layer: ``Unstructured(group="layer")``.
+    """
+
+    def scores(self, weight_OI: Tensor, stats: ActivationNorm | None = None) -> Tensor:
+        return weight_OI.abs().float()

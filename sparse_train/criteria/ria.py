@@ -1,0 +1,34 @@
+"""Relative importance and activations. Shape suffixes: O out_features, I in_features."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from sparse_train.activations import ActivationNorm
+from sparse_train.criteria.base import Criterion
+
+
+@dataclass(frozen=True)
+class RIA(Criterion):
+    """``(|W_ij| / sum_i |W_ij| + |W_ij| / sum_j |W_ij|) * ||X_j||_2 ** a``.
+
+    A weight counts by its share of its input's and of its output's weights, so that no row or column is emptied.
+    Source: Zhang et al., "Plug-and-Play: An Efficient Post-training Pruning Method for Large Language Models",
+    ICLR 2024, section 3 (its channel permutation is not part of this).
+
+    Args:
+        a: exponent of the activation norm.
+    """
+
+    a: float = 0.5
+    needs_activations: ClassVar[bool] = True
+
+    def scores(self, weight_OI: Tensor, stats: ActivationNorm | None) -> Tensor:
+        assert stats is not None, "RIA needs activation statistics"
+        size_OI = weight_OI.abs().float()
+        tiny = torch.finfo(torch.float32).tiny  # an empty row or column has no share to give: 0, not 0 / 0
+        share_OI = size_OI / size_OI.sum(0, keepdim=True).clamp_min(tiny)
+        share_OI += size_OI / size_OI.sum(1, keepdim=True).clamp_min(tiny)
+        return share_OI.mul_(stats.norm_I**self.a)

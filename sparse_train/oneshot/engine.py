@@ -1,0 +1,107 @@
+"""One group of layers through the pipeline: statistics, scores, masks, and new weights where the method has them."""
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from sparse_train import masks
+from sparse_train.activations import ActivationGram, ActivationNorm, Statistics
+from sparse_train.criteria import Criterion
+from sparse_train.matrices import MaskedMatrix
+from sparse_train.oneshot.experts import ExpertMatrix, fall_back
+from sparse_train.patterns import Pattern
+from sparse_train.policies import StraightThrough
+from sparse_train.pruner import LayerUpdate, check_statistics, reduce_statistics, replace_mask, update_masks
+from sparse_train.solvers import Solver
+
+Method = Criterion | Solver
+"""How to prune: scores that select, or a solver that also moves the weights it keeps."""
+
+
+def statistics_of(method: Method) -> type[Statistics] | None:
+    """What a method needs to know of its layers' inputs; None = nothing."""
+    if isinstance(method, Solver):
+        return ActivationGram
+    return ActivationNorm if method.needs_activations else None
+
+
+class Undo:
+    """Weights as they were, for a model that must be left as it was when something fails half way."""
+
+    def __init__(self) -> None:
+        self._saved: list[tuple[MaskedMatrix, Tensor]] = []
+
+    def save(self, layer: MaskedMatrix) -> None:
+        self._saved.append((layer, layer.weight_OI.detach().to("cpu", copy=True)))
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for layer, weight_OI in self._saved:
+            layer.weight_OI.copy_(weight_OI)
+
+
+@torch.no_grad()
+def prune_group(
+    layers: Mapping[str, MaskedMatrix],
+    method: Method,
+    pattern: Pattern,
+    sparsity: float | Mapping[str, float],
+    save: Callable[[MaskedMatrix], None] = lambda layer: None,
+) -> dict[str, LayerUpdate]:
+    """Set the masks of calibrated layers, their weights too where the method is a ``Solver``, and write experts' zeros.
+
+    Args:
+        layers: with statistics, where the method needs them.
+        method, pattern: how, and where zeros may stand.
+        sparsity: over each group; by layer, where layers differ.
+        save: called with a layer before its weights change.
+    """
+    if statistics_of(method) is not None:
+        reduce_statistics(layers.values())
+        fall_back(layers)
+    if isinstance(method, Solver):
+        updates = _solve(layers, method, pattern, sparsity, save)
+    else:
+        updates = update_masks(layers, criterion=method, pattern=pattern, sparsity=sparsity, policy=StraightThrough())
+    for layer in layers.values():
+        if isinstance(layer, ExpertMatrix):
+            if not isinstance(method, Solver):
+                save(layer)
+            layer.squash()
+    return updates
+
+
+def _solve(
+    layers: Mapping[str, MaskedMatrix],
+    solver: Solver,
+    pattern: Pattern,
+    sparsity: float | Mapping[str, float],
+    save: Callable[[MaskedMatrix], None],
+) -> dict[str, LayerUpdate]:
+    for name, layer in layers.items():
+        check_statistics(name, layer.statistics)
+    updates = {}
+    for name, layer in layers.items():
+        assert isinstance(layer.statistics, ActivationGram)
+        own = sparsity[name] if isinstance(sparsity, Mapping) else sparsity
+        try:
+            weight_OI, mask_OI = solver.solve(layer.weight_OI, layer.statistics.gram_II, pattern, own)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        if not bool(weight_OI.isfinite().all()):
+            raise ValueError(
+                f"{name}: the solved weights are not finite; a larger dampening_frac makes it more stable."
+            )
+        save(layer)
+        layer.weight_OI.copy_(weight_OI)
+        updates[name] = replace_mask(layer, masks.pack(mask_OI))
+    return updates
+
+
+def release(layers: Iterable[MaskedMatrix]) -> None:
+    """Let statistics go."""
+    for layer in layers:
+        layer.statistics = None
+        if hasattr(layer, "recorder"):
+            layer.recorder = None

@@ -1,0 +1,160 @@
+"""Fused experts of Mixture-of-Experts blocks: each expert a matrix of its own, pruned without a masked layer.
+
+The weights of all experts are one parameter (E, O, I), which no layer of ours can stand in for. While calibrating,
+every matrix product of the forward is looked at, and where its weight is a slice of such a parameter its input is
+recorded; no architecture is known here.
+
+Shape suffixes: E experts, O out_features, I in_features.
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from sparse_train import masks
+from sparse_train.activations import ActivationGram, ActivationNorm
+from sparse_train.matrices import MaskedMatrix
+from sparse_train.targets import FusedExperts, expert_shape_OI
+
+_log = logging.getLogger(__name__)
+
+FEW_TOKENS = 32
+"""An expert that saw fewer calibration tokens is scored as if all its inputs were equally strong."""
+
+
+class ExpertMatrix(MaskedMatrix):
+    """The matrix of one expert, a slice of a fused parameter."""
+
+    def __init__(self, experts: FusedExperts, index: int) -> None:
+        self.experts, self.index = experts, index
+        self.out_features, self.in_features = expert_shape_OI(experts)
+        self.weight_mask = masks.full(self.out_features, self.in_features, experts.parameter.device)
+        self.statistics, self.reached = None, False
+
+    @property
+    def weight_OI(self) -> Tensor:
+        matrix = self.experts.parameter.detach()[self.index]
+        return matrix.t() if self.experts.transposed else matrix
+
+    def squash(self) -> None:
+        """Write the zeros."""
+        self.weight_OI.copy_(self.masked_weight())
+
+
+def expert_matrices(experts: Mapping[str, FusedExperts]) -> dict[str, ExpertMatrix]:
+    """Every expert's matrix, named as in "model.layers.0.mlp.experts.down_proj[3]"."""
+    return {
+        f"{name}[{index}]": ExpertMatrix(fused, index)
+        for name, fused in experts.items()
+        for index in range(len(fused.parameter))
+    }
+
+
+class ExpertRecorder(TorchFunctionMode):
+    """While active, records the inputs of matrix products with experts' weights."""
+
+    def __init__(self, matrices: Iterable[ExpertMatrix]) -> None:
+        super().__init__()
+        self._matrices: dict[tuple[int, int], ExpertMatrix] = {}
+        self._whole: dict[int, list[ExpertMatrix]] = {}
+        for matrix in matrices:
+            self._matrices[_place(matrix.weight_OI)] = matrix
+            self._whole.setdefault(id(matrix.experts), []).append(matrix)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _INPUT_AXIS:
+            self._watch(*_operands(args, kwargs), _INPUT_AXIS[func])
+        return func(*args, **kwargs)
+
+    def _watch(self, x: Any, weight: Any, input_axis: int) -> None:
+        if not isinstance(weight, Tensor) or not isinstance(x, Tensor) or weight.dim() not in (2, 3):
+            return
+        first = self._matrices.get(_place(weight))
+        if first is None:
+            return
+        stored_transposed = weight.stride(input_axis) != 1
+        if stored_transposed != first.experts.transposed:
+            raise ValueError(
+                f"A fused expert weight of shape {tuple(first.experts.parameter.shape)} is used as if it were stored "
+                f"{'(E, I, O)' if stored_transposed else '(E, O, I)'}, which its module does not say (is_transposed), "
+                "so its rows cannot be told from its columns. Leave the experts dense with ignore."
+            )
+        if weight.dim() == 2:
+            _add(first, x)
+        else:  # all experts at once: x (E, T, I)
+            for matrix, part in zip(self._whole[id(first.experts)], x, strict=True):
+                _add(matrix, part)
+
+
+def _add(matrix: ExpertMatrix, x: Tensor) -> None:
+    if matrix.statistics is not None:
+        matrix.statistics.add(x)
+        matrix.reached = True
+
+
+def _place(weight: Tensor) -> tuple[int, int]:
+    return weight.untyped_storage().data_ptr(), int(weight.storage_offset())
+
+
+def _operands(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    values = [*args, *(kwargs[name] for name in ("input", "weight", "other", "mat2") if name in kwargs)]
+    return (values[0], values[1]) if len(values) > 1 else (None, None)
+
+
+_INPUT_AXIS: dict[Callable[..., Any], int] = {
+    F.linear: -1,
+    **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.bmm, Tensor.bmm), -2),
+}
+"""Matrix products, and which axis of their second operand meets the input features."""
+
+
+def fall_back(matrices: Mapping[str, MaskedMatrix]) -> list[str]:
+    """Give experts that saw few tokens uniform statistics; returns their names.
+
+    Raises:
+        ValueError: a fused parameter of which no expert saw a token: nothing calibrated it.
+    """
+    experts = {name: matrix for name, matrix in matrices.items() if isinstance(matrix, ExpertMatrix)}
+    seen: dict[int, int] = {}
+    for matrix in experts.values():
+        assert matrix.statistics is not None
+        seen[id(matrix.experts)] = seen.get(id(matrix.experts), 0) + int(matrix.statistics.tokens)
+    few = []
+    for name, matrix in experts.items():
+        if not seen[id(matrix.experts)]:
+            raise ValueError(
+                f"{name}: no product with this expert, or with any other of its block, was seen in the forwards of the "
+                "calibration data, so there is nothing to score with. Leave them dense with "
+                f"ignore=[{name.split('[')[0]!r}]."
+            )
+        if int(matrix.statistics.tokens) < FEW_TOKENS:  # type: ignore[union-attr]
+            few.append(name)
+            _make_uniform(matrix)
+    if few:
+        _log.warning(
+            "%d of %d expert matrices saw fewer than %d calibration tokens and were scored as if all their inputs were "
+            "equally strong, such as %s. More calibration samples reach more experts.",
+            len(few),
+            len(experts),
+            FEW_TOKENS,
+            few[0],
+        )
+    return few
+
+
+def _make_uniform(matrix: ExpertMatrix) -> None:
+    stats = matrix.statistics
+    assert stats is not None
+    stats.reset()
+    stats.tokens += 1
+    if isinstance(stats, ActivationGram):
+        stats.gram_II.fill_diagonal_(1)
+    else:
+        assert isinstance(stats, ActivationNorm)
+        stats.sum_squares_I.fill_(1)

@@ -1,0 +1,43 @@
+"""``Activations``: what a decoder block returned, one entry a batch, in memory or on disk."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Activations:
+    """Outputs of one block for every calibration batch; the next block's replace them one by one.
+
+    Args:
+        batches: how many.
+        keep: where entries rest between uses: "device" (where they were computed), "host" (main memory), or a folder
+            on disk that is there already.
+    """
+
+    def __init__(self, batches: int, keep: str | Path = "device") -> None:
+        self._entries: list[Any] = [None] * batches
+        self._keep = keep
+
+    def __getitem__(self, batch: int) -> Any:
+        if isinstance(self._keep, Path):
+            return torch.load(self._keep / f"{batch}.pt", map_location="cpu", weights_only=True)
+        return self._entries[batch]
+
+    def __setitem__(self, batch: int, output: Any) -> None:
+        if isinstance(self._keep, Path):
+            torch.save(moved(output, torch.device("cpu")), self._keep / f"{batch}.pt")
+        else:
+            self._entries[batch] = output if self._keep == "device" else moved(output, torch.device("cpu"))
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """Tensors of nested tuples, lists and dicts on another device; anything else as it is."""
+    if isinstance(value, Tensor):
+        return value.detach().to(device)
+    if isinstance(value, (tuple, list)):
+        return type(value)(moved(part, device) for part in value)
+    if isinstance(value, dict):
+        return {key: moved(part, device) for key, part in value.items()}
+    return value

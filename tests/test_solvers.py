@@ -1,0 +1,132 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from sparse_train import NM, SparseGPT, Unstructured, Wanda, prune, sparse_layers
+from sparse_train.activations import ActivationGram
+from sparse_train.patterns import group_label
+
+from . import reference
+from .conftest import tiny_llama
+
+PATTERNS = [(Unstructured("layer"), None, 0), (NM(2, 4), 2, 4), (NM(4, 8), 4, 8), (NM(1, 4), 1, 4)]
+
+
+def gram_of(inputs_TI, chunks=3):
+    gram = ActivationGram(inputs_TI.shape[1])
+    for part in inputs_TI.chunk(chunks):
+        gram.add(part)
+    return gram.gram_II
+
+
+@pytest.mark.parametrize("block_size", [16, 128])
+@pytest.mark.parametrize(("pattern", "kept", "group"), PATTERNS, ids=lambda p: str(p))
+def test_sparsegpt_equals_a_float64_reference(pattern, kept, group, block_size):
+    weight, inputs = torch.randn(24, 64), torch.randn(300, 64) @ torch.randn(64, 64)
+    solver = SparseGPT(block_size=block_size)
+    sparsity = pattern.sparsity if isinstance(pattern, NM) else 0.5
+    solved, mask = solver.solve(weight, gram_of(inputs), pattern, sparsity)
+    expected, keep = reference.sparsegpt(weight, inputs, kept, group, block_size, 0.01)
+    assert torch.equal(mask, keep)
+    error = (torch.where(mask, solved, 0) - expected).abs().max() / expected.abs().max()
+    assert error < 1e-4
+    assert torch.equal(solved[~mask], weight[~mask])  # shadow values
+
+
+@pytest.mark.parametrize(("pattern", "sparsity"), [(Unstructured("row"), 0.7), (Unstructured("layer"), 0.33)], ids=str)
+def test_counts_are_exact_whatever_the_blocks(pattern, sparsity):
+    weight, inputs = torch.randn(12, 90), torch.randn(200, 90)
+    _, mask = SparseGPT(block_size=32).solve(weight, gram_of(inputs), pattern, sparsity)
+    size = 90 if pattern.group == "row" else mask.numel()
+    assert ((~mask).reshape(-1, size).sum(1) == int(size * sparsity)).all()
+
+
+def test_zeros_can_be_preserved():
+    weight = torch.randn(8, 32)
+    weight[:, ::8] = 0
+    weight[0, :4] = 0  # more zeros in a group than 2:4 asks for
+    gram = gram_of(torch.randn(100, 32))
+    solved, mask = SparseGPT(preserve_sparsity_mask=True).solve(weight, gram, NM(2, 4), 0.5)
+    assert not mask[weight == 0].any()
+    assert (mask.reshape(-1, 4).sum(1) <= 2).all() and mask[0, :4].sum() == 0
+    assert (solved[weight == 0] == 0).all()
+
+
+def test_a_dead_input_is_pruned_first_and_changes_nothing():
+    weight, inputs = torch.randn(8, 16), torch.randn(100, 16)
+    inputs[:, 3] = 0
+    _, mask = SparseGPT().solve(weight, gram_of(inputs), Unstructured("row"), 0.25)
+    assert not mask[:, 3].any()
+
+
+def test_fewer_tokens_than_features_still_solve():
+    weight, inputs = torch.randn(8, 64), torch.randn(5, 64)
+    solved, mask = SparseGPT().solve(weight, gram_of(inputs), NM(2, 4), 0.5)
+    assert solved.isfinite().all() and (mask.reshape(-1, 4).sum(1) == 2).all()
+
+
+@pytest.mark.parametrize(
+    ("make", "pattern", "message"),
+    [
+        (lambda: SparseGPT(block_size=0), NM(2, 4), "block_size must be at least 1"),
+        (lambda: SparseGPT(dampening_frac=0), NM(2, 4), "dampening_frac must be above 0"),
+        (lambda: SparseGPT(block_size=6), NM(2, 4), "block_size divisible by 4, got 6"),
+        (lambda: SparseGPT(), Unstructured("model"), "cannot compare over the whole model"),
+    ],
+)
+def test_errors(make, pattern, message, llama, ids):
+    with pytest.raises(ValueError, match=message):
+        prune(llama, ids, pattern, sparsity=0.5, criterion=make())
+
+
+def layer_errors(dense, pruned, ids):
+    """Sum over layers of the squared output change, each on the dense model's inputs."""
+    total = 0.0
+    for name, module in dense.named_modules():
+        if isinstance(module, nn.Linear) and "layers" in name:
+            other = pruned.get_submodule(name)
+
+            def add(layer, args, output, other=other):
+                nonlocal total
+                total += float((output - nn.functional.linear(args[0], other.weight, other.bias)).square().sum())
+
+            module.register_forward_hook(add)
+    with torch.no_grad():
+        for batch in ids:
+            dense(input_ids=batch)
+    return total
+
+
+@pytest.mark.parametrize("pattern", [Unstructured("layer"), Unstructured("row"), NM(2, 4)], ids=group_label)
+def test_its_output_error_is_below_wandas(pattern, ids):
+    models = {}
+    for name, method in (("wanda", Wanda()), ("sparsegpt", SparseGPT())):
+        models[name] = tiny_llama()
+        report = prune(models[name], ids, pattern, sparsity=0.5, criterion=method)
+        assert report.sparsity == pytest.approx(0.5, abs=1e-3)
+    assert layer_errors(tiny_llama(), models["sparsegpt"], ids) < layer_errors(tiny_llama(), models["wanda"], ids)
+
+
+def test_pruning_twice_equals_pruning_once(llama, ids):
+    for structure in ("2:4", "unstructured"):
+        prune(llama, ids, structure, sparsity=0.5, criterion=SparseGPT())
+        once = copy.deepcopy(llama.state_dict())
+        prune(llama, ids, structure, sparsity=0.5, criterion=SparseGPT())
+        assert all(torch.equal(value, once[key]) for key, value in llama.state_dict().items())
+
+
+def test_shadow_values_stay_and_a_failure_brings_weights_back(llama, ids):
+    before = copy.deepcopy(llama.state_dict())
+    prune(llama, ids, "2:4", criterion=SparseGPT(), squash=False)
+    for name, layer in sparse_layers(llama).items():
+        mask, old = layer.unpacked_mask(), before[f"{name}.weight"]
+        assert torch.equal(layer.weight[~mask], old[~mask])
+        assert not torch.equal(layer.weight[mask], old[mask])
+    broken = tiny_llama()
+    broken.model.layers[2].input_layernorm.weight.data[3] = torch.nan
+    before = copy.deepcopy(broken.state_dict())
+    with pytest.raises(ValueError, match="not finite"):
+        prune(broken, ids, "2:4", criterion=SparseGPT())
+    assert all(torch.equal(v.nan_to_num(7), before[k].nan_to_num(7)) for k, v in broken.state_dict().items())

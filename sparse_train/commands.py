@@ -1,98 +1,15 @@
 """The commands that are no training: prune, evaluate, export, inspect."""
 
-import json
-import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from sparse_train.criteria import Criterion, Wanda
-from sparse_train.patterns import Pattern, group_label, parse_pattern
+from sparse_train.prune_command import prune
+from sparse_train.reference_flags import translate
 from sparse_train.sources import ModelSource, PackagedWikipedia, Split, TextSource, as_model_source, float_dtype
-from sparse_train.tables import show_inspection, show_pruning
+from sparse_train.tables import show_inspection
 from sparse_train.yaml_numbers import install
-
-
-def prune(
-    model: ModelSource | str,
-    out: str,
-    text: TextSource | None = None,
-    mask_structure: str | Pattern = "2:4",
-    sparsity: float | None = None,
-    criterion: Criterion = Wanda(),  # noqa: B008  (frozen; jsonargparse shows it as the default)
-    targets: list[str] | None = None,
-    ignore: list[str] = [],  # noqa: B006  (not changed)
-    num_calibration_samples: int = 32,
-    max_seq_length: int = 512,
-    batch_size: int = 4,
-    seed: int = 0,
-) -> None:
-    """Prune a model in one shot and write it as a Hugging Face folder with true zeros.
-
-    Args:
-        model: Hugging Face id, local folder, or a model source.
-        out: folder to write; must not exist.
-        text: calibration text; default: the packaged Wikipedia text.
-        mask_structure: "unstructured", "N:M" with N kept of every M consecutive inputs, or a pattern class.
-        sparsity: share of weights that are zero; implied by N:M.
-        criterion: scores weights.
-        targets: layers by name, class name or "re:" expression; default: the decoder blocks' linear layers.
-        ignore: layers to leave dense.
-        num_calibration_samples: blocks of text.
-        max_seq_length: tokens a block.
-        batch_size: blocks a forward.
-        seed: of the choice of blocks.
-    """
-    from sparse_train.data import calibration_batches
-    from sparse_train.export import check_free, export_model
-    from sparse_train.inspection import layer_sparsities
-    from sparse_train.oneshot import prune as prune_model
-
-    pattern, _ = parse_pattern(mask_structure, sparsity)  # mistakes in the pattern should not wait for the model
-    check_free(Path(out))
-    source = as_model_source(model)
-    began = time.perf_counter()
-    loaded, tokenizer = source.load(), source.tokenizer()
-    text = text or PackagedWikipedia()
-    batches = calibration = None
-    if criterion.needs_activations:
-        calibration = f"{num_calibration_samples} x {max_seq_length} tokens of {text.name}, seed {seed}"
-        batches = calibration_batches(
-            text,
-            tokenizer,
-            num_calibration_samples=num_calibration_samples,
-            max_seq_length=max_seq_length,
-            batch_size=batch_size,
-            seed=seed,
-        )
-    report = prune_model(
-        loaded,
-        batches,
-        mask_structure,
-        sparsity=sparsity,
-        criterion=criterion,
-        targets=targets,
-        ignore=ignore,
-        progress=sys.stderr.isatty() or sys.stdout.isatty(),
-    )
-    folder = export_model(loaded, tokenizer, out)
-    details = {
-        "model": source.name,
-        "criterion": repr(criterion),
-        "mask_structure": group_label(pattern),
-        "sparsity": report.sparsity,
-        "calibration": calibration,
-        "seconds": {
-            "forwards": report.forward_seconds,
-            "pruning": report.pruning_seconds,
-            "all": time.perf_counter() - began,
-        },
-    }
-    (folder / "pruning.json").write_text(json.dumps(details, indent=2) + "\n")
-    show_pruning(details, layer_sparsities(loaded), folder)
 
 
 def evaluate(
@@ -200,6 +117,8 @@ def run_command(command: str, options: list[str]) -> None:
         options = options[1:]
     if "--json" in options and not {"true", "false"} & set(options):  # a switch by itself, too
         options = ["--json=true" if option == "--json" else option for option in options]
+    if command == "prune":
+        options = translate(options)
     config: Any = parser_of(command).parse_args([*taken, *options])
     arguments = parser_of(command).instantiate(config)
     arguments.pop("config", None)

@@ -4,7 +4,7 @@ Shape suffixes: B batch, L sequence length.
 """
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -135,18 +135,61 @@ def calibration_batches(
     max_seq_length: int = 512,
     batch_size: int = 4,
     seed: int = 0,
+    sampling: Literal["packed", "documents"] = "packed",
 ) -> list[dict[str, Tensor]]:
-    """Random packed blocks of the training split, as ``prune`` takes them.
+    """Random samples of the training split, as ``prune`` takes them.
+
+    Args:
+        text, tokenizer: what is read, and how.
+        num_calibration_samples: samples.
+        max_seq_length: L, tokens a sample.
+        batch_size: samples a batch.
+        seed: of the choice.
+        sampling: "packed" joins all documents and cuts them into samples; "documents" takes, for each sample, a random
+            part of a document that is longer than a sample (the Wanda and SparseGPT scripts).
 
     Raises:
-        ValueError: the text is too short for one sample; fewer than asked for are an error too.
+        ValueError: the text is too short for the samples; fewer than asked for are an error too.
     """
-    blocks = blocks_of(text.documents("train"), tokenizer, max_seq_length)
-    if len(blocks) < num_calibration_samples:
+    if num_calibration_samples < 1 or max_seq_length < 1:
         raise ValueError(
-            f"The training split of {text.name} gives {len(blocks)} calibration samples of {max_seq_length} tokens, "
-            f"fewer than num_calibration_samples={num_calibration_samples}. Give more text, or ask for less."
+            f"Calibration needs at least one sample of one token, got num_calibration_samples={num_calibration_samples}"
+            f" and max_seq_length={max_seq_length}."
         )
-    order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))[:num_calibration_samples]
-    ids = blocks[order.tolist()]["input_ids"]
+    generator = torch.Generator().manual_seed(seed)
+    if sampling == "documents":
+        ids = _parts_of_documents(text, tokenizer, num_calibration_samples, max_seq_length, generator)
+    else:
+        ids = _packed(text, tokenizer, num_calibration_samples, max_seq_length, generator)
     return [{"input_ids": part} for part in ids.split(batch_size)]
+
+
+def _packed(text: TextSource, tokenizer: Any, samples: int, length: int, generator: torch.Generator) -> Tensor:
+    blocks = blocks_of(text.documents("train"), tokenizer, length)
+    if len(blocks) < samples:
+        raise ValueError(
+            f"The training split of {text.name} gives {len(blocks)} calibration samples of {length} tokens, "
+            f"fewer than num_calibration_samples={samples}. Give more text, or ask for less."
+        )
+    order = torch.randperm(len(blocks), generator=generator)[:samples]
+    ids: Tensor = blocks[order.tolist()]["input_ids"]
+    return ids
+
+
+def _parts_of_documents(
+    text: TextSource, tokenizer: Any, samples: int, length: int, generator: torch.Generator
+) -> Tensor:
+    documents = text.documents("train")
+    found: list[Tensor] = []
+    for index in torch.randperm(len(documents), generator=generator).tolist():
+        ids = torch.tensor(tokenizer(documents[index], add_special_tokens=False, verbose=False)["input_ids"])
+        if len(ids) > length:
+            start = int(torch.randint(len(ids) - length, (), generator=generator))
+            found.append(ids[start : start + length])
+        if len(found) == samples:
+            return torch.stack(found)
+    raise ValueError(
+        f"Only {len(found)} documents of the training split of {text.name} are longer than max_seq_length={length} "
+        f"tokens, fewer than num_calibration_samples={samples}. Ask for shorter or fewer samples, or use "
+        'sampling="packed".'
+    )

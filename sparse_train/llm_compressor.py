@@ -23,7 +23,7 @@ class Stage:
     """One call of ``sparse_train.prune``, which takes arguments of these names."""
 
     criterion: Criterion | Solver
-    mask_structure: Pattern
+    mask_structure: str | Pattern
     sparsity: float | None
     """None where the pattern or the allocation says it."""
     allocation: Allocation | None

@@ -42,7 +42,7 @@ class Pretrained(ModelSource):
     Args:
         path: Hugging Face id, or a local folder.
         gguf_file: name of a GGUF file in the folder; its weights are dequantised.
-        dtype: dtype of the weights, such as "float32" or "bfloat16".
+        dtype: dtype of the weights, such as "float32" or "bfloat16"; "auto" = the checkpoint's.
         attn_implementation: attention kernel, such as "sdpa"; default: what transformers chooses.
     """
 
@@ -58,7 +58,7 @@ class Pretrained(ModelSource):
     def load(self) -> Any:
         from transformers import AutoModelForCausalLM
 
-        dtype = float_dtype(self.dtype)
+        dtype = self.dtype if self.dtype == "auto" else float_dtype(self.dtype)
         try:
             model = AutoModelForCausalLM.from_pretrained(
                 self.path, gguf_file=self.gguf_file, dtype=dtype, attn_implementation=self.attn_implementation
@@ -75,6 +75,17 @@ class Pretrained(ModelSource):
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(self.path, gguf_file=self.gguf_file)
+
+    def folder(self) -> Path:
+        """The local folder with the files, fetched from the hub where there is none."""
+        if Path(self.path).is_dir():
+            return Path(self.path)
+        from huggingface_hub import snapshot_download
+
+        try:
+            return Path(snapshot_download(self.path, ignore_patterns=["*.bin", "*.pth", "*.gguf", "*.h5", "*.msgpack"]))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"There is no local folder {self.path!r}, and from the hub: {error}") from error
 
 
 @dataclass

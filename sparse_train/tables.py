@@ -14,15 +14,44 @@ from sparse_train.inspection import LayerSparsity, overall_sparsity
 
 def show_pruning(details: dict[str, Any], layers: list[LayerSparsity], folder: Path) -> None:
     """What one-shot pruning did."""
-    seconds = details["seconds"]
-    console = Console()
+    seconds, console = details["seconds"], Console()
     console.print(f"[bold]{details['model']}[/bold] pruned to {folder}", highlight=False)
-    console.print(f"{details['criterion']}, {details['mask_structure']}, calibrated on {details['calibration']}")
+    _print_method(console, details)
+    for note in details["notes"]:
+        console.print(f"[yellow]not honoured:[/yellow] {note}", highlight=False)
+    wanted = details["stages"][-1]["wanted_sparsity"]
     console.print(
-        f"sparsity of the targeted weights {details['sparsity']:.4f}; forwards {seconds['forwards']:.1f} s, "
-        f"pruning itself {seconds['pruning']:.1f} s, all {seconds['all']:.1f} s"
+        f"sparsity of the targeted weights {details['sparsity']:.6f}"
+        + (f" (wanted {wanted:g})" if wanted is not None else "")
+        + f"; forwards {seconds['forwards']:.1f} s, pruning {seconds['pruning']:.1f} s, all {seconds['all']:.1f} s"
     )
+    if found := details.get("perplexity"):
+        console.print(f"perplexity {found['perplexity']:.2f}: {found['data']}, windows of {found['window']}")
     console.print(_by_projection(layers))
+
+
+def show_seeds(details: dict[str, Any], folder: Path) -> None:
+    """Perplexity over calibration seeds."""
+    console, first = Console(), details["seeds"][0]
+    console.print(f"[bold]{details['model']}[/bold], written to {folder / 'seeds.json'}", highlight=False)
+    _print_method(console, details, seeded=False)
+    table = Table("seed", f"perplexity on {first['data']}, windows of {first['window']}, {first['tokens']} tokens")
+    for row in details["seeds"]:
+        table.add_row(str(row["seed"]), f"{row['perplexity']:.3f}")
+    table.add_section()
+    table.add_row("mean", f"{details['mean']:.3f}")
+    table.add_row("standard deviation", f"{details['standard_deviation']:.3f}")
+    console.print(table)
+
+
+def _print_method(console: Console, details: dict[str, Any], seeded: bool = True) -> None:
+    for stage in details["stages"]:
+        allocation = "" if stage["allocation"] == "Uniform()" else f", {stage['allocation']}"
+        console.print(f"{stage['criterion']}, {stage['mask_structure']}{allocation}", highlight=False)
+    if data := details["calibration"]:
+        seed = f", seed {data['seed']}" if seeded else ""
+        size = f"{data['num_calibration_samples']} x {data['max_seq_length']} tokens"
+        console.print(f"calibrated on {size} of {data['text']} ({data['sampling']}){seed}", highlight=False)
 
 
 def show_inspection(name: str, layers: list[LayerSparsity], as_json: bool) -> None:

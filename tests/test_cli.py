@@ -51,7 +51,8 @@ def test_prune_evaluate_and_inspect(model_folder, text, capsys):
     assert AutoTokenizer.from_pretrained("pruned").eos_token_id == 2
     details = json.loads(Path("pruned/pruning.json").read_text())
     assert details["sparsity"] == pytest.approx(0.5, abs=1e-3)
-    assert "seed 0" in details["calibration"]
+    calibration = details["calibration"]
+    assert (calibration["num_calibration_samples"], calibration["max_seq_length"], calibration["seed"]) == (4, 32, 0)
 
     cli.main(["evaluate", "pruned", f"--text={text}", "--window=32", "--max_tokens=640", "--json"])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -167,7 +168,7 @@ def test_mistakes_are_one_line(arguments, message, model_folder):
 def test_other_groups_by_class(model_folder, text):
     pattern = json.dumps({"class_path": "Unstructured", "init_args": {"group": "model"}})
     prune(model_folder, text, "out", f"--mask_structure={pattern}", "--sparsity=0.5")
-    assert json.loads(Path("out/pruning.json").read_text())["mask_structure"] == "unstructured (model)"
+    assert json.loads(Path("out/pruning.json").read_text())["stages"][0]["mask_structure"] == "unstructured (model)"
 
 
 def test_mistakes_come_before_the_work(model_folder, text, monkeypatch):

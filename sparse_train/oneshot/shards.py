@@ -1,0 +1,110 @@
+"""Checkpoints on disk, read and written a few tensors at a time: safetensors, plain or with an index."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+INDEX = "model.safetensors.index.json"
+
+
+class Checkpoint:
+    """A folder with safetensors files, opened for reading only.
+
+    Raises:
+        ValueError: no such folder, no safetensors in it, or a file that is missing or cut off.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.bytes: dict[str, int] = {}
+        """Size of each tensor by its key, in the order of the files."""
+        self._files: dict[str, Path] = {}
+        for file in self._find():
+            for key, size in _contents(file).items():
+                self._files[key], self.bytes[key] = file, size
+
+    def _find(self) -> list[Path]:
+        index, single = self.folder / INDEX, self.folder / "model.safetensors"
+        if index.is_file():
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            missing = [name for name in names if not (self.folder / name).is_file()]
+            if missing:
+                raise ValueError(f"{index} names {missing[0]}, which is not there. Complete the checkpoint first.")
+            return [self.folder / name for name in names]
+        if single.is_file():
+            return [single]
+        raise ValueError(
+            f"{self.folder} is not a folder with model.safetensors or {INDEX}; only safetensors can be read block by "
+            "block. Load the model in memory instead (streaming=False), or save it with save_pretrained first."
+        )
+
+    def read(self, keys: Iterable[str]) -> dict[str, Tensor]:
+        """These tensors, copied to memory: nothing that is done to them reaches the files."""
+        by_file: dict[Path, list[str]] = {}
+        for key in keys:
+            by_file.setdefault(self._files[key], []).append(key)
+        found = {}
+        for file, own in by_file.items():
+            with safe_open(file, framework="pt") as opened:
+                for key in own:
+                    found[key] = opened.get_tensor(key).clone()
+        return found
+
+
+def _contents(file: Path) -> dict[str, int]:
+    widths = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
+    try:
+        with safe_open(file, framework="pt") as opened:
+            sizes = {}
+            for key in opened.keys():  # noqa: SIM118  (not a dict)
+                part = opened.get_slice(key)
+                size = widths.get(part.get_dtype(), 1)
+                for length in part.get_shape():
+                    size *= length
+                sizes[key] = size
+            return sizes
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is no complete safetensors file ({error}). Copy or download it again.") from error
+
+
+def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write one file beside ``path`` and rename it: ``path`` is complete or absent.
+
+    Raises:
+        OSError: it cannot be written, for example because the disk is full.
+    """
+    beside = path.with_name(f".{path.name}.writing")
+    try:
+        save_file({key: value.contiguous().cpu() for key, value in tensors.items()}, beside, metadata={"format": "pt"})
+        os.replace(beside, path)
+    except (SafetensorError, OSError) as error:
+        beside.unlink(missing_ok=True)
+        free = shutil.disk_usage(path.parent).free
+        raise OSError(
+            f"Cannot write {path}: {error}. {free / 2**20:.0f} MiB are free there. Blocks that were finished are kept; "
+            "the same command goes on behind them."
+        ) from error
+
+
+def write_index(folder: Path, shards: Iterable[str]) -> None:
+    """Write the index that makes shards one checkpoint for ``from_pretrained``."""
+    weight_map, total = {}, 0
+    for name in shards:
+        for key, size in _contents(folder / name).items():
+            weight_map[key], total = name, total + size
+    text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
+    (folder / INDEX).write_text(text + "\n")
+
+
+def copy_companions(source: Path, out: Path) -> None:
+    """Copy what stands beside the weights: configuration and tokenizer."""
+    for file in source.iterdir():
+        weights = file.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
+        if file.is_file() and not weights and not file.name.startswith(".") and not file.name.endswith(".index.json"):
+            shutil.copyfile(file, out / file.name)

@@ -1,0 +1,245 @@
+"""``prune_checkpoint``: one-shot pruning of a checkpoint that need not fit in memory, one decoder block at a time.
+
+The model is built without weights; each block is loaded, calibrated, pruned, written as a file of its own, and let go.
+What is held is one block, the embeddings, and the activations between two blocks.
+"""
+
+import json
+import shutil
+import time
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from sparse_train.activations import ActivationNorm, Statistics
+from sparse_train.allocation import Allocation, LayerShape, Uniform, divide
+from sparse_train.export import check_free
+from sparse_train.layers import sparsify, squash
+from sparse_train.matrices import MaskedLayer, MaskedMatrix, Recorder, shape_OI
+from sparse_train.oneshot import (
+    Method,
+    OneshotReport,
+    experts_of,
+    method_of,
+    resolve,
+    share_of_outliers,
+)
+from sparse_train.oneshot.engine import prune_group, release, statistics_of
+from sparse_train.oneshot.experts import expert_matrices
+from sparse_train.oneshot.shards import Checkpoint, copy_companions, write_index
+from sparse_train.oneshot.streamed_model import StreamedModel, model_without_weights
+from sparse_train.oneshot.walk import Batch, CalibrationPass
+from sparse_train.patterns import Pattern
+from sparse_train.progress import bar
+from sparse_train.pruner import LayerUpdate, attach, expect, warn_of_padding
+from sparse_train.targets import Selection, expert_shape_OI, select
+
+
+def prune_checkpoint(
+    path: str | Path,
+    out: str | Path,
+    batches: Iterable[Batch],
+    mask_structure: str | Pattern = "2:4",
+    *,
+    sparsity: float | None = None,
+    criterion: Method | None = None,
+    allocation: Allocation | None = None,
+    targets: Sequence[str] | None = None,
+    ignore: Sequence[str] = (),
+    device: str | torch.device = "cpu",
+    activations: Literal["memory", "disk"] = "memory",
+    progress: bool = False,
+) -> OneshotReport:
+    """Prune a checkpoint of a decoder-only transformers model; the result is that of ``prune``.
+
+    Args:
+        path: folder with config.json and safetensors; only read.
+        out: folder to write, readable by ``from_pretrained``; must not exist. Until it is complete, finished blocks are
+            in a folder beside it (``.NAME.partial``), and the same call goes on behind them after an interruption.
+        batches: calibration data, see ``prune``.
+        mask_structure, sparsity, criterion, allocation, targets, ignore: see ``prune``; targets outside the decoder
+            blocks and groups over the whole model need the whole model.
+        device: where blocks compute, one at a time.
+        activations: where the outputs of a block wait for the next one.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: what ``prune`` refuses, an incomplete checkpoint, one that is not kept block by block, or an
+            unfinished run with other settings at ``out``.
+        OSError: a file cannot be written. Finished blocks are kept.
+    """
+    path, out = Path(path), Path(out)
+    check_free(out)
+    method = method_of(criterion)
+    allocation = expect("allocation", allocation, Uniform(), Allocation)
+    pattern, target = resolve(mask_structure, sparsity, method, allocation)
+    if pattern.model_wide:
+        raise ValueError(f"{pattern} compares over the whole model, which is never in memory here. Use prune.")
+    checkpoint = Checkpoint(path)
+    batches = list(batches)
+    work = out.parent / f".{out.name}.partial"
+    settings = [repr(each) for each in (pattern, target, method, allocation, targets, list(ignore))]
+    _open_work(work, [*settings, str(path.resolve()), str(zlib.crc32(repr(checkpoint.bytes).encode())), _hash(batches)])
+    try:
+        model = model_without_weights(path)
+        selection = select(model, pattern, targets, ignore, experts=True)
+        names = [*selection.layers, *selection.experts]
+        streamed = StreamedModel(model, checkpoint, work, names, torch.device(device))
+        run = _Run(streamed, selection, method, pattern)
+        with bar("pruning", shown=progress) as (set_total, advance):
+            keep = _room_for(activations, work)
+            calibration = CalibrationPass(model, batches, run.recorder, advance, streamed.device, keep)
+            set_total(len(calibration) * len(run.blocks) * (4 if allocation.needs_outliers else 2))
+            began = time.perf_counter()
+            streamed.load_rest()
+            updates = run.walk(calibration, run.divide(allocation, target, calibration))
+            warn_of_padding(run.recorder)
+        seconds = time.perf_counter() - began - calibration.seconds - streamed.disk_seconds
+    except ValueError:
+        shutil.rmtree(work)  # the same call would fail again: nothing to go on from
+        raise
+    write_index(work, streamed.shards)
+    copy_companions(path, work)
+    shutil.rmtree(work / "activations", ignore_errors=True)
+    (work / "progress.json").unlink()
+    if out.exists():
+        out.rmdir()
+    work.rename(out)
+    return OneshotReport(updates, calibration.seconds, seconds)
+
+
+class _Run:
+    """One walk over a checkpoint."""
+
+    def __init__(self, streamed: StreamedModel, selection: Selection, method: Method, pattern: Pattern) -> None:
+        self.streamed, self.selection, self.method, self.pattern = streamed, selection, method, pattern
+        self.blocks = streamed.blocks
+        self.recorder = Recorder()
+
+    def divide(self, allocation: Allocation, target: float | None, calibration: CalibrationPass) -> dict[str, float]:
+        """The sparsity of each layer; where the allocation needs it, from a dense walk."""
+        shapes: dict[str, LayerShape] = {}
+        for index in range(len(self.blocks)):
+            layers, experts = self._targets_of(index)
+            shapes |= {name: LayerShape(index, *shape_OI(layer)) for name, layer in layers.items()}
+            for name, fused in experts.items():
+                for each in range(len(fused.parameter)):
+                    shapes[f"{name}[{each}]"] = LayerShape(index, *expert_shape_OI(fused))
+        outliers: dict[int, float] = {}
+        if allocation.needs_outliers:
+            progress = self._progress()
+            outliers = {int(index): share for index, share in progress["outliers"].items()}
+            if not outliers:
+                outliers = self._outliers(allocation, calibration)
+                self._save_progress({**progress, "outliers": outliers})
+        return divide(allocation, self.pattern, shapes, target, outliers)
+
+    def walk(self, calibration: CalibrationPass, sparsities: Mapping[str, float]) -> dict[str, LayerUpdate]:
+        kind = statistics_of(self.method)
+        for index in range(len(self.blocks)):
+            self.streamed.load_block(index)
+            if not self.streamed.is_done(index):
+                with self._recording(index, kind) as layers:
+                    if layers and kind is not None:
+                        calibration.record_block(self.blocks, index, experts_of(layers))
+                    updates = prune_group(layers, self.method, self.pattern, sparsities) if layers else {}
+                progress = self._progress()
+                progress["updates"] |= {name: asdict(update) for name, update in updates.items()}
+                self._save_progress(progress)
+                self.streamed.write_block(index)
+            if index < len(self.blocks) - 1 and kind is not None:
+                calibration.pass_on(self.blocks, index)
+            self.streamed.free_block(index)
+        return {name: LayerUpdate(**update) for name, update in self._progress()["updates"].items()}
+
+    def _outliers(self, allocation: Allocation, calibration: CalibrationPass) -> dict[int, float]:
+        found = {}
+        for index in range(len(self.blocks)):
+            self.streamed.load_block(index)
+            with self._recording(index, ActivationNorm) as layers:
+                if layers:
+                    calibration.record_block(self.blocks, index, experts_of(layers))
+                    found[index] = share_of_outliers(layers, allocation)
+            if index < len(self.blocks) - 1:
+                calibration.pass_on(self.blocks, index)
+            self.streamed.free_block(index)
+        return found
+
+    @contextmanager
+    def _recording(self, index: int, statistics: type[Statistics] | None) -> Iterator[dict[str, MaskedMatrix]]:
+        """The targets of a loaded block with masks and statistics; afterwards plain layers with true zeros."""
+        layers, experts = self._targets_of(index)
+        sparsify(self.blocks[index], layers.values())
+        matrices: dict[str, MaskedMatrix] = {n: m for n, m in layers.items() if isinstance(m, MaskedLayer)}
+        matrices |= expert_matrices(experts)
+        attach(matrices.values(), self.recorder, statistics)
+        try:
+            yield matrices
+        finally:
+            release(matrices.values())
+            squash(self.blocks[index])
+
+    def _targets_of(self, index: int) -> tuple[dict[str, nn.Module], dict[str, Any]]:
+        start = f"{self.streamed.prefix}.{index}."
+        layers = {name: layer for name, layer in self.selection.layers.items() if name.startswith(start)}
+        experts = {}
+        for name in self.selection.experts:
+            if name.startswith(start):  # the parameter object changes with every load
+                module, _, own = name.rpartition(".")
+                parameter = getattr(self.streamed.model.get_submodule(module), own)
+                experts[name] = type(self.selection.experts[name])(parameter, self.selection.experts[name].transposed)
+        return layers, experts
+
+    def _progress(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self.streamed.work / "progress.json").read_text())
+        return found
+
+    def _save_progress(self, progress: Mapping[str, Any]) -> None:
+        _write_json(self.streamed.work / "progress.json", progress)
+
+
+def _room_for(activations: str, work: Path) -> str | Path:
+    if activations not in ("memory", "disk"):
+        raise ValueError(f'activations wait in "memory" or on "disk", got {activations!r}.')
+    if activations == "memory":
+        return "host"
+    (work / "activations").mkdir(exist_ok=True)
+    return work / "activations"
+
+
+def _open_work(work: Path, settings: list[str]) -> None:
+    """Make the folder of an unfinished run, or find it as these settings left it."""
+    progress = work / "progress.json"
+    if progress.is_file():
+        before = json.loads(progress.read_text())["settings"]
+        if before != settings:
+            changed = next((pair for pair in zip(before, settings, strict=False) if pair[0] != pair[1]), ("", ""))
+            raise ValueError(
+                f"{work} holds an unfinished run with other settings ({changed[0]}, now {changed[1]}). Finish that one "
+                "with its own settings, or remove the folder."
+            )
+        return
+    work.mkdir(parents=True, exist_ok=True)
+    _write_json(progress, {"settings": settings, "outliers": {}, "updates": {}})
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    beside = path.with_suffix(".writing")
+    beside.write_text(json.dumps(content, indent=1))
+    beside.replace(path)
+
+
+def _hash(batches: Sequence[Batch]) -> str:
+    found = 0
+    for batch in batches:
+        values = batch.values() if isinstance(batch, Mapping) else [batch]
+        for value in values:
+            if isinstance(value, Tensor):
+                found = zlib.crc32(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes(), found)
+    return f"calibration data {found}"

@@ -1,0 +1,177 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from sparse_train import OWL, Magnitude, SparseGPT, Unstructured, Wanda, prune
+from sparse_train.oneshot import streaming
+from sparse_train.oneshot.streaming import prune_checkpoint
+
+from .conftest import tiny_llama, tiny_tokenizer
+from .test_experts import tiny_moe
+from .test_oneshot import tiny
+
+
+def save(model, folder, **how):
+    model.save_pretrained(folder, **how)
+    return folder
+
+
+def assert_equal(folder, expected):
+    found = AutoModelForCausalLM.from_pretrained(folder)
+    assert found.state_dict().keys() == expected.state_dict().keys()
+    for (name, a), (_, b) in zip(found.state_dict().items(), expected.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
+
+
+FAMILIES = [
+    *((tiny, family) for family in ("llama", "gpt2", "gemma2", "opt", "bloom", "gpt_neox")),
+    *((tiny_moe, family) for family in ("mixtral", "qwen3_moe", "gpt_oss")),
+]
+
+
+@pytest.mark.parametrize(("make", "family"), FAMILIES, ids=[family for _, family in FAMILIES])
+def test_block_by_block_from_disk_equals_in_memory(make, family, tmp_path, ids):
+    model = make(family)
+    save(model, tmp_path / "dense")
+    before = {f: f.read_bytes() for f in (tmp_path / "dense").iterdir()}
+    report = prune_checkpoint(tmp_path / "dense", tmp_path / "sparse", ids, "2:4")
+    expected = prune(model, ids, "2:4")
+    assert_equal(tmp_path / "sparse", model)
+    assert report.sparsity == expected.sparsity and report.layers.keys() == expected.layers.keys()
+    assert {f: f.read_bytes() for f in (tmp_path / "dense").iterdir()} == before
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["dense", "sparse"]
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"criterion": SparseGPT(), "mask_structure": "unstructured", "sparsity": 0.5},
+        {"criterion": Wanda(), "mask_structure": "unstructured", "sparsity": 0.6, "allocation": OWL(owl_m=2.0)},
+        {"criterion": Magnitude()},
+        {"criterion": Wanda(), "ignore": ["re:.*layers.1"], "activations": "disk"},
+    ],
+    ids=["sparsegpt", "owl", "magnitude", "on disk"],
+)
+def test_every_method_and_setting(how, tmp_path, ids):
+    model = tiny_llama(num_hidden_layers=4)
+    save(model, tmp_path / "dense", max_shard_size="50KB")  # several files
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    prune_checkpoint(tmp_path / "dense", tmp_path / "sparse", ids, **how)
+    prune(model, ids, **{key: value for key, value in how.items() if key != "activations"})
+    assert_equal(tmp_path / "sparse", model)
+    assert (tmp_path / "sparse" / "tokenizer.json").is_file()
+    index = json.loads((tmp_path / "sparse" / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) == 4 + 1
+
+
+@pytest.mark.parametrize("activations", ["memory", "disk"])
+def test_a_killed_run_goes_on_at_the_block_it_was_in(tmp_path, ids, monkeypatch, activations):
+    model = tiny_llama(num_hidden_layers=4)
+    save(model, tmp_path / "dense")
+    real, pruned = streaming.prune_group, []
+
+    def killed(layers, *args):
+        if len(pruned) == 2:
+            raise KeyboardInterrupt
+        pruned.append(next(iter(layers)))
+        return real(layers, *args)
+
+    arguments = (tmp_path / "dense", tmp_path / "sparse", ids, "2:4")
+    monkeypatch.setattr(streaming, "prune_group", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prune_checkpoint(*arguments, activations=activations)
+    assert not (tmp_path / "sparse").exists()
+    with pytest.raises(ValueError, match="unfinished run with other settings"):
+        prune_checkpoint(*arguments[:3], "4:8")
+    again = []
+
+    def counted(layers, *args):
+        again.append(next(iter(layers)))
+        return real(layers, *args)
+
+    monkeypatch.setattr(streaming, "prune_group", counted)
+    report = prune_checkpoint(*arguments, activations=activations)
+    assert [name.split(".")[2] for name in pruned + again] == ["0", "1", "2", "3"]
+    assert len(report.layers) == 28
+    prune(model, ids, "2:4")
+    assert_equal(tmp_path / "sparse", model)
+
+
+def test_a_full_disk_is_said_and_the_finished_blocks_stay(tmp_path, ids):
+    save(tiny_llama(), tmp_path / "dense")
+    script = """
+import resource, signal, torch
+from sparse_train.oneshot.streaming import prune_checkpoint
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+torch.manual_seed(0)
+prune_checkpoint("dense", "sparse", [torch.randint(3, 99, (2, 16))], "2:4")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode != 0
+    assert "OSError: Cannot write" in done.stderr and "the same command goes on behind them" in done.stderr
+    assert not (tmp_path / "sparse").exists()
+    assert not list((tmp_path / ".sparse.partial").glob("*.writing"))
+
+
+def cut_off(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def drop_a_file(folder):
+    next(folder.glob("model-00002-of-*.safetensors")).unlink()
+
+
+def drop_weights(folder):
+    from safetensors.torch import load_file, save_file
+
+    file = folder / "model.safetensors"
+    kept = {key: value for key, value in load_file(file).items() if "layers.1.mlp" not in key}
+    save_file(kept, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("damage", "how", "arguments", "message"),
+    [
+        (cut_off, {}, {}, "is no complete safetensors file"),
+        (drop_a_file, {"max_shard_size": "100KB"}, {}, "which is not there. Complete the checkpoint"),
+        (drop_weights, {}, {}, "has no weights for model.layers.1.mlp"),
+        (lambda f: (f / "model.safetensors").unlink(), {}, {}, "only safetensors can be read block by block"),
+        (None, {}, {"targets": ["lm_head"]}, "lm_head"),
+        (None, {}, {"mask_structure": Unstructured("model"), "sparsity": 0.5}, "never in memory here"),
+        (None, {}, {"activations": "tape"}, 'wait in "memory" or on "disk", got \'tape\''),
+        (None, {}, {"batches": []}, "There is no calibration data"),
+    ],
+)
+def test_errors_leave_nothing_behind(tmp_path, ids, damage, how, arguments, message):
+    save(tiny_llama(tie_word_embeddings=False), tmp_path / "dense", **how)
+    if damage:
+        damage(tmp_path / "dense")
+    with pytest.raises(ValueError, match=message):
+        prune_checkpoint(tmp_path / "dense", tmp_path / "sparse", **({"batches": ids} | arguments))
+    assert [f.name for f in tmp_path.iterdir()] == ["dense"]
+
+
+def test_non_finite_activations_are_found(tmp_path, ids):
+    model = tiny_llama()
+    model.model.layers[1].input_layernorm.weight.data[3] = torch.nan
+    save(model, tmp_path / "dense")
+    with pytest.raises(ValueError, match=r"layers\.1.*activations are not finite"):
+        prune_checkpoint(tmp_path / "dense", tmp_path / "sparse", ids, "2:4")
+    assert [f.name for f in tmp_path.iterdir()] == ["dense"]
+
+
+def test_half_precision_checkpoints_stay_half(tmp_path, ids):
+    model = tiny_llama().to(torch.bfloat16)
+    save(model, tmp_path / "dense")
+    prune_checkpoint(tmp_path / "dense", tmp_path / "sparse", ids, "2:4")
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "sparse", dtype="auto")
+    assert found.dtype == torch.bfloat16
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype="auto")  # its buffers are float32
+    prune(model, ids, "2:4")
+    assert all(torch.equal(a, b) for a, b in zip(found.parameters(), model.parameters(), strict=True))

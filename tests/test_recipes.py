@@ -5,14 +5,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sparse_train import NM, Cubic, Magnitude, Wanda, lightning_cli
+from sparse_train import NM, Cubic, Magnitude, SparseGPT, Wanda, lightning_cli
 from sparse_train.callbacks import DynamicPruning
 from sparse_train.commands import parser_of
 from sparse_train.module import CausalLM
-from sparse_train.sources import PackagedSmolLM2, PackagedWikipedia, Pretrained
+from sparse_train.sources import HubText, PackagedSmolLM2, PackagedWikipedia, Pretrained
 
 ROOT = Path(__file__).parent.parent
 RECIPES, CONFIGS = sorted((ROOT / "recipes").rglob("*.yaml")), sorted((ROOT / "configs").rglob("*.yaml"))
+FOR_PRUNE = [path for path in CONFIGS if path.parent.name in ("calibration", "perplexity")]
+FOR_FIT = [path for path in CONFIGS if path not in FOR_PRUNE]
 FIT = [path for path in RECIPES if "trainer" in yaml.safe_load(path.read_text())]
 PRUNE = [path for path in RECIPES if path not in FIT]
 BASE = ROOT / "recipes" / "smollm2_2of4.yaml"
@@ -64,10 +66,22 @@ def test_pruning_recipes(path):
     arguments = parser.instantiate(parser.parse_args([f"--config={path}"]))
     assert isinstance(arguments.model, PackagedSmolLM2)
     assert isinstance(arguments.text, PackagedWikipedia)
-    assert isinstance(arguments.criterion, Wanda)
+    assert isinstance(arguments.criterion, (Wanda, SparseGPT))
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: f"{p.parent.name}/{p.stem}")
+@pytest.mark.parametrize("path", FOR_PRUNE, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_overlays_of_prune(path):
+    parser = parser_of("prune")
+    recipe = ROOT / "recipes" / "oneshot_wanda_2of4.yaml"
+    arguments = parser.instantiate(parser.parse_args([f"--config={recipe}", f"--config={path}"]))
+    for key, value in yaml.safe_load(path.read_text()).items():
+        if isinstance(value, dict):
+            assert isinstance(getattr(arguments, key), HubText)
+        else:
+            assert getattr(arguments, key) == value
+
+
+@pytest.mark.parametrize("path", FOR_FIT, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_overlays(path):
     config = parse_fit(f"--config={BASE}", f"--config={path}", cli=WithoutObjects).config["fit"]
     changed = yaml.safe_load(path.read_text())

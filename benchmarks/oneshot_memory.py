@@ -1,0 +1,129 @@
+"""Peak memory of pruning a 4 GiB checkpoint block by block, above an interpreter with its libraries loaded.
+
+    python benchmarks/oneshot_memory.py
+
+Makes a Llama checkpoint with random float32 weights (32,000 words, 19 blocks, 4.1 GiB) in --folder, prunes it to 2:4
+with 16 x 512 calibration tokens in a process of its own, and removes both. Needs about 9 GiB of disk.
+"""
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from jsonargparse import auto_cli
+from rich.console import Console
+from rich.table import Table
+
+WORDS = 32_000
+SAMPLES, LENGTH = 16, 512
+
+
+def tensors_of(config: dict[str, int]) -> Iterator[dict[str, tuple[int, ...]]]:
+    """Shapes of the weights, a file at a time."""
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    yield {"model.embed_tokens.weight": (WORDS, hidden)}
+    for index in range(config["num_hidden_layers"]):
+        block = f"model.layers.{index}"
+        shapes: dict[str, tuple[int, ...]] = {
+            f"{block}.self_attn.{name}_proj.weight": (hidden, hidden) for name in "qkvo"
+        }
+        shapes |= {f"{block}.mlp.{name}_proj.weight": (inner, hidden) for name in ("gate", "up")}
+        shapes[f"{block}.mlp.down_proj.weight"] = (hidden, inner)
+        shapes |= {f"{block}.{name}.weight": (hidden,) for name in ("input_layernorm", "post_attention_layernorm")}
+        yield shapes
+    yield {"model.norm.weight": (hidden,), "lm_head.weight": (WORDS, hidden)}
+
+
+def make_checkpoint(folder: Path, config: dict[str, int]) -> int:
+    """Write random weights; returns their bytes."""
+    from safetensors.torch import save_file
+    from transformers import LlamaConfig
+
+    LlamaConfig(**config, vocab_size=WORDS, tie_word_embeddings=False, dtype="float32").save_pretrained(folder)
+    torch.manual_seed(0)
+    weight_map, total = {}, 0
+    for number, shapes in enumerate(tensors_of(config)):
+        made = {
+            key: torch.ones(shape) if len(shape) == 1 else torch.randn(shape) / shape[-1] ** 0.5
+            for key, shape in shapes.items()
+        }
+        save_file(made, folder / f"part-{number}.safetensors", metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(made, f"part-{number}.safetensors")
+        total += sum(value.nbytes for value in made.values())
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return total
+
+
+def prune_and_measure(source: str, out: str, method: str) -> None:
+    """In the process that is measured: prune, and print bytes and seconds."""
+    import transformers.models.llama.modeling_llama  # noqa: F401  (libraries that any run loads)
+
+    from sparse_train import SparseGPT, Wanda
+    from sparse_train.oneshot.streaming import prune_checkpoint
+
+    ids = torch.randint(WORDS, (SAMPLES, LENGTH), generator=torch.Generator().manual_seed(0))
+    torch.mm(torch.ones(64, 64), torch.ones(64, 64))  # the thread pool is part of the interpreter
+    before = _resident()
+    began = time.perf_counter()
+    criterion = {"wanda": Wanda(), "sparsegpt": SparseGPT()}[method]
+    report = prune_checkpoint(source, out, list(ids.split(1)), "2:4", criterion=criterion)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps([before, peak, time.perf_counter() - began, report.forward_seconds, report.pruning_seconds]))
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def main(
+    folder: str | None = None,
+    method: str = "wanda",
+    hidden_size: int = 2048,
+    intermediate_size: int = 5632,
+    blocks: int = 19,
+) -> None:
+    """Print the table.
+
+    Args:
+        folder: where the two checkpoints stand for a while; default: the system's temporary folder.
+        method: wanda or sparsegpt.
+        hidden_size, intermediate_size, blocks: of the Llama.
+    """
+    config = {
+        "hidden_size": hidden_size,
+        "intermediate_size": intermediate_size,
+        "num_hidden_layers": blocks,
+        "num_attention_heads": hidden_size // 128,
+    }
+    place = Path(tempfile.mkdtemp(dir=folder))
+    try:
+        (place / "dense").mkdir()
+        size = make_checkpoint(place / "dense", config)
+        call = [sys.executable, __file__, "--measure", str(place / "dense"), str(place / "sparse"), method]
+        # memory that is let go must go back to the system to be seen
+        env = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
+        done = subprocess.run(call, env=env, check=True, stdout=subprocess.PIPE, text=True)
+        before, peak, seconds, forwards, pruning = json.loads(done.stdout.splitlines()[-1])
+    finally:
+        shutil.rmtree(place)
+    table = Table("what", "measured", "wanted", title=f"{method}, 2:4, {SAMPLES} x {LENGTH} tokens, CPU")
+    table.add_row("checkpoint, float32", f"{size / 2**30:.2f} GiB in {blocks} blocks", "4 GiB, 16 blocks or more")
+    table.add_row("interpreter with libraries", f"{before / 2**20:.0f} MiB", "")
+    table.add_row("peak above it", f"{(peak - before) / 2**20:.0f} MiB", "at most 1024 MiB")
+    table.add_row("whole pipeline", f"{seconds:.0f} s: forwards {forwards:.0f}, pruning {pruning:.0f}, rest disk", "")
+    Console(width=100).print(table)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--measure"]:
+        prune_and_measure(*sys.argv[2:])
+    else:
+        auto_cli(main, as_positional=False)

@@ -43,6 +43,13 @@ class Statistics(ABC):
             tensor.zero_()
 
 
+def fits(token_mask: Tensor | None, x: Tensor) -> bool:
+    """Whether a mask (B, L) says of every token of ``x`` whether it counts: of (B, L, I), or of (B * L, I)."""
+    if token_mask is None:
+        return False
+    return token_mask.shape == x.shape[:-1] or (x.dim() == 2 and token_mask.numel() == len(x))
+
+
 class ActivationNorm(Statistics):
     """Sum of squares of each input feature over the tokens seen, with their count.
 
@@ -69,11 +76,9 @@ class ActivationNorm(Statistics):
 
         Args:
             x: (..., I), any float dtype.
-            token_mask: bool or integer (...), 0 = padding; None, or another shape, counts every token.
+            token_mask: bool or integer (...), 0 = padding; None, or a shape that does not fit, counts every token.
         """
-        if token_mask is not None and token_mask.shape != x.shape[:-1]:
-            token_mask = None
-        _accumulate(x.detach(), token_mask, self._sum_squares_I, self.tokens)
+        _accumulate(x.detach(), token_mask if fits(token_mask, x) else None, self._sum_squares_I, self.tokens)
 
     def merge(self, other: "ActivationNorm") -> None:
         """Take in what another one has seen: the same as one over both."""
@@ -111,7 +116,7 @@ class ActivationGram(Statistics):
 
     def add(self, x: Tensor, token_mask: Tensor | None = None) -> None:
         x_TI = x.detach().reshape(-1, x.shape[-1]).float()
-        if token_mask is not None and token_mask.shape == x.shape[:-1]:
+        if token_mask is not None and fits(token_mask, x):
             x_TI = x_TI[token_mask.reshape(-1).bool()]
         self.gram_II.addmm_(x_TI.t(), x_TI)
         self.tokens += len(x_TI)

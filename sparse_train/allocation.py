@@ -353,6 +353,6 @@ def _names(target: str, name: str) -> bool:
 
 def _heads_and_tails(name: str) -> list[str]:
     """What a layer can be called: its name, and where that is cut at a dot the part before and the part behind."""
-    parts = name.split(".")
+    parts = name.partition("[")[0].split(".")  # the number of a fused expert is not part of its layer's name
     cuts = range(1, len(parts))
-    return [name, *(".".join(parts[:i]) for i in cuts), *(".".join(parts[i:]) for i in cuts)]
+    return [name, ".".join(parts), *(".".join(parts[:i]) for i in cuts), *(".".join(parts[i:]) for i in cuts)]

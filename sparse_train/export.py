@@ -66,5 +66,9 @@ def export_checkpoint(checkpoint: str | Path, out: str | Path, tokenizer: Any | 
 
 def check_free(out: Path) -> None:
     """Raise ValueError where ``out`` would be overwritten; call it before the work, not after."""
+    if out.is_symlink() or out.is_mount():
+        raise ValueError(
+            f"{out} is a link or a mount point, which no finished folder can be renamed to. Choose another."
+        )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists already and is not an empty folder. Choose another, or remove it first.")

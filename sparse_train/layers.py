@@ -80,14 +80,22 @@ def sparsify(model: nn.Module, layers: Iterable[nn.Module]) -> None:
 
 
 @torch.no_grad()
-def squash(model: nn.Module) -> None:
-    """Fold masks into weights: pruned weights become exact zeros, and plain ``nn.Linear`` layers remain."""
-    for layer in sparse_layers(model).values():
+def squash(model: nn.Module, only: Iterable[nn.Module] | None = None) -> None:
+    """Fold masks into weights: pruned weights become exact zeros, and plain linear layers remain.
+
+    Args:
+        model: with masked layers anywhere in it.
+        only: masked layers of it; default: all.
+    """
+    for layer in sparse_layers(model).values() if only is None else list(only):
+        assert isinstance(layer, MaskedLayer)
         assert isinstance(layer, nn.Module)
         layer.weight_OI.copy_(layer.masked_weight())
         for name in (MASK_NAME, "straight_through", "statistics", "records", "recorder", "reached"):
             delattr(layer, name)
         layer.__class__ = _dense_class(type(layer))  # type: ignore[arg-type]
+    if sparse_layers(model):
+        return
     for module in model.modules():
         for key in _refusals(module):
             del module._load_state_dict_pre_hooks[key]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_train import masks
-from sparse_train.activations import InputSharing, Statistics, recomputing
+from sparse_train.activations import InputSharing, Statistics, fits, recomputing
 from sparse_train.functional import masked_linear
 
 MASK_NAME = "weight_mask"
@@ -100,7 +100,7 @@ class MaskedLayer(MaskedMatrix):
             assert isinstance(self, nn.Module)
             recorder.sharing.watch(self, x)
         mask = recorder.token_mask
-        if mask is not None and mask.shape != x.shape[:-1] and recorder.mask_misfit is None:
+        if mask is not None and recorder.mask_misfit is None and not fits(mask, x):
             recorder.mask_misfit = f"{tuple(x.shape)}"
         if self.records:
             statistics.add(x, recorder.token_mask)

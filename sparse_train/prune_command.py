@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from sparse_train.allocation import Allocation
 from sparse_train.criteria import Criterion, Wanda
+from sparse_train.inspection import LayerSparsity, layer_sparsities
 from sparse_train.llm_compressor import Stage, read_recipe
 from sparse_train.oneshot import Batch, OneshotReport, resolve
 from sparse_train.oneshot import prune as prune_model
@@ -72,8 +73,8 @@ def prune(
         window: tokens a forward sees in it.
         max_tokens: read only its first tokens.
         device: where the model computes, such as "cuda".
-        streaming: never hold the whole model: walk its safetensors block by block. An interrupted run goes on where
-            it was with the same command.
+        streaming: never hold the whole model: walk its safetensors block by block, in the dtype they have. An
+            interrupted run goes on where it was with the same command.
         activations: with streaming, where a block's outputs wait for the next one.
     """
     from sparse_train.export import check_free
@@ -88,25 +89,35 @@ def prune(
     test = perplexity or (text if seeds is not None else None)
     measure = None if test is None else _perplexity_of(source, test, window, max_tokens, device)
     if seeds is not None:
-        _over_seeds(job, _seeds(seeds), measure, Path(out), streaming)
+        _over_seeds(job, _seeds(seeds), measure, Path(out), streaming, notes)
         return
     began = time.perf_counter()
+    folder, loaded = Path(out), None
     if streaming:
-        folder, reports = Path(out), [_stream(job, out, seed, activations)]
-        loaded = source.load() if not isinstance(source, Pretrained) else Pretrained(out, dtype="auto").load()
+        reports = [_stream(job, out, seed, activations)]
     else:
         from sparse_train.export import export_model
 
         loaded, reports = job.run(seed)
-        folder = export_model(loaded, source.tokenizer(), out)
+        export_model(loaded, source.tokenizer(), out)
     details = _details(job, seed, reports, notes) | {"streaming": streaming}
     details["seconds"]["all"] = time.perf_counter() - began
+    _write(folder / "pruning.json", details)
     if measure is not None:
-        details["perplexity"] = measure(loaded.to(device))
-    (folder / "pruning.json").write_text(json.dumps(details, indent=2) + "\n")
-    from sparse_train.inspection import layer_sparsities
+        details["perplexity"] = measure((loaded or Pretrained(out, dtype="auto").load()).to(device))
+        _write(folder / "pruning.json", details)
+    # a streamed model may not fit in memory: what is shown of it was counted as its blocks passed
+    shown = _counted(details, reports[-1]) if loaded is None else layer_sparsities(loaded)
+    show_pruning(details, shown, folder)
 
-    show_pruning(details, layer_sparsities(loaded), folder)
+
+def _write(path: Path, details: dict[str, Any]) -> None:
+    path.write_text(json.dumps(details, indent=2) + "\n")
+
+
+def _counted(details: dict[str, Any], report: OneshotReport) -> list[LayerSparsity]:
+    label = details["stages"][-1]["mask_structure"]
+    return [LayerSparsity(name, (1, u.size), u.zeros, label) for name, u in report.layers.items()]
 
 
 def _stages(recipe: str | None, *own: Any) -> tuple[list[Stage], list[str]]:
@@ -206,7 +217,7 @@ def _stream(job: _Job, out: str, seed: int, activations: Literal["memory", "disk
     return prune_checkpoint(
         job.source.folder(),
         out,
-        job.calibration.batches(job.source.tokenizer(), seed),
+        job.calibration.batches(job.source.tokenizer(), seed) if job.needs_data else None,
         **_arguments(job.stages[0]),
         device=job.device,
         activations=activations,
@@ -283,7 +294,7 @@ def _seeds(text: str) -> list[int]:
     return found
 
 
-def _over_seeds(job: _Job, seeds: list[int], measure: Any, out: Path, streaming: bool) -> None:
+def _over_seeds(job: _Job, seeds: list[int], measure: Any, out: Path, streaming: bool, notes: list[str]) -> None:
     if streaming:
         raise ValueError("seeds prune and measure in memory; for streaming call prune once with each --seed.")
     if not job.needs_data:
@@ -292,7 +303,8 @@ def _over_seeds(job: _Job, seeds: list[int], measure: Any, out: Path, streaming:
     for seed in seeds:
         loaded, reports = job.run(seed)
         rows.append({"seed": seed, "sparsity": reports[-1].sparsity, **measure(loaded)})
-        details = _details(job, seed, reports, [])
+        details = _details(job, seed, reports, notes)
+        del loaded  # before the next one comes
     values = [row["perplexity"] for row in rows]
     details |= {
         "seeds": rows,
@@ -300,5 +312,5 @@ def _over_seeds(job: _Job, seeds: list[int], measure: Any, out: Path, streaming:
         "standard_deviation": statistics.stdev(values),  # of a sample: over n - 1
     }
     out.mkdir(parents=True, exist_ok=True)
-    (out / "seeds.json").write_text(json.dumps(details, indent=2) + "\n")
+    _write(out / "seeds.json", details)
     show_seeds(details, out)

@@ -133,6 +133,9 @@ def _admitted(name: str, layer: MaskedMatrix, criterion: Criterion, policy: Mask
             f"{name}: scores are not finite, because a weight is infinite or NaN, or too large for its activations; "
             "masks were not changed. Lower the learning rate, or look for where the weight got its value."
         )
+    if stats is not None and bool((stats.sum_squares_I == 0).any()):
+        # An input that never comes makes every score 0: what is zero already goes first, so that pruning twice is once.
+        scores_OI = scores_OI.masked_fill(weight_OI == 0, -torch.inf)
     return policy.admit(scores_OI, layer.unpacked_mask())
 
 
@@ -207,7 +210,8 @@ def warn_of_padding(recorder: Recorder) -> None:
         recorder.warned = True
         _log.warning(
             "The batch's attention_mask does not fit a layer's input of shape %s, so padding counts in its activation "
-            "statistics. Override DynamicPruning.token_mask, or set MaskUpdater.token_mask, to say which tokens count.",
+            "statistics. Override DynamicPruning.token_mask, or set MaskUpdater.token_mask, to say which tokens count; "
+            "in one-shot pruning calibrate on samples without padding.",
             recorder.mask_misfit,
         )
 

@@ -17,8 +17,6 @@ def show_pruning(details: dict[str, Any], layers: list[LayerSparsity], folder: P
     seconds, console = details["seconds"], Console()
     console.print(f"[bold]{details['model']}[/bold] pruned to {folder}", highlight=False)
     _print_method(console, details)
-    for note in details["notes"]:
-        console.print(f"[yellow]not honoured:[/yellow] {note}", highlight=False)
     wanted = details["stages"][-1]["wanted_sparsity"]
     console.print(
         f"sparsity of the targeted weights {details['sparsity']:.6f}"
@@ -48,6 +46,8 @@ def _print_method(console: Console, details: dict[str, Any], seeded: bool = True
     for stage in details["stages"]:
         allocation = "" if stage["allocation"] == "Uniform()" else f", {stage['allocation']}"
         console.print(f"{stage['criterion']}, {stage['mask_structure']}{allocation}", highlight=False)
+    for note in details["notes"]:
+        console.print(f"[yellow]not honoured:[/yellow] {note}", highlight=False)
     if data := details["calibration"]:
         seed = f", seed {data['seed']}" if seeded else ""
         size = f"{data['num_calibration_samples']} x {data['max_seq_length']} tokens"

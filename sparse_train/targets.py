@@ -122,7 +122,7 @@ def _warn_of_dense(model: nn.Module, untargetable: dict[str, int]) -> None:
         100 * sum(untargetable.values()) / total,
         ", ".join(list(untargetable)[:3]) + (", ..." if len(untargetable) > 3 else ""),
     )
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     sparse = [name for name in untargetable if _share_of_zeros(parameters[name]) > 0.01]
     if sparse:
         _log.warning(
@@ -185,7 +185,7 @@ def _match(model: nn.Module, patterns: Sequence[str], argument: str, fused: Mapp
                 raise ValueError(f"{argument}: {text!r} is not a regular expression: {error}.") from error
         else:
             hits = {n for n, m in modules.items() if n == text or text in {cls.__name__ for cls in type(m).__mro__}}
-            hits |= {text} & set(fused)
+            hits |= set(fused) if text == "Linear" else {text} & set(fused)  # an expert is a linear map, too
             names = {n for n in layers if any(n == hit or n.startswith(f"{hit}.") for hit in hits)} or hits
         if not names:
             raise ValueError(
@@ -274,14 +274,10 @@ def fused_experts(model: nn.Module) -> dict[str, FusedExperts]:
     found = {}
     for name, module in model.named_modules():
         for own, parameter in module.named_parameters(recurse=False):
-            if parameter.dim() == 3 and len(parameter) > 1 and "bias" not in own and not _is_convolution(module):
-                transposed = bool(getattr(module, "is_transposed", False))
-                found[f"{name}.{own}"] = FusedExperts(parameter, transposed)
+            # transformers says of its experts' modules how their weights lie; elsewhere three dimensions mean nothing
+            if parameter.dim() == 3 and "bias" not in own and hasattr(module, "is_transposed"):
+                found[f"{name}.{own}"] = FusedExperts(parameter, bool(module.is_transposed))
     return found
-
-
-def _is_convolution(module: nn.Module) -> bool:
-    return isinstance(module, nn.modules.conv._ConvNd)
 
 
 def _untargetable(model: nn.Module, prefix: str, fused: Mapping[str, FusedExperts]) -> dict[str, int]:

@@ -4,7 +4,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from sparse_train import prune
+from sparse_train import Magnitude, prune
 from sparse_train.inspection import layer_sparsities, overall_sparsity
 from sparse_train.oneshot import experts
 from sparse_train.patterns import NM
@@ -155,3 +155,54 @@ def test_experts_can_be_named_ignored_and_are_left_to_training(ids, caplog):
     caplog.clear()
     select(model, NM(2, 4))
     assert "experts.gate_up_proj has zeros, as one-shot pruning leaves them" in caplog.text
+
+
+def test_linear_as_a_class_means_experts_too_and_other_parameters_never(ids):
+    model = tiny_moe("mixtral")
+    assert len(select(model, NM(2, 4), ["Linear"], ["lm_head"], experts=True).experts) == 4
+    model.model.layers[0].self_attn.bias_table = nn.Parameter(torch.randn(4, 8, 8))
+    before = model.model.layers[0].self_attn.bias_table.detach().clone()
+    prune(model, None, "2:4", criterion=Magnitude())
+    assert torch.equal(model.model.layers[0].self_attn.bias_table, before)
+
+
+def test_padding_that_reaches_experts_is_said(ids, caplog):
+    padded = [{"input_ids": batch, "attention_mask": (torch.arange(16) < 10).long().expand(2, 16)} for batch in ids]
+    prune(tiny_moe("mixtral"), padded, "2:4")
+    assert "tokens that are routed to experts" in caplog.text and "without padding" in caplog.text
+
+
+class DenseExperts(nn.Module):
+    """All experts at once, in one product; rows of zeros where a token goes elsewhere (as Llama 4 does)."""
+
+    def __init__(self):
+        super().__init__()
+        self.is_transposed = True
+        self.weight = nn.Parameter(torch.randn(3, 8, 16))
+
+    def forward(self, x):
+        route = torch.zeros(3, len(x), 1)
+        route[0, ::2], route[1, 1::2] = 1, 1  # the third expert sees nothing
+        return torch.bmm(x * route, self.weight).sum(0)
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.experts, self.down = nn.Linear(8, 8), DenseExperts(), nn.Linear(16, 8)
+
+    def forward(self, x):
+        return self.down(self.experts(self.up(x)))
+
+
+def test_experts_in_one_product_count_their_own_tokens(caplog):
+    model = nn.Module()
+    model.layers = nn.ModuleList([Block()])
+    model.forward = lambda x: model.layers[0](x)
+    weight = model.layers[0].experts.weight.detach().clone()
+    prune(model, [torch.randn(100, 8)], "2:4")
+    zeros = (model.layers[0].experts.weight.mT.reshape(-1, 4) == 0).sum(1)
+    assert (zeros == 2).all()  # along the inputs
+    assert "1 of 3 expert matrices" in caplog.text
+    kept = model.layers[0].experts.weight[2].t() != 0
+    assert torch.equal(kept, nm_mask(weight[2].t().abs(), 2, 4))

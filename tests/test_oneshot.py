@@ -6,7 +6,18 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from sparse_train import NM, Magnitude, MaskUpdater, SparseLinear, Unstructured, Wanda, prune, sparse_layers, squash
+from sparse_train import (
+    NM,
+    Magnitude,
+    MaskUpdater,
+    SparseGPT,
+    SparseLinear,
+    Unstructured,
+    Wanda,
+    prune,
+    sparse_layers,
+    squash,
+)
 from sparse_train.layers import squashed_state_dict
 from sparse_train.targets import block_lists
 
@@ -304,10 +315,46 @@ def test_padding_that_cannot_be_told_apart_is_said(caplog, ids):
             self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
 
         def forward(self, x, attention_mask):
-            return self.b(self.a(x.reshape(-1, 8)))
+            return self.b(self.a(x.transpose(0, 1)))
 
     prune(Flat(), [{"x": torch.randn(2, 3, 8), "attention_mask": torch.ones(2, 3)}], "2:4")
-    assert "does not fit a layer's input of shape (6, 8)" in caplog.text
+    assert "does not fit a layer's input of shape (3, 2, 8)" in caplog.text
+
+
+@pytest.mark.parametrize("architecture", ["llama", "opt"])  # OPT flattens (B, L, I) to (B * L, I)
+def test_padding_does_not_count_where_tokens_are_flattened(architecture, ids, caplog):
+    a, b = tiny(architecture), tiny(architecture)
+    b.load_state_dict(a.state_dict())
+    cut = [batch[:, :10] for batch in ids]
+    padded = [{"input_ids": batch, "attention_mask": (torch.arange(16) < 10).long().expand(2, 16)} for batch in ids]
+    prune(a, cut, "unstructured", sparsity=0.5)
+    prune(b, padded, "unstructured", sparsity=0.5)
+    for p, q in zip(a.parameters(), b.parameters(), strict=True):
+        assert ((p == 0) == (q == 0)).float().mean() > 0.999
+    assert "padding counts" not in caplog.text
+
+
+@pytest.mark.parametrize("method", [Wanda(), SparseGPT()])
+@pytest.mark.parametrize("structure", ["2:4", "unstructured"])
+def test_twice_is_once_where_inputs_die(method, structure):
+    for seed in range(6):
+        torch.manual_seed(seed)
+        model = tiny("opt")  # ReLU: what fc1 loses is an input of fc2 that never comes
+        batch = [torch.randint(3, VOCABULARY, (1, 4))]
+        prune(model, batch, structure, sparsity=0.5, criterion=method)
+        once = copy.deepcopy(model.state_dict())
+        prune(model, batch, structure, sparsity=0.5, criterion=method)
+        assert all(torch.equal(value, once[key]) for key, value in model.state_dict().items()), seed
+
+
+def test_a_failure_leaves_earlier_masks_and_no_new_ones(ids):
+    model = tiny_llama()
+    prune(model, ids, "2:4", targets=["model.layers.0"], squash=False)
+    model.model.layers[2].input_layernorm.weight.data[3] = torch.nan
+    with pytest.raises(ValueError, match="not finite"):
+        prune(model, ids, "2:4")
+    assert {name.split(".")[2] for name in sparse_layers(model)} == {"0"}
+    assert not any(layer.keeps_all() for layer in sparse_layers(model).values())
 
 
 def test_one_layer_with_identical_statistics_is_identical():

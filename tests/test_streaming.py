@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -60,7 +61,7 @@ def test_every_method_and_setting(how, tmp_path, ids):
     model = tiny_llama(num_hidden_layers=4)
     save(model, tmp_path / "dense", max_shard_size="50KB")  # several files
     tiny_tokenizer().save_pretrained(tmp_path / "dense")
-    prune_checkpoint(tmp_path / "dense", tmp_path / "sparse", ids, **how)
+    prune_checkpoint(tmp_path / "dense", tmp_path / "sparse", None if how["criterion"] == Magnitude() else ids, **how)
     prune(model, ids, **{key: value for key, value in how.items() if key != "activations"})
     assert_equal(tmp_path / "sparse", model)
     assert (tmp_path / "sparse" / "tokenizer.json").is_file()
@@ -131,7 +132,7 @@ def drop_weights(folder):
     from safetensors.torch import load_file, save_file
 
     file = folder / "model.safetensors"
-    kept = {key: value for key, value in load_file(file).items() if "layers.1.mlp" not in key}
+    kept = {key: value for key, value in load_file(file).items() if "layers.0.mlp" not in key}
     save_file(kept, file, metadata={"format": "pt"})
 
 
@@ -140,7 +141,7 @@ def drop_weights(folder):
     [
         (cut_off, {}, {}, "is no complete safetensors file"),
         (drop_a_file, {"max_shard_size": "100KB"}, {}, "which is not there. Complete the checkpoint"),
-        (drop_weights, {}, {}, "has no weights for model.layers.1.mlp"),
+        (drop_weights, {}, {}, "has no weights for model.layers.0.mlp"),
         (lambda f: (f / "model.safetensors").unlink(), {}, {}, "only safetensors can be read block by block"),
         (None, {}, {"targets": ["lm_head"]}, "lm_head"),
         (None, {}, {"mask_structure": Unstructured("model"), "sparsity": 0.5}, "never in memory here"),
@@ -159,9 +160,9 @@ def test_errors_leave_nothing_behind(tmp_path, ids, damage, how, arguments, mess
 
 def test_non_finite_activations_are_found(tmp_path, ids):
     model = tiny_llama()
-    model.model.layers[1].input_layernorm.weight.data[3] = torch.nan
+    model.model.layers[0].input_layernorm.weight.data[3] = torch.nan
     save(model, tmp_path / "dense")
-    with pytest.raises(ValueError, match=r"layers\.1.*activations are not finite"):
+    with pytest.raises(ValueError, match=r"layers\.0.*activations are not finite"):
         prune_checkpoint(tmp_path / "dense", tmp_path / "sparse", ids, "2:4")
     assert [f.name for f in tmp_path.iterdir()] == ["dense"]
 
@@ -175,3 +176,59 @@ def test_half_precision_checkpoints_stay_half(tmp_path, ids):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype="auto")  # its buffers are float32
     prune(model, ids, "2:4")
     assert all(torch.equal(a, b) for a, b in zip(found.parameters(), model.parameters(), strict=True))
+
+
+def test_old_buffers_in_a_checkpoint_go_along(tmp_path, ids):
+    from safetensors.torch import load_file, save_file
+
+    model = tiny("gpt2")
+    save(model, tmp_path / "dense")
+    file = tmp_path / "dense" / "model.safetensors"
+    hub = {key.removeprefix("transformer."): value for key, value in load_file(file).items()}  # as the hub's GPT-2
+    hub |= {f"h.{i}.attn.bias": torch.ones(1, 1, 8, 8, dtype=torch.uint8) for i in range(3)}
+    save_file(hub, file, metadata={"format": "pt"})
+    prune_checkpoint(tmp_path / "dense", tmp_path / "sparse", ids, "2:4")
+    prune(model, ids, "2:4")
+    assert_equal(tmp_path / "sparse", model)
+    index = json.loads((tmp_path / "sparse" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == hub.keys()
+
+
+def test_a_kill_before_the_last_rename_is_finished_by_the_same_call_only(tmp_path, ids, monkeypatch):
+    save(tiny_llama(), tmp_path / "dense")
+    real = Path.rename
+
+    def killed(self, target):
+        if Path(target).name == "sparse":
+            raise KeyboardInterrupt
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prune_checkpoint(tmp_path / "dense", tmp_path / "sparse", ids, "2:4")
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="unfinished run with other settings"):
+        prune_checkpoint(tmp_path / "dense", tmp_path / "sparse", None, "1:4", criterion=Magnitude())
+    with pytest.raises(ValueError, match="wait in"):
+        prune_checkpoint(tmp_path / "dense", tmp_path / "sparse", ids, "2:4", activations="tape")
+    assert prune_checkpoint(tmp_path / "dense", tmp_path / "sparse", ids, "2:4").sparsity == pytest.approx(0.5)
+    (tmp_path / ".other.partial").mkdir()
+    (tmp_path / ".other.partial" / "model-00001-of-00004.safetensors").touch()
+    with pytest.raises(ValueError, match="files of a run that is not known"):
+        prune_checkpoint(tmp_path / "dense", tmp_path / "other", ids, "2:4")
+
+
+def test_missing_embeddings_and_quantised_checkpoints_are_refused(tmp_path, ids):
+    from safetensors.torch import load_file, save_file
+
+    save(tiny_llama(), tmp_path / "dense")
+    file = tmp_path / "dense" / "model.safetensors"
+    whole = load_file(file)
+    save_file({k: v for k, v in whole.items() if "embed" not in k}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="has no weights for model.embed_tokens.weight"):
+        prune_checkpoint(tmp_path / "dense", tmp_path / "sparse", ids, "2:4")
+    narrow = {k: v.to(torch.float8_e4m3fn) if "proj" in k else v for k, v in whole.items()}
+    save_file(narrow, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="is quantised"):
+        prune_checkpoint(tmp_path / "dense", tmp_path / "sparse", ids, "2:4")
+    assert [f.name for f in tmp_path.iterdir()] == ["dense"]

@@ -20,7 +20,7 @@ from sparse_train.oneshot.experts import ExpertMatrix, expert_matrices
 from sparse_train.oneshot.walk import Batch, CalibrationPass
 from sparse_train.patterns import Pattern, parse_pattern, parse_word
 from sparse_train.progress import bar
-from sparse_train.pruner import LayerUpdate, attach, expect, warn_of_padding
+from sparse_train.pruner import LayerUpdate, attach, expect, reduce_statistics, warn_of_padding
 from sparse_train.solvers import Solver
 from sparse_train.targets import block_lists, select
 
@@ -62,7 +62,9 @@ def prune(
 
     Decoder blocks are calibrated one after the other, each on the outputs of the already pruned ones before it
     (arXiv 2306.11695, section 3; SparseGPT does the same); other models, and ``Unstructured(group="model")``, in one
-    pass with dense activations.
+    pass with dense activations. A ``Solver``, and fused experts, change weights as they go; their former values are
+    kept in main memory until the end, so that a failure leaves the model as it was (``prune_checkpoint`` needs no such
+    copy).
 
     Args:
         model: any ``nn.Module`` with linear layers; on any device, of any float dtype.
@@ -86,12 +88,12 @@ def prune(
     allocation = expect("allocation", allocation, Uniform(), Allocation)
     pattern, target = resolve(mask_structure, sparsity, method, allocation)
     selection = select(model, pattern, targets, ignore, experts=squash)
-    fresh = not any(isinstance(layer, MaskedLayer) for layer in selection.layers.values())
-    sparsify(model, selection.layers.values())
-    matrices: dict[str, MaskedMatrix] = {n: m for n, m in selection.layers.items() if isinstance(m, MaskedLayer)}
-    matrices |= expert_matrices(selection.experts)
+    dense = [layer for layer in selection.layers.values() if not isinstance(layer, MaskedLayer)]
     undo = Undo()
     try:
+        sparsify(model, dense)
+        matrices: dict[str, MaskedMatrix] = {n: m for n, m in selection.layers.items() if isinstance(m, MaskedLayer)}
+        matrices |= expert_matrices(selection.experts)
         report = set_initial_masks(
             model,
             matrices,
@@ -105,8 +107,8 @@ def prune(
         )
     except BaseException:
         undo.restore()
-        if fresh:
-            _layers.squash(model)  # the masks are back to keeping everything
+        # their masks are back to keeping everything
+        _layers.squash(model, [layer for layer in dense if isinstance(layer, MaskedLayer)])
         raise
     if squash:
         _layers.squash(model)
@@ -238,6 +240,7 @@ class _Walk:
         """Share of outliers of each block, from one dense pass."""
         self._attach(self.layers, ActivationNorm)
         calibration.whole(experts_of(self.layers))
+        reduce_statistics(self.layers.values())
         found = {index: share_of_outliers(group, self.allocation) for index, group in enumerate(self.groups) if group}
         release(self.layers.values())
         return found

@@ -89,7 +89,7 @@ class ExpertRecorder(TorchFunctionMode):
             _add(first, x)
         else:  # all experts at once: x (E, T, I)
             for matrix, part in zip(self._whole[id(first.experts)], x, strict=True):
-                _add(matrix, part)
+                _add(matrix, part[part.ne(0).any(-1)])  # zeros stand for tokens that go to other experts
 
 
 def _add(matrix: ExpertMatrix, x: Tensor) -> None:

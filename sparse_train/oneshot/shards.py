@@ -24,10 +24,15 @@ class Checkpoint:
         self.folder = Path(folder)
         self.bytes: dict[str, int] = {}
         """Size of each tensor by its key, in the order of the files."""
+        self.dtypes: dict[str, str] = {}
+        """Their dtypes, in safetensors' words."""
         self._files: dict[str, Path] = {}
         for file in self._find():
-            for key, size in _contents(file).items():
-                self._files[key], self.bytes[key] = file, size
+            for key, (size, dtype) in _contents(file).items():
+                self._files[key], self.bytes[key], self.dtypes[key] = file, size, dtype
+        stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in self._find()]
+        self.fingerprint = repr(stats)
+        """What tells this checkpoint from another one, or from what it was before."""
 
     def _find(self) -> list[Path]:
         index, single = self.folder / INDEX, self.folder / "model.safetensors"
@@ -57,7 +62,7 @@ class Checkpoint:
         return found
 
 
-def _contents(file: Path) -> dict[str, int]:
+def _contents(file: Path) -> dict[str, tuple[int, str]]:
     widths = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
     try:
         with safe_open(file, framework="pt") as opened:
@@ -67,7 +72,7 @@ def _contents(file: Path) -> dict[str, int]:
                 size = widths.get(part.get_dtype(), 1)
                 for length in part.get_shape():
                     size *= length
-                sizes[key] = size
+                sizes[key] = size, part.get_dtype()
             return sizes
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} is no complete safetensors file ({error}). Copy or download it again.") from error
@@ -96,7 +101,7 @@ def write_index(folder: Path, shards: Iterable[str]) -> None:
     """Write the index that makes shards one checkpoint for ``from_pretrained``."""
     weight_map, total = {}, 0
     for name in shards:
-        for key, size in _contents(folder / name).items():
+        for key, (size, _) in _contents(folder / name).items():
             weight_map[key], total = name, total + size
     text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
     (folder / INDEX).write_text(text + "\n")

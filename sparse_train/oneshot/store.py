@@ -27,7 +27,10 @@ class Activations:
 
     def __setitem__(self, batch: int, output: Any) -> None:
         if isinstance(self._keep, Path):
-            torch.save(moved(output, torch.device("cpu")), self._keep / f"{batch}.pt")
+            try:
+                torch.save(moved(output, torch.device("cpu")), self._keep / f"{batch}.pt")
+            except RuntimeError as error:  # what torch makes of a failed write
+                raise OSError(f"Cannot write activations to {self._keep}: {error}. Is the disk full?") from error
         else:
             self._entries[batch] = output if self._keep == "device" else moved(output, torch.device("cpu"))
 
@@ -36,8 +39,10 @@ def moved(value: Any, device: torch.device) -> Any:
     """Tensors of nested tuples, lists and dicts on another device; anything else as it is."""
     if isinstance(value, Tensor):
         return value.detach().to(device)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(moved(part, device) for part in value))
     if isinstance(value, (tuple, list)):
         return type(value)(moved(part, device) for part in value)
     if isinstance(value, dict):
-        return {key: moved(part, device) for key, part in value.items()}
+        return type(value)(**{key: moved(part, device) for key, part in value.items()})
     return value

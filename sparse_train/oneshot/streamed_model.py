@@ -37,6 +37,7 @@ class StreamedModel:
         self, model: Any, checkpoint: Checkpoint, work: Path, names: Sequence[str], device: torch.device
     ) -> None:
         self.model, self.checkpoint, self.work, self.device = model, checkpoint, work, device
+        _check_readable(model, checkpoint)
         self.disk_seconds = 0.0
         lists = block_lists(model)
         if not lists:
@@ -105,6 +106,11 @@ class StreamedModel:
             if not (self.work / shard).is_file():
                 self._write(self.work / shard, tensors)
             self._load({key: value for key, value in tensors.items() if self._full_name(key) not in unneeded})
+        inside = {id(p) for block in self.blocks for p in block.parameters()}
+        head_names = {name for name, p in self.model.named_parameters() if head is not None and p is head.weight}
+        for name, parameter in self.model.named_parameters():
+            if parameter.is_meta and id(parameter) not in inside and name not in unneeded | head_names:
+                raise ValueError(f"{self.checkpoint.folder} has no weights for {name}. Complete the checkpoint first.")
         for module in self.model.modules():
             for name, buffer in module._buffers.items():
                 module._buffers[name] = None if buffer is None else buffer.to(self.device)
@@ -142,8 +148,14 @@ class StreamedModel:
         base = f"{self.model.base_model_prefix}."
         wanted = set(self._block_keys[index])
         named = {(k if k in wanted else k.removeprefix(base)): value for k, value in reverted.items()}
-        assert set(named) >= wanted, (sorted(wanted - set(named)), sorted(named))
-        return named
+        stray, unknown = sorted(set(named) - wanted), sorted(wanted - set(named))
+        if stray and unknown:
+            raise ValueError(
+                f"{self.checkpoint.folder} calls a weight {unknown[0]}, and transformers would write {stray[0]}, so "
+                "the checkpoint cannot be written back under its own names. Load the model and use prune."
+            )
+        # Every weight of the block has its key; what the model does not know are old buffers, which go along.
+        return named | self.checkpoint.read(unknown)
 
     def _full_name(self, key: str) -> str:
         base = f"{self.model.base_model_prefix}."
@@ -173,7 +185,16 @@ def _in_parts(keys: list[str], sizes: Mapping[str, int]) -> list[list[str]]:
     return parts
 
 
-def model_without_weights(path: Path) -> Any:
+def _check_readable(model: Any, checkpoint: Checkpoint) -> None:
+    narrow = next((key for key, dtype in checkpoint.dtypes.items() if dtype.startswith("F8")), None)
+    if getattr(model.config, "quantization_config", None) is not None or narrow:
+        raise ValueError(
+            f"{checkpoint.folder} is quantised, and scores need the weights themselves. Dequantise it first: load it, "
+            "and save it in 16 or 32 bits."
+        )
+
+
+def model_without_weights(path: Path, checkpoint: Checkpoint) -> Any:
     """The model of a checkpoint with its parameters on the meta device and its buffers real."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -187,7 +208,14 @@ def model_without_weights(path: Path) -> Any:
     config = AutoConfig.from_pretrained(path)
     nn.Module.register_parameter = register  # type: ignore[method-assign, assignment]
     try:
-        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
+        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype or _dtype_of(checkpoint))
     finally:
         nn.Module.register_parameter = original  # type: ignore[method-assign]
     return model.eval()
+
+
+def _dtype_of(checkpoint: Checkpoint) -> torch.dtype:
+    """That of most tensors, for configurations that do not say it."""
+    names = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    found = [names[dtype] for dtype in checkpoint.dtypes.values() if dtype in names]
+    return max(set(found), key=found.count, default=torch.float32)

@@ -37,14 +37,14 @@ from sparse_train.oneshot.streamed_model import StreamedModel, model_without_wei
 from sparse_train.oneshot.walk import Batch, CalibrationPass
 from sparse_train.patterns import Pattern
 from sparse_train.progress import bar
-from sparse_train.pruner import LayerUpdate, attach, expect, warn_of_padding
+from sparse_train.pruner import LayerUpdate, attach, expect, reduce_statistics, warn_of_padding
 from sparse_train.targets import Selection, expert_shape_OI, select
 
 
 def prune_checkpoint(
     path: str | Path,
     out: str | Path,
-    batches: Iterable[Batch],
+    batches: Iterable[Batch] | None = None,
     mask_structure: str | Pattern = "2:4",
     *,
     sparsity: float | None = None,
@@ -62,7 +62,7 @@ def prune_checkpoint(
         path: folder with config.json and safetensors; only read.
         out: folder to write, readable by ``from_pretrained``; must not exist. Until it is complete, finished blocks are
             in a folder beside it (``.NAME.partial``), and the same call goes on behind them after an interruption.
-        batches: calibration data, see ``prune``.
+        batches: calibration data, see ``prune``; not needed by ``Magnitude``.
         mask_structure, sparsity, criterion, allocation, targets, ignore: see ``prune``; targets outside the decoder
             blocks and groups over the whole model need the whole model.
         device: where blocks compute, one at a time.
@@ -76,42 +76,53 @@ def prune_checkpoint(
     """
     path, out = Path(path), Path(out)
     check_free(out)
+    if activations not in ("memory", "disk"):
+        raise ValueError(f'activations wait in "memory" or on "disk", got {activations!r}.')
     method = method_of(criterion)
     allocation = expect("allocation", allocation, Uniform(), Allocation)
     pattern, target = resolve(mask_structure, sparsity, method, allocation)
     if pattern.model_wide:
         raise ValueError(f"{pattern} compares over the whole model, which is never in memory here. Use prune.")
     checkpoint = Checkpoint(path)
-    batches = list(batches)
+    if statistics_of(method) is None and not allocation.needs_outliers:
+        batches = None
+    elif batches is None:
+        raise ValueError(f"{method} needs calibration data: pass batches. Magnitude() needs none.")
+    batches = None if batches is None else list(batches)
     work = out.parent / f".{out.name}.partial"
+    new = not work.exists()
     settings = [repr(each) for each in (pattern, target, method, allocation, targets, list(ignore))]
-    _open_work(work, [*settings, str(path.resolve()), str(zlib.crc32(repr(checkpoint.bytes).encode())), _hash(batches)])
+    _open_work(work, [*settings, checkpoint.fingerprint, _hash(batches or [])])
     try:
-        model = model_without_weights(path)
+        model = model_without_weights(path, checkpoint)
         selection = select(model, pattern, targets, ignore, experts=True)
         names = [*selection.layers, *selection.experts]
         streamed = StreamedModel(model, checkpoint, work, names, torch.device(device))
         run = _Run(streamed, selection, method, pattern)
         with bar("pruning", shown=progress) as (set_total, advance):
-            keep = _room_for(activations, work)
-            calibration = CalibrationPass(model, batches, run.recorder, advance, streamed.device, keep)
-            set_total(len(calibration) * len(run.blocks) * (4 if allocation.needs_outliers else 2))
+            calibration = None
+            if batches is not None:
+                keep = _room_for(activations, work)
+                calibration = CalibrationPass(model, batches, run.recorder, advance, streamed.device, keep)
+                set_total(len(calibration) * len(run.blocks) * (4 if allocation.needs_outliers else 2))
             began = time.perf_counter()
             streamed.load_rest()
             updates = run.walk(calibration, run.divide(allocation, target, calibration))
             warn_of_padding(run.recorder)
-        seconds = time.perf_counter() - began - calibration.seconds - streamed.disk_seconds
+        forwards = 0.0 if calibration is None else calibration.seconds
+        seconds = time.perf_counter() - began - forwards - streamed.disk_seconds
     except ValueError:
-        shutil.rmtree(work)  # the same call would fail again: nothing to go on from
+        if new and not _blocks_done(work):
+            shutil.rmtree(work)  # nothing was there before, and no block is done
         raise
     write_index(work, streamed.shards)
     copy_companions(path, work)
     shutil.rmtree(work / "activations", ignore_errors=True)
-    (work / "progress.json").unlink()
     if out.exists():
         out.rmdir()
     work.rename(out)
-    return OneshotReport(updates, calibration.seconds, seconds)
+    (out / "progress.json").unlink()  # last: a folder of shards is never without what says whose they are
+    return OneshotReport(updates, forwards, seconds)
 
 
 class _Run:
@@ -122,7 +133,9 @@ class _Run:
         self.blocks = streamed.blocks
         self.recorder = Recorder()
 
-    def divide(self, allocation: Allocation, target: float | None, calibration: CalibrationPass) -> dict[str, float]:
+    def divide(
+        self, allocation: Allocation, target: float | None, calibration: CalibrationPass | None
+    ) -> dict[str, float]:
         """The sparsity of each layer; where the allocation needs it, from a dense walk."""
         shapes: dict[str, LayerShape] = {}
         for index in range(len(self.blocks)):
@@ -136,24 +149,25 @@ class _Run:
             progress = self._progress()
             outliers = {int(index): share for index, share in progress["outliers"].items()}
             if not outliers:
+                assert calibration is not None
                 outliers = self._outliers(allocation, calibration)
                 self._save_progress({**progress, "outliers": outliers})
         return divide(allocation, self.pattern, shapes, target, outliers)
 
-    def walk(self, calibration: CalibrationPass, sparsities: Mapping[str, float]) -> dict[str, LayerUpdate]:
+    def walk(self, calibration: CalibrationPass | None, sparsities: Mapping[str, float]) -> dict[str, LayerUpdate]:
         kind = statistics_of(self.method)
         for index in range(len(self.blocks)):
             self.streamed.load_block(index)
             if not self.streamed.is_done(index):
                 with self._recording(index, kind) as layers:
-                    if layers and kind is not None:
+                    if layers and calibration is not None and kind is not None:
                         calibration.record_block(self.blocks, index, experts_of(layers))
                     updates = prune_group(layers, self.method, self.pattern, sparsities) if layers else {}
                 progress = self._progress()
                 progress["updates"] |= {name: asdict(update) for name, update in updates.items()}
                 self._save_progress(progress)
                 self.streamed.write_block(index)
-            if index < len(self.blocks) - 1 and kind is not None:
+            if calibration is not None and index < len(self.blocks) - 1 and kind is not None:
                 calibration.pass_on(self.blocks, index)
             self.streamed.free_block(index)
         return {name: LayerUpdate(**update) for name, update in self._progress()["updates"].items()}
@@ -165,6 +179,7 @@ class _Run:
             with self._recording(index, ActivationNorm) as layers:
                 if layers:
                     calibration.record_block(self.blocks, index, experts_of(layers))
+                    reduce_statistics(layers.values())
                     found[index] = share_of_outliers(layers, allocation)
             if index < len(self.blocks) - 1:
                 calibration.pass_on(self.blocks, index)
@@ -205,8 +220,6 @@ class _Run:
 
 
 def _room_for(activations: str, work: Path) -> str | Path:
-    if activations not in ("memory", "disk"):
-        raise ValueError(f'activations wait in "memory" or on "disk", got {activations!r}.')
     if activations == "memory":
         return "host"
     (work / "activations").mkdir(exist_ok=True)
@@ -225,21 +238,36 @@ def _open_work(work: Path, settings: list[str]) -> None:
                 "with its own settings, or remove the folder."
             )
         return
+    if _finished(work):
+        raise ValueError(f"{work} holds files of a run that is not known. Remove the folder.")
     work.mkdir(parents=True, exist_ok=True)
     _write_json(progress, {"settings": settings, "outliers": {}, "updates": {}})
 
 
+def _blocks_done(work: Path) -> bool:
+    return bool(json.loads((work / "progress.json").read_text())["updates"])
+
+
+def _finished(work: Path) -> list[Path]:
+    return sorted(work.glob("model-*.safetensors"))
+
+
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     beside = path.with_suffix(".writing")
-    beside.write_text(json.dumps(content, indent=1))
-    beside.replace(path)
+    try:
+        beside.write_text(json.dumps(content, indent=1))
+        beside.replace(path)
+    except OSError as error:
+        raise OSError(f"Cannot write {path}: {error}. Finished blocks are kept; the same command goes on.") from error
 
 
 def _hash(batches: Sequence[Batch]) -> str:
     found = 0
     for batch in batches:
-        values = batch.values() if isinstance(batch, Mapping) else [batch]
-        for value in values:
+        named = batch if isinstance(batch, Mapping) else {"": batch}
+        for name, value in named.items():
             if isinstance(value, Tensor):
-                found = zlib.crc32(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes(), found)
+                found = zlib.crc32(f"{name} {tuple(value.shape)} {value.dtype}".encode(), found)
+                flat = value.detach().cpu().reshape(-1).contiguous()
+                found = zlib.crc32(flat.view(torch.uint8).numpy().tobytes(), found)
     return f"calibration data {found}"

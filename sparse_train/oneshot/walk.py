@@ -53,7 +53,7 @@ class CalibrationPass:
             raise ValueError("There is no calibration data: the iterable of batches is empty.")
         self._recorder = recorder
         self._advance = advance
-        self._activations = Activations(len(self._batches), keep)
+        self._activations, self._keep = Activations(len(self._batches), keep), keep
         self.seconds = 0.0
         """Time spent in forwards."""
 
@@ -82,6 +82,8 @@ class CalibrationPass:
         try:
             with watch:
                 for output in self._forwards(forward):
+                    if experts and recorder.token_mask is not None and not bool(recorder.token_mask.all()):
+                        recorder.mask_misfit = "(tokens that are routed to experts, I)"
                     if recorder.sharing is not None:
                         share_statistics(recorder)
                     yield output
@@ -94,13 +96,17 @@ class CalibrationPass:
                 began = time.perf_counter()
                 self._recorder.token_mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
                 output = forward(index)
+                if self._device.type == "cuda":
+                    torch.cuda.synchronize(self._device)  # else this time would be counted where it is waited for
                 self.seconds += time.perf_counter() - began
                 self._advance()
                 yield output
 
     def _to_block(self, blocks: Sequence[nn.Module], index: int, batch: int) -> Any:
         called: list[int] = []
-        kept = moved(self._activations[batch], self._device) if index else None
+        kept = self._activations[batch] if index else None
+        if self._keep != "device":
+            kept = moved(kept, self._device)
 
         def answer(number: int) -> Any:
             called.append(number)

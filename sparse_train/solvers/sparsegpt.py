@@ -1,5 +1,6 @@
 """SparseGPT. Shape suffixes: O out_features, I in_features, B columns of a block."""
 
+import logging
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -8,6 +9,8 @@ from torch import Tensor
 
 from sparse_train.patterns import NM, Group, Pattern
 from sparse_train.solvers.base import Solver
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class SparseGPT(Solver):
         self.check_pattern(pattern)
         before_OI = weight_OI.detach().float()
         dead_I = gram_II.diagonal() == 0  # nothing ever comes in: worth nothing, and pruned first
-        work_OI = torch.where(dead_I, 0.0, before_OI)
+        work_OI = before_OI.clone()
         fixed_OI = before_OI == 0 if self.preserve_sparsity_mask else None
         factor_II = _inverse_factor(gram_II, dead_I, self.dampening_frac)
         mask_OI = torch.ones_like(work_OI, dtype=torch.bool)
@@ -61,11 +64,13 @@ class SparseGPT(Solver):
             stop = min(start + self.block_size, inputs)
             block = slice(start, stop)
             fixed_OB = None if fixed_OI is None else fixed_OI[:, block]
+            dead_B = dead_I[block] if bool(dead_I[block].any()) else None
             errors_OB = _prune_block(
                 work_OI[:, block],
                 mask_OI[:, block],
                 factor_II[block, block],
                 fixed_OB,
+                dead_B,
                 pattern,
                 _block_sparsity(pattern, sparsity, work_OI.shape[0], start, stop),
             )
@@ -78,8 +83,11 @@ def _inverse_factor(gram_II: Tensor, dead_I: Tensor, dampening_frac: float) -> T
     hessian_II = gram_II.clone()
     diagonal_I = hessian_II.diagonal()
     diagonal_I[dead_I] = 1
-    damping = dampening_frac * diagonal_I.mean()
-    for _ in range(4):
+    mean = diagonal_I.mean()
+    damping = dampening_frac * mean
+    for attempt in range(4):
+        if attempt:
+            _log.warning("SparseGPT: no Cholesky factor; the dampening grows to %g of the mean.", damping / mean)
         diagonal_I += damping
         factor_II, info = torch.linalg.cholesky_ex(hessian_II)
         if int(info) == 0:
@@ -106,7 +114,13 @@ def _block_sparsity(pattern: Pattern, sparsity: float, rows: int, start: int, st
 
 
 def _prune_block(
-    work_OB: Tensor, mask_OB: Tensor, factor_BB: Tensor, fixed_OB: Tensor | None, pattern: Pattern, sparsity: float
+    work_OB: Tensor,
+    mask_OB: Tensor,
+    factor_BB: Tensor,
+    fixed_OB: Tensor | None,
+    dead_B: Tensor | None,
+    pattern: Pattern,
+    sparsity: float,
 ) -> Tensor:
     """Prune a block of columns in place; returns the errors (O, B) that the columns behind it have to make up for."""
     diagonal_B = factor_BB.diagonal()
@@ -116,6 +130,9 @@ def _prune_block(
         if column % step == 0:
             part = slice(column, column + step)
             scores_OB = (work_OB[:, part] / diagonal_B[part]).square()
+            if dead_B is not None:
+                scores_OB[:, dead_B[part]] = 0
+                scores_OB[work_OB[:, part] == 0] = -torch.inf  # zeros before other weights that are worth nothing
             if fixed_OB is not None:
                 scores_OB[fixed_OB[:, part]] = -torch.inf
             mask_OB[:, part] = pattern.mask(scores_OB, sparsity)

@@ -1,0 +1,90 @@
+"""The tables of docs/results.md on one-shot pruning, made from benchmarks/oneshot.csv.
+
+python benchmarks/oneshot_tables.py             # print them
+python benchmarks/oneshot_tables.py --write     # put them into docs/results.md
+"""
+
+import csv
+import statistics
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+CSV, PAGE = ROOT / "benchmarks" / "oneshot.csv", ROOT / "docs" / "results.md"
+BEGIN, END = "<!-- oneshot -->", "<!-- /oneshot -->"
+STRUCTURES = {"unstructured": "50 %", "4:8": "4:8", "2:4": "2:4"}
+METHODS = {
+    "magnitude_layer": "magnitude, per layer (the paper's baseline)",
+    "magnitude": "magnitude, per row",
+    "wanda": "Wanda",
+    "wanda_variant": "Wanda, cumulative variant",
+    "ria": "RIA, a = 0.5",
+    "sparsegpt": "SparseGPT",
+}
+GROUPS = {"row": "output row", "layer": "layer", "model": "model"}
+
+
+def tables(path: Path = CSV) -> str:
+    """All tables, as Markdown."""
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    found: dict[tuple[str, str, int], dict[int, float]] = defaultdict(dict)
+    for row in rows:
+        samples = int(row["samples"])
+        found[row["method"], row["structure"], samples][int(row["seed"])] = float(row["perplexity"])
+    parts = [_methods(found, rows), _groups(found), _samples(found)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _cell(values: dict[int, float] | None) -> str:
+    if not values:
+        return "not measured"
+    mean = statistics.mean(values.values())
+    if len(values) == 1:
+        return f"{mean:.2f}"
+    return f"{mean:.2f} ± {statistics.stdev(values.values()):.2f} ({len(values)} seeds)"
+
+
+def _methods(found: dict[tuple[str, str, int], dict[int, float]], rows: list[dict[str, str]]) -> str:
+    dense = next(float(row["perplexity"]) for row in rows if row["method"] == "dense")
+    lines = [f"| method | {' | '.join(STRUCTURES.values())} |", "| --- " * 4 + "|", f"| dense | {dense:.2f} | | |"]
+    for method, label in METHODS.items():
+        samples = 0 if method.startswith("magnitude") else 64
+        cells = [_cell(found.get((method, structure, samples))) for structure in STRUCTURES]
+        if method in ("magnitude_layer", "wanda_variant"):  # in N:M they are the method beside them
+            cells[1:] = ["as per row" if method == "magnitude_layer" else "as Wanda"] * 2
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _groups(found: dict[tuple[str, str, int], dict[int, float]]) -> str:
+    lines = [f"| 50 %, compared within | {' | '.join(GROUPS.values())} |", "| --- " * 4 + "|"]
+    for method, samples in (("magnitude", 0), ("wanda", 64)):
+        names = [method if group == "row" else f"{method}_{group}" for group in GROUPS]
+        cells = [_cell(found.get((name, "unstructured", samples))) for name in names]
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _samples(found: dict[tuple[str, str, int], dict[int, float]]) -> str:
+    counts = sorted(samples for method, structure, samples in found if (method, structure) == ("wanda", "unstructured"))
+    cells = [_cell({0: found["wanda", "unstructured", count][0]}) for count in counts]
+    head = f"| Wanda at 50 %, calibration samples (seed 0) | {' | '.join(map(str, counts))} |"
+    return "\n".join([head, "| --- " * (len(counts) + 1) + "|", f"| perplexity | {' | '.join(cells)} |"])
+
+
+def main() -> None:
+    """Print or write."""
+    made = tables()
+    if "--write" not in sys.argv:
+        print(made)
+        return
+    page = PAGE.read_text()
+    before, _, rest = page.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    PAGE.write_text(f"{before}{BEGIN}\n{made}{END}{after}")
+
+
+if __name__ == "__main__":
+    main()

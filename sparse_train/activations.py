@@ -3,10 +3,13 @@
 Shape suffixes: T tokens, I in_features.
 """
 
+import functools
 import weakref
 from abc import ABC, abstractmethod
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -130,13 +133,45 @@ def _accumulate(x: Tensor, token_mask: Tensor | None, sum_squares_I: Tensor, tok
         return
     x_TI = x.reshape(-1, x.shape[-1])
     if token_mask is None:
-        sum_squares_I += x_TI.float().square_().sum(0) if x_TI.dtype != torch.float32 else x_TI.square().sum(0)
+        sum_squares_I += sum_of_squares(x_TI)
         tokens += x_TI.shape[0]
     else:
         kept_T = token_mask.reshape(-1).bool()
         # where, not a product: padding may hold infinities or NaN
-        sum_squares_I += torch.where(kept_T[:, None], x_TI.float(), 0).square_().sum(0)
+        sum_squares_I += sum_of_squares(torch.where(kept_T[:, None], x_TI.float(), 0))
         tokens += kept_T.sum()
+
+
+def sum_of_squares(x_TI: Tensor) -> Tensor:
+    """Over tokens, float32 (I,). On CPU by numpy in threads, in chunks of rows that stay in the cache.
+
+    Sums of 128 rows are added up in float32, which is more exact than one running sum.
+    """
+    if x_TI.device.type != "cpu" or x_TI.dtype == torch.float64:
+        return x_TI.float().square().sum(0)
+    threads = torch.get_num_threads()
+    rows = -(-len(x_TI) // threads)
+    if threads == 1 or rows < _CHUNK:
+        return torch.from_numpy(_sum_of_squares(x_TI.float().numpy()))
+    parts = [x_TI[start : start + rows] for start in range(0, len(x_TI), rows)]
+    return torch.from_numpy(sum(_threads(threads).map(lambda part: _sum_of_squares(part.float().numpy()), parts)))
+
+
+_CHUNK = 128
+
+
+def _sum_of_squares(x: np.ndarray) -> np.ndarray:
+    whole = len(x) // _CHUNK * _CHUNK
+    chunks = x[:whole].reshape(-1, _CHUNK, x.shape[1])
+    found: np.ndarray = np.einsum("cti,cti->ci", chunks, chunks).sum(0)
+    found += np.einsum("ti,ti->i", x[whole:], x[whole:])
+    return found
+
+
+@functools.cache
+def _threads(count: int) -> ThreadPoolExecutor:
+    # numpy lets go of the interpreter lock inside einsum, so parts really run side by side
+    return ThreadPoolExecutor(count, thread_name_prefix="sum_of_squares")
 
 
 @_accumulate.register_fake

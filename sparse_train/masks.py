@@ -8,6 +8,7 @@ takes 1/8 byte a weight, and is what layers store, checkpoints hold and ranks ex
 
 from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -71,6 +72,8 @@ def fill_full(packed_OJ: Tensor, in_features: int) -> None:
 
 def count(packed_OJ: Tensor) -> int:
     """Kept entries."""
+    if packed_OJ.device.type == "cpu":
+        return int(np.bitwise_count(packed_OJ.numpy()).sum(dtype=np.int64))
     return int(_popcount_table(packed_OJ.device)[packed_OJ.int()].sum())
 
 

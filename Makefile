@@ -1,5 +1,5 @@
 # make demo   the whole job on a real model        make test   style, types, tests
-# make setup  only the virtual environment         make bench  selection and overhead benchmarks
+# make setup  only the virtual environment         make bench  benchmarks of time
 
 PYTHON ?= python3
 STEPS ?= 20
@@ -39,6 +39,7 @@ test: lint
 bench: $(READY)
 	$(BIN)/python benchmarks/selection.py
 	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/oneshot_time.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info runs

@@ -83,6 +83,7 @@ def prune(
     for stage in stages:  # mistakes in the pattern should not wait for the model
         _resolve(stage)
     check_free(Path(out))
+    _check_device(device)
     source, text = as_model_source(model), text or PackagedWikipedia()
     calibration = _Calibration(text, num_calibration_samples, max_seq_length, sampling, batch_size)
     job = _Job(source, stages, calibration, device)
@@ -109,6 +110,17 @@ def prune(
     # a streamed model may not fit in memory: what is shown of it was counted as its blocks passed
     shown = _counted(details, reports[-1]) if loaded is None else layer_sparsities(loaded)
     show_pruning(details, shown, folder)
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ValueError(f"device names a device of torch, such as cpu or cuda, got {device!r}.") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"There is no GPU that this torch can use, so device={device!r} cannot be had. Use cpu.")
 
 
 def _write(path: Path, details: dict[str, Any]) -> None:
@@ -239,6 +251,7 @@ def _details(job: _Job, seed: int, reports: list[OneshotReport], notes: list[str
             "forwards": sum(report.forward_seconds for report in reports),
             "pruning": sum(report.pruning_seconds for report in reports),
         },
+        "layers": {name: update.zeros / update.size for report in reports for name, update in report.layers.items()},
         "versions": {name: version(name) for name in packages},
     }
 
@@ -306,6 +319,7 @@ def _over_seeds(job: _Job, seeds: list[int], measure: Any, out: Path, streaming:
         details = _details(job, seed, reports, notes)
         del loaded  # before the next one comes
     values = [row["perplexity"] for row in rows]
+    details["calibration"]["seed"] = seeds
     details |= {
         "seeds": rows,
         "mean": statistics.mean(values),

@@ -50,6 +50,7 @@ def test_llm_compressor_recipes_count_n_pruned(run, theirs, zeros):
     model, details = run("--recipe=theirs.yaml")
     assert zeros_of_four(model) == {zeros}
     assert details["stages"][0]["mask_structure"] == f"{4 - zeros}:4"
+    assert set(details["layers"].values()) == {zeros / 4}
 
 
 @pytest.mark.parametrize(("theirs", "zeros"), [("1:4", 1), ("3:4", 3)])
@@ -121,6 +122,7 @@ def test_perplexity_is_measured_on_request(run, text_file):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--device=cuda:99x"], "device names a device of torch"),
         (["--seeds=five"], "seeds are written 0..4 or 0,2,7, got 'five'"),
         (["--seeds=3..3"], "a spread needs two"),
         (["--seeds=0..1", "--criterion=Magnitude"], "seeds change nothing"),

@@ -5,6 +5,7 @@ What is held is one block, the embeddings, and the activations between two block
 """
 
 import json
+import logging
 import shutil
 import time
 import zlib
@@ -39,6 +40,8 @@ from sparse_train.patterns import Pattern
 from sparse_train.progress import bar
 from sparse_train.pruner import LayerUpdate, attach, expect, reduce_statistics, warn_of_padding
 from sparse_train.targets import Selection, expert_shape_OI, select
+
+_log = logging.getLogger(__name__)
 
 
 def prune_checkpoint(
@@ -156,6 +159,9 @@ class _Run:
 
     def walk(self, calibration: CalibrationPass | None, sparsities: Mapping[str, float]) -> dict[str, LayerUpdate]:
         kind = statistics_of(self.method)
+        done = sum(map(self.streamed.is_done, range(len(self.blocks))))
+        if done:
+            _log.warning("Going on behind %d finished blocks of %d; times are of the rest.", done, len(self.blocks))
         for index in range(len(self.blocks)):
             self.streamed.load_block(index)
             if not self.streamed.is_done(index):

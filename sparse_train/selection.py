@@ -7,6 +7,7 @@ ten times faster than sorting rows (``benchmarks/selection.py``). Other devices 
 """
 
 import functools
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -82,6 +83,9 @@ def _in_blocks(select: _BlockSelection, scores_GM: Tensor, kept: int) -> Tensor:
 @functools.cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="selection")
+
+
+os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked child has the pool, but none of its threads
 
 
 def _threshold_block(scores: _Array, keep: _Array, kept: int) -> None:

@@ -1,9 +1,12 @@
+import multiprocessing
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sparse_train import selection
+from sparse_train.activations import sum_of_squares
 
 from .reference import row_mask
 
@@ -53,3 +56,20 @@ def test_minus_infinity_goes_first():
     scores = torch.tensor([[-torch.inf, 0.0, -torch.inf, 1.0]])
     assert selection.keep_highest(scores, 2).tolist() == [[False, True, False, True]]
     assert selection.keep_highest(scores, 3).tolist() == [[False, True, True, True]]
+
+
+def test_a_forked_process_has_threads_of_its_own():
+    scores, x = torch.rand(64, 2**14), torch.rand(512, 32)
+    selection.keep_highest(scores, 100)
+    sum_of_squares(x)
+
+    def child():
+        selection._in_blocks(selection._threshold_block, scores, 100)
+        sum_of_squares(x)
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join(60)
+    alive = process.is_alive()
+    process.kill()
+    assert not alive and process.exitcode == 0

@@ -1,4 +1,7 @@
-"""The one collective that masks need: sums over ranks, at an update and never per step."""
+"""The collectives that masks need, at an update and never per step: one sum over ranks, one gather of bytes.
+
+Without ranks (no process group, or a world of one) they do nothing.
+"""
 
 from collections.abc import Sequence
 
@@ -6,14 +9,56 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_DIGIT = 12  # bits: sums of digits over up to 4096 ranks are exact in float32
+_DIGITS = 3
+
+
+def world_size() -> int:
+    """Ranks; 1 without a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's rank; 0 without a process group."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
 
 def sum_over_ranks(tensors: Sequence[Tensor]) -> None:
-    """Replace each tensor by its sum over all ranks, in place, with one reduce a dtype; without ranks do nothing."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    """Replace each tensor by its sum over all ranks, in place, with one reduce for all of them.
+
+    Args:
+        tensors: float32, or int64 with values from 0 to 2^36 (they travel as three float32 digits, and stay exact).
+    """
+    if world_size() == 1 or not tensors:
         return
-    for dtype in sorted({tensor.dtype for tensor in tensors}, key=str):
-        group = [tensor for tensor in tensors if tensor.dtype == dtype]
-        flat = torch.cat([tensor.reshape(-1) for tensor in group])
-        dist.all_reduce(flat)
-        for tensor, part in zip(group, flat.split([tensor.numel() for tensor in group]), strict=True):
-            tensor.copy_(part.view_as(tensor))
+    flat = torch.cat([_to_float(tensor) for tensor in tensors])
+    dist.all_reduce(flat)
+    start = 0
+    for tensor in tensors:
+        size = tensor.numel() * (1 if tensor.is_floating_point() else _DIGITS)
+        part, start = flat[start : start + size], start + size
+        tensor.copy_(part.view_as(tensor) if tensor.is_floating_point() else _to_integer(part, tensor))
+
+
+def _to_float(tensor: Tensor) -> Tensor:
+    if tensor.is_floating_point():
+        assert tensor.dtype == torch.float32, tensor.dtype
+        return tensor.reshape(-1)
+    digits = [(tensor.reshape(-1) >> _DIGIT * place) & (2**_DIGIT - 1) for place in range(_DIGITS)]
+    return torch.cat(digits).float()
+
+
+def _to_integer(digits: Tensor, like: Tensor) -> Tensor:
+    places = digits.view(_DIGITS, -1).to(like.dtype)
+    return torch.stack([digit << _DIGIT * place for place, digit in enumerate(places)]).sum(0).view_as(like)
+
+
+def gather_bytes(own: Tensor, length: int) -> list[Tensor]:
+    """What each rank has, uint8 (<= length,), padded to ``length``; one gather."""
+    if world_size() == 1:
+        return [own]
+    padded = own.new_zeros(length)
+    padded[: len(own)] = own
+    gathered = own.new_empty(world_size() * length)
+    dist.all_gather_into_tensor(gathered, padded)
+    return list(gathered.view(world_size(), length))

@@ -24,6 +24,8 @@ def packed_width(in_features: int) -> int:
 def pack(mask_OI: Tensor) -> Tensor:
     """Pack a bool mask (O, I) into uint8 (O, ceil(I / 8))."""
     assert mask_OI.dtype == torch.bool and mask_OI.dim() == 2, (mask_OI.dtype, mask_OI.shape)
+    if not len(mask_OI):  # the last process of many may hold no rows
+        return mask_OI.new_empty((0, packed_width(mask_OI.shape[1])), dtype=torch.uint8)
     spare = -mask_OI.shape[1] % 8
     if spare:
         mask_OI = F.pad(mask_OI, (0, spare))
@@ -80,6 +82,19 @@ def count(packed_OJ: Tensor) -> int:
 def count_differing(a_OJ: Tensor, b_OJ: Tensor) -> int:
     """Entries in which two packed masks of one shape differ."""
     return count(a_OJ ^ b_OJ)
+
+
+def fingerprint(packed_OJ: Tensor) -> Tensor:
+    """32 bits that differ where two masks differ in one entry, and almost surely where they differ in more: (32,) bool.
+
+    Computed where the mask is, so that none has to be copied from an accelerator.
+    """
+    flat = packed_OJ.reshape(-1)
+    words = F.pad(flat, (0, -flat.numel() % 8)).view(torch.int64)
+    # odd multipliers: a change of one word always changes the sum (modulo 2^64)
+    odd = torch.arange(1, 2 * len(words), 2, device=flat.device) * 0x5851F42D4C957F2D
+    total = (words * odd).sum() * 0x2545F4914F6CDD1D
+    return ((total ^ (total >> 32)) >> torch.arange(32, device=flat.device)).bitwise_and(1).bool()
 
 
 @cache

@@ -66,7 +66,7 @@ class MaskedMatrix:
 
     def keeps_all(self) -> bool:
         """Whether the mask prunes nothing."""
-        return masks.count(self.weight_mask) == self.weight_OI.numel()
+        return masks.count(self.weight_mask) == self.in_features * self.out_features
 
     def set_mask(self, mask_OI: Tensor) -> None:
         """Replace the mask in place."""

@@ -22,6 +22,8 @@ class Pattern(ABC):
 
     model_wide: ClassVar[bool] = False
     """Whether the group is the whole model; ``mask`` then gets the scores of all layers as one row."""
+    rowwise: ClassVar[bool] = False
+    """Whether groups lie within rows, so that processes can select in the rows they hold (FSDP2)."""
 
     @abstractmethod
     def mask(self, scores_OI: Tensor, sparsity: float) -> Tensor:
@@ -50,6 +52,10 @@ class Unstructured(Pattern):
     def model_wide(self) -> bool:  # type: ignore[override]
         return self.group == "model"
 
+    @property
+    def rowwise(self) -> bool:  # type: ignore[override]
+        return self.group == "row"
+
     def mask(self, scores_OI: Tensor, sparsity: float) -> Tensor:
         from sparse_train.selection import keep_highest
 
@@ -67,6 +73,8 @@ class NM(Pattern):
 
     n: int
     m: int
+
+    rowwise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 1 <= self.n <= self.m or self.m < 2:

@@ -21,7 +21,10 @@ class MaskPolicy(ABC):
 
     @abstractmethod
     def admit(self, scores_OI: Tensor, mask_OI: Tensor) -> Tensor:
-        """The scores (O, I) that selection will see, given the mask so far; -inf = prune first."""
+        """The scores (O, I) that selection will see, given the mask so far; -inf = prune first.
+
+        Asked only where pruned weights cannot come back: with ``revives``, selection sees all scores.
+        """
 
     def shadow_decay(self, progress: float, steps: int) -> float:
         """Factor on the values of pruned weights, for ``steps`` optimizer steps that end at ``progress`` in [0, 1]."""

@@ -5,23 +5,21 @@ One-shot pruning, the Lightning callback and plain loops all go through here.
 Shape suffixes: O out_features, I in_features, J packed mask bytes.
 """
 
-import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from sparse_train import masks
-from sparse_train.activations import ActivationNorm, Statistics
+from sparse_train import masks, sharding
+from sparse_train.activations import ActivationNorm
 from sparse_train.criteria import Criterion
-from sparse_train.distributed import sum_over_ranks
-from sparse_train.matrices import MaskedLayer, MaskedMatrix, Recorder
+from sparse_train.distributed import gather_bytes, rank, sum_over_ranks
+from sparse_train.matrices import MaskedMatrix
 from sparse_train.patterns import Pattern
 from sparse_train.policies import MaskPolicy
-
-_log = logging.getLogger(__name__)
+from sparse_train.recording import check_reached
 
 T = TypeVar("T")
 
@@ -86,136 +84,158 @@ def update_masks(
     Raises:
         ValueError: a layer without activations, or with non-finite activations or weights.
     """
-    _check_reached(layers, criterion)
-    # All new masks first, then all changes: an error leaves every mask and weight as it was.
-    new: dict[str, Tensor] = {}
-    if pattern.model_wide:
-        assert isinstance(sparsity, float), "one group has one sparsity"
-        scores = [_admitted(name, layer, criterion, policy, shadow_factor) for name, layer in layers.items()]
-        keep = pattern.mask(torch.cat([score.reshape(1, -1) for score in scores], dim=1), sparsity)
-        parts = keep.split([score.numel() for score in scores], dim=1)
-        for (name, layer), part in zip(layers.items(), parts, strict=True):
-            new[name] = masks.pack(part.view(layer.out_features, layer.in_features))
-    else:
-        for name, layer in layers.items():
-            scores_OI = _admitted(name, layer, criterion, policy, shadow_factor)
-            own = sparsity[name] if isinstance(sparsity, Mapping) else sparsity
-            new[name] = masks.pack(pattern.mask(scores_OI, own))
+    check_reached(layers, criterion)
+    # All new masks first, then all changes: an error leaves every mask and weight as it was, on every rank.
+    select = _select_model_wide if pattern.model_wide else _select_by_layer
+    chosen = select(layers, criterion, pattern, sparsity, policy, shadow_factor)
+    for name, choice in chosen.items():
+        if not choice.finite:
+            raise ValueError(
+                f"{name}: scores are not finite, because a weight is infinite or NaN, or too large for its "
+                "activations; masks were not changed. Lower the learning rate, or look for where the weight got its "
+                "value."
+            )
     updates = {}
     for name, layer in layers.items():
         if shadow_factor != 1:
-            layer.weight_OI.copy_(_decayed(layer, shadow_factor))
-        updates[name] = replace_mask(layer, new[name])
+            sharding.decay_shadow(layer, shadow_factor)
+        updates[name] = replace_mask(layer, chosen[name].keep_OJ, chosen[name].nonzero)
     return updates
 
 
-def replace_mask(layer: MaskedMatrix, packed_OJ: Tensor) -> LayerUpdate:
-    """Put a packed mask in the place of the one that is there."""
+@dataclass
+class _Choice:
+    """Rows of a new mask, before anything is changed."""
+
+    keep_OJ: Tensor
+    nonzero: int
+    """Kept weights that are not zero."""
+    finite: bool = True
+
+
+def _select_by_layer(
+    layers: Mapping[str, MaskedMatrix],
+    criterion: Criterion,
+    pattern: Pattern,
+    sparsity: float | Mapping[str, float],
+    policy: MaskPolicy,
+    shadow_factor: float,
+) -> dict[str, _Choice]:
+    by_rows = criterion.rowwise and pattern.rowwise
+    chosen = {}
+    for name, layer in layers.items():
+        own = sparsity[name] if isinstance(sparsity, Mapping) else sparsity
+        with sharding.weights(layer, by_rows) as (weight_OI, rows):
+            scores_OI, nonzero_OJ, finite = _admitted(layer, weight_OI, rows, criterion, policy, shadow_factor)
+        keep_OJ = masks.pack(pattern.mask(scores_OI, own)) if finite else nonzero_OJ
+        chosen[name] = _Choice(keep_OJ, masks.count(keep_OJ & nonzero_OJ), finite)
+    if by_rows:
+        _complete(chosen, {name: layer for name, layer in layers.items() if sharding.is_dtensor(layer.weight_OI)})
+    return chosen
+
+
+def _select_model_wide(
+    layers: Mapping[str, MaskedMatrix],
+    criterion: Criterion,
+    pattern: Pattern,
+    sparsity: float | Mapping[str, float],
+    policy: MaskPolicy,
+    shadow_factor: float,
+) -> dict[str, _Choice]:
+    assert isinstance(sparsity, float), "one group has one sparsity"
+    chosen, scores = {}, []
+    for name, layer in layers.items():
+        with sharding.weights(layer, by_rows=False) as (weight_OI, rows):
+            scores_OI, nonzero_OJ, finite = _admitted(layer, weight_OI, rows, criterion, policy, shadow_factor)
+        scores.append(scores_OI)
+        chosen[name] = _Choice(nonzero_OJ, 0, finite)
+    if all(choice.finite for choice in chosen.values()):
+        keep = pattern.mask(torch.cat([score.reshape(1, -1) for score in scores], dim=1), sparsity)
+        parts = keep.split([score.numel() for score in scores], dim=1)
+        for choice, score, part in zip(chosen.values(), scores, parts, strict=True):
+            nonzero_OJ, choice.keep_OJ = choice.keep_OJ, masks.pack(part.view_as(score))
+            choice.nonzero = masks.count(choice.keep_OJ & nonzero_OJ)
+    return chosen
+
+
+def _complete(chosen: Mapping[str, _Choice], layers: Mapping[str, MaskedMatrix]) -> None:
+    """Put the rows together that processes have chosen: one gather of mask bits, with a count for each layer."""
+    if not layers:
+        return
+    device = next(iter(layers.values())).weight_mask.device
+    counts = [chosen[name].nonzero if chosen[name].finite else -1 for name in layers]
+    header = torch.tensor(counts, dtype=torch.int64, device=device).view(torch.uint8)
+    own = torch.cat([header, *(chosen[name].keep_OJ.reshape(-1) for name in layers)])
+    widths = {name: layer.weight_mask.shape[1] for name, layer in layers.items()}
+    rows = {name: sharding.rows_of(0, layer.out_features).stop for name, layer in layers.items()}  # the most
+    gathered = gather_bytes(own, len(header) + sum(rows[name] * widths[name] for name in layers))
+    found = torch.stack([each[: len(header)].view(torch.int64) for each in gathered])
+    for index, name in enumerate(layers):
+        chosen[name].finite = bool((found[:, index] >= 0).all())
+        chosen[name].nonzero = int(found[:, index].sum())
+    parts: dict[str, list[Tensor]] = {name: [] for name in layers}
+    for process, each in enumerate(gathered):
+        start = len(header)
+        for name, layer in layers.items():
+            here = sharding.rows_of(process, layer.out_features)
+            size = (here.stop - here.start) * widths[name]
+            parts[name].append(each[start : start + size].view(-1, widths[name]))
+            start += size
+    for name in layers:
+        chosen[name].keep_OJ = torch.cat(parts[name])
+
+
+def replace_mask(layer: MaskedMatrix, packed_OJ: Tensor, nonzero: int) -> LayerUpdate:
+    """Put a packed mask, under which ``nonzero`` weights are not zero, in the place of the one that is there."""
     flips = masks.count_differing(layer.weight_mask, packed_OJ)
     layer.weight_mask.copy_(packed_OJ)
     layer.reached = False
-    return measure(layer, flips)
+    size = layer.in_features * layer.out_features
+    return LayerUpdate(size, size - nonzero, flips)
 
 
-def measure(layer: MaskedMatrix, flips: int = 0) -> LayerUpdate:
-    """Count the zeros of a masked layer."""
-    weight_OI = layer.weight_OI.detach()
-    nonzero = masks.count(masks.pack(weight_OI != 0) & layer.weight_mask)
-    return LayerUpdate(weight_OI.numel(), weight_OI.numel() - nonzero, flips)
+def measure(layers: Mapping[str, MaskedMatrix]) -> dict[str, LayerUpdate]:
+    """Count the zeros of masked layers, as they are; where rows are sharded, with one reduce."""
+    counts = []
+    for layer in layers.values():
+        with sharding.weights(layer, by_rows=True) as (weight_OI, rows):
+            counts.append(masks.count(masks.pack(weight_OI != 0) & layer.weight_mask[rows]))
+    sharded = [sharding.is_dtensor(layer.weight_OI) for layer in layers.values()]
+    if any(sharded):
+        device = next(iter(layers.values())).weight_mask.device
+        mine = [n if part or rank() == 0 else 0 for n, part in zip(counts, sharded, strict=True)]
+        total = torch.tensor(mine, dtype=torch.int64, device=device)
+        sum_over_ranks([total])
+        counts = total.tolist()
+    sizes = [layer.in_features * layer.out_features for layer in layers.values()]
+    return {name: LayerUpdate(size, size - n, 0) for name, size, n in zip(layers, sizes, counts, strict=True)}
 
 
-def _admitted(name: str, layer: MaskedMatrix, criterion: Criterion, policy: MaskPolicy, shadow_factor: float) -> Tensor:
-    weight_OI = layer.weight_OI.detach() if shadow_factor == 1 else _decayed(layer, shadow_factor)
+def _admitted(
+    layer: MaskedMatrix,
+    weight_OI: Tensor,
+    rows: slice,
+    criterion: Criterion,
+    policy: MaskPolicy,
+    shadow_factor: float,
+) -> tuple[Tensor, Tensor, bool]:
+    """Scores as selection sees them, which weights are not zero (packed), and whether the scores are finite."""
+    keep_OI = layer.unpacked_mask()[rows] if shadow_factor != 1 or not policy.revives else None
+    if shadow_factor != 1:
+        assert keep_OI is not None
+        weight_OI = torch.where(keep_OI, weight_OI, weight_OI * shadow_factor)
     stats = layer.statistics if criterion.needs_activations else None
     assert stats is None or isinstance(stats, ActivationNorm)
     scores_OI = criterion.scores(weight_OI, stats)
     # the sum is finite where all are, and ten times faster to look at; it may overflow where none is infinite
-    if not bool(scores_OI.sum().isfinite()) and not bool(scores_OI.isfinite().all()):
-        raise ValueError(
-            f"{name}: scores are not finite, because a weight is infinite or NaN, or too large for its activations; "
-            "masks were not changed. Lower the learning rate, or look for where the weight got its value."
-        )
+    finite = bool(scores_OI.sum().isfinite()) or bool(scores_OI.isfinite().all())
     if stats is not None and bool((stats.sum_squares_I == 0).any()):
         # An input that never comes makes every score 0: what is zero already goes first, so that pruning twice is once.
         scores_OI = scores_OI.masked_fill(weight_OI == 0, -torch.inf)
-    return policy.admit(scores_OI, layer.unpacked_mask())
-
-
-def _decayed(layer: MaskedMatrix, shadow_factor: float) -> Tensor:
-    weight_OI = layer.weight_OI.detach()
-    return torch.where(layer.unpacked_mask(), weight_OI, weight_OI * shadow_factor)
-
-
-def _check_reached(layers: Mapping[str, MaskedMatrix], criterion: Criterion) -> None:
-    if criterion.needs_activations:
-        for name, layer in layers.items():
-            check_statistics(name, layer.statistics)
-        return
-    unreached = [name for name, layer in layers.items() if not layer.reached]
-    if unreached and len(unreached) < len(layers):  # none reached: there has been no forward yet
-        raise ValueError(
-            f"{unreached[0]} is a target, but no forward reached it since the last mask update, so its mask has no "
-            f"effect; masks were not changed. Leave it out with ignore=[{unreached[0]!r}]."
-        )
-
-
-def check_statistics(name: str, stats: Statistics | None) -> None:
-    """Raise ValueError where a layer has seen no token, or activations that are not finite."""
-    if stats is None or int(stats.tokens) == 0:
-        raise ValueError(
-            f"{name} is a target, but no token reached it since the last mask update, so it has no activations to "
-            f"score with. If the model does not use it, leave it out with ignore=[{name!r}]; if forwards happen with "
-            "the model in eval mode and under no_grad, they are taken for evaluation and do not count."
-        )
-    if not bool(stats.sum_squares_I.isfinite().all()):
-        feature = int((~stats.sum_squares_I.isfinite()).nonzero()[0])
-        raise ValueError(
-            f"{name}: the input activations are not finite (first at feature {feature} of {len(stats.sum_squares_I)}), "
-            "so Wanda scores cannot be computed; masks were not changed. Look for NaN in the data, a learning rate "
-            "that is too high, or an overflow of float16."
-        )
-
-
-def attach(layers: Iterable[MaskedMatrix], recorder: Recorder, statistics: type[Statistics] | None) -> None:
-    """Give layers a common recorder and fresh statistics of this kind; None = none."""
-    for layer in layers:
-        if isinstance(layer, MaskedLayer):
-            layer.recorder, layer.records = recorder, True
-        layer.statistics = None if statistics is None else statistics(layer.in_features, layer.weight_OI.device)
-
-
-def needed_statistics(criterion: Criterion) -> type[ActivationNorm] | None:
-    """What a criterion reads."""
-    return ActivationNorm if criterion.needs_activations else None
-
-
-def share_statistics(recorder: Recorder) -> None:
-    """After a forward under ``recorder.sharing``: let layers that read one input use one statistic."""
-    assert recorder.sharing is not None
-    for layer, leader in recorder.sharing.leaders().items():
-        assert isinstance(layer, MaskedLayer) and isinstance(leader, MaskedLayer)
-        if leader is not layer:
-            layer.statistics, layer.records = leader.statistics, False
-    recorder.sharing = None
-
-
-def reduce_statistics(layers: Iterable[MaskedMatrix]) -> list[Statistics]:
-    """Sum the statistics of ``layers`` over ranks and return the distinct ones."""
-    distinct = {id(layer.statistics): layer.statistics for layer in layers if layer.statistics is not None}
-    sum_over_ranks([tensor for each in distinct.values() for tensor in each.tensors()])
-    return list(distinct.values())
-
-
-def warn_of_padding(recorder: Recorder) -> None:
-    """Say, once, that a token mask did not fit an input, so that padding counts in its statistics."""
-    if recorder.mask_misfit is not None and not recorder.warned:
-        recorder.warned = True
-        _log.warning(
-            "The batch's attention_mask does not fit a layer's input of shape %s, so padding counts in its activation "
-            "statistics. Override DynamicPruning.token_mask, or set MaskUpdater.token_mask, to say which tokens count; "
-            "in one-shot pruning calibrate on samples without padding.",
-            recorder.mask_misfit,
-        )
+    if not policy.revives:
+        assert keep_OI is not None
+        scores_OI = policy.admit(scores_OI, keep_OI)
+    return scores_OI, masks.pack(weight_OI != 0), finite
 
 
 def expect(name: str, value: T | None, default: T, base: type[Any]) -> T:

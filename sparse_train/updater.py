@@ -15,18 +15,8 @@ from sparse_train.layers import sparsify, squash
 from sparse_train.matrices import MaskedLayer, Recorder
 from sparse_train.patterns import Pattern, parse_pattern
 from sparse_train.policies import MaskPolicy, StraightThrough
-from sparse_train.pruner import (
-    LayerUpdate,
-    UpdateReport,
-    attach,
-    expect,
-    measure,
-    needed_statistics,
-    reduce_statistics,
-    share_statistics,
-    update_masks,
-    warn_of_padding,
-)
+from sparse_train.pruner import LayerUpdate, UpdateReport, expect, measure, update_masks
+from sparse_train.recording import attach, exchange, needed_statistics, share_statistics, warn_of_padding
 from sparse_train.schedules import Constant, Schedule
 from sparse_train.targets import select
 from sparse_train.timing import Timing
@@ -145,11 +135,11 @@ class MaskUpdater:
         self.steps += 1
         warn_of_padding(self.recorder)
         if self.recorder.sharing is not None:
-            share_statistics(self.recorder)
+            share_statistics(self.recorder, list(self.layers.values()))
             self._sharing_known = True
         report = None
         if self.timing.is_update(self.steps):
-            report = self.update() if self._would_change(self.steps) else self.report()
+            report = self.update() if self._would_change(self.steps) else self._confirm()
         self._set_recording()
         return report
 
@@ -158,7 +148,7 @@ class MaskUpdater:
         began = time.perf_counter()
         progress = self.timing.progress(self.steps)
         target = self.schedule.sparsity(progress)
-        statistics = reduce_statistics(self.layers.values())
+        statistics = exchange(self.layers)
         since = 0 if self.target is None else self.steps - self._last_update
         changes = update_masks(
             self.layers,
@@ -173,11 +163,16 @@ class MaskUpdater:
         self.target, self._last_update = target, self.steps
         return self._report(changes, time.perf_counter() - began)
 
+    def _confirm(self) -> UpdateReport:
+        exchange(self.layers)  # nothing is recorded, but ranks must still agree
+        for layer in self.layers.values():
+            layer.reached = False
+        return self.report()
+
     def report(self) -> UpdateReport:
         """The masks as they are, unchanged: sparsity counted on the weights, flip rate 0."""
         began = time.perf_counter()
-        changes = {name: measure(layer) for name, layer in self.layers.items()}
-        return self._report(changes, time.perf_counter() - began)
+        return self._report(measure(self.layers), time.perf_counter() - began)
 
     def state_dict(self) -> dict[str, Any]:
         """All that decides a later mask and is not in the model: counters, timing, statistics, settings."""

@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sparse_train.activations import ActivationNorm, InputSharing
 from sparse_train.layers import Recorder, sparse_layers, sparsify
-from sparse_train.pruner import attach
+from sparse_train.recording import attach
 
 from .conftest import VOCABULARY, tiny_llama
 

@@ -20,6 +20,8 @@ class Criterion(ABC):
 
     needs_activations: ClassVar[bool] = False
     """Whether ``scores`` reads ``stats``; if not, none are gathered."""
+    rowwise: ClassVar[bool] = False
+    """Whether the scores of a row need no other row, so that processes can score the rows they hold (FSDP2)."""
     group: ClassVar[Group] = "row"
     """What the word "unstructured" compares under this criterion; ``Unstructured(group=...)`` says it in full."""
 

@@ -1,6 +1,7 @@
 """Magnitude. Shape suffixes: O out_features, I in_features."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -14,6 +15,8 @@ class Magnitude(Criterion):
 
     The Wanda paper's magnitude baseline compares within a layer: ``Unstructured(group="layer")``.
     """
+
+    rowwise: ClassVar[bool] = True
 
     def scores(self, weight_OI: Tensor, stats: ActivationNorm | None = None) -> Tensor:
         return weight_OI.abs().float()

@@ -21,6 +21,7 @@ class Wanda(Criterion):
     """
 
     needs_activations: ClassVar[bool] = True
+    rowwise: ClassVar[bool] = True
 
     def scores(self, weight_OI: Tensor, stats: ActivationNorm | None) -> Tensor:
         assert stats is not None, "Wanda needs activation statistics"
@@ -38,6 +39,7 @@ class WandaCumulative(Criterion):
     """
 
     needs_activations: ClassVar[bool] = True
+    rowwise: ClassVar[bool] = True
     group: ClassVar[Group] = "layer"
 
     def scores(self, weight_OI: Tensor, stats: ActivationNorm | None) -> Tensor:

@@ -20,7 +20,8 @@ from sparse_train.oneshot.experts import ExpertMatrix, expert_matrices
 from sparse_train.oneshot.walk import Batch, CalibrationPass
 from sparse_train.patterns import Pattern, parse_pattern, parse_word
 from sparse_train.progress import bar
-from sparse_train.pruner import LayerUpdate, attach, expect, reduce_statistics, warn_of_padding
+from sparse_train.pruner import LayerUpdate, expect
+from sparse_train.recording import attach, reduce_statistics, warn_of_padding
 from sparse_train.solvers import Solver
 from sparse_train.targets import block_lists, select
 

@@ -12,7 +12,8 @@ from sparse_train.matrices import MaskedMatrix
 from sparse_train.oneshot.experts import ExpertMatrix, fall_back
 from sparse_train.patterns import Pattern
 from sparse_train.policies import StraightThrough
-from sparse_train.pruner import LayerUpdate, check_statistics, reduce_statistics, replace_mask, update_masks
+from sparse_train.pruner import LayerUpdate, replace_mask, update_masks
+from sparse_train.recording import check_statistics, reduce_statistics
 from sparse_train.solvers import Solver
 
 Method = Criterion | Solver
@@ -95,7 +96,8 @@ def _solve(
             )
         save(layer)
         layer.weight_OI.copy_(weight_OI)
-        updates[name] = replace_mask(layer, masks.pack(mask_OI))
+        keep_OJ = masks.pack(mask_OI)
+        updates[name] = replace_mask(layer, keep_OJ, masks.count(masks.pack(weight_OI != 0) & keep_OJ))
     return updates
 
 

@@ -38,7 +38,8 @@ from sparse_train.oneshot.streamed_model import StreamedModel, model_without_wei
 from sparse_train.oneshot.walk import Batch, CalibrationPass
 from sparse_train.patterns import Pattern
 from sparse_train.progress import bar
-from sparse_train.pruner import LayerUpdate, attach, expect, reduce_statistics, warn_of_padding
+from sparse_train.pruner import LayerUpdate, expect
+from sparse_train.recording import attach, reduce_statistics, warn_of_padding
 from sparse_train.targets import Selection, expert_shape_OI, select
 
 _log = logging.getLogger(__name__)

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from sparse_train.activations import InputSharing
-from sparse_train.matrices import Recorder
+from sparse_train.matrices import MaskedLayer, Recorder
 from sparse_train.oneshot.experts import ExpertMatrix, ExpertRecorder
 from sparse_train.oneshot.store import Activations, moved
-from sparse_train.pruner import share_statistics
+from sparse_train.recording import share_statistics
 
 Batch = Tensor | Mapping[str, Any]
 """Token ids (B, L), or the model's keyword arguments."""
@@ -85,10 +85,14 @@ class CalibrationPass:
                     if experts and recorder.token_mask is not None and not bool(recorder.token_mask.all()):
                         recorder.mask_misfit = "(tokens that are routed to experts, I)"
                     if recorder.sharing is not None:
-                        share_statistics(recorder)
+                        share_statistics(recorder, self._recording())
                     yield output
         finally:
             recorder.when, recorder.sharing, recorder.token_mask = "never", None, None
+
+    def _recording(self) -> list[MaskedLayer]:
+        layers = (module for module in self._model.modules() if isinstance(module, MaskedLayer))
+        return [layer for layer in layers if layer.recorder is self._recorder and layer.statistics is not None]
 
     def _forwards(self, forward: Callable[[int], Any]) -> Iterator[Any]:
         with _inference(self._model):

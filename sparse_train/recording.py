@@ -1,0 +1,132 @@
+"""What layers record between mask updates: attached, shared by layers with one input, summed over ranks, checked."""
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from sparse_train import masks
+from sparse_train.activations import ActivationNorm, Statistics
+from sparse_train.criteria import Criterion
+from sparse_train.distributed import gather_bytes, sum_over_ranks, world_size
+from sparse_train.matrices import MaskedLayer, MaskedMatrix, Recorder
+
+_log = logging.getLogger(__name__)
+
+
+def check_reached(layers: Mapping[str, MaskedMatrix], criterion: Criterion) -> None:
+    """Raise ValueError where a target took no part in the forwards since the last update."""
+    if criterion.needs_activations:
+        for name, layer in layers.items():
+            check_statistics(name, layer.statistics)
+        return
+    unreached = [name for name, layer in layers.items() if not layer.reached]
+    if unreached and len(unreached) < len(layers):  # none reached: there has been no forward yet
+        raise ValueError(
+            f"{unreached[0]} is a target, but no forward reached it since the last mask update, so its mask has no "
+            f"effect; masks were not changed. Leave it out with ignore=[{unreached[0]!r}]."
+        )
+
+
+def check_statistics(name: str, stats: Statistics | None) -> None:
+    """Raise ValueError where a layer has seen no token, or activations that are not finite."""
+    if stats is None or int(stats.tokens) == 0:
+        raise ValueError(
+            f"{name} is a target, but no token reached it since the last mask update, so it has no activations to "
+            f"score with. If the model does not use it, leave it out with ignore=[{name!r}]; if forwards happen with "
+            "the model in eval mode and under no_grad, they are taken for evaluation and do not count."
+        )
+    if not bool(stats.sum_squares_I.isfinite().all()):
+        feature = int((~stats.sum_squares_I.isfinite()).nonzero()[0])
+        raise ValueError(
+            f"{name}: the input activations are not finite (first at feature {feature} of {len(stats.sum_squares_I)}), "
+            "so Wanda scores cannot be computed; masks were not changed. Look for NaN in the data, a learning rate "
+            "that is too high, or an overflow of float16."
+        )
+
+
+def attach(layers: Iterable[MaskedMatrix], recorder: Recorder, statistics: type[Statistics] | None) -> None:
+    """Give layers a common recorder and fresh statistics of this kind; None = none."""
+    for layer in layers:
+        if isinstance(layer, MaskedLayer):
+            layer.recorder, layer.records = recorder, True
+        layer.statistics = None if statistics is None else statistics(layer.in_features, layer.weight_OI.device)
+
+
+def needed_statistics(criterion: Criterion) -> type[ActivationNorm] | None:
+    """What a criterion reads."""
+    return ActivationNorm if criterion.needs_activations else None
+
+
+def share_statistics(recorder: Recorder, layers: Sequence[MaskedMatrix]) -> None:
+    """After a forward under ``recorder.sharing``: let layers that read one input use one statistic.
+
+    Over ranks only where all have found the same; they ask each other once in a run.
+    """
+    assert recorder.sharing is not None
+    if not layers:
+        recorder.sharing = None
+        return
+    position = {layer: index for index, layer in enumerate(layers)}
+    found: dict[Any, Any] = recorder.sharing.leaders()
+    leaders = torch.tensor([position[found.get(layer, layer)] for layer in layers], dtype=torch.int32)
+    device = layers[0].weight_mask.device
+    own = leaders.to(device).view(torch.uint8)
+    agreed = torch.stack([each == own for each in gather_bytes(own, len(own))]).all(0).view(-1, 4).all(1).tolist()
+    for layer, leader, same in zip(layers, leaders.tolist(), agreed, strict=True):
+        if same and layers[leader] is not layer:
+            assert isinstance(layer, MaskedLayer)
+            layer.statistics, layer.records = layers[leader].statistics, False
+    recorder.sharing = None
+
+
+def reduce_statistics(layers: Iterable[MaskedMatrix]) -> list[Statistics]:
+    """Sum the statistics of ``layers`` over ranks and return the distinct ones."""
+    distinct = _distinct(layers)
+    sum_over_ranks([tensor for each in distinct for tensor in each.tensors()])
+    return distinct
+
+
+def exchange(layers: Mapping[str, MaskedMatrix]) -> list[Statistics]:
+    """``reduce_statistics``, and what ranks have to agree on, in the same reduce.
+
+    A target counts as reached where a forward of any rank came by.
+
+    Raises:
+        ValueError: on every rank alike, where ranks hold different masks.
+    """
+    distinct = _distinct(layers.values())
+    if world_size() == 1:
+        return distinct
+    device = next(iter(layers.values())).weight_mask.device
+    bits = torch.stack([masks.fingerprint(layer.weight_mask) for layer in layers.values()]).float()
+    reached = torch.tensor([float(layer.reached) for layer in layers.values()], device=device)
+    sum_over_ranks([*(tensor for each in distinct for tensor in each.tensors()), bits, reached])
+    for layer, count in zip(layers.values(), reached.tolist(), strict=True):
+        layer.reached = count > 0
+    differing = ((bits > 0) & (bits < world_size())).any(1).tolist()  # a bit that all have is summed to 0 or to all
+    for name, differs in zip(layers, differing, strict=True):
+        if differs:
+            raise ValueError(
+                f"{name}: the masks of the {world_size()} processes are not the same, so they have been training "
+                "different models since the last update. Masks were changed in one of them, or its memory is faulty; "
+                "resume from a checkpoint, and leave masks to the updates."
+            )
+    return distinct
+
+
+def _distinct(layers: Iterable[MaskedMatrix]) -> list[Statistics]:
+    return list({id(layer.statistics): layer.statistics for layer in layers if layer.statistics is not None}.values())
+
+
+def warn_of_padding(recorder: Recorder) -> None:
+    """Say, once, that a token mask did not fit an input, so that padding counts in its statistics."""
+    if recorder.mask_misfit is not None and not recorder.warned:
+        recorder.warned = True
+        _log.warning(
+            "The batch's attention_mask does not fit a layer's input of shape %s, so padding counts in its activation "
+            "statistics. Override DynamicPruning.token_mask, or set MaskUpdater.token_mask, to say which tokens count; "
+            "in one-shot pruning calibrate on samples without padding.",
+            recorder.mask_misfit,
+        )

@@ -1,0 +1,148 @@
+"""Where a process holds a weight matrix: all of it, some of its rows (FSDP2), or a flat piece (ZeRO-3).
+
+All that the rest of the package needs of the engines that shard. It is asked of the parameter itself, so nothing has
+to be told which engine runs, and none is imported before one of its parameters is there.
+
+Shape suffixes: O out_features, I in_features, J packed mask bytes; R rows of this process.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_train.distributed import rank, world_size
+from sparse_train.matrices import MaskedMatrix
+
+Elementwise = Callable[[Tensor, Tensor], Tensor]
+"""New values of weights and of the mask entries that belong to them, both of one shape, whatever shape that is."""
+
+
+def is_sharded(layer: MaskedMatrix) -> bool:
+    """Whether no process holds the whole weight."""
+    return is_dtensor(layer.weight_OI) or is_zero3(_parameter(layer))
+
+
+def is_dtensor(tensor: Any) -> bool:
+    """Whether this is a tensor of FSDP2 (or of tensor parallelism), of which a process holds a part."""
+    return hasattr(tensor, "placements")
+
+
+def is_zero3(parameter: Any) -> bool:
+    """Whether DeepSpeed's ZeRO-3 has partitioned this parameter."""
+    return hasattr(parameter, "ds_id")
+
+
+def check_layout(name: str, layer: MaskedMatrix) -> None:
+    """Raise ValueError for a weight that is sharded in a way that masks cannot follow."""
+    parameter = _parameter(layer)
+    if not is_dtensor(parameter):
+        return
+    one_way = len(parameter.placements) == 1 and parameter.placements[0].is_shard(0)
+    if not one_way or parameter.device_mesh.size() != world_size():
+        raise ValueError(
+            f"{name} is laid out as {parameter.placements} over {parameter.device_mesh.size()} of {world_size()} "
+            "processes. Masks follow weights that FSDP2 shards along their first dimension over all processes; tensor "
+            "parallelism and hybrid sharding are not supported. Set tensor_parallel_size to 1, and give fully_shard a "
+            "mesh of one dimension."
+        )
+
+
+@contextmanager
+def weights(layer: MaskedMatrix, by_rows: bool) -> Iterator[tuple[Tensor, slice]]:
+    """The weight to be read, and which rows of it this is: all of them, or, ``by_rows``, those that are here.
+
+    One layer at a time: ZeRO-3 gathers it on entry and lets it go on exit, FSDP2 gathers it unless ``by_rows``.
+    """
+    everything = slice(0, layer.out_features)
+    if is_zero3(_parameter(layer)):
+        from deepspeed.zero import GatheredParameters
+
+        with GatheredParameters([_parameter(layer)]):
+            yield layer.weight_OI.detach(), everything
+        return
+    weight: Any = layer.weight_OI.detach()
+    if not is_dtensor(weight):
+        yield weight, everything
+    elif by_rows and weight.placements[0].is_shard(0):
+        weight_RI = weight.to_local()
+        rows = rows_of(rank(), layer.out_features)
+        assert weight_RI.shape[0] == rows.stop - rows.start, (weight_RI.shape, rows)
+        yield weight_RI, rows
+    else:
+        yield weight.full_tensor(), everything
+
+
+def rows_of(process: int, out_features: int) -> slice:
+    """The rows that FSDP2 gives to a process: equal chunks, the last ones shorter or empty."""
+    chunk = -(-out_features // world_size())
+    return slice(min(out_features, process * chunk), min(out_features, (process + 1) * chunk))
+
+
+@torch.no_grad()
+def rewrite(layer: MaskedMatrix, function: Elementwise) -> None:
+    """Replace weights in place, each process its part; DeepSpeed's float32 masters with them.
+
+    Without the masters, the next optimizer step would bring the old values back.
+    """
+    parameter = _parameter(layer)
+    if is_zero3(parameter):
+        _rewrite_zero3(layer, parameter, function)
+        return
+    weight: Any = layer.weight_OI
+    if is_dtensor(weight):
+        here = _here(weight)
+        local = weight.to_local()
+        local.copy_(function(local, layer.unpacked_mask()[here]))
+        return
+    weight.copy_(function(weight, layer.unpacked_mask()))
+    if hasattr(parameter, "_hp_mapping"):  # ZeRO-1 and 2: parameters are whole, and their masters in pieces
+        from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
+
+        master = safe_get_full_fp32_param(parameter)
+        assert master is not None
+        safe_set_full_fp32_param(parameter, function(master, _stored(layer, layer.unpacked_mask())))
+
+
+def _rewrite_zero3(layer: MaskedMatrix, parameter: Any, function: Elementwise) -> None:
+    piece = parameter.ds_tensor  # this process's, flat and padded at the end of the last one
+    flat = _stored(layer, layer.unpacked_mask()).reshape(-1)
+    mine = flat[rank() * piece.numel() : (rank() + 1) * piece.numel()].to(piece.device)
+    whole = piece.data[: len(mine)]
+    whole.copy_(function(whole, mine))
+    if hasattr(parameter, "_z3_optimizer"):  # absent for frozen parameters and outside of training
+        from deepspeed.utils import safe_get_local_fp32_param, safe_set_local_fp32_param
+
+        master = safe_get_local_fp32_param(parameter)
+        if master is not None:
+            master = master.clone().reshape(-1)
+            master[: len(mine)] = function(master[: len(mine)], mine.to(master.device))
+            safe_set_local_fp32_param(parameter, master)
+
+
+def _here(weight: Any) -> tuple[slice, ...]:
+    dim = weight.placements[0].dim
+    own = rows_of(rank(), weight.shape[dim])
+    return tuple(own if index == dim else slice(None) for index in range(weight.dim()))
+
+
+def _parameter(layer: MaskedMatrix) -> Any:
+    """The parameter behind ``weight_OI``, which may be a view of it."""
+    return getattr(layer, "weight", layer.weight_OI)
+
+
+def _stored(layer: MaskedMatrix, matrix_OI: Tensor) -> Tensor:
+    """A matrix (O, I) in the orientation in which the layer's parameter is stored."""
+    return matrix_OI if isinstance(layer, torch.nn.Linear) else matrix_OI.t()
+
+
+def decay_shadow(layer: MaskedMatrix, factor: float) -> None:
+    """Multiply the values of pruned weights by ``factor``."""
+    rewrite(layer, lambda weight, keep: torch.where(keep, weight, weight * factor))
+
+
+def write_zeros(layer: MaskedMatrix) -> None:
+    """Make pruned weights exact zeros."""
+    rewrite(layer, lambda weight, keep: torch.where(keep, weight, 0))

@@ -32,8 +32,9 @@ from sparse_train.matrices import MaskedLayer
 from sparse_train.oneshot import set_initial_masks
 from sparse_train.patterns import Pattern, group_label
 from sparse_train.policies import MaskPolicy, StraightThrough
-from sparse_train.pruner import UpdateReport, expect
+from sparse_train.pruner import UpdateReport, expect, masks_from_zeros
 from sparse_train.schedules import Schedule
+from sparse_train.sharding import is_sharded
 from sparse_train.targets import select
 from sparse_train.updater import MaskUpdater, resolve_target
 
@@ -143,11 +144,17 @@ class DynamicPruning(L.Callback):
             # evaluates the module as it is, or a checkpoint of a sparse run, which brings masks, or a dense one
             hook = pl_module.register_load_state_dict_pre_hook(_sparsify_as_loaded)  # type: ignore[no-untyped-call]
             self._load_hook = hook
+            if trainer.strategy.restore_checkpoint_after_setup:
+                # FSDP2 and DeepSpeed load what the module has, and would leave masks out without a word
+                self._sparsify_when_built(pl_module)
             return
         _refuse_averaging(trainer)
         continues = self.updater is not None and trainer.global_step > 0 and bool(sparse_layers(pl_module))
         self._restored = self.state_dict() if continues else None
         self.updater = None
+        self._sparsify_when_built(pl_module)
+
+    def _sparsify_when_built(self, pl_module: L.LightningModule) -> None:
         if is_overridden("configure_model", pl_module):
             pl_module.__dict__["configure_model"] = functools.partial(self._configure_model, pl_module)
         else:
@@ -205,15 +212,23 @@ class DynamicPruning(L.Callback):
     def _calibrate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         layers = sparse_layers(pl_module)
         sparsity = self._schedule.sparsity(0.0)
-        if (
-            not _keeps_all(pl_module)
-            or sparsity == 0
-            or not self._criterion.needs_activations
-            or not self._calibration_batches
-        ):
+        if not _keeps_all(pl_module) or sparsity == 0 or not self._criterion.needs_activations:
+            return
+        if any(map(is_sharded, layers.values())):
+            if not masks_from_zeros(layers, self._pattern, sparsity):
+                rank_zero_info(
+                    "The model is sharded, so its blocks cannot be calibrated one by one: the first mask will come "
+                    "from the activations of the first steps, which run dense. A model that was pruned before starts "
+                    "with the zeros that it has."
+                )
+            return
+        if not self._calibration_batches:
             return
         model = causal_lm(pl_module, layers)
-        batches = peek(trainer, self._calibration_batches) if model is not None else None
+        count = -(-self._calibration_batches // trainer.world_size) * trainer.world_size  # as many for each rank
+        batches = peek(trainer, count) if model is not None else None
+        if batches is not None and len(batches) < trainer.world_size:
+            batches = None
         if model is None or batches is None:
             _log.info("The first mask will come from the activations of the first steps, which run dense.")
             return
@@ -221,7 +236,7 @@ class DynamicPruning(L.Callback):
             set_initial_masks(
                 model,
                 sparse_layers(model),
-                batches,
+                batches[trainer.global_rank :: trainer.world_size],  # statistics are summed over ranks
                 criterion=self._criterion,
                 pattern=self._pattern,
                 sparsity=sparsity,
@@ -284,6 +299,8 @@ class DynamicPruning(L.Callback):
         if self._load_hook is not None:
             self._load_hook.remove()
             self._load_hook = None
+            if trainer.strategy.restore_checkpoint_after_setup and _keeps_all(pl_module):
+                squash(pl_module)  # there was no checkpoint, or a dense one
 
     def state_dict(self) -> dict[str, Any]:
         if self.updater is None:

@@ -85,17 +85,13 @@ class ActivationNorm(Statistics):
         """
         _accumulate(x.detach(), token_mask if fits(token_mask, x) else None, self._sum_squares_I, self.tokens)
 
-    def merge(self, other: "ActivationNorm") -> None:
-        """Take in what another one has seen: the same as one over both."""
-        self._sum_squares_I += other.sum_squares_I
-        self.tokens += other.tokens
-
     def state_dict(self) -> dict[str, Tensor]:
         return {"sum_squares": self.sum_squares_I.cpu().clone(), "tokens": self.tokens.cpu().clone()}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self._sum_squares_I.copy_(state["sum_squares"])
-        self.tokens.copy_(state["tokens"])
+    def merge_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take in what another one has seen: the same as one over both."""
+        self._sum_squares_I += state["sum_squares"].to(self._sum_squares_I.device)
+        self.tokens += state["tokens"].to(self.tokens.device)
 
 
 class ActivationGram(Statistics):

@@ -4,10 +4,13 @@ Without ranks (no process group, or a world of one) they do nothing.
 """
 
 from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 _DIGIT = 12  # bits: sums of digits over up to 4096 ranks are exact in float32
 _DIGITS = 3
@@ -62,3 +65,11 @@ def gather_bytes(own: Tensor, length: int) -> list[Tensor]:
     gathered = own.new_empty(world_size() * length)
     dist.all_gather_into_tensor(gathered, padded)
     return list(gathered.view(world_size(), length))
+
+
+def gather_objects(own: T) -> list[T]:
+    """What each rank has, pickled; for checkpoints."""
+    gathered: list[Any] = [own] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(gathered, own)
+    return gathered

@@ -7,23 +7,30 @@ from typing import Any
 
 import torch
 
+from sparse_train.distributed import rank
 from sparse_train.layers import MASK_NAME, sparsify_like, squash
+from sparse_train.sharding import is_dtensor, is_zero3, whole_state_dict
 
 
 def export_model(model: Any, tokenizer: Any | None, out: str | Path) -> Path:
     """Write a transformers model, masks folded in, and its tokenizer to a folder.
 
-    Written beside and renamed: ``out`` is complete or absent. ``model`` itself is not changed.
+    Written beside and renamed: ``out`` is complete or absent. ``model`` itself is not changed. Where several processes
+    run, rank 0 writes; a model that is sharded over them (FSDP2, ZeRO-3) is gathered, and all of them must call.
 
     Raises:
         ValueError: ``out`` exists and is not an empty folder.
     """
     out = Path(out)
+    sharded = any(is_dtensor(parameter) or is_zero3(parameter) for parameter in model.parameters())
+    state = whole_state_dict(model) if sharded else None
+    if rank() != 0:
+        return out
     check_free(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
-        model.save_pretrained(beside)  # of a sparsified model: pruned weights as zeros
+        model.save_pretrained(beside, state_dict=state)  # of a sparsified model: pruned weights as zeros
         if tokenizer is not None:
             tokenizer.save_pretrained(beside)
         if out.exists():

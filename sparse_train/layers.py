@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_train import masks
+from sparse_train import masks, sharding
 from sparse_train.functional import masked_linear
 from sparse_train.matrices import MASK_NAME, MaskedLayer, MaskedMatrix, Recorder, is_conv1d
 
@@ -76,6 +76,7 @@ def sparsify(model: nn.Module, layers: Iterable[nn.Module]) -> None:
         layer.reached = False
     if not _refusals(model):
         model.register_load_state_dict_pre_hook(_refuse_dense)
+    _keep_from_ddp(model)
     _teach_save_pretrained()
 
 
@@ -90,15 +91,30 @@ def squash(model: nn.Module, only: Iterable[nn.Module] | None = None) -> None:
     for layer in sparse_layers(model).values() if only is None else list(only):
         assert isinstance(layer, MaskedLayer)
         assert isinstance(layer, nn.Module)
-        layer.weight_OI.copy_(layer.masked_weight())
+        sharding.write_zeros(layer)
         for name in (MASK_NAME, "straight_through", "statistics", "records", "recorder", "reached"):
             delattr(layer, name)
         layer.__class__ = _dense_class(type(layer))  # type: ignore[arg-type]
     if sparse_layers(model):
         return
+    _keep_from_ddp(model)
     for module in model.modules():
         for key in _refusals(module):
             del module._load_state_dict_pre_hooks[key]
+
+
+def _keep_from_ddp(model: nn.Module) -> None:
+    """Tell a later ``DistributedDataParallel(model)`` to leave masks alone.
+
+    It would send rank 0's to all in every forward, which costs time and hides ranks that disagree.
+    """
+    names = [".".join(filter(None, (name, MASK_NAME))) for name in sparse_layers(model)]
+    others = [name for name in getattr(model, _DDP_IGNORES, ()) if not _is_mask(name)]
+    if names or others or hasattr(model, _DDP_IGNORES):
+        setattr(model, _DDP_IGNORES, [*others, *names])
+
+
+_DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"  # torch's; set directly, as its setter would drop earlier entries
 
 
 def squashed_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -138,10 +154,16 @@ def _teach_save_pretrained() -> None:
 
     @functools.wraps(original)
     def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not sparse_layers(self):
+        layers = sparse_layers(self)
+        if not layers:
             return original(self, *args, **kwargs)
         bound = signature.bind(self, *args, **kwargs)
         state = bound.arguments.get("state_dict")
+        if state is None and any(map(sharding.is_sharded, layers.values())):
+            raise ValueError(
+                "The weights of this model are divided among processes, so save_pretrained would not write it whole. "
+                "Call sparse_train.export.export_model(model, tokenizer, folder) in every process."
+            )
         bound.arguments["state_dict"] = _folded(self, self.state_dict() if state is None else state)
         return original(*bound.args, **bound.kwargs)
 

@@ -22,15 +22,16 @@ class SparseTrainCLI(LightningCLI):
 
         from sparse_train.export import check_free
 
-        if out := self.config.fit.export:
+        if (out := self.config.fit.export) and self.trainer.is_global_zero:
             check_free(Path(out))
 
     def after_fit(self) -> None:
         from sparse_train.export import export_model
 
-        if (out := self.config.fit.export) and self.trainer.is_global_zero:
+        if out := self.config.fit.export:
             folder = export_model(self.model.model, self.model.source.tokenizer(), out)
-            print(f"exported to {folder}")
+            if self.trainer.is_global_zero:
+                print(f"exported to {folder}")
 
 
 def run(args: list[str], cli: type[SparseTrainCLI] = SparseTrainCLI) -> SparseTrainCLI:

@@ -14,7 +14,9 @@ from torchmetrics import MeanMetric
 
 from sparse_train.layers import sparse_layers, sparsify_like
 from sparse_train.losses import next_token_loss
+from sparse_train.sharding import shard_blocks, whole_first
 from sparse_train.sources import ModelSource, as_model_source
+from sparse_train.targets import dimensions
 
 
 class CausalLM(L.LightningModule):
@@ -52,11 +54,15 @@ class CausalLM(L.LightningModule):
 
     def configure_model(self) -> None:
         if self.model is None:
-            self.model = self.source.load()
+            with whole_first():
+                self.model = self.source.load()
             self.model.config.use_cache = False
             if self.gradient_checkpointing:
                 self.model.gradient_checkpointing_enable({"use_reentrant": False})
             self.model.train()
+            if self.device_mesh is not None:  # under ModelParallelStrategy
+                bfloat16 = self.trainer.precision == "bf16-mixed"
+                shard_blocks(self.model, self.device_mesh["data_parallel"], bfloat16=bfloat16)
 
     def forward(self, **batch: Any) -> Any:
         return self.model(**batch)
@@ -80,8 +86,8 @@ class CausalLM(L.LightningModule):
     def configure_optimizers(self) -> Any:
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         groups = [
-            {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": self.weight_decay},
-            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+            {"params": [p for p in parameters if dimensions(p) >= 2], "weight_decay": self.weight_decay},
+            {"params": [p for p in parameters if dimensions(p) < 2], "weight_decay": 0.0},
         ]
         optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=self.lr, betas=self.betas)
         total = self.trainer.estimated_stepping_batches
@@ -104,7 +110,14 @@ class CausalLM(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # outside a sparse run (validate, load_from_checkpoint) nobody has sparsified the model yet
         before = len(sparse_layers(self))
-        sparsify_like(self, checkpoint["state_dict"])
+        if "state_dict" in checkpoint:
+            sparsify_like(self, checkpoint["state_dict"])
+        elif not before and checkpoint.get("callbacks", {}).get("DynamicPruning"):
+            # FSDP2 and DeepSpeed have loaded the weights already, and masks had no place to go
+            raise ValueError(
+                "The checkpoint is of a sparse run, and this run has no DynamicPruning callback, so its shadow values "
+                "would be taken for weights. Add the callback, or export the checkpoint (sparse-train export)."
+            )
         fitting = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
         if fitting and len(sparse_layers(self)) > before:
             raise ValueError(

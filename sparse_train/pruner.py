@@ -14,11 +14,11 @@ from torch import Tensor
 
 from sparse_train import masks, sharding
 from sparse_train.activations import ActivationNorm
-from sparse_train.criteria import Criterion
+from sparse_train.criteria import Criterion, Magnitude
 from sparse_train.distributed import gather_bytes, rank, sum_over_ranks
 from sparse_train.matrices import MaskedMatrix
 from sparse_train.patterns import Pattern
-from sparse_train.policies import MaskPolicy
+from sparse_train.policies import MaskPolicy, StraightThrough
 from sparse_train.recording import check_reached
 
 T = TypeVar("T")
@@ -209,6 +209,24 @@ def measure(layers: Mapping[str, MaskedMatrix]) -> dict[str, LayerUpdate]:
         counts = total.tolist()
     sizes = [layer.in_features * layer.out_features for layer in layers.values()]
     return {name: LayerUpdate(size, size - n, 0) for name, size, n in zip(layers, sizes, counts, strict=True)}
+
+
+def masks_from_zeros(layers: Mapping[str, MaskedMatrix], pattern: Pattern, sparsity: float) -> bool:
+    """Let the masks of a model that was pruned before stand where its zeros are; False if it is not that sparse.
+
+    Args:
+        layers: with masks that keep everything, which they go on doing in the latter case.
+        pattern, sparsity: what the masks are to follow.
+    """
+    dense = measure(layers)
+    if sum(u.zeros for u in dense.values()) < 0.99 * sparsity * sum(u.size for u in dense.values()):
+        return False
+    found = update_masks(layers, criterion=Magnitude(), pattern=pattern, sparsity=sparsity, policy=StraightThrough())
+    if all(found[name].zeros == dense[name].zeros for name in layers):
+        return True  # nothing was pruned that was not zero
+    for layer in layers.values():
+        masks.fill_full(layer.weight_mask, layer.in_features)
+    return False
 
 
 def _admitted(

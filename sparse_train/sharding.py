@@ -6,15 +6,17 @@ to be told which engine runs, and none is imported before one of its parameters 
 Shape suffixes: O out_features, I in_features, J packed mask bytes; R rows of this process.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparse_train.distributed import rank, world_size
 from sparse_train.matrices import MaskedMatrix
+from sparse_train.targets import block_lists
 
 Elementwise = Callable[[Tensor, Tensor], Tensor]
 """New values of weights and of the mask entries that belong to them, both of one shape, whatever shape that is."""
@@ -35,9 +37,9 @@ def is_zero3(parameter: Any) -> bool:
     return hasattr(parameter, "ds_id")
 
 
-def check_layout(name: str, layer: MaskedMatrix) -> None:
-    """Raise ValueError for a weight that is sharded in a way that masks cannot follow."""
-    parameter = _parameter(layer)
+def check_layout(name: str, layer: nn.Module) -> None:
+    """Raise ValueError for a layer whose weight is sharded in a way that masks cannot follow."""
+    parameter: Any = layer.weight
     if not is_dtensor(parameter):
         return
     one_way = len(parameter.placements) == 1 and parameter.placements[0].is_shard(0)
@@ -58,7 +60,7 @@ def weights(layer: MaskedMatrix, by_rows: bool) -> Iterator[tuple[Tensor, slice]
     """
     everything = slice(0, layer.out_features)
     if is_zero3(_parameter(layer)):
-        from deepspeed.zero import GatheredParameters
+        from deepspeed.runtime.zero import GatheredParameters
 
         with GatheredParameters([_parameter(layer)]):
             yield layer.weight_OI.detach(), everything
@@ -135,7 +137,7 @@ def _parameter(layer: MaskedMatrix) -> Any:
 
 def _stored(layer: MaskedMatrix, matrix_OI: Tensor) -> Tensor:
     """A matrix (O, I) in the orientation in which the layer's parameter is stored."""
-    return matrix_OI if isinstance(layer, torch.nn.Linear) else matrix_OI.t()
+    return matrix_OI if isinstance(layer, nn.Linear) else matrix_OI.t()
 
 
 def decay_shadow(layer: MaskedMatrix, factor: float) -> None:
@@ -145,4 +147,68 @@ def decay_shadow(layer: MaskedMatrix, factor: float) -> None:
 
 def write_zeros(layer: MaskedMatrix) -> None:
     """Make pruned weights exact zeros."""
-    rewrite(layer, lambda weight, keep: torch.where(keep, weight, 0))
+    if is_sharded(layer) or hasattr(_parameter(layer), "_hp_mapping"):
+        rewrite(layer, lambda weight, keep: torch.where(keep, weight, 0))
+    else:
+        layer.weight_OI.copy_(layer.masked_weight())  # the same, without a bool for every weight
+
+
+def whole_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of a sharded model, whole and on the CPU, in rank 0; nothing in other ranks, which must call too.
+
+    One tensor at a time, so that no device holds more than its shard and one tensor.
+    """
+    found: dict[int, Tensor] = {}  # tied parameters stay tied
+    state = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in found:
+            with _gathered(tensor) as whole:
+                found[id(tensor)] = whole.detach().cpu().clone() if rank() == 0 else whole.new_empty(0)
+        state[name] = found[id(tensor)]
+    return state if rank() == 0 else {}
+
+
+@contextmanager
+def _gathered(tensor: Any) -> Iterator[Tensor]:
+    if is_zero3(tensor):
+        from deepspeed.runtime.zero import GatheredParameters
+
+        with GatheredParameters([tensor]):
+            yield tensor
+    else:
+        yield tensor.full_tensor() if is_dtensor(tensor) else tensor
+
+
+@contextmanager
+def whole_first() -> Iterator[None]:
+    """Build a model whole inside ``zero.Init``, as Lightning's DeepSpeed strategy enters it around ``configure_model``.
+
+    Its engine partitions the model right afterwards. For models whose own initialisation cannot work on pieces, as
+    that of transformers' cannot.
+    """
+    parameters: Any = sys.modules.get("deepspeed.runtime.zero.partition_parameters")
+    if parameters is None:
+        yield
+        return
+    parameters.shutdown_init_context()
+    try:
+        yield
+    finally:
+        parameters.restore_init_context()
+
+
+def shard_blocks(model: nn.Module, mesh: Any, *, bfloat16: bool = False) -> None:
+    """FSDP2's ``fully_shard`` on each decoder block, and on the rest of the model; for ``configure_model``.
+
+    Args:
+        model: of which each process has the same whole copy.
+        mesh: a ``DeviceMesh`` of one dimension over all processes, such as ``self.device_mesh["data_parallel"]``.
+        bfloat16: gather and compute in bfloat16; shards, sums of gradients and optimizer stay float32.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bfloat16 else MixedPrecisionPolicy()
+    for blocks in block_lists(model).values():
+        for block in blocks:
+            fully_shard(block, mesh=mesh, mp_policy=precision)
+    fully_shard(model, mesh=mesh, mp_policy=precision)

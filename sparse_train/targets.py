@@ -115,7 +115,7 @@ def select(
 
 
 def _warn_of_dense(model: nn.Module, untargetable: dict[str, int]) -> None:
-    total = sum(p.numel() for p in model.parameters())
+    total = sum(map(_numel, model.parameters()))
     _log.warning(
         "%d block weights cannot be masked and stay dense (%.1f %% of the model's parameters): %s",
         len(untargetable),
@@ -275,7 +275,7 @@ def fused_experts(model: nn.Module) -> dict[str, FusedExperts]:
     for name, module in model.named_modules():
         for own, parameter in module.named_parameters(recurse=False):
             # transformers says of its experts' modules how their weights lie; elsewhere three dimensions mean nothing
-            if parameter.dim() == 3 and "bias" not in own and hasattr(module, "is_transposed"):
+            if dimensions(parameter) == 3 and "bias" not in own and hasattr(module, "is_transposed"):
                 found[f"{name}.{own}"] = FusedExperts(parameter, bool(module.is_transposed))
     return found
 
@@ -287,8 +287,8 @@ def _untargetable(model: nn.Module, prefix: str, fused: Mapping[str, FusedExpert
             continue
         for parameter_name, parameter in module.named_parameters(recurse=False):
             full = f"{prefix}.{name}.{parameter_name}"
-            if parameter.dim() >= 2 and full not in fused and not _is_router(module):
-                found[full] = parameter.numel()
+            if dimensions(parameter) >= 2 and full not in fused and not _is_router(module):
+                found[full] = _numel(parameter)
     return found
 
 
@@ -298,9 +298,18 @@ def _is_router(module: nn.Module) -> bool:
 
 
 def _size(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+    return sum(map(_numel, module.parameters()))
 
 
 def _is_block(module: nn.Module) -> bool:
     composite = next(module.children(), None) is not None
-    return composite and any(parameter.dim() >= 2 for parameter in module.parameters())
+    return composite and any(dimensions(parameter) >= 2 for parameter in module.parameters())
+
+
+def _numel(parameter: nn.Parameter) -> int:
+    return int(getattr(parameter, "ds_numel", parameter.numel()))  # ZeRO-3 leaves an empty tensor in its place
+
+
+def dimensions(parameter: nn.Parameter) -> int:
+    """Of the whole parameter: ZeRO-3 leaves an empty tensor of one dimension in its place."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sparse_train import masks
 from sparse_train.activations import ActivationNorm, InputSharing
 from sparse_train.criteria import Criterion, Wanda
+from sparse_train.distributed import gather_objects, rank, world_size
 from sparse_train.layers import sparsify, squash
 from sparse_train.matrices import MaskedLayer, Recorder
 from sparse_train.patterns import Pattern, parse_pattern
@@ -18,6 +19,7 @@ from sparse_train.policies import MaskPolicy, StraightThrough
 from sparse_train.pruner import LayerUpdate, UpdateReport, expect, measure, update_masks
 from sparse_train.recording import attach, exchange, needed_statistics, share_statistics, warn_of_padding
 from sparse_train.schedules import Constant, Schedule
+from sparse_train.sharding import check_layout
 from sparse_train.targets import select
 from sparse_train.timing import Timing
 
@@ -82,6 +84,8 @@ class MaskUpdater:
         self.policy = expect("policy", policy, StraightThrough(), MaskPolicy)
         layers = select(model, self.pattern, targets, ignore).layers
         began_dense = not any(isinstance(layer, MaskedLayer) for layer in layers.values())
+        for name, layer in layers.items():
+            check_layout(name, layer)
         sparsify(model, layers.values())
         self.layers: dict[str, MaskedLayer] = {n: m for n, m in layers.items() if isinstance(m, MaskedLayer)}
         try:
@@ -175,21 +179,25 @@ class MaskUpdater:
         return self._report(measure(self.layers), time.perf_counter() - began)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that decides a later mask and is not in the model: counters, timing, statistics, settings."""
+        """All that decides a later mask and is not in the model: counters, timing, statistics, settings.
+
+        Where several ranks train, all of them must call: the statistics of each are in what all of them get.
+        """
         return {
             "steps": self.steps,
             "target": self.target,
             "last_update": self._last_update,
             "timing": asdict(self.timing),
             "settings": self._settings(),
-            "statistics": {n: stats.state_dict() for n, stats in self._statistics().items()},
+            "statistics_by_rank": gather_objects({n: stats.state_dict() for n, stats in self._statistics().items()}),
             "first_rows": {name: rows.cpu() for name, rows in self._first_rows.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where ``state_dict`` was taken. The masks come with the model's own state dict.
 
-        The steps of updates stay those of the interrupted run, also where the resumed one is longer.
+        The steps of updates stay those of the interrupted run, also where the resumed one is longer. Each rank gets its
+        own statistics back; another number of ranks gets their sum, on rank 0, which is the same to an update.
 
         Raises:
             ValueError: the state is from a run with another pattern, sparsity, criterion or interval, or other targets.
@@ -201,15 +209,22 @@ class MaskUpdater:
                     f"The checkpoint was written with {name} = {before}, and this run has {now}. Resume with the "
                     "same setting, or start a new run from the exported model."
                 )
-        unknown = sorted((set(state["statistics"]) | set(state["first_rows"])) - set(self.layers))
+        by_rank: list[dict[str, dict[str, Tensor]]] = state["statistics_by_rank"]
+        unknown = sorted(set().union(*by_rank, state["first_rows"]) - set(self.layers))
         if unknown:
             raise ValueError(f"The checkpoint pruned layers that are no targets of this run, such as {unknown[0]}.")
         self.steps, self.target, self._last_update = state["steps"], state["target"], state["last_update"]
         self.timing = Timing(**state["timing"])
         self._first_rows = {n: rows.to(self.layers[n].weight_OI.device) for n, rows in state["first_rows"].items()}
         own = self._statistics()
-        for name, statistics in state["statistics"].items():
-            own[name].load_state_dict(statistics)
+        same_ranks = len(by_rank) == world_size()
+        for statistics in own.values():
+            statistics.reset()
+        for process, saved in enumerate(by_rank):
+            if rank() == (process if same_ranks else 0):
+                once = {id(own[name]): name for name in saved}  # layers that share one have each saved it
+                for name in once.values():
+                    own[name].merge_state_dict(saved[name])
         self._set_recording()
 
     def _settings(self) -> dict[str, str]:

@@ -166,7 +166,7 @@ def test_interrupted_equals_uninterrupted():
     model, updater, optimizer = fresh()
     train(model, updater, 5, optimizer, seed=1)
     middle = copy.deepcopy((model.state_dict(), updater.state_dict(), optimizer.state_dict()))  # in a window
-    assert any(int(s["tokens"]) for s in middle[1]["statistics"].values())
+    assert any(int(s["tokens"]) for s in middle[1]["statistics_by_rank"][0].values())
     train(model, updater, 9, optimizer, seed=2)
     other, resumed, second = fresh()
     other.load_state_dict(middle[0])

@@ -248,13 +248,13 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, module, at, calibrat
     assert all(torch.equal(a[key], b[key]) for key in a)
     assert any(key.endswith("weight_mask") for key in a)
     left, right = whole_pruning.at_end, resumed_pruning.at_end
-    assert any(int(s["tokens"]) for s in left["statistics"].values())
+    assert any(int(s["tokens"]) for s in left["statistics_by_rank"][0].values())
     assert left["steps"] == right["steps"] == 14
     assert left["timing"] == right["timing"]
     for name, rows in left["first_rows"].items():
         assert torch.equal(rows, right["first_rows"][name])
-    for name, statistics in left["statistics"].items():
-        assert torch.equal(statistics["sum_squares"], right["statistics"][name]["sum_squares"])
+    for name, statistics in left["statistics_by_rank"][0].items():
+        assert torch.equal(statistics["sum_squares"], right["statistics_by_rank"][0][name]["sum_squares"])
 
 
 def test_the_last_checkpoint_holds_shadow_values_after_a_squashed_fit(tmp_path):
@@ -292,7 +292,7 @@ def test_statistics_under_accumulation_padding_and_gradient_checkpointing(tmp_pa
 
     class Watch(L.Callback):
         def on_train_end(self, trainer, pl_module):
-            counted.extend(int(s["tokens"]) for s in pruning.state_dict()["statistics"].values())
+            counted.extend(int(s["tokens"]) for s in pruning.state_dict()["statistics_by_rank"][0].values())
 
     trainer(tmp_path, pruning, Watch(), max_steps=3, accumulate_grad_batches=2, max_epochs=-1, limit_val_batches=2).fit(
         model, loader(padded=True), DataLoader(Tokens(), batch_size=4)

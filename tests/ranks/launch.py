@@ -1,0 +1,115 @@
+"""Runs a function in several processes that form one process group, and brings back what each returns.
+
+Processes are forked from a server that has imported torch, Lightning, transformers and DeepSpeed already, so that a
+test pays for its work and not for imports. They meet through a file: no port can be taken by somebody else.
+"""
+
+import io
+import multiprocessing
+import os
+import queue
+import signal
+import socket
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+TIMEOUT = 150  # seconds for a whole test: far above what they take, so that a hanging one ends
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["tests.ranks.preload"])
+
+
+class RankFailed(Exception):
+    """A process raised, died, or did not come back in time; its traceback is the message."""
+
+
+def run(function: Any, *args: Any, ranks: int = 2, timeout: float = TIMEOUT, **kwargs: Any) -> list[Any]:
+    """``function(*args, **kwargs)`` in ``ranks`` processes; its results in their order.
+
+    ``function`` is one of a module of the tests, and its arguments and results can be pickled. No process outlives
+    this call.
+    """
+    results = _context.Queue()
+    with tempfile.TemporaryDirectory() as folder:
+        processes = [
+            _context.Process(
+                target=_work, args=(function, args, kwargs, rank, ranks, f"{folder}/store", results), daemon=True
+            )
+            for rank in range(ranks)
+        ]
+        for process in processes:
+            process.start()
+        try:
+            return _collect(processes, results, time.monotonic() + timeout)
+        finally:
+            for process in processes:
+                if process.is_alive():
+                    os.kill(process.pid, signal.SIGKILL)
+                process.join()
+
+
+def _collect(processes: list[Any], results: Any, deadline: float) -> list[Any]:
+    found: dict[int, Any] = {}
+    while len(found) < len(processes):
+        try:
+            rank, value, error = results.get(timeout=0.2)
+        except queue.Empty:
+            dead = [rank for rank, p in enumerate(processes) if not p.is_alive() and rank not in found]
+            if dead and results.empty():
+                raise RankFailed(f"rank {dead[0]} ended with {processes[dead[0]].exitcode}") from None
+            if time.monotonic() > deadline:
+                raise RankFailed(f"ranks {set(range(len(processes))) - set(found)} did not come back") from None
+            continue
+        if error:
+            raise RankFailed(f"rank {rank}:\n{error}")
+        found[rank] = torch.load(io.BytesIO(value), weights_only=False)
+    return [found[rank] for rank in range(len(processes))]
+
+
+def _work(function: Any, args: Any, kwargs: Any, rank: int, ranks: int, store: str, results: Any) -> None:
+    os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "GLOO_SOCKET_IFNAME": "lo"}
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    try:
+        if ranks > 1:
+            dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+        value = function(*args, **kwargs)
+        if ranks > 1:
+            dist.barrier()  # nobody leaves while another still talks to it
+            dist.destroy_process_group()
+        results.put((rank, _packed(value), None))
+    except BaseException:
+        results.put((rank, None, traceback.format_exc()))
+    results.close()
+    results.join_thread()
+    os._exit(0)  # engines leave threads behind that would wait for each other
+
+
+def _packed(value: Any) -> bytes:
+    # as bytes: a tensor in a queue is shared memory of a process that is about to end
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def alone(function: Any, *args: Any, **kwargs: Any) -> Any:
+    """``function`` in one process without a process group."""
+    return run(function, *args, ranks=1, **kwargs)[0]
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints, files or folders, in the order of their steps."""
+    return sorted(folder.glob("*.ckpt"))

@@ -1,0 +1,19 @@
+"""Imported once, by the server from which the processes of tests are forked."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import deepspeed
+import lightning
+import peft
+import torch.distributed.fsdp
+import transformers.models.llama.modeling_llama
+
+import sparse_train.callbacks
+import sparse_train.oneshot
+import tests.conftest
+
+__all__ = ["deepspeed", "lightning", "peft", "sparse_train", "tests", "torch", "transformers"]

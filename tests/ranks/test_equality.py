@@ -1,0 +1,105 @@
+"""Same seed, same global batch: every engine on two processes makes the masks and the weights of one process alone."""
+
+import functools
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+
+from sparse_train import RIA, Criterion, Magnitude, StraightThrough, Unstructured, Wanda, sparse_layers
+from sparse_train.callbacks import DynamicPruning
+from sparse_train.distributed import world_size
+from sparse_train.masks import count_differing
+from sparse_train.sharding import whole_state_dict
+from tests.ranks import engines, launch
+
+METHODS: dict[str, dict[str, Any]] = {
+    "wanda 2:4": {"mask_structure": "2:4"},
+    "decaying shadows": {"mask_structure": "2:4", "policy": StraightThrough(srste_decay=0.01)},
+    "wanda row": {"mask_structure": "unstructured", "sparsity": 0.6},
+    "magnitude": {"mask_structure": "4:8", "criterion": Magnitude()},
+    "not row by row": {"mask_structure": Unstructured("layer"), "sparsity": 0.5, "criterion": RIA()},
+    "model": {"mask_structure": Unstructured("model"), "sparsity": 0.5},
+}
+
+
+UPDATES = (3, 8, 13)  # the first window ends at 3
+
+
+class Watch(L.Callback):
+    """Keeps the masks of every update, and the weights before they are squashed."""
+
+    def __init__(self, pruning: DynamicPruning) -> None:
+        self.pruning = pruning
+        self.masks: dict[int, dict[str, torch.Tensor]] = {}
+        self.sparsities: dict[int, float] = {}
+        self.weights: dict[str, torch.Tensor] = {}
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        if trainer.global_step in UPDATES:
+            layers = sparse_layers(pl_module.model)
+            self.masks[trainer.global_step] = {name: layer.weight_mask.clone() for name, layer in layers.items()}
+            self.sparsities[trainer.global_step] = self.pruning.updater.report().sparsity
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.weights = {n: w for n, w in whole_state_dict(pl_module.model).items() if w.is_floating_point()}
+
+
+# ZeRO-3 adds gradients in another order, with masks or without; AdamW makes much of the last bit of a small one.
+OPTIMIZERS = dict.fromkeys(engines.ENGINES, (torch.optim.AdamW, 0.003)) | {"zero3": (torch.optim.SGD, 0.03)}
+
+
+def train(engine: str, folder: Path, optimizer: Any, arguments: dict[str, Any]) -> tuple[Any, ...]:
+    pruning = DynamicPruning(update_freq=5, window=3, calibration_batches=0, **arguments)
+    watch = Watch(pruning)
+    module = engines.Module(None, *optimizer)
+    trainer = engines.trainer(engine, folder, pruning, watch, accumulate_grad_batches=2 // world_size())
+    trainer.fit(module, engines.loader())
+    return watch.masks, watch.sparsities, watch.weights, whole_state_dict(module.model)
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory) -> Any:
+    folder = tmp_path_factory.mktemp("alone")
+
+    @functools.cache
+    def of(method: str, optimizer: Any) -> Any:
+        return launch.alone(train, "auto", folder, optimizer, METHODS[method])
+
+    return of
+
+
+CASES = [(engine, method) for engine in engines.ENGINES for method in ("wanda 2:4", "decaying shadows")]
+CASES += [("fsdp2", method) for method in METHODS if method not in ("wanda 2:4", "decaying shadows")]
+CASES += [("zero3", "not row by row")]
+
+
+@pytest.mark.parametrize(("engine", "method"), CASES)
+def test_two_processes_equal_one(tmp_path, one_process, engine, method):
+    masks, sparsities, weights, squashed = one_process(method, OPTIMIZERS[engine])
+    for rank, found in enumerate(launch.run(train, engine, tmp_path, OPTIMIZERS[engine], METHODS[method])):
+        assert tuple(found[0]) == tuple(masks) == UPDATES
+        for step, theirs in masks.items():
+            for name, mask in theirs.items():
+                assert torch.equal(found[0][step][name], mask), (step, name)
+        assert found[1] == sparsities
+        if rank == 0:  # which has the weights of all
+            compare(found[2], weights)
+            compare(found[3], squashed)
+    changed = [sum(count_differing(masks[a][n], masks[b][n]) for n in masks[a]) for a, b in pairwise(UPDATES)]
+    assert all(changed)  # masks did move from update to update
+
+
+def compare(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, weight in theirs.items():
+        assert torch.allclose(ours[name], weight, rtol=1e-6, atol=1e-6), name
+        assert torch.equal(ours[name] == 0, weight == 0), name
+
+
+def test_the_methods_are_what_they_are_named_for():
+    assert isinstance(DynamicPruning("2:4")._criterion, Wanda)
+    assert not RIA.rowwise and not Criterion.rowwise

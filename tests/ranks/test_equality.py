@@ -49,7 +49,7 @@ class Watch(L.Callback):
 
 
 # ZeRO-3 adds gradients in another order, with masks or without; AdamW makes much of the last bit of a small one.
-OPTIMIZERS = dict.fromkeys(engines.ENGINES, (torch.optim.AdamW, 0.003)) | {"zero3": (torch.optim.SGD, 0.03)}
+OPTIMIZERS = dict.fromkeys(engines.ENGINES, (torch.optim.AdamW, 0.003)) | {"zero3": (torch.optim.SGD, 0.01)}
 
 
 def train(engine: str, folder: Path, optimizer: Any, arguments: dict[str, Any]) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""The commands that are no training: prune, evaluate, export, inspect."""
+"""The commands that are no training: prune, evaluate, export, inspect, pack, unpack."""
 
 from collections.abc import Callable
 from typing import Any
@@ -89,11 +89,38 @@ def inspect(model: ModelSource | str, json: bool = False) -> None:
     show_inspection(source.name, layer_sparsities(source.load()), json)
 
 
+def pack(model: str, out: str) -> None:
+    """Write a pruned model as a smaller folder: mask bits and kept values in place of zeros.
+
+    Args:
+        model: Hugging Face folder with safetensors, as prune, export and fit write it.
+        out: folder to write; must not exist. Nothing but "sparse-train unpack" reads it.
+    """
+    from sparse_train.packed_folder import pack_folder
+
+    report = pack_folder(model, out)
+    print(f"packed to {out}: {report}")
+
+
+def unpack(packed: str, out: str) -> None:
+    """Write a packed folder as the Hugging Face folder that it was, bit for bit.
+
+    Args:
+        packed: folder that "sparse-train pack" wrote.
+        out: folder to write; must not exist.
+    """
+    from sparse_train.packed_folder import unpack_folder
+
+    print(f"unpacked to {unpack_folder(packed, out)}")
+
+
 COMMANDS: dict[str, tuple[Callable[..., None], list[str]]] = {
     "prune": (prune, []),
     "evaluate": (evaluate, ["model"]),
     "export": (export, ["checkpoint", "out"]),
     "inspect": (inspect, ["model"]),
+    "pack": (pack, ["model", "out"]),
+    "unpack": (unpack, ["packed", "out"]),
 }
 """Each command's function, and which of its arguments may also be given by position."""
 

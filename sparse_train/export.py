@@ -1,13 +1,12 @@
 """Export: a Hugging Face folder with true zeros, readable by plain ``AutoModelForCausalLM.from_pretrained``."""
 
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sparse_train.distributed import rank
+from sparse_train.files import written_whole
 from sparse_train.layers import MASK_NAME, sparsify_like, squash
 from sparse_train.sharding import is_dtensor, is_zero3, whole_state_dict
 
@@ -26,20 +25,10 @@ def export_model(model: Any, tokenizer: Any | None, out: str | Path) -> Path:
     state = whole_state_dict(model) if sharded else None
     if rank() != 0:
         return out
-    check_free(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
+    with written_whole(out) as beside:
         model.save_pretrained(beside, state_dict=state)  # of a sparsified model: pruned weights as zeros
         if tokenizer is not None:
             tokenizer.save_pretrained(beside)
-        if out.exists():
-            out.rmdir()
-        beside.chmod(0o755)
-        beside.rename(out)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
     return out
 
 
@@ -69,13 +58,3 @@ def export_checkpoint(checkpoint: str | Path, out: str | Path, tokenizer: Any | 
     model.to(next(v for k, v in state.items() if not k.endswith(MASK_NAME)).dtype)
     squash(model)
     return export_model(model, tokenizer, out)
-
-
-def check_free(out: Path) -> None:
-    """Raise ValueError where ``out`` would be overwritten; call it before the work, not after."""
-    if out.is_symlink() or out.is_mount():
-        raise ValueError(
-            f"{out} is a link or a mount point, which no finished folder can be renamed to. Choose another."
-        )
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists already and is not an empty folder. Choose another, or remove it first.")

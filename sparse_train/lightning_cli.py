@@ -20,7 +20,7 @@ class SparseTrainCLI(LightningCLI):
     def before_fit(self) -> None:
         from pathlib import Path
 
-        from sparse_train.export import check_free
+        from sparse_train.files import check_free
 
         if (out := self.config.fit.export) and self.trainer.is_global_zero:
             check_free(Path(out))

@@ -77,7 +77,7 @@ def prune(
             interrupted run goes on where it was with the same command.
         activations: with streaming, where a block's outputs wait for the next one.
     """
-    from sparse_train.export import check_free
+    from sparse_train.files import check_free
 
     stages, notes = _stages(recipe, mask_structure, sparsity, criterion, allocation, targets, ignore)
     for stage in stages:  # mistakes in the pattern should not wait for the model

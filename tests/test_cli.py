@@ -7,6 +7,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparse_train import cli
+from sparse_train.commands import COMMANDS
 from sparse_train.export import export_checkpoint, export_model
 
 from .conftest import tiny_llama, tiny_tokenizer
@@ -142,7 +143,7 @@ def test_dense_fit(model_folder, text):
 def test_help_shows_the_commands(capsys):
     cli.main([])
     usage = capsys.readouterr().out
-    assert all(f"\n  {name} " in usage for name in ("fit", "validate", "prune", "evaluate", "export", "inspect"))
+    assert all(f"\n  {name} " in usage for name in ("fit", "validate", *COMMANDS))
     with pytest.raises(SystemExit):
         cli.main(["prune", "--help"])
     assert "N kept of every M" in capsys.readouterr().out

@@ -5,17 +5,20 @@ from typing import Any
 
 import torch
 
+from sparse_train.card import ModelCard, training_rows, write_card
 from sparse_train.distributed import rank
 from sparse_train.files import written_whole
+from sparse_train.inspection import layer_sparsities
 from sparse_train.layers import MASK_NAME, sparsify_like, squash
 from sparse_train.sharding import is_dtensor, is_zero3, whole_state_dict
 
 
-def export_model(model: Any, tokenizer: Any | None, out: str | Path) -> Path:
-    """Write a transformers model, masks folded in, and its tokenizer to a folder.
+def export_model(model: Any, tokenizer: Any | None, out: str | Path, card: ModelCard | None = None) -> Path:
+    """Write a transformers model, masks folded in, its tokenizer and its model card to a folder.
 
     Written beside and renamed: ``out`` is complete or absent. ``model`` itself is not changed. Where several processes
     run, rank 0 writes; a model that is sharded over them (FSDP2, ZeRO-3) is gathered, and all of them must call.
+    ``card`` is what is known beside what can be counted.
 
     Raises:
         ValueError: ``out`` exists and is not an empty folder.
@@ -29,6 +32,7 @@ def export_model(model: Any, tokenizer: Any | None, out: str | Path) -> Path:
         model.save_pretrained(beside, state_dict=state)  # of a sparsified model: pruned weights as zeros
         if tokenizer is not None:
             tokenizer.save_pretrained(beside)
+        write_card(beside, card or ModelCard(), layer_sparsities(model, state))
     return out
 
 
@@ -57,4 +61,10 @@ def export_checkpoint(checkpoint: str | Path, out: str | Path, tokenizer: Any | 
     model.load_state_dict(state)
     model.to(next(v for k, v in state.items() if not k.endswith(MASK_NAME)).dtype)
     squash(model)
-    return export_model(model, tokenizer, out)
+    return export_model(model, tokenizer, out, _card_of(content))
+
+
+def _card_of(content: dict[str, Any]) -> ModelCard:
+    state = content.get("callbacks", {}).get("DynamicPruning")
+    made = training_rows(state["settings"], state["timing"], state["steps"]) if state else {}
+    return ModelCard(content["model_config"].get("_name_or_path") or None, made=made)

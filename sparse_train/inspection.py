@@ -1,10 +1,13 @@
 """Sparsity of a model, counted on its weights."""
 
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from sparse_train.matrices import MaskedMatrix, is_conv1d
+from sparse_train import masks
+from sparse_train.matrices import MASK_NAME, MaskedMatrix, is_conv1d
 from sparse_train.patterns import detect_pattern
 from sparse_train.targets import fused_experts
 
@@ -29,21 +32,29 @@ class LayerSparsity:
         return self.zeros / self.size
 
 
-def layer_sparsities(model: nn.Module) -> list[LayerSparsity]:
+def layer_sparsities(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> list[LayerSparsity]:
     """Each linear layer of ``model``, as its forward sees it: masked layers with pruned weights as zeros.
 
     Fused experts are one layer, their matrices below each other.
+
+    Args:
+        model: any module.
+        state: its whole state dict, where ``model`` itself is sharded; default: the model's own tensors.
     """
     found = []
     for name, module in model.named_modules():
-        if isinstance(module, MaskedMatrix):
-            found.append(_measure(name, module.masked_weight()))
-        elif isinstance(module, nn.Linear):
-            found.append(_measure(name, module.weight.detach()))
-        elif is_conv1d(module):
-            found.append(_measure(name, module.weight.detach().t()))
+        conv1d = is_conv1d(module)
+        if isinstance(module, nn.Linear) or conv1d:
+            key = f"{name}." if name else ""
+            weight = module.weight.detach() if state is None else state[f"{key}weight"]
+            weight_OI = weight.t() if conv1d else weight
+            if isinstance(module, MaskedMatrix):
+                mask_OJ = module.weight_mask if state is None else state[f"{key}{MASK_NAME}"]
+                weight_OI = masks.apply(weight_OI, mask_OJ)
+            found.append(_measure(name, weight_OI))
     for name, experts in fused_experts(model).items():
-        matrices_EOI = experts.parameter.detach().mT if experts.transposed else experts.parameter.detach()
+        weights = experts.parameter.detach() if state is None else state[name]
+        matrices_EOI = weights.mT if experts.transposed else weights
         found.append(_measure(name, matrices_EOI.reshape(-1, matrices_EOI.shape[-1])))
     return found
 
@@ -58,3 +69,14 @@ def overall_sparsity(layers: list[LayerSparsity]) -> float:
     """Share of zeros over all ``layers``; 0 of none."""
     size = sum(layer.size for layer in layers)
     return sum(layer.zeros for layer in layers) / size if size else 0.0
+
+
+def by_projection(layers: list[LayerSparsity]) -> list[tuple[str, str, str, str]]:
+    """Layers that are the same part of their blocks together: name, how many, sparsity, patterns; as tables show it."""
+    groups: dict[str, list[LayerSparsity]] = defaultdict(list)
+    for layer in layers:
+        groups[layer.name.rsplit(".", 1)[-1]].append(layer)
+    return [
+        (name, str(len(own)), f"{overall_sparsity(own):.4f}", ", ".join(sorted({layer.pattern for layer in own})))
+        for name, own in groups.items()
+    ]

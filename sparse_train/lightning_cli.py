@@ -1,10 +1,12 @@
 """``sparse-train fit`` and ``validate``: LightningCLI over ``CausalLM`` and ``TextBlocks``."""
 
 import warnings
+from dataclasses import asdict
 
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-import sparse_train.callbacks  # noqa: F401  (recipes name these classes without their module)
+from sparse_train.callbacks import DynamicPruning  # recipes name it without its module, too
+from sparse_train.card import ModelCard, training_rows
 from sparse_train.data import TextBlocks
 from sparse_train.module import CausalLM
 from sparse_train.yaml_numbers import install
@@ -29,9 +31,25 @@ class SparseTrainCLI(LightningCLI):
         from sparse_train.export import export_model
 
         if out := self.config.fit.export:
-            folder = export_model(self.model.model, self.model.source.tokenizer(), out)
+            folder = export_model(self.model.model, self.model.source.tokenizer(), out, self._card())
             if self.trainer.is_global_zero:
                 print(f"exported to {folder}")
+
+    def _card(self) -> ModelCard:
+        source, made = self.model.source, {"method": "trained without re-pruning"}
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, DynamicPruning) and (updater := callback.updater):
+                made = training_rows(updater.settings(), asdict(updater.timing), updater.steps)
+        found = self.trainer.callback_metrics.get("val/perplexity")
+        text, size = self.datamodule.text.name, self.datamodule.block_size
+        return ModelCard(
+            source.name,
+            source.hub_id,
+            source.license,
+            made,
+            f"{found:.2f} at the last validation of the run: {text}, blocks of {size}" if found is not None else None,
+            self._parser(self.subcommand).dump(self.config.fit, skip_none=False),
+        )
 
 
 def run(args: list[str], cli: type[SparseTrainCLI] = SparseTrainCLI) -> SparseTrainCLI:

@@ -6,12 +6,15 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from sparse_train.allocation import Allocation
+from sparse_train.card import ModelCard, oneshot_rows, perplexity_line, write_card
 from sparse_train.criteria import Criterion, Wanda
+from sparse_train.export import export_model
+from sparse_train.files import check_free
 from sparse_train.inspection import LayerSparsity, layer_sparsities
 from sparse_train.llm_compressor import Stage, read_recipe
 from sparse_train.oneshot import Batch, OneshotReport, resolve
@@ -77,8 +80,6 @@ def prune(
             interrupted run goes on where it was with the same command.
         activations: with streaming, where a block's outputs wait for the next one.
     """
-    from sparse_train.files import check_free
-
     stages, notes = _stages(recipe, mask_structure, sparsity, criterion, allocation, targets, ignore)
     for stage in stages:  # mistakes in the pattern should not wait for the model
         _resolve(stage)
@@ -97,18 +98,22 @@ def prune(
     if streaming:
         reports = [_stream(job, out, seed, activations)]
     else:
-        from sparse_train.export import export_model
-
         loaded, reports = job.run(seed)
-        export_model(loaded, source.tokenizer(), out)
     details = _details(job, seed, reports, notes) | {"streaming": streaming}
+    card = ModelCard(source.name, source.hub_id, source.license, oneshot_rows(details))
+    if loaded is None:
+        # it may not fit in memory: what is shown of it was counted as its blocks passed
+        shown = _counted(details, reports[-1])
+        write_card(folder, card, shown)
+    else:
+        shown = layer_sparsities(loaded)
+        export_model(loaded, source.tokenizer(), out, card)
     details["seconds"]["all"] = time.perf_counter() - began
     _write(folder / "pruning.json", details)
     if measure is not None:
         details["perplexity"] = measure((loaded or Pretrained(out, dtype="auto").load()).to(device))
         _write(folder / "pruning.json", details)
-    # a streamed model may not fit in memory: what is shown of it was counted as its blocks passed
-    shown = _counted(details, reports[-1]) if loaded is None else layer_sparsities(loaded)
+        write_card(folder, replace(card, perplexity=perplexity_line(details["perplexity"])), shown)
     show_pruning(details, shown, folder)
 
 

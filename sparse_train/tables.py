@@ -1,7 +1,6 @@
 """Tables on the terminal."""
 
 import json
-from collections import defaultdict
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from sparse_train.inspection import LayerSparsity, overall_sparsity
+from sparse_train.inspection import LayerSparsity, by_projection, overall_sparsity
 
 
 def show_pruning(details: dict[str, Any], layers: list[LayerSparsity], folder: Path) -> None:
@@ -69,11 +68,7 @@ def show_inspection(name: str, layers: list[LayerSparsity], as_json: bool) -> No
 
 
 def _by_projection(layers: list[LayerSparsity]) -> Table:
-    groups: dict[str, list[LayerSparsity]] = defaultdict(list)
-    for layer in layers:
-        groups[layer.name.rsplit(".", 1)[-1]].append(layer)
     table = Table("projection", "layers", "sparsity", "pattern")
-    for projection, members in groups.items():
-        patterns = sorted({member.pattern for member in members})
-        table.add_row(projection, str(len(members)), f"{overall_sparsity(members):.4f}", ", ".join(patterns))
+    for row in by_projection(layers):
+        table.add_row(*row)
     return table

@@ -52,6 +52,8 @@ def test_prune_evaluate_and_inspect(model_folder, text, capsys):
     assert AutoTokenizer.from_pretrained("pruned").eos_token_id == 2
     details = json.loads(Path("pruned/pruning.json").read_text())
     assert details["sparsity"] == pytest.approx(0.5, abs=1e-3)
+    card = Path("pruned/README.md").read_text()
+    assert "pruned in one shot, without training: Wanda(), 2:4" in card and "4 x 32 tokens of topics.txt" in card
     calibration = details["calibration"]
     assert (calibration["num_calibration_samples"], calibration["max_seq_length"], calibration["seed"]) == (4, 32, 0)
 
@@ -91,6 +93,9 @@ def test_fit_export_and_resume(model_folder, text, capsys):
     assert "exported to exported" in capsys.readouterr().out
     model = AutoModelForCausalLM.from_pretrained("exported")
     assert set(model.state_dict()) == set(tiny_llama().state_dict())
+    card = Path("exported/README.md").read_text()
+    assert "re-computed every 4 steps" in card and "at the last validation" in card
+    assert "max_steps: 12" in card[card.index("```yaml") :]
     assert ((model.model.layers[2].mlp.down_proj.weight.reshape(-1, 4) == 0).sum(1) == 2).all()
 
     metrics = Path("run/version_0/metrics.csv").read_text()
@@ -101,6 +106,7 @@ def test_fit_export_and_resume(model_folder, text, capsys):
 
     checkpoint = next(Path("run").rglob("*.ckpt"))
     cli.main(["export", str(checkpoint), "from_checkpoint", f"--tokenizer={model_folder}"])
+    assert "re-computed every 4 steps" in Path("from_checkpoint/README.md").read_text()
     again = AutoModelForCausalLM.from_pretrained("from_checkpoint")
     for key, value in again.state_dict().items():
         assert torch.equal(value, model.state_dict()[key]), key

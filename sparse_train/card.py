@@ -39,7 +39,7 @@ class ModelCard:
     recipe: str | None = None
     """YAML that makes the model again."""
 
-    def text(self, layers: list[LayerSparsity]) -> str:
+    def text(self, layers: Sequence[LayerSparsity]) -> str:
         """The card, Markdown with the front matter that the hub reads.
 
         Args:
@@ -81,7 +81,7 @@ class ModelCard:
         return "\n".join(parts)
 
 
-def write_card(folder: Path, card: ModelCard, layers: list[LayerSparsity]) -> None:
+def write_card(folder: Path, card: ModelCard, layers: Sequence[LayerSparsity]) -> None:
     """Put the card of a model into its folder, in the place of one that is there."""
     (folder / FILE_NAME).write_text(card.text(layers), encoding="utf-8")
 

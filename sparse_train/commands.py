@@ -7,7 +7,15 @@ from jsonargparse import ArgumentParser
 
 from sparse_train.prune_command import prune
 from sparse_train.reference_flags import translate
-from sparse_train.sources import ModelSource, PackagedWikipedia, Split, TextSource, as_model_source, float_dtype
+from sparse_train.sources import (
+    ModelSource,
+    PackagedWikipedia,
+    Pretrained,
+    Split,
+    TextSource,
+    as_model_source,
+    float_dtype,
+)
 from sparse_train.tables import show_inspection
 from sparse_train.yaml_numbers import install
 
@@ -77,15 +85,17 @@ def export(checkpoint: str, out: str, tokenizer: ModelSource | str | None = None
 
 
 def inspect(model: ModelSource | str, json: bool = False) -> None:
-    """Sparsity and pattern of each linear layer, counted on the weights.
+    """Sparsity and pattern of each linear layer, its size on disk, and whether 2:4 hardware could run it.
+
+    All of it counted on the weights, in the dtype that they have on disk.
 
     Args:
-        model: Hugging Face id, local folder, or a model source.
+        model: Hugging Face id, local folder, or a model source (whose dtype it then is).
         json: print one JSON object instead of a table.
     """
     from sparse_train.inspection import layer_sparsities
 
-    source = as_model_source(model)
+    source = Pretrained(model, dtype="auto") if isinstance(model, str) else model
     show_inspection(source.name, layer_sparsities(source.load()), json)
 
 

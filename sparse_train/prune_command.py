@@ -5,7 +5,7 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -103,7 +103,7 @@ def prune(
     card = ModelCard(source.name, source.hub_id, source.license, oneshot_rows(details))
     if loaded is None:
         # it may not fit in memory: what is shown of it was counted as its blocks passed
-        shown = _counted(details, reports[-1])
+        shown: Sequence[LayerSparsity] = _counted(details, reports[-1])
         write_card(folder, card, shown)
     else:
         shown = layer_sparsities(loaded)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_train import masks, sharding
+from sparse_train.adapters import guard_merges
 from sparse_train.functional import masked_linear
 from sparse_train.matrices import MASK_NAME, MaskedLayer, MaskedMatrix, Recorder, is_conv1d
 
@@ -78,6 +79,7 @@ def sparsify(model: nn.Module, layers: Iterable[nn.Module]) -> None:
         model.register_load_state_dict_pre_hook(_refuse_dense)
     _keep_from_ddp(model)
     _teach_save_pretrained()
+    guard_merges(model)
 
 
 @torch.no_grad()

@@ -53,7 +53,7 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
     Trainer's log at the steps of updates.
 
     Each checkpoint folder holds the sparse model, with zeros, and beside it ``sparse_training_state.pt`` with masks,
-    shadow values and statistics, so that a run resumed in this process count continues bit for bit.
+    shadow values and statistics, so that a resumed run continues bit for bit.
 
     Args:
         mask_structure, sparsity, update_freq, criterion, policy, schedule, targets, ignore, start_step, end_step,

@@ -56,7 +56,7 @@ class DynamicPruning(L.Callback):
     Each update scores weights by ``criterion`` from activations of the training forwards just before it (Wanda:
     ``|W_ij| * ||X_j||_2``, arXiv 2306.11695) and logs ``sparsity/target``, ``sparsity/actual`` (zeros counted on the
     weights), ``sparsity/flip_rate`` (share of mask entries that changed), ``sparsity/initial_flip_rate`` (share that
-    differs from the first mask; measured on every 32nd row) and ``sparsity/update_seconds`` to all loggers. So does a
+    differs from the first mask; measured on every 128th row) and ``sparsity/update_seconds`` to all loggers. So does a
     first mask at step 0, and so do the steps of updates at which masks need not change.
 
     The first mask, with ``start_step`` 0, comes from one-shot pruning, block by block, calibrated on

@@ -1,4 +1,4 @@
-"""What users combine with an engine: precision, accumulation, clipping, checkpointed activations, how modules are built.
+"""What users combine with an engine: precision, accumulation, clipping, checkpointing, how modules are built.
 
 In each run sparsity is exact after every step, and statistics hold each token once.
 """

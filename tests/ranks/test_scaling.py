@@ -133,7 +133,7 @@ def calls(engine: str, folder: Path, first: int, last: int, *callbacks: L.Callba
 
 
 def with_and_without(engine: str, folder: Path, first: int, last: int) -> Any:
-    pruning = DynamicPruning("2:4", update_freq=5, window=3, calibration_batches=0)
+    pruning = DynamicPruning("2:4", update_freq=5, window=3, end_step=13, calibration_batches=0)
     return calls(engine, folder, first, last, pruning), calls(engine, folder, first, last)
 
 

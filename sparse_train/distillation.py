@@ -47,8 +47,9 @@ def logit_losses(
     # The labels are shifted and not the logits: ``logits[:, :-1]`` would be copied whole.
     labels_T = F.pad(labels_BL[:, 1:], (0, 1), value=ignore_index).flatten()
     tokens_N = (labels_T != ignore_index).nonzero().squeeze(1)
-    function = partial(_logit_sums, temperature=temperature)
-    sums_K = _chunked(function, tokens_N, student_BLV.flatten(0, 1), teacher_BLV.flatten(0, 1), labels_T)
+    operands_T = student_BLV.flatten(0, 1), teacher_BLV.flatten(0, 1), labels_T
+    sums, gradient = (partial(each, temperature=temperature) for each in (_logit_sums, _logit_gradient))
+    sums_K = _chunked_sums(sums, gradient, tokens_N, *operands_T)
     ce, kldiv = sums_K / max(1, len(tokens_N))
     return ce, kldiv
 
@@ -72,8 +73,9 @@ def squarehead_loss(
     tokens_N = attention_mask_BL.flatten().nonzero().squeeze(1)
     losses = []
     for student_BLH, teacher_BLH in zip(student_states, teacher_states, strict=True):
-        sums_K = _chunked(_squared_sums, tokens_N, student_BLH.flatten(0, 1), teacher_BLH.flatten(0, 1))
-        distance, size = sums_K  # sums do for means: numbers of tokens and features cancel out
+        operands_TH = student_BLH.flatten(0, 1), teacher_BLH.flatten(0, 1)
+        # sums do for means: numbers of tokens and features cancel out
+        distance, size = _chunked_sums(_squared_sums, _squared_gradient, tokens_N, *operands_TH)
         losses.append(distance / size.clamp(min=torch.finfo(size.dtype).tiny))
     return torch.stack(losses).sum()
 
@@ -81,13 +83,23 @@ def squarehead_loss(
 def _logit_sums(student_CV: Tensor, teacher_CV: Tensor, labels_C: Tensor, temperature: float) -> Tensor:
     student_CV, teacher_CV = student_CV.float(), teacher_CV.float()
     ce = F.cross_entropy(student_CV, labels_C, reduction="sum")
-    kldiv = F.kl_div(
-        F.log_softmax(student_CV / temperature, dim=-1),
-        F.log_softmax(teacher_CV / temperature, dim=-1),
-        reduction="sum",
-        log_target=True,
-    )
+    log_q_CV = F.log_softmax(student_CV / temperature, dim=-1)
+    log_p_CV = F.log_softmax(teacher_CV / temperature, dim=-1)
+    kldiv = F.kl_div(log_q_CV, log_p_CV, reduction="sum", log_target=True)
     return torch.stack([ce, temperature**2 * kldiv])
+
+
+def _logit_gradient(
+    grad_K: Tensor, student_CV: Tensor, teacher_CV: Tensor, labels_C: Tensor, temperature: float
+) -> Tensor:
+    # cross-entropy: softmax(student) - one_hot(label); divergence: t * (q - p), p and q at temperature t
+    ce, kldiv = grad_K
+    student_CV, teacher_CV = student_CV.float(), teacher_CV.float()
+    grad_CV = F.softmax(student_CV, dim=-1).mul_(ce)
+    grad_CV.scatter_add_(1, labels_C[:, None], -ce.expand(len(labels_C), 1))
+    q_CV = F.softmax(student_CV / temperature, dim=-1)
+    p_CV = F.softmax(teacher_CV / temperature, dim=-1)
+    return grad_CV.add_(q_CV.sub_(p_CV).mul_(temperature * kldiv))
 
 
 def _squared_sums(student_CH: Tensor, teacher_CH: Tensor) -> Tensor:
@@ -95,8 +107,12 @@ def _squared_sums(student_CH: Tensor, teacher_CH: Tensor) -> Tensor:
     return torch.stack([(student_CH - teacher_CH).square().sum(), teacher_CH.square().sum()])
 
 
+def _squared_gradient(grad_K: Tensor, student_CH: Tensor, teacher_CH: Tensor) -> Tensor:
+    return (student_CH.float() - teacher_CH.float()).mul_(2 * grad_K[0])
+
+
 class _ChunkedSums(torch.autograd.Function):
-    """The sum of ``function`` over chunks of tokens, holding its operands and nothing else until backward.
+    """Sums over tokens, chunk by chunk, holding the operands and nothing else until backward.
 
     Plain autograd would hold several float32 copies of all logits. Backward computes each chunk again, so that in both
     directions a chunk is all there is in float32.
@@ -104,14 +120,18 @@ class _ChunkedSums(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, function: Callable[..., Tensor], tokens_N: Tensor, student_TX: Tensor, *constants_T: Tensor
+        ctx: Any,
+        sums: Callable[..., Tensor],
+        gradient: Callable[..., Tensor],
+        tokens_N: Tensor,
+        student_TX: Tensor,
+        *constants_T: Tensor,
     ) -> Tensor:
-        ctx.function = function
+        ctx.gradient = gradient
         ctx.save_for_backward(tokens_N, student_TX, *constants_T)
         chunks = tokens_N.split(_chunk_size(student_TX))
-        return torch.stack(
-            [function(*(each[chunk_C] for each in (student_TX, *constants_T))) for chunk_C in chunks]
-        ).sum(0)
+        operands_T = (student_TX, *constants_T)
+        return torch.stack([sums(*(each[chunk_C] for each in operands_T)) for chunk_C in chunks]).sum(0)
 
     @staticmethod
     @once_differentiable
@@ -119,21 +139,33 @@ class _ChunkedSums(torch.autograd.Function):
         tokens_N, student_TX, *constants_T = ctx.saved_tensors
         grad_TX = torch.zeros_like(student_TX)
         for chunk_C in tokens_N.split(_chunk_size(student_TX)):
-            student_CX = student_TX[chunk_C].requires_grad_()
-            with torch.enable_grad():
-                sums_K = ctx.function(student_CX, *(each[chunk_C] for each in constants_T))
-            (grad_TX[chunk_C],) = torch.autograd.grad(sums_K, student_CX, grad_K)
-        return None, None, grad_TX, *(None for _ in constants_T)
+            grad_CX = ctx.gradient(grad_K, student_TX[chunk_C], *(each[chunk_C] for each in constants_T))
+            grad_TX[chunk_C] = grad_CX.to(grad_TX.dtype)
+        return None, None, None, grad_TX, *(None for _ in constants_T)
 
 
 def _chunk_size(x_TX: Tensor) -> int:
     return max(1, _CHUNK_ELEMENTS // x_TX.shape[-1])
 
 
-def _chunked(function: Callable[..., Tensor], tokens_N: Tensor, student_TX: Tensor, *constants_T: Tensor) -> Tensor:
-    """``function`` (K,) of the rows ``tokens_N`` of all operands, where it is a sum over them; see ``_ChunkedSums``."""
-    sums_K: Tensor = _ChunkedSums.apply(function, tokens_N, student_TX, *constants_T)  # type: ignore[no-untyped-call]
-    return sums_K
+def _chunked_sums(
+    sums: Callable[..., Tensor],
+    gradient: Callable[..., Tensor],
+    tokens_N: Tensor,
+    student_TX: Tensor,
+    *constants_T: Tensor,
+) -> Tensor:
+    """``sums(student, *constants)`` (K,) over the tokens ``tokens_N``; a gradient goes to the student alone.
+
+    Args:
+        sums: of rows of all operands, added up over them, float32 (K,).
+        gradient: of ``grad_K`` and the same rows, for those of the student, float32.
+        tokens_N: rows that count, int64.
+        student_TX: a row a token.
+        constants_T: whatever else has an entry a token.
+    """
+    found_K: Tensor = _ChunkedSums.apply(sums, gradient, tokens_N, student_TX, *constants_T)  # type: ignore[no-untyped-call]
+    return found_K
 
 
 # --- The teacher -----------------------------------------------------------------------------------------------------

@@ -57,6 +57,9 @@ class CausalLM(L.LightningModule):
         self._teacher: Teacher | None = None
         self._val_loss = MeanMetric()
 
+    def setup(self, stage: str) -> None:
+        self._teacher = None  # of a run that was interrupted, perhaps on another device
+
     def configure_model(self) -> None:
         if self.model is None:
             self.model = self.source.load()

@@ -346,6 +346,15 @@ def test_a_sparse_checkpoint_trained_further_learns_from_the_dense_model(model_f
     assert all(torch.equal(taught[key], dense[key]) for key in dense)
 
 
+def test_a_run_after_an_interrupted_one_gets_a_teacher_of_its_own(model_folder, data, tmp_path):
+    module, watch = CausalLM(str(model_folder), distillation=Distillation()), Watch()
+    with pytest.raises(SystemExit):
+        fit(module, data(), watch, Interrupt(2, tmp_path / "x.ckpt"))
+    fit(module, data(), watch, precision="bf16-true", max_steps=2)
+    first, second = watch.teachers[0].model, watch.teachers[-1].model
+    assert (first.dtype, second.dtype) == (torch.float32, torch.bfloat16)
+
+
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
 def test_the_teacher_computes_as_the_student_does(model_folder, data, precision):
     module, watch = CausalLM(str(model_folder), distillation=Distillation(hardness_squarehead=1.0)), Watch()

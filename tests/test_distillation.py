@@ -203,6 +203,14 @@ def test_the_total_is_the_weighted_sum():
     assert math.isfinite(Distillation(hardness_ce=0.0).total({**losses, "ce": torch.tensor(math.inf)}))
 
 
+def test_a_teacher_is_frozen_and_in_eval_mode(ids):
+    teacher = Teacher(tiny_llama(attention_dropout=0.5).train())
+    first, second = (teacher(input_ids=ids[0]).logits for _ in range(2))
+    assert torch.equal(first, second)
+    assert not first.requires_grad
+    assert not any(parameter.requires_grad for parameter in teacher.model.parameters())
+
+
 # --- Runs ------------------------------------------------------------------------------------------------------------
 
 

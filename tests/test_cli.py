@@ -120,11 +120,12 @@ def test_fit_export_and_resume(model_folder, text, capsys):
     assert "val/perplexity" in capsys.readouterr().out
 
 
-def test_dense_fit(model_folder, text):
+@pytest.mark.parametrize("recipe", ["smollm2_dense", "smollm2_2of4_distill"])
+def test_short_fits(model_folder, text, recipe):
     cli.main(
         [
             "fit",
-            "--config=recipes/smollm2_dense.yaml",
+            f"--config=recipes/{recipe}.yaml",
             f"--model.model={model_folder}",
             f"--data.text={text}",
             "--data.block_size=32",
@@ -136,7 +137,9 @@ def test_dense_fit(model_folder, text):
             "--trainer.enable_progress_bar=false",
         ]
     )
-    assert "val/perplexity" in Path("run/version_0/metrics.csv").read_text()
+    metrics = Path("run/version_0/metrics.csv").read_text()
+    assert "val/perplexity" in metrics
+    assert ("train/loss_kldiv" in metrics) == ("distill" in recipe)
 
 
 def test_help_shows_the_commands(capsys):

@@ -1,0 +1,49 @@
+"""Evaluation in the middle of training, leaving no trace in it."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import nn
+
+from sparse_train.layers import sparse_layers
+
+
+@contextmanager
+def isolated_rng() -> Iterator[None]:
+    """Random states of Python, numpy and torch (on all CUDA devices) come back afterwards."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients inside; afterwards the model, and chance, are as if nothing had happened.
+
+    What comes back: the training mode of every module, all random states, and what masked layers know of their inputs:
+    a forward inside is neither recorded in activation statistics nor taken as a sign that training reaches a layer.
+    """
+    training = [module for module in model.modules() if module.training]
+    reached = {layer: layer.reached for layer in sparse_layers(model).values()}
+    recorders = {id(layer.recorder): layer.recorder for layer in reached if layer.recorder is not None}.values()
+    recording = [(recorder, recorder.when) for recorder in recorders]
+    with torch.no_grad(), isolated_rng():
+        try:
+            model.eval()
+            for recorder, _ in recording:
+                recorder.when = "never"
+            yield
+        finally:
+            for module in training:
+                module.training = True
+            for recorder, when in recording:
+                recorder.when = when
+            for layer, was_reached in reached.items():
+                layer.reached = was_reached

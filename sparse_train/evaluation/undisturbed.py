@@ -27,23 +27,17 @@ def isolated_rng() -> Iterator[None]:
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients inside; afterwards the model, and chance, are as if nothing had happened.
 
-    What comes back: the training mode of every module, all random states, and what masked layers know of their inputs:
-    a forward inside is neither recorded in activation statistics nor taken as a sign that training reaches a layer.
+    What comes back: the training mode of every module, all random states, and whether training has reached a masked
+    layer. Activation statistics record nothing inside: forwards in evaluation mode without gradients are no training.
     """
     training = [module for module in model.modules() if module.training]
     reached = {layer: layer.reached for layer in sparse_layers(model).values()}
-    recorders = {id(layer.recorder): layer.recorder for layer in reached if layer.recorder is not None}.values()
-    recording = [(recorder, recorder.when) for recorder in recorders]
     with torch.no_grad(), isolated_rng():
         try:
             model.eval()
-            for recorder, _ in recording:
-                recorder.when = "never"
             yield
         finally:
             for module in training:
                 module.training = True
-            for recorder, when in recording:
-                recorder.when = when
             for layer, was_reached in reached.items():
                 layer.reached = was_reached

@@ -90,6 +90,7 @@ class Evaluation(L.Callback):
         self._batch_size = batch_size
         self._tokenizer_source = None if tokenizer is None else as_model_source(tokenizer)
         self._tokenizer: Any = None
+        self._tokenizer_name = ""
         self._ids: Tensor | None = None
         self._step = 0
         self._measured: dict[str, int] = {}
@@ -107,7 +108,8 @@ class Evaluation(L.Callback):
             return
         _model(pl_module)  # there must be one
         with isolated_rng():
-            self._tokenizer = self._source(pl_module).tokenizer()
+            source = self._source(pl_module)
+            self._tokenizer, self._tokenizer_name = source.tokenizer(), source.name
             if self._text is not None:
                 self._ids = self._tokenised(self._text)
             if self._tasks:
@@ -171,7 +173,7 @@ class Evaluation(L.Callback):
             model_name="the model in training",
             data_name=self._text.name,
             split=self._split,
-            tokenizer_name=type(self._tokenizer).__name__,
+            tokenizer_name=self._tokenizer_name,
             autocast=autocast,
             **self._windows,
         )

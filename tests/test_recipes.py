@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from sparse_train import NM, Cubic, Magnitude, SparseGPT, Wanda, lightning_cli
-from sparse_train.callbacks import DynamicPruning
+from sparse_train.callbacks import DynamicPruning, Evaluation
 from sparse_train.commands import parser_of
 from sparse_train.module import CausalLM
 from sparse_train.sources import HubText, PackagedSmolLM2, PackagedWikipedia, Pretrained
@@ -120,6 +120,21 @@ def test_the_small_ways_to_name_things():
     assert pruning._pattern == NM(1, 4)
     assert pruning._criterion == Magnitude()
     assert pruning._schedule == Cubic(0.75)
+
+
+def test_evaluation_joins_a_recipe_by_its_name():
+    cli = parse_fit(
+        f"--config={BASE}",
+        "--trainer.callbacks+=Evaluation",
+        "--trainer.callbacks.text=PackagedWikipedia",
+        "--trainer.callbacks.every_n_steps=20",
+        "--trainer.callbacks.tasks=boolq,rte",
+        "--trainer.callbacks.task_data=folder",
+    )
+    evaluation = next(c for c in cli.trainer.callbacks if isinstance(c, Evaluation))
+    assert evaluation._text == PackagedWikipedia()
+    assert evaluation._tasks == ["boolq", "rte"]
+    assert any(isinstance(c, DynamicPruning) for c in cli.trainer.callbacks)
 
 
 @pytest.mark.parametrize(

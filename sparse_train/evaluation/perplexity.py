@@ -105,7 +105,8 @@ def evaluate_perplexity(
     labels_WL = windows_WL.clone()
     labels_WL[1:, : window - stride] = -100
     device = next(model.parameters()).device
-    metric, tokens = MeanMetric().to(device), 0
+    # where there are other processes, they may be measuring nothing, and would be waited for
+    metric, tokens = MeanMetric(sync_on_compute=False).to(device), 0
     batches = list(zip(windows_WL.split(batch_size), labels_WL.split(batch_size), strict=True))
     with undisturbed(model), bar("perplexity", shown=progress) as (set_total, advance):
         set_total(len(batches))

@@ -126,6 +126,7 @@ def test_at_the_end_only(model_folder, text_file, task_data, tmp_path, caplog):
     rows = read_metrics(tmp_path / "logs" / "metrics.csv")
     assert [row["step"] for row in rows if "evaluation/perplexity" in row] == [3]
     assert [row["step"] for row in rows if "zero_shot/rte" in row] == [3]
+    assert f"tokenizer of {model_folder}" in caplog.text
     for said in ("150 tokens scored, windows of 16", "the first 3 items of each task", "computed in bfloat16"):
         assert said in caplog.text
 
@@ -141,6 +142,17 @@ def test_under_ddp(model_folder, text_file, tmp_path, monkeypatch):
         torch.distributed.destroy_process_group()
     rows = read_metrics(tmp_path / "logs" / "metrics.csv")
     assert [row["step"] for row in rows if "evaluation/perplexity" in row] == [1, 2]
+
+
+def test_measuring_asks_nothing_of_other_processes(task_data, tmp_path, monkeypatch):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        for name in ("barrier", "all_gather", "all_reduce", "broadcast"):
+            monkeypatch.setattr(torch.distributed, name, lambda *_, **__: pytest.fail("waits for the others"))
+        evaluate_perplexity(tiny_llama(), torch.arange(3, 67), window=16)
+        evaluate_zero_shot(tiny_llama(), tiny_tokenizer(), ["rte"], task_data=task_data)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_other_processes_wait():

@@ -128,7 +128,7 @@ class Evaluation(L.Callback):
         return source
 
     def _tokenised(self, text: TextSource) -> Tensor:
-        ids = token_ids(text.documents(self._split), self._tokenizer)
+        ids = token_ids(text.documents(self._split), self._tokenizer, text.separator)
         if len(ids) < self._windows["window"]:
             raise ValueError(
                 f"The {self._split} split of {text.name} has {len(ids)} tokens, fewer than one window of "

@@ -57,7 +57,7 @@ def evaluate(
     if "perplexity" in names:
         results["perplexity"] = evaluate_perplexity(
             loaded,
-            token_ids(documents, tokenizer),
+            token_ids(documents, tokenizer, text.separator),
             window=window,
             stride=stride,
             batch_size=batch_size,

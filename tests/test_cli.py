@@ -70,6 +70,16 @@ def test_prune_evaluate_and_inspect(model_folder, text, capsys):
     assert "all linear layers" in capsys.readouterr().out
 
 
+def test_documents_are_joined_by_the_separator_of_their_source(model_folder):
+    Path("data").mkdir()
+    Path("data/test.jsonl").write_text(json.dumps({"text": "abcd"}) + "\n" + json.dumps({"text": "efgh"}))
+    text = {"path": "data", "splits": {"test": "test"}}
+    for separator, tokens in [({}, 10), ({"separator": " "}, 9)]:
+        source = json.dumps({"class_path": "HubText", "init_args": {**text, **separator}})
+        with pytest.raises(SystemExit, match=f"has {tokens} tokens"):
+            cli.main(["evaluate", str(model_folder), f"--text={source}", "--window=32"])
+
+
 def test_evaluate_on_tasks(model_folder, text, capsys):
     item = {"premise": "Ann sold her car.", "hypothesis": "Ann had a car.", "gold": 0}
     Path("data").mkdir()

@@ -15,7 +15,7 @@ from sparse_train.layers import sparse_layers
 def isolated_rng() -> Iterator[None]:
     """Random states of Python, numpy and torch (on all CUDA devices) come back afterwards."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(range(torch.cuda.device_count())):
+    with torch.random.fork_rng(range(torch.cuda.device_count()), device_type="cuda"):
         try:
             yield
         finally:

@@ -208,7 +208,7 @@ def _load_tasks(names: Sequence[str], task_data: str | Path | None) -> dict[str,
     known = _lm_eval_tasks().task_index if len(local) < len(names) else {}
     for name in names:
         if name not in known and name not in local:
-            close = did_you_mean(name, [*known, "wanda7", "perplexity"])
+            close = did_you_mean(name, {*known, "wanda7", "perplexity"} - {name})
             raise ValueError(f"lm-eval has no task {name!r}.{close} lm_eval ls tasks shows all.")
     loaded: dict[str, Any] = {}
     for name in names:

@@ -14,6 +14,7 @@ from torch import nn
 
 from sparse_train.callbacks import DynamicPruning, Evaluation
 from sparse_train.evaluation import evaluate_perplexity, evaluate_zero_shot, token_ids
+from sparse_train.module import CausalLM
 from sparse_train.report import read_metrics
 from sparse_train.sources import Pretrained, TextFiles
 
@@ -129,6 +130,16 @@ def test_at_the_end_only(model_folder, text_file, task_data, tmp_path, caplog):
     assert f"tokenizer of {model_folder}" in caplog.text
     for said in ("150 tokens scored, windows of 16", "the first 3 items of each task", "computed in bfloat16"):
         assert said in caplog.text
+
+
+def test_a_causal_lm_brings_its_tokenizer(model_folder, text_file, tmp_path):
+    evaluation = Evaluation(TextFiles(validation=[str(text_file)]), window=16, max_tokens=64)
+    logger = CSVLogger(tmp_path, name="logs", version="")
+    module = fit(evaluation, module=CausalLM(str(model_folder)), steps=2, logger=logger)
+    metrics = read_metrics(tmp_path / "logs" / "metrics.csv")[-1]
+    ids = token_ids(TextFiles(validation=[str(text_file)]).documents("validation"), tiny_tokenizer())
+    expected = evaluate_perplexity(module.model, ids, window=16, max_tokens=64).perplexity
+    assert metrics["evaluation/perplexity"] == expected
 
 
 def test_under_ddp(model_folder, text_file, tmp_path, monkeypatch):

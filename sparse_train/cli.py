@@ -19,7 +19,7 @@ commands:
   fit        train sparse with re-pruning       sparse-train fit --config recipes/smollm2_2of4.yaml
   validate   perplexity of a training run       sparse-train validate --config CONFIG --ckpt_path last.ckpt
   prune      one-shot pruning                   sparse-train prune --config recipes/oneshot_wanda_2of4.yaml
-  evaluate   perplexity of a model              sparse-train evaluate PATH_OR_HUB_ID
+  evaluate   perplexity, zero-shot accuracy     sparse-train evaluate PATH_OR_HUB_ID --tasks perplexity,wanda7
   export     checkpoint to Hugging Face folder  sparse-train export runs/x/last.ckpt runs/x/model
   inspect    sparsity by layer                  sparse-train inspect PATH_OR_HUB_ID
 

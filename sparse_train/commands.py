@@ -5,61 +5,12 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
+from sparse_train.evaluate_command import evaluate
 from sparse_train.prune_command import prune
 from sparse_train.reference_flags import translate
-from sparse_train.sources import ModelSource, PackagedWikipedia, Split, TextSource, as_model_source, float_dtype
+from sparse_train.sources import ModelSource, as_model_source
 from sparse_train.tables import show_inspection
 from sparse_train.yaml_numbers import install
-
-
-def evaluate(
-    model: ModelSource | str,
-    text: TextSource | None = None,
-    split: Split = "test",
-    window: int = 512,
-    stride: int | None = None,
-    batch_size: int = 4,
-    max_tokens: int | None = None,
-    autocast: str | None = None,
-    json: bool = False,
-) -> None:
-    """Perplexity of a model, printed with its protocol.
-
-    Args:
-        model: Hugging Face id, local folder, or a model source.
-        text: default: the packaged Wikipedia text.
-        split: train, validation or test.
-        window: tokens a forward sees.
-        stride: tokens between starts of windows; default: no overlap.
-        batch_size: windows a forward.
-        max_tokens: read only the first tokens of the split.
-        autocast: compute in this dtype, such as "bfloat16"; the loss stays float32.
-        json: print one JSON object instead of text.
-    """
-    from json import dumps
-
-    from sparse_train.evaluation import evaluate_perplexity, token_ids
-
-    dtype = None if autocast is None else float_dtype(autocast)
-    source, text = as_model_source(model), text or PackagedWikipedia()
-    loaded, tokenizer = source.load(), source.tokenizer()
-    documents = text.documents(split)
-    if not documents:
-        raise ValueError(f"{text.name} has no text in its {split} split.")
-    result = evaluate_perplexity(
-        loaded,
-        token_ids(documents, tokenizer),
-        window=window,
-        stride=stride,
-        batch_size=batch_size,
-        max_tokens=max_tokens,
-        model_name=source.name,
-        data_name=text.name,
-        split=split,
-        autocast=dtype,
-        progress=not json,
-    )
-    print(dumps(result.as_dict()) if json else f"{result.perplexity:.2f}  {result.protocol}")
 
 
 def export(checkpoint: str, out: str, tokenizer: ModelSource | str | None = None) -> None:

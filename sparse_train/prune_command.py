@@ -277,7 +277,7 @@ def _perplexity_of(
     documents = text.documents("test")
     if not documents:
         raise ValueError(f"{text.name} has no text in its test split; give --perplexity a text that has one.")
-    ids = token_ids(documents, source.tokenizer())
+    ids = token_ids(documents, source.tokenizer(), text.separator)
 
     def measure(model: Any) -> dict[str, Any]:
         found = evaluate_perplexity(

@@ -4,12 +4,15 @@ import json
 from collections import defaultdict
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from sparse_train.inspection import LayerSparsity, overall_sparsity
+
+if TYPE_CHECKING:
+    from sparse_train.evaluation import ZeroShotResult
 
 
 def show_pruning(details: dict[str, Any], layers: list[LayerSparsity], folder: Path) -> None:
@@ -66,6 +69,28 @@ def show_inspection(name: str, layers: list[LayerSparsity], as_json: bool) -> No
     table.add_section()
     table.add_row("all linear layers", "", f"{overall_sparsity(layers):.4f}", "")
     Console().print(table)
+
+
+def show_zero_shot(result: "ZeroShotResult") -> None:
+    """Accuracy on each task, in per cent with its standard error, and the mean."""
+    table = Table(
+        "task", Column("accuracy, %", justify="right"), Column("standard error", justify="right"), "metric", "items"
+    )
+    for row in result.tasks:
+        table.add_row(row.task, f"{100 * row.accuracy:.2f}", _percent(row.stderr), row.metric, str(row.n))
+    if len(result.tasks) > 1:
+        table.add_section()
+        items = str(sum(row.n for row in result.tasks))
+        table.add_row(
+            f"mean of {len(result.tasks)}", f"{100 * result.mean:.2f}", _percent(result.mean_stderr), "", items
+        )
+    console = Console()
+    console.print(table)
+    console.print(str(result.protocol), highlight=False, markup=False)
+
+
+def _percent(stderr: float | None) -> str:
+    return "" if stderr is None else f"{100 * stderr:.2f}"
 
 
 def _by_projection(layers: list[LayerSparsity]) -> Table:

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from sparse_train import NM, Cubic, Magnitude, SparseGPT, Wanda, lightning_cli
-from sparse_train.callbacks import DynamicPruning
+from sparse_train.callbacks import DynamicPruning, Evaluation
 from sparse_train.commands import parser_of
 from sparse_train.module import CausalLM
 from sparse_train.sources import HubText, PackagedSmolLM2, PackagedWikipedia, Pretrained
@@ -143,6 +143,21 @@ def test_distillation_is_a_class_or_the_mapping_of_its_arguments(tmp_path):
     assert found.teacher is None
     assert found.hardness == {"ce": 0.33, "kldiv": 0.67, "squarehead": 1.0}
     assert parse_fit(f"--config={recipe}", "--model.distillation=null").model.distillation is None
+
+
+def test_evaluation_joins_a_recipe_by_its_name():
+    cli = parse_fit(
+        f"--config={BASE}",
+        "--trainer.callbacks+=Evaluation",
+        "--trainer.callbacks.text=PackagedWikipedia",
+        "--trainer.callbacks.every_n_steps=20",
+        "--trainer.callbacks.tasks=boolq,rte",
+        "--trainer.callbacks.task_data=folder",
+    )
+    evaluation = next(c for c in cli.trainer.callbacks if isinstance(c, Evaluation))
+    assert evaluation._text == PackagedWikipedia()
+    assert evaluation._tasks == ["boolq", "rte"]
+    assert any(isinstance(c, DynamicPruning) for c in cli.trainer.callbacks)
 
 
 @pytest.mark.parametrize(

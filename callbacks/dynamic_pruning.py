@@ -148,7 +148,7 @@ class DynamicPruning(L.Callback):
                 # FSDP2 and DeepSpeed load what the module has, and would leave masks out without a word
                 self._sparsify_when_built(pl_module)
             return
-        _refuse_averaging(trainer)
+        _check_averaging(trainer, self)
         continues = self.updater is not None and trainer.global_step > 0 and bool(sparse_layers(pl_module))
         self._restored = self.state_dict() if continues else None
         self.updater = None
@@ -326,12 +326,21 @@ def _metrics(report: UpdateReport) -> dict[str, float]:
     }
 
 
-def _refuse_averaging(trainer: L.Trainer) -> None:
-    for callback in getattr(trainer, "callbacks", []):
-        if isinstance(callback, WeightAveraging):
+def _check_averaging(trainer: L.Trainer, pruning: L.Callback) -> None:
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    for callback in callbacks:
+        if not isinstance(callback, WeightAveraging):
+            continue
+        name = type(callback).__name__
+        if callback._use_buffers:
             raise ValueError(
-                f"{type(callback).__name__} averages weights of steps with different masks, and would average the "
-                "bytes of the masks; together with DynamicPruning that is not supported. Leave one of them out."
+                f"{name} would average the bytes of the masks. Give it use_buffers=False: weights are averaged, and "
+                "the averaged model has the masks of the last step that went into it."
+            )
+        if callbacks.index(callback) < callbacks.index(pruning):
+            raise ValueError(
+                f"{name} copies the model before DynamicPruning has given it masks. Put DynamicPruning first in the "
+                "trainer's callbacks."
             )
 
 

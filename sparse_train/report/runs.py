@@ -1,0 +1,348 @@
+"""The report of one training run, or of several side by side, from what they recorded."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sparse_train.report import figures
+from sparse_train.report.collect import Run, collect
+from sparse_train.report.page import Block, Code, Page, Section, Table, write_page
+
+_NONE = "-"
+"""In a table: was not measured, or does not exist."""
+
+
+def write_run_report(folders: Sequence[str | Path], out: str | Path | None = None) -> Path:
+    """Write ``report.html``, ``report.md`` and its pictures; returns the HTML file.
+
+    Args:
+        folders: of the runs, see ``collect``.
+        out: folder to write to; default: that of the run, or ``report`` here where there are several.
+
+    Raises:
+        ValueError: a folder without the records of a run, see ``collect``.
+    """
+    runs = collect(folders)
+    if out is None:
+        out = runs[0].folder if len(runs) == 1 else "report"
+    return write_page(run_page(runs), Path(out))
+
+
+def run_page(runs: Sequence[Run]) -> Page:
+    """The page about ``runs``."""
+    title = f"Sparse training: {runs[0].name}" if len(runs) == 1 else f"Sparse training: {len(runs)} runs"
+    sections = [
+        Section("Perplexity and loss", _curves(runs)),
+        Section("Masks", _masks(runs)),
+        Section("Sparsity by layer", _layers(runs)),
+        Section("One mask before and after", _crops(runs)),
+        Section("Time and memory", _costs(runs)),
+        Section("Settings", [_settings(runs)]),
+        Section("Environment", [_environment(runs)]),
+        Section("Recipe", _recipes(runs)),
+    ]
+    return Page(title, _lead(runs), sections)
+
+
+# --- what came out ---------------------------------------------------------------------------------------------------
+
+
+def _lead(runs: Sequence[Run]) -> list[Block]:
+    rows = [row for run in runs for row in _states(run)]
+    columns = ["run", "state", "step", "sparsity", "perplexity", "loss"]
+    several = len(runs) > 1
+    notes = [
+        "Perplexity and loss are those of the run's own validation text, as its module logs them; sparsity is the "
+        "share of zeros among the targeted weights, counted on the weights."
+    ]
+    for run in runs:
+        of = f" of {run.name}" if several else ""
+        partial = [b for b in run.baselines.values() if b["batches"] != b["of_batches"]]
+        if partial:
+            notes.append(
+                f"The rows before training{of} were measured on {partial[0]['batches']} of "
+                f"{_or_unknown(partial[0]['of_batches'])} validation batches, and do not compare with the others. "
+                "trainer.num_sanity_val_steps=-1 reads all of them."
+            )
+        if not run.baselines:
+            notes.append(f"The model{of} was not evaluated before training: num_sanity_val_steps is 0, or no text is.")
+        if run.end is None:
+            notes.append(f"The run{of} has not ended, or was cut off: its last record is of step {run.steps:,}.")
+    return [Table(columns if several else columns[1:], [row if several else row[1:] for row in rows]), *notes]
+
+
+def _states(run: Run) -> list[list[str]]:
+    """Rows of the headline table: dense, one-shot, now."""
+    rows = []
+    dense, masked = run.baselines.get("dense"), run.baselines.get("first mask")
+    if dense:
+        zeros = dense.get("sparsity")
+        # a model may come in pruned, and is not dense then, whatever its masks
+        state = "before training, without masks" if zeros and zeros > 0.01 else "dense, before training"
+        rows.append(_state(run, state, dense, zeros or 0.0))
+    if masked:
+        rows.append(_state(run, "one-shot: first mask, before training", masked, masked.get("sparsity")))
+    if run.validations:
+        last = run.validations[-1]
+        now = "trained" if run.end is not None else "latest validation"
+        rows.append(_state(run, now, last, _sparsity_at(run, last["step"])))
+    return rows
+
+
+def _state(run: Run, state: str, record: Mapping[str, Any], sparsity: float | None) -> list[str]:
+    perplexity, loss = (_pick(record["metrics"], word) for word in ("perplexity", "loss"))
+    return [
+        run.name,
+        state,
+        f"{record['step']:,}",
+        _number(sparsity, ".4f"),
+        _number(perplexity, ".2f"),
+        _number(loss, ".4f"),
+    ]
+
+
+def _sparsity_at(run: Run, step: int) -> float | None:
+    if step >= run.steps and run.sparsity is not None:
+        return run.sparsity
+    before = [update for update in run.updates if update["step"] <= step]
+    return float(before[-1]["sparsity"]) if before else 0.0
+
+
+def _curves(runs: Sequence[Run]) -> list[Block]:
+    end = _end(runs)
+    perplexity = {run.name: {"": _validated(run, "perplexity")} for run in runs}
+    loss = {
+        run.name: {
+            "training": [(r["step"], v) for r in run.losses if (v := _pick(r["metrics"], "loss")) is not None],
+            "validation": _validated(run, "loss"),
+        }
+        for run in runs
+    }
+    pictures = [
+        figures.curves(
+            "perplexity",
+            "Perplexity of the validation text; at step 0, that of the first mask, or of the dense model where the run "
+            "began without one.",
+            perplexity,
+            "perplexity",
+            log=True,
+            end=end,
+        ),
+        figures.curves("loss", "Loss in training (one batch each) and in validation.", loss, "loss", end=end),
+    ]
+    return _shown(pictures, "No loss and no perplexity were recorded.")
+
+
+def _validated(run: Run, word: str) -> list[tuple[float, float]]:
+    start = run.baselines.get("first mask", run.baselines.get("dense"))
+    whole = [start] if start and start["batches"] == start["of_batches"] else []
+    records = [*whole, *run.validations]
+    return [(r["step"], value) for r in records if (value := _pick(r["metrics"], word)) is not None]
+
+
+def _masks(runs: Sequence[Run]) -> list[Block]:
+    sparse = [run for run in runs if run.updates]
+    flips = {run.name: {"at this update": [(u["step"], 100 * u["flip_rate"]) for u in run.changes()]} for run in sparse}
+    since = {
+        run.name: {"since the first mask": [(u["step"], 100 * u["initial_flip_rate"]) for u in run.updates]}
+        for run in sparse
+    }
+    sparsity = {
+        run.name: {
+            "target": [(u["step"], 100 * u["target"]) for u in run.updates],
+            "counted on the weights": [(u["step"], 100 * u["sparsity"]) for u in run.updates],
+        }
+        for run in sparse
+    }
+    gradual = any(len({update["target"] for update in run.updates}) > 1 for run in sparse)
+    end = _end(runs)
+    pictures = [
+        figures.curves(
+            "flip_rate",
+            "Flip rate: share of mask entries that an update changed. The first mask is left out.",
+            flips,
+            "flip rate, %",
+            end=end,
+        ),
+        figures.curves(
+            "initial_flip_rate",
+            "Initial flip rate: share of mask entries that differ from the first mask (every 32nd row).",
+            since,
+            "initial flip rate, %",
+            end=end,
+        ),
+        figures.curves("sparsity", "Sparsity over the run.", sparsity, "sparsity, %", end=end) if gradual else None,
+    ]
+    dense = [run.name for run in runs if not run.updates]
+    notes: list[Block] = [f"No mask was recorded in {', '.join(dense)}."] if dense else []
+    single = [run.name for run in sparse if not run.changes()]
+    if single:
+        notes.append(f"No update has followed the first mask of {', '.join(single)}: there is no flip rate.")
+    return [*(picture for picture in pictures if picture), *notes]
+
+
+def _layers(runs: Sequence[Run]) -> list[Block]:
+    pictures = [
+        figures.heat_maps(
+            f"layers_{number}",
+            _of(run, runs) + "Zeros of each layer, counted on the weights, at the end; and mask entries that changed, "
+            "summed over all updates after the first mask, as a share of the layer's weights.",
+            {"zeros, %": run.sparsity_by_layer(), "flips over the run, %": run.flips_by_layer()},
+        )
+        for number, run in enumerate(runs, 1)
+    ]
+    return _shown(pictures, "No layer was masked.")
+
+
+def _crops(runs: Sequence[Run]) -> list[Block]:
+    pictures = []
+    for number, run in enumerate(runs, 1):
+        if run.pruning is not None and run.changes():
+            first, last = run.updates[0], run.updates[-1]
+            shape = run.pruning["crop"]
+            pictures.append(
+                figures.mask_change(
+                    f"mask_{number}",
+                    _of(run, runs) + f"{shape['layer']}, first {shape['outputs']} outputs and {shape['inputs']} "
+                    "inputs. The layer is the middle one of the model.",
+                    run.crop(first),
+                    run.crop(last),
+                    (first["step"], last["step"]),
+                )
+            )
+    return _shown(pictures, "No mask was updated after the first.")
+
+
+# --- what it took ----------------------------------------------------------------------------------------------------
+
+
+def _costs(runs: Sequence[Run]) -> list[Block]:
+    def end(run: Run, key: str) -> Any:
+        return None if run.end is None else run.end[key]
+
+    def speed(run: Run) -> float | None:
+        return end(run, "tokens") / run.seconds if end(run, "tokens") else None
+
+    table = _side_by_side(
+        runs,
+        {
+            "training, wall time": lambda run: f"{run.seconds:,.1f} s",
+            "of that, training steps": lambda run: _share(run, run.seconds - _updating(run) - _validating(run)),
+            "of that, validations": lambda run: _share(run, _validating(run)),
+            "of that, mask updates": lambda run: _share(run, _updating(run)),
+            "before: model, first mask, baselines": lambda run: f"{run.starts[0]['prepare_seconds']:,.1f} s",
+            "tokens trained on": lambda run: _number(end(run, "tokens") or None, ",d"),
+            "tokens a second, all included": lambda run: _number(speed(run), ",.0f"),
+            "peak memory of the process": lambda run: _gib(end(run, "peak_bytes")),
+            "peak memory of the accelerator": lambda run: _gib(end(run, "peak_device_bytes")),
+        },
+    )
+    return [
+        table,
+        "An update scores weights, selects and replaces masks. Recording activations for it belongs to the training "
+        "steps. Tokens count padding; memory is that of rank 0.",
+    ]
+
+
+def _updating(run: Run) -> float:
+    return sum(float(update["took"]) for update in run.updates if update["step"] > 0)
+
+
+def _validating(run: Run) -> float:
+    return sum(float(validation["took"]) for validation in run.validations)
+
+
+def _share(run: Run, seconds: float) -> str:
+    return f"{seconds:,.1f} s ({seconds / run.seconds:.1%})" if run.seconds else _NONE
+
+
+def _settings(runs: Sequence[Run]) -> Table:
+    def setting(name: str) -> Callable[[Run], str]:
+        return lambda run: _NONE if run.pruning is None else str(run.pruning[name])
+
+    names = "mask_structure", "schedule", "criterion", "policy", "update_freq", "start_step", "end_step"
+    return _side_by_side(
+        runs,
+        {
+            **{name: setting(name) for name in names},
+            "targeted layers": lambda run: _NONE if run.pruning is None else f"{len(run.pruning['layers']):,}",
+            "targeted weights": lambda run: (
+                _NONE if run.pruning is None else f"{sum(run.pruning['layers'].values()):,}"
+            ),
+            "updates after the first mask": lambda run: f"{len(run.changes()):,}",
+            "steps": lambda run: f"{run.steps:,} of {_or_unknown(run.start['total_steps'])}",
+            "precision": lambda run: run.start["precision"],
+            "ranks": lambda run: str(run.start["ranks"]),
+            "seed": lambda run: _or_unknown(run.start["seed"]),
+        },
+    )
+
+
+def _environment(runs: Sequence[Run]) -> Table:
+    versions = dict.fromkeys(name for run in runs for name in run.start["versions"])
+
+    def version(name: str) -> Callable[[Run], str]:
+        return lambda run: run.start["versions"].get(name, _NONE)
+
+    return _side_by_side(
+        runs,
+        {
+            "begun (UTC)": lambda run: run.starts[0]["date"].replace("T", " ").removesuffix("+00:00"),
+            "resumed at steps": lambda run: ", ".join(f"{s['step']:,}" for s in run.starts[1:]) or _NONE,
+            "system": lambda run: run.start["machine"]["system"],
+            "processor": lambda run: run.start["machine"]["processor"] or _NONE,
+            "cores, threads": lambda run: f"{run.start['machine']['cores']}, {run.start['machine']['threads']}",
+            "memory": lambda run: _gib(run.start["machine"].get("memory_bytes")),
+            "accelerators": lambda run: ", ".join(run.start["machine"].get("accelerators", [])) or "none",
+            **{name: version(name) for name in versions},
+        },
+    )
+
+
+def _recipes(runs: Sequence[Run]) -> list[Block]:
+    blocks: list[Block] = []
+    for run in runs:
+        if run.recipe is None:
+            blocks.append(_of(run, runs) + "Not started by sparse-train fit, so there is no recipe.")
+        else:
+            blocks += [f"{run.name}:"] if len(runs) > 1 else []
+            blocks.append(Code(run.recipe, "yaml"))
+    return blocks
+
+
+# --- parts -----------------------------------------------------------------------------------------------------------
+
+
+def _side_by_side(runs: Sequence[Run], rows: Mapping[str, Callable[[Run], str]]) -> Table:
+    """A column for each run; rows in which no run has anything are left out."""
+    filled = [[label, *map(value, runs)] for label, value in rows.items()]
+    columns = ["", *(run.name for run in runs)] if len(runs) > 1 else ["", "value"]
+    return Table(columns, [row for row in filled if set(row[1:]) != {_NONE}])
+
+
+def _shown(pictures: Sequence[Any], otherwise: str) -> list[Block]:
+    return [picture for picture in pictures if picture is not None] or [otherwise]
+
+
+def _of(run: Run, runs: Sequence[Run]) -> str:
+    return f"{run.name}. " if len(runs) > 1 else ""
+
+
+def _end(runs: Sequence[Run]) -> int:
+    return max(run.steps for run in runs)
+
+
+def _pick(metrics: Mapping[str, float], word: str) -> float | None:
+    return next((value for name, value in metrics.items() if word in name), None)
+
+
+def _number(value: float | None, form: str) -> str:
+    return _NONE if value is None else format(value, form)
+
+
+def _gib(size: int | None) -> str:
+    return _NONE if size is None else f"{size / 2**30:.2f} GiB"
+
+
+def _or_unknown(value: Any) -> str:
+    return "unknown" if value is None else f"{value}"

@@ -54,7 +54,7 @@ class RunHistory(L.Callback):
 
     def __init__(self) -> None:
         self.path: Path | None = None
-        """The file of the run; None before it has begun."""
+        """The file of the run; None before it has begun, and in a ``fast_dev_run``, which leaves nothing."""
         self._lines: list[str] = []
         self._writes = False
         self._tokens = self._step = 0
@@ -75,8 +75,8 @@ class RunHistory(L.Callback):
         if trainer.global_step == 0:  # a checkpoint, if there is one, is loaded later
             self._lines, self._tokens, self._seconds_before = [], 0, 0.0
         folder = Path(trainer.log_dir or trainer.default_root_dir)  # the same on all ranks, which must all ask
-        self.path = folder / HISTORY
-        self._writes = trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]
+        self.path = None if trainer.fast_dev_run else folder / HISTORY  # type: ignore[attr-defined]
+        self._writes = trainer.is_global_zero
 
     def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._baseline(trainer, "first mask" if self._is_masked() else "dense")
@@ -219,6 +219,7 @@ class RunHistory(L.Callback):
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "fit":
             self._seconds_before, self._began = self._seconds(), 0.0
+            self._pruning = None  # and with it the model
 
     # --- parts -------------------------------------------------------------------------------------------------------
 

@@ -20,6 +20,12 @@ Points = Sequence[tuple[float, float]]
 _MOST_NUMBERS = 40 * 9
 """Cells of a heat map up to which each has its number written in it."""
 
+_MOST_CLEAR = 300
+"""Points up to which a curve is drawn in full colour; longer ones are noisy, and would cover what lies below."""
+
+_MOST_BLOCKS, _MOST_COLUMNS = 40, 20
+"""Labels that have room beside a heat map."""
+
 
 @dataclass(frozen=True)
 class _Theme:
@@ -57,6 +63,7 @@ def curves(
     runs: Mapping[str, Mapping[str, Points]],
     label: str,
     *,
+    levels: Mapping[str, float] | None = None,
     log: bool = False,
     end: int | None = None,
 ) -> Picture | None:
@@ -67,6 +74,7 @@ def curves(
         caption: under it.
         runs: points by kind of value, by run.
         label: of the vertical axis, with the unit.
+        levels: values to compare with, each a dotted horizontal line with its name.
         log: logarithmic vertical axis; values that are not positive are left out.
         end: last step of the horizontal axis.
     """
@@ -89,8 +97,12 @@ def curves(
                     text = ", ".join(part for part in (run if len(shown) > 1 else "", kind) if part) or label
                     style = ("-", "--", ":", "-.")[names.index(kind) % 4]
                     own = colour if len(shown) > 1 else theme.lines[names.index(kind) % len(theme.lines)]
-                    marker = "o" if len(points) <= 30 else ""
-                    axes.plot(*zip(*points, strict=True), style, color=own, marker=marker, markersize=3.5, label=text)
+                    few = len(points) <= 30
+                    line = {"marker": "o" if few else "", "markersize": 3.5, "linewidth": 1.5 if few else 0.8}
+                    line["alpha"] = 1 if len(points) <= _MOST_CLEAR else 0.5
+                    axes.plot(*zip(*points, strict=True), style, color=own, label=text, **line)
+        for text, value in (levels or {}).items():
+            axes.axhline(value, color=theme.ink, linestyle=":", linewidth=1, label=text)
         _horizontal_axis(axes, end)
         axes.set_ylabel(label)
         if log:
@@ -98,9 +110,16 @@ def curves(
         else:
             axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]) if _starts_at_zero(shown) else None)
         if len(axes.lines) > 1:
-            axes.legend(frameon=False, fontsize=8.5)
+            axes.legend(
+                loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize=8.5, borderaxespad=0.2
+            )
 
-    drawn = ", ".join(f"{run}: {_ends(points)}" for run, kinds in shown.items() for points in kinds.values() if points)
+    drawn = ", ".join(
+        f"{' '.join(part for part in (run, kind) if part)}: {_ends(points)}"
+        for run, kinds in shown.items()
+        for kind, points in kinds.items()
+        if points
+    )
     return _picture(name, caption, f"{label} over optimizer steps; {drawn}.", draw, height=3.1)
 
 
@@ -126,8 +145,10 @@ def heat_maps(name: str, caption: str, panels: Mapping[str, Mapping[str, float]]
             image = axes.imshow(percent_RC, aspect="auto", cmap=theme.cells, vmin=low, vmax=high)
             figure.colorbar(image, ax=axes, fraction=0.05, pad=0.02).ax.tick_params(labelsize=7.5)
             axes.set_title(title, fontsize=9.5)
-            axes.set_xticks(range(len(columns)), columns, rotation=90 if len(columns) > 4 else 0, fontsize=8)
-            every = -(-len(blocks) // 40)
+            every = -(-len(columns) // _MOST_COLUMNS)
+            turned = 90 if len(columns) > 4 else 0
+            axes.set_xticks(range(0, len(columns), every), columns[::every], rotation=turned, fontsize=8)
+            every = -(-len(blocks) // _MOST_BLOCKS)
             axes.set_yticks(range(0, len(blocks), every), blocks[::every], fontsize=7.5)
             axes.set_ylabel("block")
             axes.tick_params(length=0)
@@ -193,7 +214,7 @@ def mask_change(
         figure.legend(handles=patches, loc="outside lower center", ncols=4, frameon=False, fontsize=8.5)
 
     alt = f"{first_OI.shape[0]} x {first_OI.shape[1]} mask entries before and after: {went} went, {came} came back."
-    return _picture(name, caption, alt, draw, height=1.35 + 3.3 * first_OI.shape[0] / first_OI.shape[1])
+    return _picture(name, caption, alt, draw, height=1.05 + 3.2 * first_OI.shape[0] / first_OI.shape[1])
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------
@@ -233,13 +254,13 @@ def _horizontal_axis(axes: Any, end: int | None) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axes.set_xlabel("optimizer steps")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    last = end or max(max(line.get_xdata()) for line in axes.lines)
-    axes.set_xlim(-0.02 * last, 1.02 * last if last else 1)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    last = end or max(max(line.get_xdata()) for line in axes.lines) or 1
+    axes.set_xlim(-0.02 * last, 1.02 * last)
 
 
 def _log_axis(axes: Any) -> None:
-    from matplotlib.ticker import LogLocator, NullFormatter
+    from matplotlib.ticker import LogLocator, NullLocator
 
     low, high = axes.dataLim.y0, axes.dataLim.y1
     if high < 1.1 * low:  # nearly one value: no decade to show
@@ -248,7 +269,7 @@ def _log_axis(axes: Any) -> None:
     few = high < 10 * low
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if few else (1, 2, 5), numticks=12))
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def _cycle(colours: Sequence[str]) -> Sequence[str]:

@@ -11,10 +11,12 @@ from string import Template
 
 @dataclass(frozen=True)
 class Table:
-    """Numbers for reading across; the first column names the rows."""
+    """The first column names the rows."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
+    words: int = 1
+    """Leading columns that hold words, aligned to the left; the others hold numbers."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,9 @@ class Code:
 Block = str | Table | Picture | Code
 """A paragraph is a string."""
 
+_PICTURES = "report_pictures"
+"""Folder beside the page."""
+
 
 @dataclass(frozen=True)
 class Section:
@@ -59,14 +64,14 @@ class Page:
     sections: Sequence[Section]
 
 
-def write_page(page: Page, folder: Path, name: str = "report") -> Path:
+def write_page(page: Page, folder: Path) -> Path:
     """Write ``report.html``, ``report.md`` and, for the latter, the pictures to ``folder``; returns the HTML file."""
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder / _PICTURES).mkdir(parents=True, exist_ok=True)
     for block in [*page.lead, *(block for section in page.sections for block in section.blocks)]:
         if isinstance(block, Picture):
-            (folder / f"{block.name}.png").write_bytes(block.light)
-    (folder / f"{name}.md").write_text(to_markdown(page), encoding="utf-8")
-    path = folder / f"{name}.html"
+            (folder / _PICTURES / f"{block.name}.png").write_bytes(block.light)
+    (folder / "report.md").write_text(to_markdown(page), encoding="utf-8")
+    path = folder / "report.html"
     path.write_text(to_html(page), encoding="utf-8")
     return path
 
@@ -93,7 +98,7 @@ def _markdown_block(block: Block) -> str:
         case Table():
             return markdown_table(block.columns, block.rows)
         case Picture():
-            return f"![{block.alt}]({block.name}.png)\n\n*{block.caption}*"
+            return f"![{block.alt}]({_PICTURES}/{block.name}.png)\n\n*{block.caption}*"
         case Code():
             return f"```{block.language}\n{block.text.strip()}\n```"
         case _:
@@ -126,14 +131,7 @@ def _html_blocks(blocks: Sequence[Block]) -> str:
 def _html_block(block: Block) -> str:
     match block:
         case Table():
-            head = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in block.columns)
-            body = "\n".join(
-                f'<tr><th scope="row">{html.escape(row[0])}</th>'
-                + "".join(f"<td>{html.escape(cell)}</td>" for cell in row[1:])
-                + "</tr>"
-                for row in block.rows
-            )
-            return f'<div class="wide"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
+            return _html_table(block)
         case Picture():
             return (
                 f'<figure><picture><source media="(prefers-color-scheme: dark)" srcset="{_data(block.dark)}">'
@@ -144,6 +142,20 @@ def _html_block(block: Block) -> str:
             return f"<pre>{html.escape(block.text.strip())}</pre>"
         case _:
             return f"<p>{html.escape(block)}</p>"
+
+
+def _html_table(table: Table) -> str:
+    def cell(column: int, text: str, scope: str) -> str:
+        side = ' class="words"' if column < table.words else ""
+        tag, scope = ("th", f' scope="{scope}"') if scope == "col" or column == 0 else ("td", "")
+        return f"<{tag}{scope}{side}>{html.escape(text)}</{tag}>"
+
+    def row(texts: Sequence[str], scope: str) -> str:
+        return "<tr>" + "".join(cell(column, text, scope) for column, text in enumerate(texts)) + "</tr>"
+
+    body = "\n".join(row(texts, "row") for texts in table.rows)
+    head = row(table.columns, "col")
+    return f'<div class="wide"><table>\n<thead>{head}</thead>\n<tbody>\n{body}\n</tbody></table></div>'
 
 
 def _data(picture: bytes) -> str:
@@ -179,13 +191,6 @@ _STYLE = """\
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e4e4e6; --soft: #a0a4a9; --line: #3a3d41; --paper: #16181b; --code: #1f2226; --link: #7db7f5; }
 }
-@media print {
-  :root { --ink: #000; --soft: #444; --line: #bbb; --paper: #fff; --code: #fff; --link: #000; }
-  nav { display: none; }
-  figure, table, tr { break-inside: avoid; }
-  h2 { break-after: avoid; }
-  pre { white-space: pre-wrap; border: 1px solid var(--line); }
-}
 body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--paper);
   max-width: 52rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
 h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .8rem; }
@@ -196,11 +201,22 @@ a { color: var(--link); text-decoration: none; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; margin: 1rem 0; }
 th, td { padding: .35rem .9rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; }
+th:first-child { padding-left: 0; }
+.words { text-align: left; }
 thead th { color: var(--soft); font-weight: 600; }
 tbody th { font-weight: normal; }
 figure { margin: 1.4rem 0; }
 img { max-width: 100%; height: auto; display: block; }
 figcaption { font-size: .88rem; color: var(--soft); margin-top: .4rem; }
 pre { font: .8rem/1.5 ui-monospace, monospace; background: var(--code); padding: .9rem 1rem; overflow-x: auto; }
+@media print {
+  :root { --ink: #000; --soft: #444; --line: #bbb; --paper: #fff; --code: #fff; --link: #000; }
+  @page { margin: 1.6cm; }
+  body { max-width: none; padding: 0; font-size: 11pt; }
+  nav { display: none; }
+  td { overflow-wrap: anywhere; }
+  figure, table, tr { break-inside: avoid; }
+  h2 { break-after: avoid; }
+  pre { white-space: pre-wrap; border: 1px solid var(--line); }
+}
 """

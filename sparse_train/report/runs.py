@@ -1,15 +1,12 @@
 """The report of one training run, or of several side by side, from what they recorded."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sparse_train.report import figures
+from sparse_train.report import facts, figures
 from sparse_train.report.collect import Run, collect
-from sparse_train.report.page import Block, Code, Page, Section, Table, write_page
-
-_NONE = "-"
-"""In a table: was not measured, or does not exist."""
+from sparse_train.report.page import Block, Page, Section, Table, write_page
 
 
 def write_run_report(folders: Sequence[str | Path], out: str | Path | None = None) -> Path:
@@ -36,10 +33,10 @@ def run_page(runs: Sequence[Run]) -> Page:
         Section("Masks", _masks(runs)),
         Section("Sparsity by layer", _layers(runs)),
         Section("One mask before and after", _crops(runs)),
-        Section("Time and memory", _costs(runs)),
-        Section("Settings", [_settings(runs)]),
-        Section("Environment", [_environment(runs)]),
-        Section("Recipe", _recipes(runs)),
+        Section("Time and memory", facts.costs(runs)),
+        Section("Settings", [facts.settings(runs)]),
+        Section("Environment", [facts.environment(runs)]),
+        Section("Recipe", facts.recipes(runs)),
     ]
     return Page(title, _lead(runs), sections)
 
@@ -61,14 +58,15 @@ def _lead(runs: Sequence[Run]) -> list[Block]:
         if partial:
             notes.append(
                 f"The rows before training{of} were measured on {partial[0]['batches']} of "
-                f"{_or_unknown(partial[0]['of_batches'])} validation batches, and do not compare with the others. "
+                f"{facts.or_unknown(partial[0]['of_batches'])} validation batches, and do not compare with the others. "
                 "trainer.num_sanity_val_steps=-1 reads all of them."
             )
         if not run.baselines:
             notes.append(f"The model{of} was not evaluated before training: num_sanity_val_steps is 0, or no text is.")
         if run.end is None:
             notes.append(f"The run{of} has not ended, or was cut off: its last record is of step {run.steps:,}.")
-    return [Table(columns if several else columns[1:], [row if several else row[1:] for row in rows]), *notes]
+    table = Table(columns, rows, words=2) if several else Table(columns[1:], [row[1:] for row in rows])
+    return [table, *notes]
 
 
 def _states(run: Run) -> list[list[str]]:
@@ -78,15 +76,13 @@ def _states(run: Run) -> list[list[str]]:
     if dense:
         zeros = dense.get("sparsity")
         # a model may come in pruned, and is not dense then, whatever its masks
-        state = "before training, without masks" if zeros and zeros > 0.01 else "dense, before training"
+        state = "untrained, without masks" if zeros and zeros > 0.01 else "dense, untrained"
         rows.append(_state(run, state, dense, zeros or 0.0))
     if masked:
-        rows.append(_state(run, "one-shot: first mask, before training", masked, masked.get("sparsity")))
-    if run.validations:
-        last = run.validations[-1]
-        now = "trained" if run.end is not None else "latest validation"
-        rows.append(_state(run, now, last, _sparsity_at(run, last["step"])))
-    return rows
+        rows.append(_state(run, "one-shot mask, untrained", masked, masked.get("sparsity")))
+    last = run.validations[-1] if run.validations else {"step": run.steps, "metrics": {}}
+    now = "trained" if run.end is not None and last["step"] == run.steps else "latest validation"
+    return [*rows, _state(run, now, last, _sparsity_at(run, last["step"]))]
 
 
 def _state(run: Run, state: str, record: Mapping[str, Any], sparsity: float | None) -> list[str]:
@@ -95,9 +91,9 @@ def _state(run: Run, state: str, record: Mapping[str, Any], sparsity: float | No
         run.name,
         state,
         f"{record['step']:,}",
-        _number(sparsity, ".4f"),
-        _number(perplexity, ".2f"),
-        _number(loss, ".4f"),
+        facts.number(sparsity, ".4f"),
+        facts.number(perplexity, ".2f"),
+        facts.number(loss, ".4f"),
     ]
 
 
@@ -125,6 +121,7 @@ def _curves(runs: Sequence[Run]) -> list[Block]:
             "began without one.",
             perplexity,
             "perplexity",
+            levels=_dense_levels(runs),
             log=True,
             end=end,
         ),
@@ -140,13 +137,24 @@ def _validated(run: Run, word: str) -> list[tuple[float, float]]:
     return [(r["step"], value) for r in records if (value := _pick(r["metrics"], word)) is not None]
 
 
+def _dense_levels(runs: Sequence[Run]) -> dict[str, float]:
+    """Perplexity of what the runs began with; one line where it is the same for all, by run where it is not."""
+    levels = {}
+    for run in runs:
+        dense = run.baselines.get("dense")
+        if dense and dense["batches"] == dense["of_batches"]:
+            value = _pick(dense["metrics"], "perplexity")
+            if value is not None:
+                levels[run.name] = value
+    if len(set(levels.values())) == 1:
+        return {"untrained, without masks": next(iter(levels.values()))}
+    return {f"{name}, untrained, without masks": value for name, value in levels.items()}
+
+
 def _masks(runs: Sequence[Run]) -> list[Block]:
     sparse = [run for run in runs if run.updates]
-    flips = {run.name: {"at this update": [(u["step"], 100 * u["flip_rate"]) for u in run.changes()]} for run in sparse}
-    since = {
-        run.name: {"since the first mask": [(u["step"], 100 * u["initial_flip_rate"]) for u in run.updates]}
-        for run in sparse
-    }
+    flips = {run.name: {"": [(u["step"], 100 * u["flip_rate"]) for u in run.changes()]} for run in sparse}
+    since = {run.name: {"": [(u["step"], 100 * u["initial_flip_rate"]) for u in run.updates]} for run in sparse}
     sparsity = {
         run.name: {
             "target": [(u["step"], 100 * u["target"]) for u in run.updates],
@@ -185,7 +193,8 @@ def _layers(runs: Sequence[Run]) -> list[Block]:
     pictures = [
         figures.heat_maps(
             f"layers_{number}",
-            _of(run, runs) + "Zeros of each layer, counted on the weights, at the end; and mask entries that changed, "
+            facts.of(run, runs)
+            + "Zeros of each layer, counted on the weights, at the end; and mask entries that changed, "
             "summed over all updates after the first mask, as a share of the layer's weights.",
             {"zeros, %": run.sparsity_by_layer(), "flips over the run, %": run.flips_by_layer()},
         )
@@ -203,7 +212,7 @@ def _crops(runs: Sequence[Run]) -> list[Block]:
             pictures.append(
                 figures.mask_change(
                     f"mask_{number}",
-                    _of(run, runs) + f"{shape['layer']}, first {shape['outputs']} outputs and {shape['inputs']} "
+                    facts.of(run, runs) + f"{shape['layer']}, first {shape['outputs']} outputs and {shape['inputs']} "
                     "inputs. The layer is the middle one of the model.",
                     run.crop(first),
                     run.crop(last),
@@ -213,119 +222,11 @@ def _crops(runs: Sequence[Run]) -> list[Block]:
     return _shown(pictures, "No mask was updated after the first.")
 
 
-# --- what it took ----------------------------------------------------------------------------------------------------
-
-
-def _costs(runs: Sequence[Run]) -> list[Block]:
-    def end(run: Run, key: str) -> Any:
-        return None if run.end is None else run.end[key]
-
-    def speed(run: Run) -> float | None:
-        return end(run, "tokens") / run.seconds if end(run, "tokens") else None
-
-    table = _side_by_side(
-        runs,
-        {
-            "training, wall time": lambda run: f"{run.seconds:,.1f} s",
-            "of that, training steps": lambda run: _share(run, run.seconds - _updating(run) - _validating(run)),
-            "of that, validations": lambda run: _share(run, _validating(run)),
-            "of that, mask updates": lambda run: _share(run, _updating(run)),
-            "before: model, first mask, baselines": lambda run: f"{run.starts[0]['prepare_seconds']:,.1f} s",
-            "tokens trained on": lambda run: _number(end(run, "tokens") or None, ",d"),
-            "tokens a second, all included": lambda run: _number(speed(run), ",.0f"),
-            "peak memory of the process": lambda run: _gib(end(run, "peak_bytes")),
-            "peak memory of the accelerator": lambda run: _gib(end(run, "peak_device_bytes")),
-        },
-    )
-    return [
-        table,
-        "An update scores weights, selects and replaces masks. Recording activations for it belongs to the training "
-        "steps. Tokens count padding; memory is that of rank 0.",
-    ]
-
-
-def _updating(run: Run) -> float:
-    return sum(float(update["took"]) for update in run.updates if update["step"] > 0)
-
-
-def _validating(run: Run) -> float:
-    return sum(float(validation["took"]) for validation in run.validations)
-
-
-def _share(run: Run, seconds: float) -> str:
-    return f"{seconds:,.1f} s ({seconds / run.seconds:.1%})" if run.seconds else _NONE
-
-
-def _settings(runs: Sequence[Run]) -> Table:
-    def setting(name: str) -> Callable[[Run], str]:
-        return lambda run: _NONE if run.pruning is None else str(run.pruning[name])
-
-    names = "mask_structure", "schedule", "criterion", "policy", "update_freq", "start_step", "end_step"
-    return _side_by_side(
-        runs,
-        {
-            **{name: setting(name) for name in names},
-            "targeted layers": lambda run: _NONE if run.pruning is None else f"{len(run.pruning['layers']):,}",
-            "targeted weights": lambda run: (
-                _NONE if run.pruning is None else f"{sum(run.pruning['layers'].values()):,}"
-            ),
-            "updates after the first mask": lambda run: f"{len(run.changes()):,}",
-            "steps": lambda run: f"{run.steps:,} of {_or_unknown(run.start['total_steps'])}",
-            "precision": lambda run: run.start["precision"],
-            "ranks": lambda run: str(run.start["ranks"]),
-            "seed": lambda run: _or_unknown(run.start["seed"]),
-        },
-    )
-
-
-def _environment(runs: Sequence[Run]) -> Table:
-    versions = dict.fromkeys(name for run in runs for name in run.start["versions"])
-
-    def version(name: str) -> Callable[[Run], str]:
-        return lambda run: run.start["versions"].get(name, _NONE)
-
-    return _side_by_side(
-        runs,
-        {
-            "begun (UTC)": lambda run: run.starts[0]["date"].replace("T", " ").removesuffix("+00:00"),
-            "resumed at steps": lambda run: ", ".join(f"{s['step']:,}" for s in run.starts[1:]) or _NONE,
-            "system": lambda run: run.start["machine"]["system"],
-            "processor": lambda run: run.start["machine"]["processor"] or _NONE,
-            "cores, threads": lambda run: f"{run.start['machine']['cores']}, {run.start['machine']['threads']}",
-            "memory": lambda run: _gib(run.start["machine"].get("memory_bytes")),
-            "accelerators": lambda run: ", ".join(run.start["machine"].get("accelerators", [])) or "none",
-            **{name: version(name) for name in versions},
-        },
-    )
-
-
-def _recipes(runs: Sequence[Run]) -> list[Block]:
-    blocks: list[Block] = []
-    for run in runs:
-        if run.recipe is None:
-            blocks.append(_of(run, runs) + "Not started by sparse-train fit, so there is no recipe.")
-        else:
-            blocks += [f"{run.name}:"] if len(runs) > 1 else []
-            blocks.append(Code(run.recipe, "yaml"))
-    return blocks
-
-
 # --- parts -----------------------------------------------------------------------------------------------------------
-
-
-def _side_by_side(runs: Sequence[Run], rows: Mapping[str, Callable[[Run], str]]) -> Table:
-    """A column for each run; rows in which no run has anything are left out."""
-    filled = [[label, *map(value, runs)] for label, value in rows.items()]
-    columns = ["", *(run.name for run in runs)] if len(runs) > 1 else ["", "value"]
-    return Table(columns, [row for row in filled if set(row[1:]) != {_NONE}])
 
 
 def _shown(pictures: Sequence[Any], otherwise: str) -> list[Block]:
     return [picture for picture in pictures if picture is not None] or [otherwise]
-
-
-def _of(run: Run, runs: Sequence[Run]) -> str:
-    return f"{run.name}. " if len(runs) > 1 else ""
 
 
 def _end(runs: Sequence[Run]) -> int:
@@ -334,15 +235,3 @@ def _end(runs: Sequence[Run]) -> int:
 
 def _pick(metrics: Mapping[str, float], word: str) -> float | None:
     return next((value for name, value in metrics.items() if word in name), None)
-
-
-def _number(value: float | None, form: str) -> str:
-    return _NONE if value is None else format(value, form)
-
-
-def _gib(size: int | None) -> str:
-    return _NONE if size is None else f"{size / 2**30:.2f} GiB"
-
-
-def _or_unknown(value: Any) -> str:
-    return "unknown" if value is None else f"{value}"

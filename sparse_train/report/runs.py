@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_train.report import facts, figures
-from sparse_train.report.collect import Run, collect
+from sparse_train.report.collect import Record, Run, collect
 from sparse_train.report.page import Block, Page, Section, Table, write_page
 
 
@@ -77,15 +77,15 @@ def _states(run: Run) -> list[list[str]]:
         zeros = dense.get("sparsity")
         # a model may come in pruned, and is not dense then, whatever its masks
         state = "untrained, without masks" if zeros and zeros > 0.01 else "dense, untrained"
-        rows.append(_state(run, state, dense, zeros or 0.0))
+        rows.append(_state(run, state, dense, zeros))
     if masked:
         rows.append(_state(run, "one-shot mask, untrained", masked, masked.get("sparsity")))
-    last = run.validations[-1] if run.validations else {"step": run.steps, "metrics": {}}
+    last: Record = run.validations[-1] if run.validations else {"step": run.steps, "metrics": {}}
     now = "trained" if run.end is not None and last["step"] == run.steps else "latest validation"
     return [*rows, _state(run, now, last, _sparsity_at(run, last["step"]))]
 
 
-def _state(run: Run, state: str, record: Mapping[str, Any], sparsity: float | None) -> list[str]:
+def _state(run: Run, state: str, record: Record, sparsity: float | None) -> list[str]:
     perplexity, loss = (_pick(record["metrics"], word) for word in ("perplexity", "loss"))
     return [
         run.name,
@@ -101,7 +101,7 @@ def _sparsity_at(run: Run, step: int) -> float | None:
     if step >= run.steps and run.sparsity is not None:
         return run.sparsity
     before = [update for update in run.updates if update["step"] <= step]
-    return float(before[-1]["sparsity"]) if before else 0.0
+    return float(before[-1]["sparsity"]) if before else None
 
 
 def _curves(runs: Sequence[Run]) -> list[Block]:

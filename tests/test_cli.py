@@ -142,7 +142,9 @@ def test_dense_fit(model_folder, text):
 def test_help_shows_the_commands(capsys):
     cli.main([])
     usage = capsys.readouterr().out
-    assert all(f"\n  {name} " in usage for name in ("fit", "validate", "prune", "evaluate", "export", "inspect"))
+    assert all(
+        f"\n  {name} " in usage for name in ("fit", "validate", "prune", "evaluate", "export", "inspect", "report")
+    )
     with pytest.raises(SystemExit):
         cli.main(["prune", "--help"])
     assert "N kept of every M" in capsys.readouterr().out

@@ -26,7 +26,7 @@ SECTIONS = [
     "Environment",
     "Recipe",
 ]
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+BROWSERS = ("chromium", "chromium-browser", "chromium-headless-shell", "google-chrome")
 
 
 class Page(HTMLParser):

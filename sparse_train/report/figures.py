@@ -111,7 +111,12 @@ def curves(
             axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]) if _starts_at_zero(shown) else None)
         if len(axes.lines) > 1:
             axes.legend(
-                loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize=8.5, borderaxespad=0.2
+                loc="lower left",
+                bbox_to_anchor=(0, 1),
+                ncols=4 if len(axes.lines) <= 4 else 3,
+                frameon=False,
+                fontsize=8.5,
+                borderaxespad=0.2,
             )
 
     drawn = ", ".join(

@@ -209,6 +209,10 @@ figure { margin: 1.4rem 0; }
 img { max-width: 100%; height: auto; display: block; }
 figcaption { font-size: .88rem; color: var(--soft); margin-top: .4rem; }
 pre { font: .8rem/1.5 ui-monospace, monospace; background: var(--code); padding: .9rem 1rem; overflow-x: auto; }
+@media (max-width: 40rem) {
+  body { padding: 1.2rem .8rem 2rem; }
+  th, td { padding: .3rem .5rem; }
+}
 @media print {
   :root { --ink: #000; --soft: #444; --line: #bbb; --paper: #fff; --code: #fff; --link: #000; }
   @page { margin: 1.6cm; }

@@ -239,6 +239,14 @@ def test_a_run_with_a_first_mask_only(sparse, records, tmp_path):
     check_pictures(Page(text), 2)
 
 
+def test_a_mask_that_comes_later_is_said(sparse, records, tmp_path):
+    late = [r for r in records if r.get("state") != "first mask" and not (r["kind"] == "update" and r["step"] == 0)]
+    (tmp_path / "sparse_train_history.jsonl").write_text("".join(json.dumps(record) + "\n" for record in late))
+    page = run_page(collect([tmp_path]))
+    assert "The first mask came at step 2, so that it has no row untrained." in page.lead
+    assert [row[0] for row in page.lead[0].rows] == ["dense, untrained", "trained"]
+
+
 def test_a_partial_sanity_check_does_not_pass_for_the_whole(sparse, records, tmp_path):
     changed = [
         record | {"batches": 2, "of_batches": 4} if record["kind"] == "baseline" else record for record in records

@@ -63,6 +63,10 @@ def _lead(runs: Sequence[Run]) -> list[Block]:
             )
         if not run.baselines:
             notes.append(f"The model{of} was not evaluated before training: num_sanity_val_steps is 0, or no text is.")
+        if run.updates and run.updates[0]["step"] > 0:
+            notes.append(
+                f"The first mask{of} came at step {run.updates[0]['step']:,}, so that it has no row untrained."
+            )
         if run.end is None:
             notes.append(f"The run{of} has not ended, or was cut off: its last record is of step {run.steps:,}.")
     table = Table(columns, rows, words=2) if several else Table(columns[1:], [row[1:] for row in rows])

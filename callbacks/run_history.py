@@ -99,8 +99,7 @@ class RunHistory(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._began = time.perf_counter()
         self._step = step = trainer.global_step
-        records = [json.loads(line) for line in self._lines]
-        self._lines = [json.dumps(r) for r in records if r["step"] <= step and r["kind"] != "end"]
+        self._lines = [line for line in self._lines if json.loads(line)["kind"] != "end"]  # the run goes on
         if self._writes and self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             beside = self.path.with_suffix(".part")  # renamed, so that a kill at this point loses no earlier record

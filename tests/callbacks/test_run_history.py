@@ -150,6 +150,16 @@ def test_a_killed_and_resumed_run_has_one_history(tmp_path):
     assert before not in (killed / HISTORY).read_text()
 
 
+def test_a_run_that_goes_on_has_one_end(tmp_path):
+    done = fit(tmp_path / "done", steps=4, callbacks=[RunHistory()])
+    done.trainer.save_checkpoint(tmp_path / "done.ckpt")
+    fit(tmp_path / "longer", steps=6, callbacks=[RunHistory()], ckpt_path=tmp_path / "done.ckpt")
+    found = records(tmp_path / "longer")
+    assert steps_of(found, "start") == [0, 4]
+    assert steps_of(found, "train") == [2, 4, 6]
+    assert steps_of(found, "end") == [6]
+
+
 def test_a_new_run_replaces_what_an_old_one_left(tmp_path):
     fit(tmp_path)
     fit(tmp_path, steps=2)

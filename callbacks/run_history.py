@@ -79,6 +79,8 @@ class RunHistory(L.Callback):
         self._writes = trainer.is_global_zero
 
     def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.global_step > 0:  # the trainer fits once more: these weights are trained
+            return
         self._baseline(trainer, "first mask" if self._is_masked() else "dense")
         if self._is_masked():
             with _opened(self._layers()):

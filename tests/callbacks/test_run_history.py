@@ -160,6 +160,16 @@ def test_a_run_that_goes_on_has_one_end(tmp_path):
     assert steps_of(found, "end") == [6]
 
 
+def test_a_trainer_that_fits_once_more_measures_no_second_baseline(tmp_path):
+    module = fit(tmp_path, steps=2, callbacks=[RunHistory()])
+    module.trainer.fit_loop.epoch_loop.max_steps = 4
+    module.trainer.fit(module, loader(), validation_loader())
+    found = records(tmp_path)
+    assert steps_of(found, "start") == [0, 2]
+    assert steps_of(found, "baseline") == [0]
+    assert steps_of(found, "train") == [2, 4]
+
+
 def test_a_new_run_replaces_what_an_old_one_left(tmp_path):
     fit(tmp_path)
     fit(tmp_path, steps=2)

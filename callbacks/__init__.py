@@ -9,5 +9,6 @@ if __name__ == "callbacks":
 else:
     from sparse_train.callbacks.dynamic_pruning import DynamicPruning
     from sparse_train.callbacks.evaluation import Evaluation
+    from sparse_train.callbacks.run_history import RunHistory
 
-    __all__ = ["DynamicPruning", "Evaluation"]
+    __all__ = ["DynamicPruning", "Evaluation", "RunHistory"]

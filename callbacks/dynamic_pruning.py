@@ -128,6 +128,8 @@ class DynamicPruning(L.Callback):
         self._load_hook: Any = None
         self.updater: MaskUpdater | None = None
         """The running pipeline; None before the run has begun."""
+        self.last_report: UpdateReport | None = None
+        """Of the latest update of this process; None before the first."""
 
     def token_mask(self, batch: Any) -> Tensor | None:
         """Which tokens of a batch count in activation statistics, (B, L), 0 = padding; None = all.
@@ -272,6 +274,7 @@ class DynamicPruning(L.Callback):
         return report
 
     def _log_update(self, trainer: L.Trainer, report: UpdateReport) -> None:
+        self.last_report = report
         for logger in trainer.loggers:  # straight to them: updates need not coincide with log_every_n_steps
             logger.log_metrics(_metrics(report), step=trainer.global_step)
 

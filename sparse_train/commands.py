@@ -1,4 +1,4 @@
-"""The commands that are no training: prune, evaluate, export, inspect."""
+"""The commands that are no training: prune, evaluate, export, inspect, report."""
 
 from collections.abc import Callable
 from typing import Any
@@ -40,13 +40,26 @@ def inspect(model: ModelSource | str, json: bool = False) -> None:
     show_inspection(source.name, layer_sparsities(source.load()), json)
 
 
+def report(runs: list[str], out: str | None = None) -> None:
+    """One page about training runs, as report.html and report.md; several runs are compared.
+
+    Args:
+        runs: folders of runs, those with a sparse_train_history.jsonl in them.
+        out: folder to write to; default: that of the run, or "report" here where there are several.
+    """
+    from sparse_train.report import write_run_report
+
+    print(f"report: {write_run_report(runs, out)}")
+
+
 COMMANDS: dict[str, tuple[Callable[..., None], list[str]]] = {
     "prune": (prune, []),
     "evaluate": (evaluate, ["model"]),
     "export": (export, ["checkpoint", "out"]),
     "inspect": (inspect, ["model"]),
+    "report": (report, ["runs+"]),
 }
-"""Each command's function, and which of its arguments may also be given by position."""
+"""Each command's function, and which of its arguments may also be given by position; "+": the last, several times."""
 
 
 def parser_of(command: str) -> ArgumentParser:
@@ -63,8 +76,9 @@ def run_command(command: str, options: list[str]) -> None:
     """Parse and run one command."""
     function, positional = COMMANDS[command]
     taken: list[str] = []
-    while options and len(taken) < len(positional) and not options[0].startswith("-"):
-        taken.append(f"--{positional[len(taken)]}={options[0]}")
+    several = bool(positional) and positional[-1].endswith("+")
+    while options and (len(taken) < len(positional) or several) and not options[0].startswith("-"):
+        taken.append(f"--{positional[min(len(taken), len(positional) - 1)]}={options[0]}")
         options = options[1:]
     if "--json" in options and not {"true", "false"} & set(options):  # a switch by itself, too
         options = ["--json=true" if option == "--json" else option for option in options]

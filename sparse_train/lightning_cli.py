@@ -4,14 +4,14 @@ import warnings
 
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-import sparse_train.callbacks  # noqa: F401  (recipes name these classes without their module)
+from sparse_train.callbacks import RunHistory  # and with it the callbacks that recipes name without their module
 from sparse_train.data import TextBlocks
 from sparse_train.module import CausalLM
 from sparse_train.yaml_numbers import install
 
 
 class SparseTrainCLI(LightningCLI):
-    """The tokenizer follows the model, and a finished ``fit`` can be exported."""
+    """The tokenizer follows the model; a finished ``fit`` leaves a report, and can be exported."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--export", type=str | None, default=None, help="Folder for the trained sparse model.")
@@ -32,6 +32,11 @@ class SparseTrainCLI(LightningCLI):
             folder = export_model(self.model.model, self.model.source.tokenizer(), out)
             if self.trainer.is_global_zero:
                 print(f"exported to {folder}")
+        history = self.trainer_defaults["callbacks"].path
+        if self.trainer.is_global_zero and history is not None and history.exists():
+            from sparse_train.report import write_run_report
+
+            print(f"report: {write_run_report([history.parent])}")
 
 
 def run(args: list[str], cli: type[SparseTrainCLI] = SparseTrainCLI) -> SparseTrainCLI:
@@ -49,6 +54,8 @@ def run(args: list[str], cli: type[SparseTrainCLI] = SparseTrainCLI) -> SparseTr
             TextBlocks,
             args=args,
             seed_everything_default=0,
+            # the check before training reads all of the validation text: what the report calls dense and one-shot
+            trainer_defaults={"callbacks": RunHistory(), "num_sanity_val_steps": -1},
             save_config_kwargs={"overwrite": True},
             auto_configure_optimizers=False,
         )

@@ -187,7 +187,9 @@ def test_short_fits(model_folder, text, recipe):
 def test_help_shows_the_commands(capsys):
     cli.main([])
     usage = capsys.readouterr().out
-    assert all(f"\n  {name} " in usage for name in ("fit", "validate", "prune", "evaluate", "export", "inspect"))
+    assert all(
+        f"\n  {name} " in usage for name in ("fit", "validate", "prune", "evaluate", "export", "inspect", "report")
+    )
     with pytest.raises(SystemExit):
         cli.main(["prune", "--help"])
     assert "N kept of every M" in capsys.readouterr().out

@@ -8,5 +8,7 @@ if __name__ == "callbacks":
     sys.modules[__name__] = importlib.import_module("sparse_train.callbacks")
 else:
     from sparse_train.callbacks.dynamic_pruning import DynamicPruning
+    from sparse_train.callbacks.evaluation import Evaluation
+    from sparse_train.callbacks.run_history import RunHistory
 
-    __all__ = ["DynamicPruning"]
+    __all__ = ["DynamicPruning", "Evaluation", "RunHistory"]

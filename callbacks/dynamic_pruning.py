@@ -57,7 +57,7 @@ class DynamicPruning(L.Callback):
     Each update scores weights by ``criterion`` from activations of the training forwards just before it (Wanda:
     ``|W_ij| * ||X_j||_2``, arXiv 2306.11695) and logs ``sparsity/target``, ``sparsity/actual`` (zeros counted on the
     weights), ``sparsity/flip_rate`` (share of mask entries that changed), ``sparsity/initial_flip_rate`` (share that
-    differs from the first mask; measured on every 32nd row) and ``sparsity/update_seconds`` to all loggers. So does a
+    differs from the first mask; measured on every 128th row) and ``sparsity/update_seconds`` to all loggers. So does a
     first mask at step 0, and so do the steps of updates at which masks need not change.
 
     The first mask, with ``start_step`` 0, comes from one-shot pruning, block by block, calibrated on
@@ -129,6 +129,8 @@ class DynamicPruning(L.Callback):
         self._load_hook: Any = None
         self.updater: MaskUpdater | None = None
         """The running pipeline; None before the run has begun."""
+        self.last_report: UpdateReport | None = None
+        """Of the latest update of this process; None before the first."""
 
     def token_mask(self, batch: Any) -> Tensor | None:
         """Which tokens of a batch count in activation statistics, (B, L), 0 = padding; None = all.
@@ -149,7 +151,7 @@ class DynamicPruning(L.Callback):
                 # FSDP2 and DeepSpeed load what the module has, and would leave masks out without a word
                 self._sparsify_when_built(pl_module)
             return
-        _refuse_averaging(trainer)
+        _check_averaging(trainer, self)
         continues = self.updater is not None and trainer.global_step > 0 and bool(sparse_layers(pl_module))
         self._restored = self.state_dict() if continues else None
         self.updater = None
@@ -273,6 +275,7 @@ class DynamicPruning(L.Callback):
         return report
 
     def _log_update(self, trainer: L.Trainer, report: UpdateReport) -> None:
+        self.last_report = report
         for logger in trainer.loggers:  # straight to them: updates need not coincide with log_every_n_steps
             logger.log_metrics(report.metrics(), step=trainer.global_step)
 
@@ -317,12 +320,21 @@ class DynamicPruning(L.Callback):
         self._restored = state_dict or None
 
 
-def _refuse_averaging(trainer: L.Trainer) -> None:
-    for callback in getattr(trainer, "callbacks", []):
-        if isinstance(callback, WeightAveraging):
+def _check_averaging(trainer: L.Trainer, pruning: L.Callback) -> None:
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    for callback in callbacks:
+        if not isinstance(callback, WeightAveraging):
+            continue
+        name = type(callback).__name__
+        if callback._use_buffers:
             raise ValueError(
-                f"{type(callback).__name__} averages weights of steps with different masks, and would average the "
-                "bytes of the masks; together with DynamicPruning that is not supported. Leave one of them out."
+                f"{name} would average the bytes of the masks. Give it use_buffers=False: weights are averaged, and "
+                "the averaged model has the masks of the last step that went into it."
+            )
+        if callbacks.index(callback) < callbacks.index(pruning):
+            raise ValueError(
+                f"{name} copies the model before DynamicPruning has given it masks. Put DynamicPruning first in the "
+                "trainer's callbacks."
             )
 
 

@@ -5,7 +5,6 @@ Shape suffixes: T tokens, I in_features.
 
 import functools
 import os
-import weakref
 from abc import ABC, abstractmethod
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 
 class Statistics(ABC):
@@ -188,20 +188,25 @@ def recomputing() -> bool:
 class InputSharing:
     """Finds the layers that read one and the same input (q/k/v; gate/up), so that it is measured once.
 
-    Watches the forwards of one step, eagerly, and compares tensor objects, not addresses (those are reused). Weak
-    references suffice: while the object lives it is the same input, and once it is gone nothing can match it.
+    Watches the forwards of one step, eagerly, and compares memory: engines may hand each layer a view of its own
+    (ZeRO-3's hooks do), and addresses are used again. A weak reference to the storage settles both: as long as it is
+    there, its identity belongs to no other.
     What is found is taken to hold from then on: layers that shared their input are expected to go on doing so.
     """
 
     def __init__(self) -> None:
-        self._seen: dict[int, tuple[weakref.ref[Tensor], nn.Module]] = {}
+        self._seen: dict[tuple[Any, ...], tuple[StorageWeakRef, nn.Module]] = {}
         self._leaders: dict[nn.Module, list[nn.Module]] = {}
 
     def watch(self, layer: nn.Module, x: Tensor) -> None:
-        reference, leader = self._seen.get(id(x), (None, layer))
-        if reference is None or reference() is not x:
+        storage = StorageWeakRef(x.untyped_storage())
+        version = 0 if x.is_inference() else x._version  # changed in place since: another input
+        key = (storage.cdata, x.storage_offset(), x.shape, x.stride(), version)
+        known, leader = self._seen.get(key, (storage, layer))
+        if known.expired():
             leader = layer
-            self._seen[id(x)] = (weakref.ref(x), layer)
+        if leader is layer:
+            self._seen[key] = (storage, layer)
         self._leaders.setdefault(layer, []).append(leader)
 
     def leaders(self) -> dict[nn.Module, nn.Module]:

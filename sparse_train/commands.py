@@ -1,73 +1,16 @@
-"""The commands that are no training: prune, evaluate, export, inspect, pack, unpack."""
+"""The commands that are no training: prune, evaluate, export, inspect, pack, unpack, report."""
 
 from collections.abc import Callable
 from typing import Any
 
 from jsonargparse import ArgumentParser
 
+from sparse_train.evaluate_command import evaluate
 from sparse_train.prune_command import prune
 from sparse_train.reference_flags import translate
-from sparse_train.sources import (
-    ModelSource,
-    PackagedWikipedia,
-    Pretrained,
-    Split,
-    TextSource,
-    as_model_source,
-    float_dtype,
-)
+from sparse_train.sources import ModelSource, Pretrained, as_model_source
 from sparse_train.tables import show_inspection
 from sparse_train.yaml_numbers import install
-
-
-def evaluate(
-    model: ModelSource | str,
-    text: TextSource | None = None,
-    split: Split = "test",
-    window: int = 512,
-    stride: int | None = None,
-    batch_size: int = 4,
-    max_tokens: int | None = None,
-    autocast: str | None = None,
-    json: bool = False,
-) -> None:
-    """Perplexity of a model, printed with its protocol.
-
-    Args:
-        model: Hugging Face id, local folder, or a model source.
-        text: default: the packaged Wikipedia text.
-        split: train, validation or test.
-        window: tokens a forward sees.
-        stride: tokens between starts of windows; default: no overlap.
-        batch_size: windows a forward.
-        max_tokens: read only the first tokens of the split.
-        autocast: compute in this dtype, such as "bfloat16"; the loss stays float32.
-        json: print one JSON object instead of text.
-    """
-    from json import dumps
-
-    from sparse_train.evaluation import evaluate_perplexity, token_ids
-
-    dtype = None if autocast is None else float_dtype(autocast)
-    source, text = as_model_source(model), text or PackagedWikipedia()
-    loaded, tokenizer = source.load(), source.tokenizer()
-    documents = text.documents(split)
-    if not documents:
-        raise ValueError(f"{text.name} has no text in its {split} split.")
-    result = evaluate_perplexity(
-        loaded,
-        token_ids(documents, tokenizer),
-        window=window,
-        stride=stride,
-        batch_size=batch_size,
-        max_tokens=max_tokens,
-        model_name=source.name,
-        data_name=text.name,
-        split=split,
-        autocast=dtype,
-        progress=not json,
-    )
-    print(dumps(result.as_dict()) if json else f"{result.perplexity:.2f}  {result.protocol}")
 
 
 def export(checkpoint: str, out: str, tokenizer: ModelSource | str | None = None) -> None:
@@ -124,6 +67,18 @@ def unpack(packed: str, out: str) -> None:
     print(f"unpacked to {unpack_folder(packed, out)}")
 
 
+def report(runs: list[str], out: str | None = None) -> None:
+    """One page about training runs, as report.html and report.md; several runs are compared.
+
+    Args:
+        runs: folders of runs, those with a sparse_train_history.jsonl in them.
+        out: folder to write to; default: that of the run, or "report" here where there are several.
+    """
+    from sparse_train.report import write_run_report
+
+    print(f"report: {write_run_report(runs, out)}")
+
+
 COMMANDS: dict[str, tuple[Callable[..., None], list[str]]] = {
     "prune": (prune, []),
     "evaluate": (evaluate, ["model"]),
@@ -131,8 +86,9 @@ COMMANDS: dict[str, tuple[Callable[..., None], list[str]]] = {
     "inspect": (inspect, ["model"]),
     "pack": (pack, ["model", "out"]),
     "unpack": (unpack, ["packed", "out"]),
+    "report": (report, ["runs+"]),
 }
-"""Each command's function, and which of its arguments may also be given by position."""
+"""Each command's function, and which of its arguments may also be given by position; "+": the last, several times."""
 
 
 def parser_of(command: str) -> ArgumentParser:
@@ -149,8 +105,9 @@ def run_command(command: str, options: list[str]) -> None:
     """Parse and run one command."""
     function, positional = COMMANDS[command]
     taken: list[str] = []
-    while options and len(taken) < len(positional) and not options[0].startswith("-"):
-        taken.append(f"--{positional[len(taken)]}={options[0]}")
+    several = bool(positional) and positional[-1].endswith("+")
+    while options and (len(taken) < len(positional) or several) and not options[0].startswith("-"):
+        taken.append(f"--{positional[min(len(taken), len(positional) - 1)]}={options[0]}")
         options = options[1:]
     if "--json" in options and not {"true", "false"} & set(options):  # a switch by itself, too
         options = ["--json=true" if option == "--json" else option for option in options]

@@ -3,7 +3,9 @@
 Without ranks (no process group, or a world of one) they do nothing.
 """
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -14,6 +16,7 @@ T = TypeVar("T")
 
 _DIGIT = 12  # bits: sums of digits over up to 4096 ranks are exact in float32
 _DIGITS = 3
+_LARGE = 2**26  # bytes; second moments of wide inputs, which need no company and no copy
 
 
 def world_size() -> int:
@@ -26,13 +29,37 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
+@contextmanager
+def joined(device: str) -> Iterator[str]:
+    """Join the processes that ``torchrun`` has started, if it has, and leave them at the end.
+
+    Yields the device of this process: for "cuda" the GPU of its own.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or world_size() > 1:
+        yield device
+        return
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
 def sum_over_ranks(tensors: Sequence[Tensor]) -> None:
-    """Replace each tensor by its sum over all ranks, in place, with one reduce for all of them.
+    """Replace each tensor by its sum over all ranks, in place, with one reduce for all but very large ones.
 
     Args:
         tensors: float32, or int64 with values from 0 to 2^36 (they travel as three float32 digits, and stay exact).
     """
     if world_size() == 1 or not tensors:
+        return
+    for large in (tensor for tensor in tensors if tensor.nbytes > _LARGE):
+        dist.all_reduce(large)
+    tensors = [tensor for tensor in tensors if tensor.nbytes <= _LARGE]
+    if not tensors:
         return
     flat = torch.cat([_to_float(tensor) for tensor in tensors])
     dist.all_reduce(flat)

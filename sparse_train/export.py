@@ -3,9 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from sparse_train.card import ModelCard, training_rows, write_card
+from sparse_train.checkpoints import read_checkpoint
 from sparse_train.distributed import rank
 from sparse_train.files import written_whole
 from sparse_train.inspection import layer_sparsities
@@ -39,19 +38,21 @@ def export_model(model: Any, tokenizer: Any | None, out: str | Path, card: Model
 def export_checkpoint(checkpoint: str | Path, out: str | Path, tokenizer: Any | None = None) -> Path:
     """Export the model of a Lightning checkpoint that ``CausalLM`` wrote, masks folded in.
 
+    Args:
+        checkpoint: a file, or a folder that FSDP2 or DeepSpeed wrote, see ``sparse_train.checkpoints``.
+        out: folder to write.
+        tokenizer: is put beside the model.
+
     Raises:
-        ValueError: no such file, or the checkpoint of another LightningModule.
+        ValueError: no such checkpoint, or that of another LightningModule.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    path = Path(checkpoint)
-    if not path.is_file():
-        raise ValueError(f"There is no checkpoint file {path}.")
-    content = torch.load(path, map_location="cpu", weights_only=False)
+    content = read_checkpoint(checkpoint)
     if "model_config" not in content:
         raise ValueError(
-            f"{path} was not written by sparse_train's CausalLM, so its architecture is not known. Load it into your "
-            "own module, call sparse_train.squash(module), and save it as you save a dense model."
+            f"{checkpoint} was not written by sparse_train's CausalLM, so its architecture is not known. Load it into "
+            "your own module, call sparse_train.squash(module), and save it as you save a dense model."
         )
     settings = dict(content["model_config"])
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)

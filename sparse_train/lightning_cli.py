@@ -5,7 +5,7 @@ from dataclasses import asdict
 
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from sparse_train.callbacks import DynamicPruning  # recipes name it without its module, too
+from sparse_train.callbacks import DynamicPruning, RunHistory  # and with them the others that recipes name
 from sparse_train.card import ModelCard, training_rows
 from sparse_train.data import TextBlocks
 from sparse_train.module import CausalLM
@@ -13,7 +13,7 @@ from sparse_train.yaml_numbers import install
 
 
 class SparseTrainCLI(LightningCLI):
-    """The tokenizer follows the model, and a finished ``fit`` can be exported."""
+    """The tokenizer follows the model; a finished ``fit`` leaves a report, and can be exported."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--export", type=str | None, default=None, help="Folder for the trained sparse model.")
@@ -34,6 +34,11 @@ class SparseTrainCLI(LightningCLI):
             folder = export_model(self.model.model, self.model.source.tokenizer(), out, self._card())
             if self.trainer.is_global_zero:
                 print(f"exported to {folder}")
+        history = self.trainer_defaults["callbacks"].path
+        if self.trainer.is_global_zero and history is not None and history.exists():
+            from sparse_train.report import write_run_report
+
+            print(f"report: {write_run_report([history.parent])}")
 
     def _card(self) -> ModelCard:
         source, made = self.model.source, {"method": "trained without re-pruning"}
@@ -67,6 +72,8 @@ def run(args: list[str], cli: type[SparseTrainCLI] = SparseTrainCLI) -> SparseTr
             TextBlocks,
             args=args,
             seed_everything_default=0,
+            # the check before training reads all of the validation text: what the report calls dense and one-shot
+            trainer_defaults={"callbacks": RunHistory(), "num_sanity_val_steps": -1},
             save_config_kwargs={"overwrite": True},
             auto_configure_optimizers=False,
         )

@@ -50,6 +50,10 @@ def apply(weight_OI: Tensor, packed_OJ: Tensor, dtype: torch.dtype | None = None
     """
     out_features, in_features = weight_OI.shape
     dtype = dtype or weight_OI.dtype
+    if torch.compiler.is_compiling():  # the compiler makes one loop of this, and would make a cached table every time
+        bit_B = torch.arange(8, dtype=torch.uint8, device=packed_OJ.device)
+        keep_OI = ((packed_OJ[:, :, None] >> bit_B) & 1).bool().flatten(1)[:, :in_features]
+        return torch.where(keep_OI, weight_OI.to(dtype), 0)
     integer = INTEGER_OF_SIZE[dtype.itemsize]
     # One row of the table is eight words of all ones or all zeros; looking bytes up in it is a copy of whole vectors.
     bits = F.embedding(packed_OJ.int(), _byte_table(integer, packed_OJ.device)).view(out_features, -1)

@@ -12,6 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torchmetrics import MeanMetric
 
+from sparse_train.distillation import Distillation, Teacher
 from sparse_train.layers import sparse_layers, sparsify_like
 from sparse_train.losses import next_token_loss
 from sparse_train.sharding import shard_blocks, whole_first
@@ -23,7 +24,9 @@ class CausalLM(L.LightningModule):
     """A transformers causal language model with AdamW, linear warm-up and cosine decay to zero.
 
     Logs ``train/loss`` every step, ``val/loss`` and ``val/perplexity`` (token perplexity, exp of the mean loss over
-    tokens; the loss in float32) every validation.
+    tokens; the loss in float32) every validation. With distillation ``train/loss`` is the weighted sum that is trained
+    on, and its terms are logged beside it, unweighted: ``train/loss_ce``, ``train/loss_kldiv`` and, where it has a
+    weight, ``train/loss_squarehead``. Validation is on the text alone.
 
     Args:
         model: a model source, or a Hugging Face id or local folder.
@@ -32,6 +35,7 @@ class CausalLM(L.LightningModule):
         betas: AdamW's.
         warmup: share of the run over which the learning rate rises.
         gradient_checkpointing: recompute activations in backward, to save memory.
+        distillation: learn from a teacher, too; default: from the text alone.
     """
 
     def __init__(
@@ -42,6 +46,7 @@ class CausalLM(L.LightningModule):
         betas: tuple[float, float] = (0.9, 0.95),
         warmup: float = 0.05,
         gradient_checkpointing: bool = False,
+        distillation: Distillation | None = None,
     ) -> None:
         super().__init__()
         if not 0 <= warmup < 1:
@@ -50,7 +55,12 @@ class CausalLM(L.LightningModule):
         self.model: Any = None
         self.lr, self.weight_decay, self.betas, self.warmup = lr, weight_decay, betas, warmup
         self.gradient_checkpointing = gradient_checkpointing
+        self.distillation = distillation
+        self._teacher: Teacher | None = None
         self._val_loss = MeanMetric()
+
+    def setup(self, stage: str) -> None:
+        self._teacher = None  # of a run that was interrupted, perhaps on another device
 
     def configure_model(self) -> None:
         if self.model is None:
@@ -67,11 +77,39 @@ class CausalLM(L.LightningModule):
     def forward(self, **batch: Any) -> Any:
         return self.model(**batch)
 
+    def on_fit_start(self) -> None:
+        if self.distillation is not None:
+            self._load_teacher(self.distillation)
+
+    def _load_teacher(self, distillation: Distillation) -> Teacher:
+        # From its source and not from the model here, which is masked by now and may hold weights of a checkpoint: a
+        # resumed run has the teacher that it had. A learning rate finder trains before on_fit_start.
+        if self._teacher is None:
+            teacher = distillation.load_teacher(self.source, self.model)
+            teacher.model = self.trainer.precision_plugin.convert_module(teacher.model).to(self.device)
+            self._teacher = teacher
+        return self._teacher
+
+    def on_fit_end(self) -> None:
+        self._teacher = None  # no part of this module, so nothing else would take it off the device
+
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        logits_BLV = self(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        loss, _ = next_token_loss(logits_BLV, batch["labels"])
+        if self.distillation is None:
+            logits_BLV = self(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+            loss, _ = next_token_loss(logits_BLV, batch["labels"])
+        else:
+            loss = self._distillation_loss(self.distillation, batch)
         self.log("train/loss", loss, prog_bar=True)
         return loss
+
+    def _distillation_loss(self, distillation: Distillation, batch: dict[str, Tensor]) -> Tensor:
+        inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+        if distillation.uses_hidden_states:
+            inputs["output_hidden_states"] = True
+        taught = self._load_teacher(distillation)(**inputs)  # first, while the student's activations are not there yet
+        losses = distillation.losses(self(**inputs), taught, batch)
+        self.log_dict({f"train/loss_{name}": loss for name, loss in losses.items()})
+        return distillation.total(losses)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         logits_BLV = self(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits

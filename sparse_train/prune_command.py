@@ -13,6 +13,7 @@ from typing import Any, Literal
 from sparse_train.allocation import Allocation
 from sparse_train.card import ModelCard, oneshot_rows, perplexity_line, write_card
 from sparse_train.criteria import Criterion, Wanda
+from sparse_train.distributed import joined, rank, world_size
 from sparse_train.export import export_model
 from sparse_train.files import check_free
 from sparse_train.inspection import LayerSparsity, layer_sparsities
@@ -79,6 +80,8 @@ def prune(
         streaming: never hold the whole model: walk its safetensors block by block, in the dtype they have. An
             interrupted run goes on where it was with the same command.
         activations: with streaming, where a block's outputs wait for the next one.
+
+    Under ``torchrun`` each process takes its part of the calibration data, with one reduce a block; rank 0 writes.
     """
     stages, notes = _stages(recipe, mask_structure, sparsity, criterion, allocation, targets, ignore)
     for stage in stages:  # mistakes in the pattern should not wait for the model
@@ -87,31 +90,48 @@ def prune(
     _check_device(device)
     source, text = as_model_source(model), text or PackagedWikipedia()
     calibration = _Calibration(text, num_calibration_samples, max_seq_length, sampling, batch_size)
-    job = _Job(source, stages, calibration, device)
     test = perplexity or (text if seeds is not None else None)
-    measure = None if test is None else _perplexity_of(source, test, window, max_tokens, device)
-    if seeds is not None:
-        _over_seeds(job, _seeds(seeds), measure, Path(out), streaming, notes)
-        return
+    with joined(device) as own_device:
+        if streaming and world_size() > 1:
+            raise ValueError("streaming runs in one process. Start it without torchrun, or leave it out.")
+        job = _Job(source, stages, calibration, own_device)
+        measure = None if test is None else _perplexity_of(source, test, window, max_tokens, own_device)
+        if seeds is not None:
+            _over_seeds(job, _seeds(seeds), measure, Path(out), streaming, notes)
+        else:
+            _once(job, seed, measure, out, streaming, activations, notes)
+
+
+def _once(
+    job: "_Job",
+    seed: int,
+    measure: Any,
+    out: str,
+    streaming: bool,
+    activations: Literal["memory", "disk"],
+    notes: list[str],
+) -> None:
     began = time.perf_counter()
     folder, loaded = Path(out), None
     if streaming:
         reports = [_stream(job, out, seed, activations)]
     else:
         loaded, reports = job.run(seed)
+        if rank() != 0:  # they all have the same model
+            return
     details = _details(job, seed, reports, notes) | {"streaming": streaming}
-    card = ModelCard(source.name, source.hub_id, source.license, oneshot_rows(details))
+    card = ModelCard(job.source.name, job.source.hub_id, job.source.license, oneshot_rows(details))
     if loaded is None:
         # it may not fit in memory: what is shown of it was counted as its blocks passed
         shown: Sequence[LayerSparsity] = _counted(details, reports[-1])
         write_card(folder, card, shown)
     else:
         shown = layer_sparsities(loaded)
-        export_model(loaded, source.tokenizer(), out, card)
+        export_model(loaded, job.source.tokenizer(), out, card)
     details["seconds"]["all"] = time.perf_counter() - began
     _write(folder / "pruning.json", details)
     if measure is not None:
-        details["perplexity"] = measure((loaded or Pretrained(out, dtype="auto").load()).to(device))
+        details["perplexity"] = measure((loaded or Pretrained(out, dtype="auto").load()).to(job.device))
         _write(folder / "pruning.json", details)
         write_card(folder, replace(card, perplexity=perplexity_line(details["perplexity"])), shown)
     show_pruning(details, shown, folder)
@@ -188,6 +208,7 @@ class _Calibration:
             "max_seq_length": self.length,
             "sampling": self.sampling,
             "seed": seed,
+            "processes": world_size(),
         }
 
 
@@ -207,10 +228,19 @@ class _Job:
 
     def run(self, seed: int) -> tuple[Any, list[OneshotReport]]:
         loaded, tokenizer = self.source.load().to(self.device), self.source.tokenizer()
-        batches = self.calibration.batches(tokenizer, seed) if self.needs_data else None
-        shown = sys.stderr.isatty() or sys.stdout.isatty()
+        batches = self._own_batches(tokenizer, seed) if self.needs_data else None
+        shown = rank() == 0 and (sys.stderr.isatty() or sys.stdout.isatty())
         reports = [prune_model(loaded, batches, **_arguments(stage), progress=shown) for stage in self.stages]
         return loaded, reports
+
+    def _own_batches(self, tokenizer: Any, seed: int) -> list[Batch]:
+        batches = self.calibration.batches(tokenizer, seed)
+        if len(batches) < world_size():
+            raise ValueError(
+                f"There are {len(batches)} calibration batches for {world_size()} processes. Give a smaller batch_size "
+                "or more num_calibration_samples, or start fewer processes."
+            )
+        return batches[rank() :: world_size()]
 
 
 def _arguments(stage: Stage) -> dict[str, Any]:
@@ -282,7 +312,7 @@ def _perplexity_of(
     documents = text.documents("test")
     if not documents:
         raise ValueError(f"{text.name} has no text in its test split; give --perplexity a text that has one.")
-    ids = token_ids(documents, source.tokenizer())
+    ids = token_ids(documents, source.tokenizer(), text.separator)
 
     def measure(model: Any) -> dict[str, Any]:
         found = evaluate_perplexity(
@@ -320,9 +350,12 @@ def _over_seeds(job: _Job, seeds: list[int], measure: Any, out: Path, streaming:
     rows = []
     for seed in seeds:
         loaded, reports = job.run(seed)
-        rows.append({"seed": seed, "sparsity": reports[-1].sparsity, **measure(loaded)})
+        if rank() == 0:
+            rows.append({"seed": seed, "sparsity": reports[-1].sparsity, **measure(loaded)})
         details = _details(job, seed, reports, notes)
         del loaded  # before the next one comes
+    if rank() != 0:
+        return
     values = [row["perplexity"] for row in rows]
     details["calibration"]["seed"] = seeds
     details |= {

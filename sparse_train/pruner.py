@@ -43,7 +43,7 @@ class UpdateReport:
     target_sparsity: float
     layers: Mapping[str, LayerUpdate]
     initial_flip_rate: float
-    """Share of mask entries that differ from the first mask, measured on every 32nd row."""
+    """Share of mask entries that differ from the first mask, measured on every 128th row, four of a layer at least."""
     seconds: float
 
     @property

@@ -23,7 +23,7 @@ _CRITERIA = {  # the last two are methods of its forks
 _ELSEWHERE = {
     "--save": "What was done is printed, and written to pruning.json in the --out folder: leave --save out.",
     "--cache_dir": "Set the environment variable HF_HOME.",
-    "--eval_zero_shot": "Run sparse-train evaluate on the pruned model.",
+    "--eval_zero_shot": "Run sparse-train evaluate --tasks wanda7 on the pruned model.",
 }
 
 

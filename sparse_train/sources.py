@@ -179,6 +179,9 @@ def as_model_source(model: ModelSource | str) -> ModelSource:
 class TextSource(ABC):
     """Documents of plain text in up to three splits."""
 
+    separator: str = "\n\n"
+    """What stands between documents where perplexity takes them as one text."""
+
     @property
     @abstractmethod
     def name(self) -> str:
@@ -216,6 +219,7 @@ class HubText(TextSource):
         column: column with the text.
         splits: the data set's names of our splits, in the syntax of datasets, such as "train[:1%]".
         max_documents: read only the first ones of each split, by streaming; None reads all.
+        separator: what stands between documents where perplexity takes them as one text.
     """
 
     path: str
@@ -225,6 +229,7 @@ class HubText(TextSource):
         default_factory=lambda: {"train": "train", "validation": "validation", "test": "test"}
     )
     max_documents: int | None = None
+    separator: str = "\n\n"
 
     @property
     def name(self) -> str:

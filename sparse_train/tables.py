@@ -5,12 +5,15 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from sparse_train.inspection import InspectedLayer, LayerSparsity, by_projection, overall_sparsity
+
+if TYPE_CHECKING:
+    from sparse_train.evaluation import ZeroShotResult
 
 _WIDTH = 110
 
@@ -101,6 +104,28 @@ def _as_dict(layer: InspectedLayer) -> dict[str, Any]:
         "runs_on_2of4_hardware": layer.why_not_2of4 is None,
         "why_not_2of4": layer.why_not_2of4,
     }
+
+
+def show_zero_shot(result: "ZeroShotResult") -> None:
+    """Accuracy on each task, in per cent with its standard error, and the mean."""
+    table = Table(
+        "task", Column("accuracy, %", justify="right"), Column("standard error", justify="right"), "metric", "items"
+    )
+    for row in result.tasks:
+        table.add_row(row.task, f"{100 * row.accuracy:.2f}", _percent(row.stderr), row.metric, str(row.n))
+    if len(result.tasks) > 1:
+        table.add_section()
+        items = str(sum(row.n for row in result.tasks))
+        table.add_row(
+            f"mean of {len(result.tasks)}", f"{100 * result.mean:.2f}", _percent(result.mean_stderr), "", items
+        )
+    console = Console()
+    console.print(table)
+    console.print(str(result.protocol), highlight=False, markup=False)
+
+
+def _percent(stderr: float | None) -> str:
+    return "" if stderr is None else f"{100 * stderr:.2f}"
 
 
 def _by_projection(layers: Sequence[LayerSparsity]) -> Table:

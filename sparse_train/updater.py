@@ -23,8 +23,9 @@ from sparse_train.sharding import check_layout
 from sparse_train.targets import select
 from sparse_train.timing import Timing
 
-# ``initial_flip_rate`` is measured on every 32nd row: a whole first mask would double what masks take.
-_FIRST_MASK_STRIDE = 32
+# ``initial_flip_rate`` is measured on every 128th row, and four rows of small layers at least: a whole first mask would
+# double what masks take.
+_FIRST_MASK_STRIDE = 128
 
 
 class MaskUpdater:
@@ -256,15 +257,18 @@ class MaskUpdater:
     def _report(self, changes: dict[str, LayerUpdate], seconds: float) -> UpdateReport:
         rows = self._rows()
         self._first_rows = self._first_rows or rows
-        differing = sum(masks.count_differing(row, self._first_rows[name]) for name, row in rows.items())
-        entries = sum(len(row) * self.layers[name].in_features for name, row in rows.items())
-        return UpdateReport(self.steps, self.target or 0.0, changes, differing / entries, seconds)
+        differing = {name: masks.count_differing(row, self._first_rows[name]) for name, row in rows.items()}
+        # scaled to whole layers, of which small ones have more of their rows in the sample
+        scaled = sum(n * self.layers[name].out_features / len(rows[name]) for name, n in differing.items())
+        size = sum(change.size for change in changes.values())
+        return UpdateReport(self.steps, self.target or 0.0, changes, scaled / size, seconds)
 
     def _statistics(self) -> dict[str, ActivationNorm]:
         return {n: m.statistics for n, m in self.layers.items() if isinstance(m.statistics, ActivationNorm)}
 
     def _rows(self) -> dict[str, Tensor]:
-        return {name: layer.weight_mask[::_FIRST_MASK_STRIDE].clone() for name, layer in self.layers.items()}
+        strides = {n: max(1, min(_FIRST_MASK_STRIDE, layer.out_features // 4)) for n, layer in self.layers.items()}
+        return {name: layer.weight_mask[:: strides[name]].clone() for name, layer in self.layers.items()}
 
 
 def _check_masks(layers: Mapping[str, MaskedLayer], pattern: Pattern, sparsity: float) -> None:

@@ -73,6 +73,48 @@ def test_prune_evaluate_and_inspect(model_folder, text, capsys):
     assert "all linear layers" in capsys.readouterr().out
 
 
+def test_documents_are_joined_by_the_separator_of_their_source(model_folder):
+    Path("data").mkdir()
+    Path("data/test.jsonl").write_text(json.dumps({"text": "abcd"}) + "\n" + json.dumps({"text": "efgh"}))
+    text = {"path": "data", "splits": {"test": "test"}}
+    for separator, tokens in [({}, 10), ({"separator": " "}, 9)]:
+        source = json.dumps({"class_path": "HubText", "init_args": {**text, **separator}})
+        with pytest.raises(SystemExit, match=f"has {tokens} tokens"):
+            cli.main(["evaluate", str(model_folder), f"--text={source}", "--window=32"])
+
+
+def test_evaluate_on_tasks(model_folder, text, capsys):
+    item = {"premise": "Ann sold her car.", "hypothesis": "Ann had a car.", "gold": 0}
+    Path("data").mkdir()
+    Path("data/rte.jsonl").write_text(f"{json.dumps(item)}\n" * 3)
+    options = ["evaluate", str(model_folder), "--task_data=data", "--limit=2"]
+    cli.main([*options, "--tasks=perplexity,rte", f"--text={text}", "--window=32", "--max_tokens=640", "--json"])
+    printed = capsys.readouterr().out
+    found = json.loads(printed)
+    assert found["perplexity"]["tokens"] == 620
+    assert found["zero_shot"]["tasks"][0]["n"] == found["zero_shot"]["limit"] == 2
+    assert found["zero_shot"]["data"] == "rte.jsonl of data"
+    cli.main([*options, "--tasks", "rte"])
+    table = capsys.readouterr().out
+    row = next(line for line in table.splitlines() if "rte" in line)
+    assert [cell.strip() for cell in row.split("│")[1:-1]][2:] == ["0.00", "acc", "2"]
+    assert "perplexity" not in table
+    assert "zero-shot accuracy of" in table
+
+
+def test_mistakes_of_evaluate_come_before_the_model(model_folder, monkeypatch):
+    monkeypatch.setattr("sparse_train.sources.Pretrained.load", lambda self: pytest.fail("loaded a model"))
+    Path("data").mkdir()
+    for options, message in [
+        (["--tasks=wanda7", "--task_data=data"], "boolq expects its items in data/boolq.jsonl"),
+        (["--task_data=data"], "are for zero-shot tasks"),
+        (["--limit=2"], "are for zero-shot tasks"),
+    ]:
+        with pytest.raises(SystemExit, match="sparse-train evaluate") as error:
+            cli.main(["evaluate", str(model_folder), *options])
+        assert message in str(error.value)
+
+
 def test_fit_export_and_resume(model_folder, text, capsys):
     options = [
         "fit",
@@ -127,11 +169,12 @@ def test_fit_export_and_resume(model_folder, text, capsys):
     assert "val/perplexity" in capsys.readouterr().out
 
 
-def test_dense_fit(model_folder, text):
+@pytest.mark.parametrize("recipe", ["smollm2_dense", "smollm2_2of4_distill"])
+def test_short_fits(model_folder, text, recipe):
     cli.main(
         [
             "fit",
-            "--config=recipes/smollm2_dense.yaml",
+            f"--config=recipes/{recipe}.yaml",
             f"--model.model={model_folder}",
             f"--data.text={text}",
             "--data.block_size=32",
@@ -143,7 +186,9 @@ def test_dense_fit(model_folder, text):
             "--trainer.enable_progress_bar=false",
         ]
     )
-    assert "val/perplexity" in Path("run/version_0/metrics.csv").read_text()
+    metrics = Path("run/version_0/metrics.csv").read_text()
+    assert "val/perplexity" in metrics
+    assert ("train/loss_kldiv" in metrics) == ("distill" in recipe)
 
 
 def test_help_shows_the_commands(capsys):
@@ -160,7 +205,7 @@ def test_help_shows_the_commands(capsys):
     [
         (["prun"], "there is no command 'prun'. Did you mean 'prune'"),
         (["evaluate", "model", "--text=TextFiles", "--window=32"], "has no text in its test split"),
-        (["export", "nowhere.ckpt", "out"], "There is no checkpoint file nowhere.ckpt"),
+        (["export", "nowhere.ckpt", "out"], "There is no checkpoint at nowhere.ckpt"),
         (["evaluate", "model", "--autocast=bf16"], "must name a floating point dtype"),
         (["evaluate", "no/such-model"], "no/such-model"),
     ],

@@ -40,6 +40,6 @@ def test_the_whole_job(model_folder, text_file, tmp_path, monkeypatch, capsys):
     assert ((model.model.layers[0].mlp.up_proj.weight.reshape(-1, 4) == 0).sum(1) == 2).all()
     assert (out / "dynamic" / "version_0" / "config.yaml").read_text().count("DynamicPruning") == 1
     assert "sparsity/flip_rate" in (out / "dynamic" / "version_0" / "metrics.csv").read_text()
-    assert (out / "report.html").read_text().count("data:image/png") == 3
+    assert (out / "report.html").read_text().count("<img ") == 3
     assert "too few steps to rank methods" in capsys.readouterr().out
     assert not (out / "dense").exists()

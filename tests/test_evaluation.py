@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from sparse_train import MaskUpdater
 from sparse_train.evaluation import evaluate_perplexity, token_ids
 from sparse_train.losses import next_token_loss
 
@@ -28,6 +29,24 @@ def test_equals_a_loop_in_float64(window, stride):
     assert result.perplexity == pytest.approx(perplexity, rel=1e-5)
     assert result.protocol.tokens == tokens
     assert model.training
+
+
+def test_training_goes_on_as_if_nothing_had_happened():
+    model, ids = tiny_llama(attention_dropout=0.5).train(), torch.randint(3, VOCABULARY, (4, 16))
+    updater = MaskUpdater(model, "2:4", update_freq=2, window=1.0, total_steps=8)
+    model(input_ids=ids, labels=ids).loss.backward()
+    layer = model.model.layers[0].mlp.up_proj
+    layer.reached = False
+    recorded, chance = layer.statistics.sum_squares_I.clone(), torch.get_rng_state()
+    assert layer.recorder.when == "training"
+    assert recorded.sum() > 0
+    result = evaluate_perplexity(model, ids.flatten(), window=16)
+    assert torch.equal(layer.statistics.sum_squares_I, recorded)
+    assert torch.equal(torch.get_rng_state(), chance)
+    assert not layer.reached
+    assert model.training
+    assert evaluate_perplexity(model.eval(), ids.flatten(), window=16) == result  # without dropout
+    assert updater.steps == 0
 
 
 def test_the_protocol_says_everything():

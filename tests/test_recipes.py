@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from sparse_train import NM, Cubic, Magnitude, SparseGPT, Wanda, lightning_cli
-from sparse_train.callbacks import DynamicPruning
+from sparse_train.callbacks import DynamicPruning, Evaluation
 from sparse_train.commands import parser_of
 from sparse_train.module import CausalLM
 from sparse_train.sources import HubText, PackagedSmolLM2, PackagedWikipedia, Pretrained
@@ -44,6 +44,7 @@ def test_there_are_recipes_for_what_the_readme_promises():
     assert {path.stem for path in PRUNE} >= {"oneshot_wanda_50", "oneshot_wanda_2of4"}
     assert {path.stem for path in FIT} >= {
         "smollm2_2of4",
+        "smollm2_2of4_distill",
         "smollm2_unstructured60",
         "smollm2_gradual70",
         "pretrain_llama_2of4",
@@ -120,6 +121,43 @@ def test_the_small_ways_to_name_things():
     assert pruning._pattern == NM(1, 4)
     assert pruning._criterion == Magnitude()
     assert pruning._schedule == Cubic(0.75)
+
+
+def test_distillation_is_a_class_or_the_mapping_of_its_arguments(tmp_path):
+    by_class = tmp_path / "by_class.yaml"
+    by_class.write_text(
+        "model: {distillation: {class_path: Distillation, init_args: {teacher: {class_path: Pretrained, init_args: "
+        "{path: org/finetuned, dtype: bfloat16}}, hardness_kldiv: 2.0}}}"
+    )
+    by_mapping = tmp_path / "by_mapping.yaml"
+    by_mapping.write_text("model: {distillation: {teacher: org/finetuned, hardness_kldiv: 2.0}}")
+    for path, dtype in ((by_class, "bfloat16"), (by_mapping, "float32")):
+        found = parse_fit(
+            f"--config={BASE}", f"--config={path}", "--model.distillation.temperature=3"
+        ).model.distillation
+        assert found.teacher == Pretrained("org/finetuned", dtype=dtype)
+        assert found.hardness == {"ce": 1.0, "kldiv": 2.0, "squarehead": 0.0}
+        assert found.temperature == 3.0
+    recipe = ROOT / "recipes" / "smollm2_2of4_distill.yaml"
+    found = parse_fit(f"--config={recipe}", "--model.distillation.hardness_squarehead=1").model.distillation
+    assert found.teacher is None
+    assert found.hardness == {"ce": 0.33, "kldiv": 0.67, "squarehead": 1.0}
+    assert parse_fit(f"--config={recipe}", "--model.distillation=null").model.distillation is None
+
+
+def test_evaluation_joins_a_recipe_by_its_name():
+    cli = parse_fit(
+        f"--config={BASE}",
+        "--trainer.callbacks+=Evaluation",
+        "--trainer.callbacks.text=PackagedWikipedia",
+        "--trainer.callbacks.every_n_steps=20",
+        "--trainer.callbacks.tasks=boolq,rte",
+        "--trainer.callbacks.task_data=folder",
+    )
+    evaluation = next(c for c in cli.trainer.callbacks if isinstance(c, Evaluation))
+    assert evaluation._text == PackagedWikipedia()
+    assert evaluation._tasks == ["boolq", "rte"]
+    assert any(isinstance(c, DynamicPruning) for c in cli.trainer.callbacks)
 
 
 @pytest.mark.parametrize(

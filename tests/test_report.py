@@ -33,7 +33,7 @@ def test_a_report_is_one_page_with_its_pictures_inside(tmp_path):
     text = page.read_text()
     assert "A &amp; B" in text
     assert "measured &lt;here&gt;" in text
-    assert len(re.findall(r'src="data:image/png;base64,', text)) == 3
+    assert len(re.findall(r'<img [^>]*src="data:image/png;base64,', text)) == 3
     assert "http" not in text  # nothing is loaded from elsewhere
     twin = (tmp_path / "out" / "report.md").read_text()
     assert "| dynamic | 6.00 |" in twin

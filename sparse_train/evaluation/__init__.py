@@ -1,5 +1,17 @@
-"""Evaluation: perplexity with its protocol."""
+"""Evaluation: perplexity and zero-shot accuracy, each with its protocol."""
 
 from sparse_train.evaluation.perplexity import PerplexityProtocol, PerplexityResult, evaluate_perplexity, token_ids
+from sparse_train.evaluation.task_data import WANDA7
+from sparse_train.evaluation.zeroshot import TaskAccuracy, ZeroShotProtocol, ZeroShotResult, evaluate_zero_shot
 
-__all__ = ["PerplexityProtocol", "PerplexityResult", "evaluate_perplexity", "token_ids"]
+__all__ = [
+    "WANDA7",
+    "PerplexityProtocol",
+    "PerplexityResult",
+    "TaskAccuracy",
+    "ZeroShotProtocol",
+    "ZeroShotResult",
+    "evaluate_perplexity",
+    "evaluate_zero_shot",
+    "token_ids",
+]

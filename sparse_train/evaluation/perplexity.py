@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
+from sparse_train.evaluation.undisturbed import undisturbed
 from sparse_train.losses import next_token_loss, perplexity
 from sparse_train.progress import bar
 
@@ -60,7 +61,6 @@ def token_ids(documents: list[str], tokenizer: Any, separator: str = "\n\n") -> 
     return result
 
 
-@torch.no_grad()
 def evaluate_perplexity(
     model: nn.Module,
     ids: Tensor,
@@ -76,7 +76,7 @@ def evaluate_perplexity(
     autocast: torch.dtype | None = None,
     progress: bool = False,
 ) -> PerplexityResult:
-    """Perplexity of ``model`` on a text; its training mode comes back afterwards.
+    """Perplexity of ``model`` on a text; training that it stands in is not disturbed.
 
     Only whole windows count, and a token only where it has ``window - stride`` tokens before it (with no overlap: all
     but the first of a window).
@@ -105,23 +105,18 @@ def evaluate_perplexity(
     labels_WL = windows_WL.clone()
     labels_WL[1:, : window - stride] = -100
     device = next(model.parameters()).device
-    metric, tokens = MeanMetric().to(device), 0
-    was_training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        batches = list(zip(windows_WL.split(batch_size), labels_WL.split(batch_size), strict=True))
-        with bar("perplexity", shown=progress) as (set_total, advance):
-            set_total(len(batches))
-            for ids_BL, labels_BL in batches:
-                with torch.autocast(device.type, autocast, enabled=autocast is not None):
-                    logits_BLV = model(input_ids=ids_BL.to(device), use_cache=False).logits
-                loss, count = next_token_loss(logits_BLV, labels_BL.to(device))
-                metric.update(loss, weight=count)
-                tokens += int(count)
-                advance()
-    finally:
-        for module in was_training:
-            module.training = True
+    # where there are other processes, they may be measuring nothing, and would be waited for
+    metric, tokens = MeanMetric(sync_on_compute=False).to(device), 0
+    batches = list(zip(windows_WL.split(batch_size), labels_WL.split(batch_size), strict=True))
+    with undisturbed(model), bar("perplexity", shown=progress) as (set_total, advance):
+        set_total(len(batches))
+        for ids_BL, labels_BL in batches:
+            with torch.autocast(device.type, autocast, enabled=autocast is not None):
+                logits_BLV = model(input_ids=ids_BL.to(device), use_cache=False).logits
+            loss, count = next_token_loss(logits_BLV, labels_BL.to(device))
+            metric.update(loss, weight=count)
+            tokens += int(count)
+            advance()
     dtype = str(autocast or next(model.parameters()).dtype).removeprefix("torch.")
     protocol = PerplexityProtocol(
         model_name, data_name, split, tokenizer_name or model_name, window, stride, tokens, dtype

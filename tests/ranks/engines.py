@@ -6,7 +6,9 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import Dataset, DistributedSampler, Subset
+from torchdata.stateful_dataloader import StatefulDataLoader
+from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
 from sparse_train.distributed import rank, world_size
 from sparse_train.sharding import shard_blocks, whole_first
@@ -51,23 +53,20 @@ class Tokens(Dataset):
         return len(self.ids)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {"input_ids": self.ids[index], "labels": self.ids[index]}
+        ids = self.ids[index]
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
 
-def loader(ranks: int = 2, batch_size: int = 2) -> DataLoader:
+def loader(ranks: int = 2, batch_size: int = 2) -> StatefulDataLoader:
     """Batches of ``ranks`` processes, or, in a process alone, all of theirs one after the other: a step's samples are
     the same, and so is how they are grouped (Adam makes much of the last bit of a small gradient)."""
-    data = Tokens()
-    sampler: Any = DistributedSampler(data, ranks, rank(), shuffle=False, drop_last=True)
+    data: Any = Tokens()
     if world_size() == 1:
         of_rank = [list(DistributedSampler(data, ranks, each, shuffle=False, drop_last=True)) for each in range(ranks)]
-        sampler = [
-            index
-            for start in range(0, len(of_rank[0]), batch_size)
-            for indices in of_rank
-            for index in indices[start : start + batch_size]
-        ]
-    return DataLoader(data, batch_size=batch_size, sampler=sampler)
+        starts = range(0, len(of_rank[0]), batch_size)
+        data = Subset(data, [i for start in starts for own in of_rank for i in own[start : start + batch_size]])
+    sampler = StatefulDistributedSampler(data, world_size(), rank(), shuffle=False, drop_last=True)
+    return StatefulDataLoader(data, batch_size=batch_size, sampler=sampler)
 
 
 class Module(L.LightningModule):

@@ -4,6 +4,7 @@ Processes are forked from a server that has imported torch, Lightning, transform
 test pays for its work and not for imports. They meet through a file: no port can be taken by somebody else.
 """
 
+import functools
 import io
 import multiprocessing
 import os
@@ -29,8 +30,10 @@ class RankFailed(Exception):
     """A process raised, died, or did not come back in time; its traceback is the message."""
 
 
-def run(function: Any, *args: Any, ranks: int = 2, timeout: float = TIMEOUT, **kwargs: Any) -> list[Any]:
-    """``function(*args, **kwargs)`` in ``ranks`` processes; its results in their order.
+def run(
+    function: Any, *args: Any, ranks: int = 2, survivors: bool = False, timeout: float = TIMEOUT, **kwargs: Any
+) -> list[Any]:
+    """``function(*args, **kwargs)`` in ``ranks`` processes; its results in their order, or only the ``survivors``'.
 
     ``function`` is one of a module of the tests, and its arguments and results can be pickled. No process outlives
     this call.
@@ -39,14 +42,23 @@ def run(function: Any, *args: Any, ranks: int = 2, timeout: float = TIMEOUT, **k
     with tempfile.TemporaryDirectory() as folder:
         processes = [
             _context.Process(
-                target=_work, args=(function, args, kwargs, rank, ranks, f"{folder}/store", results), daemon=True
+                target=_work,
+                args=(
+                    functools.partial(function, *args, **kwargs),
+                    rank,
+                    ranks,
+                    f"{folder}/store",
+                    results,
+                    not survivors,
+                ),
+                daemon=True,
             )
             for rank in range(ranks)
         ]
         for process in processes:
             process.start()
         try:
-            return _collect(processes, results, time.monotonic() + timeout)
+            return _collect(processes, results, survivors, time.monotonic() + timeout)
         finally:
             for process in processes:
                 if process.is_alive():
@@ -54,14 +66,16 @@ def run(function: Any, *args: Any, ranks: int = 2, timeout: float = TIMEOUT, **k
                 process.join()
 
 
-def _collect(processes: list[Any], results: Any, deadline: float) -> list[Any]:
+def _collect(processes: list[Any], results: Any, survivors: bool, deadline: float) -> list[Any]:
     found: dict[int, Any] = {}
     while len(found) < len(processes):
+        if survivors and all(not process.is_alive() for process in processes) and results.empty():
+            break
         try:
             rank, value, error = results.get(timeout=0.2)
         except queue.Empty:
             dead = [rank for rank, p in enumerate(processes) if not p.is_alive() and rank not in found]
-            if dead and results.empty():
+            if dead and results.empty() and not survivors:
                 raise RankFailed(f"rank {dead[0]} ended with {processes[dead[0]].exitcode}") from None
             if time.monotonic() > deadline:
                 raise RankFailed(f"ranks {set(range(len(processes))) - set(found)} did not come back") from None
@@ -69,10 +83,10 @@ def _collect(processes: list[Any], results: Any, deadline: float) -> list[Any]:
         if error:
             raise RankFailed(f"rank {rank}:\n{error}")
         found[rank] = torch.load(io.BytesIO(value), weights_only=False)
-    return [found[rank] for rank in range(len(processes))]
+    return [found[rank] for rank in sorted(found)]
 
 
-def _work(function: Any, args: Any, kwargs: Any, rank: int, ranks: int, store: str, results: Any) -> None:
+def _work(work: Any, rank: int, ranks: int, store: str, results: Any, wait: bool) -> None:
     os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "RANK": str(rank), "WORLD_SIZE": str(ranks)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "GLOO_SOCKET_IFNAME": "lo"}
     torch.set_num_threads(1)
@@ -80,8 +94,8 @@ def _work(function: Any, args: Any, kwargs: Any, rank: int, ranks: int, store: s
     try:
         if ranks > 1:
             dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
-        value = function(*args, **kwargs)
-        if ranks > 1:
+        value = work()
+        if ranks > 1 and wait:
             dist.barrier()  # nobody leaves while another still talks to it
             dist.destroy_process_group()
         results.put((rank, _packed(value), None))

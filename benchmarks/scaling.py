@@ -1,0 +1,149 @@
+"""What re-pruning costs on many processes, from formulas; tests compare them with counters of a run of two processes.
+
+    python benchmarks/scaling.py             # the tables of docs/scaling.md
+    python benchmarks/scaling.py --write     # put them there
+
+Letters: O out_features, I in_features, J = ceil(I / 8) packed mask bytes a row, W processes, k steps between updates.
+"""
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+PAGE = Path(__file__).parent.parent / "docs" / "scaling.md"
+BEGIN, END = "<!-- scaling -->", "<!-- /scaling -->"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A targeted layer; layers of one block with the same ``reads`` share their input, and its statistic."""
+
+    out_features: int
+    in_features: int
+    reads: str
+
+    @property
+    def size(self) -> int:
+        return self.out_features * self.in_features
+
+    @property
+    def mask_bytes(self) -> int:
+        return self.out_features * row_bytes(self)
+
+
+def row_bytes(layer: Layer) -> int:
+    """J."""
+    return -(-layer.in_features // 8)
+
+
+def llama_block(hidden: int, intermediate: int, key_value: int) -> list[Layer]:
+    """The linear layers of a Llama block."""
+    attention = [Layer(hidden, hidden, "x"), *[Layer(key_value, hidden, "x")] * 2, Layer(hidden, hidden, "attention")]
+    mlp = [Layer(intermediate, hidden, "y")] * 2 + [Layer(hidden, intermediate, "z")]
+    return attention + mlp
+
+
+def statistics(layers: Sequence[Layer], blocks: int) -> list[int]:
+    """Widths of the distinct inputs that are measured."""
+    return [*{layer.reads: layer.in_features for layer in layers}.values()] * blocks
+
+
+def reduce_bytes(layers: Sequence[Layer], blocks: int) -> int:
+    """One reduce an update, float32: statistics, three digits a token count, 32 bits a mask, one flag a layer."""
+    widths = statistics(layers, blocks)
+    return 4 * (sum(widths) + 3 * len(widths) + (32 + 1) * len(layers) * blocks)
+
+
+def gather_bytes(layers: Sequence[Layer], blocks: int, processes: int) -> int:
+    """One gather an update under FSDP2, what a process sends: mask bits of its rows, and a count for each layer."""
+    rows = sum(-(-layer.out_features // processes) * row_bytes(layer) for layer in layers)
+    return blocks * (rows + 8 * len(layers))
+
+
+def zero3_bytes(layers: Sequence[Layer], blocks: int, bytes_a_weight: int) -> int:
+    """What a process receives an update under ZeRO-3: each weight once, layer by layer."""
+    return blocks * sum(layer.size for layer in layers) * bytes_a_weight
+
+
+def kept_bytes(layers: Sequence[Layer], blocks: int) -> dict[str, int]:
+    """What a process keeps between updates."""
+    widths = statistics(layers, blocks)
+    sample = [
+        -(-layer.out_features // max(1, min(128, layer.out_features // 4))) * row_bytes(layer) for layer in layers
+    ]
+    return {
+        "masks": blocks * sum(layer.mask_bytes for layer in layers),
+        "statistics": sum(4 * width + 8 for width in widths),
+        "rows of the first mask": blocks * sum(sample),
+    }
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run to be worked through; weights travel in bfloat16."""
+
+    name: str
+    layers: list[Layer]
+    blocks: int
+    processes: int
+    tokens: int
+    """Tokens a process and step."""
+    flops: float = 4e14
+    """Of a process, in a forward and backward as they are reached in practice."""
+    bandwidth: float = 3e12
+    """Bytes a second of its memory."""
+
+    @property
+    def weights(self) -> int:
+        return self.blocks * sum(layer.size for layer in self.layers)
+
+
+SETUPS = [
+    Setup("Llama-3.1-8B, 8 x 80 GB, FSDP2", llama_block(4096, 14336, 1024), 32, 8, 8192),
+    Setup("Llama-3.1-70B, 64 x 80 GB, FSDP2", llama_block(8192, 28672, 1024), 80, 64, 8192),
+]
+
+
+def tables() -> str:
+    """All tables, as Markdown."""
+    rows: dict[str, list[str]] = {}
+
+    def row(label: str, value: str) -> None:
+        rows.setdefault(label, []).append(value)
+
+    for s in SETUPS:
+        kept = kept_bytes(s.layers, s.blocks)
+        step = 6 * s.weights * s.tokens / s.flops
+        # a masked copy is made in forward, in a forward that is recomputed, and in backward: read 2 bytes, write 2
+        masking = 3 * s.weights * (2 + 2 + 1 / 8) / s.bandwidth
+        # float32 scores written and read a few times over, for the rows of this process: 40 bytes a weight
+        selecting = s.weights / s.processes * 40 / s.bandwidth
+        row("targeted weights", f"{s.weights / 1e9:.2f} G")
+        row("masks", f"{kept['masks'] / 1e6:.0f} MB")
+        row("statistics", f"{kept['statistics'] / 1e6:.1f} MB")
+        row("kept by a process, all", f"{sum(kept.values()) / s.weights:.4f} byte a targeted weight")
+        row("reduce at an update", f"{reduce_bytes(s.layers, s.blocks) / 1e6:.1f} MB")
+        bits = gather_bytes(s.layers, s.blocks, s.processes)
+        row("gather of mask bits at an update, sent", f"{bits / 1e6:.1f} MB")
+        row("the same, received", f"{s.processes * bits / 1e6:.0f} MB")
+        row(
+            "ZeRO-3 instead of FSDP2: weights received at an update",
+            f"{zero3_bytes(s.layers, s.blocks, 2) / 1e9:.1f} GB",
+        )
+        row("FSDP2's own traffic of one step (8 bytes a weight)", f"{8 * s.weights / 1e9:.0f} GB")
+        row("a step (6 x weights x tokens / 4e14 flop/s), estimate", f"{step:.2f} s")
+        row("masking in each step, estimate", f"{1e3 * masking:.0f} ms, {100 * masking / step:.1f} %")
+        row("scores and selection of an update, estimate", f"{1e3 * selecting:.0f} ms")
+        row("k for updates below 1 % of the time, estimate", f"{math.ceil(100 * selecting / step)}")
+    head = f"| | {' | '.join(s.name for s in SETUPS)} |\n|{' --- |' * (len(SETUPS) + 1)}\n"
+    return head + "\n".join(f"| {label} | {' | '.join(values)} |" for label, values in rows.items())
+
+
+if __name__ == "__main__":
+    if "--write" in sys.argv:
+        before, _, rest = PAGE.read_text().partition(BEGIN)
+        PAGE.write_text(f"{before}{BEGIN}\n{tables()}\n{END}{rest.partition(END)[2]}")
+    else:
+        print(tables())

@@ -1,0 +1,43 @@
+"""Evaluation in the middle of training, leaving no trace in it."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import nn
+
+from sparse_train.layers import sparse_layers
+
+
+@contextmanager
+def isolated_rng() -> Iterator[None]:
+    """Random states of Python, numpy and torch (on all CUDA devices) come back afterwards."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(range(torch.cuda.device_count()), device_type="cuda"):
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients inside; afterwards the model, and chance, are as if nothing had happened.
+
+    What comes back: the training mode of every module, all random states, and whether training has reached a masked
+    layer. Activation statistics record nothing inside: forwards in evaluation mode without gradients are no training.
+    """
+    training = [module for module in model.modules() if module.training]
+    reached = {layer: layer.reached for layer in sparse_layers(model).values()}
+    with torch.no_grad(), isolated_rng():
+        try:
+            model.eval()
+            yield
+        finally:
+            for module in training:
+                module.training = True
+            for layer, was_reached in reached.items():
+                layer.reached = was_reached

@@ -1,0 +1,296 @@
+"""Zero-shot accuracy of a live model by lm-eval, masks and all, with the protocol beside every number.
+
+Which of lm-eval's metrics counts: ``acc``, the choice with the largest log-likelihood, where a task reports it, as all
+seven tasks of the paper do. Wanda's code (arXiv 2306.11695) prints all that lm-eval reports and names none, but its
+tables hold ``acc``: dense LLaMA-7B has 34 % on OpenBookQA there and 57 % on HellaSwag, where ``acc_norm``, which
+divides a log-likelihood by the length of its choice, gives 44 % and 76 %. Whatever else a task reports is kept beside.
+"""
+
+import copy
+import io
+import logging
+import math
+import random
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from sparse_train.evaluation.task_data import TASKS_FOLDER, WANDA7, task_file
+from sparse_train.evaluation.undisturbed import isolated_rng, undisturbed
+from sparse_train.targets import did_you_mean
+
+_METRICS = ("acc", "acc_norm", "exact_match")
+"""What counts as accuracy; the first one that a task reports."""
+
+
+@dataclass(frozen=True)
+class ZeroShotProtocol:
+    """How zero-shot accuracies were measured."""
+
+    model: str
+    data: str
+    num_fewshot: int
+    """Solved examples in the prompt."""
+    limit: int | None
+    """Items of each task that were asked, its first ones; None = all."""
+    max_length: int
+    """Tokens that the model sees at most; of a longer prompt, the last ones."""
+    batch_size: int
+    computed_in: str
+    """Dtype of the forward, by autocast or of the weights."""
+    lm_eval: str
+    """Version of lm-eval."""
+
+    def __str__(self) -> str:
+        items = "all items" if self.limit is None else f"the first {self.limit} items of each task"
+        return (
+            f"zero-shot accuracy of {self.model}, {items}, data: {self.data}, {self.num_fewshot} examples in the "
+            f"prompt, at most {self.max_length} tokens, batches of {self.batch_size}, computed in {self.computed_in}, "
+            f"lm-eval {self.lm_eval}"
+        )
+
+
+@dataclass(frozen=True)
+class TaskAccuracy:
+    """What one task gave."""
+
+    task: str
+    accuracy: float
+    """Share of the items, 0 to 1."""
+    stderr: float | None
+    """Standard error of the accuracy over items; None where lm-eval has none, as for a single item."""
+    n: int
+    """Items that were asked."""
+    metric: str
+    """lm-eval's name of what ``accuracy`` is."""
+    others: dict[str, float]
+    """What else lm-eval reports, by its names."""
+
+
+@dataclass(frozen=True)
+class ZeroShotResult:
+    """Accuracies and how they were measured."""
+
+    tasks: tuple[TaskAccuracy, ...]
+    protocol: ZeroShotProtocol
+
+    @property
+    def mean(self) -> float:
+        """Mean over tasks, each with the same weight, as in the paper's tables."""
+        return math.fsum(task.accuracy for task in self.tasks) / len(self.tasks)
+
+    @property
+    def mean_stderr(self) -> float | None:
+        """Standard error of the mean over the items, with the tasks as they are: sqrt(sum of squares) / tasks."""
+        errors = [task.stderr for task in self.tasks if task.stderr is not None]
+        return math.hypot(*errors) / len(errors) if len(errors) == len(self.tasks) else None
+
+    def as_dict(self) -> dict[str, Any]:
+        tasks = [asdict(task) for task in self.tasks]
+        return {"mean": self.mean, "mean_stderr": self.mean_stderr, "tasks": tasks, **asdict(self.protocol)}
+
+
+def evaluate_zero_shot(
+    model: nn.Module,
+    tokenizer: Any,
+    tasks: Sequence[str] = ("wanda7",),
+    *,
+    task_data: str | Path | None = None,
+    limit: int | None = None,
+    batch_size: int = 4,
+    model_name: str = "model",
+    autocast: torch.dtype | None = None,
+    progress: bool = False,
+) -> ZeroShotResult:
+    """Zero-shot accuracy of ``model``; its training mode and all random states come back afterwards.
+
+    The model is evaluated as it is: masked layers compute with their masks. No export is needed.
+
+    Args:
+        model: a transformers causal language model.
+        tokenizer: its tokenizer.
+        tasks: names of lm-eval's tasks, groups or tags; "wanda7" stands for the seven of the Wanda paper.
+        task_data: folder with the items of those seven in JSONL files, see docs/evaluation.md; None = lm-eval's data
+            sets, from the hub. Other tasks always come from the hub.
+        limit: ask only the first items of each task.
+        batch_size: requests a forward.
+        model_name: for the protocol.
+        autocast: compute in this dtype.
+        progress: show lm-eval's progress bars.
+
+    Raises:
+        ValueError: lm-eval is missing; an unknown task, or one that reports no accuracy; a missing file, or items that
+            do not fit; no data from the hub; a limit below 1.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit is a count of items for each task, at least 1, got {limit}.")
+    _need_lm_eval()
+    names = task_names(tasks)
+    with undisturbed(model), _quiet(progress):
+        # What lm-eval's simple_evaluate does, and in its order: some tasks shuffle their choices when they are loaded.
+        # Itself it would describe the machine at every call, with nvidia-smi, pip and git.
+        from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+        from lm_eval.evaluator import evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+
+        random.seed(DEFAULT_RANDOM_SEED)
+        np.random.seed(DEFAULT_OTHER_SEED)
+        torch.manual_seed(DEFAULT_OTHER_SEED)
+        lm = HFLM(
+            pretrained=model,
+            tokenizer=copy.deepcopy(tokenizer),  # lm-eval may give it a padding token
+            backend="causal",
+            batch_size=batch_size,
+            mixed_precision_dtype=autocast,
+        )
+        loaded = _load_tasks(names, task_data)
+        selected = TaskManager(include_defaults=False).load(list(loaded.values()))
+        for task in selected["tasks"].values():
+            task.set_config("num_fewshot", 0)
+            task.set_fewshot_seed(DEFAULT_OTHER_SEED)
+        # accuracies have their standard error in closed form; two draws for those of others, which are not reported
+        found = evaluate(lm=lm, task_dict=selected, limit=limit, log_samples=False, bootstrap_iters=2)
+    local = [name for name in loaded if task_data is not None and name in WANDA7]
+    protocol = ZeroShotProtocol(
+        model=model_name,
+        data=_data(local, [name for name in loaded if name not in local], task_data),
+        num_fewshot=0,
+        limit=limit,
+        max_length=lm.max_length,
+        batch_size=batch_size,
+        computed_in=str(autocast or next(model.parameters()).dtype).removeprefix("torch."),
+        lm_eval=version("lm_eval"),
+    )
+    return ZeroShotResult(tuple(_accuracy(name, found["results"][name]) for name in loaded), protocol)
+
+
+def task_names(tasks: Sequence[str]) -> list[str]:
+    """The tasks in their order, each once, "wanda7" replaced by its seven.
+
+    Raises:
+        ValueError: none.
+    """
+    names = [name for task in tasks for name in (WANDA7 if task == "wanda7" else (task,)) if name]
+    if not names:
+        raise ValueError("tasks names no task. There is wanda7, and every task of lm-eval, separated by commas.")
+    return list(dict.fromkeys(names))
+
+
+def check_tasks(names: Sequence[str], task_data: str | Path | None = None, *, progress: bool = False) -> None:
+    """Find out before a long run whether ``evaluate_zero_shot`` will have its tasks; fetches what the hub has.
+
+    Raises:
+        ValueError: as ``evaluate_zero_shot``.
+    """
+    with isolated_rng(), _quiet(progress):
+        _load_tasks(names, task_data)
+
+
+def _load_tasks(names: Sequence[str], task_data: str | Path | None) -> dict[str, Any]:
+    """lm-eval's task, or group of tasks with a mean of its own, by name; what a tag names comes task by task."""
+    _need_lm_eval()
+    local = [name for name in names if task_data is not None and name in WANDA7]
+    for name in local:  # before any work, also that of reading others
+        task_file(str(task_data), name)
+    if not local and task_data is not None:
+        raise ValueError(f"--task_data holds items of the tasks {', '.join(WANDA7)}, and none of them is asked for.")
+    known = _lm_eval_tasks().task_index if len(local) < len(names) else {}
+    for name in names:
+        if name not in known and name not in local:
+            close = did_you_mean(name, {*known, "wanda7", "perplexity"} - {name})
+            raise ValueError(f"lm-eval has no task {name!r}.{close} lm_eval ls tasks shows all.")
+    loaded: dict[str, Any] = {}
+    for name in names:
+        loaded |= _load(name, str(task_data) if name in local else None)
+    for name, task in loaded.items():
+        members = task.get_all_tasks() if hasattr(task, "get_all_tasks") else [task]
+        for member in members:
+            if not set(_METRICS) & set(member.aggregation()):
+                raise ValueError(
+                    f"{name} reports {', '.join(member.aggregation())}, and none of {', '.join(_METRICS)}: that is no "
+                    "accuracy. Leave it out; lm_eval itself runs it."
+                )
+    return loaded
+
+
+def _need_lm_eval() -> None:
+    if find_spec("lm_eval") is None:
+        raise ValueError("Zero-shot accuracy needs lm-eval. Run: pip install 'sparse-train[eval]'")
+
+
+def _load(name: str, task_data: str | None) -> dict[str, Any]:
+    try:
+        found = (_lm_eval_tasks() if task_data is None else _local_tasks(task_data)).load([name])
+    except (OSError, RuntimeError) as error:  # the hub cannot be reached, or has no such data set any more
+        instead = (
+            f"Without a hub, give a folder that holds {name}.jsonl as --task_data (docs/evaluation.md)."
+            if name in WANDA7
+            else f"Without a hub there are the tasks {', '.join(WANDA7)}, from files in --task_data."
+        )
+        raise ValueError(f"Cannot get the data of {name}: {error}. {instead}") from error
+    group = found["groups"].get(name)
+    return {name: group} if group is not None and group.has_aggregation else dict(found["tasks"])
+
+
+@cache  # reading lm-eval's more than ten thousand definitions takes ten seconds
+def _lm_eval_tasks() -> Any:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+def _local_tasks(task_data: str) -> Any:
+    from lm_eval.tasks import TaskManager
+
+    metadata: dict[str, Any] = {"task_data": task_data}
+    return TaskManager(include_defaults=False, include_path=str(TASKS_FOLDER), metadata=metadata)
+
+
+def _accuracy(name: str, found: dict[str, Any]) -> TaskAccuracy:
+    """From what lm-eval reports, ``{"acc,none": 0.5, "acc_stderr,none": 0.1, "sample_len": 26, ...}``."""
+    keys = [key for key in found if "," in key and "_stderr," not in key]
+    chosen = next(key for metric in _METRICS for key in keys if key.startswith(f"{metric},"))
+    metric, _, pipeline = chosen.partition(",")
+    stderr = found.get(f"{metric}_stderr,{pipeline}")
+    others = {key.removesuffix(",none"): float(found[key]) for key in keys if key != chosen}
+    return TaskAccuracy(
+        task=name,
+        accuracy=float(found[chosen]),
+        stderr=float(stderr) if isinstance(stderr, (int, float)) else None,
+        n=int(found["sample_len"]),
+        metric=chosen.removesuffix(",none"),
+        others=others,
+    )
+
+
+def _data(local: Sequence[str], others: Sequence[str], task_data: str | Path | None) -> str:
+    files = ", ".join(task_file(task_data, name).name for name in local) if task_data is not None else ""
+    parts = [f"{files} of {task_data}"] if local else []
+    return " and ".join([*parts, "lm-eval's data sets"] if others else parts)
+
+
+@contextmanager
+def _quiet(progress: bool) -> Iterator[None]:
+    """Keep lm-eval from writing to stdout, and to stderr where no progress is wanted: its bars know no other switch.
+
+    Its log comes down to errors: among its many warnings is none that is not said in the protocol.
+    """
+    log = logging.getLogger("lm_eval")
+    level, out = log.level, sys.stderr if progress else io.StringIO()
+    log.setLevel(logging.ERROR)
+    try:
+        with redirect_stdout(out), redirect_stderr(out):
+            yield
+    finally:
+        log.setLevel(level)

@@ -1,0 +1,21 @@
+"""Reports: ``write_run_report`` of what runs have recorded, ``write_report`` of what a script hands over.
+
+One self-contained HTML page, a Markdown twin, and the pictures of the twin as files.
+"""
+
+from sparse_train.report.collect import Run, collect
+from sparse_train.report.page import markdown_table
+from sparse_train.report.runs import run_page, write_run_report
+from sparse_train.report.summary import Metrics, Report, read_metrics, write_report
+
+__all__ = [
+    "Metrics",
+    "Report",
+    "Run",
+    "collect",
+    "markdown_table",
+    "read_metrics",
+    "run_page",
+    "write_report",
+    "write_run_report",
+]

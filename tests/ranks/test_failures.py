@@ -1,0 +1,92 @@
+"""Ranks that go wrong: one that holds another mask, one that dies."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+
+from sparse_train import sparse_layers
+from sparse_train.callbacks import DynamicPruning
+from sparse_train.distributed import rank
+from tests.ranks import engines, launch
+
+
+class AtStep(L.Callback):
+    """Does something in one rank, behind an optimizer step."""
+
+    def __init__(self, step: int, act: Any, only_rank: int = 1) -> None:
+        self.step, self.act, self.only_rank = step, act, only_rank
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        if trainer.global_step == self.step and rank() == self.only_rank:
+            self.act(pl_module)
+
+
+def corrupt(pl_module: Any) -> None:
+    layer = sparse_layers(pl_module.model)["model.layers.1.mlp.up_proj"]
+    layer.weight_mask[3, 2] ^= 0b11  # still two of four
+
+
+def overflow(pl_module: Any) -> None:
+    weight = pl_module.model.model.layers[2].self_attn.o_proj.weight
+    with torch.no_grad():
+        getattr(weight, "to_local", lambda: weight)()[0, 0] = torch.inf
+
+
+def die(pl_module: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train(engine: str, folder: Path, step: int, act: Any, **settings: Any) -> str:
+    """The error that a rank stops with, and the step at which it does."""
+    pruning = DynamicPruning("2:4", update_freq=5, window=3, calibration_batches=0)
+    trainer = engines.trainer(engine, folder, pruning, AtStep(step, act), **settings)
+    try:
+        trainer.fit(engines.Module(), engines.loader())
+    except ValueError as error:
+        return f"{error} @{trainer.global_step}"
+    return "no error"
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_ranks_that_disagree_on_a_mask_all_stop_at_the_next_update(tmp_path, engine):
+    for message in launch.run(train, engine, tmp_path, 9, corrupt):
+        assert message.startswith("model.model.layers.1.mlp.up_proj: the masks of the 2 processes are not the same")
+        assert message.endswith("@13")
+
+
+def test_frozen_masks_are_compared_too(tmp_path):
+    # step 15 is the last update; with a policy that cannot change masks they are only looked at
+    for message in launch.run(train_fixed, tmp_path):
+        assert "not the same" in message
+        assert message.endswith("@10")
+
+
+def train_fixed(folder: Path) -> str:
+    from sparse_train import Fixed, Magnitude
+
+    pruning = DynamicPruning("2:4", update_freq=5, policy=Fixed(), criterion=Magnitude())
+    trainer = engines.trainer("ddp", folder, pruning, AtStep(7, corrupt))
+    try:
+        trainer.fit(engines.Module(), engines.loader())
+    except ValueError as error:
+        return f"{error} @{trainer.global_step}"
+    return "no error"
+
+
+def test_a_row_that_is_not_finite_stops_the_ranks_that_do_not_hold_it(tmp_path):
+    messages = launch.run(train, "fsdp2", tmp_path, 12, overflow)
+    # the forward of step 13 would spread the infinity into the activations of later layers, and is named for them
+    for message in messages:
+        assert "not finite" in message
+        assert message.endswith("@13")
+    assert messages[0] == messages[1]
+
+
+def test_a_rank_that_is_killed_ends_the_run_and_leaves_no_process(tmp_path):
+    with pytest.raises(launch.RankFailed, match="rank 1 ended with -9|rank 0"):
+        launch.run(train, "ddp", tmp_path, 9, die)

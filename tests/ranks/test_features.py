@@ -1,0 +1,164 @@
+"""What users combine with an engine: precision, accumulation, clipping, checkpointing, how modules are built.
+
+In each run sparsity is exact after every step, and statistics hold each token once.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import nn
+
+from sparse_train import MaskUpdater, sparse_layers, squash
+from sparse_train.callbacks import DynamicPruning
+from sparse_train.distributed import rank, world_size
+from sparse_train.module import CausalLM
+from sparse_train.sharding import is_sharded, shard_blocks, weights, whole_state_dict
+from tests.conftest import tiny_llama
+from tests.ranks import engines, launch
+
+TOKENS = 2 * 16  # of a micro-batch
+
+
+class Check(L.Callback):
+    """Looks at every layer after every step, and counts tokens in the middle of a window."""
+
+    def __init__(self, pruning: DynamicPruning) -> None:
+        self.pruning = pruning
+        self.kept: set[int] = set()
+        self.tokens: set[int] = set()
+        self.dtypes: set[torch.dtype] = set()
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        step = trainer.global_step
+        if step >= 3:
+            assert self.pruning.updater.report().sparsity == 0.5
+            for layer in sparse_layers(pl_module).values():
+                self.kept |= set(layer.unpacked_mask().view(-1, 4).sum(1).tolist())
+                self.dtypes.add(layer.weight.dtype)
+        if step == 12 and not self.tokens:
+            state = self.pruning.updater.state_dict()["statistics_by_rank"][rank()]
+            self.tokens |= {int(each["tokens"]) for each in state.values()}
+
+
+def train(engine: str, folder: Path, module: Any, accumulate: int = 1, **settings: Any) -> Any:
+    pruning = DynamicPruning("2:4", update_freq=5, window=3, calibration_batches=0)
+    check = Check(pruning)
+    trainer = engines.trainer(engine, folder, pruning, check, accumulate_grad_batches=accumulate, **settings)
+    trainer.fit(module, engines.loader())
+    zeros = [
+        (int((weight == 0).sum()), weight.numel(), str(weight.dtype))
+        for name, weight in whole_state_dict(module).items()
+        if "proj" in name and name.endswith("weight")
+    ]
+    return check.kept, check.tokens, check.dtypes, zeros
+
+
+def small_lm(folder: Path, checkpointing: bool) -> CausalLM:
+    return CausalLM(str(folder), lr=1e-3, weight_decay=0.1, gradient_checkpointing=checkpointing)
+
+
+def train_lm(engine: str, folder: Path, model: Path, precision: str, checkpointing: bool = True) -> Any:
+    lm = small_lm(model, checkpointing)
+    return train(engine, folder, lm, accumulate=2, precision=precision, gradient_clip_val=0.5)
+
+
+PRECISIONS = [("ddp", "bf16-mixed"), ("fsdp2", "32-true"), ("fsdp2", "bf16-mixed"), ("fsdp2", "bf16-true")]
+PRECISIONS += [("zero1", "bf16-true"), ("zero2", "bf16-mixed"), ("zero3", "32-true"), ("zero3", "bf16-true")]
+
+
+@pytest.mark.parametrize(("engine", "precision"), PRECISIONS)
+def test_precision_accumulation_clipping_and_checkpointing(tmp_path, model_folder, engine, precision):
+    for kept, tokens, dtypes, zeros in launch.run(train_lm, engine, tmp_path, model_folder, precision):
+        assert kept == {2}
+        # two whole steps of two micro-batches, and not one more for the batch of step 12 that is to come
+        assert tokens == {2 * 2 * TOKENS}
+        masters_apart = engine.startswith("zero") and precision != "32-true"  # DeepSpeed's parameters are bfloat16
+        assert dtypes == {torch.bfloat16 if masters_apart or precision == "bf16-true" else torch.float32}
+        assert all(2 * count == size for count, size, _ in zeros)
+
+
+class Net(nn.Module):
+    """Plain layers that all can initialise themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(128, 32)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32)) for _ in range(2))
+        self.head = nn.Linear(32, 128)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x)
+
+
+class Plain(L.LightningModule):
+    """Builds its layers in ``__init__`` or in ``configure_model``, there on the meta device or under zero.Init."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.where = where
+        self.net = Net() if where == "__init__" else None
+
+    def configure_model(self) -> None:
+        if self.net is None:
+            with torch.device("meta" if self.where == "meta" else "cpu"):
+                self.net = Net()
+            if self.device_mesh is not None:
+                shard_blocks(self.net, self.device_mesh["data_parallel"])
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return nn.functional.cross_entropy(self.net(batch["input_ids"]).flatten(0, 1), batch["labels"].flatten())
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+
+def train_plain(engine: str, folder: Path, where: str) -> Any:
+    module = Plain(where)
+    found = train(engine, folder, module)
+    return found[0], found[1]
+
+
+BUILT = [("ddp", "__init__"), ("zero2", "__init__"), ("zero3", "__init__"), ("ddp", "configure_model")]
+BUILT += [("zero3", "configure_model"), ("fsdp2", "configure_model"), ("fsdp2", "meta")]
+
+
+@pytest.mark.parametrize(("engine", "where"), BUILT)
+def test_modules_from_anywhere(tmp_path, engine, where):
+    for kept, tokens in launch.run(train_plain, engine, tmp_path, where):
+        assert kept == {2}
+        assert tokens == {2 * TOKENS}
+
+
+def plain_loop() -> Any:
+    """A model that is sharded already, and no Lightning."""
+    model = tiny_llama()
+    shard_blocks(model, torch.distributed.init_device_mesh("cpu", (world_size(),)))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    updater = MaskUpdater(model, "2:4", update_freq=4, total_steps=12)
+    assert all(map(is_sharded, updater.layers.values()))
+    flips = []
+    for batch, _ in zip(engines.loader(), range(12), strict=False):
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if report := updater.step():
+            flips.append(report.flip_rate)
+            with weights(updater.layers["model.layers.0.mlp.up_proj"], by_rows=True) as (own, rows):
+                assert own.shape == (32, 32)
+                assert rows == slice(32 * rank(), 32 * rank() + 32)
+    squash(model)
+    counted = [w.full_tensor() for name, w in model.named_parameters() if "proj" in name]
+    return flips, [int((w == 0).sum()) / w.numel() for w in counted]
+
+
+def test_a_model_that_is_sharded_already_in_a_plain_loop():
+    for flips, sparsities in launch.run(plain_loop):
+        assert flips[0] == 0.5
+        assert all(0 < flip < 0.5 for flip in flips[1:])
+        assert set(sparsities) == {0.5}

@@ -1,0 +1,156 @@
+"""What docs/scaling.md says about traffic and memory, counted in runs of two processes."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+import sparse_train.distributed as collectives
+from sparse_train import RIA, sparse_layers
+from sparse_train.callbacks import DynamicPruning
+from tests.ranks import engines, launch
+
+ROOT = Path(__file__).parent.parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import scaling  # noqa: E402
+
+BLOCK = scaling.llama_block(32, 64, 16)
+BLOCKS = 3
+UPDATES = 4  # at steps 3, 8, 13 and 15
+
+
+class Counting:
+    """Stands in for torch.distributed in sparse_train.distributed, and counts what goes through."""
+
+    def __init__(self) -> None:
+        self.reduces: list[int] = []
+        self.gathers: list[int] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.distributed, name)
+
+    def all_reduce(self, tensor: torch.Tensor) -> None:
+        self.reduces.append(tensor.nbytes)
+        torch.distributed.all_reduce(tensor)
+
+    def all_gather_into_tensor(self, output: torch.Tensor, tensor: torch.Tensor) -> None:
+        self.gathers.append(tensor.nbytes)
+        torch.distributed.all_gather_into_tensor(output, tensor)
+
+
+class Gathers(L.Callback):
+    """Counts gathers of ZeRO-3 at updates: of how many weights at once."""
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        from deepspeed.runtime import zero
+
+        real, sizes = zero.GatheredParameters, self.sizes
+
+        def counted(parameters: Any, *args: Any, **kwargs: Any) -> Any:
+            sizes.append(len(parameters))
+            return real(parameters, *args, **kwargs)
+
+        zero.GatheredParameters = counted
+
+
+class Keep(L.Callback):
+    """Bytes that layers and updater keep, at the end of training."""
+
+    def __init__(self, pruning: DynamicPruning) -> None:
+        self.pruning = pruning
+        self.kept: dict[str, int] = {}
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        layers = sparse_layers(pl_module).values()
+        statistics = {id(each): each for layer in layers if (each := layer.statistics) is not None}
+        self.kept = {
+            "masks": sum(layer.weight_mask.nbytes for layer in layers),
+            "statistics": sum(tensor.nbytes for each in statistics.values() for tensor in each.tensors()),
+            "rows of the first mask": sum(rows.nbytes for rows in self.pruning.updater._first_rows.values()),
+        }
+
+
+def run(engine: str, folder: Path, **arguments: Any) -> Any:
+    counting, gathers = Counting(), Gathers()
+    collectives.dist = counting
+    pruning = DynamicPruning("2:4", update_freq=5, window=3, calibration_batches=0, **arguments)
+    keep = Keep(pruning)
+    callbacks = [gathers, pruning, keep] if engine == "zero3" else [pruning, keep]
+    engines.trainer(engine, folder, *callbacks).fit(engines.Module(), engines.loader())
+    return counting.reduces, counting.gathers, gathers.sizes, keep.kept
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero3"])
+def test_traffic_and_memory_are_what_the_formulas_say(tmp_path, engine):
+    layers = BLOCKS * len(BLOCK)
+    for reduces, gathers, sizes, kept in launch.run(run, engine, tmp_path):
+        assert reduces.count(scaling.reduce_bytes(BLOCK, BLOCKS)) == UPDATES
+        found = [size for size in reduces if size != scaling.reduce_bytes(BLOCK, BLOCKS)]
+        # FSDP2 counts zeros with a reduce of three digits a layer once, when training begins, to see if it was pruned
+        assert found == ([3 * 4 * layers] if engine == "fsdp2" else [])
+        once = [4 * layers]  # who shares an input with whom
+        bits = [scaling.gather_bytes(BLOCK, BLOCKS, 2)] * UPDATES
+        assert sorted(gathers) == sorted(once + (bits if engine == "fsdp2" else []))
+        assert sizes == ([1] * layers * (1 + UPDATES) if engine == "zero3" else [])  # once at the start, as above
+        assert kept == scaling.kept_bytes(BLOCK, BLOCKS)
+
+
+def test_ria_gathers_weights_and_no_bits(tmp_path):
+    for _, gathers, _, _ in launch.run(run, "fsdp2", tmp_path, criterion=RIA()):
+        assert gathers == [4 * BLOCKS * len(BLOCK)]
+
+
+class Calls(L.Callback):
+    """Counts what gloo is asked for in the steps from one to another, by whomever."""
+
+    def __init__(self, first: int, last: int) -> None:
+        self.first, self.last = first, last
+        self.profiler = profile(activities=[ProfilerActivity.CPU])
+        self.found: dict[str, int] = {}
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        if trainer.global_step == self.first:
+            self.profiler.start()
+        if trainer.global_step == self.last:
+            self.profiler.stop()
+            events = self.profiler.key_averages()
+            self.found = {event.key: event.count for event in events if event.key.startswith("gloo:")}
+
+
+def calls(engine: str, folder: Path, first: int, last: int, *callbacks: L.Callback) -> dict[str, int]:
+    counted = Calls(first, last)
+    trainer = engines.trainer(engine, folder, *callbacks, counted, max_steps=14)
+    trainer.fit(engines.Module(), engines.loader())
+    return counted.found
+
+
+def with_and_without(engine: str, folder: Path, first: int, last: int) -> Any:
+    pruning = DynamicPruning("2:4", update_freq=5, window=3, end_step=13, calibration_batches=0)
+    return calls(engine, folder, first, last, pruning), calls(engine, folder, first, last)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_nothing_is_sent_between_updates(tmp_path, engine):
+    for sparse, dense in launch.run(with_and_without, engine, tmp_path, 9, 12):  # in which steps are recorded
+        assert sum(dense.values()) >= 3  # the engine's own are seen
+        assert sparse == dense
+
+
+def test_the_page_shows_what_the_formulas_give():
+    page = (ROOT / "docs" / "scaling.md").read_text()
+    assert page.partition(scaling.BEGIN)[2].partition(scaling.END)[0].strip() == scaling.tables().strip()
+
+
+def test_at_most_0_13_byte_a_weight():
+    for setup in scaling.SETUPS:
+        assert sum(scaling.kept_bytes(setup.layers, setup.blocks).values()) / setup.weights <= 0.13
+    smollm2 = scaling.llama_block(576, 1536, 192)
+    assert sum(scaling.kept_bytes(smollm2, 30).values()) / (30 * sum(layer.size for layer in smollm2)) <= 0.13

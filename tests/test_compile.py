@@ -1,0 +1,63 @@
+"""``torch.compile``: one graph through masked layers, tokens counted once, and no recompiling from step to step."""
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+
+from sparse_train import MaskUpdater, sparse_layers
+from tests.conftest import VOCABULARY, tiny_llama
+
+
+def train(compiled: bool, checkpointing: bool = False, steps: int = 20) -> tuple:
+    """Statistics in the middle of a window, masks at the end, and graphs compiled by step 10 and by the end."""
+    torch._dynamo.reset()
+    counters.clear()
+    model = tiny_llama(num_hidden_layers=1)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    updater = MaskUpdater(model, "2:4", update_freq=4, window=2, total_steps=100)
+    forward = torch.compile(model, backend="aot_eager") if compiled else model
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    generator = torch.Generator().manual_seed(0)
+    graphs = []
+    statistics = {}
+    for step in range(steps):
+        ids = torch.randint(3, VOCABULARY, (2, 16), generator=generator)
+        forward(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        updater.step()
+        graphs.append(counters["stats"]["unique_graphs"])
+        if step == 16:
+            statistics = updater.state_dict()["statistics_by_rank"][0]
+    return statistics, {name: layer.weight_mask for name, layer in sparse_layers(model).items()}, graphs
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_compiled_model_makes_the_masks_of_an_eager_one(checkpointing):
+    expected, masks, _ = train(compiled=False, checkpointing=checkpointing)
+    found, compiled_masks, graphs = train(compiled=True, checkpointing=checkpointing)
+    assert {int(each["tokens"]) for each in found.values()} == {32}  # one step of the window of two: each token once
+    for name, each in expected.items():
+        assert torch.allclose(found[name]["sum_squares"], each["sum_squares"], rtol=1e-4), name
+    differing = sum(int((masks[name] != compiled_masks[name]).sum()) for name in masks)
+    assert differing <= 2  # bytes; the order of additions differs
+    assert graphs[0] > 0
+    # compiled for: no recording, looking for shared inputs, recording; not again once each has been met
+    assert graphs[8] == graphs[-1]
+
+
+def test_no_graph_break_in_a_masked_layer():
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 8), nn.Linear(8, 4))
+    updater = MaskUpdater(model, "2:4", update_freq=4, window=4, total_steps=20)
+    forward = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for _ in range(9):
+        forward(torch.randn(5, 16)).sum().backward()
+        updater.step()
+    assert {int(s["tokens"]) for s in updater.state_dict()["statistics_by_rank"][0].values()} == {5}
+    with torch.no_grad():
+        x = torch.randn(3, 16)
+        assert torch.allclose(forward(x), model(x))

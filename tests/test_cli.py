@@ -200,7 +200,7 @@ def test_help_shows_the_commands(capsys):
     [
         (["prun"], "there is no command 'prun'. Did you mean 'prune'"),
         (["evaluate", "model", "--text=TextFiles", "--window=32"], "has no text in its test split"),
-        (["export", "nowhere.ckpt", "out"], "There is no checkpoint file nowhere.ckpt"),
+        (["export", "nowhere.ckpt", "out"], "There is no checkpoint at nowhere.ckpt"),
         (["evaluate", "model", "--autocast=bf16"], "must name a floating point dtype"),
         (["evaluate", "no/such-model"], "no/such-model"),
     ],

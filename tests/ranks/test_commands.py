@@ -24,6 +24,11 @@ for stage in (1, 2, 3):
     ]
 
 
+def read(text: Path) -> str:
+    files = {"train": [str(text)], "validation": [str(text)], "test": [str(text)]}
+    return json.dumps({"class_path": "TextFiles", "init_args": files})
+
+
 def fit(engine: str, folder: Path, model: Path, text: Path) -> None:
     os.chdir(folder)
     strategy = [option for option in STRATEGIES[engine] if engine != "ddp" or "backend" not in option]
@@ -36,9 +41,7 @@ def fit(engine: str, folder: Path, model: Path, text: Path) -> None:
             "--trainer.accelerator=cpu",
             "--trainer.devices=2",
             f"--model.model={model}",
-            "--data.text=TextFiles",
-            f"--data.text.train={text}",
-            f"--data.text.validation={text}",
+            f"--data.text={read(text)}",
             "--data.block_size=32",
             "--data.batch_size=2",
             "--data.max_validation_blocks=4",
@@ -81,8 +84,7 @@ def prune(folder: Path, model: Path, text: Path, *options: str) -> None:
             "prune",
             f"--model={model}",
             "--out=pruned",
-            "--text=TextFiles",
-            f"--text.train={text}",
+            f"--text={read(text)}",
             "--num_calibration_samples=12",
             "--max_seq_length=32",
             "--batch_size=2",

@@ -12,6 +12,7 @@ that a disturbance of the machine meets both.
 import os
 import time
 import warnings
+from typing import Any
 
 import lightning as L
 import torch
@@ -42,18 +43,22 @@ class Clock(L.Callback):
                 self.mask_bytes = sum(layer.weight_mask.nbytes for layer in layers) / weights
 
 
+def settings() -> dict[str, Any]:
+    """Of the trainers that are compared."""
+    return {
+        "precision": "bf16-mixed",
+        "logger": False,
+        "enable_checkpointing": False,
+        "limit_val_batches": 0,
+        "enable_model_summary": False,
+    }
+
+
 def train(first: int, steps: int, *callbacks: L.Callback) -> Clock:
     L.seed_everything(0, verbose=False)
     clock = Clock(first, first + steps)
-    trainer = L.Trainer(
-        max_steps=first + steps + 1,
-        precision="bf16-mixed",
-        callbacks=[*callbacks, clock],  # the clock stands last: an update is inside its time
-        logger=False,
-        enable_checkpointing=False,
-        limit_val_batches=0,
-        enable_model_summary=False,
-    )
+    # the clock stands last: an update is inside its time
+    trainer = L.Trainer(max_steps=first + steps + 1, callbacks=[*callbacks, clock], **settings())
     trainer.fit(CausalLM(PackagedSmolLM2()), TextBlocks(PackagedSmolLM2()))
     return clock
 

@@ -4,10 +4,9 @@
 """
 
 import sys
-from importlib import resources
 from pathlib import Path
-from typing import Any
 
+from sparse_train.shipped import shipped
 from sparse_train.targets import did_you_mean
 
 _USAGE = """\
@@ -66,10 +65,8 @@ def _find_shipped(options: list[str]) -> list[str]:
     for previous, option in zip(["", *options], options, strict=False):
         prefix, _, path = option.partition("=") if option.startswith("--config=") else ("", "", option)
         is_config = previous == "--config" or bool(prefix)
-        if is_config and not Path(path).exists() and path.startswith(("recipes/", "configs/")):
-            shipped: Any = resources.files("sparse_train").joinpath(path)
-            if shipped.is_file():
-                option = f"{prefix}={shipped}" if prefix else str(shipped)
+        if is_config:
+            option = f"{prefix}={shipped(path)}" if prefix else shipped(path)
         found.append(option)
     return found
 

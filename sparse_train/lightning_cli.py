@@ -9,6 +9,7 @@ from sparse_train.callbacks import DynamicPruning, RunHistory  # and with them t
 from sparse_train.card import ModelCard, training_rows
 from sparse_train.data import TextBlocks
 from sparse_train.module import CausalLM
+from sparse_train.shipped import shipped
 from sparse_train.yaml_numbers import install
 
 
@@ -18,6 +19,12 @@ class SparseTrainCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--export", type=str | None, default=None, help="Folder for the trained sparse model.")
         parser.link_arguments("model.model", "data.tokenizer")
+
+    def before_instantiate_classes(self) -> None:
+        trainer = self.config[self.config.subcommand].trainer
+        arguments = getattr(trainer.strategy, "init_args", None)
+        if arguments is not None and isinstance(arguments.get("config"), str):
+            arguments.config = shipped(arguments.config)  # DeepSpeed's JSON file
 
     def before_fit(self) -> None:
         from pathlib import Path

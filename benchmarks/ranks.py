@@ -1,0 +1,98 @@
+"""Re-pruning against the same engine without it, over several processes: time of a step, bytes kept; ratios of one run.
+
+    torchrun --nproc_per_node 2 benchmarks/ranks.py --engine ddp
+    torchrun --nproc_per_node 2 benchmarks/ranks.py --engine fsdp2
+
+As benchmarks/overhead.py: same Trainer, model (SmolLM2-135M-Instruct, dequantised from Q4_1) and batches, bf16-mixed,
+whole intervals only, updates included; dense and sparse runs alternate.
+"""
+
+import warnings
+from typing import Literal
+
+import lightning as L
+import torch
+from jsonargparse import auto_cli
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from overhead import Clock, settings
+
+from sparse_train.callbacks import DynamicPruning
+from sparse_train.data import TextBlocks
+from sparse_train.distributed import rank, world_size
+from sparse_train.matrices import MaskedLayer
+from sparse_train.module import CausalLM
+from sparse_train.sources import PackagedSmolLM2
+
+
+class Kept(L.Callback):
+    """Bytes a targeted weight that masks, statistics and the updater keep on this process."""
+
+    def __init__(self, pruning: DynamicPruning) -> None:
+        self.pruning, self.bytes = pruning, 0.0
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        updater = self.pruning.updater
+        assert updater is not None
+        layers: list[MaskedLayer] = list(updater.layers.values())
+        statistics = {id(layer.statistics): layer.statistics for layer in layers if layer.statistics is not None}
+        kept = sum(layer.weight_mask.nbytes for layer in layers)
+        kept += sum(tensor.nbytes for each in statistics.values() for tensor in each.tensors())
+        kept += sum(rows.nbytes for rows in updater._first_rows.values())
+        self.bytes = kept / sum(layer.in_features * layer.out_features for layer in layers)
+
+
+def train(engine: str, first: int, steps: int, batch_size: int, *callbacks: L.Callback) -> Clock:
+    L.seed_everything(0, verbose=False)
+    clock = Clock(first, first + steps)
+    processes = int(torch.distributed.get_world_size()) if torch.distributed.is_initialized() else world_size()
+    strategy = DDPStrategy() if engine == "ddp" else ModelParallelStrategy(processes, tensor_parallel_size=1)
+    trainer = L.Trainer(
+        max_steps=first + steps + 1,
+        callbacks=[*callbacks, clock],  # the clock stands last: an update is inside its time
+        strategy=strategy,
+        devices=processes,
+        **settings(),
+    )
+    trainer.fit(CausalLM(PackagedSmolLM2()), TextBlocks(PackagedSmolLM2(), batch_size=batch_size))
+    return clock
+
+
+def main(
+    engine: Literal["ddp", "fsdp2"] = "ddp",
+    update_freq: int = 10,
+    intervals: int = 2,
+    rounds: int = 1,
+    batch_size: int = 4,
+) -> None:
+    """Print the ratio.
+
+    Args:
+        engine: ddp or fsdp2.
+        update_freq: k.
+        intervals: whole intervals that are timed.
+        rounds: dense and sparse runs, alternating.
+        batch_size: blocks of 512 tokens a process and step.
+    """
+    warnings.filterwarnings("ignore")
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    steps = update_freq * intervals
+    dense = sparse = 0.0
+    for _ in range(rounds):
+        # timed: steps update_freq + 1 to update_freq * (intervals + 1), with an update behind the last of each
+        pruning = DynamicPruning("2:4", update_freq=update_freq, end_step=steps + 2 * update_freq)
+        kept = Kept(pruning)
+        sparse += train(engine, update_freq, steps, batch_size, pruning, kept).seconds
+        dense += train(engine, update_freq, steps, batch_size).seconds
+    if rank() == 0:
+        print(
+            f"{engine}, {world_size()} processes, {rounds} x {steps} steps of {batch_size} x 512 tokens each, bf16-mixed, "
+            f"torch {torch.__version__}\n"
+            f"without {dense / rounds / steps:.3f} s a step, 2:4 re-pruned every {update_freq} steps "
+            f"{sparse / rounds / steps:.3f} s a step: ratio {sparse / dense:.3f} (wanted: at most 1.10)\n"
+            f"kept by a process: {kept.bytes:.4f} byte a targeted weight (wanted: at most 0.13)"
+        )
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=False)

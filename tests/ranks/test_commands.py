@@ -1,0 +1,122 @@
+"""From a recipe to an exported model, and one-shot pruning, in two processes each."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from sparse_train import cli
+from tests.ranks import launch
+
+STRATEGIES = {
+    "ddp": ["--config=configs/strategy/ddp.yaml", "--trainer.strategy.process_group_backend=gloo"],
+    "fsdp2": ["--config=configs/strategy/fsdp2.yaml", "--trainer.strategy.init_args.data_parallel_size=2"],
+}
+for stage in (1, 2, 3):
+    STRATEGIES[f"zero{stage}"] = [
+        f"--config=configs/strategy/deepspeed_zero{stage}.yaml",
+        "--trainer.strategy=tests.ranks.engines.CPUDeepSpeed",  # keeps the config, and takes the CPU
+        "--trainer.strategy.init_args.process_group_backend=gloo",
+    ]
+
+
+def read(text: Path) -> str:
+    files = {"train": [str(text)], "validation": [str(text)], "test": [str(text)]}
+    return json.dumps({"class_path": "TextFiles", "init_args": files})
+
+
+def fit(engine: str, folder: Path, model: Path, text: Path) -> None:
+    os.chdir(folder)
+    strategy = [option for option in STRATEGIES[engine] if engine != "ddp" or "backend" not in option]
+    cli.main(
+        [
+            "fit",
+            "--config=recipes/smollm2_2of4.yaml",
+            "--config=configs/precision/bf16_mixed.yaml",
+            *strategy,
+            "--trainer.accelerator=cpu",
+            "--trainer.devices=2",
+            f"--model.model={model}",
+            f"--data.text={read(text)}",
+            "--data.block_size=32",
+            "--data.batch_size=2",
+            "--data.max_validation_blocks=4",
+            "--trainer.max_steps=12",
+            "--trainer.val_check_interval=6",
+            "--trainer.logger.init_args.save_dir=run",
+            "--trainer.default_root_dir=run",
+            "--trainer.enable_model_summary=false",
+            "--trainer.enable_progress_bar=false",
+            "--trainer.callbacks.init_args.update_freq=4",
+            "--export=exported",
+        ]
+    )
+
+
+@pytest.mark.parametrize("engine", STRATEGIES)
+def test_from_a_recipe_to_an_exported_model(tmp_path, model_folder, text_file, engine):
+    launch.run(fit, engine, tmp_path, model_folder, text_file)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
+    for name, weight in model.named_parameters():
+        if "proj" in name:
+            assert ((weight.view(-1, 4) == 0).sum(1) == 2).all(), name
+    metrics = next(tmp_path.rglob("metrics.csv")).read_text()
+    for name in ("train/loss", "val/perplexity", "sparsity/flip_rate"):
+        assert name in metrics
+    assert (next(tmp_path.rglob("report.html"))).stat().st_size > 10_000
+
+    checkpoint = next((tmp_path / "run").rglob("*.ckpt"))
+    cli.main(["export", str(checkpoint), str(tmp_path / "from_checkpoint")])
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "from_checkpoint").state_dict()
+    for key, value in model.state_dict().items():
+        assert torch.equal(again[key] == 0, value == 0), key
+        assert torch.allclose(again[key].float(), value.float(), rtol=1e-2, atol=1e-3), key
+
+
+def prune(folder: Path, model: Path, text: Path, *options: str) -> None:
+    os.chdir(folder)
+    cli.main(
+        [
+            "prune",
+            f"--model={model}",
+            "--out=pruned",
+            f"--text={read(text)}",
+            "--num_calibration_samples=12",
+            "--max_seq_length=32",
+            "--batch_size=2",
+            *options,
+        ]
+    )
+
+
+@pytest.mark.parametrize("criterion", ["Wanda", "RIA", "SparseGPT"])
+def test_prune_over_two_processes_is_pruning_in_one(tmp_path, model_folder, text_file, criterion):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    launch.alone(prune, tmp_path / "one", model_folder, text_file, f"--criterion={criterion}")
+    launch.run(prune, tmp_path / "two", model_folder, text_file, f"--criterion={criterion}")
+    one, two = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / name / "pruned").state_dict() for name in ("one", "two")
+    )
+    differing = sum(int(((one[key] == 0) != (two[key] == 0)).sum()) for key in one)
+    assert differing <= 1e-4 * sum(weight.numel() for weight in one.values())  # near-ties: sums are rounded otherwise
+    details = json.loads((tmp_path / "two" / "pruned" / "pruning.json").read_text())
+    assert details["calibration"]["processes"] == 2
+    assert details["sparsity"] == 0.5
+
+
+def mistaken(folder: Path, model: Path, text: Path, *options: str) -> Any:
+    with pytest.raises(SystemExit) as error:
+        prune(folder, model, text, *options)
+    return str(error.value)
+
+
+def test_mistakes_of_several_processes(tmp_path, model_folder, text_file):
+    for message in launch.run(mistaken, tmp_path, model_folder, text_file, "--batch_size=12"):
+        assert "There are 1 calibration batches for 2 processes" in message
+    for message in launch.run(mistaken, tmp_path, model_folder, text_file, "--streaming=true"):
+        assert "streaming runs in one process" in message

@@ -27,11 +27,12 @@ def export_model(model: Any, tokenizer: Any | None, out: str | Path, card: Model
     state = whole_state_dict(model) if sharded else None
     if rank() != 0:
         return out
+    layers = layer_sparsities(model, state)  # first: save_pretrained takes tied names out of the state dict
     with written_whole(out) as beside:
         model.save_pretrained(beside, state_dict=state)  # of a sparsified model: pruned weights as zeros
         if tokenizer is not None:
             tokenizer.save_pretrained(beside)
-        write_card(beside, card or ModelCard(), layer_sparsities(model, state))
+        write_card(beside, card or ModelCard(), layers)
     return out
 
 

@@ -44,13 +44,12 @@ class Kept(L.Callback):
 def train(engine: str, first: int, steps: int, batch_size: int, *callbacks: L.Callback) -> Clock:
     L.seed_everything(0, verbose=False)
     clock = Clock(first, first + steps)
-    processes = int(torch.distributed.get_world_size()) if torch.distributed.is_initialized() else world_size()
-    strategy = DDPStrategy() if engine == "ddp" else ModelParallelStrategy(processes, tensor_parallel_size=1)
+    strategy = DDPStrategy() if engine == "ddp" else ModelParallelStrategy(world_size(), tensor_parallel_size=1)
     trainer = L.Trainer(
         max_steps=first + steps + 1,
         callbacks=[*callbacks, clock],  # the clock stands last: an update is inside its time
         strategy=strategy,
-        devices=processes,
+        devices=world_size(),
         **settings(),
     )
     trainer.fit(CausalLM(PackagedSmolLM2()), TextBlocks(PackagedSmolLM2(), batch_size=batch_size))
@@ -86,8 +85,8 @@ def main(
         dense += train(engine, update_freq, steps, batch_size).seconds
     if rank() == 0:
         print(
-            f"{engine}, {world_size()} processes, {rounds} x {steps} steps of {batch_size} x 512 tokens each, bf16-mixed, "
-            f"torch {torch.__version__}\n"
+            f"{engine}, {world_size()} processes, {rounds} x {steps} steps of {batch_size} x 512 tokens each, "
+            f"bf16-mixed, torch {torch.__version__}\n"
             f"without {dense / rounds / steps:.3f} s a step, 2:4 re-pruned every {update_freq} steps "
             f"{sparse / rounds / steps:.3f} s a step: ratio {sparse / dense:.3f} (wanted: at most 1.10)\n"
             f"kept by a process: {kept.bytes:.4f} byte a targeted weight (wanted: at most 0.13)"

@@ -83,7 +83,9 @@ class ActivationNorm(Statistics):
             x: (..., I), any float dtype.
             token_mask: bool or integer (...), 0 = padding; None, or a shape that does not fit, counts every token.
         """
-        _accumulate(x.detach(), token_mask if fits(token_mask, x) else None, self._sum_squares_I, self.tokens)
+        # the operator is for compilers; calling one costs about as much as reading a small input
+        accumulate = _accumulate if torch.compiler.is_compiling() else _accumulate_now
+        accumulate(x.detach(), token_mask if fits(token_mask, x) else None, self._sum_squares_I, self.tokens)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"sum_squares": self.sum_squares_I.cpu().clone(), "tokens": self.tokens.cpu().clone()}
@@ -125,8 +127,13 @@ class ActivationGram(Statistics):
 
 @torch.library.custom_op("sparse_train::accumulate", mutates_args=("sum_squares_I", "tokens"))
 def _accumulate(x: Tensor, token_mask: Tensor | None, sum_squares_I: Tensor, tokens: Tensor) -> None:
-    # One opaque operator, so that a compiled forward keeps it and the question below is asked when it runs: inside a
-    # backward (a recomputed forward of activation checkpointing, of either kind) the same tokens would count twice.
+    # One opaque operator, so that a compiled forward keeps it, and asks when it runs whether it is a recomputed one.
+    _accumulate_now(x, token_mask, sum_squares_I, tokens)
+
+
+@torch.no_grad()
+def _accumulate_now(x: Tensor, token_mask: Tensor | None, sum_squares_I: Tensor, tokens: Tensor) -> None:
+    # inside a backward (a recomputed forward of activation checkpointing, of either kind) tokens would count twice
     if recomputing():
         return
     x_TI = x.reshape(-1, x.shape[-1])
@@ -149,13 +156,14 @@ def sum_of_squares(x_TI: Tensor) -> Tensor:
         return x_TI.float().square().sum(0)
     threads = torch.get_num_threads()
     rows = -(-len(x_TI) // threads)
-    if threads == 1 or rows < _CHUNK:
+    if threads == 1 or x_TI.numel() < _WORTH_THREADS:
         return torch.from_numpy(_sum_of_squares(x_TI.float().numpy()))
     parts = [x_TI[start : start + rows] for start in range(0, len(x_TI), rows)]
     return torch.from_numpy(sum(_threads(threads).map(lambda part: _sum_of_squares(part.float().numpy()), parts)))
 
 
 _CHUNK = 128
+_WORTH_THREADS = 2**21  # elements; below, handing work over takes longer than doing it
 
 
 def _sum_of_squares(x: np.ndarray) -> np.ndarray:

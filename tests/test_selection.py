@@ -59,7 +59,7 @@ def test_minus_infinity_goes_first():
 
 
 def test_a_forked_process_has_threads_of_its_own():
-    scores, x = torch.rand(64, 2**14), torch.rand(512, 32)
+    scores, x = torch.rand(64, 2**14), torch.rand(4096, 520)  # large enough for threads
     selection.keep_highest(scores, 100)
     sum_of_squares(x)
 
@@ -73,3 +73,9 @@ def test_a_forked_process_has_threads_of_its_own():
     alive = process.is_alive()
     process.kill()
     assert not alive and process.exitcode == 0
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (4096, 520), (4099, 513), (1, 2**21)])
+def test_sums_of_squares_in_threads_and_without(shape):
+    x = torch.randn(shape)
+    assert torch.allclose(sum_of_squares(x).double(), x.double().square().sum(0), rtol=1e-6)

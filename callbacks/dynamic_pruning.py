@@ -25,11 +25,12 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
-from sparse_train.callbacks.calibration import causal_lm, peek
+from sparse_train.callbacks.calibration import peek
 from sparse_train.criteria import Criterion, Wanda
 from sparse_train.layers import sparse_layers, sparsify, sparsify_like, squash
 from sparse_train.matrices import MaskedLayer
 from sparse_train.oneshot import set_initial_masks
+from sparse_train.oneshot.training_data import causal_lm
 from sparse_train.patterns import Pattern, group_label
 from sparse_train.policies import MaskPolicy, StraightThrough
 from sparse_train.pruner import UpdateReport, expect, masks_from_zeros
@@ -260,7 +261,7 @@ class DynamicPruning(L.Callback):
         self.updater.token_mask = None
         report = self._advance(trainer, pl_module)
         if report is not None:  # for what monitors metrics, such as a progress bar or EarlyStopping
-            pl_module.log_dict(_metrics(report), logger=False)
+            pl_module.log_dict(report.metrics(), logger=False)
 
     def _advance(self, trainer: L.Trainer, pl_module: L.LightningModule) -> UpdateReport | None:
         # Micro-batches do not move the count of optimizer steps; a batch that steps several optimizers is one step.
@@ -276,7 +277,7 @@ class DynamicPruning(L.Callback):
     def _log_update(self, trainer: L.Trainer, report: UpdateReport) -> None:
         self.last_report = report
         for logger in trainer.loggers:  # straight to them: updates need not coincide with log_every_n_steps
-            logger.log_metrics(_metrics(report), step=trainer.global_step)
+            logger.log_metrics(report.metrics(), step=trainer.global_step)
 
     # --- after training, and checkpoints -----------------------------------------------------------------------------
 
@@ -317,16 +318,6 @@ class DynamicPruning(L.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict or None
-
-
-def _metrics(report: UpdateReport) -> dict[str, float]:
-    return {
-        "sparsity/target": report.target_sparsity,
-        "sparsity/actual": report.sparsity,
-        "sparsity/flip_rate": report.flip_rate,
-        "sparsity/initial_flip_rate": report.initial_flip_rate,
-        "sparsity/update_seconds": report.seconds,
-    }
 
 
 def _check_averaging(trainer: L.Trainer, pruning: L.Callback) -> None:

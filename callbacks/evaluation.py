@@ -17,11 +17,11 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleD
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from sparse_train.callbacks.calibration import causal_lm
 from sparse_train.evaluation import evaluate_perplexity, evaluate_zero_shot, token_ids
 from sparse_train.evaluation.undisturbed import isolated_rng
 from sparse_train.evaluation.zeroshot import check_tasks, task_names
 from sparse_train.layers import sparse_layers
+from sparse_train.oneshot.training_data import causal_lm
 from sparse_train.sources import ModelSource, Split, TextSource, as_model_source
 
 _AUTOCAST = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}

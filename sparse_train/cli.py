@@ -1,4 +1,4 @@
-"""The command line: ``sparse-train fit | validate | prune | evaluate | export | inspect | report``.
+"""The command line: ``sparse-train fit | validate | prune | evaluate | export | inspect | pack | unpack | report``.
 
 ``fit`` and ``validate`` are LightningCLI; the others are plain functions whose arguments jsonargparse reads.
 """
@@ -21,6 +21,8 @@ commands:
   evaluate   perplexity, zero-shot accuracy     sparse-train evaluate PATH_OR_HUB_ID --tasks perplexity,wanda7
   export     checkpoint to Hugging Face folder  sparse-train export runs/x/last.ckpt runs/x/model
   inspect    sparsity by layer                  sparse-train inspect PATH_OR_HUB_ID
+  pack       smaller file of a pruned model     sparse-train pack runs/x/model runs/x/packed
+  unpack     the model again, bit for bit       sparse-train unpack runs/x/packed runs/x/model
   report     a page about training runs         sparse-train report RUN_DIR [RUN_DIR ...]
 
 "sparse-train COMMAND --help" lists a command's options; --debug shows where an error came from. --config also finds

@@ -1,4 +1,4 @@
-"""The commands that are no training: prune, evaluate, export, inspect, report."""
+"""The commands that are no training: prune, evaluate, export, inspect, pack, unpack, report."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +8,7 @@ from jsonargparse import ArgumentParser
 from sparse_train.evaluate_command import evaluate
 from sparse_train.prune_command import prune
 from sparse_train.reference_flags import translate
-from sparse_train.sources import ModelSource, as_model_source
+from sparse_train.sources import ModelSource, Pretrained, as_model_source
 from sparse_train.tables import show_inspection
 from sparse_train.yaml_numbers import install
 
@@ -28,16 +28,43 @@ def export(checkpoint: str, out: str, tokenizer: ModelSource | str | None = None
 
 
 def inspect(model: ModelSource | str, json: bool = False) -> None:
-    """Sparsity and pattern of each linear layer, counted on the weights.
+    """Sparsity and pattern of each linear layer, its size on disk, and whether 2:4 hardware could run it.
+
+    All of it counted on the weights, in the dtype that they have on disk.
 
     Args:
-        model: Hugging Face id, local folder, or a model source.
+        model: Hugging Face id, local folder, or a model source (whose dtype it then is).
         json: print one JSON object instead of a table.
     """
     from sparse_train.inspection import layer_sparsities
 
-    source = as_model_source(model)
+    source = Pretrained(model, dtype="auto") if isinstance(model, str) else model
     show_inspection(source.name, layer_sparsities(source.load()), json)
+
+
+def pack(model: str, out: str) -> None:
+    """Write a pruned model as a smaller folder: mask bits and kept values in place of zeros.
+
+    Args:
+        model: Hugging Face folder with safetensors, as prune, export and fit write it.
+        out: folder to write; must not exist. Nothing but "sparse-train unpack" reads it.
+    """
+    from sparse_train.packed_folder import pack_folder
+
+    report = pack_folder(model, out)
+    print(f"packed to {out}: {report}")
+
+
+def unpack(packed: str, out: str) -> None:
+    """Write a packed folder as the Hugging Face folder that it was, bit for bit.
+
+    Args:
+        packed: folder that "sparse-train pack" wrote.
+        out: folder to write; must not exist.
+    """
+    from sparse_train.packed_folder import unpack_folder
+
+    print(f"unpacked to {unpack_folder(packed, out)}")
 
 
 def report(runs: list[str], out: str | None = None) -> None:
@@ -57,6 +84,8 @@ COMMANDS: dict[str, tuple[Callable[..., None], list[str]]] = {
     "evaluate": (evaluate, ["model"]),
     "export": (export, ["checkpoint", "out"]),
     "inspect": (inspect, ["model"]),
+    "pack": (pack, ["model", "out"]),
+    "unpack": (unpack, ["packed", "out"]),
     "report": (report, ["runs+"]),
 }
 """Each command's function, and which of its arguments may also be given by position; "+": the last, several times."""

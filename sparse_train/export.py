@@ -1,21 +1,23 @@
 """Export: a Hugging Face folder with true zeros, readable by plain ``AutoModelForCausalLM.from_pretrained``."""
 
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
+from sparse_train.card import ModelCard, training_rows, write_card
 from sparse_train.checkpoints import read_checkpoint
 from sparse_train.distributed import rank
+from sparse_train.files import written_whole
+from sparse_train.inspection import layer_sparsities
 from sparse_train.layers import MASK_NAME, sparsify_like, squash
 from sparse_train.sharding import is_dtensor, is_zero3, whole_state_dict
 
 
-def export_model(model: Any, tokenizer: Any | None, out: str | Path) -> Path:
-    """Write a transformers model, masks folded in, and its tokenizer to a folder.
+def export_model(model: Any, tokenizer: Any | None, out: str | Path, card: ModelCard | None = None) -> Path:
+    """Write a transformers model, masks folded in, its tokenizer and its model card to a folder.
 
     Written beside and renamed: ``out`` is complete or absent. ``model`` itself is not changed. Where several processes
     run, rank 0 writes; a model that is sharded over them (FSDP2, ZeRO-3) is gathered, and all of them must call.
+    ``card`` is what is known beside what can be counted.
 
     Raises:
         ValueError: ``out`` exists and is not an empty folder.
@@ -25,20 +27,12 @@ def export_model(model: Any, tokenizer: Any | None, out: str | Path) -> Path:
     state = whole_state_dict(model) if sharded else None
     if rank() != 0:
         return out
-    check_free(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
+    layers = layer_sparsities(model, state)  # first: save_pretrained takes tied names out of the state dict
+    with written_whole(out) as beside:
         model.save_pretrained(beside, state_dict=state)  # of a sparsified model: pruned weights as zeros
         if tokenizer is not None:
             tokenizer.save_pretrained(beside)
-        if out.exists():
-            out.rmdir()
-        beside.chmod(0o755)
-        beside.rename(out)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
+        write_card(beside, card or ModelCard(), layers)
     return out
 
 
@@ -69,14 +63,10 @@ def export_checkpoint(checkpoint: str | Path, out: str | Path, tokenizer: Any | 
     model.load_state_dict(state)
     model.to(next(v for k, v in state.items() if not k.endswith(MASK_NAME)).dtype)
     squash(model)
-    return export_model(model, tokenizer, out)
+    return export_model(model, tokenizer, out, _card_of(content))
 
 
-def check_free(out: Path) -> None:
-    """Raise ValueError where ``out`` would be overwritten; call it before the work, not after."""
-    if out.is_symlink() or out.is_mount():
-        raise ValueError(
-            f"{out} is a link or a mount point, which no finished folder can be renamed to. Choose another."
-        )
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists already and is not an empty folder. Choose another, or remove it first.")
+def _card_of(content: dict[str, Any]) -> ModelCard:
+    state = content.get("callbacks", {}).get("DynamicPruning")
+    made = training_rows(state["settings"], state["timing"], state["steps"]) if state else {}
+    return ModelCard(content["model_config"].get("_name_or_path") or None, made=made)

@@ -1,11 +1,17 @@
 """Sparsity of a model, counted on its weights."""
 
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
-from sparse_train.matrices import MaskedMatrix, is_conv1d
+from sparse_train import masks
+from sparse_train.matrices import MASK_NAME, MaskedMatrix, is_conv1d
+from sparse_train.packed import packed_bytes
 from sparse_train.patterns import detect_pattern
+from sparse_train.semi_structured import why_not_weight
 from sparse_train.targets import fused_experts
 
 
@@ -29,32 +35,78 @@ class LayerSparsity:
         return self.zeros / self.size
 
 
-def layer_sparsities(model: nn.Module) -> list[LayerSparsity]:
+@dataclass(frozen=True)
+class InspectedLayer(LayerSparsity):
+    """A weight matrix that is at hand."""
+
+    dtype: torch.dtype
+    kind: str
+    """Class of the layer, or "experts" for fused ones."""
+
+    @property
+    def dense_bytes(self) -> int:
+        """What it takes in safetensors."""
+        return self.size * self.dtype.itemsize
+
+    @property
+    def packed_bytes(self) -> int:
+        """What it takes in a packed file; dense, where packing gains nothing."""
+        rows, columns = self.shape
+        return min(packed_bytes(rows, columns, self.size - self.zeros, self.dtype.itemsize), self.dense_bytes)
+
+    @property
+    def why_not_2of4(self) -> str | None:
+        """Why it cannot compute on 2:4 hardware, were it on such a GPU; None if it can."""
+        if self.kind not in ("Linear", "SparseLinear"):
+            return f"it is no plain nn.Linear ({self.kind})"
+        return why_not_weight(self.shape, self.dtype, self.pattern)
+
+
+def layer_sparsities(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> list[InspectedLayer]:
     """Each linear layer of ``model``, as its forward sees it: masked layers with pruned weights as zeros.
 
     Fused experts are one layer, their matrices below each other.
+
+    Args:
+        model: any module.
+        state: its whole state dict, where ``model`` itself is sharded; default: the model's own tensors.
     """
     found = []
     for name, module in model.named_modules():
-        if isinstance(module, MaskedMatrix):
-            found.append(_measure(name, module.masked_weight()))
-        elif isinstance(module, nn.Linear):
-            found.append(_measure(name, module.weight.detach()))
-        elif is_conv1d(module):
-            found.append(_measure(name, module.weight.detach().t()))
+        conv1d = is_conv1d(module)
+        if isinstance(module, nn.Linear) or conv1d:
+            key = f"{name}." if name else ""
+            weight = module.weight.detach() if state is None else state[f"{key}weight"]
+            weight_OI = weight.t() if conv1d else weight
+            if isinstance(module, MaskedMatrix):
+                mask_OJ = module.weight_mask if state is None else state[f"{key}{MASK_NAME}"]
+                weight_OI = masks.apply(weight_OI, mask_OJ)
+            found.append(_measure(name, weight_OI, type(module).__name__))
     for name, experts in fused_experts(model).items():
-        matrices_EOI = experts.parameter.detach().mT if experts.transposed else experts.parameter.detach()
-        found.append(_measure(name, matrices_EOI.reshape(-1, matrices_EOI.shape[-1])))
+        weights = experts.parameter.detach() if state is None else state[name]
+        matrices_EOI = weights.mT if experts.transposed else weights
+        found.append(_measure(name, matrices_EOI.reshape(-1, matrices_EOI.shape[-1]), "experts"))
     return found
 
 
-def _measure(name: str, weight_OI: Tensor) -> LayerSparsity:
+def _measure(name: str, weight_OI: Tensor, kind: str) -> InspectedLayer:
     nonzero_OI = weight_OI != 0
     zeros = nonzero_OI.numel() - int(nonzero_OI.sum())
-    return LayerSparsity(name, tuple(weight_OI.shape), zeros, detect_pattern(nonzero_OI))
+    return InspectedLayer(name, tuple(weight_OI.shape), zeros, detect_pattern(nonzero_OI), weight_OI.dtype, kind)
 
 
-def overall_sparsity(layers: list[LayerSparsity]) -> float:
+def overall_sparsity(layers: Sequence[LayerSparsity]) -> float:
     """Share of zeros over all ``layers``; 0 of none."""
     size = sum(layer.size for layer in layers)
     return sum(layer.zeros for layer in layers) / size if size else 0.0
+
+
+def by_projection(layers: Sequence[LayerSparsity]) -> list[tuple[str, str, str, str]]:
+    """Layers that are the same part of their blocks together: name, how many, sparsity, patterns; as tables show it."""
+    groups: dict[str, list[LayerSparsity]] = defaultdict(list)
+    for layer in layers:
+        groups[layer.name.rsplit(".", 1)[-1]].append(layer)
+    return [
+        (name, str(len(own)), f"{overall_sparsity(own):.4f}", ", ".join(sorted({layer.pattern for layer in own})))
+        for name, own in groups.items()
+    ]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_train import masks, sharding
+from sparse_train.adapters import guard_merges
 from sparse_train.functional import masked_linear
 from sparse_train.matrices import MASK_NAME, MaskedLayer, MaskedMatrix, Recorder, is_conv1d
 
@@ -78,6 +79,7 @@ def sparsify(model: nn.Module, layers: Iterable[nn.Module]) -> None:
         model.register_load_state_dict_pre_hook(_refuse_dense)
     _keep_from_ddp(model)
     _teach_save_pretrained()
+    guard_merges(model)
 
 
 @torch.no_grad()
@@ -185,8 +187,9 @@ def sparsify_like(module: nn.Module, state_dict: Mapping[str, Any], prefix: str 
 
 
 def _refuse_dense(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-    layers = sparse_layers(module)
-    keys = [prefix + ".".join(filter(None, (name, MASK_NAME))) for name in layers]
+    found = [f"{prefix}{name}." if name else prefix for name in sparse_layers(module)]
+    # what brings no weights of these layers, such as a file of adapters, needs no masks either
+    keys = [name + MASK_NAME for name in found if f"{name}weight" in state_dict]
     if keys and not any(key in state_dict for key in keys):
         raise ValueError(
             f"The model is sparsified, but this checkpoint holds no masks (no {keys[0]}): it "

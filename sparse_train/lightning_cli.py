@@ -1,10 +1,12 @@
 """``sparse-train fit`` and ``validate``: LightningCLI over ``CausalLM`` and ``TextBlocks``."""
 
 import warnings
+from dataclasses import asdict
 
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from sparse_train.callbacks import RunHistory  # and with it the callbacks that recipes name without their module
+from sparse_train.callbacks import DynamicPruning, RunHistory  # and with them the others that recipes name
+from sparse_train.card import ModelCard, training_rows
 from sparse_train.data import TextBlocks
 from sparse_train.module import CausalLM
 from sparse_train.shipped import shipped
@@ -27,7 +29,7 @@ class SparseTrainCLI(LightningCLI):
     def before_fit(self) -> None:
         from pathlib import Path
 
-        from sparse_train.export import check_free
+        from sparse_train.files import check_free
 
         if (out := self.config.fit.export) and self.trainer.is_global_zero:
             check_free(Path(out))
@@ -36,7 +38,7 @@ class SparseTrainCLI(LightningCLI):
         from sparse_train.export import export_model
 
         if out := self.config.fit.export:
-            folder = export_model(self.model.model, self.model.source.tokenizer(), out)
+            folder = export_model(self.model.model, self.model.source.tokenizer(), out, self._card())
             if self.trainer.is_global_zero:
                 print(f"exported to {folder}")
         history = self.trainer_defaults["callbacks"].path
@@ -44,6 +46,22 @@ class SparseTrainCLI(LightningCLI):
             from sparse_train.report import write_run_report
 
             print(f"report: {write_run_report([history.parent])}")
+
+    def _card(self) -> ModelCard:
+        source, made = self.model.source, {"method": "trained without re-pruning"}
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, DynamicPruning) and (updater := callback.updater):
+                made = training_rows(updater.settings(), asdict(updater.timing), updater.steps)
+        found = self.trainer.callback_metrics.get("val/perplexity")
+        text, size = self.datamodule.text.name, self.datamodule.block_size
+        return ModelCard(
+            source.name,
+            source.hub_id,
+            source.license,
+            made,
+            f"{found:.2f} at the last validation of the run: {text}, blocks of {size}" if found is not None else None,
+            self._parser(self.subcommand).dump(self.config.fit, skip_none=False),
+        )
 
 
 def run(args: list[str], cli: type[SparseTrainCLI] = SparseTrainCLI) -> SparseTrainCLI:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_INTEGER_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+INTEGER_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""As what the bits of a dtype can be seen."""
 
 
 def packed_width(in_features: int) -> int:
@@ -53,7 +54,7 @@ def apply(weight_OI: Tensor, packed_OJ: Tensor, dtype: torch.dtype | None = None
         bit_B = torch.arange(8, dtype=torch.uint8, device=packed_OJ.device)
         keep_OI = ((packed_OJ[:, :, None] >> bit_B) & 1).bool().flatten(1)[:, :in_features]
         return torch.where(keep_OI, weight_OI.to(dtype), 0)
-    integer = _INTEGER_OF_SIZE[dtype.itemsize]
+    integer = INTEGER_OF_SIZE[dtype.itemsize]
     # One row of the table is eight words of all ones or all zeros; looking bytes up in it is a copy of whole vectors.
     bits = F.embedding(packed_OJ.int(), _byte_table(integer, packed_OJ.device)).view(out_features, -1)
     if bits.shape[1] == in_features:

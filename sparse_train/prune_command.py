@@ -5,14 +5,17 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from sparse_train.allocation import Allocation
+from sparse_train.card import ModelCard, oneshot_rows, perplexity_line, write_card
 from sparse_train.criteria import Criterion, Wanda
 from sparse_train.distributed import joined, rank, world_size
+from sparse_train.export import export_model
+from sparse_train.files import check_free
 from sparse_train.inspection import LayerSparsity, layer_sparsities
 from sparse_train.llm_compressor import Stage, read_recipe
 from sparse_train.oneshot import Batch, OneshotReport, resolve
@@ -80,8 +83,6 @@ def prune(
 
     Under ``torchrun`` each process takes its part of the calibration data, with one reduce a block; rank 0 writes.
     """
-    from sparse_train.export import check_free
-
     stages, notes = _stages(recipe, mask_structure, sparsity, criterion, allocation, targets, ignore)
     for stage in stages:  # mistakes in the pattern should not wait for the model
         _resolve(stage)
@@ -110,8 +111,6 @@ def _once(
     activations: Literal["memory", "disk"],
     notes: list[str],
 ) -> None:
-    from sparse_train.export import export_model
-
     began = time.perf_counter()
     folder, loaded = Path(out), None
     if streaming:
@@ -120,15 +119,21 @@ def _once(
         loaded, reports = job.run(seed)
         if rank() != 0:  # they all have the same model
             return
-        export_model(loaded, job.source.tokenizer(), out)
     details = _details(job, seed, reports, notes) | {"streaming": streaming}
+    card = ModelCard(job.source.name, job.source.hub_id, job.source.license, oneshot_rows(details))
+    if loaded is None:
+        # it may not fit in memory: what is shown of it was counted as its blocks passed
+        shown: Sequence[LayerSparsity] = _counted(details, reports[-1])
+        write_card(folder, card, shown)
+    else:
+        shown = layer_sparsities(loaded)
+        export_model(loaded, job.source.tokenizer(), out, card)
     details["seconds"]["all"] = time.perf_counter() - began
     _write(folder / "pruning.json", details)
     if measure is not None:
         details["perplexity"] = measure((loaded or Pretrained(out, dtype="auto").load()).to(job.device))
         _write(folder / "pruning.json", details)
-    # a streamed model may not fit in memory: what is shown of it was counted as its blocks passed
-    shown = _counted(details, reports[-1]) if loaded is None else layer_sparsities(loaded)
+        write_card(folder, replace(card, perplexity=perplexity_line(details["perplexity"])), shown)
     show_pruning(details, shown, folder)
 
 

@@ -56,6 +56,16 @@ class UpdateReport:
         """Share of mask entries that this update changed; of the first mask, the share it prunes."""
         return sum(layer.flips for layer in self.layers.values()) / self._size
 
+    def metrics(self) -> dict[str, float]:
+        """What loggers get, under the names that they show."""
+        return {
+            "sparsity/target": self.target_sparsity,
+            "sparsity/actual": self.sparsity,
+            "sparsity/flip_rate": self.flip_rate,
+            "sparsity/initial_flip_rate": self.initial_flip_rate,
+            "sparsity/update_seconds": self.seconds,
+        }
+
     @property
     def _size(self) -> int:
         return sum(layer.size for layer in self.layers.values())

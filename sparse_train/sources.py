@@ -26,6 +26,16 @@ class ModelSource(ABC):
     def name(self) -> str:
         """The model's full name, as tables print it."""
 
+    @property
+    def hub_id(self) -> str | None:
+        """Its id on the Hugging Face hub, where it has one."""
+        return None
+
+    @property
+    def license(self) -> str | None:
+        """Its license in the hub's words, where it is known."""
+        return None
+
     @abstractmethod
     def load(self) -> Any:
         """A new transformers causal language model, in float32 unless said otherwise."""
@@ -54,6 +64,10 @@ class Pretrained(ModelSource):
     @property
     def name(self) -> str:
         return f"{self.path}/{self.gguf_file}" if self.gguf_file else self.path
+
+    @property
+    def hub_id(self) -> str | None:
+        return None if Path(self.path).exists() else self.path
 
     def load(self) -> Any:
         from transformers import AutoModelForCausalLM
@@ -95,6 +109,14 @@ class PackagedSmolLM2(ModelSource):
     @property
     def name(self) -> str:
         return packaged.MODEL_NAME
+
+    @property
+    def hub_id(self) -> str | None:
+        return "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+    @property
+    def license(self) -> str | None:
+        return "apache-2.0"
 
     def load(self) -> Any:
         return self._pretrained().load()

@@ -2,6 +2,7 @@
 
 import json
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,13 +10,15 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Column, Table
 
-from sparse_train.inspection import LayerSparsity, overall_sparsity
+from sparse_train.inspection import InspectedLayer, LayerSparsity, by_projection, overall_sparsity
 
 if TYPE_CHECKING:
     from sparse_train.evaluation import ZeroShotResult
 
+_WIDTH = 110
 
-def show_pruning(details: dict[str, Any], layers: list[LayerSparsity], folder: Path) -> None:
+
+def show_pruning(details: dict[str, Any], layers: Sequence[LayerSparsity], folder: Path) -> None:
     """What one-shot pruning did."""
     seconds, console = details["seconds"], Console()
     console.print(f"[bold]{details['model']}[/bold] pruned to {folder}", highlight=False)
@@ -57,18 +60,50 @@ def _print_method(console: Console, details: dict[str, Any], seeded: bool = True
         console.print(f"calibrated on {size} of {data['text']} ({data['sampling']}){seed}", highlight=False)
 
 
-def show_inspection(name: str, layers: list[LayerSparsity], as_json: bool) -> None:
-    """Sparsity of every layer."""
+def show_inspection(name: str, layers: Sequence[InspectedLayer], as_json: bool) -> None:
+    """Sparsity, size and 2:4 hardware of every layer."""
+    dense, packed = sum(layer.dense_bytes for layer in layers), sum(layer.packed_bytes for layer in layers)
     if as_json:
-        rows = [{**asdict(layer), "sparsity": layer.sparsity} for layer in layers]
-        print(json.dumps({"model": name, "sparsity": overall_sparsity(layers), "layers": rows}))
+        rows = [_as_dict(layer) for layer in layers]
+        total = {"sparsity": overall_sparsity(layers), "dense_bytes": dense, "packed_bytes": packed}
+        print(json.dumps({"model": name, **total, "layers": rows}))
         return
-    table = Table("layer", "shape", "sparsity", "pattern", title=name)
+    table = Table("layer", "shape", "sparsity", "pattern", "MB", "packed", "2:4 GPU", title=name)
     for layer in layers:
-        table.add_row(layer.name, " x ".join(map(str, layer.shape)), f"{layer.sparsity:.4f}", layer.pattern)
+        table.add_row(
+            layer.name,
+            " x ".join(map(str, layer.shape)),
+            f"{layer.sparsity:.4f}",
+            layer.pattern,
+            f"{layer.dense_bytes / 1e6:.2f}",
+            f"{layer.packed_bytes / 1e6:.2f}",
+            "yes" if layer.why_not_2of4 is None else "no",
+        )
     table.add_section()
-    table.add_row("all linear layers", "", f"{overall_sparsity(layers):.4f}", "")
-    Console().print(table)
+    able = sum(layer.why_not_2of4 is None for layer in layers)
+    sizes = f"{dense / 1e6:.2f}", f"{packed / 1e6:.2f}"
+    table.add_row("all linear layers", "", f"{overall_sparsity(layers):.4f}", "", *sizes, f"{able}/{len(layers)}")
+    reasons: dict[str, list[str]] = defaultdict(list)
+    for layer in layers:
+        if layer.why_not_2of4 is not None:
+            reasons[layer.why_not_2of4].append(layer.name)
+    console = Console(width=max(_WIDTH, Console().width))  # a narrower one would cut the numbers off
+    console.print(table)
+    for reason, names in reasons.items():
+        some = ", ".join([*names[:3], "..."] if len(names) > 3 else names)
+        console.print(f"not on a 2:4 GPU, {reason}: {some}", highlight=False)
+
+
+def _as_dict(layer: InspectedLayer) -> dict[str, Any]:
+    return {
+        **asdict(layer),
+        "dtype": str(layer.dtype).removeprefix("torch."),
+        "sparsity": layer.sparsity,
+        "dense_bytes": layer.dense_bytes,
+        "packed_bytes": layer.packed_bytes,
+        "runs_on_2of4_hardware": layer.why_not_2of4 is None,
+        "why_not_2of4": layer.why_not_2of4,
+    }
 
 
 def show_zero_shot(result: "ZeroShotResult") -> None:
@@ -93,12 +128,8 @@ def _percent(stderr: float | None) -> str:
     return "" if stderr is None else f"{100 * stderr:.2f}"
 
 
-def _by_projection(layers: list[LayerSparsity]) -> Table:
-    groups: dict[str, list[LayerSparsity]] = defaultdict(list)
-    for layer in layers:
-        groups[layer.name.rsplit(".", 1)[-1]].append(layer)
+def _by_projection(layers: Sequence[LayerSparsity]) -> Table:
     table = Table("projection", "layers", "sparsity", "pattern")
-    for projection, members in groups.items():
-        patterns = sorted({member.pattern for member in members})
-        table.add_row(projection, str(len(members)), f"{overall_sparsity(members):.4f}", ", ".join(patterns))
+    for row in by_projection(layers):
+        table.add_row(*row)
     return table

@@ -189,7 +189,7 @@ class MaskUpdater:
             "target": self.target,
             "last_update": self._last_update,
             "timing": asdict(self.timing),
-            "settings": self._settings(),
+            "settings": self.settings(),
             "statistics_by_rank": gather_objects({n: stats.state_dict() for n, stats in self._statistics().items()}),
             "first_rows": {name: rows.cpu() for name, rows in self._first_rows.items()},
         }
@@ -203,7 +203,7 @@ class MaskUpdater:
         Raises:
             ValueError: the state is from a run with another pattern, sparsity, criterion or interval, or other targets.
         """
-        for name, now in self._settings().items():
+        for name, now in self.settings().items():
             before = state["settings"].get(name)
             if before != now:
                 raise ValueError(
@@ -228,7 +228,8 @@ class MaskUpdater:
                     own[name].merge_state_dict(saved[name])
         self._set_recording()
 
-    def _settings(self) -> dict[str, str]:
+    def settings(self) -> dict[str, str]:
+        """What a run that continues this one must have in common with it, in words."""
         return {
             "mask_structure": repr(self.pattern),
             "schedule": repr(self.schedule),

@@ -7,6 +7,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparse_train import cli
+from sparse_train.commands import COMMANDS
 from sparse_train.export import export_checkpoint, export_model
 
 from .conftest import tiny_llama, tiny_tokenizer
@@ -51,6 +52,8 @@ def test_prune_evaluate_and_inspect(model_folder, text, capsys):
     assert AutoTokenizer.from_pretrained("pruned").eos_token_id == 2
     details = json.loads(Path("pruned/pruning.json").read_text())
     assert details["sparsity"] == pytest.approx(0.5, abs=1e-3)
+    card = Path("pruned/README.md").read_text()
+    assert "pruned in one shot, without training: Wanda(), 2:4" in card and "4 x 32 tokens of topics.txt" in card
     calibration = details["calibration"]
     assert (calibration["num_calibration_samples"], calibration["max_seq_length"], calibration["seed"]) == (4, 32, 0)
 
@@ -132,6 +135,9 @@ def test_fit_export_and_resume(model_folder, text, capsys):
     assert "exported to exported" in capsys.readouterr().out
     model = AutoModelForCausalLM.from_pretrained("exported")
     assert set(model.state_dict()) == set(tiny_llama().state_dict())
+    card = Path("exported/README.md").read_text()
+    assert "re-computed every 4 steps" in card and "at the last validation" in card
+    assert "max_steps: 12" in card[card.index("```yaml") :]
     assert ((model.model.layers[2].mlp.down_proj.weight.reshape(-1, 4) == 0).sum(1) == 2).all()
 
     metrics = Path("run/version_0/metrics.csv").read_text()
@@ -142,6 +148,7 @@ def test_fit_export_and_resume(model_folder, text, capsys):
 
     checkpoint = next(Path("run").rglob("*.ckpt"))
     cli.main(["export", str(checkpoint), "from_checkpoint", f"--tokenizer={model_folder}"])
+    assert "re-computed every 4 steps" in Path("from_checkpoint/README.md").read_text()
     again = AutoModelForCausalLM.from_pretrained("from_checkpoint")
     for key, value in again.state_dict().items():
         assert torch.equal(value, model.state_dict()[key]), key
@@ -187,9 +194,7 @@ def test_short_fits(model_folder, text, recipe):
 def test_help_shows_the_commands(capsys):
     cli.main([])
     usage = capsys.readouterr().out
-    assert all(
-        f"\n  {name} " in usage for name in ("fit", "validate", "prune", "evaluate", "export", "inspect", "report")
-    )
+    assert all(f"\n  {name} " in usage for name in ("fit", "validate", *COMMANDS))
     with pytest.raises(SystemExit):
         cli.main(["prune", "--help"])
     assert "N kept of every M" in capsys.readouterr().out

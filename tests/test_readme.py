@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import TrainingArguments
 
 from sparse_train import Criterion, Magnitude, prune
 from sparse_train.commands import COMMANDS, run_command
@@ -26,7 +27,8 @@ COMMAND_LINES = [
 
 
 @pytest.mark.parametrize("code", [block for _, language, block in BLOCKS if language == "python"])
-def test_python_blocks_run(code):
+def test_python_blocks_run(code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     model = tiny_llama()
     names = {
         "model": model,
@@ -34,6 +36,8 @@ def test_python_blocks_run(code):
         "optimizer": torch.optim.AdamW(model.parameters(), lr=1e-3),
         "make_module": lambda: model,
         "load_checkpoint": _sparse_checkpoint,
+        "args": TrainingArguments("run", max_steps=4, report_to=[], use_cpu=True, disable_tqdm=True),
+        "dataset": [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, VOCABULARY, (12, 16))],
     }
     exec(compile(code, "block", "exec"), names)
     if "squash(" in code or "prune(" in code:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from sparse_train.activations import ActivationNorm, Statistics
 from sparse_train.allocation import Allocation, LayerShape, Uniform, divide
-from sparse_train.export import check_free
+from sparse_train.files import check_free
 from sparse_train.layers import sparsify, squash
 from sparse_train.matrices import MaskedLayer, MaskedMatrix, Recorder, shape_OI
 from sparse_train.oneshot import (

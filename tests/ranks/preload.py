@@ -11,6 +11,7 @@ import lightning
 import peft
 import torch.distributed.fsdp
 import transformers.models.llama.modeling_llama
+import transformers.trainer
 
 import sparse_train.callbacks
 import sparse_train.oneshot

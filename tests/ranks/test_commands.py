@@ -61,6 +61,8 @@ def fit(engine: str, folder: Path, model: Path, text: Path) -> None:
 def test_from_a_recipe_to_an_exported_model(tmp_path, model_folder, text_file, engine):
     launch.run(fit, engine, tmp_path, model_folder, text_file)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
+    card = (tmp_path / "exported" / "README.md").read_text()
+    assert "| up_proj | 3 | 0.5000 | 2:4 |" in card  # counted on whole weights, whoever held them
     for name, weight in model.named_parameters():
         if "proj" in name:
             assert ((weight.view(-1, 4) == 0).sum(1) == 2).all(), name

@@ -1,0 +1,54 @@
+"""A guard for adapters on masked layers: merging one into its base must not lose most of it without a word.
+
+peft merges by writing ``W + BA`` into the base layer's weight. Where that layer is masked, the mask would go on pruning
+the sum, and the model would no longer be the one that was trained, ``mask * W + BA``.
+"""
+
+import functools
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
+
+from sparse_train.matrices import MaskedLayer
+
+
+def guard_merges(model: nn.Module) -> None:
+    """Make adapters around masked layers refuse to merge: those in ``model``, and all that will be put around one."""
+    for module in model.modules():
+        base = module._modules.get("base_layer")
+        if isinstance(base, MaskedLayer):
+            _guard(type(module))
+    _watch()
+
+
+@functools.cache
+def _watch() -> None:
+    # An adapter may come after the mask, and nothing of ours is called then: torch tells of modules put into others.
+    register_module_module_registration_hook(_registered)
+
+
+def _registered(owner: nn.Module, name: str, module: nn.Module | None) -> None:
+    if name == "base_layer" and isinstance(module, MaskedLayer):
+        _guard(type(owner))
+
+
+def _guard(adapter: Any) -> None:
+    """Wrap ``merge`` of an adapter's class; of one around an ordinary layer it does what it did."""
+    merge = getattr(adapter, "merge", None)
+    if merge is None or getattr(merge, "refuses_masked", False):
+        return
+
+    @functools.wraps(merge)
+    def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        base = self.get_base_layer()
+        if isinstance(base, MaskedLayer):
+            raise ValueError(
+                f"Merging an adapter into a masked layer ({base}) would prune the sum, and lose what the adapter adds "
+                "where the mask prunes. Keep the adapters apart: base and adapters can be saved by themselves. Or call "
+                "sparse_train.squash(model) first: what is merged then is what was trained, and dense."
+            )
+        return merge(self, *args, **kwargs)
+
+    guarded.refuses_masked = True  # type: ignore[attr-defined]
+    adapter.merge = guarded

@@ -1,0 +1,43 @@
+"""Where a first mask in training gets its model and its batches from, whatever trains."""
+
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from sparse_train.matrices import MaskedLayer
+from sparse_train.oneshot.walk import Batch
+
+
+def causal_lm(root: nn.Module, layers: Mapping[str, MaskedLayer]) -> nn.Module | None:
+    """The transformers model in ``root`` that holds all of ``layers``, if there is one."""
+    wanted = set(layers.values())
+    for module in root.modules():
+        if any(cls.__name__ == "PreTrainedModel" for cls in type(module).__mro__) and wanted <= set(module.modules()):
+            return module
+    return None
+
+
+def random_batches(
+    dataset: Dataset[Any], batch_size: int, collate_fn: Callable[[list[Any]], Any] | None, count: int
+) -> list[Batch] | None:
+    """Random batches of a data set, always the same; None where there are none that a model could take.
+
+    A loader of its own: another iterator of the training's would move its generators, and a stateful one's position.
+    """
+    if isinstance(dataset, IterableDataset):
+        return None  # reading a stream would take its first batches away from training
+    own = DataLoader(
+        dataset,
+        batch_size=batch_size,
+        shuffle=True,
+        generator=torch.Generator().manual_seed(0),
+        collate_fn=collate_fn,
+    )
+    with torch.random.fork_rng():  # a data set may draw random numbers
+        batches = list(itertools.islice(own, count))
+    usable = all(isinstance(b, Tensor) or (isinstance(b, Mapping) and "input_ids" in b) for b in batches)
+    return batches if batches and usable else None

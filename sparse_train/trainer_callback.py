@@ -1,0 +1,301 @@
+"""``SparseTrainerCallback``: re-prune a model while transformers' ``Trainer`` trains it. Imports transformers.
+
+When what happens, in the Trainer's order:
+
+    on_init_end       targets are sparsified, keeping everything: before the optimizer, and before a checkpoint
+    (model is loaded) a checkpoint's zeros become masks
+    on_train_begin    the first mask; or masks, shadow values and state of the checkpoint
+    (forward)         the batch's padding is told to the recorder; activations are recorded in the window of an update
+    on_step_end       after an optimizer step: update; ahead of log, evaluation and checkpoint
+    on_save           what the checkpoint's zeros have lost is put beside them
+    on_train_end      squash, behind the last checkpoint and the best one
+"""
+
+import functools
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+
+from sparse_train import masks, shadow_file
+from sparse_train.criteria import Criterion, Wanda
+from sparse_train.distributed import rank, world_size
+from sparse_train.layers import MASK_NAME, sparse_layers, sparsify, squash
+from sparse_train.matrices import MaskedLayer, is_conv1d
+from sparse_train.oneshot import set_initial_masks
+from sparse_train.oneshot.training_data import causal_lm, random_batches
+from sparse_train.patterns import Pattern
+from sparse_train.policies import MaskPolicy, StraightThrough
+from sparse_train.pruner import expect, measure
+from sparse_train.schedules import Schedule
+from sparse_train.targets import select
+from sparse_train.updater import MaskUpdater, resolve_target
+
+_log = logging.getLogger(__name__)
+
+
+class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
+    """Keep a model at its target sparsity in a ``transformers.Trainer``, as ``DynamicPruning`` does in Lightning.
+
+    ::
+
+        trainer = Trainer(model, args, train_dataset=data, callbacks=[SparseTrainerCallback("2:4", update_freq=10)])
+        trainer.train()
+        trainer.save_model("sparse")  # pruned weights are zeros
+
+    The first mask, with ``start_step`` 0, is calibrated block by block on ``calibration_batches`` batches of the
+    training data; of a stream of data, it comes from the first ``window`` steps, which run dense. Metrics go into the
+    Trainer's log at the steps of updates.
+
+    Each checkpoint folder holds the sparse model, with zeros, and beside it ``sparse_training_state.pt`` with masks,
+    shadow values and statistics, so that a resumed run continues bit for bit.
+
+    Args:
+        mask_structure, sparsity, update_freq, criterion, policy, schedule, targets, ignore, start_step, end_step,
+            window, calibration_batches, squash: as of ``sparse_train.callbacks.DynamicPruning``.
+
+    Raises:
+        ValueError: for what ``DynamicPruning`` refuses; for a Trainer that shards the model (FSDP, DeepSpeed) or copies
+            it in each step (``DataParallel``); for ``load_best_model_at_end`` where the best model would not be the
+            sparse one; and at a resume, for a checkpoint that was written without this callback.
+    """
+
+    def __init__(
+        self,
+        mask_structure: str | Pattern = "2:4",
+        sparsity: float | None = None,
+        *,
+        update_freq: int = 10,
+        criterion: Criterion | None = None,
+        policy: MaskPolicy | None = None,
+        schedule: Schedule | None = None,
+        targets: Sequence[str] | None = None,
+        ignore: Sequence[str] = (),
+        start_step: int | float = 0,
+        end_step: int | float = 0.75,
+        window: int | float = 0.5,
+        calibration_batches: int = 8,
+        squash: bool = True,
+    ) -> None:
+        self._pattern, self._schedule = resolve_target(mask_structure, sparsity, schedule)
+        if calibration_batches < 0:
+            raise ValueError(f"calibration_batches must be at least 0, got {calibration_batches}.")
+        self._criterion = expect("criterion", criterion, Wanda(), Criterion)
+        self._arguments: dict[str, Any] = {
+            "mask_structure": self._pattern,
+            "schedule": self._schedule,
+            "criterion": self._criterion,
+            "policy": expect("policy", policy, StraightThrough(), MaskPolicy),
+            "targets": targets,
+            "ignore": ignore,
+            "update_freq": update_freq,
+            "start_step": start_step,
+            "end_step": end_step,
+            "window": window,
+        }
+        self._calibration_batches = calibration_batches
+        self._squash = squash
+        self._hooks: list[Any] = []
+        self._unlogged: dict[str, float] = {}
+        self.updater: MaskUpdater | None = None
+        """The running pipeline; None before the run has begun."""
+        _teach_log()
+
+    def token_mask(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        """Which tokens of a forward's keyword arguments count in activation statistics, (B, L), 0 = padding."""
+        mask = inputs.get("attention_mask")
+        return mask if isinstance(mask, Tensor) else None
+
+    def take_metrics(self) -> dict[str, float]:
+        """What the last update reported, once."""
+        taken, self._unlogged = self._unlogged, {}
+        return taken
+
+    # --- before training ---------------------------------------------------------------------------------------------
+
+    def on_init_end(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
+        _refuse_engines(args)
+        if args.load_best_model_at_end:
+            self._check_best(model)
+        self._prepare(model)
+
+    def _check_best(self, model: nn.Module) -> None:
+        if self._schedule.sparsity(0.0) != self._schedule.sparsity(1.0) or self._arguments["start_step"] != 0:
+            raise ValueError(
+                "load_best_model_at_end would bring a checkpoint back from before the final sparsity, as denser models "
+                "have the lower loss. Leave it out, or train at a constant sparsity from start_step 0."
+            )
+        if _is_peft(model):
+            raise ValueError(
+                "load_best_model_at_end brings the adapters of an earlier step back, but not the masks of their base. "
+                "Leave it out for models of peft."
+            )
+
+    def _prepare(self, model: nn.Module) -> dict[str, MaskedLayer]:
+        for hook in self._hooks:
+            hook.remove()
+        loading = model.register_load_state_dict_pre_hook(_zeros_to_masks)
+        before: Any = model._load_state_dict_pre_hooks
+        before.move_to_end(loading.id, last=False)  # ahead of what refuses dense state dicts
+        self._hooks = [loading, model.register_forward_pre_hook(self._before_forward, with_kwargs=True)]
+        chosen = select(model, self._pattern, self._arguments["targets"], self._arguments["ignore"]).layers
+        sparsify(model, chosen.values())
+        return {name: layer for name, layer in chosen.items() if isinstance(layer, MaskedLayer)}
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, *, model: nn.Module, train_dataloader: Any, **kwargs: Any
+    ) -> None:
+        layers = self._prepare(model)  # a model_init has made a new one, and a second run's is squashed
+        restored = None
+        if state.global_step > 0:
+            restored = shadow_file.restore(_resumed_from(args, state), layers)
+        elif self._arguments["start_step"] == 0:
+            self._calibrate(args, model, train_dataloader)
+        self.updater = MaskUpdater(model, total_steps=state.max_steps, state=restored, **self._arguments)
+        self._unlogged = {}
+        if restored is None and self.updater.target is not None:
+            self._unlogged = self.updater.report().metrics()
+
+    def _calibrate(self, args: Any, model: nn.Module, train_dataloader: Any) -> None:
+        layers, sparsity = sparse_layers(model), self._schedule.sparsity(0.0)
+        untouched = all(layer.keeps_all() for layer in layers.values())
+        if not (untouched and sparsity and self._criterion.needs_activations and self._calibration_batches):
+            return
+        whole, ranks = causal_lm(model, layers), world_size()
+        count = -(-self._calibration_batches // ranks) * ranks  # as many for each rank
+        size, collate = args.per_device_train_batch_size, train_dataloader.collate_fn
+        batches = random_batches(train_dataloader.dataset, size, collate, count)
+        if whole is None or batches is None or len(batches) < ranks:
+            _log.info("The first mask will come from the activations of the first steps, which run dense.")
+            return
+        dtype = torch.float16 if args.fp16 else torch.bfloat16
+        with torch.autocast(args.device.type, dtype, enabled=args.fp16 or args.bf16):
+            set_initial_masks(
+                whole,
+                sparse_layers(whole),
+                batches[rank() :: ranks],  # statistics are summed over ranks
+                criterion=self._criterion,
+                pattern=self._pattern,
+                sparsity=sparsity,
+                progress=not args.disable_tqdm and rank() == 0,
+            )
+
+    # --- in training -------------------------------------------------------------------------------------------------
+
+    def _before_forward(self, model: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        if self.updater is not None:
+            self.updater.token_mask = self.token_mask(keywords)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        assert self.updater is not None
+        report = self.updater.step()
+        if report is not None:
+            self._unlogged = report.metrics()
+            control.should_log = args.logging_strategy != "no"
+
+    # --- checkpoints, and after training -----------------------------------------------------------------------------
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        assert self.updater is not None
+        if args.save_only_model or state.is_hyper_param_search:
+            return  # nothing of these is resumed
+        updater_state = self.updater.state_dict()  # of all ranks
+        if args.should_save:
+            shadow_file.save(_folder_of(args, state) / shadow_file.FILE_NAME, self.updater.layers, updater_state)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
+        assert self.updater is not None
+        final, found = self._schedule.sparsity(1.0), measure(self.updater.layers).values()
+        actual = sum(layer.zeros for layer in found) / sum(layer.size for layer in found)
+        if actual < 0.99 * final:
+            _log.warning(
+                "The model is at a sparsity of %.4f, and %g was to be reached: the run ended, or its best checkpoint "
+                "was written, before the masks got there.",
+                actual,
+                final,
+            )
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        if self._squash:
+            squash(model)
+        else:
+            for layer in self.updater.layers.values():
+                layer.recorder = layer.statistics = None
+
+
+def _zeros_to_masks(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    """Add the masks to a state dict that ``save_pretrained`` has written, or to a shard of it."""
+    for name, layer in sparse_layers(module).items():
+        weight, mask = (f"{prefix}{name}.{suffix}" for suffix in ("weight", MASK_NAME))
+        if weight in state_dict and mask not in state_dict:
+            stored = state_dict[weight]
+            nonzero_OI = (stored.t() if is_conv1d(layer) else stored) != 0  # type: ignore[arg-type]
+            state_dict[mask] = masks.pack(nonzero_OI)
+
+
+def _refuse_engines(args: Any) -> None:
+    launched_with_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    engines = {
+        "FSDP": launched_with_fsdp or getattr(args, "fsdp_plugin_args", None) is not None or bool(args.fsdp),
+        "DeepSpeed": args.deepspeed_plugin is not None,
+    }
+    for engine in (name for name, runs in engines.items() if runs):
+        raise ValueError(
+            f"The Trainer runs on {engine}, whose checkpoints this callback cannot follow. Train on one device or with "
+            "DDP, or use Lightning with sparse_train.callbacks.DynamicPruning, which knows FSDP2 and DeepSpeed."
+        )
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"The Trainer would copy the model to {args.n_gpu} GPUs in each step (DataParallel), and activations "
+            "recorded in copies are lost. Start it with torchrun, or show it one GPU with CUDA_VISIBLE_DEVICES."
+        )
+
+
+def _resumed_from(args: Any, state: Any) -> Path:
+    """The resumed checkpoint's file; the Trainer does not tell which folder it has loaded, only the step."""
+    named = [Path(args.resume_from_checkpoint)] if isinstance(args.resume_from_checkpoint, str) else []
+    folders = [*named, _folder_of(args, state)]
+    for folder in folders:
+        if (folder / shadow_file.FILE_NAME).is_file():
+            return folder / shadow_file.FILE_NAME
+    raise ValueError(
+        f"There is no {shadow_file.FILE_NAME} in {' or '.join(map(str, folders))}, so there "
+        "is no sparse run to resume. If the checkpoint is elsewhere, give its folder to "
+        "TrainingArguments(resume_from_checkpoint=...) too; if it was written without SparseTrainerCallback, load it "
+        "as a model and start a new run."
+    )
+
+
+def _folder_of(args: Any, state: Any) -> Path:
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+
+def _is_peft(model: nn.Module) -> bool:
+    return any(cls.__name__ == "PeftModel" for cls in type(model).__mro__)
+
+
+def _teach_log() -> None:
+    """Make ``Trainer.log`` add what updates report: once, for all trainers.
+
+    Those who report (TensorBoard, W&B) stand before a user's callbacks and get a row first, so that nothing put into
+    it by ``on_log`` would reach them.
+    """
+    original = Trainer.log
+    if getattr(original, "adds_sparsity", False):
+        return
+
+    @functools.wraps(original)
+    def log(self: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> Any:
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, SparseTrainerCallback):
+                logs.update(callback.take_metrics())
+        return original(self, logs, *args, **kwargs)
+
+    log.adds_sparsity = True  # type: ignore[attr-defined]
+    Trainer.log = log

@@ -6,22 +6,20 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from sparse_train.allocation import Allocation
 from sparse_train.card import ModelCard, oneshot_rows, perplexity_line, write_card
-from sparse_train.criteria import Criterion, Wanda
+from sparse_train.criteria import Criterion
 from sparse_train.distributed import joined, rank, world_size
 from sparse_train.export import export_model
 from sparse_train.files import check_free
 from sparse_train.inspection import LayerSparsity, layer_sparsities
-from sparse_train.llm_compressor import Stage, read_recipe
-from sparse_train.oneshot import Batch, OneshotReport, resolve
-from sparse_train.oneshot import prune as prune_model
-from sparse_train.oneshot.engine import statistics_of
-from sparse_train.patterns import Pattern, group_label
+from sparse_train.oneshot import OneshotReport
+from sparse_train.patterns import Pattern
+from sparse_train.prune_job import Calibration, Job, details_of, resolve_stage, stages_of, stream
 from sparse_train.solvers import Solver
 from sparse_train.sources import ModelSource, PackagedWikipedia, Pretrained, TextSource, as_model_source
 from sparse_train.tables import show_pruning, show_seeds
@@ -83,18 +81,18 @@ def prune(
 
     Under ``torchrun`` each process takes its part of the calibration data, with one reduce a block; rank 0 writes.
     """
-    stages, notes = _stages(recipe, mask_structure, sparsity, criterion, allocation, targets, ignore)
+    stages, notes = stages_of(recipe, mask_structure, sparsity, criterion, allocation, targets, ignore)
     for stage in stages:  # mistakes in the pattern should not wait for the model
-        _resolve(stage)
+        resolve_stage(stage)
     check_free(Path(out))
     _check_device(device)
     source, text = as_model_source(model), text or PackagedWikipedia()
-    calibration = _Calibration(text, num_calibration_samples, max_seq_length, sampling, batch_size)
+    calibration = Calibration(text, num_calibration_samples, max_seq_length, sampling, batch_size)
     test = perplexity or (text if seeds is not None else None)
     with joined(device) as own_device:
         if streaming and world_size() > 1:
             raise ValueError("streaming runs in one process. Start it without torchrun, or leave it out.")
-        job = _Job(source, stages, calibration, own_device)
+        job = Job(source, stages, calibration, own_device)
         measure = None if test is None else _perplexity_of(source, test, window, max_tokens, own_device)
         if seeds is not None:
             _over_seeds(job, _seeds(seeds), measure, Path(out), streaming, notes)
@@ -103,7 +101,7 @@ def prune(
 
 
 def _once(
-    job: "_Job",
+    job: "Job",
     seed: int,
     measure: Any,
     out: str,
@@ -114,12 +112,12 @@ def _once(
     began = time.perf_counter()
     folder, loaded = Path(out), None
     if streaming:
-        reports = [_stream(job, out, seed, activations)]
+        reports = [stream(job, out, seed, activations)]
     else:
         loaded, reports = job.run(seed)
         if rank() != 0:  # they all have the same model
             return
-    details = _details(job, seed, reports, notes) | {"streaming": streaming}
+    details = details_of(job, seed, reports, notes) | {"streaming": streaming}
     card = ModelCard(job.source.name, job.source.hub_id, job.source.license, oneshot_rows(details))
     if loaded is None:
         # it may not fit in memory: what is shown of it was counted as its blocks passed
@@ -155,153 +153,6 @@ def _write(path: Path, details: dict[str, Any]) -> None:
 def _counted(details: dict[str, Any], report: OneshotReport) -> list[LayerSparsity]:
     label = details["stages"][-1]["mask_structure"]
     return [LayerSparsity(name, (1, u.size), u.zeros, label) for name, u in report.layers.items()]
-
-
-def _stages(recipe: str | None, *own: Any) -> tuple[list[Stage], list[str]]:
-    mask_structure, sparsity, criterion, allocation, targets, ignore = own
-    if recipe is None:
-        structure = "2:4" if mask_structure is None else mask_structure
-        return [Stage(criterion or Wanda(), structure, sparsity, allocation, targets, ignore)], []
-    names = ("mask_structure", "sparsity", "criterion", "allocation", "targets", "ignore")
-    given = [name for name, value in zip(names, own, strict=True) if value not in (None, [])]
-    if given:
-        raise ValueError(
-            f"--recipe says what to prune and how, so {given[0]} cannot be given beside it. Leave one out."
-        )
-    found = read_recipe(recipe)
-    return found.stages, found.notes
-
-
-def _resolve(stage: Stage) -> tuple[Pattern, float | None]:
-    from sparse_train.allocation import Uniform
-
-    return resolve(stage.mask_structure, stage.sparsity, stage.criterion, stage.allocation or Uniform())
-
-
-@dataclass(frozen=True)
-class _Calibration:
-    text: TextSource
-    samples: int
-    length: int
-    sampling: Literal["packed", "documents"]
-    batch_size: int
-
-    def batches(self, tokenizer: Any, seed: int) -> list[Batch]:
-        from sparse_train.data import calibration_batches
-
-        return list(
-            calibration_batches(
-                self.text,
-                tokenizer,
-                num_calibration_samples=self.samples,
-                max_seq_length=self.length,
-                batch_size=self.batch_size,
-                seed=seed,
-                sampling=self.sampling,
-            )
-        )
-
-    def as_dict(self, seed: int) -> dict[str, Any]:
-        return {
-            "text": self.text.name,
-            "num_calibration_samples": self.samples,
-            "max_seq_length": self.length,
-            "sampling": self.sampling,
-            "seed": seed,
-            "processes": world_size(),
-        }
-
-
-@dataclass(frozen=True)
-class _Job:
-    """A model, and what is to be done to it."""
-
-    source: ModelSource
-    stages: list[Stage]
-    calibration: _Calibration
-    device: str
-
-    @property
-    def needs_data(self) -> bool:
-        owl = any(stage.allocation is not None and stage.allocation.needs_outliers for stage in self.stages)
-        return owl or any(statistics_of(stage.criterion) is not None for stage in self.stages)
-
-    def run(self, seed: int) -> tuple[Any, list[OneshotReport]]:
-        loaded, tokenizer = self.source.load().to(self.device), self.source.tokenizer()
-        batches = self._own_batches(tokenizer, seed) if self.needs_data else None
-        shown = rank() == 0 and (sys.stderr.isatty() or sys.stdout.isatty())
-        reports = [prune_model(loaded, batches, **_arguments(stage), progress=shown) for stage in self.stages]
-        return loaded, reports
-
-    def _own_batches(self, tokenizer: Any, seed: int) -> list[Batch]:
-        batches = self.calibration.batches(tokenizer, seed)
-        if len(batches) < world_size():
-            raise ValueError(
-                f"There are {len(batches)} calibration batches for {world_size()} processes. Give a smaller batch_size "
-                "or more num_calibration_samples, or start fewer processes."
-            )
-        return batches[rank() :: world_size()]
-
-
-def _arguments(stage: Stage) -> dict[str, Any]:
-    return {
-        "mask_structure": stage.mask_structure,
-        "sparsity": stage.sparsity,
-        "criterion": stage.criterion,
-        "allocation": stage.allocation,
-        "targets": stage.targets,
-        "ignore": stage.ignore,
-    }
-
-
-def _stream(job: _Job, out: str, seed: int, activations: Literal["memory", "disk"]) -> OneshotReport:
-    from sparse_train.oneshot.streaming import prune_checkpoint
-
-    if len(job.stages) != 1:
-        raise ValueError(f"streaming prunes in one stage, and this recipe has {len(job.stages)}. Split it.")
-    if not isinstance(job.source, Pretrained) or job.source.gguf_file:
-        raise ValueError(f"streaming walks a folder or a hub model with safetensors, not {job.source.name}.")
-    return prune_checkpoint(
-        job.source.folder(),
-        out,
-        job.calibration.batches(job.source.tokenizer(), seed) if job.needs_data else None,
-        **_arguments(job.stages[0]),
-        device=job.device,
-        activations=activations,
-        progress=sys.stderr.isatty() or sys.stdout.isatty(),
-    )
-
-
-def _details(job: _Job, seed: int, reports: list[OneshotReport], notes: list[str]) -> dict[str, Any]:
-    from importlib.metadata import version
-
-    packages = ("torch", "transformers", "sparse-train")
-    return {
-        "model": job.source.name,
-        "stages": [_described(stage, report) for stage, report in zip(job.stages, reports, strict=True)],
-        "sparsity": reports[-1].sparsity,
-        "calibration": job.calibration.as_dict(seed) if job.needs_data else None,
-        "notes": notes,
-        "seconds": {
-            "forwards": sum(report.forward_seconds for report in reports),
-            "pruning": sum(report.pruning_seconds for report in reports),
-        },
-        "layers": {name: update.zeros / update.size for report in reports for name, update in report.layers.items()},
-        "versions": {name: version(name) for name in packages},
-    }
-
-
-def _described(stage: Stage, report: OneshotReport) -> dict[str, Any]:
-    pattern, wanted = _resolve(stage)
-    return {
-        "criterion": repr(stage.criterion),
-        "mask_structure": group_label(pattern),
-        "wanted_sparsity": wanted,
-        "sparsity": report.sparsity,
-        "allocation": "Uniform()" if stage.allocation is None else repr(stage.allocation),
-        "targets": stage.targets,
-        "ignore": stage.ignore,
-    }
 
 
 def _perplexity_of(
@@ -342,7 +193,7 @@ def _seeds(text: str) -> list[int]:
     return found
 
 
-def _over_seeds(job: _Job, seeds: list[int], measure: Any, out: Path, streaming: bool, notes: list[str]) -> None:
+def _over_seeds(job: Job, seeds: list[int], measure: Any, out: Path, streaming: bool, notes: list[str]) -> None:
     if streaming:
         raise ValueError("seeds prune and measure in memory; for streaming call prune once with each --seed.")
     if not job.needs_data:
@@ -352,7 +203,7 @@ def _over_seeds(job: _Job, seeds: list[int], measure: Any, out: Path, streaming:
         loaded, reports = job.run(seed)
         if rank() == 0:
             rows.append({"seed": seed, "sparsity": reports[-1].sparsity, **measure(loaded)})
-        details = _details(job, seed, reports, notes)
+        details = details_of(job, seed, reports, notes)
         del loaded  # before the next one comes
     if rank() != 0:
         return

@@ -35,7 +35,7 @@ from sparse_train.patterns import Pattern, group_label
 from sparse_train.policies import MaskPolicy, StraightThrough
 from sparse_train.pruner import UpdateReport, expect, masks_from_zeros
 from sparse_train.schedules import Schedule
-from sparse_train.sharding import is_sharded
+from sparse_train.sharding import is_sharded, reshard
 from sparse_train.targets import select
 from sparse_train.updater import MaskUpdater, resolve_target
 
@@ -217,6 +217,7 @@ class DynamicPruning(L.Callback):
         sparsity = self._schedule.sparsity(0.0)
         if not _keeps_all(pl_module) or sparsity == 0 or not self._criterion.needs_activations:
             return
+        reshard(pl_module)
         if any(map(is_sharded, layers.values())):
             if not masks_from_zeros(layers, self._pattern, sparsity):
                 rank_zero_info(
@@ -292,6 +293,8 @@ class DynamicPruning(L.Callback):
                 self.updater.target,
                 self.updater.timing.end_step,
             )
+        if self.updater is not None:
+            self.updater.finish()
         if self._squash:
             squash(pl_module)
         else:

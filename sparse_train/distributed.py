@@ -38,6 +38,10 @@ def joined(device: str) -> Iterator[str]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or world_size() > 1:
         yield device
         return
+    if device not in ("cpu", "cuda"):
+        raise ValueError(
+            f"Each process takes a GPU of its own, so under torchrun device is cpu or cuda, got {device!r}."
+        )
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)

@@ -90,6 +90,7 @@ def squash(model: nn.Module, only: Iterable[nn.Module] | None = None) -> None:
         model: with masked layers anywhere in it.
         only: masked layers of it; default: all.
     """
+    sharding.reshard(model)
     for layer in sparse_layers(model).values() if only is None else list(only):
         assert isinstance(layer, MaskedLayer)
         assert isinstance(layer, nn.Module)

@@ -109,15 +109,16 @@ def update_masks(
     for name, layer in layers.items():
         if shadow_factor != 1:
             sharding.decay_shadow(layer, shadow_factor)
-        updates[name] = replace_mask(layer, chosen[name].keep_OJ, chosen[name].nonzero)
+        updates[name] = replace_mask(layer, torch.cat(chosen[name].keep_OJ), chosen[name].nonzero)
     return updates
 
 
 @dataclass
 class _Choice:
-    """Rows of a new mask, before anything is changed."""
+    """A new mask, before anything is changed."""
 
-    keep_OJ: Tensor
+    keep_OJ: list[Tensor]
+    """Packed, in as many parts as processes have selected it in."""
     nonzero: int
     """Kept weights that are not zero."""
     finite: bool = True
@@ -132,16 +133,31 @@ def _select_by_layer(
     shadow_factor: float,
 ) -> dict[str, _Choice]:
     by_rows = criterion.rowwise and pattern.rowwise
+    by_process = {n: layer for n, layer in layers.items() if by_rows and sharding.is_dtensor(layer.weight_OI)}
+    sums = _column_sums(by_process, criterion, shadow_factor)
     chosen = {}
     for name, layer in layers.items():
         own = sparsity[name] if isinstance(sparsity, Mapping) else sparsity
         with sharding.weights(layer, by_rows) as (weight_OI, rows):
-            scores_OI, nonzero_OJ, finite = _admitted(layer, weight_OI, rows, criterion, policy, shadow_factor)
+            weight_OI = _decayed(weight_OI, layer, rows, shadow_factor)
+            scores_OI, nonzero_OJ, finite = _admitted(layer, weight_OI, rows, criterion, policy, sums.get(name))
         keep_OJ = masks.pack(pattern.mask(scores_OI, own)) if finite else nonzero_OJ
-        chosen[name] = _Choice(keep_OJ, masks.count(keep_OJ & nonzero_OJ), finite)
-    if by_rows:
-        _complete(chosen, {name: layer for name, layer in layers.items() if sharding.is_dtensor(layer.weight_OI)})
+        chosen[name] = _Choice([keep_OJ], masks.count(keep_OJ & nonzero_OJ), finite)
+    _complete(chosen, by_process)
     return chosen
+
+
+def _column_sums(layers: Mapping[str, MaskedMatrix], criterion: Criterion, shadow_factor: float) -> dict[str, Tensor]:
+    """What scores need of the rows of other processes, for all layers in one reduce."""
+    found = {}
+    for name, layer in layers.items():
+        with sharding.weights(layer, by_rows=True) as (weight_RI, rows):
+            sums_I = criterion.column_sums(_decayed(weight_RI, layer, rows, shadow_factor))
+        if sums_I is None:
+            return {}
+        found[name] = sums_I
+    sum_over_ranks(list(found.values()))
+    return found
 
 
 def _select_model_wide(
@@ -156,15 +172,16 @@ def _select_model_wide(
     chosen, scores = {}, []
     for name, layer in layers.items():
         with sharding.weights(layer, by_rows=False) as (weight_OI, rows):
-            scores_OI, nonzero_OJ, finite = _admitted(layer, weight_OI, rows, criterion, policy, shadow_factor)
+            weight_OI = _decayed(weight_OI, layer, rows, shadow_factor)
+            scores_OI, nonzero_OJ, finite = _admitted(layer, weight_OI, rows, criterion, policy, None)
         scores.append(scores_OI)
-        chosen[name] = _Choice(nonzero_OJ, 0, finite)
+        chosen[name] = _Choice([nonzero_OJ], 0, finite)
     if all(choice.finite for choice in chosen.values()):
         keep = pattern.mask(torch.cat([score.reshape(1, -1) for score in scores], dim=1), sparsity)
         parts = keep.split([score.numel() for score in scores], dim=1)
         for choice, score, part in zip(chosen.values(), scores, parts, strict=True):
-            nonzero_OJ, choice.keep_OJ = choice.keep_OJ, masks.pack(part.view_as(score))
-            choice.nonzero = masks.count(choice.keep_OJ & nonzero_OJ)
+            keep_OJ = masks.pack(part.view_as(score))
+            choice.nonzero, choice.keep_OJ = masks.count(keep_OJ & choice.keep_OJ[0]), [keep_OJ]
     return chosen
 
 
@@ -175,24 +192,22 @@ def _complete(chosen: Mapping[str, _Choice], layers: Mapping[str, MaskedMatrix])
     device = next(iter(layers.values())).weight_mask.device
     counts = [chosen[name].nonzero if chosen[name].finite else -1 for name in layers]
     header = torch.tensor(counts, dtype=torch.int64, device=device).view(torch.uint8)
-    own = torch.cat([header, *(chosen[name].keep_OJ.reshape(-1) for name in layers)])
+    own = torch.cat([header, *(part.reshape(-1) for name in layers for part in chosen[name].keep_OJ)])
     widths = {name: layer.weight_mask.shape[1] for name, layer in layers.items()}
     rows = {name: sharding.rows_of(0, layer.out_features).stop for name, layer in layers.items()}  # the most
     gathered = gather_bytes(own, len(header) + sum(rows[name] * widths[name] for name in layers))
-    found = torch.stack([each[: len(header)].view(torch.int64) for each in gathered])
+    found = torch.stack([each[: len(header)].clone().view(torch.int64) for each in gathered])
     for index, name in enumerate(layers):
         chosen[name].finite = bool((found[:, index] >= 0).all())
         chosen[name].nonzero = int(found[:, index].sum())
-    parts: dict[str, list[Tensor]] = {name: [] for name in layers}
+        chosen[name].keep_OJ = []  # views of what was gathered take their place: put together, a layer at a time, later
     for process, each in enumerate(gathered):
         start = len(header)
         for name, layer in layers.items():
             here = sharding.rows_of(process, layer.out_features)
             size = (here.stop - here.start) * widths[name]
-            parts[name].append(each[start : start + size].view(-1, widths[name]))
+            chosen[name].keep_OJ.append(each[start : start + size].view(-1, widths[name]))
             start += size
-    for name in layers:
-        chosen[name].keep_OJ = torch.cat(parts[name])
 
 
 def replace_mask(layer: MaskedMatrix, packed_OJ: Tensor, nonzero: int) -> LayerUpdate:
@@ -239,30 +254,34 @@ def masks_from_zeros(layers: Mapping[str, MaskedMatrix], pattern: Pattern, spars
     return False
 
 
+def _decayed(weight_RI: Tensor, layer: MaskedMatrix, rows: slice, shadow_factor: float) -> Tensor:
+    if shadow_factor == 1:
+        return weight_RI
+    return torch.where(layer.unpacked_mask()[rows], weight_RI, weight_RI * shadow_factor)
+
+
 def _admitted(
     layer: MaskedMatrix,
     weight_OI: Tensor,
     rows: slice,
     criterion: Criterion,
     policy: MaskPolicy,
-    shadow_factor: float,
+    column_sums_I: Tensor | None,
 ) -> tuple[Tensor, Tensor, bool]:
     """Scores as selection sees them, which weights are not zero (packed), and whether the scores are finite."""
-    keep_OI = layer.unpacked_mask()[rows] if shadow_factor != 1 or not policy.revives else None
-    if shadow_factor != 1:
-        assert keep_OI is not None
-        weight_OI = torch.where(keep_OI, weight_OI, weight_OI * shadow_factor)
     stats = layer.statistics if criterion.needs_activations else None
     assert stats is None or isinstance(stats, ActivationNorm)
-    scores_OI = criterion.scores(weight_OI, stats)
+    if column_sums_I is None:
+        scores_OI = criterion.scores(weight_OI, stats)
+    else:
+        scores_OI = criterion.scores_of_rows(weight_OI, stats, column_sums_I)
     # the sum is finite where all are, and ten times faster to look at; it may overflow where none is infinite
     finite = bool(scores_OI.sum().isfinite()) or bool(scores_OI.isfinite().all())
     if stats is not None and bool((stats.sum_squares_I == 0).any()):
         # An input that never comes makes every score 0: what is zero already goes first, so that pruning twice is once.
         scores_OI = scores_OI.masked_fill(weight_OI == 0, -torch.inf)
     if not policy.revives:
-        assert keep_OI is not None
-        scores_OI = policy.admit(scores_OI, keep_OI)
+        scores_OI = policy.admit(scores_OI, layer.unpacked_mask()[rows])
     return scores_OI, masks.pack(weight_OI != 0), finite
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sparse_train import masks
 from sparse_train.activations import ActivationNorm, Statistics
@@ -51,7 +52,7 @@ def attach(layers: Iterable[MaskedMatrix], recorder: Recorder, statistics: type[
     for layer in layers:
         if isinstance(layer, MaskedLayer):
             layer.recorder, layer.records = recorder, True
-        layer.statistics = None if statistics is None else statistics(layer.in_features, layer.weight_OI.device)
+        layer.statistics = None if statistics is None else statistics(layer.in_features, layer.weight_mask.device)
 
 
 def needed_statistics(criterion: Criterion) -> type[ActivationNorm] | None:
@@ -100,11 +101,28 @@ def exchange(layers: Mapping[str, MaskedMatrix]) -> list[Statistics]:
     if world_size() == 1:
         return distinct
     device = next(iter(layers.values())).weight_mask.device
-    bits = torch.stack([masks.fingerprint(layer.weight_mask) for layer in layers.values()]).float()
+    bits = _fingerprints(layers)
     reached = torch.tensor([float(layer.reached) for layer in layers.values()], device=device)
     sum_over_ranks([*(tensor for each in distinct for tensor in each.tensors()), bits, reached])
     for layer, count in zip(layers.values(), reached.tolist(), strict=True):
         layer.reached = count > 0
+    _compare(layers, bits)
+    return distinct
+
+
+def check_agreement(layers: Mapping[str, MaskedMatrix]) -> None:
+    """Raise ValueError, on every rank alike, where ranks hold different masks; one small reduce."""
+    if world_size() > 1:
+        bits = _fingerprints(layers)
+        sum_over_ranks([bits])
+        _compare(layers, bits)
+
+
+def _fingerprints(layers: Mapping[str, MaskedMatrix]) -> Tensor:
+    return torch.stack([masks.fingerprint(layer.weight_mask) for layer in layers.values()]).float()
+
+
+def _compare(layers: Mapping[str, MaskedMatrix], bits: Tensor) -> None:
     differing = ((bits > 0) & (bits < world_size())).any(1).tolist()  # a bit that all have is summed to 0 or to all
     for name, differs in zip(layers, differing, strict=True):
         if differs:
@@ -113,7 +131,6 @@ def exchange(layers: Mapping[str, MaskedMatrix]) -> list[Statistics]:
                 "different models since the last update. Masks were changed in one of them, or its memory is faulty; "
                 "resume from a checkpoint, and leave masks to the updates."
             )
-    return distinct
 
 
 def _distinct(layers: Iterable[MaskedMatrix]) -> list[Statistics]:

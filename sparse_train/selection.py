@@ -28,7 +28,7 @@ def keep_highest(scores_GM: Tensor, kept: int) -> Tensor:
     """
     members = scores_GM.shape[1]
     assert 0 <= kept <= members, (kept, members)
-    if kept in (0, members):
+    if kept in (0, members) or not len(scores_GM):  # a process may hold no rows
         return torch.full_like(scores_GM, kept > 0, dtype=torch.bool)
     pairwise = members <= _PAIRWISE_UP_TO
     if scores_GM.device.type != "cpu":

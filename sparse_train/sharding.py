@@ -40,6 +40,11 @@ def is_zero3(parameter: Any) -> bool:
 def check_layout(name: str, layer: nn.Module) -> None:
     """Raise ValueError for a layer whose weight is sharded in a way that masks cannot follow."""
     parameter: Any = layer.weight
+    if getattr(parameter, "ds_secondary_tensor", None) is not None:
+        raise ValueError(
+            f"{name} has a second copy within its node (ZeRO++'s zero_hpz_partition_size), which masks do not reach. "
+            "Set zero_hpz_partition_size to 1."
+        )
     if not is_dtensor(parameter):
         return
     one_way = len(parameter.placements) == 1 and parameter.placements[0].is_shard(0)
@@ -58,7 +63,7 @@ def weights(layer: MaskedMatrix, by_rows: bool) -> Iterator[tuple[Tensor, slice]
 
     One layer at a time: ZeRO-3 gathers it on entry and lets it go on exit, FSDP2 gathers it unless ``by_rows``.
     """
-    everything = slice(0, layer.out_features)
+    everything, device = slice(0, layer.out_features), layer.weight_mask.device
     if is_zero3(_parameter(layer)):
         from deepspeed.runtime.zero import GatheredParameters
 
@@ -72,15 +77,23 @@ def weights(layer: MaskedMatrix, by_rows: bool) -> Iterator[tuple[Tensor, slice]
         weight_RI = weight.to_local()
         rows = rows_of(rank(), layer.out_features)
         assert weight_RI.shape[0] == rows.stop - rows.start, (weight_RI.shape, rows)
-        yield weight_RI, rows
+        yield weight_RI.to(device), rows  # shards may wait in main memory (CPUOffloadPolicy)
     else:
-        yield weight.full_tensor(), everything
+        yield weight.full_tensor().to(device), everything
 
 
 def rows_of(process: int, out_features: int) -> slice:
     """The rows that FSDP2 gives to a process: equal chunks, the last ones shorter or empty."""
     chunk = -(-out_features // world_size())
     return slice(min(out_features, process * chunk), min(out_features, (process + 1) * chunk))
+
+
+def reshard(model: nn.Module) -> None:
+    """Let go of weights that FSDP2 still holds gathered, as it may after an evaluation: what is written to those is
+    lost, and what is read of them is not known to be sharded."""
+    for module in model.modules():
+        if any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__):
+            module.reshard()  # type: ignore[operator]
 
 
 @torch.no_grad()
@@ -97,23 +110,24 @@ def rewrite(layer: MaskedMatrix, function: Elementwise) -> None:
     if is_dtensor(weight):
         here = _here(weight)
         local = weight.to_local()
-        local.copy_(function(local, layer.unpacked_mask()[here]))
+        local.copy_(function(local, layer.unpacked_mask()[here].to(local.device)))
         return
     weight.copy_(function(weight, layer.unpacked_mask()))
-    if hasattr(parameter, "_hp_mapping"):  # ZeRO-1 and 2: parameters are whole, and their masters in pieces
-        from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
-
-        master = safe_get_full_fp32_param(parameter)
-        assert master is not None
-        safe_set_full_fp32_param(parameter, function(master, _stored(layer, layer.unpacked_mask())))
+    if getattr(parameter, "_hp_mapping", None) is not None:  # ZeRO-1 and 2: parameters are whole, masters in pieces
+        # DeepSpeed's own safe_set_full_fp32_param does this, but wants the whole master, which only a reduce would give
+        piece, master = parameter._hp_mapping.lp_fragment_address, parameter._hp_mapping.get_hp_fragment()
+        keep = _stored(layer, layer.unpacked_mask()).reshape(-1)[piece.start : piece.start + piece.numel]
+        master.copy_(function(master.reshape(-1), keep.to(master.device)).view_as(master))
 
 
 def _rewrite_zero3(layer: MaskedMatrix, parameter: Any, function: Elementwise) -> None:
     piece = parameter.ds_tensor  # this process's, flat and padded at the end of the last one
     flat = _stored(layer, layer.unpacked_mask()).reshape(-1)
     mine = flat[rank() * piece.numel() : (rank() + 1) * piece.numel()].to(piece.device)
-    whole = piece.data[: len(mine)]
-    whole.copy_(function(whole, mine))
+    own = piece.data[: len(mine)]
+    own.copy_(function(own, mine))
+    if parameter.data.numel() == parameter.ds_numel:  # a small one, which DeepSpeed keeps gathered
+        parameter.data.copy_(function(parameter.data, flat.view_as(parameter.data)))
     if hasattr(parameter, "_z3_optimizer"):  # absent for frozen parameters and outside of training
         from deepspeed.utils import safe_get_local_fp32_param, safe_set_local_fp32_param
 
@@ -158,6 +172,7 @@ def whole_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
     One tensor at a time, so that no device holds more than its shard and one tensor.
     """
+    reshard(model)
     found: dict[int, Tensor] = {}  # tied parameters stay tied
     state = {}
     for name, tensor in model.state_dict(keep_vars=True).items():

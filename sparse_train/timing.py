@@ -76,6 +76,10 @@ class Timing:
         on_grid = (step - self.start_step) % self.update_freq == 0
         return self.start_step <= step <= self.end_step and (on_grid or step == self.end_step)
 
+    def is_frozen(self, step: int) -> bool:
+        """Whether the last update lies before this step."""
+        return step > self.end_step
+
     def next_update(self, step: int) -> int | None:
         """The first update after ``step``; None when masks are frozen."""
         if step < self.start_step:

@@ -17,9 +17,16 @@ from sparse_train.matrices import MaskedLayer, Recorder
 from sparse_train.patterns import Pattern, parse_pattern
 from sparse_train.policies import MaskPolicy, StraightThrough
 from sparse_train.pruner import LayerUpdate, UpdateReport, expect, measure, update_masks
-from sparse_train.recording import attach, exchange, needed_statistics, share_statistics, warn_of_padding
+from sparse_train.recording import (
+    attach,
+    check_agreement,
+    exchange,
+    needed_statistics,
+    share_statistics,
+    warn_of_padding,
+)
 from sparse_train.schedules import Constant, Schedule
-from sparse_train.sharding import check_layout
+from sparse_train.sharding import check_layout, reshard
 from sparse_train.targets import select
 from sparse_train.timing import Timing
 
@@ -83,6 +90,7 @@ class MaskUpdater:
         self.pattern, self.schedule = resolve_target(mask_structure, sparsity, schedule)
         self.criterion = expect("criterion", criterion, Wanda(), Criterion)
         self.policy = expect("policy", policy, StraightThrough(), MaskPolicy)
+        self._model = model
         layers = select(model, self.pattern, targets, ignore).layers
         began_dense = not any(isinstance(layer, MaskedLayer) for layer in layers.values())
         for name, layer in layers.items():
@@ -145,12 +153,15 @@ class MaskUpdater:
         report = None
         if self.timing.is_update(self.steps):
             report = self.update() if self._would_change(self.steps) else self._confirm()
+        elif self.timing.is_frozen(self.steps) and (self.steps - self.timing.end_step) % self.timing.update_freq == 0:
+            check_agreement(self.layers)
         self._set_recording()
         return report
 
     def update(self) -> UpdateReport:
         """Replace the masks now, from the statistics gathered so far, which are then forgotten."""
         began = time.perf_counter()
+        reshard(self._model)
         progress = self.timing.progress(self.steps)
         target = self.schedule.sparsity(progress)
         statistics = exchange(self.layers)
@@ -177,7 +188,12 @@ class MaskUpdater:
     def report(self) -> UpdateReport:
         """The masks as they are, unchanged: sparsity counted on the weights, flip rate 0."""
         began = time.perf_counter()
+        reshard(self._model)
         return self._report(measure(self.layers), time.perf_counter() - began)
+
+    def finish(self) -> None:
+        """Call once before ``squash``, where several ranks train: a last look at whether their masks are the same."""
+        check_agreement(self.layers)
 
     def state_dict(self) -> dict[str, Any]:
         """All that decides a later mask and is not in the model: counters, timing, statistics, settings.

@@ -21,7 +21,8 @@ class Criterion(ABC):
     needs_activations: ClassVar[bool] = False
     """Whether ``scores`` reads ``stats``; if not, none are gathered."""
     rowwise: ClassVar[bool] = False
-    """Whether the scores of a row need no other row, so that processes can score the rows they hold (FSDP2)."""
+    """Whether the scores of a row need of other rows nothing but ``column_sums``, so that processes can score the rows
+    that they hold (FSDP2)."""
     group: ClassVar[Group] = "row"
     """What the word "unstructured" compares under this criterion; ``Unstructured(group=...)`` says it in full."""
 
@@ -36,3 +37,11 @@ class Criterion(ABC):
         Returns:
             float32 scores (O, I), larger = keep.
         """
+
+    def column_sums(self, weight_RI: Tensor) -> Tensor | None:
+        """What ``scores_of_rows`` needs of all rows, summed over these: float32 (I,); None = nothing."""
+        return None
+
+    def scores_of_rows(self, weight_RI: Tensor, stats: ActivationNorm | None, column_sums_I: Tensor | None) -> Tensor:
+        """``scores`` of some rows, where ``rowwise``; ``column_sums_I`` are those of all rows."""
+        return self.scores(weight_RI, stats)

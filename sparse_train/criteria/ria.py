@@ -1,4 +1,4 @@
-"""Relative importance and activations. Shape suffixes: O out_features, I in_features."""
+"""Relative importance and activations. Shape suffixes: O out_features, R some rows of them, I in_features."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -24,11 +24,18 @@ class RIA(Criterion):
 
     a: float = 0.5
     needs_activations: ClassVar[bool] = True
+    rowwise: ClassVar[bool] = True
 
     def scores(self, weight_OI: Tensor, stats: ActivationNorm | None) -> Tensor:
-        assert stats is not None, "RIA needs activation statistics"
-        size_OI = weight_OI.abs().float()
+        return self.scores_of_rows(weight_OI, stats, self.column_sums(weight_OI))
+
+    def column_sums(self, weight_RI: Tensor) -> Tensor:
+        return weight_RI.abs().float().sum(0)
+
+    def scores_of_rows(self, weight_RI: Tensor, stats: ActivationNorm | None, column_sums_I: Tensor | None) -> Tensor:
+        assert stats is not None and column_sums_I is not None, "RIA needs activation statistics and column sums"
+        size_RI = weight_RI.abs().float()
         tiny = torch.finfo(torch.float32).tiny  # an empty row or column has no share to give: 0, not 0 / 0
-        share_OI = size_OI / size_OI.sum(0, keepdim=True).clamp_min(tiny)
-        share_OI += size_OI / size_OI.sum(1, keepdim=True).clamp_min(tiny)
-        return share_OI.mul_(stats.norm_I**self.a)
+        share_RI = size_RI / column_sums_I.clamp_min(tiny)
+        share_RI += size_RI / size_RI.sum(1, keepdim=True).clamp_min(tiny)
+        return share_RI.mul_(stats.norm_I**self.a)

@@ -9,17 +9,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from sparse_train import cli
+from sparse_train import cli, lightning_cli
 from tests.ranks import launch
 
 STRATEGIES = {
-    "ddp": ["--config=configs/strategy/ddp.yaml", "--trainer.strategy.process_group_backend=gloo"],
+    "ddp": ["--config=configs/strategy/ddp.yaml"],
     "fsdp2": ["--config=configs/strategy/fsdp2.yaml", "--trainer.strategy.init_args.data_parallel_size=2"],
 }
 for stage in (1, 2, 3):
     STRATEGIES[f"zero{stage}"] = [
         f"--config=configs/strategy/deepspeed_zero{stage}.yaml",
-        "--trainer.strategy=tests.ranks.engines.CPUDeepSpeed",  # keeps the config, and takes the CPU
+        "--trainer.strategy=tests.ranks.engines.CPUDeepSpeed",  # which takes the CPU
+        f"--trainer.strategy.init_args.config=configs/strategy/deepspeed_zero{stage}.json",
         "--trainer.strategy.init_args.process_group_backend=gloo",
     ]
 
@@ -29,15 +30,15 @@ def read(text: Path) -> str:
     return json.dumps({"class_path": "TextFiles", "init_args": files})
 
 
-def fit(engine: str, folder: Path, model: Path, text: Path) -> None:
+def fit(engine: str, folder: Path, model: Path, text: Path) -> Any:
+    """The stage of ZeRO that ran, or the name of another strategy."""
     os.chdir(folder)
-    strategy = [option for option in STRATEGIES[engine] if engine != "ddp" or "backend" not in option]
-    cli.main(
+    options = cli._find_shipped(
         [
             "fit",
             "--config=recipes/smollm2_2of4.yaml",
             "--config=configs/precision/bf16_mixed.yaml",
-            *strategy,
+            *STRATEGIES[engine],
             "--trainer.accelerator=cpu",
             "--trainer.devices=2",
             f"--model.model={model}",
@@ -55,11 +56,14 @@ def fit(engine: str, folder: Path, model: Path, text: Path) -> None:
             "--export=exported",
         ]
     )
+    strategy = lightning_cli.run(options).trainer.strategy
+    return getattr(strategy, "config", {}).get("zero_optimization", {}).get("stage", type(strategy).__name__)
 
 
 @pytest.mark.parametrize("engine", STRATEGIES)
 def test_from_a_recipe_to_an_exported_model(tmp_path, model_folder, text_file, engine):
-    launch.run(fit, engine, tmp_path, model_folder, text_file)
+    ran = {"ddp": "DDPStrategy", "fsdp2": "ModelParallelStrategy", "zero1": 1, "zero2": 2, "zero3": 3}
+    assert launch.run(fit, engine, tmp_path, model_folder, text_file) == [ran[engine]] * 2
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
     card = (tmp_path / "exported" / "README.md").read_text()
     assert "| up_proj | 3 | 0.5000 | 2:4 |" in card  # counted on whole weights, whoever held them

@@ -21,6 +21,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "decaying shadows": {"mask_structure": "2:4", "policy": StraightThrough(srste_decay=0.01)},
     "wanda row": {"mask_structure": "unstructured", "sparsity": 0.6},
     "magnitude": {"mask_structure": "4:8", "criterion": Magnitude()},
+    "column sums": {"mask_structure": "2:4", "criterion": RIA()},
     "not row by row": {"mask_structure": Unstructured("layer"), "sparsity": 0.5, "criterion": RIA()},
     "model": {"mask_structure": Unstructured("model"), "sparsity": 0.5},
 }
@@ -102,4 +103,5 @@ def compare(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> N
 
 def test_the_methods_are_what_they_are_named_for():
     assert isinstance(DynamicPruning("2:4")._criterion, Wanda)
-    assert not RIA.rowwise and not Criterion.rowwise
+    assert RIA().column_sums(torch.ones(2, 3)).tolist() == [2, 2, 2]
+    assert not Criterion.rowwise

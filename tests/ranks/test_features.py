@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparse_train import MaskUpdater, sparse_layers, squash
+from sparse_train import MaskUpdater, StraightThrough, sparse_layers, squash
 from sparse_train.callbacks import DynamicPruning
 from sparse_train.distributed import rank, world_size
 from sparse_train.module import CausalLM
@@ -162,3 +162,57 @@ def test_a_model_that_is_sharded_already_in_a_plain_loop():
         assert flips[0] == 0.5
         assert all(0 < flip < 0.5 for flip in flips[1:])
         assert set(sparsities) == {0.5}
+
+
+def train_alone(engine: str, folder: Path, **settings: Any) -> float:
+    """Nothing but DynamicPruning looks at the model: share of zeros that a fit leaves."""
+    module = engines.Module()
+    trainer = engines.trainer(
+        engine, folder, DynamicPruning("2:4", update_freq=5, calibration_batches=0), max_steps=8, **settings
+    )
+    trainer.fit(module, engines.loader(), engines.loader() if settings else None)
+    found = [w for name, w in whole_state_dict(module.model).items() if "proj" in name]
+    return sum(int((w == 0).sum()) for w in found) / max(1, sum(w.numel() for w in found))
+
+
+@pytest.mark.parametrize("engine", engines.ENGINES)
+def test_a_fit_leaves_zeros_whoever_looks(tmp_path, engine):
+    assert launch.run(train_alone, engine, tmp_path)[0] == 0.5  # ZeRO-3 keeps all of so small a model gathered
+
+
+class InRoot(Plain):
+    """Its targets are in FSDP2's root group, which stays gathered after an evaluation."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.net(batch["input_ids"])
+
+
+def train_root(folder: Path) -> float:
+    module = InRoot("configure_model")
+    pruning = DynamicPruning(
+        "2:4", update_freq=2, targets=["net.head"], calibration_batches=0, policy=StraightThrough(srste_decay=0.3)
+    )
+    trainer = engines.trainer("fsdp2", folder, pruning, max_steps=8, val_check_interval=1, limit_val_batches=1)
+    trainer.fit(module, engines.loader(), engines.loader())
+    return float((whole_state_dict(module.net).get("head.weight", torch.zeros(1)) == 0).float().mean())
+
+
+def test_zeros_reach_the_shards_of_a_group_that_is_gathered(tmp_path):
+    assert launch.run(train_root, tmp_path)[0] == 0.5
+
+
+def odd_shapes() -> list[float]:
+    """Rows that do not divide, a last process without any, and masks of no whole words."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 10), nn.Linear(10, 64), nn.Linear(64, 1), nn.Linear(1, 5))
+    torch.distributed.fsdp.fully_shard(model, mesh=torch.distributed.init_device_mesh("cpu", (world_size(),)))
+    updater = MaskUpdater(model, "unstructured", sparsity=0.5, targets=["0", "1", "2"], update_freq=2, total_steps=6)
+    for _ in range(6):
+        model(torch.randn(7, 12)).sum().backward()
+        updater.step()
+    squash(model)
+    return [int((layer.weight.full_tensor() == 0).sum()) / layer.weight.numel() for layer in model[:3]]
+
+
+def test_any_shape_can_be_sharded():
+    assert launch.run(odd_shapes) == [[0.5, 0.5, 0.5]] * 2

@@ -10,7 +10,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import sparse_train.distributed as collectives
-from sparse_train import RIA, sparse_layers
+from sparse_train import RIA, StraightThrough, Unstructured, sparse_layers
 from sparse_train.callbacks import DynamicPruning
 from tests.ranks import engines, launch
 
@@ -81,7 +81,8 @@ class Keep(L.Callback):
 def run(engine: str, folder: Path, **arguments: Any) -> Any:
     counting, gathers = Counting(), Gathers()
     collectives.dist = counting
-    pruning = DynamicPruning("2:4", update_freq=5, window=3, calibration_batches=0, **arguments)
+    arguments = {"mask_structure": "2:4"} | arguments
+    pruning = DynamicPruning(update_freq=5, window=3, end_step=15, calibration_batches=0, **arguments)
     keep = Keep(pruning)
     callbacks = [gathers, pruning, keep] if engine == "zero3" else [pruning, keep]
     engines.trainer(engine, folder, *callbacks).fit(engines.Module(), engines.loader())
@@ -94,8 +95,10 @@ def test_traffic_and_memory_are_what_the_formulas_say(tmp_path, engine):
     for reduces, gathers, sizes, kept in launch.run(run, engine, tmp_path):
         assert reduces.count(scaling.reduce_bytes(BLOCK, BLOCKS)) == UPDATES
         found = [size for size in reduces if size != scaling.reduce_bytes(BLOCK, BLOCKS)]
-        # FSDP2 counts zeros with a reduce of three digits a layer once, when training begins, to see if it was pruned
-        assert found == ([3 * 4 * layers] if engine == "fsdp2" else [])
+        # FSDP2 counts zeros with a reduce of three digits a layer once, when training begins, to see if it was pruned;
+        # masks that are frozen are compared every k steps, here at step 20 and at the end
+        agreement = [32 * 4 * layers] * 2
+        assert found == ([3 * 4 * layers] if engine == "fsdp2" else []) + agreement
         once = [4 * layers]  # who shares an input with whom
         bits = [scaling.gather_bytes(BLOCK, BLOCKS, 2)] * UPDATES
         assert sorted(gathers) == sorted(once + (bits if engine == "fsdp2" else []))
@@ -103,9 +106,50 @@ def test_traffic_and_memory_are_what_the_formulas_say(tmp_path, engine):
         assert kept == scaling.kept_bytes(BLOCK, BLOCKS)
 
 
-def test_ria_gathers_weights_and_no_bits(tmp_path):
-    for _, gathers, _, _ in launch.run(run, "fsdp2", tmp_path, criterion=RIA()):
+def test_scores_that_need_column_sums_have_them_in_one_more_reduce(tmp_path):
+    sums = 4 * BLOCKS * sum(layer.in_features for layer in BLOCK)
+    for reduces, gathers, _, _ in launch.run(run, "fsdp2", tmp_path, criterion=RIA()):
+        assert reduces.count(sums) == UPDATES
+        assert gathers.count(scaling.gather_bytes(BLOCK, BLOCKS, 2)) == UPDATES
+
+
+def test_groups_larger_than_a_row_gather_no_bits(tmp_path):
+    for _, gathers, _, _ in launch.run(run, "fsdp2", tmp_path, mask_structure=Unstructured("layer"), sparsity=0.5):
         assert gathers == [4 * BLOCKS * len(BLOCK)]
+
+
+class InUpdates(DynamicPruning):
+    """Counts all reduces there are in updates, DeepSpeed's with them."""
+
+    reduces = 0
+
+    def on_train_start(self, *args: Any) -> None:
+        super().on_train_start(*args)
+        update, real = self.updater.update, torch.distributed.all_reduce
+
+        def counted(*arguments: Any, **settings: Any) -> Any:
+            self.reduces += 1
+            return real(*arguments, **settings)
+
+        def watched() -> Any:
+            torch.distributed.all_reduce = counted
+            try:
+                return update()
+            finally:
+                torch.distributed.all_reduce = real
+
+        self.updater.update = watched
+
+
+def decaying(engine: str, folder: Path) -> int:
+    pruning = InUpdates("2:4", update_freq=5, window=3, calibration_batches=0, policy=StraightThrough(srste_decay=0.01))
+    engines.trainer(engine, folder, pruning).fit(engines.Module(), engines.loader())
+    return pruning.reduces
+
+
+@pytest.mark.parametrize("engine", ["zero1", "zero2"])
+def test_masters_are_rewritten_where_they_are(tmp_path, engine):
+    assert launch.run(decaying, engine, tmp_path) == [UPDATES, UPDATES]
 
 
 class Calls(L.Callback):

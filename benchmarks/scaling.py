@@ -90,6 +90,8 @@ class Setup:
     processes: int
     tokens: int
     """Tokens a process and step."""
+    link: float
+    """Bytes a second that a process receives from others."""
     flops: float = 4e14
     """Of a process, in a forward and backward as they are reached in practice."""
     bandwidth: float = 3e12
@@ -101,8 +103,8 @@ class Setup:
 
 
 SETUPS = [
-    Setup("Llama-3.1-8B, 8 x 80 GB, FSDP2", llama_block(4096, 14336, 1024), 32, 8, 8192),
-    Setup("Llama-3.1-70B, 64 x 80 GB, FSDP2", llama_block(8192, 28672, 1024), 80, 64, 8192),
+    Setup("Llama-3.1-8B, 8 x 80 GB, one node", llama_block(4096, 14336, 1024), 32, 8, 8192, link=3e11),
+    Setup("Llama-3.1-70B, 64 x 80 GB, 8 nodes", llama_block(8192, 28672, 1024), 80, 64, 8192, link=5e10),
 ]
 
 
@@ -118,25 +120,27 @@ def tables() -> str:
         step = 6 * s.weights * s.tokens / s.flops
         # a masked copy is made in forward, in a forward that is recomputed, and in backward: read 2 bytes, write 2
         masking = 3 * s.weights * (2 + 2 + 1 / 8) / s.bandwidth
-        # float32 scores written and read a few times over, for the rows of this process: 40 bytes a weight
-        selecting = s.weights / s.processes * 40 / s.bandwidth
+        # float32 scores written and read a few times over: 40 bytes a weight
+        selecting = s.weights * 40 / s.bandwidth
+        sent, received = gather_bytes(s.layers, s.blocks, s.processes), zero3_bytes(s.layers, s.blocks, 2)
+        fsdp2 = selecting / s.processes + (s.processes * sent + reduce_bytes(s.layers, s.blocks)) / s.link
+        zero3 = selecting + received / s.link
         row("targeted weights", f"{s.weights / 1e9:.2f} G")
         row("masks", f"{kept['masks'] / 1e6:.0f} MB")
         row("statistics", f"{kept['statistics'] / 1e6:.1f} MB")
         row("kept by a process, all", f"{sum(kept.values()) / s.weights:.4f} byte a targeted weight")
         row("reduce at an update", f"{reduce_bytes(s.layers, s.blocks) / 1e6:.1f} MB")
-        bits = gather_bytes(s.layers, s.blocks, s.processes)
-        row("gather of mask bits at an update, sent", f"{bits / 1e6:.1f} MB")
-        row("the same, received", f"{s.processes * bits / 1e6:.0f} MB")
-        row(
-            "ZeRO-3 instead of FSDP2: weights received at an update",
-            f"{zero3_bytes(s.layers, s.blocks, 2) / 1e9:.1f} GB",
-        )
+        row("more for the moment of an update: new masks", f"{kept['masks'] / 1e6:.0f} MB")
+        row("FSDP2: gather of mask bits at an update, sent", f"{sent / 1e6:.1f} MB")
+        row("the same, received", f"{s.processes * sent / 1e6:.0f} MB")
+        row("ZeRO-3: weights received at an update", f"{received / 1e9:.1f} GB")
         row("FSDP2's own traffic of one step (8 bytes a weight)", f"{8 * s.weights / 1e9:.0f} GB")
         row("a step (6 x weights x tokens / 4e14 flop/s), estimate", f"{step:.2f} s")
         row("masking in each step, estimate", f"{1e3 * masking:.0f} ms, {100 * masking / step:.1f} %")
-        row("scores and selection of an update, estimate", f"{1e3 * selecting:.0f} ms")
-        row("k for updates below 1 % of the time, estimate", f"{math.ceil(100 * selecting / step)}")
+        row("an update under FSDP2, estimate", f"{1e3 * fsdp2:.0f} ms")
+        row("k for updates below 1 % of the time", f"{math.ceil(100 * fsdp2 / step)}")
+        row("an update under ZeRO-3, estimate", f"{1e3 * zero3:.0f} ms")
+        row("k for updates below 1 % of the time, ZeRO-3", f"{math.ceil(100 * zero3 / step)}")
     head = f"| | {' | '.join(s.name for s in SETUPS)} |\n|{' --- |' * (len(SETUPS) + 1)}\n"
     return head + "\n".join(f"| {label} | {' | '.join(values)} |" for label, values in rows.items())
 

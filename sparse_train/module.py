@@ -14,8 +14,9 @@ from torchmetrics import MeanMetric
 
 from sparse_train.distillation import Distillation, Teacher
 from sparse_train.layers import sparse_layers, sparsify_like
+from sparse_train.loading import load_sharded
 from sparse_train.losses import next_token_loss
-from sparse_train.sharding import shard_blocks, whole_first
+from sparse_train.sharding import whole_first
 from sparse_train.sources import ModelSource, as_model_source
 from sparse_train.targets import dimensions
 
@@ -64,15 +65,18 @@ class CausalLM(L.LightningModule):
 
     def configure_model(self) -> None:
         if self.model is None:
-            with whole_first():
-                self.model = self.source.load()
+            self.model = self._load()
             self.model.config.use_cache = False
             if self.gradient_checkpointing:
                 self.model.gradient_checkpointing_enable({"use_reentrant": False})
             self.model.train()
-            if self.device_mesh is not None:  # under ModelParallelStrategy
-                bfloat16 = self.trainer.precision == "bf16-mixed"
-                shard_blocks(self.model, self.device_mesh["data_parallel"], bfloat16=bfloat16)
+
+    def _load(self) -> Any:
+        if self.device_mesh is not None:  # under ModelParallelStrategy
+            bfloat16 = self.trainer.precision == "bf16-mixed"
+            return load_sharded(self.source, self.device_mesh["data_parallel"], bfloat16=bfloat16)
+        with whole_first():
+            return self.source.load()
 
     def forward(self, **batch: Any) -> Any:
         return self.model(**batch)

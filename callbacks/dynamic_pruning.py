@@ -33,6 +33,7 @@ from sparse_train.oneshot import set_initial_masks
 from sparse_train.patterns import Pattern, group_label
 from sparse_train.policies import MaskPolicy, StraightThrough
 from sparse_train.pruner import UpdateReport, expect, masks_from_zeros
+from sparse_train.recording import Memory, check_memory
 from sparse_train.schedules import Schedule
 from sparse_train.sharding import is_sharded
 from sparse_train.targets import select
@@ -81,6 +82,8 @@ class DynamicPruning(L.Callback):
         start_step: first update; int = steps, float = share of the run.
         end_step: the step after which masks are frozen; int = steps, float = share of the run.
         window: steps before an update over which activations are recorded; float = share of ``update_freq``.
+        memory: factor per update with which activations of earlier windows count: 0 = the last window alone, up to
+            1 = all windows; "frozen": the norms of the first mask for ever.
         calibration_batches: batches of training data for a first mask at step 0; 0 = use the first window.
         squash: leave plain layers with true zeros after ``fit``; False keeps the training state.
 
@@ -104,6 +107,7 @@ class DynamicPruning(L.Callback):
         start_step: int | float = 0,
         end_step: int | float = 0.75,
         window: int | float = 0.5,
+        memory: Memory = 0.0,
         calibration_batches: int = 8,
         squash: bool = True,
     ) -> None:
@@ -115,6 +119,8 @@ class DynamicPruning(L.Callback):
         self._criterion = expect("criterion", criterion, Wanda(), Criterion)
         self._policy = expect("policy", policy, StraightThrough(), MaskPolicy)
         self._targets, self._ignore = targets, ignore
+        check_memory(memory, self._criterion)
+        self._scoring: dict[str, Any] = {"memory": memory}
         self._timing: dict[str, Any] = {
             "update_freq": update_freq,
             "start_step": start_step,
@@ -197,6 +203,7 @@ class DynamicPruning(L.Callback):
             total_steps=trainer.estimated_stepping_batches,
             state=self._restored,
             **self._timing,
+            **self._scoring,
         )
         timing = self.updater.timing
         rank_zero_info(

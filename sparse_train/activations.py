@@ -47,6 +47,13 @@ class Statistics(ABC):
         for tensor in self.tensors():
             tensor.zero_()
 
+    def fade(self, factor: float) -> None:
+        """Let what was seen count ``factor`` times, above 0 and at most 1, in place; token counts are rounded up."""
+        if factor == 1:
+            return
+        for tensor in self.tensors():
+            tensor.copy_(tensor * factor if tensor.is_floating_point() else (tensor.double() * factor).ceil())
+
 
 def fits(token_mask: Tensor | None, x: Tensor) -> bool:
     """Whether a mask (B, L) says of every token of ``x`` whether it counts: of (B, L, I), or of (B * L, I)."""

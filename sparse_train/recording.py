@@ -2,17 +2,45 @@
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from sparse_train import masks
 from sparse_train.activations import ActivationNorm, Statistics
 from sparse_train.criteria import Criterion
-from sparse_train.distributed import gather_bytes, sum_over_ranks, world_size
+from sparse_train.distributed import gather_bytes, rank, sum_over_ranks, world_size
 from sparse_train.matrices import MaskedLayer, MaskedMatrix, Recorder
 
 _log = logging.getLogger(__name__)
+
+Memory = float | Literal["frozen"]
+"""How much the statistics of earlier windows count: a factor per update, or "frozen", the first ones for ever."""
+
+
+def check_memory(memory: Memory, criterion: Criterion) -> None:
+    """Raise ValueError unless this is a factor from 0 to 1, or "frozen", and there is something to remember."""
+    if memory != "frozen" and not (isinstance(memory, (int, float)) and 0 <= memory <= 1):
+        raise ValueError(
+            "memory is the factor with which statistics of earlier windows count at an update, from 0 (only the last "
+            f'window) to 1 (all of them alike), or "frozen" (norms of the first mask for ever), got {memory!r}.'
+        )
+    if memory and not criterion.needs_activations:
+        raise ValueError(f"{criterion} reads no activations, so that memory={memory!r} has nothing to remember.")
+
+
+def remember(statistics: Iterable[Statistics], memory: Memory) -> None:
+    """After an update: let statistics fade, or begin anew.
+
+    They are sums over ranks by now, so that rank 0 alone goes on with them: the next sum over ranks is exact, and a
+    checkpoint holds them once.
+    """
+    factor = 1.0 if memory == "frozen" else memory
+    for each in statistics:
+        if factor and rank() == 0:
+            each.fade(factor)
+        else:
+            each.reset()
 
 
 def check_reached(layers: Mapping[str, MaskedMatrix], criterion: Criterion) -> None:

@@ -17,7 +17,16 @@ from sparse_train.matrices import MaskedLayer, Recorder
 from sparse_train.patterns import Pattern, parse_pattern
 from sparse_train.policies import MaskPolicy, StraightThrough
 from sparse_train.pruner import LayerUpdate, UpdateReport, expect, measure, update_masks
-from sparse_train.recording import attach, exchange, needed_statistics, share_statistics, warn_of_padding
+from sparse_train.recording import (
+    Memory,
+    attach,
+    check_memory,
+    exchange,
+    needed_statistics,
+    remember,
+    share_statistics,
+    warn_of_padding,
+)
 from sparse_train.schedules import Constant, Schedule
 from sparse_train.sharding import check_layout
 from sparse_train.targets import select
@@ -54,6 +63,9 @@ class MaskUpdater:
         end_step: the step after which masks are frozen (int = steps, float = share of the run).
         window: steps before an update over which activations are recorded (int = steps, float = share of
             ``update_freq``).
+        memory: factor per update with which the statistics of earlier windows count, tokens alike: 0 = the last window
+            alone, up to 1 = all windows. "frozen": the norms of the first mask for ever; from one-shot pruning, where
+            the masks that the model has come from there, else from the first window.
         total_steps: optimizer steps of the run; needed for shares of it.
         state: ``state_dict`` of the run to resume, whose masks the model has, or will load.
 
@@ -77,12 +89,15 @@ class MaskUpdater:
         start_step: int | float = 0,
         end_step: int | float = 0.75,
         window: int | float = 0.5,
+        memory: Memory = 0.0,
         total_steps: int | float | None = None,
         state: Mapping[str, Any] | None = None,
     ) -> None:
         self.pattern, self.schedule = resolve_target(mask_structure, sparsity, schedule)
         self.criterion = expect("criterion", criterion, Wanda(), Criterion)
         self.policy = expect("policy", policy, StraightThrough(), MaskPolicy)
+        check_memory(memory, self.criterion)
+        self.memory = memory
         layers = select(model, self.pattern, targets, ignore).layers
         began_dense = not any(isinstance(layer, MaskedLayer) for layer in layers.values())
         for name, layer in layers.items():
@@ -111,6 +126,7 @@ class MaskUpdater:
             _check_masks(self.layers, self.pattern, initial)
         self.timing = Timing.resolve(**timing, first_from_window=self.criterion.needs_activations and not masked)
         self.recorder = Recorder()
+        first = self._statistics() if self.memory == "frozen" and masked and state is None else {}
         attach(self.layers.values(), self.recorder, needed_statistics(self.criterion))
         for layer in self.layers.values():
             layer.straight_through = self.policy.straight_through
@@ -119,6 +135,8 @@ class MaskUpdater:
         """Sparsity of the masks as they are; None before the first."""
         self._last_update = 0
         self._sharing_known = False
+        self._frozen = self._take_over(first)
+        """Whether statistics are what they will be for ever."""
         self._first_rows: dict[str, Tensor] = self._rows() if masked else {}
         if state is not None:
             self.load_state_dict(state)
@@ -163,8 +181,8 @@ class MaskUpdater:
             policy=self.policy,
             shadow_factor=self.policy.shadow_decay(progress, since) if since else 1.0,
         )
-        for each in statistics:
-            each.reset()
+        remember(statistics, self.memory)
+        self._frozen = self.memory == "frozen"
         self.target, self._last_update = target, self.steps
         return self._report(changes, time.perf_counter() - began)
 
@@ -188,6 +206,7 @@ class MaskUpdater:
             "steps": self.steps,
             "target": self.target,
             "last_update": self._last_update,
+            "frozen": self._frozen,
             "timing": asdict(self.timing),
             "settings": self._settings(),
             "statistics_by_rank": gather_objects({n: stats.state_dict() for n, stats in self._statistics().items()}),
@@ -216,6 +235,7 @@ class MaskUpdater:
             raise ValueError(f"The checkpoint pruned layers that are no targets of this run, such as {unknown[0]}.")
         self.steps, self.target, self._last_update = state["steps"], state["target"], state["last_update"]
         self.timing = Timing(**state["timing"])
+        self._frozen = state["frozen"]
         self._first_rows = {n: rows.to(self.layers[n].weight_OI.device) for n, rows in state["first_rows"].items()}
         own = self._statistics()
         same_ranks = len(by_rank) == world_size()
@@ -234,6 +254,7 @@ class MaskUpdater:
             "schedule": repr(self.schedule),
             "criterion": repr(self.criterion),
             "update_freq": str(self.timing.update_freq),
+            "memory": str(self.memory),
             "layers": f"{len(self.layers)} targets",
         }
 
@@ -246,6 +267,7 @@ class MaskUpdater:
         update = self.timing.next_update(self.steps)
         wanted = (
             self.criterion.needs_activations
+            and not self._frozen
             and update is not None
             and self.timing.is_recorded(self.steps)
             and self._would_change(update)
@@ -264,6 +286,15 @@ class MaskUpdater:
 
     def _statistics(self) -> dict[str, ActivationNorm]:
         return {n: m.statistics for n, m in self.layers.items() if isinstance(m.statistics, ActivationNorm)}
+
+    def _take_over(self, first: Mapping[str, ActivationNorm]) -> bool:
+        """Go on with the norms of one-shot pruning, which are sums over ranks; False where there are none."""
+        if len(first) < len(self.layers) or not all(int(each.tokens) for each in first.values()):
+            return False
+        for name, own in self._statistics().items():
+            if rank() == 0:
+                own.merge_state_dict(first[name].state_dict())
+        return True
 
     def _rows(self) -> dict[str, Tensor]:
         strides = {n: max(1, min(_FIRST_MASK_STRIDE, layer.out_features // 4)) for n, layer in self.layers.items()}

@@ -123,6 +123,13 @@ def test_the_small_ways_to_name_things():
     assert pruning._schedule == Cubic(0.75)
 
 
+def test_every_variant_of_updates_can_be_named():
+    pruning = "--trainer.callbacks.init_args"
+    for given, memory in (("0.9", 0.9), ("1", 1), ("frozen", "frozen")):
+        cli = parse_fit(f"--config={BASE}", f"{pruning}.memory={given}")
+        assert next(c for c in cli.trainer.callbacks if isinstance(c, DynamicPruning))._scoring["memory"] == memory
+
+
 def test_distillation_is_a_class_or_the_mapping_of_its_arguments(tmp_path):
     by_class = tmp_path / "by_class.yaml"
     by_class.write_text(

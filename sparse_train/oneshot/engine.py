@@ -102,8 +102,9 @@ def _solve(
 
 
 def release(layers: Iterable[MaskedMatrix]) -> None:
-    """Let statistics go."""
+    """Stop recording, and let statistics go but for norms: they are small, and a run with frozen norms wants them."""
     for layer in layers:
-        layer.statistics = None
+        if not isinstance(layer.statistics, ActivationNorm):
+            layer.statistics = None
         if hasattr(layer, "recorder"):
             layer.recorder = None

@@ -22,6 +22,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "wanda row": {"mask_structure": "unstructured", "sparsity": 0.6},
     "magnitude": {"mask_structure": "4:8", "criterion": Magnitude()},
     "not row by row": {"mask_structure": Unstructured("layer"), "sparsity": 0.5, "criterion": RIA()},
+    "memory": {"mask_structure": "2:4", "memory": 0.5},
+    "frozen norms": {"mask_structure": "2:4", "memory": "frozen"},
     "model": {"mask_structure": Unstructured("model"), "sparsity": 0.5},
 }
 
@@ -73,6 +75,7 @@ def one_process(tmp_path_factory) -> Any:
 
 
 CASES = [(engine, method) for engine in engines.ENGINES for method in ("wanda 2:4", "decaying shadows")]
+CASES += [("ddp", "memory"), ("ddp", "frozen norms")]
 CASES += [("fsdp2", method) for method in METHODS if method not in ("wanda 2:4", "decaying shadows")]
 CASES += [("zero3", "not row by row")]
 

@@ -1,0 +1,64 @@
+"""Variants of updates in a Lightning run: exact in every step, and resumed bit for bit."""
+
+import pytest
+import torch
+
+from sparse_train import sparse_layers
+from sparse_train.callbacks import DynamicPruning
+
+from .test_dynamic_pruning import ExactAfterEveryStep, InInit, Interrupt, flip_rates, loader, trainer
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+
+VARIANTS = {
+    "exponential": {"memory": 0.5},
+    "cumulative": {"memory": 1.0},
+    "frozen": {"memory": "frozen"},
+}
+
+
+def pruning(variant, **changes):
+    return DynamicPruning("2:4", **({"update_freq": 4, "window": 3, "end_step": 0.9} | VARIANTS[variant] | changes))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_moves_masks(tmp_path, variant):
+    flips = [
+        float(row["sparsity/flip_rate"]) for row in flip_rates(tmp_path, mask_structure="2:4", **VARIANTS[variant])
+    ]
+    assert len(flips) == 4
+    assert all(flip > 0 for flip in flips[1:])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_keeps_2_of_4(tmp_path, variant):
+    model, exact, callback = InInit(), ExactAfterEveryStep(), pruning(variant)
+    trainer(tmp_path, callback, exact, max_epochs=-1, accumulate_grad_batches=2).fit(model, loader())
+    assert exact.checked >= 24
+    assert not sparse_layers(model)
+    for name, layer in model.net.named_modules():
+        if name.endswith("proj"):
+            assert ((layer.weight.reshape(-1, 4) != 0).sum(1) <= 2).all()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("calibration_batches", [8, 0], ids=["calibrated", "from a window"])
+@pytest.mark.parametrize(("at", "before"), [(6, False), (8, False), (8, True)], ids=["window", "update", "mid-update"])
+def test_every_variant_resumes_bit_for_bit(tmp_path, variant, calibration_batches, at, before):
+    def callback():
+        return pruning(variant, end_step=100, calibration_batches=calibration_batches, squash=False)
+
+    def interrupted():
+        callbacks = [Interrupt(at, tmp_path / "middle.ckpt"), callback()]
+        return trainer(tmp_path, *(callbacks if before else reversed(callbacks)), max_steps=14)
+
+    whole, resumed = InInit(), InInit()
+    trainer(tmp_path, callback(), max_steps=14).fit(whole, loader())
+    with pytest.raises(SystemExit):
+        interrupted().fit(InInit(), loader())
+    path = tmp_path / "middle.ckpt"
+    trainer(tmp_path, callback(), max_steps=14).fit(resumed, loader(), ckpt_path=path, weights_only=False)
+    a, b = whole.state_dict(), resumed.state_dict()
+    assert a.keys() == b.keys()
+    assert any(key.endswith("weight_mask") for key in a)
+    assert all(torch.equal(a[key], b[key]) for key in a)

@@ -20,7 +20,7 @@ PATTERNS = [
     (NM(2, 4), 0.5),
     (NM(4, 8), 0.5),
 ]
-POLICIES = [Fixed(), StraightThrough(), StraightThrough(srste_decay=0.01)]
+POLICIES = [Fixed(), StraightThrough(), StraightThrough(srste_decay=0.01), StraightThrough(0.01, 0.25, 0.75)]
 SCHEDULES = [Constant(0.5), Linear(0.5), Cubic(0.6, 0.1)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 

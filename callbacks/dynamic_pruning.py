@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from sparse_train.callbacks.calibration import causal_lm, peek
 from sparse_train.criteria import Criterion, Wanda
 from sparse_train.layers import sparse_layers, sparsify, sparsify_like, squash
+from sparse_train.margins import Margin, check_margin
 from sparse_train.matrices import MaskedLayer
 from sparse_train.oneshot import set_initial_masks
 from sparse_train.patterns import Pattern, group_label
@@ -84,6 +85,7 @@ class DynamicPruning(L.Callback):
         window: steps before an update over which activations are recorded; float = share of ``update_freq``.
         memory: factor per update with which activations of earlier windows count: 0 = the last window alone, up to
             1 = all windows; "frozen": the norms of the first mask for ever.
+        hysteresis: share by which the scores of kept weights count more at updates; 0 = none.
         calibration_batches: batches of training data for a first mask at step 0; 0 = use the first window.
         squash: leave plain layers with true zeros after ``fit``; False keeps the training state.
 
@@ -108,6 +110,7 @@ class DynamicPruning(L.Callback):
         end_step: int | float = 0.75,
         window: int | float = 0.5,
         memory: Memory = 0.0,
+        hysteresis: float = 0.0,
         calibration_batches: int = 8,
         squash: bool = True,
     ) -> None:
@@ -120,7 +123,8 @@ class DynamicPruning(L.Callback):
         self._policy = expect("policy", policy, StraightThrough(), MaskPolicy)
         self._targets, self._ignore = targets, ignore
         check_memory(memory, self._criterion)
-        self._scoring: dict[str, Any] = {"memory": memory}
+        check_margin(Margin(hysteresis), self._policy)
+        self._scoring: dict[str, Any] = {"memory": memory, "hysteresis": hysteresis}
         self._timing: dict[str, Any] = {
             "update_freq": update_freq,
             "start_step": start_step,

@@ -16,6 +16,7 @@ from sparse_train import masks, sharding
 from sparse_train.activations import ActivationNorm
 from sparse_train.criteria import Criterion, Magnitude
 from sparse_train.distributed import gather_bytes, rank, sum_over_ranks
+from sparse_train.margins import NO_MARGIN, Margin
 from sparse_train.matrices import MaskedMatrix
 from sparse_train.patterns import Pattern
 from sparse_train.policies import MaskPolicy, StraightThrough
@@ -70,6 +71,7 @@ def update_masks(
     sparsity: float | Mapping[str, float],
     policy: MaskPolicy,
     shadow_factor: float = 1.0,
+    margin: Margin = NO_MARGIN,
 ) -> dict[str, LayerUpdate]:
     """Score every layer and replace its mask.
 
@@ -80,14 +82,15 @@ def update_masks(
         sparsity: target over each group; by layer, where layers differ.
         policy: may keep pruned weights out.
         shadow_factor: multiplies the values of pruned weights before they are scored.
+        margin: by how much kept weights are ahead.
 
     Raises:
         ValueError: a layer without activations, or with non-finite activations or weights.
     """
     check_reached(layers, criterion)
     # All new masks first, then all changes: an error leaves every mask and weight as it was, on every rank.
-    select = _select_model_wide if pattern.model_wide else _select_by_layer
-    chosen = select(layers, criterion, pattern, sparsity, policy, shadow_factor)
+    rules = _Rules(criterion, pattern, sparsity, policy, shadow_factor, margin)
+    chosen = (_select_model_wide if pattern.model_wide else _select_by_layer)(layers, rules)
     for name, choice in chosen.items():
         if not choice.finite:
             raise ValueError(
@@ -103,6 +106,18 @@ def update_masks(
     return updates
 
 
+@dataclass(frozen=True)
+class _Rules:
+    """What decides the masks of one update, as ``update_masks`` is told it."""
+
+    criterion: Criterion
+    pattern: Pattern
+    sparsity: float | Mapping[str, float]
+    policy: MaskPolicy
+    shadow_factor: float
+    margin: Margin
+
+
 @dataclass
 class _Choice:
     """Rows of a new mask, before anything is changed."""
@@ -113,44 +128,30 @@ class _Choice:
     finite: bool = True
 
 
-def _select_by_layer(
-    layers: Mapping[str, MaskedMatrix],
-    criterion: Criterion,
-    pattern: Pattern,
-    sparsity: float | Mapping[str, float],
-    policy: MaskPolicy,
-    shadow_factor: float,
-) -> dict[str, _Choice]:
-    by_rows = criterion.rowwise and pattern.rowwise
+def _select_by_layer(layers: Mapping[str, MaskedMatrix], rules: _Rules) -> dict[str, _Choice]:
+    by_rows = rules.criterion.rowwise and rules.pattern.rowwise
     chosen = {}
     for name, layer in layers.items():
-        own = sparsity[name] if isinstance(sparsity, Mapping) else sparsity
+        own = rules.sparsity[name] if isinstance(rules.sparsity, Mapping) else rules.sparsity
         with sharding.weights(layer, by_rows) as (weight_OI, rows):
-            scores_OI, nonzero_OJ, finite = _admitted(layer, weight_OI, rows, criterion, policy, shadow_factor)
-        keep_OJ = masks.pack(pattern.mask(scores_OI, own)) if finite else nonzero_OJ
+            scores_OI, nonzero_OJ, finite = _admitted(layer, weight_OI, rows, rules)
+        keep_OJ = masks.pack(rules.pattern.mask(scores_OI, own)) if finite else nonzero_OJ
         chosen[name] = _Choice(keep_OJ, masks.count(keep_OJ & nonzero_OJ), finite)
     if by_rows:
         _complete(chosen, {name: layer for name, layer in layers.items() if sharding.is_dtensor(layer.weight_OI)})
     return chosen
 
 
-def _select_model_wide(
-    layers: Mapping[str, MaskedMatrix],
-    criterion: Criterion,
-    pattern: Pattern,
-    sparsity: float | Mapping[str, float],
-    policy: MaskPolicy,
-    shadow_factor: float,
-) -> dict[str, _Choice]:
-    assert isinstance(sparsity, float), "one group has one sparsity"
+def _select_model_wide(layers: Mapping[str, MaskedMatrix], rules: _Rules) -> dict[str, _Choice]:
+    assert isinstance(rules.sparsity, float), "one group has one sparsity"
     chosen, scores = {}, []
     for name, layer in layers.items():
         with sharding.weights(layer, by_rows=False) as (weight_OI, rows):
-            scores_OI, nonzero_OJ, finite = _admitted(layer, weight_OI, rows, criterion, policy, shadow_factor)
+            scores_OI, nonzero_OJ, finite = _admitted(layer, weight_OI, rows, rules)
         scores.append(scores_OI)
         chosen[name] = _Choice(nonzero_OJ, 0, finite)
     if all(choice.finite for choice in chosen.values()):
-        keep = pattern.mask(torch.cat([score.reshape(1, -1) for score in scores], dim=1), sparsity)
+        keep = rules.pattern.mask(torch.cat([score.reshape(1, -1) for score in scores], dim=1), rules.sparsity)
         parts = keep.split([score.numel() for score in scores], dim=1)
         for choice, score, part in zip(chosen.values(), scores, parts, strict=True):
             nonzero_OJ, choice.keep_OJ = choice.keep_OJ, masks.pack(part.view_as(score))
@@ -229,30 +230,27 @@ def masks_from_zeros(layers: Mapping[str, MaskedMatrix], pattern: Pattern, spars
     return False
 
 
-def _admitted(
-    layer: MaskedMatrix,
-    weight_OI: Tensor,
-    rows: slice,
-    criterion: Criterion,
-    policy: MaskPolicy,
-    shadow_factor: float,
-) -> tuple[Tensor, Tensor, bool]:
+def _admitted(layer: MaskedMatrix, weight_OI: Tensor, rows: slice, rules: _Rules) -> tuple[Tensor, Tensor, bool]:
     """Scores as selection sees them, which weights are not zero (packed), and whether the scores are finite."""
-    keep_OI = layer.unpacked_mask()[rows] if shadow_factor != 1 or not policy.revives else None
-    if shadow_factor != 1:
+    asked = rules.shadow_factor != 1 or rules.margin or not rules.policy.revives
+    keep_OI = layer.unpacked_mask()[rows] if asked else None
+    if rules.shadow_factor != 1:
         assert keep_OI is not None
-        weight_OI = torch.where(keep_OI, weight_OI, weight_OI * shadow_factor)
-    stats = layer.statistics if criterion.needs_activations else None
+        weight_OI = torch.where(keep_OI, weight_OI, weight_OI * rules.shadow_factor)
+    stats = layer.statistics if rules.criterion.needs_activations else None
     assert stats is None or isinstance(stats, ActivationNorm)
-    scores_OI = criterion.scores(weight_OI, stats)
+    scores_OI = rules.criterion.scores(weight_OI, stats)
     # the sum is finite where all are, and ten times faster to look at; it may overflow where none is infinite
     finite = bool(scores_OI.sum().isfinite()) or bool(scores_OI.isfinite().all())
     if stats is not None and bool((stats.sum_squares_I == 0).any()):
         # An input that never comes makes every score 0: what is zero already goes first, so that pruning twice is once.
         scores_OI = scores_OI.masked_fill(weight_OI == 0, -torch.inf)
-    if not policy.revives:
+    if rules.margin:
         assert keep_OI is not None
-        scores_OI = policy.admit(scores_OI, keep_OI)
+        scores_OI = rules.margin.apply(scores_OI, keep_OI)
+    if not rules.policy.revives:
+        assert keep_OI is not None
+        scores_OI = rules.policy.admit(scores_OI, keep_OI)
     return scores_OI, masks.pack(weight_OI != 0), finite
 
 

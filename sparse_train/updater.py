@@ -13,6 +13,7 @@ from sparse_train.activations import ActivationNorm, InputSharing
 from sparse_train.criteria import Criterion, Wanda
 from sparse_train.distributed import gather_objects, rank, world_size
 from sparse_train.layers import sparsify, squash
+from sparse_train.margins import NO_MARGIN, Margin, check_margin
 from sparse_train.matrices import MaskedLayer, Recorder
 from sparse_train.patterns import Pattern, parse_pattern
 from sparse_train.policies import MaskPolicy, StraightThrough
@@ -66,6 +67,7 @@ class MaskUpdater:
         memory: factor per update with which the statistics of earlier windows count, tokens alike: 0 = the last window
             alone, up to 1 = all windows. "frozen": the norms of the first mask for ever; from one-shot pruning, where
             the masks that the model has come from there, else from the first window.
+        hysteresis: share by which the scores of kept weights count more at updates, see ``sparse_train.margins``.
         total_steps: optimizer steps of the run; needed for shares of it.
         state: ``state_dict`` of the run to resume, whose masks the model has, or will load.
 
@@ -90,6 +92,7 @@ class MaskUpdater:
         end_step: int | float = 0.75,
         window: int | float = 0.5,
         memory: Memory = 0.0,
+        hysteresis: float = 0.0,
         total_steps: int | float | None = None,
         state: Mapping[str, Any] | None = None,
     ) -> None:
@@ -97,7 +100,8 @@ class MaskUpdater:
         self.criterion = expect("criterion", criterion, Wanda(), Criterion)
         self.policy = expect("policy", policy, StraightThrough(), MaskPolicy)
         check_memory(memory, self.criterion)
-        self.memory = memory
+        self.memory, self.margin = memory, Margin(hysteresis)
+        check_margin(self.margin, self.policy)
         layers = select(model, self.pattern, targets, ignore).layers
         began_dense = not any(isinstance(layer, MaskedLayer) for layer in layers.values())
         for name, layer in layers.items():
@@ -180,6 +184,7 @@ class MaskUpdater:
             sparsity=target,
             policy=self.policy,
             shadow_factor=self.policy.shadow_decay(progress, since) if since else 1.0,
+            margin=NO_MARGIN if self.target is None else self.margin,
         )
         remember(statistics, self.memory)
         self._frozen = self.memory == "frozen"

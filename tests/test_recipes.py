@@ -125,9 +125,15 @@ def test_the_small_ways_to_name_things():
 
 def test_every_variant_of_updates_can_be_named():
     pruning = "--trainer.callbacks.init_args"
-    for given, memory in (("0.9", 0.9), ("1", 1), ("frozen", "frozen")):
-        cli = parse_fit(f"--config={BASE}", f"{pruning}.memory={given}")
-        assert next(c for c in cli.trainer.callbacks if isinstance(c, DynamicPruning))._scoring["memory"] == memory
+    for name, given, expected in (
+        ("memory", "0.9", 0.9),
+        ("memory", "1", 1),
+        ("memory", "frozen", "frozen"),
+        ("hysteresis", "0.5", 0.5),
+        ("hysteresis", ".inf", float("inf")),
+    ):
+        cli = parse_fit(f"--config={BASE}", f"{pruning}.{name}={given}")
+        assert next(c for c in cli.trainer.callbacks if isinstance(c, DynamicPruning))._scoring[name] == expected
 
 
 def test_distillation_is_a_class_or_the_mapping_of_its_arguments(tmp_path):

@@ -14,6 +14,7 @@ VARIANTS = {
     "exponential": {"memory": 0.5},
     "cumulative": {"memory": 1.0},
     "frozen": {"memory": "frozen"},
+    "hysteresis": {"hysteresis": 0.05},
 }
 
 

@@ -9,6 +9,7 @@ When what happens, in Lightning's order:
     on_train_start            the first mask (whichever comes first); or the state of the checkpoint
     on_train_batch_start      the batch's padding is told to the recorder
     (forward, backward)       activations are recorded in the window before an update
+    on_before_optimizer_step  gradients of pruned weights are taken, for policies that grow by them; ahead of clipping
     (optimizer step)
     on_train_batch_end        after an optimizer step: update, log; ahead of ModelCheckpoint and validation
     on_fit_end                squash, behind the last checkpoint
@@ -20,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -183,6 +185,8 @@ class DynamicPruning(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._begin(trainer, pl_module)
+        assert self.updater is not None
+        self.updater.watch(trainer.optimizers)
         # a checkpoint may have been written after the last optimizer step and before this callback saw it
         self._advance(trainer, pl_module)
 
@@ -261,6 +265,12 @@ class DynamicPruning(L.Callback):
     ) -> None:
         assert self.updater is not None
         self.updater.token_mask = self.token_mask(batch)
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        assert self.updater is not None
+        self.updater.before_optimizer_step(optimizer)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparse_train.policies import MaskPolicy
+from sparse_train.policies import MaskPolicy, only_kept
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Margin:
     def apply(self, scores_OI: Tensor, keep_OI: Tensor) -> Tensor:
         """Scores for selection (O, I), from scores of at least 0 (-inf: pruned first) and the mask so far."""
         if self.hysteresis == torch.inf:
-            return torch.where(keep_OI, scores_OI.clamp_min(torch.finfo(scores_OI.dtype).min), -torch.inf)
+            return only_kept(scores_OI, keep_OI)
         return torch.where(keep_OI, scores_OI * (1 + self.hysteresis), scores_OI)
 
 

@@ -18,17 +18,24 @@ class MaskPolicy(ABC):
     """Whether pruned weights get the straight-through gradient."""
     revives: ClassVar[bool]
     """Whether a pruned weight can come back at an update."""
+    grows: ClassVar[bool] = False
+    """Whether it comes back by its gradient, and not by its score; see ``sparse_train.regrow``."""
 
     @abstractmethod
     def admit(self, scores_OI: Tensor, mask_OI: Tensor) -> Tensor:
         """The scores (O, I) that selection will see, given the mask so far; -inf = prune first.
 
-        Asked only where pruned weights cannot come back: with ``revives``, selection sees all scores.
+        Asked only where pruned weights do not come back by their scores; otherwise selection sees all of them.
         """
 
     def shadow_decay(self, progress: float, steps: int) -> float:
         """Factor on the values of pruned weights, for ``steps`` optimizer steps that end at ``progress`` in [0, 1]."""
         return 1.0
+
+
+def only_kept(scores_OI: Tensor, mask_OI: Tensor) -> Tensor:
+    """Scores (O, I) under which every pruned weight goes before any kept one, also one whose score is -inf."""
+    return torch.where(mask_OI, scores_OI.clamp_min(torch.finfo(scores_OI.dtype).min), -torch.inf)
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,7 @@ class Fixed(MaskPolicy):
     revives: ClassVar[bool] = False
 
     def admit(self, scores_OI: Tensor, mask_OI: Tensor) -> Tensor:
-        return torch.where(mask_OI, scores_OI, -torch.inf)
+        return only_kept(scores_OI, mask_OI)
 
 
 @dataclass(frozen=True)

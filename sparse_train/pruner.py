@@ -5,7 +5,7 @@ One-shot pruning, the Lightning callback and plain loops all go through here.
 Shape suffixes: O out_features, I in_features, J packed mask bytes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -21,6 +21,7 @@ from sparse_train.matrices import MaskedMatrix
 from sparse_train.patterns import Pattern
 from sparse_train.policies import MaskPolicy, StraightThrough
 from sparse_train.recording import check_reached
+from sparse_train.regrow import Growth, regrow
 
 T = TypeVar("T")
 
@@ -72,6 +73,7 @@ def update_masks(
     policy: MaskPolicy,
     shadow_factor: float = 1.0,
     margin: Margin = NO_MARGIN,
+    growth: Growth | None = None,
 ) -> dict[str, LayerUpdate]:
     """Score every layer and replace its mask.
 
@@ -83,13 +85,14 @@ def update_masks(
         policy: may keep pruned weights out.
         shadow_factor: multiplies the values of pruned weights before they are scored.
         margin: by how much kept weights are ahead.
+        growth: gradients by which weights come back.
 
     Raises:
         ValueError: a layer without activations, or with non-finite activations or weights.
     """
     check_reached(layers, criterion)
     # All new masks first, then all changes: an error leaves every mask and weight as it was, on every rank.
-    rules = _Rules(criterion, pattern, sparsity, policy, shadow_factor, margin)
+    rules = _Rules(criterion, pattern, sparsity, policy, shadow_factor, margin, growth)
     chosen = (_select_model_wide if pattern.model_wide else _select_by_layer)(layers, rules)
     for name, choice in chosen.items():
         if not choice.finite:
@@ -116,6 +119,14 @@ class _Rules:
     policy: MaskPolicy
     shadow_factor: float
     margin: Margin
+    growth: Growth | None
+
+    def mask(self, scores_OI: Tensor, sparsity: float, names: Iterable[str]) -> Tensor:
+        """The mask of admitted scores: of one named layer, or of several as one row."""
+        gradients = self.growth.scores(names) if self.growth is not None else None
+        if self.growth is None or gradients is None:
+            return self.pattern.mask(scores_OI, sparsity)
+        return regrow(scores_OI, gradients.view_as(scores_OI), self.pattern, sparsity, self.growth.fraction)
 
 
 @dataclass
@@ -135,7 +146,7 @@ def _select_by_layer(layers: Mapping[str, MaskedMatrix], rules: _Rules) -> dict[
         own = rules.sparsity[name] if isinstance(rules.sparsity, Mapping) else rules.sparsity
         with sharding.weights(layer, by_rows) as (weight_OI, rows):
             scores_OI, nonzero_OJ, finite = _admitted(layer, weight_OI, rows, rules)
-        keep_OJ = masks.pack(rules.pattern.mask(scores_OI, own)) if finite else nonzero_OJ
+        keep_OJ = masks.pack(rules.mask(scores_OI, own, [name])) if finite else nonzero_OJ
         chosen[name] = _Choice(keep_OJ, masks.count(keep_OJ & nonzero_OJ), finite)
     if by_rows:
         _complete(chosen, {name: layer for name, layer in layers.items() if sharding.is_dtensor(layer.weight_OI)})
@@ -151,7 +162,7 @@ def _select_model_wide(layers: Mapping[str, MaskedMatrix], rules: _Rules) -> dic
         scores.append(scores_OI)
         chosen[name] = _Choice(nonzero_OJ, 0, finite)
     if all(choice.finite for choice in chosen.values()):
-        keep = rules.pattern.mask(torch.cat([score.reshape(1, -1) for score in scores], dim=1), rules.sparsity)
+        keep = rules.mask(torch.cat([score.reshape(1, -1) for score in scores], dim=1), rules.sparsity, layers)
         parts = keep.split([score.numel() for score in scores], dim=1)
         for choice, score, part in zip(chosen.values(), scores, parts, strict=True):
             nonzero_OJ, choice.keep_OJ = choice.keep_OJ, masks.pack(part.view_as(score))
@@ -232,7 +243,8 @@ def masks_from_zeros(layers: Mapping[str, MaskedMatrix], pattern: Pattern, spars
 
 def _admitted(layer: MaskedMatrix, weight_OI: Tensor, rows: slice, rules: _Rules) -> tuple[Tensor, Tensor, bool]:
     """Scores as selection sees them, which weights are not zero (packed), and whether the scores are finite."""
-    asked = rules.shadow_factor != 1 or rules.margin or not rules.policy.revives
+    by_score = rules.policy.revives and not rules.policy.grows
+    asked = rules.shadow_factor != 1 or rules.margin or not by_score
     keep_OI = layer.unpacked_mask()[rows] if asked else None
     if rules.shadow_factor != 1:
         assert keep_OI is not None
@@ -248,10 +260,14 @@ def _admitted(layer: MaskedMatrix, weight_OI: Tensor, rows: slice, rules: _Rules
     if rules.margin:
         assert keep_OI is not None
         scores_OI = rules.margin.apply(scores_OI, keep_OI)
-    if not rules.policy.revives:
+    if not by_score:
         assert keep_OI is not None
         scores_OI = rules.policy.admit(scores_OI, keep_OI)
-    return scores_OI, masks.pack(weight_OI != 0), finite
+    nonzero_OI = weight_OI != 0
+    if rules.policy.grows:
+        assert keep_OI is not None
+        nonzero_OI &= keep_OI  # what comes back begins at zero
+    return scores_OI, masks.pack(nonzero_OI), finite
 
 
 def expect(name: str, value: T | None, default: T, base: type[Any]) -> T:

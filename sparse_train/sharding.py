@@ -37,6 +37,11 @@ def is_zero3(parameter: Any) -> bool:
     return hasattr(parameter, "ds_id")
 
 
+def has_masters(layer: MaskedMatrix) -> bool:
+    """Whether parameters are whole, and DeepSpeed's ZeRO-1 or 2 holds float32 masters of them in pieces."""
+    return hasattr(_parameter(layer), "_hp_mapping")
+
+
 def check_layout(name: str, layer: nn.Module) -> None:
     """Raise ValueError for a layer whose weight is sharded in a way that masks cannot follow."""
     parameter: Any = layer.weight
@@ -100,17 +105,17 @@ def rewrite(layer: MaskedMatrix, function: Elementwise) -> None:
         local.copy_(function(local, layer.unpacked_mask()[here]))
         return
     weight.copy_(function(weight, layer.unpacked_mask()))
-    if hasattr(parameter, "_hp_mapping"):  # ZeRO-1 and 2: parameters are whole, and their masters in pieces
+    if has_masters(layer):
         from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
 
         master = safe_get_full_fp32_param(parameter)
         assert master is not None
-        safe_set_full_fp32_param(parameter, function(master, _stored(layer, layer.unpacked_mask())))
+        safe_set_full_fp32_param(parameter, function(master, stored(layer, layer.unpacked_mask())))
 
 
 def _rewrite_zero3(layer: MaskedMatrix, parameter: Any, function: Elementwise) -> None:
     piece = parameter.ds_tensor  # this process's, flat and padded at the end of the last one
-    flat = _stored(layer, layer.unpacked_mask()).reshape(-1)
+    flat = stored(layer, layer.unpacked_mask()).reshape(-1)
     mine = flat[rank() * piece.numel() : (rank() + 1) * piece.numel()].to(piece.device)
     whole = piece.data[: len(mine)]
     whole.copy_(function(whole, mine))
@@ -135,8 +140,8 @@ def _parameter(layer: MaskedMatrix) -> Any:
     return getattr(layer, "weight", layer.weight_OI)
 
 
-def _stored(layer: MaskedMatrix, matrix_OI: Tensor) -> Tensor:
-    """A matrix (O, I) in the orientation in which the layer's parameter is stored."""
+def stored(layer: MaskedMatrix, matrix_OI: Tensor) -> Tensor:
+    """A matrix (O, I) in the orientation in which the layer's parameter is stored, or the other way round."""
     return matrix_OI if isinstance(layer, nn.Linear) else matrix_OI.t()
 
 
@@ -147,7 +152,7 @@ def decay_shadow(layer: MaskedMatrix, factor: float) -> None:
 
 def write_zeros(layer: MaskedMatrix) -> None:
     """Make pruned weights exact zeros."""
-    if is_sharded(layer) or hasattr(_parameter(layer), "_hp_mapping"):
+    if is_sharded(layer) or has_masters(layer):
         rewrite(layer, lambda weight, keep: torch.where(keep, weight, 0))
     else:
         layer.weight_OI.copy_(layer.masked_weight())  # the same, without a bool for every weight

@@ -1,12 +1,13 @@
 """``MaskUpdater``: the pipeline over a training run, schedule -> scores -> masks -> policy; needs torch alone."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from sparse_train import masks
 from sparse_train.activations import ActivationNorm, InputSharing
@@ -28,6 +29,7 @@ from sparse_train.recording import (
     share_statistics,
     warn_of_padding,
 )
+from sparse_train.regrow import Growth, Regrow
 from sparse_train.schedules import Constant, Schedule
 from sparse_train.sharding import check_layout
 from sparse_train.targets import select
@@ -134,6 +136,7 @@ class MaskUpdater:
         attach(self.layers.values(), self.recorder, needed_statistics(self.criterion))
         for layer in self.layers.values():
             layer.straight_through = self.policy.straight_through
+        self._growth = Growth(self.layers, self.policy, self.criterion) if isinstance(self.policy, Regrow) else None
         self.steps = 0
         self.target: float | None = initial if masked else None
         """Sparsity of the masks as they are; None before the first."""
@@ -157,6 +160,19 @@ class MaskUpdater:
     def token_mask(self, mask: Tensor | None) -> None:
         self.recorder.token_mask = mask
 
+    def watch(self, optimizers: Iterable[Optimizer]) -> None:
+        """Tell which optimizers train the layers; ``Regrow`` clears their moments, other policies do not need them."""
+        if self._growth is not None:
+            self._growth.watch(optimizers)
+
+    def before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Call behind backward and ahead of clipping and ``optimizer.step()``, for ``Regrow``; others do not need it.
+
+        Takes the gradients of pruned weights, where the step is an update's, so that the optimizer does not see them.
+        """
+        if self._growth is not None:
+            self._growth.take(optimizer)
+
     def step(self) -> UpdateReport | None:
         """Call after every optimizer step, before the next forward. Returns a report at the steps of updates."""
         self.steps += 1
@@ -177,6 +193,10 @@ class MaskUpdater:
         target = self.schedule.sparsity(progress)
         statistics = exchange(self.layers)
         since = 0 if self.target is None else self.steps - self._last_update
+        before = {}
+        if self._growth is not None:
+            self._growth.check()
+            before = {name: layer.weight_mask.clone() for name, layer in self.layers.items()}
         changes = update_masks(
             self.layers,
             criterion=self.criterion,
@@ -185,7 +205,10 @@ class MaskUpdater:
             policy=self.policy,
             shadow_factor=self.policy.shadow_decay(progress, since) if since else 1.0,
             margin=NO_MARGIN if self.target is None else self.margin,
+            growth=self._growth,
         )
+        if self._growth is not None:
+            self._growth.restart(before)
         remember(statistics, self.memory)
         self._frozen = self.memory == "frozen"
         self.target, self._last_update = target, self.steps
@@ -215,6 +238,7 @@ class MaskUpdater:
             "timing": asdict(self.timing),
             "settings": self._settings(),
             "statistics_by_rank": gather_objects({n: stats.state_dict() for n, stats in self._statistics().items()}),
+            "gradients": {} if self._growth is None else self._growth.state_dict(),
             "first_rows": {name: rows.cpu() for name, rows in self._first_rows.items()},
         }
 
@@ -242,6 +266,8 @@ class MaskUpdater:
         self.timing = Timing(**state["timing"])
         self._frozen = state["frozen"]
         self._first_rows = {n: rows.to(self.layers[n].weight_OI.device) for n, rows in state["first_rows"].items()}
+        if self._growth is not None:
+            self._growth.load_state_dict(state["gradients"])
         own = self._statistics()
         same_ranks = len(by_rank) == world_size()
         for statistics in own.values():
@@ -277,6 +303,9 @@ class MaskUpdater:
             and self.timing.is_recorded(self.steps)
             and self._would_change(update)
         )
+        if self._growth is not None:
+            next_is_update = self.target is not None and self.timing.is_update(self.steps + 1)
+            self._growth.ask(self.timing.progress(self.steps + 1) if next_is_update else None)
         self.recorder.when = "training" if wanted else "never"
         self.recorder.sharing = InputSharing() if wanted and not self._sharing_known else None
 

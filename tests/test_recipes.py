@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sparse_train import NM, Cubic, Magnitude, SparseGPT, Wanda, lightning_cli
+from sparse_train import NM, Cubic, Magnitude, Regrow, SparseGPT, Wanda, lightning_cli
 from sparse_train.callbacks import DynamicPruning, Evaluation
 from sparse_train.commands import parser_of
 from sparse_train.module import CausalLM
@@ -134,6 +134,8 @@ def test_every_variant_of_updates_can_be_named():
     ):
         cli = parse_fit(f"--config={BASE}", f"{pruning}.{name}={given}")
         assert next(c for c in cli.trainer.callbacks if isinstance(c, DynamicPruning))._scoring[name] == expected
+    cli = parse_fit(f"--config={BASE}", f"{pruning}.policy=Regrow", f"{pruning}.policy.drop_fraction=0.2")
+    assert next(c for c in cli.trainer.callbacks if isinstance(c, DynamicPruning))._policy == Regrow(0.2)
 
 
 def test_distillation_is_a_class_or_the_mapping_of_its_arguments(tmp_path):

@@ -33,14 +33,14 @@ from sparse_train.layers import sparse_layers, sparsify, sparsify_like, squash
 from sparse_train.margins import Margin, check_margin
 from sparse_train.matrices import MaskedLayer
 from sparse_train.oneshot import set_initial_masks
-from sparse_train.patterns import Pattern, group_label
+from sparse_train.patterns import Pattern, group_label, resolve_target
 from sparse_train.policies import MaskPolicy, StraightThrough
 from sparse_train.pruner import UpdateReport, expect, masks_from_zeros
 from sparse_train.recording import Memory, check_memory
 from sparse_train.schedules import Schedule
 from sparse_train.sharding import is_sharded
 from sparse_train.targets import select
-from sparse_train.updater import MaskUpdater, resolve_target
+from sparse_train.updater import MaskUpdater
 
 _log = logging.getLogger(__name__)
 

@@ -241,6 +241,21 @@ def masks_from_zeros(layers: Mapping[str, MaskedMatrix], pattern: Pattern, spars
     return False
 
 
+def check_masks(layers: Mapping[str, MaskedMatrix], pattern: Pattern, sparsity: float) -> None:
+    """Raise ValueError where the masks that layers have are not of this pattern and sparsity."""
+    # Scored by itself, a mask that has the pattern's count in every group is what the pattern selects.
+    found = [layer.unpacked_mask() for layer in layers.values()]
+    if pattern.model_wide:
+        found = [torch.cat([mask.reshape(1, -1) for mask in found], dim=1)]
+    for mask, name in zip(found, layers, strict=False):
+        if not torch.equal(pattern.mask(mask.float(), sparsity), mask):
+            raise ValueError(
+                f"The model has masks already, and those of {name} are not {pattern} at a sparsity of {sparsity:g}, "
+                "which this run starts with. Squash the model first to begin with new masks; to resume a run, pass "
+                "its state, or build the updater before loading the model's state dict."
+            )
+
+
 def _admitted(layer: MaskedMatrix, weight_OI: Tensor, rows: slice, rules: _Rules) -> tuple[Tensor, Tensor, bool]:
     """Scores as selection sees them, which weights are not zero (packed), and whether the scores are finite."""
     by_score = rules.policy.revives and not rules.policy.grows

@@ -109,6 +109,33 @@ def share_statistics(recorder: Recorder, layers: Sequence[MaskedMatrix]) -> None
     recorder.sharing = None
 
 
+def norms_of(layers: Mapping[str, MaskedMatrix]) -> dict[str, ActivationNorm]:
+    """The norms of those layers that have any."""
+    return {name: layer.statistics for name, layer in layers.items() if isinstance(layer.statistics, ActivationNorm)}
+
+
+def take_over(own: Mapping[str, ActivationNorm], first: Mapping[str, ActivationNorm]) -> bool:
+    """Go on with the norms of one-shot pruning, which are sums over ranks; False where a layer has none."""
+    if not all(name in first and int(first[name].tokens) for name in own):
+        return False
+    if rank() == 0:
+        for name, norm in own.items():
+            norm.merge_state_dict(first[name].state_dict())
+    return True
+
+
+def restore(own: Mapping[str, ActivationNorm], by_rank: Sequence[Mapping[str, dict[str, torch.Tensor]]]) -> None:
+    """Give each rank the norms it has saved; another number of ranks gets their sum, on rank 0."""
+    same_ranks = len(by_rank) == world_size()
+    for norm in own.values():
+        norm.reset()
+    for process, saved in enumerate(by_rank):
+        if rank() == (process if same_ranks else 0):
+            once = {id(own[name]): name for name in saved}  # layers that share one have each saved it
+            for name in once.values():
+                own[name].merge_state_dict(saved[name])
+
+
 def reduce_statistics(layers: Iterable[MaskedMatrix]) -> list[Statistics]:
     """Sum the statistics of ``layers`` over ranks and return the distinct ones."""
     distinct = _distinct(layers)

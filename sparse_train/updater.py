@@ -5,32 +5,34 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sparse_train import masks
-from sparse_train.activations import ActivationNorm, InputSharing
+from sparse_train.activations import InputSharing
 from sparse_train.criteria import Criterion, Wanda
-from sparse_train.distributed import gather_objects, rank, world_size
+from sparse_train.distributed import gather_objects
 from sparse_train.layers import sparsify, squash
 from sparse_train.margins import NO_MARGIN, Margin, check_margin
 from sparse_train.matrices import MaskedLayer, Recorder
-from sparse_train.patterns import Pattern, parse_pattern
+from sparse_train.patterns import Pattern, resolve_target
 from sparse_train.policies import MaskPolicy, StraightThrough
-from sparse_train.pruner import LayerUpdate, UpdateReport, expect, measure, update_masks
+from sparse_train.pruner import LayerUpdate, UpdateReport, check_masks, expect, measure, update_masks
 from sparse_train.recording import (
     Memory,
     attach,
     check_memory,
     exchange,
     needed_statistics,
+    norms_of,
     remember,
+    restore,
     share_statistics,
+    take_over,
     warn_of_padding,
 )
 from sparse_train.regrow import Growth, Regrow
-from sparse_train.schedules import Constant, Schedule
+from sparse_train.schedules import Schedule
 from sparse_train.sharding import check_layout
 from sparse_train.targets import select
 from sparse_train.timing import Timing
@@ -129,10 +131,10 @@ class MaskUpdater:
         # A run starts from the masks that are there; where nothing is to be pruned yet, that is also a mask.
         masked = state is not None or initial == 0 or not all(layer.keeps_all() for layer in self.layers.values())
         if masked and state is None:
-            _check_masks(self.layers, self.pattern, initial)
+            check_masks(self.layers, self.pattern, initial)
         self.timing = Timing.resolve(**timing, first_from_window=self.criterion.needs_activations and not masked)
         self.recorder = Recorder()
-        first = self._statistics() if self.memory == "frozen" and masked and state is None else {}
+        first = norms_of(self.layers)
         attach(self.layers.values(), self.recorder, needed_statistics(self.criterion))
         for layer in self.layers.values():
             layer.straight_through = self.policy.straight_through
@@ -142,7 +144,8 @@ class MaskUpdater:
         """Sparsity of the masks as they are; None before the first."""
         self._last_update = 0
         self._sharing_known = False
-        self._frozen = self._take_over(first)
+        adopts = self.memory == "frozen" and masked and state is None
+        self._frozen = adopts and take_over(norms_of(self.layers), first)
         """Whether statistics are what they will be for ever."""
         self._first_rows: dict[str, Tensor] = self._rows() if masked else {}
         if state is not None:
@@ -237,7 +240,7 @@ class MaskUpdater:
             "frozen": self._frozen,
             "timing": asdict(self.timing),
             "settings": self._settings(),
-            "statistics_by_rank": gather_objects({n: stats.state_dict() for n, stats in self._statistics().items()}),
+            "statistics_by_rank": gather_objects({n: stats.state_dict() for n, stats in norms_of(self.layers).items()}),
             "gradients": {} if self._growth is None else self._growth.state_dict(),
             "first_rows": {name: rows.cpu() for name, rows in self._first_rows.items()},
         }
@@ -268,15 +271,7 @@ class MaskUpdater:
         self._first_rows = {n: rows.to(self.layers[n].weight_OI.device) for n, rows in state["first_rows"].items()}
         if self._growth is not None:
             self._growth.load_state_dict(state["gradients"])
-        own = self._statistics()
-        same_ranks = len(by_rank) == world_size()
-        for statistics in own.values():
-            statistics.reset()
-        for process, saved in enumerate(by_rank):
-            if rank() == (process if same_ranks else 0):
-                once = {id(own[name]): name for name in saved}  # layers that share one have each saved it
-                for name in once.values():
-                    own[name].merge_state_dict(saved[name])
+        restore(norms_of(self.layers), by_rank)
         self._set_recording()
 
     def _settings(self) -> dict[str, str]:
@@ -318,46 +313,6 @@ class MaskUpdater:
         size = sum(change.size for change in changes.values())
         return UpdateReport(self.steps, self.target or 0.0, changes, scaled / size, seconds)
 
-    def _statistics(self) -> dict[str, ActivationNorm]:
-        return {n: m.statistics for n, m in self.layers.items() if isinstance(m.statistics, ActivationNorm)}
-
-    def _take_over(self, first: Mapping[str, ActivationNorm]) -> bool:
-        """Go on with the norms of one-shot pruning, which are sums over ranks; False where there are none."""
-        if len(first) < len(self.layers) or not all(int(each.tokens) for each in first.values()):
-            return False
-        for name, own in self._statistics().items():
-            if rank() == 0:
-                own.merge_state_dict(first[name].state_dict())
-        return True
-
     def _rows(self) -> dict[str, Tensor]:
         strides = {n: max(1, min(_FIRST_MASK_STRIDE, layer.out_features // 4)) for n, layer in self.layers.items()}
         return {name: layer.weight_mask[:: strides[name]].clone() for name, layer in self.layers.items()}
-
-
-def _check_masks(layers: Mapping[str, MaskedLayer], pattern: Pattern, sparsity: float) -> None:
-    # Scored by itself, a mask that has the pattern's count in every group is what the pattern selects.
-    found = [layer.unpacked_mask() for layer in layers.values()]
-    if pattern.model_wide:
-        found = [torch.cat([mask.reshape(1, -1) for mask in found], dim=1)]
-    for mask, name in zip(found, layers, strict=False):
-        if not torch.equal(pattern.mask(mask.float(), sparsity), mask):
-            raise ValueError(
-                f"The model has masks already, and those of {name} are not {pattern} at a sparsity of {sparsity:g}, "
-                "which this run starts with. Squash the model first to begin with new masks; to resume a run, pass "
-                "its state, or build the updater before loading the model's state dict."
-            )
-
-
-def resolve_target(
-    mask_structure: str | Pattern, sparsity: float | None, schedule: Schedule | None
-) -> tuple[Pattern, Schedule]:
-    """Pattern and schedule from what users write; raises ValueError where they contradict each other."""
-    if schedule is None:
-        pattern, sparsity = parse_pattern(mask_structure, sparsity)
-        return pattern, Constant(sparsity)
-    final = schedule.sparsity(1.0)
-    if sparsity is not None and sparsity != final:
-        raise ValueError(f"sparsity={sparsity} is in conflict with the schedule, which ends at {final}: give one.")
-    pattern, _ = parse_pattern(mask_structure, final)
-    return pattern, schedule

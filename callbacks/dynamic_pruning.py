@@ -18,6 +18,7 @@ When what happens, in Lightning's order:
 import functools
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import lightning as L
@@ -88,6 +89,10 @@ class DynamicPruning(L.Callback):
         memory: factor per update with which activations of earlier windows count: 0 = the last window alone, up to
             1 = all windows; "frozen": the norms of the first mask for ever.
         hysteresis: share by which the scores of kept weights count more at updates; 0 = none.
+        noise_margin: standard errors by which kept weights are taken for better, and pruned ones for worse, than they
+            look, from what the odd and the even steps of the window say; 0 = none. See ``sparse_train.margins``.
+        flip_agreement: also log ``sparsity/flip_agreement``, the share of an update's flips that odd and even steps
+            would each have made alone, where there were any: flips that are not noise. Selects twice more.
         calibration_batches: batches of training data for a first mask at step 0; 0 = use the first window.
         squash: leave plain layers with true zeros after ``fit``; False keeps the training state.
 
@@ -113,6 +118,8 @@ class DynamicPruning(L.Callback):
         window: int | float = 0.5,
         memory: Memory = 0.0,
         hysteresis: float = 0.0,
+        noise_margin: float = 0.0,
+        flip_agreement: bool = False,
         calibration_batches: int = 8,
         squash: bool = True,
     ) -> None:
@@ -125,8 +132,9 @@ class DynamicPruning(L.Callback):
         self._policy = expect("policy", policy, StraightThrough(), MaskPolicy)
         self._targets, self._ignore = targets, ignore
         check_memory(memory, self._criterion)
-        check_margin(Margin(hysteresis), self._policy)
-        self._scoring: dict[str, Any] = {"memory": memory, "hysteresis": hysteresis}
+        margin = Margin(hysteresis, noise_margin)
+        check_margin(margin, flip_agreement, self._policy, self._criterion, memory == "frozen")
+        self._scoring: dict[str, Any] = asdict(margin) | {"memory": memory, "flip_agreement": flip_agreement}
         self._timing: dict[str, Any] = {
             "update_freq": update_freq,
             "start_step": start_step,
@@ -338,13 +346,16 @@ class DynamicPruning(L.Callback):
 
 
 def _metrics(report: UpdateReport) -> dict[str, float]:
-    return {
+    metrics = {
         "sparsity/target": report.target_sparsity,
         "sparsity/actual": report.sparsity,
         "sparsity/flip_rate": report.flip_rate,
         "sparsity/initial_flip_rate": report.initial_flip_rate,
         "sparsity/update_seconds": report.seconds,
     }
+    if report.flip_agreement is not None:
+        metrics["sparsity/flip_agreement"] = report.flip_agreement
+    return metrics
 
 
 def _refuse_averaging(trainer: L.Trainer) -> None:

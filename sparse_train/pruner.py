@@ -5,25 +5,26 @@ One-shot pruning, the Lightning callback and plain loops all go through here.
 Shape suffixes: O out_features, I in_features, J packed mask bytes.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from sparse_train import masks, sharding
-from sparse_train.activations import ActivationNorm
-from sparse_train.criteria import Criterion, Magnitude
-from sparse_train.distributed import gather_bytes, rank, sum_over_ranks
-from sparse_train.margins import NO_MARGIN, Margin
+from sparse_train.choice import Rules, agreed_flips, choose
+from sparse_train.criteria import Magnitude
+from sparse_train.distributed import rank, sum_over_ranks
 from sparse_train.matrices import MaskedMatrix
 from sparse_train.patterns import Pattern
-from sparse_train.policies import MaskPolicy, StraightThrough
+from sparse_train.policies import StraightThrough
 from sparse_train.recording import check_reached
-from sparse_train.regrow import Growth, regrow
 
 T = TypeVar("T")
+
+# ``initial_flip_rate`` is measured on a sample: a whole first mask would double what masks take.
+_SAMPLE_STRIDE = 128
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class LayerUpdate:
     """Counted on the masked weights, so kept weights that happen to be zero are in it."""
     flips: int
     """Mask entries that changed."""
+    agreed_flips: int | None = None
+    """Those of them that either half of the window makes by itself; None where they were not compared."""
 
 
 @dataclass(frozen=True)
@@ -59,41 +62,35 @@ class UpdateReport:
         return sum(layer.flips for layer in self.layers.values()) / self._size
 
     @property
+    def flip_agreement(self) -> float | None:
+        """Share of the flips that either half of the window makes by itself; None: not compared, or no flips."""
+        agreed = [layer.agreed_flips for layer in self.layers.values() if layer.agreed_flips is not None]
+        flips = sum(layer.flips for layer in self.layers.values())
+        return sum(agreed) / flips if agreed and flips else None
+
+    @property
     def _size(self) -> int:
         return sum(layer.size for layer in self.layers.values())
 
 
 @torch.no_grad()
 def update_masks(
-    layers: Mapping[str, MaskedMatrix],
-    *,
-    criterion: Criterion,
-    pattern: Pattern,
-    sparsity: float | Mapping[str, float],
-    policy: MaskPolicy,
-    shadow_factor: float = 1.0,
-    margin: Margin = NO_MARGIN,
-    growth: Growth | None = None,
+    layers: Mapping[str, MaskedMatrix], rules: Rules, *, compare_halves: bool = False
 ) -> dict[str, LayerUpdate]:
     """Score every layer and replace its mask.
 
     Args:
         layers: masked layers by name; with ``statistics`` where the criterion needs them.
-        criterion: gives the scores, from the shadow values, in float32.
-        pattern: selects, over one layer at a time or over all of them.
-        sparsity: target over each group; by layer, where layers differ.
-        policy: may keep pruned weights out.
-        shadow_factor: multiplies the values of pruned weights before they are scored.
-        margin: by how much kept weights are ahead.
-        growth: gradients by which weights come back.
+        rules: how.
+        compare_halves: also count the flips that either half of the statistics, which must be ``HalvedNorm``, makes by
+            itself; that selects twice more.
 
     Raises:
         ValueError: a layer without activations, or with non-finite activations or weights.
     """
-    check_reached(layers, criterion)
+    check_reached(layers, rules.criterion)
     # All new masks first, then all changes: an error leaves every mask and weight as it was, on every rank.
-    rules = _Rules(criterion, pattern, sparsity, policy, shadow_factor, margin, growth)
-    chosen = (_select_model_wide if pattern.model_wide else _select_by_layer)(layers, rules)
+    chosen = choose(layers, rules)
     for name, choice in chosen.items():
         if not choice.finite:
             raise ValueError(
@@ -101,100 +98,14 @@ def update_masks(
                 "activations; masks were not changed. Lower the learning rate, or look for where the weight got its "
                 "value."
             )
+    agreed = agreed_flips(layers, chosen, rules) if compare_halves else None
     updates = {}
     for name, layer in layers.items():
-        if shadow_factor != 1:
-            sharding.decay_shadow(layer, shadow_factor)
-        updates[name] = replace_mask(layer, chosen[name].keep_OJ, chosen[name].nonzero)
+        if rules.shadow_factor != 1:
+            sharding.decay_shadow(layer, rules.shadow_factor)
+        update = replace_mask(layer, chosen[name].keep_OJ, chosen[name].nonzero)
+        updates[name] = update if agreed is None else replace(update, agreed_flips=agreed[name])
     return updates
-
-
-@dataclass(frozen=True)
-class _Rules:
-    """What decides the masks of one update, as ``update_masks`` is told it."""
-
-    criterion: Criterion
-    pattern: Pattern
-    sparsity: float | Mapping[str, float]
-    policy: MaskPolicy
-    shadow_factor: float
-    margin: Margin
-    growth: Growth | None
-
-    def mask(self, scores_OI: Tensor, sparsity: float, names: Iterable[str]) -> Tensor:
-        """The mask of admitted scores: of one named layer, or of several as one row."""
-        gradients = self.growth.scores(names) if self.growth is not None else None
-        if self.growth is None or gradients is None:
-            return self.pattern.mask(scores_OI, sparsity)
-        return regrow(scores_OI, gradients.view_as(scores_OI), self.pattern, sparsity, self.growth.fraction)
-
-
-@dataclass
-class _Choice:
-    """Rows of a new mask, before anything is changed."""
-
-    keep_OJ: Tensor
-    nonzero: int
-    """Kept weights that are not zero."""
-    finite: bool = True
-
-
-def _select_by_layer(layers: Mapping[str, MaskedMatrix], rules: _Rules) -> dict[str, _Choice]:
-    by_rows = rules.criterion.rowwise and rules.pattern.rowwise
-    chosen = {}
-    for name, layer in layers.items():
-        own = rules.sparsity[name] if isinstance(rules.sparsity, Mapping) else rules.sparsity
-        with sharding.weights(layer, by_rows) as (weight_OI, rows):
-            scores_OI, nonzero_OJ, finite = _admitted(layer, weight_OI, rows, rules)
-        keep_OJ = masks.pack(rules.mask(scores_OI, own, [name])) if finite else nonzero_OJ
-        chosen[name] = _Choice(keep_OJ, masks.count(keep_OJ & nonzero_OJ), finite)
-    if by_rows:
-        _complete(chosen, {name: layer for name, layer in layers.items() if sharding.is_dtensor(layer.weight_OI)})
-    return chosen
-
-
-def _select_model_wide(layers: Mapping[str, MaskedMatrix], rules: _Rules) -> dict[str, _Choice]:
-    assert isinstance(rules.sparsity, float), "one group has one sparsity"
-    chosen, scores = {}, []
-    for name, layer in layers.items():
-        with sharding.weights(layer, by_rows=False) as (weight_OI, rows):
-            scores_OI, nonzero_OJ, finite = _admitted(layer, weight_OI, rows, rules)
-        scores.append(scores_OI)
-        chosen[name] = _Choice(nonzero_OJ, 0, finite)
-    if all(choice.finite for choice in chosen.values()):
-        keep = rules.mask(torch.cat([score.reshape(1, -1) for score in scores], dim=1), rules.sparsity, layers)
-        parts = keep.split([score.numel() for score in scores], dim=1)
-        for choice, score, part in zip(chosen.values(), scores, parts, strict=True):
-            nonzero_OJ, choice.keep_OJ = choice.keep_OJ, masks.pack(part.view_as(score))
-            choice.nonzero = masks.count(choice.keep_OJ & nonzero_OJ)
-    return chosen
-
-
-def _complete(chosen: Mapping[str, _Choice], layers: Mapping[str, MaskedMatrix]) -> None:
-    """Put the rows together that processes have chosen: one gather of mask bits, with a count for each layer."""
-    if not layers:
-        return
-    device = next(iter(layers.values())).weight_mask.device
-    counts = [chosen[name].nonzero if chosen[name].finite else -1 for name in layers]
-    header = torch.tensor(counts, dtype=torch.int64, device=device).view(torch.uint8)
-    own = torch.cat([header, *(chosen[name].keep_OJ.reshape(-1) for name in layers)])
-    widths = {name: layer.weight_mask.shape[1] for name, layer in layers.items()}
-    rows = {name: sharding.rows_of(0, layer.out_features).stop for name, layer in layers.items()}  # the most
-    gathered = gather_bytes(own, len(header) + sum(rows[name] * widths[name] for name in layers))
-    found = torch.stack([each[: len(header)].view(torch.int64) for each in gathered])
-    for index, name in enumerate(layers):
-        chosen[name].finite = bool((found[:, index] >= 0).all())
-        chosen[name].nonzero = int(found[:, index].sum())
-    parts: dict[str, list[Tensor]] = {name: [] for name in layers}
-    for process, each in enumerate(gathered):
-        start = len(header)
-        for name, layer in layers.items():
-            here = sharding.rows_of(process, layer.out_features)
-            size = (here.stop - here.start) * widths[name]
-            parts[name].append(each[start : start + size].view(-1, widths[name]))
-            start += size
-    for name in layers:
-        chosen[name].keep_OJ = torch.cat(parts[name])
 
 
 def replace_mask(layer: MaskedMatrix, packed_OJ: Tensor, nonzero: int) -> LayerUpdate:
@@ -223,6 +134,20 @@ def measure(layers: Mapping[str, MaskedMatrix]) -> dict[str, LayerUpdate]:
     return {name: LayerUpdate(size, size - n, 0) for name, size, n in zip(layers, sizes, counts, strict=True)}
 
 
+def sample_rows(layers: Mapping[str, MaskedMatrix]) -> dict[str, Tensor]:
+    """Every 128th row of each packed mask, and four rows of small layers at least."""
+    strides = {name: max(1, min(_SAMPLE_STRIDE, layer.out_features // 4)) for name, layer in layers.items()}
+    return {name: layer.weight_mask[:: strides[name]].clone() for name, layer in layers.items()}
+
+
+def share_differing(layers: Mapping[str, MaskedMatrix], first_rows: Mapping[str, Tensor]) -> float:
+    """The share of mask entries that differ from those of a sample, scaled to whole layers."""
+    rows = sample_rows(layers)
+    differing = {name: masks.count_differing(row, first_rows[name]) for name, row in rows.items()}
+    scaled = sum(n * layers[name].out_features / len(rows[name]) for name, n in differing.items())
+    return scaled / sum(layer.in_features * layer.out_features for layer in layers.values())
+
+
 def masks_from_zeros(layers: Mapping[str, MaskedMatrix], pattern: Pattern, sparsity: float) -> bool:
     """Let the masks of a model that was pruned before stand where its zeros are; False if it is not that sparse.
 
@@ -233,7 +158,7 @@ def masks_from_zeros(layers: Mapping[str, MaskedMatrix], pattern: Pattern, spars
     dense = measure(layers)
     if sum(u.zeros for u in dense.values()) < 0.99 * sparsity * sum(u.size for u in dense.values()):
         return False
-    found = update_masks(layers, criterion=Magnitude(), pattern=pattern, sparsity=sparsity, policy=StraightThrough())
+    found = update_masks(layers, Rules(Magnitude(), pattern, sparsity, StraightThrough()))
     if all(found[name].zeros == dense[name].zeros for name in layers):
         return True  # nothing was pruned that was not zero
     for layer in layers.values():
@@ -254,35 +179,6 @@ def check_masks(layers: Mapping[str, MaskedMatrix], pattern: Pattern, sparsity: 
                 "which this run starts with. Squash the model first to begin with new masks; to resume a run, pass "
                 "its state, or build the updater before loading the model's state dict."
             )
-
-
-def _admitted(layer: MaskedMatrix, weight_OI: Tensor, rows: slice, rules: _Rules) -> tuple[Tensor, Tensor, bool]:
-    """Scores as selection sees them, which weights are not zero (packed), and whether the scores are finite."""
-    by_score = rules.policy.revives and not rules.policy.grows
-    asked = rules.shadow_factor != 1 or rules.margin or not by_score
-    keep_OI = layer.unpacked_mask()[rows] if asked else None
-    if rules.shadow_factor != 1:
-        assert keep_OI is not None
-        weight_OI = torch.where(keep_OI, weight_OI, weight_OI * rules.shadow_factor)
-    stats = layer.statistics if rules.criterion.needs_activations else None
-    assert stats is None or isinstance(stats, ActivationNorm)
-    scores_OI = rules.criterion.scores(weight_OI, stats)
-    # the sum is finite where all are, and ten times faster to look at; it may overflow where none is infinite
-    finite = bool(scores_OI.sum().isfinite()) or bool(scores_OI.isfinite().all())
-    if stats is not None and bool((stats.sum_squares_I == 0).any()):
-        # An input that never comes makes every score 0: what is zero already goes first, so that pruning twice is once.
-        scores_OI = scores_OI.masked_fill(weight_OI == 0, -torch.inf)
-    if rules.margin:
-        assert keep_OI is not None
-        scores_OI = rules.margin.apply(scores_OI, keep_OI)
-    if not by_score:
-        assert keep_OI is not None
-        scores_OI = rules.policy.admit(scores_OI, keep_OI)
-    nonzero_OI = weight_OI != 0
-    if rules.policy.grows:
-        assert keep_OI is not None
-        nonzero_OI &= keep_OI  # what comes back begins at zero
-    return scores_OI, masks.pack(nonzero_OI), finite
 
 
 def expect(name: str, value: T | None, default: T, base: type[Any]) -> T:

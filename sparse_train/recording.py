@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 
 from sparse_train import masks
-from sparse_train.activations import ActivationNorm, Statistics
+from sparse_train.activations import ActivationNorm, HalvedNorm, Statistics
 from sparse_train.criteria import Criterion
 from sparse_train.distributed import gather_bytes, rank, sum_over_ranks, world_size
 from sparse_train.matrices import MaskedLayer, MaskedMatrix, Recorder
@@ -82,9 +82,18 @@ def attach(layers: Iterable[MaskedMatrix], recorder: Recorder, statistics: type[
         layer.statistics = None if statistics is None else statistics(layer.in_features, layer.weight_OI.device)
 
 
-def needed_statistics(criterion: Criterion) -> type[ActivationNorm] | None:
-    """What a criterion reads."""
-    return ActivationNorm if criterion.needs_activations else None
+def needed_statistics(criterion: Criterion, halved: bool) -> type[ActivationNorm] | None:
+    """What a criterion reads, in halves where its noise is asked for."""
+    if not criterion.needs_activations:
+        return None
+    return HalvedNorm if halved else ActivationNorm
+
+
+def turn_halves(layers: Iterable[MaskedMatrix]) -> None:
+    """After a recorded step: let the next one go to the other half, where statistics have halves."""
+    for each in _distinct(layers):
+        if isinstance(each, HalvedNorm):
+            each.turn()
 
 
 def share_statistics(recorder: Recorder, layers: Sequence[MaskedMatrix]) -> None:

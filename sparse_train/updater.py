@@ -8,16 +8,25 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sparse_train import masks
 from sparse_train.activations import InputSharing
+from sparse_train.choice import Rules
 from sparse_train.criteria import Criterion, Wanda
 from sparse_train.distributed import gather_objects
 from sparse_train.layers import sparsify, squash
-from sparse_train.margins import NO_MARGIN, Margin, check_margin
+from sparse_train.margins import NO_MARGIN, Margin, check_margin, check_window
 from sparse_train.matrices import MaskedLayer, Recorder
 from sparse_train.patterns import Pattern, resolve_target
 from sparse_train.policies import MaskPolicy, StraightThrough
-from sparse_train.pruner import LayerUpdate, UpdateReport, check_masks, expect, measure, update_masks
+from sparse_train.pruner import (
+    LayerUpdate,
+    UpdateReport,
+    check_masks,
+    expect,
+    measure,
+    sample_rows,
+    share_differing,
+    update_masks,
+)
 from sparse_train.recording import (
     Memory,
     attach,
@@ -29,6 +38,7 @@ from sparse_train.recording import (
     restore,
     share_statistics,
     take_over,
+    turn_halves,
     warn_of_padding,
 )
 from sparse_train.regrow import Growth, Regrow
@@ -36,10 +46,6 @@ from sparse_train.schedules import Schedule
 from sparse_train.sharding import check_layout
 from sparse_train.targets import select
 from sparse_train.timing import Timing
-
-# ``initial_flip_rate`` is measured on every 128th row, and four rows of small layers at least: a whole first mask would
-# double what masks take.
-_FIRST_MASK_STRIDE = 128
 
 
 class MaskUpdater:
@@ -71,7 +77,10 @@ class MaskUpdater:
         memory: factor per update with which the statistics of earlier windows count, tokens alike: 0 = the last window
             alone, up to 1 = all windows. "frozen": the norms of the first mask for ever; from one-shot pruning, where
             the masks that the model has come from there, else from the first window.
-        hysteresis: share by which the scores of kept weights count more at updates, see ``sparse_train.margins``.
+        hysteresis: share by which the scores of kept weights count more at updates.
+        noise_margin: how many standard errors, estimated from the odd and the even steps of the window, kept weights
+            are taken for better and pruned ones for worse than they look; see ``sparse_train.margins``.
+        flip_agreement: report which share of an update's flips odd and even steps would each have made alone.
         total_steps: optimizer steps of the run; needed for shares of it.
         state: ``state_dict`` of the run to resume, whose masks the model has, or will load.
 
@@ -97,6 +106,8 @@ class MaskUpdater:
         window: int | float = 0.5,
         memory: Memory = 0.0,
         hysteresis: float = 0.0,
+        noise_margin: float = 0.0,
+        flip_agreement: bool = False,
         total_steps: int | float | None = None,
         state: Mapping[str, Any] | None = None,
     ) -> None:
@@ -104,8 +115,8 @@ class MaskUpdater:
         self.criterion = expect("criterion", criterion, Wanda(), Criterion)
         self.policy = expect("policy", policy, StraightThrough(), MaskPolicy)
         check_memory(memory, self.criterion)
-        self.memory, self.margin = memory, Margin(hysteresis)
-        check_margin(self.margin, self.policy)
+        self.memory, self.margin, self.flip_agreement = memory, Margin(hysteresis, noise_margin), flip_agreement
+        check_margin(self.margin, flip_agreement, self.policy, self.criterion, memory == "frozen")
         layers = select(model, self.pattern, targets, ignore).layers
         began_dense = not any(isinstance(layer, MaskedLayer) for layer in layers.values())
         for name, layer in layers.items():
@@ -135,7 +146,10 @@ class MaskUpdater:
         self.timing = Timing.resolve(**timing, first_from_window=self.criterion.needs_activations and not masked)
         self.recorder = Recorder()
         first = norms_of(self.layers)
-        attach(self.layers.values(), self.recorder, needed_statistics(self.criterion))
+        halved = self.margin.noise_margin > 0 or self.flip_agreement
+        if halved:
+            check_window(self.timing.window)
+        attach(self.layers.values(), self.recorder, needed_statistics(self.criterion, halved))
         for layer in self.layers.values():
             layer.straight_through = self.policy.straight_through
         self._growth = Growth(self.layers, self.policy, self.criterion) if isinstance(self.policy, Regrow) else None
@@ -147,7 +161,7 @@ class MaskUpdater:
         adopts = self.memory == "frozen" and masked and state is None
         self._frozen = adopts and take_over(norms_of(self.layers), first)
         """Whether statistics are what they will be for ever."""
-        self._first_rows: dict[str, Tensor] = self._rows() if masked else {}
+        self._first_rows: dict[str, Tensor] = sample_rows(self.layers) if masked else {}
         if state is not None:
             self.load_state_dict(state)
         elif self.timing.is_update(0) and not masked:
@@ -183,6 +197,8 @@ class MaskUpdater:
         if self.recorder.sharing is not None:
             share_statistics(self.recorder, list(self.layers.values()))
             self._sharing_known = True
+        if self.recorder.when == "training":
+            turn_halves(self.layers.values())
         report = None
         if self.timing.is_update(self.steps):
             report = self.update() if self._would_change(self.steps) else self._confirm()
@@ -200,16 +216,16 @@ class MaskUpdater:
         if self._growth is not None:
             self._growth.check()
             before = {name: layer.weight_mask.clone() for name, layer in self.layers.items()}
-        changes = update_masks(
-            self.layers,
-            criterion=self.criterion,
-            pattern=self.pattern,
-            sparsity=target,
-            policy=self.policy,
+        rules = Rules(
+            self.criterion,
+            self.pattern,
+            target,
+            self.policy,
             shadow_factor=self.policy.shadow_decay(progress, since) if since else 1.0,
             margin=NO_MARGIN if self.target is None else self.margin,
             growth=self._growth,
         )
+        changes = update_masks(self.layers, rules, compare_halves=self.flip_agreement and self.target is not None)
         if self._growth is not None:
             self._growth.restart(before)
         remember(statistics, self.memory)
@@ -281,6 +297,8 @@ class MaskUpdater:
             "criterion": repr(self.criterion),
             "update_freq": str(self.timing.update_freq),
             "memory": str(self.memory),
+            "margin": repr(self.margin),
+            "flip_agreement": str(self.flip_agreement),
             "layers": f"{len(self.layers)} targets",
         }
 
@@ -305,14 +323,6 @@ class MaskUpdater:
         self.recorder.sharing = InputSharing() if wanted and not self._sharing_known else None
 
     def _report(self, changes: dict[str, LayerUpdate], seconds: float) -> UpdateReport:
-        rows = self._rows()
-        self._first_rows = self._first_rows or rows
-        differing = {name: masks.count_differing(row, self._first_rows[name]) for name, row in rows.items()}
-        # scaled to whole layers, of which small ones have more of their rows in the sample
-        scaled = sum(n * self.layers[name].out_features / len(rows[name]) for name, n in differing.items())
-        size = sum(change.size for change in changes.values())
-        return UpdateReport(self.steps, self.target or 0.0, changes, scaled / size, seconds)
-
-    def _rows(self) -> dict[str, Tensor]:
-        strides = {n: max(1, min(_FIRST_MASK_STRIDE, layer.out_features // 4)) for n, layer in self.layers.items()}
-        return {name: layer.weight_mask[:: strides[name]].clone() for name, layer in self.layers.items()}
+        self._first_rows = self._first_rows or sample_rows(self.layers)
+        differing = share_differing(self.layers, self._first_rows)
+        return UpdateReport(self.steps, self.target or 0.0, changes, differing, seconds)

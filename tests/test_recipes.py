@@ -129,6 +129,8 @@ def test_every_variant_of_updates_can_be_named():
         ("memory", "0.9", 0.9),
         ("memory", "1", 1),
         ("memory", "frozen", "frozen"),
+        ("noise_margin", "1", 1),
+        ("flip_agreement", "true", True),
         ("hysteresis", "0.5", 0.5),
         ("hysteresis", ".inf", float("inf")),
     ):

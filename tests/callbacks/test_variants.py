@@ -15,6 +15,8 @@ VARIANTS = {
     "cumulative": {"memory": 1.0},
     "frozen": {"memory": "frozen"},
     "hysteresis": {"hysteresis": 0.05},
+    "noise": {"noise_margin": 0.5, "memory": 0.5},
+    "agreement": {"flip_agreement": True},
     "regrow": {"policy": Regrow()},
 }
 

@@ -23,6 +23,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "magnitude": {"mask_structure": "4:8", "criterion": Magnitude()},
     "not row by row": {"mask_structure": Unstructured("layer"), "sparsity": 0.5, "criterion": RIA()},
     "regrow": {"mask_structure": "unstructured", "sparsity": 0.6, "policy": Regrow(1.0)},
+    "noise": {"mask_structure": "2:4", "noise_margin": 0.5, "flip_agreement": True},
     "memory": {"mask_structure": "2:4", "memory": 0.5},
     "frozen norms": {"mask_structure": "2:4", "memory": "frozen"},
     "model": {"mask_structure": Unstructured("model"), "sparsity": 0.5},

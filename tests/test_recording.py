@@ -7,8 +7,10 @@ import torch
 
 from sparse_train import Magnitude, MaskUpdater, Wanda, prune
 from sparse_train.activations import ActivationNorm
+from sparse_train.distributed import rank, world_size
 
 from .conftest import VOCABULARY, tiny_llama
+from .ranks import launch
 
 
 class Watched(Wanda):
@@ -31,24 +33,28 @@ def step(model, updater, optimizer, generator, tokens=16):
 
 
 def run(memory, lengths):
-    """Norms squared that each update scored the first layer with, and float64 sums of each window of two steps."""
+    """Norms squared that each update scored the first layer with, and float64 sums of each window of two steps.
+
+    Each process of several has its own data, and a learning rate of 0: the models stay the same.
+    """
     model, criterion = tiny_llama(), Watched()
     updater = MaskUpdater(
         model, "2:4", criterion=criterion, update_freq=2, window=1.0, memory=memory, total_steps=20, end_step=1.0
     )
-    inputs, windows = [], []
+    inputs, windows, lr = [], [], 0.1 if world_size() == 1 else 0.0
     model.model.layers[0].self_attn.q_proj.register_forward_pre_hook(lambda m, args: inputs.append(args[0].double()))
-    optimizer, generator = torch.optim.SGD(model.parameters(), lr=0.1), torch.Generator().manual_seed(0)
+    optimizer, generator = torch.optim.SGD(model.parameters(), lr=lr), torch.Generator().manual_seed(rank())
     for length in lengths:
         if step(model, updater, optimizer, generator, length) is not None:
             windows.append(sum(x.square().sum((0, 1)) for x in inputs))
             inputs.clear()
-    return criterion.seen[:: len(updater.layers)], windows
+    state = updater.state_dict() if world_size() > 1 else None
+    return criterion.seen[:: len(updater.layers)], windows, state
 
 
 @pytest.mark.parametrize("memory", [0.0, 0.25, 1.0, 0, 1])
 def test_earlier_windows_count_by_their_tokens_and_fade_by_the_factor(memory):
-    seen, windows = run(memory, [16, 16, 4, 5, 30, 2, 7, 7])
+    seen, windows, _ = run(memory, [16, 16, 4, 5, 30, 2, 7, 7])
     assert len(seen) == len(windows) == 4
     expected = torch.zeros(32, dtype=torch.float64)
     for scored, window in zip(seen, windows, strict=True):
@@ -56,8 +62,30 @@ def test_earlier_windows_count_by_their_tokens_and_fade_by_the_factor(memory):
         torch.testing.assert_close(scored, expected, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("memory", [0.5, "frozen"])
+def test_what_is_carried_over_counts_once_among_ranks_and_is_resumed_by_any_number(memory):
+    (seen, first, state), (other_seen, second, _) = launch.run(run, memory, [16, 9, 4, 5, 7, 7])
+    expected = torch.zeros(32, dtype=torch.float64)
+    for scored, other, *windows in zip(seen, other_seen, first, second, strict=True):
+        assert torch.equal(scored, other)
+        if memory != "frozen":
+            expected = memory * expected + sum(windows)
+        elif not expected.any():
+            expected = sum(windows)
+        torch.testing.assert_close(scored, expected, rtol=1e-5, atol=0)
+    own, theirs = state["statistics_by_rank"]
+    name = "model.layers.0.self_attn.q_proj"
+    assert int(own[name]["tokens"]) > 0
+    assert not any(int(each["tokens"]) for each in theirs.values())
+    resumed = MaskUpdater(
+        tiny_llama(), "2:4", criterion=Watched(), update_freq=2, memory=memory, total_steps=20, state=state
+    )
+    assert torch.equal(resumed.layers[name].statistics.sum_squares_I, own[name]["sum_squares"])
+    assert (resumed.recorder.when == "never") == (memory == "frozen")
+
+
 def test_frozen_norms_are_those_of_the_first_window():
-    seen, windows = run("frozen", [16] * 6)
+    seen, windows, _ = run("frozen", [16] * 6)
     torch.testing.assert_close(seen[0], windows[0], rtol=1e-5, atol=0)
     assert torch.equal(seen[0], seen[1]) and torch.equal(seen[0], seen[2])
 

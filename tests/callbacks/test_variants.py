@@ -1,5 +1,6 @@
 """Variants of updates in a Lightning run: exact in every step, and resumed bit for bit."""
 
+import lightning as L
 import pytest
 import torch
 
@@ -66,3 +67,46 @@ def test_every_variant_resumes_bit_for_bit(tmp_path, variant, calibration_batche
     assert a.keys() == b.keys()
     assert any(key.endswith("weight_mask") for key in a)
     assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+class GradientsOfPrunedWeights(L.Callback):
+    """Behind DynamicPruning, ahead of clipping: pruned weights with a gradient, and steps in which they had one."""
+
+    def __init__(self):
+        self.after, self.straight_through = [], []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        layers = sparse_layers(pl_module).values()
+        self.after.append(sum(int(layer.weight.grad[~layer.unpacked_mask()].count_nonzero()) for layer in layers))
+        self.straight_through.append({layer.straight_through for layer in layers})
+        assert all(layer.weight.grad.any() for layer in layers)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_regrow_takes_gradients_in_the_step_of_an_update_ahead_of_clipping(tmp_path, precision):
+    callback, watch = pruning("regrow", squash=False), GradientsOfPrunedWeights()
+    run = trainer(
+        tmp_path,
+        callback,
+        watch,
+        precision=precision,
+        max_epochs=-1,
+        accumulate_grad_batches=2,
+        gradient_clip_val=0.1,
+    )
+    run.fit(InInit(), loader())
+    assert watch.after == [0] * 12
+    # updates after 4, 8 and 10 steps, where at the last nothing is grown
+    assert [step + 1 for step, found in enumerate(watch.straight_through) if found == {True}] == [4, 8]
+    assert callback.updater.report().initial_flip_rate > 0
+
+
+def test_regrow_knows_its_optimizers_before_the_first_step(tmp_path):
+    class Unknown(InInit):
+        def configure_optimizers(self):
+            return torch.optim.Adagrad(self.parameters())
+
+    module = Unknown()
+    with pytest.raises(ValueError, match="Adagrad: Regrow clears what the optimizer remembers"):
+        trainer(tmp_path, pruning("regrow")).fit(module, loader())
+    assert module.seen == []

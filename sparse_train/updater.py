@@ -206,7 +206,7 @@ class MaskUpdater:
         return report
 
     def update(self) -> UpdateReport:
-        """Replace the masks now, from the statistics gathered so far, which are then forgotten."""
+        """Replace the masks now, from the statistics gathered so far, which then fade as ``memory`` says."""
         began = time.perf_counter()
         progress = self.timing.progress(self.steps)
         target = self.schedule.sparsity(progress)

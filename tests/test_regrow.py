@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 from torch.optim import SGD, Adam, AdamW
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -325,6 +326,28 @@ def test_interrupted_equals_uninterrupted_between_the_optimizer_and_the_update()
     go_on(*resumed)
     found = resumed[0].state_dict()
     assert all(torch.equal(found[name], value) for name, value in whole[0].state_dict().items())
+
+
+@pytest.mark.parametrize("arguments", [{"policy": Regrow(1.0)}, {"noise_margin": 0.5, "flip_agreement": True}], ids=str)
+def test_compiled_forwards_make_the_same_masks(arguments):
+    def masks(compiled):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 4))
+        updater = MaskUpdater(model, "2:4", update_freq=2, window=1.0, total_steps=8, **arguments)
+        forward = torch.compile(model, backend="aot_eager") if compiled else model
+        optimizer = SGD(model.parameters(), lr=0.5)
+        for _ in range(4):
+            forward(torch.randn(8, 16)).square().mean().backward()
+            updater.before_optimizer_step(optimizer)
+            optimizer.step()
+            optimizer.zero_grad()
+            report = updater.step()
+        assert report.flip_rate > 0
+        return report.flip_agreement, {name: layer.weight_mask for name, layer in updater.layers.items()}
+
+    (agreement, plain), (other_agreement, compiled) = masks(False), masks(True)
+    assert agreement == other_agreement
+    assert all(torch.equal(mask, compiled[name]) for name, mask in plain.items())
 
 
 def test_what_is_missing_is_named():

@@ -4,7 +4,7 @@ import lightning as L
 import pytest
 import torch
 
-from sparse_train import Regrow, sparse_layers
+from sparse_train import Magnitude, Regrow, sparse_layers
 from sparse_train.callbacks import DynamicPruning
 
 from .test_dynamic_pruning import ExactAfterEveryStep, InInit, Interrupt, flip_rates, loader, trainer
@@ -110,3 +110,18 @@ def test_regrow_knows_its_optimizers_before_the_first_step(tmp_path):
     with pytest.raises(ValueError, match="Adagrad: Regrow clears what the optimizer remembers"):
         trainer(tmp_path, pruning("regrow")).fit(module, loader())
     assert module.seen == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"memory": 1.5}, "memory is the factor"),
+        ({"memory": 0.5, "criterion": Magnitude()}, "has nothing to remember"),
+        ({"hysteresis": -0.1}, "hysteresis is the share"),
+        ({"hysteresis": 0.1, "policy": Regrow()}, "has no effect with Regrow"),
+        ({"noise_margin": 1.0, "memory": "frozen"}, "none are recorded"),
+    ],
+)
+def test_mistakes_are_found_at_construction(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        DynamicPruning("2:4", **arguments)

@@ -1,15 +1,57 @@
-"""The decay of shadow values: its rate over a run, and that nothing but steps decides how much of it there is."""
+"""Counts under every policy; the decay of shadow values, and that nothing but steps decides how much of it there is."""
 
 from itertools import pairwise
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sparse_train import Magnitude, MaskUpdater, StraightThrough, sparse_layers
+from sparse_train import Magnitude, MaskUpdater, Regrow, StraightThrough, Wanda, sparse_layers, sparsify
+from sparse_train.activations import HalvedNorm
+from sparse_train.choice import Rules
+from sparse_train.margins import Margin
+from sparse_train.pruner import update_masks
+from sparse_train.regrow import Growth
 
 from .conftest import VOCABULARY, tiny_llama
 from .ranks import launch
+from .test_contract import PATTERNS, POLICIES
+from .test_margins import groups_of
+
+
+@given(
+    policy=st.sampled_from(POLICIES),
+    case=st.sampled_from(PATTERNS),
+    margin=st.sampled_from([Margin(), Margin(0.3), Margin(0.1, 2.0), Margin(float("inf"))]),
+    seed=st.integers(0, 2**31),
+)
+def test_counts_are_exact_in_every_group_under_every_policy(policy, case, margin, seed):
+    pattern, sparsity = case
+    torch.manual_seed(seed)
+    layer = nn.Linear(16, 8, bias=False)
+    sparsify(layer, [layer])
+    old = pattern.mask(torch.rand(8, 16), sparsity)
+    layer.set_mask(old)
+    layer.statistics = HalvedNorm(16)
+    for _ in range(2):
+        layer.statistics.add(torch.randn(5, 16))
+        layer.statistics.turn()
+    growth = None
+    if isinstance(policy, Regrow):
+        growth = Growth({"a": layer}, policy, Wanda())
+        growth.ask(0.0)
+        growth.gradients = {"a": torch.randn(8, 16)}
+    rules = Rules(Wanda(), pattern, sparsity, policy, shadow_factor=0.9, margin=margin, growth=growth)
+    update = update_masks({"a": layer}, rules, compare_halves=True)["a"]
+    new = layer.unpacked_mask()
+    assert torch.equal(groups_of(pattern, new).sum(1), groups_of(pattern, old).sum(1))
+    assert update.flips == int((old ^ new).sum())
+    assert 0 <= update.agreed_flips <= update.flips
+    if not policy.revives:
+        assert torch.equal(new, old)
 
 
 def rate(policy, progress):

@@ -24,12 +24,31 @@ from sparse_train.packaged import MODEL_NAME
 from sparse_train.sources import PackagedSmolLM2, PackagedWikipedia, TextFiles, TextSource
 
 _PRUNING = "--trainer.callbacks.init_args"
+_DECAY = [f"{_PRUNING}.policy=StraightThrough", f"{_PRUNING}.policy.srste_decay=0.01"]
 ARMS: dict[str, tuple[str, list[str]]] = {
     "dense": ("recipes/smollm2_dense.yaml", []),
     "static": ("recipes/smollm2_2of4_static.yaml", []),
     "static_ste": ("recipes/smollm2_2of4.yaml", [f"{_PRUNING}.end_step=0"]),
     "dynamic": ("recipes/smollm2_2of4.yaml", []),
     "dynamic_k50": ("recipes/smollm2_2of4.yaml", [f"{_PRUNING}.update_freq=50"]),
+    "dynamic_frozen_norms": ("recipes/smollm2_2of4.yaml", [f"{_PRUNING}.memory=frozen"]),
+    "dynamic_memory50": ("recipes/smollm2_2of4.yaml", [f"{_PRUNING}.memory=0.5"]),
+    "dynamic_memory90": ("recipes/smollm2_2of4.yaml", [f"{_PRUNING}.memory=0.9"]),
+    "dynamic_cumulative": ("recipes/smollm2_2of4.yaml", [f"{_PRUNING}.memory=1"]),
+    "dynamic_hysteresis5": ("recipes/smollm2_2of4.yaml", [f"{_PRUNING}.hysteresis=0.05"]),
+    "dynamic_hysteresis20": ("recipes/smollm2_2of4.yaml", [f"{_PRUNING}.hysteresis=0.2"]),
+    "dynamic_noise1": ("recipes/smollm2_2of4.yaml", [f"{_PRUNING}.noise_margin=1", f"{_PRUNING}.flip_agreement=true"]),
+    "dynamic_noise2": ("recipes/smollm2_2of4.yaml", [f"{_PRUNING}.noise_margin=2", f"{_PRUNING}.flip_agreement=true"]),
+    "dynamic_decay": ("recipes/smollm2_2of4.yaml", _DECAY),
+    "dynamic_decay_annealed": ("recipes/smollm2_2of4.yaml", [*_DECAY, f"{_PRUNING}.policy.anneal=0.5"]),
+    "regrow": ("recipes/smollm2_2of4.yaml", [f"{_PRUNING}.policy=Regrow"]),
+    "regrow_times_norm": (
+        "recipes/smollm2_2of4.yaml",
+        [f"{_PRUNING}.policy=Regrow", f"{_PRUNING}.policy.times_norm=true"],
+    ),
+    "static_unstructured60": ("recipes/smollm2_unstructured60.yaml", [f"{_PRUNING}.policy=Fixed"]),
+    "dynamic_unstructured60": ("recipes/smollm2_unstructured60.yaml", []),
+    "regrow_unstructured60": ("recipes/smollm2_unstructured60.yaml", [f"{_PRUNING}.policy=Regrow"]),
     "dynamic_magnitude": ("recipes/smollm2_2of4.yaml", [f"{_PRUNING}.criterion=Magnitude"]),
 }
 """Trained arms: the recipe, and what is changed in it."""
@@ -63,8 +82,9 @@ def main(
     """Run one arm and append its row.
 
     Args:
-        arm: dense, static (no gradient to pruned weights), static_ste (straight-through, mask frozen), dynamic,
-            dynamic_k50, dynamic_magnitude, oneshot_wanda, oneshot_magnitude or none (the untrained dense model).
+        arm: dense, static (no gradient to pruned weights), static_ste (straight-through, mask frozen), dynamic and
+            its variants, regrow and its variants (see ``ARMS``), oneshot_wanda, oneshot_magnitude or none (the
+            untrained dense model).
         seed: of data order and calibration.
         steps: optimizer steps of 2048 tokens.
         lr: peak learning rate.

@@ -9,6 +9,7 @@ When what happens, in Lightning's order:
     on_train_start            the first mask (whichever comes first); or the state of the checkpoint
     on_train_batch_start      the batch's padding is told to the recorder
     (forward, backward)       activations are recorded in the window before an update
+    on_before_optimizer_step  gradients of pruned weights are taken, for policies that grow by them; ahead of clipping
     (optimizer step)
     on_train_batch_end        after an optimizer step: update, log; ahead of ModelCheckpoint and validation
     on_fit_end                squash, behind the last checkpoint
@@ -17,9 +18,11 @@ When what happens, in Lightning's order:
 import functools
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -28,16 +31,18 @@ from torch import Tensor, nn
 from sparse_train.callbacks.calibration import peek
 from sparse_train.criteria import Criterion, Wanda
 from sparse_train.layers import sparse_layers, sparsify, sparsify_like, squash
+from sparse_train.margins import Margin, check_margin
 from sparse_train.matrices import MaskedLayer
 from sparse_train.oneshot import set_initial_masks
 from sparse_train.oneshot.training_data import causal_lm
-from sparse_train.patterns import Pattern, group_label
+from sparse_train.patterns import Pattern, group_label, resolve_target
 from sparse_train.policies import MaskPolicy, StraightThrough
 from sparse_train.pruner import UpdateReport, expect, masks_from_zeros
+from sparse_train.recording import Memory, check_memory
 from sparse_train.schedules import Schedule
 from sparse_train.sharding import is_sharded, reshard
 from sparse_train.targets import select
-from sparse_train.updater import MaskUpdater, resolve_target
+from sparse_train.updater import MaskUpdater
 
 _log = logging.getLogger(__name__)
 
@@ -82,6 +87,13 @@ class DynamicPruning(L.Callback):
         start_step: first update; int = steps, float = share of the run.
         end_step: the step after which masks are frozen; int = steps, float = share of the run.
         window: steps before an update over which activations are recorded; float = share of ``update_freq``.
+        memory: factor per update with which activations of earlier windows count: 0 = the last window alone, up to
+            1 = all windows; "frozen": the norms of the first mask for ever.
+        hysteresis: share by which the scores of kept weights count more at updates; 0 = none.
+        noise_margin: standard errors by which kept weights are taken for better, and pruned ones for worse, than they
+            look, from what the odd and the even steps of the window say; 0 = none. See ``sparse_train.margins``.
+        flip_agreement: also log ``sparsity/flip_agreement``, the share of an update's flips that odd and even steps
+            would each have made alone, where there were any: flips that are not noise. Selects twice more.
         calibration_batches: batches of training data for a first mask at step 0; 0 = use the first window.
         squash: leave plain layers with true zeros after ``fit``; False keeps the training state.
 
@@ -105,6 +117,10 @@ class DynamicPruning(L.Callback):
         start_step: int | float = 0,
         end_step: int | float = 0.75,
         window: int | float = 0.5,
+        memory: Memory = 0.0,
+        hysteresis: float = 0.0,
+        noise_margin: float = 0.0,
+        flip_agreement: bool = False,
         calibration_batches: int = 8,
         squash: bool = True,
     ) -> None:
@@ -116,6 +132,10 @@ class DynamicPruning(L.Callback):
         self._criterion = expect("criterion", criterion, Wanda(), Criterion)
         self._policy = expect("policy", policy, StraightThrough(), MaskPolicy)
         self._targets, self._ignore = targets, ignore
+        check_memory(memory, self._criterion)
+        margin = Margin(hysteresis, noise_margin)
+        check_margin(margin, flip_agreement, self._policy, self._criterion, memory == "frozen")
+        self._scoring: dict[str, Any] = asdict(margin) | {"memory": memory, "flip_agreement": flip_agreement}
         self._timing: dict[str, Any] = {
             "update_freq": update_freq,
             "start_step": start_step,
@@ -176,6 +196,8 @@ class DynamicPruning(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._begin(trainer, pl_module)
+        assert self.updater is not None
+        self.updater.watch(trainer.optimizers)
         # a checkpoint may have been written after the last optimizer step and before this callback saw it
         self._advance(trainer, pl_module)
 
@@ -200,6 +222,7 @@ class DynamicPruning(L.Callback):
             total_steps=trainer.estimated_stepping_batches,
             state=self._restored,
             **self._timing,
+            **self._scoring,
         )
         timing = self.updater.timing
         rank_zero_info(
@@ -254,6 +277,12 @@ class DynamicPruning(L.Callback):
     ) -> None:
         assert self.updater is not None
         self.updater.token_mask = self.token_mask(batch)
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        assert self.updater is not None
+        self.updater.before_optimizer_step(optimizer)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

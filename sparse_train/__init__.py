@@ -10,6 +10,7 @@ from sparse_train.oneshot import prune
 from sparse_train.patterns import NM, Pattern, Unstructured
 from sparse_train.policies import Fixed, MaskPolicy, StraightThrough
 from sparse_train.pruner import UpdateReport
+from sparse_train.regrow import Regrow
 from sparse_train.schedules import Constant, Cubic, Linear, Schedule
 from sparse_train.solvers import Solver, SparseGPT
 from sparse_train.updater import MaskUpdater
@@ -33,6 +34,7 @@ __all__ = [
     "Pattern",
     "PerBlock",
     "Random",
+    "Regrow",
     "Schedule",
     "Solver",
     "SparseGPT",

@@ -47,6 +47,13 @@ class Statistics(ABC):
         for tensor in self.tensors():
             tensor.zero_()
 
+    def fade(self, factor: float) -> None:
+        """Let what was seen count ``factor`` times, above 0 and at most 1, in place; token counts are rounded up."""
+        if factor == 1:
+            return
+        for tensor in self.tensors():
+            tensor.copy_(tensor * factor if tensor.is_floating_point() else (tensor.double() * factor).ceil())
+
 
 def fits(token_mask: Tensor | None, x: Tensor) -> bool:
     """Whether a mask (B, L) says of every token of ``x`` whether it counts: of (B, L, I), or of (B * L, I)."""
@@ -94,6 +101,53 @@ class ActivationNorm(Statistics):
         """Take in what another one has seen: the same as one over both."""
         self._sum_squares_I += state["sum_squares"].to(self._sum_squares_I.device)
         self.tokens += state["tokens"].to(self.tokens.device)
+
+
+class HalvedNorm(ActivationNorm):
+    """An ``ActivationNorm`` in two halves of disjoint tokens, which tell what of it is noise.
+
+    Attributes:
+        halves: what is seen goes to the first.
+    """
+
+    def __init__(self, in_features: int, device: torch.device | str | None = None) -> None:
+        self.halves = ActivationNorm(in_features, device), ActivationNorm(in_features, device)
+
+    @property
+    def sum_squares_I(self) -> Tensor:
+        return self.halves[0].sum_squares_I + self.halves[1].sum_squares_I
+
+    @property
+    def tokens(self) -> Tensor:  # type: ignore[override]
+        return self.halves[0].tokens + self.halves[1].tokens
+
+    def tensors(self) -> list[Tensor]:
+        return [tensor for half in self.halves for tensor in half.tensors()]
+
+    def add(self, x: Tensor, token_mask: Tensor | None = None) -> None:
+        self.halves[0].add(x, token_mask)
+
+    def turn(self) -> None:
+        """Exchange the halves, in place: forwards, which may be compiled, always add to the first."""
+        for first, second in zip(self.halves[0].tensors(), self.halves[1].tensors(), strict=True):
+            before = first.clone()
+            first.copy_(second)
+            second.copy_(before)
+
+    def alone(self, half: int) -> ActivationNorm:
+        """One half as if all tokens had been like its own; it must have seen some."""
+        norm = ActivationNorm(len(self.sum_squares_I), self.tokens.device)
+        norm.tokens += self.tokens
+        norm.sum_squares_I.add_(self.halves[half].sum_squares_I * (self.tokens / self.halves[half].tokens))
+        return norm
+
+    def state_dict(self) -> dict[str, Tensor]:
+        states = [half.state_dict() for half in self.halves]
+        return {key: torch.stack([state[key] for state in states]) for key in states[0]}
+
+    def merge_state_dict(self, state: dict[str, Tensor]) -> None:
+        for index, half in enumerate(self.halves):
+            half.merge_state_dict({key: value[index] for key, value in state.items()})
 
 
 class ActivationGram(Statistics):

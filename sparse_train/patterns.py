@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from sparse_train.schedules import check_sparsity
+from sparse_train.schedules import Constant, Schedule, check_sparsity
 
 Group = Literal["row", "layer", "model"]
 """Which weights an unstructured pattern compares with each other."""
@@ -131,6 +131,20 @@ def parse_pattern(
     if isinstance(pattern, NM):
         return pattern, pattern.sparsity
     raise ValueError(f"{pattern} needs a sparsity: the share of weights that are zero, such as sparsity=0.5.")
+
+
+def resolve_target(
+    mask_structure: "str | Pattern", sparsity: float | None, schedule: Schedule | None
+) -> tuple[Pattern, Schedule]:
+    """Pattern and schedule from what users write; raises ValueError where they contradict each other."""
+    if schedule is None:
+        pattern, sparsity = parse_pattern(mask_structure, sparsity)
+        return pattern, Constant(sparsity)
+    final = schedule.sparsity(1.0)
+    if sparsity is not None and sparsity != final:
+        raise ValueError(f"sparsity={sparsity} is in conflict with the schedule, which ends at {final}: give one.")
+    pattern, _ = parse_pattern(mask_structure, final)
+    return pattern, schedule
 
 
 def parse_word(word: "str | Pattern", group: Group) -> Pattern:

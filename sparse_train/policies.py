@@ -18,17 +18,24 @@ class MaskPolicy(ABC):
     """Whether pruned weights get the straight-through gradient."""
     revives: ClassVar[bool]
     """Whether a pruned weight can come back at an update."""
+    grows: ClassVar[bool] = False
+    """Whether it comes back by its gradient, and not by its score; see ``sparse_train.regrow``."""
 
     @abstractmethod
     def admit(self, scores_OI: Tensor, mask_OI: Tensor) -> Tensor:
         """The scores (O, I) that selection will see, given the mask so far; -inf = prune first.
 
-        Asked only where pruned weights cannot come back: with ``revives``, selection sees all scores.
+        Asked only where pruned weights do not come back by their scores; otherwise selection sees all of them.
         """
 
     def shadow_decay(self, progress: float, steps: int) -> float:
         """Factor on the values of pruned weights, for ``steps`` optimizer steps that end at ``progress`` in [0, 1]."""
         return 1.0
+
+
+def only_kept(scores_OI: Tensor, mask_OI: Tensor) -> Tensor:
+    """Scores (O, I) under which every pruned weight goes before any kept one, also one whose score is -inf."""
+    return torch.where(mask_OI, scores_OI.clamp_min(torch.finfo(scores_OI.dtype).min), -torch.inf)
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,7 @@ class Fixed(MaskPolicy):
     revives: ClassVar[bool] = False
 
     def admit(self, scores_OI: Tensor, mask_OI: Tensor) -> Tensor:
-        return torch.where(mask_OI, scores_OI, -torch.inf)
+        return only_kept(scores_OI, mask_OI)
 
 
 @dataclass(frozen=True)
@@ -48,16 +55,18 @@ class StraightThrough(MaskPolicy):
 
     The gradient is SR-STE's (Zhou et al., arXiv 2102.04010). Its decay of pruned weights is decoupled here: not in
     backward (where it would scale with micro-batches and loss scale, be clipped, and be renormalised by Adam) but a
-    factor ``(1 - rate) ** steps`` on shadow values when the mask is updated. The rate ramps up linearly, as in AST
-    (Huang et al., arXiv 2407.20584, section 3.2).
+    factor ``(1 - rate) ** steps`` on shadow values when the mask is updated. The rate ramps up linearly and then
+    stays, as in AST (Huang et al., arXiv 2407.20584, section 3.2); with ``anneal`` it falls again.
 
     Args:
         srste_decay: share by which a shadow value shrinks per optimizer step once the ramp is over; 0 = none.
         ramp: share of the way from first to last update over which the rate grows from 0 to ``srste_decay``.
+        anneal: share of the way at which the rate starts to fall, linearly, to 0 at the last update; 1 = never.
     """
 
     srste_decay: float = 0.0
     ramp: float = 0.5
+    anneal: float = 1.0
 
     straight_through: ClassVar[bool] = True
     revives: ClassVar[bool] = True
@@ -67,10 +76,17 @@ class StraightThrough(MaskPolicy):
             raise ValueError(f"srste_decay is a share per step, at least 0 and below 1, got {self.srste_decay}.")
         if not 0 <= self.ramp <= 1:
             raise ValueError(f"ramp is a share of the run, from 0 to 1, got {self.ramp}.")
+        if not self.ramp <= self.anneal <= 1:
+            raise ValueError(
+                f"anneal is the share of the run at which the decay starts to fall, from ramp ({self.ramp}) to 1 "
+                f"(never), got {self.anneal}."
+            )
 
     def admit(self, scores_OI: Tensor, mask_OI: Tensor) -> Tensor:
         return scores_OI
 
     def shadow_decay(self, progress: float, steps: int) -> float:
-        rate = self.srste_decay * min(1.0, progress / self.ramp if self.ramp else 1.0)
+        rising = progress / self.ramp if self.ramp else 1.0
+        falling = (1 - progress) / (1 - self.anneal) if self.anneal < 1 else 1.0
+        rate = self.srste_decay * min(1.0, rising, falling)
         return float((1 - rate) ** steps)

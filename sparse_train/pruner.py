@@ -6,22 +6,25 @@ Shape suffixes: O out_features, I in_features, J packed mask bytes.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from sparse_train import masks, sharding
-from sparse_train.activations import ActivationNorm
-from sparse_train.criteria import Criterion, Magnitude
-from sparse_train.distributed import gather_bytes, rank, sum_over_ranks
+from sparse_train.choice import Rules, agreed_flips, choose
+from sparse_train.criteria import Magnitude
+from sparse_train.distributed import rank, sum_over_ranks
 from sparse_train.matrices import MaskedMatrix
 from sparse_train.patterns import Pattern
-from sparse_train.policies import MaskPolicy, StraightThrough
+from sparse_train.policies import StraightThrough
 from sparse_train.recording import check_reached
 
 T = TypeVar("T")
+
+# ``initial_flip_rate`` is measured on a sample: a whole first mask would double what masks take.
+_SAMPLE_STRIDE = 128
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,8 @@ class LayerUpdate:
     """Counted on the masked weights, so kept weights that happen to be zero are in it."""
     flips: int
     """Mask entries that changed."""
+    agreed_flips: int | None = None
+    """Those of them that either half of the window makes by itself; None where they were not compared."""
 
 
 @dataclass(frozen=True)
@@ -56,15 +61,25 @@ class UpdateReport:
         """Share of mask entries that this update changed; of the first mask, the share it prunes."""
         return sum(layer.flips for layer in self.layers.values()) / self._size
 
+    @property
+    def flip_agreement(self) -> float | None:
+        """Share of the flips that either half of the window makes by itself; None: not compared, or no flips."""
+        agreed = [layer.agreed_flips for layer in self.layers.values() if layer.agreed_flips is not None]
+        flips = sum(layer.flips for layer in self.layers.values())
+        return sum(agreed) / flips if agreed and flips else None
+
     def metrics(self) -> dict[str, float]:
         """What loggers get, under the names that they show."""
-        return {
+        metrics = {
             "sparsity/target": self.target_sparsity,
             "sparsity/actual": self.sparsity,
             "sparsity/flip_rate": self.flip_rate,
             "sparsity/initial_flip_rate": self.initial_flip_rate,
             "sparsity/update_seconds": self.seconds,
         }
+        if self.flip_agreement is not None:
+            metrics["sparsity/flip_agreement"] = self.flip_agreement
+        return metrics
 
     @property
     def _size(self) -> int:
@@ -73,31 +88,22 @@ class UpdateReport:
 
 @torch.no_grad()
 def update_masks(
-    layers: Mapping[str, MaskedMatrix],
-    *,
-    criterion: Criterion,
-    pattern: Pattern,
-    sparsity: float | Mapping[str, float],
-    policy: MaskPolicy,
-    shadow_factor: float = 1.0,
+    layers: Mapping[str, MaskedMatrix], rules: Rules, *, compare_halves: bool = False
 ) -> dict[str, LayerUpdate]:
     """Score every layer and replace its mask.
 
     Args:
         layers: masked layers by name; with ``statistics`` where the criterion needs them.
-        criterion: gives the scores, from the shadow values, in float32.
-        pattern: selects, over one layer at a time or over all of them.
-        sparsity: target over each group; by layer, where layers differ.
-        policy: may keep pruned weights out.
-        shadow_factor: multiplies the values of pruned weights before they are scored.
+        rules: how.
+        compare_halves: also count the flips that either half of the statistics, which must be ``HalvedNorm``, makes by
+            itself; that selects twice more.
 
     Raises:
         ValueError: a layer without activations, or with non-finite activations or weights.
     """
-    check_reached(layers, criterion)
+    check_reached(layers, rules.criterion)
     # All new masks first, then all changes: an error leaves every mask and weight as it was, on every rank.
-    select = _select_model_wide if pattern.model_wide else _select_by_layer
-    chosen = select(layers, criterion, pattern, sparsity, policy, shadow_factor)
+    chosen = choose(layers, rules)
     for name, choice in chosen.items():
         if not choice.finite:
             raise ValueError(
@@ -105,109 +111,14 @@ def update_masks(
                 "activations; masks were not changed. Lower the learning rate, or look for where the weight got its "
                 "value."
             )
+    agreed = agreed_flips(layers, chosen, rules) if compare_halves else None
     updates = {}
     for name, layer in layers.items():
-        if shadow_factor != 1:
-            sharding.decay_shadow(layer, shadow_factor)
-        updates[name] = replace_mask(layer, torch.cat(chosen[name].keep_OJ), chosen[name].nonzero)
+        if rules.shadow_factor != 1:
+            sharding.decay_shadow(layer, rules.shadow_factor)
+        update = replace_mask(layer, chosen[name].keep_OJ, chosen[name].nonzero)
+        updates[name] = update if agreed is None else replace(update, agreed_flips=agreed[name])
     return updates
-
-
-@dataclass
-class _Choice:
-    """A new mask, before anything is changed."""
-
-    keep_OJ: list[Tensor]
-    """Packed, in as many parts as processes have selected it in."""
-    nonzero: int
-    """Kept weights that are not zero."""
-    finite: bool = True
-
-
-def _select_by_layer(
-    layers: Mapping[str, MaskedMatrix],
-    criterion: Criterion,
-    pattern: Pattern,
-    sparsity: float | Mapping[str, float],
-    policy: MaskPolicy,
-    shadow_factor: float,
-) -> dict[str, _Choice]:
-    by_rows = criterion.rowwise and pattern.rowwise
-    by_process = {n: layer for n, layer in layers.items() if by_rows and sharding.is_dtensor(layer.weight_OI)}
-    sums = _column_sums(by_process, criterion, shadow_factor)
-    chosen = {}
-    for name, layer in layers.items():
-        own = sparsity[name] if isinstance(sparsity, Mapping) else sparsity
-        with sharding.weights(layer, by_rows) as (weight_OI, rows):
-            weight_OI = _decayed(weight_OI, layer, rows, shadow_factor)
-            scores_OI, nonzero_OJ, finite = _admitted(layer, weight_OI, rows, criterion, policy, sums.get(name))
-        keep_OJ = masks.pack(pattern.mask(scores_OI, own)) if finite else nonzero_OJ
-        chosen[name] = _Choice([keep_OJ], masks.count(keep_OJ & nonzero_OJ), finite)
-    _complete(chosen, by_process)
-    return chosen
-
-
-def _column_sums(layers: Mapping[str, MaskedMatrix], criterion: Criterion, shadow_factor: float) -> dict[str, Tensor]:
-    """What scores need of the rows of other processes, for all layers in one reduce."""
-    found = {}
-    for name, layer in layers.items():
-        with sharding.weights(layer, by_rows=True) as (weight_RI, rows):
-            sums_I = criterion.column_sums(_decayed(weight_RI, layer, rows, shadow_factor))
-        if sums_I is None:
-            return {}
-        found[name] = sums_I
-    sum_over_ranks(list(found.values()))
-    return found
-
-
-def _select_model_wide(
-    layers: Mapping[str, MaskedMatrix],
-    criterion: Criterion,
-    pattern: Pattern,
-    sparsity: float | Mapping[str, float],
-    policy: MaskPolicy,
-    shadow_factor: float,
-) -> dict[str, _Choice]:
-    assert isinstance(sparsity, float), "one group has one sparsity"
-    chosen, scores = {}, []
-    for name, layer in layers.items():
-        with sharding.weights(layer, by_rows=False) as (weight_OI, rows):
-            weight_OI = _decayed(weight_OI, layer, rows, shadow_factor)
-            scores_OI, nonzero_OJ, finite = _admitted(layer, weight_OI, rows, criterion, policy, None)
-        scores.append(scores_OI)
-        chosen[name] = _Choice([nonzero_OJ], 0, finite)
-    if all(choice.finite for choice in chosen.values()):
-        keep = pattern.mask(torch.cat([score.reshape(1, -1) for score in scores], dim=1), sparsity)
-        parts = keep.split([score.numel() for score in scores], dim=1)
-        for choice, score, part in zip(chosen.values(), scores, parts, strict=True):
-            keep_OJ = masks.pack(part.view_as(score))
-            choice.nonzero, choice.keep_OJ = masks.count(keep_OJ & choice.keep_OJ[0]), [keep_OJ]
-    return chosen
-
-
-def _complete(chosen: Mapping[str, _Choice], layers: Mapping[str, MaskedMatrix]) -> None:
-    """Put the rows together that processes have chosen: one gather of mask bits, with a count for each layer."""
-    if not layers:
-        return
-    device = next(iter(layers.values())).weight_mask.device
-    counts = [chosen[name].nonzero if chosen[name].finite else -1 for name in layers]
-    header = torch.tensor(counts, dtype=torch.int64, device=device).view(torch.uint8)
-    own = torch.cat([header, *(part.reshape(-1) for name in layers for part in chosen[name].keep_OJ)])
-    widths = {name: layer.weight_mask.shape[1] for name, layer in layers.items()}
-    rows = {name: sharding.rows_of(0, layer.out_features).stop for name, layer in layers.items()}  # the most
-    gathered = gather_bytes(own, len(header) + sum(rows[name] * widths[name] for name in layers))
-    found = torch.stack([each[: len(header)].clone().view(torch.int64) for each in gathered])
-    for index, name in enumerate(layers):
-        chosen[name].finite = bool((found[:, index] >= 0).all())
-        chosen[name].nonzero = int(found[:, index].sum())
-        chosen[name].keep_OJ = []  # views of what was gathered take their place: put together, a layer at a time, later
-    for process, each in enumerate(gathered):
-        start = len(header)
-        for name, layer in layers.items():
-            here = sharding.rows_of(process, layer.out_features)
-            size = (here.stop - here.start) * widths[name]
-            chosen[name].keep_OJ.append(each[start : start + size].view(-1, widths[name]))
-            start += size
 
 
 def replace_mask(layer: MaskedMatrix, packed_OJ: Tensor, nonzero: int) -> LayerUpdate:
@@ -236,6 +147,20 @@ def measure(layers: Mapping[str, MaskedMatrix]) -> dict[str, LayerUpdate]:
     return {name: LayerUpdate(size, size - n, 0) for name, size, n in zip(layers, sizes, counts, strict=True)}
 
 
+def sample_rows(layers: Mapping[str, MaskedMatrix]) -> dict[str, Tensor]:
+    """Every 128th row of each packed mask, and four rows of small layers at least."""
+    strides = {name: max(1, min(_SAMPLE_STRIDE, layer.out_features // 4)) for name, layer in layers.items()}
+    return {name: layer.weight_mask[:: strides[name]].clone() for name, layer in layers.items()}
+
+
+def share_differing(layers: Mapping[str, MaskedMatrix], first_rows: Mapping[str, Tensor]) -> float:
+    """The share of mask entries that differ from those of a sample, scaled to whole layers."""
+    rows = sample_rows(layers)
+    differing = {name: masks.count_differing(row, first_rows[name]) for name, row in rows.items()}
+    scaled = sum(n * layers[name].out_features / len(rows[name]) for name, n in differing.items())
+    return scaled / sum(layer.in_features * layer.out_features for layer in layers.values())
+
+
 def masks_from_zeros(layers: Mapping[str, MaskedMatrix], pattern: Pattern, sparsity: float) -> bool:
     """Let the masks of a model that was pruned before stand where its zeros are; False if it is not that sparse.
 
@@ -246,7 +171,7 @@ def masks_from_zeros(layers: Mapping[str, MaskedMatrix], pattern: Pattern, spars
     dense = measure(layers)
     if sum(u.zeros for u in dense.values()) < 0.99 * sparsity * sum(u.size for u in dense.values()):
         return False
-    found = update_masks(layers, criterion=Magnitude(), pattern=pattern, sparsity=sparsity, policy=StraightThrough())
+    found = update_masks(layers, Rules(Magnitude(), pattern, sparsity, StraightThrough()))
     if all(found[name].zeros == dense[name].zeros for name in layers):
         return True  # nothing was pruned that was not zero
     for layer in layers.values():
@@ -254,35 +179,19 @@ def masks_from_zeros(layers: Mapping[str, MaskedMatrix], pattern: Pattern, spars
     return False
 
 
-def _decayed(weight_RI: Tensor, layer: MaskedMatrix, rows: slice, shadow_factor: float) -> Tensor:
-    if shadow_factor == 1:
-        return weight_RI
-    return torch.where(layer.unpacked_mask()[rows], weight_RI, weight_RI * shadow_factor)
-
-
-def _admitted(
-    layer: MaskedMatrix,
-    weight_OI: Tensor,
-    rows: slice,
-    criterion: Criterion,
-    policy: MaskPolicy,
-    column_sums_I: Tensor | None,
-) -> tuple[Tensor, Tensor, bool]:
-    """Scores as selection sees them, which weights are not zero (packed), and whether the scores are finite."""
-    stats = layer.statistics if criterion.needs_activations else None
-    assert stats is None or isinstance(stats, ActivationNorm)
-    if column_sums_I is None:
-        scores_OI = criterion.scores(weight_OI, stats)
-    else:
-        scores_OI = criterion.scores_of_rows(weight_OI, stats, column_sums_I)
-    # the sum is finite where all are, and ten times faster to look at; it may overflow where none is infinite
-    finite = bool(scores_OI.sum().isfinite()) or bool(scores_OI.isfinite().all())
-    if stats is not None and bool((stats.sum_squares_I == 0).any()):
-        # An input that never comes makes every score 0: what is zero already goes first, so that pruning twice is once.
-        scores_OI = scores_OI.masked_fill(weight_OI == 0, -torch.inf)
-    if not policy.revives:
-        scores_OI = policy.admit(scores_OI, layer.unpacked_mask()[rows])
-    return scores_OI, masks.pack(weight_OI != 0), finite
+def check_masks(layers: Mapping[str, MaskedMatrix], pattern: Pattern, sparsity: float) -> None:
+    """Raise ValueError where the masks that layers have are not of this pattern and sparsity."""
+    # Scored by itself, a mask that has the pattern's count in every group is what the pattern selects.
+    found = [layer.unpacked_mask() for layer in layers.values()]
+    if pattern.model_wide:
+        found = [torch.cat([mask.reshape(1, -1) for mask in found], dim=1)]
+    for mask, name in zip(found, layers, strict=False):
+        if not torch.equal(pattern.mask(mask.float(), sparsity), mask):
+            raise ValueError(
+                f"The model has masks already, and those of {name} are not {pattern} at a sparsity of {sparsity:g}, "
+                "which this run starts with. Squash the model first to begin with new masks; to resume a run, pass "
+                "its state, or build the updater before loading the model's state dict."
+            )
 
 
 def expect(name: str, value: T | None, default: T, base: type[Any]) -> T:

@@ -2,18 +2,46 @@
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from sparse_train import masks
-from sparse_train.activations import ActivationNorm, Statistics
+from sparse_train.activations import ActivationNorm, HalvedNorm, Statistics
 from sparse_train.criteria import Criterion
-from sparse_train.distributed import gather_bytes, sum_over_ranks, world_size
+from sparse_train.distributed import gather_bytes, rank, sum_over_ranks, world_size
 from sparse_train.matrices import MaskedLayer, MaskedMatrix, Recorder
 
 _log = logging.getLogger(__name__)
+
+Memory = float | Literal["frozen"]
+"""How much the statistics of earlier windows count: a factor per update, or "frozen", the first ones for ever."""
+
+
+def check_memory(memory: Memory, criterion: Criterion) -> None:
+    """Raise ValueError unless this is a factor from 0 to 1, or "frozen", and there is something to remember."""
+    if memory != "frozen" and not (isinstance(memory, (int, float)) and 0 <= memory <= 1):
+        raise ValueError(
+            "memory is the factor with which statistics of earlier windows count at an update, from 0 (only the last "
+            f'window) to 1 (all of them alike), or "frozen" (norms of the first mask for ever), got {memory!r}.'
+        )
+    if memory and not criterion.needs_activations:
+        raise ValueError(f"{criterion} reads no activations, so that memory={memory!r} has nothing to remember.")
+
+
+def remember(statistics: Iterable[Statistics], memory: Memory) -> None:
+    """After an update: let statistics fade, or begin anew.
+
+    They are sums over ranks by now, so that rank 0 alone goes on with them: the next sum over ranks is exact, and a
+    checkpoint holds them once.
+    """
+    factor = 1.0 if memory == "frozen" else memory
+    for each in statistics:
+        if factor and rank() == 0:
+            each.fade(factor)
+        else:
+            each.reset()
 
 
 def check_reached(layers: Mapping[str, MaskedMatrix], criterion: Criterion) -> None:
@@ -55,9 +83,18 @@ def attach(layers: Iterable[MaskedMatrix], recorder: Recorder, statistics: type[
         layer.statistics = None if statistics is None else statistics(layer.in_features, layer.weight_mask.device)
 
 
-def needed_statistics(criterion: Criterion) -> type[ActivationNorm] | None:
-    """What a criterion reads."""
-    return ActivationNorm if criterion.needs_activations else None
+def needed_statistics(criterion: Criterion, halved: bool) -> type[ActivationNorm] | None:
+    """What a criterion reads, in halves where its noise is asked for."""
+    if not criterion.needs_activations:
+        return None
+    return HalvedNorm if halved else ActivationNorm
+
+
+def turn_halves(layers: Iterable[MaskedMatrix]) -> None:
+    """After a recorded step: let the next one go to the other half, where statistics have halves."""
+    for each in _distinct(layers):
+        if isinstance(each, HalvedNorm):
+            each.turn()
 
 
 def share_statistics(recorder: Recorder, layers: Sequence[MaskedMatrix]) -> None:
@@ -80,6 +117,33 @@ def share_statistics(recorder: Recorder, layers: Sequence[MaskedMatrix]) -> None
             assert isinstance(layer, MaskedLayer)
             layer.statistics, layer.records = layers[leader].statistics, False
     recorder.sharing = None
+
+
+def norms_of(layers: Mapping[str, MaskedMatrix]) -> dict[str, ActivationNorm]:
+    """The norms of those layers that have any."""
+    return {name: layer.statistics for name, layer in layers.items() if isinstance(layer.statistics, ActivationNorm)}
+
+
+def take_over(own: Mapping[str, ActivationNorm], first: Mapping[str, ActivationNorm]) -> bool:
+    """Go on with the norms of one-shot pruning, which are sums over ranks; False where a layer has none."""
+    if not all(name in first and int(first[name].tokens) for name in own):
+        return False
+    if rank() == 0:
+        for name, norm in own.items():
+            norm.merge_state_dict(first[name].state_dict())
+    return True
+
+
+def restore(own: Mapping[str, ActivationNorm], by_rank: Sequence[Mapping[str, dict[str, torch.Tensor]]]) -> None:
+    """Give each rank the norms it has saved; another number of ranks gets their sum, on rank 0."""
+    same_ranks = len(by_rank) == world_size()
+    for norm in own.values():
+        norm.reset()
+    for process, saved in enumerate(by_rank):
+        if rank() == (process if same_ranks else 0):
+            once = {id(own[name]): name for name in saved}  # layers that share one have each saved it
+            for name in once.values():
+                own[name].merge_state_dict(saved[name])
 
 
 def reduce_statistics(layers: Iterable[MaskedMatrix]) -> list[Statistics]:

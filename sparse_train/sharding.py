@@ -37,6 +37,11 @@ def is_zero3(parameter: Any) -> bool:
     return hasattr(parameter, "ds_id")
 
 
+def has_masters(layer: MaskedMatrix) -> bool:
+    """Whether parameters are whole, and DeepSpeed's ZeRO-1 or 2 holds float32 masters of them in pieces."""
+    return hasattr(_parameter(layer), "_hp_mapping")
+
+
 def check_layout(name: str, layer: nn.Module) -> None:
     """Raise ValueError for a layer whose weight is sharded in a way that masks cannot follow."""
     parameter: Any = layer.weight
@@ -116,13 +121,13 @@ def rewrite(layer: MaskedMatrix, function: Elementwise) -> None:
     if getattr(parameter, "_hp_mapping", None) is not None:  # ZeRO-1 and 2: parameters are whole, masters in pieces
         # DeepSpeed's own safe_set_full_fp32_param does this, but wants the whole master, which only a reduce would give
         piece, master = parameter._hp_mapping.lp_fragment_address, parameter._hp_mapping.get_hp_fragment()
-        keep = _stored(layer, layer.unpacked_mask()).reshape(-1)[piece.start : piece.start + piece.numel]
+        keep = stored(layer, layer.unpacked_mask()).reshape(-1)[piece.start : piece.start + piece.numel]
         master.copy_(function(master.reshape(-1), keep.to(master.device)).view_as(master))
 
 
 def _rewrite_zero3(layer: MaskedMatrix, parameter: Any, function: Elementwise) -> None:
     piece = parameter.ds_tensor  # this process's, flat and padded at the end of the last one
-    flat = _stored(layer, layer.unpacked_mask()).reshape(-1)
+    flat = stored(layer, layer.unpacked_mask()).reshape(-1)
     mine = flat[rank() * piece.numel() : (rank() + 1) * piece.numel()].to(piece.device)
     own = piece.data[: len(mine)]
     own.copy_(function(own, mine))
@@ -149,8 +154,8 @@ def _parameter(layer: MaskedMatrix) -> Any:
     return getattr(layer, "weight", layer.weight_OI)
 
 
-def _stored(layer: MaskedMatrix, matrix_OI: Tensor) -> Tensor:
-    """A matrix (O, I) in the orientation in which the layer's parameter is stored."""
+def stored(layer: MaskedMatrix, matrix_OI: Tensor) -> Tensor:
+    """A matrix (O, I) in the orientation in which the layer's parameter is stored, or the other way round."""
     return matrix_OI if isinstance(layer, nn.Linear) else matrix_OI.t()
 
 
@@ -161,7 +166,7 @@ def decay_shadow(layer: MaskedMatrix, factor: float) -> None:
 
 def write_zeros(layer: MaskedMatrix) -> None:
     """Make pruned weights exact zeros."""
-    if is_sharded(layer) or hasattr(_parameter(layer), "_hp_mapping"):
+    if is_sharded(layer) or has_masters(layer):
         rewrite(layer, lambda weight, keep: torch.where(keep, weight, 0))
     else:
         layer.weight_OI.copy_(layer.masked_weight())  # the same, without a bool for every weight

@@ -29,12 +29,12 @@ from sparse_train.layers import MASK_NAME, sparse_layers, sparsify, squash
 from sparse_train.matrices import MaskedLayer, is_conv1d
 from sparse_train.oneshot import set_initial_masks
 from sparse_train.oneshot.training_data import causal_lm, random_batches
-from sparse_train.patterns import Pattern
+from sparse_train.patterns import Pattern, resolve_target
 from sparse_train.policies import MaskPolicy, StraightThrough
 from sparse_train.pruner import expect, measure
 from sparse_train.schedules import Schedule
 from sparse_train.targets import select
-from sparse_train.updater import MaskUpdater, resolve_target
+from sparse_train.updater import MaskUpdater
 
 _log = logging.getLogger(__name__)
 

@@ -1,38 +1,52 @@
 """``MaskUpdater``: the pipeline over a training run, schedule -> scores -> masks -> policy; needs torch alone."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from sparse_train import masks
-from sparse_train.activations import ActivationNorm, InputSharing
+from sparse_train.activations import InputSharing
+from sparse_train.choice import Rules
 from sparse_train.criteria import Criterion, Wanda
-from sparse_train.distributed import gather_objects, rank, world_size
+from sparse_train.distributed import gather_objects
 from sparse_train.layers import sparsify, squash
+from sparse_train.margins import NO_MARGIN, Margin, check_margin, check_window
 from sparse_train.matrices import MaskedLayer, Recorder
-from sparse_train.patterns import Pattern, parse_pattern
+from sparse_train.patterns import Pattern, resolve_target
 from sparse_train.policies import MaskPolicy, StraightThrough
-from sparse_train.pruner import LayerUpdate, UpdateReport, expect, measure, update_masks
+from sparse_train.pruner import (
+    LayerUpdate,
+    UpdateReport,
+    check_masks,
+    expect,
+    measure,
+    sample_rows,
+    share_differing,
+    update_masks,
+)
 from sparse_train.recording import (
+    Memory,
     attach,
     check_agreement,
+    check_memory,
     exchange,
     needed_statistics,
+    norms_of,
+    remember,
+    restore,
     share_statistics,
+    take_over,
+    turn_halves,
     warn_of_padding,
 )
-from sparse_train.schedules import Constant, Schedule
+from sparse_train.regrow import Growth, Regrow
+from sparse_train.schedules import Schedule
 from sparse_train.sharding import check_layout, reshard
 from sparse_train.targets import select
 from sparse_train.timing import Timing
-
-# ``initial_flip_rate`` is measured on every 128th row, and four rows of small layers at least: a whole first mask would
-# double what masks take.
-_FIRST_MASK_STRIDE = 128
 
 
 class MaskUpdater:
@@ -61,6 +75,13 @@ class MaskUpdater:
         end_step: the step after which masks are frozen (int = steps, float = share of the run).
         window: steps before an update over which activations are recorded (int = steps, float = share of
             ``update_freq``).
+        memory: factor per update with which the statistics of earlier windows count, tokens alike: 0 = the last window
+            alone, up to 1 = all windows. "frozen": the norms of the first mask for ever; from one-shot pruning, where
+            the masks that the model has come from there, else from the first window.
+        hysteresis: share by which the scores of kept weights count more at updates.
+        noise_margin: how many standard errors, estimated from the odd and the even steps of the window, kept weights
+            are taken for better and pruned ones for worse than they look; see ``sparse_train.margins``.
+        flip_agreement: report which share of an update's flips odd and even steps would each have made alone.
         total_steps: optimizer steps of the run; needed for shares of it.
         state: ``state_dict`` of the run to resume, whose masks the model has, or will load.
 
@@ -84,6 +105,10 @@ class MaskUpdater:
         start_step: int | float = 0,
         end_step: int | float = 0.75,
         window: int | float = 0.5,
+        memory: Memory = 0.0,
+        hysteresis: float = 0.0,
+        noise_margin: float = 0.0,
+        flip_agreement: bool = False,
         total_steps: int | float | None = None,
         state: Mapping[str, Any] | None = None,
     ) -> None:
@@ -91,6 +116,9 @@ class MaskUpdater:
         self.criterion = expect("criterion", criterion, Wanda(), Criterion)
         self.policy = expect("policy", policy, StraightThrough(), MaskPolicy)
         self._model = model
+        check_memory(memory, self.criterion)
+        self.memory, self.margin, self.flip_agreement = memory, Margin(hysteresis, noise_margin), flip_agreement
+        check_margin(self.margin, flip_agreement, self.policy, self.criterion, memory == "frozen")
         layers = select(model, self.pattern, targets, ignore).layers
         began_dense = not any(isinstance(layer, MaskedLayer) for layer in layers.values())
         for name, layer in layers.items():
@@ -116,18 +144,26 @@ class MaskUpdater:
         # A run starts from the masks that are there; where nothing is to be pruned yet, that is also a mask.
         masked = state is not None or initial == 0 or not all(layer.keeps_all() for layer in self.layers.values())
         if masked and state is None:
-            _check_masks(self.layers, self.pattern, initial)
+            check_masks(self.layers, self.pattern, initial)
         self.timing = Timing.resolve(**timing, first_from_window=self.criterion.needs_activations and not masked)
         self.recorder = Recorder()
-        attach(self.layers.values(), self.recorder, needed_statistics(self.criterion))
+        first = norms_of(self.layers)
+        halved = self.margin.noise_margin > 0 or self.flip_agreement
+        if halved:
+            check_window(self.timing.window)
+        attach(self.layers.values(), self.recorder, needed_statistics(self.criterion, halved))
         for layer in self.layers.values():
             layer.straight_through = self.policy.straight_through
+        self._growth = Growth(self.layers, self.policy, self.criterion) if isinstance(self.policy, Regrow) else None
         self.steps = 0
         self.target: float | None = initial if masked else None
         """Sparsity of the masks as they are; None before the first."""
         self._last_update = 0
         self._sharing_known = False
-        self._first_rows: dict[str, Tensor] = self._rows() if masked else {}
+        adopts = self.memory == "frozen" and masked and state is None
+        self._frozen = adopts and take_over(norms_of(self.layers), first)
+        """Whether statistics are what they will be for ever."""
+        self._first_rows: dict[str, Tensor] = sample_rows(self.layers) if masked else {}
         if state is not None:
             self.load_state_dict(state)
         elif self.timing.is_update(0) and not masked:
@@ -143,6 +179,19 @@ class MaskUpdater:
     def token_mask(self, mask: Tensor | None) -> None:
         self.recorder.token_mask = mask
 
+    def watch(self, optimizers: Iterable[Optimizer]) -> None:
+        """Tell which optimizers train the layers; ``Regrow`` clears their moments, other policies do not need them."""
+        if self._growth is not None:
+            self._growth.watch(optimizers)
+
+    def before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Call behind backward and ahead of clipping and ``optimizer.step()``, for ``Regrow``; others do not need it.
+
+        Takes the gradients of pruned weights, where the step is an update's, so that the optimizer does not see them.
+        """
+        if self._growth is not None:
+            self._growth.take(optimizer)
+
     def step(self) -> UpdateReport | None:
         """Call after every optimizer step, before the next forward. Returns a report at the steps of updates."""
         self.steps += 1
@@ -150,6 +199,8 @@ class MaskUpdater:
         if self.recorder.sharing is not None:
             share_statistics(self.recorder, list(self.layers.values()))
             self._sharing_known = True
+        if self.recorder.when == "training":
+            turn_halves(self.layers.values())
         report = None
         if self.timing.is_update(self.steps):
             report = self.update() if self._would_change(self.steps) else self._confirm()
@@ -159,23 +210,31 @@ class MaskUpdater:
         return report
 
     def update(self) -> UpdateReport:
-        """Replace the masks now, from the statistics gathered so far, which are then forgotten."""
+        """Replace the masks now, from the statistics gathered so far, which then fade as ``memory`` says."""
         began = time.perf_counter()
         reshard(self._model)
         progress = self.timing.progress(self.steps)
         target = self.schedule.sparsity(progress)
         statistics = exchange(self.layers)
         since = 0 if self.target is None else self.steps - self._last_update
-        changes = update_masks(
-            self.layers,
-            criterion=self.criterion,
-            pattern=self.pattern,
-            sparsity=target,
-            policy=self.policy,
+        before = {}
+        if self._growth is not None:
+            self._growth.check()
+            before = {name: layer.weight_mask.clone() for name, layer in self.layers.items()}
+        rules = Rules(
+            self.criterion,
+            self.pattern,
+            target,
+            self.policy,
             shadow_factor=self.policy.shadow_decay(progress, since) if since else 1.0,
+            margin=NO_MARGIN if self.target is None else self.margin,
+            growth=self._growth,
         )
-        for each in statistics:
-            each.reset()
+        changes = update_masks(self.layers, rules, compare_halves=self.flip_agreement and self.target is not None)
+        if self._growth is not None:
+            self._growth.restart(before)
+        remember(statistics, self.memory)
+        self._frozen = self.memory == "frozen"
         self.target, self._last_update = target, self.steps
         return self._report(changes, time.perf_counter() - began)
 
@@ -204,9 +263,11 @@ class MaskUpdater:
             "steps": self.steps,
             "target": self.target,
             "last_update": self._last_update,
+            "frozen": self._frozen,
             "timing": asdict(self.timing),
             "settings": self.settings(),
-            "statistics_by_rank": gather_objects({n: stats.state_dict() for n, stats in self._statistics().items()}),
+            "statistics_by_rank": gather_objects({n: stats.state_dict() for n, stats in norms_of(self.layers).items()}),
+            "gradients": {} if self._growth is None else self._growth.state_dict(),
             "first_rows": {name: rows.cpu() for name, rows in self._first_rows.items()},
         }
 
@@ -232,16 +293,11 @@ class MaskUpdater:
             raise ValueError(f"The checkpoint pruned layers that are no targets of this run, such as {unknown[0]}.")
         self.steps, self.target, self._last_update = state["steps"], state["target"], state["last_update"]
         self.timing = Timing(**state["timing"])
+        self._frozen = state["frozen"]
         self._first_rows = {n: rows.to(self.layers[n].weight_OI.device) for n, rows in state["first_rows"].items()}
-        own = self._statistics()
-        same_ranks = len(by_rank) == world_size()
-        for statistics in own.values():
-            statistics.reset()
-        for process, saved in enumerate(by_rank):
-            if rank() == (process if same_ranks else 0):
-                once = {id(own[name]): name for name in saved}  # layers that share one have each saved it
-                for name in once.values():
-                    own[name].merge_state_dict(saved[name])
+        if self._growth is not None:
+            self._growth.load_state_dict(state["gradients"])
+        restore(norms_of(self.layers), by_rank)
         self._set_recording()
 
     def settings(self) -> dict[str, str]:
@@ -251,6 +307,9 @@ class MaskUpdater:
             "schedule": repr(self.schedule),
             "criterion": repr(self.criterion),
             "update_freq": str(self.timing.update_freq),
+            "memory": str(self.memory),
+            "margin": repr(self.margin),
+            "flip_agreement": str(self.flip_agreement),
             "layers": f"{len(self.layers)} targets",
         }
 
@@ -263,53 +322,18 @@ class MaskUpdater:
         update = self.timing.next_update(self.steps)
         wanted = (
             self.criterion.needs_activations
+            and not self._frozen
             and update is not None
             and self.timing.is_recorded(self.steps)
             and self._would_change(update)
         )
+        if self._growth is not None:
+            next_is_update = self.target is not None and self.timing.is_update(self.steps + 1)
+            self._growth.ask(self.timing.progress(self.steps + 1) if next_is_update else None)
         self.recorder.when = "training" if wanted else "never"
         self.recorder.sharing = InputSharing() if wanted and not self._sharing_known else None
 
     def _report(self, changes: dict[str, LayerUpdate], seconds: float) -> UpdateReport:
-        rows = self._rows()
-        self._first_rows = self._first_rows or rows
-        differing = {name: masks.count_differing(row, self._first_rows[name]) for name, row in rows.items()}
-        # scaled to whole layers, of which small ones have more of their rows in the sample
-        scaled = sum(n * self.layers[name].out_features / len(rows[name]) for name, n in differing.items())
-        size = sum(change.size for change in changes.values())
-        return UpdateReport(self.steps, self.target or 0.0, changes, scaled / size, seconds)
-
-    def _statistics(self) -> dict[str, ActivationNorm]:
-        return {n: m.statistics for n, m in self.layers.items() if isinstance(m.statistics, ActivationNorm)}
-
-    def _rows(self) -> dict[str, Tensor]:
-        strides = {n: max(1, min(_FIRST_MASK_STRIDE, layer.out_features // 4)) for n, layer in self.layers.items()}
-        return {name: layer.weight_mask[:: strides[name]].clone() for name, layer in self.layers.items()}
-
-
-def _check_masks(layers: Mapping[str, MaskedLayer], pattern: Pattern, sparsity: float) -> None:
-    # Scored by itself, a mask that has the pattern's count in every group is what the pattern selects.
-    found = [layer.unpacked_mask() for layer in layers.values()]
-    if pattern.model_wide:
-        found = [torch.cat([mask.reshape(1, -1) for mask in found], dim=1)]
-    for mask, name in zip(found, layers, strict=False):
-        if not torch.equal(pattern.mask(mask.float(), sparsity), mask):
-            raise ValueError(
-                f"The model has masks already, and those of {name} are not {pattern} at a sparsity of {sparsity:g}, "
-                "which this run starts with. Squash the model first to begin with new masks; to resume a run, pass "
-                "its state, or build the updater before loading the model's state dict."
-            )
-
-
-def resolve_target(
-    mask_structure: str | Pattern, sparsity: float | None, schedule: Schedule | None
-) -> tuple[Pattern, Schedule]:
-    """Pattern and schedule from what users write; raises ValueError where they contradict each other."""
-    if schedule is None:
-        pattern, sparsity = parse_pattern(mask_structure, sparsity)
-        return pattern, Constant(sparsity)
-    final = schedule.sparsity(1.0)
-    if sparsity is not None and sparsity != final:
-        raise ValueError(f"sparsity={sparsity} is in conflict with the schedule, which ends at {final}: give one.")
-    pattern, _ = parse_pattern(mask_structure, final)
-    return pattern, schedule
+        self._first_rows = self._first_rows or sample_rows(self.layers)
+        differing = share_differing(self.layers, self._first_rows)
+        return UpdateReport(self.steps, self.target or 0.0, changes, differing, seconds)

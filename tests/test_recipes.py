@@ -1,11 +1,12 @@
 """Every YAML of recipes/ and configs/ goes through the real parser, and the small ways to name things through it."""
 
+import runpy
 from pathlib import Path
 
 import pytest
 import yaml
 
-from sparse_train import NM, Cubic, Magnitude, SparseGPT, Wanda, lightning_cli
+from sparse_train import NM, Cubic, Magnitude, Regrow, SparseGPT, Wanda, lightning_cli
 from sparse_train.callbacks import DynamicPruning, Evaluation
 from sparse_train.commands import parser_of
 from sparse_train.module import CausalLM
@@ -124,6 +125,35 @@ def test_the_small_ways_to_name_things():
     assert pruning._pattern == NM(1, 4)
     assert pruning._criterion == Magnitude()
     assert pruning._schedule == Cubic(0.75)
+
+
+def test_every_variant_of_updates_can_be_named():
+    pruning = "--trainer.callbacks.init_args"
+    for name, given, expected in (
+        ("memory", "0.9", 0.9),
+        ("memory", "1", 1),
+        ("memory", "frozen", "frozen"),
+        ("noise_margin", "1", 1),
+        ("flip_agreement", "true", True),
+        ("hysteresis", "0.5", 0.5),
+        ("hysteresis", ".inf", float("inf")),
+    ):
+        cli = parse_fit(f"--config={BASE}", f"{pruning}.{name}={given}")
+        assert next(c for c in cli.trainer.callbacks if isinstance(c, DynamicPruning))._scoring[name] == expected
+    cli = parse_fit(f"--config={BASE}", f"{pruning}.policy=Regrow", f"{pruning}.policy.drop_fraction=0.2")
+    assert next(c for c in cli.trainer.callbacks if isinstance(c, DynamicPruning))._policy == Regrow(0.2)
+
+
+def test_arms_of_the_benchmark_are_runs_of_their_own():
+    arms = runpy.run_path(str(ROOT / "benchmarks" / "quality.py"))["ARMS"]
+    settings = {}
+    for arm, (recipe, changes) in arms.items():
+        cli = parse_fit(f"--config={ROOT / recipe}", *changes)
+        for pruning in (each for each in cli.trainer.callbacks if isinstance(each, DynamicPruning)):
+            found = (pruning._pattern, pruning._criterion, pruning._policy, pruning._timing, pruning._scoring)
+            assert found not in settings.values(), arm
+            settings[arm] = found
+    assert set(arms) == {*settings, "dense"}
 
 
 def test_distillation_is_a_class_or_the_mapping_of_its_arguments(tmp_path):

@@ -156,6 +156,7 @@ def set_initial_masks(
     before = {name: layer.weight_mask.clone() for name, layer in layers.items()}
     for layer in layers.values():  # whatever masks there were, each block is calibrated with all its weights
         masks.fill_full(layer.weight_mask, layer.in_features)
+        layer.statistics = None
     began = time.perf_counter()
     recorder = Recorder()
     walk = _Walk(model, layers, criterion, pattern, sparsity, allocation or Uniform(), recorder, save)

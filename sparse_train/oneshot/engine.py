@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sparse_train import masks
 from sparse_train.activations import ActivationGram, ActivationNorm, Statistics
+from sparse_train.choice import Rules
 from sparse_train.criteria import Criterion
 from sparse_train.matrices import MaskedMatrix
 from sparse_train.oneshot.experts import ExpertMatrix, fall_back
@@ -64,7 +65,7 @@ def prune_group(
     if isinstance(method, Solver):
         updates = _solve(layers, method, pattern, sparsity, save)
     else:
-        updates = update_masks(layers, criterion=method, pattern=pattern, sparsity=sparsity, policy=StraightThrough())
+        updates = update_masks(layers, Rules(method, pattern, sparsity, StraightThrough()))
     for layer in layers.values():
         if isinstance(layer, ExpertMatrix):
             if not isinstance(method, Solver):
@@ -102,8 +103,9 @@ def _solve(
 
 
 def release(layers: Iterable[MaskedMatrix]) -> None:
-    """Let statistics go."""
+    """Stop recording, and let statistics go but for norms: they are small, and a run with frozen norms wants them."""
     for layer in layers:
-        layer.statistics = None
+        if not isinstance(layer.statistics, ActivationNorm):
+            layer.statistics = None
         if hasattr(layer, "recorder"):
             layer.recorder = None

@@ -9,7 +9,7 @@ import lightning as L
 import pytest
 import torch
 
-from sparse_train import RIA, Criterion, Magnitude, StraightThrough, Unstructured, Wanda, sparse_layers
+from sparse_train import RIA, Criterion, Magnitude, Regrow, StraightThrough, Unstructured, Wanda, sparse_layers
 from sparse_train.callbacks import DynamicPruning
 from sparse_train.distributed import world_size
 from sparse_train.masks import count_differing
@@ -23,6 +23,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "magnitude": {"mask_structure": "4:8", "criterion": Magnitude()},
     "column sums": {"mask_structure": "2:4", "criterion": RIA()},
     "not row by row": {"mask_structure": Unstructured("layer"), "sparsity": 0.5, "criterion": RIA()},
+    "regrow": {"mask_structure": "unstructured", "sparsity": 0.6, "policy": Regrow(1.0)},
+    "noise": {"mask_structure": "2:4", "noise_margin": 0.5, "flip_agreement": True},
+    "memory": {"mask_structure": "2:4", "memory": 0.5},
+    "frozen norms": {"mask_structure": "2:4", "memory": "frozen"},
     "model": {"mask_structure": Unstructured("model"), "sparsity": 0.5},
 }
 
@@ -74,7 +78,8 @@ def one_process(tmp_path_factory) -> Any:
 
 
 CASES = [(engine, method) for engine in engines.ENGINES for method in ("wanda 2:4", "decaying shadows")]
-CASES += [("fsdp2", method) for method in METHODS if method not in ("wanda 2:4", "decaying shadows")]
+CASES += [("ddp", "memory"), ("ddp", "frozen norms"), ("ddp", "regrow")]
+CASES += [("fsdp2", method) for method in METHODS if method not in ("wanda 2:4", "decaying shadows", "regrow")]
 CASES += [("zero3", "not row by row")]
 
 

@@ -1,0 +1,127 @@
+"""Variants of updates in a Lightning run: exact in every step, and resumed bit for bit."""
+
+import lightning as L
+import pytest
+import torch
+
+from sparse_train import Magnitude, Regrow, sparse_layers
+from sparse_train.callbacks import DynamicPruning
+
+from .test_dynamic_pruning import ExactAfterEveryStep, InInit, Interrupt, flip_rates, loader, trainer
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+
+VARIANTS = {
+    "exponential": {"memory": 0.5},
+    "cumulative": {"memory": 1.0},
+    "frozen": {"memory": "frozen"},
+    "hysteresis": {"hysteresis": 0.05},
+    "noise": {"noise_margin": 0.5, "memory": 0.5},
+    "agreement": {"flip_agreement": True},
+    "regrow": {"policy": Regrow()},
+}
+
+
+def pruning(variant, **changes):
+    return DynamicPruning("2:4", **({"update_freq": 4, "window": 3, "end_step": 0.9} | VARIANTS[variant] | changes))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_moves_masks(tmp_path, variant):
+    flips = [
+        float(row["sparsity/flip_rate"]) for row in flip_rates(tmp_path, mask_structure="2:4", **VARIANTS[variant])
+    ]
+    assert len(flips) == 4
+    assert flips[1] > 0  # later Regrow drops less than one weight of such short rows
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_keeps_2_of_4(tmp_path, variant):
+    model, exact, callback = InInit(), ExactAfterEveryStep(), pruning(variant)
+    trainer(tmp_path, callback, exact, max_epochs=-1, accumulate_grad_batches=2).fit(model, loader())
+    assert exact.checked >= 24
+    assert not sparse_layers(model)
+    for name, layer in model.net.named_modules():
+        if name.endswith("proj"):
+            assert ((layer.weight.reshape(-1, 4) != 0).sum(1) <= 2).all()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("calibration_batches", [8, 0], ids=["calibrated", "from a window"])
+@pytest.mark.parametrize(("at", "before"), [(6, False), (8, False), (8, True)], ids=["window", "update", "mid-update"])
+def test_every_variant_resumes_bit_for_bit(tmp_path, variant, calibration_batches, at, before):
+    def callback():
+        return pruning(variant, end_step=100, calibration_batches=calibration_batches, squash=False)
+
+    def interrupted():
+        callbacks = [Interrupt(at, tmp_path / "middle.ckpt"), callback()]
+        return trainer(tmp_path, *(callbacks if before else reversed(callbacks)), max_steps=14)
+
+    whole, resumed = InInit(), InInit()
+    trainer(tmp_path, callback(), max_steps=14).fit(whole, loader())
+    with pytest.raises(SystemExit):
+        interrupted().fit(InInit(), loader())
+    path = tmp_path / "middle.ckpt"
+    trainer(tmp_path, callback(), max_steps=14).fit(resumed, loader(), ckpt_path=path, weights_only=False)
+    a, b = whole.state_dict(), resumed.state_dict()
+    assert a.keys() == b.keys()
+    assert any(key.endswith("weight_mask") for key in a)
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+class GradientsOfPrunedWeights(L.Callback):
+    """Behind DynamicPruning, ahead of clipping: pruned weights with a gradient, and steps in which they had one."""
+
+    def __init__(self):
+        self.after, self.straight_through = [], []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        layers = sparse_layers(pl_module).values()
+        self.after.append(sum(int(layer.weight.grad[~layer.unpacked_mask()].count_nonzero()) for layer in layers))
+        self.straight_through.append({layer.straight_through for layer in layers})
+        assert all(layer.weight.grad.any() for layer in layers)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_regrow_takes_gradients_in_the_step_of_an_update_ahead_of_clipping(tmp_path, precision):
+    callback, watch = pruning("regrow", squash=False), GradientsOfPrunedWeights()
+    run = trainer(
+        tmp_path,
+        callback,
+        watch,
+        precision=precision,
+        max_epochs=-1,
+        accumulate_grad_batches=2,
+        gradient_clip_val=0.1,
+    )
+    run.fit(InInit(), loader())
+    assert watch.after == [0] * 12
+    # updates after 4, 8 and 10 steps, where at the last nothing is grown
+    assert [step + 1 for step, found in enumerate(watch.straight_through) if found == {True}] == [4, 8]
+    assert callback.updater.report().initial_flip_rate > 0
+
+
+def test_regrow_knows_its_optimizers_before_the_first_step(tmp_path):
+    class Unknown(InInit):
+        def configure_optimizers(self):
+            return torch.optim.Adagrad(self.parameters())
+
+    module = Unknown()
+    with pytest.raises(ValueError, match="Adagrad: Regrow clears what the optimizer remembers"):
+        trainer(tmp_path, pruning("regrow")).fit(module, loader())
+    assert module.seen == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"memory": 1.5}, "memory is the factor"),
+        ({"memory": 0.5, "criterion": Magnitude()}, "has nothing to remember"),
+        ({"hysteresis": -0.1}, "hysteresis is the share"),
+        ({"hysteresis": 0.1, "policy": Regrow()}, "has no effect with Regrow"),
+        ({"noise_margin": 1.0, "memory": "frozen"}, "none are recorded"),
+    ],
+)
+def test_mistakes_are_found_at_construction(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        DynamicPruning("2:4", **arguments)

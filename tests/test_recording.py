@@ -1,0 +1,152 @@
+"""What earlier windows count for: ``memory``."""
+
+import copy
+
+import pytest
+import torch
+
+from sparse_train import Magnitude, MaskUpdater, Wanda, prune
+from sparse_train.activations import ActivationNorm
+from sparse_train.distributed import rank, world_size
+
+from .conftest import VOCABULARY, tiny_llama
+from .ranks import launch
+
+
+class Watched(Wanda):
+    """Wanda that keeps the norms it was shown, squared, in float64."""
+
+    def __init__(self):
+        object.__setattr__(self, "seen", [])
+
+    def scores(self, weight_OI, stats):
+        self.seen.append(stats.sum_squares_I.double().clone())
+        return super().scores(weight_OI, stats)
+
+
+def step(model, updater, optimizer, generator, tokens=16):
+    batch = torch.randint(3, VOCABULARY, (2, tokens), generator=generator)
+    model(input_ids=batch, labels=batch).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return updater.step()
+
+
+def run(memory, lengths):
+    """Norms squared that each update scored the first layer with, and float64 sums of each window of two steps.
+
+    Each process of several has its own data, and a learning rate of 0: the models stay the same.
+    """
+    model, criterion = tiny_llama(), Watched()
+    updater = MaskUpdater(
+        model, "2:4", criterion=criterion, update_freq=2, window=1.0, memory=memory, total_steps=20, end_step=1.0
+    )
+    inputs, windows, lr = [], [], 0.1 if world_size() == 1 else 0.0
+    model.model.layers[0].self_attn.q_proj.register_forward_pre_hook(lambda m, args: inputs.append(args[0].double()))
+    optimizer, generator = torch.optim.SGD(model.parameters(), lr=lr), torch.Generator().manual_seed(rank())
+    for length in lengths:
+        if step(model, updater, optimizer, generator, length) is not None:
+            windows.append(sum(x.square().sum((0, 1)) for x in inputs))
+            inputs.clear()
+    state = updater.state_dict() if world_size() > 1 else None
+    return criterion.seen[:: len(updater.layers)], windows, state
+
+
+@pytest.mark.parametrize("memory", [0.0, 0.25, 1.0, 0, 1])
+def test_earlier_windows_count_by_their_tokens_and_fade_by_the_factor(memory):
+    seen, windows, _ = run(memory, [16, 16, 4, 5, 30, 2, 7, 7])
+    assert len(seen) == len(windows) == 4
+    expected = torch.zeros(32, dtype=torch.float64)
+    for scored, window in zip(seen, windows, strict=True):
+        expected = memory * expected + window
+        torch.testing.assert_close(scored, expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("memory", [0.5, "frozen"])
+def test_what_is_carried_over_counts_once_among_ranks_and_is_resumed_by_any_number(memory):
+    (seen, first, state), (other_seen, second, _) = launch.run(run, memory, [16, 9, 4, 5, 7, 7])
+    expected = torch.zeros(32, dtype=torch.float64)
+    for scored, other, *windows in zip(seen, other_seen, first, second, strict=True):
+        assert torch.equal(scored, other)
+        if memory != "frozen":
+            expected = memory * expected + sum(windows)
+        elif not expected.any():
+            expected = sum(windows)
+        torch.testing.assert_close(scored, expected, rtol=1e-5, atol=0)
+    own, theirs = state["statistics_by_rank"]
+    name = "model.layers.0.self_attn.q_proj"
+    assert int(own[name]["tokens"]) > 0
+    assert not any(int(each["tokens"]) for each in theirs.values())
+    resumed = MaskUpdater(
+        tiny_llama(), "2:4", criterion=Watched(), update_freq=2, memory=memory, total_steps=20, state=state
+    )
+    assert torch.equal(resumed.layers[name].statistics.sum_squares_I, own[name]["sum_squares"])
+    assert (resumed.recorder.when == "never") == (memory == "frozen")
+
+
+def test_frozen_norms_are_those_of_the_first_window():
+    seen, windows, _ = run("frozen", [16] * 6)
+    torch.testing.assert_close(seen[0], windows[0], rtol=1e-5, atol=0)
+    assert torch.equal(seen[0], seen[1]) and torch.equal(seen[0], seen[2])
+
+
+def test_frozen_norms_are_those_of_one_shot_pruning_where_the_masks_are(ids):
+    model, criterion = tiny_llama(), Watched()
+    prune(model, ids, "2:4", criterion=criterion, squash=False)
+    updater = MaskUpdater(model, "2:4", criterion=criterion, update_freq=2, memory="frozen", total_steps=20)
+    generator = torch.Generator().manual_seed(0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):
+        step(model, updater, optimizer, generator)
+        assert updater.recorder.when == "never"
+    calibrated, later = criterion.seen[:21], criterion.seen[21:]
+    assert len(later) == 21
+    assert all(torch.equal(a, b) for a, b in zip(calibrated, later, strict=True))
+
+
+@pytest.mark.parametrize("memory", [0.5, 1.0, "frozen"])
+@pytest.mark.parametrize("after", [3, 6, 9])
+def test_memory_is_resumed_bit_for_bit(memory, after):
+    def fresh():
+        model = tiny_llama()
+        updater = MaskUpdater(model, "2:4", update_freq=4, memory=memory, total_steps=20)
+        return model, updater, torch.optim.AdamW(model.parameters(), lr=3e-3)
+
+    def run(model, updater, optimizer, steps, seed):
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(steps):
+            step(model, updater, optimizer, generator)
+
+    whole, half = fresh(), fresh()
+    run(*whole, after, 1)
+    for one, other in zip(half, whole, strict=True):
+        one.load_state_dict(copy.deepcopy(other.state_dict()))
+    assert half[1].recorder.when == whole[1].recorder.when
+    run(*whole, 14 - after, 2)
+    run(*half, 14 - after, 2)
+    found = half[0].state_dict()
+    assert all(torch.equal(found[name], value) for name, value in whole[0].state_dict().items())
+    with pytest.raises(ValueError, match=f"memory = {memory}, and this run has 0.0"):
+        MaskUpdater(tiny_llama(), "2:4", update_freq=4, total_steps=20, state=whole[1].state_dict())
+
+
+def test_fading_keeps_counts_whole_and_never_forgets_a_token():
+    norm = ActivationNorm(4)
+    norm.add(torch.ones(3, 4))
+    norm.fade(0.5)
+    assert norm.sum_squares_I.tolist() == [1.5] * 4
+    assert int(norm.tokens) == 2
+    norm.tokens += 2**30
+    norm.fade(1.0)
+    assert int(norm.tokens) == 2**30 + 2
+
+
+@pytest.mark.parametrize("memory", [-0.1, 1.5, "window", None])
+def test_memory_is_a_factor_or_frozen(memory):
+    with pytest.raises(ValueError, match="memory is the factor"):
+        MaskUpdater(tiny_llama(), "2:4", memory=memory, total_steps=20)
+
+
+def test_without_activations_there_is_nothing_to_remember():
+    with pytest.raises(ValueError, match=r"Magnitude\(\) reads no activations, so that memory='frozen'"):
+        MaskUpdater(tiny_llama(), "2:4", criterion=Magnitude(), memory="frozen", total_steps=20)

@@ -14,8 +14,8 @@ from sparse_train.callbacks import DynamicPruning
 from sparse_train.export import export_model
 from sparse_train.trainer_callback import SparseTrainerCallback
 
-from .callbacks.test_dynamic_pruning import ExactAfterEveryStep, Tokens
-from .callbacks.test_dynamic_pruning import trainer as lightning_trainer
+from .callbacks.runs import ExactAfterEveryStep, Tokens
+from .callbacks.runs import trainer as lightning_trainer
 from .conftest import tiny_llama
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")

@@ -19,7 +19,7 @@ from sparse_train.report import read_metrics
 from sparse_train.sources import Pretrained, TextFiles
 
 from ..conftest import tiny_llama, tiny_tokenizer
-from .test_dynamic_pruning import InInit, loader
+from .runs import InInit, loader
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -7,7 +7,7 @@ import torch
 from sparse_train import Magnitude, Regrow, sparse_layers
 from sparse_train.callbacks import DynamicPruning
 
-from .test_dynamic_pruning import ExactAfterEveryStep, InInit, Interrupt, flip_rates, loader, trainer
+from .runs import ExactAfterEveryStep, InInit, Interrupt, flip_rates, loader, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 

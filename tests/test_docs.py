@@ -60,3 +60,20 @@ def test_a_broken_link_fails_the_build(tmp_path):
 def test_public_names_are_in_the_reference(page, module):
     described = re.findall(rf"^::: {re.escape(module)}\.(\w+)$", (DOCS / "api" / f"{page}.md").read_text(), re.M)
     assert sorted(described) == sorted(importlib.import_module(module).__all__)
+
+
+def test_the_page_of_recipes_is_up_to_date():
+    sys.path.insert(0, str(DOCS))
+    import recipe_page
+
+    page = recipe_page.page()
+    assert (DOCS / "recipes.md").read_text() == page, "python docs/recipe_page.py --write"
+    for path in [*(ROOT / "recipes").glob("*.yaml"), *(ROOT / "configs").rglob("*.yaml")]:
+        assert f"### {path.relative_to(ROOT)}\n" in page
+
+
+def test_the_choice_rests_on_measured_numbers():
+    numbers = re.compile(r"\b\d+\.\d\d\b")
+    chosen = set(numbers.findall((DOCS / "choosing.md").read_text()))
+    assert len(chosen) >= 15
+    assert chosen <= set(numbers.findall((DOCS / "results.md").read_text()))

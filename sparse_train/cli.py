@@ -3,6 +3,7 @@
 ``fit`` and ``validate`` are LightningCLI; the others are plain functions whose arguments jsonargparse reads.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -32,6 +33,8 @@ def main(args: list[str] | None = None) -> None:
     """Entry point of ``sparse-train``; ``args`` default to the command line's."""
     args = sys.argv[1:] if args is None else args
     debug = "--debug" in args
+    if debug:
+        os.environ["JSONARGPARSE_DEBUG"] = "true"
     args = [argument for argument in args if argument != "--debug"]
     if not args or args[0] in ("-h", "--help"):
         print(_USAGE, end="")

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM
 from sparse_train import Criterion, Magnitude, cli, prune
 from sparse_train.commands import COMMANDS, run_command
 from sparse_train.evaluation import WANDA7
+from sparse_train.parsers import EXAMPLES
 
 from .conftest import VOCABULARY, tiny_llama
 from .test_recipes import BASE, WithoutObjects, lightning_cli
@@ -56,13 +57,14 @@ BLOCKS = [
     for page in PAGES
     for match in re.findall(r"(?:<!-- ((?:needs|file): \S+) -->\n)?```(\w+)\n(.*?)```", page.read_text(), re.S)
 ]
-COMMAND_LINES = {
+COMMAND_LINES = {line: "" for lines in EXAMPLES.values() for line in lines.splitlines()} | {
     line: block.mark
     for block in BLOCKS
     if block.language == "bash"
     for line in block.text.splitlines()
     if line.startswith("sparse-train ")
 }
+"""Those of the pages and of every command's help, and their marks."""
 
 
 def named(blocks):
@@ -137,7 +139,7 @@ def test_yaml_blocks_are_overlays(block, elsewhere, tmp_path):
 
 
 def test_there_are_commands_and_few_are_not_run():
-    assert {line.split()[1] for line in COMMAND_LINES} == {"fit", *COMMANDS}
+    assert {line.split()[1] for line in COMMAND_LINES} == set(EXAMPLES) == {"fit", "validate", *COMMANDS}
     marked = [mark for mark in COMMAND_LINES.values() if mark]
     assert set(marked) <= {"needs: hub", "needs: gpu"}
     assert 4 * len(marked) <= len(COMMAND_LINES)
@@ -147,8 +149,8 @@ def test_there_are_commands_and_few_are_not_run():
 def test_command_lines_parse(line, elsewhere, monkeypatch):
     monkeypatch.chdir(ROOT)
     _, command, *options = shlex.split(line)
-    if command == "fit":
-        lightning_cli.run(["fit", *options], WithoutObjects)
+    if command in ("fit", "validate"):
+        lightning_cli.run([command, *options], WithoutObjects)
         return
     called = {}
     monkeypatch.setitem(COMMANDS, command, (_recording(COMMANDS[command][0], called), COMMANDS[command][1]))
@@ -191,12 +193,13 @@ def _prepare(command, options, left_behind, text_file):
     kind = {"evaluate": "model", "inspect": "model", "report": "run"}.get(command)
     for path in positional if kind else ():
         shutil.copytree(left_behind / kind, path)
-    if command == "export":
-        Path(positional[0]).parent.mkdir(parents=True)
-        shutil.copy(next(left_behind.rglob("*.ckpt")), positional[0])
+    checkpoints = [path for path in options if path.endswith(".ckpt")]
+    for path in map(Path, checkpoints):
+        path.parent.mkdir(parents=True)
+        shutil.copy(next(left_behind.rglob("*.ckpt")), path)
     shutil.copy(text_file, "my_text.txt")
     Path("theirs.yaml").write_text(
-        'prune_stage: {pruning_modifiers: {WandaPruningModifier: {sparsity: 0.5, mask_structure: "2:4"}}}'
+        'prune_stage: {pruning_modifiers: {WandaPruningModifier: {sparsity: 0.5, mask_structure: "2:4", ignore: [lm_head]}}}'
     )
     items = [line for block in BLOCKS if block.language == "json" for line in block.text.splitlines()]
     question, rte, winogrande = items
@@ -211,7 +214,7 @@ def _small(command, options, model_folder, text_file) -> list[str]:
     """Options behind those of a page that leave its command as it is, on a tiny model and a few tokens."""
     text = json.dumps({"class_path": "TextFiles", "init_args": {split: [str(text_file)] for split in SPLITS}})
     short = ["--window=32", "--max_tokens=640"]
-    if command == "fit":
+    if command in ("fit", "validate"):
         measured = [f"--trainer.callbacks.text={text}", "--trainer.callbacks.window=32"]
         return [
             f"--model.model={model_folder}",
@@ -244,7 +247,7 @@ def test_command_lines_run(line, elsewhere, left_behind, model_folder, text_file
     cli.main([command, *options, *(() if FULL else _small(command, options, model_folder, text_file))])
     out = [folder for name, folder in pairwise(options) if name in ("--out", "--export")]
     assert all(any(Path(folder) in path.parents for path in _files() - before) for folder in out)
-    assert command in ("inspect", "evaluate") or _files() - before
+    assert command in ("inspect", "evaluate", "validate") or _files() - before
 
 
 def _files() -> set[Path]:

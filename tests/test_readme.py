@@ -198,9 +198,8 @@ def _prepare(command, options, left_behind, text_file):
         path.parent.mkdir(parents=True)
         shutil.copy(next(left_behind.rglob("*.ckpt")), path)
     shutil.copy(text_file, "my_text.txt")
-    Path("theirs.yaml").write_text(
-        'prune_stage: {pruning_modifiers: {WandaPruningModifier: {sparsity: 0.5, mask_structure: "2:4", ignore: [lm_head]}}}'
-    )
+    theirs = "{sparsity: 0.5, mask_structure: '2:4', ignore: [lm_head]}"
+    Path("theirs.yaml").write_text(f"prune_stage: {{pruning_modifiers: {{WandaPruningModifier: {theirs}}}}}")
     items = [line for block in BLOCKS if block.language == "json" for line in block.text.splitlines()]
     question, rte, winogrande = items
     passage = json.dumps({"query": "Passage: A ruler.\nQuestion: is it long?", "choices": ["no", "yes"], "gold": 1})

@@ -63,7 +63,8 @@ def _paragraphs(head: list[str], name: str) -> list[str]:
     for is_command, group in groupby(text.splitlines(), lambda line: line.startswith("  ")):
         lines = [line.removeprefix("  ") if is_command else line for line in group if line.strip()]
         if lines:
-            found.append("\n".join(["```bash", *lines, "```\n"] if is_command else [*lines, ""]))
+            mark = ["<!-- needs: nodes -->"] if lines[0].startswith("torchrun") else []
+            found.append("\n".join([*mark, "```bash", *lines, "```\n"] if is_command else [*lines, ""]))
     return found
 
 

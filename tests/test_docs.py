@@ -3,6 +3,7 @@
 import importlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -39,8 +40,15 @@ def test_the_site_loads_nothing_from_elsewhere(site):
         assert not [tag for tag in tags if re.search(r"""(?:src|href|data)=["']?(?:https?:)?//""", tag)], page
 
 
+def test_the_reference_is_made_from_docstrings(site):
+    page = (site / "api" / "callbacks" / "index.html").read_text()
+    assert "Keep a model at its target sparsity in training" in page
+    assert "<p>::</p>" not in page
+
+
 def test_a_broken_link_fails_the_build(tmp_path):
     (tmp_path / "docs").mkdir()
+    shutil.copy(DOCS / "hooks.py", tmp_path / "docs")
     (tmp_path / "docs" / "index.md").write_text("[gone](gone.md)")
     config = (ROOT / "mkdocs.yml").read_text()
     (tmp_path / "mkdocs.yml").write_text(re.sub(r"^nav:\n(?:  .*\n)+", "", config, flags=re.M))

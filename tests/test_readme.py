@@ -141,8 +141,20 @@ def test_yaml_blocks_are_overlays(block, elsewhere, tmp_path):
 def test_there_are_commands_and_few_are_not_run():
     assert {line.split()[1] for line in COMMAND_LINES} == set(EXAMPLES) == {"fit", "validate", *COMMANDS}
     marked = [mark for mark in COMMAND_LINES.values() if mark]
-    assert set(marked) <= {"needs: hub", "needs: gpu"}
+    assert {block.mark for block in BLOCKS} <= {"", "needs: hub", "needs: gpu", "needs: nodes", "file: my_scores.py"}
     assert 4 * len(marked) <= len(COMMAND_LINES)
+
+
+def test_other_commands_are_known():
+    """Lines of pages that no test runs: pip's and make's name what there is, and the rest is this."""
+    bash = "\n".join(block.text for block in BLOCKS if block.language == "bash" and not block.mark)
+    others = [line for line in bash.splitlines() if line and not line.startswith("sparse-train ")]
+    unknown = re.compile(r"(?!pip install|make \w|\. \.venv|python -m pytest tests/|ruff check|TASKS=|lm_eval )")
+    assert not [line for line in others if unknown.match(line)]
+    targets = re.findall(r"^make (\w+)", bash, re.M)
+    assert targets and set(targets) <= set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
+    extras = re.findall(r"pip install '\.\[(\w+)\]'", bash)
+    assert extras and set(extras) <= set(re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.M))
 
 
 @pytest.mark.parametrize("line", COMMAND_LINES)

@@ -31,7 +31,7 @@ def explain(message: str, options: Iterable[str]) -> str:
         Messages of another form come back as they are.
     """
     options = [option for option in options if not option.endswith((".help", "+"))]
-    found = [(match.start(), match, say) for pattern, say in _CAUSES for match in [pattern.search(message)] if match]
+    found = [(match.start(1), match, say) for pattern, say in _CAUSES for match in [pattern.search(message)] if match]
     if not found:
         return message
     start, match, say = min(found, key=lambda cause: cause[0])
@@ -67,7 +67,9 @@ def _unknown(name: str, options: list[str], dashes: str) -> tuple[str, str]:
 def _no_argument(match: re.Match[str], where: str, before: str, options: list[str]) -> str:
     path, name = match[1], match[2].rstrip("+")
     accepted = list(inspect.signature(_imported(path)).parameters)
-    similar = did_you_mean(name, accepted) or f" It has {', '.join(accepted) or 'none'}."
+    similar = (
+        did_you_mean(name.partition(".")[0], [*accepted, "init_args"]) or f" It has {', '.join(accepted) or 'none'}."
+    )
     return f"{where}: {path.rpartition('.')[2]} has no argument {name!r}.{similar}"
 
 
@@ -90,7 +92,10 @@ def _wrong_value(match: re.Match[str], where: str, before: str, options: list[st
         return _must_be_given(where)
     if nested := re.fullmatch(r"NestedArg\(key='(.*)', val='(.*)'\)", value):
         where, value = f"{where}.{nested[1]}", nested[2]
-    return f"{where} takes {_words(types)}, got {value!r}." + did_you_mean(value, _choices(types))
+    way_out = did_you_mean(value, _choices(types))
+    if value.startswith(("{", "[{")):  # meant to be objects
+        way_out = " A class is given by its name, or by a mapping with class_path and init_args."
+    return f"{where} takes {_words(types)}, got {value!r}.{way_out}"
 
 
 def _required(match: re.Match[str], where: str, before: str, options: list[str]) -> str:
@@ -99,6 +104,15 @@ def _required(match: re.Match[str], where: str, before: str, options: list[str])
 
 def _must_be_given(*names: str) -> str:
     return f"{' and '.join(names)} must be given, by {' and '.join(f'--{name}' for name in names)} or in a --config."
+
+
+def _own(match: re.Match[str], where: str, before: str, options: list[str]) -> str:
+    return match[1] if not where else f"{where}: {match[1]}"
+
+
+def _no_group_file(match: re.Match[str], where: str, before: str, options: list[str]) -> str:
+    keys = [option for option in options if option.startswith(f"--{where}.")]
+    return f"--{where} takes a YAML file, got {match[1]!r}. Its keys are options, too: {', '.join(keys[:8])}."
 
 
 def _no_file(match: re.Match[str], where: str, before: str, options: list[str]) -> str:
@@ -118,13 +132,22 @@ _CAUSES: list[tuple[re.Pattern[str], Callable[[re.Match[str], str, str, list[str
     (
         re.compile(
             r"Subtypes: \[(.*)\]\s+Errors:\n"
-            r"(?:(?!\s*- (?:Problem|Import path|Expected a dot|Expected an inst)).*\n)+?"
+            r"(?:\s*(?:- Expected (?!a dot|an inst)|- Not a valid|Subclass types|- a class|- a dict).*\n)+?"
             r"\s*Given value type: .*\s+Given value: (.*)"
         ),
         _wrong_value,
     ),
     (re.compile(r"the following arguments are required: (.+)"), _required),
     (re.compile(r"File does not exist: '([^']+)'"), _no_file),
+    (re.compile(r"Unable to load config '([^']+)'"), _no_group_file),
+    (  # a ValueError of a class that was being made, which jsonargparse lists among its own
+        re.compile(
+            r"Union subtypes(?:.*\n)+?"
+            r"\s*- (?!Expected|Not a valid|Problem|Does not|Import path|Parser key|a class|a dict)"
+            r"([^\n]+(?:\n(?!\s*- |\s*Given value).*)*)"
+        ),
+        _own,
+    ),
 ]
 """What each cause looks like in a message, and what to say of it."""
 

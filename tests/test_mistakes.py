@@ -79,6 +79,10 @@ def answer(arguments, capsys) -> str:
         ([*FIT, "--trainer.precision=bf17"], ", bf16, got 'bf17'. Did you mean 'bf16'?"),
         ([*PRUNE, "--sampling=packd"], "sampling takes one of packed, documents, got 'packd'. Did you mean 'packed'?"),
         ([*PRUNE, "--ignore=[a"], "ignore takes a list, got '[a'."),
+        (
+            ["fit", "--model", "x"],
+            "--model takes a YAML file, got 'x'. Its keys are options, too: --model.model, --model.lr",
+        ),
         # what is missing
         (["fit"], "model.model must be given, by --model.model or in a --config."),
         (["inspect"], "model must be given, by --model or in a --config."),
@@ -105,6 +109,13 @@ def test_on_the_command_line(arguments, said, capsys):
             "max_step:",
             "there is no key 'trainer.max_step'. Did you mean 'trainer.max_steps'",
         ),
+        (
+            "smollm2_2of4",
+            "  init_args:\n        mask",
+            "  init_arg:\n        mask",
+            "'init_arg.mask_structure'. Did you mean 'init_args'",
+        ),
+        ("smollm2_2of4", "class_path: Dynamic", "clas_path: Dynamic", "or by a mapping with class_path and init_args."),
         ("smollm2_2of4", "trainer:", "traner:", "there is no key 'traner'. Did you mean 'trainer'"),
         (
             "smollm2_2of4",
@@ -129,9 +140,28 @@ def test_in_a_recipe(recipe, right, wrong, said, capsys):
 
 
 def replaced_outside_comments(text, right, wrong):
-    lines = [line if line.startswith("#") else line.replace(right, wrong) for line in text.splitlines()]
-    assert lines != text.splitlines()
-    return "\n".join(lines)
+    body = text[text.index("\n", text.rindex("\n#") + 1) :]
+    assert right in body
+    return body.replace(right, wrong)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([f"{PRUNING}.mask_structure=2;4"], 'must be "unstructured" or "N:M"'),
+        ([f"{PRUNING}.update_freq=0"], "update_freq is the number of steps between mask updates"),
+        ([f"{PRUNING}.schedule=Cubic", f"{PRUNING}.schedule.final_sparsity=1.5"], "final_sparsity must be at least 0"),
+    ],
+)
+def test_mistakes_that_classes_find(options, said):
+    """Their own message alone, although jsonargparse wraps it as it makes them."""
+    with pytest.raises(SystemExit) as error:
+        cli.main([*FIT, *options])
+    message = str(error.value)
+    assert message.startswith("sparse-train fit: ")
+    assert said in message
+    assert "\n" not in message
+    assert "Callback" not in message
 
 
 def test_a_model_that_was_meant_to_be_a_class(monkeypatch):

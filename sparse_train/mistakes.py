@@ -40,7 +40,7 @@ def explain(message: str, options: Iterable[str]) -> str:
 
 
 def _no_option(match: re.Match[str], where: str, before: str, options: list[str]) -> str:
-    name = match[1].partition("=")[0]
+    name = match[1].partition("=")[0].rstrip("+")
     if not name.startswith("-"):
         return f"{name!r} is one word too many."
     wrong, similar = _unknown(name.lstrip("-"), options, "--")
@@ -66,11 +66,10 @@ def _unknown(name: str, options: list[str], dashes: str) -> tuple[str, str]:
 
 def _no_argument(match: re.Match[str], where: str, before: str, options: list[str]) -> str:
     path, name = match[1], match[2].rstrip("+")
-    accepted = list(inspect.signature(_imported(path)).parameters)
-    similar = (
-        did_you_mean(name.partition(".")[0], [*accepted, "init_args"]) or f" It has {', '.join(accepted) or 'none'}."
-    )
-    return f"{where}: {path.rpartition('.')[2]} has no argument {name!r}.{similar}"
+    accepted = list(inspect.signature(_imported(path) or object).parameters)
+    similar = did_you_mean(name.partition(".")[0], [*accepted, "init_args"])
+    others = f" It has {', '.join(accepted) or 'none'}."
+    return f"{where}: {path.rpartition('.')[2]} has no argument {name!r}.{similar or others}"
 
 
 def _no_class(match: re.Match[str], where: str, before: str, options: list[str]) -> str:

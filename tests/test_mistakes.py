@@ -7,6 +7,7 @@ import pytest
 from sparse_train import cli
 from sparse_train.mistakes import explain
 
+pytestmark = pytest.mark.filterwarnings("ignore")
 ROOT = Path(__file__).parent.parent
 FIT = ["fit", "--config", "recipes/smollm2_2of4.yaml"]
 PRUNE = ["prune", "--model", "x", "--out", "y"]
@@ -35,6 +36,10 @@ def answer(arguments, capsys) -> str:
         (
             [*FIT, "--trainer.max_step", "5"],
             "there is no option --trainer.max_step. Did you mean '--trainer.max_steps'",
+        ),
+        (
+            [*FIT, "--trainer.callback+=Evaluation"],
+            "there is no option --trainer.callback. Did you mean '--trainer.callbacks'",
         ),
         ([*FIT, "--model.learning_rate=1"], "there is no option --model.learning_rate. model has model, lr, "),
         (["validate", "--ckpt", "x"], "there is no option --ckpt. Did you mean '--ckpt_path'"),

@@ -1,5 +1,6 @@
 # make demo   the whole job on a real model        make test   style, types, tests
 # make setup  only the virtual environment         make bench  benchmarks of time
+# make docs   these pages as a site, in site/
 
 PYTHON ?= python3
 STEPS ?= 20
@@ -14,8 +15,9 @@ export MALLOC_MMAP_MAX_ = 0
 export TOKENIZERS_PARALLELISM = false
 export HF_HUB_DISABLE_TELEMETRY = 1
 export DS_ACCELERATOR = cpu
+export NO_MKDOCS_2_WARNING = 1
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test lint bench docs clean
 
 setup: $(READY)
 
@@ -41,5 +43,8 @@ bench: $(READY)
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/oneshot_time.py
 
+docs: $(READY)
+	$(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info runs
+	rm -rf $(VENV) build dist site *.egg-info runs

@@ -3,9 +3,11 @@
 ``fit`` and ``validate`` are LightningCLI; the others are plain functions whose arguments jsonargparse reads.
 """
 
+import os
 import sys
 from pathlib import Path
 
+from sparse_train.mistakes import explain
 from sparse_train.shipped import shipped
 from sparse_train.targets import did_you_mean
 
@@ -34,6 +36,8 @@ def main(args: list[str] | None = None) -> None:
     """Entry point of ``sparse-train``; ``args`` default to the command line's."""
     args = sys.argv[1:] if args is None else args
     debug = "--debug" in args
+    if debug:
+        os.environ["JSONARGPARSE_DEBUG"] = "true"
     args = [argument for argument in args if argument != "--debug"]
     if not args or args[0] in ("-h", "--help"):
         print(_USAGE, end="")
@@ -51,12 +55,16 @@ def main(args: list[str] | None = None) -> None:
 
             if command not in COMMANDS:
                 names = ["fit", "validate", *COMMANDS]
-                sys.exit(f"sparse-train: there is no command {command!r}.{did_you_mean(command, names)}\n\n{_USAGE}")
+                similar = did_you_mean(command, names) or f" There are {', '.join(names)}."
+                sys.exit(
+                    f"sparse-train: there is no command {command!r}.{similar}\nsparse-train --help says what each does."
+                )
             run_command(command, options)
     except (ValueError, OSError) as error:
         if debug:
             raise
-        sys.exit(f"sparse-train {command}: {error}")
+        wrapped = "Union subtypes" in str(error)  # by jsonargparse, around what a class said as it was made
+        sys.exit(f"sparse-train {command}: {explain(str(error), []) if wrapped else error}")
 
 
 def _find_shipped(options: list[str]) -> list[str]:

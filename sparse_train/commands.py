@@ -3,9 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
-from jsonargparse import ArgumentParser
-
 from sparse_train.evaluate_command import evaluate
+from sparse_train.parsers import ShortErrors, settings
 from sparse_train.prune_command import prune
 from sparse_train.reference_flags import translate
 from sparse_train.sources import ModelSource, Pretrained, as_model_source
@@ -91,11 +90,14 @@ COMMANDS: dict[str, tuple[Callable[..., None], list[str]]] = {
 """Each command's function, and which of its arguments may also be given by position; "+": the last, several times."""
 
 
-def parser_of(command: str) -> ArgumentParser:
+def parser_of(command: str) -> ShortErrors:
     """The parser of one command."""
     install()
     function, _ = COMMANDS[command]
-    parser = ArgumentParser(prog=f"sparse-train {command}", description=(function.__doc__ or "").split("\n\n")[0])
+    description = (function.__doc__ or "").split("\n\n")[0]
+    parser = ShortErrors(
+        prog=f"sparse-train {command}", description=description, allow_abbrev=False, **settings(command)
+    )
     parser.add_argument("--config", action="config", help="YAML file with any of these arguments.")
     parser.add_function_arguments(function)
     return parser

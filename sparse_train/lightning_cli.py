@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import asdict
+from typing import NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
@@ -9,8 +10,16 @@ from sparse_train.callbacks import DynamicPruning, RunHistory  # and with them t
 from sparse_train.card import ModelCard, training_rows
 from sparse_train.data import TextBlocks
 from sparse_train.module import CausalLM
+from sparse_train.parsers import Formatter, ShortErrors, settings
 from sparse_train.shipped import shipped
 from sparse_train.yaml_numbers import install
+
+
+class _Parser(ShortErrors, LightningArgumentParser):
+    """Lightning's, with short errors."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        super().error(message.replace('"data.tokenizer"', '"model.model"'), ex)  # which it is linked to
 
 
 class SparseTrainCLI(LightningCLI):
@@ -83,4 +92,7 @@ def run(args: list[str], cli: type[SparseTrainCLI] = SparseTrainCLI) -> SparseTr
             trainer_defaults={"callbacks": RunHistory(), "num_sanity_val_steps": -1},
             save_config_kwargs={"overwrite": True},
             auto_configure_optimizers=False,
+            parser_class=_Parser,
+            parser_kwargs={"prog": "sparse-train", "allow_abbrev": False, "formatter_class": Formatter}
+            | {name: settings(name) for name in ("fit", "validate")},
         )

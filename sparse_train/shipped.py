@@ -11,3 +11,10 @@ def shipped(path: str) -> str:
         if packaged.is_file():
             return str(packaged)
     return path
+
+
+def shipped_names() -> list[str]:
+    """The names of all of them."""
+    root = Path(str(resources.files("sparse_train")))
+    folders = (root / "recipes", root / "configs")
+    return sorted(path.relative_to(root).as_posix() for folder in folders for path in folder.rglob("*.yaml"))

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 
 from sparse_train import packaged
+from sparse_train.targets import did_you_mean
 
 Split = Literal["train", "validation", "test"]
 
@@ -79,7 +80,8 @@ class Pretrained(ModelSource):
             )
         except OSError as error:
             local = "" if Path(self.path).exists() else "There is no local folder of that name, and from the hub: "
-            raise ValueError(f"Cannot load a model from {self.path!r}. {local}{error}") from error
+            similar = did_you_mean(self.path, [source.__name__ for source in ModelSource.__subclasses__()])
+            raise ValueError(f"Cannot load a model from {self.path!r}.{similar} {local}{error}") from error
         if self.gguf_file:  # the weights are dense now, but the model still calls itself quantised and refuses to save
             model.config.__dict__.pop("quantization_config", None)
             model.hf_quantizer, model.is_quantized = None, False

@@ -165,10 +165,10 @@ def _unambiguous_blocks(model: nn.Module) -> str | None:
     return first
 
 
-def did_you_mean(word: str, candidates: Iterable[str]) -> str:
-    """ " Did you mean ...?" or nothing, to put behind an error."""
+def did_you_mean(word: str, candidates: Iterable[str], prefix: str = "") -> str:
+    """ " Did you mean ...?" or nothing, to put behind an error; ``prefix`` stands before each candidate."""
     close = difflib.get_close_matches(word, list(candidates), n=3, cutoff=0.5)
-    return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+    return f" Did you mean {' or '.join(repr(prefix + name) for name in close)}?" if close else ""
 
 
 def _match(model: nn.Module, patterns: Sequence[str], argument: str, fused: Mapping[str, FusedExperts]) -> list[str]:

@@ -3,6 +3,7 @@
 import re
 from typing import Any
 
+import yaml  # type: ignore[import-untyped,unused-ignore]
 from jsonargparse import get_loader, set_loader
 
 _BARE_N_OF_M = re.compile(r"((?:^|[:\-,\[{])[ \t]+|^)(\d+:\d+)(?=[ \t]*(?:$|[,}\]]|[ \t]#))", re.MULTILINE)
@@ -18,4 +19,4 @@ def install() -> None:
         return load(_BARE_N_OF_M.sub(r'\1"\2"', stream))
 
     loader.reads_n_of_m = True  # type: ignore[attr-defined]
-    set_loader("yaml", loader)
+    set_loader("yaml", loader, exceptions=(yaml.YAMLError,))

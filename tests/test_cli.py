@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sparse_train import cli
 from sparse_train.commands import COMMANDS
 from sparse_train.export import export_checkpoint, export_model
+from sparse_train.parsers import EXAMPLES
 
 from .conftest import tiny_llama, tiny_tokenizer
 
@@ -198,6 +199,15 @@ def test_help_shows_the_commands(capsys):
     with pytest.raises(SystemExit):
         cli.main(["prune", "--help"])
     assert "N kept of every M" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", EXAMPLES)
+def test_help_of_a_command_has_examples(command, capsys):
+    with pytest.raises(SystemExit) as error:
+        cli.main([command, "--help"])
+    assert error.value.code == 0
+    shown = capsys.readouterr().out
+    assert shown.endswith("examples:\n" + "".join(f"  {line}\n" for line in EXAMPLES[command].splitlines()))
 
 
 @pytest.mark.parametrize(

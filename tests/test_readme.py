@@ -1,38 +1,112 @@
-"""Code and commands of README and docs, as written."""
+"""Code and commands of README and docs are run, on tiny models and few steps.
 
+With SPARSE_TRAIN_DOCS=full they run as they are written; only what other commands would have left is tiny then.
+A page marks what cannot run here with ``<!-- needs: hub -->`` (or gpu) before the block: such commands are parsed.
+"""
+
+import functools
+import json
+import os
 import re
 import shlex
+import shutil
+import sys
+from dataclasses import dataclass
+from itertools import pairwise, takewhile
 from pathlib import Path
+from types import SimpleNamespace
 
+import lightning
 import pytest
 import torch
-from transformers import TrainingArguments
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, TrainingArguments
 
-from sparse_train import Criterion, Magnitude, prune
+from sparse_train import Criterion, Magnitude, cli, prune
 from sparse_train.commands import COMMANDS, run_command
+from sparse_train.evaluation import WANDA7
+from sparse_train.parsers import EXAMPLES
 
 from .conftest import VOCABULARY, tiny_llama
-from .test_recipes import WithoutObjects, lightning_cli
+from .test_recipes import BASE, WithoutObjects, lightning_cli
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-BLOCKS = [(page.name, *match) for page in PAGES for match in re.findall(r"```(\w+)\n(.*?)```", page.read_text(), re.S)]
-COMMAND_LINES = [
-    line
-    for _, language, block in BLOCKS
-    if language == "bash"
-    for line in block.splitlines()
-    if line.startswith("sparse-train ")
+SPLITS = ("train", "validation", "test")
+FULL = os.environ.get("SPARSE_TRAIN_DOCS") == "full"
+
+
+@dataclass(frozen=True)
+class Block:
+    page: str
+    mark: str
+    """What stands before it in a comment: "needs: hub", "file: NAME" or nothing."""
+    language: str
+    text: str
+
+    @property
+    def code(self) -> str:
+        """Of a diff, what it leads to."""
+        if self.language != "diff":
+            return self.text
+        return "".join(line[1:] or "\n" for line in self.text.splitlines(keepends=True) if not line.startswith("-"))
+
+
+BLOCKS = [
+    Block(page.name, *match)
+    for page in PAGES
+    for match in re.findall(r"(?:<!-- ((?:needs|file): \S+) -->\n)?```(\w+)\n(.*?)```", page.read_text(), re.S)
 ]
+COMMAND_LINES = {line: "" for lines in EXAMPLES.values() for line in lines.splitlines()} | {
+    line: block.mark
+    for block in BLOCKS
+    if block.language == "bash"
+    for line in block.text.splitlines()
+    if line.startswith("sparse-train ")
+}
+"""Those of the pages and of every command's help, and their marks."""
 
 
-@pytest.mark.parametrize("code", [block for _, language, block in BLOCKS if language == "python"])
-def test_python_blocks_run(code, tmp_path, monkeypatch):
+def named(blocks):
+    return [pytest.param(block, id=f"{block.page}-{i}") for i, block in enumerate(blocks)]
+
+
+@pytest.fixture
+def elsewhere(monkeypatch, tmp_path):
+    """A folder with the files that the pages tell the reader to write, and modules among them found."""
     monkeypatch.chdir(tmp_path)
-    model = tiny_llama()
+    monkeypatch.setattr("sys.argv", ["sparse-train"])
+    monkeypatch.setattr("sys.path", [str(tmp_path), *sys.path])
+    for block in BLOCKS:
+        if block.mark.startswith("file: "):
+            Path(block.mark.removeprefix("file: ")).write_text(block.text)
+
+
+class Module(lightning.LightningModule):
+    """The reader's own."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def training_step(self, batch):
+        return self.model(input_ids=batch, labels=batch).loss
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("block", named(block for block in BLOCKS if block.language in ("python", "diff")))
+def test_python_blocks_run(block, elsewhere):
+    model, code = tiny_llama(), block.code
+    batches = list(torch.randint(3, VOCABULARY, (12, 2, 16)))
     names = {
+        "L": SimpleNamespace(Trainer=_trainer),
+        "module": Module(model),
+        "data": DataLoader(torch.cat(batches), batch_size=2),
         "model": model,
-        "batches": list(torch.randint(3, VOCABULARY, (12, 2, 16))),
+        "batches": batches,
         "optimizer": torch.optim.AdamW(model.parameters(), lr=1e-3),
         "make_module": lambda: model,
         "load_checkpoint": _sparse_checkpoint,
@@ -40,12 +114,18 @@ def test_python_blocks_run(code, tmp_path, monkeypatch):
         "dataset": [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, VOCABULARY, (12, 16))],
     }
     exec(compile(code, "block", "exec"), names)
-    if "squash(" in code or "prune(" in code:
+    if any(word in code for word in ("squash(", "prune(", "fit(")):
         weight = model.model.layers[0].mlp.up_proj.weight
-        assert ((weight.reshape(-1, 4) == 0).sum(1) == 2).all()
-    if "Criterion" in code:
+        assert (weight == 0).float().mean() == 0.5
+        assert ((weight.reshape(-1, 4) == 0).sum(1) == 2).all() != ('"unstructured"' in code)
+    if "(Criterion)" in code:
         own = next(v for v in names.values() if isinstance(v, type) and issubclass(v, Criterion) and v is not Criterion)
         prune(model, names["batches"], "2:4", criterion=own())
+
+
+def _trainer(**arguments):
+    quiet = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    return lightning.Trainer(**arguments | quiet | ({} if FULL else {"max_steps": 12}))
 
 
 def _sparse_checkpoint():
@@ -54,17 +134,37 @@ def _sparse_checkpoint():
     return {"state_dict": model.state_dict()}
 
 
-def test_there_are_commands():
-    assert {line.split()[1] for line in COMMAND_LINES} == {"fit", *COMMANDS}
+@pytest.mark.parametrize("block", named(block for block in BLOCKS if block.language == "yaml"))
+def test_yaml_blocks_are_overlays(block, elsewhere, tmp_path):
+    (tmp_path / "overlay.yaml").write_text(block.text)
+    lightning_cli.run(["fit", f"--config={BASE}", f"--config={tmp_path / 'overlay.yaml'}"], WithoutObjects)
+
+
+def test_there_are_commands_and_few_are_not_run():
+    assert {line.split()[1] for line in COMMAND_LINES} == set(EXAMPLES) == {"fit", "validate", *COMMANDS}
+    marked = [mark for mark in COMMAND_LINES.values() if mark]
+    assert {block.mark for block in BLOCKS} <= {"", "needs: hub", "needs: gpu", "needs: nodes", "file: my_scores.py"}
+    assert 4 * len(marked) <= len(COMMAND_LINES)
+
+
+def test_other_commands_are_known():
+    """Lines of pages that no test runs: pip's and make's name what there is, and the rest is this."""
+    bash = "\n".join(block.text for block in BLOCKS if block.language == "bash" and not block.mark)
+    others = [line for line in bash.splitlines() if line and not line.startswith("sparse-train ")]
+    unknown = re.compile(r"(?!pip install|make \w|\. \.venv|python -m pytest tests/|ruff check|TASKS=|lm_eval )")
+    assert not [line for line in others if unknown.match(line)]
+    targets = re.findall(r"^make (\w+)", bash, re.M)
+    assert targets and set(targets) <= set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
+    extras = re.findall(r"pip install '\.\[(\w+)\]'", bash)
+    assert extras and set(extras) <= set(re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.M))
 
 
 @pytest.mark.parametrize("line", COMMAND_LINES)
-def test_command_lines_parse(line, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["sparse-train"])
+def test_command_lines_parse(line, elsewhere, monkeypatch):
     monkeypatch.chdir(ROOT)
     _, command, *options = shlex.split(line)
-    if command == "fit":
-        lightning_cli.run(["fit", *options], WithoutObjects)
+    if command in ("fit", "validate"):
+        lightning_cli.run([command, *options], WithoutObjects)
         return
     called = {}
     monkeypatch.setitem(COMMANDS, command, (_recording(COMMANDS[command][0], called), COMMANDS[command][1]))
@@ -74,13 +174,112 @@ def test_command_lines_parse(line, monkeypatch):
 
 def _recording(function, called):
     """The same signature, but it only notes its arguments."""
-    import functools
 
     @functools.wraps(function)
     def record(**arguments):
         called.update(arguments)
 
     return record
+
+
+@pytest.fixture(scope="session")
+def left_behind(tmp_path_factory, model_folder, text_file) -> Path:
+    """What commands before the one on a page would have left: a pruned model, and a run with a checkpoint."""
+    folder = tmp_path_factory.mktemp("left_behind")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr("sys.argv", ["sparse-train"])
+        _without_pictures(patch)
+        small = _small("fit", [], model_folder, text_file)
+        cli.main(["fit", "--config=recipes/smollm2_2of4.yaml", *small, "--export=model"])
+        cli.main(["pack", "model", "packed"])
+    (folder / "runs" / "smollm2_2of4" / "version_0").rename(folder / "run")
+    return folder
+
+
+def _without_pictures(patch):
+    """Of the report that fit leaves: they take longer than the run, and lines with "report" draw them."""
+    patch.setattr("sparse_train.report.write_run_report", lambda runs: "not drawn")
+
+
+def _prepare(command, options, left_behind, text_file):
+    """Put the files that a command reads where it looks for them."""
+    positional = list(takewhile(lambda option: not option.startswith("-"), options))
+    read = {"pack": positional[:1], "unpack": positional[:1]}.get(command, positional)
+    kind = {"evaluate": "model", "inspect": "model", "pack": "model", "unpack": "packed", "report": "run"}.get(command)
+    for path in read if kind else ():
+        shutil.copytree(left_behind / kind, path)
+    checkpoints = [path for path in options if path.endswith(".ckpt")]
+    for path in map(Path, checkpoints):
+        path.parent.mkdir(parents=True)
+        shutil.copy(next(left_behind.rglob("*.ckpt")), path)
+    shutil.copy(text_file, "my_text.txt")
+    theirs = "{sparsity: 0.5, mask_structure: '2:4', ignore: [lm_head]}"
+    Path("theirs.yaml").write_text(f"prune_stage: {{pruning_modifiers: {{WandaPruningModifier: {theirs}}}}}")
+    items = [line for block in BLOCKS if block.language == "json" for line in block.text.splitlines()]
+    question, rte, winogrande = items
+    passage = json.dumps({"query": "Passage: A ruler.\nQuestion: is it long?", "choices": ["no", "yes"], "gold": 1})
+    Path("data/zeroshot").mkdir(parents=True)
+    for task in WANDA7:
+        item = {"rte": rte, "winogrande": winogrande, "boolq": passage}.get(task, question)
+        Path(f"data/zeroshot/{task}.jsonl").write_text(f"{item}\n" * 3)
+
+
+def _small(command, options, model_folder, text_file) -> list[str]:
+    """Options behind those of a page that leave its command as it is, on a tiny model and a few tokens."""
+    text = json.dumps({"class_path": "TextFiles", "init_args": {split: [str(text_file)] for split in SPLITS}})
+    short = ["--window=32", "--max_tokens=640"]
+    if command in ("fit", "validate"):
+        measured = [f"--trainer.callbacks.text={text}", "--trainer.callbacks.window=32"]
+        return [
+            f"--model.model={model_folder}",
+            f"--data.text={text}",
+            "--data.block_size=32",
+            "--trainer.max_steps=12",
+            "--trainer.val_check_interval=6",
+            "--trainer.enable_progress_bar=false",
+            "--trainer.enable_model_summary=false",
+            *(measured if "Evaluation" in options else ()),
+        ]
+    if command == "prune":
+        own_text = () if "TextFiles" in options else (f"--text={text}",)
+        count = "--nsamples=4" if "--nsamples" in options else "--num_calibration_samples=4"
+        measured = (f"--perplexity={text}", *short) if "--seeds" in options else ()
+        return [f"--model={model_folder}", *own_text, count, "--max_seq_length=32", *measured]
+    if command == "evaluate" and "--task_data" not in options:
+        return [*short, *(() if "TextFiles" in options else (f"--text={text}",))]
+    return []
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("line", [line for line, mark in COMMAND_LINES.items() if not mark])
+def test_command_lines_run(line, elsewhere, left_behind, model_folder, text_file, monkeypatch):
+    _, command, *options = shlex.split(line)
+    _prepare(command, options, left_behind, text_file)
+    if command == "fit" and not FULL:
+        _without_pictures(monkeypatch)
+    before = _files()
+    cli.main([command, *options, *(() if FULL else _small(command, options, model_folder, text_file))])
+    out = [folder for name, folder in pairwise(options) if name in ("--out", "--export")]
+    assert all(any(Path(folder) in path.parents for path in _files() - before) for folder in out)
+    assert command in ("inspect", "evaluate", "validate") or _files() - before
+
+
+def _files() -> set[Path]:
+    return {path for path in Path().rglob("*") if path.is_file()}
+
+
+def test_a_criterion_in_ten_lines(elsewhere, model_folder, text_file):
+    """The file of the page as it stands, found by its name, decides what is pruned."""
+    block = next(block for block in BLOCKS if block.mark == "file: my_scores.py")
+    lines = [line for line in block.text.splitlines() if line.strip()]
+    assert len(lines) <= 10
+    options = ["--criterion=my_scores.SoftWanda", "--criterion.power=0", "--out=out", "--mask_structure=2:4"]
+    cli.main(["prune", *options, *_small("prune", options, model_folder, text_file)])
+    by_magnitude = tiny_llama()
+    prune(by_magnitude, criterion=Magnitude())  # to the power of 0, inputs do not count
+    found = AutoModelForCausalLM.from_pretrained("out")
+    assert all(torch.equal(a, b) for a, b in zip(found.parameters(), by_magnitude.parameters(), strict=True))
 
 
 def test_links_lead_somewhere():

@@ -1,0 +1,87 @@
+"""The pages build as a site that needs nothing from elsewhere, and say what the code says."""
+
+import importlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+
+
+def build(out: Path, config: Path = ROOT / "mkdocs.yml") -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", f"--config-file={config}", f"--site-dir={out}"]
+    return subprocess.run(command, cwd=ROOT, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("site")
+    done = build(out)
+    assert done.returncode == 0, done.stderr.decode()
+    return out
+
+
+def test_every_page_is_built(site):
+    for page in DOCS.rglob("*.md"):
+        name = page.relative_to(DOCS).with_suffix("")
+        assert (site / ("" if name.name == "index" else name) / "index.html").is_file(), name
+
+
+def test_the_site_loads_nothing_from_elsewhere(site):
+    for page in site.rglob("*.html"):
+        tags = re.findall(r"<(?:script|link|img|iframe|object)\b[^>]*>", page.read_text())
+        assert tags
+        assert not [tag for tag in tags if re.search(r"""(?:src|href|data)=["']?(?:https?:)?//""", tag)], page
+
+
+def test_the_reference_is_made_from_docstrings(site):
+    page = (site / "api" / "callbacks" / "index.html").read_text()
+    assert "Keep a model at its target sparsity in training" in page
+    assert "<p>::</p>" not in page
+
+
+def test_a_broken_link_fails_the_build(tmp_path):
+    (tmp_path / "docs").mkdir()
+    shutil.copy(DOCS / "hooks.py", tmp_path / "docs")
+    (tmp_path / "docs" / "index.md").write_text("[gone](gone.md)")
+    config = (ROOT / "mkdocs.yml").read_text()
+    (tmp_path / "mkdocs.yml").write_text(re.sub(r"^nav:\n(?:  .*\n)+", "", config, flags=re.M))
+    done = build(tmp_path / "site", tmp_path / "mkdocs.yml")
+    assert done.returncode != 0
+    assert b"gone.md" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("page", "module"),
+    [
+        ("sparse_train", "sparse_train"),
+        ("callbacks", "sparse_train.callbacks"),
+        ("around", "sparse_train.evaluation"),
+    ],
+)
+def test_public_names_are_in_the_reference(page, module):
+    described = re.findall(rf"^::: {re.escape(module)}\.(\w+)$", (DOCS / "api" / f"{page}.md").read_text(), re.M)
+    assert sorted(described) == sorted(importlib.import_module(module).__all__)
+
+
+def test_the_page_of_recipes_is_up_to_date():
+    sys.path.insert(0, str(DOCS))
+    import recipe_page
+
+    page = recipe_page.page()
+    assert (DOCS / "recipes.md").read_text() == page, "python docs/recipe_page.py --write"
+    for path in [*(ROOT / "recipes").glob("*.yaml"), *(ROOT / "configs").rglob("*.yaml")]:
+        assert f"### {path.relative_to(ROOT)}\n" in page
+
+
+def test_the_choice_rests_on_measured_numbers():
+    numbers = re.compile(r"\b\d+\.\d\d\b")
+    chosen = set(numbers.findall((DOCS / "choosing.md").read_text()))
+    assert len(chosen) >= 15
+    assert chosen <= set(numbers.findall((DOCS / "results.md").read_text()))

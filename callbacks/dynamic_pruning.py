@@ -24,6 +24,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
@@ -40,7 +41,7 @@ from sparse_train.policies import MaskPolicy, StraightThrough
 from sparse_train.pruner import UpdateReport, expect, masks_from_zeros
 from sparse_train.recording import Memory, check_memory
 from sparse_train.schedules import Schedule
-from sparse_train.sharding import is_sharded, reshard
+from sparse_train.sharding import check_layout, is_sharded, reshard
 from sparse_train.targets import select
 from sparse_train.updater import MaskUpdater
 
@@ -189,7 +190,10 @@ class DynamicPruning(L.Callback):
         self._sparsify(pl_module)
 
     def _sparsify(self, pl_module: L.LightningModule) -> None:
-        sparsify(pl_module, select(pl_module, self._pattern, self._targets, self._ignore).layers.values())
+        layers = select(pl_module, self._pattern, self._targets, self._ignore).layers
+        for name, layer in layers.items():
+            check_layout(name, layer)
+        sparsify(pl_module, layers.values())
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._begin(trainer, pl_module)
@@ -204,6 +208,7 @@ class DynamicPruning(L.Callback):
     def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.updater is not None:
             return
+        _check_sharded(trainer, pl_module)
         if self._restored is None and trainer.ckpt_path is not None and trainer.global_step > 0:
             raise ValueError(
                 f"{trainer.ckpt_path} was written without DynamicPruning, so there is no run to resume. Load its "
@@ -368,6 +373,17 @@ def _check_averaging(trainer: L.Trainer, pruning: L.Callback) -> None:
                 f"{name} copies the model before DynamicPruning has given it masks. Put DynamicPruning first in the "
                 "trainer's callbacks."
             )
+
+
+def _check_sharded(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    if not isinstance(trainer.strategy, ModelParallelStrategy) or trainer.world_size == 1:
+        return
+    if not any(map(is_sharded, sparse_layers(pl_module).values())):
+        raise ValueError(
+            "ModelParallelStrategy leaves sharding to configure_model, and none of the targeted layers is sharded, so "
+            "each process would train a model of its own. Call sparse_train.sharding.shard_blocks(model, "
+            'self.device_mesh["data_parallel"]) there, or take strategy="ddp".'
+        )
 
 
 def _sparsify_as_loaded(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

@@ -26,6 +26,8 @@ def read_checkpoint(checkpoint: str | Path) -> dict[str, Any]:
     path = Path(checkpoint)
     if path.is_file():
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=False)
+        if "state_dict" not in content:
+            raise ValueError(f"{path} holds no weights. Where it is part of a checkpoint that is a folder, give that.")
         return content
     if (path / _FSDP2_METADATA).is_file():
         content = torch.load(path / _LIGHTNING_METADATA, map_location="cpu", weights_only=False)
@@ -34,6 +36,18 @@ def read_checkpoint(checkpoint: str | Path) -> dict[str, Any]:
         return _read_deepspeed(path)
     kind = "is a folder that neither FSDP2 nor DeepSpeed wrote" if path.is_dir() else "does not exist"
     raise ValueError(f"There is no checkpoint at {path}: it {kind}.")
+
+
+def check_engine(checkpoint: str | Path, strategy: Any) -> None:
+    """Raise ValueError where a Lightning strategy cannot resume from a checkpoint that another one wrote."""
+    path, name = Path(checkpoint), type(strategy).__name__
+    engines = {"ModelParallelStrategy": path / _FSDP2_METADATA, "DeepSpeedStrategy": path / _DEEPSPEED_TAG}
+    for engine, sign in engines.items():
+        if sign.exists() and all(cls.__name__ != engine for cls in type(strategy).__mro__):
+            raise ValueError(
+                f"{path} was written under {engine}, and this run has {name}, which cannot resume from it. Take the "
+                "same strategy, or export the checkpoint (sparse-train export) and start a run from that folder."
+            )
 
 
 def _read_fsdp2(path: Path) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ def export(checkpoint: str, out: str, tokenizer: ModelSource | str | None = None
     """Write the model of a training checkpoint as a Hugging Face folder with true zeros.
 
     Args:
-        checkpoint: file that ``sparse-train fit`` wrote.
+        checkpoint: file, or folder of FSDP2 or DeepSpeed, that ``sparse-train fit`` wrote.
         out: folder to write; must not exist.
         tokenizer: model source, Hugging Face id or folder whose tokenizer is put beside the model.
     """

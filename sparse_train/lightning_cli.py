@@ -38,8 +38,11 @@ class SparseTrainCLI(LightningCLI):
     def before_fit(self) -> None:
         from pathlib import Path
 
+        from sparse_train.checkpoints import check_engine
         from sparse_train.files import check_free
 
+        if self.config.fit.ckpt_path:
+            check_engine(self.config.fit.ckpt_path, self.trainer.strategy)
         if (out := self.config.fit.export) and self.trainer.is_global_zero:
             check_free(Path(out))
 

@@ -57,8 +57,8 @@ def check_layout(name: str, layer: nn.Module) -> None:
         raise ValueError(
             f"{name} is laid out as {parameter.placements} over {parameter.device_mesh.size()} of {world_size()} "
             "processes. Masks follow weights that FSDP2 shards along their first dimension over all processes; tensor "
-            "parallelism and hybrid sharding are not supported. Set tensor_parallel_size to 1, and give fully_shard a "
-            "mesh of one dimension."
+            "parallelism and hybrid sharding are not supported. Set data_parallel_size to the number of processes and "
+            'tensor_parallel_size to 1, and give fully_shard the mesh of one dimension, device_mesh["data_parallel"].'
         )
 
 

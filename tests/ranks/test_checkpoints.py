@@ -8,9 +8,11 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 from transformers import AutoModelForCausalLM
 
 from sparse_train.callbacks import DynamicPruning
+from sparse_train.checkpoints import check_engine
 from sparse_train.distributed import rank, world_size
 from sparse_train.export import export_checkpoint
 from sparse_train.module import CausalLM
@@ -93,6 +95,13 @@ def test_resumed_on_as_many_ranks_equals_uninterrupted_and_exports_without_them(
         assert same(before, after)
 
     export_checkpoint(tmp_path / "middle.ckpt", tmp_path / "model")
+    if engine in ("fsdp2", "zero2"):
+        with pytest.raises(ValueError, match="cannot resume from it. Take the same strategy"):
+            check_engine(tmp_path / "middle.ckpt", DDPStrategy())
+        check_engine(tmp_path / "middle.ckpt", engines.strategy(engine))
+    if engine == "fsdp2":
+        with pytest.raises(ValueError, match="part of a checkpoint that is a folder"):
+            export_checkpoint(tmp_path / "middle.ckpt" / "meta.pt", tmp_path / "other")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     for name, weight in model.named_parameters():
         if "proj" in name:

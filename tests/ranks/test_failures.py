@@ -1,6 +1,7 @@
 """Ranks that go wrong: one that holds another mask, one that dies."""
 
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,12 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 from sparse_train import sparse_layers
 from sparse_train.callbacks import DynamicPruning
-from sparse_train.distributed import rank
+from sparse_train.distributed import rank, world_size
+from sparse_train.sharding import shard_blocks
 from tests.ranks import engines, launch
 
 
@@ -91,3 +94,42 @@ def test_a_row_that_is_not_finite_stops_the_ranks_that_do_not_hold_it(tmp_path):
 def test_a_rank_that_is_killed_is_an_error(tmp_path):
     with pytest.raises(launch.RankFailed, match="rank 1 ended with -9|rank 0"):
         launch.run(train, "ddp", tmp_path, 9, die)
+
+
+class Unsharded(engines.Module):
+    def configure_model(self) -> None:
+        self.model = self.model or engines.tiny_llama()
+
+
+class OverTheWholeMesh(engines.Module):
+    def configure_model(self) -> None:
+        if self.model is None:
+            self.model = engines.tiny_llama()
+            shard_blocks(self.model, self.device_mesh)
+
+
+def mistaken(folder: Path, module: Any, data_parallel_size: int) -> str:
+    sizes = {"data_parallel_size": data_parallel_size, "tensor_parallel_size": world_size() // data_parallel_size}
+    trainer = engines.trainer(
+        "fsdp2", folder, DynamicPruning("2:4", calibration_batches=0), strategy=ModelParallelStrategy(**sizes)
+    )
+    try:
+        trainer.fit(module(), engines.loader())
+    except ValueError as error:
+        return f"{error} @{trainer.global_step}"
+    return "no error"
+
+
+@pytest.mark.parametrize(
+    ("module", "data_parallel_size", "message"),
+    [
+        (Unsharded, 2, "none of the targeted layers is sharded"),
+        (OverTheWholeMesh, 2, r"Replicate\(\), Shard\(dim=0\)"),
+        (engines.Module, 1, "over 1 of 2 processes.*Set data_parallel_size to the number of processes"),
+    ],
+    ids=["nothing sharded", "hybrid", "Lightning's own sizes"],
+)
+def test_other_ways_to_shard_are_refused_before_the_first_step(tmp_path, module, data_parallel_size, message):
+    for found in launch.run(mistaken, tmp_path, module, data_parallel_size):
+        assert re.search(message, found), found
+        assert found.endswith("@0")

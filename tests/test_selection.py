@@ -58,6 +58,15 @@ def test_minus_infinity_goes_first():
     assert selection.keep_highest(scores, 3).tolist() == [[False, True, True, True]]
 
 
+@pytest.fixture
+def _two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("_two_threads")
 def test_a_forked_process_has_threads_of_its_own():
     scores, x = torch.rand(64, 2**14), torch.rand(4096, 520)  # large enough for threads
     selection.keep_highest(scores, 100)
@@ -75,6 +84,7 @@ def test_a_forked_process_has_threads_of_its_own():
     assert not alive and process.exitcode == 0
 
 
+@pytest.mark.usefixtures("_two_threads")
 @pytest.mark.parametrize("shape", [(5, 3), (4096, 520), (4099, 513), (1, 2**21)])
 def test_sums_of_squares_in_threads_and_without(shape):
     x = torch.randn(shape)

@@ -32,6 +32,7 @@ from sparse_train.oneshot.training_data import causal_lm, random_batches
 from sparse_train.patterns import Pattern, resolve_target
 from sparse_train.policies import MaskPolicy, StraightThrough
 from sparse_train.pruner import expect, measure
+from sparse_train.recording import Memory
 from sparse_train.schedules import Schedule
 from sparse_train.targets import select
 from sparse_train.updater import MaskUpdater
@@ -57,7 +58,8 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
 
     Args:
         mask_structure, sparsity, update_freq, criterion, policy, schedule, targets, ignore, start_step, end_step,
-            window, calibration_batches, squash: as of ``sparse_train.callbacks.DynamicPruning``.
+            window, memory, hysteresis, noise_margin, flip_agreement, calibration_batches, squash: as of
+            ``sparse_train.callbacks.DynamicPruning``; not ``Regrow``, which needs a hook that the Trainer has not.
 
     Raises:
         ValueError: for what ``DynamicPruning`` refuses; for a Trainer that shards the model (FSDP, DeepSpeed) or copies
@@ -79,6 +81,10 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
         start_step: int | float = 0,
         end_step: int | float = 0.75,
         window: int | float = 0.5,
+        memory: Memory = 0.0,
+        hysteresis: float = 0.0,
+        noise_margin: float = 0.0,
+        flip_agreement: bool = False,
         calibration_batches: int = 8,
         squash: bool = True,
     ) -> None:
@@ -86,17 +92,27 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
         if calibration_batches < 0:
             raise ValueError(f"calibration_batches must be at least 0, got {calibration_batches}.")
         self._criterion = expect("criterion", criterion, Wanda(), Criterion)
+        policy = expect("policy", policy, StraightThrough(), MaskPolicy)
+        if policy.grows:
+            raise ValueError(
+                f"{policy} reads gradients ahead of clipping, where the Trainer calls nobody. Take another policy, or "
+                "train with Lightning or a loop of your own."
+            )
         self._arguments: dict[str, Any] = {
             "mask_structure": self._pattern,
             "schedule": self._schedule,
             "criterion": self._criterion,
-            "policy": expect("policy", policy, StraightThrough(), MaskPolicy),
+            "policy": policy,
             "targets": targets,
             "ignore": ignore,
             "update_freq": update_freq,
             "start_step": start_step,
             "end_step": end_step,
             "window": window,
+            "memory": memory,
+            "hysteresis": hysteresis,
+            "noise_margin": noise_margin,
+            "flip_agreement": flip_agreement,
         }
         self._calibration_batches = calibration_batches
         self._squash = squash
@@ -210,6 +226,7 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_train_end(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
         assert self.updater is not None
+        self.updater.finish()
         final, found = self._schedule.sparsity(1.0), measure(self.updater.layers).values()
         actual = sum(layer.zeros for layer in found) / sum(layer.size for layer in found)
         if actual < 0.99 * final:

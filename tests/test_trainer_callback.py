@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from sparse_train import Cubic, MaskUpdater, SparseLinear, sparse_layers
+from sparse_train import Cubic, MaskUpdater, Regrow, SparseLinear, sparse_layers
 from sparse_train.shadow_file import FILE_NAME
 from sparse_train.trainer_callback import SparseTrainerCallback
 
@@ -265,3 +265,15 @@ def test_engines_whose_checkpoints_it_cannot_follow_are_refused(tmp_path, monkey
         pruning().on_init_end(run.args, run.state, run.control, model=run.model)
     with pytest.raises(ValueError, match="calibration_batches must be at least 0"):
         SparseTrainerCallback(calibration_batches=-1)
+
+
+def test_a_policy_that_reads_gradients_is_refused():
+    with pytest.raises(ValueError, match="ahead of clipping, where the Trainer calls nobody"):
+        SparseTrainerCallback("2:4", policy=Regrow())
+
+
+def test_what_updates_remember_is_passed_on():
+    callback = SparseTrainerCallback("2:4", memory=0.5, hysteresis=0.1)
+    updater = MaskUpdater(tiny_llama(), total_steps=20, **callback._arguments)
+    assert updater.memory == 0.5
+    assert updater.margin.hysteresis == 0.1

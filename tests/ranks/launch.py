@@ -14,7 +14,6 @@ import socket
 import tempfile
 import time
 import traceback
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -122,8 +121,3 @@ def _free_port() -> int:
 def alone(function: Any, *args: Any, **kwargs: Any) -> Any:
     """``function`` in one process without a process group."""
     return run(function, *args, ranks=1, **kwargs)[0]
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints, files or folders, in the order of their steps."""
-    return sorted(folder.glob("*.ckpt"))

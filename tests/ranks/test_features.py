@@ -164,13 +164,11 @@ def test_a_model_that_is_sharded_already_in_a_plain_loop():
         assert set(sparsities) == {0.5}
 
 
-def train_alone(engine: str, folder: Path, **settings: Any) -> float:
+def train_alone(engine: str, folder: Path) -> float:
     """Nothing but DynamicPruning looks at the model: share of zeros that a fit leaves."""
     module = engines.Module()
-    trainer = engines.trainer(
-        engine, folder, DynamicPruning("2:4", update_freq=5, calibration_batches=0), max_steps=8, **settings
-    )
-    trainer.fit(module, engines.loader(), engines.loader() if settings else None)
+    pruning = DynamicPruning("2:4", update_freq=5, calibration_batches=0)
+    engines.trainer(engine, folder, pruning, max_steps=8).fit(module, engines.loader())
     found = [w for name, w in whole_state_dict(module.model).items() if "proj" in name]
     return sum(int((w == 0).sum()) for w in found) / max(1, sum(w.numel() for w in found))
 

@@ -9,12 +9,12 @@ commands resumes after an interruption. Text comes from the hub unless files are
 joined by blank lines, as Wanda, SparseGPT and GPTQ read it, and C4. Weights are bfloat16, as the papers' are float16.
 """
 
-import csv
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import rows
 import torch
 from jsonargparse import auto_cli
 
@@ -96,7 +96,7 @@ def main(
     sparsity = 0.5 if sparsity is None and structure == "unstructured" else sparsity
     path = Path(out)
     wanted = {"method": method, "structure": structure, "seed": seed, "samples": samples, "length": length}
-    for row in _read(path):
+    for row in rows.read(path):
         same = all(row[key] == str(value) for key, value in wanted.items())
         if same and sparsity in (None, round(float(row["sparsity"]), 3)):
             print(f"{wanted}: already in {path}")
@@ -140,24 +140,8 @@ def main(
         texts[1].name if samples else "",
         torch.get_num_threads(),
     )
-    _append(path, row)
+    rows.append(path, row)
     print(row)
-
-
-def _read(path: Path) -> list[dict[str, str]]:
-    if not path.exists():
-        return []
-    with path.open() as file:
-        return list(csv.DictReader(file))
-
-
-def _append(path: Path, row: Row) -> None:
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
-        if new:
-            writer.writeheader()
-        writer.writerow(asdict(row))
 
 
 if __name__ == "__main__":

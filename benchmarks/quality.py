@@ -1,72 +1,52 @@
 """Perplexity of one-shot, static and dynamically re-pruned models, one row a command, at equal tokens.
 
-    python benchmarks/quality.py --arm dynamic --seed 1
-    python benchmarks/quality.py --arm static --seed 1 --steps 100 --lr 2e-4 --wikitext WIKITEXT2_RAW_TEST.txt
+    python benchmarks/quality.py --arm dynamic --seed 0 --lr 5e-4 --steps 50 --tuning true
+    python benchmarks/quality.py --arm dynamic --seed 1 --lr 5e-4 --wikitext WIKITEXT2_RAW_TEST.txt --c4 C4_SAMPLE.jsonl
 
 Every arm starts from the same model and, where it is pruned, from the same first mask, and sees the same batches in
-the same order for a seed. Rows are appended to benchmarks/quality.csv as runs finish; a row that is there already is
-not run again, so a list of commands resumes after an interruption. --wikitext adds perplexity on that file
-("\n\n".join of the raw test split); held-out articles of the packaged Wikipedia text are always measured.
+the same order for a seed. With --tuning a run is looked at on validation articles alone: with such rows, of seeds that
+are not reported, learning rates and variants are chosen; the others are evaluated once at their end, on held-out
+articles and the files that are given. Rows are appended to benchmarks/quality.csv as runs finish; a row that is there
+already is not run again, so a list of commands resumes after an interruption.
 """
 
-import csv
 import tempfile
-from dataclasses import asdict, dataclass, fields
+import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import rows
 import torch
+from arms import ARMS, ONESHOT
 from jsonargparse import auto_cli
 
-from sparse_train import Magnitude, Wanda, lightning_cli, prune
+from sparse_train import lightning_cli, prune
 from sparse_train.data import calibration_batches
 from sparse_train.evaluation import evaluate_perplexity, token_ids
 from sparse_train.packaged import MODEL_NAME
 from sparse_train.sources import PackagedSmolLM2, PackagedWikipedia, TextFiles, TextSource
 
-_PRUNING = "--trainer.callbacks.init_args"
-_DECAY = [f"{_PRUNING}.policy=StraightThrough", f"{_PRUNING}.policy.srste_decay=0.01"]
-ARMS: dict[str, tuple[str, list[str]]] = {
-    "dense": ("recipes/smollm2_dense.yaml", []),
-    "static": ("recipes/smollm2_2of4_static.yaml", []),
-    "static_ste": ("recipes/smollm2_2of4.yaml", [f"{_PRUNING}.end_step=0"]),
-    "dynamic": ("recipes/smollm2_2of4.yaml", []),
-    "dynamic_k50": ("recipes/smollm2_2of4.yaml", [f"{_PRUNING}.update_freq=50"]),
-    "dynamic_frozen_norms": ("recipes/smollm2_2of4.yaml", [f"{_PRUNING}.memory=frozen"]),
-    "dynamic_memory50": ("recipes/smollm2_2of4.yaml", [f"{_PRUNING}.memory=0.5"]),
-    "dynamic_memory90": ("recipes/smollm2_2of4.yaml", [f"{_PRUNING}.memory=0.9"]),
-    "dynamic_cumulative": ("recipes/smollm2_2of4.yaml", [f"{_PRUNING}.memory=1"]),
-    "dynamic_hysteresis5": ("recipes/smollm2_2of4.yaml", [f"{_PRUNING}.hysteresis=0.05"]),
-    "dynamic_hysteresis20": ("recipes/smollm2_2of4.yaml", [f"{_PRUNING}.hysteresis=0.2"]),
-    "dynamic_noise1": ("recipes/smollm2_2of4.yaml", [f"{_PRUNING}.noise_margin=1", f"{_PRUNING}.flip_agreement=true"]),
-    "dynamic_noise2": ("recipes/smollm2_2of4.yaml", [f"{_PRUNING}.noise_margin=2", f"{_PRUNING}.flip_agreement=true"]),
-    "dynamic_decay": ("recipes/smollm2_2of4.yaml", _DECAY),
-    "dynamic_decay_annealed": ("recipes/smollm2_2of4.yaml", [*_DECAY, f"{_PRUNING}.policy.anneal=0.5"]),
-    "regrow": ("recipes/smollm2_2of4.yaml", [f"{_PRUNING}.policy=Regrow"]),
-    "regrow_times_norm": (
-        "recipes/smollm2_2of4.yaml",
-        [f"{_PRUNING}.policy=Regrow", f"{_PRUNING}.policy.times_norm=true"],
-    ),
-    "static_unstructured60": ("recipes/smollm2_unstructured60.yaml", [f"{_PRUNING}.policy=Fixed"]),
-    "dynamic_unstructured60": ("recipes/smollm2_unstructured60.yaml", []),
-    "regrow_unstructured60": ("recipes/smollm2_unstructured60.yaml", [f"{_PRUNING}.policy=Regrow"]),
-    "dynamic_magnitude": ("recipes/smollm2_2of4.yaml", [f"{_PRUNING}.criterion=Magnitude"]),
-}
-"""Trained arms: the recipe, and what is changed in it."""
-ONESHOT = {"oneshot_wanda": Wanda(), "oneshot_magnitude": Magnitude()}
-
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table."""
+    """One line of the table; perplexities are of the first ``eval_tokens`` tokens of a text, where it has more."""
 
     arm: str
     seed: int
     steps: int
     lr: float
-    tokens: int
-    heldout_perplexity: float
-    wikitext2_perplexity: float | None
+    tuning: bool
+    validation: float
+    heldout: float | None
+    wikitext2: float | None
+    c4: float | None
     sparsity: float
+    first_flip_rate: float | None
+    last_flip_rate: float | None
+    initial_flip_rate: float | None
+    tokens_a_step: int = 2048
+    eval_tokens: int = 32768
     model: str = MODEL_NAME
     protocol: str = "windows of 512, no overlap, bfloat16 autocast, loss in float32"
 
@@ -76,19 +56,25 @@ def main(
     seed: int = 0,
     steps: int = 100,
     lr: float = 2e-4,
+    tuning: bool = False,
     wikitext: str | None = None,
+    c4: str | None = None,
+    teacher: str | None = None,
+    export: str | None = None,
     out: str = "benchmarks/quality.csv",
 ) -> None:
     """Run one arm and append its row.
 
     Args:
-        arm: dense, static (no gradient to pruned weights), static_ste (straight-through, mask frozen), dynamic and
-            its variants, regrow and its variants (see ``ARMS``), oneshot_wanda, oneshot_magnitude or none (the
-            untrained dense model).
+        arm: of ``benchmarks/arms.py``; or oneshot_wanda, oneshot_magnitude, or none (the untrained dense model).
         seed: of data order and calibration.
         steps: optimizer steps of 2048 tokens.
         lr: peak learning rate.
+        tuning: evaluate on validation articles alone.
         wikitext: path of the WikiText-2 raw test text.
+        c4: path of C4 documents, a JSON object with "text" a line.
+        teacher: folder of the model from which the arms named "tuned" learn, such as one that --export wrote.
+        export: folder for the trained model.
         out: CSV file.
     """
     known = ["none", *ONESHOT, *ARMS]
@@ -96,77 +82,88 @@ def main(
         raise SystemExit(f"--arm is one of {', '.join(known)}, got {arm!r}.")
     if arm not in ARMS:
         steps, lr = 0, 0.0
+    elif ARMS[arm].teacher != (teacher is not None):
+        raise SystemExit(f"--teacher is for the arms {', '.join(name for name, each in ARMS.items() if each.teacher)}.")
     path = Path(out)
-    if any(
-        row["arm"] == arm and row["seed"] == str(seed) and row["steps"] == str(steps) and float(row["lr"]) == lr
-        for row in _read(path)
-    ):
+    key = {"arm": arm, "seed": str(seed), "steps": str(steps), "lr": str(lr), "tuning": str(tuning)}
+    done = any(key.items() <= row.items() for row in rows.read(path))
+    if done and (export is None or Path(export).exists()):
         print(f"{arm}, seed {seed}, {steps} steps, lr {lr}: already in {path}")
         return
-    source = PackagedSmolLM2()
-    tokenizer = source.tokenizer()
-    if arm in ARMS:
-        recipe, changes = ARMS[arm]
-        with tempfile.TemporaryDirectory() as folder:
-            cli = lightning_cli.run(
-                [
-                    "fit",
-                    f"--config={recipe}",
-                    *changes,
-                    f"--seed_everything={seed}",
-                    f"--data.seed={seed}",
-                    f"--model.lr={lr}",
-                    f"--trainer.max_steps={steps}",
-                    f"--trainer.default_root_dir={folder}",
-                    "--trainer.enable_checkpointing=false",
-                    f"--trainer.val_check_interval={steps}",
-                ]
-            )
-        model = cli.model.model
-    else:
-        model = source.load()
-        if arm in ONESHOT:
-            batches = calibration_batches(PackagedWikipedia(), tokenizer, seed=seed)
-            prune(model, batches, "2:4", criterion=ONESHOT[arm], progress=True)
+    began = time.perf_counter()
+    model, flips = _train(arm, seed, steps, lr, teacher, export) if arm in ARMS else (_oneshot(arm, seed), [])
+    if done:
+        return
     weights = [p for n, p in model.named_parameters() if "proj" in n]
     sparsity = sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
-    texts: dict[str, TextSource] = {"heldout": PackagedWikipedia()}
-    if wikitext is not None:
-        texts["wikitext2"] = TextFiles(test=[wikitext])
-    found = {
-        name: evaluate_perplexity(
-            model, token_ids(text.documents("test"), tokenizer), window=512, autocast=torch.bfloat16, progress=True
-        ).perplexity
-        for name, text in texts.items()
-    }
+    found = {"validation": _perplexity(model, PackagedWikipedia(), "validation")}
+    if not tuning:
+        texts: dict[str, TextSource] = {"heldout": PackagedWikipedia()}
+        texts |= {} if wikitext is None else {"wikitext2": TextFiles(test=[wikitext])}
+        texts |= {} if c4 is None else {"c4": TextFiles(test=[c4])}
+        found |= {name: _perplexity(model, text, "test") for name, text in texts.items()}
     row = Row(
         arm,
         seed,
         steps,
         lr,
-        steps * 2048,
-        found["heldout"],
-        found.get("wikitext2"),
+        tuning,
+        found["validation"],
+        *(found.get(name) for name in ("heldout", "wikitext2", "c4")),
         sparsity,
+        *(flips or [None] * 3),
     )
-    _append(path, row)
-    print(row)
+    rows.append(path, row)
+    print(f"{row} {time.perf_counter() - began:.0f} s")
 
 
-def _read(path: Path) -> list[dict[str, str]]:
-    if not path.exists():
-        return []
-    with path.open() as file:
-        return list(csv.DictReader(file))
+def _train(
+    name: str, seed: int, steps: int, lr: float, teacher: str | None, export: str | None
+) -> tuple[Any, list[float]]:
+    """The trained model, and the first, the last and the initial flip rate."""
+    arm = ARMS[name]
+    with tempfile.TemporaryDirectory() as folder:
+        cli = lightning_cli.run(
+            [
+                "fit",
+                f"--config={arm.recipe}",
+                *arm.changes,
+                *([] if teacher is None else [f"--model.distillation.teacher={teacher}"]),
+                *([] if export is None else [f"--export={export}"]),
+                f"--seed_everything={seed}",
+                f"--data.seed={seed}",
+                f"--model.lr={lr}",
+                "--model.compile_blocks=true",
+                f"--trainer.max_steps={steps}",
+                f"--trainer.default_root_dir={folder}",
+                f"--trainer.logger.init_args.save_dir={folder}",
+                "--trainer.gradient_clip_val=1.0",
+                "--trainer.enable_checkpointing=false",
+                "--trainer.limit_val_batches=0",
+                "--trainer.num_sanity_val_steps=0",
+            ]
+        )
+        logged = [row for file in Path(folder).rglob("metrics.csv") for row in rows.read(file)]
+    rates = [float(row["sparsity/flip_rate"]) for row in logged if row.get("sparsity/flip_rate")]
+    rates = [rate for rate in rates if rate > 0]  # a first mask, and masks that are only confirmed, flip nothing
+    differing = [float(row["sparsity/initial_flip_rate"]) for row in logged if row.get("sparsity/initial_flip_rate")]
+    return cli.model.model, [rates[0], rates[-1], differing[-1]] if rates else []
 
 
-def _append(path: Path, row: Row) -> None:
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
-        if new:
-            writer.writeheader()
-        writer.writerow(asdict(row))
+def _oneshot(name: str, seed: int) -> Any:
+    source = PackagedSmolLM2()
+    model = source.load()
+    if name in ONESHOT:
+        batches = calibration_batches(PackagedWikipedia(), source.tokenizer(), seed=seed)
+        prune(model, batches, "2:4", criterion=ONESHOT[name], progress=True)
+    return model
+
+
+def _perplexity(model: Any, text: TextSource, split: Any) -> float:
+    ids = token_ids(text.documents(split), PackagedSmolLM2().tokenizer())
+    return evaluate_perplexity(
+        model, ids, max_tokens=Row.eval_tokens, autocast=torch.bfloat16, progress=True
+    ).perplexity
 
 
 if __name__ == "__main__":

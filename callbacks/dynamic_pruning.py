@@ -96,6 +96,7 @@ class DynamicPruning(L.Callback):
         flip_agreement: also log ``sparsity/flip_agreement``, the share of an update's flips that odd and even steps
             would each have made alone, where there were any: flips that are not noise. Selects twice more.
         calibration_batches: batches of training data for a first mask at step 0; 0 = use the first window.
+        initial_criterion: scores of a first mask from one-shot pruning; default: ``criterion``.
         squash: leave plain layers with true zeros after ``fit``; False keeps the training state.
 
     Raises:
@@ -123,6 +124,7 @@ class DynamicPruning(L.Callback):
         noise_margin: float = 0.0,
         flip_agreement: bool = False,
         calibration_batches: int = 8,
+        initial_criterion: Criterion | None = None,
         squash: bool = True,
     ) -> None:
         self._pattern, self._schedule = resolve_target(mask_structure, sparsity, schedule)
@@ -144,6 +146,7 @@ class DynamicPruning(L.Callback):
             "window": window,
         }
         self._calibration_batches = calibration_batches
+        self._initial_criterion = expect("initial_criterion", initial_criterion, self._criterion, Criterion)
         self._squash = squash
         self._restored: dict[str, Any] | None = None
         self._global_step = 0
@@ -243,7 +246,8 @@ class DynamicPruning(L.Callback):
     def _calibrate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         layers = sparse_layers(pl_module)
         sparsity = self._schedule.sparsity(0.0)
-        if not _keeps_all(pl_module) or sparsity == 0 or not self._criterion.needs_activations:
+        criteria = (self._criterion, self._initial_criterion)
+        if not _keeps_all(pl_module) or sparsity == 0 or not any(each.needs_activations for each in criteria):
             return
         reshard(pl_module)
         if any(map(is_sharded, layers.values())):
@@ -269,7 +273,7 @@ class DynamicPruning(L.Callback):
                 model,
                 sparse_layers(model),
                 batches[trainer.global_rank :: trainer.world_size],  # statistics are summed over ranks
-                criterion=self._criterion,
+                criterion=self._initial_criterion,
                 pattern=self._pattern,
                 sparsity=sparsity,
                 progress=trainer.is_global_zero and trainer.progress_bar_callback is not None,

@@ -9,7 +9,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from sparse_train.distillation import Distillation, Teacher
@@ -18,7 +18,7 @@ from sparse_train.loading import load_sharded
 from sparse_train.losses import next_token_loss
 from sparse_train.sharding import whole_first
 from sparse_train.sources import ModelSource, as_model_source
-from sparse_train.targets import dimensions
+from sparse_train.targets import block_lists, dimensions
 
 
 class CausalLM(L.LightningModule):
@@ -36,6 +36,8 @@ class CausalLM(L.LightningModule):
         betas: AdamW's.
         warmup: share of the run over which the learning rate rises.
         gradient_checkpointing: recompute activations in backward, to save memory.
+        compile_blocks: compile the decoder blocks, of the teacher too (``torch.compile``): a quarter to a fifth less
+            time a step on CPU, for some seconds at the start. Tested in one process.
         distillation: learn from a teacher, too; default: from the text alone.
     """
 
@@ -47,6 +49,7 @@ class CausalLM(L.LightningModule):
         betas: tuple[float, float] = (0.9, 0.95),
         warmup: float = 0.05,
         gradient_checkpointing: bool = False,
+        compile_blocks: bool = False,
         distillation: Distillation | None = None,
     ) -> None:
         super().__init__()
@@ -55,7 +58,7 @@ class CausalLM(L.LightningModule):
         self.source = as_model_source(model)
         self.model: Any = None
         self.lr, self.weight_decay, self.betas, self.warmup = lr, weight_decay, betas, warmup
-        self.gradient_checkpointing = gradient_checkpointing
+        self.gradient_checkpointing, self.compile_blocks = gradient_checkpointing, compile_blocks
         self.distillation = distillation
         self._teacher: Teacher | None = None
         self._val_loss = MeanMetric()
@@ -91,11 +94,19 @@ class CausalLM(L.LightningModule):
         if self._teacher is None:
             teacher = distillation.load_teacher(self.source, self.model)
             teacher.model = self.trainer.precision_plugin.convert_module(teacher.model).to(self.device)
+            if self.compile_blocks:
+                _compile_blocks(teacher.model)
             self._teacher = teacher
         return self._teacher
 
+    def on_train_start(self) -> None:
+        if self.compile_blocks:  # not before: one-shot pruning, for a first mask, calls blocks in ways of its own
+            _compile_blocks(self.model)
+
     def on_fit_end(self) -> None:
         self._teacher = None  # no part of this module, so nothing else would take it off the device
+        for block in _blocks(self.model):
+            block._compiled_call_impl = None  # torch has no word for it; a compiled block is not what gets exported
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         if self.distillation is None:
@@ -166,3 +177,12 @@ class CausalLM(L.LightningModule):
                 "The checkpoint is of a sparse run, and this run has no DynamicPruning callback: its masks would never "
                 "change and never be folded in. Add the callback, or export the checkpoint and train what that gives."
             )
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    return [block for blocks in block_lists(model).values() for block in blocks]
+
+
+def _compile_blocks(model: nn.Module) -> None:
+    for block in _blocks(model):  # and not the model whole: they are alike, so that one compilation serves them all
+        block.compile()

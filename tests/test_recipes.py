@@ -145,15 +145,20 @@ def test_every_variant_of_updates_can_be_named():
 
 
 def test_arms_of_the_benchmark_are_runs_of_their_own():
-    arms = runpy.run_path(str(ROOT / "benchmarks" / "quality.py"))["ARMS"]
+    arms = runpy.run_path(str(ROOT / "benchmarks" / "arms.py"))["ARMS"]
     settings = {}
-    for arm, (recipe, changes) in arms.items():
-        cli = parse_fit(f"--config={ROOT / recipe}", *changes)
-        for pruning in (each for each in cli.trainer.callbacks if isinstance(each, DynamicPruning)):
-            found = (pruning._pattern, pruning._criterion, pruning._policy, pruning._timing, pruning._scoring)
-            assert found not in settings.values(), arm
-            settings[arm] = found
-    assert set(arms) == {*settings, "dense"}
+    for name, arm in arms.items():
+        teacher = ["--model.distillation.teacher=folder"] if arm.teacher else []
+        cli = parse_fit(f"--config={ROOT / arm.recipe}", *arm.changes, *teacher)
+        distillation = cli.model.distillation
+        assert (distillation is not None and distillation.teacher is not None) == arm.teacher
+        found = [vars(distillation) if distillation else None]
+        for each in cli.trainer.callbacks:
+            if isinstance(each, DynamicPruning):
+                found += [each._pattern, each._criterion, each._initial_criterion, each._policy, each._schedule]
+                found += [each._timing, each._scoring]
+        assert str(found) not in settings.values(), name
+        settings[name] = str(found)
 
 
 def test_distillation_is_a_class_or_the_mapping_of_its_arguments(tmp_path):

@@ -1,0 +1,24 @@
+"""Tables that grow by a row as a run finishes."""
+
+import csv
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file with a header, none where there is no file."""
+    if not path.exists():
+        return []
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def append(path: Path, row: Any) -> None:
+    """Add a dataclass as a row, behind a header where the file is new."""
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(row)])
+        if new:
+            writer.writeheader()
+        writer.writerow(asdict(row))

@@ -219,6 +219,13 @@ class DynamicPruning(L.Callback):
             )
         if self._restored is None and self._timing["start_step"] == 0:
             self._calibrate(trainer, pl_module)
+        if self._restored is None and self._initial_criterion is not self._criterion and _keeps_all(pl_module):
+            raise ValueError(
+                f"initial_criterion is {self._initial_criterion}, but no one-shot pruning makes the first mask here: "
+                "it does at start_step 0, with calibration_batches above 0, for a transformers model that is not "
+                "sharded, and where there is something to prune. Leave initial_criterion out, or prune the model "
+                "before the run (sparse_train.prune)."
+            )
         self.updater = MaskUpdater(
             pl_module,
             self._pattern,

@@ -1,10 +1,12 @@
 import lightning as L
 import pytest
 import torch
+from torch import nn
 
 from sparse_train import sparse_layers
 from sparse_train.callbacks import DynamicPruning
 from sparse_train.data import TextBlocks
+from sparse_train.distillation import Distillation
 from sparse_train.module import CausalLM
 from sparse_train.sources import TextFiles
 
@@ -103,3 +105,29 @@ def test_mistakes(model_folder, data):
         CausalLM(str(model_folder), warmup=1.5)
     with pytest.raises(ValueError, match="the run needs an end: set max_steps"):
         fit(CausalLM(str(model_folder)), data, max_steps=-1, max_epochs=-1)
+
+
+def test_compiled_blocks_train_the_same_model_and_are_plain_again_afterwards(model_folder, data, monkeypatch):
+    with_default, weights = nn.Module.compile, []
+    # the default backend wants a C++ compiler
+    monkeypatch.setattr(nn.Module, "compile", lambda self: with_default(self, backend="aot_eager"))
+    for compile_blocks in (False, True):
+        L.seed_everything(0, verbose=False)
+        module = CausalLM(str(model_folder), lr=1e-3, compile_blocks=compile_blocks, distillation=Distillation())
+        compiled = Compiled()
+        fit(module, data, DynamicPruning("2:4", update_freq=2), compiled, max_steps=4)
+        assert compiled.blocks == compile_blocks and compiled.teachers_blocks == compile_blocks
+        assert not any(block._compiled_call_impl for block in module.model.model.layers)
+        weights.append(module.state_dict())
+    for name, expected in weights[0].items():
+        torch.testing.assert_close(weights[1][name], expected, atol=2e-4, rtol=1e-3)
+
+
+class Compiled(L.Callback):
+    """Whether blocks, and those of the teacher, were compiled in training."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        models = pl_module.model, pl_module._teacher.model
+        self.blocks, self.teachers_blocks = (
+            all(block._compiled_call_impl is not None for block in model.model.layers) for model in models
+        )

@@ -4,7 +4,7 @@ import lightning as L
 import pytest
 import torch
 
-from sparse_train import Magnitude, Regrow, sparse_layers
+from sparse_train import Cubic, Magnitude, Regrow, Wanda, sparse_layers
 from sparse_train.callbacks import DynamicPruning
 
 from .runs import ExactAfterEveryStep, InInit, Interrupt, flip_rates, loader, trainer
@@ -125,3 +125,34 @@ def test_regrow_knows_its_optimizers_before_the_first_step(tmp_path):
 def test_mistakes_are_found_at_construction(arguments, message):
     with pytest.raises(ValueError, match=message):
         DynamicPruning("2:4", **arguments)
+
+
+class FirstMasks(L.Callback):
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == 0:
+            self.masks = {name: layer.unpacked_mask().clone() for name, layer in sparse_layers(pl_module).items()}
+
+
+def first_masks(folder, **settings):
+    seen = FirstMasks()
+    trainer(folder, seen, DynamicPruning("2:4", update_freq=4, **settings), max_steps=5).fit(InInit(), loader())
+    return seen.masks
+
+
+def test_the_first_mask_can_come_from_another_score(tmp_path):
+    wanda, magnitude = (first_masks(tmp_path, criterion=each) for each in (Wanda(), Magnitude()))
+    assert any(not torch.equal(wanda[name], magnitude[name]) for name in wanda)
+    found = first_masks(tmp_path, criterion=Magnitude(), initial_criterion=Wanda())
+    assert all(torch.equal(found[name], wanda[name]) for name in wanda)
+    found = first_masks(tmp_path, criterion=Wanda(), initial_criterion=Magnitude())
+    assert all(torch.equal(found[name], magnitude[name]) for name in magnitude)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"calibration_batches": 0}, {"start_step": 2}, {"schedule": Cubic(0.5)}],
+    ids=lambda each: next(iter(each)),
+)
+def test_a_score_for_a_first_mask_that_is_not_one_shot_is_refused(tmp_path, settings):
+    with pytest.raises(ValueError, match="initial_criterion is Magnitude.*Leave initial_criterion out"):
+        first_masks(tmp_path, initial_criterion=Magnitude(), **settings)

@@ -76,8 +76,9 @@ class MaskUpdater:
         window: steps before an update over which activations are recorded (int = steps, float = share of
             ``update_freq``).
         memory: factor per update with which the statistics of earlier windows count, tokens alike: 0 = the last window
-            alone, up to 1 = all windows. "frozen": the norms of the first mask for ever; from one-shot pruning, where
-            the masks that the model has come from there, else from the first window.
+            alone, up to 1 = all windows; where the masks that the model has come from one-shot pruning, its norms
+            count as the first window's (but for ``noise_margin`` and ``flip_agreement``, which want halves of them).
+            "frozen": the norms of the first mask for ever; from there, or from the first window.
         hysteresis: share by which the scores of kept weights count more at updates.
         noise_margin: how many standard errors, estimated from the odd and the even steps of the window, kept weights
             are taken for better and pruned ones for worse than they look; see ``sparse_train.margins``.
@@ -160,9 +161,13 @@ class MaskUpdater:
         """Sparsity of the masks as they are; None before the first."""
         self._last_update = 0
         self._sharing_known = False
-        adopts = self.memory == "frozen" and masked and state is None
-        self._frozen = adopts and take_over(norms_of(self.layers), first)
+        # also "cumulative" means all there is: the norms behind the first mask are the first that are remembered
+        adopts = bool(self.memory) and not halved and masked and state is None
+        taken = adopts and take_over(norms_of(self.layers), first)
+        self._frozen = taken and self.memory == "frozen"
         """Whether statistics are what they will be for ever."""
+        if taken:
+            remember({id(norm): norm for norm in norms_of(self.layers).values()}.values(), self.memory)
         self._first_rows: dict[str, Tensor] = sample_rows(self.layers) if masked else {}
         if state is not None:
             self.load_state_dict(state)

@@ -156,3 +156,18 @@ def test_the_first_mask_can_come_from_another_score(tmp_path):
 def test_a_score_for_a_first_mask_that_is_not_one_shot_is_refused(tmp_path, settings):
     with pytest.raises(ValueError, match="initial_criterion is Magnitude.*Leave initial_criterion out"):
         first_masks(tmp_path, initial_criterion=Magnitude(), **settings)
+
+
+class TokensRemembered(L.Callback):
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == 0:
+            layers = sparse_layers(pl_module).values()
+            self.tokens = {float(layer.statistics.tokens) for layer in layers}
+
+
+@pytest.mark.parametrize(("memory", "share"), [(0.0, 0), (0.5, 0.5), (1.0, 1), ("frozen", 1)])
+def test_norms_of_the_first_mask_are_the_first_that_are_remembered(tmp_path, memory, share):
+    seen = TokensRemembered()
+    pruning = DynamicPruning("2:4", update_freq=4, calibration_batches=3, memory=memory)
+    trainer(tmp_path, seen, pruning, max_steps=5).fit(InInit(), loader())
+    assert seen.tokens == {share * 3 * 2 * 16}

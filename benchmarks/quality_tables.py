@@ -1,0 +1,265 @@
+"""The tables and the picture of docs/results.md on training, and README's table, made from benchmarks/quality.csv.
+
+    python benchmarks/quality_tables.py             # print them
+    python benchmarks/quality_tables.py --write     # put them into docs/results.md, README.md and docs/pictures/
+
+An arm is reported at the learning rate with the lowest perplexity on validation articles among its tuning rows; seeds
+of those are not reported.
+"""
+
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import rows
+
+ROOT = Path(__file__).parent.parent
+CSV, PAGE, README = ROOT / "benchmarks" / "quality.csv", ROOT / "docs" / "results.md", ROOT / "README.md"
+PICTURE = ROOT / "docs" / "pictures" / "quality.svg"
+BEGIN, END = "<!-- quality -->", "<!-- /quality -->"
+TEXTS = {"heldout": "held-out articles", "wikitext2": "WikiText-2", "c4": "C4"}
+STATIC = ("static", "static_ste")
+
+MAIN = {
+    "none": "dense, untrained",
+    "oneshot_magnitude": "one-shot magnitude",
+    "oneshot_wanda": "one-shot Wanda",
+    "dense": "dense, fine-tuned",
+    "gradual_magnitude": "gradual magnitude, through 3:4",
+    "static": "static: Wanda's mask, no gradient to pruned weights",
+    "static_ste": "static: Wanda's mask, straight-through",
+    "dynamic_k50": "re-pruned every 50 steps",
+    "dynamic": "re-pruned every 10 steps",
+    "dynamic_k1": "re-pruned every step",
+}
+SCORES = {
+    "static_ste": "none: masks stay",
+    "dynamic_magnitude": "magnitude",
+    "dynamic_frozen_norms": "Wanda, norms of the first mask",
+    "dynamic": "Wanda, running norms of 5 steps",
+    "dynamic_memory50": "Wanda, running norms, exponential, 0.5 an update",
+    "dynamic_memory90": "Wanda, running norms, exponential, 0.9 an update",
+    "dynamic_cumulative": "Wanda, running norms, cumulative",
+    "dynamic_hysteresis5": "Wanda, running norms of 5 steps, hysteresis 5 %",
+    "dynamic_hysteresis20": "Wanda, running norms of 5 steps, hysteresis 20 %",
+    "cumulative_hysteresis5": "Wanda, running norms, cumulative, hysteresis 5 %",
+    "dynamic_noise1": "Wanda, running norms of 5 steps, 1 standard error",
+    "dynamic_noise2": "Wanda, running norms of 5 steps, 2 standard errors",
+    "dynamic_decay": "Wanda, running norms of 5 steps, decay 0.01, constant",
+    "dynamic_decay_ramped": "Wanda, running norms of 5 steps, decay 0.01, ramped",
+    "dynamic_decay_annealed": "Wanda, running norms of 5 steps, decay 0.01, ramped and annealed",
+    "dynamic_stop50": "Wanda, running norms of 5 steps, updates until 50 %",
+    "dynamic_stop100": "Wanda, running norms of 5 steps, updates until the end",
+    "regrow": "Regrow: gradient",
+    "regrow_times_norm": "Regrow: gradient times norm",
+}
+DISTILLATION = {
+    "static": "static, none",
+    "static_distill": "static, untouched teacher",
+    "static_distill_tuned": "static, fine-tuned teacher",
+    "static_ste": "static straight-through, none",
+    "static_ste_distill": "static straight-through, untouched teacher",
+    "static_ste_distill_tuned": "static straight-through, fine-tuned teacher",
+    "dynamic": "re-pruned, none",
+    "dynamic_distill": "re-pruned, untouched teacher",
+    "dynamic_distill_tuned": "re-pruned, fine-tuned teacher",
+    "frozen_norms_distill_tuned": "re-pruned by norms of the first mask, fine-tuned teacher",
+}
+UNSTRUCTURED = {
+    "static_70": "static, no gradient to pruned weights",
+    "static_ste_70": "static, straight-through",
+    "dynamic_70": "re-pruned every 10 steps, running norms",
+    "dynamic_frozen_norms_70": "re-pruned every 10 steps, norms of the first mask",
+    "dynamic_magnitude_70": "re-pruned every 10 steps, magnitude",
+    "regrow_70": "Regrow: gradient",
+}
+
+
+class Runs:
+    """The rows of a CSV file, asked by arm.
+
+    Args:
+        path: of the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._rows = rows.read(path)
+
+    def tuning(self, arm: str) -> dict[float, dict[str, str]]:
+        """The tuning row of each learning rate that was tried."""
+        return {float(row["lr"]): row for row in self._rows if row["arm"] == arm and row["tuning"] == "True"}
+
+    def lr(self, arm: str) -> float | None:
+        """The learning rate with the lowest validation perplexity; None where none was tried."""
+        tried = self.tuning(arm)
+        return min(tried, key=lambda lr: float(tried[lr]["validation"])) if tried else None
+
+    def reported(self, arm: str, steps: int | None = 100) -> dict[int, dict[str, str]]:
+        """The row of each seed of the longest-tuned learning rate, or of the one at which it was run."""
+        found = [row for row in self._rows if row["arm"] == arm and row["tuning"] == "False"]
+        found = [row for row in found if steps is None or row["steps"] in ("0", str(steps))]
+        best = self.lr(arm)
+        if best is not None and any(float(row["lr"]) == best for row in found):
+            found = [row for row in found if float(row["lr"]) == best]
+        return {int(row["seed"]): row for row in found}
+
+    def values(self, arm: str, text: str, steps: int | None = 100) -> dict[int, float]:
+        """Perplexity of each seed."""
+        return {seed: float(row[text]) for seed, row in self.reported(arm, steps).items() if row[text]}
+
+    def mean(self, arm: str, text: str = "heldout", steps: int | None = 100) -> float | None:
+        """Mean perplexity over seeds."""
+        values = self.values(arm, text, steps)
+        return statistics.mean(values.values()) if values else None
+
+    def better_static(self, arms: Sequence[str] = STATIC, text: str = "heldout") -> str | None:
+        """The static arm with the lower mean."""
+        measured = [(mean, arm) for arm in arms if (mean := self.mean(arm, text)) is not None]
+        return min(measured)[1] if measured else None
+
+    def change(self, arm: str, other: str, text: str = "heldout") -> tuple[float, list[float]] | None:
+        """Mean and each of the paired changes of perplexity, in per cent of ``other``, over the seeds of both."""
+        ours, theirs = self.values(arm, text), self.values(other, text)
+        paired = [100 * (ours[seed] / theirs[seed] - 1) for seed in sorted(ours.keys() & theirs.keys())]
+        return (statistics.mean(paired), paired) if paired else None
+
+
+def _perplexities(values: dict[int, float]) -> str:
+    if not values:
+        return "not measured"
+    mean = f"{statistics.mean(values.values()):.2f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ({', '.join(f'{values[seed]:.2f}' for seed in sorted(values))})"
+
+
+def _change(change: tuple[float, list[float]] | None) -> str:
+    if change is None:
+        return ""
+    mean, each = change
+    shown = ", ".join(f"{value:+.1f}" for value in each)
+    return f"{mean:+.1f} % ({shown})" if len(each) > 1 else f"{mean:+.1f} %"
+
+
+def table(runs: Runs, arms: dict[str, str], against: str | None, label: str) -> str:
+    """Perplexities of arms on all texts, and the paired change against one of them on held-out articles."""
+    name = f"held-out against {label}" if against else ""
+    head = ["arm", "`--arm`", "lr", "seeds", *TEXTS.values(), "flip rate, first to last", *([name] if name else [])]
+    lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
+    for arm, words in arms.items():
+        found = runs.reported(arm)
+        if not found:
+            continue
+        row = next(iter(found.values()))
+        lr = "" if row["steps"] == "0" else f"{float(row['lr']):g}" + ("" if runs.lr(arm) else " *")
+        flips = ""
+        if row["first_flip_rate"]:
+            flips = " to ".join(f"{100 * float(row[key]):.2f} %" for key in ("first_flip_rate", "last_flip_rate"))
+        cells = [words, arm, lr, ", ".join(map(str, sorted(found)))]
+        cells += [_perplexities(runs.values(arm, text)) for text in TEXTS] + [flips]
+        if against:
+            cells.append("" if arm == against or row["steps"] == "0" else _change(runs.change(arm, against)))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) if len(lines) > 2 else "Not measured yet."
+
+
+def tuning_table(runs: Runs) -> str:
+    """Validation perplexity of every arm at every learning rate that was tried."""
+    arms = dict.fromkeys([*MAIN, *SCORES, *DISTILLATION, *UNSTRUCTURED])
+    tried = {arm: runs.tuning(arm) for arm in arms if runs.tuning(arm)}
+    rates = sorted({lr for each in tried.values() for lr in each})
+    lines = [f"| `--arm` | {' | '.join(f'{lr:g}' for lr in rates)} |", "| --- " * (len(rates) + 1) + "|"]
+    for arm, each in tried.items():
+        cells = [f"{float(each[lr]['validation']):.2f}" if lr in each else "" for lr in rates]
+        cells = [f"**{cell}**" if lr == runs.lr(arm) else cell for lr, cell in zip(rates, cells, strict=True)]
+        lines.append(f"| {arm} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def tables(path: Path = CSV) -> str:
+    """All tables, as Markdown."""
+    runs = Runs(path)
+    static = runs.better_static()
+    parts = [
+        "### 2:4 at equal tokens\n",
+        table(runs, MAIN, static, "the better static arm"),
+        "\n![Perplexity of each arm on held-out articles, a dot a seed](pictures/quality.svg)\n",
+        "### Which score decides in training\n",
+        "All from the same first mask, one-shot Wanda's; k = 10.\n",
+        table(runs, SCORES, "dynamic_frozen_norms", "norms of the first mask"),
+        "\n### Distillation\n",
+        table(runs, DISTILLATION, "dynamic", "re-pruned, none"),
+        "\n### Unstructured 70 %\n",
+        table(runs, UNSTRUCTURED, runs.better_static(("static_70", "static_ste_70")), "the better static arm"),
+        "\n### How learning rates were chosen\n",
+        "Perplexity on validation articles (first 32,768 tokens), seed 0; the best of each arm is bold.\n",
+        tuning_table(runs),
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def headline(path: Path = CSV) -> str:
+    """README's table: the main arms on held-out articles."""
+    runs = Runs(path)
+    lines = ["| SmolLM2-135M-Instruct, dequantised from Q4_1 | held-out Wikipedia | C4 |", "| --- " * 3 + "|"]
+    chosen = dict(MAIN)
+    chosen |= {"dynamic_distill_tuned": "re-pruned every 10 steps, distilled from the fine-tuned dense model"}
+    for arm in ("dynamic_k50", "dynamic_k1"):
+        del chosen[arm]
+    for arm, words in chosen.items():
+        if runs.reported(arm):
+            cells = [_perplexities(runs.values(arm, text)) for text in ("heldout", "c4")]
+            lines.append(f"| {f'**{words}**' if arm.startswith('dynamic') else words} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(path: Path = CSV, out: Path = PICTURE) -> None:
+    """A dot a seed for each trained arm at 2:4, on held-out articles."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "quality"
+    from matplotlib import pyplot as plt
+
+    runs = Runs(path)
+    words = {arm: label for arm, label in {**SCORES, **DISTILLATION, **MAIN}.items() if arm not in ONESHOT}
+    words = {arm: label for arm, label in words.items() if len(runs.values(arm, "heldout")) > 1}
+    order = sorted(words, key=lambda arm: -(runs.mean(arm) or 0))
+    figure, axes = plt.subplots(figsize=(8, 0.32 * len(order) + 1.1), layout="constrained")
+    for height, arm in enumerate(order):
+        values = list(runs.values(arm, "heldout").values())
+        colour = "#7f7f7f" if arm == "dense" or "static" in arm or "gradual" in arm else "#1f77b4"
+        axes.plot(values, [height] * len(values), "o", color=colour, alpha=0.75)
+        axes.annotate(f"{statistics.mean(values):.2f}", (max(values), height), (6, -3), textcoords="offset points")
+    axes.set_yticks(range(len(order)), [words[arm] for arm in order])
+    axes.set_xlabel("token perplexity, held-out Wikipedia articles (lower is better)")
+    axes.set_title("2:4, 100 steps of 2048 tokens, a dot a seed; blue = masks change", fontsize=10)
+    axes.margins(x=0.12)
+    axes.grid(axis="x", alpha=0.3)
+    figure.savefig(out, metadata={"Date": None})
+
+
+ONESHOT = ("none", "oneshot_magnitude", "oneshot_wanda")
+
+
+def write(path: Path, made: str) -> None:
+    """Put ``made`` between the marks of a page."""
+    before, _, rest = path.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    path.write_text(f"{before}{BEGIN}\n{made}{END}{after}")
+
+
+def main() -> None:
+    """Print or write."""
+    if "--write" not in sys.argv:
+        print(tables())
+        print(headline())
+        return
+    draw()
+    write(PAGE, tables())
+    write(README, headline())
+
+
+if __name__ == "__main__":
+    main()

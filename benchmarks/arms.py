@@ -82,5 +82,10 @@ ARMS: dict[str, Arm] = {
     "dynamic_frozen_norms_70": _arm("smollm2_unstructured60", *_70, "memory=frozen"),
     "dynamic_magnitude_70": _arm("smollm2_unstructured60", *_70, *_FROM_WANDA),
     "regrow_70": _arm("smollm2_unstructured60", *_70, "policy=Regrow", "memory=0"),
+    # from scratch: smoke runs
+    "scratch_dense": _arm("pretrain_llama_dense"),
+    "scratch_2of4": _arm("pretrain_llama_2of4"),
+    "scratch_2of4_fixed": _arm("pretrain_llama_2of4", "policy=Fixed"),
+    "scratch_unstructured50": _arm("pretrain_llama_2of4", "mask_structure=unstructured"),
 }
 ONESHOT = {"oneshot_wanda": Wanda(), "oneshot_magnitude": Magnitude()}

@@ -74,6 +74,12 @@ UNSTRUCTURED = {
     "dynamic_magnitude_70": "re-pruned every 10 steps, magnitude",
     "regrow_70": "Regrow: gradient",
 }
+SCRATCH = {
+    "scratch_dense": "dense",
+    "scratch_2of4": "through 3:4 to 2:4, re-pruned",
+    "scratch_2of4_fixed": "through 3:4 to 2:4, weights that went stay away",
+    "scratch_unstructured50": "to 50 % unstructured, re-pruned",
+}
 
 
 class Runs:
@@ -118,9 +124,9 @@ class Runs:
         measured = [(mean, arm) for arm in arms if (mean := self.mean(arm, text)) is not None]
         return min(measured)[1] if measured else None
 
-    def change(self, arm: str, other: str, text: str = "heldout") -> tuple[float, list[float]] | None:
+    def change(self, arm: str, other: str, text: str = "heldout", steps: int = 100) -> tuple[float, list[float]] | None:
         """Mean and each of the paired changes of perplexity, in per cent of ``other``, over the seeds of both."""
-        ours, theirs = self.values(arm, text), self.values(other, text)
+        ours, theirs = self.values(arm, text, steps), self.values(other, text, steps)
         paired = [100 * (ours[seed] / theirs[seed] - 1) for seed in sorted(ours.keys() & theirs.keys())]
         return (statistics.mean(paired), paired) if paired else None
 
@@ -142,13 +148,13 @@ def _change(change: tuple[float, list[float]] | None) -> str:
     return f"{mean:+.1f} % ({shown})" if len(each) > 1 else f"{mean:+.1f} %"
 
 
-def table(runs: Runs, arms: dict[str, str], against: str | None, label: str) -> str:
+def table(runs: Runs, arms: dict[str, str], against: str | None, label: str, steps: int = 100) -> str:
     """Perplexities of arms on all texts, and the paired change against one of them on held-out articles."""
     name = f"held-out against {label}" if against else ""
     head = ["arm", "`--arm`", "lr", "seeds", *TEXTS.values(), "flip rate, first to last", *([name] if name else [])]
     lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
     for arm, words in arms.items():
-        found = runs.reported(arm)
+        found = runs.reported(arm, steps)
         if not found:
             continue
         row = next(iter(found.values()))
@@ -157,9 +163,11 @@ def table(runs: Runs, arms: dict[str, str], against: str | None, label: str) -> 
         if row["first_flip_rate"]:
             flips = " to ".join(f"{100 * float(row[key]):.2f} %" for key in ("first_flip_rate", "last_flip_rate"))
         cells = [words, arm, lr, ", ".join(map(str, sorted(found)))]
-        cells += [_perplexities(runs.values(arm, text)) for text in TEXTS] + [flips]
+        cells += [_perplexities(runs.values(arm, text, steps)) for text in TEXTS] + [flips]
         if against:
-            cells.append("" if arm == against or row["steps"] == "0" else _change(runs.change(arm, against)))
+            cells.append(
+                "" if arm == against or row["steps"] == "0" else _change(runs.change(arm, against, steps=steps))
+            )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) if len(lines) > 2 else "Not measured yet."
 
@@ -192,6 +200,9 @@ def tables(path: Path = CSV) -> str:
         table(runs, DISTILLATION, "dynamic", "re-pruned, none"),
         "\n### Unstructured 70 %\n",
         table(runs, UNSTRUCTURED, runs.better_static(("static_70", "static_ste_70")), "the better static arm"),
+        "\n### From scratch\n",
+        "A Llama of 17 million weights on 614,400 tokens: smoke runs that show it works, not what it is worth.\n",
+        table(runs, SCRATCH, "scratch_dense", "dense", steps=300),
         "\n### How learning rates were chosen\n",
         "Perplexity on validation articles (first 32,768 tokens), seed 0; the best of each arm is bold.\n",
         tuning_table(runs),

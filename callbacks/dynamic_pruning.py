@@ -306,8 +306,9 @@ class DynamicPruning(L.Callback):
         assert self.updater is not None
         self.updater.token_mask = None
         report = self._advance(trainer, pl_module)
-        if report is not None:  # for what monitors metrics, such as a progress bar or EarlyStopping
-            pl_module.log_dict(report.metrics(), logger=False)
+        if report is not None:  # for what monitors metrics, such as EarlyStopping, and two for progress bars
+            for name, value in report.metrics().items():
+                pl_module.log(name, value, logger=False, prog_bar=name in ("sparsity/actual", "sparsity/flip_rate"))
 
     def _advance(self, trainer: L.Trainer, pl_module: L.LightningModule) -> UpdateReport | None:
         # Micro-batches do not move the count of optimizer steps; a batch that steps several optimizers is one step.

@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 from sparse_train.mistakes import explain
+from sparse_train.noise import kept_back
 from sparse_train.shipped import shipped
 from sparse_train.targets import did_you_mean
+from sparse_train.terminal import take_json
 
 _USAGE = """\
 usage: sparse-train COMMAND [options]
@@ -27,8 +29,9 @@ commands:
   unpack     the model again, bit for bit       sparse-train unpack runs/x/packed runs/x/model
   report     a page about training runs         sparse-train report RUN_DIR [RUN_DIR ...]
 
-"sparse-train COMMAND --help" lists a command's options; --debug shows where an error came from. --config also finds
-the recipes/ and configs/ that come with the package, from any folder, and may be given several times; later ones win.
+"sparse-train COMMAND --help" lists a command's options; --json prints its result as one JSON object, and --debug where
+an error came from. --config also finds the recipes/ and configs/ that come with the package, from any folder, and may
+be given several times; later ones win.
 """
 
 
@@ -46,25 +49,28 @@ def main(args: list[str] | None = None) -> None:
     sys.path.append(str(Path.cwd()))  # recipes may name classes of a module beside them; last, so that it hides nothing
     options = _find_shipped(options)
     try:
-        if command in ("fit", "validate"):
-            from sparse_train.lightning_cli import run
-
-            run([command, *options])
-        else:
-            from sparse_train.commands import COMMANDS, run_command
-
-            if command not in COMMANDS:
-                names = ["fit", "validate", *COMMANDS]
-                similar = did_you_mean(command, names) or f" There are {', '.join(names)}."
-                sys.exit(
-                    f"sparse-train: there is no command {command!r}.{similar}\nsparse-train --help says what each does."
-                )
-            run_command(command, options)
+        with kept_back(quiet=take_json(options)[0]):
+            _run(command, options)
     except (ValueError, OSError) as error:
         if debug:
             raise
         wrapped = "Union subtypes" in str(error)  # by jsonargparse, around what a class said as it was made
         sys.exit(f"sparse-train {command}: {explain(str(error), []) if wrapped else error}")
+
+
+def _run(command: str, options: list[str]) -> None:
+    if command in ("fit", "validate"):
+        from sparse_train.lightning_cli import run
+
+        run([command, *options])
+        return
+    from sparse_train.commands import COMMANDS, run_command
+
+    if command not in COMMANDS:
+        names = ["fit", "validate", *COMMANDS]
+        similar = did_you_mean(command, names) or f" There are {', '.join(names)}."
+        sys.exit(f"sparse-train: there is no command {command!r}.{similar}\nsparse-train --help says what each does.")
+    run_command(command, options)
 
 
 def _find_shipped(options: list[str]) -> list[str]:

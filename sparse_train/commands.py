@@ -1,4 +1,7 @@
-"""The commands that are no training: prune, evaluate, export, inspect, pack, unpack, report."""
+"""The commands that are no training: prune, evaluate, export, inspect, pack, unpack, report.
+
+Each shows its result, unless ``json`` is asked for, and returns it: docs/terminal.md lists the names.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,24 +12,29 @@ from sparse_train.prune_command import prune
 from sparse_train.reference_flags import translate
 from sparse_train.sources import ModelSource, Pretrained, as_model_source
 from sparse_train.tables import show_inspection
+from sparse_train.terminal import stdout_for_json, take_json
 from sparse_train.yaml_numbers import install
 
 
-def export(checkpoint: str, out: str, tokenizer: ModelSource | str | None = None) -> None:
+def export(checkpoint: str, out: str, tokenizer: ModelSource | str | None = None, json: bool = False) -> dict[str, Any]:
     """Write the model of a training checkpoint as a Hugging Face folder with true zeros.
 
     Args:
         checkpoint: file, or folder of FSDP2 or DeepSpeed, that ``sparse-train fit`` wrote.
         out: folder to write; must not exist.
         tokenizer: model source, Hugging Face id or folder whose tokenizer is put beside the model.
+        json: print one JSON object instead of text.
     """
     from sparse_train.export import export_checkpoint
 
     loaded = None if tokenizer is None else as_model_source(tokenizer).tokenizer()
-    print(f"exported to {export_checkpoint(checkpoint, out, loaded)}")
+    folder = export_checkpoint(checkpoint, out, loaded)
+    if not json:
+        print(f"exported to {folder}")
+    return {"out": str(folder), "checkpoint": checkpoint}
 
 
-def inspect(model: ModelSource | str, json: bool = False) -> None:
+def inspect(model: ModelSource | str, json: bool = False) -> dict[str, Any]:
     """Sparsity and pattern of each linear layer, its size on disk, and whether 2:4 hardware could run it.
 
     All of it counted on the weights, in the dtype that they have on disk.
@@ -35,50 +43,79 @@ def inspect(model: ModelSource | str, json: bool = False) -> None:
         model: Hugging Face id, local folder, or a model source (whose dtype it then is).
         json: print one JSON object instead of a table.
     """
-    from sparse_train.inspection import layer_sparsities
+    from sparse_train.inspection import layer_sparsities, overall_sparsity, sizes
 
     source = Pretrained(model, dtype="auto") if isinstance(model, str) else model
-    show_inspection(source.name, layer_sparsities(source.load()), json)
+    loaded = source.load()
+    layers = layer_sparsities(loaded)
+    model_bytes = sum(parameter.numel() * parameter.dtype.itemsize for parameter in loaded.parameters())
+    if not json:
+        show_inspection(source.name, layers, model_bytes)
+    dense, packed = sizes(layers)
+    return {
+        "model": source.name,
+        "sparsity": overall_sparsity(layers),
+        "dense_bytes": dense,
+        "packed_bytes": packed,
+        "model_bytes": model_bytes,
+        "layers": [layer.as_dict() for layer in layers],
+    }
 
 
-def pack(model: str, out: str) -> None:
+def pack(model: str, out: str, json: bool = False) -> dict[str, Any]:
     """Write a pruned model as a smaller folder: mask bits and kept values in place of zeros.
 
     Args:
         model: Hugging Face folder with safetensors, as prune, export and fit write it.
         out: folder to write; must not exist. Nothing but "sparse-train unpack" reads it.
+        json: print one JSON object instead of text.
     """
     from sparse_train.packed_folder import pack_folder
 
     report = pack_folder(model, out)
-    print(f"packed to {out}: {report}")
+    if not json:
+        print(f"packed to {out}: {report}")
+    return {
+        "out": out,
+        "weights": len(report.packed),
+        "dense_bytes": report.dense_bytes,
+        "packed_bytes": report.packed_bytes,
+    }
 
 
-def unpack(packed: str, out: str) -> None:
+def unpack(packed: str, out: str, json: bool = False) -> dict[str, Any]:
     """Write a packed folder as the Hugging Face folder that it was, bit for bit.
 
     Args:
         packed: folder that "sparse-train pack" wrote.
         out: folder to write; must not exist.
+        json: print one JSON object instead of text.
     """
     from sparse_train.packed_folder import unpack_folder
 
-    print(f"unpacked to {unpack_folder(packed, out)}")
+    folder = unpack_folder(packed, out)
+    if not json:
+        print(f"unpacked to {folder}")
+    return {"out": str(folder)}
 
 
-def report(runs: list[str], out: str | None = None) -> None:
+def report(runs: list[str], out: str | None = None, json: bool = False) -> dict[str, Any]:
     """One page about training runs, as report.html and report.md; several runs are compared.
 
     Args:
         runs: folders of runs, those with a sparse_train_history.jsonl in them.
         out: folder to write to; default: that of the run, or "report" here where there are several.
+        json: print one JSON object instead of text.
     """
-    from sparse_train.report import write_run_report
+    from sparse_train.report import collect, headline, write_run_report
 
-    print(f"report: {write_run_report(runs, out)}")
+    page = write_run_report(runs, out)
+    if not json:
+        print(f"report: {page}")
+    return {"report": str(page), "runs": [headline(run) for run in collect(runs)]}
 
 
-COMMANDS: dict[str, tuple[Callable[..., None], list[str]]] = {
+COMMANDS: dict[str, tuple[Callable[..., dict[str, Any] | None], list[str]]] = {
     "prune": (prune, []),
     "evaluate": (evaluate, ["model"]),
     "export": (export, ["checkpoint", "out"]),
@@ -111,11 +148,13 @@ def run_command(command: str, options: list[str]) -> None:
     while options and (len(taken) < len(positional) or several) and not options[0].startswith("-"):
         taken.append(f"--{positional[min(len(taken), len(positional) - 1)]}={options[0]}")
         options = options[1:]
-    if "--json" in options and not {"true", "false"} & set(options):  # a switch by itself, too
-        options = ["--json=true" if option == "--json" else option for option in options]
+    json, options = take_json(options)
     if command == "prune":
         options = translate(options)
-    config: Any = parser_of(command).parse_args([*taken, *options])
-    arguments = parser_of(command).instantiate(config)
-    arguments.pop("config", None)
-    function(**arguments)
+    config: Any = parser_of(command).parse_args([*taken, *options, *(["--json=true"] if json else [])])
+    with stdout_for_json(bool(config.get("json"))) as write:
+        arguments = parser_of(command).instantiate(config)
+        arguments.pop("config", None)
+        found = function(**arguments)
+        if found is not None:  # None of all processes but the first
+            write(found)

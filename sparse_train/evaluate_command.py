@@ -1,10 +1,10 @@
 """``sparse-train evaluate``: perplexity and zero-shot accuracy of a model."""
 
-from json import dumps
 from typing import Any
 
 from sparse_train.sources import ModelSource, PackagedWikipedia, Split, TextSource, as_model_source, float_dtype
 from sparse_train.tables import show_zero_shot
+from sparse_train.terminal import bars_are_seen
 
 
 def evaluate(
@@ -20,7 +20,7 @@ def evaluate(
     max_tokens: int | None = None,
     autocast: str | None = None,
     json: bool = False,
-) -> None:
+) -> dict[str, Any]:
     """Perplexity of a model, or its accuracy on tasks, printed with the protocol.
 
     Args:
@@ -46,12 +46,14 @@ def evaluate(
     zero_shot = [name for name in names if name != "perplexity"]
     if not zero_shot and (task_data is not None or limit is not None):
         raise ValueError("--task_data and --limit are for zero-shot tasks. Name those in --tasks, such as wanda7.")
+    if "perplexity" not in names and (max_tokens is not None or stride is not None):
+        raise ValueError("--max_tokens and --stride are for perplexity. Name it in --tasks, too: perplexity,wanda7.")
     source, text = as_model_source(model), text or PackagedWikipedia()
     documents = text.documents(split) if "perplexity" in names else []
     if "perplexity" in names and not documents:
         raise ValueError(f"{text.name} has no text in its {split} split.")
     if zero_shot:
-        check_tasks(zero_shot, task_data, progress=not json)
+        check_tasks(zero_shot, task_data, progress=bars_are_seen())
     loaded, tokenizer = source.load(), source.tokenizer()
     results: dict[str, Any] = {}
     if "perplexity" in names:
@@ -66,7 +68,7 @@ def evaluate(
             data_name=text.name,
             split=split,
             autocast=dtype,
-            progress=not json,
+            progress=bars_are_seen(),
         )
     if zero_shot:
         results["zero_shot"] = evaluate_zero_shot(
@@ -78,13 +80,11 @@ def evaluate(
             batch_size=batch_size,
             model_name=source.name,
             autocast=dtype,
-            progress=not json,
+            progress=bars_are_seen(),
         )
-    if json:
-        found = {kind: result.as_dict() for kind, result in results.items()}
-        print(dumps(found["perplexity"] if tasks is None else found))
-        return
-    if "perplexity" in results:
+    if "perplexity" in results and not json:
         print(f"{results['perplexity'].perplexity:.2f}  {results['perplexity'].protocol}")
-    if zero_shot:
+    if zero_shot and not json:
         show_zero_shot(results["zero_shot"])
+    found = {kind: result.as_dict() for kind, result in results.items()}
+    return dict(found["perplexity"]) if tasks is None else found

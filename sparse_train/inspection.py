@@ -2,7 +2,8 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +62,18 @@ class InspectedLayer(LayerSparsity):
             return f"it is no plain nn.Linear ({self.kind})"
         return why_not_weight(self.shape, self.dtype, self.pattern)
 
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            **asdict(self),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "sparsity": self.sparsity,
+            "dense_bytes": self.dense_bytes,
+            "packed_bytes": self.packed_bytes,
+            "runs_on_2of4_hardware": self.why_not_2of4 is None,
+            "why_not_2of4": self.why_not_2of4,
+        }
+
 
 def layer_sparsities(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> list[InspectedLayer]:
     """Each linear layer of ``model``, as its forward sees it: masked layers with pruned weights as zeros.
@@ -99,6 +112,11 @@ def overall_sparsity(layers: Sequence[LayerSparsity]) -> float:
     """Share of zeros over all ``layers``; 0 of none."""
     size = sum(layer.size for layer in layers)
     return sum(layer.zeros for layer in layers) / size if size else 0.0
+
+
+def sizes(layers: Sequence[InspectedLayer]) -> tuple[int, int]:
+    """Bytes of ``layers``, as they are and packed."""
+    return sum(layer.dense_bytes for layer in layers), sum(layer.packed_bytes for layer in layers)
 
 
 def by_projection(layers: Sequence[LayerSparsity]) -> list[tuple[str, str, str, str]]:

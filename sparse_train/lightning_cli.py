@@ -1,9 +1,14 @@
 """``sparse-train fit`` and ``validate``: LightningCLI over ``CausalLM`` and ``TextBlocks``."""
 
+import argparse
+import sys
 import warnings
 from dataclasses import asdict
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
+import lightning as L
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from sparse_train.callbacks import DynamicPruning, RunHistory  # and with them the others that recipes name
@@ -12,6 +17,8 @@ from sparse_train.data import TextBlocks
 from sparse_train.module import CausalLM
 from sparse_train.parsers import Formatter, ShortErrors, settings
 from sparse_train.shipped import shipped
+from sparse_train.terminal import bars_are_seen, stdout_for_json, take_json
+from sparse_train.training_progress import TrainingBar, TrainingLines
 from sparse_train.yaml_numbers import install
 
 
@@ -22,11 +29,24 @@ class _Parser(ShortErrors, LightningArgumentParser):
         super().error(message.replace('"data.tokenizer"', '"model.model"'), ex)  # which it is linked to
 
 
+class _ShownInHelp(argparse.Action):
+    """``--json``, which ``run`` has taken off: no part of the recipe that a run leaves behind."""
+
+    def __init__(self, option_strings: list[str], **kwargs: Any) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, help=kwargs["help"])
+
+    def __call__(self, *_: Any) -> None: ...
+
+
 class SparseTrainCLI(LightningCLI):
     """The tokenizer follows the model; a finished ``fit`` leaves a report, and can be exported."""
 
+    result: dict[str, Any] | None = None
+    """What came out, for JSON; None in all processes but the first."""
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--export", type=str | None, default=None, help="Folder for the trained sparse model.")
+        parser.add_argument("--json", action=_ShownInHelp, help="Print one JSON object at the end, and nothing else.")
         parser.link_arguments("model.model", "data.tokenizer")
 
     def before_instantiate_classes(self) -> None:
@@ -35,9 +55,18 @@ class SparseTrainCLI(LightningCLI):
         if arguments is not None and isinstance(arguments.get("config"), str):
             arguments.config = shipped(arguments.config)  # DeepSpeed's JSON file
 
-    def before_fit(self) -> None:
-        from pathlib import Path
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """With progress as the terminal can show it, where the recipe says nothing else."""
+        own = self.config_init[self.subcommand].trainer
+        given = own.callbacks if isinstance(own.callbacks, list) else [own.callbacks] if own.callbacks else []
+        if own.enable_progress_bar is None and not any(isinstance(callback, ProgressBar) for callback in given):
+            kwargs["enable_progress_bar"] = bars_are_seen()
+            kwargs["callbacks"] = [*given, TrainingBar() if bars_are_seen() else TrainingLines()]
+        if own.enable_model_summary is None:
+            kwargs["enable_model_summary"] = sys.stdout.isatty()
+        return super().instantiate_trainer(**kwargs)
 
+    def before_fit(self) -> None:
         from sparse_train.checkpoints import check_engine
         from sparse_train.files import check_free
 
@@ -50,14 +79,25 @@ class SparseTrainCLI(LightningCLI):
         from sparse_train.export import export_model
 
         if out := self.config.fit.export:
-            folder = export_model(self.model.model, self.model.source.tokenizer(), out, self._card())
-            if self.trainer.is_global_zero:
-                print(f"exported to {folder}")
+            export_model(self.model.model, self.model.source.tokenizer(), out, self._card())
+        if not self.trainer.is_global_zero:
+            return
+        found: dict[str, Any] = {"export": out, "report": None, "checkpoint": None}
+        if checkpoint := getattr(self.trainer.checkpoint_callback, "best_model_path", None):
+            found["checkpoint"] = checkpoint
         history = self.trainer_defaults["callbacks"].path
-        if self.trainer.is_global_zero and history is not None and history.exists():
-            from sparse_train.report import write_run_report
+        if history is not None and history.exists():
+            from sparse_train.report import collect, headline, write_run_report
 
-            print(f"report: {write_run_report([history.parent])}")
+            found["report"] = str(write_run_report([history.parent]))
+            found |= headline(collect([history.parent])[0])
+        self.result = found
+
+    def validate(self, **arguments: Any) -> None:
+        """``Trainer.validate``, whose own table has frames wherever it goes."""
+        self.trainer.validate(**arguments | {"verbose": False})
+        if self.trainer.is_global_zero:
+            self.result = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
 
     def _card(self) -> ModelCard:
         source, made = self.model.source, {"method": "trained without re-pruning"}
@@ -72,6 +112,7 @@ class SparseTrainCLI(LightningCLI):
             source.license,
             made,
             f"{found:.2f} at the last validation of the run: {text}, blocks of {size}" if found is not None else None,
+            # skip_unset from jsonargparse 4.49 on; Lightning, too, still calls it by the name that all versions know
             self._parser(self.subcommand).dump(self.config.fit, skip_none=False),
         )
 
@@ -79,14 +120,15 @@ class SparseTrainCLI(LightningCLI):
 def run(args: list[str], cli: type[SparseTrainCLI] = SparseTrainCLI) -> SparseTrainCLI:
     """Parse ``args`` (``["fit", "--config", ...]``), make the objects they name, and run them."""
     install()
-    with warnings.catch_warnings():
+    json, args = take_json(args)
+    with stdout_for_json(json) as write, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "LightningCLI's args parameter")  # main has taken the command off sys.argv
         for message in (
             "'set_vital' is deprecated",
             r"`isinstance\(treespec",
         ):  # between torchdata, Lightning and torch
             warnings.filterwarnings("ignore", message)
-        return cli(
+        made = cli(
             CausalLM,
             TextBlocks,
             args=args,
@@ -99,3 +141,19 @@ def run(args: list[str], cli: type[SparseTrainCLI] = SparseTrainCLI) -> SparseTr
             parser_kwargs={"prog": "sparse-train", "allow_abbrev": False, "formatter_class": Formatter}
             | {name: settings(name) for name in ("fit", "validate")},
         )
+        if made.result is not None:
+            write(made.result)
+            if not json:
+                _show(args[0], made.result)
+    return made
+
+
+def _show(command: str, result: dict[str, Any]) -> None:
+    if command == "validate":
+        for name, value in result.items():
+            print(f"{name}  {value:.4f}")
+        return
+    if result["export"]:
+        print(f"exported to {result['export']}")
+    if result["report"]:
+        print(f"report: {result['report']}")

@@ -1,21 +1,34 @@
 """Progress bars for whatever takes longer than a moment."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+
+from sparse_train.terminal import bars_are_seen
+
+
+class Bar:
+    """Count, time left, and a note; this one draws nothing."""
+
+    def set_total(self, total: int) -> None:
+        """How many times ``advance`` will be called."""
+
+    def advance(self) -> None:
+        """One more is done."""
+
+    def note(self, text: str) -> None:
+        """What stands below the bar, such as "block 3/30, sparsity 0.5000"."""
 
 
 @contextmanager
-def bar(label: str, *, shown: bool) -> Iterator[tuple[Callable[[int], None], Callable[[], None]]]:
-    """A progress bar with count and time left; yields functions to set its total and to advance it by one.
+def bar(label: str, *, shown: bool) -> Iterator[Bar]:
+    """A progress bar on stderr, which disappears when it is done.
 
-    Nothing is drawn, and rich is not imported, where ``shown`` is False.
+    Nothing is drawn, and rich is not imported, where ``shown`` is False or stderr is no terminal.
     """
-    if not shown:
-        yield lambda total: None, lambda: None
+    if not (shown and bars_are_seen()):
+        yield Bar()
         return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from sparse_train.drawn import DrawnBar, DrawnProgress
 
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, transient=True) as progress:
-        task = progress.add_task(label, total=None)
-        yield lambda total: progress.update(task, total=total), lambda: progress.advance(task)
+    with DrawnProgress() as progress:
+        yield DrawnBar(progress, label)

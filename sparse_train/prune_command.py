@@ -1,12 +1,11 @@
 """``sparse-train prune``: one model to one folder, or the spread over calibration seeds."""
 
-import json
 import re
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from json import dumps
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +22,9 @@ from sparse_train.prune_job import Calibration, Job, details_of, resolve_stage, 
 from sparse_train.solvers import Solver
 from sparse_train.sources import ModelSource, PackagedWikipedia, Pretrained, TextSource, as_model_source
 from sparse_train.tables import show_pruning, show_seeds
+
+Details = dict[str, Any]
+"""The record of a pruning, as pruning.json or seeds.json holds it."""
 
 
 def prune(
@@ -48,7 +50,8 @@ def prune(
     device: str = "cpu",
     streaming: bool = False,
     activations: Literal["memory", "disk"] = "memory",
-) -> None:
+    json: bool = False,
+) -> dict[str, Any] | None:
     """Prune a model in one shot and write it as a Hugging Face folder with true zeros.
 
     Args:
@@ -78,12 +81,15 @@ def prune(
         streaming: never hold the whole model: walk its safetensors block by block, in the dtype they have. An
             interrupted run goes on where it was with the same command.
         activations: with streaming, where a block's outputs wait for the next one.
+        json: print one JSON object instead of tables.
 
     Under ``torchrun`` each process takes its part of the calibration data, with one reduce a block; rank 0 writes.
     """
     stages, notes = stages_of(recipe, mask_structure, sparsity, criterion, allocation, targets, ignore)
     for stage in stages:  # mistakes in the pattern should not wait for the model
         resolve_stage(stage)
+    if max_tokens is not None and perplexity is None and seeds is None:
+        raise ValueError("--max_tokens is for the perplexity afterwards. Give --perplexity a text, or leave it out.")
     check_free(Path(out))
     _check_device(device)
     source, text = as_model_source(model), text or PackagedWikipedia()
@@ -94,10 +100,20 @@ def prune(
             raise ValueError("streaming runs in one process. Start it without torchrun, or leave it out.")
         job = Job(source, stages, calibration, own_device)
         measure = None if test is None else _perplexity_of(source, test, window, max_tokens, own_device)
+        details: Details | None
+        layers: Sequence[LayerSparsity]
         if seeds is not None:
-            _over_seeds(job, _seeds(seeds), measure, Path(out), streaming, notes)
+            details, layers = _over_seeds(job, _seeds(seeds), measure, Path(out), streaming, notes), []
         else:
-            _once(job, seed, measure, out, streaming, activations, notes)
+            details, layers = _once(job, seed, measure, out, streaming, activations, notes)
+    if details is None:  # in all processes but the first
+        return None
+    if not json:
+        if seeds is not None:
+            show_seeds(details, Path(out))
+        else:
+            show_pruning(details, layers, Path(out))
+    return {"out": out, **details}
 
 
 def _once(
@@ -108,7 +124,8 @@ def _once(
     streaming: bool,
     activations: Literal["memory", "disk"],
     notes: list[str],
-) -> None:
+) -> tuple[Details | None, Sequence[LayerSparsity]]:
+    """The record of it, and the model's layers."""
     began = time.perf_counter()
     folder, loaded = Path(out), None
     if streaming:
@@ -116,7 +133,7 @@ def _once(
     else:
         loaded, reports = job.run(seed)
         if rank() != 0:  # they all have the same model
-            return
+            return None, []
     details = details_of(job, seed, reports, notes) | {"streaming": streaming}
     card = ModelCard(job.source.name, job.source.hub_id, job.source.license, oneshot_rows(details))
     if loaded is None:
@@ -132,7 +149,7 @@ def _once(
         details["perplexity"] = measure((loaded or Pretrained(out, dtype="auto").load()).to(job.device))
         _write(folder / "pruning.json", details)
         write_card(folder, replace(card, perplexity=perplexity_line(details["perplexity"])), shown)
-    show_pruning(details, shown, folder)
+    return details, shown
 
 
 def _check_device(device: str) -> None:
@@ -147,7 +164,7 @@ def _check_device(device: str) -> None:
 
 
 def _write(path: Path, details: dict[str, Any]) -> None:
-    path.write_text(json.dumps(details, indent=2) + "\n")
+    path.write_text(dumps(details, indent=2) + "\n")
 
 
 def _counted(details: dict[str, Any], report: OneshotReport) -> list[LayerSparsity]:
@@ -174,7 +191,7 @@ def _perplexity_of(
             max_tokens=max_tokens,
             model_name=source.name,
             data_name=text.name,
-            progress=sys.stderr.isatty(),
+            progress=True,
         )
         return found.as_dict()
 
@@ -193,7 +210,9 @@ def _seeds(text: str) -> list[int]:
     return found
 
 
-def _over_seeds(job: Job, seeds: list[int], measure: Any, out: Path, streaming: bool, notes: list[str]) -> None:
+def _over_seeds(
+    job: Job, seeds: list[int], measure: Any, out: Path, streaming: bool, notes: list[str]
+) -> Details | None:
     if streaming:
         raise ValueError("seeds prune and measure in memory; for streaming call prune once with each --seed.")
     if not job.needs_data:
@@ -206,7 +225,7 @@ def _over_seeds(job: Job, seeds: list[int], measure: Any, out: Path, streaming: 
         details = details_of(job, seed, reports, notes)
         del loaded  # before the next one comes
     if rank() != 0:
-        return
+        return None
     values = [row["perplexity"] for row in rows]
     details["calibration"]["seed"] = seeds
     details |= {
@@ -216,4 +235,4 @@ def _over_seeds(job: Job, seeds: list[int], measure: Any, out: Path, streaming: 
     }
     out.mkdir(parents=True, exist_ok=True)
     _write(out / "seeds.json", details)
-    show_seeds(details, out)
+    return details

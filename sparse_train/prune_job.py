@@ -1,6 +1,5 @@
 """What ``sparse-train prune`` does to a model: its stages, its calibration data, and the record of it."""
 
-import sys
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -85,8 +84,7 @@ class Job:
     def run(self, seed: int) -> tuple[Any, list[OneshotReport]]:
         loaded, tokenizer = self.source.load().to(self.device), self.source.tokenizer()
         batches = self._own_batches(tokenizer, seed) if self.needs_data else None
-        shown = rank() == 0 and (sys.stderr.isatty() or sys.stdout.isatty())
-        reports = [prune_model(loaded, batches, **arguments_of(stage), progress=shown) for stage in self.stages]
+        reports = [prune_model(loaded, batches, **arguments_of(stage), progress=rank() == 0) for stage in self.stages]
         return loaded, reports
 
     def _own_batches(self, tokenizer: Any, seed: int) -> list[Batch]:
@@ -124,7 +122,7 @@ def stream(job: Job, out: str, seed: int, activations: Literal["memory", "disk"]
         **arguments_of(job.stages[0]),
         device=job.device,
         activations=activations,
-        progress=sys.stderr.isatty() or sys.stdout.isatty(),
+        progress=True,
     )
 
 

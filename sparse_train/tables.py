@@ -1,26 +1,37 @@
-"""Tables on the terminal."""
+"""Tables on stdout: with frames in a terminal, and without where something else reads them."""
 
-import json
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.box import HEAVY_HEAD
 from rich.console import Console
 from rich.table import Column, Table
 
-from sparse_train.inspection import InspectedLayer, LayerSparsity, by_projection, overall_sparsity
+from sparse_train.inspection import InspectedLayer, LayerSparsity, by_projection, overall_sparsity, sizes
 
 if TYPE_CHECKING:
     from sparse_train.evaluation import ZeroShotResult
 
 _WIDTH = 110
+_WIDE = 1000
+"""No line is broken in a file."""
+
+
+def console_for(least: int = 0) -> Console:
+    """stdout, of at least ``least`` columns: a narrower one would cut numbers off."""
+    console = Console()
+    return Console(width=max(least, console.width) if console.is_terminal else _WIDE)
+
+
+def _table(console: Console, *columns: Column | str, title: str | None = None) -> Table:
+    return Table(*columns, title=title, title_justify="left", box=HEAVY_HEAD if console.is_terminal else None)
 
 
 def show_pruning(details: dict[str, Any], layers: Sequence[LayerSparsity], folder: Path) -> None:
     """What one-shot pruning did."""
-    seconds, console = details["seconds"], Console()
+    seconds, console = details["seconds"], console_for()
     console.print(f"[bold]{details['model']}[/bold] pruned to {folder}", highlight=False)
     _print_method(console, details)
     wanted = details["stages"][-1]["wanted_sparsity"]
@@ -31,15 +42,20 @@ def show_pruning(details: dict[str, Any], layers: Sequence[LayerSparsity], folde
     )
     if found := details.get("perplexity"):
         console.print(f"perplexity {found['perplexity']:.2f}: {found['data']}, windows of {found['window']}")
-    console.print(_by_projection(layers))
+    table = _table(console, "projection", _right("layers"), _right("sparsity"), "pattern")
+    for row in by_projection(layers):
+        table.add_row(*row)
+    console.print(table)
 
 
 def show_seeds(details: dict[str, Any], folder: Path) -> None:
     """Perplexity over calibration seeds."""
-    console, first = Console(), details["seeds"][0]
+    console, first = console_for(), details["seeds"][0]
     console.print(f"[bold]{details['model']}[/bold], written to {folder / 'seeds.json'}", highlight=False)
     _print_method(console, details, seeded=False)
-    table = Table("seed", f"perplexity on {first['data']}, windows of {first['window']}, {first['tokens']} tokens")
+    table = _table(
+        console, "seed", f"perplexity on {first['data']}, windows of {first['window']}, {first['tokens']} tokens"
+    )
     for row in details["seeds"]:
         table.add_row(str(row["seed"]), f"{row['perplexity']:.3f}")
     table.add_section()
@@ -60,57 +76,50 @@ def _print_method(console: Console, details: dict[str, Any], seeded: bool = True
         console.print(f"calibrated on {size} of {data['text']} ({data['sampling']}){seed}", highlight=False)
 
 
-def show_inspection(name: str, layers: Sequence[InspectedLayer], as_json: bool) -> None:
-    """Sparsity, size and 2:4 hardware of every layer."""
-    dense, packed = sum(layer.dense_bytes for layer in layers), sum(layer.packed_bytes for layer in layers)
-    if as_json:
-        rows = [_as_dict(layer) for layer in layers]
-        total = {"sparsity": overall_sparsity(layers), "dense_bytes": dense, "packed_bytes": packed}
-        print(json.dumps({"model": name, **total, "layers": rows}))
-        return
-    table = Table("layer", "shape", "sparsity", "pattern", "MB", "packed", "2:4 GPU", title=name)
+def show_inspection(
+    name: str, layers: Sequence[InspectedLayer], model_bytes: int, console: Console | None = None
+) -> None:
+    """Sparsity, size and 2:4 hardware of every layer.
+
+    Args:
+        name: of the model.
+        layers: of it.
+        model_bytes: all parameters, each once.
+        console: where to; default: stdout.
+    """
+    console = console or console_for(_WIDTH)
+    sparsity, size, packed_size, on_gpu = map(_right, ("sparsity", "MB", "packed", "2:4 GPU"))
+    table = _table(console, "layer", "shape", sparsity, "pattern", size, packed_size, on_gpu, title=name)
     for layer in layers:
         table.add_row(
             layer.name,
             " x ".join(map(str, layer.shape)),
             f"{layer.sparsity:.4f}",
             layer.pattern,
-            f"{layer.dense_bytes / 1e6:.2f}",
-            f"{layer.packed_bytes / 1e6:.2f}",
+            _mb(layer.dense_bytes),
+            _mb(layer.packed_bytes),
             "yes" if layer.why_not_2of4 is None else "no",
         )
     table.add_section()
     able = sum(layer.why_not_2of4 is None for layer in layers)
-    sizes = f"{dense / 1e6:.2f}", f"{packed / 1e6:.2f}"
-    table.add_row("all linear layers", "", f"{overall_sparsity(layers):.4f}", "", *sizes, f"{able}/{len(layers)}")
+    (dense, packed), share = sizes(layers), f"{able}/{len(layers)}"
+    table.add_row("all linear layers", "", f"{overall_sparsity(layers):.4f}", "", _mb(dense), _mb(packed), share)
+    # what packing saves is saved by these layers
+    table.add_row("the whole model", "", "", "", _mb(model_bytes), _mb(model_bytes - dense + packed), "")
+    console.print(table)
     reasons: dict[str, list[str]] = defaultdict(list)
     for layer in layers:
         if layer.why_not_2of4 is not None:
             reasons[layer.why_not_2of4].append(layer.name)
-    console = Console(width=max(_WIDTH, Console().width))  # a narrower one would cut the numbers off
-    console.print(table)
     for reason, names in reasons.items():
-        some = ", ".join([*names[:3], "..."] if len(names) > 3 else names)
-        console.print(f"not on a 2:4 GPU, {reason}: {some}", highlight=False)
-
-
-def _as_dict(layer: InspectedLayer) -> dict[str, Any]:
-    return {
-        **asdict(layer),
-        "dtype": str(layer.dtype).removeprefix("torch."),
-        "sparsity": layer.sparsity,
-        "dense_bytes": layer.dense_bytes,
-        "packed_bytes": layer.packed_bytes,
-        "runs_on_2of4_hardware": layer.why_not_2of4 is None,
-        "why_not_2of4": layer.why_not_2of4,
-    }
+        some = ", ".join([*names[:3], f"and {len(names) - 3} more"] if len(names) > 4 else names)
+        console.print(f"not on a 2:4 GPU, {reason}: {some}", highlight=False, markup=False)
 
 
 def show_zero_shot(result: "ZeroShotResult") -> None:
     """Accuracy on each task, in per cent with its standard error, and the mean."""
-    table = Table(
-        "task", Column("accuracy, %", justify="right"), Column("standard error", justify="right"), "metric", "items"
-    )
+    console = console_for()
+    table = _table(console, "task", _right("accuracy, %"), _right("standard error"), "metric", _right("items"))
     for row in result.tasks:
         table.add_row(row.task, f"{100 * row.accuracy:.2f}", _percent(row.stderr), row.metric, str(row.n))
     if len(result.tasks) > 1:
@@ -119,7 +128,6 @@ def show_zero_shot(result: "ZeroShotResult") -> None:
         table.add_row(
             f"mean of {len(result.tasks)}", f"{100 * result.mean:.2f}", _percent(result.mean_stderr), "", items
         )
-    console = Console()
     console.print(table)
     console.print(str(result.protocol), highlight=False, markup=False)
 
@@ -128,8 +136,9 @@ def _percent(stderr: float | None) -> str:
     return "" if stderr is None else f"{100 * stderr:.2f}"
 
 
-def _by_projection(layers: Sequence[LayerSparsity]) -> Table:
-    table = Table("projection", "layers", "sparsity", "pattern")
-    for row in by_projection(layers):
-        table.add_row(*row)
-    return table
+def _right(name: str) -> Column:
+    return Column(name, justify="right")
+
+
+def _mb(size: int) -> str:
+    return f"{size / 1e6:.2f}"

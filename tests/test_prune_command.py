@@ -123,6 +123,7 @@ def test_perplexity_is_measured_on_request(run, text_file):
     ("options", "message"),
     [
         (["--device=cuda:99x"], "device names a device of torch"),
+        (["--max_tokens=9"], "--max_tokens is for the perplexity afterwards. Give --perplexity a text"),
         (["--seeds=five"], "seeds are written 0..4 or 0,2,7, got 'five'"),
         (["--seeds=3..3"], "a spread needs two"),
         (["--seeds=0..1", "--criterion=Magnitude"], "seeds change nothing"),

@@ -108,15 +108,15 @@ def evaluate_perplexity(
     # where there are other processes, they may be measuring nothing, and would be waited for
     metric, tokens = MeanMetric(sync_on_compute=False).to(device), 0
     batches = list(zip(windows_WL.split(batch_size), labels_WL.split(batch_size), strict=True))
-    with undisturbed(model), bar("perplexity", shown=progress) as (set_total, advance):
-        set_total(len(batches))
+    with undisturbed(model), bar("perplexity", shown=progress) as drawn:
+        drawn.set_total(len(batches))
         for ids_BL, labels_BL in batches:
             with torch.autocast(device.type, autocast, enabled=autocast is not None):
                 logits_BLV = model(input_ids=ids_BL.to(device), use_cache=False).logits
             loss, count = next_token_loss(logits_BLV, labels_BL.to(device))
             metric.update(loss, weight=count)
             tokens += int(count)
-            advance()
+            drawn.advance()
     dtype = str(autocast or next(model.parameters()).dtype).removeprefix("torch.")
     protocol = PerplexityProtocol(
         model_name, data_name, split, tokenizer_name or model_name, window, stride, tokens, dtype

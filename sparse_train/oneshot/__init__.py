@@ -19,7 +19,7 @@ from sparse_train.oneshot.engine import Method, Undo, prune_group, release, stat
 from sparse_train.oneshot.experts import ExpertMatrix, expert_matrices
 from sparse_train.oneshot.walk import Batch, CalibrationPass
 from sparse_train.patterns import Pattern, parse_pattern, parse_word
-from sparse_train.progress import bar
+from sparse_train.progress import Bar, bar
 from sparse_train.pruner import LayerUpdate, expect
 from sparse_train.recording import attach, reduce_statistics, warn_of_padding
 from sparse_train.solvers import Solver
@@ -169,9 +169,9 @@ def set_initial_masks(
                 "of model inputs (in a recipe: a data section). Magnitude() needs none."
             )
         else:
-            with bar("calibrating", shown=progress) as (set_total, advance):
-                calibration = CalibrationPass(model, batches, recorder, advance)
-                updates = walk.with_data(calibration, set_total)
+            with bar("pruning", shown=progress) as drawn:
+                calibration = CalibrationPass(model, batches, recorder, drawn.advance)
+                updates = walk.with_data(calibration, drawn)
                 forward_seconds = calibration.seconds
                 warn_of_padding(recorder)
     except BaseException:
@@ -210,13 +210,13 @@ class _Walk:
     def without_data(self) -> dict[str, LayerUpdate]:
         return prune_group(self.layers, self.method, self.pattern, self._divide({}), self.save)
 
-    def with_data(self, calibration: CalibrationPass, set_total: Callable[[int], None]) -> dict[str, LayerUpdate]:
+    def with_data(self, calibration: CalibrationPass, drawn: Bar) -> dict[str, LayerUpdate]:
         # one threshold over the whole model is not known before its last block
         if self.pattern.model_wide:
-            set_total(len(calibration))
+            drawn.set_total(len(calibration))
             return self._together(self.layers, calibration, self._divide({}))
         calibrated = sum(map(bool, self.groups)) + max(self.last, 0) + bool(self.rest)
-        set_total(len(calibration) * (calibrated + self.allocation.needs_outliers))
+        drawn.set_total(len(calibration) * (calibrated + self.allocation.needs_outliers))
         sparsities = self._divide(self._outliers(calibration) if self.allocation.needs_outliers else {})
         updates: dict[str, LayerUpdate] = {}
         for index in range(self.last + 1):
@@ -225,6 +225,7 @@ class _Walk:
                 calibration.record_block(self.blocks, index, experts_of(group))
                 updates |= prune_group(group, self.method, self.pattern, sparsities, self.save)
                 release(group.values())
+                drawn.note(blocks_done(index + 1, self.last + 1, updates))
             if index < self.last:
                 calibration.pass_on(self.blocks, index)
         if self.rest:  # targets outside the blocks, such as a named lm_head: with the blocks pruned
@@ -257,6 +258,13 @@ class _Walk:
 
     def _attach(self, layers: Mapping[str, MaskedMatrix], statistics: Any) -> None:
         attach(layers.values(), self.recorder, statistics)
+
+
+def blocks_done(done: int, blocks: int, updates: Mapping[str, LayerUpdate]) -> str:
+    """For a progress bar: how far the walk is, and the sparsity of what it has pruned."""
+    size = sum(update.size for update in updates.values())
+    sparsity = sum(update.zeros for update in updates.values()) / size if size else 0.0
+    return f"block {done}/{blocks}, sparsity {sparsity:.4f}"
 
 
 def inside(layers: Mapping[str, MaskedMatrix], block: nn.Module) -> dict[str, MaskedMatrix]:

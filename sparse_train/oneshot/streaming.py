@@ -26,6 +26,7 @@ from sparse_train.matrices import MaskedLayer, MaskedMatrix, Recorder, shape_OI
 from sparse_train.oneshot import (
     Method,
     OneshotReport,
+    blocks_done,
     experts_of,
     method_of,
     resolve,
@@ -37,7 +38,7 @@ from sparse_train.oneshot.shards import Checkpoint, copy_companions, write_index
 from sparse_train.oneshot.streamed_model import StreamedModel, model_without_weights
 from sparse_train.oneshot.walk import Batch, CalibrationPass
 from sparse_train.patterns import Pattern
-from sparse_train.progress import bar
+from sparse_train.progress import Bar, bar
 from sparse_train.pruner import LayerUpdate, expect
 from sparse_train.recording import attach, reduce_statistics, warn_of_padding
 from sparse_train.targets import Selection, expert_shape_OI, select
@@ -103,15 +104,18 @@ def prune_checkpoint(
         names = [*selection.layers, *selection.experts]
         streamed = StreamedModel(model, checkpoint, work, names, torch.device(device))
         run = _Run(streamed, selection, method, pattern)
-        with bar("pruning", shown=progress) as (set_total, advance):
+        with bar("pruning", shown=progress) as drawn:
             calibration = None
             if batches is not None:
                 keep = _room_for(activations, work)
-                calibration = CalibrationPass(model, batches, run.recorder, advance, streamed.device, keep)
-                set_total(len(calibration) * len(run.blocks) * (4 if allocation.needs_outliers else 2))
+                calibration = CalibrationPass(model, batches, run.recorder, drawn.advance, streamed.device, keep)
+                walks = 2 if allocation.needs_outliers else 1  # the last block passes nothing on
+                drawn.set_total(len(calibration) * (2 * len(run.blocks) - 1) * walks)
+            else:
+                drawn.set_total(len(run.blocks))
             began = time.perf_counter()
             streamed.load_rest()
-            updates = run.walk(calibration, run.divide(allocation, target, calibration))
+            updates = run.walk(calibration, run.divide(allocation, target, calibration), drawn)
             warn_of_padding(run.recorder)
         forwards = 0.0 if calibration is None else calibration.seconds
         seconds = time.perf_counter() - began - forwards - streamed.disk_seconds
@@ -158,7 +162,9 @@ class _Run:
                 self._save_progress({**progress, "outliers": outliers})
         return divide(allocation, self.pattern, shapes, target, outliers)
 
-    def walk(self, calibration: CalibrationPass | None, sparsities: Mapping[str, float]) -> dict[str, LayerUpdate]:
+    def walk(
+        self, calibration: CalibrationPass | None, sparsities: Mapping[str, float], drawn: Bar
+    ) -> dict[str, LayerUpdate]:
         kind = statistics_of(self.method)
         done = sum(map(self.streamed.is_done, range(len(self.blocks))))
         if done:
@@ -174,6 +180,10 @@ class _Run:
                 progress["updates"] |= {name: asdict(update) for name, update in updates.items()}
                 self._save_progress(progress)
                 self.streamed.write_block(index)
+                so_far = {name: LayerUpdate(**update) for name, update in progress["updates"].items()}
+                drawn.note(blocks_done(index + 1, len(self.blocks), so_far))
+            if calibration is None:
+                drawn.advance()
             if calibration is not None and index < len(self.blocks) - 1 and kind is not None:
                 calibration.pass_on(self.blocks, index)
             self.streamed.free_block(index)

@@ -4,6 +4,7 @@ One self-contained HTML page, a Markdown twin, and the pictures of the twin as f
 """
 
 from sparse_train.report.collect import Run, collect
+from sparse_train.report.headline import headline
 from sparse_train.report.page import markdown_table
 from sparse_train.report.runs import run_page, write_run_report
 from sparse_train.report.summary import Metrics, Report, read_metrics, write_report
@@ -13,6 +14,7 @@ __all__ = [
     "Report",
     "Run",
     "collect",
+    "headline",
     "markdown_table",
     "read_metrics",
     "run_page",

@@ -234,8 +234,9 @@ def _is_linear(module: nn.Module) -> bool:
 
 def _is_plain_linear(cls: type) -> bool:
     from sparse_train.layers import SparseLinear
+    from sparse_train.mask_lora import MaskLoRALinear
 
-    if cls in (nn.Linear, SparseLinear) or cls.__name__ in ("Conv1D", "SparseConv1D"):
+    if cls in (nn.Linear, SparseLinear, MaskLoRALinear) or cls.__name__ in ("Conv1D", "SparseConv1D"):
         return True
     # after fully_shard the class is generated: FSDPLinear(FSDPModule, Linear)
     return cls.__name__.startswith("FSDP") and len(cls.__bases__) == 2 and cls.__bases__[1] in (nn.Linear, SparseLinear)

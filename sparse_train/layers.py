@@ -125,10 +125,10 @@ _DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"  # torch's; set directly, as 
 
 def squashed_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The state dict that ``squash`` would leave, without changing the model."""
-    return _folded(model, model.state_dict())
+    return folded_state_dict(model, model.state_dict())
 
 
-def _folded(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def folded_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A state dict of ``model`` with its masks, and adapters inside them, folded into its weights."""
     folded = {key: value for key, value in state.items() if not _is_mask(key)}
     for key, mask_OJ in state.items():
@@ -177,7 +177,7 @@ def _teach_save_pretrained() -> None:
                 "The weights of this model are divided among processes, so save_pretrained would not write it whole. "
                 "Call sparse_train.export.export_model(model, tokenizer, folder) in every process."
             )
-        bound.arguments["state_dict"] = _folded(self, self.state_dict() if state is None else state)
+        bound.arguments["state_dict"] = folded_state_dict(self, self.state_dict() if state is None else state)
         return original(*bound.args, **bound.kwargs)
 
     save_pretrained.folds_masks = True  # type: ignore[attr-defined]

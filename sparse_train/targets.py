@@ -61,7 +61,7 @@ def select(
             ``_check_maskable``) or does not fit the pattern.
     """
     linears = [name for name, module in model.named_modules() if _is_linear(module)]
-    adapters = _adapter_names(model)
+    adapters = adapter_names(model)
     tied = _tied_names(model)
     blocks = _unambiguous_blocks(model) if targets is None else None
     fused = fused_experts(model) if experts else {}
@@ -247,7 +247,7 @@ def _ancestors(model: nn.Module, name: str) -> list[nn.Module]:
     return [model.get_submodule(".".join(parts[:i])) for i in range(len(parts))]
 
 
-def _adapter_names(model: nn.Module) -> set[str]:
+def adapter_names(model: nn.Module) -> set[str]:
     """Everything inside what a peft tuner layer calls its adapter layers (lora_A, lora_B, ...)."""
     prefixes = [
         f"{name}.{part}" if name else part

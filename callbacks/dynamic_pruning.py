@@ -2,7 +2,7 @@
 
 When what happens, in Lightning's order:
 
-    setup                     targets that exist are sparsified, keeping everything
+    setup                     targets that exist are sparsified, keeping everything, and get the adapters of mask_lora
     configure_model           the same for targets that are made there
     (checkpoint is loaded)    finds the mask buffers; the callback's own state is kept for later
     on_sanity_check_start,
@@ -33,6 +33,7 @@ from sparse_train.callbacks.calibration import peek
 from sparse_train.criteria import Criterion, Wanda
 from sparse_train.layers import sparse_layers, sparsify, sparsify_like, squash
 from sparse_train.margins import Margin, check_margin
+from sparse_train.mask_lora import MaskLoRA, add_mask_lora
 from sparse_train.matrices import MaskedLayer
 from sparse_train.oneshot import set_initial_masks
 from sparse_train.oneshot.training_data import causal_lm
@@ -97,6 +98,8 @@ class DynamicPruning(L.Callback):
             would each have made alone, where there were any: flips that are not noise. Selects twice more.
         calibration_batches: batches of training data for a first mask at step 0; 0 = use the first window.
         initial_criterion: scores of a first mask from one-shot pruning; default: ``criterion``.
+        mask_lora: train low-rank adapters inside the masks, and nothing else of the module, see
+            ``sparse_train.MaskLoRA``; default: the weights themselves. In one process or with DDP.
         squash: leave plain layers with true zeros after ``fit``; False keeps the training state.
 
     Raises:
@@ -125,6 +128,7 @@ class DynamicPruning(L.Callback):
         flip_agreement: bool = False,
         calibration_batches: int = 8,
         initial_criterion: Criterion | None = None,
+        mask_lora: MaskLoRA | None = None,
         squash: bool = True,
     ) -> None:
         self._pattern, self._schedule = resolve_target(mask_structure, sparsity, schedule)
@@ -147,6 +151,7 @@ class DynamicPruning(L.Callback):
         }
         self._calibration_batches = calibration_batches
         self._initial_criterion = expect("initial_criterion", initial_criterion, self._criterion, Criterion)
+        self._mask_lora = mask_lora
         self._squash = squash
         self._restored: dict[str, Any] | None = None
         self._global_step = 0
@@ -197,6 +202,8 @@ class DynamicPruning(L.Callback):
         for name, layer in layers.items():
             check_layout(name, layer)
         sparsify(pl_module, layers.values())
+        if self._mask_lora is not None:
+            add_mask_lora(pl_module, self._mask_lora)
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._begin(trainer, pl_module)
@@ -363,6 +370,13 @@ class DynamicPruning(L.Callback):
         return {**self.updater.state_dict(), "global_step": self._global_step}
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self._mask_lora is not None:
+            add_mask_lora(pl_module, self._mask_lora)  # adds none: raises where the checkpoint's are others
+        elif any(layer.adapted for layer in sparse_layers(pl_module).values()):
+            raise ValueError(
+                "The checkpoint was written with mask_lora, and this run has none, so it would train other weights. "
+                "Give DynamicPruning the mask_lora that it had, or export the checkpoint and start from that."
+            )
         self.updater = self._restored = None  # also where a tuner has trained a little and now goes back
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@
 from sparse_train.allocation import OWL, Allocation, Explicit, PerBlock, Uniform
 from sparse_train.criteria import RIA, Criterion, Magnitude, Random, Wanda, WandaCumulative
 from sparse_train.layers import SparseLinear, sparse_layers, sparsify, sparsify_like, squash
+from sparse_train.mask_lora import MaskLoRA, add_mask_lora, merge_mask_lora
 from sparse_train.oneshot import prune
 from sparse_train.patterns import NM, Pattern, Unstructured
 from sparse_train.policies import Fixed, MaskPolicy, StraightThrough
@@ -29,6 +30,7 @@ __all__ = [
     "Fixed",
     "Linear",
     "Magnitude",
+    "MaskLoRA",
     "MaskPolicy",
     "MaskUpdater",
     "Pattern",
@@ -45,6 +47,8 @@ __all__ = [
     "UpdateReport",
     "Wanda",
     "WandaCumulative",
+    "add_mask_lora",
+    "merge_mask_lora",
     "prune",
     "sparse_layers",
     "sparsify",

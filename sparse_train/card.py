@@ -88,11 +88,13 @@ def write_card(folder: Path, card: ModelCard, layers: Sequence[LayerSparsity]) -
 
 def training_rows(settings: Mapping[str, str], timing: Mapping[str, Any], steps: int) -> dict[str, str]:
     """How a run of ``MaskUpdater`` made a model, from its ``settings``, ``timing`` and count of steps."""
+    adapters = settings.get("mask_lora")
     return {
         "method": f"trained sparse with re-pruning, {settings['criterion']}, {settings['mask_structure']}, "
         f"{settings['schedule']}",
         "masks": f"re-computed every {timing['update_freq']} steps from step {timing['start_step']} to "
         f"{timing['end_step']}, then frozen; {steps} steps in all",
+        **({"trained": f"low-rank adapters inside the masks, merged: {adapters}"} if adapters else {}),
     }
 
 

@@ -6,6 +6,7 @@ Each shows its result, unless ``json`` is asked for, and returns it: docs/termin
 from collections.abc import Callable
 from typing import Any
 
+import sparse_train.lora  # noqa: F401  (a source that --model can name)
 from sparse_train.evaluate_command import evaluate
 from sparse_train.parsers import ShortErrors, settings
 from sparse_train.prune_command import prune

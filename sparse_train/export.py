@@ -1,8 +1,10 @@
 """Export: a Hugging Face folder with true zeros, readable by plain ``AutoModelForCausalLM.from_pretrained``."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from sparse_train import lora
 from sparse_train.card import ModelCard, training_rows, write_card
 from sparse_train.checkpoints import read_checkpoint
 from sparse_train.distributed import rank
@@ -14,6 +16,9 @@ from sparse_train.sharding import is_dtensor, is_zero3, whole_state_dict
 
 def export_model(model: Any, tokenizer: Any | None, out: str | Path, card: ModelCard | None = None) -> Path:
     """Write a transformers model, masks folded in, its tokenizer and its model card to a folder.
+
+    Of a peft model the base is written, under its own names, and the adapter to ``adapter/`` inside the folder: their
+    sum would be dense.
 
     Written beside and renamed: ``out`` is complete or absent. ``model`` itself is not changed. Where several processes
     run, rank 0 writes; a model that is sharded over them (FSDP2, ZeRO-3) is gathered, and all of them must call.
@@ -27,13 +32,31 @@ def export_model(model: Any, tokenizer: Any | None, out: str | Path, card: Model
     state = whole_state_dict(model) if sharded else None
     if rank() != 0:
         return out
-    layers = layer_sparsities(model, state)  # first: save_pretrained takes tied names out of the state dict
+    card = card or ModelCard()
     with written_whole(out) as beside:
-        model.save_pretrained(beside, state_dict=state)  # of a sparsified model: pruned weights as zeros
+        # layers first: save_pretrained takes tied names out of the state dict
+        if lora.is_peft(model):
+            base_state, layers = lora.base_of(model, state)
+            card = replace(card, made={**card.made, "adapter": lora.card_row(model)})
+            model.get_base_model().save_pretrained(beside, state_dict=base_state)
+            _save_adapter(model, beside / lora.FOLDER, state, out)
+        else:
+            layers = layer_sparsities(model, state)
+            model.save_pretrained(beside, state_dict=state)  # of a sparsified model: pruned weights as zeros
         if tokenizer is not None:
             tokenizer.save_pretrained(beside)
-        write_card(beside, card or ModelCard(), layers)
+        write_card(beside, card, layers)
     return out
+
+
+def _save_adapter(model: Any, folder: Path, state: Any, base: Path) -> None:
+    config = model.peft_config["default"]
+    before, config.base_model_name_or_path = config.base_model_name_or_path, str(base)  # not what the base was made of
+    try:
+        # embeddings are the base's, and peft would ask the hub whether they are
+        model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
+    finally:
+        config.base_model_name_or_path = before
 
 
 def export_checkpoint(checkpoint: str | Path, out: str | Path, tokenizer: Any | None = None) -> Path:
@@ -59,6 +82,8 @@ def export_checkpoint(checkpoint: str | Path, out: str | Path, tokenizer: Any | 
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     state = {k.removeprefix("model."): v for k, v in content["state_dict"].items() if k.startswith("model.")}
     model = AutoModelForCausalLM.from_config(config)
+    if content.get("adapter_config"):
+        model = lora.wrap(model, content["adapter_config"])
     sparsify_like(model, state)
     model.load_state_dict(state)
     model.to(next(v for k, v in state.items() if not k.endswith(MASK_NAME)).dtype)

@@ -92,8 +92,9 @@ def layer_sparsities(model: nn.Module, state: Mapping[str, Tensor] | None = None
             weight = module.weight.detach() if state is None else state[f"{key}weight"]
             weight_OI = weight.t() if conv1d else weight
             if isinstance(module, MaskedMatrix):
-                mask_OJ = module.weight_mask if state is None else state[f"{key}{MASK_NAME}"]
-                weight_OI = masks.apply(weight_OI, mask_OJ)
+                weight_OI = (
+                    module.masked_weight() if state is None else masks.apply(weight_OI, state[f"{key}{MASK_NAME}"])
+                )
             found.append(_measure(name, weight_OI, type(module).__name__))
     for name, experts in fused_experts(model).items():
         weights = experts.parameter.detach() if state is None else state[name]

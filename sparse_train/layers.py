@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sparse_train import masks, sharding
 from sparse_train.adapters import guard_merges
 from sparse_train.functional import masked_linear
-from sparse_train.matrices import MASK_NAME, MaskedLayer, MaskedMatrix, Recorder, is_conv1d
+from sparse_train.matrices import FACTOR_NAMES, MASK_NAME, MaskedLayer, MaskedMatrix, Recorder, is_conv1d
 
 __all__ = [
     "MASK_NAME",
@@ -86,6 +86,8 @@ def sparsify(model: nn.Module, layers: Iterable[nn.Module]) -> None:
 def squash(model: nn.Module, only: Iterable[nn.Module] | None = None) -> None:
     """Fold masks into weights: pruned weights become exact zeros, and plain linear layers remain.
 
+    Adapters inside masks (``sparse_train.mask_lora``) are folded in with them.
+
     Args:
         model: with masked layers anywhere in it.
         only: masked layers of it; default: all.
@@ -94,6 +96,7 @@ def squash(model: nn.Module, only: Iterable[nn.Module] | None = None) -> None:
     for layer in sparse_layers(model).values() if only is None else list(only):
         assert isinstance(layer, MaskedLayer)
         assert isinstance(layer, nn.Module)
+        layer.merge()
         sharding.write_zeros(layer)
         for name in (MASK_NAME, "straight_through", "statistics", "records", "recorder", "reached"):
             delattr(layer, name)
@@ -122,21 +125,28 @@ _DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"  # torch's; set directly, as 
 
 def squashed_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The state dict that ``squash`` would leave, without changing the model."""
-    return _folded(model, model.state_dict())
+    return folded_state_dict(model, model.state_dict())
 
 
-def _folded(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict of ``model`` with its masks folded into its weights."""
+def folded_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict of ``model`` with its masks, and adapters inside them, folded into its weights."""
     folded = {key: value for key, value in state.items() if not _is_mask(key)}
     for key, mask_OJ in state.items():
         if _is_mask(key):
             name = key.removesuffix(MASK_NAME)
             weight = state[f"{name}weight"].detach()
-            if is_conv1d(model.get_submodule(name.removesuffix("."))):
+            layer: Any = model.get_submodule(name.removesuffix("."))
+            if getattr(layer, "adapted", False):
+                weight = layer.summed(weight, *(folded.pop(name + factor).detach() for factor in FACTOR_NAMES))
+                folded.pop(name + _EXTRA_STATE, None)
+            if is_conv1d(layer):
                 folded[f"{name}weight"] = masks.apply(weight.t(), mask_OJ).t().contiguous()
             else:
                 folded[f"{name}weight"] = masks.apply(weight, mask_OJ)
     return folded
+
+
+_EXTRA_STATE = "_extra_state"  # torch's
 
 
 def _is_mask(key: str) -> bool:
@@ -167,7 +177,7 @@ def _teach_save_pretrained() -> None:
                 "The weights of this model are divided among processes, so save_pretrained would not write it whole. "
                 "Call sparse_train.export.export_model(model, tokenizer, folder) in every process."
             )
-        bound.arguments["state_dict"] = _folded(self, self.state_dict() if state is None else state)
+        bound.arguments["state_dict"] = folded_state_dict(self, self.state_dict() if state is None else state)
         return original(*bound.args, **bound.kwargs)
 
     save_pretrained.folds_masks = True  # type: ignore[attr-defined]
@@ -185,6 +195,14 @@ def sparsify_like(module: nn.Module, state_dict: Mapping[str, Any], prefix: str 
     new = [layer for layer in layers if not isinstance(layer, MaskedLayer)]
     if new:
         sparsify(module, new)
+    for name, layer in zip(names, layers, strict=True):
+        factor = state_dict.get(f"{prefix}{name}.{FACTOR_NAMES[0]}")
+        if factor is not None and not layer.adapted:
+            from sparse_train.mask_lora import attach_factors
+
+            assert isinstance(layer, MaskedLayer)
+            settings = state_dict[f"{prefix}{name}.{_EXTRA_STATE}"]
+            attach_factors(layer, factor.shape[0], **settings)
 
 
 def _refuse_dense(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -197,6 +215,15 @@ def _refuse_dense(module: nn.Module, state_dict: dict[str, Any], prefix: str, *a
             "was saved from a dense or a squashed model. To start sparse training from it, load it into the model "
             "before sparsifying, and leave ckpt_path out; to continue a sparse run, use a checkpoint that it wrote."
         )
+    for name, layer in sparse_layers(module).items():
+        here = f"{prefix}{name}." if name else prefix
+        in_file = here + FACTOR_NAMES[0] in state_dict
+        if f"{here}weight" in state_dict and in_file != layer.adapted:
+            with_adapters, without = ("checkpoint", "model") if in_file else ("model", "checkpoint")
+            raise ValueError(
+                f"{name}: the {with_adapters} has a mask_lora adapter, and the {without} has none. Resume with the "
+                "mask_lora that the checkpoint was written with; to begin anew from it, export it (squash merges)."
+            )
 
 
 def _refusals(module: nn.Module) -> list[int]:

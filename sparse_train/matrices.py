@@ -15,6 +15,8 @@ from sparse_train.functional import masked_linear
 
 MASK_NAME = "weight_mask"
 """Name of the packed mask buffer beside ``weight`` in a state dict."""
+FACTOR_NAMES = ("mask_lora_A", "mask_lora_B")
+"""Names of the factors beside ``weight`` where a layer has a low-rank adapter, see ``sparse_train.mask_lora``."""
 
 
 @dataclass
@@ -43,8 +45,10 @@ class MaskedMatrix:
         statistics: of the input, shared between layers that share it; None where nothing needs them.
         reached: whether a forward came by since the last mask update.
         in_features, out_features: I and O.
+        adapted: whether a low-rank adapter is a part of the weight, see ``sparse_train.mask_lora``.
     """
 
+    adapted: bool = False
     weight_mask: Tensor
     statistics: Statistics | None
     reached: bool
@@ -56,9 +60,16 @@ class MaskedMatrix:
         """Kept and shadow values (O, I): the parameter, or a view of it that can be written to."""
         raise NotImplementedError
 
+    def unmasked_weight(self) -> Tensor:
+        """What the mask is applied to and scores see (O, I): ``weight_OI``, or its sum with an adapter; read only."""
+        return self.weight_OI.detach()
+
     def masked_weight(self) -> Tensor:
         """``where(mask, weight, 0)``, a new tensor (O, I)."""
-        return masks.apply(self.weight_OI.detach(), self.weight_mask)
+        return masks.apply(self.unmasked_weight(), self.weight_mask)
+
+    def merge(self) -> None:
+        """Fold an adapter inside the mask into the weight; nothing where there is none."""
 
     def unpacked_mask(self) -> Tensor:
         """The bool mask (O, I), True = kept."""
@@ -93,6 +104,10 @@ class MaskedLayer(MaskedMatrix):
         recorder = self.recorder
         if recorder is not None and self.statistics is not None and recorder.wants(self.training):
             self._record(x, recorder, self.statistics)
+        return self.product(x)
+
+    def product(self, x: Tensor) -> Tensor:
+        """The layer's output (..., O), with nothing recorded."""
         return masked_linear(x, self.weight_OI, self.weight_mask, self.bias, straight_through=self.straight_through)
 
     def _record(self, x: Tensor, recorder: Recorder, statistics: Statistics) -> None:

@@ -15,6 +15,7 @@ from torchmetrics import MeanMetric
 from sparse_train.distillation import Distillation, Teacher
 from sparse_train.layers import sparse_layers, sparsify_like
 from sparse_train.loading import load_sharded
+from sparse_train.lora import LoRA, adapter_config
 from sparse_train.losses import next_token_loss
 from sparse_train.sharding import whole_first
 from sparse_train.sources import ModelSource, as_model_source
@@ -76,6 +77,11 @@ class CausalLM(L.LightningModule):
 
     def _load(self) -> Any:
         if self.device_mesh is not None:  # under ModelParallelStrategy
+            if isinstance(self.source, LoRA):
+                raise ValueError(
+                    "LoRA of peft is not supported under ModelParallelStrategy (FSDP2), which shards the model as it "
+                    'is loaded, without adapters. Take strategy="ddp".'
+                )
             bfloat16 = self.trainer.precision == "bf16-mixed"
             return load_sharded(self.source, self.device_mesh["data_parallel"], bfloat16=bfloat16)
         with whole_first():
@@ -159,6 +165,7 @@ class CausalLM(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # enough to build the model again without its source: ``sparse-train export`` needs no hub
         checkpoint["model_config"] = self.model.config.to_dict()
+        checkpoint["adapter_config"] = adapter_config(self.model)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # outside a sparse run (validate, load_from_checkpoint) nobody has sparsified the model yet

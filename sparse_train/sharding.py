@@ -18,6 +18,12 @@ from sparse_train.distributed import rank, world_size
 from sparse_train.matrices import MaskedMatrix
 from sparse_train.targets import block_lists
 
+NO_ADAPTERS = (
+    "{} has a mask_lora adapter, and its parameters are divided among processes (FSDP2, DeepSpeed), where masks do not "
+    "see the sum of the two. Train in one process or with DDP, or without mask_lora."
+)
+"""Error, with the layer's name."""
+
 Elementwise = Callable[[Tensor, Tensor], Tensor]
 """New values of weights and of the mask entries that belong to them, both of one shape, whatever shape that is."""
 
@@ -45,6 +51,10 @@ def has_masters(layer: MaskedMatrix) -> bool:
 def check_layout(name: str, layer: nn.Module) -> None:
     """Raise ValueError for a layer whose weight is sharded in a way that masks cannot follow."""
     parameter: Any = layer.weight
+    if getattr(layer, "adapted", False):
+        factor: Any = layer.mask_lora_A
+        if is_dtensor(parameter) or is_zero3(parameter) or hasattr(factor, "_hp_mapping"):
+            raise ValueError(NO_ADAPTERS.format(name))
     if getattr(parameter, "ds_secondary_tensor", None) is not None:
         raise ValueError(
             f"{name} has a second copy within its node (ZeRO++'s zero_hpz_partition_size), which masks do not reach. "
@@ -77,7 +87,7 @@ def weights(layer: MaskedMatrix, by_rows: bool) -> Iterator[tuple[Tensor, slice]
         return
     weight: Any = layer.weight_OI.detach()
     if not is_dtensor(weight):
-        yield weight, everything
+        yield layer.unmasked_weight(), everything
     elif by_rows and weight.placements[0].is_shard(0):
         weight_RI = weight.to_local()
         rows = rows_of(rank(), layer.out_features)

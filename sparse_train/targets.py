@@ -61,7 +61,7 @@ def select(
             ``_check_maskable``) or does not fit the pattern.
     """
     linears = [name for name, module in model.named_modules() if _is_linear(module)]
-    adapters = _adapter_names(model)
+    adapters = adapter_names(model)
     tied = _tied_names(model)
     blocks = _unambiguous_blocks(model) if targets is None else None
     fused = fused_experts(model) if experts else {}
@@ -234,8 +234,9 @@ def _is_linear(module: nn.Module) -> bool:
 
 def _is_plain_linear(cls: type) -> bool:
     from sparse_train.layers import SparseLinear
+    from sparse_train.mask_lora import MaskLoRALinear
 
-    if cls in (nn.Linear, SparseLinear) or cls.__name__ in ("Conv1D", "SparseConv1D"):
+    if cls in (nn.Linear, SparseLinear, MaskLoRALinear) or cls.__name__ in ("Conv1D", "SparseConv1D"):
         return True
     # after fully_shard the class is generated: FSDPLinear(FSDPModule, Linear)
     return cls.__name__.startswith("FSDP") and len(cls.__bases__) == 2 and cls.__bases__[1] in (nn.Linear, SparseLinear)
@@ -246,7 +247,7 @@ def _ancestors(model: nn.Module, name: str) -> list[nn.Module]:
     return [model.get_submodule(".".join(parts[:i])) for i in range(len(parts))]
 
 
-def _adapter_names(model: nn.Module) -> set[str]:
+def adapter_names(model: nn.Module) -> set[str]:
     """Everything inside what a peft tuner layer calls its adapter layers (lora_A, lora_B, ...)."""
     prefixes = [
         f"{name}.{part}" if name else part

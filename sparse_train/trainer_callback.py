@@ -159,6 +159,11 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
         before: Any = model._load_state_dict_pre_hooks
         before.move_to_end(loading.id, last=False)  # ahead of what refuses dense state dicts
         self._hooks = [loading, model.register_forward_pre_hook(self._before_forward, with_kwargs=True)]
+        if any(layer.adapted for layer in sparse_layers(model).values()):
+            raise ValueError(
+                "The model has mask_lora adapters, which a checkpoint of the Trainer would merge, so that it could not "
+                "be resumed. Train with Lightning, DynamicPruning(mask_lora=...), or a loop of your own."
+            )
         chosen = select(model, self._pattern, self._arguments["targets"], self._arguments["ignore"]).layers
         sparsify(model, chosen.values())
         return {name: layer for name, layer in chosen.items() if isinstance(layer, MaskedLayer)}

@@ -14,6 +14,7 @@ from sparse_train.criteria import Criterion, Wanda
 from sparse_train.distributed import gather_objects
 from sparse_train.layers import sparsify, squash
 from sparse_train.margins import NO_MARGIN, Margin, check_margin, check_window
+from sparse_train.mask_lora import check_policy, describe_adapters
 from sparse_train.matrices import MaskedLayer, Recorder
 from sparse_train.patterns import Pattern, resolve_target
 from sparse_train.policies import MaskPolicy, StraightThrough
@@ -142,6 +143,8 @@ class MaskUpdater:
 
     def _start(self, state: Mapping[str, Any] | None, **timing: Any) -> None:
         initial = self.schedule.sparsity(0.0)
+        check_policy(self.layers, self.policy)
+        self._adapters = describe_adapters(self.layers)
         # A run starts from the masks that are there; where nothing is to be pruned yet, that is also a mask.
         masked = state is not None or initial == 0 or not all(layer.keeps_all() for layer in self.layers.values())
         if masked and state is None:
@@ -222,6 +225,8 @@ class MaskUpdater:
         target = self.schedule.sparsity(progress)
         statistics = exchange(self.layers)
         since = 0 if self.target is None else self.steps - self._last_update
+        shadow_factor = self.policy.shadow_decay(progress, since) if since else 1.0
+        check_policy(self.layers, self.policy, shadow_factor)  # adapters may have come after the updater
         before = {}
         if self._growth is not None:
             self._growth.check()
@@ -231,7 +236,7 @@ class MaskUpdater:
             self.pattern,
             target,
             self.policy,
-            shadow_factor=self.policy.shadow_decay(progress, since) if since else 1.0,
+            shadow_factor=shadow_factor,
             margin=NO_MARGIN if self.target is None else self.margin,
             growth=self._growth,
         )
@@ -307,7 +312,8 @@ class MaskUpdater:
 
     def settings(self) -> dict[str, str]:
         """What a run that continues this one must have in common with it, in words."""
-        return {
+        self._adapters = describe_adapters(self.layers) or self._adapters  # as they were, once they are merged
+        return ({"mask_lora": self._adapters} if self._adapters else {}) | {
             "mask_structure": repr(self.pattern),
             "schedule": repr(self.schedule),
             "criterion": repr(self.criterion),

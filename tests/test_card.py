@@ -78,6 +78,9 @@ def test_how_runs_made_a_model():
     rows = training_rows(state["settings"], state["timing"], 40)
     assert "Wanda()" in rows["method"] and "NM(n=2, m=4)" in rows["method"]
     assert rows["masks"].startswith("re-computed every 5 steps from step 3 to 30, then frozen; 40 steps")
+    assert "trained" not in rows
+    adapted = training_rows(state["settings"] | {"mask_lora": "r=8 on 6 of 21 layers"}, state["timing"], 40)
+    assert adapted["trained"].endswith("merged: r=8 on 6 of 21 layers")
     stage = {"criterion": "SparseGPT()", "mask_structure": "2:4", "allocation": "OWL()"}
     calibration = {
         "text": "c4",

@@ -193,6 +193,32 @@ def test_short_fits(model_folder, text, recipe):
     assert ("train/loss_kldiv" in metrics) == ("distill" in recipe)
 
 
+@pytest.mark.parametrize(("recipe", "base"), [("lora", "--model.model.base"), ("mask_lora", "--model.model")])
+def test_low_rank_fits_export_zeros(model_folder, text, recipe, base):
+    cli.main(
+        [
+            "fit",
+            f"--config=recipes/smollm2_2of4_{recipe}.yaml",
+            f"{base}={model_folder}",
+            f"--data.text={text}",
+            "--data.block_size=32",
+            "--trainer.max_steps=3",
+            "--trainer.val_check_interval=3",
+            "--trainer.logger.init_args.save_dir=run",
+            "--trainer.default_root_dir=run",
+            "--trainer.enable_checkpointing=false",
+            "--trainer.enable_progress_bar=false",
+            "--export=exported",
+        ]
+    )
+    model = AutoModelForCausalLM.from_pretrained("exported")
+    for name, weight in model.state_dict().items():
+        if name.endswith("proj.weight"):
+            assert ((weight.reshape(-1, 4) != 0).sum(1) == 2).all(), name
+    assert Path("exported/adapter/adapter_model.safetensors").exists() == (recipe == "lora")
+    assert ("merged: r=8, lora_alpha=16 on 6 of 21" in Path("exported/README.md").read_text()) == (recipe != "lora")
+
+
 def test_help_shows_the_commands(capsys):
     cli.main([])
     usage = capsys.readouterr().out

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sparse_train import NM, Cubic, Magnitude, Regrow, SparseGPT, Wanda, lightning_cli
+from sparse_train import NM, Cubic, Magnitude, MaskLoRA, Regrow, SparseGPT, Wanda, lightning_cli
 from sparse_train.callbacks import DynamicPruning, Evaluation
 from sparse_train.commands import parser_of
+from sparse_train.lora import LoRA
 from sparse_train.module import CausalLM
 from sparse_train.sources import HubText, PackagedSmolLM2, PackagedWikipedia, Pretrained
 
@@ -46,6 +47,8 @@ def test_there_are_recipes_for_what_the_readme_promises():
     assert {path.stem for path in FIT} >= {
         "smollm2_2of4",
         "smollm2_2of4_distill",
+        "smollm2_2of4_lora",
+        "smollm2_2of4_mask_lora",
         "smollm2_unstructured60",
         "smollm2_gradual70",
         "pretrain_llama_2of4",
@@ -181,6 +184,20 @@ def test_distillation_is_a_class_or_the_mapping_of_its_arguments(tmp_path):
     assert found.teacher is None
     assert found.hardness == {"ce": 0.33, "kldiv": 0.67, "squarehead": 1.0}
     assert parse_fit(f"--config={recipe}", "--model.distillation=null").model.distillation is None
+
+
+def test_low_rank_recipes_are_the_papers_and_can_be_changed():
+    source = parse_fit(f"--config={ROOT / 'recipes' / 'smollm2_2of4_lora.yaml'}").model.source
+    assert source == LoRA(PackagedSmolLM2(), 8, 16, 0.05, ["q_proj", "v_proj"])
+    recipe, given = ROOT / "recipes" / "smollm2_2of4_mask_lora.yaml", "--trainer.callbacks.init_args.mask_lora"
+    for changes, expected in (
+        ([], MaskLoRA(8, 16, ["q_proj", "v_proj"])),
+        ([f"{given}.r=4", f"{given}.target_modules=all-linear"], MaskLoRA(4, 16, "all-linear")),
+        ([f"{given}.exact_gradient=true"], MaskLoRA(8, 16, ["q_proj", "v_proj"], True)),
+        ([f"{given}=null"], None),
+    ):
+        cli = parse_fit(f"--config={recipe}", *changes)
+        assert next(c for c in cli.trainer.callbacks if isinstance(c, DynamicPruning))._mask_lora == expected
 
 
 def test_evaluation_joins_a_recipe_by_its_name():

@@ -153,6 +153,13 @@ def set_initial_masks(
 
     ``save`` is called with a layer before its weights change.
     """
+    if isinstance(criterion, Solver):
+        adapted = next((name for name, layer in layers.items() if layer.adapted), None)
+        if adapted is not None:
+            raise ValueError(
+                f"{adapted} has a mask_lora adapter, and {criterion} would write its frozen weight. Call "
+                "merge_mask_lora(model) first."
+            )
     before = {name: layer.weight_mask.clone() for name, layer in layers.items()}
     for layer in layers.values():  # whatever masks there were, each block is calibrated with all its weights
         masks.fill_full(layer.weight_mask, layer.in_features)
@@ -287,6 +294,6 @@ def share_of_outliers(layers: Mapping[str, MaskedMatrix], allocation: Allocation
 
     def scores_of(layer: MaskedMatrix) -> Callable[[], Any]:
         assert isinstance(layer.statistics, ActivationNorm)
-        return lambda: Wanda().scores(layer.weight_OI.detach(), layer.statistics)  # type: ignore[arg-type]
+        return lambda: Wanda().scores(layer.unmasked_weight(), layer.statistics)  # type: ignore[arg-type]
 
     return outlier_share([scores_of(layer) for layer in layers.values()], allocation.owl_m)  # type: ignore[attr-defined]

@@ -30,7 +30,7 @@ def show_pruning(details: dict[str, Any], layers: Sequence[LayerSparsity], folde
         + f"; forwards {seconds['forwards']:.1f} s, pruning {seconds['pruning']:.1f} s, all {seconds['all']:.1f} s"
     )
     if found := details.get("perplexity"):
-        console.print(f"perplexity {found['perplexity']:.2f}: {found['data']}, windows of {found['window']}")
+        console.print(f"token perplexity {found['perplexity']:.2f}: {found['data']}, windows of {found['window']}")
     console.print(_by_projection(layers))
 
 
@@ -39,7 +39,8 @@ def show_seeds(details: dict[str, Any], folder: Path) -> None:
     console, first = Console(), details["seeds"][0]
     console.print(f"[bold]{details['model']}[/bold], written to {folder / 'seeds.json'}", highlight=False)
     _print_method(console, details, seeded=False)
-    table = Table("seed", f"perplexity on {first['data']}, windows of {first['window']}, {first['tokens']} tokens")
+    where = f"{first['data']}, windows of {first['window']}, {first['tokens']} tokens"
+    table = Table("seed", f"token perplexity on\n{where}")
     for row in details["seeds"]:
         table.add_row(str(row["seed"]), f"{row['perplexity']:.3f}")
     table.add_section()

@@ -21,7 +21,7 @@ def evaluate(
     autocast: str | None = None,
     json: bool = False,
 ) -> dict[str, Any]:
-    """Perplexity of a model, or its accuracy on tasks, printed with the protocol.
+    """Token and word perplexity of a model, or its accuracy on tasks, printed with the protocol.
 
     Args:
         model: Hugging Face id, local folder, or a model source.
@@ -38,7 +38,7 @@ def evaluate(
         autocast: compute in this dtype, such as "bfloat16"; the loss stays float32.
         json: print one JSON object instead of text.
     """
-    from sparse_train.evaluation import evaluate_perplexity, evaluate_zero_shot, token_ids
+    from sparse_train.evaluation import evaluate_perplexity, evaluate_zero_shot, token_ids, word_starts
     from sparse_train.evaluation.zeroshot import check_tasks, task_names
 
     dtype = None if autocast is None else float_dtype(autocast)
@@ -60,6 +60,7 @@ def evaluate(
         results["perplexity"] = evaluate_perplexity(
             loaded,
             token_ids(documents, tokenizer, text.separator),
+            words=word_starts(documents, tokenizer, text.separator),
             window=window,
             stride=stride,
             batch_size=batch_size,
@@ -83,7 +84,7 @@ def evaluate(
             progress=bars_are_seen(),
         )
     if "perplexity" in results and not json:
-        print(f"{results['perplexity'].perplexity:.2f}  {results['perplexity'].protocol}")
+        print("\n".join(results["perplexity"].lines()))
     if zero_shot and not json:
         show_zero_shot(results["zero_shot"])
     found = {kind: result.as_dict() for kind, result in results.items()}

@@ -175,17 +175,20 @@ def _counted(details: dict[str, Any], report: OneshotReport) -> list[LayerSparsi
 def _perplexity_of(
     source: ModelSource, text: TextSource, window: int, max_tokens: int | None, device: str
 ) -> Callable[[Any], dict[str, Any]]:
-    from sparse_train.evaluation import evaluate_perplexity, token_ids
+    from sparse_train.evaluation import evaluate_perplexity, token_ids, word_starts
 
     documents = text.documents("test")
     if not documents:
         raise ValueError(f"{text.name} has no text in its test split; give --perplexity a text that has one.")
-    ids = token_ids(documents, source.tokenizer(), text.separator)
+    tokenizer = source.tokenizer()
+    ids = token_ids(documents, tokenizer, text.separator)
+    words = word_starts(documents, tokenizer, text.separator)
 
     def measure(model: Any) -> dict[str, Any]:
         found = evaluate_perplexity(
             model,
             ids,
+            words=words,
             window=window,
             batch_size=1,
             max_tokens=max_tokens,

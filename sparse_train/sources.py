@@ -222,6 +222,7 @@ class HubText(TextSource):
         splits: the data set's names of our splits, in the syntax of datasets, such as "train[:1%]".
         max_documents: read only the first ones of each split, by streaming; None reads all.
         separator: what stands between documents where perplexity takes them as one text.
+        revision: branch, tag or commit; "refs/convert/parquet" is the hub's own copy of a data set made by a script.
     """
 
     path: str
@@ -232,6 +233,7 @@ class HubText(TextSource):
     )
     max_documents: int | None = None
     separator: str = "\n\n"
+    revision: str | None = None
 
     @property
     def name(self) -> str:
@@ -243,7 +245,8 @@ class HubText(TextSource):
         if split not in self.splits:
             return []
         streaming = self.max_documents is not None
-        data = load_dataset(self.path, self.subset, split=self.splits[split], streaming=streaming)
+        where = {"split": self.splits[split], "revision": self.revision}
+        data = load_dataset(self.path, self.subset, streaming=streaming, **where)
         if self.max_documents is not None:
             data = data.take(self.max_documents)
         return [row[self.column] for row in data]

@@ -41,7 +41,7 @@ def show_pruning(details: dict[str, Any], layers: Sequence[LayerSparsity], folde
         + f"; forwards {seconds['forwards']:.1f} s, pruning {seconds['pruning']:.1f} s, all {seconds['all']:.1f} s"
     )
     if found := details.get("perplexity"):
-        console.print(f"perplexity {found['perplexity']:.2f}: {found['data']}, windows of {found['window']}")
+        console.print(f"token perplexity {found['perplexity']:.2f}: {found['data']}, windows of {found['window']}")
     table = _table(console, "projection", _right("layers"), _right("sparsity"), "pattern")
     for row in by_projection(layers):
         table.add_row(*row)
@@ -53,9 +53,8 @@ def show_seeds(details: dict[str, Any], folder: Path) -> None:
     console, first = console_for(), details["seeds"][0]
     console.print(f"[bold]{details['model']}[/bold], written to {folder / 'seeds.json'}", highlight=False)
     _print_method(console, details, seeded=False)
-    table = _table(
-        console, "seed", f"perplexity on {first['data']}, windows of {first['window']}, {first['tokens']} tokens"
-    )
+    where = f"{first['data']}, windows of {first['window']}, {first['tokens']} tokens"
+    table = _table(console, "seed", f"token perplexity on\n{where}")
     for row in details["seeds"]:
         table.add_row(str(row["seed"]), f"{row['perplexity']:.3f}")
     table.add_section()

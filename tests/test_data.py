@@ -1,8 +1,10 @@
 import json
+from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
+import yaml
 
 from sparse_train.data import TextBlocks, blocks_of, calibration_batches
 from sparse_train.sources import (
@@ -159,6 +161,21 @@ def test_a_data_set_of_datasets(tmp_path):
     assert HubText(str(tmp_path), splits=splits).documents("train") == ["a", "b", "c"]
     assert HubText(str(tmp_path), splits=splits).documents("validation") == []
     assert HubText(str(tmp_path), splits=splits, max_documents=2).documents("train") == ["a", "b"]
+
+
+def test_penn_treebank_is_read_from_the_hubs_own_copy(monkeypatch):
+    asked = {}
+
+    def load_dataset(path, subset, **options):
+        asked.update(path=path, subset=subset, **options)
+        return [{"sentence": "no it was n't"}, {"sentence": "mr. <unk> said N"}]
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    overlay = yaml.safe_load((Path(__file__).parent.parent / "configs/perplexity/ptb.yaml").read_text())
+    source = HubText(**overlay["perplexity"]["init_args"])
+    assert source.separator.join(source.documents("test")) == "no it was n't mr. <unk> said N"
+    assert asked["path"] == "ptb-text-only/ptb_text_only" and asked["subset"] is None
+    assert (asked["split"], asked["revision"]) == ("test", "refs/convert/parquet")
 
 
 def test_packaged_wikipedia_is_split_by_article():

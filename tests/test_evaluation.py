@@ -1,9 +1,14 @@
+import itertools
+import math
+import types
+
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import PreTrainedTokenizerFast
 
 from sparse_train import MaskUpdater
-from sparse_train.evaluation import evaluate_perplexity, token_ids
+from sparse_train.evaluation import evaluate_perplexity, token_ids, word_starts
 from sparse_train.losses import next_token_loss
 
 from .conftest import VOCABULARY, tiny_llama, tiny_tokenizer
@@ -29,6 +34,78 @@ def test_equals_a_loop_in_float64(window, stride):
     assert result.perplexity == pytest.approx(perplexity, rel=1e-5)
     assert result.protocol.tokens == tokens
     assert model.training
+
+
+@pytest.fixture(scope="module")
+def merged_tokenizer(text_file):
+    """Byte-level, with 126 merges learnt from English text: words are one token or several."""
+    from tokenizers import ByteLevelBPETokenizer
+
+    learnt = ByteLevelBPETokenizer()
+    learnt.train([str(text_file)], vocab_size=256 + VOCABULARY - 2, show_progress=False)
+    return PreTrainedTokenizerFast(tokenizer_object=learnt._tokenizer)
+
+
+@pytest.mark.parametrize("stride", [None, 16, 5])
+def test_word_perplexity_equals_a_loop_in_float64(stride, merged_tokenizer, text_file):
+    documents = [text_file.read_text()[:1500], "  two  spaces\n and\tmore "]
+    model, tokenizer = tiny_llama(vocab_size=len(merged_tokenizer)), merged_tokenizer
+    ids, words = token_ids(documents, tokenizer), word_starts(documents, tokenizer)
+    found = evaluate_perplexity(model, ids, words=words, window=32, stride=stride, batch_size=3)
+
+    text, stride = "\n\n".join(documents), stride or 32
+    pieces = [tokenizer.decode(ids[:i]) for i in range(len(ids) + 1)]
+    assert pieces[-1] == text
+    begun = [  # of a token: its characters that stand behind white space, or at the beginning, and are none
+        sum(not text[c].isspace() and (c == 0 or text[c - 1].isspace()) for c in range(len(a), len(b)))
+        for a, b in itertools.pairwise(pieces)
+    ]
+    assert words.tolist() == begun
+    assert sum(begun) == len(text.split())
+    total, tokens, count = 0.0, 0, 0
+    for index, start in enumerate(range(0, len(ids) - 31, stride)):
+        part = ids[start : start + 32]
+        losses = -model(input_ids=part[None]).logits[0].double().log_softmax(-1)
+        for place in range(1 if index == 0 else max(1, 32 - stride), 32):
+            total += losses[place - 1, part[place]].item()
+            tokens, count = tokens + 1, count + begun[start + place]
+    assert (found.protocol.tokens, found.protocol.words) == (tokens, count)
+    assert found.perplexity == pytest.approx(math.exp(total / tokens), rel=1e-5)
+    assert found.word_perplexity == pytest.approx(math.exp(total / count), rel=1e-4)
+    assert count < tokens and found.word_perplexity > found.perplexity
+
+
+def test_words_of_any_text(merged_tokenizer):
+    for text in (
+        "東京 é ü\u00a0ñandú  \U0001f600\U0001f600 x",
+        "  ",
+        " a",
+        "",
+    ):  # bytes of a character in several tokens
+        words = word_starts([text], merged_tokenizer)
+        assert words.sum() == len(text.split())
+        assert len(words) == len(merged_tokenizer(text)["input_ids"])
+    assert word_starts(["東京"], merged_tokenizer).tolist()[:2] == [1, 0]
+    slow = types.SimpleNamespace(is_fast=False)
+    assert word_starts(["a b"], slow) is None
+
+
+def test_the_two_perplexities_have_names_of_their_own():
+    ids, documents = torch.randint(3, VOCABULARY, (40,)), ["aa b"]
+    tokenizer = tiny_tokenizer()
+    without = evaluate_perplexity(tiny_llama(), ids, window=20)
+    assert without.word_perplexity is None and without.protocol.words is None and len(without.lines()) == 1
+    ids, words = token_ids(documents, tokenizer), word_starts(documents, tokenizer)
+    found = evaluate_perplexity(tiny_llama(), ids, words=words, window=4)
+    assert found.as_dict()["perplexity"] == found.perplexity
+    assert found.as_dict()["word_perplexity"] == pytest.approx(found.perplexity**3)
+    assert [line.split("  ")[1].split(" of ")[0].split(":")[0] for line in found.lines()] == [
+        "token perplexity",
+        "word perplexity",
+    ]
+    assert found.lines()[1].endswith("the same losses over 1 words that begin in the scored tokens")
+    none = evaluate_perplexity(tiny_llama(), ids, words=torch.zeros_like(ids), window=4)
+    assert none.word_perplexity is None and none.protocol.words == 0
 
 
 def test_training_goes_on_as_if_nothing_had_happened():
@@ -90,6 +167,7 @@ def test_the_loss_is_float32_whatever_the_logits():
         ({"window": 1}, "window must be at least 2"),
         ({"window": 8, "stride": 9}, "stride from 1 to window"),
         ({"window": 100}, "text has 70 tokens, fewer than one window of 100"),
+        ({"words": torch.ones(69, dtype=torch.int64)}, r"a count for each token of ids, \(70,\), got \(69,\)"),
     ],
 )
 def test_mistakes(arguments, message):

@@ -116,7 +116,9 @@ def test_seeds_print_mean_and_standard_deviation(run, capsys):
 def test_perplexity_is_measured_on_request(run, text_file):
     text = json.dumps({"class_path": "TextFiles", "init_args": {"test": [str(text_file)]}})
     _, details = run(f"--perplexity={text}", "--window=32", "--max_tokens=320")
-    assert details["perplexity"]["window"] == 32 and details["perplexity"]["tokens"] == 310
+    found = details["perplexity"]
+    assert found["window"] == 32 and found["tokens"] == 310
+    assert 0 < found["words"] < 310 and found["word_perplexity"] > found["perplexity"]
 
 
 @pytest.mark.parametrize(

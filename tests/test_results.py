@@ -10,18 +10,25 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import oneshot_tables  # noqa: E402
 import quality_tables  # noqa: E402
+import zeroshot_tables  # noqa: E402
+
+
+def shown(module, page="docs/results.md"):
+    page = (ROOT / page).read_text()
+    return page.partition(module.BEGIN)[2].partition(module.END)[0].strip()
 
 
 def test_one_shot_tables_are_made_from_the_rows():
-    page = (ROOT / "docs" / "results.md").read_text()
-    shown = page.partition(oneshot_tables.BEGIN)[2].partition(oneshot_tables.END)[0]
-    assert shown.strip() == oneshot_tables.tables().strip()
+    assert shown(oneshot_tables) == oneshot_tables.tables().strip()
+
+
+def test_the_zero_shot_table_is_made_from_the_rows():
+    assert shown(zeroshot_tables) == zeroshot_tables.tables().strip()
 
 
 @pytest.mark.parametrize(("page", "made"), [("docs/results.md", "tables"), ("README.md", "headline")])
 def test_tables_on_training_are_made_from_the_rows(page, made):
-    shown = (ROOT / page).read_text().partition(quality_tables.BEGIN)[2].partition(quality_tables.END)[0]
-    assert shown.strip() == getattr(quality_tables, made)().strip()
+    assert shown(quality_tables, page) == getattr(quality_tables, made)().strip()
 
 
 def test_an_arm_is_reported_at_its_best_learning_rate_and_on_seeds_that_chose_nothing(tmp_path):

@@ -185,8 +185,29 @@ def test_a_masked_live_model_has_the_numbers_of_stock_lm_eval_on_its_export(seve
         assert row.stderr == stock[row.task]["acc_stderr,none"]
         assert row.others == {k: stock[row.task][f"{k},none"] for k in ("acc_norm",) if f"{k},none" in stock[row.task]}
         assert (row.n, row.metric) == (9, "acc")
+        assert len(row.items) == 9 and sum(row.items) / 9 == pytest.approx(row.accuracy)
     assert live != dense  # the masks were on
     assert {row.task for row in live.tasks if row.others} == {"hellaswag", "arc_easy", "arc_challenge", "openbookqa"}
+
+
+def test_log_likelihoods_are_summed_in_float32(seven, monkeypatch):
+    """Sums of bfloat16 have steps of a quarter at 50, and choices come out equal that are not."""
+    found = []
+    stock = HFLM.loglikelihood
+    monkeypatch.setattr(HFLM, "loglikelihood", lambda self, *a, **k: found.append(stock(self, *a, **k)) or found[-1])
+    model, tokenizer = tiny_llama(), tiny_tokenizer()
+    evaluate_zero_shot(model, tokenizer, ["arc_easy"], task_data=seven, batch_size=1, autocast=torch.bfloat16)
+    lm = HFLM(model, tokenizer=tokenizer, backend="causal")
+    task = local_manager(seven).load(["arc_easy"])["tasks"]["arc_easy"]
+    task.set_config("num_fewshot", 0)
+    task.build_all_requests(limit=None, rank=0, world_size=1)
+    for (likelihood, _), instance in zip(found[0], task.instances, strict=True):
+        context, choice = (torch.tensor(lm.tok_encode(text)) for text in instance.args)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(input_ids=torch.cat([context, choice])[None, :-1]).logits[0, -len(choice) :]
+        assert logits.dtype == torch.bfloat16
+        exact = logits.double().log_softmax(-1).gather(1, choice[:, None]).sum().item()
+        assert likelihood == pytest.approx(exact, rel=1e-5)
 
 
 def test_tasks_of_lm_eval_by_name(hub, monkeypatch):
@@ -213,6 +234,7 @@ def test_a_group_with_a_mean_of_its_own_is_one_row(seven, tmp_path, monkeypatch)
     members = evaluate_zero_shot(tiny_llama(), tiny_tokenizer(), ["arc_easy", "rte"], task_data=seven)
     assert [(row.task, row.n) for row in both] == [("both", 18)]
     assert both[0].accuracy == pytest.approx(members.mean)
+    assert both[0].items == ()
 
 
 # --- What is reported ------------------------------------------------------------------------------------------------
@@ -226,9 +248,10 @@ def test_mean_and_its_standard_error():
     assert result.mean_stderr == pytest.approx((0.03**2 + 0.04**2) ** 0.5 / 2)
     assert str(protocol) == (
         "zero-shot accuracy of M, the first 100 items of each task, data: D, 0 examples in the prompt, at most 2048 "
-        "tokens, batches of 4, computed in bfloat16, lm-eval 0.4.13"
+        "tokens, batches of 4, computed in bfloat16, log-likelihoods in float32, lm-eval 0.4.13"
     )
     assert result.as_dict()["tasks"][1]["others"] == {"acc_norm": 0.5}
+    assert all("items" not in task for task in result.as_dict()["tasks"])
     json.dumps(result.as_dict())
 
 

@@ -2,6 +2,7 @@
 
 from sparse_train.evaluation.perplexity import PerplexityProtocol, PerplexityResult, evaluate_perplexity, token_ids
 from sparse_train.evaluation.task_data import WANDA7
+from sparse_train.evaluation.words import word_starts
 from sparse_train.evaluation.zeroshot import TaskAccuracy, ZeroShotProtocol, ZeroShotResult, evaluate_zero_shot
 
 __all__ = [
@@ -14,4 +15,5 @@ __all__ = [
     "evaluate_perplexity",
     "evaluate_zero_shot",
     "token_ids",
+    "word_starts",
 ]

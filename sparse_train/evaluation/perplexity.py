@@ -1,7 +1,8 @@
-"""Token perplexity of a causal language model on running text, with the protocol beside every number.
+"""Token and word perplexity of a causal language model on running text, with the protocol beside every number.
 
 Two protocols are mixed in the literature (LLaMA-2-7B is 5.12 at windows of 4096 and 5.47 at 2048), so a perplexity
-without its window says little.
+without its window says little. ``perplexity`` is that of tokens everywhere, as in the tables on pruning; that of words,
+exp of the same losses per word, can be compared between tokenizers, and has a name of its own everywhere.
 
 Shape suffixes: W windows, L tokens a window.
 """
@@ -34,6 +35,8 @@ class PerplexityProtocol:
     """Tokens with a loss."""
     computed_in: str
     """Dtype of the forward, by autocast or of the weights; the loss is float32 always."""
+    words: int | None = None
+    """Words that begin in a token with a loss (see ``word_starts``); None = not counted."""
 
     def __str__(self) -> str:
         return (
@@ -48,10 +51,21 @@ class PerplexityResult:
     """A perplexity and how it was measured."""
 
     perplexity: float
+    """Token perplexity: exp of the sum of all losses over ``protocol.tokens``."""
     protocol: PerplexityProtocol
+    word_perplexity: float | None = None
+    """exp of the same sum over ``protocol.words``; None where no words were counted."""
 
     def as_dict(self) -> dict[str, Any]:
-        return {"perplexity": self.perplexity, **asdict(self.protocol)}
+        return {"perplexity": self.perplexity, "word_perplexity": self.word_perplexity, **asdict(self.protocol)}
+
+    def lines(self) -> list[str]:
+        """What to print: a line for each perplexity."""
+        shown = [f"{self.perplexity:.2f}  {self.protocol}"]
+        if self.word_perplexity is not None:
+            words = f"{self.protocol.words} words that begin in the scored tokens"
+            shown.append(f"{self.word_perplexity:.2f}  word perplexity: the same losses over {words}")
+        return shown
 
 
 def token_ids(documents: list[str], tokenizer: Any, separator: str = "\n\n") -> Tensor:
@@ -65,6 +79,7 @@ def evaluate_perplexity(
     model: nn.Module,
     ids: Tensor,
     *,
+    words: Tensor | None = None,
     window: int = 512,
     stride: int | None = None,
     batch_size: int = 4,
@@ -84,6 +99,7 @@ def evaluate_perplexity(
     Args:
         model: returns ``.logits`` (B, L, V).
         ids: token ids of the whole text, (tokens,).
+        words: words that begin in each of them, from ``word_starts``, (tokens,); None measures no word perplexity.
         window: tokens a forward.
         stride: tokens between starts of windows; default ``window``.
         batch_size: windows a forward.
@@ -93,17 +109,26 @@ def evaluate_perplexity(
         progress: show a progress bar.
 
     Raises:
-        ValueError: a window below 2, a stride outside 1 to window, or less text than one window.
+        ValueError: a window below 2, a stride outside 1 to window, less text than one window, or words of another text.
     """
     stride = stride or window
     if window < 2 or not 1 <= stride <= window:
         raise ValueError(f"window must be at least 2 and stride from 1 to window, got {window} and {stride}.")
+    if words is not None and words.shape != ids.shape:
+        raise ValueError(
+            f"words must have a count for each token of ids, {tuple(ids.shape)}, got {tuple(words.shape)}. "
+            "Call word_starts with the documents, tokenizer and separator of token_ids."
+        )
     ids = ids[:max_tokens]
     if len(ids) < window:
         raise ValueError(f"The text has {len(ids)} tokens, fewer than one window of {window}. Take a smaller window.")
     windows_WL = ids.unfold(0, window, stride)
     labels_WL = windows_WL.clone()
     labels_WL[1:, : window - stride] = -100
+    begun = 0  # the first token of a window has no loss
+    if words is not None:
+        words_WL = words[:max_tokens].unfold(0, window, stride)
+        begun = int(words_WL[:, 1:][labels_WL[:, 1:] != -100].sum())
     device = next(model.parameters()).device
     # where there are other processes, they may be measuring nothing, and would be waited for
     metric, tokens = MeanMetric(sync_on_compute=False).to(device), 0
@@ -119,6 +144,15 @@ def evaluate_perplexity(
             drawn.advance()
     dtype = str(autocast or next(model.parameters()).dtype).removeprefix("torch.")
     protocol = PerplexityProtocol(
-        model_name, data_name, split, tokenizer_name or model_name, window, stride, tokens, dtype
+        model_name,
+        data_name,
+        split,
+        tokenizer_name or model_name,
+        window,
+        stride,
+        tokens,
+        dtype,
+        None if words is None else begun,
     )
-    return PerplexityResult(perplexity(metric.compute()), protocol)
+    loss = metric.compute().double()
+    return PerplexityResult(perplexity(loss), protocol, perplexity(loss * tokens / begun) if begun else None)

@@ -56,7 +56,7 @@ class ZeroShotProtocol:
         return (
             f"zero-shot accuracy of {self.model}, {items}, data: {self.data}, {self.num_fewshot} examples in the "
             f"prompt, at most {self.max_length} tokens, batches of {self.batch_size}, computed in {self.computed_in}, "
-            f"lm-eval {self.lm_eval}"
+            f"log-likelihoods in float32, lm-eval {self.lm_eval}"
         )
 
 
@@ -75,6 +75,9 @@ class TaskAccuracy:
     """lm-eval's name of what ``accuracy`` is."""
     others: dict[str, float]
     """What else lm-eval reports, by its names."""
+    items: tuple[float, ...] = ()
+    """The metric of each item, in the order of the data, 1 = right, for comparing models item by item; empty for a
+    group of tasks. Not in ``ZeroShotResult.as_dict``."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ class ZeroShotResult:
         return math.hypot(*errors) / len(errors) if len(errors) == len(self.tasks) else None
 
     def as_dict(self) -> dict[str, Any]:
-        tasks = [asdict(task) for task in self.tasks]
+        tasks = [{key: value for key, value in asdict(task).items() if key != "items"} for task in self.tasks]
         return {"mean": self.mean, "mean_stderr": self.mean_stderr, "tasks": tasks, **asdict(self.protocol)}
 
 
@@ -153,6 +156,7 @@ def evaluate_zero_shot(
             backend="causal",
             batch_size=batch_size,
             mixed_precision_dtype=autocast,
+            softmax_dtype=torch.float32,  # summed in bfloat16, choices come out equal that are not
         )
         loaded = _load_tasks(names, task_data)
         selected = TaskManager(include_defaults=False).load(list(loaded.values()))
@@ -160,7 +164,7 @@ def evaluate_zero_shot(
             task.set_config("num_fewshot", 0)
             task.set_fewshot_seed(DEFAULT_OTHER_SEED)
         # accuracies have their standard error in closed form; two draws for those of others, which are not reported
-        found = evaluate(lm=lm, task_dict=selected, limit=limit, log_samples=False, bootstrap_iters=2)
+        found = evaluate(lm=lm, task_dict=selected, limit=limit, log_samples=True, bootstrap_iters=2)
     local = [name for name in loaded if task_data is not None and name in WANDA7]
     protocol = ZeroShotProtocol(
         model=model_name,
@@ -172,7 +176,8 @@ def evaluate_zero_shot(
         computed_in=str(autocast or next(model.parameters()).dtype).removeprefix("torch."),
         lm_eval=version("lm_eval"),
     )
-    return ZeroShotResult(tuple(_accuracy(name, found["results"][name]) for name in loaded), protocol)
+    rows = [_accuracy(name, found["results"][name], found["samples"].get(name, [])) for name in loaded]
+    return ZeroShotResult(tuple(rows), protocol)
 
 
 def task_names(tasks: Sequence[str]) -> list[str]:
@@ -257,8 +262,8 @@ def _local_tasks(task_data: str) -> Any:
     return TaskManager(include_defaults=False, include_path=str(TASKS_FOLDER), metadata=metadata)
 
 
-def _accuracy(name: str, found: dict[str, Any]) -> TaskAccuracy:
-    """From what lm-eval reports, ``{"acc,none": 0.5, "acc_stderr,none": 0.1, "sample_len": 26, ...}``."""
+def _accuracy(name: str, found: dict[str, Any], samples: list[dict[str, Any]]) -> TaskAccuracy:
+    """From what lm-eval reports, ``{"acc,none": 0.5, "acc_stderr,none": 0.1, "sample_len": 26, ...}``, and of items."""
     keys = [key for key in found if "," in key and "_stderr," not in key]
     chosen = next(key for metric in _METRICS for key in keys if key.startswith(f"{metric},"))
     metric, _, pipeline = chosen.partition(",")
@@ -271,6 +276,7 @@ def _accuracy(name: str, found: dict[str, Any]) -> TaskAccuracy:
         n=int(found["sample_len"]),
         metric=chosen.removesuffix(",none"),
         others=others,
+        items=tuple(float(sample[metric]) for sample in samples if sample["filter"] == pipeline),
     )
 
 

@@ -1,0 +1,37 @@
+"""Where words begin in a tokenised text, for word perplexity.
+
+Shape suffixes: L tokens.
+"""
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def word_starts(documents: list[str], tokenizer: Any, separator: str = "\n\n") -> Tensor | None:
+    """How many words begin in each token of what ``token_ids`` makes of the same documents.
+
+    A word is a run of characters other than white space, as in lm-eval's ``word_perplexity``. It begins in the token
+    that holds its first character; of several that hold parts of one character, in the first of them. The sum over
+    all tokens is the count of words.
+
+    Args:
+        documents, separator: the text.
+        tokenizer: a transformers tokenizer.
+
+    Returns:
+        Counts, int64 (L,); None for a tokenizer in Python, which does not know where its tokens lie in the text.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        return None
+    text = separator.join(documents)
+    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    ends_L = torch.tensor([end for _, end in found["offset_mapping"]], dtype=torch.int64)
+    if not len(ends_L):
+        return ends_L
+    starts = torch.tensor([match.start() for match in re.finditer(r"\S+", text)], dtype=torch.int64)
+    # the first token that ends behind the character; one that the tokenizer drops counts with what follows it
+    tokens = torch.searchsorted(ends_L.cummax(0).values, starts, right=True).clamp(max=len(ends_L) - 1)
+    return torch.bincount(tokens, minlength=len(ends_L))

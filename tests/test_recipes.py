@@ -75,9 +75,8 @@ def test_the_recipe_for_eight_gpus(overlay, strategy):
     head = [line for line in path.read_text().splitlines() if line.startswith("#")]
     assert any(command in line for line in head)
     assert any("Not run" in line for line in head)
-    config = parse_fit(f"--config={path}", f"--config=configs/strategy/{overlay}.yaml", cli=WithoutObjects).config[
-        "fit"
-    ]
+    overlay_path = ROOT / "configs" / "strategy" / f"{overlay}.yaml"
+    config = parse_fit(f"--config={path}", f"--config={overlay_path}", cli=WithoutObjects).config["fit"]
     assert config.trainer.strategy.class_path.endswith(strategy)
     assert config.model.gradient_checkpointing
     assert (config.trainer.precision, config.trainer.accumulate_grad_batches) == ("bf16-mixed", 4)

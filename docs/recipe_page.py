@@ -63,9 +63,15 @@ def _paragraphs(head: list[str], name: str) -> list[str]:
     for is_command, group in groupby(text.splitlines(), lambda line: line.startswith("  ")):
         lines = [line.removeprefix("  ") if is_command else line for line in group if line.strip()]
         if lines:
-            mark = ["<!-- needs: nodes -->"] if lines[0].startswith("torchrun") else []
-            found.append("\n".join([*mark, "```bash", *lines, "```\n"] if is_command else [*lines, ""]))
+            found.append("\n".join([*_mark(lines), "```bash", *lines, "```\n"] if is_command else [*lines, ""]))
     return found
+
+
+def _mark(lines: list[str]) -> list[str]:
+    """What these commands need that a test has not got."""
+    if lines[0].startswith("torchrun"):
+        return ["<!-- needs: nodes -->"]
+    return ["<!-- needs: gpu -->"] if any(" configs/strategy/" in line for line in lines) else []
 
 
 if __name__ == "__main__":

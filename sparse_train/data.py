@@ -13,9 +13,17 @@ from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
-from sparse_train.sources import ModelSource, PackagedWikipedia, Split, TextSource, as_model_source
-
-IGNORED = -100  # transformers' label of positions without a loss
+from sparse_train.chat import conversation_blocks
+from sparse_train.conversations import Conversations
+from sparse_train.losses import IGNORED
+from sparse_train.sources import (
+    ModelSource,
+    PackagedWikipedia,
+    Split,
+    TextSource,
+    TrainingText,
+    as_model_source,
+)
 
 
 class TextBlocks(L.LightningDataModule):
@@ -25,12 +33,16 @@ class TextBlocks(L.LightningDataModule):
     of a split is dropped in training and padded in evaluation, where ``attention_mask`` is 0 and there is no loss.
     The training loader is stateful: a run resumed in mid-epoch goes on with the next batch.
 
+    Conversations, in place of documents, are written by the tokenizer's chat template, and only what the assistant says
+    has a loss (and a perplexity); they are packed whole, so training blocks have padding, too. In a packed block every
+    token attends to all before it, also those of earlier documents or conversations.
+
     Args:
         tokenizer: a model source, or a Hugging Face id or folder with a tokenizer.
-        text: where documents come from.
+        text: where documents, or conversations, come from.
         block_size: L, tokens a block.
         batch_size: B, blocks a batch.
-        pack: False gives each document a block of its own, cut or padded to ``block_size``.
+        pack: False gives each document or conversation a block of its own, cut or padded to ``block_size``.
         seed: of the order in which training blocks come.
         max_validation_blocks: evaluate the first ones only; None evaluates all.
     """
@@ -38,7 +50,7 @@ class TextBlocks(L.LightningDataModule):
     def __init__(
         self,
         tokenizer: ModelSource | str,
-        text: TextSource | None = None,
+        text: TrainingText | None = None,
         block_size: int = 512,
         batch_size: int = 4,
         pack: bool = True,
@@ -50,7 +62,7 @@ class TextBlocks(L.LightningDataModule):
             raise ValueError(
                 f"block_size must be at least 2 and batch_size at least 1, got {block_size} and {batch_size}."
             )
-        self.text = text or PackagedWikipedia()
+        self.text: TrainingText = text or PackagedWikipedia()
         self.tokenizer_source = as_model_source(tokenizer)
         self.block_size, self.batch_size, self.pack, self.seed = block_size, batch_size, pack, seed
         self.max_validation_blocks = max_validation_blocks
@@ -62,8 +74,7 @@ class TextBlocks(L.LightningDataModule):
         for split in wanted.get(stage, ["validation"]):
             if split in self._blocks:
                 continue
-            documents = self.text.documents(split)
-            blocks = blocks_of(documents, tokenizer, self.block_size, pack=self.pack, drop_rest=split == "train")
+            blocks = self._blocks_of(split, tokenizer)
             if split == "train" and len(blocks) < self.batch_size:
                 raise ValueError(
                     f"The training split of {self.text.name} gives {len(blocks)} blocks of {self.block_size} tokens, "
@@ -72,6 +83,14 @@ class TextBlocks(L.LightningDataModule):
             if split == "validation" and self.max_validation_blocks is not None:
                 blocks = blocks.select(range(min(len(blocks), self.max_validation_blocks)))
             self._blocks[split] = blocks
+
+    def _blocks_of(self, split: Split, tokenizer: Any) -> Any:
+        if isinstance(self.text, Conversations):
+            return conversation_blocks(self.text.conversations(split), tokenizer, self.block_size, pack=self.pack)
+        if not isinstance(self.text, TextSource):
+            raise ValueError(f"TextBlocks reads a TextSource or Conversations, got {type(self.text).__name__}.")
+        documents = self.text.documents(split)
+        return blocks_of(documents, tokenizer, self.block_size, pack=self.pack, drop_rest=split == "train")
 
     def train_dataloader(self) -> Any:
         blocks, world_size, rank = self._blocks["train"], 1, 0

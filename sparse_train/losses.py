@@ -7,6 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+IGNORED = -100
+"""transformers' label of positions without a loss."""
+
 
 def next_token_loss(logits_BLV: Tensor, labels_BL: Tensor, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
     """Mean cross-entropy of each token given those before it.

@@ -5,6 +5,10 @@ Recipes name these classes; a new source is a subclass.
 
 import hashlib
 import json
+import platform
+import sys
+import sysconfig
+import tokenize
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -178,16 +182,20 @@ def as_model_source(model: ModelSource | str) -> ModelSource:
     return Pretrained(model) if isinstance(model, str) else model
 
 
-class TextSource(ABC):
-    """Documents of plain text in up to three splits."""
-
-    separator: str = "\n\n"
-    """What stands between documents where perplexity takes them as one text."""
+class TrainingText(ABC):
+    """What ``TextBlocks`` takes: documents, see ``TextSource``, or conversations, see ``Conversations``."""
 
     @property
     @abstractmethod
     def name(self) -> str:
         """What the text is, as tables print it."""
+
+
+class TextSource(TrainingText):
+    """Documents of plain text in up to three splits."""
+
+    separator: str = "\n\n"
+    """What stands between documents where perplexity takes them as one text."""
 
     @abstractmethod
     def documents(self, split: Split) -> list[str]:
@@ -206,9 +214,32 @@ class PackagedWikipedia(TextSource):
         return packaged.TEXT_NAME
 
     def documents(self, split: Split) -> list[str]:
-        wanted = {"test": range(5), "validation": range(5, 10), "train": range(10, 100)}[split]
-        articles = sorted(packaged.wikipedia().items())
-        return [f"{title}\n\n{text}" for title, text in articles if _percentile(title) in wanted]
+        return [f"{title}\n\n{text}" for title, text in self.articles(split)]
+
+    def articles(self, split: Split) -> list[tuple[str, str]]:
+        """Titles and lead sections, sorted by title."""
+        return [(title, text) for title, text in sorted(packaged.wikipedia().items()) if split_of(title) == split]
+
+
+@dataclass
+class PythonStandardLibrary(TextSource):
+    """Source code that every machine has: the modules of the Python that runs, a file a document.
+
+    Tests, tables of codecs (``encodings``) and the texts of ``help()`` (``pydoc_data``) are left out. Split by file, by
+    a hash of its path in the library: 90 % train, 5 % validation, 5 % test. Another version of Python is another text.
+    """
+
+    @property
+    def name(self) -> str:
+        return f"Python {platform.python_version()} standard library"
+
+    def documents(self, split: Split) -> list[str]:
+        root = Path(sysconfig.get_paths()["stdlib"])
+        names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
+        chosen = [name for name in names if _is_library(name) and split_of(name) == split]
+        if not chosen:
+            raise ValueError(f"This Python has no sources of its standard library in {root}. Take another text.")
+        return [_source_code(root / name) for name in chosen]
 
 
 @dataclass
@@ -275,16 +306,39 @@ class TextFiles(TextSource):
         return [document for path in paths for document in self._read(Path(path))]
 
     def _read(self, path: Path) -> list[str]:
+        if path.suffix == ".jsonl":
+            return fields_of(path, self.column)
         if not path.is_file():
             raise ValueError(f"There is no text file {path}.")
-        if path.suffix != ".jsonl":
-            return [path.read_text(encoding="utf-8")]
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        missing = next((row for row in rows if self.column not in row), None)
-        if missing is not None:
-            raise ValueError(f"{path} has lines without the field {self.column!r}; they have {sorted(missing)}.")
-        return [row[self.column] for row in rows]
+        return [path.read_text(encoding="utf-8")]
 
 
-def _percentile(title: str) -> int:
-    return int.from_bytes(hashlib.sha256(title.encode()).digest()[:4], "big") % 100
+def fields_of(path: Path, column: str) -> list[Any]:
+    """What the lines of a jsonl file have in one field."""
+    if not path.is_file():
+        raise ValueError(f"There is no text file {path}.")
+    # not splitlines(): JSON may hold U+2028 and others, at which that breaks lines, as they are
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    missing = next((row for row in rows if column not in row), None)
+    if missing is not None:
+        raise ValueError(f"{path} has lines without the field {column!r}; they have {sorted(missing)}.")
+    return [row[column] for row in rows]
+
+
+def split_of(name: str) -> Split:
+    """The split of a document, by a hash of its name: 90 % train, 5 % validation, 5 % test."""
+    percentile = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % 100
+    return "test" if percentile < 5 else "validation" if percentile < 10 else "train"
+
+
+def _is_library(name: str) -> bool:
+    folders = name.split("/")[:-1]
+    top = (folders or [name.removesuffix(".py")])[0]
+    # the list of modules leaves out site-packages, and what building this Python has written: paths of its machine
+    known = top in sys.stdlib_module_names and top not in ("encodings", "pydoc_data")
+    return known and not {"test", "tests", "idle_test"} & set(folders)
+
+
+def _source_code(path: Path) -> str:
+    with tokenize.open(path) as file:  # in the encoding that it declares
+        return file.read()

@@ -1,4 +1,5 @@
 import json
+import tokenize
 from pathlib import Path
 
 import lightning as L
@@ -12,6 +13,7 @@ from sparse_train.sources import (
     HubText,
     PackagedWikipedia,
     Pretrained,
+    PythonStandardLibrary,
     TextFiles,
     TextSource,
     as_model_source,
@@ -98,18 +100,15 @@ class Seen(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+def quiet_trainer(**arguments):
+    quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return L.Trainer(accelerator="cpu", logger=False, **quiet, **arguments)
+
+
 def test_a_resumed_run_gets_the_next_batch_and_the_same_next_epochs(model_folder, text_file, tmp_path):
     def run(module, **arguments):
         data = TextBlocks(str(model_folder), TextFiles(train=[str(text_file)]), block_size=512, batch_size=8)
-        trainer = L.Trainer(
-            max_epochs=3,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            accelerator="cpu",
-            enable_model_summary=False,
-        )
-        trainer.fit(module, data, **arguments)
+        quiet_trainer(max_epochs=3).fit(module, data, **arguments)
         return module.sums
 
     whole = run(Seen())
@@ -187,6 +186,32 @@ def test_packaged_wikipedia_is_split_by_article():
     assert 400 < sizes["test"] < 600
     assert not set(splits["train"]) & set(splits["test"])
     assert "\n\n" in splits["test"][0]
+
+
+def test_the_standard_library_is_code_split_by_file():
+    source = PythonStandardLibrary()
+    splits = {split: source.documents(split) for split in ("train", "validation", "test")}
+    assert len(splits["train"]) > 300
+    assert min(len(splits["validation"]), len(splits["test"])) > 5
+    everything = [document for documents in splits.values() for document in documents]
+    for module in (json, tokenize):  # each is a file that is there once
+        assert everything.count(Path(module.__file__).read_text(encoding="utf-8")) == 1
+    here = [Path(json.__file__).parents[1] / name for name in ("encodings/cp1252.py", "pydoc_data/topics.py")]
+    assert not {path.read_text(encoding="utf-8") for path in here} & set(everything)
+    assert not [document for document in everything if "build_time_vars" in document[:200]]  # paths of this machine
+    assert source.name.startswith("Python 3.")
+
+
+def test_a_python_without_sources(monkeypatch, tmp_path):
+    monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(tmp_path)})
+    with pytest.raises(ValueError, match="has no sources of its standard library"):
+        PythonStandardLibrary().documents("train")
+
+
+def test_lines_of_json_may_hold_other_line_ends(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"text": "one\u2028two\x85"}, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert TextFiles(train=[str(path)]).documents("train") == ["one\u2028two\x85"]
 
 
 def test_model_sources(model_folder):

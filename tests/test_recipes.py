@@ -9,9 +9,10 @@ import yaml
 from sparse_train import NM, Cubic, Magnitude, MaskLoRA, Regrow, SparseGPT, Wanda, lightning_cli
 from sparse_train.callbacks import DynamicPruning, Evaluation
 from sparse_train.commands import parser_of
+from sparse_train.conversations import ConversationFiles, PackagedQuestions
 from sparse_train.lora import LoRA
 from sparse_train.module import CausalLM
-from sparse_train.sources import HubText, PackagedSmolLM2, PackagedWikipedia, Pretrained
+from sparse_train.sources import HubText, PackagedSmolLM2, PackagedWikipedia, Pretrained, PythonStandardLibrary
 
 ROOT = Path(__file__).parent.parent
 RECIPES, CONFIGS = sorted((ROOT / "recipes").rglob("*.yaml")), sorted((ROOT / "configs").rglob("*.yaml"))
@@ -49,9 +50,12 @@ def test_there_are_recipes_for_what_the_readme_promises():
         "smollm2_2of4_distill",
         "smollm2_2of4_lora",
         "smollm2_2of4_mask_lora",
+        "smollm2_2of4_instruct",
+        "smollm2_2of4_domain",
         "smollm2_unstructured60",
         "smollm2_gradual70",
         "pretrain_llama_2of4",
+        "llama31_8b_2of4",
     }
     assert len(CONFIGS) >= 8
 
@@ -63,6 +67,39 @@ def test_training_recipes(path):
     assert cli.datamodule.tokenizer_source == cli.model.source or "pretrain" in path.stem
     pruning = [c for c in cli.trainer.callbacks if isinstance(c, DynamicPruning)]
     assert len(pruning) == ("dense" not in path.stem)
+
+
+@pytest.mark.parametrize(
+    ("overlay", "strategy"), [("fsdp2", "ModelParallelStrategy"), ("deepspeed_zero3", "DeepSpeedStrategy")]
+)
+def test_the_recipe_for_eight_gpus(overlay, strategy):
+    path = ROOT / "recipes" / "llama31_8b_2of4.yaml"
+    command = f"sparse-train fit --config recipes/{path.name} --config configs/strategy/{overlay}.yaml"
+    head = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    assert any(command in line for line in head)
+    assert any("Not run" in line for line in head)
+    overlay_path = ROOT / "configs" / "strategy" / f"{overlay}.yaml"
+    config = parse_fit(f"--config={path}", f"--config={overlay_path}", cli=WithoutObjects).config["fit"]
+    assert config.trainer.strategy.class_path.endswith(strategy)
+    assert config.model.gradient_checkpointing
+    assert (config.trainer.precision, config.trainer.accumulate_grad_batches) == ("bf16-mixed", 4)
+    made = parse_fit(f"--config={path}")
+    model = "meta-llama/Llama-3.1-8B"
+    assert made.model.source == Pretrained(model)
+    assert made.model.distillation.teacher == Pretrained(model, dtype="bfloat16")
+    assert made.datamodule.text == HubText(
+        "allenai/c4", "en", max_documents=150_000, splits=made.datamodule.text.splits
+    )
+
+
+def test_recipes_of_other_texts():
+    for name, text in (("instruct", PackagedQuestions()), ("domain", PythonStandardLibrary())):
+        cli = parse_fit(f"--config={ROOT / 'recipes' / f'smollm2_2of4_{name}.yaml'}")
+        assert cli.datamodule.text == text
+        assert (cli.model.distillation is not None) == (name == "instruct")
+    cli = parse_fit(f"--config={BASE}", "--data.text=ConversationFiles", "--data.text.train=[a.jsonl]")
+    assert isinstance(cli.datamodule.text, ConversationFiles)
+    assert list(cli.datamodule.text.train) == ["a.jsonl"]
 
 
 @pytest.mark.parametrize("path", PRUNE, ids=lambda p: p.stem)

@@ -4,6 +4,7 @@ Processes are forked from a server that has imported torch, Lightning, transform
 test pays for its work and not for imports. They meet through a file: no port can be taken by somebody else.
 """
 
+import contextlib
 import functools
 import io
 import multiprocessing
@@ -60,8 +61,9 @@ def run(
             return _collect(processes, results, survivors, time.monotonic() + timeout)
         finally:
             for process in processes:
-                if process.is_alive():
-                    os.kill(process.pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):  # it may end in between
+                    if process.is_alive():
+                        os.kill(process.pid, signal.SIGKILL)
                 process.join()
 
 

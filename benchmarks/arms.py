@@ -58,6 +58,10 @@ ARMS: dict[str, Arm] = {
     "dynamic_noise1": _arm("smollm2_2of4", "memory=0", "noise_margin=1", "flip_agreement=true"),
     "dynamic_noise2": _arm("smollm2_2of4", "memory=0", "noise_margin=2", "flip_agreement=true"),
     "cumulative_hysteresis5": _arm("smollm2_2of4", "memory=1", "hysteresis=0.05"),
+    "cumulative_hysteresis20": _arm("smollm2_2of4", "memory=1", "hysteresis=0.2"),
+    "cumulative_decay": _arm(
+        "smollm2_2of4", "memory=1", "policy=StraightThrough", "policy.srste_decay=0.02", "policy.ramp=0"
+    ),
     # decay of shadow values, and when to stop
     "dynamic_decay": _arm("smollm2_2of4", "memory=0", *_DECAY, "policy.ramp=0"),
     "dynamic_decay_ramped": _arm("smollm2_2of4", "memory=0", *_DECAY),

@@ -46,6 +46,8 @@ SCORES = {
     "dynamic_hysteresis5": "Wanda, running norms of 5 steps, hysteresis 5 %",
     "dynamic_hysteresis20": "Wanda, running norms of 5 steps, hysteresis 20 %",
     "cumulative_hysteresis5": "Wanda, running norms, cumulative, hysteresis 5 %",
+    "cumulative_hysteresis20": "Wanda, running norms, cumulative, hysteresis 20 %",
+    "cumulative_decay": "Wanda, running norms, cumulative, decay 0.02, constant",
     "dynamic_noise1": "Wanda, running norms of 5 steps, 1 standard error",
     "dynamic_noise2": "Wanda, running norms of 5 steps, 2 standard errors",
     "dynamic_decay": "Wanda, running norms of 5 steps, decay 0.01, constant",

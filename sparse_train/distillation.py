@@ -203,7 +203,8 @@ class Distillation:
     Args:
         teacher: a model source, or a Hugging Face id or local folder, with the student's tokenizer. Default: the
             student's own source, that is the model as it was before it was pruned. The teacher is held whole on every
-            device, in the precision of the run, and goes through one forward a batch.
+            device, in the dtype that its source gives (in that of the run under true half precision), and goes through
+            one forward a batch.
         hardness_ce: weight of cross-entropy on the text.
         hardness_kldiv: weight of the KL divergence from the teacher's next-token distribution.
         hardness_squarehead: weight of the normalised distance of hidden states, each layer's; over all tokens but

@@ -299,7 +299,8 @@ class TextFiles(TextSource):
 
     @property
     def name(self) -> str:
-        return ", ".join(Path(path).name for path in [*self.train, *self.validation, *self.test])
+        paths = [*self.train, *self.validation, *self.test]
+        return ", ".join(dict.fromkeys(Path(path).name for path in paths))  # one file may serve several splits
 
     def documents(self, split: Split) -> list[str]:
         paths: Sequence[str] = {"train": self.train, "validation": self.validation, "test": self.test}[split]

@@ -178,7 +178,7 @@ def _masks(runs: Sequence[Run]) -> list[Block]:
         ),
         figures.curves(
             "initial_flip_rate",
-            "Initial flip rate: share of mask entries that differ from the first mask (every 32nd row).",
+            "Initial flip rate: share of mask entries that differ from the first mask (measured on every 128th row).",
             since,
             "initial flip rate, %",
             end=end,

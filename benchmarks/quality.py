@@ -3,11 +3,11 @@
     python benchmarks/quality.py --arm dynamic --seed 0 --lr 5e-4 --steps 50 --tuning true
     python benchmarks/quality.py --arm dynamic --seed 1 --lr 5e-4 --wikitext WIKITEXT2_RAW_TEST.txt --c4 C4_SAMPLE.jsonl
 
-Every arm starts from the same model and, where it is pruned, from the same first mask, and sees the same batches in
-the same order for a seed. With --tuning a run is looked at on validation articles alone: with such rows, of seeds that
-are not reported, learning rates and variants are chosen; the others are evaluated once at their end, on held-out
-articles and the files that are given. Rows are appended to benchmarks/quality.csv as runs finish; a row that is there
-already is not run again, so a list of commands resumes after an interruption.
+Every arm starts from the same model and sees the same batches in the same order for a seed; arms of one pattern start
+from the same first mask, but for those that prune gradually. With --tuning a run is looked at on validation articles
+alone: with such rows, of seeds that are not reported, learning rates and variants are chosen; the others are evaluated
+once at their end, on held-out articles and the files that are given. Rows are appended to benchmarks/quality.csv as
+runs finish; a row that is there already is not run again, so a list of commands resumes after an interruption.
 """
 
 import tempfile
@@ -45,6 +45,7 @@ class Row:
     first_flip_rate: float | None
     last_flip_rate: float | None
     initial_flip_rate: float | None
+    teacher: str | None = None
     tokens_a_step: int = 2048
     eval_tokens: int = 32768
     model: str = MODEL_NAME
@@ -73,7 +74,8 @@ def main(
         tuning: evaluate on validation articles alone.
         wikitext: path of the WikiText-2 raw test text.
         c4: path of C4 documents, a JSON object with "text" a line.
-        teacher: folder of the model from which the arms named "tuned" learn, such as one that --export wrote.
+        teacher: folder of the model from which the arms named "tuned" learn, such as one that --export wrote; the row
+            holds its last name.
         export: folder for the trained model.
         out: CSV file.
     """
@@ -85,8 +87,11 @@ def main(
     elif ARMS[arm].teacher != (teacher is not None):
         raise SystemExit(f"--teacher is for the arms {', '.join(name for name, each in ARMS.items() if each.teacher)}.")
     path = Path(out)
+    given = {"heldout": "", "wikitext2": wikitext, "c4": c4}
+    wanted = [] if tuning else [name for name, text in given.items() if text is not None]
     key = {"arm": arm, "seed": str(seed), "steps": str(steps), "lr": str(lr), "tuning": str(tuning)}
-    done = any(key.items() <= row.items() for row in rows.read(path))
+    key["teacher"] = Path(teacher).name if teacher else ""
+    done = any(key.items() <= row.items() and all(row[name] for name in wanted) for row in rows.read(path))
     if done and (export is None or Path(export).exists()):
         print(f"{arm}, seed {seed}, {steps} steps, lr {lr}: already in {path}")
         return
@@ -112,6 +117,7 @@ def main(
         *(found.get(name) for name in ("heldout", "wikitext2", "c4")),
         sparsity,
         *(flips or [None] * 3),
+        key["teacher"] or None,
     )
     rows.append(path, row)
     print(f"{row} {time.perf_counter() - began:.0f} s")

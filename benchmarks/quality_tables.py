@@ -3,13 +3,13 @@
     python benchmarks/quality_tables.py             # print them
     python benchmarks/quality_tables.py --write     # put them into docs/results.md, README.md and docs/pictures/
 
-An arm is reported at the learning rate with the lowest perplexity on validation articles among its tuning rows; seeds
-of those are not reported.
+An arm is reported at the learning rate with the lowest perplexity on validation articles among its tuning rows, or,
+marked with a star, at another; seeds of tuning rows are not reported.
 """
 
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import rows
@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 CSV, PAGE, README = ROOT / "benchmarks" / "quality.csv", ROOT / "docs" / "results.md", ROOT / "README.md"
 PICTURE = ROOT / "docs" / "pictures" / "quality.svg"
 BEGIN, END = "<!-- quality -->", "<!-- /quality -->"
+TUNING_STEPS = "50"
 TEXTS = {"heldout": "held-out articles", "wikitext2": "WikiText-2", "c4": "C4"}
 STATIC = ("static", "static_ste")
 ONESHOT = ("none", "oneshot_magnitude", "oneshot_wanda")
@@ -95,37 +96,41 @@ class Runs:
 
     def __init__(self, path: Path) -> None:
         self._rows = rows.read(path)
+        self._chosen_on = {row["seed"] for row in self._rows if row["tuning"] == "True"}
 
     def tuning(self, arm: str) -> dict[float, dict[str, str]]:
         """The tuning row of each learning rate that was tried."""
-        return {float(row["lr"]): row for row in self._rows if row["arm"] == arm and row["tuning"] == "True"}
+        found = [row for row in self._rows if row["arm"] == arm and row["tuning"] == "True"]
+        return {float(row["lr"]): row for row in found if row["steps"] == TUNING_STEPS}
 
     def lr(self, arm: str) -> float | None:
-        """The learning rate with the lowest validation perplexity; None where none was tried."""
+        """The learning rate with the lowest validation perplexity; None where fewer than two were tried."""
         tried = self.tuning(arm)
-        return min(tried, key=lambda lr: float(tried[lr]["validation"])) if tried else None
+        return min(tried, key=lambda lr: float(tried[lr]["validation"])) if len(tried) > 1 else None
 
-    def reported(self, arm: str, steps: int | None = 100) -> dict[int, dict[str, str]]:
-        """The row of each seed of the longest-tuned learning rate, or of the one at which it was run."""
+    def reported(self, arm: str, steps: int = 100) -> dict[int, dict[str, str]]:
+        """The row of each seed that chose nothing: at the best learning rate, or else at the one with most seeds."""
         found = [row for row in self._rows if row["arm"] == arm and row["tuning"] == "False"]
-        found = [row for row in found if steps is None or row["steps"] in ("0", str(steps))]
-        best = self.lr(arm)
-        if best is not None and any(float(row["lr"]) == best for row in found):
-            found = [row for row in found if float(row["lr"]) == best]
-        return {int(row["seed"]): row for row in found}
+        found = [row for row in found if row["steps"] in ("0", str(steps))]
+        found = [row for row in found if row["steps"] == "0" or row["seed"] not in self._chosen_on]
+        if not found:
+            return {}
+        rates = [float(row["lr"]) for row in found]
+        best = self.lr(arm) if self.lr(arm) in rates else max(rates, key=rates.count)
+        return {int(row["seed"]): row for row in found if float(row["lr"]) == best}
 
-    def values(self, arm: str, text: str, steps: int | None = 100) -> dict[int, float]:
+    def values(self, arm: str, text: str, steps: int = 100) -> dict[int, float]:
         """Perplexity of each seed."""
         return {seed: float(row[text]) for seed, row in self.reported(arm, steps).items() if row[text]}
 
-    def mean(self, arm: str, text: str = "heldout", steps: int | None = 100) -> float | None:
+    def mean(self, arm: str, text: str = "heldout", steps: int = 100) -> float | None:
         """Mean perplexity over seeds."""
         values = self.values(arm, text, steps)
         return statistics.mean(values.values()) if values else None
 
-    def better_static(self, arms: Sequence[str] = STATIC, text: str = "heldout") -> str | None:
-        """The static arm with the lower mean."""
-        measured = [(mean, arm) for arm in arms if (mean := self.mean(arm, text)) is not None]
+    def best(self, arms: Iterable[str]) -> str | None:
+        """The arm with the lowest mean on validation articles; texts that are reported choose nothing."""
+        measured = [(mean, arm) for arm in arms if (mean := self.mean(arm, "validation")) is not None]
         return min(measured)[1] if measured else None
 
     def change(self, arm: str, other: str, text: str = "heldout", steps: int = 100) -> tuple[float, list[float]] | None:
@@ -162,7 +167,7 @@ def table(runs: Runs, arms: dict[str, str], against: str | None, label: str, ste
         if not found:
             continue
         row = next(iter(found.values()))
-        lr = "" if row["steps"] == "0" else f"{float(row['lr']):g}" + ("" if runs.lr(arm) else " *")
+        lr = "" if row["steps"] == "0" else f"{float(row['lr']):g}" + ("" if runs.lr(arm) == float(row["lr"]) else " *")
         flips = ""
         if row["first_flip_rate"]:
             flips = " to ".join(f"{100 * float(row[key]):.2f} %" for key in ("first_flip_rate", "last_flip_rate"))
@@ -191,8 +196,8 @@ def tuning_table(runs: Runs) -> str:
 
 def reached(runs: Runs) -> str:
     """What the project set out to reach, and what the rows say."""
-    static = runs.better_static() or "static"
-    static_70 = runs.better_static(("static_70", "static_ste_70")) or "static_70"
+    static = runs.best(STATIC) or "static"
+    static_70 = runs.best(("static_70", "static_ste_70")) or "static_70"
     changes = [
         ("2:4, re-pruned against the better static arm", "dynamic", static, "heldout", "-3 %"),
         ("70 %, the same", "dynamic_70", static_70, "heldout", "-5 %"),
@@ -206,9 +211,9 @@ def reached(runs: Runs) -> str:
     lines = ["| perplexity of | wanted | measured (each seed) |", "| --- | --- | --- |"]
     for words, arm, other, text, wanted in changes:
         lines.append(f"| {words} | {wanted} | {_change(runs.change(arm, other, text)) or 'not measured'} |")
-    best = [(mean, arm) for arm in (*MAIN, *SCORES, *DISTILLATION) if (mean := runs.mean(arm)) and arm not in UNPRUNED]
-    dense = runs.mean("dense")
-    ratio = f"{min(best)[0] / dense:.2f} after 100 steps ({min(best)[1]})" if best and dense else "not measured"
+    best = runs.best(arm for arm in {**MAIN, **SCORES, **DISTILLATION} if arm not in UNPRUNED)
+    change = runs.change(best, "dense") if best else None
+    ratio = f"{1 + change[0] / 100:.2f} after 100 steps ({best})" if change else "not measured"
     return "\n".join(
         [*lines, f"| the best 2:4 arm over the dense model, fine-tuned alike | 1.35 after 300 steps | {ratio} |"]
     )
@@ -217,7 +222,7 @@ def reached(runs: Runs) -> str:
 def tables(path: Path = CSV) -> str:
     """All tables, as Markdown."""
     runs = Runs(path)
-    static = runs.better_static()
+    static = runs.best(STATIC)
     parts = [
         reached(runs),
         "",
@@ -230,7 +235,7 @@ def tables(path: Path = CSV) -> str:
         "\n### Distillation\n",
         table(runs, DISTILLATION, "dynamic", "re-pruned, none"),
         "\n### Unstructured 70 %\n",
-        table(runs, UNSTRUCTURED, runs.better_static(("static_70", "static_ste_70")), "the better static arm"),
+        table(runs, UNSTRUCTURED, runs.best(("static_70", "static_ste_70")), "the better static arm"),
         "\n### From scratch\n",
         "A Llama of 17 million weights on 614,400 tokens: smoke runs that show it works, not what it is worth.\n",
         table(runs, SCRATCH, "scratch_dense", "dense", steps=300),
@@ -284,9 +289,10 @@ def draw(path: Path = CSV, out: Path = PICTURE) -> None:
 
 def write(path: Path, made: str) -> None:
     """Put ``made`` between the marks of a page."""
-    before, _, rest = path.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    path.write_text(f"{before}{BEGIN}\n{made}{END}{after}")
+    page = path.read_text()
+    assert page.count(BEGIN) == page.count(END) == 1, f"{path} needs {BEGIN} and {END}, once each"
+    before, _, rest = page.partition(BEGIN)
+    path.write_text(f"{before}{BEGIN}\n{made}{END}{rest.partition(END)[2]}")
 
 
 def main() -> None:

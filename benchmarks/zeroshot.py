@@ -33,7 +33,7 @@ from sparse_train.sources import PackagedSmolLM2, PackagedWikipedia, Pretrained,
 from sparse_train.tables import show_zero_shot
 
 ONESHOT = {"magnitude": Magnitude, "sparsegpt": SparseGPT, "wanda": Wanda}
-TRAINED = ("static", "dynamic", "dense_tuned", "distilled")
+TRAINED = ("static", "static_ste", "dynamic", "dense_tuned", "distilled")
 ARMS = ("dense", *ONESHOT, *TRAINED)
 
 
@@ -71,6 +71,7 @@ def main(
     model: str | None = None,
     static: str | None = None,
     dynamic: str | None = None,
+    static_ste: str | None = None,
     dense_tuned: str | None = None,
     distilled: str | None = None,
     calibration: str | None = None,
@@ -83,12 +84,12 @@ def main(
     """Measure one arm, or all there are, and append their rows.
 
     Args:
-        arm: "dense"; magnitude, sparsegpt or wanda, one-shot at 2:4; or static, dynamic, dense_tuned or distilled, a
-            trained model. "all": the first four, and those trained ones whose folder is given.
+        arm: "dense"; magnitude, sparsegpt or wanda, one-shot at 2:4; or static, static_ste, dynamic, dense_tuned or
+            distilled, a trained model. "all": the first four, and those trained ones whose folder is given.
         task_data: folder with JSONL files of the items; default: from the hub.
         limit: ask only the first items of each task; default: all.
         model: folder of the trained model of one --arm, as benchmarks/quality.py --export writes it.
-        static, dynamic, dense_tuned, distilled: the same, for the trained arms of "all".
+        static, static_ste, dynamic, dense_tuned, distilled: the same, for the trained arms of "all".
         calibration: file with calibration text; default: the packaged Wikipedia text.
         samples: calibration samples.
         length: tokens of a sample.
@@ -96,7 +97,7 @@ def main(
         batch_size: requests a forward.
         out: CSV file.
     """
-    given = zip(TRAINED, (static, dynamic, dense_tuned, distilled), strict=True)
+    given = zip(TRAINED, (static, static_ste, dynamic, dense_tuned, distilled), strict=True)
     folders = {name: folder for name, folder in given if folder is not None}
     if arm not in ("all", *ARMS):
         raise SystemExit(f"--arm is all or one of {', '.join(ARMS)}, got {arm!r}.")

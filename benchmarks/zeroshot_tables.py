@@ -25,6 +25,7 @@ ARMS = {
     "sparsegpt": "SparseGPT, one-shot",
     "wanda": "Wanda, one-shot",
     "static": "static Wanda mask",
+    "static_ste": "static Wanda mask, straight-through",
     "dynamic": "re-pruned",
     "dense_tuned": "dense",
     "distilled": "distilled",
@@ -105,8 +106,11 @@ def _table(way: tuple[str, ...], models: dict[tuple[str, ...], Model], data: dic
     lines += [_line(_label(run, whole[run]["boolq"]["sparsity"]), accuracies(whole[run])) for run in ordered]
     for run in ordered:
         for other in ordered:
-            if run[0] == "dynamic" and other[0] == "static" and run[1:3] == other[1:3]:
-                label = f"re-pruned minus static, seed {run[1]}, {run[2]} steps, paired"
+            if run[0] == "dynamic" and other[0].startswith("static") and run[1:3] == other[1:3]:
+                label = (
+                    f"{ARMS[run[0]]} minus {ARMS[other[0]]}, seed {run[1]}, {run[2]} steps, learning rates {run[3]} "
+                )
+                label += f"and {other[3]}, paired"
                 lines.append(_line(label, paired(whole[run], whole[other]), signed=True))
     return f"{head}\n\n" + "\n".join(lines)
 
@@ -141,9 +145,9 @@ def main() -> None:
         print(made)
         return
     page = PAGE.read_text()
+    assert page.count(BEGIN) == page.count(END) == 1, f"{PAGE} needs {BEGIN} and {END}, once each"
     before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    PAGE.write_text(f"{before}{BEGIN}\n{made}{END}{after}")
+    PAGE.write_text(f"{before}{BEGIN}\n{made}{END}{rest.partition(END)[2]}")
 
 
 if __name__ == "__main__":

@@ -23,26 +23,23 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import WeightAveraging
-from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
-from sparse_train.callbacks.calibration import peek
+from sparse_train.callbacks.checks import check_averaging, check_factors, check_sharded
+from sparse_train.callbacks.first_mask import make_first_mask
 from sparse_train.criteria import Criterion, Wanda
 from sparse_train.layers import sparse_layers, sparsify, sparsify_like, squash
 from sparse_train.margins import Margin, check_margin
 from sparse_train.mask_lora import MaskLoRA, add_mask_lora
 from sparse_train.matrices import MaskedLayer
-from sparse_train.oneshot import set_initial_masks
-from sparse_train.oneshot.training_data import causal_lm
 from sparse_train.patterns import Pattern, group_label, resolve_target
 from sparse_train.policies import MaskPolicy, StraightThrough
-from sparse_train.pruner import UpdateReport, expect, masks_from_zeros
+from sparse_train.pruner import UpdateReport, expect
 from sparse_train.recording import Memory, check_memory
 from sparse_train.schedules import Schedule
-from sparse_train.sharding import check_layout, is_sharded, reshard
+from sparse_train.sharding import check_layout
 from sparse_train.targets import select
 from sparse_train.updater import MaskUpdater
 
@@ -150,7 +147,9 @@ class DynamicPruning(L.Callback):
             "window": window,
         }
         self._calibration_batches = calibration_batches
-        self._initial_criterion = expect("initial_criterion", initial_criterion, self._criterion, Criterion)
+        if initial_criterion is not None:
+            expect("initial_criterion", initial_criterion, initial_criterion, Criterion)
+        self._initial_criterion = initial_criterion
         self._mask_lora = mask_lora
         self._squash = squash
         self._restored: dict[str, Any] | None = None
@@ -180,7 +179,7 @@ class DynamicPruning(L.Callback):
                 # FSDP2 and DeepSpeed load what the module has, and would leave masks out without a word
                 self._sparsify_when_built(pl_module)
             return
-        _check_averaging(trainer, self)
+        check_averaging(trainer, self)
         continues = self.updater is not None and trainer.global_step > 0 and bool(sparse_layers(pl_module))
         self._restored = self.state_dict() if continues else None
         self.updater = None
@@ -218,20 +217,22 @@ class DynamicPruning(L.Callback):
     def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.updater is not None:
             return
-        _check_sharded(trainer, pl_module)
+        check_sharded(trainer, pl_module)
+        check_factors(trainer, pl_module)
         if self._restored is None and trainer.ckpt_path is not None and trainer.global_step > 0:
             raise ValueError(
                 f"{trainer.ckpt_path} was written without DynamicPruning, so there is no run to resume. Load its "
                 "weights into the module and fit without ckpt_path."
             )
-        if self._restored is None and self._timing["start_step"] == 0:
-            self._calibrate(trainer, pl_module)
-        if self._restored is None and self._initial_criterion is not self._criterion and _keeps_all(pl_module):
-            raise ValueError(
-                f"initial_criterion is {self._initial_criterion}, but no one-shot pruning makes the first mask here: "
-                "it does at start_step 0, with calibration_batches above 0, for a transformers model that is not "
-                "sharded, and where there is something to prune. Leave initial_criterion out, or prune the model "
-                "before the run (sparse_train.prune)."
+        if self._restored is None:
+            make_first_mask(
+                trainer,
+                pl_module,
+                self._criterion,
+                self._pattern,
+                self._schedule.sparsity(0.0) if self._timing["start_step"] == 0 else 0.0,
+                self._calibration_batches,
+                self._initial_criterion,
             )
         self.updater = MaskUpdater(
             pl_module,
@@ -256,42 +257,6 @@ class DynamicPruning(L.Callback):
         if self._restored is None and self.updater.target is not None:
             self._log_update(trainer, self.updater.report())
         self._restored = None
-
-    def _calibrate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        layers = sparse_layers(pl_module)
-        sparsity = self._schedule.sparsity(0.0)
-        criteria = (self._criterion, self._initial_criterion)
-        if not _keeps_all(pl_module) or sparsity == 0 or not any(each.needs_activations for each in criteria):
-            return
-        reshard(pl_module)
-        if any(map(is_sharded, layers.values())):
-            if not masks_from_zeros(layers, self._pattern, sparsity):
-                rank_zero_info(
-                    "The model is sharded, so its blocks cannot be calibrated one by one: the first mask will come "
-                    "from the activations of the first steps, which run dense. A model that was pruned before starts "
-                    "with the zeros that it has."
-                )
-            return
-        if not self._calibration_batches:
-            return
-        model = causal_lm(pl_module, layers)
-        count = -(-self._calibration_batches // trainer.world_size) * trainer.world_size  # as many for each rank
-        batches = peek(trainer, count) if model is not None else None
-        if batches is not None and len(batches) < trainer.world_size:
-            batches = None
-        if model is None or batches is None:
-            _log.info("The first mask will come from the activations of the first steps, which run dense.")
-            return
-        with trainer.precision_plugin.forward_context():
-            set_initial_masks(
-                model,
-                sparse_layers(model),
-                batches[trainer.global_rank :: trainer.world_size],  # statistics are summed over ranks
-                criterion=self._initial_criterion,
-                pattern=self._pattern,
-                sparsity=sparsity,
-                progress=trainer.is_global_zero and trainer.progress_bar_callback is not None,
-            )
 
     # --- in training -------------------------------------------------------------------------------------------------
 
@@ -381,35 +346,6 @@ class DynamicPruning(L.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict or None
-
-
-def _check_averaging(trainer: L.Trainer, pruning: L.Callback) -> None:
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    for callback in callbacks:
-        if not isinstance(callback, WeightAveraging):
-            continue
-        name = type(callback).__name__
-        if callback._use_buffers:
-            raise ValueError(
-                f"{name} would average the bytes of the masks. Give it use_buffers=False: weights are averaged, and "
-                "the averaged model has the masks of the last step that went into it."
-            )
-        if callbacks.index(callback) < callbacks.index(pruning):
-            raise ValueError(
-                f"{name} copies the model before DynamicPruning has given it masks. Put DynamicPruning first in the "
-                "trainer's callbacks."
-            )
-
-
-def _check_sharded(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-    if not isinstance(trainer.strategy, ModelParallelStrategy) or trainer.world_size == 1:
-        return
-    if not any(map(is_sharded, sparse_layers(pl_module).values())):
-        raise ValueError(
-            "ModelParallelStrategy leaves sharding to configure_model, and none of the targeted layers is sharded, so "
-            "each process would train a model of its own. Call sparse_train.sharding.shard_blocks(model, "
-            'self.device_mesh["data_parallel"]) there, or take strategy="ddp".'
-        )
 
 
 def _sparsify_as_loaded(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

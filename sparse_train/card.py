@@ -88,11 +88,14 @@ def write_card(folder: Path, card: ModelCard, layers: Sequence[LayerSparsity]) -
 
 def training_rows(settings: Mapping[str, str], timing: Mapping[str, Any], steps: int) -> dict[str, str]:
     """How a run of ``MaskUpdater`` made a model, from its ``settings``, ``timing`` and count of steps."""
-    adapters = settings.get("mask_lora")
+    adapters, policy = settings.get("mask_lora"), settings.get("policy", "")
+    comes_back = not policy.startswith("Fixed")
+    how = "with re-pruning" if comes_back else "under masks from which no weight comes back"
+    looked_at = "re-computed" if comes_back else "looked at, where the schedule asks for more zeros,"
     return {
-        "method": f"trained sparse with re-pruning, {settings['criterion']}, {settings['mask_structure']}, "
-        f"{settings['schedule']}",
-        "masks": f"re-computed every {timing['update_freq']} steps from step {timing['start_step']} to "
+        "method": f"trained sparse {how}, {settings['criterion']}, {settings['mask_structure']}, "
+        f"{settings['schedule']}{f', {policy}' if policy else ''}",
+        "masks": f"{looked_at} every {timing['update_freq']} steps from step {timing['start_step']} to "
         f"{timing['end_step']}, then frozen; {steps} steps in all",
         **({"trained": f"low-rank adapters inside the masks, merged: {adapters}"} if adapters else {}),
     }

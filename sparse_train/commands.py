@@ -144,12 +144,12 @@ def parser_of(command: str) -> ShortErrors:
 def run_command(command: str, options: list[str]) -> None:
     """Parse and run one command."""
     function, positional = COMMANDS[command]
+    json, options = take_json(options)
     taken: list[str] = []
     several = bool(positional) and positional[-1].endswith("+")
     while options and (len(taken) < len(positional) or several) and not options[0].startswith("-"):
         taken.append(f"--{positional[min(len(taken), len(positional) - 1)]}={options[0]}")
         options = options[1:]
-    json, options = take_json(options)
     if command == "prune":
         options = translate(options)
     config: Any = parser_of(command).parse_args([*taken, *options, *(["--json=true"] if json else [])])

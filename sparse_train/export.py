@@ -1,6 +1,7 @@
 """Export: a Hugging Face folder with true zeros, readable by plain ``AutoModelForCausalLM.from_pretrained``."""
 
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from sparse_train.checkpoints import read_checkpoint
 from sparse_train.distributed import rank
 from sparse_train.files import written_whole
 from sparse_train.inspection import layer_sparsities
-from sparse_train.layers import MASK_NAME, sparsify_like, squash
+from sparse_train.layers import sparsify_like, squash
 from sparse_train.sharding import is_dtensor, is_zero3, whole_state_dict
 
 
@@ -50,7 +51,7 @@ def export_model(model: Any, tokenizer: Any | None, out: str | Path, card: Model
 
 
 def _save_adapter(model: Any, folder: Path, state: Any, base: Path) -> None:
-    config = model.peft_config["default"]
+    config = lora.active_config(model)
     before, config.base_model_name_or_path = config.base_model_name_or_path, str(base)  # not what the base was made of
     try:
         # embeddings are the base's, and peft would ask the hub whether they are
@@ -86,8 +87,10 @@ def export_checkpoint(checkpoint: str | Path, out: str | Path, tokenizer: Any | 
         model = lora.wrap(model, content["adapter_config"])
     sparsify_like(model, state)
     model.load_state_dict(state)
-    model.to(next(v for k, v in state.items() if not k.endswith(MASK_NAME)).dtype)
-    squash(model)
+    squash(model)  # before weights are rounded to their dtype again: factors of adapters may have a finer one
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if name in state and tensor.dtype != state[name].dtype:
+            tensor.data = tensor.data.to(state[name].dtype)
     return export_model(model, tokenizer, out, _card_of(content))
 
 

@@ -101,7 +101,28 @@ def is_peft(model: Any) -> bool:
 
 def adapter_config(model: Any) -> str | None:
     """The settings of a peft model's adapter as JSON, from which ``wrap`` makes it again; None of another model."""
-    return json.dumps(model.peft_config["default"].to_dict(), default=sorted) if is_peft(model) else None
+    return json.dumps(active_config(model).to_dict(), default=sorted) if is_peft(model) else None
+
+
+def active_config(model: Any) -> Any:
+    """The settings of the one adapter of a ``PeftModel``, LoRA's.
+
+    Raises:
+        ValueError: it has several adapters, or one of another kind.
+    """
+    names = list(model.peft_config)
+    if len(names) > 1:
+        raise ValueError(
+            f"The model has several adapters ({', '.join(names)}), and one can be saved beside its base. Delete the "
+            "others (model.delete_adapter), or save the model yourself: model.save_pretrained."
+        )
+    config = model.peft_config[names[0]]
+    if getattr(config, "r", None) is None:
+        raise ValueError(
+            f"The adapter is {type(config).__name__}, and LoRA is what is exported. Save the model yourself: "
+            "model.save_pretrained."
+        )
+    return config
 
 
 def wrap(model: nn.Module, config: str) -> Any:
@@ -140,8 +161,8 @@ def base_of(model: Any, state: Mapping[str, Tensor] | None = None) -> tuple[dict
 
 def card_row(model: Any) -> str:
     """What a model card says of the adapter."""
-    config = model.peft_config["default"]
-    modules = ", ".join(sorted(config.target_modules))
+    config, wanted = active_config(model), active_config(model).target_modules
+    modules = f"{wanted!r}" if isinstance(wanted, str) else ", ".join(sorted(wanted))
     return (
         f"LoRA, r {config.r}, lora_alpha {config.lora_alpha}, on {modules}, in the folder `{FOLDER}`, for "
         f"`PeftModel.from_pretrained(model, '<this folder>/{FOLDER}')`; not in the weights that are counted here, and "

@@ -25,6 +25,9 @@ from sparse_train.targets import block_lists, dimensions
 class CausalLM(L.LightningModule):
     """A transformers causal language model with AdamW, linear warm-up and cosine decay to zero.
 
+    A batch's loss is the mean over its labelled tokens, and so over micro-batches and processes the mean of their means:
+    where those differ in labels, as conversations do, a token of a batch with few counts more.
+
     Logs ``train/loss`` every step, ``val/loss`` and ``val/perplexity`` (token perplexity, exp of the mean loss over
     tokens; the loss in float32) every validation. With distillation ``train/loss`` is the weighted sum that is trained
     on, and its terms are logged beside it, unweighted: ``train/loss_ce``, ``train/loss_kldiv`` and, where it has a

@@ -38,7 +38,8 @@ def take_json(options: Sequence[str]) -> tuple[bool, list[str]]:
 def stdout_for_json(asked: bool) -> Iterator[Callable[[Mapping[str, Any]], None]]:
     """Yields what writes the one object. Whatever else writes to stdout meanwhile writes to stderr.
 
-    Also where it does so without Python, as compilers that libraries start do. Without ``asked`` nothing happens.
+    Also where it does so without Python, as compilers that libraries start do; what a C library has buffered in this
+    process may come at its end. Without ``asked`` nothing happens.
     """
     if not asked:
         yield lambda found: None
@@ -57,6 +58,7 @@ def stdout_for_json(asked: bool) -> Iterator[Callable[[Mapping[str, Any]], None]
             yield lambda values: found.append(dumps(values))
     finally:
         if own is not None and kept is not None:
+            stdout.flush()  # of whoever kept a reference to it
             os.dup2(kept, own)
             os.close(kept)
     stdout.write("".join(f"{line}\n" for line in found))

@@ -21,7 +21,11 @@ def numbers(trainer: L.Trainer) -> str:
     """Latest loss, perplexity, sparsity and flip rate, as far as they are known: "loss 3.2451, sparsity 0.5000"."""
     found = []
     metrics = trainer.callback_metrics
-    loss = next((value for name, value in metrics.items() if "loss" in name and not name.startswith("val")), None)
+    losses = {name: value for name, value in metrics.items() if "loss" in name and not name.startswith("val")}
+    # what is trained on, and not a term of it
+    loss = next((losses[name] for name in ("train/loss", "train_loss", "loss") if name in losses), None)
+    if loss is None:
+        loss = next(iter(losses.values()), None)
     perplexity = next((value for name, value in metrics.items() if "perplexity" in name), None)
     if loss is not None:
         found.append(f"loss {float(loss):.4f}")
@@ -89,6 +93,7 @@ class TrainingBar(ProgressBar):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._drawn is not None and self._validating is not None:
+            self._drawn.refresh()  # a short one would come and go unseen
             self._drawn.remove_task(self._validating)
             self._validating = None
             self._drawn.note = numbers(trainer)

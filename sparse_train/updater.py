@@ -317,6 +317,7 @@ class MaskUpdater:
             "mask_structure": repr(self.pattern),
             "schedule": repr(self.schedule),
             "criterion": repr(self.criterion),
+            "policy": repr(self.policy),
             "update_freq": str(self.timing.update_freq),
             "memory": str(self.memory),
             "margin": repr(self.margin),

@@ -64,7 +64,7 @@ def commands(model, text):
         "prune": ["prune", f"--model={model}", *small, f"--perplexity={text}", *windows, "--out=pruned", "--json=true"],
         "seeds": ["prune", f"--model={model}", *small, "--seeds=0,1", *windows, "--out=seeds", "--json"],
         "evaluate": ["evaluate", "pruned", f"--text={text}", *windows, "--json"],
-        "inspect": ["inspect", "pruned", "--json"],
+        "inspect": ["inspect", "--json", "pruned"],
         "pack": ["pack", "pruned", "packed", "--json"],
         "unpack": ["unpack", "packed", "unpacked", "--json"],
         "fails": ["fit", *run, "--export=exported", "--json"],

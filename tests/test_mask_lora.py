@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -29,6 +30,7 @@ from sparse_train.inspection import layer_sparsities
 from sparse_train.layers import squashed_state_dict
 from sparse_train.mask_lora import MaskLoRALinear
 from sparse_train.module import CausalLM
+from sparse_train.sources import Pretrained
 from sparse_train.trainer_callback import SparseTrainerCallback
 
 from .callbacks.runs import ExactAfterEveryStep, InConfigureModel, InInit, Interrupt, loader, trainer
@@ -263,6 +265,11 @@ def test_a_module_with_layers_from_init_that_gives_all_parameters_to_its_optimiz
     assert torch.equal(module.net.model.embed_tokens.weight, tiny_llama().model.embed_tokens.weight)
 
 
+def test_true_half_precision_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="factor of mask_lora, torch.bfloat16.*bf16-mixed"):
+        trainer(tmp_path, DynamicPruning("2:4", mask_lora=ALL), precision="bf16-true").fit(InInit(), loader())
+
+
 @pytest.mark.parametrize("at", [6, 8], ids=["in a window", "at an update"])
 def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, at):
     def fit(*callbacks, seed, **settings):
@@ -331,3 +338,16 @@ def test_a_checkpoint_of_causal_lm_validates_and_exports(tmp_path, model_folder)
         subject = module if checkpoint is None else CausalLM(str(model_folder))
         losses.append(made_trainer.validate(subject, loader(), ckpt_path=checkpoint, verbose=False)[0]["val/loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_a_checkpoint_in_half_precision_exports_what_was_trained(tmp_path, model_folder):
+    module = CausalLM(Pretrained(str(model_folder), dtype="bfloat16"), lr=1e-2)
+    pruning = DynamicPruning("2:4", mask_lora=ALL, calibration_batches=0, squash=False)
+    run = trainer(tmp_path, pruning, max_steps=2)
+    run.fit(module, loader())
+    run.save_checkpoint(tmp_path / "half.ckpt")
+    expected = squashed_state_dict(module.model)
+    export_checkpoint(tmp_path / "half.ckpt", tmp_path / "model")
+    found = load_file(tmp_path / "model" / "model.safetensors")
+    assert all(torch.equal(value, expected[name]) and value.dtype == torch.bfloat16 for name, value in found.items())
+    assert len(found) > 20

@@ -79,7 +79,8 @@ def test_the_whole_table_by_one_command(measure, tmp_path, capsys):
     assert len(measure(arm="wanda", seed=1)) == len(found) + 7
     assert len(measure(arm="dynamic", model=folder)) == len(found) + 14
     made = zeroshot_tables.tables(tmp_path / "zeroshot.csv")
-    assert "| re-pruned minus static, seed 3, 20 steps, paired | +0.0 ± 0.0 |" in made
+    label = "re-pruned minus static Wanda mask, seed 3, 20 steps, learning rates 0.0005 and 0.0005, paired"
+    assert f"| {label} | +0.0 ± 0.0 |" in made
     assert "tiny" not in made and "the first 2 items of each task; 0 examples in the prompt; `acc`" in made
     assert re.search(r"Wanda, one-shot, 4 samples of 32 tokens of topics.txt, seed 1 \|", made)
 

@@ -4,7 +4,7 @@ import lightning as L
 import pytest
 import torch
 
-from sparse_train import Cubic, Magnitude, Regrow, Wanda, sparse_layers
+from sparse_train import Cubic, Magnitude, Random, Regrow, Wanda, sparse_layers
 from sparse_train.callbacks import DynamicPruning
 
 from .runs import ExactAfterEveryStep, InInit, Interrupt, flip_rates, loader, trainer
@@ -146,6 +146,8 @@ def test_the_first_mask_can_come_from_another_score(tmp_path):
     assert all(torch.equal(found[name], wanda[name]) for name in wanda)
     found = first_masks(tmp_path, criterion=Wanda(), initial_criterion=Magnitude())
     assert all(torch.equal(found[name], magnitude[name]) for name in magnitude)
+    random = first_masks(tmp_path, criterion=Magnitude(), initial_criterion=Random())
+    assert all(0.3 < (random[name] == magnitude[name]).float().mean() < 0.8 for name in magnitude)
 
 
 @pytest.mark.parametrize(
@@ -156,6 +158,14 @@ def test_the_first_mask_can_come_from_another_score(tmp_path):
 def test_a_score_for_a_first_mask_that_is_not_one_shot_is_refused(tmp_path, settings):
     with pytest.raises(ValueError, match="initial_criterion is Magnitude.*Leave initial_criterion out"):
         first_masks(tmp_path, initial_criterion=Magnitude(), **settings)
+
+
+def test_masks_that_are_there_are_not_made_again_by_another_score(tmp_path):
+    model = InInit()
+    trainer(tmp_path, DynamicPruning("2:4", squash=False), max_steps=2).fit(model, loader())
+    pruning = DynamicPruning("2:4", initial_criterion=Magnitude())
+    with pytest.raises(ValueError, match="has no masks yet"):
+        trainer(tmp_path, pruning, max_steps=2).fit(model, loader())
 
 
 class TokensRemembered(L.Callback):

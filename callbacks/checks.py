@@ -1,0 +1,52 @@
+"""What does not go together with ``DynamicPruning``, and is refused before a run begins."""
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.strategies import ModelParallelStrategy
+
+from sparse_train.layers import sparse_layers
+from sparse_train.matrices import FACTOR_NAMES
+from sparse_train.sharding import is_sharded
+
+
+def check_averaging(trainer: L.Trainer, pruning: L.Callback) -> None:
+    """Raise ValueError where weights are averaged and masks with them."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    for callback in callbacks:
+        if not isinstance(callback, WeightAveraging):
+            continue
+        name = type(callback).__name__
+        if callback._use_buffers:
+            raise ValueError(
+                f"{name} would average the bytes of the masks. Give it use_buffers=False: weights are averaged, and "
+                "the averaged model has the masks of the last step that went into it."
+            )
+        if callbacks.index(callback) < callbacks.index(pruning):
+            raise ValueError(
+                f"{name} copies the model before DynamicPruning has given it masks. Put DynamicPruning first in the "
+                "trainer's callbacks."
+            )
+
+
+def check_sharded(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    """Raise ValueError where ``ModelParallelStrategy`` was given nothing to divide."""
+    if not isinstance(trainer.strategy, ModelParallelStrategy) or trainer.world_size == 1:
+        return
+    if not any(map(is_sharded, sparse_layers(pl_module).values())):
+        raise ValueError(
+            "ModelParallelStrategy leaves sharding to configure_model, and none of the targeted layers is sharded, so "
+            "each process would train a model of its own. Call sparse_train.sharding.shard_blocks(model, "
+            'self.device_mesh["data_parallel"]) there, or take strategy="ddp".'
+        )
+
+
+def check_factors(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    """Raise ValueError where a precision of the trainer has made factors of mask_lora half as long."""
+    for name, parameter in pl_module.named_parameters():
+        if name.rpartition(".")[2] in FACTOR_NAMES and parameter.dtype in (torch.bfloat16, torch.float16):
+            raise ValueError(
+                f"precision {trainer.precision!r} has made {name}, a factor of mask_lora, {parameter.dtype}, in which "
+                "an optimizer's steps would be lost. Take precision='bf16-mixed'; the frozen weights stay in half "
+                "precision where they are loaded in it (the model source's dtype)."
+            )

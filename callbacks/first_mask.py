@@ -1,0 +1,91 @@
+"""The first mask of a run, where one-shot pruning makes it from batches of the training data."""
+
+import logging
+
+import lightning as L
+from lightning.pytorch.utilities import rank_zero_info
+
+from sparse_train.callbacks.calibration import peek
+from sparse_train.criteria import Criterion
+from sparse_train.layers import sparse_layers
+from sparse_train.oneshot import set_initial_masks
+from sparse_train.oneshot.training_data import causal_lm
+from sparse_train.patterns import Pattern
+from sparse_train.pruner import masks_from_zeros
+from sparse_train.sharding import is_sharded, reshard
+
+_log = logging.getLogger("sparse_train.callbacks.dynamic_pruning")  # whose users it speaks to
+
+
+def make_first_mask(
+    trainer: L.Trainer,
+    pl_module: L.LightningModule,
+    criterion: Criterion,
+    pattern: Pattern,
+    sparsity: float,
+    batches: int,
+    initial_criterion: Criterion | None = None,
+) -> None:
+    """Set the masks that a run starts with; leaves them alone where its first window of steps has to make them.
+
+    Args:
+        trainer, pl_module: of the run, which has just begun.
+        criterion: of the run.
+        pattern, sparsity: of the masks, at step 0.
+        batches: of training data to calibrate on.
+        initial_criterion: scores of these masks; default: ``criterion``.
+
+    Raises:
+        ValueError: there is an ``initial_criterion``, and one-shot pruning makes no first mask here.
+    """
+    made = _one_shot(trainer, pl_module, criterion, pattern, sparsity, batches, initial_criterion)
+    if initial_criterion is not None and not made:
+        raise ValueError(
+            f"initial_criterion is {initial_criterion}, but no one-shot pruning makes the first mask here: it does at "
+            "start_step 0, with calibration_batches above 0, for a transformers model that is not sharded and has no "
+            "masks yet, and where there is something to prune. Leave initial_criterion out, or prune the model before "
+            "the run (sparse_train.prune)."
+        )
+
+
+def _one_shot(
+    trainer: L.Trainer,
+    pl_module: L.LightningModule,
+    criterion: Criterion,
+    pattern: Pattern,
+    sparsity: float,
+    count: int,
+    initial_criterion: Criterion | None,
+) -> bool:
+    layers = sparse_layers(pl_module)
+    needless = initial_criterion is None and not criterion.needs_activations
+    if needless or sparsity == 0 or not all(layer.keeps_all() for layer in layers.values()):
+        return False
+    reshard(pl_module)
+    if any(map(is_sharded, layers.values())):
+        if not masks_from_zeros(layers, pattern, sparsity):
+            rank_zero_info(
+                "The model is sharded, so its blocks cannot be calibrated one by one: the first mask will come "
+                "from the activations of the first steps, which run dense. A model that was pruned before starts "
+                "with the zeros that it has."
+            )
+        return False
+    if not count:
+        return False
+    model = causal_lm(pl_module, layers)
+    each = -(-count // trainer.world_size) * trainer.world_size  # as many for each rank
+    found = peek(trainer, each) if model is not None else None
+    if model is None or found is None or len(found) < trainer.world_size:
+        _log.info("The first mask will come from the activations of the first steps, which run dense.")
+        return False
+    with trainer.precision_plugin.forward_context():
+        set_initial_masks(
+            model,
+            sparse_layers(model),
+            found[trainer.global_rank :: trainer.world_size],  # statistics are summed over ranks
+            criterion=initial_criterion or criterion,
+            pattern=pattern,
+            sparsity=sparsity,
+            progress=trainer.is_global_zero and trainer.progress_bar_callback is not None,
+        )
+    return True

@@ -28,7 +28,8 @@ from sparse_train.data import calibration_batches
 from sparse_train.evaluation import PerplexityResult, evaluate_perplexity, token_ids
 from sparse_train.inspection import layer_sparsities, overall_sparsity
 from sparse_train.report import Report, read_metrics, write_report
-from sparse_train.sources import ModelSource, PackagedSmolLM2, PackagedWikipedia, Pretrained, TextSource
+from sparse_train.sources import ModelSource, PackagedSmolLM2, Pretrained
+from sparse_train.texts import PackagedWikipedia, TextSource
 
 WINDOW, BATCH = 512, 4
 CONSOLE = Console()

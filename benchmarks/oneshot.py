@@ -22,7 +22,8 @@ from sparse_train import RIA, Magnitude, Random, SparseGPT, Unstructured, Wanda,
 from sparse_train.data import calibration_batches
 from sparse_train.evaluation import evaluate_perplexity, token_ids
 from sparse_train.packaged import MODEL_NAME
-from sparse_train.sources import HubText, PackagedSmolLM2, TextFiles, TextSource
+from sparse_train.sources import PackagedSmolLM2
+from sparse_train.texts import HubText, TextFiles, TextSource
 
 METHODS: dict[str, tuple[Callable[[], Any], str]] = {
     "magnitude": (Magnitude, "row"),

@@ -28,7 +28,8 @@ from sparse_train import Wanda, prune
 from sparse_train.activations import ActivationGram, ActivationNorm
 from sparse_train.data import calibration_batches
 from sparse_train.solvers import SparseGPT
-from sparse_train.sources import PackagedSmolLM2, PackagedWikipedia, TextFiles
+from sparse_train.sources import PackagedSmolLM2
+from sparse_train.texts import PackagedWikipedia, TextFiles
 
 
 @dataclass

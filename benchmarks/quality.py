@@ -25,7 +25,8 @@ from sparse_train import lightning_cli, prune
 from sparse_train.data import calibration_batches
 from sparse_train.evaluation import evaluate_perplexity, token_ids
 from sparse_train.packaged import MODEL_NAME
-from sparse_train.sources import PackagedSmolLM2, PackagedWikipedia, TextFiles, TextSource
+from sparse_train.sources import PackagedSmolLM2
+from sparse_train.texts import PackagedWikipedia, TextFiles, TextSource
 
 
 @dataclass(frozen=True)

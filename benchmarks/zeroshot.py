@@ -29,8 +29,9 @@ from sparse_train.evaluation import WANDA7, ZeroShotResult, evaluate_zero_shot
 from sparse_train.evaluation.task_data import read, task_file
 from sparse_train.evaluation.zeroshot import check_tasks
 from sparse_train.packaged import MODEL_NAME
-from sparse_train.sources import PackagedSmolLM2, PackagedWikipedia, Pretrained, TextFiles, TextSource
+from sparse_train.sources import PackagedSmolLM2, Pretrained
 from sparse_train.tables import show_zero_shot
+from sparse_train.texts import PackagedWikipedia, TextFiles, TextSource
 
 ONESHOT = {"magnitude": Magnitude, "sparsegpt": SparseGPT, "wanda": Wanda}
 TRAINED = ("static", "static_ste", "dynamic", "dense_tuned", "distilled")

@@ -22,7 +22,8 @@ from sparse_train.evaluation.undisturbed import isolated_rng
 from sparse_train.evaluation.zeroshot import check_tasks, task_names
 from sparse_train.layers import sparse_layers
 from sparse_train.oneshot.training_data import causal_lm
-from sparse_train.sources import ModelSource, Split, TextSource, as_model_source
+from sparse_train.sources import ModelSource, as_model_source
+from sparse_train.texts import Split, TextSource
 
 _AUTOCAST = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_train import packaged
-from sparse_train.sources import PackagedWikipedia, Split, TrainingText, fields_of
+from sparse_train.texts import PackagedWikipedia, Split, TrainingText, fields_of
 
 Conversation = list[dict[str, Any]]
 """Messages, each with a ``role`` ("system", "user", "assistant") and a ``content`` of text."""

@@ -16,14 +16,8 @@ from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 from sparse_train.chat import conversation_blocks
 from sparse_train.conversations import Conversations
 from sparse_train.losses import IGNORED
-from sparse_train.sources import (
-    ModelSource,
-    PackagedWikipedia,
-    Split,
-    TextSource,
-    TrainingText,
-    as_model_source,
-)
+from sparse_train.sources import ModelSource, as_model_source
+from sparse_train.texts import PackagedWikipedia, Split, TextSource, TrainingText
 
 
 class TextBlocks(L.LightningDataModule):

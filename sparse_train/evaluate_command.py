@@ -2,9 +2,10 @@
 
 from typing import Any
 
-from sparse_train.sources import ModelSource, PackagedWikipedia, Split, TextSource, as_model_source, float_dtype
+from sparse_train.sources import ModelSource, as_model_source, float_dtype
 from sparse_train.tables import show_zero_shot
 from sparse_train.terminal import bars_are_seen
+from sparse_train.texts import PackagedWikipedia, Split, TextSource
 
 
 def evaluate(

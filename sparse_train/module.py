@@ -25,8 +25,8 @@ from sparse_train.targets import block_lists, dimensions
 class CausalLM(L.LightningModule):
     """A transformers causal language model with AdamW, linear warm-up and cosine decay to zero.
 
-    A batch's loss is the mean over its labelled tokens, and so over micro-batches and processes the mean of their means:
-    where those differ in labels, as conversations do, a token of a batch with few counts more.
+    A batch's loss is the mean over its labelled tokens, and over micro-batches and processes the mean of their means:
+    where those differ in labels, as in conversations, a token of a batch with few counts more.
 
     Logs ``train/loss`` every step, ``val/loss`` and ``val/perplexity`` (token perplexity, exp of the mean loss over
     tokens; the loss in float32) every validation. With distillation ``train/loss`` is the weighted sum that is trained

@@ -20,8 +20,9 @@ from sparse_train.oneshot import OneshotReport
 from sparse_train.patterns import Pattern
 from sparse_train.prune_job import Calibration, Job, details_of, resolve_stage, stages_of, stream
 from sparse_train.solvers import Solver
-from sparse_train.sources import ModelSource, PackagedWikipedia, Pretrained, TextSource, as_model_source
+from sparse_train.sources import ModelSource, Pretrained, as_model_source
 from sparse_train.tables import show_pruning, show_seeds
+from sparse_train.texts import PackagedWikipedia, TextSource
 
 Details = dict[str, Any]
 """The record of a pruning, as pruning.json or seeds.json holds it."""

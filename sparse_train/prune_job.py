@@ -11,7 +11,8 @@ from sparse_train.oneshot import Batch, OneshotReport, resolve
 from sparse_train.oneshot import prune as prune_model
 from sparse_train.oneshot.engine import statistics_of
 from sparse_train.patterns import Pattern, group_label
-from sparse_train.sources import ModelSource, Pretrained, TextSource
+from sparse_train.sources import ModelSource, Pretrained
+from sparse_train.texts import TextSource
 
 
 def stages_of(recipe: str | None, *own: Any) -> tuple[list[Stage], list[str]]:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from sparse_train.conversations import ConversationFiles, HubConversations, PackagedQuestions
-from sparse_train.sources import PackagedWikipedia
+from sparse_train.texts import PackagedWikipedia
 
 TALK = [{"role": "user", "content": "a\u2028b"}, {"role": "assistant", "content": "c"}]
 

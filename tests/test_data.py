@@ -8,16 +8,8 @@ import torch
 import yaml
 
 from sparse_train.data import TextBlocks, blocks_of, calibration_batches
-from sparse_train.sources import (
-    FromScratch,
-    HubText,
-    PackagedWikipedia,
-    Pretrained,
-    PythonStandardLibrary,
-    TextFiles,
-    TextSource,
-    as_model_source,
-)
+from sparse_train.sources import FromScratch, Pretrained, as_model_source
+from sparse_train.texts import HubText, PackagedWikipedia, PythonStandardLibrary, TextFiles, TextSource
 
 from .conftest import tiny_tokenizer
 

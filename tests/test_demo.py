@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
-from sparse_train.sources import Pretrained, TextFiles
+from sparse_train.sources import Pretrained
+from sparse_train.texts import TextFiles
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 ROOT = Path(__file__).parent.parent

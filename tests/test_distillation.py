@@ -16,7 +16,8 @@ from sparse_train.data import TextBlocks
 from sparse_train.distillation import Distillation, Teacher, logit_losses, squarehead_loss
 from sparse_train.losses import next_token_loss
 from sparse_train.module import CausalLM
-from sparse_train.sources import Pretrained, TextFiles
+from sparse_train.sources import Pretrained
+from sparse_train.texts import TextFiles
 
 from .conftest import tiny_llama, tiny_tokenizer
 

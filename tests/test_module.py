@@ -8,7 +8,7 @@ from sparse_train.callbacks import DynamicPruning
 from sparse_train.data import TextBlocks
 from sparse_train.distillation import Distillation
 from sparse_train.module import CausalLM
-from sparse_train.sources import TextFiles
+from sparse_train.texts import TextFiles
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

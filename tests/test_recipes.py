@@ -12,7 +12,8 @@ from sparse_train.commands import parser_of
 from sparse_train.conversations import ConversationFiles, PackagedQuestions
 from sparse_train.lora import LoRA
 from sparse_train.module import CausalLM
-from sparse_train.sources import HubText, PackagedSmolLM2, PackagedWikipedia, Pretrained, PythonStandardLibrary
+from sparse_train.sources import PackagedSmolLM2, Pretrained
+from sparse_train.texts import HubText, PackagedWikipedia, PythonStandardLibrary
 
 ROOT = Path(__file__).parent.parent
 RECIPES, CONFIGS = sorted((ROOT / "recipes").rglob("*.yaml")), sorted((ROOT / "configs").rglob("*.yaml"))

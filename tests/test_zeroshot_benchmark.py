@@ -12,7 +12,8 @@ import pytest
 from sparse_train.card import ModelCard
 from sparse_train.evaluation import WANDA7
 from sparse_train.export import export_model
-from sparse_train.sources import ModelSource, TextFiles
+from sparse_train.sources import ModelSource
+from sparse_train.texts import TextFiles
 
 from .conftest import tiny_llama, tiny_tokenizer
 from .test_zeroshot import ITEMS, write

@@ -16,7 +16,8 @@ from sparse_train.callbacks import DynamicPruning, Evaluation
 from sparse_train.evaluation import evaluate_perplexity, evaluate_zero_shot, token_ids
 from sparse_train.module import CausalLM
 from sparse_train.report import read_metrics
-from sparse_train.sources import Pretrained, TextFiles
+from sparse_train.sources import Pretrained
+from sparse_train.texts import TextFiles
 
 from ..conftest import tiny_llama, tiny_tokenizer
 from .runs import InInit, loader

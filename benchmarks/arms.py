@@ -86,6 +86,10 @@ ARMS: dict[str, Arm] = {
     "dynamic_frozen_norms_70": _arm("smollm2_unstructured60", *_70, "memory=frozen"),
     "dynamic_magnitude_70": _arm("smollm2_unstructured60", *_70, *_FROM_WANDA),
     "regrow_70": _arm("smollm2_unstructured60", *_70, "policy=Regrow", "memory=0"),
+    # low-rank, of q and v: beside the mask, where merging loses zeros, and inside it
+    "lora": _arm("smollm2_2of4_lora"),
+    "mask_lora": _arm("smollm2_2of4_mask_lora"),
+    "mask_lora_fixed": _arm("smollm2_2of4_mask_lora", "policy=Fixed"),
     # from scratch: smoke runs
     "scratch_dense": _arm("pretrain_llama_dense"),
     "scratch_2of4": _arm("pretrain_llama_2of4"),

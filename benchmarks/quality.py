@@ -100,7 +100,7 @@ def main(
     model, flips = _train(arm, seed, steps, lr, teacher, export) if arm in ARMS else (_oneshot(arm, seed), [])
     if done:
         return
-    weights = [p for n, p in model.named_parameters() if "proj" in n]
+    weights = [p for n, p in model.named_parameters() if "proj" in n and "lora" not in n]
     sparsity = sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
     found = {"validation": _perplexity(model, PackagedWikipedia(), "validation")}
     if not tuning:

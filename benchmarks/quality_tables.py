@@ -79,6 +79,14 @@ UNSTRUCTURED = {
     "dynamic_magnitude_70": "re-pruned every 10 steps, magnitude",
     "regrow_70": "Regrow: gradient",
 }
+LOW_RANK = {
+    "oneshot_wanda": "none: one-shot Wanda",
+    "lora": "LoRA beside a frozen 2:4 base (not sparse once merged)",
+    "mask_lora": "mask_lora, re-pruned",
+    "mask_lora_fixed": "mask_lora, masks that stay",
+    "static": "full, masks that stay",
+    "dynamic": "full, re-pruned",
+}
 SCRATCH = {
     "scratch_dense": "dense",
     "scratch_2of4": "through 3:4 to 2:4, re-pruned",
@@ -183,7 +191,7 @@ def table(runs: Runs, arms: dict[str, str], against: str | None, label: str, ste
 
 def tuning_table(runs: Runs) -> str:
     """Validation perplexity of every arm at every learning rate that was tried."""
-    arms = dict.fromkeys([*MAIN, *SCORES, *DISTILLATION, *UNSTRUCTURED])
+    arms = dict.fromkeys([*MAIN, *SCORES, *DISTILLATION, *UNSTRUCTURED, *LOW_RANK, *SCRATCH])
     tried = {arm: runs.tuning(arm) for arm in arms if runs.tuning(arm)}
     rates = sorted({lr for each in tried.values() for lr in each})
     lines = [f"| `--arm` | {' | '.join(f'{lr:g}' for lr in rates)} |", "| --- " * (len(rates) + 1) + "|"]
@@ -236,6 +244,9 @@ def tables(path: Path = CSV) -> str:
         table(runs, DISTILLATION, "dynamic", "re-pruned, none"),
         "\n### Unstructured 70 %\n",
         table(runs, UNSTRUCTURED, runs.best(("static_70", "static_ste_70")), "the better static arm"),
+        "\n### Fine-tuning a pruned model: low-rank and full\n",
+        "r 8 on q and v, as in the paper's Table 6.\n",
+        table(runs, LOW_RANK, None, ""),
         "\n### From scratch\n",
         "A Llama of 17 million weights on 614,400 tokens: smoke runs that show it works, not what it is worth.\n",
         table(runs, SCRATCH, "scratch_dense", "dense", steps=300),

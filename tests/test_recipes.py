@@ -193,11 +193,11 @@ def test_arms_of_the_benchmark_are_runs_of_their_own():
         cli = parse_fit(f"--config={ROOT / arm.recipe}", *arm.changes, *teacher)
         distillation = cli.model.distillation
         assert (distillation is not None and distillation.teacher is not None) == arm.teacher
-        found = [cli.model.source.name, vars(distillation) if distillation else None]
+        found = [type(cli.model.source), cli.model.source.name, vars(distillation) if distillation else None]
         for each in cli.trainer.callbacks:
             if isinstance(each, DynamicPruning):
                 found += [each._pattern, each._criterion, each._initial_criterion, each._policy, each._schedule]
-                found += [each._timing, each._scoring]
+                found += [each._timing, each._scoring, each._mask_lora]
         assert str(found) not in settings.values(), name
         settings[name] = str(found)
 

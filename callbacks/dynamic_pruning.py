@@ -87,7 +87,8 @@ class DynamicPruning(L.Callback):
         end_step: the step after which masks are frozen; int = steps, float = share of the run.
         window: steps before an update over which activations are recorded; float = share of ``update_freq``.
         memory: factor per update with which activations of earlier windows count: 0 = the last window alone, up to
-            1 = all windows; "frozen": the norms of the first mask for ever.
+            1 = all windows and those behind the first mask, the default, which trained best (docs/results.md);
+            "frozen": the norms of the first mask for ever.
         hysteresis: share by which the scores of kept weights count more at updates; 0 = none.
         noise_margin: standard errors by which kept weights are taken for better, and pruned ones for worse, than they
             look, from what the odd and the even steps of the window say; 0 = none. See ``sparse_train.margins``.
@@ -119,7 +120,7 @@ class DynamicPruning(L.Callback):
         start_step: int | float = 0,
         end_step: int | float = 0.75,
         window: int | float = 0.5,
-        memory: Memory = 0.0,
+        memory: Memory = 1.0,
         hysteresis: float = 0.0,
         noise_margin: float = 0.0,
         flip_agreement: bool = False,

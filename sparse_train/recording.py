@@ -26,8 +26,8 @@ def check_memory(memory: Memory, criterion: Criterion) -> None:
             "memory is the factor with which statistics of earlier windows count at an update, from 0 (only the last "
             f'window) to 1 (all of them alike), or "frozen" (norms of the first mask for ever), got {memory!r}.'
         )
-    if memory and not criterion.needs_activations:
-        raise ValueError(f"{criterion} reads no activations, so that memory={memory!r} has nothing to remember.")
+    if memory == "frozen" and not criterion.needs_activations:
+        raise ValueError(f"{criterion} reads no activations, so that memory='frozen' has nothing to keep.")
 
 
 def remember(statistics: Iterable[Statistics], memory: Memory) -> None:

@@ -81,7 +81,7 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
         start_step: int | float = 0,
         end_step: int | float = 0.75,
         window: int | float = 0.5,
-        memory: Memory = 0.0,
+        memory: Memory = 1.0,
         hysteresis: float = 0.0,
         noise_margin: float = 0.0,
         flip_agreement: bool = False,

@@ -77,8 +77,9 @@ class MaskUpdater:
         window: steps before an update over which activations are recorded (int = steps, float = share of
             ``update_freq``).
         memory: factor per update with which the statistics of earlier windows count, tokens alike: 0 = the last window
-            alone, up to 1 = all windows; where the masks that the model has come from one-shot pruning, its norms
-            count as the first window's (but for ``noise_margin`` and ``flip_agreement``, which want halves of them).
+            alone, up to 1 = all windows, the default, which trained best (docs/results.md). Where the masks that the
+            model has come from one-shot pruning, its norms count as the first window's, but for ``noise_margin`` and
+            ``flip_agreement``, which want halves of them.
             "frozen": the norms of the first mask for ever; from there, or from the first window.
         hysteresis: share by which the scores of kept weights count more at updates.
         noise_margin: how many standard errors, estimated from the odd and the even steps of the window, kept weights
@@ -107,7 +108,7 @@ class MaskUpdater:
         start_step: int | float = 0,
         end_step: int | float = 0.75,
         window: int | float = 0.5,
-        memory: Memory = 0.0,
+        memory: Memory = 1.0,
         hysteresis: float = 0.0,
         noise_margin: float = 0.0,
         flip_agreement: bool = False,

@@ -127,7 +127,7 @@ def test_memory_is_resumed_bit_for_bit(memory, after):
     found = half[0].state_dict()
     assert all(torch.equal(found[name], value) for name, value in whole[0].state_dict().items())
     with pytest.raises(ValueError, match=f"memory = {memory}, and this run has 0.0"):
-        MaskUpdater(tiny_llama(), "2:4", update_freq=4, total_steps=20, state=whole[1].state_dict())
+        MaskUpdater(tiny_llama(), "2:4", update_freq=4, memory=0.0, total_steps=20, state=whole[1].state_dict())
 
 
 def test_fading_keeps_counts_whole_and_never_forgets_a_token():

@@ -120,7 +120,7 @@ def test_statistics_under_accumulation_padding_and_gradient_checkpointing(tmp_pa
     model = InInit()
     if checkpointing:
         model.net.gradient_checkpointing_enable({"use_reentrant": False})
-    pruning = DynamicPruning("2:4", update_freq=100, window=1.0, end_step=200)
+    pruning = DynamicPruning("2:4", update_freq=100, window=1.0, end_step=200, memory=0.0)
     counted = []
 
     class Watch(L.Callback):

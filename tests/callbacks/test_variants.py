@@ -116,7 +116,7 @@ def test_regrow_knows_its_optimizers_before_the_first_step(tmp_path):
     ("arguments", "message"),
     [
         ({"memory": 1.5}, "memory is the factor"),
-        ({"memory": 0.5, "criterion": Magnitude()}, "has nothing to remember"),
+        ({"memory": "frozen", "criterion": Magnitude()}, "has nothing to keep"),
         ({"hysteresis": -0.1}, "hysteresis is the share"),
         ({"hysteresis": 0.1, "policy": Regrow()}, "has no effect with Regrow"),
         ({"noise_margin": 1.0, "memory": "frozen"}, "none are recorded"),

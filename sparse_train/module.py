@@ -40,8 +40,8 @@ class CausalLM(L.LightningModule):
         betas: AdamW's.
         warmup: share of the run over which the learning rate rises.
         gradient_checkpointing: recompute activations in backward, to save memory.
-        compile_blocks: compile the decoder blocks, of the teacher too (``torch.compile``): a quarter to a fifth less
-            time a step on CPU, for some seconds at the start. Tested in one process.
+        compile_blocks: compile the decoder blocks, of the teacher too (``torch.compile``, which wants a C++ compiler on
+            CPU). Layers that share an input then record it each for itself. Tested in one process.
         distillation: learn from a teacher, too; default: from the text alone.
     """
 

@@ -67,8 +67,8 @@ DISTILLATION = {
     "static_ste": "static straight-through, none",
     "static_ste_distill": "static straight-through, untouched teacher",
     "static_ste_distill_tuned": "static straight-through, fine-tuned teacher",
-    "dynamic": "re-pruned, none",
-    "dynamic_distill": "re-pruned, untouched teacher",
+    "dynamic": "re-pruned, norms of the last 5 steps, none",
+    "dynamic_distill": "re-pruned, norms of the last 5 steps, untouched teacher",
     "dynamic_distill_tuned": "re-pruned, fine-tuned teacher",
     "frozen_norms_distill_tuned": "re-pruned by norms of the first mask, fine-tuned teacher",
 }
@@ -264,7 +264,7 @@ def tables(path: Path = CSV) -> str:
         "A Llama of 17 million weights on 614,400 tokens: smoke runs that show it works, not what it is worth.\n",
         table(runs, SCRATCH, "scratch_dense", "dense", steps=300),
         "\n### How learning rates were chosen\n",
-        "Perplexity on validation articles (first 32,768 tokens), seed 0; the best of each arm is bold.\n",
+        "Perplexity on validation articles (first 32,768 tokens), seed 0; the best of each grid is bold.\n",
         tuning_table(runs),
     ]
     return "\n".join(parts) + "\n"
@@ -275,7 +275,7 @@ def headline(path: Path = CSV) -> str:
     runs = Runs(path)
     lines = ["| SmolLM2-135M-Instruct, dequantised from Q4_1 | held-out Wikipedia | C4 |", "| --- " * 3 + "|"]
     chosen = dict(MAIN)
-    chosen |= {"dynamic_distill": "re-pruned, distilled from the dense model"}
+    chosen |= {"dynamic_distill": "re-pruned, norms of the last 5 steps, distilled from the dense model"}
     for arm in ("dynamic_k50", "dynamic_k1", "dynamic"):
         del chosen[arm]
     for arm, words in chosen.items():
@@ -303,10 +303,11 @@ def draw(path: Path = CSV, out: Path = PICTURE) -> None:
         values = list(runs.values(arm, "heldout").values())
         colour = "#7f7f7f" if arm == "dense" or "static" in arm or "gradual" in arm else "#1f77b4"
         axes.plot(values, [height] * len(values), "o", color=colour, alpha=0.75)
-        axes.annotate(f"{statistics.mean(values):.2f}", (max(values), height), (6, -3), textcoords="offset points")
+        label = f"{statistics.mean(values):.2f} (n = {len(values)})"
+        axes.annotate(label, (max(values), height), (6, -3), textcoords="offset points")
     axes.set_yticks(range(len(order)), [words[arm] for arm in order])
     figure.supxlabel("token perplexity, held-out Wikipedia articles (lower is better)", fontsize=10)
-    figure.suptitle("2:4, 100 steps of 2048 tokens, a dot a seed, means; blue = masks change", fontsize=10)
+    figure.suptitle("2:4, 100 steps of 2048 tokens, a dot a seed, means; axis cut; blue = masks change", fontsize=10)
     axes.margins(x=0.2, y=0.1)
     axes.grid(axis="x", alpha=0.3)
     figure.savefig(out, metadata={"Date": None})

@@ -252,7 +252,7 @@ class DynamicPruning(L.Callback):
         rank_zero_info(
             f"DynamicPruning: {len(self.updater.layers)} layers at {group_label(self._pattern)}, final sparsity "
             f"{self._schedule.sparsity(1.0):g}; masks change every {timing.update_freq} steps from step "
-            f"{timing.start_step} to {timing.end_step}, and are frozen afterwards."
+            f"{timing.start_step} on and at step {timing.end_step}, and are frozen afterwards."
         )
         self._global_step = trainer.global_step if self._restored is None else self._restored["global_step"]
         if self._restored is None and self.updater.target is not None:

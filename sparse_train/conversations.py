@@ -106,7 +106,16 @@ class ConversationFiles(Conversations):
 
     def conversations(self, split: Split) -> list[Conversation]:
         paths: Sequence[str] = {"train": self.train, "validation": self.validation, "test": self.test}[split]
-        return [conversation for path in paths for conversation in fields_of(Path(path), self.column)]
+        return [conversation for path in paths for conversation in self._read(Path(path))]
+
+    def _read(self, path: Path) -> list[Any]:
+        try:
+            return fields_of(path, self.column)
+        except ValueError as error:
+            raise ValueError(
+                f'{error} A line is to be {{"{self.column}": [{{"role": "user", "content": "..."}}, {{"role": '
+                '"assistant", "content": "..."}]}; rename the "from" and "value" of ShareGPT.'
+            ) from None
 
 
 def _exchange(question: str, answer: str) -> Conversation:

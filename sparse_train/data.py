@@ -182,7 +182,8 @@ def _packed(text: TextSource, tokenizer: Any, samples: int, length: int, generat
     if len(blocks) < samples:
         raise ValueError(
             f"The training split of {text.name} gives {len(blocks)} calibration samples of {length} tokens, "
-            f"fewer than num_calibration_samples={samples}. Give more text, or ask for less."
+            f"fewer than num_calibration_samples={samples}. Give more text, or ask for less: "
+            f"num_calibration_samples={len(blocks)}, or a smaller max_seq_length."
         )
     order = torch.randperm(len(blocks), generator=generator)[:samples]
     ids: Tensor = blocks[order.tolist()]["input_ids"]

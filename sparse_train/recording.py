@@ -49,9 +49,7 @@ def check_reached(layers: Mapping[str, MaskedMatrix], criterion: Criterion) -> N
     if criterion.needs_activations:
         for name, layer in layers.items():
             check_statistics(name, layer.statistics)
-        if world_size() > 1:  # statistics are sums over ranks, and what follows is not
-            return
-    # also where statistics are remembered from before
+        return
     unreached = [name for name, layer in layers.items() if not layer.reached]
     if unreached and len(unreached) < len(layers):  # none reached: there has been no forward yet
         raise ValueError(

@@ -17,7 +17,7 @@ def train(compiled: bool, checkpointing: bool = False, steps: int = 20) -> tuple
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
-    updater = MaskUpdater(model, "2:4", update_freq=4, window=2, total_steps=100)
+    updater = MaskUpdater(model, "2:4", update_freq=4, window=2, memory=0.0, total_steps=100)
     forward = torch.compile(model, backend="aot_eager") if compiled else model
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     generator = torch.Generator().manual_seed(0)
@@ -52,7 +52,7 @@ def test_a_compiled_model_makes_the_masks_of_an_eager_one(checkpointing):
 def test_no_graph_break_in_a_masked_layer():
     torch._dynamo.reset()
     model = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 8), nn.Linear(8, 4))
-    updater = MaskUpdater(model, "2:4", update_freq=4, window=4, total_steps=20)
+    updater = MaskUpdater(model, "2:4", update_freq=4, window=4, memory=0.0, total_steps=20)
     forward = torch.compile(model, backend="aot_eager", fullgraph=True)
     for _ in range(9):
         forward(torch.randn(5, 16)).sum().backward()

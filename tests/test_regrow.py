@@ -92,7 +92,7 @@ def fresh(structure="unstructured", optimizer=None, model=None, **changes):
     prune(
         model, list(torch.randint(3, VOCABULARY, (2, 2, 16))), structure, sparsity=changes.get("sparsity"), squash=False
     )
-    arguments = {"policy": Regrow(), "update_freq": 4, "total_steps": 20, "end_step": 1.0} | changes
+    arguments = {"policy": Regrow(), "update_freq": 4, "total_steps": 20, "end_step": 1.0, "memory": 0.0} | changes
     updater = MaskUpdater(model, structure, **arguments)
     make = optimizer or (lambda parameters: AdamW(parameters, lr=3e-3))
     return model, updater, make(model.parameters())

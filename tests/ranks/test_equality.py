@@ -17,8 +17,9 @@ from sparse_train.sharding import whole_state_dict
 from tests.ranks import engines, launch
 
 METHODS: dict[str, dict[str, Any]] = {
-    "wanda 2:4": {"mask_structure": "2:4"},
-    "decaying shadows": {"mask_structure": "2:4", "policy": StraightThrough(srste_decay=0.01)},
+    "wanda 2:4": {"mask_structure": "2:4", "memory": 0.0},
+    "decaying shadows": {"mask_structure": "2:4", "memory": 0.0, "policy": StraightThrough(srste_decay=0.01)},
+    "cumulative norms": {"mask_structure": "2:4"},
     "wanda row": {"mask_structure": "unstructured", "sparsity": 0.6},
     "magnitude": {"mask_structure": "4:8", "criterion": Magnitude()},
     "column sums": {"mask_structure": "2:4", "criterion": RIA()},
@@ -31,7 +32,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-UPDATES = (3, 8, 13)  # the first window ends at 3
+UPDATES = (3, 8, 13, 15)  # the first window ends at 3
 
 
 class Watch(L.Callback):
@@ -77,7 +78,9 @@ def one_process(tmp_path_factory) -> Any:
     return of
 
 
+TOLERANCES = {("zero3", "cumulative norms"): 1e-5}  # 4e-6 was seen, under the same masks at every update
 CASES = [(engine, method) for engine in engines.ENGINES for method in ("wanda 2:4", "decaying shadows")]
+CASES += [(engine, "cumulative norms") for engine in ("ddp", "zero2", "zero3")]
 CASES += [("ddp", "memory"), ("ddp", "frozen norms"), ("ddp", "regrow")]
 CASES += [("fsdp2", method) for method in METHODS if method not in ("wanda 2:4", "decaying shadows", "regrow")]
 CASES += [("zero3", "not row by row")]
@@ -93,16 +96,19 @@ def test_two_processes_equal_one(tmp_path, one_process, engine, method):
                 assert torch.equal(found[0][step][name], mask), (step, name)
         assert found[1] == sparsities
         if rank == 0:  # which has the weights of all
-            compare(found[2], weights)
-            compare(found[3], squashed)
+            compare(found[2], weights, TOLERANCES.get((engine, method), 1e-6))
+            compare(found[3], squashed, TOLERANCES.get((engine, method), 1e-6))
     changed = [sum(count_differing(masks[a][n], masks[b][n]) for n in masks[a]) for a, b in pairwise(UPDATES)]
     assert all(changed)  # masks did move from update to update
 
 
-def compare(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+def compare(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], tolerance: float) -> None:
     assert ours.keys() == theirs.keys()
     for name, weight in theirs.items():
-        assert torch.allclose(ours[name], weight, rtol=1e-6, atol=1e-6), name
+        assert torch.allclose(ours[name], weight, rtol=tolerance, atol=tolerance), (
+            name,
+            (ours[name] - weight).abs().max(),
+        )
         assert torch.equal(ours[name] == 0, weight == 0), name
 
 

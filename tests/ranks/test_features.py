@@ -44,7 +44,7 @@ class Check(L.Callback):
 
 
 def train(engine: str, folder: Path, module: Any, accumulate: int = 1, **settings: Any) -> Any:
-    pruning = DynamicPruning("2:4", update_freq=5, window=3, calibration_batches=0)
+    pruning = DynamicPruning("2:4", update_freq=5, window=3, calibration_batches=0, memory=0.0)
     check = Check(pruning)
     trainer = engines.trainer(engine, folder, pruning, check, accumulate_grad_batches=accumulate, **settings)
     trainer.fit(module, engines.loader())

@@ -99,7 +99,7 @@ def test_two_processes_equal_one(tmp_path, one_process, engine, method):
             compare(found[2], weights, TOLERANCES.get((engine, method), 1e-6))
             compare(found[3], squashed, TOLERANCES.get((engine, method), 1e-6))
     changed = [sum(count_differing(masks[a][n], masks[b][n]) for n in masks[a]) for a, b in pairwise(UPDATES)]
-    assert all(changed)  # masks did move from update to update
+    assert all(changed[:-1])  # masks did move; at the last update Regrow drops nothing any more
 
 
 def compare(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], tolerance: float) -> None:

@@ -4,11 +4,12 @@ python benchmarks/oneshot_tables.py             # print them
 python benchmarks/oneshot_tables.py --write     # put them into docs/results.md
 """
 
-import csv
 import statistics
 import sys
 from collections import defaultdict
 from pathlib import Path
+
+import rows
 
 ROOT = Path(__file__).parent.parent
 CSV, PAGE = ROOT / "benchmarks" / "oneshot.csv", ROOT / "docs" / "results.md"
@@ -27,13 +28,12 @@ GROUPS = {"row": "output row", "layer": "layer", "model": "model"}
 
 def tables(path: Path = CSV) -> str:
     """All tables, as Markdown."""
-    with path.open() as file:
-        rows = list(csv.DictReader(file))
+    measured = rows.read(path)
     found: dict[tuple[str, str, int], dict[int, float]] = defaultdict(dict)
-    for row in rows:
+    for row in measured:
         samples = int(row["samples"])
         found[row["method"], row["structure"], samples][int(row["seed"])] = float(row["perplexity"])
-    parts = [_methods(found, rows), _groups(found), _samples(found)]
+    parts = [_methods(found, measured), _groups(found), _samples(found)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -46,8 +46,8 @@ def _cell(values: dict[int, float] | None) -> str:
     return f"{mean:.2f} ± {statistics.stdev(values.values()):.2f} ({len(values)} seeds)"
 
 
-def _methods(found: dict[tuple[str, str, int], dict[int, float]], rows: list[dict[str, str]]) -> str:
-    dense = next(float(row["perplexity"]) for row in rows if row["method"] == "dense")
+def _methods(found: dict[tuple[str, str, int], dict[int, float]], measured: list[dict[str, str]]) -> str:
+    dense = next(float(row["perplexity"]) for row in measured if row["method"] == "dense")
     lines = [f"| method | {' | '.join(STRUCTURES.values())} |", "| --- " * 4 + "|", f"| dense | {dense:.2f} | | |"]
     for method, label in METHODS.items():
         samples = 0 if method.startswith("magnitude") else 64
@@ -80,10 +80,7 @@ def main() -> None:
     if "--write" not in sys.argv:
         print(made)
         return
-    page = PAGE.read_text()
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    PAGE.write_text(f"{before}{BEGIN}\n{made}{END}{after}")
+    rows.show(PAGE, BEGIN, END, made)
 
 
 if __name__ == "__main__":

@@ -313,14 +313,6 @@ def draw(path: Path = CSV, out: Path = PICTURE) -> None:
     figure.savefig(out, metadata={"Date": None})
 
 
-def write(path: Path, made: str) -> None:
-    """Put ``made`` between the marks of a page."""
-    page = path.read_text()
-    assert page.count(BEGIN) == page.count(END) == 1, f"{path} needs {BEGIN} and {END}, once each"
-    before, _, rest = page.partition(BEGIN)
-    path.write_text(f"{before}{BEGIN}\n{made}{END}{rest.partition(END)[2]}")
-
-
 def main() -> None:
     """Print or write."""
     if "--write" not in sys.argv:
@@ -328,8 +320,8 @@ def main() -> None:
         print(headline())
         return
     draw()
-    write(PAGE, tables())
-    write(README, headline())
+    rows.show(PAGE, BEGIN, END, tables())
+    rows.show(README, BEGIN, END, headline())
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Tables that grow by a row as a run finishes."""
+"""Tables that grow by a row as a run finishes, and the pages that show them."""
 
 import csv
 from dataclasses import asdict, fields
@@ -22,3 +22,11 @@ def append(path: Path, row: Any) -> None:
         if new:
             writer.writeheader()
         writer.writerow(asdict(row))
+
+
+def show(page: Path, begin: str, end: str, made: str) -> None:
+    """Put ``made`` between two marks of a page, each of which is there once."""
+    text = page.read_text()
+    assert text.count(begin) == text.count(end) == 1, f"{page} needs {begin} and {end}, once each"
+    before, _, rest = text.partition(begin)
+    page.write_text(f"{before}{begin}\n{made}{end}{rest.partition(end)[2]}")

@@ -144,10 +144,7 @@ def main() -> None:
     if "--write" not in sys.argv:
         print(made)
         return
-    page = PAGE.read_text()
-    assert page.count(BEGIN) == page.count(END) == 1, f"{PAGE} needs {BEGIN} and {END}, once each"
-    before, _, rest = page.partition(BEGIN)
-    PAGE.write_text(f"{before}{BEGIN}\n{made}{END}{rest.partition(END)[2]}")
+    rows.show(PAGE, BEGIN, END, made)
 
 
 if __name__ == "__main__":

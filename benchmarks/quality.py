@@ -1,7 +1,7 @@
 """Perplexity of one-shot, static and dynamically re-pruned models, one row a command, at equal tokens.
 
-    python benchmarks/quality.py --arm dynamic --seed 0 --lr 5e-4 --steps 50 --tuning true
-    python benchmarks/quality.py --arm dynamic --seed 1 --lr 5e-4 --wikitext WIKITEXT2_RAW_TEST.txt --c4 C4_SAMPLE.jsonl
+    python benchmarks/quality.py --arm dynamic --seed 0 --lr 2e-4 --steps 50 --tuning true
+    python benchmarks/quality.py --arm dynamic --seed 1 --lr 2e-4 --wikitext WIKITEXT2_RAW_TEST.txt --c4 C4_SAMPLE.jsonl
 
 Every arm starts from the same model and sees the same batches in the same order for a seed; arms of one pattern start
 from the same first mask, but for those that prune gradually. With --tuning a run is looked at on validation articles
@@ -68,7 +68,7 @@ def main(
     """Run one arm and append its row.
 
     Args:
-        arm: of ``benchmarks/arms.py``; or oneshot_wanda, oneshot_magnitude, or none (the untrained dense model).
+        arm: of ``benchmarks/arms.py``: trained, or one-shot; or none (the untrained dense model).
         seed: of data order and calibration.
         steps: optimizer steps of 2048 tokens.
         lr: peak learning rate.
@@ -102,9 +102,10 @@ def main(
         return
     weights = [p for n, p in model.named_parameters() if "proj" in n and "lora" not in n]
     sparsity = sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
-    found = {"validation": _perplexity(model, PackagedWikipedia(), "validation")}
+    domain: TextSource = ARMS[arm].text if arm in ARMS else PackagedWikipedia()
+    found = {"validation": _perplexity(model, domain, "validation")}
     if not tuning:
-        texts: dict[str, TextSource] = {"heldout": PackagedWikipedia()}
+        texts: dict[str, TextSource] = {"heldout": domain}
         texts |= {} if wikitext is None else {"wikitext2": TextFiles(test=[wikitext])}
         texts |= {} if c4 is None else {"c4": TextFiles(test=[c4])}
         found |= {name: _perplexity(model, text, "test") for name, text in texts.items()}
@@ -130,11 +131,16 @@ def _train(
     """The trained model, and the first, the last and the initial flip rate."""
     arm = ARMS[name]
     with tempfile.TemporaryDirectory() as folder:
+        start = Path(folder, "start")
+        if arm.start is not None:
+            _oneshot(arm.start, seed).save_pretrained(start)
+            PackagedSmolLM2().tokenizer().save_pretrained(start)
         cli = lightning_cli.run(
             [
                 "fit",
                 f"--config={arm.recipe}",
                 *arm.changes,
+                *([] if arm.start is None else [f"--model.model={start}"]),
                 *([] if teacher is None else [f"--model.distillation.teacher={teacher}"]),
                 *([] if export is None else [f"--export={export}"]),
                 f"--seed_everything={seed}",

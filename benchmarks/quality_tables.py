@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import rows
+from quality_labels import DISTILLATION, LOW_RANK, MAIN, SCORES, SCRATCH, SHIFT, STARTS, UNSTRUCTURED, VARIANTS
 
 ROOT = Path(__file__).parent.parent
 CSV, PAGE, README = ROOT / "benchmarks" / "quality.csv", ROOT / "docs" / "results.md", ROOT / "README.md"
@@ -21,79 +22,8 @@ BEGIN, END = "<!-- quality -->", "<!-- /quality -->"
 TUNING_STEPS = "50"
 TEXTS = {"heldout": "held-out articles", "wikitext2": "WikiText-2", "c4": "C4"}
 STATIC = ("static", "static_ste")
-ONESHOT = ("none", "oneshot_magnitude", "oneshot_wanda")
+ONESHOT = ("none", "oneshot_magnitude", "oneshot_wanda", "oneshot_sparsegpt")
 UNPRUNED = ("none", "dense")
-
-MAIN = {
-    "none": "dense, untrained",
-    "oneshot_magnitude": "one-shot magnitude",
-    "oneshot_wanda": "one-shot Wanda",
-    "dense": "dense, fine-tuned",
-    "gradual_magnitude": "gradual magnitude, through 3:4",
-    "static": "static: Wanda's mask, no gradient to pruned weights",
-    "static_ste": "static: Wanda's mask, straight-through",
-    "dynamic_k50": "re-pruned every 50 steps",
-    "dynamic": "re-pruned every 10 steps, norms of the last 5",
-    "dynamic_cumulative": "re-pruned every 10 steps, cumulative norms (the default)",
-    "dynamic_k1": "re-pruned every step",
-}
-SCORES = {
-    "static_ste": "none: masks stay",
-    "dynamic_magnitude": "magnitude",
-    "dynamic_frozen_norms": "Wanda, norms of the first mask",
-    "dynamic": "Wanda, running norms of 5 steps",
-    "dynamic_memory50": "Wanda, running norms, exponential, 0.5 an update",
-    "dynamic_memory90": "Wanda, running norms, exponential, 0.9 an update",
-    "dynamic_cumulative": "Wanda, running norms, cumulative",
-    "dynamic_hysteresis5": "Wanda, running norms of 5 steps, hysteresis 5 %",
-    "dynamic_hysteresis20": "Wanda, running norms of 5 steps, hysteresis 20 %",
-    "cumulative_hysteresis5": "Wanda, running norms, cumulative, hysteresis 5 %",
-    "cumulative_hysteresis20": "Wanda, running norms, cumulative, hysteresis 20 %",
-    "cumulative_decay": "Wanda, running norms, cumulative, decay 0.02, constant",
-    "dynamic_noise1": "Wanda, running norms of 5 steps, 1 standard error",
-    "dynamic_noise2": "Wanda, running norms of 5 steps, 2 standard errors",
-    "dynamic_decay": "Wanda, running norms of 5 steps, decay 0.01, constant",
-    "dynamic_decay_ramped": "Wanda, running norms of 5 steps, decay 0.01, ramped",
-    "dynamic_decay_annealed": "Wanda, running norms of 5 steps, decay 0.01, ramped and annealed",
-    "dynamic_stop50": "Wanda, running norms of 5 steps, updates until 50 %",
-    "dynamic_stop100": "Wanda, running norms of 5 steps, updates until the end",
-    "regrow": "Regrow: gradient",
-    "regrow_times_norm": "Regrow: gradient times norm",
-}
-DISTILLATION = {
-    "static": "static, none",
-    "static_distill": "static, untouched teacher",
-    "static_distill_tuned": "static, fine-tuned teacher",
-    "static_ste": "static straight-through, none",
-    "static_ste_distill": "static straight-through, untouched teacher",
-    "static_ste_distill_tuned": "static straight-through, fine-tuned teacher",
-    "dynamic": "re-pruned, norms of the last 5 steps, none",
-    "dynamic_distill": "re-pruned, norms of the last 5 steps, untouched teacher",
-    "dynamic_distill_tuned": "re-pruned, fine-tuned teacher",
-    "frozen_norms_distill_tuned": "re-pruned by norms of the first mask, fine-tuned teacher",
-}
-UNSTRUCTURED = {
-    "static_70": "static, no gradient to pruned weights",
-    "static_ste_70": "static, straight-through",
-    "dynamic_70": "re-pruned every 10 steps, running norms",
-    "dynamic_frozen_norms_70": "re-pruned every 10 steps, norms of the first mask",
-    "dynamic_magnitude_70": "re-pruned every 10 steps, magnitude",
-    "regrow_70": "Regrow: gradient",
-}
-LOW_RANK = {
-    "oneshot_wanda": "none: one-shot Wanda",
-    "lora": "LoRA beside a frozen 2:4 base (not sparse once merged)",
-    "mask_lora": "mask_lora, re-pruned",
-    "mask_lora_fixed": "mask_lora, masks that stay",
-    "static": "full, masks that stay",
-    "dynamic": "full, re-pruned",
-}
-SCRATCH = {
-    "scratch_dense": "dense",
-    "scratch_2of4": "through 3:4 to 2:4, re-pruned",
-    "scratch_2of4_fixed": "through 3:4 to 2:4, weights that went stay away",
-    "scratch_unstructured50": "to 50 % unstructured, re-pruned",
-}
 
 
 class Runs:
@@ -192,7 +122,9 @@ def table(runs: Runs, arms: dict[str, str], against: str | None, label: str, ste
 
 def tuning_table(runs: Runs) -> str:
     """Validation perplexity of every arm at every learning rate that was tried."""
-    arms = dict.fromkeys([*MAIN, *SCORES, *DISTILLATION, *UNSTRUCTURED, *LOW_RANK, *SCRATCH])
+    arms = dict.fromkeys(
+        [*MAIN, *SCORES, *VARIANTS, *STARTS, *DISTILLATION, *SHIFT, *UNSTRUCTURED, *LOW_RANK, *SCRATCH]
+    )
     tried = {arm: runs.tuning(arm) for arm in arms if runs.tuning(arm)}
     rates = sorted({lr for each in tried.values() for lr in each})
     lines = [f"| `--arm` | {' | '.join(f'{lr:g}' for lr in rates)} |", "| --- " * (len(rates) + 1) + "|"]
@@ -207,32 +139,27 @@ def reached(runs: Runs) -> str:
     """What the project set out to reach, and what the rows say."""
     static = runs.best(STATIC) or "static"
     static_70 = runs.best(("static_70", "static_ste_70")) or "static_70"
+    text = "heldout"
     changes = [
-        ("2:4, re-pruned (the default) against the better static arm", "dynamic_cumulative", static, "heldout", "-3 %"),
-        ("70 %, the same", "dynamic_70", static_70, "heldout", "-5 %"),
+        ("2:4, re-pruned against the better static arm", "dynamic", static, text, "-3 %"),
+        ("70 %, the same", "dynamic_70", static_70, text, "-5 %"),
         ("untouched teacher against none, C4", "dynamic_distill", "dynamic", "c4", "-10 %"),
         ("fine-tuned teacher against none, C4", "dynamic_distill_tuned", "dynamic", "c4", "-10 %"),
-        ("fine-tuned teacher against none, in domain", "dynamic_distill_tuned", "dynamic", "heldout", "not higher"),
+        ("fine-tuned teacher against none, in domain", "dynamic_distill_tuned", "dynamic", text, "not higher"),
+        ("running norms against magnitude, both re-pruned", "dynamic", "dynamic_magnitude", text, "lower"),
+        ("running norms against those of the first mask", "dynamic", "dynamic_frozen_norms", text, "-1 %"),
         (
-            "running norms against magnitude, both re-pruned",
-            "dynamic_cumulative",
-            "dynamic_magnitude",
-            "heldout",
-            "lower",
+            "the same, calibrated on Wikipedia, trained on Python",
+            "dynamic_shift",
+            "dynamic_frozen_norms_shift",
+            text,
+            "more than that",
         ),
-        (
-            "cumulative norms against those of the first mask",
-            "dynamic_cumulative",
-            "dynamic_frozen_norms",
-            "heldout",
-            "-1 %",
-        ),
-        ("norms of the last window against the same", "dynamic", "dynamic_frozen_norms", "heldout", "-1 %"),
     ]
     lines = ["| perplexity of | wanted | measured (each seed) |", "| --- | --- | --- |"]
     for words, arm, other, text, wanted in changes:
         lines.append(f"| {words} | {wanted} | {_change(runs.change(arm, other, text)) or 'not measured'} |")
-    best = runs.best(arm for arm in {**MAIN, **SCORES, **DISTILLATION} if arm not in UNPRUNED)
+    best = runs.best(arm for arm in {**MAIN, **SCORES, **VARIANTS, **STARTS, **DISTILLATION} if arm not in UNPRUNED)
     change = runs.change(best, "dense") if best else None
     ratio = f"{1 + change[0] / 100:.2f} after 100 steps ({best})" if change else "not measured"
     return "\n".join(
@@ -253,6 +180,15 @@ def tables(path: Path = CSV) -> str:
         "### Which score decides in training\n",
         "All from the same first mask, one-shot Wanda's; k = 10.\n",
         table(runs, SCORES, "dynamic_frozen_norms", "norms of the first mask"),
+        "\n### Margins, decay, when to stop\n",
+        "Each is the default but for what it says.\n",
+        table(runs, VARIANTS, "dynamic", "the default"),
+        "\n### From a model that was pruned before\n",
+        "Its pruned weights are zeros, where the other arms still hold what they were.\n",
+        table(runs, STARTS, "dynamic", "from the dense model"),
+        "\n### Another text than the first mask was made on\n",
+        "Calibrated on Wikipedia, trained on the Python standard library; held-out is held-out source code.\n",
+        table(runs, SHIFT, "dynamic_frozen_norms_shift", "norms of the first mask"),
         "\n### Distillation\n",
         table(runs, DISTILLATION, "dynamic", "re-pruned, none"),
         "\n### Unstructured 70 %\n",
@@ -274,9 +210,8 @@ def headline(path: Path = CSV) -> str:
     """README's table: the main arms on held-out articles."""
     runs = Runs(path)
     lines = ["| SmolLM2-135M-Instruct, dequantised from Q4_1 | held-out Wikipedia | C4 |", "| --- " * 3 + "|"]
-    chosen = dict(MAIN)
-    chosen |= {"dynamic_distill": "re-pruned, norms of the last 5 steps, distilled from the dense model"}
-    for arm in ("dynamic_k50", "dynamic_k1", "dynamic"):
+    chosen = {**MAIN, "dynamic_distill": "re-pruned, distilled from the dense model"}
+    for arm in ("dynamic_k50", "dynamic_k1"):
         del chosen[arm]
     for arm, words in chosen.items():
         if runs.reported(arm):
@@ -295,7 +230,9 @@ def draw(path: Path = CSV, out: Path = PICTURE) -> None:
 
     runs = Runs(path)
     scored = {arm: label.replace("Wanda, ", "re-pruned every 10 steps, ") for arm, label in SCORES.items()}
-    words = {arm: label for arm, label in {**scored, **DISTILLATION, **MAIN}.items() if arm not in ONESHOT}
+    variants = {arm: f"re-pruned every 10 steps, {label}" for arm, label in VARIANTS.items()}
+    words = {**scored, **variants, **STARTS, **DISTILLATION, **MAIN}
+    words = {arm: label for arm, label in words.items() if arm not in ONESHOT}
     words = {arm: label for arm, label in words.items() if runs.values(arm, "heldout")}
     order = sorted(words, key=lambda arm: -(runs.mean(arm) or 0))
     figure, axes = plt.subplots(figsize=(8, 0.32 * len(order) + 1.1), layout="constrained")

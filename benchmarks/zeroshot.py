@@ -1,7 +1,7 @@
 """Zero-shot accuracy of dense, one-shot and trained 2:4 models: the paper's Table 2 on a small model.
 
     python benchmarks/quality.py --arm static --seed 1 --lr 5e-4 --export runs/static
-    python benchmarks/quality.py --arm dynamic --seed 1 --lr 5e-4 --export runs/dynamic
+    python benchmarks/quality.py --arm dynamic --seed 1 --lr 2e-4 --export runs/dynamic
     python benchmarks/zeroshot.py --static runs/static --dynamic runs/dynamic --limit 100      # all of the table
     python benchmarks/zeroshot.py --arm wanda --limit 100 --task_data DIR --calibration C4_SAMPLE.jsonl
     python benchmarks/zeroshot.py --arm static --model runs/static --limit 100

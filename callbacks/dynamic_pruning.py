@@ -94,7 +94,8 @@ class DynamicPruning(L.Callback):
             look, from what the odd and the even steps of the window say; 0 = none. See ``sparse_train.margins``.
         flip_agreement: also log ``sparsity/flip_agreement``, the share of an update's flips that odd and even steps
             would each have made alone, where there were any: flips that are not noise. Selects twice more.
-        calibration_batches: batches of training data for a first mask at step 0; 0 = use the first window.
+        calibration_batches: batches for a first mask at step 0, of the training data, or of the loader that a data
+            module's ``calibration_dataloader()`` returns; 0 = use the first window.
         initial_criterion: scores of a first mask from one-shot pruning; default: ``criterion``.
         mask_lora: train low-rank adapters inside the masks, and nothing else of the module, see
             ``sparse_train.MaskLoRA``; default: the weights themselves. In one process or with DDP.

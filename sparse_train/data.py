@@ -39,6 +39,8 @@ class TextBlocks(L.LightningDataModule):
         pack: False gives each document or conversation a block of its own, cut or padded to ``block_size``.
         seed: of the order in which training blocks come.
         max_validation_blocks: evaluate the first ones only; None evaluates all.
+        calibration_text: documents whose training split the first mask of ``DynamicPruning`` is calibrated on; default:
+            ``text``. General text, such as C4 in the papers, asks which weights matter to what the model knew before.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class TextBlocks(L.LightningDataModule):
         pack: bool = True,
         seed: int = 0,
         max_validation_blocks: int | None = None,
+        calibration_text: TextSource | None = None,
     ) -> None:
         super().__init__()
         if block_size < 2 or batch_size < 1:
@@ -60,6 +63,7 @@ class TextBlocks(L.LightningDataModule):
         self.tokenizer_source = as_model_source(tokenizer)
         self.block_size, self.batch_size, self.pack, self.seed = block_size, batch_size, pack, seed
         self.max_validation_blocks = max_validation_blocks
+        self.calibration_text = calibration_text
         self._blocks: dict[Split, Any] = {}
 
     def setup(self, stage: str) -> None:
@@ -85,6 +89,19 @@ class TextBlocks(L.LightningDataModule):
             raise ValueError(f"TextBlocks reads a TextSource or Conversations, got {type(self.text).__name__}.")
         documents = self.text.documents(split)
         return blocks_of(documents, tokenizer, self.block_size, pack=self.pack, drop_rest=split == "train")
+
+    def calibration_dataloader(self) -> Any:
+        """Blocks for the first mask; None where they are those of training."""
+        if self.calibration_text is None:
+            return None
+        documents = self.calibration_text.documents("train")
+        blocks = blocks_of(documents, self.tokenizer_source.tokenizer(), self.block_size)
+        if len(blocks) < self.batch_size:
+            raise ValueError(
+                f"The training split of calibration_text, {self.calibration_text.name}, gives {len(blocks)} blocks of "
+                f"{self.block_size} tokens, fewer than one batch of {self.batch_size}. Give more text."
+            )
+        return DataLoader(blocks, batch_size=self.batch_size, drop_last=True)
 
     def train_dataloader(self) -> Any:
         blocks, world_size, rank = self._blocks["train"], 1, 0

@@ -228,3 +228,14 @@ def test_model_sources(model_folder):
     assert torch.equal(first.lm_head.weight, second.lm_head.weight)
     assert first.config.vocab_size == len(scratch.tokenizer())
     assert first.config.eos_token_id == scratch.tokenizer().eos_token_id
+
+
+def test_calibration_text_gives_its_training_split_in_blocks_of_the_same_length(model_folder):
+    source = str(model_folder)
+    assert TextBlocks(source, Short(), block_size=4, batch_size=2).calibration_dataloader() is None
+    data = TextBlocks(source, Short(), block_size=4, batch_size=2, calibration_text=Short())
+    batches = list(data.calibration_dataloader())
+    assert [batch["input_ids"].shape for batch in batches] == [(2, 4)]
+    assert decoded(batches[0]["input_ids"]) == ["abc</s>", "defg"]
+    with pytest.raises(ValueError, match="calibration_text, short texts, gives 0 blocks of 64 tokens"):
+        TextBlocks(source, Short(), block_size=64, calibration_text=Short()).calibration_dataloader()

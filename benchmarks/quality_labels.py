@@ -1,0 +1,88 @@
+"""The words for arms in the tables of ``quality_tables.py``: a dict a table, arms of ``arms.py``."""
+
+MAIN = {
+    "none": "dense, untrained",
+    "oneshot_magnitude": "one-shot magnitude",
+    "oneshot_wanda": "one-shot Wanda",
+    "oneshot_sparsegpt": "one-shot SparseGPT",
+    "dense": "dense, fine-tuned",
+    "gradual_magnitude": "gradual magnitude, through 3:4",
+    "static": "static: Wanda's mask, no gradient to pruned weights",
+    "static_ste": "static: Wanda's mask, straight-through",
+    "dynamic_k50": "re-pruned every 50 steps",
+    "dynamic": "re-pruned every 10 steps (the default)",
+    "dynamic_k1": "re-pruned every step",
+}
+SCORES = {
+    "dynamic_magnitude": "magnitude",
+    "dynamic_frozen_norms": "Wanda, norms of the first mask",
+    "dynamic_window": "Wanda, running norms of 5 steps",
+    "dynamic_memory50": "Wanda, running norms, exponential, 0.5 an update",
+    "dynamic_memory90": "Wanda, running norms, exponential, 0.9 an update",
+    "dynamic": "Wanda, running norms, cumulative (the default)",
+}
+VARIANTS = {
+    "dynamic": "as it is",
+    "dynamic_hysteresis5": "hysteresis 5 %",
+    "dynamic_hysteresis20": "hysteresis 20 %",
+    "dynamic_noise1": "a margin of 1 standard error",
+    "dynamic_window_hysteresis5": "norms of 5 steps, hysteresis 5 %",
+    "dynamic_window_hysteresis20": "norms of 5 steps, hysteresis 20 %",
+    "dynamic_window_noise1": "norms of 5 steps, a margin of 1 standard error",
+    "dynamic_window_noise2": "norms of 5 steps, a margin of 2 standard errors",
+    "dynamic_decay": "decay of pruned weights 0.01, constant",
+    "dynamic_decay2": "decay of pruned weights 0.02, constant",
+    "dynamic_decay_ramped": "decay of pruned weights 0.01, ramped",
+    "dynamic_decay_annealed": "decay of pruned weights 0.01, ramped and annealed",
+    "dynamic_stop50": "updates until 50 % of the run",
+    "dynamic_stop100": "updates until the end",
+    "regrow": "Regrow: back by the gradient",
+    "regrow_times_norm": "Regrow: back by the gradient times norm",
+}
+STARTS = {
+    "oneshot_wanda": "one-shot Wanda, untrained",
+    "oneshot_sparsegpt": "one-shot SparseGPT, untrained",
+    "dynamic": "from the dense model, Wanda's first mask",
+    "dynamic_from_wanda": "from one-shot Wanda",
+    "static_from_sparsegpt": "from one-shot SparseGPT, masks that stay",
+    "dynamic_from_sparsegpt": "from one-shot SparseGPT",
+}
+DISTILLATION = {
+    "static": "static, none",
+    "static_distill": "static, untouched teacher",
+    "static_distill_tuned": "static, fine-tuned teacher",
+    "dynamic": "re-pruned, none",
+    "dynamic_distill": "re-pruned, untouched teacher",
+    "dynamic_distill_tuned": "re-pruned, fine-tuned teacher",
+    "dynamic_window": "re-pruned, norms of 5 steps, none",
+    "dynamic_window_distill": "re-pruned, norms of 5 steps, untouched teacher",
+}
+SHIFT = {
+    "static_shift": "static",
+    "dynamic_frozen_norms_shift": "re-pruned, norms of the first mask",
+    "dynamic_window_shift": "re-pruned, running norms of 5 steps",
+    "dynamic_shift": "re-pruned, cumulative norms (the default)",
+}
+UNSTRUCTURED = {
+    "static_70": "static, no gradient to pruned weights",
+    "static_ste_70": "static, straight-through",
+    "dynamic_70": "re-pruned every 10 steps (the default)",
+    "dynamic_window_70": "re-pruned every 10 steps, running norms of 5 steps",
+    "dynamic_frozen_norms_70": "re-pruned every 10 steps, norms of the first mask",
+    "dynamic_magnitude_70": "re-pruned every 10 steps, magnitude",
+    "regrow_70": "Regrow: gradient",
+}
+LOW_RANK = {
+    "oneshot_wanda": "none: one-shot Wanda",
+    "lora": "LoRA beside a frozen 2:4 base (not sparse once merged)",
+    "mask_lora": "mask_lora, re-pruned",
+    "mask_lora_fixed": "mask_lora, masks that stay",
+    "static": "full, masks that stay",
+    "dynamic": "full, re-pruned",
+}
+SCRATCH = {
+    "scratch_dense": "dense",
+    "scratch_2of4": "through 3:4 to 2:4, re-pruned",
+    "scratch_2of4_fixed": "through 3:4 to 2:4, weights that went stay away",
+    "scratch_unstructured50": "to 50 % unstructured, re-pruned",
+}

@@ -30,18 +30,32 @@ def check_memory(memory: Memory, criterion: Criterion) -> None:
         raise ValueError(f"{criterion} reads no activations, so that memory='frozen' has nothing to keep.")
 
 
-def remember(statistics: Iterable[Statistics], memory: Memory) -> None:
-    """After an update: let statistics fade, or begin anew.
+def remember(layers: Mapping[str, MaskedMatrix], memory: Memory) -> dict[str, int]:
+    """After an update: let statistics fade, or begin anew. Returns the tokens that each layer's still hold.
 
     They are sums over ranks by now, so that rank 0 alone goes on with them: the next sum over ranks is exact, and a
     checkpoint holds them once.
     """
     factor = 1.0 if memory == "frozen" else memory
-    for each in statistics:
-        if factor and rank() == 0:
+    distinct = _distinct(layers.values())
+    for each in distinct:
+        if factor:
             each.fade(factor)
         else:
             each.reset()
+    left = {name: int(layer.statistics.tokens) for name, layer in layers.items() if layer.statistics is not None}
+    if rank() != 0:
+        for each in distinct:
+            each.reset()
+    return left
+
+
+def check_new_tokens(layers: Mapping[str, MaskedMatrix], remembered: Mapping[str, int]) -> None:
+    """Raise ValueError where no token reached a target since ``remember`` said how many its statistics hold."""
+    for name, tokens in remembered.items():
+        stats = layers[name].statistics
+        if stats is not None and int(stats.tokens) <= tokens:
+            raise _no_token(name)
 
 
 def check_reached(layers: Mapping[str, MaskedMatrix], criterion: Criterion) -> None:
@@ -61,11 +75,7 @@ def check_reached(layers: Mapping[str, MaskedMatrix], criterion: Criterion) -> N
 def check_statistics(name: str, stats: Statistics | None) -> None:
     """Raise ValueError where a layer has seen no token, or activations that are not finite."""
     if stats is None or int(stats.tokens) == 0:
-        raise ValueError(
-            f"{name} is a target, but no token reached it since the last mask update, so it has no activations to "
-            f"score with. If the model does not use it, leave it out with ignore=[{name!r}]; if forwards happen with "
-            "the model in eval mode and under no_grad, they are taken for evaluation and do not count."
-        )
+        raise _no_token(name)
     if not bool(stats.sum_squares_I.isfinite().all()):
         feature = int((~stats.sum_squares_I.isfinite()).nonzero()[0])
         raise ValueError(
@@ -73,6 +83,14 @@ def check_statistics(name: str, stats: Statistics | None) -> None:
             "so Wanda scores cannot be computed; masks were not changed. Look for NaN in the data, a learning rate "
             "that is too high, or an overflow of float16."
         )
+
+
+def _no_token(name: str) -> ValueError:
+    return ValueError(
+        f"{name} is a target, but no token reached it since the last mask update, so it has no activations to "
+        f"score with. If the model does not use it, leave it out with ignore=[{name!r}]; if forwards happen with "
+        "the model in eval mode and under no_grad, they are taken for evaluation and do not count."
+    )
 
 
 def attach(layers: Iterable[MaskedMatrix], recorder: Recorder, statistics: type[Statistics] | None) -> None:
@@ -125,12 +143,13 @@ def norms_of(layers: Mapping[str, MaskedMatrix]) -> dict[str, ActivationNorm]:
 
 
 def take_over(own: Mapping[str, ActivationNorm], first: Mapping[str, ActivationNorm]) -> bool:
-    """Go on with the norms of one-shot pruning, which are sums over ranks; False where a layer has none."""
+    """Begin with the norms of one-shot pruning, sums over ranks, as after an update: what ``remember`` leaves of them
+    is next. False where a layer has none.
+    """
     if not all(name in first and int(first[name].tokens) for name in own):
         return False
-    if rank() == 0:
-        for name, norm in own.items():
-            norm.merge_state_dict(first[name].state_dict())
+    for name, norm in own.items():
+        norm.merge_state_dict(first[name].state_dict())
     return True
 
 
@@ -146,14 +165,12 @@ def restore(own: Mapping[str, ActivationNorm], by_rank: Sequence[Mapping[str, di
                 own[name].merge_state_dict(saved[name])
 
 
-def reduce_statistics(layers: Iterable[MaskedMatrix]) -> list[Statistics]:
-    """Sum the statistics of ``layers`` over ranks and return the distinct ones."""
-    distinct = _distinct(layers)
-    sum_over_ranks([tensor for each in distinct for tensor in each.tensors()])
-    return distinct
+def reduce_statistics(layers: Iterable[MaskedMatrix]) -> None:
+    """Sum the statistics of ``layers`` over ranks."""
+    sum_over_ranks([tensor for each in _distinct(layers) for tensor in each.tensors()])
 
 
-def exchange(layers: Mapping[str, MaskedMatrix]) -> list[Statistics]:
+def exchange(layers: Mapping[str, MaskedMatrix]) -> None:
     """``reduce_statistics``, and what ranks have to agree on, in the same reduce.
 
     A target counts as reached where a forward of any rank came by.
@@ -161,9 +178,9 @@ def exchange(layers: Mapping[str, MaskedMatrix]) -> list[Statistics]:
     Raises:
         ValueError: on every rank alike, where ranks hold different masks.
     """
-    distinct = _distinct(layers.values())
     if world_size() == 1:
-        return distinct
+        return
+    distinct = _distinct(layers.values())
     device = next(iter(layers.values())).weight_mask.device
     bits = _fingerprints(layers)
     reached = torch.tensor([float(layer.reached) for layer in layers.values()], device=device)
@@ -171,7 +188,6 @@ def exchange(layers: Mapping[str, MaskedMatrix]) -> list[Statistics]:
     for layer, count in zip(layers.values(), reached.tolist(), strict=True):
         layer.reached = count > 0
     _compare(layers, bits)
-    return distinct
 
 
 def check_agreement(layers: Mapping[str, MaskedMatrix]) -> None:

@@ -33,6 +33,7 @@ from sparse_train.recording import (
     attach,
     check_agreement,
     check_memory,
+    check_new_tokens,
     exchange,
     needed_statistics,
     norms_of,
@@ -170,8 +171,10 @@ class MaskUpdater:
         taken = adopts and take_over(norms_of(self.layers), first)
         self._frozen = taken and self.memory == "frozen"
         """Whether statistics are what they will be for ever."""
+        self._remembered: dict[str, int] = {}
+        """Tokens of earlier windows in the statistics of each layer."""
         if taken:
-            remember({id(norm): norm for norm in norms_of(self.layers).values()}.values(), self.memory)
+            self._remember()
         self._first_rows: dict[str, Tensor] = sample_rows(self.layers) if masked else {}
         if state is not None:
             self.load_state_dict(state)
@@ -224,7 +227,8 @@ class MaskUpdater:
         reshard(self._model)
         progress = self.timing.progress(self.steps)
         target = self.schedule.sparsity(progress)
-        statistics = exchange(self.layers)
+        exchange(self.layers)
+        check_new_tokens(self.layers, self._remembered)
         since = 0 if self.target is None else self.steps - self._last_update
         shadow_factor = self.policy.shadow_decay(progress, since) if since else 1.0
         check_policy(self.layers, self.policy, shadow_factor)  # adapters may have come after the updater
@@ -244,10 +248,14 @@ class MaskUpdater:
         changes = update_masks(self.layers, rules, compare_halves=self.flip_agreement and self.target is not None)
         if self._growth is not None:
             self._growth.restart(before)
-        remember(statistics, self.memory)
+        self._remember()
         self._frozen = self.memory == "frozen"
         self.target, self._last_update = target, self.steps
         return self._report(changes, time.perf_counter() - began)
+
+    def _remember(self) -> None:
+        left = remember(self.layers, self.memory)
+        self._remembered = {} if self.memory in (0, "frozen") else left  # none is new to norms that stay
 
     def _confirm(self) -> UpdateReport:
         exchange(self.layers)  # nothing is recorded, but ranks must still agree
@@ -275,6 +283,7 @@ class MaskUpdater:
             "target": self.target,
             "last_update": self._last_update,
             "frozen": self._frozen,
+            "remembered": self._remembered,
             "timing": asdict(self.timing),
             "settings": self.settings(),
             "statistics_by_rank": gather_objects({n: stats.state_dict() for n, stats in norms_of(self.layers).items()}),
@@ -304,7 +313,7 @@ class MaskUpdater:
             raise ValueError(f"The checkpoint pruned layers that are no targets of this run, such as {unknown[0]}.")
         self.steps, self.target, self._last_update = state["steps"], state["target"], state["last_update"]
         self.timing = Timing(**state["timing"])
-        self._frozen = state["frozen"]
+        self._frozen, self._remembered = state["frozen"], dict(state["remembered"])
         self._first_rows = {n: rows.to(self.layers[n].weight_OI.device) for n, rows in state["first_rows"].items()}
         if self._growth is not None:
             self._growth.load_state_dict(state["gradients"])

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
 from sparse_train import Magnitude, MaskUpdater, Wanda, prune
 from sparse_train.activations import ActivationNorm
@@ -139,6 +140,56 @@ def test_fading_keeps_counts_whole_and_never_forgets_a_token():
     norm.tokens += 2**30
     norm.fade(1.0)
     assert int(norm.tokens) == 2**30 + 2
+
+
+class LeavesOut(nn.Module):
+    """Two layers, of which the second is used as long as ``both``."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.both = nn.Linear(8, 8), nn.Linear(8, 8), True
+
+    def forward(self, x):
+        return self.b(self.a(x)) if self.both else self.a(x)
+
+
+@pytest.mark.parametrize("memory", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_target_that_is_left_out_later_is_noticed_whatever_is_remembered(memory, resumed):
+    model = LeavesOut()
+    settings = {"targets": ["Linear"], "update_freq": 3, "window": 1.0, "memory": memory, "total_steps": 20}
+    updater = MaskUpdater(model, "2:4", **settings)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def advance():
+        model(torch.randn(3, 8)).square().mean().backward()
+        optimizer.step()
+        return updater.step()
+
+    assert [advance() is not None for _ in range(6)] == [False, False, True] * 2
+    model.both = False
+    advance()
+    if resumed:
+        updater = MaskUpdater(model, "2:4", **settings, state=copy.deepcopy(updater.state_dict()))
+    advance()
+    before = updater.layers["b"].weight_mask.clone()
+    with pytest.raises(ValueError, match="b is a target, but no token reached it since the last mask update"):
+        advance()
+    assert torch.equal(updater.layers["b"].weight_mask, before)
+
+
+@pytest.mark.parametrize("memory", [1.0, "frozen"])
+def test_a_target_left_out_from_the_first_mask_on_is_noticed_where_norms_are_counted(memory, ids):
+    model = LeavesOut()
+    prune(model, [torch.randn(3, 8)], "2:4", targets=["Linear"], squash=False)
+    updater = MaskUpdater(model, "2:4", targets=["Linear"], update_freq=1, memory=memory, total_steps=20)
+    model.both = False
+    model(torch.randn(3, 8)).square().mean().backward()
+    if memory == "frozen":
+        assert updater.step() is not None  # its norms say all that there is to know
+        return
+    with pytest.raises(ValueError, match="b is a target, but no token reached it"):
+        updater.step()
 
 
 @pytest.mark.parametrize("memory", [-0.1, 1.5, "window", None])

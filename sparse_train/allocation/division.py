@@ -1,0 +1,82 @@
+"""From sparsities to whole counts that meet the model-wide one."""
+
+from collections.abc import Mapping
+
+from sparse_train.allocation.base import Allocation, Outliers, Shapes, mean_sparsity
+from sparse_train.allocation.uniform import Uniform
+from sparse_train.patterns import NM, Pattern, Unstructured
+
+_ROUNDING = 1e-6  # of a count: what float arithmetic may add or take without meaning anything
+
+
+def divide(
+    allocation: Allocation, pattern: Pattern, shapes: Shapes, sparsity: float | None, outliers: Outliers
+) -> dict[str, float]:
+    """The sparsity that ``pattern.mask`` is given for each layer; arguments and errors of ``Allocation.sparsities``.
+
+    Uniform sparsities stay as they are: rows prune ``int(I * sparsity)``, as the Wanda reference does. Others are
+    rounded so that over all weights the sparsity is met, see ``fit_counts``.
+    """
+    check_pattern(allocation, pattern)
+    found = allocation.sparsities(shapes, sparsity, outliers)
+    if isinstance(allocation, Uniform):
+        return found
+    return fit_counts(shapes, found, pattern, mean_sparsity(shapes, found) if sparsity is None else sparsity)
+
+
+def check_pattern(allocation: Allocation, pattern: Pattern) -> None:
+    """Raise ValueError where the pattern leaves an allocation nothing to divide."""
+    if isinstance(allocation, Uniform) or not (pattern.model_wide or isinstance(pattern, NM)):
+        return
+    if isinstance(pattern, NM):
+        reason = f"{pattern.n}:{pattern.m} has one sparsity, {pattern.sparsity:g}, in every layer"
+    else:
+        reason = f"{pattern} compares over the whole model and so divides by itself"
+    raise ValueError(
+        f"{reason}: {type(allocation).__name__} cannot change that. Use Unstructured() or "
+        'Unstructured(group="layer"), or the allocation Uniform().'
+    )
+
+
+def fit_counts(shapes: Shapes, sparsities: Mapping[str, float], pattern: Pattern, sparsity: float) -> dict[str, float]:
+    """Round sparsities to whole counts so that the zeros of all layers are as near to ``sparsity`` as counts allow.
+
+    Rounding down in every group, as patterns do, would miss the model-wide sparsity by up to a weight a row. So each
+    layer prunes either the count below its sparsity or the one above, in all its rows alike; those that lose most by
+    rounding down go up first. A layer whose sparsity is a whole count keeps it, as does one at 0.
+
+    Returns:
+        ``(count + 0.5) / members``, of which ``int(members * that)`` is the count, whatever the rounding. A pattern of
+        one's own rounds by rules not known here, and gets its sparsities as they are.
+    """
+    if not isinstance(pattern, Unstructured) or pattern.model_wide:
+        return dict(sparsities)
+    members: dict[str, int] = {}  # of a group
+    steps: dict[str, int] = {}  # weights of the layer that one more in each group prunes
+    counts: dict[str, int] = {}
+    remainders: dict[str, float] = {}  # of those layers that can go up
+    for name, shape in shapes.items():
+        members[name], steps[name] = (shape.columns, shape.rows) if pattern.group == "row" else (shape.size, 1)
+        exact = members[name] * sparsities[name]
+        counts[name] = min(int(exact + _ROUNDING), members[name] - 1)
+        if exact - counts[name] > _ROUNDING and counts[name] + 1 < members[name]:
+            remainders[name] = exact - counts[name]
+    missing = sparsity * sum(shape.size for shape in shapes.values())
+    missing -= sum(counts[name] * steps[name] for name in shapes)
+
+    raised: set[str] = set()
+    order = sorted(remainders, key=lambda name: -remainders[name])
+    for name in order:
+        if abs(missing - steps[name]) < abs(missing):
+            raised.add(name)
+            missing -= steps[name]
+    while order:  # until no layer's change alone comes nearer
+        change, name = min(
+            ((-steps[n] if n in raised else steps[n], n) for n in order), key=lambda c: abs(missing - c[0])
+        )
+        if abs(missing - change) >= abs(missing):
+            break
+        raised ^= {name}
+        missing -= change
+    counts |= {name: counts[name] + 1 for name in raised}
+    return {name: (count + 0.5) / members[name] if count else 0.0 for name, count in counts.items()}

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from sparse_train.callbacks.checks import check_averaging, check_factors, check_sharded
 from sparse_train.callbacks.first_mask import make_first_mask
 from sparse_train.criteria import Criterion, Wanda
+from sparse_train.earlier_windows import Memory, check_memory
 from sparse_train.layers import sparse_layers, sparsify, sparsify_like, squash
 from sparse_train.margins import Margin, check_margin
 from sparse_train.mask_lora import MaskLoRA, add_mask_lora
@@ -37,7 +38,6 @@ from sparse_train.matrices import MaskedLayer
 from sparse_train.patterns import Pattern, group_label, resolve_target
 from sparse_train.policies import MaskPolicy, StraightThrough
 from sparse_train.pruner import UpdateReport, expect
-from sparse_train.recording import Memory, check_memory
 from sparse_train.schedules import Schedule
 from sparse_train.sharding import check_layout
 from sparse_train.targets import select
@@ -157,6 +157,7 @@ class DynamicPruning(L.Callback):
         self._restored: dict[str, Any] | None = None
         self._global_step = 0
         self._load_hook: Any = None
+        self._ended: dict[str, Any] | None = None
         self.updater: MaskUpdater | None = None
         """The running pipeline; None before the run has begun."""
         self.last_report: UpdateReport | None = None
@@ -183,7 +184,7 @@ class DynamicPruning(L.Callback):
             return
         check_averaging(trainer, self)
         continues = self.updater is not None and trainer.global_step > 0 and bool(sparse_layers(pl_module))
-        self._restored = self.state_dict() if continues else None
+        self._restored = (self._ended or self.state_dict()) if continues else None
         self.updater = None
         self._sparsify_when_built(pl_module)
 
@@ -258,7 +259,7 @@ class DynamicPruning(L.Callback):
         self._global_step = trainer.global_step if self._restored is None else self._restored["global_step"]
         if self._restored is None and self.updater.target is not None:
             self._log_update(trainer, self.updater.report())
-        self._restored = None
+        self._restored = self._ended = None
 
     # --- in training -------------------------------------------------------------------------------------------------
 
@@ -318,6 +319,7 @@ class DynamicPruning(L.Callback):
         if self._squash:
             squash(pl_module)
         else:
+            self._ended = self.state_dict()  # statistics are in it; another fit may go on from here
             for layer in sparse_layers(pl_module).values():
                 layer.recorder = layer.statistics = None
 

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,48 +14,6 @@ from sparse_train.distributed import gather_bytes, rank, sum_over_ranks, world_s
 from sparse_train.matrices import MaskedLayer, MaskedMatrix, Recorder
 
 _log = logging.getLogger(__name__)
-
-Memory = float | Literal["frozen"]
-"""How much the statistics of earlier windows count: a factor per update, or "frozen", the first ones for ever."""
-
-
-def check_memory(memory: Memory, criterion: Criterion) -> None:
-    """Raise ValueError unless this is a factor from 0 to 1, or "frozen", and there is something to remember."""
-    if memory != "frozen" and not (isinstance(memory, (int, float)) and 0 <= memory <= 1):
-        raise ValueError(
-            "memory is the factor with which statistics of earlier windows count at an update, from 0 (only the last "
-            f'window) to 1 (all of them alike), or "frozen" (norms of the first mask for ever), got {memory!r}.'
-        )
-    if memory == "frozen" and not criterion.needs_activations:
-        raise ValueError(f"{criterion} reads no activations, so that memory='frozen' has nothing to keep.")
-
-
-def remember(layers: Mapping[str, MaskedMatrix], memory: Memory) -> dict[str, int]:
-    """After an update: let statistics fade, or begin anew. Returns the tokens that each layer's still hold.
-
-    They are sums over ranks by now, so that rank 0 alone goes on with them: the next sum over ranks is exact, and a
-    checkpoint holds them once.
-    """
-    factor = 1.0 if memory == "frozen" else memory
-    distinct = _distinct(layers.values())
-    for each in distinct:
-        if factor:
-            each.fade(factor)
-        else:
-            each.reset()
-    left = {name: int(layer.statistics.tokens) for name, layer in layers.items() if layer.statistics is not None}
-    if rank() != 0:
-        for each in distinct:
-            each.reset()
-    return left
-
-
-def check_new_tokens(layers: Mapping[str, MaskedMatrix], remembered: Mapping[str, int]) -> None:
-    """Raise ValueError where no token reached a target since ``remember`` said how many its statistics hold."""
-    for name, tokens in remembered.items():
-        stats = layers[name].statistics
-        if stats is not None and int(stats.tokens) <= tokens:
-            raise _no_token(name)
 
 
 def check_reached(layers: Mapping[str, MaskedMatrix], criterion: Criterion) -> None:
@@ -75,7 +33,7 @@ def check_reached(layers: Mapping[str, MaskedMatrix], criterion: Criterion) -> N
 def check_statistics(name: str, stats: Statistics | None) -> None:
     """Raise ValueError where a layer has seen no token, or activations that are not finite."""
     if stats is None or int(stats.tokens) == 0:
-        raise _no_token(name)
+        raise no_token(name)
     if not bool(stats.sum_squares_I.isfinite().all()):
         feature = int((~stats.sum_squares_I.isfinite()).nonzero()[0])
         raise ValueError(
@@ -85,7 +43,8 @@ def check_statistics(name: str, stats: Statistics | None) -> None:
         )
 
 
-def _no_token(name: str) -> ValueError:
+def no_token(name: str) -> ValueError:
+    """What to raise where a layer has seen no token."""
     return ValueError(
         f"{name} is a target, but no token reached it since the last mask update, so it has no activations to "
         f"score with. If the model does not use it, leave it out with ignore=[{name!r}]; if forwards happen with "
@@ -110,7 +69,7 @@ def needed_statistics(criterion: Criterion, halved: bool) -> type[ActivationNorm
 
 def turn_halves(layers: Iterable[MaskedMatrix]) -> None:
     """After a recorded step: let the next one go to the other half, where statistics have halves."""
-    for each in _distinct(layers):
+    for each in distinct(layers):
         if isinstance(each, HalvedNorm):
             each.turn()
 
@@ -142,17 +101,6 @@ def norms_of(layers: Mapping[str, MaskedMatrix]) -> dict[str, ActivationNorm]:
     return {name: layer.statistics for name, layer in layers.items() if isinstance(layer.statistics, ActivationNorm)}
 
 
-def take_over(own: Mapping[str, ActivationNorm], first: Mapping[str, ActivationNorm]) -> bool:
-    """Begin with the norms of one-shot pruning, sums over ranks, as after an update: what ``remember`` leaves of them
-    is next. False where a layer has none.
-    """
-    if not all(name in first and int(first[name].tokens) for name in own):
-        return False
-    for name, norm in own.items():
-        norm.merge_state_dict(first[name].state_dict())
-    return True
-
-
 def restore(own: Mapping[str, ActivationNorm], by_rank: Sequence[Mapping[str, dict[str, torch.Tensor]]]) -> None:
     """Give each rank the norms it has saved; another number of ranks gets their sum, on rank 0."""
     same_ranks = len(by_rank) == world_size()
@@ -167,7 +115,7 @@ def restore(own: Mapping[str, ActivationNorm], by_rank: Sequence[Mapping[str, di
 
 def reduce_statistics(layers: Iterable[MaskedMatrix]) -> None:
     """Sum the statistics of ``layers`` over ranks."""
-    sum_over_ranks([tensor for each in _distinct(layers) for tensor in each.tensors()])
+    sum_over_ranks([tensor for each in distinct(layers) for tensor in each.tensors()])
 
 
 def exchange(layers: Mapping[str, MaskedMatrix]) -> None:
@@ -180,11 +128,11 @@ def exchange(layers: Mapping[str, MaskedMatrix]) -> None:
     """
     if world_size() == 1:
         return
-    distinct = _distinct(layers.values())
+    each_once = distinct(layers.values())
     device = next(iter(layers.values())).weight_mask.device
     bits = _fingerprints(layers)
     reached = torch.tensor([float(layer.reached) for layer in layers.values()], device=device)
-    sum_over_ranks([*(tensor for each in distinct for tensor in each.tensors()), bits, reached])
+    sum_over_ranks([*(tensor for each in each_once for tensor in each.tensors()), bits, reached])
     for layer, count in zip(layers.values(), reached.tolist(), strict=True):
         layer.reached = count > 0
     _compare(layers, bits)
@@ -213,7 +161,8 @@ def _compare(layers: Mapping[str, MaskedMatrix], bits: Tensor) -> None:
             )
 
 
-def _distinct(layers: Iterable[MaskedMatrix]) -> list[Statistics]:
+def distinct(layers: Iterable[MaskedMatrix]) -> list[Statistics]:
+    """The statistics of layers, each once where several share one."""
     return list({id(layer.statistics): layer.statistics for layer in layers if layer.statistics is not None}.values())
 
 

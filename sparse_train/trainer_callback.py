@@ -25,6 +25,7 @@ from transformers import Trainer, TrainerCallback
 from sparse_train import masks, shadow_file
 from sparse_train.criteria import Criterion, Wanda
 from sparse_train.distributed import rank, world_size
+from sparse_train.earlier_windows import Memory
 from sparse_train.layers import MASK_NAME, sparse_layers, sparsify, squash
 from sparse_train.matrices import MaskedLayer, is_conv1d
 from sparse_train.oneshot import set_initial_masks
@@ -32,7 +33,6 @@ from sparse_train.oneshot.training_data import causal_lm, random_batches
 from sparse_train.patterns import Pattern, resolve_target
 from sparse_train.policies import MaskPolicy, StraightThrough
 from sparse_train.pruner import expect, measure
-from sparse_train.recording import Memory
 from sparse_train.schedules import Schedule
 from sparse_train.targets import select
 from sparse_train.updater import MaskUpdater

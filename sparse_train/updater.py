@@ -12,6 +12,7 @@ from sparse_train.activations import InputSharing
 from sparse_train.choice import Rules
 from sparse_train.criteria import Criterion, Wanda
 from sparse_train.distributed import gather_objects
+from sparse_train.earlier_windows import EarlierWindows, Memory, check_memory
 from sparse_train.layers import sparsify, squash
 from sparse_train.margins import NO_MARGIN, Margin, check_margin, check_window
 from sparse_train.mask_lora import check_policy, describe_adapters
@@ -29,18 +30,13 @@ from sparse_train.pruner import (
     update_masks,
 )
 from sparse_train.recording import (
-    Memory,
     attach,
     check_agreement,
-    check_memory,
-    check_new_tokens,
     exchange,
     needed_statistics,
     norms_of,
-    remember,
     restore,
     share_statistics,
-    take_over,
     turn_halves,
     warn_of_padding,
 )
@@ -166,15 +162,10 @@ class MaskUpdater:
         """Sparsity of the masks as they are; None before the first."""
         self._last_update = 0
         self._sharing_known = False
-        # also "cumulative" means all there is: the norms behind the first mask are the first that are remembered
-        adopts = bool(self.memory) and not halved and masked and state is None
-        taken = adopts and take_over(norms_of(self.layers), first)
-        self._frozen = taken and self.memory == "frozen"
-        """Whether statistics are what they will be for ever."""
-        self._remembered: dict[str, int] = {}
-        """Tokens of earlier windows in the statistics of each layer."""
-        if taken:
-            self._remember()
+        self._earlier = EarlierWindows(self.layers, self.memory)
+        if masked and state is None and not halved:
+            # also "cumulative" means all there is: the norms behind the first mask are the first that are remembered
+            self._earlier.begin_with(first)
         self._first_rows: dict[str, Tensor] = sample_rows(self.layers) if masked else {}
         if state is not None:
             self.load_state_dict(state)
@@ -228,7 +219,7 @@ class MaskUpdater:
         progress = self.timing.progress(self.steps)
         target = self.schedule.sparsity(progress)
         exchange(self.layers)
-        check_new_tokens(self.layers, self._remembered)
+        self._earlier.check_new_tokens()
         since = 0 if self.target is None else self.steps - self._last_update
         shadow_factor = self.policy.shadow_decay(progress, since) if since else 1.0
         check_policy(self.layers, self.policy, shadow_factor)  # adapters may have come after the updater
@@ -248,14 +239,9 @@ class MaskUpdater:
         changes = update_masks(self.layers, rules, compare_halves=self.flip_agreement and self.target is not None)
         if self._growth is not None:
             self._growth.restart(before)
-        self._remember()
-        self._frozen = self.memory == "frozen"
+        self._earlier.fade()
         self.target, self._last_update = target, self.steps
         return self._report(changes, time.perf_counter() - began)
-
-    def _remember(self) -> None:
-        left = remember(self.layers, self.memory)
-        self._remembered = {} if self.memory in (0, "frozen") else left  # none is new to norms that stay
 
     def _confirm(self) -> UpdateReport:
         exchange(self.layers)  # nothing is recorded, but ranks must still agree
@@ -282,8 +268,7 @@ class MaskUpdater:
             "steps": self.steps,
             "target": self.target,
             "last_update": self._last_update,
-            "frozen": self._frozen,
-            "remembered": self._remembered,
+            "earlier_windows": self._earlier.state_dict(),
             "timing": asdict(self.timing),
             "settings": self.settings(),
             "statistics_by_rank": gather_objects({n: stats.state_dict() for n, stats in norms_of(self.layers).items()}),
@@ -313,7 +298,7 @@ class MaskUpdater:
             raise ValueError(f"The checkpoint pruned layers that are no targets of this run, such as {unknown[0]}.")
         self.steps, self.target, self._last_update = state["steps"], state["target"], state["last_update"]
         self.timing = Timing(**state["timing"])
-        self._frozen, self._remembered = state["frozen"], dict(state["remembered"])
+        self._earlier.load_state_dict(state["earlier_windows"])
         self._first_rows = {n: rows.to(self.layers[n].weight_OI.device) for n, rows in state["first_rows"].items()}
         if self._growth is not None:
             self._growth.load_state_dict(state["gradients"])
@@ -344,7 +329,7 @@ class MaskUpdater:
         update = self.timing.next_update(self.steps)
         wanted = (
             self.criterion.needs_activations
-            and not self._frozen
+            and not self._earlier.frozen
             and update is not None
             and self.timing.is_recorded(self.steps)
             and self._would_change(update)

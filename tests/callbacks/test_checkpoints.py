@@ -193,6 +193,36 @@ def test_a_fit_that_goes_on_without_a_checkpoint_goes_on_with_its_schedule(tmp_p
     assert before < pruning.updater.target == 0.7
 
 
+class Norms(L.Callback):
+    """What is known of inputs as training begins and ends."""
+
+    def __init__(self):
+        self.began, self.ended = [], []
+
+    def _norms(self, module):
+        return {name: layer.statistics.norm_I.clone() for name, layer in sparse_layers(module).items()}
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step in (0, 10):
+            self.began.append(self._norms(pl_module))
+
+    def on_train_end(self, trainer, pl_module):
+        self.ended.append(self._norms(pl_module))
+
+
+def test_a_fit_that_goes_on_remembers_what_the_one_before_has_seen(tmp_path):
+    model, norms = InInit(), Norms()
+    run = trainer(tmp_path, DynamicPruning("2:4", end_step=20, update_freq=4, squash=False), norms, max_steps=10)
+    run.fit(model, loader())
+    assert all(layer.statistics is None for layer in sparse_layers(model).values())
+    run.fit_loop.epoch_loop.max_steps = 20
+    run.fit(model, loader())
+    (_, again), (before, after) = norms.began, norms.ended
+    for name, norm_I in before.items():
+        assert torch.equal(again[name], norm_I)
+        assert (after[name] > norm_I).all()
+
+
 def test_a_checkpoint_after_a_squashed_fit_is_a_plain_one(tmp_path):
     run, model = trainer(tmp_path, DynamicPruning("2:4", update_freq=4)), InInit()
     run.fit(model, loader())

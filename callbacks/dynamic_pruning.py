@@ -31,7 +31,7 @@ from sparse_train.callbacks.checks import check_averaging, check_factors, check_
 from sparse_train.callbacks.first_mask import make_first_mask
 from sparse_train.criteria import Criterion, Wanda
 from sparse_train.earlier_windows import Memory, check_memory
-from sparse_train.layers import sparse_layers, sparsify, sparsify_like, squash
+from sparse_train.layers import fold, sparse_layers, sparsify, sparsify_like
 from sparse_train.margins import Margin, check_margin
 from sparse_train.mask_lora import MaskLoRA, add_mask_lora
 from sparse_train.matrices import MaskedLayer
@@ -317,7 +317,7 @@ class DynamicPruning(L.Callback):
         if self.updater is not None:
             self.updater.finish()
         if self._squash:
-            squash(pl_module)
+            fold(pl_module)
         else:
             self._ended = self.state_dict()  # statistics are in it; another fit may go on from here
             for layer in sparse_layers(pl_module).values():
@@ -329,7 +329,7 @@ class DynamicPruning(L.Callback):
             self._load_hook.remove()
             self._load_hook = None
             if trainer.strategy.restore_checkpoint_after_setup and _keeps_all(pl_module):
-                squash(pl_module)  # there was no checkpoint, or a dense one
+                fold(pl_module)  # there was no checkpoint, or a dense one
 
     def state_dict(self) -> dict[str, Any]:
         if self.updater is None:

@@ -5,6 +5,7 @@ Shape suffixes: O out_features, I in_features, J packed mask bytes = ceil(I / 8)
 
 import functools
 import inspect
+import logging
 import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -17,11 +18,14 @@ from sparse_train.adapters import guard_merges
 from sparse_train.functional import masked_linear
 from sparse_train.matrices import FACTOR_NAMES, MASK_NAME, MaskedLayer, MaskedMatrix, Recorder, is_conv1d
 
+_log = logging.getLogger(__name__)
+
 __all__ = [
     "MASK_NAME",
     "MaskedMatrix",
     "Recorder",
     "SparseLinear",
+    "fold",
     "masked_linear",
     "sparse_layers",
     "sparsify",
@@ -82,16 +86,29 @@ def sparsify(model: nn.Module, layers: Iterable[nn.Module]) -> None:
     guard_merges(model)
 
 
-@torch.no_grad()
-def squash(model: nn.Module, only: Iterable[nn.Module] | None = None) -> None:
+def squash(model: nn.Module) -> None:
     """Fold masks into weights: pruned weights become exact zeros, and plain linear layers remain.
 
-    Adapters inside masks (``sparse_train.mask_lora``) are folded in with them.
+    Adapters inside masks (``sparse_train.mask_lora``) are folded in with them. Warns where masks prune nothing, as in a
+    loop that ended before ``MaskUpdater`` had seen enough for a first mask.
 
     Args:
         model: with masked layers anywhere in it.
-        only: masked layers of it; default: all.
     """
+    layers = sparse_layers(model)
+    if layers and all(layer.keeps_all() for layer in layers.values()):
+        _log.warning(
+            "None of the %d masked layers has a pruned weight, so squash leaves a dense model: there was no mask "
+            "update before it. MaskUpdater makes its first mask half an interval into a run, or takes the one that "
+            "prune(..., squash=False) has set.",
+            len(layers),
+        )
+    fold(model)
+
+
+@torch.no_grad()
+def fold(model: nn.Module, only: Iterable[nn.Module] | None = None) -> None:
+    """``squash``, also of masks that prune nothing, and of some layers alone (default: all)."""
     sharding.reshard(model)
     for layer in sparse_layers(model).values() if only is None else list(only):
         assert isinstance(layer, MaskedLayer)

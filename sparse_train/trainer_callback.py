@@ -26,7 +26,7 @@ from sparse_train import masks, shadow_file
 from sparse_train.criteria import Criterion, Wanda
 from sparse_train.distributed import rank, world_size
 from sparse_train.earlier_windows import Memory
-from sparse_train.layers import MASK_NAME, sparse_layers, sparsify, squash
+from sparse_train.layers import MASK_NAME, fold, sparse_layers, sparsify
 from sparse_train.matrices import MaskedLayer, is_conv1d
 from sparse_train.oneshot import set_initial_masks
 from sparse_train.oneshot.training_data import causal_lm, random_batches
@@ -245,7 +245,7 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
             hook.remove()
         self._hooks = []
         if self._squash:
-            squash(model)
+            fold(model)
         else:
             for layer in self.updater.layers.values():
                 layer.recorder = layer.statistics = None

@@ -13,7 +13,7 @@ from sparse_train.choice import Rules
 from sparse_train.criteria import Criterion, Wanda
 from sparse_train.distributed import gather_objects
 from sparse_train.earlier_windows import EarlierWindows, Memory, check_memory
-from sparse_train.layers import sparsify, squash
+from sparse_train.layers import fold, sparsify
 from sparse_train.margins import NO_MARGIN, Margin, check_margin, check_window
 from sparse_train.mask_lora import check_policy, describe_adapters
 from sparse_train.matrices import MaskedLayer, Recorder
@@ -136,7 +136,7 @@ class MaskUpdater:
             )
         except BaseException:
             if began_dense:
-                squash(model)  # the masks keep everything: the model is as it was
+                fold(model)  # the masks keep everything: the model is as it was
             raise
 
     def _start(self, state: Mapping[str, Any] | None, **timing: Any) -> None:

@@ -1,7 +1,7 @@
 """Plain references, written from the papers: slow, obvious, in float64 unless bits are compared."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def row_mask(scores_OI: Tensor, sparsity: float) -> Tensor:
@@ -71,3 +71,28 @@ def sparsegpt(weight_OI: Tensor, inputs_TI: Tensor, kept: int | None, group: int
                 weight[i, j:] -= weight[i, j] / upper[j, j] * upper[j, j:]
                 weight[i, j] = 0
     return weight, keep
+
+
+def distillation_losses(student, teacher, labels, temperature):
+    """Position by position in float64: cross-entropy, and t^2 KL(teacher || student) at temperature t."""
+    student, teacher = student.double(), teacher.double()
+    ce, kldiv, count = 0.0, 0.0, 0
+    for b in range(labels.shape[0]):
+        for t in range(labels.shape[1] - 1):
+            label = labels[b, t + 1]
+            if label == -100:
+                continue
+            ce = ce - (student[b, t] - student[b, t].logsumexp(0))[label]
+            p, q = (torch.softmax(logits[b, t] / temperature, 0) for logits in (teacher, student))
+            kldiv = kldiv + temperature**2 * (p * (p / q).log()).sum()
+            count += 1
+    return ce / count, kldiv / count
+
+
+def squarehead(student_states, teacher_states, mask):
+    """Layer by layer in float64: MSE(teacher, student) / MSE(teacher, 0) over the tokens that are no padding."""
+    total = 0.0
+    for student, teacher in zip(student_states, teacher_states, strict=True):
+        s, t = student.double()[mask.bool()], teacher.double()[mask.bool()]
+        total = total + nn.functional.mse_loss(s, t) / nn.functional.mse_loss(t, torch.zeros_like(t))
+    return total

@@ -242,6 +242,18 @@ def test_sharing_is_found_in_the_first_recorded_step():
     train(model, updater, 3)
 
 
+def test_squash_after_a_loop_too_short_for_a_mask_says_that_the_model_is_dense(caplog):
+    model = tiny_llama()
+    updater = MaskUpdater(model, "2:4", update_freq=10, total_steps=20)
+    train(model, updater, 3)
+    squash(model)
+    assert "None of the 21 masked layers has a pruned weight, so squash leaves a dense model" in caplog.text
+    caplog.clear()
+    prune(model, [torch.randint(3, VOCABULARY, (2, 8))], "2:4", squash=False)
+    squash(model)
+    assert not caplog.text
+
+
 def test_squash_after_a_run():
     model = tiny_llama()
     updater = MaskUpdater(model, "2:4", update_freq=4, total_steps=8)

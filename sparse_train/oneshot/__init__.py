@@ -109,10 +109,10 @@ def prune(
     except BaseException:
         undo.restore()
         # their masks are back to keeping everything
-        _layers.squash(model, [layer for layer in dense if isinstance(layer, MaskedLayer)])
+        _layers.fold(model, [layer for layer in dense if isinstance(layer, MaskedLayer)])
         raise
     if squash:
-        _layers.squash(model)
+        _layers.fold(model)
     return report
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from sparse_train.activations import ActivationNorm, Statistics
 from sparse_train.allocation import Allocation, LayerShape, Uniform, divide
 from sparse_train.files import check_free
-from sparse_train.layers import sparsify, squash
+from sparse_train.layers import fold, sparsify
 from sparse_train.matrices import MaskedLayer, MaskedMatrix, Recorder, shape_OI
 from sparse_train.oneshot import (
     Method,
@@ -215,7 +215,7 @@ class _Run:
             yield matrices
         finally:
             release(matrices.values())
-            squash(self.blocks[index])
+            fold(self.blocks[index])
 
     def _targets_of(self, index: int) -> tuple[dict[str, nn.Module], dict[str, Any]]:
         start = f"{self.streamed.prefix}.{index}."

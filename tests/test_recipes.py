@@ -193,7 +193,9 @@ def test_arms_of_the_benchmark_are_runs_of_their_own():
         cli = parse_fit(f"--config={ROOT / arm.recipe}", *arm.changes, *teacher)
         distillation = cli.model.distillation
         assert (distillation is not None and distillation.teacher is not None) == arm.teacher
+        assert type(cli.datamodule.text) is type(arm.text)  # what it is read on
         found = [type(cli.model.source), cli.model.source.name, vars(distillation) if distillation else None]
+        found += [arm.start, type(cli.datamodule.text), type(cli.datamodule.calibration_text)]
         for each in cli.trainer.callbacks:
             if isinstance(each, DynamicPruning):
                 found += [each._pattern, each._criterion, each._initial_criterion, each._policy, each._schedule]

@@ -157,7 +157,7 @@ class DynamicPruning(L.Callback):
         self._restored: dict[str, Any] | None = None
         self._global_step = 0
         self._load_hook: Any = None
-        self._ended: dict[str, Any] | None = None
+        self._ended: dict[str, Any] | None = None  # the state at the end of a fit that keeps its masks
         self.updater: MaskUpdater | None = None
         """The running pipeline; None before the run has begun."""
         self.last_report: UpdateReport | None = None
@@ -170,6 +170,13 @@ class DynamicPruning(L.Callback):
         """
         mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
         return mask if isinstance(mask, Tensor) else None
+
+    def first_mask_settings(self) -> dict[str, str]:
+        """How the first mask is made, for records of a run."""
+        return {
+            "calibration_batches": str(self._calibration_batches),
+            "initial_criterion": repr(self._initial_criterion or self._criterion),
+        }
 
     # --- before training ---------------------------------------------------------------------------------------------
 
@@ -332,8 +339,8 @@ class DynamicPruning(L.Callback):
                 fold(pl_module)  # there was no checkpoint, or a dense one
 
     def state_dict(self) -> dict[str, Any]:
-        if self.updater is None:
-            return self._restored or {}
+        if self.updater is None or self._ended is not None:
+            return self._ended or self._restored or {}
         if not all(isinstance(layer, MaskedLayer) for layer in self.updater.layers.values()):
             return {}  # squashed: a checkpoint of this model is one of a dense model with zeros
         return {**self.updater.state_dict(), "global_step": self._global_step}
@@ -346,7 +353,7 @@ class DynamicPruning(L.Callback):
                 "The checkpoint was written with mask_lora, and this run has none, so it would train other weights. "
                 "Give DynamicPruning the mask_lora that it had, or export the checkpoint and start from that."
             )
-        self.updater = self._restored = None  # also where a tuner has trained a little and now goes back
+        self.updater = self._restored = self._ended = None  # also where a tuner has trained a little and now goes back
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict or None

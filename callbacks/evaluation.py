@@ -42,6 +42,8 @@ class Evaluation(L.Callback):
 
     The model is measured as it is, masks on. Behind ``DynamicPruning`` in the list of callbacks a step is measured with
     its new masks, before it with its old ones. On several processes (DDP) the first one measures, the others wait.
+    Callbacks that monitor a metric (``EarlyStopping``, ``ModelCheckpoint``) find these, once they have been measured,
+    and ``RunHistory`` puts them into the report.
 
     Args:
         text: perplexity is measured on this text; None measures none.
@@ -96,6 +98,8 @@ class Evaluation(L.Callback):
         self._step = 0
         self._measured: dict[str, int] = {}
         """Step of the last measurement of each kind."""
+        self.results: list[dict[str, Any]] = []
+        """What this run has measured: ``step``, ``metrics`` and ``protocol`` of each evaluation; on all ranks alike."""
 
     # --- before training ---------------------------------------------------------------------------------------------
 
@@ -104,7 +108,7 @@ class Evaluation(L.Callback):
             _refuse_shards(trainer)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._measured = {}
+        self._measured, self.results = {}, []
         if not trainer.is_global_zero:
             return
         _model(pl_module)  # there must be one
@@ -143,27 +147,33 @@ class Evaluation(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         before, self._step = self._step, trainer.global_step  # micro-batches do not move it; several optimizers jump
+        metrics: dict[str, float] = {}
         if self._text is not None and _due(self._every_n_steps, before, self._step):
-            self._measure(trainer, pl_module, "perplexity")
+            metrics |= self._measure(trainer, pl_module, "perplexity")
         if self._tasks and _due(self._tasks_every_n_steps, before, self._step):
-            self._measure(trainer, pl_module, "zero_shot")
+            metrics |= self._measure(trainer, pl_module, "zero_shot")
+        for name, value in metrics.items():
+            pl_module.log(name, value, logger=False)  # for what monitors metrics; loggers have them
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         for kind, wanted in (("perplexity", self._text is not None), ("zero_shot", bool(self._tasks))):
             if wanted and self._measured.get(kind) != trainer.global_step:
                 self._measure(trainer, pl_module, kind)
 
-    def _measure(self, trainer: L.Trainer, pl_module: L.LightningModule, kind: str) -> None:
+    def _measure(self, trainer: L.Trainer, pl_module: L.LightningModule, kind: str) -> dict[str, float]:
+        found: tuple[dict[str, float], str] = {}, ""
         if trainer.is_global_zero:
             model, autocast = _model(pl_module), _AUTOCAST.get(str(trainer.precision))
             measure = self._perplexity if kind == "perplexity" else self._zero_shot
-            metrics, protocol = measure(model, autocast)
+            metrics, protocol = found = measure(model, autocast)
             for logger in trainer.loggers:  # straight to them: evaluations need not coincide with log_every_n_steps
                 logger.log_metrics(metrics, step=trainer.global_step)
             if kind not in self._measured:
                 rank_zero_info(f"Evaluation: {protocol}")
         self._measured[kind] = trainer.global_step
-        trainer.strategy.barrier(f"Evaluation of {kind}")
+        metrics, protocol = trainer.strategy.broadcast(found)  # what stops a run must stop it on every rank
+        self.results.append({"step": trainer.global_step, "metrics": metrics, "protocol": protocol})
+        return metrics
 
     def _perplexity(self, model: nn.Module, autocast: torch.dtype | None) -> tuple[dict[str, float], str]:
         assert self._ids is not None and self._text is not None

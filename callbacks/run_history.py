@@ -8,6 +8,7 @@ One JSON object a line, in ``sparse_train_history.jsonl``; ``sparse-train report
     baseline     validation before the first step: ``state`` "first mask", and "dense" with the same masks opened
     train        losses, every ``log_every_n_steps`` steps
     validation   metrics, and the seconds they took
+    evaluation   metrics and protocol of an ``Evaluation``
     update       target, sparsity, flip rates, seconds; zeros and flips of each layer; a crop of one mask
     end          tokens, peak memory, sparsity as counted on the weights
 """
@@ -17,6 +18,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from torch import Tensor
 
 from sparse_train import environment, masks, memory
 from sparse_train.callbacks.dynamic_pruning import DynamicPruning
+from sparse_train.callbacks.evaluation import Evaluation
 from sparse_train.matrices import MaskedLayer
 from sparse_train.patterns import group_label
 from sparse_train.pruner import UpdateReport
@@ -62,6 +65,8 @@ class RunHistory(L.Callback):
         self._began = self._setup_began = self._validation_began = 0.0
         self._pruning: DynamicPruning | None = None
         self._seen: UpdateReport | None = None
+        self._evaluations: dict[Evaluation, int] = {}
+        """How many results of each have been written."""
         self._baselines: list[dict[str, Any]] = []
 
     # --- before training ---------------------------------------------------------------------------------------------
@@ -71,6 +76,8 @@ class RunHistory(L.Callback):
             return
         self._setup_began = time.perf_counter()
         self._pruning = _pruning_ahead(self, trainer)
+        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        self._evaluations = {each: 0 for each in callbacks if isinstance(each, Evaluation)}
         self._baselines = []
         if trainer.global_step == 0:  # a checkpoint, if there is one, is loaded later
             self._lines, self._tokens, self._seconds_before = [], 0, 0.0
@@ -130,14 +137,12 @@ class RunHistory(L.Callback):
         if updater is None:
             return None
         timing, (name, layer) = updater.timing, _shown_layer(updater)
+        assert self._pruning is not None
         return {
+            **updater.settings(),
+            **self._pruning.first_mask_settings(),
             "mask_structure": group_label(updater.pattern),
-            "schedule": repr(updater.schedule),
-            "criterion": repr(updater.criterion),
-            "policy": repr(updater.policy),
-            "update_freq": timing.update_freq,
-            "start_step": timing.start_step,
-            "end_step": timing.end_step,
+            **asdict(timing),
             "layers": {name: layer.in_features * layer.out_features for name, layer in updater.layers.items()},
             "crop": {
                 "layer": name,
@@ -153,6 +158,7 @@ class RunHistory(L.Callback):
     ) -> None:
         self._tokens += _tokens(batch) * trainer.world_size
         self._write_update()
+        self._write_evaluations()
         if trainer.global_step == self._step:  # a micro-batch
             return
         self._step = trainer.global_step
@@ -183,6 +189,12 @@ class RunHistory(L.Callback):
             flips=[report.layers[name].flips for name in updater.layers],
             crop=_crop(_shown_layer(updater)[1]),
         )
+
+    def _write_evaluations(self) -> None:
+        for each, written in self._evaluations.items():
+            for result in each.results[written:]:
+                self._write("evaluation", result["step"], metrics=result["metrics"], protocol=result["protocol"])
+            self._evaluations[each] = len(each.results)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._validation_began = time.perf_counter()
@@ -219,6 +231,8 @@ class RunHistory(L.Callback):
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "fit":
+            self._write_evaluations()  # at the end of training an Evaluation may come behind
+            self._evaluations = {}
             self._seconds_before, self._began = self._seconds(), 0.0
             self._pruning = None  # and with it the model
 

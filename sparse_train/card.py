@@ -97,7 +97,18 @@ def training_rows(settings: Mapping[str, str], timing: Mapping[str, Any], steps:
         f"{settings['schedule']}{f', {policy}' if policy else ''}",
         "masks": f"{looked_at} every {timing['update_freq']} steps from step {timing['start_step']} to "
         f"{timing['end_step']}, then frozen; {steps} steps in all",
+        **_scoring_row(settings, timing),
         **({"trained": f"low-rank adapters inside the masks, merged: {adapters}"} if adapters else {}),
+    }
+
+
+def _scoring_row(settings: Mapping[str, str], timing: Mapping[str, Any]) -> dict[str, str]:
+    if "Wanda" not in settings.get("criterion", ""):
+        return {}
+    margin = settings.get("margin", "")
+    return {
+        "norms": f"of the {timing['window']} steps before an update, memory {settings['memory']}"
+        + (f", {margin}" if any(digit in margin for digit in "123456789") else "")
     }
 
 

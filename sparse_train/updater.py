@@ -149,7 +149,8 @@ class MaskUpdater:
             check_masks(self.layers, self.pattern, initial)
         self.timing = Timing.resolve(**timing, first_from_window=self.criterion.needs_activations and not masked)
         self.recorder = Recorder()
-        first = norms_of(self.layers)
+        # with a recorder they are an earlier updater's, and whole on rank 0 alone
+        first = norms_of({n: layer for n, layer in self.layers.items() if layer.recorder is None})
         halved = self.margin.noise_margin > 0 or self.flip_agreement
         if halved:
             check_window(self.timing.window)

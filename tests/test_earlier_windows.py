@@ -142,6 +142,28 @@ def test_fading_keeps_counts_whole_and_never_forgets_a_token():
     assert int(norm.tokens) == 2**30 + 2
 
 
+@pytest.mark.parametrize("memory", [1.0, "frozen"])
+def test_a_second_updater_begins_anew_on_every_rank(memory):
+    found = launch.run(two_updaters, memory)
+    assert [tokens for tokens, _ in found] == [0, 0]
+    assert torch.equal(found[0][1], found[1][1])
+
+
+def two_updaters(memory):
+    """Tokens in a layer's statistics as the second updater begins, and its mask at the end."""
+    torch.manual_seed(0)
+    model, generator = tiny_llama(), torch.Generator().manual_seed(rank())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    tokens = 0
+    for _ in range(2):
+        updater = MaskUpdater(model, "2:4", update_freq=2, memory=memory, total_steps=20)
+        layer = updater.layers["model.layers.0.self_attn.q_proj"]
+        tokens = int(layer.statistics.tokens)
+        for _ in range(6):
+            step(model, updater, optimizer, generator)
+    return tokens, layer.weight_mask.clone()
+
+
 class LeavesOut(nn.Module):
     """Two layers, of which the second is used as long as ``both``."""
 

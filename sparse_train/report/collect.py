@@ -32,6 +32,8 @@ class Run:
     """By state: "dense", "first mask"."""
     losses: Sequence[Record] = ()
     validations: Sequence[Record] = ()
+    evaluations: Sequence[Record] = ()
+    """Of ``Evaluation`` callbacks."""
     updates: Sequence[Record] = ()
     end: Record | None = None
     """None where the run goes on, or was cut off."""
@@ -75,13 +77,22 @@ class Run:
 
     @property
     def _all(self) -> list[Record]:
-        return [*self.starts, *self.losses, *self.validations, *self.updates, *([self.end] if self.end else [])]
+        records = [*self.starts, *self.losses, *self.validations, *self.evaluations, *self.updates]
+        return [*records, *([self.end] if self.end else [])]
 
     @property
     def _last_count(self) -> Record | None:
         if self.end is not None and self.end["zeros"] is not None:
             return self.end
         return self.updates[-1] if self.updates else None
+
+    def evaluated(self) -> dict[str, tuple[float, int]]:
+        """The last value of each metric of ``Evaluation``, and the step it is of."""
+        return {
+            name: (float(value), int(record["step"]))
+            for record in self.evaluations
+            for name, value in record["metrics"].items()
+        }
 
     def changes(self) -> Sequence[Record]:
         """Updates after the first mask, which is no change of one."""
@@ -179,6 +190,7 @@ def _read(folder: Path, name: str) -> Run:
         baselines={record["state"]: record for record in kinds.get("baseline", [])},
         losses=kinds.get("train", []),
         validations=kinds.get("validation", []),
+        evaluations=kinds.get("evaluation", []),
         updates=kinds.get("update", []),
         end=kinds.get("end", [None])[-1],
     )

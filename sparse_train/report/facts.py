@@ -52,13 +52,31 @@ def _share(run: Run, seconds: float) -> str:
     return f"{seconds:,.1f} s ({seconds / run.seconds:.1%})" if run.seconds else NONE
 
 
+def evaluations(runs: Sequence[Run]) -> list[Block]:
+    """What ``Evaluation`` callbacks measured last; nothing where there are none."""
+    names = dict.fromkeys(name for run in runs for name in run.evaluated())
+    if not names:
+        return []
+
+    def last(name: str) -> Callable[[Run], str]:
+        def cell(run: Run) -> str:
+            value, step = run.evaluated().get(name, (None, 0))
+            return NONE if value is None else f"{value:.4f} at step {step:,}"
+
+        return cell
+
+    protocols = dict.fromkeys(record["protocol"] for run in runs for record in run.evaluations)
+    return [_side_by_side(runs, {name: last(name) for name in names}, words=True), *protocols]
+
+
 def settings(runs: Sequence[Run]) -> Table:
     """Of the pruning and the run."""
 
     def setting(name: str) -> Callable[[Run], str]:
-        return lambda run: NONE if run.pruning is None else str(run.pruning[name])
+        return lambda run: NONE if run.pruning is None else str(run.pruning.get(name, NONE))
 
-    names = "mask_structure", "schedule", "criterion", "policy", "update_freq", "start_step", "end_step"
+    names = ["mask_structure", "schedule", "criterion", "policy", "update_freq", "start_step", "end_step", "window"]
+    names += ["memory", "margin", "flip_agreement", "mask_lora", "calibration_batches", "initial_criterion"]
     return _side_by_side(
         runs,
         {

@@ -21,6 +21,7 @@ def headline(run: Run) -> dict[str, Any]:
         "perplexity": _perplexity(run.validations[-1] if run.validations else None),
         "perplexity_first_mask": _perplexity(run.baselines.get("first mask")),
         "perplexity_dense": _perplexity(run.baselines.get("dense")),
+        "evaluation": {name: value for name, (value, _) in run.evaluated().items()},
     }
 
 

@@ -30,6 +30,7 @@ def run_page(runs: Sequence[Run]) -> Page:
     title = f"Sparse training: {runs[0].name}" if len(runs) == 1 else f"Sparse training: {len(runs)} runs"
     sections = [
         Section("Perplexity and loss", _curves(runs)),
+        *([Section("Evaluation", evaluated)] if (evaluated := facts.evaluations(runs)) else []),
         Section("Masks", _masks(runs)),
         Section("Sparsity by layer", _layers(runs)),
         Section("One mask before and after", _crops(runs)),

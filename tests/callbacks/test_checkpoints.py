@@ -223,6 +223,23 @@ def test_a_fit_that_goes_on_remembers_what_the_one_before_has_seen(tmp_path):
         assert (after[name] > norm_I).all()
 
 
+@pytest.mark.parametrize("memory", [0.0, 1.0, "frozen"])
+def test_a_checkpoint_after_a_fit_remembers_what_the_fit_has_seen(tmp_path, memory):
+    def callback():
+        return DynamicPruning("2:4", end_step=100, update_freq=4, memory=memory, squash=False)
+
+    before, after = Norms(), Norms()
+    run = trainer(tmp_path, callback(), before, max_steps=10)
+    run.fit(InInit(), loader())
+    run.save_checkpoint(tmp_path / "after.ckpt")
+    pruning = callback()
+    resumed = trainer(tmp_path, pruning, after, max_steps=18)
+    resumed.fit(InInit(), loader(), ckpt_path=tmp_path / "after.ckpt")
+    assert pruning.updater.steps == 18 and pruning.last_report.step == 16
+    for name, norm_I in before.ended[0].items():
+        assert torch.equal(after.began[0][name], norm_I)
+
+
 def test_a_checkpoint_after_a_squashed_fit_is_a_plain_one(tmp_path):
     run, model = trainer(tmp_path, DynamicPruning("2:4", update_freq=4)), InInit()
     run.fit(model, loader())

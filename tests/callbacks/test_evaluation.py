@@ -8,14 +8,16 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
 
-from sparse_train.callbacks import DynamicPruning, Evaluation
+from sparse_train.callbacks import DynamicPruning, Evaluation, RunHistory
 from sparse_train.evaluation import evaluate_perplexity, evaluate_zero_shot, token_ids
 from sparse_train.module import CausalLM
-from sparse_train.report import read_metrics
+from sparse_train.report import read_metrics, write_run_report
+from sparse_train.report.collect import collect
 from sparse_train.sources import Pretrained
 from sparse_train.texts import TextFiles
 
@@ -167,16 +169,42 @@ def test_measuring_asks_nothing_of_other_processes(task_data, tmp_path, monkeypa
         torch.distributed.destroy_process_group()
 
 
-def test_other_processes_wait():
-    waited = []
-    trainer = SimpleNamespace(is_global_zero=False, global_step=0, strategy=SimpleNamespace(barrier=waited.append))
+def test_other_processes_get_what_the_first_has_measured(monkeypatch):
+    asked, logged = [], []
+
+    def broadcast(found):
+        asked.append(found)
+        return {"evaluation/perplexity": 9.0}, "protocol"
+
+    trainer = SimpleNamespace(is_global_zero=False, global_step=0, strategy=SimpleNamespace(broadcast=broadcast))
     evaluation, module = Evaluation(TextFiles(), every_n_steps=2, tasks="rte"), Module()
+    monkeypatch.setattr(module, "log", lambda name, value, **_: logged.append((trainer.global_step, name, value)))
     evaluation.on_fit_start(trainer, module)
     evaluation.on_train_start(trainer, module)
     for trainer.global_step in (1, 1, 2, 2, 3, 3, 4):
         evaluation.on_train_batch_end(trainer, module, None, None, 0)
     evaluation.on_train_end(trainer, module)
-    assert waited == [*["Evaluation of perplexity"] * 2, "Evaluation of zero_shot"]
+    assert asked == [({}, "")] * 3  # two of perplexity, one of tasks at the end
+    assert logged == [(step, "evaluation/perplexity", 9.0) for step in (2, 4)]
+    assert [result["step"] for result in evaluation.results] == [2, 4, 4]
+
+
+@pytest.mark.parametrize("behind", [True, False])
+def test_what_was_measured_stops_runs_and_stands_in_the_report(model_folder, text_file, tmp_path, behind):
+    text = TextFiles(validation=[str(text_file)])
+    evaluation = Evaluation(text, every_n_steps=2, window=16, max_tokens=64, tokenizer=str(model_folder))
+    history = RunHistory()
+    callbacks = [evaluation, history] if behind else [history, evaluation]
+    stop = EarlyStopping("evaluation/perplexity", mode="max", stopping_threshold=1.0, check_on_train_epoch_end=True)
+    module = fit(*callbacks, stop, steps=30, default_root_dir=tmp_path, limit_train_batches=8)
+    assert 4 <= module.trainer.global_step < 30
+    (run,) = collect([tmp_path])
+    assert [record["step"] for record in run.evaluations] == [each["step"] for each in evaluation.results]
+    last = evaluation.results[-1]
+    assert run.evaluated() == {"evaluation/perplexity": (last["metrics"]["evaluation/perplexity"], last["step"])}
+    page = write_run_report([tmp_path]).with_suffix(".md").read_text()
+    assert f"{last['metrics']['evaluation/perplexity']:.4f} at step {last['step']}" in page
+    assert "windows of 16" in page
 
 
 @pytest.mark.parametrize("strategy", [FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy])

@@ -1,6 +1,6 @@
 # make demo   the whole job on a real model        make test   style, types, tests
 # make setup  only the virtual environment         make bench  benchmarks of time
-# make docs   these pages as a site, in site/
+# make docs   these pages as a site, in site/      make zeroshot  the table of zero-shot accuracy
 
 PYTHON ?= python3
 STEPS ?= 20
@@ -17,7 +17,7 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 export DS_ACCELERATOR = cpu
 export NO_MKDOCS_2_WARNING = 1
 
-.PHONY: setup demo test lint bench docs clean
+.PHONY: setup demo test lint bench zeroshot docs clean
 
 setup: $(READY)
 
@@ -42,6 +42,13 @@ bench: $(READY)
 	$(BIN)/python benchmarks/selection.py
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/oneshot_time.py
+
+zeroshot: $(READY)  # the table of docs/results.md: LIMIT items a task, TASK_DATA names local files
+	$(BIN)/python benchmarks/quality.py --arm static --seed 2 --lr 5e-4 --export runs/static
+	$(BIN)/python benchmarks/quality.py --arm dynamic --seed 2 --lr 2e-4 --export runs/dynamic
+	$(BIN)/python benchmarks/zeroshot.py --static runs/static --dynamic runs/dynamic \
+		$(if $(LIMIT),--limit $(LIMIT)) $(if $(TASK_DATA),--task_data $(TASK_DATA))
+	$(BIN)/python benchmarks/zeroshot_tables.py --write
 
 docs: $(READY)
 	$(BIN)/mkdocs build --strict

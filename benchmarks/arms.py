@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from sparse_train import Magnitude, SparseGPT, Wanda
+from sparse_train import Criterion, Magnitude, Solver, SparseGPT, Wanda
 from sparse_train.texts import PackagedWikipedia, PythonStandardLibrary, TextSource
 
 _P = "--trainer.callbacks.init_args"
@@ -12,7 +12,20 @@ _DISTILLATION = [
     "--model.distillation.hardness_kldiv=0.67",
     "--model.distillation.temperature=2.0",
 ]
-ONESHOT = {"oneshot_wanda": Wanda(), "oneshot_magnitude": Magnitude(), "oneshot_sparsegpt": SparseGPT()}
+
+
+@dataclass(frozen=True)
+class OneShot:
+    """An arm without training; on the same batches on which the trained arms make their first mask.
+
+    Args:
+        method: criterion or solver.
+        mask_structure, sparsity: as of ``sparse_train.prune``.
+    """
+
+    method: Criterion | Solver
+    mask_structure: str = "2:4"
+    sparsity: float | None = None
 
 
 @dataclass(frozen=True)
@@ -53,8 +66,17 @@ def _shifted(*changes: str) -> Arm:
     return _arm("smollm2_2of4_domain", "--data.calibration_text=PackagedWikipedia", *changes, text=text)
 
 
+ONESHOT = {
+    "oneshot_wanda": OneShot(Wanda()),
+    "oneshot_magnitude": OneShot(Magnitude()),
+    "oneshot_sparsegpt": OneShot(SparseGPT()),
+    "oneshot_wanda_70": OneShot(Wanda(), "unstructured", 0.7),
+}
 _FROM_WANDA = ("criterion=Magnitude", "initial_criterion=Wanda")
-_GRADUAL = ("criterion=Magnitude", "policy=Fixed", "schedule=Cubic", "schedule.final_sparsity=0.5")
+_GRADUAL = (
+    *("criterion=Magnitude", "policy=Fixed", "schedule=Cubic", "schedule.final_sparsity=0.5"),
+    "end_step=0.5",  # N:M rounds down: 2:4 is reached where the schedule ends, and not before
+)
 _DECAY = ("policy=StraightThrough", "policy.srste_decay=0.01")
 _70 = ("mask_structure=unstructured", "sparsity=0.7")
 
@@ -73,6 +95,7 @@ ARMS: dict[str, Arm] = {
     "dynamic_window": _arm("smollm2_2of4", "memory=0"),
     "dynamic_memory50": _arm("smollm2_2of4", "memory=0.5"),
     "dynamic_memory90": _arm("smollm2_2of4", "memory=0.9"),
+    "dynamic_window_agreement": _arm("smollm2_2of4", "memory=0", "flip_agreement=true"),  # measures, changes nothing
     # only where it is better by a margin
     "dynamic_hysteresis5": _arm("smollm2_2of4", "hysteresis=0.05"),
     "dynamic_hysteresis20": _arm("smollm2_2of4", "hysteresis=0.2"),
@@ -117,6 +140,7 @@ ARMS: dict[str, Arm] = {
     # low-rank, of q and v: beside the mask, where merging loses zeros, and inside it
     "lora": _arm("smollm2_2of4_lora"),
     "mask_lora": _arm("smollm2_2of4_mask_lora"),
+    "mask_lora_exact": _arm("smollm2_2of4_mask_lora", "mask_lora.exact_gradient=true"),
     "mask_lora_fixed": _arm("smollm2_2of4_mask_lora", "policy=Fixed"),
     # from scratch: smoke runs
     "scratch_dense": _arm("pretrain_llama_dense"),

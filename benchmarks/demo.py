@@ -198,8 +198,9 @@ def _write(folder: Path, arms: list[Arm], steps: int, exported: Path, packaged: 
     notes = [
         f"Protocol: {arms[0].result.protocol}. Seconds and peak memory are those of making the model (loading, "
         "calibration, training with its validations), without the final evaluation.",
-        f"Trained arms: {steps} steps each, same batches in the same order, same learning rate; sparse ones at 2:4. "
-        "One seed, and far too few steps to rank methods: this shows that everything works, and prints what came out.",
+        f"Trained arms: {steps} steps each, same batches in the same order, each at its recipe's learning "
+        "rate; sparse ones at 2:4. One seed, and far too few steps to rank methods: this shows that everything works, "
+        "and prints what came out.",
         f"Machine: {os.cpu_count()} CPU cores, torch {torch.__version__}.",
     ]
     table = Table(*columns, title="SPARSE-TRAIN DEMO")

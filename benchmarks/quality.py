@@ -22,10 +22,11 @@ from arms import ARMS, ONESHOT
 from jsonargparse import auto_cli
 
 from sparse_train import lightning_cli, prune
-from sparse_train.data import calibration_batches
+from sparse_train.data import TextBlocks
 from sparse_train.evaluation import evaluate_perplexity, token_ids
+from sparse_train.oneshot.training_data import random_batches
 from sparse_train.packaged import MODEL_NAME
-from sparse_train.sources import PackagedSmolLM2
+from sparse_train.sources import FromScratch, PackagedSmolLM2
 from sparse_train.texts import PackagedWikipedia, TextFiles, TextSource
 
 
@@ -43,9 +44,11 @@ class Row:
     wikitext2: float | None
     c4: float | None
     sparsity: float
-    first_flip_rate: float | None
-    last_flip_rate: float | None
-    initial_flip_rate: float | None
+    first_flip_rate: float | None = None
+    last_flip_rate: float | None = None
+    initial_flip_rate: float | None = None
+    first_flip_agreement: float | None = None
+    last_flip_agreement: float | None = None
     teacher: str | None = None
     tokens_a_step: int = 2048
     eval_tokens: int = 32768
@@ -69,14 +72,14 @@ def main(
 
     Args:
         arm: of ``benchmarks/arms.py``: trained, or one-shot; or none (the untrained dense model).
-        seed: of data order and calibration.
+        seed: of data order. First masks come from the same batches whatever the seed.
         steps: optimizer steps of 2048 tokens.
         lr: peak learning rate.
         tuning: evaluate on validation articles alone.
         wikitext: path of the WikiText-2 raw test text.
         c4: path of C4 documents, a JSON object with "text" a line.
-        teacher: folder of the model from which the arms named "tuned" learn, such as one that --export wrote; the row
-            holds its last name.
+        teacher: folder of the model from which the arms named "tuned" learn: dense_seedN, which --arm dense --seed N
+            --export wrote, of this same seed.
         export: folder for the trained model.
         out: CSV file.
     """
@@ -87,6 +90,8 @@ def main(
         steps, lr = 0, 0.0
     elif ARMS[arm].teacher != (teacher is not None):
         raise SystemExit(f"--teacher is for the arms {', '.join(name for name, each in ARMS.items() if each.teacher)}.")
+    if teacher is not None and Path(teacher).name != f"dense_seed{seed}":
+        raise SystemExit(f"The teacher has seen the same batches: --teacher names a folder dense_seed{seed}.")
     path = Path(out)
     given = {"heldout": "", "wikitext2": wikitext, "c4": c4}
     wanted = [] if tuning else [name for name, text in given.items() if text is not None]
@@ -97,7 +102,7 @@ def main(
         print(f"{arm}, seed {seed}, {steps} steps, lr {lr}: already in {path}")
         return
     began = time.perf_counter()
-    model, flips = _train(arm, seed, steps, lr, teacher, export) if arm in ARMS else (_oneshot(arm, seed), [])
+    model, flips, name = _train(arm, seed, steps, lr, teacher, export) if arm in ARMS else (_oneshot(arm), {}, None)
     if done:
         return
     weights = [p for n, p in model.named_parameters() if "proj" in n and "lora" not in n]
@@ -109,6 +114,7 @@ def main(
         texts |= {} if wikitext is None else {"wikitext2": TextFiles(test=[wikitext])}
         texts |= {} if c4 is None else {"c4": TextFiles(test=[c4])}
         found |= {name: _perplexity(model, text, "test") for name, text in texts.items()}
+    numbers: dict[str, Any] = {text: found.get(text) for text in given} | flips
     row = Row(
         arm,
         seed,
@@ -116,10 +122,10 @@ def main(
         lr,
         tuning,
         found["validation"],
-        *(found.get(name) for name in ("heldout", "wikitext2", "c4")),
-        sparsity,
-        *(flips or [None] * 3),
-        key["teacher"] or None,
+        sparsity=sparsity,
+        teacher=key["teacher"] or None,
+        model=name or MODEL_NAME,
+        **numbers,
     )
     rows.append(path, row)
     print(f"{row} {time.perf_counter() - began:.0f} s")
@@ -127,13 +133,13 @@ def main(
 
 def _train(
     name: str, seed: int, steps: int, lr: float, teacher: str | None, export: str | None
-) -> tuple[Any, list[float]]:
-    """The trained model, and the first, the last and the initial flip rate."""
+) -> tuple[Any, dict[str, float], str]:
+    """The trained model, its flip rates and agreements, and what the model is."""
     arm = ARMS[name]
     with tempfile.TemporaryDirectory() as folder:
         start = Path(folder, "start")
         if arm.start is not None:
-            _oneshot(arm.start, seed).save_pretrained(start)
+            _oneshot(arm.start).save_pretrained(start)
             PackagedSmolLM2().tokenizer().save_pretrained(start)
         cli = lightning_cli.run(
             [
@@ -157,18 +163,27 @@ def _train(
             ]
         )
         logged = [row for file in Path(folder).rglob("metrics.csv") for row in rows.read(file)]
-    rates = [float(row["sparsity/flip_rate"]) for row in logged if row.get("sparsity/flip_rate")]
-    rates = [rate for rate in rates if rate > 0]  # a first mask, and masks that are only confirmed, flip nothing
+    found: dict[str, float] = {}
+    for key in ("flip_rate", "flip_agreement"):
+        values = [float(row[f"sparsity/{key}"]) for row in logged if row.get(f"sparsity/{key}")]
+        values = [value for value in values if value > 0]  # a first mask, and masks that are only confirmed, flip none
+        found |= {f"first_{key}": values[0], f"last_{key}": values[-1]} if values else {}
     differing = [float(row["sparsity/initial_flip_rate"]) for row in logged if row.get("sparsity/initial_flip_rate")]
-    return cli.model.model, [rates[0], rates[-1], differing[-1]] if rates else []
+    found |= {"initial_flip_rate": differing[-1]} if differing else {}
+    source = cli.model.source
+    return cli.model.model, found, source.name if isinstance(source, FromScratch) else MODEL_NAME
 
 
-def _oneshot(name: str, seed: int) -> Any:
+def _oneshot(name: str) -> Any:
+    """Pruned as the trained arms' first mask is: on the same random batches, under the same autocast."""
     source = PackagedSmolLM2()
     model = source.load()
     if name in ONESHOT:
-        batches = calibration_batches(PackagedWikipedia(), source.tokenizer(), seed=seed)
-        prune(model, batches, "2:4", criterion=ONESHOT[name], progress=True)
+        arm, data = ONESHOT[name], TextBlocks(source, PackagedWikipedia(), block_size=512, batch_size=4)
+        data.setup("fit")
+        batches = random_batches(data.train_dataloader().dataset, 4, None, 8)
+        with torch.autocast("cpu", torch.bfloat16):
+            prune(model, batches, arm.mask_structure, sparsity=arm.sparsity, criterion=arm.method, progress=True)
     return model
 
 

@@ -6,10 +6,10 @@ MAIN = {
     "oneshot_wanda": "one-shot Wanda",
     "oneshot_sparsegpt": "one-shot SparseGPT",
     "dense": "dense, fine-tuned",
-    "gradual_magnitude": "gradual magnitude, through 3:4",
+    "gradual_magnitude": "gradual magnitude: dense to step 20, 3:4 to step 50, then 2:4",
     "static": "static: Wanda's mask, no gradient to pruned weights",
     "static_ste": "static: Wanda's mask, straight-through",
-    "dynamic_k50": "re-pruned every 50 steps",
+    "dynamic_k50": "re-pruned every 50 steps, on norms of 25 steps each",
     "dynamic": "re-pruned every 10 steps (the default)",
     "dynamic_k1": "re-pruned every step",
 }
@@ -25,7 +25,7 @@ VARIANTS = {
     "dynamic": "as it is",
     "dynamic_hysteresis5": "hysteresis 5 %",
     "dynamic_hysteresis20": "hysteresis 20 %",
-    "dynamic_noise1": "a margin of 1 standard error",
+    "dynamic_noise1": "a margin of 1 standard error; norms of the first mask left out",
     "dynamic_window_hysteresis5": "norms of 5 steps, hysteresis 5 %",
     "dynamic_window_hysteresis20": "norms of 5 steps, hysteresis 20 %",
     "dynamic_window_noise1": "norms of 5 steps, a margin of 1 standard error",
@@ -48,13 +48,13 @@ STARTS = {
     "dynamic_from_sparsegpt": "from one-shot SparseGPT",
 }
 DISTILLATION = {
-    "static": "static, none",
+    "static": "static, no teacher",
     "static_distill": "static, untouched teacher",
     "static_distill_tuned": "static, fine-tuned teacher",
-    "dynamic": "re-pruned, none",
+    "dynamic": "re-pruned, no teacher",
     "dynamic_distill": "re-pruned, untouched teacher",
     "dynamic_distill_tuned": "re-pruned, fine-tuned teacher",
-    "dynamic_window": "re-pruned, norms of 5 steps, none",
+    "dynamic_window": "re-pruned, norms of 5 steps, no teacher",
     "dynamic_window_distill": "re-pruned, norms of 5 steps, untouched teacher",
 }
 SHIFT = {
@@ -64,6 +64,7 @@ SHIFT = {
     "dynamic_shift": "re-pruned, cumulative norms (the default)",
 }
 UNSTRUCTURED = {
+    "oneshot_wanda_70": "one-shot Wanda, untrained",
     "static_70": "static, no gradient to pruned weights",
     "static_ste_70": "static, straight-through",
     "dynamic_70": "re-pruned every 10 steps (the default)",
@@ -75,7 +76,8 @@ UNSTRUCTURED = {
 LOW_RANK = {
     "oneshot_wanda": "none: one-shot Wanda",
     "lora": "LoRA beside a frozen 2:4 base (not sparse once merged)",
-    "mask_lora": "mask_lora, re-pruned",
+    "mask_lora": "mask_lora, re-pruned, straight-through gradient",
+    "mask_lora_exact": "mask_lora, re-pruned, gradient of the loss",
     "mask_lora_fixed": "mask_lora, masks that stay",
     "static": "full, masks that stay",
     "dynamic": "full, re-pruned",
@@ -86,3 +88,5 @@ SCRATCH = {
     "scratch_2of4_fixed": "through 3:4 to 2:4, weights that went stay away",
     "scratch_unstructured50": "to 50 % unstructured, re-pruned",
 }
+LENGTHS = ("dense", "static", "dynamic", "dynamic_distill", "dynamic_distill_tuned", "dynamic_magnitude")
+"""Arms whose longer runs are shown beside those of 100 steps."""

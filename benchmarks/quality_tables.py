@@ -3,8 +3,9 @@
     python benchmarks/quality_tables.py             # print them
     python benchmarks/quality_tables.py --write     # put them into docs/results.md, README.md and docs/pictures/
 
-An arm is reported at the learning rate with the lowest perplexity on validation articles among its tuning rows, or,
-marked with a star, at another; seeds of tuning rows are not reported.
+An arm is reported at the learning rate with the lowest perplexity on validation articles among its tuning rows, where
+it stands between two others; a star marks those that are run at another rate, or without such a grid. Seeds of tuning
+rows are not reported, and nothing is chosen on others.
 """
 
 import statistics
@@ -13,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import rows
-from quality_labels import DISTILLATION, LOW_RANK, MAIN, SCORES, SCRATCH, SHIFT, STARTS, UNSTRUCTURED, VARIANTS
+from quality_labels import DISTILLATION, LENGTHS, LOW_RANK, MAIN, SCORES, SCRATCH, SHIFT, STARTS, UNSTRUCTURED, VARIANTS
 
 ROOT = Path(__file__).parent.parent
 CSV, PAGE, README = ROOT / "benchmarks" / "quality.csv", ROOT / "docs" / "results.md", ROOT / "README.md"
@@ -43,9 +44,15 @@ class Runs:
         return {float(row["lr"]): row for row in found if row["steps"] == TUNING_STEPS}
 
     def lr(self, arm: str) -> float | None:
-        """The learning rate with the lowest validation perplexity; None where fewer than two were tried."""
+        """The learning rate with the lowest validation perplexity; None where none was tried."""
         tried = self.tuning(arm)
-        return min(tried, key=lambda lr: float(tried[lr]["validation"])) if len(tried) > 1 else None
+        return min(tried, key=lambda lr: float(tried[lr]["validation"])) if tried else None
+
+    def has_grid(self, arm: str) -> bool:
+        """Whether the arm was run at its best rate, and both a larger and a smaller one were tried."""
+        tried, best, run = self.tuning(arm), self.lr(arm), self.reported(arm)
+        at_best = all(float(row["lr"]) == best for row in run.values())
+        return best is not None and at_best and min(tried) < best < max(tried)
 
     def reported(self, arm: str, steps: int = 100) -> dict[int, dict[str, str]]:
         """The row of each seed that chose nothing: at the best learning rate, or else at the one with most seeds."""
@@ -68,9 +75,9 @@ class Runs:
         return statistics.mean(values.values()) if values else None
 
     def best(self, arms: Iterable[str]) -> str | None:
-        """The arm with the lowest mean on validation articles; texts that are reported choose nothing."""
-        measured = [(mean, arm) for arm in arms if (mean := self.mean(arm, "validation")) is not None]
-        return min(measured)[1] if measured else None
+        """Of the arms that were run, the one with the best tuning row; what is reported chooses nothing."""
+        tried = {arm: self.tuning(arm).values() for arm in arms if self.reported(arm) and self.tuning(arm)}
+        return min(tried, key=lambda arm: min(float(row["validation"]) for row in tried[arm])) if tried else None
 
     def change(self, arm: str, other: str, text: str = "heldout", steps: int = 100) -> tuple[float, list[float]] | None:
         """Mean and each of the paired changes of perplexity, in per cent of ``other``, over the seeds of both."""
@@ -106,9 +113,9 @@ def table(runs: Runs, arms: dict[str, str], against: str | None, label: str, ste
         if not found:
             continue
         row = next(iter(found.values()))
-        lr = "" if row["steps"] == "0" else f"{float(row['lr']):g}" + ("" if runs.lr(arm) == float(row["lr"]) else " *")
+        lr = "" if row["steps"] == "0" else f"{float(row['lr']):g}" + ("" if runs.has_grid(arm) else " *")
         flips = ""
-        if row["first_flip_rate"]:
+        if row["first_flip_rate"] and "gradual" not in arm:  # there flips are pruning
             flips = " to ".join(f"{100 * float(row[key]):.2f} %" for key in ("first_flip_rate", "last_flip_rate"))
         cells = [words, arm, lr, ", ".join(map(str, sorted(found)))]
         cells += [_perplexities(runs.values(arm, text, steps)) for text in TEXTS] + [flips]
@@ -156,15 +163,29 @@ def reached(runs: Runs) -> str:
             "more than that",
         ),
     ]
-    lines = ["| perplexity of | wanted | measured (each seed) |", "| --- | --- | --- |"]
+    lines = ["| perplexity of | wanted | measured (each seed) | seeds |", "| --- " * 4 + "|"]
     for words, arm, other, text, wanted in changes:
-        lines.append(f"| {words} | {wanted} | {_change(runs.change(arm, other, text)) or 'not measured'} |")
+        change = runs.change(arm, other, text)
+        star = "" if runs.has_grid(arm) and runs.has_grid(other) else " *"
+        seeds = len(change[1]) if change else 0
+        lines.append(f"| {words} | {wanted} | {_change(change) + star if change else 'not measured'} | {seeds or ''} |")
     best = runs.best(arm for arm in {**MAIN, **SCORES, **VARIANTS, **STARTS, **DISTILLATION} if arm not in UNPRUNED)
-    change = runs.change(best, "dense") if best else None
-    ratio = f"{1 + change[0] / 100:.2f} after 100 steps ({best})" if change else "not measured"
-    return "\n".join(
-        [*lines, f"| the best 2:4 arm over the dense model, fine-tuned alike | 1.35 after 300 steps | {ratio} |"]
-    )
+    for steps in (100, 300):
+        change = runs.change(best, "dense", steps=steps) if best else None
+        ratio = f"{1 + change[0] / 100:.2f} ({best})" if change else "not measured"
+        wanted, seeds = "1.35" if steps == 300 else "", len(change[1]) if change else ""
+        lines.append(f"| the best 2:4 arm over dense fine-tuning, {steps} steps | {wanted} | {ratio} | {seeds} |")
+    return "\n".join(lines)
+
+
+def lengths(runs: Runs) -> str:
+    """Perplexity on held-out articles after other numbers of steps, at the learning rates of those of 100."""
+    steps = (100, 300)
+    lines = [f"| `--arm` | {' | '.join(f'{n} steps' for n in steps)} |", "| --- " * (len(steps) + 1) + "|"]
+    for arm in LENGTHS:
+        if runs.values(arm, "heldout", 300):
+            lines.append(f"| {arm} | {' | '.join(_perplexities(runs.values(arm, 'heldout', n)) for n in steps)} |")
+    return "\n".join(lines) if len(lines) > 2 else "Not measured yet."
 
 
 def tables(path: Path = CSV) -> str:
@@ -190,7 +211,9 @@ def tables(path: Path = CSV) -> str:
         "Calibrated on Wikipedia, trained on the Python standard library; held-out is held-out source code.\n",
         table(runs, SHIFT, "dynamic_frozen_norms_shift", "norms of the first mask"),
         "\n### Distillation\n",
-        table(runs, DISTILLATION, "dynamic", "re-pruned, none"),
+        table(runs, DISTILLATION, "dynamic", "re-pruned, no teacher"),
+        "\n### Longer runs\n",
+        lengths(runs),
         "\n### Unstructured 70 %\n",
         table(runs, UNSTRUCTURED, runs.best(("static_70", "static_ste_70")), "the better static arm"),
         "\n### Fine-tuning a pruned model: low-rank and full\n",
@@ -231,7 +254,7 @@ def draw(path: Path = CSV, out: Path = PICTURE) -> None:
     runs = Runs(path)
     scored = {arm: label.replace("Wanda, ", "re-pruned every 10 steps, ") for arm, label in SCORES.items()}
     variants = {arm: f"re-pruned every 10 steps, {label}" for arm, label in VARIANTS.items()}
-    words = {**scored, **variants, **STARTS, **DISTILLATION, **MAIN}
+    words = {**DISTILLATION, **STARTS, **variants, **scored, **MAIN}
     words = {arm: label for arm, label in words.items() if arm not in ONESHOT}
     words = {arm: label for arm, label in words.items() if runs.values(arm, "heldout")}
     order = sorted(words, key=lambda arm: -(runs.mean(arm) or 0))

@@ -16,10 +16,12 @@ def read(path: Path) -> list[dict[str, str]]:
 
 def append(path: Path, row: Any) -> None:
     """Add a dataclass as a row, behind a header where the file is new."""
-    new = not path.exists()
+    columns, there = [field.name for field in fields(row)], read(path)
+    if there and list(there[0]) != columns:
+        raise SystemExit(f"{path} has the columns {', '.join(there[0])}, and a row has {', '.join(columns)}.")
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(row)])
-        if new:
+        writer = csv.DictWriter(file, columns)
+        if file.tell() == 0:
             writer.writeheader()
         writer.writerow(asdict(row))
 

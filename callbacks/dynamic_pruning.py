@@ -181,6 +181,12 @@ class DynamicPruning(L.Callback):
     # --- before training ---------------------------------------------------------------------------------------------
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if not isinstance(pl_module, L.LightningModule):
+            raise ValueError(
+                f"{type(pl_module).__name__} is no LightningModule of the package lightning. Modules and trainers of "
+                "pytorch_lightning are other classes: write `import lightning as L` in the place of "
+                "`import pytorch_lightning as pl`, for both."
+            )
         if stage != "fit":
             # evaluates the module as it is, or a checkpoint of a sparse run, which brings masks, or a dense one
             hook = pl_module.register_load_state_dict_pre_hook(_sparsify_as_loaded)  # type: ignore[no-untyped-call]

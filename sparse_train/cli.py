@@ -51,11 +51,17 @@ def main(args: list[str] | None = None) -> None:
     try:
         with kept_back(quiet=take_json(options)[0]):
             _run(command, options)
-    except (ValueError, OSError) as error:
-        if debug:
+    except Exception as error:
+        if debug or not _is_the_users(error):
             raise
         wrapped = "Union subtypes" in str(error)  # by jsonargparse, around what a class said as it was made
         sys.exit(f"sparse-train {command}: {explain(str(error), []) if wrapped else error}")
+
+
+def _is_the_users(error: Exception) -> bool:
+    """Whether the message says it all: a value, a file, a package that is not there, what Lightning cannot do here."""
+    expected = isinstance(error, (ValueError, OSError, ImportError))
+    return expected or type(error).__name__ == "MisconfigurationException"  # whose import would take seconds
 
 
 def _run(command: str, options: list[str]) -> None:

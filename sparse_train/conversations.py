@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_train import packaged
-from sparse_train.texts import PackagedWikipedia, Split, TrainingText, fields_of
+from sparse_train.texts import PackagedWikipedia, Split, TrainingText, column_of, fields_of
 
 Conversation = list[dict[str, Any]]
 """Messages, each with a ``role`` ("system", "user", "assistant") and a ``content`` of text."""
@@ -83,7 +83,8 @@ class HubConversations(Conversations):
         data = load_dataset(self.path, self.subset, split=self.splits[split], streaming=streaming)
         if self.max_conversations is not None:
             data = data.take(self.max_conversations)
-        return [row[self.column] for row in data]
+        found: list[Conversation] = column_of(data, self.column, self.name)
+        return found
 
 
 @dataclass

@@ -10,12 +10,13 @@ import sys
 import sysconfig
 import tokenize
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from sparse_train import packaged
+from sparse_train.targets import did_you_mean
 
 Split = Literal["train", "validation", "test"]
 
@@ -118,7 +119,7 @@ class HubText(TextSource):
         data = load_dataset(self.path, self.subset, streaming=streaming, **where)
         if self.max_documents is not None:
             data = data.take(self.max_documents)
-        return [row[self.column] for row in data]
+        return column_of(data, self.column, self.name)
 
 
 @dataclass
@@ -157,11 +158,34 @@ def fields_of(path: Path, column: str) -> list[Any]:
     if not path.is_file():
         raise ValueError(f"There is no text file {path}.")
     # not splitlines(): JSON may hold U+2028 and others, at which that breaks lines, as they are
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    lines = path.read_text(encoding="utf-8").split("\n")
+    rows = [_parsed(line, path, number) for number, line in enumerate(lines, 1) if line.strip()]
     missing = next((row for row in rows if column not in row), None)
     if missing is not None:
         raise ValueError(f"{path} has lines without the field {column!r}; they have {sorted(missing)}.")
     return [row[column] for row in rows]
+
+
+def _parsed(line: str, path: Path, number: int) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {number} is not JSON: {error}.") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{path}, line {number} is no JSON object, which has its text in a field: {line[:40]}")
+    return row
+
+
+def column_of(data: Iterable[Mapping[str, Any]], column: str, name: str) -> list[Any]:
+    """What the rows of a data set have in one column."""
+    found = []
+    for row in data:
+        if column not in row:
+            raise ValueError(
+                f"{name} has no column {column!r}; it has {', '.join(map(repr, row))}." + did_you_mean(column, row)
+            )
+        found.append(row[column])
+    return found
 
 
 def split_of(name: str) -> Split:

@@ -56,10 +56,8 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
     Each checkpoint folder holds the sparse model, with zeros, and beside it ``sparse_training_state.pt`` with masks,
     shadow values and statistics, so that a resumed run continues bit for bit.
 
-    Args:
-        mask_structure, sparsity, update_freq, criterion, policy, schedule, targets, ignore, start_step, end_step,
-            window, memory, hysteresis, noise_margin, flip_agreement, calibration_batches, squash: as of
-            ``sparse_train.callbacks.DynamicPruning``; not ``Regrow``, which needs a hook that the Trainer has not.
+    Its arguments are those of ``sparse_train.callbacks.DynamicPruning``, but for ``initial_criterion`` and
+    ``mask_lora``; ``Regrow`` needs a hook that the Trainer has not.
 
     Raises:
         ValueError: for what ``DynamicPruning`` refuses; for a Trainer that shards the model (FSDP, DeepSpeed) or copies

@@ -239,3 +239,21 @@ def test_calibration_text_gives_its_training_split_in_blocks_of_the_same_length(
     assert decoded(batches[0]["input_ids"]) == ["abc</s>", "defg"]
     with pytest.raises(ValueError, match="calibration_text, short texts, gives 0 blocks of 64 tokens"):
         TextBlocks(source, Short(), block_size=64, calibration_text=Short()).calibration_dataloader()
+
+
+def test_lines_that_are_no_json_objects_are_named(tmp_path):
+    path = tmp_path / "text.jsonl"
+    path.write_text('{"text": "a"}\n\n{"text": \n')
+    with pytest.raises(ValueError, match=r"text.jsonl, line 3 is not JSON: Expecting value"):
+        TextFiles(train=[str(path)]).documents("train")
+    path.write_text('["a"]\n')
+    with pytest.raises(ValueError, match=r"line 1 is no JSON object.*\[\"a\"\]"):
+        TextFiles(train=[str(path)]).documents("train")
+
+
+def test_a_column_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: [{"sentence": "a", "label": 1}])
+    with pytest.raises(
+        ValueError, match="org/data has no column 'sentense'; it has 'sentence', 'label'.*Did you mean 'sentence'"
+    ):
+        HubText("org/data", column="sentense").documents("train")

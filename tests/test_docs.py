@@ -70,6 +70,25 @@ def test_public_names_are_in_the_reference(page, module):
     assert sorted(described) == sorted(importlib.import_module(module).__all__)
 
 
+def test_what_pages_import_is_in_the_reference():
+    pages = [ROOT / "README.md", *DOCS.glob("*.md")]
+    imported = set()
+    text = "\n".join(page.read_text() for page in pages)
+    for module, names in re.findall(r"^from (sparse_train[\w.]*) import ([\w, ]+)", text, re.M):
+        imported |= {f"{module}.{name.strip()}" for name in names.split(",")}
+    described = re.findall(r"^::: ([\w.]+)$", "\n".join(p.read_text() for p in (DOCS / "api").glob("*.md")), re.M)
+    assert len(imported) > 20
+    assert imported <= set(described)
+
+
+def test_every_module_has_its_place_in_the_overview():
+    overview = (DOCS / "how_it_works.md").read_text().partition("\n## ")[0]
+    for path in (ROOT / "sparse_train").iterdir():
+        if path.is_symlink() or path.name in ("__init__.py", "__pycache__", "py.typed"):
+            continue
+        assert (f"`{path.name}`" in overview) or (f"sparse_train/{path.name}" in overview), path.name
+
+
 def test_the_page_of_recipes_is_up_to_date():
     sys.path.insert(0, str(DOCS))
     import recipe_page

@@ -8,17 +8,18 @@ import functools
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import sys
 from dataclasses import dataclass
 from itertools import pairwise, takewhile
 from pathlib import Path
-from types import SimpleNamespace
 
 import lightning
 import pytest
 import torch
+from jsonargparse import auto_parser
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, TrainingArguments
 
@@ -82,6 +83,14 @@ def elsewhere(monkeypatch, tmp_path):
             Path(block.mark.removeprefix("file: ")).write_text(block.text)
 
 
+class Trainer(lightning.Trainer):
+    """A quiet one, of few steps."""
+
+    def __init__(self, **arguments):
+        quiet = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        super().__init__(**arguments | quiet | ({} if FULL else {"max_steps": 12}))
+
+
 class Module(lightning.LightningModule):
     """The reader's own."""
 
@@ -98,11 +107,12 @@ class Module(lightning.LightningModule):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("block", named(block for block in BLOCKS if block.language in ("python", "diff")))
-def test_python_blocks_run(block, elsewhere):
+def test_python_blocks_run(block, elsewhere, monkeypatch):
+    monkeypatch.setattr(lightning, "Trainer", Trainer)
     model, code = tiny_llama(), block.code
     batches = list(torch.randint(3, VOCABULARY, (12, 2, 16)))
     names = {
-        "L": SimpleNamespace(Trainer=_trainer),
+        "L": lightning,
         "module": Module(model),
         "data": DataLoader(torch.cat(batches), batch_size=2),
         "model": model,
@@ -121,11 +131,6 @@ def test_python_blocks_run(block, elsewhere):
     if "(Criterion)" in code:
         own = next(v for v in names.values() if isinstance(v, type) and issubclass(v, Criterion) and v is not Criterion)
         prune(model, names["batches"], "2:4", criterion=own())
-
-
-def _trainer(**arguments):
-    quiet = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    return lightning.Trainer(**arguments | quiet | ({} if FULL else {"max_steps": 12}))
 
 
 def _sparse_checkpoint():
@@ -151,8 +156,8 @@ def test_other_commands_are_known():
     """Lines of pages that no test runs: pip's and make's name what there is, and the rest is this."""
     bash = "\n".join(block.text for block in BLOCKS if block.language == "bash" and not block.mark)
     others = [line for line in bash.splitlines() if line and not line.startswith("sparse-train ")]
-    unknown = re.compile(r"(?!pip install|make \w|\. \.venv|python -m pytest tests/|ruff check|TASKS=|lm_eval )")
-    assert not [line for line in others if unknown.match(line)]
+    known = r"pip install|make \w|\. \.venv|python -m pytest tests/|ruff check|TASKS=|lm_eval "
+    assert not [line for line in others if not re.match(known, line) and line not in BENCHMARKS]
     targets = re.findall(r"^make (\w+)", bash, re.M)
     assert targets and set(targets) <= set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
     extras = re.findall(r"pip install '\.\[(\w+)\]'", bash)
@@ -170,6 +175,28 @@ def test_command_lines_parse(line, elsewhere, monkeypatch):
     monkeypatch.setitem(COMMANDS, command, (_recording(COMMANDS[command][0], called), COMMANDS[command][1]))
     run_command(command, options)
     assert called
+
+
+BENCHMARKS = [
+    line for block in BLOCKS if block.language == "bash" for line in block.text.splitlines() if "benchmarks/" in line
+]
+
+
+def test_there_are_benchmark_lines():
+    assert len(BENCHMARKS) >= 5
+
+
+@pytest.mark.parametrize("line", BENCHMARKS)
+def test_benchmark_lines_parse(line, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    words = shlex.split(line, comments=True)
+    script = next(word for word in words if word.startswith("benchmarks/"))
+    options = words[words.index(script) + 1 :]
+    main = runpy.run_path(str(ROOT / script))["main"]
+    if options == ["--write"]:  # the scripts that put tables into pages
+        assert "--write" in (ROOT / script).read_text()
+    else:
+        auto_parser(main, as_positional=False).parse_args(options)
 
 
 def _recording(function, called):

@@ -36,6 +36,7 @@ def test_an_arm_is_reported_at_its_best_learning_rate_and_on_seeds_that_chose_no
     rows = [
         "dynamic,0,50,0.1,True,30,,,,0.5,0.02,0.01",
         "dynamic,0,50,0.2,True,20,,,,0.5,0.02,0.01",
+        "dynamic,0,50,0.3,True,25,,,,0.5,0.02,0.01",
         "dynamic,1,100,0.1,False,9,9,9,9,0.5,0.02,0.01",
         "dynamic,1,100,0.2,False,18,18,36,,0.5,0.02,0.01",
         "dynamic,2,100,0.2,False,20,22,44,,0.5,0.02,0.01",
@@ -46,6 +47,7 @@ def test_an_arm_is_reported_at_its_best_learning_rate_and_on_seeds_that_chose_no
     path.write_text("\n".join([columns, *rows]) + "\n")
     runs = quality_tables.Runs(path)
     assert runs.lr("dynamic") == 0.2 and runs.lr("static") is None
+    assert runs.has_grid("dynamic") and not runs.has_grid("static")
     assert runs.values("dynamic", "heldout") == {1: 18.0, 2: 22.0}
     assert runs.values("dynamic", "c4") == {}
     mean, paired = runs.change("dynamic", "static")

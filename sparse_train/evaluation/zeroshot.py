@@ -184,7 +184,7 @@ def task_names(tasks: Sequence[str]) -> list[str]:
     """The tasks in their order, each once, "wanda7" replaced by its seven.
 
     Raises:
-        ValueError: none.
+        ValueError: no task is named.
     """
     names = [name for task in tasks for name in (WANDA7 if task == "wanda7" else (task,)) if name]
     if not names:

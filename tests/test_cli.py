@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparse_train import cli
@@ -254,6 +255,24 @@ def test_mistakes_are_one_line(arguments, message, model_folder):
     with pytest.raises(SystemExit, match="sparse-train") as error:
         cli.main(arguments)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "is_a_line"),
+    [
+        (MisconfigurationException("no GPU was found"), True),
+        (ModuleNotFoundError("No module named 'peft'"), True),
+        (RuntimeError("shapes differ"), False),
+        (KeyError("text"), False),
+    ],
+)
+def test_what_is_no_bug_is_a_line(error, is_a_line, monkeypatch):
+    monkeypatch.setattr(cli, "_run", lambda command, options: (_ for _ in ()).throw(error))
+    with pytest.raises(SystemExit if is_a_line else type(error)) as raised:
+        cli.main(["fit"])
+    assert not is_a_line or str(raised.value) == f"sparse-train fit: {error}"
+    with pytest.raises(type(error)):
+        cli.main(["fit", "--debug"])
 
 
 def test_other_groups_by_class(model_folder, text):

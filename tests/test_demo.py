@@ -42,5 +42,5 @@ def test_the_whole_job(model_folder, text_file, tmp_path, monkeypatch, capsys):
     assert (out / "dynamic" / "version_0" / "config.yaml").read_text().count("DynamicPruning") == 1
     assert "sparsity/flip_rate" in (out / "dynamic" / "version_0" / "metrics.csv").read_text()
     assert (out / "report.html").read_text().count("<img ") == 3
-    assert "too few steps to rank methods" in capsys.readouterr().out
+    assert "too few steps to rank methods" in " ".join(capsys.readouterr().out.split())  # lines wrap
     assert not (out / "dense").exists()

@@ -117,6 +117,10 @@ ARMS: dict[str, Arm] = {
     # from a model that was pruned before: its pruned weights are zeros, not what they were
     "static_from_sparsegpt": _arm("smollm2_2of4_static", start="oneshot_sparsegpt"),
     "dynamic_from_sparsegpt": _arm("smollm2_2of4", start="oneshot_sparsegpt"),
+    # SparseGPT's first mask and weights in the run itself: pruned weights keep what they were
+    "dynamic_sparsegpt": _arm("smollm2_2of4", "initial_criterion=SparseGPT"),
+    "dynamic_sparsegpt_distill": _arm("smollm2_2of4", "initial_criterion=SparseGPT", distil=True),
+    "dynamic_sparsegpt_distill_tuned": _arm("smollm2_2of4", "initial_criterion=SparseGPT", teacher=True),
     "dynamic_from_wanda": _arm("smollm2_2of4", start="oneshot_wanda"),
     # distillation from the untouched model, and from the one that --teacher names
     "static_distill": _arm("smollm2_2of4_static", distil=True),

@@ -43,6 +43,9 @@ STARTS = {
     "oneshot_wanda": "one-shot Wanda, untrained",
     "oneshot_sparsegpt": "one-shot SparseGPT, untrained",
     "dynamic": "from the dense model, Wanda's first mask",
+    "dynamic_sparsegpt": "from the dense model, SparseGPT's first mask and weights",
+    "dynamic_sparsegpt_distill": "the same, untouched teacher",
+    "dynamic_sparsegpt_distill_tuned": "the same, fine-tuned teacher",
     "dynamic_from_wanda": "from one-shot Wanda",
     "static_from_sparsegpt": "from one-shot SparseGPT, masks that stay",
     "dynamic_from_sparsegpt": "from one-shot SparseGPT",
@@ -88,5 +91,8 @@ SCRATCH = {
     "scratch_2of4_fixed": "through 3:4 to 2:4, weights that went stay away",
     "scratch_unstructured50": "to 50 % unstructured, re-pruned",
 }
-LENGTHS = ("dense", "static", "dynamic", "dynamic_distill", "dynamic_distill_tuned", "dynamic_magnitude")
+LENGTHS = (
+    *("dense", "static", "dynamic", "dynamic_distill", "dynamic_distill_tuned", "dynamic_magnitude"),
+    *("dynamic_sparsegpt", "dynamic_sparsegpt_distill", "dynamic_sparsegpt_distill_tuned"),
+)
 """Arms whose longer runs are shown beside those of 100 steps."""

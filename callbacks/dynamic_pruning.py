@@ -28,7 +28,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from sparse_train.callbacks.checks import check_averaging, check_factors, check_sharded
-from sparse_train.callbacks.first_mask import make_first_mask
+from sparse_train.callbacks.first_mask import check_initial, make_first_mask
 from sparse_train.criteria import Criterion, Wanda
 from sparse_train.earlier_windows import Memory, check_memory
 from sparse_train.layers import fold, sparse_layers, sparsify, sparsify_like
@@ -40,6 +40,7 @@ from sparse_train.policies import MaskPolicy, StraightThrough
 from sparse_train.pruner import UpdateReport, expect
 from sparse_train.schedules import Schedule
 from sparse_train.sharding import check_layout
+from sparse_train.solvers import Solver
 from sparse_train.targets import select
 from sparse_train.updater import MaskUpdater
 
@@ -96,7 +97,8 @@ class DynamicPruning(L.Callback):
             would each have made alone, where there were any: flips that are not noise. Selects twice more.
         calibration_batches: batches for a first mask at step 0, of the training data, or of the loader that a data
             module's ``calibration_dataloader()`` returns; 0 = use the first window.
-        initial_criterion: scores of a first mask from one-shot pruning; default: ``criterion``.
+        initial_criterion: scores of a first mask from one-shot pruning; default: ``criterion``. Or a ``Solver`` such as
+            ``SparseGPT()``, which also moves the weights that it keeps; pruned ones keep their values in the shadow.
         mask_lora: train low-rank adapters inside the masks, and nothing else of the module, see
             ``sparse_train.MaskLoRA``; default: the weights themselves. In one process or with DDP.
         squash: leave plain layers with true zeros after ``fit``; False keeps the training state.
@@ -126,7 +128,7 @@ class DynamicPruning(L.Callback):
         noise_margin: float = 0.0,
         flip_agreement: bool = False,
         calibration_batches: int = 8,
-        initial_criterion: Criterion | None = None,
+        initial_criterion: Criterion | Solver | None = None,
         mask_lora: MaskLoRA | None = None,
         squash: bool = True,
     ) -> None:
@@ -149,10 +151,9 @@ class DynamicPruning(L.Callback):
             "window": window,
         }
         self._calibration_batches = calibration_batches
-        if initial_criterion is not None:
-            expect("initial_criterion", initial_criterion, initial_criterion, Criterion)
         self._initial_criterion = initial_criterion
         self._mask_lora = mask_lora
+        check_initial(initial_criterion, self._pattern, mask_lora)
         self._squash = squash
         self._restored: dict[str, Any] | None = None
         self._global_step = 0

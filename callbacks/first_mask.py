@@ -6,15 +6,33 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 
 from sparse_train.callbacks.calibration import peek
-from sparse_train.criteria import Criterion
+from sparse_train.criteria import Criterion, Wanda
+from sparse_train.distributed import take_from_rank_0
 from sparse_train.layers import sparse_layers
+from sparse_train.mask_lora import MaskLoRA
 from sparse_train.oneshot import set_initial_masks
+from sparse_train.oneshot.engine import Method, Undo
 from sparse_train.oneshot.training_data import causal_lm
 from sparse_train.patterns import Pattern
-from sparse_train.pruner import masks_from_zeros
-from sparse_train.sharding import is_sharded, reshard
+from sparse_train.pruner import expect, masks_from_zeros
+from sparse_train.sharding import has_masters, is_sharded, reshard
+from sparse_train.solvers import Solver
 
 _log = logging.getLogger("sparse_train.callbacks.dynamic_pruning")  # whose users it speaks to
+
+
+def check_initial(method: Method | None, pattern: Pattern, mask_lora: MaskLoRA | None) -> None:
+    """Raise ValueError unless this can make a first mask: a criterion, or a solver that may move the weights."""
+    if not isinstance(method, Solver):
+        expect("initial_criterion", method, Wanda(), Criterion)
+        return
+    method.check_pattern(pattern)
+    if mask_lora is not None:
+        raise ValueError(
+            f"initial_criterion is {method}, which moves weights, and mask_lora trains adapters of weights that stay "
+            f"as they are. Prune the model before (sparse_train.prune with criterion={type(method).__name__}()), or "
+            "take a criterion."
+        )
 
 
 def make_first_mask(
@@ -24,7 +42,7 @@ def make_first_mask(
     pattern: Pattern,
     sparsity: float,
     batches: int,
-    initial_criterion: Criterion | None = None,
+    initial_criterion: Method | None = None,
 ) -> None:
     """Set the masks that a run starts with; leaves them alone where its first window of steps has to make them.
 
@@ -33,7 +51,7 @@ def make_first_mask(
         criterion: of the run.
         pattern, sparsity: of the masks, at step 0.
         batches: of training data to calibrate on.
-        initial_criterion: scores of these masks; default: ``criterion``.
+        initial_criterion: scores of these masks, or a solver of weights and masks; default: ``criterion``.
 
     Raises:
         ValueError: there is an ``initial_criterion``, and one-shot pruning makes no first mask here.
@@ -55,9 +73,15 @@ def _one_shot(
     pattern: Pattern,
     sparsity: float,
     count: int,
-    initial_criterion: Criterion | None,
+    initial_criterion: Method | None,
 ) -> bool:
     layers = sparse_layers(pl_module)
+    if isinstance(initial_criterion, Solver) and any(map(has_masters, layers.values())):
+        raise ValueError(
+            f"initial_criterion is {initial_criterion}, which moves weights, and DeepSpeed would bring the old ones "
+            "back: it holds float32 masters of them. Take strategy='ddp', or prune the model before the run "
+            "(sparse-train prune)."
+        )
     needless = initial_criterion is None and not criterion.needs_activations
     if needless or sparsity == 0 or not all(layer.keeps_all() for layer in layers.values()):
         return False
@@ -78,14 +102,22 @@ def _one_shot(
     if model is None or found is None or len(found) < trainer.world_size:
         _log.info("The first mask will come from the activations of the first steps, which run dense.")
         return False
-    with trainer.precision_plugin.forward_context():
-        set_initial_masks(
-            model,
-            sparse_layers(model),
-            found[trainer.global_rank :: trainer.world_size],  # statistics are summed over ranks
-            criterion=initial_criterion or criterion,
-            pattern=pattern,
-            sparsity=sparsity,
-            progress=trainer.is_global_zero and trainer.progress_bar_callback is not None,
-        )
+    own, undo = sparse_layers(model), Undo()
+    try:
+        with trainer.precision_plugin.forward_context():
+            set_initial_masks(
+                model,
+                own,
+                found[trainer.global_rank :: trainer.world_size],  # statistics are summed over ranks
+                criterion=initial_criterion or criterion,
+                pattern=pattern,
+                sparsity=sparsity,
+                progress=trainer.is_global_zero and trainer.progress_bar_callback is not None,
+                save=undo.save,
+            )
+    except BaseException:
+        undo.restore()
+        raise
+    if isinstance(initial_criterion, Solver):  # linear algebra may round otherwise on other hardware
+        take_from_rank_0([tensor for each in own.values() for tensor in (each.weight_OI.detach(), each.weight_mask)])
     return True

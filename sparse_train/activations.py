@@ -175,8 +175,15 @@ class ActivationGram(Statistics):
         x_TI = x.detach().reshape(-1, x.shape[-1]).float()
         if token_mask is not None and fits(token_mask, x):
             x_TI = x_TI[token_mask.reshape(-1).bool()]
-        self.gram_II.addmm_(x_TI.t(), x_TI)
+        with torch.autocast(x_TI.device.type, enabled=False):
+            self.gram_II.addmm_(x_TI.t(), x_TI)
         self.tokens += len(x_TI)
+
+    def norm(self) -> ActivationNorm:
+        """What it says of each feature alone: the diagonal, copied."""
+        norm = ActivationNorm(len(self.gram_II), self.gram_II.device)
+        norm.merge_state_dict({"sum_squares": self.sum_squares_I, "tokens": self.tokens})
+        return norm
 
 
 @torch.library.custom_op("sparse_train::accumulate", mutates_args=("sum_squares_I", "tokens"))

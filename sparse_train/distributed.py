@@ -87,6 +87,13 @@ def _to_integer(digits: Tensor, like: Tensor) -> Tensor:
     return torch.stack([digit << _DIGIT * place for place, digit in enumerate(places)]).sum(0).view_as(like)
 
 
+def take_from_rank_0(tensors: Sequence[Tensor]) -> None:
+    """Replace each tensor by rank 0's, in place."""
+    if world_size() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)
+
+
 def gather_bytes(own: Tensor, length: int) -> list[Tensor]:
     """What each rank has, uint8 (<= length,), padded to ``length``; one gather."""
     if world_size() == 1:

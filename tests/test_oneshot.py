@@ -18,6 +18,7 @@ from sparse_train import (
     sparse_layers,
     squash,
 )
+from sparse_train.activations import ActivationNorm
 from sparse_train.layers import squashed_state_dict
 from sparse_train.targets import block_lists
 
@@ -250,7 +251,20 @@ def test_keeping_the_training_state(llama, ids):
     assert all(torch.equal(llama.state_dict()[key], value) for key, value in before.items())  # shadow values
     assert all(layer.recorder is None for layer in sparse_layers(llama).values())
     prune(llama, ids, "2:4", criterion=SparseGPT(), squash=False)
-    assert all(layer.statistics is None for layer in sparse_layers(llama).values())  # which are large
+    for layer in sparse_layers(llama).values():
+        assert type(layer.statistics) is ActivationNorm  # and not the second moments, which are large
+        assert int(layer.statistics.tokens) == sum(map(torch.numel, ids))
+
+
+def test_a_solver_computes_in_float32_under_autocast_too(llama, ids):
+    """Autocast is of the forwards; here they are the same, as the model has no matrix product in front of its target."""
+    layer = torch.nn.Sequential(torch.nn.Linear(16, 8, bias=False))
+    inputs = [torch.randn(64, 16, generator=torch.Generator().manual_seed(0))]
+    plain, cast = copy.deepcopy(layer), copy.deepcopy(layer)
+    prune(plain, inputs, "2:4", criterion=SparseGPT(block_size=8), targets=["0"])
+    with torch.autocast("cpu", torch.bfloat16):
+        prune(cast, inputs, "2:4", criterion=SparseGPT(block_size=8), targets=["0"])
+    assert torch.equal(plain[0].weight, cast[0].weight)
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,8 @@ def _solve(
         assert isinstance(layer.statistics, ActivationGram)
         own = sparsity[name] if isinstance(sparsity, Mapping) else sparsity
         try:
-            weight_OI, mask_OI = solver.solve(layer.weight_OI, layer.statistics.gram_II, pattern, own)
+            with torch.autocast(layer.weight_OI.device.type, enabled=False):  # of the forwards; this wants float32
+                weight_OI, mask_OI = solver.solve(layer.weight_OI, layer.statistics.gram_II, pattern, own)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         if not bool(weight_OI.isfinite().all()):
@@ -103,9 +104,9 @@ def _solve(
 
 
 def release(layers: Iterable[MaskedMatrix]) -> None:
-    """Stop recording, and let statistics go but for norms: they are small, and a run with frozen norms wants them."""
+    """Stop recording, and let statistics go but for norms: they are small, and training remembers them."""
     for layer in layers:
-        if not isinstance(layer.statistics, ActivationNorm):
-            layer.statistics = None
+        if isinstance(layer.statistics, ActivationGram):
+            layer.statistics = layer.statistics.norm()
         if hasattr(layer, "recorder"):
             layer.recorder = None

@@ -1,0 +1,107 @@
+"""First masks from a solver, which moves the weights it keeps."""
+
+import copy
+
+import lightning as L
+import pytest
+import torch
+
+from sparse_train import MaskLoRA, SparseGPT, Wanda, prune, sparse_layers
+from sparse_train.callbacks import DynamicPruning
+from sparse_train.oneshot.training_data import random_batches
+
+from ..conftest import tiny_llama
+from .runs import ExactAfterEveryStep, InInit, Interrupt, Tokens, loader, trainer
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+
+
+class Start(L.Callback):
+    """What a run starts with: weights and masks of the first step, and the norms that are remembered."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == 0:
+            layers = sparse_layers(pl_module.net)
+            self.weights = {name: layer.weight.detach().clone() for name, layer in layers.items()}
+            self.masks = {name: layer.unpacked_mask() for name, layer in layers.items()}
+            self.norms = {name: copy.deepcopy(layer.statistics) for name, layer in layers.items()}
+
+
+def run(folder, *callbacks, **settings):
+    start = Start()
+    pruning = DynamicPruning("2:4", update_freq=4, **{"initial_criterion": SparseGPT()} | settings)
+    model = InInit()
+    trainer(folder, start, pruning, *callbacks).fit(model, loader())
+    return model, start
+
+
+def test_a_solver_sets_masks_and_weights_and_leaves_pruned_ones_in_the_shadow(tmp_path):
+    _, start = run(tmp_path)
+    model, dense = tiny_llama(), dict(tiny_llama().named_modules())
+    prune(model, random_batches(Tokens(), 2, None, 8), "2:4", criterion=SparseGPT())
+    pruned = dict(model.named_modules())
+    assert start.masks
+    for name, mask_OI in start.masks.items():
+        assert torch.equal(pruned[name].weight != 0, mask_OI)
+        assert torch.equal(pruned[name].weight, start.weights[name] * mask_OI)
+        assert torch.equal(start.weights[name][~mask_OI], dense[name].weight[~mask_OI])
+        assert not torch.equal(start.weights[name][mask_OI], dense[name].weight[mask_OI])
+
+
+def test_its_masks_are_re_pruned_by_the_criterion_of_the_run(tmp_path):
+    exact = ExactAfterEveryStep()
+    model, start = run(tmp_path, exact)
+    assert exact.checked == 12
+    moved = [(dict(model.net.named_modules())[name].weight != 0) != mask for name, mask in start.masks.items()]
+    assert any(each.any() for each in moved)
+
+
+def test_its_norms_are_the_first_that_are_remembered(tmp_path):
+    _, start = run(tmp_path, memory="frozen")
+    model = tiny_llama()
+    batches = random_batches(Tokens(), 2, None, 8)
+    prune(model, batches, "2:4", criterion=SparseGPT(), squash=False)
+    for name, layer in sparse_layers(model).items():
+        assert int(start.norms[name].tokens) == 8 * 2 * 16
+        torch.testing.assert_close(start.norms[name].norm_I, layer.statistics.norm_I)
+    wanda = tiny_llama()
+    prune(wanda, batches, "2:4", criterion=Wanda(), squash=False)  # the first block reads the same in both
+    for name, layer in sparse_layers(wanda.model.layers[0]).items():
+        own = start.norms[f"model.layers.0.{name}"].norm_I
+        if name.startswith("self_attn.q"):
+            torch.testing.assert_close(own, layer.statistics.norm_I)
+
+
+def test_a_run_that_began_with_a_solver_resumes_bit_for_bit(tmp_path):
+    whole, _ = run(tmp_path / "whole")
+    with pytest.raises(SystemExit):
+        run(tmp_path / "half", Interrupt(6, tmp_path / "half.ckpt"))
+    resumed, pruning = InInit(), DynamicPruning("2:4", update_freq=4, initial_criterion=SparseGPT())
+    trainer(tmp_path / "half", pruning).fit(resumed, loader(), ckpt_path=tmp_path / "half.ckpt", weights_only=False)
+    for (name, ours), theirs in zip(resumed.state_dict().items(), whole.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+def test_a_solver_that_fails_leaves_weights_as_they_were(tmp_path):
+    model = InInit()
+    model.net.model.layers[1].input_layernorm.weight.data[3] = torch.nan  # found in the second block
+    before = copy.deepcopy(model.net.model.layers[0].state_dict())
+    pruning = DynamicPruning("2:4", initial_criterion=SparseGPT(), squash=False)
+    with pytest.raises(ValueError, match="input activations are not finite"):
+        trainer(tmp_path, pruning).fit(model, loader())
+    after = model.net.model.layers[0].state_dict()
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"initial_criterion": SparseGPT}, "initial_criterion is an object such as Wanda"),
+        ({"initial_criterion": SparseGPT(block_size=6)}, "block_size divisible by 4"),
+        ({"initial_criterion": SparseGPT(), "mask_lora": MaskLoRA()}, "mask_lora trains adapters of weights that stay"),
+        ({"criterion": SparseGPT()}, "criterion is an object such as Wanda"),  # a solver has no scores
+    ],
+)
+def test_what_makes_no_first_mask_is_refused_at_once(settings, message):
+    with pytest.raises(ValueError, match=message):
+        DynamicPruning("2:4", **settings)

@@ -1,0 +1,58 @@
+"""A first mask from a solver, where several processes train."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+
+from sparse_train import SparseGPT, sparse_layers
+from sparse_train.callbacks import DynamicPruning
+from tests.ranks import engines, launch
+
+
+class Start(L.Callback):
+    """The masks and weights of the first step."""
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        if trainer.global_step == 0:
+            layers = sparse_layers(pl_module.model)  # type: ignore[arg-type]
+            self.found = {
+                name: (layer.unpacked_mask(), layer.weight_OI.detach().clone()) for name, layer in layers.items()
+            }
+
+
+def start(engine: str, folder: Path) -> Any:
+    """What the run starts with, or the error with which it does not."""
+    # as many samples, in batches of 2 of each rank or of both
+    pruning = DynamicPruning("2:4", initial_criterion=SparseGPT(), calibration_batches=8)
+    seen = Start()
+    try:
+        engines.trainer(engine, folder, seen, pruning, max_steps=1).fit(engines.Module(), engines.loader())
+    except ValueError as error:
+        return str(error)
+    return seen.found
+
+
+def test_both_processes_start_with_the_same_weights(tmp_path):
+    one, two = launch.run(start, "ddp", tmp_path)
+    assert one.keys() == two.keys()
+    assert len(one) == 21
+    for name, (mask_OI, weight_OI) in one.items():
+        assert (mask_OI.reshape(-1, 4).sum(1) == 2).all()
+        assert torch.equal(mask_OI, two[name][0])
+        assert torch.equal(weight_OI, two[name][1])
+
+
+@pytest.mark.parametrize(
+    ("engine", "message"),
+    [
+        ("zero1", "DeepSpeed would bring the old ones back"),
+        ("zero3", "no one-shot pruning"),
+        ("fsdp2", "is not sharded"),
+    ],
+)
+def test_engines_whose_weights_it_cannot_move_are_refused(tmp_path, engine, message):
+    for found in launch.run(start, engine, tmp_path):
+        assert message in found

@@ -257,7 +257,7 @@ def test_keeping_the_training_state(llama, ids):
 
 
 def test_a_solver_computes_in_float32_under_autocast_too(llama, ids):
-    """Autocast is of the forwards; here they are the same, as the model has no matrix product in front of its target."""
+    """Autocast is of the forwards, of which here there is none in front of the target."""
     layer = torch.nn.Sequential(torch.nn.Linear(16, 8, bias=False))
     inputs = [torch.randn(64, 16, generator=torch.Generator().manual_seed(0))]
     plain, cast = copy.deepcopy(layer), copy.deepcopy(layer)

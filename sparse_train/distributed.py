@@ -91,7 +91,9 @@ def take_from_rank_0(tensors: Sequence[Tensor]) -> None:
     """Replace each tensor by rank 0's, in place."""
     if world_size() > 1:
         for tensor in tensors:
-            dist.broadcast(tensor, 0)
+            whole = tensor.contiguous()  # itself, unless it is a view such as Conv1D's weight
+            dist.broadcast(whole, 0)
+            tensor.copy_(whole)
 
 
 def gather_bytes(own: Tensor, length: int) -> list[Tensor]:

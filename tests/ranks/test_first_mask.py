@@ -9,6 +9,7 @@ import torch
 
 from sparse_train import SparseGPT, sparse_layers
 from sparse_train.callbacks import DynamicPruning
+from sparse_train.distributed import rank, take_from_rank_0
 from tests.ranks import engines, launch
 
 
@@ -56,3 +57,14 @@ def test_both_processes_start_with_the_same_weights(tmp_path):
 def test_engines_whose_weights_it_cannot_move_are_refused(tmp_path, engine, message):
     for found in launch.run(start, engine, tmp_path):
         assert message in found
+
+
+def take() -> list[torch.Tensor]:
+    plain, view = torch.full((2, 3), rank()), torch.full((2, 3), float(rank())).t()
+    take_from_rank_0([plain, view])
+    return [plain, view]
+
+
+def test_what_rank_0_has_is_taken_also_into_views():
+    for found in launch.run(take):
+        assert all((each == 0).all() for each in found)

@@ -42,7 +42,7 @@ from sparse_train.schedules import Schedule
 from sparse_train.sharding import check_layout
 from sparse_train.solvers import Solver
 from sparse_train.targets import select
-from sparse_train.updater import MaskUpdater
+from sparse_train.updater import MaskUpdater, check_settings
 
 _log = logging.getLogger(__name__)
 
@@ -137,6 +137,7 @@ class DynamicPruning(L.Callback):
             raise ValueError(f"update_freq is the number of steps between mask updates, at least 1, got {update_freq}.")
         if calibration_batches < 0:
             raise ValueError(f"calibration_batches must be at least 0, got {calibration_batches}.")
+        check_initial(initial_criterion, criterion, self._pattern, mask_lora)
         self._criterion = expect("criterion", criterion, Wanda(), Criterion)
         self._policy = expect("policy", policy, StraightThrough(), MaskPolicy)
         self._targets, self._ignore = targets, ignore
@@ -153,7 +154,6 @@ class DynamicPruning(L.Callback):
         self._calibration_batches = calibration_batches
         self._initial_criterion = initial_criterion
         self._mask_lora = mask_lora
-        check_initial(initial_criterion, self._pattern, mask_lora)
         self._squash = squash
         self._restored: dict[str, Any] | None = None
         self._global_step = 0
@@ -330,6 +330,8 @@ class DynamicPruning(L.Callback):
             )
         if self.updater is not None:
             self.updater.finish()
+        elif self._restored is not None:
+            _log.warning("The checkpoint is at step %d, where this run ends: nothing was trained.", trainer.global_step)
         if self._squash:
             fold(pl_module)
         else:
@@ -364,6 +366,21 @@ class DynamicPruning(L.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict or None
+        if state_dict:  # the updater looks again, and at more; but a run that is at its end already makes none
+            saved = state_dict["settings"]
+            check_settings(saved, {name: value for name, value in self._settings().items() if name in saved})
+
+    def _settings(self) -> dict[str, str]:
+        margin = Margin(self._scoring["hysteresis"], self._scoring["noise_margin"])
+        return {
+            "mask_structure": repr(self._pattern),
+            "schedule": repr(self._schedule),
+            "criterion": repr(self._criterion),
+            "policy": repr(self._policy),
+            "update_freq": str(self._timing["update_freq"]),
+            "memory": str(self._scoring["memory"]),
+            "margin": repr(margin),
+        }
 
 
 def _sparsify_as_loaded(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

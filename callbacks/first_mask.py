@@ -21,8 +21,15 @@ from sparse_train.solvers import Solver
 _log = logging.getLogger("sparse_train.callbacks.dynamic_pruning")  # whose users it speaks to
 
 
-def check_initial(method: Method | None, pattern: Pattern, mask_lora: MaskLoRA | None) -> None:
-    """Raise ValueError unless this can make a first mask: a criterion, or a solver that may move the weights."""
+def check_initial(
+    method: Method | None, criterion: Method | None, pattern: Pattern, mask_lora: MaskLoRA | None
+) -> None:
+    """Raise ValueError unless a method can make a first mask, and ``criterion``, which re-prunes, is no solver."""
+    if isinstance(criterion, Solver):
+        raise ValueError(
+            f"criterion is {criterion}, which moves weights and has no scores to re-prune by. Give it as "
+            "initial_criterion, for the first mask, and a Criterion such as Wanda() for updates."
+        )
     if not isinstance(method, Solver):
         expect("initial_criterion", method, Wanda(), Criterion)
         return

@@ -1,6 +1,7 @@
 """``sparse-train fit`` and ``validate``: LightningCLI over ``CausalLM`` and ``TextBlocks``."""
 
 import argparse
+import logging
 import sys
 import warnings
 from dataclasses import asdict
@@ -9,7 +10,7 @@ from typing import Any, NoReturn
 
 import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from sparse_train.callbacks import DynamicPruning, RunHistory  # and with them the others that recipes name
 from sparse_train.card import ModelCard, training_rows
@@ -20,6 +21,8 @@ from sparse_train.shipped import shipped
 from sparse_train.terminal import bars_are_seen, stdout_for_json, take_json
 from sparse_train.training_progress import TrainingBar, TrainingLines
 from sparse_train.yaml_numbers import install
+
+_log = logging.getLogger(__name__)
 
 
 class _Parser(ShortErrors, LightningArgumentParser):
@@ -36,6 +39,18 @@ class _ShownInHelp(argparse.Action):
         super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, help=kwargs["help"])
 
     def __call__(self, *_: Any) -> None: ...
+
+
+class _SavedConfig(SaveConfigCallback):
+    """Lightning's, which leaves nothing of a run that failed before anything was written beside the recipe."""
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        if not trainer.is_global_zero or trainer.log_dir is None:
+            return
+        folder = Path(trainer.log_dir)
+        if folder.is_dir() and [path.name for path in folder.iterdir()] == [self.config_filename]:
+            (folder / self.config_filename).unlink()
+            folder.rmdir()
 
 
 class SparseTrainCLI(LightningCLI):
@@ -85,6 +100,11 @@ class SparseTrainCLI(LightningCLI):
         found: dict[str, Any] = {"export": out, "report": None, "checkpoint": None}
         if checkpoint := getattr(self.trainer.checkpoint_callback, "best_model_path", None):
             found["checkpoint"] = checkpoint
+        elif self.trainer.checkpoint_callback is not None and not out:
+            _log.warning(
+                "The run ended before its first checkpoint, so the trained model is not kept. Give --export FOLDER, "
+                "or a smaller --trainer.val_check_interval."
+            )
         history = self.trainer_defaults["callbacks"].path
         if history is not None and history.exists():
             from sparse_train.report import collect, headline, write_run_report
@@ -104,6 +124,8 @@ class SparseTrainCLI(LightningCLI):
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, DynamicPruning) and (updater := callback.updater):
                 made = training_rows(updater.settings(), asdict(updater.timing), updater.steps)
+            elif isinstance(callback, DynamicPruning) and (state := callback.state_dict()):  # at its end already
+                made = training_rows(state["settings"], state["timing"], state["steps"])
         found = self.trainer.callback_metrics.get("val/perplexity")
         text, size = self.datamodule.text.name, self.datamodule.block_size
         return ModelCard(
@@ -135,6 +157,7 @@ def run(args: list[str], cli: type[SparseTrainCLI] = SparseTrainCLI) -> SparseTr
             seed_everything_default=0,
             # the check before training reads all of the validation text: what the report calls dense and one-shot
             trainer_defaults={"callbacks": RunHistory(), "num_sanity_val_steps": -1},
+            save_config_callback=_SavedConfig,
             save_config_kwargs={"overwrite": True},
             auto_configure_optimizers=False,
             parser_class=_Parser,

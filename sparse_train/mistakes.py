@@ -4,6 +4,7 @@ jsonargparse says what every member of a union of types would have wanted, which
 which the one cause is easily missed. ``explain`` finds that cause in its message.
 """
 
+import difflib
 import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -49,7 +50,15 @@ def _no_option(match: re.Match[str], where: str, before: str, options: list[str]
 
 def _no_key(match: re.Match[str], where: str, before: str, options: list[str]) -> str:
     wrong, similar = _unknown(match[1], options, "")
-    return f"there is no key {wrong!r}.{similar}"
+    return f"there is no key {wrong!r}.{similar or _elsewhere(wrong, options)}"
+
+
+def _elsewhere(name: str, options: list[str]) -> str:
+    """Keys of other sections whose last part is like this one: a message may name a key without its section."""
+    keys = [option.lstrip("-") for option in options]
+    close = difflib.get_close_matches(name, {key.rpartition(".")[2] for key in keys}, n=1, cutoff=0.6)
+    found = [key for key in keys if close and key.rpartition(".")[2] == close[0]]
+    return f" Did you mean {' or '.join(map(repr, found[:3]))}?" if found else ""
 
 
 def _unknown(name: str, options: list[str], dashes: str) -> tuple[str, str]:

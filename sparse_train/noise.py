@@ -3,12 +3,15 @@
 Each entry is one message and says why it goes. All else comes through.
 """
 
+import functools
 import logging
 import os
 import re
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+
+from tqdm import tqdm
 
 from sparse_train.terminal import bars_are_seen
 
@@ -30,8 +33,8 @@ _WARNINGS = [
 """How a message begins."""
 
 _BARS = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
-"""Bars of downloads, transformers ("Loading weights", "de-quantizing GGUF") and datasets ("tokenising"): they fill the
-logs of whoever has no terminal. The libraries read these when they are imported."""
+"""Bars of downloads, transformers ("Loading weights") and datasets ("tokenising"): they fill the logs of whoever has no
+terminal. The libraries read these when they are imported."""
 
 
 @contextmanager
@@ -49,7 +52,19 @@ def kept_back(quiet: bool = False) -> Iterator[None]:
         if not bars_are_seen():
             for name in _BARS:
                 stack.enter_context(_set(name, "1"))
+            stack.enter_context(_without_tqdm())
         yield
+
+
+@contextmanager
+def _without_tqdm() -> Iterator[None]:
+    """Bars of tqdm that ask nobody ("de-quantizing GGUF") are off, unless their makers say that they are on."""
+    own = tqdm.__init__
+    tqdm.__init__ = functools.partialmethod(own, disable=True)
+    try:
+        yield
+    finally:
+        tqdm.__init__ = own
 
 
 @contextmanager

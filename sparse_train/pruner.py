@@ -200,5 +200,6 @@ def expect(name: str, value: T | None, default: T, base: type[Any]) -> T:
         return default
     given: T = value
     if not isinstance(value, base):
-        raise ValueError(f"{name} is an object such as {default!r}, got {value!r}.")
+        way_out = f" Write {value.__name__}()." if isinstance(value, type) else ""
+        raise ValueError(f"{name} is an object such as {default!r}, got {value!r}.{way_out}")
     return given

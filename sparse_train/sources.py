@@ -74,9 +74,7 @@ class Pretrained(ModelSource):
                 self.path, gguf_file=self.gguf_file, dtype=dtype, attn_implementation=self.attn_implementation
             )
         except OSError as error:
-            local = "" if Path(self.path).exists() else "There is no local folder of that name, and from the hub: "
-            similar = did_you_mean(self.path, [source.__name__ for source in ModelSource.__subclasses__()])
-            raise ValueError(f"Cannot load a model from {self.path!r}.{similar} {local}{error}") from error
+            raise self._not_found("model", error) from error
         if self.gguf_file:  # the weights are dense now, but the model still calls itself quantised and refuses to save
             model.config.__dict__.pop("quantization_config", None)
             model.hf_quantizer, model.is_quantized = None, False
@@ -85,7 +83,15 @@ class Pretrained(ModelSource):
     def tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self.path, gguf_file=self.gguf_file)
+        try:
+            return AutoTokenizer.from_pretrained(self.path, gguf_file=self.gguf_file)
+        except OSError as error:
+            raise self._not_found("tokenizer", error) from error
+
+    def _not_found(self, what: str, error: OSError) -> ValueError:
+        local = "" if Path(self.path).exists() else "There is no local folder of that name, and from the hub: "
+        similar = did_you_mean(self.path, [source.__name__ for source in ModelSource.__subclasses__()])
+        return ValueError(f"Cannot load a {what} from {self.path!r}.{similar} {local}{error}")
 
     def folder(self) -> Path:
         """The local folder with the files, fetched from the hub where there is none."""

@@ -47,6 +47,16 @@ from sparse_train.targets import select
 from sparse_train.timing import Timing
 
 
+def check_settings(saved: Mapping[str, str], own: Mapping[str, str]) -> None:
+    """Raise ValueError where a run that was saved had other settings than these."""
+    for name, now in own.items():
+        if saved.get(name) != now:
+            raise ValueError(
+                f"The checkpoint was written with {name} = {saved.get(name)}, and this run has {now}. Resume with the "
+                "same setting, or start a new run from the exported model."
+            )
+
+
 class MaskUpdater:
     """Keeps a model at its target sparsity over a training run; needs torch alone.
 
@@ -286,13 +296,7 @@ class MaskUpdater:
         Raises:
             ValueError: the state is from a run with another pattern, sparsity, criterion or interval, or other targets.
         """
-        for name, now in self.settings().items():
-            before = state["settings"].get(name)
-            if before != now:
-                raise ValueError(
-                    f"The checkpoint was written with {name} = {before}, and this run has {now}. Resume with the "
-                    "same setting, or start a new run from the exported model."
-                )
+        check_settings(state["settings"], self.settings())
         by_rank: list[dict[str, dict[str, Tensor]]] = state["statistics_by_rank"]
         unknown = sorted(set().union(*by_rank, state["first_rows"]) - set(self.layers))
         if unknown:

@@ -165,6 +165,15 @@ def test_fit_export_and_resume(model_folder, text, capsys):
     steps = [int(row.split(",")[rows[0].split(",").index("step")]) for row in rows[1:]]
     assert min(steps) >= 12
 
+    # a run that is at its end already trains nothing, and is what it was
+    cli.main([*options, "--trainer.logger.init_args.save_dir=end", f"--ckpt_path={checkpoint}", "--export=ended"])
+    assert "re-computed every 4 steps" in Path("ended/README.md").read_text()
+    other = [*options, "--trainer.callbacks.init_args.mask_structure=1:4", f"--ckpt_path={checkpoint}"]
+    with pytest.raises(SystemExit, match="The checkpoint was written with mask_structure"):
+        cli.main([*other, "--trainer.logger.init_args.save_dir=other", "--export=other/model"])
+    assert not Path("other/model").exists()
+    assert not Path("other/version_0").exists()  # nothing but the recipe would be in it
+
     dense = [option for option in options if "callbacks" not in option]
     dense[1] = "--config=recipes/smollm2_dense.yaml"
     with pytest.raises(SystemExit, match="this run has no DynamicPruning callback"):
@@ -172,6 +181,16 @@ def test_fit_export_and_resume(model_folder, text, capsys):
 
     cli.main(["validate", *options[1:], f"--ckpt_path={checkpoint}"])
     assert "val/perplexity" in capsys.readouterr().out
+
+
+def test_a_model_that_is_not_kept_is_said(model_folder, text, caplog):
+    options = [f"--model.model={model_folder}", f"--data.text={text}", "--data.block_size=32", "--trainer.max_steps=2"]
+    folder = ["--trainer.logger.init_args.save_dir=run", "--trainer.default_root_dir=run"]
+    cli.main(["fit", "--config=recipes/smollm2_dense.yaml", *options, *folder])
+    assert "so the trained model is not kept. Give --export FOLDER" in caplog.text
+    caplog.clear()
+    cli.main(["fit", "--config=recipes/smollm2_dense.yaml", *options, *folder, "--export=model"])
+    assert "not kept" not in caplog.text
 
 
 @pytest.mark.parametrize("recipe", ["smollm2_dense", "smollm2_2of4_distill"])

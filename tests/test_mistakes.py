@@ -121,6 +121,13 @@ def test_on_the_command_line(arguments, said, capsys):
             "'init_arg.mask_structure'. Did you mean 'init_args'",
         ),
         ("smollm2_2of4", "class_path: Dynamic", "clas_path: Dynamic", "or by a mapping with class_path and init_args."),
+        (
+            "smollm2_2of4",
+            "seed_everything: 0",
+            "max_step: 5",
+            "'max_step'. Did you mean 'trainer.max_steps'",
+        ),
+        ("smollm2_2of4", "seed_everything: 0", "txt: x", "there is no key 'txt'. Did you mean 'data.text'"),
         ("smollm2_2of4", "trainer:", "traner:", "there is no key 'traner'. Did you mean 'trainer'"),
         (
             "smollm2_2of4",

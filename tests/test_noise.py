@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from tqdm.auto import tqdm
 
 from sparse_train.noise import kept_back
 
@@ -60,3 +61,13 @@ def test_bars_of_libraries_are_for_terminals(terminal, value, monkeypatch):
         assert os.environ.get("HF_DATASETS_DISABLE_PROGRESS_BARS") == value
         assert os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] == "0"
     assert "HF_DATASETS_DISABLE_PROGRESS_BARS" not in os.environ
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_bars_that_ask_nobody_are_for_terminals(terminal, monkeypatch, capsys):
+    monkeypatch.setattr("sparse_train.noise.bars_are_seen", lambda: terminal)
+    with kept_back():
+        assert list(tqdm(range(3), desc="inside")) == [0, 1, 2]
+    assert ("inside" in capsys.readouterr().err) == terminal
+    list(tqdm(range(3), desc="outside"))
+    assert "outside" in capsys.readouterr().err

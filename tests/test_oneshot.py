@@ -273,6 +273,8 @@ def test_a_solver_computes_in_float32_under_autocast_too(llama, ids):
         (None, "needs calibration data: pass batches"),
         ([], "There is no calibration data"),
         (["text"], "A calibration batch is a tensor of token ids"),
+        ([torch.tensor([3, 4, 5])], r"got ids of shape \(3,\): one sample. Put a batch dimension in front"),
+        ([{"input_ids": torch.tensor([3, 4])}], r"got ids of shape \(2,\): one sample"),
         ("nan", "input activations are not finite"),
     ],
 )

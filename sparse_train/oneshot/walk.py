@@ -188,6 +188,12 @@ def _call(model: nn.Module, batch: Batch) -> Any:
 
 
 def _to_device(batch: Batch, device: torch.device) -> Batch:
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else batch
+    if isinstance(ids, Tensor) and ids.dim() == 1 and not ids.is_floating_point():
+        raise ValueError(
+            f"A calibration batch is a tensor of token ids (B, L) or a dict of model inputs, got ids of shape "
+            f"({len(ids)},): one sample. Put a batch dimension in front (ids[None]), or use a DataLoader."
+        )
     if isinstance(batch, Tensor):
         return batch.to(device)
     if isinstance(batch, Mapping):

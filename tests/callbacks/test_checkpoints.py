@@ -115,6 +115,21 @@ def test_resuming_with_another_pattern_is_refused(tmp_path):
         trainer(tmp_path, DynamicPruning("1:4")).fit(InInit(), loader(), ckpt_path=path, weights_only=False)
 
 
+def test_a_run_that_is_at_its_end_already_is_looked_at_too(tmp_path, caplog):
+    path = tmp_path / "end.ckpt"
+    with pytest.raises(SystemExit):
+        trainer(tmp_path, DynamicPruning("2:4", update_freq=4), Interrupt(12, path)).fit(InInit(), loader())
+    for other in ({"mask_structure": "1:4"}, {"update_freq": 5}, {"criterion": Magnitude()}, {"hysteresis": 0.1}):
+        pruning = DynamicPruning(**({"mask_structure": "2:4", "update_freq": 4} | other))
+        with pytest.raises(ValueError, match="The checkpoint was written with"):
+            trainer(tmp_path, pruning).fit(InInit(), loader(), ckpt_path=path, weights_only=False)
+    model = InInit()
+    trainer(tmp_path, DynamicPruning("2:4", update_freq=4)).fit(model, loader(), ckpt_path=path, weights_only=False)
+    assert "The checkpoint is at step 12, where this run ends: nothing was trained." in caplog.text
+    assert not sparse_layers(model)
+    assert ((model.net.model.layers[0].mlp.up_proj.weight.reshape(-1, 4) == 0).sum(1) == 2).all()
+
+
 @pytest.mark.parametrize("module", [InInit, InConfigureModel])
 def test_a_dense_checkpoint_is_no_sparse_run(tmp_path, module):
     path = tmp_path / "dense.ckpt"

@@ -81,6 +81,7 @@ def select(
         lenient = True
 
     layers: dict[str, nn.Module] = {}
+    misfits: dict[str, ValueError] = {}
     for name in chosen:
         if name in fused:
             continue
@@ -90,10 +91,13 @@ def select(
             pattern.check_layer(name, shape_OI(module)[1])
         except ValueError as error:
             if not lenient:
-                raise
-            _log.warning("%s stays dense: %s", name, error)
+                misfits[name] = error
+            else:
+                _log.warning("%s stays dense: %s", name, error)
             continue
         layers[name] = module
+    if misfits:
+        raise _misfit(misfits)
     chosen_experts = {name: fused[name] for name in chosen if name in fused}
     for name, expert in chosen_experts.items():
         pattern.check_layer(name, expert_shape_OI(expert)[1])
@@ -112,6 +116,18 @@ def select(
     if untargetable:
         _warn_of_dense(model, untargetable)
     return Selection(layers, chosen_experts, untargetable)
+
+
+def _misfit(errors: dict[str, ValueError]) -> ValueError:
+    """The first of these errors; where there are more, with their number and a shorter way out."""
+    (first, error), *others = errors.items()
+    if not others:
+        return error
+    alike = first.rpartition(".")[2]
+    return ValueError(
+        f"{error} So it is with {len(others)} more, such as {others[0][0]}; one expression leaves out all of a kind: "
+        f"ignore=['re:.*{alike}']."
+    )
 
 
 def _warn_of_dense(model: nn.Module, untargetable: dict[str, int]) -> None:

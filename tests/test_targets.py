@@ -85,7 +85,11 @@ class Quantized(nn.Linear):
         (tiny_llama(), {"ignore": ["lm_hed"]}, "ignore: 'lm_hed' matches no layer"),
         (tiny_llama(), {"targets": ["re:.*("]}, "not a regular expression"),
         (tiny_llama(), {"targets": "Linear"}, "write .'Linear'."),
-        (tiny_llama(intermediate_size=30), {}, "needs in_features divisible by 4"),
+        (
+            tiny_llama(intermediate_size=30),
+            {},
+            r"by 4.*2 more, such as model.layers.1.mlp.down_proj; .*\[.re:\.\*down_proj.\]",
+        ),
         (tiny_llama(), {"targets": ["lm_head"]}, "shares its weight"),
     ],
 )

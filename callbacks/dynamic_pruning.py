@@ -23,7 +23,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
@@ -42,7 +42,7 @@ from sparse_train.schedules import Schedule
 from sparse_train.sharding import check_layout
 from sparse_train.solvers import Solver
 from sparse_train.targets import select
-from sparse_train.updater import MaskUpdater, check_settings
+from sparse_train.updater import MaskUpdater, check_settings, run_settings
 
 _log = logging.getLogger(__name__)
 
@@ -331,7 +331,9 @@ class DynamicPruning(L.Callback):
         if self.updater is not None:
             self.updater.finish()
         elif self._restored is not None:
-            _log.warning("The checkpoint is at step %d, where this run ends: nothing was trained.", trainer.global_step)
+            rank_zero_warn(f"The run is at step {trainer.global_step} already, where it ends: nothing was trained.")
+        else:
+            rank_zero_warn("The run had no step, so nothing was pruned.")
         if self._squash:
             fold(pl_module)
         else:
@@ -367,20 +369,18 @@ class DynamicPruning(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict or None
         if state_dict:  # the updater looks again, and at more; but a run that is at its end already makes none
-            saved = state_dict["settings"]
-            check_settings(saved, {name: value for name, value in self._settings().items() if name in saved})
-
-    def _settings(self) -> dict[str, str]:
-        margin = Margin(self._scoring["hysteresis"], self._scoring["noise_margin"])
-        return {
-            "mask_structure": repr(self._pattern),
-            "schedule": repr(self._schedule),
-            "criterion": repr(self._criterion),
-            "policy": repr(self._policy),
-            "update_freq": str(self._timing["update_freq"]),
-            "memory": str(self._scoring["memory"]),
-            "margin": repr(margin),
-        }
+            margin = Margin(self._scoring["hysteresis"], self._scoring["noise_margin"])
+            own = run_settings(
+                self._pattern,
+                self._schedule,
+                self._criterion,
+                self._policy,
+                self._timing["update_freq"],
+                self._scoring["memory"],
+                margin,
+                self._scoring["flip_agreement"],
+            )
+            check_settings(state_dict["settings"], own)
 
 
 def _sparsify_as_loaded(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

@@ -1,22 +1,25 @@
 """The first mask of a run, where one-shot pruning makes it from batches of the training data."""
 
 import logging
+from collections.abc import Mapping
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 
+from sparse_train import masks
 from sparse_train.callbacks.calibration import peek
 from sparse_train.criteria import Criterion, Wanda
 from sparse_train.distributed import take_from_rank_0
 from sparse_train.layers import sparse_layers
 from sparse_train.mask_lora import MaskLoRA
+from sparse_train.matrices import MaskedLayer
 from sparse_train.oneshot import set_initial_masks
 from sparse_train.oneshot.engine import Method, Undo
 from sparse_train.oneshot.training_data import causal_lm
 from sparse_train.patterns import Pattern
-from sparse_train.pruner import expect, masks_from_zeros
+from sparse_train.pruner import check_masks, expect, masks_from_zeros
 from sparse_train.sharding import has_masters, is_sharded, reshard
-from sparse_train.solvers import Solver
+from sparse_train.solvers import Solver, SparseGPT
 
 _log = logging.getLogger("sparse_train.callbacks.dynamic_pruning")  # whose users it speaks to
 
@@ -30,10 +33,15 @@ def check_initial(
             f"criterion is {criterion}, which moves weights and has no scores to re-prune by. Give it as "
             "initial_criterion, for the first mask, and a Criterion such as Wanda() for updates."
         )
+    expect("initial_criterion", method, Wanda(), (Criterion, Solver))
     if not isinstance(method, Solver):
-        expect("initial_criterion", method, Wanda(), Criterion)
         return
     method.check_pattern(pattern)
+    if isinstance(method, SparseGPT) and method.preserve_sparsity_mask:
+        raise ValueError(
+            "SparseGPT(preserve_sparsity_mask=True) keeps fewer weights than the pattern says where there are more "
+            "zeros already, and masks in training keep its count exactly. Leave preserve_sparsity_mask out."
+        )
     if mask_lora is not None:
         raise ValueError(
             f"initial_criterion is {method}, which moves weights, and mask_lora trains adapters of weights that stay "
@@ -83,12 +91,8 @@ def _one_shot(
     initial_criterion: Method | None,
 ) -> bool:
     layers = sparse_layers(pl_module)
-    if isinstance(initial_criterion, Solver) and any(map(has_masters, layers.values())):
-        raise ValueError(
-            f"initial_criterion is {initial_criterion}, which moves weights, and DeepSpeed would bring the old ones "
-            "back: it holds float32 masters of them. Take strategy='ddp', or prune the model before the run "
-            "(sparse-train prune)."
-        )
+    if isinstance(initial_criterion, Solver):
+        _check_movable(initial_criterion, layers)
     needless = initial_criterion is None and not criterion.needs_activations
     if needless or sparsity == 0 or not all(layer.keeps_all() for layer in layers.values()):
         return False
@@ -122,9 +126,27 @@ def _one_shot(
                 progress=trainer.is_global_zero and trainer.progress_bar_callback is not None,
                 save=undo.save,
             )
+        check_masks(own, pattern, sparsity)  # a solver of the user's own may have kept others
     except BaseException:
         undo.restore()
+        for layer in own.values():
+            masks.fill_full(layer.weight_mask, layer.in_features)  # as they were
         raise
     if isinstance(initial_criterion, Solver):  # linear algebra may round otherwise on other hardware
         take_from_rank_0([tensor for each in own.values() for tensor in (each.weight_OI.detach(), each.weight_mask)])
     return True
+
+
+def _check_movable(solver: Solver, layers: Mapping[str, MaskedLayer]) -> None:
+    """Raise ValueError where weights that a solver moves would not stay moved, or are not to be."""
+    if any(map(has_masters, layers.values())):
+        raise ValueError(
+            f"initial_criterion is {solver}, which moves weights, and DeepSpeed would bring the old ones back: it "
+            "holds float32 masters of them. Take strategy='ddp', or prune before the run (sparse-train prune)."
+        )
+    frozen = next((name for name, layer in layers.items() if not layer.weight_OI.requires_grad), None)
+    if frozen is not None:
+        raise ValueError(
+            f"initial_criterion is {solver}, which moves weights, and {frozen} is frozen. Prune the model before it "
+            "gets adapters (sparse-train prune), or take a criterion."
+        )

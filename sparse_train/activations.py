@@ -6,7 +6,9 @@ Shape suffixes: T tokens, I in_features.
 import functools
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -150,6 +152,18 @@ class HalvedNorm(ActivationNorm):
             half.merge_state_dict({key: value[index] for key, value in state.items()})
 
 
+@contextmanager
+def in_float32(device_type: str) -> Iterator[None]:
+    """Matrix products of float32 as they are, whatever autocast and ``set_float32_matmul_precision`` (TF32) say."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device_type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 class ActivationGram(Statistics):
     """Sum of ``x x^T`` over the tokens seen: second moments of the input, for methods that move weights.
 
@@ -175,7 +189,7 @@ class ActivationGram(Statistics):
         x_TI = x.detach().reshape(-1, x.shape[-1]).float()
         if token_mask is not None and fits(token_mask, x):
             x_TI = x_TI[token_mask.reshape(-1).bool()]
-        with torch.autocast(x_TI.device.type, enabled=False):
+        with in_float32(x_TI.device.type):
             self.gram_II.addmm_(x_TI.t(), x_TI)
         self.tokens += len(x_TI)
 

@@ -1,6 +1,7 @@
 """``sparse-train fit`` and ``validate``: LightningCLI over ``CausalLM`` and ``TextBlocks``."""
 
 import argparse
+import functools
 import logging
 import sys
 import warnings
@@ -42,14 +43,31 @@ class _ShownInHelp(argparse.Action):
 
 
 class _SavedConfig(SaveConfigCallback):
-    """Lightning's, which leaves nothing of a run that failed before anything was written beside the recipe."""
+    """Lightning's, which also tells which folders had nothing in them but its file.
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        if not trainer.is_global_zero or trainer.log_dir is None:
-            return
-        folder = Path(trainer.log_dir)
-        if folder.is_dir() and [path.name for path in folder.iterdir()] == [self.config_filename]:
-            (folder / self.config_filename).unlink()
+    Args:
+        made: gets them.
+    """
+
+    def __init__(self, *args: Any, made: list[Path], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._made = made
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        folder = Path(trainer.log_dir or "")  # which loggers have made by now
+        empty = trainer.is_global_zero and not (folder.is_dir() and any(folder.iterdir()))
+        super().setup(trainer, pl_module, stage)
+        if empty:
+            self._made.append(folder)
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """Take away folders of a run that failed before anything was written beside its recipe: reports look for runs."""
+    for folder in folders:
+        files = list(folder.iterdir())
+        if {file.name for file in files} <= {"config.yaml", "hparams.yaml"}:  # Lightning's, of all runs
+            for file in files:
+                file.unlink()
             folder.rmdir()
 
 
@@ -98,12 +116,13 @@ class SparseTrainCLI(LightningCLI):
         if not self.trainer.is_global_zero:
             return
         found: dict[str, Any] = {"export": out, "report": None, "checkpoint": None}
-        if checkpoint := getattr(self.trainer.checkpoint_callback, "best_model_path", None):
-            found["checkpoint"] = checkpoint
-        elif self.trainer.checkpoint_callback is not None and not out:
+        for callback in self.trainer.checkpoint_callbacks:
+            own = getattr(callback, "best_model_path", "") or getattr(callback, "last_model_path", "")
+            found["checkpoint"] = found["checkpoint"] or own or None
+        if not (out or found["checkpoint"] or self.config.fit.ckpt_path) and self.trainer.checkpoint_callbacks:
             _log.warning(
-                "The run ended before its first checkpoint, so the trained model is not kept. Give --export FOLDER, "
-                "or a smaller --trainer.val_check_interval."
+                "The run ended before its first checkpoint, so the trained model is not kept. Give --export FOLDER, or "
+                "let checkpoints come earlier (trainer.val_check_interval, or every_n_train_steps of ModelCheckpoint)."
             )
         history = self.trainer_defaults["callbacks"].path
         if history is not None and history.exists():
@@ -150,7 +169,9 @@ def run(args: list[str], cli: type[SparseTrainCLI] = SparseTrainCLI) -> SparseTr
             r"`isinstance\(treespec",
         ):  # between torchdata, Lightning and torch
             warnings.filterwarnings("ignore", message)
-        made = cli(
+        folders: list[Path] = []
+        make = functools.partial(
+            cli,
             CausalLM,
             TextBlocks,
             args=args,
@@ -158,12 +179,17 @@ def run(args: list[str], cli: type[SparseTrainCLI] = SparseTrainCLI) -> SparseTr
             # the check before training reads all of the validation text: what the report calls dense and one-shot
             trainer_defaults={"callbacks": RunHistory(), "num_sanity_val_steps": -1},
             save_config_callback=_SavedConfig,
-            save_config_kwargs={"overwrite": True},
+            save_config_kwargs={"overwrite": True, "made": folders},
             auto_configure_optimizers=False,
             parser_class=_Parser,
             parser_kwargs={"prog": "sparse-train", "allow_abbrev": False, "formatter_class": Formatter}
             | {name: settings(name) for name in ("fit", "validate")},
         )
+        try:
+            made = make()
+        except BaseException:
+            _remove_empty(folders)  # loggers have written their last by now
+            raise
         if made.result is not None:
             write(made.result)
             if not json:

@@ -120,13 +120,13 @@ def select(
 
 def _misfit(errors: dict[str, ValueError]) -> ValueError:
     """The first of these errors; where there are more, with their number and a shorter way out."""
-    (first, error), *others = errors.items()
+    first, *others = errors
     if not others:
-        return error
-    alike = first.rpartition(".")[2]
+        return errors[first]
+    kinds = "|".join(re.escape(kind) for kind in dict.fromkeys(name.rpartition(".")[2] for name in errors))
     return ValueError(
-        f"{error} So it is with {len(others)} more, such as {others[0][0]}; one expression leaves out all of a kind: "
-        f"ignore=['re:.*{alike}']."
+        f"{errors[first]} So it is with {len(others)} more, such as {others[0]}. One expression leaves out all that "
+        rf"are named alike: ignore=['re:(.*\.)?({kinds})$']."
     )
 
 

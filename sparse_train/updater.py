@@ -47,6 +47,29 @@ from sparse_train.targets import select
 from sparse_train.timing import Timing
 
 
+def run_settings(
+    pattern: Pattern,
+    schedule: Schedule,
+    criterion: Criterion,
+    policy: MaskPolicy,
+    update_freq: int,
+    memory: Memory,
+    margin: Margin,
+    flip_agreement: bool,
+) -> dict[str, str]:
+    """What a run that continues another must have in common with it, in words, but for what its model decides."""
+    return {
+        "mask_structure": repr(pattern),
+        "schedule": repr(schedule),
+        "criterion": repr(criterion),
+        "policy": repr(policy),
+        "update_freq": str(update_freq),
+        "memory": str(memory),
+        "margin": repr(margin),
+        "flip_agreement": str(flip_agreement),
+    }
+
+
 def check_settings(saved: Mapping[str, str], own: Mapping[str, str]) -> None:
     """Raise ValueError where a run that was saved had other settings than these."""
     for name, now in own.items():
@@ -313,17 +336,18 @@ class MaskUpdater:
     def settings(self) -> dict[str, str]:
         """What a run that continues this one must have in common with it, in words."""
         self._adapters = describe_adapters(self.layers) or self._adapters  # as they were, once they are merged
-        return ({"mask_lora": self._adapters} if self._adapters else {}) | {
-            "mask_structure": repr(self.pattern),
-            "schedule": repr(self.schedule),
-            "criterion": repr(self.criterion),
-            "policy": repr(self.policy),
-            "update_freq": str(self.timing.update_freq),
-            "memory": str(self.memory),
-            "margin": repr(self.margin),
-            "flip_agreement": str(self.flip_agreement),
-            "layers": f"{len(self.layers)} targets",
-        }
+        adapters = {"mask_lora": self._adapters} if self._adapters else {}
+        own = run_settings(
+            self.pattern,
+            self.schedule,
+            self.criterion,
+            self.policy,
+            self.timing.update_freq,
+            self.memory,
+            self.margin,
+            self.flip_agreement,
+        )
+        return adapters | own | {"layers": f"{len(self.layers)} targets"}
 
     def _would_change(self, step: int) -> bool:
         if self.target is None or self.policy.revives:

@@ -193,6 +193,22 @@ def test_a_model_that_is_not_kept_is_said(model_folder, text, caplog):
     assert "not kept" not in caplog.text
 
 
+def test_a_run_that_fails_says_why_and_takes_only_its_own_away(model_folder, text, monkeypatch):
+    def fails(*args):
+        raise RuntimeError("the real cause")
+
+    monkeypatch.setattr("sparse_train.module.CausalLM.validation_step", fails)
+    options = [f"--model.model={model_folder}", f"--data.text={text}", "--data.block_size=32", "--trainer.max_steps=2"]
+    fit = ["fit", "--config=recipes/smollm2_2of4.yaml", *options]
+    with pytest.raises(RuntimeError, match="the real cause"):  # behind the first mask, which is logged
+        cli.main([*fit, "--trainer.logger.init_args.save_dir=run", "--trainer.default_root_dir=run"])
+    Path("own").mkdir()
+    Path("own/config.yaml").write_text("mine: 1")
+    with pytest.raises(RuntimeError, match="the real cause"):
+        cli.main([*fit, "--trainer.logger=false", "--trainer.default_root_dir=own"])
+    assert Path("own/config.yaml").exists()
+
+
 @pytest.mark.parametrize("recipe", ["smollm2_dense", "smollm2_2of4_distill"])
 def test_short_fits(model_folder, text, recipe):
     cli.main(

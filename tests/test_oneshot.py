@@ -256,14 +256,20 @@ def test_keeping_the_training_state(llama, ids):
         assert int(layer.statistics.tokens) == sum(map(torch.numel, ids))
 
 
-def test_a_solver_computes_in_float32_under_autocast_too(llama, ids):
+@pytest.mark.parametrize("precision", ["highest", "medium"])
+def test_a_solver_computes_in_float32_under_autocast_too(precision):
     """Autocast is of the forwards, of which here there is none in front of the target."""
     layer = torch.nn.Sequential(torch.nn.Linear(16, 8, bias=False))
     inputs = [torch.randn(64, 16, generator=torch.Generator().manual_seed(0))]
     plain, cast = copy.deepcopy(layer), copy.deepcopy(layer)
     prune(plain, inputs, "2:4", criterion=SparseGPT(block_size=8), targets=["0"])
-    with torch.autocast("cpu", torch.bfloat16):
-        prune(cast, inputs, "2:4", criterion=SparseGPT(block_size=8), targets=["0"])
+    torch.set_float32_matmul_precision(precision)
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            prune(cast, inputs, "2:4", criterion=SparseGPT(block_size=8), targets=["0"])
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision("highest")
     assert torch.equal(plain[0].weight, cast[0].weight)
 
 

@@ -1,4 +1,5 @@
 import logging
+import re
 
 import pytest
 import torch
@@ -88,7 +89,7 @@ class Quantized(nn.Linear):
         (
             tiny_llama(intermediate_size=30),
             {},
-            r"by 4.*2 more, such as model.layers.1.mlp.down_proj; .*\[.re:\.\*down_proj.\]",
+            r"by 4.*2 more, such as model.layers.1.mlp.down_proj. .*\(down_proj\)",
         ),
         (tiny_llama(), {"targets": ["lm_head"]}, "shares its weight"),
     ],
@@ -164,3 +165,13 @@ def test_peft_adapters_are_never_targets(llama):
     adapter = next(n for n, m in model.named_modules() if "lora_A" in n and isinstance(m, nn.Linear))
     with pytest.raises(ValueError, match="belongs to a peft adapter"):
         select(model, PATTERN, targets=[adapter])
+
+
+def test_the_expression_that_an_error_offers_leaves_out_what_does_not_fit_and_no_more():
+    model = tiny_llama(intermediate_size=30)
+    with pytest.raises(ValueError, match="So it is with") as error:
+        select(model, PATTERN)
+    offered = re.search(r"ignore=\['(re:.*)'\]\.$", str(error.value))[1]
+    chosen = names(model, ignore=[offered])
+    assert len(chosen) == 3 * 6
+    assert not any(name.endswith("down_proj") for name in chosen)

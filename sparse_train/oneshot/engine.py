@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sparse_train import masks
-from sparse_train.activations import ActivationGram, ActivationNorm, Statistics
+from sparse_train.activations import ActivationGram, ActivationNorm, Statistics, in_float32
 from sparse_train.choice import Rules
 from sparse_train.criteria import Criterion
 from sparse_train.matrices import MaskedMatrix
@@ -88,7 +88,7 @@ def _solve(
         assert isinstance(layer.statistics, ActivationGram)
         own = sparsity[name] if isinstance(sparsity, Mapping) else sparsity
         try:
-            with torch.autocast(layer.weight_OI.device.type, enabled=False):  # of the forwards; this wants float32
+            with in_float32(layer.weight_OI.device.type):
                 weight_OI, mask_OI = solver.solve(layer.weight_OI, layer.statistics.gram_II, pattern, own)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error

@@ -49,6 +49,8 @@ class CalibrationPass:
         self._device = device or next(model.parameters()).device
         self._model = model
         self._batches = [_to_device(batch, self._device) for batch in batches]
+        for batch in self._batches:
+            _check_ids(model, batch)
         if not self._batches:
             raise ValueError("There is no calibration data: the iterable of batches is empty.")
         self._recorder = recorder
@@ -187,13 +189,17 @@ def _call(model: nn.Module, batch: Batch) -> Any:
     return model(**batch) if isinstance(batch, Mapping) else model(batch)
 
 
-def _to_device(batch: Batch, device: torch.device) -> Batch:
+def _check_ids(model: nn.Module, batch: Batch) -> None:
+    """Raise ValueError where a transformers model is to be called with the ids of one sample without a batch."""
     ids = batch.get("input_ids") if isinstance(batch, Mapping) else batch
-    if isinstance(ids, Tensor) and ids.dim() == 1 and not ids.is_floating_point():
+    if hasattr(model, "config") and isinstance(ids, Tensor) and ids.dim() == 1:
         raise ValueError(
-            f"A calibration batch is a tensor of token ids (B, L) or a dict of model inputs, got ids of shape "
+            "A calibration batch is a tensor of token ids (B, L) or a dict of model inputs, got ids of shape "
             f"({len(ids)},): one sample. Put a batch dimension in front (ids[None]), or use a DataLoader."
         )
+
+
+def _to_device(batch: Batch, device: torch.device) -> Batch:
     if isinstance(batch, Tensor):
         return batch.to(device)
     if isinstance(batch, Mapping):

@@ -91,6 +91,38 @@ def test_a_solver_that_fails_leaves_weights_as_they_were(tmp_path):
         trainer(tmp_path, pruning).fit(model, loader())
     after = model.net.model.layers[0].state_dict()
     assert all(torch.equal(value, after[key]) for key, value in before.items())
+    assert all(layer.keeps_all() for layer in sparse_layers(model).values())
+
+
+class KeepsOne(SparseGPT):
+    """Of the user's own, and wrong: one weight of a row too few."""
+
+    def solve(self, weight_OI, gram_II, pattern, sparsity):
+        weight_OI, mask_OI = super().solve(weight_OI, gram_II, pattern, sparsity)
+        mask_OI[0, :4] = False
+        return weight_OI, mask_OI
+
+
+def test_masks_of_a_solver_are_looked_at_before_anything_is_lost(tmp_path):
+    model = InInit()
+    before = copy.deepcopy(model.state_dict())
+    pruning = DynamicPruning("2:4", initial_criterion=KeepsOne(), squash=False)
+    with pytest.raises(ValueError, match="are not NM"):
+        trainer(tmp_path, pruning).fit(model, loader())
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in before.items())
+
+
+def test_frozen_weights_are_not_moved(tmp_path):
+    model = InInit()
+    for block in model.net.model.layers:
+        block.requires_grad_(False)
+    with pytest.raises(ValueError, match="q_proj is frozen. Prune the model before it gets adapters"):
+        trainer(tmp_path, DynamicPruning("2:4", initial_criterion=SparseGPT())).fit(model, loader())
+
+
+def test_a_run_without_a_step_says_so(tmp_path):
+    with pytest.warns(UserWarning, match="no step, so nothing was pruned"):
+        trainer(tmp_path, DynamicPruning("2:4"), max_steps=0).fit(InInit(), loader())
 
 
 @pytest.mark.parametrize(
@@ -98,6 +130,8 @@ def test_a_solver_that_fails_leaves_weights_as_they_were(tmp_path):
     [
         ({"initial_criterion": SparseGPT}, r"initial_criterion is an object such as Wanda.*Write SparseGPT\(\)"),
         ({"initial_criterion": SparseGPT(block_size=6)}, "block_size divisible by 4"),
+        ({"initial_criterion": SparseGPT(preserve_sparsity_mask=True)}, "Leave preserve_sparsity_mask out"),
+        ({"policy": SparseGPT}, r"policy is an object such as StraightThrough.*'>\.$"),  # calling it would not help
         ({"initial_criterion": SparseGPT(), "mask_lora": MaskLoRA()}, "mask_lora trains adapters of weights that stay"),
         ({"criterion": SparseGPT()}, "has no scores to re-prune by. Give it as initial_criterion"),
     ],

@@ -174,7 +174,11 @@ def reached(runs: Runs) -> str:
         change = runs.change(best, "dense", steps=steps) if best else None
         ratio = f"{1 + change[0] / 100:.2f} ({best})" if change else "not measured"
         wanted, seeds = "1.35" if steps == 300 else "", len(change[1]) if change else ""
-        lines.append(f"| the best 2:4 arm over dense fine-tuning, {steps} steps | {wanted} | {ratio} | {seeds} |")
+        words = f"the best 2:4 arm of those with learning rates of their own, over dense fine-tuning, {steps} steps"
+        lines.append(f"| {words} | {wanted} | {ratio} | {seeds} |")
+        if change := runs.change("dynamic_distill_tuned", "dense", steps=steps):
+            ratio, seeds = f"{1 + change[0] / 100:.2f} *", len(change[1])
+            lines.append(f"| fine-tuned teacher, over dense fine-tuning, {steps} steps | | {ratio} | {seeds} |")
     return "\n".join(lines)
 
 

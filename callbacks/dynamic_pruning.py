@@ -331,6 +331,7 @@ class DynamicPruning(L.Callback):
         if self.updater is not None:
             self.updater.finish()
         elif self._restored is not None:
+            check_settings(self._restored["settings"], self._settings())  # which no updater has looked at
             rank_zero_warn(f"The run is at step {trainer.global_step} already, where it ends: nothing was trained.")
         else:
             rank_zero_warn("The run had no step, so nothing was pruned.")
@@ -340,6 +341,19 @@ class DynamicPruning(L.Callback):
             self._ended = self.state_dict()  # statistics are in it; another fit may go on from here
             for layer in sparse_layers(pl_module).values():
                 layer.recorder = layer.statistics = None
+
+    def _settings(self) -> dict[str, str]:
+        scoring, margin = self._scoring, Margin(self._scoring["hysteresis"], self._scoring["noise_margin"])
+        return run_settings(
+            self._pattern,
+            self._schedule,
+            self._criterion,
+            self._policy,
+            self._timing["update_freq"],
+            scoring["memory"],
+            margin,
+            scoring["flip_agreement"],
+        )
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         pl_module.__dict__.pop("configure_model", None)
@@ -368,19 +382,6 @@ class DynamicPruning(L.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict or None
-        if state_dict:  # the updater looks again, and at more; but a run that is at its end already makes none
-            margin = Margin(self._scoring["hysteresis"], self._scoring["noise_margin"])
-            own = run_settings(
-                self._pattern,
-                self._schedule,
-                self._criterion,
-                self._policy,
-                self._timing["update_freq"],
-                self._scoring["memory"],
-                margin,
-                self._scoring["flip_agreement"],
-            )
-            check_settings(state_dict["settings"], own)
 
 
 def _sparsify_as_loaded(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

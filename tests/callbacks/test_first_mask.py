@@ -94,7 +94,7 @@ def test_a_solver_that_fails_leaves_weights_as_they_were(tmp_path):
     assert all(layer.keeps_all() for layer in sparse_layers(model).values())
 
 
-class KeepsOne(SparseGPT):
+class _KeepsOne(SparseGPT):
     """Of the user's own, and wrong: one weight of a row too few."""
 
     def solve(self, weight_OI, gram_II, pattern, sparsity):
@@ -106,7 +106,7 @@ class KeepsOne(SparseGPT):
 def test_masks_of_a_solver_are_looked_at_before_anything_is_lost(tmp_path):
     model = InInit()
     before = copy.deepcopy(model.state_dict())
-    pruning = DynamicPruning("2:4", initial_criterion=KeepsOne(), squash=False)
+    pruning = DynamicPruning("2:4", initial_criterion=_KeepsOne(), squash=False)
     with pytest.raises(ValueError, match="are not NM"):
         trainer(tmp_path, pruning).fit(model, loader())
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in before.items())

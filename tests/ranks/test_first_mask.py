@@ -14,7 +14,7 @@ from tests.conftest import tiny_llama
 from tests.ranks import engines, launch
 
 
-class RoundsByRank(SparseGPT):
+class _RoundsByRank(SparseGPT):
     """As on processes whose hardware rounds otherwise."""
 
     def solve(self, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -36,7 +36,7 @@ class Start(L.Callback):
 def start(engine: str, folder: Path) -> Any:
     """What the run starts with, or the error with which it does not."""
     # as many samples, in batches of 2 of each rank or of both
-    pruning = DynamicPruning("2:4", initial_criterion=RoundsByRank(), calibration_batches=8)
+    pruning = DynamicPruning("2:4", initial_criterion=_RoundsByRank(), calibration_batches=8)
     seen = Start()
     try:
         engines.trainer(engine, folder, seen, pruning, max_steps=1).fit(engines.Module(), engines.loader())

@@ -43,7 +43,7 @@ class _ShownInHelp(argparse.Action):
 
 
 class _SavedConfig(SaveConfigCallback):
-    """Lightning's, which also tells which folders had nothing in them but its file.
+    """Lightning's, which also tells which folders of loggers had nothing in them but its file.
 
     Args:
         made: gets them.
@@ -55,15 +55,15 @@ class _SavedConfig(SaveConfigCallback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         folder = Path(trainer.log_dir or "")  # which loggers have made by now
-        empty = trainer.is_global_zero and not (folder.is_dir() and any(folder.iterdir()))
+        empty = folder.is_dir() and not any(folder.iterdir())
         super().setup(trainer, pl_module, stage)
-        if empty:
+        if empty and trainer.loggers and trainer.is_global_zero:  # without a logger it is the user's own folder
             self._made.append(folder)
 
 
 def _remove_empty(folders: list[Path]) -> None:
     """Take away folders of a run that failed before anything was written beside its recipe: reports look for runs."""
-    for folder in folders:
+    for folder in filter(Path.is_dir, folders):
         files = list(folder.iterdir())
         if {file.name for file in files} <= {"config.yaml", "hparams.yaml"}:  # Lightning's, of all runs
             for file in files:

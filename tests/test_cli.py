@@ -207,6 +207,10 @@ def test_a_run_that_fails_says_why_and_takes_only_its_own_away(model_folder, tex
     with pytest.raises(RuntimeError, match="the real cause"):
         cli.main([*fit, "--trainer.logger=false", "--trainer.default_root_dir=own"])
     assert Path("own/config.yaml").exists()
+    Path("empty").mkdir()  # somebody's, though there is nothing in it yet
+    with pytest.raises(RuntimeError, match="the real cause"):
+        cli.main([*fit, "--trainer.logger=false", "--trainer.default_root_dir=empty"])
+    assert Path("empty").is_dir()
 
 
 @pytest.mark.parametrize("recipe", ["smollm2_dense", "smollm2_2of4_distill"])

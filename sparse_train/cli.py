@@ -5,6 +5,8 @@
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from sparse_train.mistakes import explain
@@ -39,8 +41,6 @@ def main(args: list[str] | None = None) -> None:
     """Entry point of ``sparse-train``; ``args`` default to the command line's."""
     args = sys.argv[1:] if args is None else args
     debug = "--debug" in args
-    if debug:
-        os.environ["JSONARGPARSE_DEBUG"] = "true"
     args = [argument for argument in args if argument != "--debug"]
     if not args or args[0] in ("-h", "--help"):
         print(_USAGE, end="")
@@ -49,13 +49,28 @@ def main(args: list[str] | None = None) -> None:
     sys.path.append(str(Path.cwd()))  # recipes may name classes of a module beside them; last, so that it hides nothing
     options = _find_shipped(options)
     try:
-        with kept_back(quiet=take_json(options)[0]):
+        with _debugging(debug), kept_back(quiet=take_json(options)[0]):
             _run(command, options)
     except Exception as error:
         if debug or not _is_the_users(error):
             raise
         wrapped = "Union subtypes" in str(error)  # by jsonargparse, around what a class said as it was made
         sys.exit(f"sparse-train {command}: {explain(str(error), []) if wrapped else error}")
+
+
+@contextmanager
+def _debugging(debug: bool) -> Iterator[None]:
+    """Have jsonargparse say all it knows, until this command is done: what is run next inherits the environment."""
+    before = os.environ.get("JSONARGPARSE_DEBUG")
+    if debug:
+        os.environ["JSONARGPARSE_DEBUG"] = "true"
+    try:
+        yield
+    finally:
+        if debug and before is None:
+            del os.environ["JSONARGPARSE_DEBUG"]
+        elif debug and before is not None:
+            os.environ["JSONARGPARSE_DEBUG"] = before
 
 
 def _is_the_users(error: Exception) -> bool:

@@ -1,5 +1,6 @@
 """Mistakes as users make them, through the real parsers: a short answer with what, where and the way out."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -181,10 +182,14 @@ def test_a_model_that_was_meant_to_be_a_class(monkeypatch):
         cli.main(["inspect", "PackagedSmolLM"])
 
 
-def test_debug_gives_all_of_it(monkeypatch):
-    monkeypatch.setenv("JSONARGPARSE_DEBUG", "false")  # put back afterwards
+@pytest.mark.parametrize("before", [None, "false"])
+def test_debug_gives_all_of_it_and_is_over_afterwards(before, monkeypatch):
+    monkeypatch.delenv("JSONARGPARSE_DEBUG", raising=False)
+    if before is not None:
+        monkeypatch.setenv("JSONARGPARSE_DEBUG", before)
     with pytest.raises(Exception, match="Does not validate against any of the Union subtypes"):
         cli.main([*PRUNE, "--criterion=Wonda", "--debug"])
+    assert os.environ.get("JSONARGPARSE_DEBUG") == before
 
 
 def test_unknown_messages_stay_as_they_are():

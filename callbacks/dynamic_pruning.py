@@ -18,7 +18,6 @@ When what happens, in Lightning's order:
 import functools
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import lightning as L
@@ -28,21 +27,22 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from sparse_train.callbacks.checks import check_averaging, check_factors, check_sharded
-from sparse_train.callbacks.first_mask import check_initial, make_first_mask
-from sparse_train.criteria import Criterion, Wanda
-from sparse_train.earlier_windows import Memory, check_memory
+from sparse_train.callbacks.first_mask import make_first_mask
+from sparse_train.criteria import Criterion
+from sparse_train.earlier_windows import Memory
 from sparse_train.layers import fold, sparse_layers, sparsify, sparsify_like
-from sparse_train.margins import Margin, check_margin
 from sparse_train.mask_lora import MaskLoRA, add_mask_lora
 from sparse_train.matrices import MaskedLayer
-from sparse_train.patterns import Pattern, group_label, resolve_target
-from sparse_train.policies import MaskPolicy, StraightThrough
-from sparse_train.pruner import UpdateReport, expect
+from sparse_train.oneshot.first_mask import check_initial
+from sparse_train.patterns import Pattern, group_label
+from sparse_train.policies import MaskPolicy
+from sparse_train.pruner import UpdateReport
+from sparse_train.run_settings import RunSettings, check_settings
 from sparse_train.schedules import Schedule
 from sparse_train.sharding import check_layout
 from sparse_train.solvers import Solver
 from sparse_train.targets import select
-from sparse_train.updater import MaskUpdater, check_settings, run_settings
+from sparse_train.updater import MaskUpdater
 
 _log = logging.getLogger(__name__)
 
@@ -132,25 +132,26 @@ class DynamicPruning(L.Callback):
         mask_lora: MaskLoRA | None = None,
         squash: bool = True,
     ) -> None:
-        self._pattern, self._schedule = resolve_target(mask_structure, sparsity, schedule)
-        if update_freq < 1:
-            raise ValueError(f"update_freq is the number of steps between mask updates, at least 1, got {update_freq}.")
         if calibration_batches < 0:
             raise ValueError(f"calibration_batches must be at least 0, got {calibration_batches}.")
-        check_initial(initial_criterion, criterion, self._pattern, mask_lora)
-        self._criterion = expect("criterion", criterion, Wanda(), Criterion)
-        self._policy = expect("policy", policy, StraightThrough(), MaskPolicy)
-        self._targets, self._ignore = targets, ignore
-        check_memory(memory, self._criterion)
-        margin = Margin(hysteresis, noise_margin)
-        check_margin(margin, flip_agreement, self._policy, self._criterion, memory == "frozen")
-        self._scoring: dict[str, Any] = asdict(margin) | {"memory": memory, "flip_agreement": flip_agreement}
-        self._timing: dict[str, Any] = {
-            "update_freq": update_freq,
-            "start_step": start_step,
-            "end_step": end_step,
-            "window": window,
-        }
+        self._settings = RunSettings.resolve(
+            mask_structure,
+            sparsity,
+            schedule,
+            criterion,
+            policy,
+            targets=targets,
+            ignore=ignore,
+            update_freq=update_freq,
+            start_step=start_step,
+            end_step=end_step,
+            window=window,
+            memory=memory,
+            hysteresis=hysteresis,
+            noise_margin=noise_margin,
+            flip_agreement=flip_agreement,
+        )
+        check_initial(initial_criterion, self._settings.mask_structure, mask_lora)
         self._calibration_batches = calibration_batches
         self._initial_criterion = initial_criterion
         self._mask_lora = mask_lora
@@ -176,7 +177,7 @@ class DynamicPruning(L.Callback):
         """How the first mask is made, for records of a run."""
         return {
             "calibration_batches": str(self._calibration_batches),
-            "initial_criterion": repr(self._initial_criterion or self._criterion),
+            "initial_criterion": repr(self._initial_criterion or self._settings.criterion),
         }
 
     # --- before training ---------------------------------------------------------------------------------------------
@@ -214,7 +215,8 @@ class DynamicPruning(L.Callback):
         self._sparsify(pl_module)
 
     def _sparsify(self, pl_module: L.LightningModule) -> None:
-        layers = select(pl_module, self._pattern, self._targets, self._ignore).layers
+        settings = self._settings
+        layers = select(pl_module, settings.mask_structure, settings.targets, settings.ignore).layers
         for name, layer in layers.items():
             check_layout(name, layer)
         sparsify(pl_module, layers.values())
@@ -242,32 +244,17 @@ class DynamicPruning(L.Callback):
                 "weights into the module and fit without ckpt_path."
             )
         if self._restored is None:
-            make_first_mask(
-                trainer,
-                pl_module,
-                self._criterion,
-                self._pattern,
-                self._schedule.sparsity(0.0) if self._timing["start_step"] == 0 else 0.0,
-                self._calibration_batches,
-                self._initial_criterion,
-            )
+            make_first_mask(trainer, pl_module, self._settings, self._calibration_batches, self._initial_criterion)
         self.updater = MaskUpdater(
             pl_module,
-            self._pattern,
-            schedule=self._schedule,
-            criterion=self._criterion,
-            policy=self._policy,
-            targets=self._targets,
-            ignore=self._ignore,
             total_steps=trainer.estimated_stepping_batches,
             state=self._restored,
-            **self._timing,
-            **self._scoring,
+            **vars(self._settings),
         )
-        timing = self.updater.timing
+        timing, label = self.updater.timing, group_label(self._settings.mask_structure)
         rank_zero_info(
-            f"DynamicPruning: {len(self.updater.layers)} layers at {group_label(self._pattern)}, final sparsity "
-            f"{self._schedule.sparsity(1.0):g}; masks change every {timing.update_freq} steps from step "
+            f"DynamicPruning: {len(self.updater.layers)} layers at {label}, final sparsity "
+            f"{self._settings.schedule.sparsity(1.0):g}; masks change every {timing.update_freq} steps from step "
             f"{timing.start_step} on and at step {timing.end_step}, and are frozen afterwards."
         )
         self._global_step = trainer.global_step if self._restored is None else self._restored["global_step"]
@@ -318,7 +305,7 @@ class DynamicPruning(L.Callback):
     # --- after training, and checkpoints -----------------------------------------------------------------------------
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        final = self._schedule.sparsity(1.0)
+        final = self._settings.schedule.sparsity(1.0)
         if self.updater is not None and self.updater.target != final:
             _log.warning(
                 "The run ended after %d steps, before its masks reached the final sparsity of %g: they are at %s. "
@@ -331,7 +318,7 @@ class DynamicPruning(L.Callback):
         if self.updater is not None:
             self.updater.finish()
         elif self._restored is not None:
-            check_settings(self._restored["settings"], self._settings())  # which no updater has looked at
+            check_settings(self._restored["settings"], self._settings.words())  # which no updater has looked at
             rank_zero_warn(f"The run is at step {trainer.global_step} already, where it ends: nothing was trained.")
         else:
             rank_zero_warn("The run had no step, so nothing was pruned.")
@@ -341,19 +328,6 @@ class DynamicPruning(L.Callback):
             self._ended = self.state_dict()  # statistics are in it; another fit may go on from here
             for layer in sparse_layers(pl_module).values():
                 layer.recorder = layer.statistics = None
-
-    def _settings(self) -> dict[str, str]:
-        scoring, margin = self._scoring, Margin(self._scoring["hysteresis"], self._scoring["noise_margin"])
-        return run_settings(
-            self._pattern,
-            self._schedule,
-            self._criterion,
-            self._policy,
-            self._timing["update_freq"],
-            scoring["memory"],
-            margin,
-            scoring["flip_agreement"],
-        )
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         pl_module.__dict__.pop("configure_model", None)

@@ -141,7 +141,7 @@ class RunHistory(L.Callback):
         return {
             **updater.settings(),
             **self._pruning.first_mask_settings(),
-            "mask_structure": group_label(updater.pattern),
+            "mask_structure": group_label(updater.run.mask_structure),
             **asdict(timing),
             "layers": {name: layer.in_features * layer.out_features for name, layer in updater.layers.items()},
             "crop": {

@@ -45,8 +45,7 @@ class Timing:
         Raises:
             ValueError: a count or share outside its range, a share of an unknown length, an end before the start.
         """
-        if update_freq < 1:
-            raise ValueError(f"update_freq is the number of steps between mask updates, at least 1, got {update_freq}.")
+        check_update_freq(update_freq)
         if isinstance(window, float):
             if not 0 < window <= 1:
                 raise ValueError(f"window as a share of update_freq must be above 0 and at most 1, got {window}.")
@@ -97,6 +96,12 @@ class Timing:
         """0 at the first update, 1 at the last."""
         span = self.end_step - self.start_step
         return min(1.0, max(0.0, (step - self.start_step) / span)) if span else 1.0
+
+
+def check_update_freq(steps: int) -> None:
+    """Raise ValueError unless steps can lie between updates."""
+    if steps < 1:
+        raise ValueError(f"update_freq is the number of steps between mask updates, at least 1, got {steps}.")
 
 
 def _steps(name: str, value: int | float, total_steps: int | float | None) -> int:

@@ -23,17 +23,20 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 from sparse_train import masks, shadow_file
-from sparse_train.criteria import Criterion, Wanda
+from sparse_train.criteria import Criterion
 from sparse_train.distributed import rank, world_size
 from sparse_train.earlier_windows import Memory
 from sparse_train.layers import MASK_NAME, fold, sparse_layers, sparsify
 from sparse_train.matrices import MaskedLayer, is_conv1d
-from sparse_train.oneshot import set_initial_masks
+from sparse_train.oneshot import first_mask
+from sparse_train.oneshot.first_mask import check_initial
 from sparse_train.oneshot.training_data import causal_lm, random_batches
-from sparse_train.patterns import Pattern, resolve_target
-from sparse_train.policies import MaskPolicy, StraightThrough
-from sparse_train.pruner import expect, measure
+from sparse_train.patterns import Pattern
+from sparse_train.policies import MaskPolicy
+from sparse_train.pruner import measure
+from sparse_train.run_settings import RunSettings
 from sparse_train.schedules import Schedule
+from sparse_train.solvers import Solver
 from sparse_train.targets import select
 from sparse_train.updater import MaskUpdater
 
@@ -56,8 +59,8 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
     Each checkpoint folder holds the sparse model, with zeros, and beside it ``sparse_training_state.pt`` with masks,
     shadow values and statistics, so that a resumed run continues bit for bit.
 
-    Its arguments are those of ``sparse_train.callbacks.DynamicPruning``, but for ``initial_criterion`` and
-    ``mask_lora``; ``Regrow`` needs a hook that the Trainer has not.
+    Its arguments are those of ``sparse_train.callbacks.DynamicPruning``, but for ``mask_lora``; ``Regrow`` needs a hook
+    that the Trainer has not.
 
     Raises:
         ValueError: for what ``DynamicPruning`` refuses; for a Trainer that shards the model (FSDP, DeepSpeed) or copies
@@ -84,35 +87,36 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
         noise_margin: float = 0.0,
         flip_agreement: bool = False,
         calibration_batches: int = 8,
+        initial_criterion: Criterion | Solver | None = None,
         squash: bool = True,
     ) -> None:
-        self._pattern, self._schedule = resolve_target(mask_structure, sparsity, schedule)
         if calibration_batches < 0:
             raise ValueError(f"calibration_batches must be at least 0, got {calibration_batches}.")
-        self._criterion = expect("criterion", criterion, Wanda(), Criterion)
-        policy = expect("policy", policy, StraightThrough(), MaskPolicy)
-        if policy.grows:
+        self._settings = RunSettings.resolve(
+            mask_structure,
+            sparsity,
+            schedule,
+            criterion,
+            policy,
+            targets=targets,
+            ignore=ignore,
+            update_freq=update_freq,
+            start_step=start_step,
+            end_step=end_step,
+            window=window,
+            memory=memory,
+            hysteresis=hysteresis,
+            noise_margin=noise_margin,
+            flip_agreement=flip_agreement,
+        )
+        if self._settings.policy.grows:
             raise ValueError(
-                f"{policy} reads gradients ahead of clipping, where the Trainer calls nobody. Take another policy, or "
-                "train with Lightning or a loop of your own."
+                f"{self._settings.policy} reads gradients ahead of clipping, where the Trainer calls nobody. Take "
+                "another policy, or train with Lightning or a loop of your own."
             )
-        self._arguments: dict[str, Any] = {
-            "mask_structure": self._pattern,
-            "schedule": self._schedule,
-            "criterion": self._criterion,
-            "policy": policy,
-            "targets": targets,
-            "ignore": ignore,
-            "update_freq": update_freq,
-            "start_step": start_step,
-            "end_step": end_step,
-            "window": window,
-            "memory": memory,
-            "hysteresis": hysteresis,
-            "noise_margin": noise_margin,
-            "flip_agreement": flip_agreement,
-        }
+        check_initial(initial_criterion, self._settings.mask_structure)
         self._calibration_batches = calibration_batches
+        self._initial_criterion = initial_criterion
         self._squash = squash
         self._hooks: list[Any] = []
         self._unlogged: dict[str, float] = {}
@@ -139,7 +143,10 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
         self._prepare(model)
 
     def _check_best(self, model: nn.Module) -> None:
-        if self._schedule.sparsity(0.0) != self._schedule.sparsity(1.0) or self._arguments["start_step"] != 0:
+        if (
+            self._settings.schedule.sparsity(0.0) != self._settings.schedule.sparsity(1.0)
+            or self._settings.start_step != 0
+        ):
             raise ValueError(
                 "load_best_model_at_end would bring a checkpoint back from before the final sparsity, as denser models "
                 "have the lower loss. Leave it out, or train at a constant sparsity from start_step 0."
@@ -162,7 +169,8 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
                 "The model has mask_lora adapters, which a checkpoint of the Trainer would merge, so that it could not "
                 "be resumed. Train with Lightning, DynamicPruning(mask_lora=...), or a loop of your own."
             )
-        chosen = select(model, self._pattern, self._arguments["targets"], self._arguments["ignore"]).layers
+        settings = self._settings
+        chosen = select(model, settings.mask_structure, settings.targets, settings.ignore).layers
         sparsify(model, chosen.values())
         return {name: layer for name, layer in chosen.items() if isinstance(layer, MaskedLayer)}
 
@@ -173,36 +181,36 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
         restored = None
         if state.global_step > 0:
             restored = shadow_file.restore(_resumed_from(args, state), layers)
-        elif self._arguments["start_step"] == 0:
-            self._calibrate(args, model, train_dataloader)
-        self.updater = MaskUpdater(model, total_steps=state.max_steps, state=restored, **self._arguments)
+        elif not self._calibrate(args, model, train_dataloader) and self._initial_criterion is not None:
+            raise first_mask.none_made(self._initial_criterion)
+        self.updater = MaskUpdater(model, total_steps=state.max_steps, state=restored, **vars(self._settings))
         self._unlogged = {}
         if restored is None and self.updater.target is not None:
             self._unlogged = self.updater.report().metrics()
 
-    def _calibrate(self, args: Any, model: nn.Module, train_dataloader: Any) -> None:
-        layers, sparsity = sparse_layers(model), self._schedule.sparsity(0.0)
-        untouched = all(layer.keeps_all() for layer in layers.values())
-        if not (untouched and sparsity and self._criterion.needs_activations and self._calibration_batches):
-            return
-        whole, ranks = causal_lm(model, layers), world_size()
+    def _calibrate(self, args: Any, model: nn.Module, train_dataloader: Any) -> bool:
+        settings, layers, ranks = self._settings, sparse_layers(model), world_size()
+        wanted = first_mask.is_wanted(self._initial_criterion, settings.criterion, layers, settings.first_sparsity)
+        if not wanted or not self._calibration_batches:
+            return False
+        whole = causal_lm(model, layers)
         count = -(-self._calibration_batches // ranks) * ranks  # as many for each rank
         size, collate = args.per_device_train_batch_size, train_dataloader.collate_fn
         batches = random_batches(train_dataloader.dataset, size, collate, count)
         if whole is None or batches is None or len(batches) < ranks:
             _log.info("The first mask will come from the activations of the first steps, which run dense.")
-            return
+            return False
         dtype = torch.float16 if args.fp16 else torch.bfloat16
         with torch.autocast(args.device.type, dtype, enabled=args.fp16 or args.bf16):
-            set_initial_masks(
+            first_mask.make(
                 whole,
-                sparse_layers(whole),
-                batches[rank() :: ranks],  # statistics are summed over ranks
-                criterion=self._criterion,
-                pattern=self._pattern,
-                sparsity=sparsity,
+                batches[rank() :: ranks],
+                self._initial_criterion or settings.criterion,
+                settings.mask_structure,
+                settings.first_sparsity,
                 progress=not args.disable_tqdm and rank() == 0,
             )
+        return True
 
     # --- in training -------------------------------------------------------------------------------------------------
 
@@ -230,7 +238,7 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_end(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
         assert self.updater is not None
         self.updater.finish()
-        final, found = self._schedule.sparsity(1.0), measure(self.updater.layers).values()
+        final, found = self._settings.schedule.sparsity(1.0), measure(self.updater.layers).values()
         actual = sum(layer.zeros for layer in found) / sum(layer.size for layer in found)
         if actual < 0.99 * final:
             _log.warning(

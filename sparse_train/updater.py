@@ -10,20 +10,19 @@ from torch.optim import Optimizer
 
 from sparse_train.activations import InputSharing
 from sparse_train.choice import Rules
-from sparse_train.criteria import Criterion, Wanda
+from sparse_train.criteria import Criterion
 from sparse_train.distributed import gather_objects
-from sparse_train.earlier_windows import EarlierWindows, Memory, check_memory
+from sparse_train.earlier_windows import EarlierWindows, Memory
 from sparse_train.layers import fold, sparsify
-from sparse_train.margins import NO_MARGIN, Margin, check_margin, check_window
+from sparse_train.margins import NO_MARGIN, check_window
 from sparse_train.mask_lora import check_policy, describe_adapters
 from sparse_train.matrices import MaskedLayer, Recorder
-from sparse_train.patterns import Pattern, resolve_target
-from sparse_train.policies import MaskPolicy, StraightThrough
+from sparse_train.patterns import Pattern
+from sparse_train.policies import MaskPolicy
 from sparse_train.pruner import (
     LayerUpdate,
     UpdateReport,
     check_masks,
-    expect,
     measure,
     sample_rows,
     share_differing,
@@ -41,43 +40,11 @@ from sparse_train.recording import (
     warn_of_padding,
 )
 from sparse_train.regrow import Growth, Regrow
+from sparse_train.run_settings import RunSettings, check_settings
 from sparse_train.schedules import Schedule
 from sparse_train.sharding import check_layout, reshard
 from sparse_train.targets import select
 from sparse_train.timing import Timing
-
-
-def run_settings(
-    pattern: Pattern,
-    schedule: Schedule,
-    criterion: Criterion,
-    policy: MaskPolicy,
-    update_freq: int,
-    memory: Memory,
-    margin: Margin,
-    flip_agreement: bool,
-) -> dict[str, str]:
-    """What a run that continues another must have in common with it, in words, but for what its model decides."""
-    return {
-        "mask_structure": repr(pattern),
-        "schedule": repr(schedule),
-        "criterion": repr(criterion),
-        "policy": repr(policy),
-        "update_freq": str(update_freq),
-        "memory": str(memory),
-        "margin": repr(margin),
-        "flip_agreement": str(flip_agreement),
-    }
-
-
-def check_settings(saved: Mapping[str, str], own: Mapping[str, str]) -> None:
-    """Raise ValueError where a run that was saved had other settings than these."""
-    for name, now in own.items():
-        if saved.get(name) != now:
-            raise ValueError(
-                f"The checkpoint was written with {name} = {saved.get(name)}, and this run has {now}. Resume with the "
-                "same setting, or start a new run from the exported model."
-            )
 
 
 class MaskUpdater:
@@ -145,59 +112,71 @@ class MaskUpdater:
         total_steps: int | float | None = None,
         state: Mapping[str, Any] | None = None,
     ) -> None:
-        self.pattern, self.schedule = resolve_target(mask_structure, sparsity, schedule)
-        self.criterion = expect("criterion", criterion, Wanda(), Criterion)
-        self.policy = expect("policy", policy, StraightThrough(), MaskPolicy)
+        self.run = RunSettings.resolve(
+            mask_structure,
+            sparsity,
+            schedule,
+            criterion,
+            policy,
+            targets=targets,
+            ignore=ignore,
+            update_freq=update_freq,
+            start_step=start_step,
+            end_step=end_step,
+            window=window,
+            memory=memory,
+            hysteresis=hysteresis,
+            noise_margin=noise_margin,
+            flip_agreement=flip_agreement,
+        )
+        """What it was asked to do."""
         self._model = model
-        check_memory(memory, self.criterion)
-        self.memory, self.margin, self.flip_agreement = memory, Margin(hysteresis, noise_margin), flip_agreement
-        check_margin(self.margin, flip_agreement, self.policy, self.criterion, memory == "frozen")
-        layers = select(model, self.pattern, targets, ignore).layers
+        layers = select(model, self.run.mask_structure, targets, ignore).layers
         began_dense = not any(isinstance(layer, MaskedLayer) for layer in layers.values())
         for name, layer in layers.items():
             check_layout(name, layer)
         sparsify(model, layers.values())
         self.layers: dict[str, MaskedLayer] = {n: m for n, m in layers.items() if isinstance(m, MaskedLayer)}
         try:
-            self._start(
-                state,
-                start_step=start_step,
-                end_step=end_step,
-                update_freq=update_freq,
-                window=window,
-                total_steps=total_steps,
-            )
+            self._start(total_steps, state)
         except BaseException:
             if began_dense:
                 fold(model)  # the masks keep everything: the model is as it was
             raise
 
-    def _start(self, state: Mapping[str, Any] | None, **timing: Any) -> None:
-        initial = self.schedule.sparsity(0.0)
-        check_policy(self.layers, self.policy)
+    def _start(self, total_steps: int | float | None, state: Mapping[str, Any] | None) -> None:
+        run = self.run
+        initial = run.schedule.sparsity(0.0)
+        check_policy(self.layers, run.policy)
         self._adapters = describe_adapters(self.layers)
         # A run starts from the masks that are there; where nothing is to be pruned yet, that is also a mask.
         masked = state is not None or initial == 0 or not all(layer.keeps_all() for layer in self.layers.values())
         if masked and state is None:
-            check_masks(self.layers, self.pattern, initial)
-        self.timing = Timing.resolve(**timing, first_from_window=self.criterion.needs_activations and not masked)
+            check_masks(self.layers, run.mask_structure, initial)
+        self.timing = Timing.resolve(
+            start_step=run.start_step,
+            end_step=run.end_step,
+            update_freq=run.update_freq,
+            window=run.window,
+            total_steps=total_steps,
+            first_from_window=run.criterion.needs_activations and not masked,
+        )
         self.recorder = Recorder()
         # with a recorder they are an earlier updater's, and whole on rank 0 alone
         first = norms_of({n: layer for n, layer in self.layers.items() if layer.recorder is None})
-        halved = self.margin.noise_margin > 0 or self.flip_agreement
-        if halved:
+        if run.halved:
             check_window(self.timing.window)
-        attach(self.layers.values(), self.recorder, needed_statistics(self.criterion, halved))
+        attach(self.layers.values(), self.recorder, needed_statistics(run.criterion, run.halved))
         for layer in self.layers.values():
-            layer.straight_through = self.policy.straight_through
-        self._growth = Growth(self.layers, self.policy, self.criterion) if isinstance(self.policy, Regrow) else None
+            layer.straight_through = run.policy.straight_through
+        self._growth = Growth(self.layers, run.policy, run.criterion) if isinstance(run.policy, Regrow) else None
         self.steps = 0
         self.target: float | None = initial if masked else None
         """Sparsity of the masks as they are; None before the first."""
         self._last_update = 0
         self._sharing_known = False
-        self._earlier = EarlierWindows(self.layers, self.memory)
-        if masked and state is None and not halved:
+        self._earlier = EarlierWindows(self.layers, run.memory)
+        if masked and state is None and not run.halved:
             # also "cumulative" means all there is: the norms behind the first mask are the first that are remembered
             self._earlier.begin_with(first)
         self._first_rows: dict[str, Tensor] = sample_rows(self.layers) if masked else {}
@@ -251,26 +230,26 @@ class MaskUpdater:
         began = time.perf_counter()
         reshard(self._model)
         progress = self.timing.progress(self.steps)
-        target = self.schedule.sparsity(progress)
+        target = self.run.schedule.sparsity(progress)
         exchange(self.layers)
         self._earlier.check_new_tokens()
         since = 0 if self.target is None else self.steps - self._last_update
-        shadow_factor = self.policy.shadow_decay(progress, since) if since else 1.0
-        check_policy(self.layers, self.policy, shadow_factor)  # adapters may have come after the updater
+        shadow_factor = self.run.policy.shadow_decay(progress, since) if since else 1.0
+        check_policy(self.layers, self.run.policy, shadow_factor)  # adapters may have come after the updater
         before = {}
         if self._growth is not None:
             self._growth.check()
             before = {name: layer.weight_mask.clone() for name, layer in self.layers.items()}
         rules = Rules(
-            self.criterion,
-            self.pattern,
+            self.run.criterion,
+            self.run.mask_structure,
             target,
-            self.policy,
+            self.run.policy,
             shadow_factor=shadow_factor,
-            margin=NO_MARGIN if self.target is None else self.margin,
+            margin=NO_MARGIN if self.target is None else self.run.margin,
             growth=self._growth,
         )
-        changes = update_masks(self.layers, rules, compare_halves=self.flip_agreement and self.target is not None)
+        changes = update_masks(self.layers, rules, compare_halves=self.run.flip_agreement and self.target is not None)
         if self._growth is not None:
             self._growth.restart(before)
         self._earlier.fade()
@@ -337,27 +316,17 @@ class MaskUpdater:
         """What a run that continues this one must have in common with it, in words."""
         self._adapters = describe_adapters(self.layers) or self._adapters  # as they were, once they are merged
         adapters = {"mask_lora": self._adapters} if self._adapters else {}
-        own = run_settings(
-            self.pattern,
-            self.schedule,
-            self.criterion,
-            self.policy,
-            self.timing.update_freq,
-            self.memory,
-            self.margin,
-            self.flip_agreement,
-        )
-        return adapters | own | {"layers": f"{len(self.layers)} targets"}
+        return adapters | self.run.words() | {"layers": f"{len(self.layers)} targets"}
 
     def _would_change(self, step: int) -> bool:
-        if self.target is None or self.policy.revives:
+        if self.target is None or self.run.policy.revives:
             return True
-        return self.schedule.sparsity(self.timing.progress(step)) != self.target
+        return self.run.schedule.sparsity(self.timing.progress(step)) != self.target
 
     def _set_recording(self) -> None:
         update = self.timing.next_update(self.steps)
         wanted = (
-            self.criterion.needs_activations
+            self.run.criterion.needs_activations
             and not self._earlier.frozen
             and update is not None
             and self.timing.is_recorded(self.steps)

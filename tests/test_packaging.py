@@ -66,7 +66,7 @@ def test_the_wheel_works_from_another_folder(wheel, tmp_path):
     run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", target, wheel, cwd=tmp_path)
     script = (
         "import sparse_train, sparse_train.callbacks as c; print(sparse_train.__file__, c.__file__);"
-        "from sparse_train.callbacks import DynamicPruning; print(DynamicPruning('2:4')._pattern);"
+        "from sparse_train.callbacks import DynamicPruning; print(DynamicPruning('2:4')._settings.mask_structure);"
         "from sparse_train.cli import main;"
         "main(['fit', '--config=recipes/smollm2_2of4.yaml', '--config=configs/strategy/ddp.yaml', '--print_config'])"
     )

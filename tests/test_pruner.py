@@ -31,7 +31,7 @@ def train(model, updater, steps, optimizer=None, seed=0):
 
 
 def assert_exact(model, updater):
-    pattern = updater.pattern
+    pattern = updater.run.mask_structure
     for layer in sparse_layers(model).values():
         mask = layer.unpacked_mask()
         if isinstance(pattern, Unstructured):

@@ -163,9 +163,9 @@ def test_the_small_ways_to_name_things():
     assert cli.trainer.max_steps == 50
     assert cli.model.source == Pretrained("org/some-model") == cli.datamodule.tokenizer_source
     pruning = next(c for c in cli.trainer.callbacks if isinstance(c, DynamicPruning))
-    assert pruning._pattern == NM(1, 4)
-    assert pruning._criterion == Magnitude()
-    assert pruning._schedule == Cubic(0.75)
+    assert pruning._settings.mask_structure == NM(1, 4)
+    assert pruning._settings.criterion == Magnitude()
+    assert pruning._settings.schedule == Cubic(0.75)
 
 
 def test_every_variant_of_updates_can_be_named():
@@ -180,9 +180,10 @@ def test_every_variant_of_updates_can_be_named():
         ("hysteresis", ".inf", float("inf")),
     ):
         cli = parse_fit(f"--config={BASE}", f"{pruning}.{name}={given}")
-        assert next(c for c in cli.trainer.callbacks if isinstance(c, DynamicPruning))._scoring[name] == expected
+        pruned = next(c for c in cli.trainer.callbacks if isinstance(c, DynamicPruning))
+        assert getattr(pruned._settings, name) == expected
     cli = parse_fit(f"--config={BASE}", f"{pruning}.policy=Regrow", f"{pruning}.policy.drop_fraction=0.2")
-    assert next(c for c in cli.trainer.callbacks if isinstance(c, DynamicPruning))._policy == Regrow(0.2)
+    assert next(c for c in cli.trainer.callbacks if isinstance(c, DynamicPruning))._settings.policy == Regrow(0.2)
 
 
 def test_arms_of_the_benchmark_are_runs_of_their_own():
@@ -198,8 +199,7 @@ def test_arms_of_the_benchmark_are_runs_of_their_own():
         found += [arm.start, type(cli.datamodule.text), type(cli.datamodule.calibration_text)]
         for each in cli.trainer.callbacks:
             if isinstance(each, DynamicPruning):
-                found += [each._pattern, each._criterion, each._initial_criterion, each._policy, each._schedule]
-                found += [each._timing, each._scoring, each._mask_lora]
+                found += [each._settings, each._initial_criterion, each._mask_lora]
         assert str(found) not in settings.values(), name
         settings[name] = str(found)
 
@@ -284,4 +284,4 @@ def test_a_pattern_needs_no_quotes(tmp_path):
     path = tmp_path / "quotes.yaml"
     path.write_text(BASE.read_text().replace('"2:4"', "2:4"))
     cli = parse_fit(f"--config={path}")
-    assert next(c for c in cli.trainer.callbacks if isinstance(c, DynamicPruning))._pattern == NM(2, 4)
+    assert next(c for c in cli.trainer.callbacks if isinstance(c, DynamicPruning))._settings.mask_structure == NM(2, 4)

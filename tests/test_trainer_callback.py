@@ -5,9 +5,18 @@ import shutil
 import pytest
 import torch
 from torch.utils.data import Dataset
-from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+)
 
-from sparse_train import Cubic, MaskUpdater, Regrow, SparseLinear, sparse_layers
+from sparse_train import Cubic, MaskUpdater, Regrow, SparseGPT, SparseLinear, prune, sparse_layers
+from sparse_train.margins import Margin
+from sparse_train.oneshot.training_data import random_batches
 from sparse_train.shadow_file import FILE_NAME
 from sparse_train.trainer_callback import SparseTrainerCallback
 
@@ -272,8 +281,46 @@ def test_a_policy_that_reads_gradients_is_refused():
         SparseTrainerCallback("2:4", policy=Regrow())
 
 
-def test_what_updates_remember_is_passed_on():
-    callback = SparseTrainerCallback("2:4", memory=0.5, hysteresis=0.1)
-    updater = MaskUpdater(tiny_llama(), total_steps=20, **callback._arguments)
-    assert updater.memory == 0.5
-    assert updater.margin.hysteresis == 0.1
+def test_what_updates_remember_is_passed_on(tmp_path):
+    pruning = SparseTrainerCallback("2:4", update_freq=4, memory=0.5, hysteresis=0.1)
+    trainer(tmp_path, pruning, max_steps=1).train()
+    assert pruning.updater.run.memory == 0.5
+    assert pruning.updater.run.margin == Margin(hysteresis=0.1)
+
+
+def test_a_solver_sets_masks_and_weights_and_leaves_pruned_ones_in_the_shadow(tmp_path):
+    class Start(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 0:
+                layers = sparse_layers(model)
+                self.layers = {n: (each.weight.detach().clone(), each.unpacked_mask()) for n, each in layers.items()}
+
+    pruning, start = SparseTrainerCallback("2:4", update_freq=4, initial_criterion=SparseGPT()), Start()
+    trainer(tmp_path, pruning, start, max_steps=1).train()
+    model, dense = tiny_llama(), dict(tiny_llama().named_modules())
+    prune(model, random_batches(Tokens(), 2, default_data_collator, 8), "2:4", criterion=SparseGPT())
+    pruned = dict(model.named_modules())
+    assert len(start.layers) == 21
+    for name, (weight_OI, mask_OI) in start.layers.items():
+        assert torch.equal(pruned[name].weight, weight_OI * mask_OI)
+        assert torch.equal(dense[name].weight[~mask_OI], weight_OI[~mask_OI])
+
+
+def test_a_run_that_began_with_a_solver_resumes_bit_for_bit(tmp_path):
+    def pruning():
+        return SparseTrainerCallback("2:4", update_freq=4, initial_criterion=SparseGPT())
+
+    whole = trainer(tmp_path, pruning(), save_strategy="steps", save_steps=6)
+    whole.train()
+    again = trainer(tmp_path, pruning(), save_strategy="steps", save_steps=6)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    for (name, ours), theirs in zip(again.model.state_dict().items(), whole.model.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+def test_a_first_mask_that_cannot_be_made_is_refused(tmp_path):
+    pruning = SparseTrainerCallback("2:4", initial_criterion=SparseGPT(), calibration_batches=0)
+    with pytest.raises(ValueError, match="no one-shot pruning makes the first mask here"):
+        trainer(tmp_path, pruning).train()
+    with pytest.raises(ValueError, match=r"Write SparseGPT\(\)"):
+        SparseTrainerCallback("2:4", initial_criterion=SparseGPT)

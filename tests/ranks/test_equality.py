@@ -113,6 +113,6 @@ def compare(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], tole
 
 
 def test_the_methods_are_what_they_are_named_for():
-    assert isinstance(DynamicPruning("2:4")._criterion, Wanda)
+    assert isinstance(DynamicPruning("2:4")._settings.criterion, Wanda)
     assert RIA().column_sums(torch.ones(2, 3)).tolist() == [2, 2, 2]
     assert not Criterion.rowwise

@@ -1,0 +1,116 @@
+"""The first mask of a training run, whatever trains: one-shot pruning that leaves pruned weights in the shadow."""
+
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from sparse_train import masks
+from sparse_train.criteria import Criterion, Wanda
+from sparse_train.distributed import take_from_rank_0
+from sparse_train.layers import sparse_layers
+from sparse_train.mask_lora import MaskLoRA
+from sparse_train.matrices import MaskedLayer
+from sparse_train.oneshot import set_initial_masks
+from sparse_train.oneshot.engine import Method, Undo
+from sparse_train.oneshot.walk import Batch
+from sparse_train.patterns import Pattern
+from sparse_train.pruner import check_masks, expect
+from sparse_train.sharding import has_masters
+from sparse_train.solvers import Solver, SparseGPT
+
+
+def check_initial(method: Method | None, pattern: Pattern, mask_lora: MaskLoRA | None = None) -> None:
+    """Raise ValueError unless an ``initial_criterion`` can make a first mask; None can."""
+    expect("initial_criterion", method, Wanda(), (Criterion, Solver))
+    if not isinstance(method, Solver):
+        return
+    method.check_pattern(pattern)
+    if isinstance(method, SparseGPT) and method.preserve_sparsity_mask:
+        raise ValueError(
+            "SparseGPT(preserve_sparsity_mask=True) keeps fewer weights than the pattern says where there are more "
+            "zeros already, and masks in training keep its count exactly. Leave preserve_sparsity_mask out."
+        )
+    if mask_lora is not None:
+        raise ValueError(
+            f"initial_criterion is {method}, which moves weights, and mask_lora trains adapters of weights that stay "
+            f"as they are. Prune the model before (sparse_train.prune with criterion={type(method).__name__}()), or "
+            "take a criterion."
+        )
+
+
+def is_wanted(method: Method | None, criterion: Criterion, layers: Mapping[str, MaskedLayer], sparsity: float) -> bool:
+    """Whether there is a first mask to make: layers keep everything, and the first update would not do as well.
+
+    Args:
+        method: ``initial_criterion``; None = as ``criterion``.
+        criterion: of updates.
+        layers: of the model.
+        sparsity: at step 0.
+
+    Raises:
+        ValueError: weights that a solver moves would not stay moved, or are not to be.
+    """
+    if isinstance(method, Solver):
+        _check_movable(method, layers)
+    needless = method is None and not criterion.needs_activations
+    return not needless and sparsity > 0 and all(layer.keeps_all() for layer in layers.values())
+
+
+def make(
+    model: nn.Module, batches: Sequence[Batch], method: Method, pattern: Pattern, sparsity: float, progress: bool
+) -> None:
+    """Set the masks of a transformers model, and the kept weights too where ``method`` is a ``Solver``.
+
+    Args:
+        model: sparsified, every mask full.
+        batches: calibration data of this rank; statistics are summed over ranks.
+        method, pattern, sparsity: of the masks.
+        progress: show a bar.
+
+    Raises:
+        ValueError: as ``set_initial_masks``, or masks that are not the pattern's. The model is as it was then.
+    """
+    own, undo = sparse_layers(model), Undo()
+    try:
+        set_initial_masks(
+            model,
+            own,
+            batches,
+            criterion=method,
+            pattern=pattern,
+            sparsity=sparsity,
+            progress=progress,
+            save=undo.save,
+        )
+        check_masks(own, pattern, sparsity)  # a solver of the user's own may have kept others
+    except BaseException:
+        undo.restore()
+        for layer in own.values():
+            masks.fill_full(layer.weight_mask, layer.in_features)  # as they were
+        raise
+    if isinstance(method, Solver):  # linear algebra may round otherwise on other hardware
+        take_from_rank_0([tensor for each in own.values() for tensor in (each.weight_OI.detach(), each.weight_mask)])
+
+
+def none_made(method: Method) -> ValueError:
+    """Where an ``initial_criterion`` was asked for, and no one-shot pruning makes the first mask."""
+    return ValueError(
+        f"initial_criterion is {method}, but no one-shot pruning makes the first mask here: it does at start_step 0, "
+        "with calibration_batches above 0, for a transformers model that is not sharded and has no masks yet, from "
+        "data that is no stream, and where there is something to prune. Leave initial_criterion out, or prune the "
+        "model before the run (sparse_train.prune)."
+    )
+
+
+def _check_movable(solver: Solver, layers: Mapping[str, MaskedLayer]) -> None:
+    if any(map(has_masters, layers.values())):
+        raise ValueError(
+            f"initial_criterion is {solver}, which moves weights, and DeepSpeed would bring the old ones back: it "
+            "holds float32 masters of them. Take strategy='ddp', or prune before the run (sparse-train prune)."
+        )
+    frozen = next((name for name, layer in layers.items() if not layer.weight_OI.requires_grad), None)
+    if frozen is not None:
+        raise ValueError(
+            f"initial_criterion is {solver}, which moves weights, and {frozen} is frozen. Prune the model before it "
+            "gets adapters (sparse-train prune), or take a criterion."
+        )

@@ -1,0 +1,77 @@
+"""What a run is asked to do, from what users write; each mistake by itself is tested where its rule is."""
+
+import dataclasses
+import inspect
+
+import pytest
+
+from sparse_train import Constant, Cubic, Magnitude, MaskUpdater, Regrow, SparseGPT, StraightThrough, Wanda
+from sparse_train.callbacks import DynamicPruning
+from sparse_train.patterns import NM
+from sparse_train.run_settings import RunSettings, check_settings
+from sparse_train.trainer_callback import SparseTrainerCallback
+
+
+def settings(mask_structure="2:4", sparsity=None, schedule=None, criterion=None, policy=None, **changes):
+    others = {
+        "targets": None,
+        "ignore": (),
+        "update_freq": 10,
+        "start_step": 0,
+        "end_step": 0.75,
+        "window": 0.5,
+        "memory": 1.0,
+        "hysteresis": 0.0,
+        "noise_margin": 0.0,
+        "flip_agreement": False,
+    }
+    return RunSettings.resolve(mask_structure, sparsity, schedule, criterion, policy, **(others | changes))
+
+
+def test_defaults():
+    found = settings()
+    assert (found.mask_structure, found.schedule) == (NM(2, 4), Constant(0.5))
+    assert (found.criterion, found.policy) == (Wanda(), StraightThrough())
+    assert found.first_sparsity == 0.5
+    assert not found.margin
+    assert not found.halved
+
+
+@pytest.mark.parametrize("driver", [DynamicPruning, SparseTrainerCallback, MaskUpdater])
+def test_all_that_drive_a_run_take_them_with_the_same_defaults(driver):
+    own = {name: each.default for name, each in inspect.signature(driver).parameters.items()}
+    theirs = {name: each.default for name, each in inspect.signature(DynamicPruning).parameters.items()}
+    for name in [field.name for field in dataclasses.fields(RunSettings)] + ["sparsity"]:
+        assert own[name] == theirs[name], name
+
+
+def test_the_first_sparsity_is_none_where_masks_come_later():
+    assert settings(schedule=Cubic(0.5)).first_sparsity == 0.0
+    assert settings(start_step=10).first_sparsity == 0.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"update_freq": 0}, "update_freq is the number of steps between mask updates, at least 1, got 0"),
+        ({"memory": 2.0}, "memory is the factor"),
+        ({"memory": "frozen", "criterion": Magnitude()}, "nothing to keep"),
+        ({"hysteresis": -1.0}, "hysteresis is the share"),
+        ({"hysteresis": 0.1, "policy": Regrow()}, "has no effect with Regrow"),
+        ({"criterion": SparseGPT()}, "has no scores to re-prune by. Give it as initial_criterion"),
+        ({"criterion": Wanda}, r"Write Wanda\(\)"),
+        ({"policy": Regrow}, r"Write Regrow\(\)"),
+        ({"sparsity": 0.7}, "2:4"),
+    ],
+)
+def test_what_cannot_be_is_refused_at_once(changes, message):
+    with pytest.raises(ValueError, match=message):
+        settings(**changes)
+
+
+def test_a_run_that_continues_another_has_the_same():
+    check_settings(settings().words(), settings(ignore=["lm_head"], end_step=0.5).words())
+    check_settings(settings().words() | {"layers": "21 targets"}, settings().words())
+    for changes in ({"mask_structure": "4:8"}, {"update_freq": 5}, {"memory": 0.5}, {"hysteresis": 0.1}):
+        with pytest.raises(ValueError, match="Resume with the same setting"):
+            check_settings(settings().words(), settings(**changes).words())

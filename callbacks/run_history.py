@@ -31,7 +31,6 @@ from sparse_train import environment, masks, memory
 from sparse_train.callbacks.dynamic_pruning import DynamicPruning
 from sparse_train.callbacks.evaluation import Evaluation
 from sparse_train.matrices import MaskedLayer
-from sparse_train.patterns import group_label
 from sparse_train.pruner import UpdateReport
 from sparse_train.report.collect import HISTORY
 from sparse_train.updater import MaskUpdater
@@ -141,7 +140,6 @@ class RunHistory(L.Callback):
         return {
             **updater.settings(),
             **self._pruning.first_mask_settings(),
-            "mask_structure": group_label(updater.run.mask_structure),
             **asdict(timing),
             "layers": {name: layer.in_features * layer.out_features for name, layer in updater.layers.items()},
             "crop": {

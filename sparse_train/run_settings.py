@@ -7,7 +7,7 @@ from typing import Any
 from sparse_train.criteria import Criterion, Wanda
 from sparse_train.earlier_windows import Memory, check_memory
 from sparse_train.margins import Margin, check_margin
-from sparse_train.patterns import Pattern, resolve_target
+from sparse_train.patterns import Pattern, group_label, resolve_target
 from sparse_train.policies import MaskPolicy, StraightThrough
 from sparse_train.pruner import expect
 from sparse_train.schedules import Schedule
@@ -86,7 +86,7 @@ class RunSettings:
     def words(self) -> dict[str, str]:
         """What a run that continues another must have in common with it, but for what its model decides."""
         return {
-            "mask_structure": repr(self.mask_structure),
+            "mask_structure": group_label(self.mask_structure),
             "schedule": repr(self.schedule),
             "criterion": repr(self.criterion),
             "policy": repr(self.policy),

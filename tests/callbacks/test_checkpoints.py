@@ -111,7 +111,7 @@ def test_resuming_with_another_pattern_is_refused(tmp_path):
     path = tmp_path / "middle.ckpt"
     with pytest.raises(SystemExit):
         trainer(tmp_path, DynamicPruning("2:4"), Interrupt(2, path)).fit(InInit(), loader())
-    with pytest.raises(ValueError, match=r"mask_structure = NM\(n=2, m=4\), and this run has NM\(n=1, m=4\)"):
+    with pytest.raises(ValueError, match=r"mask_structure = 2:4, and this run has 1:4"):
         trainer(tmp_path, DynamicPruning("1:4")).fit(InInit(), loader(), ckpt_path=path, weights_only=False)
 
 

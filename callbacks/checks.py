@@ -3,11 +3,33 @@
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
 from sparse_train.layers import sparse_layers
 from sparse_train.matrices import FACTOR_NAMES
+from sparse_train.run_settings import RunSettings
 from sparse_train.sharding import is_sharded
+
+
+def check_strategy(trainer: L.Trainer) -> None:
+    """Raise ValueError where the strategy holds weights in a way that masks do not know."""
+    if isinstance(trainer.strategy, FSDPStrategy):
+        raise ValueError(
+            'strategy="fsdp" is FSDP1, which holds weights as flat pieces in which masks find no rows. Take '
+            "ModelParallelStrategy (FSDP2, configs/strategy/fsdp2.yaml) or DeepSpeed."
+        )
+
+
+def check_shares(pl_module: L.LightningModule, settings: RunSettings) -> None:
+    """Raise ValueError where steps are a share of a run whose steps Lightning does not count."""
+    shares = {"start_step": settings.start_step, "end_step": settings.end_step}
+    name = next((name for name, each in shares.items() if isinstance(each, float)), None)
+    if name is not None and not pl_module.automatic_optimization:
+        raise ValueError(
+            f"{name} is {shares[name]}, a share of the run, and {type(pl_module).__name__} optimizes by hand, so that "
+            f"nobody knows how many steps the run will have. Give DynamicPruning a whole number: {name}=1000 is after "
+            "1000 batches in which an optimizer stepped."
+        )
 
 
 def check_averaging(trainer: L.Trainer, pruning: L.Callback) -> None:

@@ -3,7 +3,7 @@
 When what happens, in Lightning's order:
 
     setup                     targets that exist are sparsified, keeping everything, and get the adapters of mask_lora
-    configure_model           the same for targets that are made there
+    setup, configure_model    the same for targets that the module makes there
     (checkpoint is loaded)    finds the mask buffers; the callback's own state is kept for later
     on_sanity_check_start,
     on_train_start            the first mask (whichever comes first); or the state of the checkpoint
@@ -26,9 +26,10 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
-from sparse_train.callbacks.checks import check_averaging, check_factors, check_sharded
+from sparse_train.callbacks.checks import check_averaging, check_factors, check_sharded, check_shares, check_strategy
 from sparse_train.callbacks.first_mask import make_first_mask
 from sparse_train.criteria import Criterion
+from sparse_train.description import describe
 from sparse_train.earlier_windows import Memory
 from sparse_train.layers import fold, sparse_layers, sparsify, sparsify_like
 from sparse_train.mask_lora import MaskLoRA, add_mask_lora
@@ -72,20 +73,22 @@ class DynamicPruning(L.Callback):
     masked) starts with the masks it has.
 
     Checkpoints hold shadow values and masks in the model's state dict, statistics and counters in the callback's; a
-    resumed run continues bit for bit. For that in mid-epoch the data loader must be stateful, as ``TextBlocks`` is:
-    Lightning starts a plain one at its beginning again.
+    resumed run continues bit for bit, but for random numbers, such as dropout's, which Lightning does not save. For
+    that in mid-epoch the data loader must be stateful, as ``TextBlocks`` is: Lightning starts a plain one at its
+    beginning again.
 
     Args:
         mask_structure: "unstructured", "N:M" with N **kept** of every M consecutive inputs, or a ``Pattern``.
         sparsity: share of targeted weights that are zero, in [0, 1); implied by N:M and by ``schedule``.
         update_freq: k, optimizer steps between updates (never micro-batches).
-        criterion: scores; default ``Wanda()``.
+        criterion: scores; default ``Wanda()``. Its ``group`` is what the word "unstructured" compares.
         policy: what pruned weights do between updates; default ``StraightThrough()``.
         schedule: sparsity between ``start_step`` and ``end_step``; default constant.
         targets, ignore: layers by name, class name, or "re:" regular expression; default: the linear layers of the
             decoder blocks, or without such blocks all but the last. See ``sparse_train.targets.select``.
         start_step: first update; int = steps, float = share of the run.
-        end_step: the step after which masks are frozen; int = steps, float = share of the run.
+        end_step: the step after which masks are frozen; int = steps, float = share of the run. Modules that optimize
+            by hand need whole numbers, where a batch in which any optimizer steps is a step.
         window: steps before an update over which activations are recorded; float = share of ``update_freq``.
         memory: factor per update with which activations of earlier windows count: 0 = the last window alone, up to
             1 = all windows and those behind the first mask, the default, which trained best (docs/results.md);
@@ -106,7 +109,7 @@ class DynamicPruning(L.Callback):
     Raises:
         ValueError: at construction or at ``fit``, for anything out of range or in conflict, nothing to prune, or a
             layer whose mask would have no effect; at an update, for non-finite activations or a layer that no token
-            reached; at resume, for another pattern, schedule or criterion.
+            has reached; at resume, for another pattern, schedule, criterion or timing.
     """
 
     def __init__(
@@ -177,7 +180,7 @@ class DynamicPruning(L.Callback):
         """How the first mask is made, for records of a run."""
         return {
             "calibration_batches": str(self._calibration_batches),
-            "initial_criterion": repr(self._initial_criterion or self._settings.criterion),
+            "initial_criterion": describe(self._initial_criterion or self._settings.criterion),
         }
 
     # --- before training ---------------------------------------------------------------------------------------------
@@ -192,11 +195,13 @@ class DynamicPruning(L.Callback):
         if stage != "fit":
             # evaluates the module as it is, or a checkpoint of a sparse run, which brings masks, or a dense one
             hook = pl_module.register_load_state_dict_pre_hook(_sparsify_as_loaded)  # type: ignore[no-untyped-call]
-            self._load_hook = hook
+            self._load_hook, self._was_dense = hook, not sparse_layers(pl_module)
             if trainer.strategy.restore_checkpoint_after_setup:
                 # FSDP2 and DeepSpeed load what the module has, and would leave masks out without a word
                 self._sparsify_when_built(pl_module)
             return
+        check_strategy(trainer)
+        check_shares(pl_module, self._settings)
         check_averaging(trainer, self)
         continues = self.updater is not None and trainer.global_step > 0 and bool(sparse_layers(pl_module))
         self._restored = (self._ended or self.state_dict()) if continues else None
@@ -204,14 +209,15 @@ class DynamicPruning(L.Callback):
         self._sparsify_when_built(pl_module)
 
     def _sparsify_when_built(self, pl_module: L.LightningModule) -> None:
-        if is_overridden("configure_model", pl_module):
-            pl_module.__dict__["configure_model"] = functools.partial(self._configure_model, pl_module)
-        else:
-            self._sparsify(pl_module)
+        for hook in ("configure_model", "setup"):  # the later one first; this callback's own setup is ahead of both
+            if is_overridden(hook, pl_module):
+                pl_module.__dict__[hook] = functools.partial(self._after, hook, pl_module)
+                return
+        self._sparsify(pl_module)
 
-    def _configure_model(self, pl_module: L.LightningModule) -> None:
-        del pl_module.__dict__["configure_model"]
-        pl_module.configure_model()
+    def _after(self, hook: str, pl_module: L.LightningModule, **arguments: Any) -> None:
+        del pl_module.__dict__[hook]
+        getattr(pl_module, hook)(**arguments)
         self._sparsify(pl_module)
 
     def _sparsify(self, pl_module: L.LightningModule) -> None:
@@ -247,7 +253,7 @@ class DynamicPruning(L.Callback):
             make_first_mask(trainer, pl_module, self._settings, self._calibration_batches, self._initial_criterion)
         self.updater = MaskUpdater(
             pl_module,
-            total_steps=trainer.estimated_stepping_batches,
+            total_steps=trainer.estimated_stepping_batches if pl_module.automatic_optimization else None,
             state=self._restored,
             **vars(self._settings),
         )
@@ -315,6 +321,11 @@ class DynamicPruning(L.Callback):
                 self.updater.target,
                 self.updater.timing.end_step,
             )
+        if self.updater is not None and self.updater.steps == 0:
+            rank_zero_warn(
+                "No optimizer step was seen, so masks never changed. Under manual optimization step what "
+                "self.optimizers() returns, which Lightning counts; not use_pl_optimizer=False."
+            )
         if self.updater is not None:
             self.updater.finish()
         elif self._restored is not None:
@@ -330,12 +341,13 @@ class DynamicPruning(L.Callback):
                 layer.recorder = layer.statistics = None
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        pl_module.__dict__.pop("configure_model", None)
+        for hook in ("configure_model", "setup"):
+            pl_module.__dict__.pop(hook, None)
         if self._load_hook is not None:
             self._load_hook.remove()
             self._load_hook = None
-            if trainer.strategy.restore_checkpoint_after_setup and _keeps_all(pl_module):
-                fold(pl_module)  # there was no checkpoint, or a dense one
+            if self._was_dense and sparse_layers(pl_module):
+                fold(pl_module)  # the checkpoint that this stage has loaded brought masks, or there was none
 
     def state_dict(self) -> dict[str, Any]:
         if self.updater is None or self._ended is not None:
@@ -360,7 +372,3 @@ class DynamicPruning(L.Callback):
 
 def _sparsify_as_loaded(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
     sparsify_like(module, state_dict, prefix)
-
-
-def _keeps_all(module: nn.Module) -> bool:
-    return all(layer.keeps_all() for layer in sparse_layers(module).values())

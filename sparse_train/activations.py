@@ -104,6 +104,10 @@ class ActivationNorm(Statistics):
         self._sum_squares_I += state["sum_squares"].to(self._sum_squares_I.device)
         self.tokens += state["tokens"].to(self.tokens.device)
 
+    def merge(self, other: "ActivationNorm") -> None:
+        """Take in what a whole one has seen."""
+        self.merge_state_dict(other.state_dict())
+
 
 class HalvedNorm(ActivationNorm):
     """An ``ActivationNorm`` in two halves of disjoint tokens, which tell what of it is noise.
@@ -150,6 +154,13 @@ class HalvedNorm(ActivationNorm):
     def merge_state_dict(self, state: dict[str, Tensor]) -> None:
         for index, half in enumerate(self.halves):
             half.merge_state_dict({key: value[index] for key, value in state.items()})
+
+    def merge(self, other: ActivationNorm) -> None:
+        """Half of it to each half: what is not known in halves is taken to be without noise."""
+        state = other.state_dict()
+        second = state["tokens"] // 2
+        for half, tokens in zip(self.halves, (state["tokens"] - second, second), strict=True):
+            half.merge_state_dict({"tokens": tokens, "sum_squares": state["sum_squares"] * (tokens / state["tokens"])})
 
 
 @contextmanager

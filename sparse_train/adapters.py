@@ -1,16 +1,20 @@
 """A guard for adapters on masked layers: merging one into its base must not lose most of it without a word.
 
 peft merges by writing ``W + BA`` into the base layer's weight. Where that layer is masked, the mask would go on pruning
-the sum, and the model would no longer be the one that was trained, ``mask * W + BA``.
+the sum, and the model would no longer be the one that was trained, ``mask * W + BA``. Where the mask has been squashed
+the sum is right, and dense.
 """
 
 import functools
+import warnings
 from typing import Any
 
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from sparse_train.matrices import MaskedLayer
+
+_SPARSE = 0.05  # share of zeros above which a weight was pruned: training leaves none
 
 
 def guard_merges(model: nn.Module) -> None:
@@ -47,6 +51,12 @@ def _guard(adapter: Any) -> None:
                 f"Merging an adapter into a masked layer ({base}) would prune the sum, and lose what the adapter adds "
                 "where the mask prunes. Keep the adapters apart: base and adapters can be saved by themselves. Or call "
                 "sparse_train.squash(model) first: what is merged then is what was trained, and dense."
+            )
+        if float((base.weight == 0).float().mean()) > _SPARSE:
+            warnings.warn(
+                "Merging an adapter into a sparse layer: what comes out is what was trained, and dense. To keep the "
+                "zeros, keep base and adapter apart, or train with mask_lora.",
+                stacklevel=2,
             )
         return merge(self, *args, **kwargs)
 

@@ -11,6 +11,7 @@ from sparse_train.layers import MASK_NAME
 _FSDP2_METADATA = ".metadata"  # of torch.distributed.checkpoint
 _LIGHTNING_METADATA = "meta.pt"  # what Lightning puts beside it
 _DEEPSPEED_TAG = "checkpoint"  # Lightning's
+_CLIENT_KEYS = ("callbacks", "model_config", "generation_config", "adapter_config", "global_step", "epoch")
 
 
 def read_checkpoint(checkpoint: str | Path) -> dict[str, Any]:
@@ -76,7 +77,7 @@ def _read_deepspeed(path: Path) -> dict[str, Any]:
     # every rank has written one, and what is not of the model is the same in all
     states = sorted((path / _DEEPSPEED_TAG).glob("*model_states.pt"))[0]
     content = torch.load(states, map_location="cpu", weights_only=False)
-    client = {key: content[key] for key in ("callbacks", "model_config", "global_step", "epoch") if key in content}
+    client = {key: content[key] for key in _CLIENT_KEYS if key in content}
     state = get_fp32_state_dict_from_zero_checkpoint(str(path), tag=_DEEPSPEED_TAG)
     for key in state:
         if key.endswith(MASK_NAME):  # some versions turn all buffers into floats

@@ -101,7 +101,8 @@ class TextBlocks(L.LightningDataModule):
                 f"The training split of calibration_text, {self.calibration_text.name}, gives {len(blocks)} blocks of "
                 f"{self.block_size} tokens, fewer than one batch of {self.batch_size}. Give more text."
             )
-        return DataLoader(blocks, batch_size=self.batch_size, drop_last=True)
+        order = torch.Generator().manual_seed(0)
+        return DataLoader(blocks, batch_size=self.batch_size, shuffle=True, generator=order, drop_last=True)
 
     def train_dataloader(self) -> Any:
         blocks, world_size, rank = self._blocks["train"], 1, 0

@@ -183,11 +183,10 @@ class Teacher:
 
     def __init__(self, model: Any) -> None:
         self.model = model.requires_grad_(False).eval()
-        self.model.config.use_cache = False
 
     @torch.no_grad()
     def __call__(self, **inputs: Any) -> Any:
-        return self.model(**inputs)
+        return self.model(use_cache=False, **inputs)
 
 
 class Distillation:

@@ -1,5 +1,6 @@
 """What the statistics of earlier windows count for at an update: ``memory``."""
 
+import logging
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -7,7 +8,9 @@ from sparse_train.activations import ActivationNorm
 from sparse_train.criteria import Criterion
 from sparse_train.distributed import rank
 from sparse_train.matrices import MaskedMatrix
-from sparse_train.recording import distinct, no_token, norms_of
+from sparse_train.recording import distinct, norms_of
+
+_log = logging.getLogger(__name__)
 
 Memory = float | Literal["frozen"]
 """How much the statistics of earlier windows count: a factor per update, or "frozen", the first ones for ever."""
@@ -35,6 +38,7 @@ class EarlierWindows:
     def __init__(self, layers: Mapping[str, MaskedMatrix], memory: Memory) -> None:
         self._layers, self._memory = layers, memory
         self._tokens: dict[str, int] = {}
+        self._warned = False
         self.frozen = False
         """Whether statistics are what they will be for ever."""
 
@@ -47,15 +51,21 @@ class EarlierWindows:
         if not self._memory or not all(name in first and int(first[name].tokens) for name in own):
             return
         for name, norm in own.items():
-            norm.merge_state_dict(first[name].state_dict())
+            norm.merge(first[name])
         self.fade()
 
-    def check_new_tokens(self) -> None:
-        """Raise ValueError where no token reached a target since ``fade``."""
-        for name, tokens in self._tokens.items():
-            stats = self._layers[name].statistics
-            if stats is not None and int(stats.tokens) <= tokens:
-                raise no_token(name)
+    def warn_of_old(self) -> None:
+        """Say, once, where no token reached a target since ``fade``: an expert of few tokens, or a layer left out."""
+        old = [name for name, norm in norms_of(self._layers).items() if int(norm.tokens) <= self._tokens.get(name, -1)]
+        if old and not self._warned and rank() == 0:
+            _log.warning(
+                "No token reached %s%s since the last mask update: masks there go by the norms of earlier windows. If "
+                "the model no longer uses it, leave it out with ignore=[%r].",
+                old[0],
+                f" and {len(old) - 1} other targets" if len(old) > 1 else "",
+                old[0],
+            )
+        self._warned = self._warned or bool(old)
 
     def fade(self) -> None:
         """After an update: let statistics count less, or begin anew.
@@ -70,7 +80,7 @@ class EarlierWindows:
             else:
                 each.reset()
         self.frozen = self._memory == "frozen"
-        if factor and not self.frozen:  # on all ranks, which must raise alike
+        if factor and not self.frozen:
             self._tokens = {name: int(norm.tokens) for name, norm in norms_of(self._layers).items()}
         if rank() != 0:
             for each in distinct(self._layers.values()):

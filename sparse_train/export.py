@@ -71,7 +71,7 @@ def export_checkpoint(checkpoint: str | Path, out: str | Path, tokenizer: Any | 
     Raises:
         ValueError: no such checkpoint, or that of another LightningModule.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     content = read_checkpoint(checkpoint)
     if "model_config" not in content:
@@ -83,6 +83,8 @@ def export_checkpoint(checkpoint: str | Path, out: str | Path, tokenizer: Any | 
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     state = {k.removeprefix("model."): v for k, v in content["state_dict"].items() if k.startswith("model.")}
     model = AutoModelForCausalLM.from_config(config)
+    if content.get("generation_config"):
+        model.generation_config = GenerationConfig.from_dict(content["generation_config"])
     if content.get("adapter_config"):
         model = lora.wrap(model, content["adapter_config"])
     sparsify_like(model, state)

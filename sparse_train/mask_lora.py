@@ -191,7 +191,14 @@ def attach_factors(layer: MaskedLayer, rank: int, lora_alpha: int, exact_gradien
 
 
 def check_policy(layers: Mapping[str, MaskedLayer], policy: MaskPolicy, shadow_factor: float = 1.0) -> None:
-    """Raise ValueError where a policy would write into weights that an adapter keeps frozen."""
+    """Raise ValueError where a policy would write into weights that are frozen, or that an adapter keeps so."""
+    shrinks = shadow_factor != 1 or (isinstance(policy, StraightThrough) and policy.srste_decay > 0)
+    frozen = next((name for name, layer in layers.items() if not layer.weight_OI.requires_grad), None)
+    if shrinks and frozen is not None and not layers[frozen].adapted:
+        raise ValueError(
+            f"{frozen} is frozen, and {policy} would shrink what is pruned of it. Set srste_decay to 0, or leave the "
+            "layer out (ignore)."
+        )
     name = next((name for name, layer in layers.items() if layer.adapted), None)
     if name is None:
         return
@@ -200,7 +207,7 @@ def check_policy(layers: Mapping[str, MaskedLayer], policy: MaskPolicy, shadow_f
             f"{name} has a mask_lora adapter, so its weight is frozen, and {policy} would write into it: weights come "
             "back from zero. Take Fixed() or StraightThrough(), or train without mask_lora."
         )
-    if shadow_factor != 1 or (isinstance(policy, StraightThrough) and policy.srste_decay):
+    if shrinks:
         raise ValueError(
             f"{name} has a mask_lora adapter, so its weight is frozen, and {policy} would shrink what is pruned of it. "
             "Set srste_decay to 0, or train without mask_lora."

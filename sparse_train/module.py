@@ -73,7 +73,6 @@ class CausalLM(L.LightningModule):
     def configure_model(self) -> None:
         if self.model is None:
             self.model = self._load()
-            self.model.config.use_cache = False
             if self.gradient_checkpointing:
                 self.model.gradient_checkpointing_enable({"use_reentrant": False})
             self.model.train()
@@ -91,7 +90,7 @@ class CausalLM(L.LightningModule):
             return self.source.load()
 
     def forward(self, **batch: Any) -> Any:
-        return self.model(**batch)
+        return self.model(**{"use_cache": False, **batch})  # not in its config, which is exported
 
     def on_fit_start(self) -> None:
         if self.distillation is not None:
@@ -168,6 +167,7 @@ class CausalLM(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # enough to build the model again without its source: ``sparse-train export`` needs no hub
         checkpoint["model_config"] = self.model.config.to_dict()
+        checkpoint["generation_config"] = self.model.generation_config.to_dict()
         checkpoint["adapter_config"] = adapter_config(self.model)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

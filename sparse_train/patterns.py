@@ -11,6 +11,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from sparse_train.description import describe
 from sparse_train.schedules import Constant, Schedule, check_sparsity
 
 Group = Literal["row", "layer", "model"]
@@ -134,16 +135,19 @@ def parse_pattern(
 
 
 def resolve_target(
-    mask_structure: "str | Pattern", sparsity: float | None, schedule: Schedule | None
+    mask_structure: "str | Pattern", sparsity: float | None, schedule: Schedule | None, group: Group = "row"
 ) -> tuple[Pattern, Schedule]:
-    """Pattern and schedule from what users write; raises ValueError where they contradict each other."""
+    """Pattern and schedule from what users write; raises ValueError where they contradict each other.
+
+    ``group`` is what the word "unstructured" compares.
+    """
     if schedule is None:
-        pattern, sparsity = parse_pattern(mask_structure, sparsity)
+        pattern, sparsity = parse_pattern(mask_structure, sparsity, group)
         return pattern, Constant(sparsity)
     final = schedule.sparsity(1.0)
     if sparsity is not None and sparsity != final:
         raise ValueError(f"sparsity={sparsity} is in conflict with the schedule, which ends at {final}: give one.")
-    pattern, _ = parse_pattern(mask_structure, final)
+    pattern, _ = parse_pattern(mask_structure, final, group)
     return pattern, schedule
 
 
@@ -167,7 +171,7 @@ def group_label(pattern: Pattern) -> str:
         return f"{pattern.n}:{pattern.m}"
     if isinstance(pattern, Unstructured):
         return "unstructured" if pattern.group == "row" else f"unstructured ({pattern.group})"
-    return repr(pattern)
+    return describe(pattern)
 
 
 def detect_pattern(nonzero_OI: Tensor) -> str:

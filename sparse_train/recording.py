@@ -33,7 +33,12 @@ def check_reached(layers: Mapping[str, MaskedMatrix], criterion: Criterion) -> N
 def check_statistics(name: str, stats: Statistics | None) -> None:
     """Raise ValueError where a layer has seen no token, or activations that are not finite."""
     if stats is None or int(stats.tokens) == 0:
-        raise no_token(name)
+        raise ValueError(
+            f"{name} is a target, but no token reached it since the last mask update, so it has no activations to "
+            f"score with. If the model does not use it, leave it out with ignore=[{name!r}]; if forwards happen with "
+            "the model in eval mode and under no_grad, they are taken for evaluation and do not count; where few "
+            "tokens reach it, such as an expert, let earlier windows count (memory above 0)."
+        )
     if not bool(stats.sum_squares_I.isfinite().all()):
         feature = int((~stats.sum_squares_I.isfinite()).nonzero()[0])
         raise ValueError(
@@ -41,15 +46,6 @@ def check_statistics(name: str, stats: Statistics | None) -> None:
             "so Wanda scores cannot be computed; masks were not changed. Look for NaN in the data, a learning rate "
             "that is too high, or an overflow of float16."
         )
-
-
-def no_token(name: str) -> ValueError:
-    """What to raise where a layer has seen no token."""
-    return ValueError(
-        f"{name} is a target, but no token reached it since the last mask update, so it has no activations to "
-        f"score with. If the model does not use it, leave it out with ignore=[{name!r}]; if forwards happen with "
-        "the model in eval mode and under no_grad, they are taken for evaluation and do not count."
-    )
 
 
 def attach(layers: Iterable[MaskedMatrix], recorder: Recorder, statistics: type[Statistics] | None) -> None:
@@ -74,26 +70,31 @@ def turn_halves(layers: Iterable[MaskedMatrix]) -> None:
             each.turn()
 
 
-def share_statistics(recorder: Recorder, layers: Sequence[MaskedMatrix]) -> None:
+def share_statistics(recorder: Recorder, layers: Sequence[MaskedMatrix]) -> bool:
     """After a forward under ``recorder.sharing``: let layers that read one input use one statistic.
 
     Over ranks only where all have found the same; they ask each other once in a run.
+
+    Returns:
+        Whether there has been a forward, in any of the ranks.
     """
     assert recorder.sharing is not None
     if not layers:
         recorder.sharing = None
-        return
+        return True
     position = {layer: index for index, layer in enumerate(layers)}
     found: dict[Any, Any] = recorder.sharing.leaders()
-    leaders = torch.tensor([position[found.get(layer, layer)] for layer in layers], dtype=torch.int32)
-    device = layers[0].weight_mask.device
-    own = leaders.to(device).view(torch.uint8)
-    agreed = torch.stack([each == own for each in gather_bytes(own, len(own))]).all(0).view(-1, 4).all(1).tolist()
-    for layer, leader, same in zip(layers, leaders.tolist(), agreed, strict=True):
+    leaders = [position[found.get(layer, layer)] for layer in layers]
+    numbers = torch.tensor([*leaders, len(found)], dtype=torch.int32, device=layers[0].weight_mask.device)
+    gathered = gather_bytes(numbers.view(torch.uint8), 4 * len(numbers))
+    by_rank = torch.stack([each.view(torch.int32) for each in gathered])
+    agreed = (by_rank == numbers).all(0).tolist()
+    for layer, leader, same in zip(layers, leaders, agreed[:-1], strict=True):
         if same and layers[leader] is not layer:
             assert isinstance(layer, MaskedLayer)
             layer.statistics, layer.records = layers[leader].statistics, False
     recorder.sharing = None
+    return bool(by_rank[:, -1].any())
 
 
 def norms_of(layers: Mapping[str, MaskedMatrix]) -> dict[str, ActivationNorm]:

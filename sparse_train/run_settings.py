@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sparse_train.criteria import Criterion, Wanda
+from sparse_train.description import describe
 from sparse_train.earlier_windows import Memory, check_memory
 from sparse_train.margins import Margin, check_margin
 from sparse_train.patterns import Pattern, group_label, resolve_target
@@ -59,11 +60,12 @@ class RunSettings:
                 "initial_criterion, for the first mask, or prune the model with it before the run; and for updates a "
                 "Criterion such as Wanda()."
             )
-        pattern, schedule = resolve_target(mask_structure, sparsity, schedule)
+        scores = expect("criterion", criterion, Wanda(), Criterion)
+        pattern, schedule = resolve_target(mask_structure, sparsity, schedule, scores.group)
         return RunSettings(
             pattern,
             schedule,
-            expect("criterion", criterion, Wanda(), Criterion),
+            scores,
             expect("policy", policy, StraightThrough(), MaskPolicy),
             **others,
         )
@@ -87,11 +89,14 @@ class RunSettings:
         """What a run that continues another must have in common with it, but for what its model decides."""
         return {
             "mask_structure": group_label(self.mask_structure),
-            "schedule": repr(self.schedule),
-            "criterion": repr(self.criterion),
-            "policy": repr(self.policy),
+            "schedule": describe(self.schedule),
+            "criterion": describe(self.criterion),
+            "policy": describe(self.policy),
             "update_freq": str(self.update_freq),
-            "memory": str(self.memory),
+            "start_step": str(self.start_step),
+            "end_step": str(self.end_step),
+            "window": str(self.window),
+            "memory": str(self.memory if self.memory == "frozen" else float(self.memory)),
             "margin": repr(self.margin),
             "flip_agreement": str(self.flip_agreement),
         }

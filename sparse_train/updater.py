@@ -75,8 +75,8 @@ class MaskUpdater:
             ``update_freq``).
         memory: factor per update with which the statistics of earlier windows count, tokens alike: 0 = the last window
             alone, up to 1 = all windows, the default, which trained best (docs/results.md). Where the masks that the
-            model has come from one-shot pruning, its norms count as the first window's, but for ``noise_margin`` and
-            ``flip_agreement``, which want halves of them.
+            model has come from one-shot pruning, its norms count as the first window's, half of them in
+            each half for ``noise_margin`` and ``flip_agreement``.
             "frozen": the norms of the first mask for ever; from there, or from the first window.
         hysteresis: share by which the scores of kept weights count more at updates.
         noise_margin: how many standard errors, estimated from the odd and the even steps of the window, kept weights
@@ -176,7 +176,7 @@ class MaskUpdater:
         self._last_update = 0
         self._sharing_known = False
         self._earlier = EarlierWindows(self.layers, run.memory)
-        if masked and state is None and not run.halved:
+        if masked and state is None:
             # also "cumulative" means all there is: the norms behind the first mask are the first that are remembered
             self._earlier.begin_with(first)
         self._first_rows: dict[str, Tensor] = sample_rows(self.layers) if masked else {}
@@ -213,8 +213,7 @@ class MaskUpdater:
         self.steps += 1
         warn_of_padding(self.recorder)
         if self.recorder.sharing is not None:
-            share_statistics(self.recorder, list(self.layers.values()))
-            self._sharing_known = True
+            self._sharing_known = share_statistics(self.recorder, list(self.layers.values()))
         if self.recorder.when == "training":
             turn_halves(self.layers.values())
         report = None
@@ -232,7 +231,7 @@ class MaskUpdater:
         progress = self.timing.progress(self.steps)
         target = self.run.schedule.sparsity(progress)
         exchange(self.layers)
-        self._earlier.check_new_tokens()
+        self._earlier.warn_of_old()
         since = 0 if self.target is None else self.steps - self._last_update
         shadow_factor = self.run.policy.shadow_decay(progress, since) if since else 1.0
         check_policy(self.layers, self.run.policy, shadow_factor)  # adapters may have come after the updater

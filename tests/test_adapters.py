@@ -1,6 +1,7 @@
 import copy
 import subprocess
 import sys
+import warnings
 
 import lightning as L
 import pytest
@@ -96,7 +97,8 @@ def test_merging_into_masked_layers_is_refused(adapters_first, merge, ids):
     assert "squash" in str(error.value)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     squash(model)
-    merged = model.merge_and_unload()
+    with pytest.warns(UserWarning, match="Merging an adapter into a sparse layer.* dense"):
+        merged = model.merge_and_unload()
     torch.testing.assert_close(merged(input_ids=ids[0]).logits, expected, rtol=1e-4, atol=1e-4)  # what was trained
     assert merged.model.layers[0].self_attn.q_proj.weight.count_nonzero() > 0.9 * 32 * 32  # and dense
 
@@ -105,7 +107,10 @@ def test_merging_of_ordinary_layers_is_as_before(ids):
     prune(with_adapters(tiny_llama()), criterion=Magnitude(), squash=False)  # the class of adapters is guarded now
     model = with_adapters(tiny_llama())
     expected = model(input_ids=ids[0]).logits
-    torch.testing.assert_close(model.merge_and_unload()(input_ids=ids[0]).logits, expected, rtol=1e-4, atol=1e-4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(input_ids=ids[0]).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_guard_needs_no_peft(tmp_path):

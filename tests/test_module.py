@@ -1,12 +1,17 @@
+import json
+import shutil
+
 import lightning as L
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from sparse_train import sparse_layers
 from sparse_train.callbacks import DynamicPruning
 from sparse_train.data import TextBlocks
 from sparse_train.distillation import Distillation
+from sparse_train.export import export_checkpoint, export_model
 from sparse_train.module import CausalLM
 from sparse_train.texts import TextFiles
 
@@ -131,3 +136,28 @@ class Compiled(L.Callback):
         self.blocks, self.teachers_blocks = (
             all(block._compiled_call_impl is not None for block in model.model.layers) for model in models
         )
+
+
+def test_an_exported_checkpoint_generates_as_its_source_does(model_folder, data, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(model_folder, source)
+    settings = {"do_sample": True, "temperature": 0.6, "eos_token_id": [2, 5]}
+    (source / "generation_config.json").write_text(json.dumps(settings))
+    module = CausalLM(str(source))
+    trainer = fit(module, data, DynamicPruning("2:4", update_freq=4, squash=False), max_steps=2)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    export_checkpoint(tmp_path / "x.ckpt", tmp_path / "of_checkpoint")
+    export_model(module.model, None, tmp_path / "of_model")
+    for folder in ("of_checkpoint", "of_model"):
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / folder)
+        assert loaded.config.use_cache
+        assert {name: getattr(loaded.generation_config, name) for name in settings} == settings
+        assert loaded.generation_config.use_cache is not False
+
+
+def test_no_cache_is_kept_while_training(model_folder):
+    module = CausalLM(str(model_folder))
+    module.configure_model()
+    ids = torch.zeros(1, 4, dtype=torch.long)
+    assert module(input_ids=ids).past_key_values is None
+    assert module(input_ids=ids, use_cache=True).past_key_values is not None

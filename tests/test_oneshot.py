@@ -3,7 +3,7 @@ import copy
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 from transformers.pytorch_utils import Conv1D
 
 from sparse_train import (
@@ -295,6 +295,15 @@ def test_a_failure_leaves_the_model_as_it_was(llama, ids, batches, message):
         assert torch.equal(value.nan_to_num(7), before[key].nan_to_num(7)), key
     assert not sparse_layers(llama)
     assert not any("forward" in m.__dict__ for m in llama.modules())
+
+
+def test_an_encoder_decoder_makes_its_decoders_inputs_of_the_labels(ids):
+    sizes = {"d_model": 32, "d_ff": 64, "d_kv": 8, "num_layers": 2, "num_heads": 4, "vocab_size": VOCABULARY}
+    model = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0, pad_token_id=0))
+    batches = [{"input_ids": each, "labels": each} for each in ids]
+    report = prune(model, batches, "2:4", targets=["encoder.block", "decoder.block"])
+    assert report.sparsity == 0.5
+    assert any("EncDecAttention" in name for name in report.layers)
 
 
 def test_a_layer_that_no_token_reaches_is_named():

@@ -5,9 +5,19 @@ import inspect
 
 import pytest
 
-from sparse_train import Constant, Cubic, Magnitude, MaskUpdater, Regrow, SparseGPT, StraightThrough, Wanda
+from sparse_train import (
+    Constant,
+    Cubic,
+    Magnitude,
+    MaskUpdater,
+    Regrow,
+    SparseGPT,
+    StraightThrough,
+    Wanda,
+    WandaCumulative,
+)
 from sparse_train.callbacks import DynamicPruning
-from sparse_train.patterns import NM
+from sparse_train.patterns import NM, Unstructured
 from sparse_train.run_settings import RunSettings, check_settings
 from sparse_train.trainer_callback import SparseTrainerCallback
 
@@ -45,6 +55,14 @@ def test_all_that_drive_a_run_take_them_with_the_same_defaults(driver):
         assert own[name] == theirs[name], name
 
 
+def test_the_word_unstructured_compares_what_the_criterion_says():
+    assert settings("unstructured", 0.5).mask_structure == Unstructured("row")
+    assert settings("unstructured", 0.5, criterion=WandaCumulative()).mask_structure == Unstructured("layer")
+    assert settings("unstructured", None, Cubic(0.5), WandaCumulative()).mask_structure == Unstructured("layer")
+    in_full = settings(Unstructured("row"), 0.5, criterion=WandaCumulative())
+    assert in_full.mask_structure == Unstructured("row")
+
+
 def test_the_first_sparsity_is_none_where_masks_come_later():
     assert settings(schedule=Cubic(0.5)).first_sparsity == 0.0
     assert settings(start_step=10).first_sparsity == 0.0
@@ -70,8 +88,10 @@ def test_what_cannot_be_is_refused_at_once(changes, message):
 
 
 def test_a_run_that_continues_another_has_the_same():
-    check_settings(settings().words(), settings(ignore=["lm_head"], end_step=0.5).words())
+    check_settings(settings().words(), settings(ignore=["lm_head"]).words())
     check_settings(settings().words() | {"layers": "21 targets"}, settings().words())
-    for changes in ({"mask_structure": "4:8"}, {"update_freq": 5}, {"memory": 0.5}, {"hysteresis": 0.1}):
+    check_settings(settings(memory=1).words(), settings(memory=1.0).words())
+    others = [{"mask_structure": "4:8"}, {"update_freq": 5}, {"memory": 0.5}, {"hysteresis": 0.1}, {"end_step": 0.5}]
+    for changes in others:
         with pytest.raises(ValueError, match="Resume with the same setting"):
             check_settings(settings().words(), settings(**changes).words())

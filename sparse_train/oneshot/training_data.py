@@ -1,7 +1,7 @@
 """Where a first mask in training gets its model and its batches from, whatever trains."""
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,5 +39,27 @@ def random_batches(
     )
     with torch.random.fork_rng():  # a data set may draw random numbers
         batches = list(itertools.islice(own, count))
-    usable = all(isinstance(b, Tensor) or (isinstance(b, Mapping) and "input_ids" in b) for b in batches)
-    return batches if batches and usable else None
+    return batches if _usable(batches) else None
+
+
+def first_batches(loader: Iterable[Any], count: int) -> list[Batch]:
+    """The first batches of a loader for calibration, the same in each process; random numbers are drawn apart.
+
+    Raises:
+        ValueError: it has none, or none that a model could take.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        batches = list(itertools.islice(loader, count))
+    if not _usable(batches):
+        given = f"a {type(batches[0]).__name__}" if batches else "none at all"
+        raise ValueError(
+            'Batches for a first mask are tensors of token ids (B, L), or dicts of model inputs with "input_ids"; '
+            f"calibration_dataloader gave {given}."
+        )
+    return batches
+
+
+def _usable(batches: Sequence[Any]) -> bool:
+    fit = all(isinstance(b, Tensor) or (isinstance(b, Mapping) and "input_ids" in b) for b in batches)
+    return bool(batches) and fit

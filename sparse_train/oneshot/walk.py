@@ -48,7 +48,8 @@ class CalibrationPass:
     ) -> None:
         self._device = device or next(model.parameters()).device
         self._model = model
-        self._batches = [_to_device(batch, self._device) for batch in batches]
+        needs_labels = getattr(getattr(model, "config", None), "is_encoder_decoder", False)  # of which it makes inputs
+        self._batches = [_to_device(batch, self._device, needs_labels) for batch in batches]
         for batch in self._batches:
             _check_ids(model, batch)
         if not self._batches:
@@ -199,11 +200,11 @@ def _check_ids(model: nn.Module, batch: Batch) -> None:
         )
 
 
-def _to_device(batch: Batch, device: torch.device) -> Batch:
+def _to_device(batch: Batch, device: torch.device, labels: bool) -> Batch:
     if isinstance(batch, Tensor):
         return batch.to(device)
     if isinstance(batch, Mapping):
-        kept = {key: value for key, value in batch.items() if key != "labels"}  # no loss is needed
+        kept = {key: value for key, value in batch.items() if labels or key != "labels"}  # no loss is needed
         return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in kept.items()}
     raise ValueError(
         f"A calibration batch is a tensor of token ids (B, L) or a dict of model inputs, got {type(batch).__name__}."

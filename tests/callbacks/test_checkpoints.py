@@ -10,7 +10,9 @@ from torch.utils.data import DataLoader
 from sparse_train import Cubic, Magnitude, SparseLinear, sparse_layers
 from sparse_train.callbacks import DynamicPruning
 
+from ..conftest import tiny_llama
 from .runs import (
+    ExactAfterEveryStep,
     InConfigureModel,
     InInit,
     Interrupt,
@@ -119,7 +121,8 @@ def test_a_run_that_is_at_its_end_already_is_looked_at_too(tmp_path):
     path = tmp_path / "end.ckpt"
     with pytest.raises(SystemExit):
         trainer(tmp_path, DynamicPruning("2:4", update_freq=4), Interrupt(12, path)).fit(InInit(), loader())
-    for other in ({"mask_structure": "1:4"}, {"update_freq": 5}, {"criterion": Magnitude()}, {"hysteresis": 0.1}):
+    others = [{"mask_structure": "1:4"}, {"update_freq": 5}, {"criterion": Magnitude()}, {"hysteresis": 0.1}]
+    for other in [*others, {"end_step": 8}, {"start_step": 1}, {"window": 1}]:
         pruning = DynamicPruning(**({"mask_structure": "2:4", "update_freq": 4} | other))
         with pytest.raises(ValueError, match="The checkpoint was written with"):
             trainer(tmp_path, pruning).fit(InInit(), loader(), ckpt_path=path, weights_only=False)
@@ -261,3 +264,62 @@ def test_a_checkpoint_after_a_squashed_fit_is_a_plain_one(tmp_path):
     run.save_checkpoint(tmp_path / "after.ckpt")
     loaded = InInit.load_from_checkpoint(tmp_path / "after.ckpt", weights_only=False)
     assert zeros(loaded) == 0.5
+
+
+def test_a_checkpoint_that_is_tested_leaves_a_squashed_model(tmp_path):
+    class Tested(InInit):
+        def test_step(self, batch, batch_idx):
+            self.layers = len(sparse_layers(self))
+            self.log("test", self.net(**batch).loss)
+
+    data, model = DataLoader(Tokens(), batch_size=4), Tested()
+    saver = L.pytorch.callbacks.ModelCheckpoint(tmp_path, save_last=True, every_n_train_steps=6)
+    run = trainer(tmp_path, saver, DynamicPruning("2:4", update_freq=4), limit_test_batches=2)
+    run.fit(model, loader())
+    expected = run.test(model, data, verbose=False)
+    assert (model.layers, zeros(model)) == (0, 0.5)
+    found = run.test(model, data, ckpt_path=tmp_path / "last.ckpt", verbose=False, weights_only=False)
+    assert model.layers == 21  # while it was tested
+    assert found[0]["test"] == pytest.approx(expected[0]["test"])
+    assert not sparse_layers(model)
+    assert zeros(model) == 0.5
+
+
+class InSetup(InInit):
+    """The same, with layers made in ``setup``, behind that of callbacks."""
+
+    def __init__(self, early=True):
+        super().__init__()
+        self.net = None
+        self.head = torch.nn.Linear(8, 8) if early else None
+
+    def setup(self, stage):
+        if self.net is None:
+            self.net = tiny_llama()
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_layers_made_in_setup_are_pruned_and_resumed(early, tmp_path):
+    path = tmp_path / "middle.ckpt"
+    with pytest.raises(SystemExit):
+        trainer(tmp_path, DynamicPruning("2:4", update_freq=4), Interrupt(6, path)).fit(InSetup(early), loader())
+    model, exact = InSetup(early), ExactAfterEveryStep()
+    pruning = DynamicPruning("2:4", update_freq=4)
+    trainer(tmp_path, pruning, exact).fit(model, loader(), ckpt_path=path, weights_only=False)
+    assert exact.checked == 6
+    assert zeros(model) == 0.5
+
+
+def test_layers_with_one_input_share_one_statistic_after_a_checkpoint_that_was_written_ahead(tmp_path):
+    path = tmp_path / "middle.ckpt"
+    with pytest.raises(SystemExit):
+        trainer(tmp_path, Interrupt(6, path), DynamicPruning("2:4", update_freq=4)).fit(InInit(), loader())
+
+    class Counts(L.Callback):
+        def on_train_end(self, trainer, pl_module):
+            self.distinct = len({id(layer.statistics) for layer in sparse_layers(pl_module).values()})
+
+    counts = Counts()
+    pruning = DynamicPruning("2:4", update_freq=4)
+    trainer(tmp_path, counts, pruning).fit(InInit(), loader(), ckpt_path=path, weights_only=False)
+    assert counts.distinct == 3 * 4  # q/k/v, o, gate/up, down

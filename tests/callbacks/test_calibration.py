@@ -1,0 +1,99 @@
+"""Which data a first mask is calibrated on: never what a loader leaves out."""
+
+import lightning as L
+import pytest
+import torch
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler, SubsetRandomSampler
+
+from sparse_train.callbacks import DynamicPruning
+
+from .runs import InInit, Tokens, loader, trainer
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+
+
+class Watched(Tokens):
+    def __init__(self):
+        super().__init__()
+        self.touched = set()
+
+    def __getitem__(self, i):
+        self.touched.add(int(i))
+        return super().__getitem__(i)
+
+
+class Pairs(Sampler):
+    """Of a user's own: batches of the first twenty."""
+
+    def __iter__(self):
+        return iter([[i, i + 1] for i in range(0, 20, 2)])
+
+    def __len__(self):
+        return 10
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter([Tokens()[i] for i in range(20)])
+
+
+class With(L.LightningDataModule):
+    def __init__(self, calibration):
+        super().__init__()
+        self.calibration = calibration
+
+    def train_dataloader(self):
+        return loader()
+
+    def calibration_dataloader(self):
+        return self.calibration
+
+
+def first_update(folder, data):
+    pruning = DynamicPruning("2:4", update_freq=4)
+    trainer(folder, pruning, max_steps=8).fit(InInit(), data)
+    return pruning.updater.timing.start_step
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"batch_size": 2, "sampler": SubsetRandomSampler(range(20))},
+        {"batch_sampler": BatchSampler(SubsetRandomSampler(range(20)), 2, drop_last=False)},
+        {"batch_sampler": Pairs()},
+    ],
+)
+def test_what_a_sampler_leaves_out_is_left_out(settings, tmp_path):
+    data = Watched()
+    assert first_update(tmp_path, DataLoader(data, **settings)) == 2  # from the first window
+    assert data.touched <= set(range(20))
+
+
+def test_a_plain_loader_is_calibrated_on_whatever_its_batches_are_made_by(tmp_path):
+    assert first_update(tmp_path, DataLoader(Tokens(), batch_sampler=BatchSampler(range(40), 2, False))) == 2
+    plain = BatchSampler(torch.utils.data.SequentialSampler(Tokens()), 2, drop_last=False)
+    assert first_update(tmp_path, DataLoader(Tokens(), batch_sampler=plain)) == 0
+
+
+def test_a_loader_for_calibration_is_taken_as_it_is(tmp_path):
+    data = Watched()
+    assert first_update(tmp_path, With(DataLoader(data, batch_size=2, sampler=SubsetRandomSampler(range(4))))) == 0
+    assert data.touched == set(range(4))
+    assert first_update(tmp_path, With(DataLoader(Stream(), batch_size=2))) == 0
+    assert first_update(tmp_path, With([Tokens()[i]["input_ids"][None] for i in range(8)])) == 0
+
+
+def test_its_random_numbers_are_its_own(tmp_path):
+    state = torch.get_rng_state()
+    calibration = DataLoader(Tokens(), batch_size=2, shuffle=True)
+    trainer(tmp_path, DynamicPruning("2:4"), max_steps=1).fit(InInit(), With(calibration))
+    after = torch.get_rng_state()
+    torch.set_rng_state(state)
+    trainer(tmp_path, DynamicPruning("2:4", calibration_batches=0), max_steps=1).fit(InInit(), With(None))
+    assert torch.equal(torch.get_rng_state(), after)
+
+
+@pytest.mark.parametrize(("batches", "given"), [([], "none at all"), ([[1, 2]], "a list"), ([{"x": 1}], "a dict")])
+def test_a_loader_that_no_model_could_take_is_refused(batches, given, tmp_path):
+    with pytest.raises(ValueError, match=f"calibration_dataloader gave {given}"):
+        first_update(tmp_path, With(batches))

@@ -1,0 +1,22 @@
+"""Parts of a run in words: the same in each process, as resumed runs are compared by them."""
+
+from sparse_train import Criterion, Cubic, Wanda
+from sparse_train.description import describe
+
+
+class Scaled(Criterion):  # no dataclass
+    def __init__(self, power=2):
+        self.power = power
+
+    def scores(self, weight_OI, stats):
+        return weight_OI.abs() ** self.power
+
+
+def test_dataclasses_say_it_themselves():
+    assert describe(Wanda()) == "Wanda()"
+    assert describe(Cubic(0.5)) == repr(Cubic(0.5))
+
+
+def test_other_classes_are_told_apart_by_what_they_hold_and_not_by_where():
+    assert describe(Scaled()) == describe(Scaled()) == "Scaled(power=2)"
+    assert describe(Scaled(3)) == "Scaled(power=3)"

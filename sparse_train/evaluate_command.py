@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from sparse_train.devices import check_device
 from sparse_train.sources import ModelSource, as_model_source, float_dtype
 from sparse_train.tables import show_zero_shot
 from sparse_train.terminal import bars_are_seen
@@ -20,6 +21,7 @@ def evaluate(
     batch_size: int = 4,
     max_tokens: int | None = None,
     autocast: str | None = None,
+    device: str = "cpu",
     json: bool = False,
 ) -> dict[str, Any]:
     """Token and word perplexity of a model, or its accuracy on tasks, printed with the protocol.
@@ -37,11 +39,13 @@ def evaluate(
         batch_size: windows, or zero-shot requests, a forward.
         max_tokens: read only the first tokens of the split.
         autocast: compute in this dtype, such as "bfloat16"; the loss stays float32.
+        device: where to compute, such as cuda.
         json: print one JSON object instead of text.
     """
     from sparse_train.evaluation import evaluate_perplexity, evaluate_zero_shot, token_ids, word_starts
     from sparse_train.evaluation.zeroshot import check_tasks, task_names
 
+    check_device(device)
     dtype = None if autocast is None else float_dtype(autocast)
     names = ["perplexity"] if tasks is None else task_names([name.strip() for name in tasks.split(",")])
     zero_shot = [name for name in names if name != "perplexity"]
@@ -55,7 +59,7 @@ def evaluate(
         raise ValueError(f"{text.name} has no text in its {split} split.")
     if zero_shot:
         check_tasks(zero_shot, task_data, progress=bars_are_seen())
-    loaded, tokenizer = source.load(), source.tokenizer()
+    loaded, tokenizer = source.load().to(device), source.tokenizer()
     results: dict[str, Any] = {}
     if "perplexity" in names:
         results["perplexity"] = evaluate_perplexity(

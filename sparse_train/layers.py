@@ -250,7 +250,7 @@ def _refusals(module: nn.Module) -> list[int]:
 
 @functools.cache
 def _sparse_class(cls: Any) -> type:
-    if cls is nn.Linear:
+    if cls is nn.Linear or cls.__name__ == "FalconLinear":  # which computes the same, and is an nn.Linear afterwards
         return SparseLinear
     if cls.__name__ == "Conv1D":
         from sparse_train.conv1d import SparseConv1D

@@ -58,5 +58,9 @@ def unpack_folder(folder: str | Path, out: str | Path) -> Path:
 def _copy_others(source: Path, out: Path, files: Iterable[Path]) -> None:
     taken = {file.name for file in files}
     for entry in source.iterdir():
-        if entry.is_file() and entry.name not in taken and not entry.name.startswith("."):
+        if entry.name in taken or entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            shutil.copytree(entry, out / entry.name)  # such as an adapter beside its base
+        elif entry.is_file():
             shutil.copyfile(entry, out / entry.name)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from sparse_train.allocation import Allocation
 from sparse_train.card import ModelCard, oneshot_rows, perplexity_line, write_card
 from sparse_train.criteria import Criterion
+from sparse_train.devices import check_device
 from sparse_train.distributed import joined, rank, world_size
 from sparse_train.export import export_model
 from sparse_train.files import check_free
@@ -92,7 +93,7 @@ def prune(
     if max_tokens is not None and perplexity is None and seeds is None:
         raise ValueError("--max_tokens is for the perplexity afterwards. Give --perplexity a text, or leave it out.")
     check_free(Path(out))
-    _check_device(device)
+    check_device(device)
     source, text = as_model_source(model), text or PackagedWikipedia()
     calibration = Calibration(text, num_calibration_samples, max_seq_length, sampling, batch_size)
     test = perplexity or (text if seeds is not None else None)
@@ -151,17 +152,6 @@ def _once(
         _write(folder / "pruning.json", details)
         write_card(folder, replace(card, perplexity=perplexity_line(details["perplexity"])), shown)
     return details, shown
-
-
-def _check_device(device: str) -> None:
-    import torch
-
-    try:
-        kind = torch.device(device).type
-    except RuntimeError as error:
-        raise ValueError(f"device names a device of torch, such as cpu or cuda, got {device!r}.") from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"There is no GPU that this torch can use, so device={device!r} cannot be had. Use cpu.")
 
 
 def _write(path: Path, details: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from sparse_train.allocation import Uniform
 from sparse_train.criteria import Wanda
+from sparse_train.description import describe
 from sparse_train.distributed import rank, world_size
 from sparse_train.llm_compressor import Stage, read_recipe
 from sparse_train.oneshot import Batch, OneshotReport, resolve
@@ -149,11 +150,11 @@ def details_of(job: Job, seed: int, reports: list[OneshotReport], notes: list[st
 def _described(stage: Stage, report: OneshotReport) -> dict[str, Any]:
     pattern, wanted = resolve_stage(stage)
     return {
-        "criterion": repr(stage.criterion),
+        "criterion": describe(stage.criterion),
         "mask_structure": group_label(pattern),
         "wanted_sparsity": wanted,
         "sparsity": report.sparsity,
-        "allocation": "Uniform()" if stage.allocation is None else repr(stage.allocation),
+        "allocation": "Uniform()" if stage.allocation is None else describe(stage.allocation),
         "targets": stage.targets,
         "ignore": stage.ignore,
     }

@@ -12,6 +12,7 @@ from sparse_train.activations import ActivationNorm, HalvedNorm, Statistics
 from sparse_train.criteria import Criterion
 from sparse_train.distributed import gather_bytes, rank, sum_over_ranks, world_size
 from sparse_train.matrices import MaskedLayer, MaskedMatrix, Recorder
+from sparse_train.targets import leave_out
 
 _log = logging.getLogger(__name__)
 
@@ -19,8 +20,7 @@ _log = logging.getLogger(__name__)
 def check_reached(layers: Mapping[str, MaskedMatrix], criterion: Criterion) -> None:
     """Raise ValueError where a target took no part in the forwards since the last update."""
     if criterion.needs_activations:
-        for name, layer in layers.items():
-            check_statistics(name, layer.statistics)
+        check_statistics(layers)
         return
     unreached = [name for name, layer in layers.items() if not layer.reached]
     if unreached and len(unreached) < len(layers):  # none reached: there has been no forward yet
@@ -30,16 +30,25 @@ def check_reached(layers: Mapping[str, MaskedMatrix], criterion: Criterion) -> N
         )
 
 
-def check_statistics(name: str, stats: Statistics | None) -> None:
+def check_statistics(layers: Mapping[str, MaskedMatrix]) -> None:
     """Raise ValueError where a layer has seen no token, or activations that are not finite."""
-    if stats is None or int(stats.tokens) == 0:
+    seen = {name: layer.statistics for name, layer in layers.items()}
+    unreached = [name for name, stats in seen.items() if stats is None or int(stats.tokens) == 0]
+    if unreached:
+        name, others = unreached[0], len(unreached) - 1
+        more = f" So it is with {others} more. {leave_out(unreached)}" if others else ""
         raise ValueError(
             f"{name} is a target, but no token reached it since the last mask update, so it has no activations to "
             f"score with. If the model does not use it, leave it out with ignore=[{name!r}]; if forwards happen with "
             "the model in eval mode and under no_grad, they are taken for evaluation and do not count; where few "
-            "tokens reach it, such as an expert, let earlier windows count (memory above 0)."
+            "tokens reach it, such as an expert, let earlier windows count (memory above 0)." + more
         )
-    if not bool(stats.sum_squares_I.isfinite().all()):
+    for name, stats in seen.items():
+        _check_finite(name, stats)
+
+
+def _check_finite(name: str, stats: Statistics | None) -> None:
+    if stats is not None and not bool(stats.sum_squares_I.isfinite().all()):
         feature = int((~stats.sum_squares_I.isfinite()).nonzero()[0])
         raise ValueError(
             f"{name}: the input activations are not finite (first at feature {feature} of {len(stats.sum_squares_I)}), "

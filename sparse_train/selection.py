@@ -93,7 +93,7 @@ def _threshold_block(scores: _Array, keep: _Array, kept: int) -> None:
     scores = _ordered_integers(scores)
     threshold = np.partition(scores, pruned - 1, axis=1)[:, pruned - 1 : pruned]
     np.greater(scores, threshold, out=keep)
-    missing = kept - keep.view(np.uint8).sum(axis=1, dtype=np.int32)
+    missing = kept - keep.view(np.uint8).sum(axis=1, dtype=np.int64)
     rows = np.flatnonzero(missing)
     if len(rows):
         tied = scores[rows] == threshold[rows]

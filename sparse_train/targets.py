@@ -51,8 +51,9 @@ def select(
         model: any module; nothing is changed.
         pattern: layers must fit it.
         targets: names of modules, class names such as "Linear", or "re:" and a regular expression matched from the
-            start of the name (as in llm-compressor). Default: the linear layers of the decoder blocks; in a model
-            without blocks, all linear layers but the last one and those with tied weights.
+            start of the name (as in llm-compressor). Default: the linear layers of the decoder blocks but for routers
+            and gates of experts; in a model without blocks, all linear layers but the last one and those with tied
+            weights.
         ignore: the same three forms; takes layers out again.
         experts: choose fused experts too (one-shot pruning); otherwise they count as untargetable.
 
@@ -73,7 +74,9 @@ def select(
         chosen = [name for name in matched if name not in ignored and (name not in adapters or name in targets)]
     elif blocks is not None:
         everything = [*linears, *fused]
-        chosen = [name for name in everything if name.startswith(f"{blocks}.") and name not in ignored | adapters]
+        routers = _router_names(model, blocks)
+        dense = ignored | adapters | routers
+        chosen = [name for name in everything if name.startswith(f"{blocks}.") and name not in dense]
         _log.info("Pruning the linear layers of the decoder blocks %s.", blocks)
     else:
         candidates = [name for name in linears if name not in adapters | tied]
@@ -123,11 +126,13 @@ def _misfit(errors: dict[str, ValueError]) -> ValueError:
     first, *others = errors
     if not others:
         return errors[first]
-    kinds = "|".join(re.escape(kind) for kind in dict.fromkeys(name.rpartition(".")[2] for name in errors))
-    return ValueError(
-        f"{errors[first]} So it is with {len(others)} more, such as {others[0]}. One expression leaves out all that "
-        rf"are named alike: ignore=['re:(.*\.)?({kinds})$']."
-    )
+    return ValueError(f"{errors[first]} So it is with {len(others)} more, such as {others[0]}. {leave_out(errors)}")
+
+
+def leave_out(names: Iterable[str]) -> str:
+    """How to leave out layers, and all that are named alike."""
+    kinds = "|".join(re.escape(kind) for kind in dict.fromkeys(name.rpartition(".")[2] for name in names))
+    return rf"One expression leaves out all that are named alike: ignore=['re:(.*\.)?({kinds})$']."
 
 
 def _warn_of_dense(model: nn.Module, untargetable: dict[str, int]) -> None:
@@ -196,7 +201,10 @@ def _match(model: nn.Module, patterns: Sequence[str], argument: str, fused: Mapp
     for text in patterns:
         if text.startswith("re:"):
             try:
-                names = {name for name in layers if re.match(text[3:], name)}
+                # an expression of another tool may be about embeddings; what matches nothing at all is a mistake
+                names = {name for name in layers if re.match(text[3:], name)} or {
+                    name for name in modules if argument == "ignore" and re.match(text[3:], name)
+                }
             except re.error as error:
                 raise ValueError(f"{argument}: {text!r} is not a regular expression: {error}.") from error
         else:
@@ -252,8 +260,8 @@ def _is_plain_linear(cls: type) -> bool:
     from sparse_train.layers import SparseLinear
     from sparse_train.mask_lora import MaskLoRALinear
 
-    if cls in (nn.Linear, SparseLinear, MaskLoRALinear) or cls.__name__ in ("Conv1D", "SparseConv1D"):
-        return True
+    if cls in (nn.Linear, SparseLinear, MaskLoRALinear) or cls.__name__ in ("Conv1D", "SparseConv1D", "FalconLinear"):
+        return True  # Falcon's computes what nn.Linear does
     # after fully_shard the class is generated: FSDPLinear(FSDPModule, Linear)
     return cls.__name__.startswith("FSDP") and len(cls.__bases__) == 2 and cls.__bases__[1] in (nn.Linear, SparseLinear)
 
@@ -311,7 +319,18 @@ def _untargetable(model: nn.Module, prefix: str, fused: Mapping[str, FusedExpert
 
 def _is_router(module: nn.Module) -> bool:
     # its few weights decide which experts run; every method leaves it dense, and it is no loss of sparsity
-    return "Router" in type(module).__name__
+    return re.search("Router|Gate$|Gating$", type(module).__name__) is not None
+
+
+def _router_names(model: nn.Module, blocks: str) -> set[str]:
+    """Linear layers of blocks that decide which experts run, or how much one counts: a single output."""
+    routers = [name for name, module in model.get_submodule(blocks).named_modules(prefix=blocks) if _is_router(module)]
+    found = set()
+    for name, module in model.named_modules():
+        inside = any(name == router or name.startswith(f"{router}.") for router in routers)
+        if _is_linear(module) and (inside or "router" in name.rpartition(".")[2] or shape_OI(module)[0] == 1):
+            found.add(name)
+    return found
 
 
 def _size(module: nn.Module) -> int:

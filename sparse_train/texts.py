@@ -119,7 +119,7 @@ class HubText(TextSource):
         data = load_dataset(self.path, self.subset, streaming=streaming, **where)
         if self.max_documents is not None:
             data = data.take(self.max_documents)
-        return column_of(data, self.column, self.name)
+        return _texts(column_of(data, self.column, self.name), self.column, self.name)
 
 
 @dataclass
@@ -147,7 +147,7 @@ class TextFiles(TextSource):
 
     def _read(self, path: Path) -> list[str]:
         if path.suffix == ".jsonl":
-            return fields_of(path, self.column)
+            return _texts(fields_of(path, self.column), self.column, str(path))
         if not path.is_file():
             raise ValueError(f"There is no text file {path}.")
         return [path.read_text(encoding="utf-8")]
@@ -186,6 +186,13 @@ def column_of(data: Iterable[Mapping[str, Any]], column: str, name: str) -> list
             )
         found.append(row[column])
     return found
+
+
+def _texts(values: list[Any], column: str, name: str) -> list[str]:
+    for number, value in enumerate(values, 1):
+        if not isinstance(value, str):
+            raise ValueError(f"{name}, document {number}: {column!r} is {value!r}, and no text. Leave such lines out.")
+    return values
 
 
 def split_of(name: str) -> Split:

@@ -251,6 +251,13 @@ def test_lines_that_are_no_json_objects_are_named(tmp_path):
         TextFiles(train=[str(path)]).documents("train")
 
 
+def test_a_line_whose_text_is_none_is_named(tmp_path):
+    path = tmp_path / "text.jsonl"
+    path.write_text('{"text": "a"}\n{"text": null}\n')
+    with pytest.raises(ValueError, match="text.jsonl, document 2: 'text' is None, and no text"):
+        TextFiles(train=[str(path)]).documents("train")
+
+
 def test_a_column_that_is_not_there_is_named(monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: [{"sentence": "a", "label": 1}])
     with pytest.raises(

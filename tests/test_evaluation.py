@@ -5,7 +5,7 @@ import types
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from sparse_train import MaskUpdater
 from sparse_train.evaluation import evaluate_perplexity, token_ids, word_starts
@@ -166,6 +166,7 @@ def test_the_loss_is_float32_whatever_the_logits():
     [
         ({"window": 1}, "window must be at least 2"),
         ({"window": 8, "stride": 9}, "stride from 1 to window"),
+        ({"window": 8, "stride": 0}, "stride from 1 to window, got 8 and 0"),
         ({"window": 100}, "text has 70 tokens, fewer than one window of 100"),
         ({"words": torch.ones(69, dtype=torch.int64)}, r"a count for each token of ids, \(70,\), got \(69,\)"),
     ],
@@ -173,6 +174,17 @@ def test_the_loss_is_float32_whatever_the_logits():
 def test_mistakes(arguments, message):
     with pytest.raises(ValueError, match=message):
         evaluate_perplexity(tiny_llama(), torch.randint(3, VOCABULARY, (70,)), **arguments)
+
+
+def test_windows_longer_than_the_model_was_made_for(caplog):
+    ids = torch.randint(3, VOCABULARY, (70,))
+    learned = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=VOCABULARY, n_positions=16))
+    with pytest.raises(ValueError, match="window is 32 tokens, and GPT2LMHeadModel has 16 positions. Take window=16"):
+        evaluate_perplexity(learned, ids, window=32)
+    evaluate_perplexity(learned, ids, window=16)
+    assert "positions" not in caplog.text
+    evaluate_perplexity(tiny_llama(max_position_embeddings=16), ids, window=32)
+    assert "Windows of 32 tokens are longer than the 16 positions" in caplog.text
 
 
 def test_token_ids():

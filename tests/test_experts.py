@@ -61,7 +61,7 @@ def reference_prune(model, batches, mask_of):
             sums[key] = sums.get(key, 0) + x.float().square().sum(0)
 
         for module in block.modules():
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear) and module.out_features > 1:  # no gate of a shared expert
                 handles.append(
                     module.register_forward_pre_hook(lambda m, a, f=add: f(m, a[0].reshape(-1, m.in_features)))
                 )

@@ -182,6 +182,12 @@ def test_a_model_that_was_meant_to_be_a_class(monkeypatch):
         cli.main(["inspect", "PackagedSmolLM"])
 
 
+def test_devices_that_are_not_there():
+    for command in (["evaluate", "x"], [*PRUNE]):
+        with pytest.raises(SystemExit, match="device names a device of torch, such as cpu or cuda, got 'gpu'"):
+            cli.main([*command, "--device=gpu"])
+
+
 @pytest.mark.parametrize("before", [None, "false"])
 def test_debug_gives_all_of_it_and_is_over_afterwards(before, monkeypatch):
     monkeypatch.delenv("JSONARGPARSE_DEBUG", raising=False)

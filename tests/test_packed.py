@@ -156,6 +156,8 @@ def test_a_folder_packed_and_unpacked_is_the_same(tmp_path, max_shard_size):
     prune(model, criterion=Magnitude())
     model.to(torch.bfloat16).save_pretrained(tmp_path / "model", max_shard_size=max_shard_size)
     (tmp_path / "model" / "pruning.json").write_text("{}")
+    (tmp_path / "model" / "adapter").mkdir()
+    (tmp_path / "model" / "adapter" / "adapter_model.safetensors").write_bytes(b"trained")
     report = pack_folder(tmp_path / "model", tmp_path / "packed")
     assert len(report.packed) == 21
     assert all(packed == dense // 2 + dense // 16 for dense, packed in report.packed.values())
@@ -166,7 +168,9 @@ def test_a_folder_packed_and_unpacked_is_the_same(tmp_path, max_shard_size):
     assert {path.name for path in (tmp_path / "again").iterdir()} == names
     for name in names:
         before, after = tmp_path / "model" / name, tmp_path / "again" / name
-        if name.endswith(".safetensors"):
+        if before.is_dir():
+            assert (after / "adapter_model.safetensors").read_bytes() == b"trained"
+        elif name.endswith(".safetensors"):
             assert_same(load_file(after), load_file(before))
         else:
             assert after.read_bytes() == before.read_bytes()

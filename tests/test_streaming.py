@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from sparse_train import OWL, Magnitude, SparseGPT, Unstructured, Wanda, prune
+from sparse_train import OWL, Criterion, Magnitude, SparseGPT, Unstructured, Wanda, prune
 from sparse_train.oneshot import streaming
 from sparse_train.oneshot.streaming import prune_checkpoint
 
@@ -232,3 +232,45 @@ def test_missing_embeddings_and_quantised_checkpoints_are_refused(tmp_path, ids)
     with pytest.raises(ValueError, match="is quantised"):
         prune_checkpoint(tmp_path / "dense", tmp_path / "sparse", ids, "2:4")
     assert [f.name for f in tmp_path.iterdir()] == ["dense"]
+
+
+class Mine(Criterion):  # no dataclass
+    needs_activations = True
+
+    def scores(self, weight_OI, stats):
+        return weight_OI.float().abs() * stats.sum_squares_I
+
+
+def test_a_criterion_of_ones_own_goes_on_too(tmp_path, ids, monkeypatch):
+    save(tiny_llama(), tmp_path / "dense")
+    real, calls = streaming.prune_group, []
+
+    def killed(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(streaming, "prune_group", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prune_checkpoint(tmp_path / "dense", tmp_path / "sparse", ids, "2:4", criterion=Mine())
+    report = prune_checkpoint(tmp_path / "dense", tmp_path / "sparse", ids, "2:4", criterion=Mine())
+    assert report.sparsity == 0.5
+    assert len(calls) == 2 + 2
+
+
+@pytest.mark.parametrize("stop", [RuntimeError("CUDA out of memory"), KeyboardInterrupt()])
+def test_a_run_that_stopped_ahead_of_its_first_block_is_in_nobodys_way(stop, tmp_path, ids, monkeypatch):
+    save(tiny_llama(), tmp_path / "dense")
+
+    def stopped(*args):
+        raise stop
+
+    with monkeypatch.context() as patched:
+        patched.setattr(streaming, "prune_group", stopped)
+        with pytest.raises(type(stop)):
+            prune_checkpoint(tmp_path / "dense", tmp_path / "sparse", ids, "2:4")
+    left = [path.name for path in tmp_path.iterdir()]
+    assert (".sparse.partial" in left) == isinstance(stop, KeyboardInterrupt)
+    prune_checkpoint(tmp_path / "dense", tmp_path / "sparse", ids[:1], "4:8")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "sparse"]

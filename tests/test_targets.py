@@ -4,12 +4,14 @@ import re
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import FalconConfig, FalconForCausalLM, GPT2Config, GPT2LMHeadModel
 
+from sparse_train import prune
+from sparse_train.layers import sparsify
 from sparse_train.patterns import NM, Unstructured
 from sparse_train.targets import block_lists, select
 
-from .conftest import tiny_llama
+from .conftest import VOCABULARY, tiny_llama
 
 PATTERN = NM(2, 4)
 
@@ -175,3 +177,42 @@ def test_the_expression_that_an_error_offers_leaves_out_what_does_not_fit_and_no
     chosen = names(model, ignore=[offered])
     assert len(chosen) == 3 * 6
     assert not any(name.endswith("down_proj") for name in chosen)
+
+
+class TopKGating(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 4)
+
+
+class Mixture(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate = TopKGating()
+        self.router = nn.Linear(8, 4)
+        self.shared_expert_gate = nn.Linear(8, 1)
+        self.gate_proj = nn.Linear(8, 8)
+
+
+def test_routers_and_gates_of_experts_stay_dense_unless_they_are_named():
+    model = nn.Module()
+    model.layers = nn.ModuleList([Mixture(), Mixture()])
+    assert names(model) == ["layers.0.gate_proj", "layers.1.gate_proj"]
+    assert len(names(model, targets=["Linear"])) == 8
+
+
+def test_falcons_linear_layers_are_linear_layers(ids):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": VOCABULARY}
+    model = FalconForCausalLM(FalconConfig(**sizes))
+    dense = model(input_ids=ids[0]).logits
+    sparsify(model, select(model, PATTERN).layers.values())
+    torch.testing.assert_close(model(input_ids=ids[0]).logits, dense)
+    assert prune(model, ids, "2:4").sparsity == 0.5
+
+
+def test_an_expression_that_leaves_out_what_is_never_pruned_is_no_mistake(llama):
+    assert names(llama, ignore=["re:.*lm_head", "re:.*embed_tokens"]) == names(llama)
+    with pytest.raises(ValueError, match="'re:.*embed_tokens' matches no layer"):
+        select(llama, PATTERN, targets=["re:.*embed_tokens"])
+    with pytest.raises(ValueError, match="'re:.*emded_tokens' matches no layer"):
+        select(llama, PATTERN, ignore=["re:.*emded_tokens"])

@@ -7,6 +7,7 @@ exp of the same losses per word, can be compared between tokenizers, and has a n
 Shape suffixes: W windows, L tokens a window.
 """
 
+import logging
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,6 +18,8 @@ from torchmetrics import MeanMetric
 from sparse_train.evaluation.undisturbed import undisturbed
 from sparse_train.losses import next_token_loss, perplexity
 from sparse_train.progress import bar
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,28 @@ def token_ids(documents: list[str], tokenizer: Any, separator: str = "\n\n") -> 
     return result
 
 
+def check_window(model: nn.Module, window: int) -> None:
+    """Raise ValueError where windows are longer than the positions that a model has learned one by one.
+
+    Where positions are computed (rotary), longer windows run, on lengths that the model was not trained on: a warning.
+    """
+    config = getattr(model, "config", None)
+    positions = getattr(config.get_text_config() if config is not None else None, "max_position_embeddings", None)
+    if positions is None or window <= positions:
+        return
+    named = {name.rpartition(".")[2]: m for name, m in model.named_modules() if isinstance(m, nn.Embedding)}
+    if any("position" in name or name == "wpe" for name in named):
+        raise ValueError(
+            f"window is {window} tokens, and {type(model).__name__} has {positions} positions. Take window={positions}."
+        )
+    _log.warning(
+        "Windows of %d tokens are longer than the %d positions that %s says it was made for (max_position_embeddings).",
+        window,
+        positions,
+        type(model).__name__,
+    )
+
+
 def evaluate_perplexity(
     model: nn.Module,
     ids: Tensor,
@@ -109,9 +134,10 @@ def evaluate_perplexity(
         progress: show a progress bar.
 
     Raises:
-        ValueError: a window below 2, a stride outside 1 to window, less text than one window, or words of another text.
+        ValueError: a window below 2 or longer than the model's learned positions, a stride outside 1 to window, less
+            text than one window, or words of another text.
     """
-    stride = stride or window
+    stride = window if stride is None else stride
     if window < 2 or not 1 <= stride <= window:
         raise ValueError(f"window must be at least 2 and stride from 1 to window, got {window} and {stride}.")
     if words is not None and words.shape != ids.shape:
@@ -119,6 +145,7 @@ def evaluate_perplexity(
             f"words must have a count for each token of ids, {tuple(ids.shape)}, got {tuple(words.shape)}. "
             "Call word_starts with the documents, tokenizer and separator of token_ids."
         )
+    check_window(model, window)
     ids = ids[:max_tokens]
     if len(ids) < window:
         raise ValueError(f"The text has {len(ids)} tokens, fewer than one window of {window}. Take a smaller window.")

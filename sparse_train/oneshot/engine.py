@@ -81,8 +81,7 @@ def _solve(
     sparsity: float | Mapping[str, float],
     save: Callable[[MaskedMatrix], None],
 ) -> dict[str, LayerUpdate]:
-    for name, layer in layers.items():
-        check_statistics(name, layer.statistics)
+    check_statistics(layers)
     updates = {}
     for name, layer in layers.items():
         assert isinstance(layer.statistics, ActivationGram)

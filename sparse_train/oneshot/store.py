@@ -1,5 +1,6 @@
 """``Activations``: what a decoder block returned, one entry a batch, in memory or on disk."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +38,21 @@ class Activations:
 
 def moved(value: Any, device: torch.device) -> Any:
     """Tensors of nested tuples, lists and dicts on another device; anything else as it is."""
+    return _each(value, lambda tensor: tensor.detach().to(device))
+
+
+def copied(value: Any) -> Any:
+    """Copies of tensors in nested tuples, lists and dicts; anything else as it is."""
+    return _each(value, Tensor.clone)
+
+
+def _each(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
-        return value.detach().to(device)
+        return change(value)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(moved(part, device) for part in value))
+        return type(value)(*(_each(part, change) for part in value))
     if isinstance(value, (tuple, list)):
-        return type(value)(moved(part, device) for part in value)
+        return type(value)(_each(part, change) for part in value)
     if isinstance(value, dict):
-        return type(value)(**{key: moved(part, device) for key, part in value.items()})
+        return type(value)(**{key: _each(part, change) for key, part in value.items()})
     return value

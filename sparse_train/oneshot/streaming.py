@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from sparse_train.activations import ActivationNorm, Statistics
 from sparse_train.allocation import Allocation, LayerShape, Uniform, divide
+from sparse_train.description import describe
 from sparse_train.files import check_free
 from sparse_train.layers import fold, sparsify
 from sparse_train.matrices import MaskedLayer, MaskedMatrix, Recorder, shape_OI
@@ -96,7 +97,7 @@ def prune_checkpoint(
     batches = None if batches is None else list(batches)
     work = out.parent / f".{out.name}.partial"
     new = not work.exists()
-    settings = [repr(each) for each in (pattern, target, method, allocation, targets, list(ignore))]
+    settings = [describe(each) for each in (pattern, target, method, allocation, targets, list(ignore))]
     _open_work(work, [*settings, checkpoint.fingerprint, _hash(batches or [])])
     try:
         model = model_without_weights(path, checkpoint)
@@ -119,9 +120,9 @@ def prune_checkpoint(
             warn_of_padding(run.recorder)
         forwards = 0.0 if calibration is None else calibration.seconds
         seconds = time.perf_counter() - began - forwards - streamed.disk_seconds
-    except ValueError:
-        if new and not _blocks_done(work):
-            shutil.rmtree(work)  # nothing was there before, and no block is done
+    except Exception:
+        if new and not _has_begun(work):
+            shutil.rmtree(work)  # nothing was there before, and nothing has been done
         raise
     write_index(work, streamed.shards)
     copy_companions(path, work)
@@ -246,6 +247,8 @@ def _room_for(activations: str, work: Path) -> str | Path:
 def _open_work(work: Path, settings: list[str]) -> None:
     """Make the folder of an unfinished run, or find it as these settings left it."""
     progress = work / "progress.json"
+    if progress.is_file() and not _has_begun(work):
+        shutil.rmtree(work)  # nothing of it is worth keeping, whatever its settings were
     if progress.is_file():
         before = json.loads(progress.read_text())["settings"]
         if before != settings:
@@ -261,8 +264,10 @@ def _open_work(work: Path, settings: list[str]) -> None:
     _write_json(progress, {"settings": settings, "outliers": {}, "updates": {}})
 
 
-def _blocks_done(work: Path) -> bool:
-    return bool(json.loads((work / "progress.json").read_text())["updates"])
+def _has_begun(work: Path) -> bool:
+    """Whether a block is done, or the walk for an allocation: something that the next run can go on from."""
+    progress = json.loads((work / "progress.json").read_text())
+    return bool(progress["updates"] or progress["outliers"])
 
 
 def _finished(work: Path) -> list[Path]:

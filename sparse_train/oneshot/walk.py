@@ -8,7 +8,7 @@ called with blocks 0 to i - 1 answering with the cached output of block i - 1; t
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sparse_train.activations import InputSharing
 from sparse_train.matrices import MaskedLayer, Recorder
 from sparse_train.oneshot.experts import ExpertMatrix, ExpertRecorder
-from sparse_train.oneshot.store import Activations, moved
+from sparse_train.oneshot.store import Activations, copied, moved
 from sparse_train.recording import share_statistics
 
 Batch = Tensor | Mapping[str, Any]
@@ -57,6 +57,7 @@ class CalibrationPass:
         self._recorder = recorder
         self._advance = advance
         self._activations, self._keep = Activations(len(self._batches), keep), keep
+        self._in_order = False
         self.seconds = 0.0
         """Time spent in forwards."""
 
@@ -70,11 +71,13 @@ class CalibrationPass:
 
     def record_block(self, blocks: Sequence[nn.Module], index: int, experts: Sequence[ExpertMatrix] = ()) -> None:
         """Record the layers of one block, on what ``pass_on`` has kept of the block before it."""
+        self._check_order(blocks)
         for _ in self._recorded(lambda i: self._to_block(blocks, index, i), experts):
             pass
 
     def pass_on(self, blocks: Sequence[nn.Module], index: int) -> None:
         """Run one block, and keep what it returns for the next."""
+        self._check_order(blocks)
         for batch, output in enumerate(self._forwards(lambda i: self._to_block(blocks, index, i))):
             self._activations[batch] = output
 
@@ -109,6 +112,46 @@ class CalibrationPass:
                 self._advance()
                 yield output
 
+    def _check_order(self, blocks: Sequence[nn.Module]) -> None:
+        """Raise ValueError where blocks do not run one after the other, once each.
+
+        Known from one sample, before any block is pruned: the first block runs, all others answer with its output.
+        """
+        if self._in_order:
+            return
+        called: list[int] = []
+        answers: list[Any] = []
+
+        def answer(number: int) -> Any:
+            called.append(number)
+            return answers[0]
+
+        with ExitStack() as stack:
+            stack.enter_context(_inference(self._model))
+            first = blocks[0].forward
+
+            def run(*args: Any, **kwargs: Any) -> Any:
+                called.append(0)
+                if not answers:
+                    answers.append(first(*args, **kwargs))
+                return answers[0]
+
+            stack.enter_context(_forward_replaced(blocks[0], run))
+            for number, block in enumerate(itertools.islice(blocks, 1, None), 1):
+                stack.enter_context(_forward_replaced(block, lambda *args, number=number, **kwargs: answer(number)))
+            # blocks that answer for others may lack what the model does with them afterwards; a block comes to it alone
+            with suppress(*_MISSING, RuntimeError):
+                _call(self._model, _one_sample(self._batches[0]))
+        if called != list(range(len(called))):
+            raise self._out_of_order(called)
+        self._in_order = True
+
+    def _out_of_order(self, called: Sequence[int], block: str = "") -> ValueError:
+        return ValueError(
+            f"The blocks of {type(self._model).__name__} do not run one after the other, once each ({block}came "
+            f"{list(called)}), so they cannot be calibrated one by one. {_WAY_OUT}"
+        )
+
     def _to_block(self, blocks: Sequence[nn.Module], index: int, batch: int) -> Any:
         called: list[int] = []
         kept = self._activations[batch] if index else None
@@ -117,7 +160,7 @@ class CalibrationPass:
 
         def answer(number: int) -> Any:
             called.append(number)
-            return kept
+            return copied(kept) if number == index - 1 else kept  # the block may write into it
 
         with ExitStack() as stack:
             for number, earlier in enumerate(itertools.islice(blocks, index)):
@@ -126,11 +169,7 @@ class CalibrationPass:
 
             def stop_behind(*args: Any, **kwargs: Any) -> Any:
                 if called != list(range(index)):
-                    raise ValueError(
-                        f"The blocks of {type(self._model).__name__} do not run one after the other, once each (before "
-                        f"block {index} came {called}), so they cannot be calibrated one by one. Use "
-                        'Unstructured(group="model"), which calibrates the whole model in one pass.'
-                    )
+                    raise self._out_of_order(called, f"before block {index} ")
                 raise _Stop(real(*args, **kwargs))
 
             stack.enter_context(_forward_replaced(blocks[index], stop_behind))
@@ -138,10 +177,25 @@ class CalibrationPass:
                 _call(self._model, self._batches[batch])
             except _Stop as stop:
                 return stop.output
+            except _MISSING as error:
+                if not index:
+                    raise
+                raise ValueError(
+                    f"Block {index} of {type(self._model).__name__} does not run on the output of the block before it "
+                    f"alone ({type(error).__name__}: {error}): it takes more from earlier ones, such as shared keys "
+                    f"and values, so blocks cannot be calibrated one by one. {_WAY_OUT}"
+                ) from error
         raise ValueError(
             f"Block {index} of {type(self._model).__name__} was not reached by a forward of the calibration data, so "
             "its layers cannot be calibrated. Are these the blocks that the model runs?"
         )
+
+
+_MISSING = (LookupError, AttributeError, TypeError)
+_WAY_OUT = (
+    'Use Unstructured(group="model"), which calibrates the whole model in one pass; in training, calibration_batches=0 '
+    "makes the first mask from the first steps."
+)
 
 
 class _Stop(Exception):
@@ -188,6 +242,16 @@ def _inference(model: nn.Module) -> Iterator[None]:
 
 def _call(model: nn.Module, batch: Batch) -> Any:
     return model(**batch) if isinstance(batch, Mapping) else model(batch)
+
+
+def _one_sample(batch: Batch) -> Batch:
+    """The first sample of a batch: of every tensor that has as many as there are ids."""
+    if isinstance(batch, Tensor):
+        return batch[:1]
+    size = len(batch["input_ids"]) if "input_ids" in batch else 0
+    tensors = {key: each for key, each in batch.items() if isinstance(each, Tensor) and each.dim()}
+    cut = {key: each[:1] for key, each in tensors.items() if len(each) == size}
+    return {**batch, **cut}
 
 
 def _check_ids(model: nn.Module, batch: Batch) -> None:

@@ -4,7 +4,7 @@ from sparse_train import Criterion, Cubic, Wanda
 from sparse_train.description import describe
 
 
-class Scaled(Criterion):  # no dataclass
+class _Scaled(Criterion):  # no dataclass
     def __init__(self, power=2):
         self.power = power
 
@@ -18,5 +18,5 @@ def test_dataclasses_say_it_themselves():
 
 
 def test_other_classes_are_told_apart_by_what_they_hold_and_not_by_where():
-    assert describe(Scaled()) == describe(Scaled()) == "Scaled(power=2)"
-    assert describe(Scaled(3)) == "Scaled(power=3)"
+    assert describe(_Scaled()) == describe(_Scaled()) == "_Scaled(power=2)"
+    assert describe(_Scaled(3)) == "_Scaled(power=3)"

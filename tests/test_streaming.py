@@ -234,7 +234,7 @@ def test_missing_embeddings_and_quantised_checkpoints_are_refused(tmp_path, ids)
     assert [f.name for f in tmp_path.iterdir()] == ["dense"]
 
 
-class Mine(Criterion):  # no dataclass
+class _Mine(Criterion):  # no dataclass
     needs_activations = True
 
     def scores(self, weight_OI, stats):
@@ -253,8 +253,8 @@ def test_a_criterion_of_ones_own_goes_on_too(tmp_path, ids, monkeypatch):
 
     monkeypatch.setattr(streaming, "prune_group", killed)
     with pytest.raises(KeyboardInterrupt):
-        prune_checkpoint(tmp_path / "dense", tmp_path / "sparse", ids, "2:4", criterion=Mine())
-    report = prune_checkpoint(tmp_path / "dense", tmp_path / "sparse", ids, "2:4", criterion=Mine())
+        prune_checkpoint(tmp_path / "dense", tmp_path / "sparse", ids, "2:4", criterion=_Mine())
+    report = prune_checkpoint(tmp_path / "dense", tmp_path / "sparse", ids, "2:4", criterion=_Mine())
     assert report.sparsity == 0.5
     assert len(calls) == 2 + 2
 

@@ -99,7 +99,7 @@ def test_traffic_and_memory_are_what_the_formulas_say(tmp_path, engine):
         # masks that are frozen are compared every k steps, here at step 20 and at the end
         agreement = [32 * 4 * layers] * 2
         assert found == ([3 * 4 * layers] if engine == "fsdp2" else []) + agreement
-        once = [4 * layers]  # who shares an input with whom
+        once = [4 * (layers + 1)]  # who shares an input with whom, and of how many it is known
         bits = [scaling.gather_bytes(BLOCK, BLOCKS, 2)] * UPDATES
         assert sorted(gathers) == sorted(once + (bits if engine == "fsdp2" else []))
         assert sizes == ([1] * layers * (1 + UPDATES) if engine == "zero3" else [])  # once at the start, as above
@@ -115,7 +115,7 @@ def test_scores_that_need_column_sums_have_them_in_one_more_reduce(tmp_path):
 
 def test_groups_larger_than_a_row_gather_no_bits(tmp_path):
     for _, gathers, _, _ in launch.run(run, "fsdp2", tmp_path, mask_structure=Unstructured("layer"), sparsity=0.5):
-        assert gathers == [4 * BLOCKS * len(BLOCK)]
+        assert gathers == [4 * (BLOCKS * len(BLOCK) + 1)]
 
 
 class InUpdates(DynamicPruning):

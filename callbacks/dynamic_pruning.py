@@ -162,6 +162,7 @@ class DynamicPruning(L.Callback):
         self._restored: dict[str, Any] | None = None
         self._global_step = 0
         self._load_hook: Any = None
+        self._was_dense = False
         self._ended: dict[str, Any] | None = None  # the state at the end of a fit that keeps its masks
         self.updater: MaskUpdater | None = None
         """The running pipeline; None before the run has begun."""
@@ -215,9 +216,9 @@ class DynamicPruning(L.Callback):
                 return
         self._sparsify(pl_module)
 
-    def _after(self, hook: str, pl_module: L.LightningModule, **arguments: Any) -> None:
+    def _after(self, hook: str, pl_module: L.LightningModule, *args: Any, **arguments: Any) -> None:
         del pl_module.__dict__[hook]
-        getattr(pl_module, hook)(**arguments)
+        getattr(pl_module, hook)(*args, **arguments)
         self._sparsify(pl_module)
 
     def _sparsify(self, pl_module: L.LightningModule) -> None:

@@ -6,9 +6,10 @@ called with blocks 0 to i - 1 answering with the cached output of block i - 1; t
 """
 
 import itertools
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from sparse_train.matrices import MaskedLayer, Recorder
 from sparse_train.oneshot.experts import ExpertMatrix, ExpertRecorder
 from sparse_train.oneshot.store import Activations, copied, moved
 from sparse_train.recording import share_statistics
+
+_log = logging.getLogger(__name__)
 
 Batch = Tensor | Mapping[str, Any]
 """Token ids (B, L), or the model's keyword arguments."""
@@ -139,9 +142,16 @@ class CalibrationPass:
             stack.enter_context(_forward_replaced(blocks[0], run))
             for number, block in enumerate(itertools.islice(blocks, 1, None), 1):
                 stack.enter_context(_forward_replaced(block, lambda *args, number=number, **kwargs: answer(number)))
-            # blocks that answer for others may lack what the model does with them afterwards; a block comes to it alone
-            with suppress(*_MISSING, RuntimeError):
+            try:
                 _call(self._model, _one_sample(self._batches[0]))
+            except (*_MISSING, RuntimeError) as error:  # a block that fails by itself says so when its turn comes
+                _log.warning(
+                    "Whether the blocks of %s run once each could not be told (%s: %s); in a model that loops over "
+                    "them, masks would be wrong.",
+                    type(self._model).__name__,
+                    type(error).__name__,
+                    error,
+                )
         if called != list(range(len(called))):
             raise self._out_of_order(called)
         self._in_order = True

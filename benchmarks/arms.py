@@ -57,7 +57,7 @@ def _arm(
 ) -> Arm:
     own = [change if change.startswith("--") else f"{_P}.{change}" for change in changes]
     learns = _DISTILLATION if distil or teacher else []
-    return Arm(f"recipes/{recipe}.yaml", own + learns, teacher, start, text or PackagedWikipedia())
+    return Arm(f"recipes/{recipe}.yaml", learns + own, teacher, start, text or PackagedWikipedia())
 
 
 def _shifted(*changes: str) -> Arm:
@@ -96,6 +96,7 @@ ARMS: dict[str, Arm] = {
     "dynamic_memory50": _arm("smollm2_2of4", "memory=0.5"),
     "dynamic_memory90": _arm("smollm2_2of4", "memory=0.9"),
     "dynamic_window_agreement": _arm("smollm2_2of4", "memory=0", "flip_agreement=true"),  # measures, changes nothing
+    "dynamic_dense_norms": _arm("smollm2_2of4", "window=1", "--trainer.callbacks+=variants.DenseNorms"),
     # only where it is better by a margin
     "dynamic_hysteresis5": _arm("smollm2_2of4", "hysteresis=0.05"),
     "dynamic_hysteresis20": _arm("smollm2_2of4", "hysteresis=0.2"),
@@ -109,6 +110,10 @@ ARMS: dict[str, Arm] = {
     "dynamic_decay2": _arm("smollm2_2of4", "policy=StraightThrough", "policy.srste_decay=0.02", "policy.ramp=0"),
     "dynamic_decay_ramped": _arm("smollm2_2of4", *_DECAY),
     "dynamic_decay_annealed": _arm("smollm2_2of4", *_DECAY, "policy.anneal=0.5"),
+    "dynamic_decay_coupled": _arm("smollm2_2of4", "--trainer.callbacks+=variants.CoupledDecay"),
+    "dynamic_decay_coupled_large": _arm(
+        "smollm2_2of4", "--trainer.callbacks+=variants.CoupledDecay", "--trainer.callbacks.rate=0.01"
+    ),
     "dynamic_stop50": _arm("smollm2_2of4", "end_step=0.5"),
     "dynamic_stop100": _arm("smollm2_2of4", "end_step=1.0"),
     # back by the gradient
@@ -126,6 +131,10 @@ ARMS: dict[str, Arm] = {
     "static_distill": _arm("smollm2_2of4_static", distil=True),
     "dynamic_distill": _arm("smollm2_2of4", distil=True),
     "dynamic_window_distill": _arm("smollm2_2of4", "memory=0", distil=True),
+    "dynamic_distill_kl": _arm(
+        "smollm2_2of4", "--model.distillation.hardness_ce=0", "--model.distillation.hardness_kldiv=1", distil=True
+    ),
+    "dynamic_distill_squarehead": _arm("smollm2_2of4", "--model.distillation.hardness_squarehead=1", distil=True),
     "static_distill_tuned": _arm("smollm2_2of4_static", teacher=True),
     "dynamic_distill_tuned": _arm("smollm2_2of4", teacher=True),
     # another text than the first mask was calibrated on

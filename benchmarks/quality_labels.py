@@ -20,6 +20,7 @@ SCORES = {
     "dynamic_memory50": "Wanda, running norms, exponential, 0.5 an update",
     "dynamic_memory90": "Wanda, running norms, exponential, 0.9 an update",
     "dynamic": "Wanda, running norms, cumulative (the default)",
+    "dynamic_dense_norms": "Wanda, norms of dense forwards, refreshed before each update, cumulative",
 }
 VARIANTS = {
     "dynamic": "as it is",
@@ -34,6 +35,8 @@ VARIANTS = {
     "dynamic_decay2": "decay of pruned weights 0.02, constant",
     "dynamic_decay_ramped": "decay of pruned weights 0.01, ramped",
     "dynamic_decay_annealed": "decay of pruned weights 0.01, ramped and annealed",
+    "dynamic_decay_coupled": "decay of pruned weights in the gradient, 2e-4, as SR-STE has it",
+    "dynamic_decay_coupled_large": "decay of pruned weights in the gradient, 0.01",
     "dynamic_stop50": "updates until 50 % of the run",
     "dynamic_stop100": "updates until the end",
     "regrow": "Regrow: back by the gradient",
@@ -57,6 +60,8 @@ DISTILLATION = {
     "dynamic": "re-pruned, no teacher",
     "dynamic_distill": "re-pruned, untouched teacher",
     "dynamic_distill_tuned": "re-pruned, fine-tuned teacher",
+    "dynamic_distill_kl": "re-pruned, untouched teacher, no cross-entropy",
+    "dynamic_distill_squarehead": "re-pruned, untouched teacher, SquareHead too",
     "dynamic_window": "re-pruned, norms of 5 steps, no teacher",
     "dynamic_window_distill": "re-pruned, norms of 5 steps, untouched teacher",
 }

@@ -186,7 +186,8 @@ def test_every_variant_of_updates_can_be_named():
     assert next(c for c in cli.trainer.callbacks if isinstance(c, DynamicPruning))._settings.policy == Regrow(0.2)
 
 
-def test_arms_of_the_benchmark_are_runs_of_their_own():
+def test_arms_of_the_benchmark_are_runs_of_their_own(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     arms = runpy.run_path(str(ROOT / "benchmarks" / "arms.py"))["ARMS"]
     settings = {}
     for name, arm in arms.items():
@@ -200,6 +201,8 @@ def test_arms_of_the_benchmark_are_runs_of_their_own():
         for each in cli.trainer.callbacks:
             if isinstance(each, DynamicPruning):
                 found += [each._settings, each._initial_criterion, each._mask_lora]
+            elif type(each).__module__ == "variants":
+                found += [type(each), vars(each)]
         assert str(found) not in settings.values(), name
         settings[name] = str(found)
 

@@ -9,6 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from sparse_train import MaskUpdater
 from sparse_train.evaluation import evaluate_perplexity, token_ids, word_starts
+from sparse_train.evaluation.undisturbed import undisturbed
 from sparse_train.losses import next_token_loss
 
 from .conftest import VOCABULARY, tiny_llama, tiny_tokenizer
@@ -124,6 +125,18 @@ def test_training_goes_on_as_if_nothing_had_happened():
     assert model.training
     assert evaluate_perplexity(model.eval(), ids.flatten(), window=16) == result  # without dropout
     assert updater.steps == 0
+
+
+def test_scoring_keeps_no_keys_and_values_and_generation_does():
+    model, ids, kept = tiny_llama(), torch.randint(3, VOCABULARY, (1, 8)), []
+    with undisturbed(model):
+        assert model(input_ids=ids).past_key_values is None
+        hook = model.register_forward_hook(lambda *args: kept.append(args[-1].past_key_values is not None))
+        model.generate(ids, max_new_tokens=3, do_sample=False)
+        hook.remove()
+    assert kept == [True] * 3
+    assert model.config.use_cache
+    assert model(input_ids=ids).past_key_values is not None
 
 
 def test_the_protocol_says_everything():

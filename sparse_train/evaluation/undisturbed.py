@@ -29,15 +29,22 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
     What comes back: the training mode of every module, all random states, and whether training has reached a masked
     layer. Activation statistics record nothing inside: forwards in evaluation mode without gradients are no training.
+    A forward that does not ask for keys and values keeps none (``generate`` asks): scoring has no use for them.
     """
     training = [module for module in model.modules() if module.training]
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    caching = [config for config in configs.values() if getattr(config, "use_cache", False)]
     reached = {layer: layer.reached for layer in sparse_layers(model).values()}
     with torch.no_grad(), isolated_rng():
         try:
             model.eval()
+            for config in caching:
+                config.use_cache = False
             yield
         finally:
             for module in training:
                 module.training = True
             for layer, was_reached in reached.items():
                 layer.reached = was_reached
+            for config in caching:
+                config.use_cache = True

@@ -12,7 +12,7 @@ from pathlib import Path
 from sparse_train.mistakes import explain
 from sparse_train.noise import kept_back
 from sparse_train.shipped import shipped
-from sparse_train.targets import did_you_mean
+from sparse_train.suggestions import did_you_mean
 from sparse_train.terminal import take_json
 
 _USAGE = """\

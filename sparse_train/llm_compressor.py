@@ -14,7 +14,7 @@ from sparse_train.criteria import Criterion, Magnitude, Wanda
 from sparse_train.patterns import NM, Group, Pattern, Unstructured
 from sparse_train.schedules import check_sparsity
 from sparse_train.solvers import Solver, SparseGPT
-from sparse_train.targets import did_you_mean
+from sparse_train.suggestions import did_you_mean
 from sparse_train.yaml_numbers import install
 
 

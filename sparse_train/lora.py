@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from sparse_train.inspection import InspectedLayer, layer_sparsities
 from sparse_train.layers import folded_state_dict
+from sparse_train.maskable import adapter_names
 from sparse_train.sources import ModelSource, as_model_source
-from sparse_train.targets import adapter_names
 
 FOLDER = "adapter"
 """Of the adapter, in the folder of its base."""

@@ -16,7 +16,7 @@ from sparse_train.layers import SparseLinear, sparse_layers
 from sparse_train.low_rank import low_rank_sum, masked_low_rank_linear
 from sparse_train.matrices import FACTOR_NAMES, MaskedLayer
 from sparse_train.policies import MaskPolicy, StraightThrough
-from sparse_train.targets import did_you_mean
+from sparse_train.suggestions import did_you_mean
 
 ALL_LINEAR = "all-linear"
 

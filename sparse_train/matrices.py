@@ -131,6 +131,11 @@ def is_conv1d(module: nn.Module) -> bool:
     )
 
 
+def is_linear(module: nn.Module) -> bool:
+    """``nn.Linear``, also a subclass, or transformers' ``Conv1D``."""
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
 def shape_OI(module: nn.Module) -> tuple[int, int]:
     """``(out_features, in_features)`` of a linear layer or a ``Conv1D``, also where its weight is sharded away."""
     if isinstance(module, (nn.Linear, MaskedMatrix)):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_train.shipped import shipped_names
-from sparse_train.targets import did_you_mean
+from sparse_train.suggestions import did_you_mean
 
 _KEY = re.compile(r'Parser key "([^"]+)"')
 _TYPES = re.compile(r"Subtypes: \[(.*)\]$", re.MULTILINE)

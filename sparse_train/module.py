@@ -12,6 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
+from sparse_train.blocks import block_lists, dimensions
 from sparse_train.distillation import Distillation, Teacher
 from sparse_train.layers import sparse_layers, sparsify_like
 from sparse_train.loading import load_sharded
@@ -19,7 +20,6 @@ from sparse_train.lora import LoRA, adapter_config
 from sparse_train.losses import next_token_loss
 from sparse_train.sharding import whole_first
 from sparse_train.sources import ModelSource, as_model_source
-from sparse_train.targets import block_lists, dimensions
 
 
 class CausalLM(L.LightningModule):

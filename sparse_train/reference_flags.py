@@ -3,7 +3,7 @@
 import json
 
 from sparse_train.llm_compressor import nm_of_pruned
-from sparse_train.targets import did_you_mean
+from sparse_train.suggestions import did_you_mean
 
 _STANDS_FOR = {
     "--prune_method": "--criterion",

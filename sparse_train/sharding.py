@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparse_train.blocks import block_lists
 from sparse_train.distributed import rank, world_size
 from sparse_train.matrices import MaskedMatrix
-from sparse_train.targets import block_lists
 
 NO_ADAPTERS = (
     "{} has a mask_lora adapter, and its parameters are divided among processes (FSDP2, DeepSpeed), where masks do not "

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from sparse_train import packaged
-from sparse_train.targets import did_you_mean
+from sparse_train.suggestions import did_you_mean
 
 
 class ModelSource(ABC):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sparse_train import packaged
-from sparse_train.targets import did_you_mean
+from sparse_train.suggestions import did_you_mean
 
 Split = Literal["train", "validation", "test"]
 

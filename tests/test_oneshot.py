@@ -19,8 +19,8 @@ from sparse_train import (
     squash,
 )
 from sparse_train.activations import ActivationNorm
+from sparse_train.blocks import block_lists
 from sparse_train.layers import squashed_state_dict
-from sparse_train.targets import block_lists
 
 from .conftest import VOCABULARY, tiny_llama
 from .reference import nm_mask, row_mask

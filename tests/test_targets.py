@@ -7,9 +7,10 @@ from torch import nn
 from transformers import FalconConfig, FalconForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from sparse_train import prune
+from sparse_train.blocks import block_lists
 from sparse_train.layers import sparsify
 from sparse_train.patterns import NM, Unstructured
-from sparse_train.targets import block_lists, select
+from sparse_train.targets import select
 
 from .conftest import VOCABULARY, tiny_llama
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from sparse_train.allocation.base import Allocation, Outliers, Shapes, check_agreement, mean_sparsity
 from sparse_train.schedules import check_sparsity
-from sparse_train.targets import did_you_mean
+from sparse_train.suggestions import did_you_mean
 
 
 @dataclass(frozen=True)

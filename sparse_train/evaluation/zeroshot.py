@@ -27,7 +27,7 @@ from torch import nn
 
 from sparse_train.evaluation.task_data import TASKS_FOLDER, WANDA7, task_file
 from sparse_train.evaluation.undisturbed import isolated_rng, undisturbed
-from sparse_train.targets import did_you_mean
+from sparse_train.suggestions import did_you_mean
 
 _METRICS = ("acc", "acc_norm", "exact_match")
 """What counts as accuracy; the first one that a task reports."""

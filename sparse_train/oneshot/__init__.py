@@ -12,6 +12,7 @@ from sparse_train import layers as _layers
 from sparse_train import masks
 from sparse_train.activations import ActivationNorm
 from sparse_train.allocation import Allocation, LayerShape, Uniform, check_pattern, divide, outlier_share
+from sparse_train.blocks import block_lists
 from sparse_train.criteria import Criterion, Wanda
 from sparse_train.layers import sparsify
 from sparse_train.matrices import MaskedLayer, MaskedMatrix, Recorder
@@ -23,7 +24,7 @@ from sparse_train.progress import Bar, bar
 from sparse_train.pruner import LayerUpdate, expect
 from sparse_train.recording import attach, reduce_statistics, warn_of_padding
 from sparse_train.solvers import Solver
-from sparse_train.targets import block_lists, select
+from sparse_train.targets import select
 
 __all__ = ["Batch", "Method", "OneshotReport", "prune", "set_initial_masks"]
 

@@ -18,8 +18,8 @@ from torch.overrides import TorchFunctionMode
 
 from sparse_train import masks
 from sparse_train.activations import ActivationGram, ActivationNorm
+from sparse_train.blocks import FusedExperts, expert_shape_OI
 from sparse_train.matrices import MaskedMatrix
-from sparse_train.targets import FusedExperts, expert_shape_OI
 
 _log = logging.getLogger(__name__)
 

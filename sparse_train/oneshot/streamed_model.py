@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from sparse_train.blocks import block_lists
 from sparse_train.oneshot.shards import Checkpoint, write_shard
-from sparse_train.targets import block_lists
 
 _SHARD_BYTES = 1 << 28  # of the files for what is outside the blocks; a larger tensor has a file of its own
 

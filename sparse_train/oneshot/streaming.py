@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from sparse_train.activations import ActivationNorm, Statistics
 from sparse_train.allocation import Allocation, LayerShape, Uniform, divide
+from sparse_train.blocks import expert_shape_OI
 from sparse_train.description import describe
 from sparse_train.files import check_free
 from sparse_train.layers import fold, sparsify
@@ -42,7 +43,7 @@ from sparse_train.patterns import Pattern
 from sparse_train.progress import Bar, bar
 from sparse_train.pruner import LayerUpdate, expect
 from sparse_train.recording import attach, reduce_statistics, warn_of_padding
-from sparse_train.targets import Selection, expert_shape_OI, select
+from sparse_train.targets import Selection, select
 
 _log = logging.getLogger(__name__)
 

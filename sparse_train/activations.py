@@ -1,4 +1,4 @@
-"""Running squared norms of layer inputs, and the discovery of layers that share one.
+"""Running squared norms of layer inputs.
 
 Shape suffixes: T tokens, I in_features.
 """
@@ -9,12 +9,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
+from torch import Tensor
 
 
 class Statistics(ABC):
@@ -277,44 +275,3 @@ def _(x: Tensor, token_mask: Tensor | None, sum_squares_I: Tensor, tokens: Tenso
 def recomputing() -> bool:
     """Whether this forward runs inside a backward, as activation checkpointing's second one does."""
     return torch._C._current_graph_task_id() != -1
-
-
-class InputSharing:
-    """Finds the layers that read one and the same input (q/k/v; gate/up), so that it is measured once.
-
-    Watches the forwards of one step, eagerly, and compares memory: engines may hand each layer a view of its own
-    (ZeRO-3's hooks do), and addresses are used again. A weak reference to the storage settles both: as long as it is
-    there, its identity belongs to no other.
-    What is found is taken to hold from then on: layers that shared their input are expected to go on doing so.
-    """
-
-    def __init__(self) -> None:
-        self._seen: dict[tuple[Any, ...], tuple[StorageWeakRef, nn.Module]] = {}
-        self._leaders: dict[nn.Module, list[nn.Module]] = {}
-
-    def watch(self, layer: nn.Module, x: Tensor) -> None:
-        storage = StorageWeakRef(x.untyped_storage())
-        version = 0 if x.is_inference() else x._version  # changed in place since: another input
-        key = (storage.cdata, x.storage_offset(), x.shape, x.stride(), version)
-        known, leader = self._seen.get(key, (storage, layer))
-        if known.expired():
-            leader = layer
-        if leader is layer:
-            self._seen[key] = (storage, layer)
-        self._leaders.setdefault(layer, []).append(leader)
-
-    def leaders(self) -> dict[nn.Module, nn.Module]:
-        """For each layer the first one that always had its input; itself where there is none."""
-        found: dict[nn.Module, nn.Module] = {}
-        for layer, leaders in self._leaders.items():
-            always = all(leader is leaders[0] for leader in leaders)
-            same_calls = len(self._leaders[leaders[0]]) == len(leaders)
-            found[layer] = leaders[0] if always and same_calls else layer
-        return found
-
-    # Copies and pickles of a model start without the references of a forward that is over.
-    def __deepcopy__(self, memo: dict[int, Any]) -> "InputSharing":
-        return InputSharing()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return InputSharing, ()

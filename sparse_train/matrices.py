@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from sparse_train import masks
-from sparse_train.activations import InputSharing, Statistics, fits, recomputing
+from sparse_train.activations import Statistics, fits, recomputing
 from sparse_train.functional import masked_linear
+from sparse_train.input_sharing import InputSharing
 
 MASK_NAME = "weight_mask"
 """Name of the packed mask buffer beside ``weight`` in a state dict."""

@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sparse_train.activations import InputSharing
 from sparse_train.choice import Rules
 from sparse_train.criteria import Criterion
 from sparse_train.distributed import gather_objects
 from sparse_train.earlier_windows import EarlierWindows, Memory
+from sparse_train.input_sharing import InputSharing
 from sparse_train.layers import fold, sparsify
 from sparse_train.margins import NO_MARGIN, check_window
 from sparse_train.mask_lora import check_policy, describe_adapters

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_train.activations import InputSharing
+from sparse_train.input_sharing import InputSharing
 from sparse_train.matrices import MaskedLayer, Recorder
 from sparse_train.oneshot.experts import ExpertMatrix, ExpertRecorder
 from sparse_train.oneshot.store import Activations, copied, moved

@@ -51,9 +51,9 @@ def statistics(layers: Sequence[Layer], blocks: int) -> list[int]:
 
 
 def reduce_bytes(layers: Sequence[Layer], blocks: int) -> int:
-    """One reduce an update, float32: statistics, three digits a token count, 32 bits a mask, one flag a layer."""
+    """One reduce an update, float32: statistics, four digits a token count, 32 bits a mask, one flag a layer."""
     widths = statistics(layers, blocks)
-    return 4 * (sum(widths) + 3 * len(widths) + (32 + 1) * len(layers) * blocks)
+    return 4 * (sum(widths) + 4 * len(widths) + (32 + 1) * len(layers) * blocks)
 
 
 def gather_bytes(layers: Sequence[Layer], blocks: int, processes: int) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor
 T = TypeVar("T")
 
 _DIGIT = 12  # bits: sums of digits over up to 4096 ranks are exact in float32
-_DIGITS = 3
+_DIGITS = 4
 _LARGE = 2**26  # bytes; second moments of wide inputs, which need no company and no copy
 
 
@@ -56,7 +56,7 @@ def sum_over_ranks(tensors: Sequence[Tensor]) -> None:
     """Replace each tensor by its sum over all ranks, in place, with one reduce for all but very large ones.
 
     Args:
-        tensors: float32, or int64 with values from 0 to 2^36 (they travel as three float32 digits, and stay exact).
+        tensors: float32, or int64 with values from 0 to 2^48 (they travel as four float32 digits, and stay exact).
     """
     if world_size() == 1 or not tensors:
         return

@@ -1,6 +1,7 @@
 """Same seed, same global batch: every engine on two processes makes the masks and the weights of one process alone."""
 
 import functools
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,32 @@ import lightning as L
 import pytest
 import torch
 
-from sparse_train import RIA, Criterion, Magnitude, Regrow, StraightThrough, Unstructured, Wanda, sparse_layers
+from sparse_train import (
+    RIA,
+    Criterion,
+    Fixed,
+    Magnitude,
+    Regrow,
+    Schedule,
+    StraightThrough,
+    Unstructured,
+    Wanda,
+    sparse_layers,
+)
 from sparse_train.callbacks import DynamicPruning
 from sparse_train.distributed import world_size
 from sparse_train.masks import count_differing
 from sparse_train.sharding import whole_state_dict
 from tests.ranks import engines, launch
+
+
+@dataclass(frozen=True)
+class TwoSteps(Schedule):
+    """On one level, so that masks are confirmed between the updates, and at the end on the next."""
+
+    def sparsity(self, progress: float) -> float:
+        return 0.3 if progress < 0.9 else 0.6
+
 
 METHODS: dict[str, dict[str, Any]] = {
     "wanda 2:4": {"mask_structure": "2:4", "memory": 0.0},
@@ -29,6 +50,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "memory": {"mask_structure": "2:4", "memory": 0.5},
     "frozen norms": {"mask_structure": "2:4", "memory": "frozen"},
     "model": {"mask_structure": Unstructured("model"), "sparsity": 0.5},
+    "confirmed": {"mask_structure": "unstructured", "policy": Fixed(), "schedule": TwoSteps()},
 }
 
 
@@ -81,8 +103,10 @@ def one_process(tmp_path_factory) -> Any:
 TOLERANCES = {("zero3", "cumulative norms"): 1e-5}  # 4e-6 was seen, under the same masks at every update
 CASES = [(engine, method) for engine in engines.ENGINES for method in ("wanda 2:4", "decaying shadows")]
 CASES += [(engine, "cumulative norms") for engine in ("ddp", "zero2", "zero3")]
-CASES += [("ddp", "memory"), ("ddp", "frozen norms"), ("ddp", "regrow")]
-CASES += [("fsdp2", method) for method in METHODS if method not in ("wanda 2:4", "decaying shadows", "regrow")]
+CASES += [("ddp", "memory"), ("ddp", "frozen norms"), ("ddp", "regrow"), ("ddp", "confirmed")]
+CASES += [
+    ("fsdp2", method) for method in METHODS if method not in ("wanda 2:4", "decaying shadows", "regrow", "confirmed")
+]
 CASES += [("zero3", "not row by row")]
 
 
@@ -99,7 +123,10 @@ def test_two_processes_equal_one(tmp_path, one_process, engine, method):
             compare(found[2], weights, TOLERANCES.get((engine, method), 1e-6))
             compare(found[3], squashed, TOLERANCES.get((engine, method), 1e-6))
     changed = [sum(count_differing(masks[a][n], masks[b][n]) for n in masks[a]) for a, b in pairwise(UPDATES)]
-    assert all(changed[:-1])  # masks did move; at the last update Regrow drops nothing any more
+    if method == "confirmed":
+        assert changed[0] == changed[1] == 0 < changed[2]
+    else:
+        assert all(changed[:-1])  # masks did move; at the last update Regrow drops nothing any more
 
 
 def compare(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], tolerance: float) -> None:

@@ -71,11 +71,11 @@ def regrow(scores_OI: Tensor, gradients_OI: Tensor, pattern: Pattern, sparsity: 
         scores_OI: of kept weights; -inf = pruned.
         gradients_OI: what would be gained by growing, at least 0 and finite.
         pattern, sparsity: where zeros may stand, and how many.
-        fraction: share of the weights that ``sparsity`` leaves that are dropped, rounded as the pattern rounds.
+        fraction: share of the weights that the pattern keeps at this sparsity that are dropped.
     """
     kept_OI = pattern.mask(scores_OI, sparsity)
     group = pattern if isinstance(pattern, Unstructured) else Unstructured("row")
-    density = (1 - sparsity) * (1 - fraction)
+    density = float(kept_OI.double().mean()) * (1 - fraction)  # of what the pattern keeps, which N:M rounds up
     ranked_OI = torch.where(kept_OI, scores_OI, -torch.inf)
     survivors_OI = kept_OI & group.mask(ranked_OI, 1 - density + 1e-9)  # 1 - 0.4 * 0.5 is a little below 0.8
     return pattern.mask(torch.where(survivors_OI, torch.inf, gradients_OI), sparsity)

@@ -59,7 +59,7 @@ def test_a_schedule_takes_its_part_first():
 
 
 @given(
-    case=st.sampled_from([*PATTERNS, (NM(3, 4), 0.25)]),
+    case=st.sampled_from([*PATTERNS, (NM(3, 4), 0.25), (NM(2, 4), 0.4), (NM(2, 4), 0.49)]),
     fraction=st.sampled_from([0.01, 0.1, 0.3, 0.5, 1.0]),
     seed=st.integers(0, 2**31),
 )

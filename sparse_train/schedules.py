@@ -16,11 +16,13 @@ def check_sparsity(name: str, value: float) -> None:
         )
 
 
-def _check_rise(init_sparsity: float, final_sparsity: float) -> None:
+def _check_rise(init_sparsity: float, final_sparsity: float, ramp: float) -> None:
     check_sparsity("init_sparsity", init_sparsity)
     check_sparsity("final_sparsity", final_sparsity)
     if init_sparsity > final_sparsity:
         raise ValueError(f"Sparsity rises: init_sparsity ({init_sparsity}) must not be above {final_sparsity}.")
+    if not 0 < ramp <= 1:
+        raise ValueError(f"ramp is the share of the way on which sparsity rises, above 0 and at most 1, got {ramp}.")
 
 
 class Schedule(ABC):
@@ -46,30 +48,45 @@ class Constant(Schedule):
 
 @dataclass(frozen=True)
 class Linear(Schedule):
-    """From ``init_sparsity`` to ``final_sparsity`` in a straight line."""
+    """From ``init_sparsity`` to ``final_sparsity`` in a straight line, and on at ``final_sparsity``.
 
-    final_sparsity: float
-    init_sparsity: float = 0.0
-
-    def __post_init__(self) -> None:
-        _check_rise(self.init_sparsity, self.final_sparsity)
-
-    def sparsity(self, progress: float) -> float:
-        return self.init_sparsity * (1 - progress) + self.final_sparsity * progress  # exact at both ends
-
-
-@dataclass(frozen=True)
-class Cubic(Schedule):
-    """``s_f + (s_i - s_f) (1 - progress)^3``: fast at first, slow near the end.
-
-    Source: Zhu and Gupta, "To prune, or not to prune", arXiv 1710.01878, equation 1.
+    Args:
+        final_sparsity, init_sparsity: shares of zeros.
+        ramp: share of the way from first to last update on which it rises; behind it masks are re-pruned at
+            ``final_sparsity``. Of an N:M pattern, whose counts round down, the full one comes where the ramp ends.
     """
 
     final_sparsity: float
     init_sparsity: float = 0.0
+    ramp: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_rise(self.init_sparsity, self.final_sparsity)
+        _check_rise(self.init_sparsity, self.final_sparsity, self.ramp)
 
     def sparsity(self, progress: float) -> float:
-        return self.final_sparsity + (self.init_sparsity - self.final_sparsity) * (1 - progress) ** 3
+        risen = min(1.0, progress / self.ramp)
+        return self.init_sparsity * (1 - risen) + self.final_sparsity * risen  # exact at both ends
+
+
+@dataclass(frozen=True)
+class Cubic(Schedule):
+    """``s_f + (s_i - s_f) (1 - progress / ramp)^3``: fast at first, slow near the end of the ramp, then ``s_f``.
+
+    Source: Zhu and Gupta, "To prune, or not to prune", arXiv 1710.01878, equation 1.
+
+    Args:
+        final_sparsity, init_sparsity: shares of zeros.
+        ramp: share of the way from first to last update on which it rises; behind it masks are re-pruned at
+            ``final_sparsity``. Of an N:M pattern, whose counts round down, the full one comes where the ramp ends.
+    """
+
+    final_sparsity: float
+    init_sparsity: float = 0.0
+    ramp: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_rise(self.init_sparsity, self.final_sparsity, self.ramp)
+
+    def sparsity(self, progress: float) -> float:
+        left = 1 - min(1.0, progress / self.ramp)
+        return self.final_sparsity + (self.init_sparsity - self.final_sparsity) * left**3

@@ -185,10 +185,14 @@ def reached(runs: Runs) -> str:
 def lengths(runs: Runs) -> str:
     """Perplexity on held-out articles after other numbers of steps, at the learning rates of those of 100."""
     steps = (100, 300)
-    lines = [f"| `--arm` | {' | '.join(f'{n} steps' for n in steps)} |", "| --- " * (len(steps) + 1) + "|"]
+    head = ["`--arm`", *(f"{n} steps" for n in steps), *(f"over dense, {n} steps" for n in steps)]
+    lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
     for arm in LENGTHS:
         if runs.values(arm, "heldout", 300):
-            lines.append(f"| {arm} | {' | '.join(_perplexities(runs.values(arm, 'heldout', n)) for n in steps)} |")
+            over = [runs.change(arm, "dense", steps=n) if arm != "dense" else None for n in steps]
+            cells = [_perplexities(runs.values(arm, "heldout", n)) for n in steps]
+            cells += [f"{1 + each[0] / 100:.2f}" if each else "" for each in over]
+            lines.append(f"| {arm} | {' | '.join(cells)} |")
     return "\n".join(lines) if len(lines) > 2 else "Not measured yet."
 
 

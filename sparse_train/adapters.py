@@ -12,18 +12,24 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from sparse_train.matrices import MaskedLayer
+from sparse_train.matrices import MaskedLayer, is_linear
 
 _SPARSE = 0.05  # share of zeros above which a weight was pruned: training leaves none
 
 
 def guard_merges(model: nn.Module) -> None:
-    """Make adapters around masked layers refuse to merge: those in ``model``, and all that will be put around one."""
+    """Make adapters of ``model``, and later ones, refuse to merge into masked layers, and warn where it fills zeros.
+
+    What is guarded are the adapters' classes, so also those around other models; each looks at its base when it merges.
+    """
     for module in model.modules():
-        base = module._modules.get("base_layer")
-        if isinstance(base, MaskedLayer):
+        if _is_base(module._modules.get("base_layer")):
             _guard(type(module))
     _watch()
+
+
+def _is_base(module: nn.Module | None) -> bool:
+    return module is not None and is_linear(module)
 
 
 @functools.cache
@@ -33,7 +39,7 @@ def _watch() -> None:
 
 
 def _registered(owner: nn.Module, name: str, module: nn.Module | None) -> None:
-    if name == "base_layer" and isinstance(module, MaskedLayer):
+    if name == "base_layer" and _is_base(module):
         _guard(type(owner))
 
 
@@ -52,7 +58,7 @@ def _guard(adapter: Any) -> None:
                 "where the mask prunes. Keep the adapters apart: base and adapters can be saved by themselves. Or call "
                 "sparse_train.squash(model) first: what is merged then is what was trained, and dense."
             )
-        if float((base.weight == 0).float().mean()) > _SPARSE:
+        if base.weight.is_floating_point() and float((base.weight == 0).float().mean()) > _SPARSE:
             warnings.warn(
                 "Merging an adapter into a sparse layer: what comes out is what was trained, and dense. To keep the "
                 "zeros, keep base and adapter apart, or train with mask_lora.",

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sparse_train.adapters import guard_merges
 from sparse_train.inspection import InspectedLayer, layer_sparsities
 from sparse_train.layers import folded_state_dict
 from sparse_train.maskable import adapter_names
@@ -76,6 +77,11 @@ class LoRA(ModelSource):
         return self._base.license
 
     def load(self) -> Any:
+        model = self._wrapped()
+        guard_merges(model)  # the base may be a sparse folder, and have no mask that would have told
+        return model
+
+    def _wrapped(self) -> Any:
         peft = _peft()
         if self.adapter is not None:
             if not (Path(self.adapter) / "adapter_config.json").is_file():

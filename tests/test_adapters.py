@@ -113,6 +113,18 @@ def test_merging_of_ordinary_layers_is_as_before(ids):
     torch.testing.assert_close(merged(input_ids=ids[0]).logits, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_merging_into_a_sparse_folder_that_LoRA_has_loaded_warns(tmp_path):
+    base = tiny_llama()
+    prune(base, criterion=Magnitude())
+    export_model(base, None, tmp_path / "base")
+    script = (  # another process: nothing there has ever been masked
+        "import sys, warnings; from sparse_train.lora import LoRA; warnings.simplefilter('always');"
+        "LoRA(sys.argv[1]).load().merge_and_unload()"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "base")], capture_output=True, text=True)
+    assert "UserWarning: Merging an adapter into a sparse layer" in done.stderr
+
+
 def test_the_guard_needs_no_peft(tmp_path):
     script = (
         "import sys, torch, sparse_train; layer = torch.nn.Linear(8, 8); sparse_train.sparsify(layer, [layer]);"

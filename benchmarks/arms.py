@@ -92,10 +92,9 @@ ARMS: dict[str, Arm] = {
     # which score, from the same first mask
     "dynamic_magnitude": _arm("smollm2_2of4", *_FROM_WANDA),
     "dynamic_frozen_norms": _arm("smollm2_2of4", "memory=frozen"),
-    "dynamic_window": _arm("smollm2_2of4", "memory=0"),
+    "dynamic_window": _arm("smollm2_2of4", "memory=0", "flip_agreement=true"),  # which measures, and changes nothing
     "dynamic_memory50": _arm("smollm2_2of4", "memory=0.5"),
     "dynamic_memory90": _arm("smollm2_2of4", "memory=0.9"),
-    "dynamic_window_agreement": _arm("smollm2_2of4", "memory=0", "flip_agreement=true"),  # measures, changes nothing
     "dynamic_dense_norms": _arm("smollm2_2of4", "window=1", "--trainer.callbacks+=variants.DenseNorms"),
     # only where it is better by a margin
     "dynamic_hysteresis5": _arm("smollm2_2of4", "hysteresis=0.05"),
@@ -149,6 +148,12 @@ ARMS: dict[str, Arm] = {
     "dynamic_window_70": _arm("smollm2_unstructured60", *_70, "memory=0"),
     "dynamic_frozen_norms_70": _arm("smollm2_unstructured60", *_70, "memory=frozen"),
     "dynamic_magnitude_70": _arm("smollm2_unstructured60", *_70, *_FROM_WANDA),
+    "dynamic_k50_70": _arm("smollm2_unstructured60", *_70, "update_freq=50"),
+    "gradual_magnitude_70": _arm(
+        "smollm2_unstructured60",
+        *("mask_structure=unstructured", "criterion=Magnitude", "policy=Fixed", "end_step=0.5"),
+        *("sparsity=0.7", "schedule=Cubic", "schedule.final_sparsity=0.7"),
+    ),
     "regrow_70": _arm("smollm2_unstructured60", *_70, "policy=Regrow"),
     # low-rank, of q and v: beside the mask, where merging loses zeros, and inside it
     "lora": _arm("smollm2_2of4_lora"),

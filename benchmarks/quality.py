@@ -78,8 +78,8 @@ def main(
         tuning: evaluate on validation articles alone.
         wikitext: path of the WikiText-2 raw test text.
         c4: path of C4 documents, a JSON object with "text" a line.
-        teacher: folder of the model from which the arms named "tuned" learn: dense_seedN, which --arm dense --seed N
-            --export wrote, of this same seed.
+        teacher: folder of the model from which the arms named "tuned" learn: dense_seedN_STEPS, which --arm dense
+            --seed N --steps STEPS --export wrote, of this same seed and number of steps.
         export: folder for the trained model.
         out: CSV file.
     """
@@ -90,8 +90,8 @@ def main(
         steps, lr = 0, 0.0
     elif ARMS[arm].teacher != (teacher is not None):
         raise SystemExit(f"--teacher is for the arms {', '.join(name for name, each in ARMS.items() if each.teacher)}.")
-    if teacher is not None and Path(teacher).name != f"dense_seed{seed}":
-        raise SystemExit(f"The teacher has seen the same batches: --teacher names a folder dense_seed{seed}.")
+    if teacher is not None and Path(teacher).name != f"dense_seed{seed}_{steps}":
+        raise SystemExit(f"The teacher has seen the same tokens: --teacher names a folder dense_seed{seed}_{steps}.")
     path = Path(out)
     given = {"heldout": "", "wikitext2": wikitext, "c4": c4}
     wanted = [] if tuning else [name for name, text in given.items() if text is not None]
@@ -163,15 +163,20 @@ def _train(
             ]
         )
         logged = [row for file in Path(folder).rglob("metrics.csv") for row in rows.read(file)]
+    source = cli.model.source
+    return cli.model.model, flips(logged), source.name if isinstance(source, FromScratch) else MODEL_NAME
+
+
+def flips(logged: list[dict[str, str]]) -> dict[str, float]:
+    """Of the rows that a run has logged: flip rates and agreements of its first and last update."""
     found: dict[str, float] = {}
+    updates = [row for row in logged if row["step"] != "0"]  # there the first mask is reported, which flips nothing
     for key in ("flip_rate", "flip_agreement"):
-        values = [float(row[f"sparsity/{key}"]) for row in logged if row.get(f"sparsity/{key}")]
-        values = [value for value in values if value > 0]  # a first mask, and masks that are only confirmed, flip none
-        found |= {f"first_{key}": values[0], f"last_{key}": values[-1]} if values else {}
+        values = [float(row[f"sparsity/{key}"]) for row in updates if row.get(f"sparsity/{key}")]
+        found |= {f"first_{key}": values[0], f"last_{key}": values[-1]} if any(values) else {}  # static: only confirmed
     differing = [float(row["sparsity/initial_flip_rate"]) for row in logged if row.get("sparsity/initial_flip_rate")]
     found |= {"initial_flip_rate": differing[-1]} if differing else {}
-    source = cli.model.source
-    return cli.model.model, found, source.name if isinstance(source, FromScratch) else MODEL_NAME
+    return found
 
 
 def _oneshot(name: str) -> Any:

@@ -26,7 +26,7 @@ VARIANTS = {
     "dynamic": "as it is",
     "dynamic_hysteresis5": "hysteresis 5 %",
     "dynamic_hysteresis20": "hysteresis 20 %",
-    "dynamic_noise1": "a margin of 1 standard error; norms of the first mask left out",
+    "dynamic_noise1": "a margin of 1 standard error",
     "dynamic_window_hysteresis5": "norms of 5 steps, hysteresis 5 %",
     "dynamic_window_hysteresis20": "norms of 5 steps, hysteresis 20 %",
     "dynamic_window_noise1": "norms of 5 steps, a margin of 1 standard error",
@@ -76,10 +76,12 @@ UNSTRUCTURED = {
     "static_70": "static, no gradient to pruned weights",
     "static_ste_70": "static, straight-through",
     "dynamic_70": "re-pruned every 10 steps (the default)",
+    "dynamic_k50_70": "re-pruned every 50 steps",
     "dynamic_window_70": "re-pruned every 10 steps, running norms of 5 steps",
     "dynamic_frozen_norms_70": "re-pruned every 10 steps, norms of the first mask",
     "dynamic_magnitude_70": "re-pruned every 10 steps, magnitude",
     "regrow_70": "Regrow: gradient",
+    "gradual_magnitude_70": "gradual magnitude: from dense to 70 % until step 50",
 }
 LOW_RANK = {
     "oneshot_wanda": "none: one-shot Wanda",

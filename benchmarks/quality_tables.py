@@ -75,9 +75,17 @@ class Runs:
         return statistics.mean(values.values()) if values else None
 
     def best(self, arms: Iterable[str]) -> str | None:
-        """Of the arms that were run, the one with the best tuning row; what is reported chooses nothing."""
-        tried = {arm: self.tuning(arm).values() for arm in arms if self.reported(arm) and self.tuning(arm)}
-        return min(tried, key=lambda arm: min(float(row["validation"]) for row in tried[arm])) if tried else None
+        """Of the arms that were run, the lowest on validation articles, which are not reported.
+
+        By their tuning rows where all of them have some, otherwise by the runs that are reported on other texts.
+        """
+        run = [arm for arm in arms if self.reported(arm)]
+        rows = {arm: list(self.tuning(arm).values()) for arm in run}
+        if all(rows.values()):
+            found = {arm: min(float(row["validation"]) for row in rows[arm]) for arm in run}
+        else:
+            found = {arm: statistics.mean(self.values(arm, "validation").values()) for arm in run}
+        return min(found, key=lambda arm: found[arm]) if found else None
 
     def change(self, arm: str, other: str, text: str = "heldout", steps: int = 100) -> tuple[float, list[float]] | None:
         """Mean and each of the paired changes of perplexity, in per cent of ``other``, over the seeds of both."""
@@ -103,10 +111,18 @@ def _change(change: tuple[float, list[float]] | None) -> str:
     return f"{mean:+.1f} % ({shown})" if len(each) > 1 else f"{mean:+.1f} %"
 
 
+def _first_to_last(found: dict[int, dict[str, str]], key: str, digits: int) -> str:
+    """Of the first seed that has it, in per cent."""
+    row = next((row for row in found.values() if row[f"first_{key}"]), None)
+    return " to ".join(f"{100 * float(row[f'{end}_{key}']):.{digits}f} %" for end in ("first", "last")) if row else ""
+
+
 def table(runs: Runs, arms: dict[str, str], against: str | None, label: str, steps: int = 100) -> str:
     """Perplexities of arms on all texts, and the paired change against one of them on held-out articles."""
     name = f"held-out against {label}" if against else ""
-    head = ["arm", "`--arm`", "lr", "seeds", *TEXTS.values(), "flip rate, first to last", *([name] if name else [])]
+    halved = any(row["first_flip_agreement"] for arm in arms for row in runs.reported(arm, steps).values())
+    head = ["arm", "`--arm`", "lr", "seeds", *TEXTS.values(), "flip rate, first to last"]
+    head += [*(["of these not noise"] if halved else []), *([name] if name else [])]
     lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
     for arm, words in arms.items():
         found = runs.reported(arm, steps)
@@ -114,11 +130,11 @@ def table(runs: Runs, arms: dict[str, str], against: str | None, label: str, ste
             continue
         row = next(iter(found.values()))
         lr = "" if row["steps"] == "0" else f"{float(row['lr']):g}" + ("" if runs.has_grid(arm) else " *")
-        flips = ""
-        if row["first_flip_rate"] and "gradual" not in arm:  # there flips are pruning
-            flips = " to ".join(f"{100 * float(row[key]):.2f} %" for key in ("first_flip_rate", "last_flip_rate"))
         cells = [words, arm, lr, ", ".join(map(str, sorted(found)))]
-        cells += [_perplexities(runs.values(arm, text, steps)) for text in TEXTS] + [flips]
+        cells += [_perplexities(runs.values(arm, text, steps)) for text in TEXTS]
+        rises = arm.startswith(("gradual", "scratch"))  # there flips are pruning
+        cells += ["" if rises else _first_to_last(found, "flip_rate", 2)]
+        cells += [_first_to_last(found, "flip_agreement", 0)] if halved else []
         if against:
             cells.append(
                 "" if arm == against or row["steps"] == "0" else _change(runs.change(arm, against, steps=steps))
@@ -169,10 +185,12 @@ def reached(runs: Runs) -> str:
         star = "" if runs.has_grid(arm) and runs.has_grid(other) else " *"
         seeds = len(change[1]) if change else 0
         lines.append(f"| {words} | {wanted} | {_change(change) + star if change else 'not measured'} | {seeds or ''} |")
-    best = runs.best(arm for arm in {**MAIN, **SCORES, **VARIANTS, **STARTS, **DISTILLATION} if arm not in UNPRUNED)
+    arms = {**MAIN, **SCORES, **VARIANTS, **STARTS, **DISTILLATION}
+    best = runs.best(arm for arm in arms if arm not in UNPRUNED and runs.has_grid(arm))
     for steps in (100, 300):
         change = runs.change(best, "dense", steps=steps) if best else None
-        ratio = f"{1 + change[0] / 100:.2f} ({best})" if change else "not measured"
+        star = "" if runs.has_grid("dense") else " *"
+        ratio = f"{1 + change[0] / 100:.2f} ({best}){star}" if change else "not measured"
         wanted, seeds = "1.35" if steps == 300 else "", len(change[1]) if change else ""
         words = f"the best 2:4 arm of those with learning rates of their own, over dense fine-tuning, {steps} steps"
         lines.append(f"| {words} | {wanted} | {ratio} | {seeds} |")

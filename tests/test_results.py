@@ -8,7 +8,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import arms  # noqa: E402
 import oneshot_tables  # noqa: E402
+import quality_labels  # noqa: E402
 import quality_tables  # noqa: E402
 import zeroshot_tables  # noqa: E402
 
@@ -31,17 +33,24 @@ def test_tables_on_training_are_made_from_the_rows(page, made):
     assert shown(quality_tables, page) == getattr(quality_tables, made)().strip()
 
 
+def test_every_arm_has_a_place_in_a_table():
+    tables = [each for name, each in vars(quality_labels).items() if name.isupper() and isinstance(each, dict)]
+    labelled = {arm for table in tables for arm in table}
+    assert labelled == {"none", *arms.ARMS, *arms.ONESHOT}
+
+
 def test_an_arm_is_reported_at_its_best_learning_rate_and_on_seeds_that_chose_nothing(tmp_path):
-    columns = "arm,seed,steps,lr,tuning,validation,heldout,wikitext2,c4,sparsity,first_flip_rate,last_flip_rate"
+    columns = "arm,seed,steps,lr,tuning,validation,heldout,wikitext2,c4,sparsity,"
+    columns += "first_flip_rate,last_flip_rate,first_flip_agreement,last_flip_agreement"
     rows = [
-        "dynamic,0,50,0.1,True,30,,,,0.5,0.02,0.01",
-        "dynamic,0,50,0.2,True,20,,,,0.5,0.02,0.01",
-        "dynamic,0,50,0.3,True,25,,,,0.5,0.02,0.01",
-        "dynamic,1,100,0.1,False,9,9,9,9,0.5,0.02,0.01",
-        "dynamic,1,100,0.2,False,18,18,36,,0.5,0.02,0.01",
-        "dynamic,2,100,0.2,False,20,22,44,,0.5,0.02,0.01",
-        "static,1,100,0.2,False,20,20,40,,0.5,,",
-        "static,2,100,0.2,False,20,20,40,,0.5,,",
+        "dynamic,0,50,0.1,True,30,,,,0.5,0.02,0.01,,",
+        "dynamic,0,50,0.2,True,20,,,,0.5,0.02,0.01,,",
+        "dynamic,0,50,0.3,True,25,,,,0.5,0.02,0.01,,",
+        "dynamic,1,100,0.1,False,9,9,9,9,0.5,0.02,0.01,,",
+        "dynamic,1,100,0.2,False,18,18,36,,0.5,0.02,0.01,,",
+        "dynamic,2,100,0.2,False,20,22,44,,0.5,0.02,0.01,,",
+        "static,1,100,0.2,False,20,20,40,,0.5,,,,",
+        "static,2,100,0.2,False,20,20,40,,0.5,,,,",
     ]
     path = tmp_path / "rows.csv"
     path.write_text("\n".join([columns, *rows]) + "\n")

@@ -37,7 +37,7 @@ from sparse_train.matrices import MaskedLayer
 from sparse_train.oneshot.first_mask import check_initial
 from sparse_train.patterns import Pattern, group_label
 from sparse_train.policies import MaskPolicy
-from sparse_train.pruner import UpdateReport
+from sparse_train.pruner import UpdateReport, expect
 from sparse_train.run_settings import RunSettings, check_settings
 from sparse_train.schedules import Schedule
 from sparse_train.sharding import check_layout
@@ -154,6 +154,7 @@ class DynamicPruning(L.Callback):
             noise_margin=noise_margin,
             flip_agreement=flip_agreement,
         )
+        expect("mask_lora", mask_lora, MaskLoRA(), MaskLoRA)
         check_initial(initial_criterion, self._settings.mask_structure, mask_lora)
         self._calibration_batches = calibration_batches
         self._initial_criterion = initial_criterion
@@ -161,6 +162,8 @@ class DynamicPruning(L.Callback):
         self._squash = squash
         self._restored: dict[str, Any] | None = None
         self._global_step = 0
+        self._metrics: dict[str, float] = {}  # of the latest update, also where another process has made it
+        self._logged = False
         self._load_hook: Any = None
         self._was_dense = False
         self._ended: dict[str, Any] | None = None  # the state at the end of a fit that keeps its masks
@@ -252,9 +255,12 @@ class DynamicPruning(L.Callback):
             )
         if self._restored is None:
             make_first_mask(trainer, pl_module, self._settings, self._calibration_batches, self._initial_criterion)
+        total_steps = None
+        if pl_module.automatic_optimization:  # of this fit: another one may have gone before it in the same trainer
+            total_steps = trainer.estimated_stepping_batches - trainer.global_step
         self.updater = MaskUpdater(
             pl_module,
-            total_steps=trainer.estimated_stepping_batches if pl_module.automatic_optimization else None,
+            total_steps=total_steps,
             state=self._restored,
             **vars(self._settings),
         )
@@ -265,6 +271,8 @@ class DynamicPruning(L.Callback):
             f"{timing.start_step} on and at step {timing.end_step}, and are frozen afterwards."
         )
         self._global_step = trainer.global_step if self._restored is None else self._restored["global_step"]
+        self._metrics = {} if self._restored is None else self._restored.get("metrics", {})
+        self._logged = False
         if self._restored is None and self.updater.target is not None:
             self._log_update(trainer, self.updater.report())
         self._restored = self._ended = None
@@ -289,9 +297,12 @@ class DynamicPruning(L.Callback):
         assert self.updater is not None
         self.updater.token_mask = None
         report = self._advance(trainer, pl_module)
-        if report is not None:  # for what monitors metrics, such as EarlyStopping, and two for progress bars
-            for name, value in report.metrics().items():
-                pl_module.log(name, value, logger=False, prog_bar=name in ("sparsity/actual", "sparsity/flip_rate"))
+        if report is None and self._logged:
+            return
+        # for what monitors metrics, such as EarlyStopping, which may ask ahead of the first update; and two for bars
+        for name, value in (self._metrics or self.updater.report().metrics()).items():
+            pl_module.log(name, value, logger=False, prog_bar=name in ("sparsity/actual", "sparsity/flip_rate"))
+        self._logged = True
 
     def _advance(self, trainer: L.Trainer, pl_module: L.LightningModule) -> UpdateReport | None:
         # Micro-batches do not move the count of optimizer steps; a batch that steps several optimizers is one step.
@@ -305,9 +316,9 @@ class DynamicPruning(L.Callback):
         return report
 
     def _log_update(self, trainer: L.Trainer, report: UpdateReport) -> None:
-        self.last_report = report
+        self.last_report, self._metrics = report, report.metrics()
         for logger in trainer.loggers:  # straight to them: updates need not coincide with log_every_n_steps
-            logger.log_metrics(report.metrics(), step=trainer.global_step)
+            logger.log_metrics(self._metrics, step=trainer.global_step)
 
     # --- after training, and checkpoints -----------------------------------------------------------------------------
 
@@ -320,6 +331,13 @@ class DynamicPruning(L.Callback):
                 self.updater.steps,
                 final,
                 self.updater.target,
+                self.updater.timing.end_step,
+            )
+        elif self.updater is not None and self.updater.steps < self.updater.timing.end_step:
+            _log.warning(
+                "The run ended after %d steps, with masks that were to change until step %d (end_step): there were no "
+                "last steps under masks that stay.",
+                self.updater.steps,
                 self.updater.timing.end_step,
             )
         if self.updater is not None and self.updater.steps == 0:
@@ -355,7 +373,7 @@ class DynamicPruning(L.Callback):
             return self._ended or self._restored or {}
         if not all(isinstance(layer, MaskedLayer) for layer in self.updater.layers.values()):
             return {}  # squashed: a checkpoint of this model is one of a dense model with zeros
-        return {**self.updater.state_dict(), "global_step": self._global_step}
+        return {**self.updater.state_dict(), "global_step": self._global_step, "metrics": self._metrics}
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         if self._mask_lora is not None:

@@ -171,6 +171,30 @@ def _decayed(weight_RI: Tensor, layer: MaskedMatrix, rows: slice, rules: Rules) 
     return torch.where(layer.unpacked_mask()[rows], weight_RI, weight_RI * rules.shadow_factor)
 
 
+def _scores(
+    criterion: Criterion, weight_OI: Tensor, stats: ActivationNorm | None, column_sums_I: Tensor | None
+) -> Tensor:
+    try:
+        if column_sums_I is None:
+            scores_OI = criterion.scores(weight_OI, stats)
+        else:
+            scores_OI = criterion.scores_of_rows(weight_OI, stats, column_sums_I)
+    except (AttributeError, TypeError) as error:
+        if stats is None:
+            raise ValueError(
+                f"{criterion} failed, and was given stats=None: {error}. A criterion that reads activation norms says "
+                "so with needs_activations = True in its class."
+            ) from error
+        raise
+    if not isinstance(scores_OI, Tensor) or scores_OI.shape != weight_OI.shape:
+        given = f"shape {tuple(scores_OI.shape)}" if isinstance(scores_OI, Tensor) else type(scores_OI).__name__
+        raise ValueError(
+            f"{criterion} gave {given} as scores of a weight of shape {tuple(weight_OI.shape)}: a criterion returns a "
+            "float32 score for each weight (Criterion.scores)."
+        )
+    return scores_OI.float()
+
+
 def _admitted(
     layer: MaskedMatrix, weight_OI: Tensor, rows: slice, rules: Rules, column_sums_I: Tensor | None
 ) -> tuple[Tensor, Tensor, bool]:
@@ -182,10 +206,7 @@ def _admitted(
     if rules.half is not None:
         assert isinstance(stats, HalvedNorm)
         stats = stats.alone(rules.half)
-    if column_sums_I is None:
-        scores_OI = rules.criterion.scores(weight_OI, stats)
-    else:
-        scores_OI = rules.criterion.scores_of_rows(weight_OI, stats, column_sums_I)
+    scores_OI = _scores(rules.criterion, weight_OI, stats, column_sums_I)
     # the sum is finite where all are, and ten times faster to look at; it may overflow where none is infinite
     finite = bool(scores_OI.sum().isfinite()) or bool(scores_OI.isfinite().all())
     if stats is not None and bool((stats.sum_squares_I == 0).any()):

@@ -43,14 +43,15 @@ class Margin:
         """Scores for selection (O, I).
 
         Args:
-            scores_OI: at least 0, or -inf: pruned first.
+            scores_OI: of any sign; -inf = pruned first.
             keep_OI: the mask so far.
             error_OI: standard errors of the scores; None = not known, under a ``noise_margin`` taken for infinite.
         """
         unsure = self.noise_margin > 0 and error_OI is None
         if unsure or torch.inf in (self.hysteresis, self.noise_margin):
             return only_kept(scores_OI, keep_OI)
-        ahead_OI = scores_OI * (1 + self.hysteresis)
+        ahead_OI = scores_OI * torch.where(scores_OI < 0, 1 - self.hysteresis, 1 + self.hysteresis)
+        ahead_OI = torch.where(scores_OI == -torch.inf, scores_OI, ahead_OI)
         if error_OI is not None:
             ahead_OI = ahead_OI + error_OI * self.noise_margin
             scores_OI = scores_OI - error_OI * self.noise_margin

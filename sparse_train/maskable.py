@@ -66,7 +66,10 @@ def adapter_names(model: nn.Module) -> set[str]:
 
 
 def tied_names(model: nn.Module) -> set[str]:
-    """Modules that share a parameter with another."""
-    parameters = list(model.named_parameters(remove_duplicate=False))
-    uses = Counter(id(parameter) for _, parameter in parameters)
-    return {name.rpartition(".")[0] for name, parameter in parameters if uses[id(parameter)] > 1}
+    """Modules that share a parameter with another; one module under two names shares nothing."""
+    owners = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
+    return {
+        name
+        for name, module in model.named_modules()
+        if any(owners[id(parameter)] > 1 for parameter in module.parameters(recurse=False))
+    }

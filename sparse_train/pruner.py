@@ -190,7 +190,8 @@ def check_masks(layers: Mapping[str, MaskedMatrix], pattern: Pattern, sparsity: 
             raise ValueError(
                 f"The model has masks already, and those of {name} are not {pattern} at a sparsity of {sparsity:g}, "
                 "which this run starts with. Squash the model first to begin with new masks; to resume a run, pass "
-                "its state, or build the updater before loading the model's state dict."
+                "its state (MaskUpdater(..., state=...)); to train under these masks as they are, leave updater or "
+                "callback out, and squash the model at the end."
             )
 
 

@@ -11,7 +11,7 @@ from sparse_train.margins import Margin, check_margin
 from sparse_train.patterns import Pattern, group_label, resolve_target
 from sparse_train.policies import MaskPolicy, StraightThrough
 from sparse_train.pruner import expect
-from sparse_train.schedules import Schedule
+from sparse_train.schedules import Cubic, Schedule
 from sparse_train.solvers import Solver
 from sparse_train.timing import check_update_freq
 
@@ -61,6 +61,8 @@ class RunSettings:
                 "Criterion such as Wanda()."
             )
         scores = expect("criterion", criterion, Wanda(), Criterion)
+        if schedule is not None:
+            expect("schedule", schedule, Cubic(0.5), Schedule)
         pattern, schedule = resolve_target(mask_structure, sparsity, schedule, scores.group)
         return RunSettings(
             pattern,

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 def check_sparsity(name: str, value: float) -> None:
     """Raise ValueError unless ``0 <= value < 1``."""
+    if not isinstance(value, (int, float)):
+        raise ValueError(f"{name} is the share of weights that are zero, a number such as 0.5, got {value!r}.")
     if not 0 <= value < 1:
         raise ValueError(
             f"{name} must be at least 0 and below 1 (the share of weights that are zero), got {value}."

@@ -3,6 +3,7 @@
 Recipes name these classes; a new source is a subclass.
 """
 
+import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 from sparse_train import packaged
+from sparse_train.packed_folder import SUFFIX
 from sparse_train.suggestions import did_you_mean
 
 
@@ -68,6 +70,7 @@ class Pretrained(ModelSource):
     def load(self) -> Any:
         from transformers import AutoModelForCausalLM
 
+        self._check_folder()
         dtype = self.dtype if self.dtype == "auto" else float_dtype(self.dtype)
         try:
             model = AutoModelForCausalLM.from_pretrained(
@@ -83,10 +86,21 @@ class Pretrained(ModelSource):
     def tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
+        if Path(self.path).is_file():
+            self._check_folder()
         try:
             return AutoTokenizer.from_pretrained(self.path, gguf_file=self.gguf_file)
         except OSError as error:
             raise self._not_found("tokenizer", error) from error
+
+    def _check_folder(self) -> None:
+        if Path(self.path).is_file():
+            raise ValueError(
+                f"{self.path} is a file, and models are loaded from folders. A checkpoint of a training run becomes "
+                f"one by: sparse-train export {self.path} FOLDER."
+            )
+        if any(Path(self.path).glob(f"*{SUFFIX}")):
+            raise ValueError(f"{self.path} is packed. Unpack it first: sparse-train unpack {self.path} FOLDER.")
 
     def _not_found(self, what: str, error: OSError) -> ValueError:
         local = "" if Path(self.path).exists() else "There is no local folder of that name, and from the hub: "
@@ -95,6 +109,7 @@ class Pretrained(ModelSource):
 
     def folder(self) -> Path:
         """The local folder with the files, fetched from the hub where there is none."""
+        self._check_folder()
         if Path(self.path).is_dir():
             return Path(self.path)
         from huggingface_hub import snapshot_download
@@ -174,6 +189,17 @@ def float_dtype(name: str) -> torch.dtype:
     return dtype
 
 
-def as_model_source(model: ModelSource | str) -> ModelSource:
-    """A source for a Hugging Face id or a local folder; a source is returned as it is."""
-    return Pretrained(model) if isinstance(model, str) else model
+def as_model_source(model: ModelSource | str | os.PathLike[str]) -> ModelSource:
+    """A source for a Hugging Face id or a local folder; a source is returned as it is.
+
+    Raises:
+        ValueError: it is none of them, such as a model or a tokenizer itself.
+    """
+    if isinstance(model, ModelSource):
+        return model
+    if not isinstance(model, (str, os.PathLike)):
+        raise ValueError(
+            f"A model source, a Hugging Face id or a local folder is wanted, got a {type(model).__name__}. A model "
+            "that you have built goes into a LightningModule of your own, or into a subclass of ModelSource."
+        )
+    return Pretrained(os.fspath(model))

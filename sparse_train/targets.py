@@ -143,10 +143,23 @@ def _match(model: nn.Module, patterns: Sequence[str], argument: str, fused: Mapp
             names = {n for n in layers if any(n == hit or n.startswith(f"{hit}.") for hit in hits)} or hits
         if not names:
             raise ValueError(
-                f"{argument}: {text!r} matches no layer of {type(model).__name__}." + did_you_mean(text, layers)
+                f"{argument}: {text!r} matches no layer of {type(model).__name__}." + _in_full(text, layers)
             )
         matched |= names
     return [name for name in [*modules, *fused] if name in matched]
+
+
+def _in_full(text: str, layers: Sequence[str]) -> str:
+    """What to write in the place of a text that is only the end, or another part, of names."""
+    part = text.removeprefix("re:").lstrip("^")
+    try:
+        found = [name for name in layers if re.search(rf"(^|\.)({part})(\.|$)", name)]
+    except re.error:
+        found = []
+    if not found:
+        return did_you_mean(text, layers)
+    end = "$" if any(re.search(rf"({part})$", name) for name in found) else r"\."
+    return rf" Names are matched from their start, such as {found[0]}: write 're:(.*\.)?({part}){end}'."
 
 
 def _misfit(errors: dict[str, ValueError]) -> ValueError:

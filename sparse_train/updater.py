@@ -1,5 +1,6 @@
 """``MaskUpdater``: the pipeline over a training run, schedule -> scores -> masks -> policy; needs torch alone."""
 
+import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -10,7 +11,7 @@ from torch.optim import Optimizer
 
 from sparse_train.choice import Rules
 from sparse_train.criteria import Criterion
-from sparse_train.distributed import gather_objects
+from sparse_train.distributed import gather_objects, rank
 from sparse_train.earlier_windows import EarlierWindows, Memory
 from sparse_train.input_sharing import InputSharing
 from sparse_train.layers import fold, sparsify
@@ -45,6 +46,8 @@ from sparse_train.schedules import Schedule
 from sparse_train.sharding import check_layout, reshard
 from sparse_train.targets import select
 from sparse_train.timing import Timing
+
+_log = logging.getLogger(__name__)
 
 
 class MaskUpdater:
@@ -174,7 +177,7 @@ class MaskUpdater:
         self.target: float | None = initial if masked else None
         """Sparsity of the masks as they are; None before the first."""
         self._last_update = 0
-        self._sharing_known = False
+        self._sharing_known = self._warned = False
         self._earlier = EarlierWindows(self.layers, run.memory)
         if masked and state is None:
             # also "cumulative" means all there is: the norms behind the first mask are the first that are remembered
@@ -257,8 +260,15 @@ class MaskUpdater:
 
     def _confirm(self) -> UpdateReport:
         check_agreement(self.layers)  # statistics stay: nothing was recorded, and a sum would count what is remembered
-        for layer in self.layers.values():
-            layer.reached = False
+        unreached = [name for name, layer in self.layers.items() if not layer.reached]
+        if unreached and len(unreached) < len(self.layers) and not self._warned and rank() == 0:
+            self._warned = True
+            _log.warning(
+                "%s is a target, and no forward has reached it so far: if its weight is read in another way, its mask "
+                "has no effect until it is folded in at the end. Leave it out with ignore=[%r].",
+                unreached[0],
+                unreached[0],
+            )
         return self.report()
 
     def report(self) -> UpdateReport:

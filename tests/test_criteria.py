@@ -1,11 +1,13 @@
 import pytest
 import torch
 
+from sparse_train import prune
 from sparse_train.activations import ActivationNorm
-from sparse_train.criteria import RIA, Magnitude, Random, Wanda, WandaCumulative
+from sparse_train.criteria import RIA, Criterion, Magnitude, Random, Wanda, WandaCumulative
 from sparse_train.patterns import NM, Unstructured
 
 from . import reference
+from .conftest import tiny_llama
 from .reference import row_mask, wanda_scores
 
 
@@ -65,3 +67,38 @@ def test_random_is_the_same_for_a_seed_and_differs_between_layers():
     assert not torch.equal(Random(1).scores(weights[0]), Random(1).scores(weights[1]))
     mask = NM(2, 4).mask(Random().scores(weights[0]), 0.5)
     assert torch.equal(NM(2, 4).mask(Random().scores(weights[0] * mask), 0.5), mask)  # zeros go first
+
+
+class _Faulty(Criterion):
+    def __init__(self, scores):
+        self._scores = scores
+
+    def scores(self, weight_OI, stats):
+        return self._scores(weight_OI, stats)
+
+
+@pytest.mark.parametrize("structure", ["2:4", "unstructured"])
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        (lambda w, stats: w.abs()[:, :1], r"gave shape \(32, 1\) as scores of a weight of shape \(32, 32\)"),
+        (lambda w, stats: None, "gave NoneType as scores"),
+        (lambda w, stats: w.abs() * stats.norm_I, "needs_activations = True"),
+    ],
+)
+def test_what_a_criterion_of_ones_own_gets_wrong(structure, scores, message):
+    sparsity = None if structure == "2:4" else 0.5
+    with pytest.raises(ValueError, match=message):
+        prune(tiny_llama(), mask_structure=structure, sparsity=sparsity, criterion=_Faulty(scores))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("structure", ["2:4", "unstructured"])
+def test_scores_of_other_dtypes_are_taken_as_float32(structure, dtype):
+    ours, theirs = tiny_llama(), tiny_llama()
+    sparsity = None if structure == "2:4" else 0.5
+    prune(ours, mask_structure=structure, sparsity=sparsity, criterion=_Faulty(lambda w, stats: w.abs().to(dtype)))
+    expected = _Faulty(lambda w, stats: w.abs().to(dtype).float())
+    prune(theirs, mask_structure=structure, sparsity=sparsity, criterion=expected)
+    for name, value in ours.state_dict().items():
+        assert torch.equal(value, theirs.state_dict()[name])

@@ -8,10 +8,11 @@ import torch
 import yaml
 
 from sparse_train.data import TextBlocks, blocks_of, calibration_batches
+from sparse_train.packed_folder import pack_folder
 from sparse_train.sources import FromScratch, Pretrained, as_model_source
 from sparse_train.texts import HubText, PackagedWikipedia, PythonStandardLibrary, TextFiles, TextSource
 
-from .conftest import tiny_tokenizer
+from .conftest import tiny_llama, tiny_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
@@ -264,3 +265,18 @@ def test_a_column_that_is_not_there_is_named(monkeypatch):
         ValueError, match="org/data has no column 'sentense'; it has 'sentence', 'label'.*Did you mean 'sentence'"
     ):
         HubText("org/data", column="sentense").documents("train")
+
+
+def test_what_is_no_source_is_told_at_once(model_folder, tmp_path):
+    assert as_model_source(model_folder) == Pretrained(str(model_folder))  # a Path
+    with pytest.raises(ValueError, match="got a LlamaForCausalLM. A model that you have built"):
+        as_model_source(tiny_llama())
+    checkpoint = tmp_path / "last.ckpt"
+    checkpoint.write_text("")
+    for ask in (Pretrained.load, Pretrained.tokenizer, Pretrained.folder):
+        with pytest.raises(ValueError, match=r"last.ckpt is a file.*sparse-train export .*last.ckpt FOLDER"):
+            ask(Pretrained(str(checkpoint)))
+    pack_folder(model_folder, tmp_path / "packed")
+    for ask in (Pretrained.load, Pretrained.folder):
+        with pytest.raises(ValueError, match="packed is packed. Unpack it first: sparse-train unpack"):
+            ask(Pretrained(str(tmp_path / "packed")))

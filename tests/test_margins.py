@@ -231,3 +231,11 @@ def test_hysteresis_is_not_negative(hysteresis):
 def test_a_margin_without_effect_is_refused():
     with pytest.raises(ValueError, match=r"Margin.hysteresis=0.1.* has no effect with Fixed\(\)"):
         MaskUpdater(tiny_llama(), "2:4", policy=Fixed(), hysteresis=0.1, total_steps=20)
+
+
+@pytest.mark.parametrize("hysteresis", [0.5, 1.0, 3.0])
+def test_hysteresis_keeps_what_is_kept_whatever_the_sign_of_scores(hysteresis):
+    scores = torch.tensor([[2.0, -2.0, 0.0, -torch.inf]])
+    kept = Margin(hysteresis).apply(scores, torch.ones(1, 4, dtype=torch.bool), None)
+    assert kept.tolist() == [[2 * (1 + hysteresis), -2 * (1 - hysteresis), 0.0, -torch.inf]]
+    assert torch.equal(Margin(hysteresis).apply(scores, torch.zeros(1, 4, dtype=torch.bool), None), scores)

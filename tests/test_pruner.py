@@ -425,3 +425,34 @@ def test_padding_that_cannot_be_told_apart_is_said_once(caplog):
         model(input_ids=batch, labels=batch).loss.backward()
         updater.step()
     assert caplog.text.count("does not fit a layer's input of shape (2, 16, 32)") == 1
+
+
+def test_fixed_masks_that_no_forward_sees_are_said_once(caplog):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.last = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.last(nn.functional.linear(self.a(x), self.b.weight))
+
+    model = Model()
+    updater = MaskUpdater(model, "2:4", criterion=Magnitude(), policy=Fixed(), update_freq=1, total_steps=10)
+    for _ in range(3):
+        model(torch.randn(2, 8))
+        updater.step()
+    assert caplog.text.count("b is a target, and no forward has reached it so far") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"update_freq": 2.5}, "whole number of steps between mask updates, at least 1, got 2.5"),
+        ({"schedule": 0.5}, r"schedule is an object such as Cubic"),
+        ({"schedule": Cubic}, r"schedule is an object such as Cubic"),
+        ({"mask_structure": "unstructured", "sparsity": "0.5"}, "a number such as 0.5, got '0.5'"),
+    ],
+)
+def test_settings_of_the_wrong_kind(llama, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        MaskUpdater(llama, **({"mask_structure": "2:4", "total_steps": 10} | arguments))

@@ -49,6 +49,31 @@ def test_names_classes_and_expressions(llama):
     assert len(names(llama, targets=["Linear"], ignore=["lm_head"])) == 21
 
 
+def test_a_module_under_two_names_shares_nothing(llama):
+    root = nn.Module()
+    root.net, root.backbone, root.blocks = llama, llama.model, llama.model.layers
+    assert len(names(root)) == 21
+    aliased = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    aliased.encoder = aliased[0]
+    assert names(aliased) == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "written"),
+    [
+        ({"targets": ["q_proj"]}, "such as model.layers.0.self_attn.q_proj: write 're:(.*\\.)?(q_proj)$'."),
+        ({"ignore": ["re:(gate|up)_proj"]}, "write 're:(.*\\.)?((gate|up)_proj)$'."),
+        ({"ignore": ["layers.0"]}, "write 're:(.*\\.)?(layers.0)\\.'."),
+    ],
+)
+def test_a_part_of_a_name_is_told_what_to_write(llama, arguments, written):
+    with pytest.raises(ValueError) as error:
+        names(llama, **arguments)
+    assert written in str(error.value)
+    argument = next(iter(arguments))
+    assert names(llama, **{argument: [written.split("'")[1]]})  # and that is right
+
+
 class MyAttention(nn.Module):
     def __init__(self):
         super().__init__()

@@ -1,7 +1,9 @@
 """The first mask of a training run, whatever trains: one-shot pruning that leaves pruned weights in the shadow."""
 
+import logging
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import nn
 
 from sparse_train import masks
@@ -13,10 +15,13 @@ from sparse_train.matrices import MaskedLayer
 from sparse_train.oneshot import set_initial_masks
 from sparse_train.oneshot.engine import Method, Undo
 from sparse_train.oneshot.walk import Batch
-from sparse_train.patterns import Pattern
-from sparse_train.pruner import check_masks, expect
+from sparse_train.patterns import Pattern, group_label
+from sparse_train.pruner import check_masks, expect, measure
 from sparse_train.sharding import has_masters
 from sparse_train.solvers import Solver, SparseGPT
+
+_log = logging.getLogger(__name__)
+_PRUNED = 0.005  # share of kept weights that are zero above which a model was pruned: weights of 4 bits have 0.0003
 
 
 def check_initial(method: Method | None, pattern: Pattern, mask_lora: MaskLoRA | None = None) -> None:
@@ -83,13 +88,37 @@ def make(
             save=undo.save,
         )
         check_masks(own, pattern, sparsity)  # a solver of the user's own may have kept others
-    except BaseException:
+    except BaseException as error:
         undo.restore()
         for layer in own.values():
             masks.fill_full(layer.weight_mask, layer.in_features)  # as they were
+        if isinstance(error, (TypeError, IndexError, RuntimeError)) and not isinstance(error, torch.OutOfMemoryError):
+            raise ValueError(
+                f"One-shot pruning makes the first mask from batches of the training data, and {type(model).__name__} "
+                f"did not take one of them as it is: {error}. With calibration_batches=0 the first mask comes from the "
+                "first steps of training instead, which run dense; a calibration_dataloader of the data module gives "
+                "other batches."
+            ) from error
         raise
+    _warn_of_zeros(own, pattern, sparsity)
     if isinstance(method, Solver):  # linear algebra may round otherwise on other hardware
         take_from_rank_0([tensor for each in own.values() for tensor in (each.weight_OI.detach(), each.weight_mask)])
+
+
+def _warn_of_zeros(layers: Mapping[str, MaskedLayer], pattern: Pattern, sparsity: float) -> None:
+    kept = sum(masks.count(layer.weight_mask) for layer in layers.values())
+    counts = measure(layers).values()
+    size, zeros = sum(each.size for each in counts), sum(each.zeros for each in counts)
+    share = (zeros - (size - kept)) / size
+    if share > _PRUNED:
+        _log.warning(
+            "The model was pruned before: %.1f %% of its weights are zeros that the first mask (%s at %g) keeps, so "
+            "that training fills them, and others are pruned. To train under the zeros that are there, call "
+            "prune(..., squash=False), train without re-pruning, and call squash(model).",
+            100 * share,
+            group_label(pattern),
+            sparsity,
+        )
 
 
 def none_made(method: Method) -> ValueError:

@@ -52,7 +52,7 @@ def first_batches(loader: Iterable[Any], count: int) -> list[Batch]:
         torch.manual_seed(0)
         batches = list(itertools.islice(loader, count))
     if not _usable(batches):
-        given = f"a {type(batches[0]).__name__}" if batches else "none at all"
+        given = f"a {type(batches[0]).__name__} with something else" if batches else "none at all"
         raise ValueError(
             'Batches for a first mask are tensors of token ids (B, L), or dicts of model inputs with "input_ids"; '
             f"calibration_dataloader gave {given}."
@@ -61,5 +61,8 @@ def first_batches(loader: Iterable[Any], count: int) -> list[Batch]:
 
 
 def _usable(batches: Sequence[Any]) -> bool:
-    fit = all(isinstance(b, Tensor) or (isinstance(b, Mapping) and "input_ids" in b) for b in batches)
-    return bool(batches) and fit
+    return bool(batches) and all(_are_ids(b.get("input_ids") if isinstance(b, Mapping) else b) for b in batches)
+
+
+def _are_ids(batch: Any) -> bool:
+    return isinstance(batch, Tensor) and not (batch.is_floating_point() or batch.is_complex())

@@ -5,6 +5,7 @@ import logging
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import EarlyStopping
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
@@ -16,6 +17,7 @@ from .runs import (
     ExactAfterEveryStep,
     InConfigureModel,
     InInit,
+    Interrupt,
     Tokens,
     flip_rates,
     loader,
@@ -298,3 +300,53 @@ def test_metrics_can_be_monitored(tmp_path):
     run.fit(InInit(), loader())
     assert run.callback_metrics["sparsity/actual"] == 0.5
     assert run.callback_metrics["sparsity/flip_rate"] > 0
+
+
+def test_another_fit_of_one_trainer_freezes_masks_for_its_own_last_quarter(tmp_path):
+    pruning, module = DynamicPruning("2:4", update_freq=2), InInit()
+    run = trainer(tmp_path, pruning, max_steps=-1, max_epochs=1)
+    run.fit(module, loader())
+    assert (pruning.updater.timing.end_step, pruning.updater.steps) == (15, 20)
+    run.fit_loop.max_epochs = 2
+    run.fit(module, loader())
+    assert (pruning.updater.timing.end_step, pruning.updater.steps) == (15, 20)
+
+
+def test_a_run_that_ends_before_its_masks_are_frozen_says_so(tmp_path, caplog):
+    trainer(tmp_path, DynamicPruning("2:4", update_freq=2, end_step=30), max_steps=12).fit(InInit(), loader())
+    assert "ended after 12 steps, with masks that were to change until step 30 (end_step)" in caplog.text
+    caplog.clear()
+    trainer(tmp_path, DynamicPruning("2:4", update_freq=2, end_step=1.0), max_steps=12).fit(InInit(), loader())
+    assert "were to change" not in caplog.text
+
+
+class Validations(L.Callback):
+    """What other callbacks would find at validations."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_validation_end(self, trainer, pl_module):
+        if not trainer.sanity_checking:
+            self.seen.append(trainer.callback_metrics.get("sparsity/flip_rate"))
+
+
+@pytest.mark.parametrize("settings", [{}, {"calibration_batches": 0}, {"start_step": 6}])
+def test_metrics_are_there_for_other_callbacks_ahead_of_the_first_update(tmp_path, settings):
+    early, seen = EarlyStopping("sparsity/flip_rate", mode="min", patience=99), Validations()
+    pruning = DynamicPruning("2:4", update_freq=5, **settings)
+    run = trainer(tmp_path, pruning, early, seen, val_check_interval=2)
+    run.fit(InInit(), loader(), loader())
+    assert len(seen.seen) == 6 and None not in seen.seen
+
+
+def test_metrics_of_the_latest_update_are_there_after_a_resume(tmp_path):
+    path, pruning = tmp_path / "at.ckpt", DynamicPruning("2:4", update_freq=4)
+    with pytest.raises(SystemExit):
+        trainer(tmp_path, pruning, Interrupt(13, path), max_steps=16).fit(InInit(), loader())
+    last = pruning.last_report.flip_rate
+    assert last > 0
+    seen = Validations()
+    again = trainer(tmp_path, DynamicPruning("2:4", update_freq=4), seen, max_steps=16, val_check_interval=1)
+    again.fit(InInit(), loader(), loader(), ckpt_path=path, weights_only=False)
+    assert seen.seen and all(each == pytest.approx(last) for each in seen.seen)

@@ -5,12 +5,15 @@ import copy
 import lightning as L
 import pytest
 import torch
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from transformers import GPT2Config, GPT2LMHeadModel
 
-from sparse_train import MaskLoRA, SparseGPT, Wanda, prune, sparse_layers
+from sparse_train import Explicit, Fixed, Magnitude, MaskLoRA, SparseGPT, Wanda, prune, sparse_layers
 from sparse_train.callbacks import DynamicPruning
 from sparse_train.oneshot.training_data import random_batches
 
-from ..conftest import tiny_llama
+from ..conftest import VOCABULARY, tiny_llama
 from .runs import ExactAfterEveryStep, InInit, Interrupt, Tokens, loader, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -139,3 +142,49 @@ def test_a_run_without_a_step_says_so(tmp_path):
 def test_what_makes_no_first_mask_is_refused_at_once(settings, message):
     with pytest.raises(ValueError, match=message):
         DynamicPruning("2:4", **settings)
+
+
+class Shifted(InInit):
+    """Cuts inputs and targets out of one tensor, so that its batches are longer than what the model takes."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=VOCABULARY, n_positions=16))
+
+    def training_step(self, batch, _):
+        return F.cross_entropy(self.net(batch[:, :-1]).logits.flatten(0, 1), batch[:, 1:].flatten())
+
+
+def test_batches_that_the_model_does_not_take_as_they_are(tmp_path):
+    ids = torch.randint(3, VOCABULARY, (16, 17), generator=torch.Generator().manual_seed(0))
+    data = DataLoader(ids, batch_size=4)
+    with pytest.raises(ValueError, match="GPT2LMHeadModel did not take one of them as it is.*calibration_batches=0"):
+        trainer(tmp_path, DynamicPruning("2:4", update_freq=4)).fit(Shifted(), data)
+    trainer(tmp_path, DynamicPruning("2:4", update_freq=4, calibration_batches=0)).fit(Shifted(), data)
+
+
+class Embedded(InInit):
+    """Its batches are no token ids."""
+
+    def training_step(self, batch, _):
+        return self.net(inputs_embeds=batch).logits.square().mean()
+
+
+def test_batches_that_are_no_ids_leave_the_first_mask_to_the_first_window(tmp_path):
+    pruning = DynamicPruning("2:4", update_freq=4)
+    trainer(tmp_path, pruning).fit(Embedded(), DataLoader(torch.randn(16, 8, 32), batch_size=2))
+    assert pruning.updater.timing.start_step == 2
+
+
+def test_zeros_that_a_first_mask_does_not_keep_are_said(tmp_path, caplog):
+    def fit(sparsity):
+        module = InInit()
+        uneven = Explicit({"gate_proj": 0.7, "up_proj": 0.7, "down_proj": 0.7})
+        prune(module.net, mask_structure="unstructured", sparsity=0.6, criterion=Magnitude(), allocation=uneven)
+        caplog.clear()
+        trainer(tmp_path, DynamicPruning("unstructured", sparsity, policy=Fixed())).fit(module, loader())
+
+    fit(0.6)
+    assert "The model was pruned before" in caplog.text and "(unstructured at 0.6) keeps" in caplog.text
+    fit(0.75)
+    assert "pruned before" not in caplog.text  # all that was zero stays zero

@@ -18,7 +18,8 @@ def check_maskable(model: nn.Module, name: str, module: nn.Module, adapters: set
         if isinstance(outer, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
             raise ValueError(
                 f"{name} is inside a {type(outer).__name__}, whose fast path reads the weight directly and would "
-                f"bypass the mask. {way_out}, or build the block from nn.Linear layers."
+                f"bypass the mask. Leave all of these dense with ignore=[{type(outer).__name__!r}], or build the block "
+                "from nn.Linear layers."
             )
     if not _is_plain_linear(type(module)):
         raise ValueError(

@@ -23,7 +23,7 @@ from jsonargparse import auto_parser
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, TrainingArguments
 
-from sparse_train import Criterion, Magnitude, cli, prune
+from sparse_train import Criterion, Magnitude, MaskUpdater, cli, prune
 from sparse_train.commands import COMMANDS, run_command
 from sparse_train.evaluation import WANDA7
 from sparse_train.parsers import EXAMPLES
@@ -120,6 +120,8 @@ def test_python_blocks_run(block, elsewhere, monkeypatch):
         "optimizer": torch.optim.AdamW(model.parameters(), lr=1e-3),
         "make_module": lambda: model,
         "load_checkpoint": _sparse_checkpoint,
+        "make_model": lambda: model,
+        "saved": _saved_loop() if "saved[" in code else None,
         "args": TrainingArguments("run", max_steps=4, report_to=[], use_cpu=True, disable_tqdm=True),
         "dataset": [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, VOCABULARY, (12, 16))],
     }
@@ -128,9 +130,20 @@ def test_python_blocks_run(block, elsewhere, monkeypatch):
         weight = model.model.layers[0].mlp.up_proj.weight
         assert (weight == 0).float().mean() == 0.5
         assert ((weight.reshape(-1, 4) == 0).sum(1) == 2).all() != ('"unstructured"' in code)
+    if "saved[" in code:
+        assert names["updater"].steps == 7 and names["updater"].target == 0.5
     if "(Criterion)" in code:
         own = next(v for v in names.values() if isinstance(v, type) and issubclass(v, Criterion) and v is not Criterion)
         prune(model, names["batches"], "2:4", criterion=own())
+
+
+def _saved_loop():
+    model = tiny_llama()
+    updater = MaskUpdater(model, "2:4", update_freq=10, total_steps=100)
+    for _ in range(7):  # the first mask, and two steps more
+        model(input_ids=torch.randint(3, VOCABULARY, (2, 16)))
+        updater.step()
+    return {"model": model.state_dict(), "updater": updater.state_dict()}
 
 
 def _sparse_checkpoint():

@@ -18,10 +18,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from sparse_train.evaluation import evaluate_perplexity, evaluate_zero_shot, token_ids
-from sparse_train.evaluation.undisturbed import isolated_rng
 from sparse_train.evaluation.zeroshot import check_tasks, task_names
 from sparse_train.layers import sparse_layers
 from sparse_train.oneshot.training_data import causal_lm
+from sparse_train.rng import isolated_rng
 from sparse_train.sources import ModelSource, as_model_source
 from sparse_train.texts import Split, TextSource
 

@@ -256,7 +256,11 @@ def test_a_run_that_ends_early_says_so(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="sparse_train.trainer_callback"):
         early = SparseTrainerCallback(schedule=Cubic(final_sparsity=0.5), update_freq=2)
         trainer(tmp_path, early, Stops(), max_steps=20).train()
-    assert "0.5 was to be reached" in caplog.text
+        assert "0.5 was to be reached" in caplog.text
+        caplog.clear()
+        rounded = SparseTrainerCallback("unstructured", 0.7, update_freq=2)  # 22 zeros in a row of 32
+        trainer(tmp_path, rounded, max_steps=4).train()
+    assert "was to be reached" not in caplog.text
 
 
 def test_engines_whose_checkpoints_it_cannot_follow_are_refused(tmp_path, monkeypatch):

@@ -26,7 +26,8 @@ import torch
 from torch import nn
 
 from sparse_train.evaluation.task_data import TASKS_FOLDER, WANDA7, task_file
-from sparse_train.evaluation.undisturbed import isolated_rng, undisturbed
+from sparse_train.evaluation.undisturbed import undisturbed
+from sparse_train.rng import isolated_rng
 from sparse_train.suggestions import did_you_mean
 
 _METRICS = ("acc", "acc_norm", "exact_match")

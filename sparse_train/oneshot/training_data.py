@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from sparse_train.matrices import MaskedLayer
 from sparse_train.oneshot.walk import Batch
+from sparse_train.rng import isolated_rng
 
 
 def causal_lm(root: nn.Module, layers: Mapping[str, MaskedLayer]) -> nn.Module | None:
@@ -37,7 +38,7 @@ def random_batches(
         generator=torch.Generator().manual_seed(0),
         collate_fn=collate_fn,
     )
-    with torch.random.fork_rng():  # a data set may draw random numbers
+    with isolated_rng():  # a data set may draw random numbers
         batches = list(itertools.islice(own, count))
     return batches if _usable(batches) else None
 
@@ -48,7 +49,7 @@ def first_batches(loader: Iterable[Any], count: int) -> list[Batch]:
     Raises:
         ValueError: it has none, or none that a model could take.
     """
-    with torch.random.fork_rng():
+    with isolated_rng():
         torch.manual_seed(0)
         batches = list(itertools.islice(loader, count))
     if not _usable(batches):

@@ -1,11 +1,15 @@
 """Which data a first mask is calibrated on: never what a loader leaves out."""
 
+import random
+
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler, SubsetRandomSampler
 
 from sparse_train.callbacks import DynamicPruning
+from sparse_train.oneshot.training_data import first_batches, random_batches
 
 from .runs import InInit, Tokens, loader, trainer
 
@@ -97,3 +101,21 @@ def test_its_random_numbers_are_its_own(tmp_path):
 def test_a_loader_that_no_model_could_take_is_refused(batches, given, tmp_path):
     with pytest.raises(ValueError, match=f"calibration_dataloader gave {given}"):
         first_update(tmp_path, With(batches))
+
+
+class Drawing(Tokens):
+    """Augments, with all three generators."""
+
+    def __getitem__(self, i):
+        random.random(), np.random.rand(), torch.rand(1)
+        return super().__getitem__(i)
+
+
+def test_reading_for_calibration_moves_no_generator():
+    def states():
+        return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+
+    before = states()
+    assert len(random_batches(Drawing(), 2, None, 3)) == 3
+    assert len(first_batches(DataLoader(Drawing(), batch_size=2), 3)) == 3
+    assert states() == before

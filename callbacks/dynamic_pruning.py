@@ -46,6 +46,8 @@ from sparse_train.targets import select
 from sparse_train.updater import MaskUpdater
 
 _log = logging.getLogger(__name__)
+_NO_MASK = {"sparsity/target": 0.0, "sparsity/flip_rate": 0.0, "sparsity/initial_flip_rate": 0.0}
+"""What is known ahead of a first mask; ``sparsity/actual`` is counted on the weights, which takes engines traffic."""
 
 
 class DynamicPruning(L.Callback):
@@ -300,7 +302,7 @@ class DynamicPruning(L.Callback):
         if report is None and self._logged:
             return
         # for what monitors metrics, such as EarlyStopping, which may ask ahead of the first update; and two for bars
-        for name, value in (self._metrics or self.updater.report().metrics()).items():
+        for name, value in (self._metrics or _NO_MASK).items():
             pl_module.log(name, value, logger=False, prog_bar=name in ("sparsity/actual", "sparsity/flip_rate"))
         self._logged = True
 

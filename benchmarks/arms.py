@@ -115,6 +115,10 @@ ARMS: dict[str, Arm] = {
     ),
     "dynamic_stop50": _arm("smollm2_2of4", "end_step=0.5"),
     "dynamic_stop100": _arm("smollm2_2of4", "end_step=1.0"),
+    # no gradient to pruned weights, which come back with the value that they had
+    "dynamic_dormant": _arm("smollm2_2of4", "policy=Dormant"),
+    "dynamic_dormant_distill": _arm("smollm2_2of4", "policy=Dormant", distil=True),
+    "dynamic_dormant_distill_tuned": _arm("smollm2_2of4", "policy=Dormant", teacher=True),
     # back by the gradient
     "regrow": _arm("smollm2_2of4", "policy=Regrow"),
     "regrow_times_norm": _arm("smollm2_2of4", "policy=Regrow", "policy.times_norm=true"),

@@ -39,6 +39,7 @@ VARIANTS = {
     "dynamic_decay_coupled_large": "decay of pruned weights in the gradient, 0.01",
     "dynamic_stop50": "updates until 50 % of the run",
     "dynamic_stop100": "updates until the end",
+    "dynamic_dormant": "Dormant: no gradient to pruned weights, which come back as they were",
     "regrow": "Regrow: back by the gradient",
     "regrow_times_norm": "Regrow: back by the gradient times norm",
 }
@@ -60,6 +61,8 @@ DISTILLATION = {
     "dynamic": "re-pruned, no teacher",
     "dynamic_distill": "re-pruned, untouched teacher",
     "dynamic_distill_tuned": "re-pruned, fine-tuned teacher",
+    "dynamic_dormant_distill": "re-pruned, Dormant, untouched teacher",
+    "dynamic_dormant_distill_tuned": "re-pruned, Dormant, fine-tuned teacher",
     "dynamic_distill_kl": "re-pruned, untouched teacher, no cross-entropy",
     "dynamic_distill_squarehead": "re-pruned, untouched teacher, SquareHead too",
     "dynamic_window": "re-pruned, norms of 5 steps, no teacher",

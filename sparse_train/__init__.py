@@ -9,7 +9,7 @@ from sparse_train.layers import SparseLinear, sparse_layers, sparsify, sparsify_
 from sparse_train.mask_lora import MaskLoRA, add_mask_lora, merge_mask_lora
 from sparse_train.oneshot import prune
 from sparse_train.patterns import NM, Pattern, Unstructured
-from sparse_train.policies import Fixed, MaskPolicy, StraightThrough
+from sparse_train.policies import Dormant, Fixed, MaskPolicy, StraightThrough
 from sparse_train.pruner import UpdateReport
 from sparse_train.regrow import Regrow
 from sparse_train.schedules import Constant, Cubic, Linear, Schedule
@@ -26,6 +26,7 @@ __all__ = [
     "Constant",
     "Criterion",
     "Cubic",
+    "Dormant",
     "Explicit",
     "Fixed",
     "Linear",

@@ -89,7 +89,7 @@ def standard_error(
 
 def check_margin(margin: Margin, flip_agreement: bool, policy: MaskPolicy, criterion: Criterion, frozen: bool) -> None:
     """Raise ValueError where a margin has no effect, or there are no halves of a window to tell noise from signal."""
-    if margin and not policy.straight_through:
+    if margin and (policy.grows or not policy.revives):
         raise ValueError(f"{margin} has no effect with {policy}, under which pruned weights do not come back by score.")
     if not margin.noise_margin and not flip_agreement:
         return

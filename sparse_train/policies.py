@@ -50,6 +50,21 @@ class Fixed(MaskPolicy):
 
 
 @dataclass(frozen=True)
+class Dormant(MaskPolicy):
+    """Pruned weights get no gradient and keep the value that they had, and come back with it when their score is high.
+
+    The gradient is that of ``Fixed``. Under ``StraightThrough`` a pruned weight goes on moving by a gradient that was
+    taken without it, and far at a large learning rate, until it comes back as something that the model has never seen.
+    """
+
+    straight_through: ClassVar[bool] = False
+    revives: ClassVar[bool] = True
+
+    def admit(self, scores_OI: Tensor, mask_OI: Tensor) -> Tensor:
+        return scores_OI
+
+
+@dataclass(frozen=True)
 class StraightThrough(MaskPolicy):
     """Pruned weights keep learning from the gradient of their masked self, and come back when their score is high.
 

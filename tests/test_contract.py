@@ -6,7 +6,7 @@ import torch
 from sparse_train.activations import ActivationNorm
 from sparse_train.criteria import RIA, Criterion, Magnitude, Random, Wanda, WandaCumulative
 from sparse_train.patterns import NM, Pattern, Unstructured
-from sparse_train.policies import Fixed, MaskPolicy, StraightThrough
+from sparse_train.policies import Dormant, Fixed, MaskPolicy, StraightThrough
 from sparse_train.regrow import Regrow
 from sparse_train.schedules import Constant, Cubic, Linear, Schedule
 
@@ -21,7 +21,14 @@ PATTERNS = [
     (NM(2, 4), 0.5),
     (NM(4, 8), 0.5),
 ]
-POLICIES = [Fixed(), StraightThrough(), StraightThrough(srste_decay=0.01), StraightThrough(0.01, 0.25, 0.75), Regrow()]
+POLICIES = [
+    Fixed(),
+    Dormant(),
+    StraightThrough(),
+    StraightThrough(srste_decay=0.01),
+    StraightThrough(0.01, 0.25, 0.75),
+    Regrow(),
+]
 SCHEDULES = [Constant(0.5), Linear(0.5), Cubic(0.6, 0.1)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 

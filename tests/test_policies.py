@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sparse_train import Magnitude, MaskUpdater, Regrow, StraightThrough, Wanda, sparse_layers, sparsify
+from sparse_train import Dormant, Magnitude, MaskUpdater, Regrow, StraightThrough, Wanda, sparse_layers, sparsify
 from sparse_train.activations import HalvedNorm
 from sparse_train.choice import Rules
 from sparse_train.margins import Margin
@@ -117,3 +117,27 @@ def test_decay_knows_nothing_of_accumulation_loss_scale_clipping_and_ranks():
     others += launch.run(shadows)
     for one, other in pairwise([plain, *(found for _, _, found in others)]):
         assert all(torch.equal(weight, other[name]) for name, weight in one.items())
+
+
+def test_dormant_weights_come_back_as_they_were():
+    model = tiny_llama()
+    start = {name: layer.weight.detach().clone() for name, layer in model.named_modules() if name.endswith("proj")}
+    updater = MaskUpdater(model, "2:4", policy=Dormant(), update_freq=3, total_steps=12, criterion=Magnitude())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    always_pruned = {name: ~layer.unpacked_mask() for name, layer in updater.layers.items()}
+    back = 0
+    for _ in range(12):
+        batch = torch.randint(3, VOCABULARY, (2, 16))
+        model(input_ids=batch, labels=batch).loss.backward()
+        for layer in updater.layers.values():
+            assert not layer.weight.grad[~layer.unpacked_mask()].any()
+        optimizer.step()
+        optimizer.zero_grad()
+        updater.step()
+        for name, layer in updater.layers.items():
+            returned = always_pruned[name] & layer.unpacked_mask()
+            always_pruned[name] &= ~returned
+            back += int(returned.sum())
+            assert torch.equal(layer.weight[returned], start[name][returned])
+            assert torch.equal(layer.weight[always_pruned[name]], start[name][always_pruned[name]])
+    assert back > 0

@@ -261,7 +261,9 @@ def headline(path: Path = CSV) -> str:
     lines = ["| SmolLM2-135M-Instruct, dequantised from Q4_1 | held-out Wikipedia | C4 |", "| --- " * 3 + "|"]
     chosen = {
         **MAIN,
+        "static_distill": "static, distilled from the dense model",
         "dynamic_distill": "re-pruned, distilled from the dense model",
+        "static_distill_tuned": "static, distilled from the dense model after fine-tuning",
         "dynamic_distill_tuned": "re-pruned, distilled from the dense model after fine-tuning",
     }
     for arm in ("static_ste", "oneshot_sparsegpt", "dynamic_k50", "dynamic_k1"):

@@ -166,9 +166,24 @@ def reached(runs: Runs) -> str:
     changes = [
         ("2:4, re-pruned against the better static arm", "dynamic", static, text, "-3 %"),
         ("70 %, the same", "dynamic_70", static_70, text, "-5 %"),
-        ("untouched teacher against none, C4", "dynamic_distill", "dynamic", "c4", "-10 %"),
-        ("fine-tuned teacher against none, C4", "dynamic_distill_tuned", "dynamic", "c4", "-10 %"),
-        ("fine-tuned teacher against none, in domain", "dynamic_distill_tuned", "dynamic", text, "not higher"),
+        ("re-pruned, untouched teacher against none, C4", "dynamic_distill", "dynamic", "c4", "-10 %"),
+        ("re-pruned, fine-tuned teacher against none, C4", "dynamic_distill_tuned", "dynamic", "c4", "-10 %"),
+        (
+            "re-pruned, fine-tuned teacher against none, in domain",
+            "dynamic_distill_tuned",
+            "dynamic",
+            text,
+            "not higher",
+        ),
+        ("static mask, untouched teacher against none, C4", "static_distill", "static", "c4", "-10 %"),
+        ("static mask, fine-tuned teacher against none, C4", "static_distill_tuned", "static", "c4", "-10 %"),
+        (
+            "static mask, fine-tuned teacher against none, in domain",
+            "static_distill_tuned",
+            "static",
+            text,
+            "not higher",
+        ),
         ("running norms against magnitude, both re-pruned", "dynamic", "dynamic_magnitude", text, "lower"),
         ("running norms against those of the first mask", "dynamic", "dynamic_frozen_norms", text, "-1 %"),
         (

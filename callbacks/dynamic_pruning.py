@@ -375,7 +375,9 @@ class DynamicPruning(L.Callback):
             return self._ended or self._restored or {}
         if not all(isinstance(layer, MaskedLayer) for layer in self.updater.layers.values()):
             return {}  # squashed: a checkpoint of this model is one of a dense model with zeros
-        return {**self.updater.state_dict(), "global_step": self._global_step, "metrics": self._metrics}
+        # seconds are of this process, and would make two states differ that are the same
+        metrics = {name: value for name, value in self._metrics.items() if name != "sparsity/update_seconds"}
+        return {**self.updater.state_dict(), "global_step": self._global_step, "metrics": metrics}
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         if self._mask_lora is not None:

@@ -100,8 +100,10 @@ class Timing:
 
 def check_update_freq(steps: int) -> None:
     """Raise ValueError unless steps can lie between updates."""
-    if not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"update_freq is the whole number of steps between mask updates, at least 1, got {steps!r}.")
+    if not isinstance(steps, int):
+        raise ValueError(f"update_freq is the number of steps between mask updates, a whole number, got {steps!r}.")
+    if steps < 1:
+        raise ValueError(f"update_freq is the number of steps between mask updates, at least 1, got {steps}.")
 
 
 def _steps(name: str, value: int | float, total_steps: int | float | None) -> int:

@@ -447,7 +447,7 @@ def test_fixed_masks_that_no_forward_sees_are_said_once(caplog):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"update_freq": 2.5}, "whole number of steps between mask updates, at least 1, got 2.5"),
+        ({"update_freq": 2.5}, "number of steps between mask updates, a whole number, got 2.5"),
         ({"schedule": 0.5}, r"schedule is an object such as Cubic"),
         ({"schedule": Cubic}, r"schedule is an object such as Cubic"),
         ({"mask_structure": "unstructured", "sparsity": "0.5"}, "a number such as 0.5, got '0.5'"),

@@ -278,8 +278,6 @@ def headline(path: Path = CSV) -> str:
         **MAIN,
         "static_distill": "static, distilled from the dense model",
         "dynamic_distill": "re-pruned, distilled from the dense model",
-        "static_distill_tuned": "static, distilled from the dense model after fine-tuning",
-        "dynamic_distill_tuned": "re-pruned, distilled from the dense model after fine-tuning",
     }
     for arm in ("static_ste", "oneshot_sparsegpt", "dynamic_k50", "dynamic_k1"):
         del chosen[arm]  # in docs/results.md

@@ -335,7 +335,11 @@ class DynamicPruning(L.Callback):
                 self.updater.target,
                 self.updater.timing.end_step,
             )
-        elif self.updater is not None and self.updater.steps < self.updater.timing.end_step:
+        elif (
+            self.updater is not None
+            and self._settings.policy.revives
+            and self.updater.steps < self.updater.timing.end_step
+        ):
             _log.warning(
                 "The run ended after %d steps, with masks that were to change until step %d (end_step): there were no "
                 "last steps under masks that stay.",

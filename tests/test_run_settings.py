@@ -95,3 +95,17 @@ def test_a_run_that_continues_another_has_the_same():
     for changes in others:
         with pytest.raises(ValueError, match="Resume with the same setting"):
             check_settings(settings().words(), settings(**changes).words())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"update_freq": 2.5}, "number of steps between mask updates, a whole number, got 2.5"),
+        ({"schedule": 0.5}, r"schedule is an object such as Cubic"),
+        ({"schedule": Cubic}, r"schedule is an object such as Cubic"),
+        ({"mask_structure": "unstructured", "sparsity": "0.5"}, "a number such as 0.5, got '0.5'"),
+    ],
+)
+def test_settings_of_the_wrong_kind(llama, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        MaskUpdater(llama, **({"mask_structure": "2:4", "total_steps": 10} | arguments))

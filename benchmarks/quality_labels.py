@@ -39,7 +39,7 @@ VARIANTS = {
     "dynamic_decay_coupled_large": "decay of pruned weights in the gradient, 0.01",
     "dynamic_stop50": "updates until 50 % of the run",
     "dynamic_stop100": "updates until the end",
-    "dynamic_dormant": "Dormant: no gradient to pruned weights, which come back as they were",
+    "dynamic_dormant": "policy Dormant",
     "regrow": "Regrow: back by the gradient",
     "regrow_times_norm": "Regrow: back by the gradient times norm",
 }

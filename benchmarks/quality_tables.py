@@ -305,7 +305,7 @@ def draw(path: Path = CSV, out: Path = PICTURE) -> None:
     means = {arm: mean for arm in words if arm not in ONESHOT and (mean := runs.mean(arm))}
     middle = statistics.median(means.values())
     order = sorted((arm for arm in means if 0.75 < means[arm] / middle < 1.33), key=lambda arm: -means[arm])
-    beyond = "; ".join(f"{words[arm]} {means[arm]:.2f}" for arm in sorted(means.keys() - set(order)))
+    beyond = "; ".join(f"{words[arm].partition(':')[0]} {means[arm]:.2f}" for arm in sorted(means.keys() - set(order)))
     figure, axes = plt.subplots(figsize=(8, 0.32 * len(order) + 1.1), layout="constrained")
     for height, arm in enumerate(order):
         values = list(runs.values(arm, "heldout").values())

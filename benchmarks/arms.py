@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from sparse_train import Criterion, Magnitude, Solver, SparseGPT, Wanda
-from sparse_train.texts import PackagedWikipedia, PythonStandardLibrary, TextSource
+from sparse_train.data.texts import PackagedWikipedia, PythonStandardLibrary, TextSource
 
 _P = "--trainer.callbacks.init_args"
 _DISTILLATION = [

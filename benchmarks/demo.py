@@ -23,13 +23,14 @@ from jsonargparse import auto_cli
 from rich.console import Console
 from rich.table import Table
 
-from sparse_train import Magnitude, Wanda, lightning_cli, memory, prune
-from sparse_train.data import calibration_batches
+from sparse_train import Magnitude, Wanda, memory, prune
+from sparse_train.commands import lightning_cli
+from sparse_train.data.text_blocks import calibration_batches
+from sparse_train.data.texts import PackagedWikipedia, TextSource
 from sparse_train.evaluation import PerplexityResult, evaluate_perplexity, token_ids
 from sparse_train.inspection import layer_sparsities, overall_sparsity
+from sparse_train.models.sources import ModelSource, PackagedSmolLM2, Pretrained
 from sparse_train.report import Report, read_metrics, write_report
-from sparse_train.sources import ModelSource, PackagedSmolLM2, Pretrained
-from sparse_train.texts import PackagedWikipedia, TextSource
 
 WINDOW, BATCH = 512, 4
 CONSOLE = Console()

@@ -19,11 +19,11 @@ import torch
 from jsonargparse import auto_cli
 
 from sparse_train import RIA, Magnitude, Random, SparseGPT, Unstructured, Wanda, WandaCumulative, prune
-from sparse_train.data import calibration_batches
+from sparse_train.data.text_blocks import calibration_batches
+from sparse_train.data.texts import HubText, TextFiles, TextSource
 from sparse_train.evaluation import evaluate_perplexity, token_ids
-from sparse_train.packaged import MODEL_NAME
-from sparse_train.sources import PackagedSmolLM2
-from sparse_train.texts import HubText, TextFiles, TextSource
+from sparse_train.models.packaged import MODEL_NAME
+from sparse_train.models.sources import PackagedSmolLM2
 
 METHODS: dict[str, tuple[Callable[[], Any], str]] = {
     "magnitude": (Magnitude, "row"),

@@ -25,11 +25,11 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from sparse_train import Wanda, prune
-from sparse_train.activations import ActivationGram, ActivationNorm
-from sparse_train.data import calibration_batches
+from sparse_train.data.text_blocks import calibration_batches
+from sparse_train.data.texts import PackagedWikipedia, TextFiles
+from sparse_train.models.sources import PackagedSmolLM2
 from sparse_train.solvers import SparseGPT
-from sparse_train.sources import PackagedSmolLM2
-from sparse_train.texts import PackagedWikipedia, TextFiles
+from sparse_train.statistics.activations import ActivationGram, ActivationNorm
 
 
 @dataclass

@@ -21,9 +21,9 @@ from rich.console import Console
 
 from sparse_train import sparse_layers
 from sparse_train.callbacks import DynamicPruning
-from sparse_train.data import TextBlocks
-from sparse_train.module import CausalLM
-from sparse_train.sources import PackagedSmolLM2
+from sparse_train.data.text_blocks import TextBlocks
+from sparse_train.models.module import CausalLM
+from sparse_train.models.sources import PackagedSmolLM2
 
 
 class Clock(L.Callback):

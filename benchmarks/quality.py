@@ -21,13 +21,14 @@ import torch
 from arms import ARMS, ONESHOT
 from jsonargparse import auto_cli
 
-from sparse_train import lightning_cli, prune
-from sparse_train.data import TextBlocks
+from sparse_train import prune
+from sparse_train.commands import lightning_cli
+from sparse_train.data.text_blocks import TextBlocks
+from sparse_train.data.texts import PackagedWikipedia, TextFiles, TextSource
 from sparse_train.evaluation import evaluate_perplexity, token_ids
+from sparse_train.models.packaged import MODEL_NAME
+from sparse_train.models.sources import FromScratch, PackagedSmolLM2
 from sparse_train.oneshot.training_data import random_batches
-from sparse_train.packaged import MODEL_NAME
-from sparse_train.sources import FromScratch, PackagedSmolLM2
-from sparse_train.texts import PackagedWikipedia, TextFiles, TextSource
 
 
 @dataclass(frozen=True)

@@ -3,95 +3,27 @@
     python benchmarks/quality_tables.py             # print them
     python benchmarks/quality_tables.py --write     # put them into docs/results.md, README.md and docs/pictures/
 
-An arm is reported at the learning rate with the lowest perplexity on validation articles among its tuning rows, where
-it stands between two others; a star marks those that are run at another rate, or without such a grid. Seeds of tuning
-rows are not reported, and nothing is chosen on others.
+A star marks arms whose learning rate does not stand between two that were tried as well.
 """
 
 import statistics
 import sys
-from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import rows
 from quality_labels import DISTILLATION, LENGTHS, LOW_RANK, MAIN, SCORES, SCRATCH, SHIFT, STARTS, UNSTRUCTURED, VARIANTS
+from quality_picture import draw
+from quality_rows import Runs
 
 ROOT = Path(__file__).parent.parent
 CSV, PAGE, README = ROOT / "benchmarks" / "quality.csv", ROOT / "docs" / "results.md", ROOT / "README.md"
 PICTURE = ROOT / "docs" / "pictures" / "quality.svg"
 BEGIN, END = "<!-- quality -->", "<!-- /quality -->"
-TUNING_STEPS = "50"
 TEXTS = {"heldout": "held-out articles", "wikitext2": "WikiText-2", "c4": "C4"}
 STATIC = ("static", "static_ste")
-ONESHOT = ("none", "oneshot_magnitude", "oneshot_wanda", "oneshot_sparsegpt")
+STATIC_70 = ("static_70", "static_ste_70")
 UNPRUNED = ("none", "dense")
-
-
-class Runs:
-    """The rows of a CSV file, asked by arm.
-
-    Args:
-        path: of the file.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._rows = rows.read(path)
-        self._chosen_on = {row["seed"] for row in self._rows if row["tuning"] == "True"}
-
-    def tuning(self, arm: str) -> dict[float, dict[str, str]]:
-        """The tuning row of each learning rate that was tried."""
-        found = [row for row in self._rows if row["arm"] == arm and row["tuning"] == "True"]
-        return {float(row["lr"]): row for row in found if row["steps"] == TUNING_STEPS}
-
-    def lr(self, arm: str) -> float | None:
-        """The learning rate with the lowest validation perplexity; None where none was tried."""
-        tried = self.tuning(arm)
-        return min(tried, key=lambda lr: float(tried[lr]["validation"])) if tried else None
-
-    def has_grid(self, arm: str) -> bool:
-        """Whether the arm was run at its best rate, and both a larger and a smaller one were tried."""
-        tried, best, run = self.tuning(arm), self.lr(arm), self.reported(arm)
-        at_best = all(float(row["lr"]) == best for row in run.values())
-        return best is not None and at_best and min(tried) < best < max(tried)
-
-    def reported(self, arm: str, steps: int = 100) -> dict[int, dict[str, str]]:
-        """The row of each seed that chose nothing: at the best learning rate, or else at the one with most seeds."""
-        found = [row for row in self._rows if row["arm"] == arm and row["tuning"] == "False"]
-        found = [row for row in found if row["steps"] in ("0", str(steps))]
-        found = [row for row in found if row["steps"] == "0" or row["seed"] not in self._chosen_on]
-        if not found:
-            return {}
-        rates = [float(row["lr"]) for row in found]
-        best = self.lr(arm) if self.lr(arm) in rates else max(rates, key=rates.count)
-        return {int(row["seed"]): row for row in found if float(row["lr"]) == best}
-
-    def values(self, arm: str, text: str, steps: int = 100) -> dict[int, float]:
-        """Perplexity of each seed."""
-        return {seed: float(row[text]) for seed, row in self.reported(arm, steps).items() if row[text]}
-
-    def mean(self, arm: str, text: str = "heldout", steps: int = 100) -> float | None:
-        """Mean perplexity over seeds."""
-        values = self.values(arm, text, steps)
-        return statistics.mean(values.values()) if values else None
-
-    def best(self, arms: Iterable[str]) -> str | None:
-        """Of the arms that were run, the lowest on validation articles, which are not reported.
-
-        By their tuning rows where all of them have some, otherwise by the runs that are reported on other texts.
-        """
-        run = [arm for arm in arms if self.reported(arm)]
-        rows = {arm: list(self.tuning(arm).values()) for arm in run}
-        if all(rows.values()):
-            found = {arm: min(float(row["validation"]) for row in rows[arm]) for arm in run}
-        else:
-            found = {arm: statistics.mean(self.values(arm, "validation").values()) for arm in run}
-        return min(found, key=lambda arm: found[arm]) if found else None
-
-    def change(self, arm: str, other: str, text: str = "heldout", steps: int = 100) -> tuple[float, list[float]] | None:
-        """Mean and each of the paired changes of perplexity, in per cent of ``other``, over the seeds of both."""
-        ours, theirs = self.values(arm, text, steps), self.values(other, text, steps)
-        paired = [100 * (ours[seed] / theirs[seed] - 1) for seed in sorted(ours.keys() & theirs.keys())]
-        return (statistics.mean(paired), paired) if paired else None
 
 
 def _perplexities(values: dict[int, float]) -> str:
@@ -158,44 +90,41 @@ def tuning_table(runs: Runs) -> str:
     return "\n".join(lines)
 
 
+class Goal(NamedTuple):
+    """What the project set out to reach: ``arm`` so far below the better one of ``others``."""
+
+    words: str
+    arm: str
+    others: tuple[str, ...]
+    wanted: str
+    text: str = "heldout"
+
+
+GOALS = [
+    Goal("2:4, re-pruned against the better static arm", "dynamic", STATIC, "-3 %"),
+    Goal("70 %, the same", "dynamic_70", STATIC_70, "-5 %"),
+    Goal("re-pruned, untouched teacher against none, C4", "dynamic_distill", ("dynamic",), "-10 %", "c4"),
+    Goal("re-pruned, fine-tuned teacher against none, C4", "dynamic_distill_tuned", ("dynamic",), "-10 %", "c4"),
+    Goal("re-pruned, fine-tuned teacher against none, in domain", "dynamic_distill_tuned", ("dynamic",), "not higher"),
+    Goal("static mask, untouched teacher against none, C4", "static_distill", ("static",), "-10 %", "c4"),
+    Goal("static mask, fine-tuned teacher against none, C4", "static_distill_tuned", ("static",), "-10 %", "c4"),
+    Goal("static mask, fine-tuned teacher against none, in domain", "static_distill_tuned", ("static",), "not higher"),
+    Goal("running norms against magnitude, both re-pruned", "dynamic", ("dynamic_magnitude",), "lower"),
+    Goal("running norms against those of the first mask", "dynamic", ("dynamic_frozen_norms",), "-1 %"),
+    Goal(
+        "the same, calibrated on Wikipedia, trained on Python",
+        "dynamic_shift",
+        ("dynamic_frozen_norms_shift",),
+        "more than that",
+    ),
+]
+
+
 def reached(runs: Runs) -> str:
     """What the project set out to reach, and what the rows say."""
-    static = runs.best(STATIC) or "static"
-    static_70 = runs.best(("static_70", "static_ste_70")) or "static_70"
-    text = "heldout"
-    changes = [
-        ("2:4, re-pruned against the better static arm", "dynamic", static, text, "-3 %"),
-        ("70 %, the same", "dynamic_70", static_70, text, "-5 %"),
-        ("re-pruned, untouched teacher against none, C4", "dynamic_distill", "dynamic", "c4", "-10 %"),
-        ("re-pruned, fine-tuned teacher against none, C4", "dynamic_distill_tuned", "dynamic", "c4", "-10 %"),
-        (
-            "re-pruned, fine-tuned teacher against none, in domain",
-            "dynamic_distill_tuned",
-            "dynamic",
-            text,
-            "not higher",
-        ),
-        ("static mask, untouched teacher against none, C4", "static_distill", "static", "c4", "-10 %"),
-        ("static mask, fine-tuned teacher against none, C4", "static_distill_tuned", "static", "c4", "-10 %"),
-        (
-            "static mask, fine-tuned teacher against none, in domain",
-            "static_distill_tuned",
-            "static",
-            text,
-            "not higher",
-        ),
-        ("running norms against magnitude, both re-pruned", "dynamic", "dynamic_magnitude", text, "lower"),
-        ("running norms against those of the first mask", "dynamic", "dynamic_frozen_norms", text, "-1 %"),
-        (
-            "the same, calibrated on Wikipedia, trained on Python",
-            "dynamic_shift",
-            "dynamic_frozen_norms_shift",
-            text,
-            "more than that",
-        ),
-    ]
     lines = ["| perplexity of | wanted | measured (each seed) | seeds |", "| --- " * 4 + "|"]
-    for words, arm, other, text, wanted in changes:
+    for words, arm, others, wanted, text in GOALS:
+        other = runs.best(others) or others[0]
         change = runs.change(arm, other, text)
         star = "" if runs.has_grid(arm) and runs.has_grid(other) else " *"
         seeds = len(change[1]) if change else 0
@@ -229,9 +158,8 @@ def lengths(runs: Runs) -> str:
     return "\n".join(lines) if len(lines) > 2 else "Not measured yet."
 
 
-def tables(path: Path = CSV) -> str:
+def tables(runs: Runs) -> str:
     """All tables, as Markdown."""
-    runs = Runs(path)
     static = runs.best(STATIC)
     parts = [
         reached(runs),
@@ -256,7 +184,7 @@ def tables(path: Path = CSV) -> str:
         "\n### Longer runs\n",
         lengths(runs),
         "\n### Unstructured 70 %\n",
-        table(runs, UNSTRUCTURED, runs.best(("static_70", "static_ste_70")), "the better static arm"),
+        table(runs, UNSTRUCTURED, runs.best(STATIC_70), "the better static arm"),
         "\n### Fine-tuning a pruned model: low-rank and full\n",
         "r 8 on q and v, as in the paper's Table 6.\n",
         table(runs, LOW_RANK, None, ""),
@@ -270,9 +198,8 @@ def tables(path: Path = CSV) -> str:
     return "\n".join(parts) + "\n"
 
 
-def headline(path: Path = CSV) -> str:
+def headline(runs: Runs) -> str:
     """README's table: the main arms on held-out articles."""
-    runs = Runs(path)
     lines = ["| SmolLM2-135M-Instruct, dequantised from Q4_1 | held-out Wikipedia | C4 |", "| --- " * 3 + "|"]
     chosen = {
         **MAIN,
@@ -288,52 +215,16 @@ def headline(path: Path = CSV) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw(path: Path = CSV, out: Path = PICTURE) -> None:
-    """A dot a seed for each trained arm at 2:4, on held-out articles."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "quality"
-    from matplotlib import pyplot as plt
-
-    runs = Runs(path)
-    scored = {arm: f"re-pruned by {label.removeprefix('Wanda, ')}" for arm, label in SCORES.items()}
-    variants = {arm: f"re-pruned every 10 steps, {label}" for arm, label in VARIANTS.items()}
-    starts = {arm: label.removeprefix("from the dense model, ") for arm, label in STARTS.items()}
-    starts = {arm: label if arm.startswith("static") else f"re-pruned, {label}" for arm, label in starts.items()}
-    words = {**starts, **DISTILLATION, **variants, **scored, **MAIN}
-    means = {arm: mean for arm in words if arm not in ONESHOT and (mean := runs.mean(arm))}
-    middle = statistics.median(means.values())
-    order = sorted((arm for arm in means if 0.75 < means[arm] / middle < 1.33), key=lambda arm: -means[arm])
-    beyond = "; ".join(f"{words[arm].partition(':')[0]} {means[arm]:.2f}" for arm in sorted(means.keys() - set(order)))
-    figure, axes = plt.subplots(figsize=(8, 0.32 * len(order) + 1.1), layout="constrained")
-    for height, arm in enumerate(order):
-        values = list(runs.values(arm, "heldout").values())
-        colour = "#7f7f7f" if "static" in arm or "gradual" in arm else "#1f77b4"
-        axes.plot(values, [height] * len(values), "o", color=colour, alpha=0.75)
-        label = f"{statistics.mean(values):.2f} (n = {len(values)})"
-        axes.annotate(label, (max(values), height), (6, -3), textcoords="offset points")
-    axes.set_yticks(range(len(order)), [words[arm] for arm in order])
-    outside = f"\nfar outside: {beyond}" if beyond else ""
-    figure.supxlabel(f"token perplexity, held-out Wikipedia articles (lower is better){outside}", fontsize=10)
-    figure.suptitle("2:4, 100 steps of 2048 tokens, a dot a seed, means; axis cut; blue = masks change", fontsize=10)
-    shown = [value for arm in order for value in runs.values(arm, "heldout").values()]
-    width = max(shown) - min(shown)
-    axes.set_xlim(min(shown) - 0.1 * width, max(shown) + 0.5 * width)  # room for the numbers
-    axes.margins(y=0.1)
-    axes.grid(axis="x", alpha=0.3)
-    figure.savefig(out, metadata={"Date": None})
-
-
 def main() -> None:
     """Print or write."""
+    runs = Runs(CSV)
     if "--write" not in sys.argv:
-        print(tables())
-        print(headline())
+        print(tables(runs))
+        print(headline(runs))
         return
-    draw()
-    rows.show(PAGE, BEGIN, END, tables())
-    rows.show(README, BEGIN, END, headline())
+    draw(runs, PICTURE)
+    rows.show(PAGE, BEGIN, END, tables(runs))
+    rows.show(README, BEGIN, END, headline(runs))
 
 
 if __name__ == "__main__":

@@ -17,11 +17,11 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from overhead import Clock, settings
 
 from sparse_train.callbacks import DynamicPruning
-from sparse_train.data import TextBlocks
+from sparse_train.data.text_blocks import TextBlocks
 from sparse_train.distributed import rank, world_size
-from sparse_train.matrices import MaskedLayer
-from sparse_train.module import CausalLM
-from sparse_train.sources import PackagedSmolLM2
+from sparse_train.layers.matrices import MaskedLayer
+from sparse_train.models.module import CausalLM
+from sparse_train.models.sources import PackagedSmolLM2
 
 
 class Kept(L.Callback):
@@ -37,7 +37,7 @@ class Kept(L.Callback):
         statistics = {id(layer.statistics): layer.statistics for layer in layers if layer.statistics is not None}
         kept = sum(layer.weight_mask.nbytes for layer in layers)
         kept += sum(tensor.nbytes for each in statistics.values() for tensor in each.tensors())
-        kept += sum(rows.nbytes for rows in updater._first_rows.values())
+        kept += sum(rows.nbytes for rows in updater.first_masks.rows_SJ.values())
         self.bytes = kept / sum(layer.in_features * layer.out_features for layer in layers)
 
 

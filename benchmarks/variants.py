@@ -13,8 +13,9 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from sparse_train import MaskUpdater, masks
+from sparse_train import MaskUpdater
 from sparse_train.callbacks import DynamicPruning
+from sparse_train.layers import masks
 
 
 def updater_of(trainer: L.Trainer) -> MaskUpdater:
@@ -63,7 +64,7 @@ class DenseNorms(L.Callback):
     ) -> None:
         self._last.append(batch)
         updater = updater_of(trainer)
-        recorder = updater.recorder
+        recorder = updater.window.recorder
         if recorder.when == "never":
             return
         before = {name: layer.weight_mask.clone() for name, layer in updater.layers.items()}

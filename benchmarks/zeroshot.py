@@ -23,15 +23,15 @@ import yaml
 from jsonargparse import auto_cli
 
 from sparse_train import Magnitude, SparseGPT, Wanda, prune
-from sparse_train.card import FILE_NAME as CARD
-from sparse_train.data import calibration_batches
+from sparse_train.data.text_blocks import calibration_batches
+from sparse_train.data.texts import PackagedWikipedia, TextFiles, TextSource
 from sparse_train.evaluation import WANDA7, ZeroShotResult, evaluate_zero_shot
 from sparse_train.evaluation.task_data import read, task_file
 from sparse_train.evaluation.zeroshot import check_tasks
-from sparse_train.packaged import MODEL_NAME
-from sparse_train.sources import PackagedSmolLM2, Pretrained
-from sparse_train.tables import show_zero_shot
-from sparse_train.texts import PackagedWikipedia, TextFiles, TextSource
+from sparse_train.export.card import FILE_NAME as CARD
+from sparse_train.models.packaged import MODEL_NAME
+from sparse_train.models.sources import PackagedSmolLM2, Pretrained
+from sparse_train.terminal.tables import show_zero_shot
 
 ONESHOT = {"magnitude": Magnitude, "sparsegpt": SparseGPT, "wanda": Wanda}
 TRAINED = ("static", "static_ste", "dynamic", "dense_tuned", "distilled")

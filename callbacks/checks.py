@@ -5,10 +5,10 @@ import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
-from sparse_train.layers import sparse_layers
-from sparse_train.matrices import FACTOR_NAMES
-from sparse_train.run_settings import RunSettings
-from sparse_train.sharding import is_sharded
+from sparse_train.layers.matrices import FACTOR_NAMES
+from sparse_train.layers.sharding import is_sharded
+from sparse_train.layers.sparse_linear import sparse_layers
+from sparse_train.pipeline.run_settings import RunSettings
 
 
 def check_strategy(trainer: L.Trainer) -> None:
@@ -58,7 +58,7 @@ def check_sharded(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
     if not any(map(is_sharded, sparse_layers(pl_module).values())):
         raise ValueError(
             "ModelParallelStrategy leaves sharding to configure_model, and none of the targeted layers is sharded, so "
-            "each process would train a model of its own. Call sparse_train.sharding.shard_blocks(model, "
+            "each process would train a model of its own. Call sparse_train.layers.sharding.shard_blocks(model, "
             'self.device_mesh["data_parallel"]) there, or take strategy="ddp".'
         )
 

@@ -16,38 +16,37 @@ When what happens, in Lightning's order:
 """
 
 import functools
-import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import Tensor, nn
+from torch import Tensor
 
+from sparse_train.arguments import expect
+from sparse_train.callbacks import building
+from sparse_train.callbacks.calibration import peek
 from sparse_train.callbacks.checks import check_averaging, check_factors, check_sharded, check_shares, check_strategy
-from sparse_train.callbacks.first_mask import make_first_mask
 from sparse_train.criteria import Criterion
 from sparse_train.description import describe
-from sparse_train.earlier_windows import Memory
-from sparse_train.layers import fold, sparse_layers, sparsify, sparsify_like
-from sparse_train.mask_lora import MaskLoRA, add_mask_lora
-from sparse_train.matrices import MaskedLayer
+from sparse_train.export.checkpoints import PRUNING_STATE
+from sparse_train.layers.mask_lora import MaskLoRA, add_mask_lora
+from sparse_train.layers.matrices import MaskedLayer
+from sparse_train.layers.sparse_linear import fold, sparse_layers
+from sparse_train.oneshot import first_mask
 from sparse_train.oneshot.first_mask import check_initial
 from sparse_train.patterns import Pattern, group_label
-from sparse_train.policies import MaskPolicy
-from sparse_train.pruner import UpdateReport, expect
-from sparse_train.run_settings import RunSettings, check_settings
-from sparse_train.schedules import Schedule
-from sparse_train.sharding import check_layout
+from sparse_train.pipeline.policies import MaskPolicy
+from sparse_train.pipeline.run_settings import RunSettings, check_settings
+from sparse_train.pipeline.schedules import Schedule
+from sparse_train.pipeline.update_report import UpdateReport
+from sparse_train.pipeline.updater import MaskUpdater
 from sparse_train.solvers import Solver
-from sparse_train.targets import select
-from sparse_train.updater import MaskUpdater
+from sparse_train.statistics.earlier_windows import Memory
 
-_log = logging.getLogger(__name__)
-_NO_MASK = {"sparsity/target": 0.0, "sparsity/flip_rate": 0.0, "sparsity/initial_flip_rate": 0.0}
-"""What is known ahead of a first mask; ``sparsity/actual`` is counted on the weights, which takes engines traffic."""
+_NO_MASK = {f"sparsity/{name}": 0.0 for name in ("target", "actual", "flip_rate", "initial_flip_rate")}
+"""What is logged ahead of a first mask; not counted on the weights, which would cost engines traffic at every start."""
 
 
 class DynamicPruning(L.Callback):
@@ -96,8 +95,9 @@ class DynamicPruning(L.Callback):
             1 = all windows and those behind the first mask, the default, which trained best (docs/results.md);
             "frozen": the norms of the first mask for ever.
         hysteresis: share by which the scores of kept weights count more at updates; 0 = none.
-        noise_margin: standard errors by which kept weights are taken for better, and pruned ones for worse, than they
-            look, from what the odd and the even steps of the window say; 0 = none. See ``sparse_train.margins``.
+        noise_margin: number of standard errors by which kept weights count for better, and pruned ones for worse, than
+            they look, as the odd steps of the window against the even ones say; 0 = none. See
+            ``sparse_train.pipeline.margins``.
         flip_agreement: also log ``sparsity/flip_agreement``, the share of an update's flips that odd and even steps
             would each have made alone, where there were any: flips that are not noise. Selects twice more.
         calibration_batches: batches for a first mask at step 0, of the training data, or of the loader that a data
@@ -166,13 +166,16 @@ class DynamicPruning(L.Callback):
         self._global_step = 0
         self._metrics: dict[str, float] = {}  # of the latest update, also where another process has made it
         self._logged = False
-        self._load_hook: Any = None
-        self._was_dense = False
+        self._undo_loading: Callable[[], None] | None = None
         self._ended: dict[str, Any] | None = None  # the state at the end of a fit that keeps its masks
         self.updater: MaskUpdater | None = None
         """The running pipeline; None before the run has begun."""
         self.last_report: UpdateReport | None = None
         """Of the latest update of this process; None before the first."""
+
+    @property
+    def state_key(self) -> str:
+        return PRUNING_STATE  # of a subclass too: what loads or exports a checkpoint looks there
 
     def token_mask(self, batch: Any) -> Tensor | None:
         """Which tokens of a batch count in activation statistics, (B, L), 0 = padding; None = all.
@@ -200,11 +203,10 @@ class DynamicPruning(L.Callback):
             )
         if stage != "fit":
             # evaluates the module as it is, or a checkpoint of a sparse run, which brings masks, or a dense one
-            hook = pl_module.register_load_state_dict_pre_hook(_sparsify_as_loaded)  # type: ignore[no-untyped-call]
-            self._load_hook, self._was_dense = hook, not sparse_layers(pl_module)
+            self._undo_loading = building.masks_as_loaded(pl_module)
             if trainer.strategy.restore_checkpoint_after_setup:
                 # FSDP2 and DeepSpeed load what the module has, and would leave masks out without a word
-                self._sparsify_when_built(pl_module)
+                building.call_when_built(pl_module, self._sparsify)
             return
         check_strategy(trainer)
         check_shares(pl_module, self._settings)
@@ -212,26 +214,10 @@ class DynamicPruning(L.Callback):
         continues = self.updater is not None and trainer.global_step > 0 and bool(sparse_layers(pl_module))
         self._restored = (self._ended or self.state_dict()) if continues else None
         self.updater = None
-        self._sparsify_when_built(pl_module)
-
-    def _sparsify_when_built(self, pl_module: L.LightningModule) -> None:
-        for hook in ("configure_model", "setup"):  # the later one first; this callback's own setup is ahead of both
-            if is_overridden(hook, pl_module):
-                pl_module.__dict__[hook] = functools.partial(self._after, hook, pl_module)
-                return
-        self._sparsify(pl_module)
-
-    def _after(self, hook: str, pl_module: L.LightningModule, *args: Any, **arguments: Any) -> None:
-        del pl_module.__dict__[hook]
-        getattr(pl_module, hook)(*args, **arguments)
-        self._sparsify(pl_module)
+        building.call_when_built(pl_module, self._sparsify)
 
     def _sparsify(self, pl_module: L.LightningModule) -> None:
-        settings = self._settings
-        layers = select(pl_module, settings.mask_structure, settings.targets, settings.ignore).layers
-        for name, layer in layers.items():
-            check_layout(name, layer)
-        sparsify(pl_module, layers.values())
+        self._settings.sparsify(pl_module)
         if self._mask_lora is not None:
             add_mask_lora(pl_module, self._mask_lora)
 
@@ -256,7 +242,15 @@ class DynamicPruning(L.Callback):
                 "weights into the module and fit without ckpt_path."
             )
         if self._restored is None:
-            make_first_mask(trainer, pl_module, self._settings, self._calibration_batches, self._initial_criterion)
+            first_mask.begin(
+                pl_module,
+                self._settings,
+                self._initial_criterion,
+                self._calibration_batches,
+                functools.partial(peek, trainer),
+                trainer.precision_plugin.forward_context(),
+                progress=trainer.is_global_zero and trainer.progress_bar_callback is not None,
+            )
         total_steps = None
         if pl_module.automatic_optimization:  # of this fit: another one may have gone before it in the same trainer
             total_steps = trainer.estimated_stepping_batches - trainer.global_step
@@ -275,7 +269,7 @@ class DynamicPruning(L.Callback):
         self._global_step = trainer.global_step if self._restored is None else self._restored["global_step"]
         self._metrics = {} if self._restored is None else self._restored.get("metrics", {})
         self._logged = False
-        if self._restored is None and self.updater.target is not None:
+        if self._restored is None and self.updater.sparsity is not None:
             self._log_update(trainer, self.updater.report())
         self._restored = self._ended = None
 
@@ -325,27 +319,6 @@ class DynamicPruning(L.Callback):
     # --- after training, and checkpoints -----------------------------------------------------------------------------
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        final = self._settings.schedule.sparsity(1.0)
-        if self.updater is not None and self.updater.target != final:
-            _log.warning(
-                "The run ended after %d steps, before its masks reached the final sparsity of %g: they are at %s. "
-                "end_step is %d.",
-                self.updater.steps,
-                final,
-                self.updater.target,
-                self.updater.timing.end_step,
-            )
-        elif (
-            self.updater is not None
-            and self._settings.policy.revives
-            and self.updater.steps < self.updater.timing.end_step
-        ):
-            _log.warning(
-                "The run ended after %d steps, with masks that were to change until step %d (end_step): there were no "
-                "last steps under masks that stay.",
-                self.updater.steps,
-                self.updater.timing.end_step,
-            )
         if self.updater is not None and self.updater.steps == 0:
             rank_zero_warn(
                 "No optimizer step was seen, so masks never changed. Under manual optimization step what "
@@ -366,13 +339,10 @@ class DynamicPruning(L.Callback):
                 layer.recorder = layer.statistics = None
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        for hook in ("configure_model", "setup"):
-            pl_module.__dict__.pop(hook, None)
-        if self._load_hook is not None:
-            self._load_hook.remove()
-            self._load_hook = None
-            if self._was_dense and sparse_layers(pl_module):
-                fold(pl_module)  # the checkpoint that this stage has loaded brought masks, or there was none
+        building.forget(pl_module)
+        if self._undo_loading is not None:
+            self._undo_loading()
+            self._undo_loading = None
 
     def state_dict(self) -> dict[str, Any]:
         if self.updater is None or self._ended is not None:
@@ -395,7 +365,3 @@ class DynamicPruning(L.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict or None
-
-
-def _sparsify_as_loaded(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-    sparsify_like(module, state_dict, prefix)

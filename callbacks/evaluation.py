@@ -17,13 +17,13 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleD
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from sparse_train.data.texts import Split, TextSource
 from sparse_train.evaluation import evaluate_perplexity, evaluate_zero_shot, token_ids
 from sparse_train.evaluation.zeroshot import check_tasks, task_names
-from sparse_train.layers import sparse_layers
+from sparse_train.layers.sparse_linear import sparse_layers
+from sparse_train.models.sources import ModelSource, as_model_source
 from sparse_train.oneshot.training_data import causal_lm
 from sparse_train.rng import isolated_rng
-from sparse_train.sources import ModelSource, as_model_source
-from sparse_train.texts import Split, TextSource
 
 _AUTOCAST = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
 

@@ -27,13 +27,14 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from sparse_train import environment, masks, memory
+from sparse_train import environment, memory
 from sparse_train.callbacks.dynamic_pruning import DynamicPruning
 from sparse_train.callbacks.evaluation import Evaluation
-from sparse_train.matrices import MaskedLayer
-from sparse_train.pruner import UpdateReport
+from sparse_train.layers import masks
+from sparse_train.layers.matrices import MaskedLayer
+from sparse_train.pipeline.update_report import UpdateReport
+from sparse_train.pipeline.updater import MaskUpdater
 from sparse_train.report.collect import HISTORY
-from sparse_train.updater import MaskUpdater
 
 _CROP_OUTPUTS, _CROP_INPUTS = 32, 64
 
@@ -207,7 +208,7 @@ class RunHistory(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         updater = self._updater()
-        report = updater.report() if updater is not None and updater.target is not None else None
+        report = updater.report() if updater is not None and updater.sparsity is not None else None
         self._write(
             "end",
             trainer.global_step,
@@ -255,7 +256,7 @@ class RunHistory(L.Callback):
 
     def _is_masked(self) -> bool:
         updater = self._updater()
-        return updater is not None and bool(updater.target)
+        return updater is not None and bool(updater.sparsity)
 
 
 def _pruning_ahead(history: L.Callback, trainer: L.Trainer) -> DynamicPruning | None:

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparse_train import Magnitude, prune
 from sparse_train.inspection import layer_sparsities
-from sparse_train.tables import show_inspection
+from sparse_train.terminal.tables import show_inspection
 
 PICTURE = Path(__file__).parent / "pictures" / "inspect.svg"
 # rich's own names a font on another server; a picture in a page must load nothing

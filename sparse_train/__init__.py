@@ -5,16 +5,16 @@
 
 from sparse_train.allocation import OWL, Allocation, Explicit, PerBlock, Uniform
 from sparse_train.criteria import RIA, Criterion, Magnitude, Random, Wanda, WandaCumulative
-from sparse_train.layers import SparseLinear, sparse_layers, sparsify, sparsify_like, squash
-from sparse_train.mask_lora import MaskLoRA, add_mask_lora, merge_mask_lora
+from sparse_train.layers.mask_lora import MaskLoRA, add_mask_lora, merge_mask_lora
+from sparse_train.layers.sparse_linear import SparseLinear, sparse_layers, sparsify, sparsify_like, squash
 from sparse_train.oneshot import prune
 from sparse_train.patterns import NM, Pattern, Unstructured
-from sparse_train.policies import Dormant, Fixed, MaskPolicy, StraightThrough
-from sparse_train.pruner import UpdateReport
-from sparse_train.regrow import Regrow
-from sparse_train.schedules import Constant, Cubic, Linear, Schedule
+from sparse_train.pipeline.policies import Dormant, Fixed, MaskPolicy, StraightThrough
+from sparse_train.pipeline.regrow import Regrow
+from sparse_train.pipeline.schedules import Constant, Cubic, Linear, Schedule
+from sparse_train.pipeline.update_report import UpdateReport
+from sparse_train.pipeline.updater import MaskUpdater
 from sparse_train.solvers import Solver, SparseGPT
-from sparse_train.updater import MaskUpdater
 
 __version__ = "0.1.0"
 

@@ -1,8 +1,27 @@
 """``describe``: what a part of a run is, in words that are the same in each process."""
 
+from dataclasses import MISSING, Field, fields, is_dataclass
+from typing import Any
 
-def describe(part: object) -> str:
-    """A criterion, schedule, policy or solver in words; without an address, also where its class is no dataclass."""
-    if type(part).__repr__ is not object.__repr__:
+
+def describe(part: Any) -> str:
+    """A criterion, schedule, policy or solver in words: its class, and what is not as it is by default.
+
+    Without an address, also where its class is no dataclass.
+    """
+    if is_dataclass(part):
+        own = {field.name: getattr(part, field.name) for field in fields(part) if field.init}
+        default = {field.name: _default(field) for field in fields(part)}
+        told = {name: value for name, value in own.items() if repr(value) != repr(default[name])}
+        return f"{type(part).__name__}({_arguments(told)})"
+    if "__repr__" in {name for cls in type(part).__mro__[:-1] for name in vars(cls)}:
         return repr(part)
-    return f"{type(part).__name__}({', '.join(f'{name}={each!r}' for name, each in sorted(vars(part).items()))})"
+    return f"{type(part).__name__}({_arguments(dict(sorted(vars(part).items())))})"
+
+
+def _arguments(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in values.items())
+
+
+def _default(field: Field[Any]) -> Any:
+    return field.default if field.default_factory is MISSING else field.default_factory()

@@ -2,13 +2,12 @@ import pytest
 import torch
 
 from sparse_train import prune
-from sparse_train.activations import ActivationNorm
 from sparse_train.criteria import RIA, Criterion, Magnitude, Random, Wanda, WandaCumulative
 from sparse_train.patterns import NM, Unstructured
-
-from . import reference
-from .conftest import tiny_llama
-from .reference import row_mask, wanda_scores
+from sparse_train.statistics.activations import ActivationNorm
+from tests import reference
+from tests.conftest import tiny_llama
+from tests.reference import row_mask, wanda_scores
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -86,7 +86,8 @@ def test_every_module_has_its_place_in_the_overview():
     for path in (ROOT / "sparse_train").iterdir():
         if path.is_symlink() or path.name in ("__init__.py", "__pycache__", "py.typed"):
             continue
-        assert (f"`{path.name}`" in overview) or (f"sparse_train/{path.name}" in overview), path.name
+        name = f"{path.name}/" if path.is_dir() else path.name
+        assert (f"`{name}`" in overview) or (f"`sparse_train/{name}`" in overview), name
 
 
 def test_the_page_of_recipes_is_up_to_date():

@@ -3,11 +3,11 @@ import json
 import torch
 from torch import nn
 
-from sparse_train import Magnitude, cli, prune
+from sparse_train import Magnitude, prune
+from sparse_train.commands import cli
 from sparse_train.inspection import layer_sparsities
-from sparse_train.packed import save_packed
-
-from .conftest import tiny_llama
+from sparse_train.packed.tensors import save_packed
+from tests.conftest import tiny_llama
 
 
 def pruned(dtype=torch.bfloat16):

@@ -67,7 +67,7 @@ def test_the_wheel_works_from_another_folder(wheel, tmp_path):
     script = (
         "import sparse_train, sparse_train.callbacks as c; print(sparse_train.__file__, c.__file__);"
         "from sparse_train.callbacks import DynamicPruning; print(DynamicPruning('2:4')._settings.mask_structure);"
-        "from sparse_train.cli import main;"
+        "from sparse_train.commands.cli import main;"
         "main(['fit', '--config=recipes/smollm2_2of4.yaml', '--config=configs/strategy/ddp.yaml', '--print_config'])"
     )
     out = run(sys.executable, "-c", script, cwd=tmp_path, PYTHONPATH=str(target))

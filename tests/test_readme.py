@@ -23,13 +23,13 @@ from jsonargparse import auto_parser
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, TrainingArguments
 
-from sparse_train import Criterion, Magnitude, MaskUpdater, cli, prune
-from sparse_train.commands import COMMANDS, run_command
+from sparse_train import Criterion, Magnitude, MaskUpdater, prune
+from sparse_train.commands import cli
+from sparse_train.commands.model_commands import COMMANDS, run_command
+from sparse_train.commands.parsers import EXAMPLES
 from sparse_train.evaluation import WANDA7
-from sparse_train.parsers import EXAMPLES
-
-from .conftest import VOCABULARY, tiny_llama
-from .test_recipes import BASE, WithoutObjects, lightning_cli
+from tests.conftest import VOCABULARY, tiny_llama
+from tests.test_recipes import BASE, WithoutObjects, lightning_cli
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -6,14 +6,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sparse_train import NM, Cubic, Magnitude, MaskLoRA, Regrow, SparseGPT, Wanda, lightning_cli
+from sparse_train import NM, Cubic, Magnitude, MaskLoRA, Regrow, SparseGPT, Wanda
 from sparse_train.callbacks import DynamicPruning, Evaluation
-from sparse_train.commands import parser_of
-from sparse_train.conversations import ConversationFiles, PackagedQuestions
-from sparse_train.lora import LoRA
-from sparse_train.module import CausalLM
-from sparse_train.sources import PackagedSmolLM2, Pretrained
-from sparse_train.texts import HubText, PackagedWikipedia, PythonStandardLibrary
+from sparse_train.commands import lightning_cli
+from sparse_train.commands.model_commands import parser_of
+from sparse_train.data.conversations import ConversationFiles, PackagedQuestions
+from sparse_train.data.texts import HubText, PackagedWikipedia, PythonStandardLibrary
+from sparse_train.models.lora import LoRA
+from sparse_train.models.module import CausalLM
+from sparse_train.models.sources import PackagedSmolLM2, Pretrained
 
 ROOT = Path(__file__).parent.parent
 RECIPES, CONFIGS = sorted((ROOT / "recipes").rglob("*.yaml")), sorted((ROOT / "configs").rglob("*.yaml"))

@@ -5,11 +5,10 @@ import torch
 from torch import nn
 
 from sparse_train import NM, SparseGPT, Unstructured, Wanda, prune, sparse_layers
-from sparse_train.activations import ActivationGram
 from sparse_train.patterns import group_label
-
-from . import reference
-from .conftest import tiny_llama
+from sparse_train.statistics.activations import ActivationGram
+from tests import reference
+from tests.conftest import tiny_llama
 
 PATTERNS = [(Unstructured("layer"), None, 0), (NM(2, 4), 2, 4), (NM(4, 8), 4, 8), (NM(1, 4), 1, 4)]
 

@@ -8,8 +8,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from sparse_train.activations import ActivationNorm
 from sparse_train.patterns import Group
+from sparse_train.statistics.activations import ActivationNorm
 
 
 class Criterion(ABC):

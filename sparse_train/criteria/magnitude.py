@@ -5,8 +5,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from sparse_train.activations import ActivationNorm
 from sparse_train.criteria.base import Criterion
+from sparse_train.statistics.activations import ActivationNorm
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparse_train.activations import ActivationNorm
 from sparse_train.criteria.base import Criterion
+from sparse_train.statistics.activations import ActivationNorm
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sparse_train.activations import ActivationNorm
 from sparse_train.criteria.base import Criterion
 from sparse_train.patterns import Group
+from sparse_train.statistics.activations import ActivationNorm
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from sparse_train.evaluation.undisturbed import undisturbed
-from sparse_train.losses import next_token_loss, perplexity
-from sparse_train.progress import bar
+from sparse_train.models.losses import next_token_loss, perplexity
+from sparse_train.terminal.progress import bar
 
 _log = logging.getLogger(__name__)
 

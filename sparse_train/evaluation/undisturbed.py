@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from sparse_train.layers import sparse_layers
+from sparse_train.layers.sparse_linear import sparse_layers
 from sparse_train.rng import isolated_rng
 
 

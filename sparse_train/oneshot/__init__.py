@@ -8,23 +8,24 @@ from typing import Any
 
 from torch import nn
 
-from sparse_train import layers as _layers
-from sparse_train import masks
-from sparse_train.activations import ActivationNorm
 from sparse_train.allocation import Allocation, LayerShape, Uniform, check_pattern, divide, outlier_share
-from sparse_train.blocks import block_lists
+from sparse_train.arguments import expect
 from sparse_train.criteria import Criterion, Wanda
-from sparse_train.layers import sparsify
-from sparse_train.matrices import MaskedLayer, MaskedMatrix, Recorder
+from sparse_train.layers import masks
+from sparse_train.layers import sparse_linear as _layers
+from sparse_train.layers.matrices import MaskedLayer, MaskedMatrix, Recorder
+from sparse_train.layers.sparse_linear import sparsify
+from sparse_train.models.blocks import block_lists
 from sparse_train.oneshot.engine import Method, Undo, prune_group, release, statistics_of
 from sparse_train.oneshot.experts import ExpertMatrix, expert_matrices
 from sparse_train.oneshot.walk import Batch, CalibrationPass
 from sparse_train.patterns import Pattern, parse_pattern, parse_word
-from sparse_train.progress import Bar, bar
-from sparse_train.pruner import LayerUpdate, expect
-from sparse_train.recording import attach, reduce_statistics, warn_of_padding
+from sparse_train.pipeline.update_report import LayerUpdate
 from sparse_train.solvers import Solver
-from sparse_train.targets import select
+from sparse_train.statistics.activations import ActivationNorm
+from sparse_train.statistics.recording import attach, reduce_statistics, warn_of_padding
+from sparse_train.targets.selection import select
+from sparse_train.terminal.progress import Bar, bar
 
 __all__ = ["Batch", "Method", "OneshotReport", "prune", "set_initial_masks"]
 

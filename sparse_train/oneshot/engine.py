@@ -5,17 +5,18 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor
 
-from sparse_train import masks
-from sparse_train.activations import ActivationGram, ActivationNorm, Statistics, in_float32
-from sparse_train.choice import Rules
 from sparse_train.criteria import Criterion
-from sparse_train.matrices import MaskedMatrix
+from sparse_train.layers import masks
+from sparse_train.layers.matrices import MaskedMatrix
 from sparse_train.oneshot.experts import ExpertMatrix, fall_back
 from sparse_train.patterns import Pattern
-from sparse_train.policies import StraightThrough
-from sparse_train.pruner import LayerUpdate, replace_mask, update_masks
-from sparse_train.recording import check_statistics, reduce_statistics
+from sparse_train.pipeline.choice import Rules
+from sparse_train.pipeline.policies import StraightThrough
+from sparse_train.pipeline.pruner import replace_mask, update_masks
+from sparse_train.pipeline.update_report import LayerUpdate
 from sparse_train.solvers import Solver
+from sparse_train.statistics.activations import ActivationGram, ActivationNorm, Statistics, in_float32
+from sparse_train.statistics.recording import check_statistics, reduce_statistics
 
 Method = Criterion | Solver
 """How to prune: scores that select, or a solver that also moves the weights it keeps."""

@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from sparse_train import masks
-from sparse_train.activations import ActivationGram, ActivationNorm
-from sparse_train.blocks import FusedExperts, expert_shape_OI
-from sparse_train.matrices import MaskedMatrix
+from sparse_train.layers import masks
+from sparse_train.layers.matrices import MaskedMatrix
+from sparse_train.models.blocks import FusedExperts, expert_shape_OI
+from sparse_train.statistics.activations import ActivationGram, ActivationNorm
 
 _log = logging.getLogger(__name__)
 

@@ -1,23 +1,28 @@
 """The first mask of a training run, whatever trains: one-shot pruning that leaves pruned weights in the shadow."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import nn
 
-from sparse_train import masks
+from sparse_train.arguments import expect
 from sparse_train.criteria import Criterion, Wanda
-from sparse_train.distributed import take_from_rank_0
-from sparse_train.layers import sparse_layers
-from sparse_train.mask_lora import MaskLoRA
-from sparse_train.matrices import MaskedLayer
+from sparse_train.distributed import rank, take_from_rank_0, world_size
+from sparse_train.layers import masks
+from sparse_train.layers.mask_lora import MaskLoRA
+from sparse_train.layers.matrices import MaskedLayer
+from sparse_train.layers.sharding import has_masters, is_sharded, reshard
+from sparse_train.layers.sparse_linear import sparse_layers
 from sparse_train.oneshot import set_initial_masks
 from sparse_train.oneshot.engine import Method, Undo
-from sparse_train.oneshot.walk import Batch
+from sparse_train.oneshot.training_data import causal_lm
+from sparse_train.oneshot.walk import Batch, try_one_sample
 from sparse_train.patterns import Pattern, group_label
-from sparse_train.pruner import check_masks, expect, measure
-from sparse_train.sharding import has_masters
+from sparse_train.pipeline.pruner import check_masks, masks_from_zeros, measure
+from sparse_train.pipeline.run_settings import RunSettings
 from sparse_train.solvers import Solver, SparseGPT
 
 _log = logging.getLogger(__name__)
@@ -41,6 +46,72 @@ def check_initial(method: Method | None, pattern: Pattern, mask_lora: MaskLoRA |
             f"as they are. Prune the model before (sparse_train.prune with criterion={type(method).__name__}()), or "
             "take a criterion."
         )
+
+
+def begin(
+    root: nn.Module,
+    settings: RunSettings,
+    method: Method | None,
+    count: int,
+    batches: Callable[[int], Sequence[Batch] | None],
+    autocast: AbstractContextManager[Any],
+    progress: bool,
+) -> None:
+    """Set the masks that a run starts with; leaves them alone where its first window of steps has to make them.
+
+    Args:
+        root: holds the model; sparsified.
+        settings: of the run.
+        method: ``initial_criterion``: scores of these masks, or a solver of weights and masks; None = as the run's.
+        count: batches of training data to calibrate on, over all ranks.
+        batches: gives so many of them, the same ones in each rank; None where there are none that a model could take.
+        autocast: under which the run's forwards are computed.
+        progress: show a bar.
+
+    Raises:
+        ValueError: there is a ``method``, and one-shot pruning makes no first mask here; or as ``make``.
+    """
+    made = _one_shot(root, settings, method, count, batches, autocast, progress)
+    if method is not None and not made:
+        raise ValueError(
+            f"initial_criterion is {method}, but no one-shot pruning makes the first mask here: it does at start_step "
+            "0, with calibration_batches above 0, for a transformers model that is not sharded and has no masks yet, "
+            "from data that is no stream, and where there is something to prune. Leave initial_criterion out, or prune "
+            "the model before the run (sparse_train.prune)."
+        )
+
+
+def _one_shot(
+    root: nn.Module,
+    settings: RunSettings,
+    method: Method | None,
+    count: int,
+    batches: Callable[[int], Sequence[Batch] | None],
+    autocast: AbstractContextManager[Any],
+    progress: bool,
+) -> bool:
+    layers, pattern, sparsity = sparse_layers(root), settings.mask_structure, settings.first_sparsity
+    if not is_wanted(method, settings.criterion, layers, sparsity):
+        return False
+    reshard(root)
+    if any(map(is_sharded, layers.values())):
+        if not masks_from_zeros(layers, pattern, sparsity) and rank() == 0:
+            _log.info(
+                "The model is sharded, so its blocks cannot be calibrated one by one: the first mask will come from "
+                "the activations of the first steps, which run dense. A model that was pruned before starts with the "
+                "zeros that it has."
+            )
+        return False
+    if not count:
+        return False
+    model, ranks = causal_lm(root, layers), world_size()
+    found = None if model is None else batches(-(-count // ranks) * ranks)  # as many for each rank
+    if model is None or found is None or len(found) < ranks:
+        _log.info("The first mask will come from the activations of the first steps, which run dense.")
+        return False
+    with autocast:
+        make(model, found[rank() :: ranks], method or settings.criterion, pattern, sparsity, progress)
+    return True
 
 
 def is_wanted(method: Method | None, criterion: Criterion, layers: Mapping[str, MaskedLayer], sparsity: float) -> bool:
@@ -76,6 +147,7 @@ def make(
         ValueError: as ``set_initial_masks``, or masks that are not the pattern's. The model is as it was then.
     """
     own, undo = sparse_layers(model), Undo()
+    _check_batch(model, batches[0])
     try:
         set_initial_masks(
             model,
@@ -88,21 +160,28 @@ def make(
             save=undo.save,
         )
         check_masks(own, pattern, sparsity)  # a solver of the user's own may have kept others
-    except BaseException as error:
+    except BaseException:
         undo.restore()
         for layer in own.values():
             masks.fill_full(layer.weight_mask, layer.in_features)  # as they were
-        if isinstance(error, (TypeError, IndexError, RuntimeError)) and not isinstance(error, torch.OutOfMemoryError):
-            raise ValueError(
-                f"One-shot pruning makes the first mask from batches of the training data, and {type(model).__name__} "
-                f"did not take one of them as it is: {error}. With calibration_batches=0 the first mask comes from the "
-                "first steps of training instead, which run dense; a calibration_dataloader of the data module gives "
-                "other batches."
-            ) from error
         raise
     _warn_of_zeros(own, pattern, sparsity)
     if isinstance(method, Solver):  # linear algebra may round otherwise on other hardware
         take_from_rank_0([tensor for each in own.values() for tensor in (each.weight_OI.detach(), each.weight_mask)])
+
+
+def _check_batch(model: nn.Module, batch: Batch) -> None:
+    try:
+        try_one_sample(model, batch)
+    except (LookupError, TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ValueError(
+            f"One-shot pruning makes the first mask from batches of the training data, and {type(model).__name__} did "
+            f"not take one of them as it is: {error}. With calibration_batches=0 the first mask comes from the first "
+            "steps of training instead, which run dense; a calibration_dataloader of the data module gives other "
+            "batches."
+        ) from error
 
 
 def _warn_of_zeros(layers: Mapping[str, MaskedLayer], pattern: Pattern, sparsity: float) -> None:
@@ -119,16 +198,6 @@ def _warn_of_zeros(layers: Mapping[str, MaskedLayer], pattern: Pattern, sparsity
             group_label(pattern),
             sparsity,
         )
-
-
-def none_made(method: Method) -> ValueError:
-    """Where an ``initial_criterion`` was asked for, and no one-shot pruning makes the first mask."""
-    return ValueError(
-        f"initial_criterion is {method}, but no one-shot pruning makes the first mask here: it does at start_step 0, "
-        "with calibration_batches above 0, for a transformers model that is not sharded and has no masks yet, from "
-        "data that is no stream, and where there is something to prune. Leave initial_criterion out, or prune the "
-        "model before the run (sparse_train.prune)."
-    )
 
 
 def _check_movable(solver: Solver, layers: Mapping[str, MaskedLayer]) -> None:

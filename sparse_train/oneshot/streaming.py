@@ -18,13 +18,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sparse_train.activations import ActivationNorm, Statistics
 from sparse_train.allocation import Allocation, LayerShape, Uniform, divide
-from sparse_train.blocks import expert_shape_OI
+from sparse_train.arguments import expect
 from sparse_train.description import describe
 from sparse_train.files import check_free
-from sparse_train.layers import fold, sparsify
-from sparse_train.matrices import MaskedLayer, MaskedMatrix, Recorder, shape_OI
+from sparse_train.layers.matrices import MaskedLayer, MaskedMatrix, Recorder, shape_OI
+from sparse_train.layers.sparse_linear import fold, sparsify
+from sparse_train.models.blocks import expert_shape_OI
 from sparse_train.oneshot import (
     Method,
     OneshotReport,
@@ -40,10 +40,11 @@ from sparse_train.oneshot.shards import Checkpoint, copy_companions, write_index
 from sparse_train.oneshot.streamed_model import StreamedModel, model_without_weights
 from sparse_train.oneshot.walk import Batch, CalibrationPass
 from sparse_train.patterns import Pattern
-from sparse_train.progress import Bar, bar
-from sparse_train.pruner import LayerUpdate, expect
-from sparse_train.recording import attach, reduce_statistics, warn_of_padding
-from sparse_train.targets import Selection, select
+from sparse_train.pipeline.update_report import LayerUpdate
+from sparse_train.statistics.activations import ActivationNorm, Statistics
+from sparse_train.statistics.recording import attach, reduce_statistics, warn_of_padding
+from sparse_train.targets.selection import Selection, select
+from sparse_train.terminal.progress import Bar, bar
 
 _log = logging.getLogger(__name__)
 

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_train.input_sharing import InputSharing
-from sparse_train.matrices import MaskedLayer, Recorder
+from sparse_train.layers.matrices import MaskedLayer, Recorder
 from sparse_train.oneshot.experts import ExpertMatrix, ExpertRecorder
 from sparse_train.oneshot.store import Activations, copied, moved
-from sparse_train.recording import share_statistics
+from sparse_train.statistics.input_sharing import InputSharing
+from sparse_train.statistics.recording import share_statistics
 
 _log = logging.getLogger(__name__)
 
@@ -252,6 +252,12 @@ def _inference(model: nn.Module) -> Iterator[None]:
 
 def _call(model: nn.Module, batch: Batch) -> Any:
     return model(**batch) if isinstance(batch, Mapping) else model(batch)
+
+
+def try_one_sample(model: nn.Module, batch: Batch) -> None:
+    """A forward of one sample; whatever it raises says that the model does not take such batches."""
+    with _inference(model):
+        _call(model, _one_sample(batch))
 
 
 def _one_sample(batch: Batch) -> Batch:

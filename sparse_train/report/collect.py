@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sparse_train import masks
+from sparse_train.layers import masks
 
 HISTORY = "sparse_train_history.jsonl"
 """The file that ``sparse_train.callbacks.RunHistory`` writes."""

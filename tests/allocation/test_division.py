@@ -13,8 +13,7 @@ from sparse_train.allocation import (
     fit_counts,
 )
 from sparse_train.patterns import NM, Pattern, Unstructured
-
-from .shapes import HEAD, TOTAL, decoder, over_all, zeros
+from tests.allocation.shapes import HEAD, TOTAL, decoder, over_all, zeros
 
 ROWS, LAYER = Unstructured("row"), Unstructured("layer")
 

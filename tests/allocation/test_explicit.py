@@ -4,8 +4,7 @@ from sparse_train.allocation import (
     Explicit,
     PerBlock,
 )
-
-from .shapes import decoder, over_all, short
+from tests.allocation.shapes import decoder, over_all, short
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,7 @@ from sparse_train.allocation import (
     Uniform,
     outlier_share,
 )
-
-from .shapes import HEAD, decoder, over_all
+from tests.allocation.shapes import HEAD, decoder, over_all
 
 
 def papers_sparsities(ratios, sparsity, lmbda):

@@ -3,8 +3,7 @@ import pytest
 from sparse_train.allocation import (
     PerBlock,
 )
-
-from .shapes import HEAD, decoder
+from tests.allocation.shapes import HEAD, decoder
 
 
 def test_per_block():

@@ -5,9 +5,8 @@ from sparse_train.allocation import (
     divide,
 )
 from sparse_train.patterns import NM, Unstructured
-
-from ..reference import row_mask
-from .shapes import HEAD, decoder
+from tests.allocation.shapes import HEAD, decoder
+from tests.reference import row_mask
 
 
 def test_uniform_rows_prune_what_the_wanda_reference_prunes():

@@ -9,8 +9,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from sparse_train import sparse_layers
 from sparse_train.callbacks import DynamicPruning
-
-from ..conftest import VOCABULARY, tiny_llama
+from tests.conftest import VOCABULARY, tiny_llama
 
 
 class Tokens(Dataset):

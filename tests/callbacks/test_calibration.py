@@ -10,8 +10,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler,
 
 from sparse_train.callbacks import DynamicPruning
 from sparse_train.oneshot.training_data import first_batches, random_batches
-
-from .runs import InInit, Tokens, loader, trainer
+from tests.callbacks.runs import InInit, Tokens, loader, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 

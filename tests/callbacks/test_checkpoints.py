@@ -9,9 +9,8 @@ from torch.utils.data import DataLoader
 
 from sparse_train import Cubic, Magnitude, SparseLinear, sparse_layers
 from sparse_train.callbacks import DynamicPruning
-
-from ..conftest import tiny_llama
-from .runs import (
+from sparse_train.export.checkpoints import PRUNING_STATE
+from tests.callbacks.runs import (
     ExactAfterEveryStep,
     InConfigureModel,
     InInit,
@@ -21,6 +20,7 @@ from .runs import (
     trainer,
     zeros,
 )
+from tests.conftest import tiny_llama
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
@@ -107,6 +107,32 @@ def test_a_checkpoint_with_masks_but_without_the_callbacks_state_is_no_run_to_re
     torch.save(content, path)
     with pytest.raises(ValueError, match="was written without DynamicPruning"):
         trainer(tmp_path, DynamicPruning("2:4")).fit(InInit(), loader(), ckpt_path=path, weights_only=False)
+
+
+def test_a_subclass_keeps_its_state_where_the_class_does(tmp_path):
+    class Padded(DynamicPruning):
+        def token_mask(self, batch):
+            return None
+
+    run = trainer(tmp_path, Padded("2:4", update_freq=4, squash=False))
+    run.fit(InInit(), loader())
+    run.save_checkpoint(tmp_path / "x.ckpt")
+    saved = torch.load(tmp_path / "x.ckpt", weights_only=False)["callbacks"]
+    assert saved[PRUNING_STATE]["steps"] == run.global_step
+
+
+@pytest.mark.parametrize(
+    ("settings", "at"),
+    [({"start_step": 6}, 16), ({"start_step": 8, "end_step": 16}, 15), ({"calibration_batches": 0, "window": 4}, 17)],
+)
+def test_a_run_resumes_late_on_the_steps_of_the_whole_run(tmp_path, settings, at):
+    path = tmp_path / "late.ckpt"
+    first, again = (DynamicPruning("2:4", update_freq=4, **settings) for _ in range(2))
+    with pytest.raises(SystemExit):
+        trainer(tmp_path, first, Interrupt(at, path), max_steps=20).fit(InInit(), loader())
+    timing = first.updater.timing
+    trainer(tmp_path, again, max_steps=20).fit(InInit(), loader(), ckpt_path=path, weights_only=False)
+    assert again.updater.timing == timing and again.updater.steps == 20
 
 
 def test_resuming_with_another_pattern_is_refused(tmp_path):
@@ -204,11 +230,11 @@ def test_a_fit_that_goes_on_without_a_checkpoint_goes_on_with_its_schedule(tmp_p
     pruning = DynamicPruning("unstructured", schedule=Cubic(0.7), end_step=20, update_freq=4, squash=False)
     run = trainer(tmp_path, pruning, max_steps=10)
     run.fit(model, loader())
-    before = pruning.updater.target
+    before = pruning.updater.sparsity
     run.fit_loop.epoch_loop.max_steps = 20
     run.fit(model, loader())
     assert pruning.updater.steps == 20
-    assert before < pruning.updater.target == 0.7
+    assert before < pruning.updater.sparsity == 0.7
 
 
 class Norms(L.Callback):

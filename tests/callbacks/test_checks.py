@@ -10,8 +10,7 @@ from lightning.pytorch.strategies import FSDPStrategy
 from sparse_train import Cubic
 from sparse_train.callbacks import DynamicPruning
 from sparse_train.callbacks.checks import check_strategy
-
-from .runs import InInit, loader, trainer, zeros
+from tests.callbacks.runs import InInit, loader, trainer, zeros
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*does not have many workers.*")
 

@@ -14,15 +14,14 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStr
 from torch import nn
 
 from sparse_train.callbacks import DynamicPruning, Evaluation, RunHistory
+from sparse_train.data.texts import TextFiles
 from sparse_train.evaluation import evaluate_perplexity, evaluate_zero_shot, token_ids
-from sparse_train.module import CausalLM
+from sparse_train.models.module import CausalLM
+from sparse_train.models.sources import Pretrained
 from sparse_train.report import read_metrics, write_run_report
 from sparse_train.report.collect import collect
-from sparse_train.sources import Pretrained
-from sparse_train.texts import TextFiles
-
-from ..conftest import tiny_llama, tiny_tokenizer
-from .runs import InInit, loader
+from tests.callbacks.runs import InInit, loader
+from tests.conftest import tiny_llama, tiny_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -12,9 +12,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from sparse_train import Explicit, Fixed, Magnitude, MaskLoRA, SparseGPT, Wanda, prune, sparse_layers
 from sparse_train.callbacks import DynamicPruning
 from sparse_train.oneshot.training_data import random_batches
-
-from ..conftest import VOCABULARY, tiny_llama
-from .runs import ExactAfterEveryStep, InInit, Interrupt, Tokens, loader, trainer
+from tests.callbacks.runs import ExactAfterEveryStep, InInit, Interrupt, Tokens, loader, trainer
+from tests.conftest import VOCABULARY, tiny_llama
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
@@ -161,6 +160,17 @@ def test_batches_that_the_model_does_not_take_as_they_are(tmp_path):
     with pytest.raises(ValueError, match="GPT2LMHeadModel did not take one of them as it is.*calibration_batches=0"):
         trainer(tmp_path, DynamicPruning("2:4", update_freq=4)).fit(Shifted(), data)
     trainer(tmp_path, DynamicPruning("2:4", update_freq=4, calibration_batches=0)).fit(Shifted(), data)
+
+
+class Misshapen(Wanda):
+    def scores(self, weight_OI, stats):
+        return weight_OI.abs() * stats.norm_I[:, None]
+
+
+def test_mistakes_of_a_criterion_are_not_laid_on_the_batches(tmp_path):
+    module = InInit()
+    with pytest.raises(RuntimeError, match="must match the size of tensor"):
+        trainer(tmp_path, DynamicPruning("2:4", criterion=Misshapen())).fit(module, loader())
 
 
 class Embedded(InInit):

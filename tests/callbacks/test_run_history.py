@@ -11,8 +11,7 @@ from torch.utils.data import DataLoader
 
 from sparse_train.callbacks import DynamicPruning, RunHistory
 from sparse_train.report.collect import HISTORY, collect
-
-from .runs import InInit, Tokens, loader
+from tests.callbacks.runs import InInit, Tokens, loader
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 

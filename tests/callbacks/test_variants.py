@@ -9,9 +9,8 @@ from torch.utils.data import DataLoader
 
 from sparse_train import Cubic, Magnitude, Random, Regrow, Wanda, prune, sparse_layers
 from sparse_train.callbacks import DynamicPruning
-
-from ..conftest import tiny_llama
-from .runs import ExactAfterEveryStep, InInit, Interrupt, Tokens, flip_rates, loader, trainer
+from tests.callbacks.runs import ExactAfterEveryStep, InInit, Interrupt, Tokens, flip_rates, loader, trainer
+from tests.conftest import tiny_llama
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 

@@ -12,11 +12,11 @@ from lightning.pytorch.strategies import DDPStrategy
 from transformers import AutoModelForCausalLM
 
 from sparse_train.callbacks import DynamicPruning
-from sparse_train.checkpoints import check_engine
 from sparse_train.distributed import rank, world_size
 from sparse_train.export import export_checkpoint
-from sparse_train.module import CausalLM
-from sparse_train.sharding import whole_state_dict
+from sparse_train.export.checkpoints import check_engine
+from sparse_train.layers.sharding import whole_state_dict
+from sparse_train.models.module import CausalLM
 from tests.ranks import engines, launch
 
 ONE_FILE = "fsdp2 in one file"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from sparse_train import cli, lightning_cli
+from sparse_train.commands import cli, lightning_cli
 from tests.ranks import launch
 
 STRATEGIES = {

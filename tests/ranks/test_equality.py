@@ -24,8 +24,8 @@ from sparse_train import (
 )
 from sparse_train.callbacks import DynamicPruning
 from sparse_train.distributed import world_size
-from sparse_train.masks import count_differing
-from sparse_train.sharding import whole_state_dict
+from sparse_train.layers.masks import count_differing
+from sparse_train.layers.sharding import whole_state_dict
 from tests.ranks import engines, launch
 
 

@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from sparse_train import sparse_layers
 from sparse_train.callbacks import DynamicPruning
 from sparse_train.distributed import rank, world_size
-from sparse_train.sharding import shard_blocks
+from sparse_train.layers.sharding import shard_blocks
 from tests.ranks import engines, launch
 
 

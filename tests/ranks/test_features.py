@@ -14,8 +14,8 @@ from torch import nn
 from sparse_train import MaskUpdater, StraightThrough, sparse_layers, squash
 from sparse_train.callbacks import DynamicPruning
 from sparse_train.distributed import rank, world_size
-from sparse_train.module import CausalLM
-from sparse_train.sharding import is_sharded, shard_blocks, weights, whole_state_dict
+from sparse_train.layers.sharding import is_sharded, shard_blocks, weights, whole_state_dict
+from sparse_train.models.module import CausalLM
 from tests.conftest import tiny_llama
 from tests.ranks import engines, launch
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from sparse_train.distributed import rank, world_size
-from sparse_train.loading import load_sharded
-from sparse_train.sharding import is_dtensor, whole_state_dict
-from sparse_train.sources import Pretrained
+from sparse_train.layers.sharding import is_dtensor, whole_state_dict
+from sparse_train.models.loading import load_sharded
+from sparse_train.models.sources import Pretrained
 from tests.conftest import tiny_llama
 from tests.ranks import launch
 

@@ -74,7 +74,7 @@ class Keep(L.Callback):
         self.kept = {
             "masks": sum(layer.weight_mask.nbytes for layer in layers),
             "statistics": sum(tensor.nbytes for each in statistics.values() for tensor in each.tensors()),
-            "rows of the first mask": sum(rows.nbytes for rows in self.pruning.updater._first_rows.values()),
+            "rows of the first mask": sum(rows.nbytes for rows in self.pruning.updater.first_masks.rows_SJ.values()),
         }
 
 

@@ -9,10 +9,10 @@ from transformers import Trainer, TrainingArguments
 
 from sparse_train import sparse_layers
 from sparse_train.distributed import world_size
-from sparse_train.trainer_callback import SparseTrainerCallback
+from sparse_train.trainer import SparseTrainerCallback
 from tests.conftest import tiny_llama
 from tests.ranks import launch
-from tests.test_trainer_callback import ExactAfterEveryStep, Tokens
+from tests.trainer.test_callback import ExactAfterEveryStep, Tokens
 
 
 def train(folder: Path, resume: bool = False) -> dict[str, Any]:

@@ -1,0 +1,56 @@
+"""When the layers of a LightningModule get their masks: once it has built them, or as a checkpoint brings masks."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
+
+from sparse_train.layers.sparse_linear import fold, sparse_layers, sparsify_like
+
+_HOOKS = ("configure_model", "setup")  # the later one first; a callback's own setup is ahead of both
+
+
+def call_when_built(pl_module: L.LightningModule, act: Callable[[L.LightningModule], None]) -> None:
+    """Call ``act`` behind the last hook in which the module makes layers; now, where it makes none."""
+    for hook in _HOOKS:
+        if is_overridden(hook, pl_module):
+            pl_module.__dict__[hook] = functools.partial(_call, hook, pl_module, act)
+            return
+    act(pl_module)
+
+
+def forget(pl_module: L.LightningModule) -> None:
+    """Take back a call that has not come."""
+    for hook in _HOOKS:
+        pl_module.__dict__.pop(hook, None)
+
+
+def masks_as_loaded(pl_module: L.LightningModule) -> Callable[[], None]:
+    """Give layers masks as the state dicts that the module loads have them. Returns what ends it.
+
+    A module that was dense is dense again then, with the zeros of the masks that were brought.
+    """
+    was_dense = not sparse_layers(pl_module)
+    hook = pl_module.register_load_state_dict_pre_hook(_sparsify_as_loaded)  # type: ignore[no-untyped-call]
+
+    def end() -> None:
+        hook.remove()
+        if was_dense and sparse_layers(pl_module):
+            fold(pl_module)
+
+    return end
+
+
+def _call(
+    hook: str, pl_module: L.LightningModule, act: Callable[[L.LightningModule], None], *args: Any, **arguments: Any
+) -> None:
+    del pl_module.__dict__[hook]
+    getattr(pl_module, hook)(*args, **arguments)
+    act(pl_module)
+
+
+def _sparsify_as_loaded(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    sparsify_like(module, state_dict, prefix)

@@ -1,0 +1,1 @@
+"""Where text and conversations come from, and their way into batches."""

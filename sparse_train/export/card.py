@@ -1,0 +1,140 @@
+"""The model card of an exported folder: what the model is, how it was made, and what it is not."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from sparse_train.inspection import LayerSparsity, by_projection, overall_sparsity
+
+FILE_NAME = "README.md"
+
+_LIMITS = """\
+## What it is not
+
+- Not smaller: these are dense safetensors with zeros in them. `sparse-train pack` makes a smaller file of them, for
+  storing and sending.
+- Not faster on a CPU: plain PyTorch multiplies zeros like other numbers. On GPUs with 2:4 sparse tensor cores, layers
+  that are 2:4 can be converted (`sparse_train.layers.semi_structured`); nothing is claimed here of what that gains.
+- Not a sparse checkpoint for vLLM or compressed-tensors, which have given up loading those. They load it as a dense
+  model.
+"""
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What is known of an exported model, beside what can be counted on its weights."""
+
+    base_model: str | None = None
+    """What was pruned, as tables print it."""
+    hub_id: str | None = None
+    """Its id on the Hugging Face hub, for the hub's own link to it."""
+    license: str | None = None
+    """In the hub's words, such as "apache-2.0"; only where it is known."""
+    made: Mapping[str, str] = field(default_factory=dict)
+    """How: rows of the card's table, such as method, criterion, calibration."""
+    perplexity: str | None = None
+    """With its protocol."""
+    recipe: str | None = None
+    """YAML that makes the model again."""
+
+    def text(self, layers: Sequence[LayerSparsity]) -> str:
+        """The card, Markdown with the front matter that the hub reads.
+
+        Args:
+            layers: the linear layers of the model, counted.
+        """
+        from huggingface_hub import ModelCardData
+
+        pruned = [layer for layer in layers if layer.pattern != "dense" and layer.sparsity >= 0.01]
+        patterns = sorted({layer.pattern for layer in pruned})
+        name = self.base_model or "A language model"
+        front = ModelCardData(
+            base_model=self.hub_id,
+            library_name="transformers",
+            license=self.license,
+            pipeline_tag="text-generation",
+            tags=["sparse-train", "sparse", "pruned", *patterns],
+        )
+        rows = {
+            **({"base model": self.base_model} if self.base_model else {}),
+            **self.made,
+            "sparsity": f"{overall_sparsity(pruned):.4f} of the {len(pruned)} pruned layers' weights, "
+            f"{overall_sparsity(layers):.4f} of all linear layers', counted on the weights that are written here",
+            **({"perplexity": self.perplexity} if self.perplexity else {}),
+            "made with": f"sparse-train {version('sparse-train')}, torch {version('torch')}, "
+            f"transformers {version('transformers')}",
+        }
+        parts = [
+            f"---\n{front.to_yaml()}\n---\n",
+            f"# {name}, {', '.join(patterns) or 'dense'}\n",
+            _table(("", ""), [(row, _cell(value)) for row, value in rows.items()]),
+            "Plain `AutoModelForCausalLM.from_pretrained` reads it: pruned weights are exact zeros in ordinary layers. "
+            "N:M counts N kept of every M consecutive inputs.\n",
+            "## By projection\n",
+            _table(("projection", "layers", "sparsity", "pattern"), by_projection(layers)),
+            _LIMITS,
+        ]
+        if self.recipe:
+            parts.append(f"## Recipe\n\n```yaml\n{self.recipe.strip()}\n```\n")
+        return "\n".join(parts)
+
+
+def write_card(folder: Path, card: ModelCard, layers: Sequence[LayerSparsity]) -> None:
+    """Put the card of a model into its folder, in the place of one that is there."""
+    (folder / FILE_NAME).write_text(card.text(layers), encoding="utf-8")
+
+
+def training_rows(settings: Mapping[str, str], timing: Mapping[str, Any], steps: int) -> dict[str, str]:
+    """How a run of ``MaskUpdater`` made a model, from its ``settings``, ``timing`` and count of steps."""
+    adapters, policy = settings.get("mask_lora"), settings["policy"]
+    comes_back = settings["comes_back"] != "never"
+    how = "with re-pruning" if comes_back else "under masks from which no weight comes back"
+    looked_at = "re-computed" if comes_back else "looked at, where the schedule asks for more zeros,"
+    return {
+        "method": f"trained sparse {how}, {settings['criterion']}, {settings['mask_structure']}, "
+        f"{settings['schedule']}, {policy}",
+        "masks": f"{looked_at} every {timing['update_freq']} steps from step {timing['start_step']} to "
+        f"{timing['end_step']}, then frozen; {steps} steps in all",
+        **_scoring_row(settings, timing),
+        **({"trained": f"low-rank adapters inside the masks, merged: {adapters}"} if adapters else {}),
+    }
+
+
+def _scoring_row(settings: Mapping[str, str], timing: Mapping[str, Any]) -> dict[str, str]:
+    if settings["statistics"] == "none":
+        return {}
+    margin = "" if settings["margin"] == "none" else f", {settings['margin']}"
+    return {"norms": f"of the {timing['window']} steps before an update, memory {settings['memory']}{margin}"}
+
+
+def oneshot_rows(details: Mapping[str, Any]) -> dict[str, str]:
+    """How one-shot pruning made a model, from the contents of its ``pruning.json``."""
+    rows = {}
+    for index, stage in enumerate(details["stages"]):
+        allocation = "" if stage["allocation"] == "Uniform()" else f", {stage['allocation']}"
+        rows["method" if index == 0 else f"stage {index + 1}"] = (
+            f"pruned in one shot, without training: {stage['criterion']}, {stage['mask_structure']}{allocation}"
+        )
+    if data := details["calibration"]:
+        rows["calibration"] = (
+            f"{data['num_calibration_samples']} x {data['max_seq_length']} tokens of {data['text']} "
+            f"({data['sampling']}), seed {data['seed']}"
+        )
+    return rows
+
+
+def perplexity_line(found: Mapping[str, Any]) -> str:
+    """A perplexity with what makes it comparable, from ``PerplexityResult.as_dict()``."""
+    where = f"{found['data']}, {found['split']}, windows of {found['window']}"
+    return f"{found['perplexity']:.2f}: token perplexity of {where}"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,87 @@
+"""Reads checkpoints of training runs in one process, whichever engine wrote them, without starting that engine."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_train.layers.matrices import MASK_NAME
+
+PRUNING_STATE = "DynamicPruning"
+"""Where a checkpoint's callbacks have the state of ``DynamicPruning``, and of subclasses of it."""
+_FSDP2_METADATA = ".metadata"  # of torch.distributed.checkpoint
+_LIGHTNING_METADATA = "meta.pt"  # what Lightning puts beside it
+_DEEPSPEED_TAG = "checkpoint"  # Lightning's
+_CLIENT_KEYS = ("callbacks", "model_config", "generation_config", "adapter_config", "global_step", "epoch")
+
+
+def read_checkpoint(checkpoint: str | Path) -> dict[str, Any]:
+    """The content of a Lightning checkpoint, on the CPU, with whole float weights in ``["state_dict"]``.
+
+    Args:
+        checkpoint: a file (one process, DDP, FSDP2 consolidated), or a folder (FSDP2; DeepSpeed, any stage, whose
+            float32 masters are read, and for which the package deepspeed is needed).
+
+    Raises:
+        ValueError: nothing there, or a folder of another kind.
+    """
+    path = Path(checkpoint)
+    if path.is_file():
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=False)
+        if "state_dict" not in content:
+            raise ValueError(f"{path} holds no weights. Where it is part of a checkpoint that is a folder, give that.")
+        return content
+    if (path / _FSDP2_METADATA).is_file():
+        content = torch.load(path / _LIGHTNING_METADATA, map_location="cpu", weights_only=False)
+        return content | {"state_dict": _read_fsdp2(path)}
+    if (path / _DEEPSPEED_TAG).is_dir():
+        return _read_deepspeed(path)
+    kind = "is a folder that neither FSDP2 nor DeepSpeed wrote" if path.is_dir() else "does not exist"
+    raise ValueError(f"There is no checkpoint at {path}: it {kind}.")
+
+
+def check_engine(checkpoint: str | Path, strategy: Any) -> None:
+    """Raise ValueError where a Lightning strategy cannot resume from a checkpoint that another one wrote."""
+    path, name = Path(checkpoint), type(strategy).__name__
+    engines = {"ModelParallelStrategy": path / _FSDP2_METADATA, "DeepSpeedStrategy": path / _DEEPSPEED_TAG}
+    for engine, sign in engines.items():
+        if sign.exists() and all(cls.__name__ != engine for cls in type(strategy).__mro__):
+            raise ValueError(
+                f"{path} was written under {engine}, and this run has {name}, which cannot resume from it. Take the "
+                "same strategy, or export the checkpoint (sparse-train export) and start a run from that folder."
+            )
+
+
+def _read_fsdp2(path: Path) -> dict[str, Tensor]:
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    reader, prefix = FileSystemReader(path), "state_dict."
+    found = reader.read_metadata().state_dict_metadata
+    weights = {  # and not the optimizer's, which are twice as much
+        key: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for key, entry in found.items()
+        if key.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
+    }
+    load(weights, storage_reader=reader, no_dist=True)
+    return {key.removeprefix(prefix): tensor for key, tensor in weights.items()}
+
+
+def _read_deepspeed(path: Path) -> dict[str, Any]:
+    try:
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+    except ImportError as error:
+        raise ValueError(
+            f"{path} was written by DeepSpeed, and reading it needs the package: pip install 'sparse-train[deepspeed]'."
+        ) from error
+    # every rank has written one, and what is not of the model is the same in all
+    states = sorted((path / _DEEPSPEED_TAG).glob("*model_states.pt"))[0]
+    content = torch.load(states, map_location="cpu", weights_only=False)
+    client = {key: content[key] for key in _CLIENT_KEYS if key in content}
+    state = get_fp32_state_dict_from_zero_checkpoint(str(path), tag=_DEEPSPEED_TAG)
+    for key in state:
+        if key.endswith(MASK_NAME):  # some versions turn all buffers into floats
+            state[key] = state[key].to(torch.uint8)
+    return client | {"state_dict": state}

@@ -1,0 +1,26 @@
+"""``SparseConv1D``: the masked form of transformers' ``Conv1D``, the linear layer of GPT-2. Imports transformers."""
+
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
+from sparse_train.layers.matrices import MaskedLayer
+
+
+class SparseConv1D(MaskedLayer, Conv1D):  # type: ignore[misc]
+    """A ``Conv1D`` whose forward sees only kept weights; the parameter stays (I, O), masks and scores are (O, I)."""
+
+    weight: Tensor
+    nf: int
+    nx: int
+
+    @property
+    def in_features(self) -> int:  # type: ignore[override]
+        return self.nx
+
+    @property
+    def out_features(self) -> int:  # type: ignore[override]
+        return self.nf
+
+    @property
+    def weight_OI(self) -> Tensor:
+        return self.weight.t()

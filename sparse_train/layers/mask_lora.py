@@ -1,0 +1,251 @@
+"""``mask_lora``: a low-rank adapter inside the mask of a layer, so that merging it keeps every zero.
+
+Shape suffixes: O out_features, I in_features, R rank.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from sparse_train.layers import sharding
+from sparse_train.layers.low_rank import low_rank_sum, masked_low_rank_linear
+from sparse_train.layers.matrices import FACTOR_NAMES, MaskedLayer
+from sparse_train.layers.sparse_linear import SparseLinear, sparse_layers
+from sparse_train.pipeline.policies import MaskPolicy, StraightThrough
+from sparse_train.suggestions import did_you_mean
+
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True)
+class MaskLoRA:
+    """Low-rank fine-tuning of a sparse model that stays sparse: ``where(mask, W + s B A, 0)``, W frozen, s = alpha / r.
+
+    A plain LoRA (Hu et al., arXiv 2106.09685) adds ``B A`` behind the mask, so that merging it fills every zero. Here
+    it stands inside, as in MaskLoRA (Zimmer et al., arXiv 2312.15230): merged, the layer is as sparse as its mask, and
+    computes what it computed. Masks that change score ``W + s B A``. There is no dropout: what it does to the input of
+    an adapter cannot be written as one matrix inside a mask.
+
+    The policy decides of A and B too: under ``Fixed`` they get the gradient of the loss, under ``StraightThrough`` that
+    of a sum that nothing prunes, in which pruned entries, which the factors share with kept ones, have a say. Policies
+    that would write into W (``Regrow``, ``srste_decay``) are refused.
+
+    Args:
+        r: rank.
+        lora_alpha: the product is multiplied by ``lora_alpha / r``.
+        target_modules: last parts of the names of masked layers, as in peft; "all-linear" = all masked layers. Masked
+            layers that have no adapter stay frozen.
+        exact_gradient: A and B get the gradient of the loss also under ``StraightThrough``.
+    """
+
+    r: int = 8
+    lora_alpha: int = 16
+    target_modules: Sequence[str] | Literal["all-linear"] = ("q_proj", "v_proj")
+    exact_gradient: bool = False
+
+    def __post_init__(self) -> None:
+        if self.r < 1 or self.lora_alpha <= 0:
+            raise ValueError(f"r must be at least 1 and lora_alpha above 0, got {self.r} and {self.lora_alpha}.")
+        if isinstance(self.target_modules, str) and self.target_modules != ALL_LINEAR:
+            raise ValueError(
+                f"target_modules is a list of names or {ALL_LINEAR!r}, got the text {self.target_modules!r}; write "
+                f"[{self.target_modules!r}]."
+            )
+
+
+class MaskLoRALinear(SparseLinear):
+    """A masked linear layer with a low-rank adapter inside its mask; made and unmade in place.
+
+    ``mask_lora_A`` (r, I) and ``mask_lora_B`` (O, r) are parameters beside the frozen ``weight``.
+    """
+
+    adapted = True
+    mask_lora_A: Tensor
+    mask_lora_B: Tensor
+    lora_alpha: int
+    exact_gradient: bool
+
+    @property
+    def scale(self) -> float:
+        """s, by which the product of the factors is multiplied."""
+        return self.lora_alpha / self.mask_lora_A.shape[0]
+
+    def product(self, x: Tensor) -> Tensor:
+        return masked_low_rank_linear(
+            x,
+            self.weight,
+            self.weight_mask,
+            self.mask_lora_A,
+            self.mask_lora_B,
+            self.bias,
+            scale=self.scale,
+            straight_through=self.straight_through and not self.exact_gradient,
+        )
+
+    def unmasked_weight(self) -> Tensor:
+        return self.summed(self.weight.detach(), self.mask_lora_A.detach(), self.mask_lora_B.detach())
+
+    def summed(self, weight_OI: Tensor, a_RI: Tensor, b_OR: Tensor) -> Tensor:
+        return low_rank_sum(weight_OI, a_RI, b_OR, self.scale)
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        self.weight.copy_(self.unmasked_weight())
+        for name in (*FACTOR_NAMES, "lora_alpha", "exact_gradient"):
+            delattr(self, name)
+        self.__class__ = SparseLinear  # type: ignore[assignment]
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if FACTOR_NAMES[0] in self._parameters:
+            nn.init.kaiming_uniform_(self.mask_lora_A, a=math.sqrt(5))  # as in peft
+            nn.init.zeros_(self.mask_lora_B)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {"lora_alpha": self.lora_alpha, "exact_gradient": self.exact_gradient}
+
+    def set_extra_state(self, state: Mapping[str, Any]) -> None:
+        self.lora_alpha, self.exact_gradient = state["lora_alpha"], state["exact_gradient"]
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {described(self)}"
+
+
+def described(layer: MaskLoRALinear) -> str:
+    """An adapter in words."""
+    exact = ", exact gradient" if layer.exact_gradient else ""
+    return f"r={layer.mask_lora_A.shape[0]}, lora_alpha={layer.lora_alpha}{exact}"
+
+
+def describe_adapters(layers: Mapping[str, MaskedLayer]) -> str | None:
+    """The adapters of masked layers in words, for checkpoints and model cards; None where there are none."""
+    found = [described(layer) for layer in layers.values() if isinstance(layer, MaskLoRALinear)]
+    return f"{', '.join(sorted(set(found)))} on {len(found)} of {len(layers)} layers" if found else None
+
+
+def add_mask_lora(model: nn.Module, lora: MaskLoRA | None = None) -> list[nn.Parameter]:
+    """Put low-rank adapters inside the masks of a model, and freeze everything else in it; idempotent.
+
+    ::
+
+        updater = MaskUpdater(model, "2:4", total_steps=1000)  # or prune(..., squash=False)
+        optimizer = torch.optim.AdamW(add_mask_lora(model, MaskLoRA(r=8)), lr=1e-4)
+        ...
+        squash(model)
+
+    A is drawn as peft draws it and B is zero, so that the model computes at first what it did.
+
+    Args:
+        model: with masked layers, see ``sparse_train.sparsify``.
+        lora: which adapters; default ``MaskLoRA()``.
+
+    Returns:
+        The parameters to train: A and B of each adapted layer.
+
+    Raises:
+        ValueError: there is no masked layer of a name that is wanted, one is sharded or no ``nn.Linear``, or it has
+            another adapter already.
+    """
+    lora = lora or MaskLoRA()
+    layers = _wanted(model, lora)
+    for name, layer in layers.items():
+        _check(name, layer, lora)
+    model.requires_grad_(False)
+    for layer in layers.values():
+        if not layer.adapted:
+            attach_factors(layer, lora.r, lora.lora_alpha, lora.exact_gradient)
+    adapted = [layer for layer in sparse_layers(model).values() if isinstance(layer, MaskLoRALinear)]
+    factors = [getattr(layer, name) for layer in adapted for name in FACTOR_NAMES]
+    for factor in factors:
+        factor.requires_grad_(True)
+    return factors
+
+
+def merge_mask_lora(model: nn.Module) -> None:
+    """Put ``W + s B A`` in the place of each adapted weight; layers stay masked, and compute what they did.
+
+    ``squash`` does it too, and folds the masks in. Weights stay frozen as they are.
+    """
+    for layer in sparse_layers(model).values():
+        layer.merge()
+
+
+def attach_factors(layer: MaskedLayer, rank: int, lora_alpha: int, exact_gradient: bool) -> None:
+    """Give a ``SparseLinear`` an adapter, and freeze its weight."""
+    assert isinstance(layer, SparseLinear)
+    weight = layer.weight
+    # in half precision the steps of an optimizer would be lost, so there the factors are float32, as in peft
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    shapes = ((rank, layer.in_features), (layer.out_features, rank))
+    layer.requires_grad_(False)
+    for name, shape in zip(FACTOR_NAMES, shapes, strict=True):
+        layer.register_parameter(name, nn.Parameter(torch.zeros(shape, dtype=dtype, device=weight.device)))
+    nn.init.kaiming_uniform_(layer.get_parameter(FACTOR_NAMES[0]), a=math.sqrt(5))
+    layer.__class__ = MaskLoRALinear
+    assert isinstance(layer, MaskLoRALinear)
+    layer.lora_alpha, layer.exact_gradient = lora_alpha, exact_gradient
+
+
+def check_policy(layers: Mapping[str, MaskedLayer], policy: MaskPolicy, shadow_factor: float = 1.0) -> None:
+    """Raise ValueError where a policy would write into weights that are frozen, or that an adapter keeps so."""
+    shrinks = shadow_factor != 1 or (isinstance(policy, StraightThrough) and policy.srste_decay > 0)
+    frozen = next((name for name, layer in layers.items() if not layer.weight_OI.requires_grad), None)
+    if shrinks and frozen is not None and not layers[frozen].adapted:
+        raise ValueError(
+            f"{frozen} is frozen, and {policy} would shrink what is pruned of it. Set srste_decay to 0, or leave the "
+            "layer out (ignore)."
+        )
+    name = next((name for name, layer in layers.items() if layer.adapted), None)
+    if name is None:
+        return
+    if policy.comes_back == "by gradient":
+        raise ValueError(
+            f"{name} has a mask_lora adapter, so its weight is frozen, and {policy} would write into it: weights come "
+            "back from zero. Take Fixed() or StraightThrough(), or train without mask_lora."
+        )
+    if shrinks:
+        raise ValueError(
+            f"{name} has a mask_lora adapter, so its weight is frozen, and {policy} would shrink what is pruned of it. "
+            "Set srste_decay to 0, or train without mask_lora."
+        )
+
+
+def _wanted(model: nn.Module, lora: MaskLoRA) -> dict[str, MaskedLayer]:
+    layers = sparse_layers(model)
+    if not layers:
+        raise ValueError(
+            "mask_lora puts adapters inside masks, and this model has none. Build the MaskUpdater first, or prune with "
+            "squash=False; with DynamicPruning, pass it mask_lora."
+        )
+    if lora.target_modules == ALL_LINEAR:
+        return layers
+    found: dict[str, MaskedLayer] = {}
+    for wanted in lora.target_modules:
+        own = {name: each for name, each in layers.items() if name == wanted or name.endswith(f".{wanted}")}
+        if not own:
+            known = sorted({name.rsplit(".", 1)[-1] for name in layers})
+            raise ValueError(
+                f"target_modules: {wanted!r} is no masked layer, and mask_lora adapts those alone; there are "
+                f"{', '.join(known)}.{did_you_mean(wanted, known)}"
+            )
+        found |= own
+    return found
+
+
+def _check(name: str, layer: MaskedLayer, lora: MaskLoRA) -> None:
+    if isinstance(layer, MaskLoRALinear):
+        found = (layer.mask_lora_A.shape[0], layer.lora_alpha, layer.exact_gradient)
+        if found != (lora.r, lora.lora_alpha, lora.exact_gradient):
+            raise ValueError(
+                f"{name} has an adapter already ({described(layer)}), and {lora} asks for another. Take the same, such "
+                "as that of the checkpoint, or call merge_mask_lora(model) first."
+            )
+        return
+    if sharding.is_sharded(layer):
+        raise ValueError(sharding.NO_ADAPTERS.format(name))
+    if type(layer) is not SparseLinear:
+        raise ValueError(f"{name} is a {type(layer).__name__}; mask_lora adapts nn.Linear layers. Leave it out.")

@@ -1,0 +1,152 @@
+"""``MaskedMatrix``: a weight matrix with its packed mask, which scores, selection and updates work on.
+
+Shape suffixes: O out_features, I in_features, J packed mask bytes = ceil(I / 8).
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from sparse_train.layers import masks
+from sparse_train.layers.functional import masked_linear
+from sparse_train.statistics.activations import Statistics, fits, recomputing
+from sparse_train.statistics.input_sharing import InputSharing
+
+MASK_NAME = "weight_mask"
+"""Name of the packed mask buffer beside ``weight`` in a state dict."""
+FACTOR_NAMES = ("mask_lora_A", "mask_lora_B")
+"""Names of the factors beside ``weight`` where a layer has a low-rank adapter, see ``layers.mask_lora``."""
+
+
+@dataclass
+class Recorder:
+    """What all masked layers of a model share while activations are recorded."""
+
+    when: Literal["never", "training", "always"] = "never"
+    """"training" skips evaluation: forwards in eval mode with autograd off. Calibration wants "always"."""
+    token_mask: Tensor | None = None
+    """Which tokens of the current batch count (B, L); None = all."""
+    sharing: InputSharing | None = None
+    """Set during the one forward in which shared inputs are looked for."""
+    mask_misfit: str | None = None
+    """Shape of the first input that the token mask did not fit, for one warning."""
+    warned: bool = False
+
+    def wants(self, training: bool) -> bool:
+        return self.when == "always" or (self.when == "training" and (training or torch.is_grad_enabled()))
+
+
+class MaskedMatrix:
+    """A weight matrix, whatever holds it, with a packed mask and statistics of its input.
+
+    Attributes:
+        weight_mask: packed mask, uint8 (O, ceil(I / 8)), see ``sparse_train.layers.masks``.
+        statistics: of the input, shared between layers that share it; None where nothing needs them.
+        reached: whether a forward came by since the last mask update.
+        in_features, out_features: I and O.
+        adapted: whether a low-rank adapter is a part of the weight, see ``sparse_train.layers.mask_lora``.
+    """
+
+    adapted: bool = False
+    weight_mask: Tensor
+    statistics: Statistics | None
+    reached: bool
+    in_features: int
+    out_features: int
+
+    @property
+    def weight_OI(self) -> Tensor:
+        """Kept and shadow values (O, I): the parameter, or a view of it that can be written to."""
+        raise NotImplementedError
+
+    def unmasked_weight(self) -> Tensor:
+        """What the mask is applied to and scores see (O, I): ``weight_OI``, or its sum with an adapter; read only."""
+        return self.weight_OI.detach()
+
+    def masked_weight(self) -> Tensor:
+        """``where(mask, weight, 0)``, a new tensor (O, I)."""
+        return masks.apply(self.unmasked_weight(), self.weight_mask)
+
+    def merge(self) -> None:
+        """Fold an adapter inside the mask into the weight; nothing where there is none."""
+
+    def unpacked_mask(self) -> Tensor:
+        """The bool mask (O, I), True = kept."""
+        return masks.unpack(self.weight_mask, self.in_features)
+
+    def keeps_all(self) -> bool:
+        """Whether the mask prunes nothing."""
+        return masks.count(self.weight_mask) == self.in_features * self.out_features
+
+    def set_mask(self, mask_OI: Tensor) -> None:
+        """Replace the mask in place."""
+        self.weight_mask.copy_(masks.pack(mask_OI))
+
+
+class MaskedLayer(MaskedMatrix):
+    """The forward of masked layers, mixed into the layer class that they were.
+
+    Attributes:
+        straight_through: whether pruned weights get the gradient of their masked self, or none.
+        records: False where another layer records the shared input.
+        recorder: the model's common switch and token mask.
+    """
+
+    straight_through: bool
+    records: bool
+    recorder: Recorder | None
+    bias: Any
+    training: bool
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.reached = True
+        recorder = self.recorder
+        if recorder is not None and self.statistics is not None and recorder.wants(self.training):
+            self._record(x, recorder, self.statistics)
+        return self.product(x)
+
+    def product(self, x: Tensor) -> Tensor:
+        """The layer's output (..., O), with nothing recorded."""
+        return masked_linear(x, self.weight_OI, self.weight_mask, self.bias, straight_through=self.straight_through)
+
+    def _record(self, x: Tensor, recorder: Recorder, statistics: Statistics) -> None:
+        if recorder.sharing is not None and not torch.compiler.is_compiling() and not recomputing():
+            assert isinstance(self, nn.Module)
+            recorder.sharing.watch(self, x)
+        mask = recorder.token_mask
+        if mask is not None and recorder.mask_misfit is None and not fits(mask, x):
+            recorder.mask_misfit = f"{tuple(x.shape)}"
+        if self.records:
+            statistics.add(x, recorder.token_mask)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, {MASK_NAME}"
+
+
+CONV1D = "transformers.pytorch_utils.Conv1D"
+FALCON_LINEAR = "transformers.models.falcon.modeling_falcon.FalconLinear"
+"""A subclass of ``nn.Linear`` that computes what ``nn.Linear`` does."""
+
+
+def class_path(cls: type) -> str:
+    """Module and name: classes of libraries that are not imported here are known by both; another may bear the name."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether this is transformers' ``Conv1D`` (GPT-2): a linear layer whose weight is stored (I, O)."""
+    return any(class_path(cls) == CONV1D for cls in type(module).__mro__)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """``nn.Linear``, also a subclass, or transformers' ``Conv1D``."""
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def shape_OI(module: nn.Module) -> tuple[int, int]:
+    """``(out_features, in_features)`` of a linear layer or a ``Conv1D``, also where its weight is sharded away."""
+    if isinstance(module, (nn.Linear, MaskedMatrix)):
+        return module.out_features, module.in_features
+    return int(module.nf), int(module.nx)  # type: ignore[arg-type]

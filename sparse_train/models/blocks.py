@@ -1,0 +1,102 @@
+"""What a model consists of, as its modules tell: blocks, routers, fused experts. No architecture is known."""
+
+import re
+from dataclasses import dataclass
+
+from torch import nn
+
+from sparse_train.layers.matrices import is_linear, shape_OI
+
+
+def block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """The outermost ``nn.ModuleList``s of composite modules, by name, largest first; no architecture is known."""
+    found: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in found)
+        if isinstance(module, nn.ModuleList) and len(module) and not inside and all(map(_is_block, module)):
+            found[name] = module
+    return dict(sorted(found.items(), key=lambda item: -_size(item[1])))
+
+
+def unambiguous_blocks(model: nn.Module) -> str | None:
+    """The name of the list of blocks; None where there is none. Raises ValueError where several are about as large."""
+    found = block_lists(model)
+    trainable = {name: blocks for name, blocks in found.items() if any(p.requires_grad for p in blocks.parameters())}
+    found = trainable or found  # beside a model in training, a frozen one is its teacher or reference
+    if not found:
+        return None
+    first, *others = found
+    rivals = [name for name in others if 10 * _size(found[name]) > _size(found[first])]
+    if rivals:
+        raise ValueError(
+            f"The model has several lists of blocks ({', '.join([first, *rivals])}), and it is not clear which are "
+            f"to be pruned. Name them: targets=[{first!r}], or all of them."
+        )
+    return first
+
+
+def _is_block(module: nn.Module) -> bool:
+    composite = next(module.children(), None) is not None
+    return composite and any(dimensions(parameter) >= 2 for parameter in module.parameters())
+
+
+@dataclass(frozen=True)
+class FusedExperts:
+    """The weights of all experts of a Mixture-of-Experts block in one parameter."""
+
+    parameter: nn.Parameter
+    """(E, O, I), or (E, I, O) where ``transposed``."""
+    transposed: bool
+
+
+def fused_experts(model: nn.Module) -> dict[str, FusedExperts]:
+    """Three-dimensional parameters, as transformers keeps experts; their modules say where they are transposed."""
+    found = {}
+    for name, module in model.named_modules():
+        for own, parameter in module.named_parameters(recurse=False):
+            # transformers says of its experts' modules how their weights lie; elsewhere three dimensions mean nothing
+            if dimensions(parameter) == 3 and "bias" not in own and hasattr(module, "is_transposed"):
+                found[f"{name}.{own}"] = FusedExperts(parameter, bool(module.is_transposed))
+    return found
+
+
+def expert_shape_OI(experts: FusedExperts) -> tuple[int, int]:
+    """``(out_features, in_features)`` of one expert's matrix."""
+    _, rows, columns = experts.parameter.shape
+    return (columns, rows) if experts.transposed else (rows, columns)
+
+
+def is_router(module: nn.Module) -> bool:
+    """Whether its class is one that chooses experts."""
+    # its few weights decide which experts run; every method leaves it dense, and it is no loss of sparsity
+    return re.search("Router|Gate$|Gating$", type(module).__name__) is not None
+
+
+def router_names(model: nn.Module, blocks: str) -> set[str]:
+    """Linear layers of blocks that decide which experts run, or how much one counts: a single output."""
+    of_routers = {
+        part for module in model.get_submodule(blocks).modules() if is_router(module) for part in module.modules()
+    }
+    found = set()
+    for name, module in model.named_modules():
+        if is_linear(module):
+            outputs, inputs = shape_OI(module)
+            # experts are fewer than features; the gate of a SwiGLU has as many outputs as the layer that it gates
+            routes = module in of_routers and outputs < inputs
+            if routes or "router" in name.rpartition(".")[2] or outputs == 1:
+                found.add(name)
+    return found
+
+
+def _size(module: nn.Module) -> int:
+    return sum(map(numel, module.parameters()))
+
+
+def numel(parameter: nn.Parameter) -> int:
+    """Of the whole parameter: ZeRO-3 leaves an empty tensor in its place."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def dimensions(parameter: nn.Parameter) -> int:
+    """Of the whole parameter: ZeRO-3 leaves an empty tensor of one dimension in its place."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))

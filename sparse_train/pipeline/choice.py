@@ -1,0 +1,228 @@
+"""The new masks of all layers, before anything is changed: ``choose``.
+
+Shape suffixes: O out_features, I in_features, J packed mask bytes.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from sparse_train.criteria import Criterion
+from sparse_train.distributed import gather_bytes, sum_over_ranks
+from sparse_train.layers import masks, sharding
+from sparse_train.layers.matrices import MaskedMatrix
+from sparse_train.patterns import Pattern
+from sparse_train.pipeline.margins import NO_MARGIN, Margin, standard_error
+from sparse_train.pipeline.policies import MaskPolicy, only_kept
+from sparse_train.pipeline.regrow import Growth, regrow
+from sparse_train.statistics.activations import ActivationNorm, HalvedNorm
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What decides the masks of one update.
+
+    Attributes:
+        criterion: gives the scores, from the shadow values, in float32.
+        pattern: selects, over one layer at a time or over all of them.
+        sparsity: target over each group; by layer, where layers differ.
+        policy: how pruned weights come back, if they do.
+        shadow_factor: multiplies the values of pruned weights before they are scored.
+        margin: by how much kept weights are ahead.
+        growth: gradients by which weights come back.
+        half: score with this half of the statistics alone.
+    """
+
+    criterion: Criterion
+    pattern: Pattern
+    sparsity: float | Mapping[str, float]
+    policy: MaskPolicy
+    shadow_factor: float = 1.0
+    margin: Margin = NO_MARGIN
+    growth: Growth | None = None
+    half: int | None = None
+
+    def mask(self, scores_OI: Tensor, sparsity: float, names: Iterable[str]) -> Tensor:
+        """The mask of admitted scores: of one named layer, or of several as one row."""
+        gradients = self.growth.scores(names) if self.growth is not None else None
+        if self.growth is None or gradients is None:
+            return self.pattern.mask(scores_OI, sparsity)
+        return regrow(scores_OI, gradients.view_as(scores_OI), self.pattern, sparsity, self.growth.fraction)
+
+
+@dataclass
+class Choice:
+    """A new mask, before anything is changed."""
+
+    parts: list[Tensor]
+    """Packed, in as many parts as processes have selected it in."""
+    nonzero: int
+    """Kept weights that are not zero."""
+    finite: bool = True
+
+    @property
+    def keep_OJ(self) -> Tensor:
+        return self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts)
+
+
+def choose(layers: Mapping[str, MaskedMatrix], rules: Rules) -> dict[str, Choice]:
+    """A new mask for each layer; all processes call, and all get the same."""
+    return (_select_model_wide if rules.pattern.model_wide else _select_by_layer)(layers, rules)
+
+
+def agreed_flips(
+    layers: Mapping[str, MaskedMatrix], chosen: Mapping[str, Choice], rules: Rules
+) -> dict[str, int] | None:
+    """How many of the flips that were chosen either half of the statistics would have made by itself, by layer.
+
+    None where there are not two halves: one has seen no token.
+    """
+    norms = [layer.statistics for layer in layers.values()]
+    if not all(isinstance(norm, HalvedNorm) and all(int(half.tokens) for half in norm.halves) for norm in norms):
+        return None
+    # a half knows of no errors of its own
+    margin = replace(rules.margin, noise_margin=0.0)
+    halves = [choose(layers, replace(rules, margin=margin, half=half)) for half in (0, 1)]
+    found = {}
+    for name, layer in layers.items():
+        new_OJ = chosen[name].keep_OJ
+        others_OJ = (halves[0][name].keep_OJ ^ new_OJ) | (halves[1][name].keep_OJ ^ new_OJ)
+        found[name] = masks.count((layer.weight_mask ^ new_OJ) & ~others_OJ)
+    return found
+
+
+def _select_by_layer(layers: Mapping[str, MaskedMatrix], rules: Rules) -> dict[str, Choice]:
+    by_rows = rules.criterion.rowwise and rules.pattern.rowwise
+    by_process = {n: layer for n, layer in layers.items() if by_rows and sharding.is_dtensor(layer.weight_OI)}
+    sums = _column_sums(by_process, rules)
+    chosen = {}
+    for name, layer in layers.items():
+        own = rules.sparsity[name] if isinstance(rules.sparsity, Mapping) else rules.sparsity
+        with sharding.weights(layer, by_rows) as (weight_OI, rows):
+            weight_OI = _decayed(weight_OI, layer, rows, rules)
+            scores_OI, nonzero_OJ, finite = _admitted(layer, weight_OI, rows, rules, sums.get(name))
+        keep_OJ = masks.pack(rules.mask(scores_OI, own, [name])) if finite else nonzero_OJ
+        chosen[name] = Choice([keep_OJ], masks.count(keep_OJ & nonzero_OJ), finite)
+    _complete(chosen, by_process)
+    return chosen
+
+
+def _column_sums(layers: Mapping[str, MaskedMatrix], rules: Rules) -> dict[str, Tensor]:
+    """What scores need of the rows of other processes, for all layers in one reduce."""
+    found = {}
+    for name, layer in layers.items():
+        with sharding.weights(layer, by_rows=True) as (weight_RI, rows):
+            sums_I = rules.criterion.column_sums(_decayed(weight_RI, layer, rows, rules))
+        if sums_I is None:
+            return {}
+        found[name] = sums_I
+    sum_over_ranks(list(found.values()))
+    return found
+
+
+def _select_model_wide(layers: Mapping[str, MaskedMatrix], rules: Rules) -> dict[str, Choice]:
+    assert isinstance(rules.sparsity, float), "one group has one sparsity"
+    chosen, scores = {}, []
+    for name, layer in layers.items():
+        with sharding.weights(layer, by_rows=False) as (weight_OI, rows):
+            weight_OI = _decayed(weight_OI, layer, rows, rules)
+            scores_OI, nonzero_OJ, finite = _admitted(layer, weight_OI, rows, rules, None)
+        scores.append(scores_OI)
+        chosen[name] = Choice([nonzero_OJ], 0, finite)
+    if all(choice.finite for choice in chosen.values()):
+        keep = rules.mask(torch.cat([score.reshape(1, -1) for score in scores], dim=1), rules.sparsity, layers)
+        parts = keep.split([score.numel() for score in scores], dim=1)
+        for choice, score, part in zip(chosen.values(), scores, parts, strict=True):
+            keep_OJ = masks.pack(part.view_as(score))
+            choice.nonzero, choice.parts = masks.count(keep_OJ & choice.keep_OJ), [keep_OJ]
+    return chosen
+
+
+def _complete(chosen: Mapping[str, Choice], layers: Mapping[str, MaskedMatrix]) -> None:
+    """Put the rows together that processes have chosen: one gather of mask bits, with a count for each layer."""
+    if not layers:
+        return
+    device = next(iter(layers.values())).weight_mask.device
+    counts = [chosen[name].nonzero if chosen[name].finite else -1 for name in layers]
+    header = torch.tensor(counts, dtype=torch.int64, device=device).view(torch.uint8)
+    own = torch.cat([header, *(chosen[name].keep_OJ.reshape(-1) for name in layers)])
+    widths = {name: layer.weight_mask.shape[1] for name, layer in layers.items()}
+    rows = {name: sharding.rows_of(0, layer.out_features).stop for name, layer in layers.items()}  # the most
+    gathered = gather_bytes(own, len(header) + sum(rows[name] * widths[name] for name in layers))
+    found = torch.stack([each[: len(header)].clone().view(torch.int64) for each in gathered])
+    for index, name in enumerate(layers):
+        chosen[name].finite = bool((found[:, index] >= 0).all())
+        chosen[name].nonzero = int(found[:, index].sum())
+        chosen[name].parts = []  # views of what was gathered take their place: put together later, a layer at a time
+    for process, each in enumerate(gathered):
+        start = len(header)
+        for name, layer in layers.items():
+            here = sharding.rows_of(process, layer.out_features)
+            size = (here.stop - here.start) * widths[name]
+            chosen[name].parts.append(each[start : start + size].view(-1, widths[name]))
+            start += size
+
+
+def _decayed(weight_RI: Tensor, layer: MaskedMatrix, rows: slice, rules: Rules) -> Tensor:
+    if rules.shadow_factor == 1:
+        return weight_RI
+    return torch.where(layer.unpacked_mask()[rows], weight_RI, weight_RI * rules.shadow_factor)
+
+
+def _scores(
+    criterion: Criterion, weight_OI: Tensor, stats: ActivationNorm | None, column_sums_I: Tensor | None
+) -> Tensor:
+    try:
+        if column_sums_I is None:
+            scores_OI = criterion.scores(weight_OI, stats)
+        else:
+            scores_OI = criterion.scores_of_rows(weight_OI, stats, column_sums_I)
+    except (AttributeError, TypeError) as error:
+        if stats is None:
+            raise ValueError(
+                f"{criterion} failed, and was given stats=None: {error}. A criterion that reads activation norms says "
+                "so with needs_activations = True in its class."
+            ) from error
+        raise
+    if not isinstance(scores_OI, Tensor) or scores_OI.shape != weight_OI.shape:
+        given = f"shape {tuple(scores_OI.shape)}" if isinstance(scores_OI, Tensor) else type(scores_OI).__name__
+        raise ValueError(
+            f"{criterion} gave {given} as scores of a weight of shape {tuple(weight_OI.shape)}: a criterion returns a "
+            "float32 score for each weight (Criterion.scores)."
+        )
+    return scores_OI.float()
+
+
+def _admitted(
+    layer: MaskedMatrix, weight_OI: Tensor, rows: slice, rules: Rules, column_sums_I: Tensor | None
+) -> tuple[Tensor, Tensor, bool]:
+    """Scores as selection sees them, which weights are not zero (packed), and whether the scores are finite."""
+    by_score = rules.policy.comes_back == "by score"
+    keep_OI = layer.unpacked_mask()[rows] if rules.margin or not by_score else None
+    stats = layer.statistics if rules.criterion.needs_activations else None
+    assert stats is None or isinstance(stats, ActivationNorm)
+    if rules.half is not None:
+        assert isinstance(stats, HalvedNorm)
+        stats = stats.alone(rules.half)
+    scores_OI = _scores(rules.criterion, weight_OI, stats, column_sums_I)
+    # the sum is finite where all are, and ten times faster to look at; it may overflow where none is infinite
+    finite = bool(scores_OI.sum().isfinite()) or bool(scores_OI.isfinite().all())
+    if stats is not None and bool((stats.sum_squares_I == 0).any()):
+        # An input that never comes makes every score 0: what is zero already goes first, so that pruning twice is once.
+        scores_OI = scores_OI.masked_fill(weight_OI == 0, -torch.inf)
+    if rules.margin:
+        assert keep_OI is not None
+        error_OI = (
+            standard_error(rules.criterion, weight_OI, stats, column_sums_I) if rules.margin.noise_margin else None
+        )
+        scores_OI = rules.margin.apply(scores_OI, keep_OI, error_OI)
+    if not by_score:
+        assert keep_OI is not None
+        scores_OI = only_kept(scores_OI, keep_OI)
+    nonzero_OI = weight_OI != 0
+    if rules.policy.comes_back == "by gradient":
+        assert keep_OI is not None
+        nonzero_OI &= keep_OI  # what comes back begins at zero
+    return scores_OI, masks.pack(nonzero_OI), finite

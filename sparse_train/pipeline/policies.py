@@ -1,0 +1,88 @@
+"""What pruned weights do between mask updates: ``MaskPolicy``.
+
+Shape suffixes: O out_features, I in_features.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+
+class MaskPolicy:
+    """Whether pruned weights get gradient between updates, and how they come back at one; by itself it is ``Fixed``."""
+
+    straight_through: ClassVar[bool] = False
+    """Whether pruned weights get the straight-through gradient."""
+    comes_back: ClassVar[Literal["never", "by score", "by gradient"]] = "never"
+    """How a pruned weight comes back at an update; by its gradient under ``Regrow`` alone."""
+
+    def shadow_decay(self, progress: float, steps: int) -> float:
+        """Factor on the values of pruned weights, for ``steps`` optimizer steps that end at ``progress`` in [0, 1]."""
+        return 1.0
+
+
+def only_kept(scores_OI: Tensor, mask_OI: Tensor) -> Tensor:
+    """Scores (O, I) under which every pruned weight goes before any kept one, also one whose score is -inf."""
+    return torch.where(mask_OI, scores_OI.clamp_min(torch.finfo(scores_OI.dtype).min), -torch.inf)
+
+
+@dataclass(frozen=True)
+class Fixed(MaskPolicy):
+    """Pruned weights get no gradient and stay pruned; masks change only when the schedule asks for more zeros."""
+
+
+@dataclass(frozen=True)
+class Dormant(MaskPolicy):
+    """Pruned weights get no gradient, and come back with about the value that they had when their score is high.
+
+    The gradient is that of ``Fixed``. What an optimizer does to weights without gradient it does here too: weight
+    decay, and the momentum of a weight that has just gone, which under AdamW moves it by a few times the learning rate.
+    Lion, which takes signs, and Muon, which mixes a matrix, move pruned weights as far as others.
+
+    Under ``StraightThrough`` a pruned weight goes on moving by a gradient that was taken without it, and far at a large
+    learning rate, until it comes back as something that the model has never seen.
+    """
+
+    comes_back: ClassVar[Literal["by score"]] = "by score"
+
+
+@dataclass(frozen=True)
+class StraightThrough(MaskPolicy):
+    """Pruned weights keep learning from the gradient of their masked self, and come back when their score is high.
+
+    The gradient is SR-STE's (Zhou et al., arXiv 2102.04010). Its decay of pruned weights is decoupled here: not in
+    backward (where it would scale with micro-batches and loss scale, be clipped, and be renormalised by Adam) but a
+    factor ``(1 - rate) ** steps`` on shadow values when the mask is updated. The rate ramps up linearly and then
+    stays, as in AST (Huang et al., arXiv 2407.20584, section 3.2); with ``anneal`` it falls again.
+
+    Args:
+        srste_decay: share by which a shadow value shrinks per optimizer step once the ramp is over; 0 = none.
+        ramp: share of the way from first to last update over which the rate grows from 0 to ``srste_decay``.
+        anneal: share of the way at which the rate starts to fall, linearly, to 0 at the last update; 1 = never.
+    """
+
+    srste_decay: float = 0.0
+    ramp: float = 0.5
+    anneal: float = 1.0
+
+    straight_through: ClassVar[bool] = True
+    comes_back: ClassVar[Literal["by score"]] = "by score"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.srste_decay < 1:
+            raise ValueError(f"srste_decay is a share per step, at least 0 and below 1, got {self.srste_decay}.")
+        if not 0 <= self.ramp <= 1:
+            raise ValueError(f"ramp is a share of the run, from 0 to 1, got {self.ramp}.")
+        if not self.ramp <= self.anneal <= 1:
+            raise ValueError(
+                f"anneal is the share of the run at which the decay starts to fall, from ramp ({self.ramp}) to 1 "
+                f"(never), got {self.anneal}."
+            )
+
+    def shadow_decay(self, progress: float, steps: int) -> float:
+        rising = progress / self.ramp if self.ramp else 1.0
+        falling = (1 - progress) / (1 - self.anneal) if self.anneal < 1 else 1.0
+        rate = self.srste_decay * min(1.0, rising, falling)
+        return float((1 - rate) ** steps)

@@ -1,0 +1,117 @@
+"""One pass of the pipeline, scores -> masks -> policy, over sparsified layers: ``update_masks``.
+
+One-shot pruning, the Lightning callback and plain loops all go through here.
+
+Shape suffixes: O out_features, I in_features, J packed mask bytes.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from sparse_train.criteria import Magnitude
+from sparse_train.distributed import rank, sum_over_ranks
+from sparse_train.layers import masks, sharding
+from sparse_train.layers.matrices import MaskedMatrix
+from sparse_train.patterns import Pattern
+from sparse_train.pipeline.choice import Rules, agreed_flips, choose
+from sparse_train.pipeline.policies import StraightThrough
+from sparse_train.pipeline.update_report import LayerUpdate
+from sparse_train.statistics.recording import check_reached
+
+
+@torch.no_grad()
+def update_masks(
+    layers: Mapping[str, MaskedMatrix], rules: Rules, *, compare_halves: bool = False
+) -> dict[str, LayerUpdate]:
+    """Score every layer and replace its mask.
+
+    Args:
+        layers: masked layers by name; with ``statistics`` where the criterion needs them.
+        rules: how.
+        compare_halves: also count the flips that either half of the statistics, which must be ``HalvedNorm``, makes by
+            itself; that selects twice more.
+
+    Raises:
+        ValueError: a layer without activations, or with non-finite activations or weights.
+    """
+    check_reached(layers, rules.criterion)
+    # All new masks first, then all changes: an error leaves every mask and weight as it was, on every rank.
+    chosen = choose(layers, rules)
+    for name, choice in chosen.items():
+        if not choice.finite:
+            raise ValueError(
+                f"{name}: scores are not finite, because a weight is infinite or NaN, or too large for its "
+                "activations; masks were not changed. Lower the learning rate, or look for where the weight got its "
+                "value."
+            )
+    agreed = agreed_flips(layers, chosen, rules) if compare_halves else None
+    updates = {}
+    for name, layer in layers.items():
+        if rules.shadow_factor != 1:
+            sharding.decay_shadow(layer, rules.shadow_factor)
+        update = replace_mask(layer, chosen[name].keep_OJ, chosen[name].nonzero)
+        updates[name] = update if agreed is None else replace(update, agreed_flips=agreed[name])
+    return updates
+
+
+def replace_mask(layer: MaskedMatrix, packed_OJ: Tensor, nonzero: int) -> LayerUpdate:
+    """Put a packed mask, under which ``nonzero`` weights are not zero, in the place of the one that is there."""
+    flips = masks.count_differing(layer.weight_mask, packed_OJ)
+    layer.weight_mask.copy_(packed_OJ)
+    layer.reached = False
+    size = layer.in_features * layer.out_features
+    return LayerUpdate(size, size - nonzero, flips)
+
+
+def measure(layers: Mapping[str, MaskedMatrix]) -> dict[str, LayerUpdate]:
+    """Count the zeros of masked layers, as they are; where rows are sharded, with one reduce."""
+    counts = []
+    for layer in layers.values():
+        with sharding.weights(layer, by_rows=True) as (weight_OI, rows):
+            counts.append(masks.count(masks.pack(weight_OI != 0) & layer.weight_mask[rows]))
+    sharded = [sharding.is_dtensor(layer.weight_OI) for layer in layers.values()]
+    if any(sharded):
+        device = next(iter(layers.values())).weight_mask.device
+        mine = [n if part or rank() == 0 else 0 for n, part in zip(counts, sharded, strict=True)]
+        total = torch.tensor(mine, dtype=torch.int64, device=device)
+        sum_over_ranks([total])
+        counts = total.tolist()
+    sizes = [layer.in_features * layer.out_features for layer in layers.values()]
+    return {name: LayerUpdate(size, size - n, 0) for name, size, n in zip(layers, sizes, counts, strict=True)}
+
+
+def masks_from_zeros(layers: Mapping[str, MaskedMatrix], pattern: Pattern, sparsity: float) -> bool:
+    """Let the masks of a model that was pruned before stand where its zeros are; False if it is not that sparse.
+
+    Args:
+        layers: with masks that keep everything, which they go on doing in the latter case.
+        pattern, sparsity: what the masks are to follow.
+    """
+    dense = measure(layers)
+    if sum(u.zeros for u in dense.values()) < 0.99 * sparsity * sum(u.size for u in dense.values()):
+        return False
+    found = update_masks(layers, Rules(Magnitude(), pattern, sparsity, StraightThrough()))
+    if all(found[name].zeros == dense[name].zeros for name in layers):
+        return True  # nothing was pruned that was not zero
+    for layer in layers.values():
+        masks.fill_full(layer.weight_mask, layer.in_features)
+    return False
+
+
+def check_masks(layers: Mapping[str, MaskedMatrix], pattern: Pattern, sparsity: float) -> None:
+    """Raise ValueError where the masks that layers have are not of this pattern and sparsity."""
+    # Scored by itself, a mask that has the pattern's count in every group is what the pattern selects.
+    found = [layer.unpacked_mask() for layer in layers.values()]
+    if pattern.model_wide:
+        found = [torch.cat([mask.reshape(1, -1) for mask in found], dim=1)]
+    for mask, name in zip(found, layers, strict=False):
+        if not torch.equal(pattern.mask(mask.float(), sparsity), mask):
+            raise ValueError(
+                f"The model has masks already, and those of {name} are not {pattern} at a sparsity of {sparsity:g}, "
+                "which this run starts with. Squash the model first to begin with new masks; to resume a run, pass "
+                "its state (MaskUpdater(..., state=...)); to train under these masks as they are, leave updater or "
+                "callback out, and squash the model at the end."
+            )

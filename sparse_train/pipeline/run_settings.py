@@ -1,0 +1,140 @@
+"""``RunSettings``: what a training run with re-pruning is asked to do; checked once, whoever drives the run."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from sparse_train.arguments import expect
+from sparse_train.criteria import Criterion, Wanda
+from sparse_train.description import describe
+from sparse_train.layers.matrices import MaskedLayer
+from sparse_train.layers.sharding import check_layout
+from sparse_train.layers.sparse_linear import sparsify
+from sparse_train.patterns import Pattern, group_label, resolve_target
+from sparse_train.pipeline.margins import Margin, check_margin
+from sparse_train.pipeline.policies import MaskPolicy, StraightThrough
+from sparse_train.pipeline.regrow import Regrow
+from sparse_train.pipeline.schedules import Cubic, Schedule
+from sparse_train.pipeline.timing import check_update_freq
+from sparse_train.solvers import Solver
+from sparse_train.statistics.earlier_windows import Memory, check_memory
+from sparse_train.targets import select
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Arguments of ``MaskUpdater`` that do not depend on the model or on the length of the run, which explains them.
+
+    Raises:
+        ValueError: out of range, or in conflict with each other.
+    """
+
+    mask_structure: Pattern
+    schedule: Schedule
+    criterion: Criterion
+    policy: MaskPolicy
+    targets: Sequence[str] | None
+    ignore: Sequence[str]
+    update_freq: int
+    start_step: int | float
+    end_step: int | float
+    window: int | float
+    memory: Memory
+    hysteresis: float
+    noise_margin: float
+    flip_agreement: bool
+
+    def __post_init__(self) -> None:
+        check_update_freq(self.update_freq)
+        check_memory(self.memory, self.criterion)
+        if self.policy.comes_back == "by gradient" and not isinstance(self.policy, Regrow):
+            raise ValueError(
+                f'{self.policy}: comes_back is "by gradient", which Regrow alone can do. Subclass Regrow, or let '
+                'weights come back "by score".'
+            )
+        check_margin(self.margin, self.flip_agreement, self.policy, self.criterion, self.memory == "frozen")
+
+    @staticmethod
+    def resolve(
+        mask_structure: str | Pattern,
+        sparsity: float | None,
+        schedule: Schedule | None,
+        criterion: Criterion | None,
+        policy: MaskPolicy | None,
+        **others: Any,
+    ) -> "RunSettings":
+        """From what users write: a pattern in words, a sparsity or a schedule of it, None for the defaults."""
+        if isinstance(criterion, Solver):
+            raise ValueError(
+                f"criterion is {criterion}, which moves weights and has no scores to re-prune by. Give it as "
+                "initial_criterion, for the first mask, or prune the model with it before the run; and for updates a "
+                "Criterion such as Wanda()."
+            )
+        scores = expect("criterion", criterion, Wanda(), Criterion)
+        if schedule is not None:
+            expect("schedule", schedule, Cubic(0.5), Schedule)
+        pattern, schedule = resolve_target(mask_structure, sparsity, schedule, scores.group)
+        return RunSettings(
+            pattern,
+            schedule,
+            scores,
+            expect("policy", policy, StraightThrough(), MaskPolicy),
+            **others,
+        )
+
+    @property
+    def first_sparsity(self) -> float:
+        """Of the masks at step 0."""
+        return self.schedule.sparsity(0.0) if self.start_step == 0 else 0.0
+
+    @property
+    def margin(self) -> Margin:
+        """By how much a pruned weight has to be better than a kept one."""
+        return Margin(self.hysteresis, self.noise_margin)
+
+    @property
+    def halved(self) -> bool:
+        """Whether odd and even steps are recorded apart."""
+        return self.noise_margin > 0 or self.flip_agreement
+
+    def sparsify(self, model: nn.Module) -> dict[str, MaskedLayer]:
+        """Put masks on the targets of a model, keeping everything, where they are not masked already; by name.
+
+        Raises:
+            ValueError: nothing to prune, or a target that cannot be masked. The model is as it was then.
+        """
+        layers = select(model, self.mask_structure, self.targets, self.ignore).layers
+        for name, layer in layers.items():
+            check_layout(name, layer)
+        sparsify(model, layers.values())
+        return {name: layer for name, layer in layers.items() if isinstance(layer, MaskedLayer)}
+
+    def words(self) -> dict[str, str]:
+        """What a run that continues another must have in common with it, but for what its model decides."""
+        return {
+            "mask_structure": group_label(self.mask_structure),
+            "schedule": describe(self.schedule),
+            "criterion": describe(self.criterion),
+            "statistics": "norms" if self.criterion.needs_activations else "none",
+            "policy": describe(self.policy),
+            "comes_back": self.policy.comes_back,
+            "update_freq": str(self.update_freq),
+            "start_step": str(self.start_step),
+            "end_step": str(self.end_step),
+            "window": str(self.window),
+            "memory": str(self.memory if self.memory == "frozen" else float(self.memory)),
+            "margin": repr(self.margin) if self.margin else "none",
+            "flip_agreement": str(self.flip_agreement),
+        }
+
+
+def check_settings(saved: Mapping[str, str], own: Mapping[str, str]) -> None:
+    """Raise ValueError where a run that was saved had other settings, in words, than these."""
+    for name, now in own.items():
+        if saved.get(name) != now:
+            raise ValueError(
+                f"The checkpoint was written with {name} = {saved.get(name)}, and this run has {now}. Resume with the "
+                "same setting, or start a new run from the exported model."
+            )

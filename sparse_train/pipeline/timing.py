@@ -1,0 +1,121 @@
+"""When masks change: the optimizer steps of updates, and those whose activations count."""
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Updates at ``start_step``, then every ``update_freq`` steps, and at ``end_step``; frozen afterwards.
+
+    All in optimizer steps completed, never micro-batches: an update "at step s" happens after the s-th optimizer
+    step (s = 0: before training) and before the next forward.
+
+    Attributes:
+        start_step: first update.
+        end_step: last update.
+        update_freq: k, steps between updates.
+        window: steps before an update over which activations are recorded, at most ``update_freq``.
+    """
+
+    start_step: int
+    end_step: int
+    update_freq: int
+    window: int
+
+    @staticmethod
+    def resolve(
+        *,
+        start_step: int | float,
+        end_step: int | float,
+        update_freq: int,
+        window: int | float,
+        total_steps: int | float | None,
+        first_from_window: bool,
+    ) -> "Timing":
+        """Turn what users write (int = steps, float = share) into steps.
+
+        Args:
+            start_step, end_step: int = steps, float = share of ``total_steps``.
+            update_freq: steps between updates.
+            window: int = steps, float = share of ``update_freq``.
+            total_steps: length of the run; needed where a share of it is asked for.
+            first_from_window: whether the first mask needs recorded activations; ``start_step`` then waits for them.
+
+        Raises:
+            ValueError: a count or share outside its range, a share of an unknown length, an end before the start.
+        """
+        check_update_freq(update_freq)
+        if isinstance(window, float):
+            if not 0 < window <= 1:
+                raise ValueError(f"window as a share of update_freq must be above 0 and at most 1, got {window}.")
+            window = math.ceil(window * update_freq)
+        if not 1 <= window <= update_freq:
+            raise ValueError(f"window must be from 1 to update_freq ({update_freq}) steps, got {window}.")
+        start = _steps("start_step", start_step, total_steps)
+        end = _steps("end_step", end_step, total_steps)
+        if end < start:
+            raise ValueError(f"end_step ({end}) must not lie before the first update, start_step ({start}).")
+        if total_steps is not None and start > total_steps:
+            raise ValueError(f"start_step ({start}) lies behind the end of the run ({total_steps:g} steps).")
+        if first_from_window:
+            # a run shorter than the window (a trial of a few steps) still ends sparse
+            start = max(start, window if total_steps is None else min(window, int(min(total_steps, window))))
+            if isinstance(end_step, float):  # a share was only roughly meant
+                end = max(start, end)
+            if end < start:
+                raise ValueError(
+                    f"end_step ({end}) lies before the first mask can be made: it needs {window} steps of activations. "
+                    "Take a smaller window or a later end_step."
+                )
+        return Timing(start, end, update_freq, window)
+
+    def is_update(self, step: int) -> bool:
+        """Whether masks change after optimizer step ``step``."""
+        on_grid = (step - self.start_step) % self.update_freq == 0
+        return self.start_step <= step <= self.end_step and (on_grid or step == self.end_step)
+
+    def is_frozen(self, step: int) -> bool:
+        """Whether the last update lies before this step."""
+        return step > self.end_step
+
+    def next_update(self, step: int) -> int | None:
+        """The first update after ``step``; None when masks are frozen."""
+        if step < self.start_step:
+            return self.start_step
+        if step >= self.end_step:
+            return None
+        return min(self.end_step, step + self.update_freq - (step - self.start_step) % self.update_freq)
+
+    def is_recorded(self, step: int) -> bool:
+        """Whether the forwards between steps ``step`` and ``step + 1`` count for the next update."""
+        update = self.next_update(step)
+        return update is not None and step >= update - self.window
+
+    def progress(self, step: int) -> float:
+        """0 at the first update, 1 at the last."""
+        span = self.end_step - self.start_step
+        return min(1.0, max(0.0, (step - self.start_step) / span)) if span else 1.0
+
+
+def check_update_freq(steps: int) -> None:
+    """Raise ValueError unless steps can lie between updates."""
+    if isinstance(steps, (bool, float)) or not hasattr(steps, "__index__"):  # numpy's whole numbers have it
+        raise ValueError(f"update_freq is the number of steps between mask updates, a whole number, got {steps!r}.")
+    if steps < 1:
+        raise ValueError(f"update_freq is the number of steps between mask updates, at least 1, got {steps}.")
+
+
+def _steps(name: str, value: int | float, total_steps: int | float | None) -> int:
+    if isinstance(value, int):
+        if value < 0:
+            raise ValueError(f"{name} as a number of steps must be at least 0, got {value}.")
+        return value
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} as a share of the run must be from 0 to 1, got {value}; whole steps are an int.")
+    if total_steps is None or not math.isfinite(total_steps) or total_steps < 0:
+        raise ValueError(
+            f"{name}={value} is a share of the run, whose length is not known. Give a number of steps, or limit the "
+            "run (max_steps, max_epochs with a data set of known length; total_steps in a loop of your own)."
+        )
+    return int(value * total_steps)

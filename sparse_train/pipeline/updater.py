@@ -1,0 +1,330 @@
+"""``MaskUpdater``: the pipeline over a training run, schedule -> scores -> masks -> policy; needs torch alone."""
+
+import logging
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sparse_train.criteria import Criterion
+from sparse_train.distributed import rank
+from sparse_train.layers.agreement import check_agreement
+from sparse_train.layers.mask_lora import check_policy, describe_adapters
+from sparse_train.layers.sharding import reshard
+from sparse_train.layers.sparse_linear import fold, sparse_layers
+from sparse_train.patterns import Pattern
+from sparse_train.pipeline.choice import Rules
+from sparse_train.pipeline.first_masks import FirstMasks
+from sparse_train.pipeline.margins import NO_MARGIN, check_window
+from sparse_train.pipeline.policies import MaskPolicy
+from sparse_train.pipeline.pruner import check_masks, measure, update_masks
+from sparse_train.pipeline.regrow import Growth, Regrow
+from sparse_train.pipeline.run_settings import RunSettings, check_settings
+from sparse_train.pipeline.schedules import Schedule
+from sparse_train.pipeline.timing import Timing
+from sparse_train.pipeline.update_report import LayerUpdate, UpdateReport
+from sparse_train.statistics.earlier_windows import Memory
+from sparse_train.statistics.recording import warn_of_unreached
+from sparse_train.statistics.window import Window, check_known
+
+_log = logging.getLogger(__name__)
+
+
+class MaskUpdater:
+    """Keeps a model at its target sparsity over a training run; needs torch alone.
+
+    ::
+
+        updater = MaskUpdater(model, "2:4", update_freq=10, total_steps=1000)
+        for batch in batches:
+            loss = model(**batch).loss
+            loss.backward(); optimizer.step(); optimizer.zero_grad()
+            updater.step()
+        squash(model)
+
+    Args:
+        model: sparsified in place, see ``sparse_train.sparsify``. Masks that it already has are where the run starts.
+        mask_structure: "unstructured", "N:M" (N **kept** of every M consecutive inputs) or a ``Pattern``.
+        sparsity: share of targeted weights that are zero; implied by N:M and by a schedule.
+        criterion: scores weights; default ``Wanda()``.
+        policy: what pruned weights do between updates; default ``StraightThrough()``.
+        schedule: sparsity over the run; default constant.
+        targets, ignore: which layers, see ``sparse_train.targets.select``.
+        update_freq: k, optimizer steps between updates.
+        start_step: first update (int = steps, float = share of the run). Where the first mask needs activations, it
+            comes ``window`` steps into the run at the earliest; until then the model is dense.
+        end_step: the step after which masks are frozen (int = steps, float = share of the run).
+        window: steps before an update over which activations are recorded (int = steps, float = share of
+            ``update_freq``).
+        memory: factor per update with which the statistics of earlier windows count, tokens alike: 0 = the last window
+            alone, up to 1 = all windows, the default, which trained best (docs/results.md). Where the masks that the
+            model has come from one-shot pruning, its norms count as the first window's, half of them in
+            each half for ``noise_margin`` and ``flip_agreement``.
+            "frozen": the norms of the first mask for ever; from there, or from the first window.
+        hysteresis: share by which the scores of kept weights count more at updates.
+        noise_margin: how many standard errors, estimated from the odd and the even steps of the window, kept weights
+            are taken for better and pruned ones for worse than they look; see ``sparse_train.pipeline.margins``.
+        flip_agreement: report which share of an update's flips odd and even steps would each have made alone.
+        total_steps: optimizer steps of the run; needed for shares of it.
+        state: ``state_dict`` of the run to resume, whose masks the model has, or will load.
+
+    Raises:
+        ValueError: any of these out of range or in conflict, nothing to prune, a target that cannot be masked, or
+            masks that the model already has and that are not this run's.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        mask_structure: str | Pattern = "2:4",
+        *,
+        sparsity: float | None = None,
+        criterion: Criterion | None = None,
+        policy: MaskPolicy | None = None,
+        schedule: Schedule | None = None,
+        targets: Sequence[str] | None = None,
+        ignore: Sequence[str] = (),
+        update_freq: int = 10,
+        start_step: int | float = 0,
+        end_step: int | float = 0.75,
+        window: int | float = 0.5,
+        memory: Memory = 1.0,
+        hysteresis: float = 0.0,
+        noise_margin: float = 0.0,
+        flip_agreement: bool = False,
+        total_steps: int | float | None = None,
+        state: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.run = RunSettings.resolve(
+            mask_structure,
+            sparsity,
+            schedule,
+            criterion,
+            policy,
+            targets=targets,
+            ignore=ignore,
+            update_freq=update_freq,
+            start_step=start_step,
+            end_step=end_step,
+            window=window,
+            memory=memory,
+            hysteresis=hysteresis,
+            noise_margin=noise_margin,
+            flip_agreement=flip_agreement,
+        )
+        """What it was asked to do."""
+        self._model = model
+        before = {id(layer) for layer in sparse_layers(model).values()}  # one-shot pruning's, or another updater's
+        self.layers = self.run.sparsify(model)
+        try:
+            self._start(total_steps, state)
+        except BaseException:
+            new = [layer for layer in self.layers.values() if id(layer) not in before]
+            fold(model, [layer for layer in new if layer.keeps_all()])  # as they were
+            raise
+
+    def _start(self, total_steps: int | float | None, state: Mapping[str, Any] | None) -> None:
+        run = self.run
+        initial = run.schedule.sparsity(0.0)
+        check_policy(self.layers, run.policy)
+        self._adapters = describe_adapters(self.layers)
+        # A run starts from the masks that are there; where nothing is to be pruned yet, that is also a mask.
+        masked = state is not None or initial == 0 or not all(layer.keeps_all() for layer in self.layers.values())
+        if masked and state is None:
+            check_masks(self.layers, run.mask_structure, initial)
+        if state is not None:  # of the whole run, of which a part is left
+            self.timing = Timing(**state["timing"])
+        else:
+            self.timing = Timing.resolve(
+                start_step=run.start_step,
+                end_step=run.end_step,
+                update_freq=run.update_freq,
+                window=run.window,
+                total_steps=total_steps,
+                first_from_window=run.criterion.needs_activations and not masked,
+            )
+        if run.halved:
+            check_window(self.timing.window)
+        self.window = Window(self.layers, run.criterion, run.halved, run.memory)
+        """What the next update sees."""
+        for layer in self.layers.values():
+            layer.straight_through = run.policy.straight_through
+        self._growth = Growth(self.layers, run.policy, run.criterion) if isinstance(run.policy, Regrow) else None
+        self.steps = 0
+        self.sparsity: float | None = initial if masked else None
+        """Sparsity of the masks as they are; None before the first."""
+        self._last_update = 0
+        self._warned = False
+        if masked and state is None:
+            self.window.begin_with_first_masks()
+        self.first_masks = FirstMasks(self.layers)
+        """What ``initial_flip_rate`` compares with."""
+        if masked:
+            self.first_masks.keep()
+        if state is not None:
+            self.load_state_dict(state)
+        elif self.timing.is_update(0) and not masked:
+            self.update()
+        self._set_recording()
+
+    @property
+    def token_mask(self) -> Tensor | None:
+        """Which tokens of the current batch count, (B, L) bool or integer, 0 = padding; None = all."""
+        return self.window.recorder.token_mask
+
+    @token_mask.setter
+    def token_mask(self, mask: Tensor | None) -> None:
+        self.window.recorder.token_mask = mask
+
+    def watch(self, optimizers: Iterable[Optimizer]) -> None:
+        """Tell which optimizers train the layers; ``Regrow`` clears their moments, other policies do not need them."""
+        if self._growth is not None:
+            self._growth.watch(optimizers)
+
+    def before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Call behind backward and ahead of clipping and ``optimizer.step()``, for ``Regrow``; others do not need it.
+
+        Takes the gradients of pruned weights, where the step is an update's, so that the optimizer does not see them.
+        """
+        if self._growth is not None:
+            self._growth.take(optimizer)
+
+    def step(self) -> UpdateReport | None:
+        """Call after every optimizer step, before the next forward. Returns a report at the steps of updates."""
+        self.steps += 1
+        self.window.after_step()
+        report = None
+        if self.timing.is_update(self.steps):
+            report = self.update() if self._would_change(self.steps) else self._confirm()
+        elif self.timing.is_frozen(self.steps) and (self.steps - self.timing.end_step) % self.timing.update_freq == 0:
+            check_agreement(self.layers)
+        self._set_recording()
+        return report
+
+    def update(self) -> UpdateReport:
+        """Replace the masks now, from the statistics gathered so far, which then fade as ``memory`` says."""
+        began = time.perf_counter()
+        reshard(self._model)
+        progress = self.timing.progress(self.steps)
+        target = self.run.schedule.sparsity(progress)
+        self.window.before_update()
+        since = 0 if self.sparsity is None else self.steps - self._last_update
+        shadow_factor = self.run.policy.shadow_decay(progress, since) if since else 1.0
+        check_policy(self.layers, self.run.policy, shadow_factor)  # adapters may have come after the updater
+        before = {}
+        if self._growth is not None:
+            self._growth.check()
+            before = {name: layer.weight_mask.clone() for name, layer in self.layers.items()}
+        rules = Rules(
+            self.run.criterion,
+            self.run.mask_structure,
+            target,
+            self.run.policy,
+            shadow_factor=shadow_factor,
+            margin=NO_MARGIN if self.sparsity is None else self.run.margin,
+            growth=self._growth,
+        )
+        changes = update_masks(self.layers, rules, compare_halves=self.run.flip_agreement and self.sparsity is not None)
+        if self._growth is not None:
+            self._growth.restart(before)
+        self.window.after_update()
+        self.sparsity, self._last_update = target, self.steps
+        return self._report(changes, time.perf_counter() - began)
+
+    def _confirm(self) -> UpdateReport:
+        check_agreement(self.layers)  # statistics stay: nothing was recorded, and a sum would count what is remembered
+        self._warned = self._warned or warn_of_unreached(self.layers)
+        return self.report()
+
+    def report(self) -> UpdateReport:
+        """The masks as they are, unchanged: sparsity counted on the weights, flip rate 0."""
+        began = time.perf_counter()
+        reshard(self._model)
+        return self._report(measure(self.layers), time.perf_counter() - began)
+
+    def finish(self) -> None:
+        """Call once before ``squash``: a last look at whether all ranks hold the same masks, and at where they got.
+
+        Warns of a run that ended before its masks reached their final sparsity, or before they were frozen.
+        """
+        check_agreement(self.layers)
+        final = self.run.schedule.sparsity(1.0)
+        if rank() != 0 or not self.steps:
+            return
+        if self.sparsity != final:
+            _log.warning(
+                "The run ended after %d steps, before its masks reached the final sparsity of %g: they are at %s. "
+                "end_step is %d.",
+                self.steps,
+                final,
+                self.sparsity,
+                self.timing.end_step,
+            )
+        elif self.run.policy.comes_back != "never" and self.steps < self.timing.end_step:
+            _log.warning(
+                "The run ended after %d steps, with masks that were to change until step %d (end_step): there were no "
+                "last steps under masks that stay.",
+                self.steps,
+                self.timing.end_step,
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that decides a later mask and is not in the model: counters, timing, statistics, settings.
+
+        Where several ranks train, all of them must call: the statistics of each are in what all of them get.
+        """
+        return {
+            "steps": self.steps,
+            "target": self.sparsity,
+            "last_update": self._last_update,
+            **self.window.state_dict(),
+            "timing": asdict(self.timing),
+            "settings": self.settings(),
+            "gradients": {} if self._growth is None else self._growth.state_dict(),
+            "first_rows": self.first_masks.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where ``state_dict`` was taken. The masks come with the model's own state dict.
+
+        The steps of updates stay those of the interrupted run, also where the resumed one is longer. Each rank gets its
+        own statistics back; another number of ranks gets their sum, on rank 0, which is the same to an update.
+
+        Raises:
+            ValueError: the state is from a run with another pattern, sparsity, criterion or interval, or other targets.
+        """
+        check_settings(state["settings"], self.settings())
+        check_known(set(state["first_rows"]), self.layers)
+        self.window.load_state_dict(state)
+        self.steps, self.sparsity, self._last_update = state["steps"], state["target"], state["last_update"]
+        self.timing = Timing(**state["timing"])
+        self.first_masks.load_state_dict(state["first_rows"])
+        if self._growth is not None:
+            self._growth.load_state_dict(state["gradients"])
+        self._set_recording()
+
+    def settings(self) -> dict[str, str]:
+        """What a run that continues this one must have in common with it, in words."""
+        self._adapters = describe_adapters(self.layers) or self._adapters  # as they were, once they are merged
+        adapters = {"mask_lora": self._adapters} if self._adapters else {}
+        return adapters | self.run.words() | {"layers": f"{len(self.layers)} targets"}
+
+    def _would_change(self, step: int) -> bool:
+        if self.sparsity is None or self.run.policy.comes_back != "never":
+            return True
+        return self.run.schedule.sparsity(self.timing.progress(step)) != self.sparsity
+
+    def _set_recording(self) -> None:
+        update = self.timing.next_update(self.steps)
+        wanted = update is not None and self.timing.is_recorded(self.steps) and self._would_change(update)
+        if self._growth is not None:
+            next_is_update = self.sparsity is not None and self.timing.is_update(self.steps + 1)
+            self._growth.ask(self.timing.progress(self.steps + 1) if next_is_update else None)
+        self.window.record(wanted)
+
+    def _report(self, changes: dict[str, LayerUpdate], seconds: float) -> UpdateReport:
+        self.first_masks.keep()
+        return UpdateReport(self.steps, self.sparsity or 0.0, changes, self.first_masks.share_differing(), seconds)

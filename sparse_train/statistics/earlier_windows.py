@@ -1,0 +1,93 @@
+"""What the statistics of earlier windows count for at an update: ``memory``."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from sparse_train.criteria import Criterion
+from sparse_train.distributed import rank
+from sparse_train.layers.matrices import MaskedMatrix
+from sparse_train.statistics.activations import ActivationNorm
+from sparse_train.statistics.recording import distinct, norms_of
+
+_log = logging.getLogger(__name__)
+
+Memory = float | Literal["frozen"]
+"""How much the statistics of earlier windows count: a factor per update, or "frozen", the first ones for ever."""
+
+
+def check_memory(memory: Memory, criterion: Criterion) -> None:
+    """Raise ValueError unless this is a factor from 0 to 1, or "frozen", and there is something to remember."""
+    if memory != "frozen" and not (isinstance(memory, (int, float)) and 0 <= memory <= 1):
+        raise ValueError(
+            "memory is the factor with which statistics of earlier windows count at an update, from 0 (only the last "
+            f'window) to 1 (all of them alike), or "frozen" (norms of the first mask for ever), got {memory!r}.'
+        )
+    if memory == "frozen" and not criterion.needs_activations:
+        raise ValueError(f"{criterion} reads no activations, so that memory='frozen' has nothing to keep.")
+
+
+class EarlierWindows:
+    """Keeps, between updates, of the statistics what ``memory`` says.
+
+    Args:
+        layers: with statistics attached.
+        memory: a factor per update, or "frozen".
+    """
+
+    def __init__(self, layers: Mapping[str, MaskedMatrix], memory: Memory) -> None:
+        self._layers, self._memory = layers, memory
+        self._tokens: dict[str, int] = {}
+        self._warned = False
+        self.frozen = False
+        """Whether statistics are what they will be for ever."""
+
+    def begin_with(self, first: Mapping[str, ActivationNorm]) -> None:
+        """Start with the norms behind the first mask, sums over ranks, as if an update had just used them.
+
+        Nothing where nothing is remembered, or where a layer has none: the mask came from elsewhere.
+        """
+        own = norms_of(self._layers)
+        if not self._memory or not all(name in first and int(first[name].tokens) for name in own):
+            return
+        for name, norm in own.items():
+            norm.merge(first[name])
+        self.fade()
+
+    def warn_of_old(self) -> None:
+        """Say, once, where no token reached a target since ``fade``: an expert of few tokens, or a layer left out."""
+        old = [name for name, norm in norms_of(self._layers).items() if int(norm.tokens) <= self._tokens.get(name, -1)]
+        if old and not self._warned and rank() == 0:
+            _log.warning(
+                "No token reached %s%s since the last mask update: masks there go by the norms of earlier windows. If "
+                "the model no longer uses it, leave it out with ignore=[%r].",
+                old[0],
+                f" and {len(old) - 1} other targets" if len(old) > 1 else "",
+                old[0],
+            )
+        self._warned = self._warned or bool(old)
+
+    def fade(self) -> None:
+        """After an update: let statistics count less, or begin anew.
+
+        They are sums over ranks by now, so that rank 0 alone goes on with them: the next sum over ranks is exact, and a
+        checkpoint holds them once.
+        """
+        factor = 1.0 if self._memory == "frozen" else self._memory
+        for each in distinct(self._layers.values()):
+            if factor:
+                each.fade(factor)
+            else:
+                each.reset()
+        self.frozen = self._memory == "frozen"
+        if factor and not self.frozen:
+            self._tokens = {name: int(norm.tokens) for name, norm in norms_of(self._layers).items()}
+        if rank() != 0:
+            for each in distinct(self._layers.values()):
+                each.reset()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"tokens": self._tokens, "frozen": self.frozen}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._tokens, self.frozen = dict(state["tokens"]), state["frozen"]

@@ -1,0 +1,179 @@
+"""What layers record between mask updates: attached, shared by layers with one input, summed over ranks, checked."""
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from sparse_train.criteria import Criterion
+from sparse_train.distributed import gather_bytes, rank, sum_over_ranks, world_size
+from sparse_train.layers.agreement import compare, fingerprints
+from sparse_train.layers.matrices import MaskedLayer, MaskedMatrix, Recorder
+from sparse_train.statistics.activations import ActivationNorm, HalvedNorm, Statistics
+from sparse_train.targets.selection import leave_out
+
+_log = logging.getLogger(__name__)
+
+
+def check_reached(layers: Mapping[str, MaskedMatrix], criterion: Criterion) -> None:
+    """Raise ValueError where a target took no part in the forwards since the last update."""
+    if criterion.needs_activations:
+        check_statistics(layers)
+        return
+    unreached = [name for name, layer in layers.items() if not layer.reached]
+    if unreached and len(unreached) < len(layers):  # none reached: there has been no forward yet
+        raise ValueError(
+            f"{unreached[0]} is a target, but no forward reached it since the last mask update, so its mask has no "
+            f"effect; masks were not changed. Leave it out with ignore=[{unreached[0]!r}]."
+        )
+
+
+def warn_of_unreached(layers: Mapping[str, MaskedMatrix]) -> bool:
+    """Say which target no forward has reached, where others were. Returns whether there is one."""
+    unreached = [name for name, layer in layers.items() if not layer.reached]
+    if not unreached or len(unreached) == len(layers):  # none reached: there has been no forward yet
+        return False
+    if rank() == 0:
+        _log.warning(
+            "%s is a target, and no forward has reached it so far: if its weight is read in another way, its mask "
+            "has no effect until it is folded in at the end. Leave it out with ignore=[%r].",
+            unreached[0],
+            unreached[0],
+        )
+    return True
+
+
+def check_statistics(layers: Mapping[str, MaskedMatrix]) -> None:
+    """Raise ValueError where a layer has seen no token, or activations that are not finite."""
+    seen = {name: layer.statistics for name, layer in layers.items()}
+    unreached = [name for name, stats in seen.items() if stats is None or int(stats.tokens) == 0]
+    if unreached:
+        name, others = unreached[0], len(unreached) - 1
+        more = f" The same is true of {others} more. {leave_out(unreached)}" if others else ""
+        raise ValueError(
+            f"{name} is a target, but no token reached it since the last mask update, so it has no activations to "
+            f"score with. If the model does not use it, leave it out with ignore=[{name!r}]; if forwards happen with "
+            "the model in eval mode and under no_grad, they are taken for evaluation and do not count; where few "
+            "tokens reach it, such as an expert, let earlier windows count (memory above 0)." + more
+        )
+    for name, stats in seen.items():
+        _check_finite(name, stats)
+
+
+def _check_finite(name: str, stats: Statistics | None) -> None:
+    if stats is not None and not bool(stats.sum_squares_I.isfinite().all()):
+        feature = int((~stats.sum_squares_I.isfinite()).nonzero()[0])
+        raise ValueError(
+            f"{name}: the input activations are not finite (first at feature {feature} of {len(stats.sum_squares_I)}), "
+            "so Wanda scores cannot be computed; masks were not changed. Look for NaN in the data, a learning rate "
+            "that is too high, or an overflow of float16."
+        )
+
+
+def attach(layers: Iterable[MaskedMatrix], recorder: Recorder, statistics: type[Statistics] | None) -> None:
+    """Give layers a common recorder and fresh statistics of this kind; None = none."""
+    for layer in layers:
+        if isinstance(layer, MaskedLayer):
+            layer.recorder, layer.records = recorder, True
+        layer.statistics = None if statistics is None else statistics(layer.in_features, layer.weight_mask.device)
+
+
+def needed_statistics(criterion: Criterion, halved: bool) -> type[ActivationNorm] | None:
+    """What a criterion reads, in halves where its noise is asked for."""
+    if not criterion.needs_activations:
+        return None
+    return HalvedNorm if halved else ActivationNorm
+
+
+def turn_halves(layers: Iterable[MaskedMatrix]) -> None:
+    """After a recorded step: let the next one go to the other half, where statistics have halves."""
+    for each in distinct(layers):
+        if isinstance(each, HalvedNorm):
+            each.turn()
+
+
+def share_statistics(recorder: Recorder, layers: Sequence[MaskedMatrix]) -> bool:
+    """After a forward under ``recorder.sharing``: let layers that read one input use one statistic.
+
+    Over ranks only where all have found the same; they ask each other once in a run.
+
+    Returns:
+        Whether there has been a forward, in any of the ranks.
+    """
+    assert recorder.sharing is not None
+    if not layers:
+        recorder.sharing = None
+        return True
+    position = {layer: index for index, layer in enumerate(layers)}
+    found: dict[Any, Any] = recorder.sharing.leaders()
+    leaders = [position[found.get(layer, layer)] for layer in layers]
+    numbers = torch.tensor([*leaders, len(found)], dtype=torch.int32, device=layers[0].weight_mask.device)
+    gathered = gather_bytes(numbers.view(torch.uint8), 4 * len(numbers))
+    by_rank = torch.stack([each.view(torch.int32) for each in gathered])
+    agreed = (by_rank == numbers).all(0).tolist()
+    for layer, leader, same in zip(layers, leaders, agreed[:-1], strict=True):
+        if same and layers[leader] is not layer:
+            assert isinstance(layer, MaskedLayer)
+            layer.statistics, layer.records = layers[leader].statistics, False
+    recorder.sharing = None
+    return bool(by_rank[:, -1].any())
+
+
+def norms_of(layers: Mapping[str, MaskedMatrix]) -> dict[str, ActivationNorm]:
+    """The norms of those layers that have any."""
+    return {name: layer.statistics for name, layer in layers.items() if isinstance(layer.statistics, ActivationNorm)}
+
+
+def restore(own: Mapping[str, ActivationNorm], by_rank: Sequence[Mapping[str, dict[str, torch.Tensor]]]) -> None:
+    """Give each rank the norms it has saved; another number of ranks gets their sum, on rank 0."""
+    same_ranks = len(by_rank) == world_size()
+    for norm in own.values():
+        norm.reset()
+    for process, saved in enumerate(by_rank):
+        if rank() == (process if same_ranks else 0):
+            once = {id(own[name]): name for name in saved}  # layers that share one have each saved it
+            for name in once.values():
+                own[name].merge_state_dict(saved[name])
+
+
+def reduce_statistics(layers: Iterable[MaskedMatrix]) -> None:
+    """Sum the statistics of ``layers`` over ranks."""
+    sum_over_ranks([tensor for each in distinct(layers) for tensor in each.tensors()])
+
+
+def exchange(layers: Mapping[str, MaskedMatrix]) -> None:
+    """``reduce_statistics``, and what ranks have to agree on, in the same reduce.
+
+    A target counts as reached where a forward of any rank came by.
+
+    Raises:
+        ValueError: on every rank alike, where ranks hold different masks.
+    """
+    if world_size() == 1:
+        return
+    each_once = distinct(layers.values())
+    device = next(iter(layers.values())).weight_mask.device
+    bits = fingerprints(layers)
+    reached = torch.tensor([float(layer.reached) for layer in layers.values()], device=device)
+    sum_over_ranks([*(tensor for each in each_once for tensor in each.tensors()), bits, reached])
+    for layer, count in zip(layers.values(), reached.tolist(), strict=True):
+        layer.reached = count > 0
+    compare(layers, bits)
+
+
+def distinct(layers: Iterable[MaskedMatrix]) -> list[Statistics]:
+    """The statistics of layers, each once where several share one."""
+    return list({id(layer.statistics): layer.statistics for layer in layers if layer.statistics is not None}.values())
+
+
+def warn_of_padding(recorder: Recorder) -> None:
+    """Say, once, that a token mask did not fit an input, so that padding counts in its statistics."""
+    if recorder.mask_misfit is not None and not recorder.warned:
+        recorder.warned = True
+        _log.warning(
+            "The batch's attention_mask does not fit a layer's input of shape %s, so padding counts in its activation "
+            "statistics. Override DynamicPruning.token_mask, or set MaskUpdater.token_mask, to say which tokens count; "
+            "in one-shot pruning calibrate on samples without padding.",
+            recorder.mask_misfit,
+        )

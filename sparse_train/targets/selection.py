@@ -1,0 +1,234 @@
+"""Which layers are pruned: the linear layers of the decoder blocks unless told otherwise."""
+
+import logging
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from sparse_train.layers.matrices import is_linear, shape_OI
+from sparse_train.models.blocks import (
+    FusedExperts,
+    dimensions,
+    expert_shape_OI,
+    fused_experts,
+    is_router,
+    numel,
+    router_names,
+    unambiguous_blocks,
+)
+from sparse_train.patterns import Pattern
+from sparse_train.suggestions import did_you_mean
+from sparse_train.targets.maskable import adapter_names, check_maskable, tied_names
+
+_log = logging.getLogger(__name__)
+_ROUTERS = 0.01  # share of a model's parameters above which routers are said: those of known models have less
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What was chosen, and what of the decoder blocks could not be."""
+
+    layers: dict[str, nn.Module]
+    """Targets by name, in the model's order: ``nn.Linear`` or transformers' ``Conv1D``."""
+    experts: dict[str, FusedExperts] = field(default_factory=dict)
+    """Fused experts of Mixture-of-Experts blocks by parameter name. One-shot pruning reaches them;
+    a mask in training does not."""
+    untargetable: dict[str, int] = field(default_factory=dict)
+    """Other weights of blocks that no mask can reach: parameter name -> count. They stay dense."""
+
+
+def select(
+    model: nn.Module,
+    pattern: Pattern,
+    targets: Sequence[str] | None = None,
+    ignore: Sequence[str] = (),
+    *,
+    experts: bool = False,
+) -> Selection:
+    """Choose the layers to prune.
+
+    Args:
+        model: any module; nothing is changed.
+        pattern: layers must fit it.
+        targets: names of modules, class names such as "Linear", or "re:" and a regular expression matched from the
+            start of the name (as in llm-compressor). Default: the linear layers of the decoder blocks but for routers
+            and gates of experts; in a model without blocks, all linear layers but the last one and those with tied
+            weights.
+        ignore: the same three forms; takes layers out again.
+        experts: choose fused experts too (one-shot pruning); otherwise they count as untargetable.
+
+    Raises:
+        ValueError: nothing chosen, a name that matches nothing, or a chosen layer that cannot be masked (see
+            ``check_maskable``) or does not fit the pattern.
+    """
+    linears = [name for name, module in model.named_modules() if is_linear(module)]
+    adapters = adapter_names(model)
+    tied = tied_names(model)
+    blocks = unambiguous_blocks(model) if targets is None else None
+    fused = fused_experts(model) if experts else {}
+    ignored = set(_match(model, ignore, "ignore", fused))
+    lenient = False
+    if targets is not None:
+        matched = _match(model, targets, "targets", fused)
+        # a pattern may reach adapters by accident; only one named in full is a mistake worth an error
+        chosen = [name for name in matched if name not in ignored and (name not in adapters or name in targets)]
+    elif blocks is not None:
+        inside = set(model.get_submodule(blocks).modules())  # a block may have a name elsewhere that comes first
+        everything = [name for name in linears if model.get_submodule(name) in inside]
+        everything += [name for name in fused if name.startswith(f"{blocks}.")]
+        routers = router_names(model, blocks)
+        dense = ignored | adapters | routers
+        chosen = [name for name in everything if name not in dense]
+        _log.info("Pruning the linear layers of the decoder blocks %s.", blocks)
+        _warn_of_routers(model, routers - ignored)
+    else:
+        candidates = [name for name in linears if name not in adapters | tied]
+        chosen = [name for name in candidates[:-1] if name not in ignored]
+        lenient = True
+
+    layers: dict[str, nn.Module] = {}
+    misfits: dict[str, ValueError] = {}
+    for name in chosen:
+        if name in fused:
+            continue
+        module = model.get_submodule(name)
+        check_maskable(model, name, module, adapters, tied)
+        try:
+            pattern.check_layer(name, shape_OI(module)[1])
+        except ValueError as error:
+            if not lenient:
+                misfits[name] = error
+            else:
+                _log.warning("%s stays dense: %s", name, error)
+            continue
+        layers[name] = module
+    if misfits:
+        raise _misfit(misfits)
+    chosen_experts = {name: fused[name] for name in chosen if name in fused}
+    for name, expert in chosen_experts.items():
+        pattern.check_layer(name, expert_shape_OI(expert)[1])
+    if not layers and not chosen_experts:
+        raise ValueError(
+            "Nothing to prune: no linear layer was targeted "
+            f"(targets={list(targets) if targets is not None else None}, ignore={list(ignore)}, "
+            f"{len(linears)} nn.Linear in {type(model).__name__}). "
+            + (
+                "A model that is built in configure_model does not exist before it has run."
+                if not linears
+                else f"Name layers with targets, such as targets=[{linears[0]!r}]."
+            )
+        )
+    untargetable = _untargetable(model, blocks, fused) if blocks else {}
+    if untargetable:
+        _warn_of_dense(model, untargetable)
+    return Selection(layers, chosen_experts, untargetable)
+
+
+def _match(model: nn.Module, patterns: Sequence[str], argument: str, fused: Mapping[str, FusedExperts]) -> list[str]:
+    if isinstance(patterns, str):
+        raise ValueError(f"{argument} is a list of names, got the text {patterns!r}; write [{patterns!r}].")
+    modules = dict(model.named_modules())
+    layers = [*(name for name, module in modules.items() if is_linear(module)), *fused]
+    matched: set[str] = set()
+    for text in patterns:
+        if text.startswith("re:"):
+            try:
+                # an expression of another tool may be about embeddings; what matches nothing at all is a mistake
+                names = {name for name in layers if re.match(text[3:], name)} or {
+                    name for name in modules if argument == "ignore" and re.match(text[3:], name)
+                }
+            except re.error as error:
+                raise ValueError(f"{argument}: {text!r} is not a regular expression: {error}.") from error
+        else:
+            hits = {n for n, m in modules.items() if n == text or text in {cls.__name__ for cls in type(m).__mro__}}
+            hits |= set(fused) if text == "Linear" else {text} & set(fused)  # an expert is a linear map, too
+            names = {n for n in layers if any(n == hit or n.startswith(f"{hit}.") for hit in hits)} or hits
+        if not names:
+            raise ValueError(
+                f"{argument}: {text!r} matches no layer of {type(model).__name__}." + _in_full(text, layers)
+            )
+        matched |= names
+    return [name for name in [*modules, *fused] if name in matched]
+
+
+def _in_full(text: str, layers: Sequence[str]) -> str:
+    """What to write in the place of a text that is only the end, or another part, of names."""
+    part = text.removeprefix("re:").lstrip("^")
+    try:
+        found = [name for name in layers if re.search(rf"(^|\.)({part})(\.|$)", name)]
+    except re.error:
+        found = []
+    if not found:
+        return did_you_mean(text, layers)
+    end = "$" if any(re.search(rf"({part})$", name) for name in found) else r"\."
+    return rf" Names are matched from their start, such as {found[0]}: write 're:(.*\.)?({part}){end}'."
+
+
+def _misfit(errors: dict[str, ValueError]) -> ValueError:
+    """The first of these errors; where there are more, with their number and a shorter way out."""
+    first, *others = errors
+    if not others:
+        return errors[first]
+    return ValueError(
+        f"{errors[first]} The same is true of {len(others)} more, such as {others[0]}. {leave_out(errors)}"
+    )
+
+
+def leave_out(names: Iterable[str]) -> str:
+    """How to leave out layers, and all that are named alike."""
+    kinds = "|".join(re.escape(kind) for kind in dict.fromkeys(name.rpartition(".")[2] for name in names))
+    return rf"One expression leaves out all that are named alike: ignore=['re:(.*\.)?({kinds})$']."
+
+
+def _untargetable(model: nn.Module, prefix: str, fused: Mapping[str, FusedExperts]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for name, module in model.get_submodule(prefix).named_modules():
+        if is_linear(module) or isinstance(module, nn.Embedding):
+            continue
+        for parameter_name, parameter in module.named_parameters(recurse=False):
+            full = f"{prefix}.{name}.{parameter_name}"
+            if dimensions(parameter) >= 2 and full not in fused and not is_router(module):
+                found[full] = numel(parameter)
+    return found
+
+
+def _warn_of_dense(model: nn.Module, untargetable: dict[str, int]) -> None:
+    total = sum(map(numel, model.parameters()))
+    _log.warning(
+        "%d block weights cannot be masked and stay dense (%.1f %% of the model's parameters): %s",
+        len(untargetable),
+        100 * sum(untargetable.values()) / total,
+        ", ".join(list(untargetable)[:3]) + (", ..." if len(untargetable) > 3 else ""),
+    )
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    sparse = [name for name in untargetable if _share_of_zeros(parameters[name]) > 0.01]
+    if sparse:
+        _log.warning(
+            "%s has zeros, as one-shot pruning leaves them, and no mask that would keep them: training fills them. "
+            "Freeze it (requires_grad=False) to keep its zeros.",
+            sparse[0],
+        )
+
+
+def _warn_of_routers(model: nn.Module, routers: set[str]) -> None:
+    weights = sum(numel(parameter) for name in routers for parameter in model.get_submodule(name).parameters())
+    share = weights / max(1, sum(map(numel, model.parameters())))
+    if share > _ROUTERS:
+        name = min(routers)
+        _log.warning(
+            "%d linear layers, such as %s, are taken for routers or gates of experts and stay dense (%.1f %% of the "
+            "model's parameters). Where they are none, name what is to be pruned: targets=['Linear'] is all linear "
+            "layers.",
+            len(routers),
+            name,
+            100 * share,
+        )
+
+
+def _share_of_zeros(parameter: nn.Parameter) -> float:
+    if parameter.is_meta or not parameter.numel() or not parameter.requires_grad:
+        return 0.0
+    part = parameter.detach()[:1]
+    return 1 - int(part.count_nonzero()) / part.numel()

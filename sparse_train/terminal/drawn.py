@@ -1,0 +1,50 @@
+"""Progress as rich draws it: one line for each task, and a line of text below."""
+
+from collections.abc import Iterable
+
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from sparse_train.terminal.progress import Bar
+
+
+class DrawnProgress(Progress):
+    """On stderr; each task with a bar, its count and the time left. Disappears at the end unless it ``stays``."""
+
+    def __init__(self, stays: bool = False) -> None:
+        self.note = ""
+        """The line below."""
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        # prints go above the bar where both are in the terminal, and into the file where stdout is one
+        console = Console(stderr=True)
+        super().__init__(
+            *columns,
+            TextColumn("left"),
+            console=console,
+            transient=not stays,
+            refresh_per_second=4,
+            speed_estimate_period=3600,  # a step may take minutes
+            redirect_stdout=Console().is_terminal,
+        )
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        if self.note:
+            yield Text(self.note, no_wrap=True, overflow="ellipsis")
+
+
+class DrawnBar(Bar):
+    """One task of it."""
+
+    def __init__(self, progress: DrawnProgress, label: str) -> None:
+        self._progress, self._task = progress, progress.add_task(label, total=None)
+
+    def set_total(self, total: int) -> None:
+        self._progress.update(self._task, total=total)
+
+    def advance(self) -> None:
+        self._progress.advance(self._task)
+
+    def note(self, text: str) -> None:
+        self._progress.note = text

@@ -1,0 +1,313 @@
+"""``SparseTrainerCallback``: re-prune a model while transformers' ``Trainer`` trains it. Imports transformers.
+
+When what happens, in the Trainer's order:
+
+    on_init_end       targets are sparsified, keeping everything: before the optimizer, and before a checkpoint
+    (model is loaded) a checkpoint's zeros become masks
+    on_train_begin    the first mask; or masks, shadow values and state of the checkpoint
+    (forward)         the batch's padding is told to the recorder; activations are recorded in the window of an update
+    on_step_end       after an optimizer step: update; ahead of log, evaluation and checkpoint
+    on_save           what the checkpoint's zeros have lost is put beside them
+    on_train_end      squash, behind the last checkpoint and the best one
+"""
+
+import functools
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+
+from sparse_train.criteria import Criterion
+from sparse_train.distributed import rank
+from sparse_train.layers import masks
+from sparse_train.layers.matrices import MASK_NAME, MaskedLayer, is_conv1d
+from sparse_train.layers.sparse_linear import fold, sparse_layers
+from sparse_train.oneshot import first_mask
+from sparse_train.oneshot.first_mask import check_initial
+from sparse_train.oneshot.training_data import random_batches
+from sparse_train.patterns import Pattern
+from sparse_train.pipeline.policies import MaskPolicy
+from sparse_train.pipeline.pruner import measure
+from sparse_train.pipeline.run_settings import RunSettings
+from sparse_train.pipeline.schedules import Schedule
+from sparse_train.pipeline.updater import MaskUpdater
+from sparse_train.solvers import Solver
+from sparse_train.statistics.earlier_windows import Memory
+from sparse_train.trainer import shadow_file
+
+_log = logging.getLogger(__name__)
+
+
+class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
+    """Keep a model at its target sparsity in a ``transformers.Trainer``, as ``DynamicPruning`` does in Lightning.
+
+    ::
+
+        trainer = Trainer(model, args, train_dataset=data, callbacks=[SparseTrainerCallback("2:4", update_freq=10)])
+        trainer.train()
+        trainer.save_model("sparse")  # pruned weights are zeros
+
+    The first mask, with ``start_step`` 0, is calibrated block by block on ``calibration_batches`` batches of the
+    training data; of a stream of data, it comes from the first ``window`` steps, which run dense. Metrics go into the
+    Trainer's log at the steps of updates.
+
+    Each checkpoint folder holds the sparse model, with zeros, and beside it ``sparse_training_state.pt`` with masks,
+    shadow values and statistics, so that a resumed run continues bit for bit.
+
+    Its arguments are those of ``sparse_train.callbacks.DynamicPruning``, but for ``mask_lora``; ``Regrow`` needs a hook
+    that the Trainer has not.
+
+    Raises:
+        ValueError: for what ``DynamicPruning`` refuses; for a Trainer that shards the model (FSDP, DeepSpeed) or copies
+            it in each step (``DataParallel``); for ``load_best_model_at_end`` where the best model would not be the
+            sparse one; and at a resume, for a checkpoint that was written without this callback.
+    """
+
+    def __init__(
+        self,
+        mask_structure: str | Pattern = "2:4",
+        sparsity: float | None = None,
+        *,
+        update_freq: int = 10,
+        criterion: Criterion | None = None,
+        policy: MaskPolicy | None = None,
+        schedule: Schedule | None = None,
+        targets: Sequence[str] | None = None,
+        ignore: Sequence[str] = (),
+        start_step: int | float = 0,
+        end_step: int | float = 0.75,
+        window: int | float = 0.5,
+        memory: Memory = 1.0,
+        hysteresis: float = 0.0,
+        noise_margin: float = 0.0,
+        flip_agreement: bool = False,
+        calibration_batches: int = 8,
+        initial_criterion: Criterion | Solver | None = None,
+        squash: bool = True,
+    ) -> None:
+        if calibration_batches < 0:
+            raise ValueError(f"calibration_batches must be at least 0, got {calibration_batches}.")
+        self._settings = RunSettings.resolve(
+            mask_structure,
+            sparsity,
+            schedule,
+            criterion,
+            policy,
+            targets=targets,
+            ignore=ignore,
+            update_freq=update_freq,
+            start_step=start_step,
+            end_step=end_step,
+            window=window,
+            memory=memory,
+            hysteresis=hysteresis,
+            noise_margin=noise_margin,
+            flip_agreement=flip_agreement,
+        )
+        if self._settings.policy.comes_back == "by gradient":
+            raise ValueError(
+                f"{self._settings.policy} reads gradients ahead of clipping, where the Trainer calls nobody. Take "
+                "another policy, or train with Lightning or a loop of your own."
+            )
+        check_initial(initial_criterion, self._settings.mask_structure)
+        self._calibration_batches = calibration_batches
+        self._initial_criterion = initial_criterion
+        self._squash = squash
+        self._hooks: list[Any] = []
+        self._unlogged: dict[str, float] = {}
+        self.updater: MaskUpdater | None = None
+        """The running pipeline; None before the run has begun."""
+        _teach_log()
+
+    def token_mask(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        """Which tokens of a forward's keyword arguments count in activation statistics, (B, L), 0 = padding."""
+        mask = inputs.get("attention_mask")
+        return mask if isinstance(mask, Tensor) else None
+
+    def take_metrics(self) -> dict[str, float]:
+        """What the last update reported, once."""
+        taken, self._unlogged = self._unlogged, {}
+        return taken
+
+    # --- before training ---------------------------------------------------------------------------------------------
+
+    def on_init_end(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
+        _refuse_engines(args)
+        if args.load_best_model_at_end:
+            self._check_best(model)
+        self._prepare(model)
+
+    def _check_best(self, model: nn.Module) -> None:
+        if (
+            self._settings.schedule.sparsity(0.0) != self._settings.schedule.sparsity(1.0)
+            or self._settings.start_step != 0
+        ):
+            raise ValueError(
+                "load_best_model_at_end would bring a checkpoint back from before the final sparsity, as denser models "
+                "have the lower loss. Leave it out, or train at a constant sparsity from start_step 0."
+            )
+        if _is_peft(model):
+            raise ValueError(
+                "load_best_model_at_end brings the adapters of an earlier step back, but not the masks of their base. "
+                "Leave it out for models of peft."
+            )
+
+    def _prepare(self, model: nn.Module) -> dict[str, MaskedLayer]:
+        for hook in self._hooks:
+            hook.remove()
+        loading = model.register_load_state_dict_pre_hook(_zeros_to_masks)
+        before: Any = model._load_state_dict_pre_hooks
+        before.move_to_end(loading.id, last=False)  # ahead of what refuses dense state dicts
+        self._hooks = [loading, model.register_forward_pre_hook(self._before_forward, with_kwargs=True)]
+        if any(layer.adapted for layer in sparse_layers(model).values()):
+            raise ValueError(
+                "The model has mask_lora adapters, which a checkpoint of the Trainer would merge, so that it could not "
+                "be resumed. Train with Lightning, DynamicPruning(mask_lora=...), or a loop of your own."
+            )
+        return self._settings.sparsify(model)
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, *, model: nn.Module, train_dataloader: Any, **kwargs: Any
+    ) -> None:
+        layers = self._prepare(model)  # a model_init has made a new one, and a second run's is squashed
+        restored = None
+        if state.global_step > 0:
+            restored = shadow_file.restore(_resumed_from(args, state), layers)
+        else:
+            size, collate = args.per_device_train_batch_size, train_dataloader.collate_fn
+            dtype = torch.float16 if args.fp16 else torch.bfloat16
+            first_mask.begin(
+                model,
+                self._settings,
+                self._initial_criterion,
+                self._calibration_batches,
+                lambda count: random_batches(train_dataloader.dataset, size, collate, count),
+                torch.autocast(args.device.type, dtype, enabled=args.fp16 or args.bf16),
+                progress=not args.disable_tqdm and rank() == 0,
+            )
+        self.updater = MaskUpdater(model, total_steps=state.max_steps, state=restored, **vars(self._settings))
+        self._unlogged = {}
+        if restored is None and self.updater.sparsity is not None:
+            self._unlogged = self.updater.report().metrics()
+
+    # --- in training -------------------------------------------------------------------------------------------------
+
+    def _before_forward(self, model: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        if self.updater is not None:
+            self.updater.token_mask = self.token_mask(keywords)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        assert self.updater is not None
+        report = self.updater.step()
+        if report is not None:
+            self._unlogged = report.metrics()
+            control.should_log = args.logging_strategy != "no"
+
+    # --- checkpoints, and after training -----------------------------------------------------------------------------
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        assert self.updater is not None
+        if args.save_only_model or state.is_hyper_param_search:
+            return  # nothing of these is resumed
+        updater_state = self.updater.state_dict()  # of all ranks
+        if args.should_save:
+            shadow_file.save(_folder_of(args, state) / shadow_file.FILE_NAME, self.updater.layers, updater_state)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
+        assert self.updater is not None
+        self.updater.finish()
+        final, found = self._settings.schedule.sparsity(1.0), measure(self.updater.layers).values()
+        actual = sum(layer.zeros for layer in found) / sum(layer.size for layer in found)
+        rounding = 1 / min(layer.in_features for layer in self.updater.layers.values())  # counts of a row are whole
+        if self.updater.sparsity == final and actual < 0.99 * (final - rounding):
+            _log.warning(
+                "The model is at a sparsity of %.4f, and %g was to be reached: its best checkpoint was written before "
+                "the masks got there.",
+                actual,
+                final,
+            )
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        if self._squash:
+            fold(model)
+        else:
+            for layer in self.updater.layers.values():
+                layer.recorder = layer.statistics = None
+
+
+def _zeros_to_masks(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    """Add the masks to a state dict that ``save_pretrained`` has written, or to a shard of it."""
+    for name, layer in sparse_layers(module).items():
+        weight, mask = (f"{prefix}{name}.{suffix}" for suffix in ("weight", MASK_NAME))
+        if weight in state_dict and mask not in state_dict:
+            stored = state_dict[weight]
+            nonzero_OI = (stored.t() if is_conv1d(layer) else stored) != 0  # type: ignore[arg-type]
+            state_dict[mask] = masks.pack(nonzero_OI)
+
+
+def _refuse_engines(args: Any) -> None:
+    launched_with_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    engines = {
+        "FSDP": launched_with_fsdp or getattr(args, "fsdp_plugin_args", None) is not None or bool(args.fsdp),
+        "DeepSpeed": args.deepspeed_plugin is not None,
+    }
+    for engine in (name for name, runs in engines.items() if runs):
+        raise ValueError(
+            f"The Trainer runs on {engine}, whose checkpoints this callback cannot follow. Train on one device or with "
+            "DDP, or use Lightning with sparse_train.callbacks.DynamicPruning, which knows FSDP2 and DeepSpeed."
+        )
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"The Trainer would copy the model to {args.n_gpu} GPUs in each step (DataParallel), and activations "
+            "recorded in copies are lost. Start it with torchrun, or show it one GPU with CUDA_VISIBLE_DEVICES."
+        )
+
+
+def _resumed_from(args: Any, state: Any) -> Path:
+    """The resumed checkpoint's file; the Trainer does not tell which folder it has loaded, only the step."""
+    named = [Path(args.resume_from_checkpoint)] if isinstance(args.resume_from_checkpoint, str) else []
+    folders = [*named, _folder_of(args, state)]
+    for folder in folders:
+        if (folder / shadow_file.FILE_NAME).is_file():
+            return folder / shadow_file.FILE_NAME
+    raise ValueError(
+        f"There is no {shadow_file.FILE_NAME} in {' or '.join(map(str, folders))}, so there "
+        "is no sparse run to resume. If the checkpoint is elsewhere, give its folder to "
+        "TrainingArguments(resume_from_checkpoint=...) too; if it was written without SparseTrainerCallback, load it "
+        "as a model and start a new run."
+    )
+
+
+def _folder_of(args: Any, state: Any) -> Path:
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+
+def _is_peft(model: nn.Module) -> bool:
+    return any(cls.__name__ == "PeftModel" for cls in type(model).__mro__)
+
+
+def _teach_log() -> None:
+    """Make ``Trainer.log`` add what updates report: once, for all trainers.
+
+    Those who report (TensorBoard, W&B) stand before a user's callbacks and get a row first, so that nothing put into
+    it by ``on_log`` would reach them.
+    """
+    original = Trainer.log
+    if getattr(original, "adds_sparsity", False):
+        return
+
+    @functools.wraps(original)
+    def log(self: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> Any:
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, SparseTrainerCallback):
+                logs.update(callback.take_metrics())
+        return original(self, logs, *args, **kwargs)
+
+    log.adds_sparsity = True  # type: ignore[attr-defined]
+    Trainer.log = log

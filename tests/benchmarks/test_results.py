@@ -1,0 +1,67 @@
+"""The tables in docs/results.md are those that the committed rows give."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import arms  # noqa: E402
+import oneshot_tables  # noqa: E402
+import quality_labels  # noqa: E402
+import quality_tables  # noqa: E402
+import zeroshot_tables  # noqa: E402
+
+
+def shown(module, page="docs/results.md"):
+    page = (ROOT / page).read_text()
+    return page.partition(module.BEGIN)[2].partition(module.END)[0].strip()
+
+
+def test_one_shot_tables_are_made_from_the_rows():
+    assert shown(oneshot_tables) == oneshot_tables.tables().strip()
+
+
+def test_the_zero_shot_table_is_made_from_the_rows():
+    assert shown(zeroshot_tables) == zeroshot_tables.tables().strip()
+
+
+@pytest.mark.parametrize(("page", "made"), [("docs/results.md", "tables"), ("README.md", "headline")])
+def test_tables_on_training_are_made_from_the_rows(page, made):
+    assert shown(quality_tables, page) == getattr(quality_tables, made)(quality_tables.Runs(quality_tables.CSV)).strip()
+
+
+def test_every_arm_has_a_place_in_a_table():
+    tables = [each for name, each in vars(quality_labels).items() if name.isupper() and isinstance(each, dict)]
+    labelled = {arm for table in tables for arm in table}
+    assert labelled == {"none", *arms.ARMS, *arms.ONESHOT}
+
+
+def test_an_arm_is_reported_at_its_best_learning_rate_and_on_seeds_that_chose_nothing(tmp_path):
+    columns = "arm,seed,steps,lr,tuning,validation,heldout,wikitext2,c4,sparsity,"
+    columns += "first_flip_rate,last_flip_rate,first_flip_agreement,last_flip_agreement"
+    rows = [
+        "dynamic,0,50,0.1,True,30,,,,0.5,0.02,0.01,,",
+        "dynamic,0,50,0.2,True,20,,,,0.5,0.02,0.01,,",
+        "dynamic,0,50,0.3,True,25,,,,0.5,0.02,0.01,,",
+        "dynamic,1,100,0.1,False,9,9,9,9,0.5,0.02,0.01,,",
+        "dynamic,1,100,0.2,False,18,18,36,,0.5,0.02,0.01,,",
+        "dynamic,2,100,0.2,False,20,22,44,,0.5,0.02,0.01,,",
+        "static,1,100,0.2,False,20,20,40,,0.5,,,,",
+        "static,2,100,0.2,False,20,20,40,,0.5,,,,",
+    ]
+    path = tmp_path / "rows.csv"
+    path.write_text("\n".join([columns, *rows]) + "\n")
+    runs = quality_tables.Runs(path)
+    assert runs.lr("dynamic") == 0.2 and runs.lr("static") is None
+    assert runs.has_grid("dynamic") and not runs.has_grid("static")
+    assert runs.values("dynamic", "heldout") == {1: 18.0, 2: 22.0}
+    assert runs.values("dynamic", "c4") == {}
+    mean, paired = runs.change("dynamic", "static")
+    assert mean == pytest.approx(0) and paired == pytest.approx([-10, 10])
+    made = quality_tables.table(runs, {"static": "kept", "dynamic": "moved", "dense": "no"}, "static", "static")
+    assert "| moved | dynamic | 0.2 | 1, 2 | 20.00 (18.00, 22.00) | 40.00 (36.00, 44.00) | not measured |" in made
+    assert "2.00 % to 1.00 % | +0.0 % (-10.0, +10.0) |" in made and "| kept | static | 0.2 * |" in made
+    assert "| no |" not in made

@@ -1,0 +1,345 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sparse_train.commands import cli
+from sparse_train.commands.model_commands import COMMANDS
+from sparse_train.commands.parsers import EXAMPLES
+from sparse_train.export import export_checkpoint, export_model
+from tests.conftest import tiny_llama, tiny_tokenizer
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["sparse-train"])
+
+
+@pytest.fixture
+def text(text_file):
+    files = {"train": [str(text_file)], "validation": [str(text_file)], "test": [str(text_file)]}
+    return json.dumps({"class_path": "TextFiles", "init_args": files})
+
+
+def prune(model_folder, text, out, *options):
+    cli.main(
+        [
+            "prune",
+            "--config=recipes/oneshot_wanda_2of4.yaml",
+            f"--model={model_folder}",
+            f"--text={text}",
+            f"--out={out}",
+            "--num_calibration_samples=4",
+            "--max_seq_length=32",
+            *options,
+        ]
+    )
+
+
+def test_prune_evaluate_and_inspect(model_folder, text, capsys):
+    prune(model_folder, text, "pruned")  # the recipe is found although the folder here has no recipes/
+    assert "sparsity of the targeted weights 0.5000" in capsys.readouterr().out
+    model = AutoModelForCausalLM.from_pretrained("pruned")
+    weight = model.model.layers[0].mlp.up_proj.weight
+    assert ((weight.reshape(-1, 4) == 0).sum(1) == 2).all()
+    assert AutoTokenizer.from_pretrained("pruned").eos_token_id == 2
+    details = json.loads(Path("pruned/pruning.json").read_text())
+    assert details["sparsity"] == pytest.approx(0.5, abs=1e-3)
+    card = Path("pruned/README.md").read_text()
+    assert "pruned in one shot, without training: Wanda(), 2:4" in card and "4 x 32 tokens of topics.txt" in card
+    calibration = details["calibration"]
+    assert (calibration["num_calibration_samples"], calibration["max_seq_length"], calibration["seed"]) == (4, 32, 0)
+
+    cli.main(["evaluate", "pruned", f"--text={text}", "--window=32", "--max_tokens=640", "--json"])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["tokens"] == 620
+    assert 1 < result["perplexity"] < result["word_perplexity"]
+    cli.main(["evaluate", "pruned", f"--text={text}", "--window=32", "--max_tokens=640"])
+    printed = capsys.readouterr().out
+    assert f"{result['perplexity']:.2f}  token perplexity of pruned on topics.txt" in printed
+    assert f"{result['word_perplexity']:.2f}  word perplexity: the same losses over {result['words']} words" in printed
+
+    cli.main(["inspect", "pruned", "--json"])
+    layers = {row["name"]: row for row in json.loads(capsys.readouterr().out.splitlines()[-1])["layers"]}
+    assert layers["model.layers.0.mlp.up_proj"]["pattern"] == "2:4"
+    assert layers["model.layers.0.mlp.up_proj"]["sparsity"] == 0.5
+    assert layers["lm_head"]["sparsity"] < 0.05
+    cli.main(["inspect", "pruned"])
+    assert "all linear layers" in capsys.readouterr().out
+
+
+def test_documents_are_joined_by_the_separator_of_their_source(model_folder):
+    Path("data").mkdir()
+    Path("data/test.jsonl").write_text(json.dumps({"text": "abcd"}) + "\n" + json.dumps({"text": "efgh"}))
+    text = {"path": "data", "splits": {"test": "test"}}
+    for separator, tokens in [({}, 10), ({"separator": " "}, 9)]:
+        source = json.dumps({"class_path": "HubText", "init_args": {**text, **separator}})
+        with pytest.raises(SystemExit, match=f"has {tokens} tokens"):
+            cli.main(["evaluate", str(model_folder), f"--text={source}", "--window=32"])
+
+
+def test_evaluate_on_tasks(model_folder, text, capsys):
+    item = {"premise": "Ann sold her car.", "hypothesis": "Ann had a car.", "gold": 0}
+    Path("data").mkdir()
+    Path("data/rte.jsonl").write_text(f"{json.dumps(item)}\n" * 3)
+    options = ["evaluate", str(model_folder), "--task_data=data", "--limit=2"]
+    cli.main([*options, "--tasks=perplexity,rte", f"--text={text}", "--window=32", "--max_tokens=640", "--json"])
+    printed = capsys.readouterr().out
+    found = json.loads(printed)
+    assert found["perplexity"]["tokens"] == 620
+    assert found["zero_shot"]["tasks"][0]["n"] == found["zero_shot"]["limit"] == 2
+    assert found["zero_shot"]["data"] == "rte.jsonl of data"
+    cli.main([*options, "--tasks", "rte"])
+    table = capsys.readouterr().out
+    row = next(line for line in table.splitlines() if "rte" in line)
+    assert row.split()[2:] == ["0.00", "acc", "2"]
+    assert "perplexity" not in table
+    assert "zero-shot accuracy of" in table
+
+
+def test_mistakes_of_evaluate_come_before_the_model(model_folder, monkeypatch):
+    monkeypatch.setattr("sparse_train.models.sources.Pretrained.load", lambda self: pytest.fail("loaded a model"))
+    Path("data").mkdir()
+    for options, message in [
+        (["--tasks=wanda7", "--task_data=data"], "boolq expects its items in data/boolq.jsonl"),
+        (["--task_data=data"], "are for zero-shot tasks"),
+        (["--limit=2"], "are for zero-shot tasks"),
+        (["--tasks=rte", "--task_data=data", "--max_tokens=9"], "are for perplexity. Name it in --tasks, too"),
+    ]:
+        with pytest.raises(SystemExit, match="sparse-train evaluate") as error:
+            cli.main(["evaluate", str(model_folder), *options])
+        assert message in str(error.value)
+
+
+def test_fit_export_and_resume(model_folder, text, capsys):
+    options = [
+        "fit",
+        "--config=recipes/smollm2_2of4.yaml",
+        "--config=configs/precision/float32.yaml",
+        f"--model.model={model_folder}",
+        f"--data.text={text}",
+        "--data.block_size=32",
+        "--trainer.max_steps=12",
+        "--trainer.val_check_interval=6",
+        "--trainer.logger.init_args.save_dir=run",
+        "--trainer.default_root_dir=run",
+        "--trainer.enable_model_summary=false",
+        "--trainer.callbacks.init_args.update_freq=4",
+        "--trainer.enable_progress_bar=false",
+    ]
+    cli.main([*options, "--export=exported"])
+    assert "exported to exported" in capsys.readouterr().out
+    model = AutoModelForCausalLM.from_pretrained("exported")
+    assert set(model.state_dict()) == set(tiny_llama().state_dict())
+    card = Path("exported/README.md").read_text()
+    assert "re-computed every 4 steps" in card and "at the last validation" in card
+    assert "max_steps: 12" in card[card.index("```yaml") :]
+    assert ((model.model.layers[2].mlp.down_proj.weight.reshape(-1, 4) == 0).sum(1) == 2).all()
+
+    metrics = Path("run/version_0/metrics.csv").read_text()
+    for name in ("train/loss", "val/perplexity", "sparsity/flip_rate", "sparsity/initial_flip_rate"):
+        assert name in metrics
+    resolved = yaml.safe_load(Path("run/version_0/config.yaml").read_text())
+    assert resolved["trainer"]["max_steps"] == 12
+
+    checkpoint = next(Path("run").rglob("*.ckpt"))
+    cli.main(["export", str(checkpoint), "from_checkpoint", f"--tokenizer={model_folder}"])
+    assert "re-computed every 4 steps" in Path("from_checkpoint/README.md").read_text()
+    again = AutoModelForCausalLM.from_pretrained("from_checkpoint")
+    for key, value in again.state_dict().items():
+        assert torch.equal(value, model.state_dict()[key]), key
+    assert AutoTokenizer.from_pretrained("from_checkpoint").eos_token_id == 2
+
+    resumed = [*options, "--trainer.max_steps=16", "--trainer.logger.init_args.save_dir=resumed"]
+    cli.main([*resumed, f"--ckpt_path={checkpoint}"])
+    rows = Path("resumed/version_0/metrics.csv").read_text().splitlines()
+    steps = [int(row.split(",")[rows[0].split(",").index("step")]) for row in rows[1:]]
+    assert min(steps) >= 12
+
+    # a run that is at its end already trains nothing, and is what it was
+    cli.main([*options, "--trainer.logger.init_args.save_dir=end", f"--ckpt_path={checkpoint}", "--export=ended"])
+    assert "re-computed every 4 steps" in Path("ended/README.md").read_text()
+    other = [*options, "--trainer.callbacks.init_args.mask_structure=1:4", f"--ckpt_path={checkpoint}"]
+    with pytest.raises(SystemExit, match="The checkpoint was written with mask_structure"):
+        cli.main([*other, "--trainer.logger.init_args.save_dir=other", "--export=other/model"])
+    assert not Path("other/model").exists()
+    assert not Path("other/version_0").exists()  # nothing but the recipe would be in it
+
+    dense = [option for option in options if "callbacks" not in option]
+    dense[1] = "--config=recipes/smollm2_dense.yaml"
+    with pytest.raises(SystemExit, match="this run has no DynamicPruning callback"):
+        cli.main([*dense, f"--ckpt_path={checkpoint}"])
+
+    cli.main(["validate", *options[1:], f"--ckpt_path={checkpoint}"])
+    assert "val/perplexity" in capsys.readouterr().out
+
+
+def test_a_model_that_is_not_kept_is_said(model_folder, text, caplog):
+    options = [f"--model.model={model_folder}", f"--data.text={text}", "--data.block_size=32", "--trainer.max_steps=2"]
+    folder = ["--trainer.logger.init_args.save_dir=run", "--trainer.default_root_dir=run"]
+    cli.main(["fit", "--config=recipes/smollm2_dense.yaml", *options, *folder])
+    assert "so the trained model is not kept. Give --export FOLDER" in caplog.text
+    caplog.clear()
+    cli.main(["fit", "--config=recipes/smollm2_dense.yaml", *options, *folder, "--export=model"])
+    assert "not kept" not in caplog.text
+
+
+def test_a_run_that_fails_says_why_and_takes_only_its_own_away(model_folder, text, monkeypatch):
+    def fails(*args):
+        raise RuntimeError("the real cause")
+
+    monkeypatch.setattr("sparse_train.models.module.CausalLM.validation_step", fails)
+    options = [f"--model.model={model_folder}", f"--data.text={text}", "--data.block_size=32", "--trainer.max_steps=2"]
+    fit = ["fit", "--config=recipes/smollm2_2of4.yaml", *options]
+    with pytest.raises(RuntimeError, match="the real cause"):  # behind the first mask, which is logged
+        cli.main([*fit, "--trainer.logger.init_args.save_dir=run", "--trainer.default_root_dir=run"])
+    Path("own").mkdir()
+    Path("own/config.yaml").write_text("mine: 1")
+    with pytest.raises(RuntimeError, match="the real cause"):
+        cli.main([*fit, "--trainer.logger=false", "--trainer.default_root_dir=own"])
+    assert Path("own/config.yaml").exists()
+    Path("empty").mkdir()  # somebody's, though there is nothing in it yet
+    with pytest.raises(RuntimeError, match="the real cause"):
+        cli.main([*fit, "--trainer.logger=false", "--trainer.default_root_dir=empty"])
+    assert Path("empty").is_dir()
+
+
+@pytest.mark.parametrize("recipe", ["smollm2_dense", "smollm2_2of4_distill"])
+def test_short_fits(model_folder, text, recipe):
+    cli.main(
+        [
+            "fit",
+            f"--config=recipes/{recipe}.yaml",
+            f"--model.model={model_folder}",
+            f"--data.text={text}",
+            "--data.block_size=32",
+            "--trainer.max_steps=3",
+            "--trainer.val_check_interval=3",
+            "--trainer.logger.init_args.save_dir=run",
+            "--trainer.default_root_dir=run",
+            "--trainer.enable_checkpointing=false",
+            "--trainer.enable_progress_bar=false",
+        ]
+    )
+    metrics = Path("run/version_0/metrics.csv").read_text()
+    assert "val/perplexity" in metrics
+    assert ("train/loss_kldiv" in metrics) == ("distill" in recipe)
+
+
+@pytest.mark.parametrize(("recipe", "base"), [("lora", "--model.model.base"), ("mask_lora", "--model.model")])
+def test_low_rank_fits_export_zeros(model_folder, text, recipe, base):
+    cli.main(
+        [
+            "fit",
+            f"--config=recipes/smollm2_2of4_{recipe}.yaml",
+            f"{base}={model_folder}",
+            f"--data.text={text}",
+            "--data.block_size=32",
+            "--trainer.max_steps=3",
+            "--trainer.val_check_interval=3",
+            "--trainer.logger.init_args.save_dir=run",
+            "--trainer.default_root_dir=run",
+            "--trainer.enable_checkpointing=false",
+            "--trainer.enable_progress_bar=false",
+            "--export=exported",
+        ]
+    )
+    model = AutoModelForCausalLM.from_pretrained("exported")
+    for name, weight in model.state_dict().items():
+        if name.endswith("proj.weight"):
+            assert ((weight.reshape(-1, 4) != 0).sum(1) == 2).all(), name
+    assert Path("exported/adapter/adapter_model.safetensors").exists() == (recipe == "lora")
+    assert ("merged: r=8, lora_alpha=16 on 6 of 21" in Path("exported/README.md").read_text()) == (recipe != "lora")
+
+
+def test_help_shows_the_commands(capsys):
+    cli.main([])
+    usage = capsys.readouterr().out
+    assert all(f"\n  {name} " in usage for name in ("fit", "validate", *COMMANDS))
+    with pytest.raises(SystemExit):
+        cli.main(["prune", "--help"])
+    assert "N kept of every M" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", EXAMPLES)
+def test_help_of_a_command_has_examples(command, capsys):
+    with pytest.raises(SystemExit) as error:
+        cli.main([command, "--help"])
+    assert error.value.code == 0
+    shown = capsys.readouterr().out
+    assert shown.endswith("examples:\n" + "".join(f"  {line}\n" for line in EXAMPLES[command].splitlines()))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["prun"], "there is no command 'prun'. Did you mean 'prune'"),
+        (["evaluate", "model", "--text=TextFiles", "--window=32"], "has no text in its test split"),
+        (["export", "nowhere.ckpt", "out"], "There is no checkpoint at nowhere.ckpt"),
+        (["evaluate", "model", "--autocast=bf16"], "must name a floating point dtype"),
+        (["evaluate", "no/such-model"], "no/such-model"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, message, model_folder):
+    arguments = [str(model_folder) if argument == "model" else argument for argument in arguments]
+    with pytest.raises(SystemExit, match="sparse-train") as error:
+        cli.main(arguments)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "is_a_line"),
+    [
+        (MisconfigurationException("no GPU was found"), True),
+        (ModuleNotFoundError("No module named 'peft'"), True),
+        (RuntimeError("shapes differ"), False),
+        (KeyError("text"), False),
+    ],
+)
+def test_what_is_no_bug_is_a_line(error, is_a_line, monkeypatch):
+    monkeypatch.setattr(cli, "_run", lambda command, options: (_ for _ in ()).throw(error))
+    with pytest.raises(SystemExit if is_a_line else type(error)) as raised:
+        cli.main(["fit"])
+    assert not is_a_line or str(raised.value) == f"sparse-train fit: {error}"
+    with pytest.raises(type(error)):
+        cli.main(["fit", "--debug"])
+
+
+def test_other_groups_by_class(model_folder, text):
+    pattern = json.dumps({"class_path": "Unstructured", "init_args": {"group": "model"}})
+    prune(model_folder, text, "out", f"--mask_structure={pattern}", "--sparsity=0.5")
+    assert json.loads(Path("out/pruning.json").read_text())["stages"][0]["mask_structure"] == "unstructured (model)"
+
+
+def test_mistakes_come_before_the_work(model_folder, text, monkeypatch):
+    monkeypatch.setattr("sparse_train.models.sources.Pretrained.load", lambda self: pytest.fail("loaded a model"))
+    Path("taken").mkdir()
+    Path("taken/file").touch()
+    with pytest.raises(SystemExit, match="taken exists already"):
+        prune(model_folder, text, "taken")
+    with pytest.raises(SystemExit, match="in conflict with 0.7"):
+        prune(model_folder, text, "out", "--sparsity=0.7")
+    assert not Path("out").exists()
+
+
+def test_an_export_is_complete_or_absent(monkeypatch):
+    model = tiny_llama()
+    tokenizer = tiny_tokenizer()
+    monkeypatch.setattr(type(tokenizer), "save_pretrained", lambda *args: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        export_model(model, tokenizer, "out/model")
+    assert list(Path("out").iterdir()) == []
+
+
+def test_export_of_another_modules_checkpoint_says_what_to_do(tmp_path):
+    torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
+    with pytest.raises(ValueError, match="was not written by sparse_train's CausalLM"):
+        export_checkpoint(tmp_path / "other.ckpt", tmp_path / "out")

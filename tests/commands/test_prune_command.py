@@ -1,0 +1,145 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from sparse_train.commands import cli
+from tests.conftest import tiny_llama, tiny_tokenizer
+
+
+@pytest.fixture
+def model_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny_llama().save_pretrained("model")
+    tiny_tokenizer().save_pretrained("model")
+    return "model"
+
+
+@pytest.fixture
+def run(model_folder, text_file):
+    files = {"train": [str(text_file)], "test": [str(text_file)]}
+    text = json.dumps({"class_path": "TextFiles", "init_args": files})
+
+    def run(*options, out="out"):
+        small = ["--num_calibration_samples=4", "--max_seq_length=32"]
+        if any(option.startswith(("--nsamples", "--num_cal")) for option in options):
+            small = small[1:]
+        cli.main(["prune", f"--model={model_folder}", f"--text={text}", *small, f"--out={out}", *options])
+        path = Path(out)
+        if not (path / "config.json").is_file():
+            return None, json.loads((path / "seeds.json").read_text())
+        return AutoModelForCausalLM.from_pretrained(out), json.loads((path / "pruning.json").read_text())
+
+    return run
+
+
+def zeros_of_four(model):
+    return {int(n) for n in (model.model.layers[1].mlp.up_proj.weight.reshape(-1, 4) == 0).sum(1)}
+
+
+@pytest.mark.parametrize(("theirs", "zeros"), [("1:4", 1), ("3:4", 3), ("2:4", 2)])
+def test_llm_compressor_recipes_count_n_pruned(run, theirs, zeros):
+    Path("theirs.yaml").write_text(
+        "oneshot_stage:\n  pruning_modifiers:\n    WandaPruningModifier:\n"
+        f"      sparsity: {zeros / 4}\n      mask_structure: {theirs}\n"
+        "      targets: [Linear]\n      ignore: ['re:.*lm_head']\n"
+    )
+    model, details = run("--recipe=theirs.yaml")
+    assert zeros_of_four(model) == {zeros}
+    assert details["stages"][0]["mask_structure"] == f"{4 - zeros}:4"
+    assert set(details["layers"].values()) == {zeros / 4}
+
+
+@pytest.mark.parametrize(("theirs", "zeros"), [("1:4", 1), ("3:4", 3)])
+def test_the_references_flags_count_n_pruned(run, theirs, zeros):
+    model, details = run("--prune_method=wanda", f"--sparsity_type={theirs}", "--nsamples=3")
+    assert zeros_of_four(model) == {zeros}
+    assert details["calibration"]["num_calibration_samples"] == 3
+    run(f"--mask_structure={theirs}", out="ours")
+    assert zeros_of_four(AutoModelForCausalLM.from_pretrained("ours")) == {4 - zeros}
+
+
+def test_the_references_magnitude_compares_in_a_layer(run):
+    model, details = run("--prune_method", "magnitude", "--sparsity_ratio", "0.5", "--sparsity_type", "unstructured")
+    zeros = (model.model.layers[0].mlp.up_proj.weight == 0).sum(1)
+    assert zeros.sum() == 64 * 32 // 2 and len(set(zeros.tolist())) > 1
+    assert details["calibration"] is None
+    assert details["stages"][0]["mask_structure"] == "unstructured (layer)"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--criterion=SparseGPT", "--mask_structure=unstructured", "--sparsity=0.5"],
+        ["--criterion=SparseGPT", "--criterion.dampening_frac=0.1"],
+        ["--criterion=RIA", "--criterion.a=1.0"],
+        ["--criterion=WandaCumulative", "--mask_structure=unstructured", "--sparsity=0.5"],
+        ["--criterion=Random"],
+        ["--mask_structure=unstructured", "--sparsity=0.5", "--allocation=OWL", "--allocation.owl_m=3"],
+        [
+            "--mask_structure=unstructured",
+            "--sparsity=0.5",
+            '--allocation={"class_path":"Explicit","init_args":{"layers":{"down_proj":0.3}}}',
+        ],
+    ],
+    ids=lambda options: options[0] + (options[2] if len(options) > 2 else ""),
+)
+def test_methods_and_allocations(run, options, capsys):
+    _, details = run(*options)
+    assert details["sparsity"] == pytest.approx(0.5, abs=2e-3)
+    assert "sparsity of the targeted weights 0.5" in capsys.readouterr().out.replace("0.499", "0.5")
+
+
+def test_streaming_gives_the_same_model(run, capsys):
+    whole, _ = run(out="whole")
+    streamed, details = run("--streaming=true", "--activations=disk", out="streamed")
+    assert details["streaming"] is True
+    for (name, a), (_, b) in zip(whole.named_parameters(), streamed.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+    assert sorted(path.name for path in Path().iterdir()) == ["model", "streamed", "whole"]
+
+
+def test_seeds_print_mean_and_standard_deviation(run, capsys):
+    _, details = run("--seeds=0..2", "--window=32", "--max_tokens=320")
+    values = [row["perplexity"] for row in details["seeds"]]
+    assert [row["seed"] for row in details["seeds"]] == [0, 1, 2] and len(set(values)) == 3
+    assert details["mean"] == pytest.approx(sum(values) / 3)
+    expected = torch.tensor(values, dtype=torch.float64).std().item()
+    assert details["standard_deviation"] == pytest.approx(expected)
+    printed = capsys.readouterr().out
+    assert f"{details['standard_deviation']:.3f}" in printed and "windows of 32" in printed
+
+
+def test_perplexity_is_measured_on_request(run, text_file):
+    text = json.dumps({"class_path": "TextFiles", "init_args": {"test": [str(text_file)]}})
+    _, details = run(f"--perplexity={text}", "--window=32", "--max_tokens=320")
+    found = details["perplexity"]
+    assert found["window"] == 32 and found["tokens"] == 310
+    assert 0 < found["words"] < 310 and found["word_perplexity"] > found["perplexity"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--device=cuda:99x"], "device names a device of torch"),
+        (["--max_tokens=9"], "--max_tokens is for the perplexity afterwards. Give --perplexity a text"),
+        (["--seeds=five"], "seeds are written 0..4 or 0,2,7, got 'five'"),
+        (["--seeds=3..3"], "a spread needs two"),
+        (["--seeds=0..1", "--criterion=Magnitude"], "seeds change nothing"),
+        (["--seeds=0..1", "--streaming=true"], "seeds prune and measure in memory"),
+        (["--recipe=r.yaml", "--sparsity=0.5"], "sparsity cannot be given beside it"),
+        (["--recipe=r.yaml"], "r.yaml"),
+        (["--allocation=OWL"], "2:4 has one sparsity"),
+        (["--num_calibration_samples=100000"], "fewer than num_calibration_samples=100000"),
+        (["--num_calibration_samples=0"], "at least one sample"),
+        (["--sampling=documents", "--max_seq_length=100000"], "are longer than max_seq_length=100000"),
+        (["--prune_method=wonda"], "Did you mean 'wanda'"),
+    ],
+)
+def test_mistakes_are_answered_and_nothing_is_left_behind(run, options, message, capsys):
+    with pytest.raises(SystemExit) as error:
+        run(*options)
+    assert message in f"{error.value}{capsys.readouterr().err}"
+    assert [path.name for path in Path().iterdir()] == ["model"]

@@ -1,0 +1,204 @@
+import itertools
+import math
+import types
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from sparse_train import MaskUpdater
+from sparse_train.evaluation import evaluate_perplexity, token_ids, word_starts
+from sparse_train.evaluation.undisturbed import undisturbed
+from sparse_train.models.losses import next_token_loss
+from tests.conftest import VOCABULARY, tiny_llama, tiny_tokenizer
+
+
+def reference(model, ids, window, stride):
+    """Window by window in float64: a token counts where it has ``window - stride`` tokens before it."""
+    total, count = 0.0, 0
+    for index, start in enumerate(range(0, len(ids) - window + 1, stride)):
+        part = ids[start : start + window]
+        logits = model(input_ids=part[None]).logits[0].double()
+        first = 1 if index == 0 else max(1, window - stride)
+        losses = F.cross_entropy(logits[first - 1 : -1], part[first:], reduction="none")
+        total, count = total + losses.sum().item(), count + len(losses)
+    return torch.tensor(total / count).exp().item(), count
+
+
+@pytest.mark.parametrize(("window", "stride"), [(16, None), (16, 4), (16, 15), (2, 1)])
+def test_equals_a_loop_in_float64(window, stride):
+    model, ids = tiny_llama().train(), torch.randint(3, VOCABULARY, (70,))
+    result = evaluate_perplexity(model, ids, window=window, stride=stride, batch_size=3)
+    perplexity, tokens = reference(model, ids, window, stride or window)
+    assert result.perplexity == pytest.approx(perplexity, rel=1e-5)
+    assert result.protocol.tokens == tokens
+    assert model.training
+
+
+@pytest.fixture(scope="module")
+def merged_tokenizer(text_file):
+    """Byte-level, with 126 merges learnt from English text: words are one token or several."""
+    from tokenizers import ByteLevelBPETokenizer
+
+    learnt = ByteLevelBPETokenizer()
+    learnt.train([str(text_file)], vocab_size=256 + VOCABULARY - 2, show_progress=False)
+    return PreTrainedTokenizerFast(tokenizer_object=learnt._tokenizer)
+
+
+@pytest.mark.parametrize("stride", [None, 16, 5])
+def test_word_perplexity_equals_a_loop_in_float64(stride, merged_tokenizer, text_file):
+    documents = [text_file.read_text()[:1500], "  two  spaces\n and\tmore "]
+    model, tokenizer = tiny_llama(vocab_size=len(merged_tokenizer)), merged_tokenizer
+    ids, words = token_ids(documents, tokenizer), word_starts(documents, tokenizer)
+    found = evaluate_perplexity(model, ids, words=words, window=32, stride=stride, batch_size=3)
+
+    text, stride = "\n\n".join(documents), stride or 32
+    pieces = [tokenizer.decode(ids[:i]) for i in range(len(ids) + 1)]
+    assert pieces[-1] == text
+    begun = [  # of a token: its characters that stand behind white space, or at the beginning, and are none
+        sum(not text[c].isspace() and (c == 0 or text[c - 1].isspace()) for c in range(len(a), len(b)))
+        for a, b in itertools.pairwise(pieces)
+    ]
+    assert words.tolist() == begun
+    assert sum(begun) == len(text.split())
+    total, tokens, count = 0.0, 0, 0
+    for index, start in enumerate(range(0, len(ids) - 31, stride)):
+        part = ids[start : start + 32]
+        losses = -model(input_ids=part[None]).logits[0].double().log_softmax(-1)
+        for place in range(1 if index == 0 else max(1, 32 - stride), 32):
+            total += losses[place - 1, part[place]].item()
+            tokens, count = tokens + 1, count + begun[start + place]
+    assert (found.protocol.tokens, found.protocol.words) == (tokens, count)
+    assert found.perplexity == pytest.approx(math.exp(total / tokens), rel=1e-5)
+    assert found.word_perplexity == pytest.approx(math.exp(total / count), rel=1e-4)
+    assert count < tokens and found.word_perplexity > found.perplexity
+
+
+def test_words_of_any_text(merged_tokenizer):
+    for text in (
+        "東京 é ü\u00a0ñandú  \U0001f600\U0001f600 x",
+        "  ",
+        " a",
+        "",
+    ):  # bytes of a character in several tokens
+        words = word_starts([text], merged_tokenizer)
+        assert words.sum() == len(text.split())
+        assert len(words) == len(merged_tokenizer(text)["input_ids"])
+    assert word_starts(["東京"], merged_tokenizer).tolist()[:2] == [1, 0]
+    slow = types.SimpleNamespace(is_fast=False)
+    assert word_starts(["a b"], slow) is None
+
+
+def test_the_two_perplexities_have_names_of_their_own():
+    ids, documents = torch.randint(3, VOCABULARY, (40,)), ["aa b"]
+    tokenizer = tiny_tokenizer()
+    without = evaluate_perplexity(tiny_llama(), ids, window=20)
+    assert without.word_perplexity is None and without.protocol.words is None and len(without.lines()) == 1
+    ids, words = token_ids(documents, tokenizer), word_starts(documents, tokenizer)
+    found = evaluate_perplexity(tiny_llama(), ids, words=words, window=4)
+    assert found.as_dict()["perplexity"] == found.perplexity
+    assert found.as_dict()["word_perplexity"] == pytest.approx(found.perplexity**3)
+    assert [line.split("  ")[1].split(" of ")[0].split(":")[0] for line in found.lines()] == [
+        "token perplexity",
+        "word perplexity",
+    ]
+    assert found.lines()[1].endswith("the same losses over 1 words that begin in the scored tokens")
+    none = evaluate_perplexity(tiny_llama(), ids, words=torch.zeros_like(ids), window=4)
+    assert none.word_perplexity is None and none.protocol.words == 0
+
+
+def test_training_goes_on_as_if_nothing_had_happened():
+    model, ids = tiny_llama(attention_dropout=0.5).train(), torch.randint(3, VOCABULARY, (4, 16))
+    updater = MaskUpdater(model, "2:4", update_freq=2, window=1.0, total_steps=8)
+    model(input_ids=ids, labels=ids).loss.backward()
+    layer = model.model.layers[0].mlp.up_proj
+    layer.reached = False
+    recorded, chance = layer.statistics.sum_squares_I.clone(), torch.get_rng_state()
+    assert layer.recorder.when == "training"
+    assert recorded.sum() > 0
+    result = evaluate_perplexity(model, ids.flatten(), window=16)
+    assert torch.equal(layer.statistics.sum_squares_I, recorded)
+    assert torch.equal(torch.get_rng_state(), chance)
+    assert not layer.reached
+    assert model.training
+    assert evaluate_perplexity(model.eval(), ids.flatten(), window=16) == result  # without dropout
+    assert updater.steps == 0
+
+
+def test_scoring_keeps_no_keys_and_values_and_generation_does():
+    model, ids, kept = tiny_llama(), torch.randint(3, VOCABULARY, (1, 8)), []
+    with undisturbed(model):
+        assert model(input_ids=ids).past_key_values is None
+        hook = model.register_forward_hook(lambda *args: kept.append(args[-1].past_key_values is not None))
+        model.generate(ids, max_new_tokens=3, do_sample=False)
+        hook.remove()
+    assert kept == [True] * 3
+    assert model.config.use_cache
+    assert model(input_ids=ids).past_key_values is not None
+
+
+def test_the_protocol_says_everything():
+    ids = torch.randint(3, VOCABULARY, (70,))
+    result = evaluate_perplexity(
+        tiny_llama(),
+        ids,
+        window=16,
+        max_tokens=40,
+        model_name="M",
+        data_name="D",
+        split="test",
+        tokenizer_name="K",
+        autocast=torch.bfloat16,
+    )
+    assert str(result.protocol) == (
+        "token perplexity of M on D, test: 30 tokens scored, windows of 16, stride 16, tokenizer of K, "
+        "computed in bfloat16, loss in float32"
+    )
+    assert result.as_dict()["tokens"] == 30
+
+
+def test_the_loss_is_float32_whatever_the_logits():
+    logits = torch.randn(2, 5, VOCABULARY).bfloat16() * 40
+    labels = torch.randint(0, VOCABULARY, (2, 5))
+    labels[1, 3:] = -100
+    loss, tokens = next_token_loss(logits, labels)
+    assert loss.dtype == torch.float32
+    assert int(tokens) == 6
+    kept = [(0, 1), (0, 2), (0, 3), (0, 4), (1, 1), (1, 2)]
+    expected = sum(F.cross_entropy(logits[b, i - 1].double(), labels[b, i]) for b, i in kept) / 6
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    nothing, none = next_token_loss(logits, torch.full_like(labels, -100))
+    assert nothing == 0
+    assert none == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"window": 1}, "window must be at least 2"),
+        ({"window": 8, "stride": 9}, "stride from 1 to window"),
+        ({"window": 8, "stride": 0}, "stride from 1 to window, got 8 and 0"),
+        ({"window": 100}, "text has 70 tokens, fewer than one window of 100"),
+        ({"words": torch.ones(69, dtype=torch.int64)}, r"a count for each token of ids, \(70,\), got \(69,\)"),
+    ],
+)
+def test_mistakes(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate_perplexity(tiny_llama(), torch.randint(3, VOCABULARY, (70,)), **arguments)
+
+
+def test_windows_longer_than_the_model_was_made_for(caplog):
+    ids = torch.randint(3, VOCABULARY, (70,))
+    learned = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=VOCABULARY, n_positions=16))
+    with pytest.raises(ValueError, match="window is 32 tokens, and GPT2LMHeadModel has 16 positions. Take window=16"):
+        evaluate_perplexity(learned, ids, window=32)
+    evaluate_perplexity(learned, ids, window=16)
+    assert "positions" not in caplog.text
+    evaluate_perplexity(tiny_llama(max_position_embeddings=16), ids, window=32)
+    assert "Windows of 32 tokens are longer than the 16 positions" in caplog.text
+
+
+def test_token_ids():
+    tokenizer = tiny_tokenizer()
+    assert tokenizer.decode(token_ids(["ab", "cd"], tokenizer)) == "ab\n\ncd"

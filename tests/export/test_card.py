@@ -1,0 +1,119 @@
+from dataclasses import asdict
+
+import pytest
+import torch
+from huggingface_hub import ModelCard as HubCard
+
+from sparse_train import RIA, Fixed, Magnitude, MaskUpdater, __version__, prune
+from sparse_train.export import export_model
+from sparse_train.export.card import ModelCard, oneshot_rows, perplexity_line, training_rows
+from sparse_train.inspection import layer_sparsities
+from sparse_train.models.sources import PackagedSmolLM2, Pretrained
+from tests.conftest import tiny_llama, tiny_tokenizer
+
+
+@pytest.fixture
+def pruned():
+    model = tiny_llama()
+    prune(model, criterion=Magnitude(), ignore=["re:.*down_proj"])
+    return model
+
+
+def read(folder):
+    card = HubCard.load(folder / "README.md")  # raises for front matter that the hub could not read
+    return card.data.to_dict(), card.text
+
+
+def test_what_is_known_is_in_the_card(tmp_path, pruned):
+    card = ModelCard(
+        base_model="HuggingFaceTB/SmolLM2-135M",
+        hub_id="HuggingFaceTB/SmolLM2-135M",
+        license="apache-2.0",
+        made={"method": "a | b"},
+        perplexity="12.34 on something",
+        recipe="trainer:\n  max_steps: 4\n",
+    )
+    export_model(pruned, tiny_tokenizer(), tmp_path / "out", card)
+    data, text = read(tmp_path / "out")
+    assert data == {
+        "base_model": "HuggingFaceTB/SmolLM2-135M",
+        "library_name": "transformers",
+        "license": "apache-2.0",
+        "pipeline_tag": "text-generation",
+        "tags": ["sparse-train", "sparse", "pruned", "2:4"],
+    }
+    assert "# HuggingFaceTB/SmolLM2-135M, 2:4" in text
+    assert "| method | a \\| b |" in text
+    assert "0.5000 of the 18 pruned layers' weights" in text
+    assert "| up_proj | 3 | 0.5000 | 2:4 |" in text
+    assert "| down_proj | 3 | 0.0000 | dense |" in text
+    assert "12.34 on something" in text
+    assert f"sparse-train {__version__}" in text
+    assert "```yaml\ntrainer:\n  max_steps: 4\n```" in text
+    assert "vLLM" in text and "Not faster on a CPU" in text
+
+
+def test_nothing_is_claimed_that_is_not_known(tmp_path, pruned):
+    export_model(pruned, None, tmp_path / "out")
+    data, text = read(tmp_path / "out")
+    assert set(data) == {"library_name", "pipeline_tag", "tags"}
+    assert all(word not in text for word in ("perplexity", "Recipe", "base model", "method"))
+
+
+def test_sparsity_is_counted_on_what_is_written(tmp_path):
+    model = tiny_llama()
+    prune(model, criterion=Magnitude(), squash=False)
+    export_model(model, None, tmp_path / "masked")
+    assert "0.5000 of the 21 pruned layers' weights" in read(tmp_path / "masked")[1]
+    whole = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    expected = layer_sparsities(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(1)  # as the tensors of a sharded model say nothing
+    assert layer_sparsities(model, whole) == expected
+
+
+def test_how_runs_made_a_model():
+    updater = MaskUpdater(tiny_llama(), "2:4", update_freq=5, total_steps=40)
+    state = updater.state_dict()
+    rows = training_rows(state["settings"], state["timing"], 40)
+    assert "Wanda()" in rows["method"] and " 2:4, " in rows["method"]
+    assert rows["masks"].startswith("re-computed every 5 steps from step 3 to 30, then frozen; 40 steps")
+    assert "trained" not in rows
+    adapted = training_rows(state["settings"] | {"mask_lora": "r=8 on 6 of 21 layers"}, state["timing"], 40)
+    assert adapted["trained"].endswith("merged: r=8 on 6 of 21 layers")
+    stage = {"criterion": "SparseGPT()", "mask_structure": "2:4", "allocation": "OWL()"}
+    calibration = {
+        "text": "c4",
+        "num_calibration_samples": 8,
+        "max_seq_length": 64,
+        "sampling": "packed",
+        "seed": 3,
+    }
+    rows = oneshot_rows({"stages": [stage, stage], "calibration": calibration})
+    assert rows["stage 2"].endswith("SparseGPT(), 2:4, OWL()")
+    assert rows["calibration"] == "8 x 64 tokens of c4 (packed), seed 3"
+    line = perplexity_line({"perplexity": 8.765, "data": "wikitext", "split": "test", "window": 2048})
+    assert line == "8.77: token perplexity of wikitext, test, windows of 2048"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "how", "norms"),
+    [
+        ({"criterion": RIA()}, "with re-pruning, RIA", "of the 2 steps before an update, memory 1.0"),
+        ({"hysteresis": 0.05}, "with re-pruning, Wanda", "of the 2 steps before an update, memory 1.0, Margin(hyst"),
+        ({"criterion": Magnitude()}, "with re-pruning, Magnitude", None),
+        ({"policy": Fixed()}, "under masks from which no weight comes back", "of the 2 steps"),
+    ],
+)
+def test_what_scored_and_what_came_back_is_said(arguments, how, norms):
+    updater = MaskUpdater(tiny_llama(), "2:4", update_freq=5, window=2, total_steps=40, **arguments)
+    rows = training_rows(updater.settings(), asdict(updater.timing), 40)
+    assert how in rows["method"]
+    assert rows["norms"].startswith(norms) if norms else "norms" not in rows
+
+
+def test_a_local_folder_is_no_id_of_the_hub(model_folder):
+    assert Pretrained(str(model_folder)).hub_id is None
+    assert Pretrained("org/name").hub_id == "org/name"
+    assert PackagedSmolLM2().license == "apache-2.0"

@@ -1,0 +1,184 @@
+import copy
+import subprocess
+import sys
+import warnings
+
+import lightning as L
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+from sparse_train import Magnitude, prune, sparse_layers, sparsify, squash
+from sparse_train.callbacks import DynamicPruning
+from sparse_train.export import export_model
+from sparse_train.trainer import SparseTrainerCallback
+from tests.callbacks.runs import ExactAfterEveryStep, Tokens
+from tests.callbacks.runs import trainer as lightning_trainer
+from tests.conftest import tiny_llama
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+
+LORA = LoraConfig(r=8, target_modules=["q_proj", "v_proj"], lora_dropout=0.0)
+Q = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+def adapters(model):
+    return {name: value.detach().clone() for name, value in model.named_parameters() if "lora_" in name}
+
+
+def with_adapters(model):
+    """LoRA that does something already: B is made zero otherwise."""
+    wrapped = get_peft_model(model, LORA)
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return wrapped
+
+
+class Lora(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = get_peft_model(tiny_llama(), LORA)
+
+    def training_step(self, batch, _):
+        return self.net(**batch).loss
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
+
+
+def test_lora_on_a_sparse_frozen_base_through_lightning(tmp_path):
+    module, exact = Lora(), ExactAfterEveryStep()
+    before = {name: value.clone() for name, value in module.net.state_dict().items()}
+    pruning = DynamicPruning("2:4", update_freq=4)
+    lightning_trainer(tmp_path, pruning, exact).fit(module, DataLoader(Tokens(), batch_size=2))
+    assert exact.checked == 12
+    assert len(pruning.updater.layers) == 21
+    assert not any("lora" in name for name in pruning.updater.layers)
+    for name, value in module.net.state_dict().items():
+        if name.endswith(("proj.weight", "base_layer.weight")):
+            assert ((value.reshape(-1, 4) != 0).sum(1) == 2).all(), name
+            assert torch.equal(value, torch.where(value != 0, before[name], 0)), name  # frozen: kept as they were
+        elif "lora_" in name:
+            assert value.all() and not torch.equal(value, before[name]), name  # trained, and nothing pruned
+        else:
+            assert torch.equal(value, before[name]), name
+
+
+def test_base_and_adapters_are_saved_apart_and_come_back(tmp_path, ids):
+    model = with_adapters(tiny_llama())
+    prune(model, criterion=Magnitude())
+    expected = model(input_ids=ids[0]).logits
+    model.save_pretrained(tmp_path / "adapters")
+    export_model(model.unload(), None, tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    assert ((base.model.layers[0].self_attn.q_proj.weight.reshape(-1, 4) != 0).sum(1) == 2).all()
+    again = PeftModel.from_pretrained(base, tmp_path / "adapters")
+    torch.testing.assert_close(again(input_ids=ids[0]).logits, expected)
+
+
+@pytest.mark.parametrize("adapters_first", [True, False])
+@pytest.mark.parametrize("merge", ["merge_and_unload", "merge_adapter"])
+def test_merging_into_masked_layers_is_refused(adapters_first, merge, ids):
+    if adapters_first:
+        model = with_adapters(tiny_llama())
+        prune(model, criterion=Magnitude(), squash=False)
+    else:
+        base = tiny_llama()
+        prune(base, criterion=Magnitude(), squash=False)
+        model = with_adapters(base)
+    before = copy.deepcopy(model.state_dict())
+    expected = model(input_ids=ids[0]).logits
+    with pytest.raises(ValueError, match="would prune the sum") as error:
+        getattr(model, merge)()
+    assert "squash" in str(error.value)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    squash(model)
+    with pytest.warns(UserWarning, match="Merging an adapter into a sparse layer.* dense"):
+        merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(input_ids=ids[0]).logits, expected, rtol=1e-4, atol=1e-4)  # what was trained
+    assert merged.model.layers[0].self_attn.q_proj.weight.count_nonzero() > 0.9 * 32 * 32  # and dense
+
+
+def test_merging_of_ordinary_layers_is_as_before(ids):
+    prune(with_adapters(tiny_llama()), criterion=Magnitude(), squash=False)  # the class of adapters is guarded now
+    model = with_adapters(tiny_llama())
+    expected = model(input_ids=ids[0]).logits
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(input_ids=ids[0]).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_merging_into_a_sparse_folder_that_LoRA_has_loaded_warns(tmp_path):
+    base = tiny_llama()
+    prune(base, criterion=Magnitude())
+    export_model(base, None, tmp_path / "base")
+    script = (  # another process: nothing there has ever been masked
+        "import sys, warnings; from sparse_train.models.lora import LoRA; warnings.simplefilter('always');"
+        "LoRA(sys.argv[1]).load().merge_and_unload()"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "base")], capture_output=True, text=True)
+    assert "UserWarning: Merging an adapter into a sparse layer" in done.stderr
+
+
+class Own(nn.Module):
+    """An adapter that is none of peft's."""
+
+    def __init__(self):
+        super().__init__()
+        self.base_layer = nn.Linear(8, 8)
+
+    def merge(self):
+        return "merged"
+
+
+def test_the_guard_leaves_other_adapters_alone():
+    layer = nn.Linear(8, 8)
+    sparsify(layer, [layer])
+    assert Own().merge() == "merged"
+
+
+def test_the_guard_needs_no_peft(tmp_path):
+    script = (
+        "import sys, torch, sparse_train; layer = torch.nn.Linear(8, 8); sparse_train.sparsify(layer, [layer]);"
+        "print('peft' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_lora_in_a_trainer_resumes_with_its_masks(tmp_path):
+    def run(resume=None, **settings):
+        made = Trainer(
+            model=get_peft_model(tiny_llama(), LORA),
+            args=TrainingArguments(
+                str(tmp_path),
+                per_device_train_batch_size=2,
+                save_steps=4,
+                report_to=[],
+                use_cpu=True,
+                disable_tqdm=True,
+                learning_rate=1e-2,
+                lr_scheduler_type="constant",
+                **settings,
+            ),
+            train_dataset=Tokens(),
+            eval_dataset=Tokens(),
+            callbacks=[SparseTrainerCallback("2:4", update_freq=3, end_step=1.0, squash=False)],
+        )
+        made.train(resume_from_checkpoint=resume)
+        return made.model
+
+    torch.manual_seed(3)
+    whole = run(max_steps=8)
+    torch.manual_seed(4)  # other adapters at first: the checkpoint's must come
+    again = run(resume=str(tmp_path / "checkpoint-4"), max_steps=8)
+    assert len(sparse_layers(again)) == 21
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+    with pytest.raises(ValueError, match="but not the masks of their base"):
+        run(max_steps=4, eval_strategy="steps", eval_steps=4, load_best_model_at_end=True)

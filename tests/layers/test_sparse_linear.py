@@ -1,0 +1,300 @@
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
+
+from sparse_train.layers import masks
+from sparse_train.layers.functional import masked_linear
+from sparse_train.layers.sparse_linear import (
+    SparseLinear,
+    sparse_layers,
+    sparsify,
+    sparsify_like,
+    squash,
+    squashed_state_dict,
+)
+from tests.conftest import tiny_llama
+
+
+def sparse_linear(in_features=12, out_features=6, bias=True, dtype=torch.float32):
+    layer = nn.Linear(in_features, out_features, bias=bias).to(dtype)
+    sparsify(layer, [layer])
+    mask = torch.rand(out_features, in_features) < 0.5
+    layer.set_mask(mask)
+    return layer, mask
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("in_features", [4, 12, 20, 576])
+def test_forward_is_the_masked_linear(dtype, bias, in_features):
+    layer, mask = sparse_linear(in_features, bias=bias, dtype=dtype)
+    x = torch.randn(2, 3, in_features, dtype=dtype)
+    assert torch.equal(layer(x), F.linear(x, torch.where(mask, layer.weight, 0), layer.bias))
+
+
+@pytest.mark.parametrize("straight_through", [True, False])
+def test_gradients_in_float64(straight_through):
+    layer, _ = sparse_linear(5, 3, dtype=torch.float64)
+    weight, mask = layer.weight.detach().requires_grad_(), layer.weight_mask
+    x = torch.randn(2, 4, 5, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(3, dtype=torch.float64, requires_grad=True)
+
+    def output(x, bias, weight=weight):
+        return masked_linear(x, weight, mask, bias, straight_through=straight_through)
+
+    assert torch.autograd.gradcheck(lambda x, b: output(x, b, weight.detach()), (x, bias))
+    if not straight_through:
+        assert torch.autograd.gradcheck(output, (x, bias, weight))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_straight_through_gives_the_gradient_of_the_masked_weight(bias):
+    layer, mask = sparse_linear(bias=bias)
+    x = torch.randn(2, 3, 12)
+    masked = torch.where(mask, layer.weight, 0).detach().requires_grad_()
+    F.linear(x, masked, layer.bias).square().sum().backward()
+    expected_bias = layer.bias.grad.clone() if bias else None
+    layer.zero_grad()
+    layer(x).square().sum().backward()
+    torch.testing.assert_close(layer.weight.grad, masked.grad)
+    assert (layer.weight.grad[~mask] != 0).any()
+    if bias:
+        torch.testing.assert_close(layer.bias.grad, expected_bias)
+    layer.zero_grad()
+    layer.straight_through = False
+    layer(x).square().sum().backward()
+    torch.testing.assert_close(layer.weight.grad, torch.where(mask, masked.grad, 0))
+    assert (layer.weight.grad[~mask] == 0).all()
+
+
+def saved_bytes(run):
+    saved: dict[int, int] = {}
+
+    def pack(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        output = run()
+    return sum(saved.values()), output
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_nothing_is_held_for_backward_beyond_the_dense_layer_and_the_mask(autocast):
+    dense = nn.Linear(64, 32)
+    layer = copy.deepcopy(dense)
+    sparsify(layer, [layer])
+    x = torch.randn(4, 64, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        held_dense, _ = saved_bytes(lambda: dense(x))
+        held, _ = saved_bytes(lambda: layer(x))
+    # the dense layer holds a bfloat16 copy of its weight under autocast, the masked one the parameter itself
+    weight_twice = layer.weight.nbytes - layer.weight.nbytes // 2 if autocast else 0
+    assert held <= held_dense + layer.weight_mask.nbytes + weight_twice
+
+
+def test_autocast_forward_and_backward():
+    layer, _ = sparse_linear(16, 8)
+    dense = nn.Linear(16, 8)
+    dense.load_state_dict({"weight": layer.masked_weight(), "bias": layer.bias})
+    x = torch.randn(3, 16, requires_grad=True)
+    twin = x.detach().clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        out, expected = layer(x), dense(twin)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, expected)
+    out.float().square().sum().backward()  # outside autocast, as Lightning does it
+    expected.float().square().sum().backward()
+    assert layer.weight.grad.dtype == torch.float32
+    assert x.grad.dtype == torch.float32
+    torch.testing.assert_close(x.grad, twin.grad)
+    torch.testing.assert_close(layer.weight.grad, dense.weight.grad)
+
+
+def test_mixed_dtypes_without_autocast_are_refused_as_by_a_dense_layer():
+    layer, _ = sparse_linear(8, 4)
+    with pytest.raises(RuntimeError, match="same dtype"):
+        layer(torch.randn(2, 8, dtype=torch.bfloat16))
+
+
+def test_a_mask_changed_between_forward_and_backward_is_noticed():
+    layer, mask = sparse_linear(8, 4)
+    out = layer(torch.randn(2, 8))
+    layer.set_mask(~mask)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_state_dict_keys_are_the_models_own_plus_masks():
+    model = tiny_llama()
+    own = set(model.state_dict())
+    targets = {n: m for n, m in model.named_modules() if n.endswith("proj")}
+    identities = {n: id(p) for n, p in model.named_parameters()}
+    sparsify(model, targets.values())
+    assert set(model.state_dict()) == own | {f"{name}.weight_mask" for name in targets}
+    assert {n: id(p) for n, p in model.named_parameters()} == identities
+    assert set(squashed_state_dict(model)) == own
+    squash(model)
+    assert set(model.state_dict()) == own
+    assert {n: id(p) for n, p in model.named_parameters()} == identities
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert not any(isinstance(m, SparseLinear) for m in model.modules())
+
+
+def test_squash_leaves_zeros_and_the_same_outputs():
+    model = tiny_llama().eval()
+    sparsify(model, [m for n, m in model.named_modules() if n.endswith("proj")])
+    for layer in sparse_layers(model).values():
+        layer.set_mask(torch.rand_like(layer.weight) < 0.5)
+    ids = torch.randint(0, 128, (1, 8))
+    before = model(input_ids=ids).logits
+    kept = {name: layer.unpacked_mask() for name, layer in sparse_layers(model).items()}
+    squash(model)
+    assert torch.equal(model(input_ids=ids).logits, before)
+    for name, mask in kept.items():
+        assert torch.equal(model.get_submodule(name).weight != 0, mask)
+
+
+def test_save_pretrained_of_a_sparsified_model_writes_zeros(tmp_path):
+    model = tiny_llama().eval()
+    sparsify(model, [m for n, m in model.named_modules() if n.endswith("proj")])
+    for layer in sparse_layers(model).values():
+        layer.set_mask(torch.rand_like(layer.weight) < 0.5)
+    ids = torch.randint(0, 128, (1, 8))
+    shadow = {name: layer.weight.clone() for name, layer in sparse_layers(model).items()}
+    for variant in (model, copy.deepcopy(model)):
+        variant.save_pretrained(tmp_path / "out")
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        assert torch.equal(loaded(input_ids=ids).logits, variant(input_ids=ids).logits)
+        name = "model.layers.0.mlp.up_proj"
+        assert int((loaded.get_submodule(name).weight == 0).sum()) > 900
+        assert torch.equal(variant.get_submodule(name).weight, shadow[name])
+    squash(model)
+    model.save_pretrained(tmp_path / "squashed")
+
+
+def masked_llama():
+    model = tiny_llama()
+    sparsify(model, [m for n, m in model.named_modules() if n.endswith("proj")])
+    for layer in sparse_layers(model).values():
+        layer.set_mask(torch.rand_like(layer.weight) < 0.5)
+    return model
+
+
+def huggingface_trainer(model, folder):
+    from transformers import Trainer, TrainingArguments
+
+    Trainer(model=model, args=TrainingArguments(folder, report_to=[], use_cpu=True)).save_model(folder)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "save",
+    [
+        lambda model, folder: model.save_pretrained(folder, state_dict=None),
+        lambda model, folder: model.save_pretrained(folder, True, model.state_dict()),
+        lambda model, folder: model.save_pretrained(folder, state_dict=model.state_dict()),
+        huggingface_trainer,
+    ],
+    ids=["none", "by position", "its own state dict", "transformers.Trainer"],
+)
+def test_however_save_pretrained_is_called(tmp_path, save):
+    model = masked_llama()
+    save(model, str(tmp_path))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    for name, layer in sparse_layers(model).items():
+        assert torch.equal(loaded.get_submodule(name).weight, layer.masked_weight())
+
+
+def test_a_model_around_the_sparsified_one_saves_zeros_too(tmp_path):
+    model = tiny_llama()
+    inner = model.model.layers[0]
+    sparsify(inner, [inner.mlp.up_proj])
+    inner.mlp.up_proj.set_mask(torch.rand_like(inner.mlp.up_proj.weight) < 0.5)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded.model.layers[0].mlp.up_proj.weight, inner.mlp.up_proj.masked_weight())
+
+
+def test_a_layer_that_is_registered_twice():
+    layer = nn.Linear(8, 8)
+    model = nn.ModuleList([layer, layer])
+    sparsify(model, [layer])
+    layer.set_mask(torch.zeros(8, 8, dtype=torch.bool))
+    state = squashed_state_dict(model)
+    assert not any("mask" in key for key in state)
+    assert not state["0.weight"].any()
+    assert not state["1.weight"].any()
+
+
+def test_a_checkpoint_of_a_sparse_run_loads_into_a_module_that_knows_nothing_of_it():
+    model, other = masked_llama(), tiny_llama()
+    sparsify_like(other, model.state_dict())
+    other.load_state_dict(model.state_dict())
+    squash(other)
+    for name, layer in sparse_layers(model).items():
+        assert torch.equal(other.get_submodule(name).weight, layer.masked_weight())
+
+
+def test_a_dense_state_dict_is_refused_with_a_way_out():
+    model = tiny_llama()
+    dense = copy.deepcopy(model.state_dict())
+    sparsify(model, [m for n, m in model.named_modules() if n.endswith("proj")])
+    with pytest.raises(ValueError, match="holds no masks") as error:
+        model.load_state_dict(dense)
+    assert "before sparsifying" in str(error.value)
+    squash(model)
+    model.load_state_dict(dense)
+
+
+def test_copies_pickles_and_casts_keep_the_mask():
+    layer, mask = sparse_linear(20, 6)
+    x = torch.randn(2, 20)
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(twin(x), layer(x))
+        assert twin.weight_mask is not layer.weight_mask
+    file = io.BytesIO()
+    torch.save(layer.state_dict(), file)
+    file.seek(0)
+    other, _ = sparse_linear(20, 6)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    assert torch.equal(other.unpacked_mask(), mask)
+    assert layer.to(torch.bfloat16).weight_mask.dtype == torch.uint8
+    assert torch.equal(layer.unpacked_mask(), mask)
+
+
+def test_made_on_meta_then_emptied_and_reset_keeps_everything():
+    with torch.device("meta"):
+        layer = nn.Linear(20, 6)
+    sparsify(layer, [layer])
+    assert layer.weight_mask.device.type == "meta"
+    layer.to_empty(device="cpu")
+    layer.weight_mask.fill_(77)
+    layer.reset_parameters()
+    assert torch.equal(layer.weight_mask, masks.full(6, 20))
+
+
+def test_sparsify_and_squash_are_idempotent():
+    layer, mask = sparse_linear()
+    sparsify(layer, [layer])
+    assert torch.equal(layer.unpacked_mask(), mask)
+    squash(layer)
+    squash(layer)
+    assert type(layer) is nn.Linear
+    assert torch.equal(layer.weight != 0, mask)
+
+
+def test_empty_batch_and_frozen_weight():
+    layer, _ = sparse_linear(8, 4)
+    assert layer(torch.randn(0, 8)).shape == (0, 4)
+    layer.weight.requires_grad_(False)
+    x = torch.randn(2, 8, requires_grad=True)
+    layer(x).sum().backward()
+    assert layer.weight.grad is None
+    assert x.grad is not None

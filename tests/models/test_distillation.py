@@ -1,0 +1,319 @@
+"""Runs with a teacher beside a model being pruned."""
+
+import copy
+import logging
+import math
+
+import lightning as L
+import pytest
+import torch
+
+from sparse_train import sparse_layers
+from sparse_train.callbacks import DynamicPruning
+from sparse_train.data.text_blocks import TextBlocks
+from sparse_train.data.texts import TextFiles
+from sparse_train.models.distillation import Distillation, Teacher
+from sparse_train.models.module import CausalLM
+from sparse_train.models.sources import Pretrained
+from tests.conftest import tiny_llama, tiny_tokenizer
+from tests.reference import distillation_losses
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"hardness_ce": -1}, "hardness_ce is the weight of a loss, at least 0 and finite, got -1"),
+        ({"hardness_kldiv": -0.5}, "hardness_kldiv is the weight"),
+        ({"hardness_squarehead": math.nan}, "hardness_squarehead is the weight"),
+        ({"hardness_ce": 0, "hardness_kldiv": 0}, "leave distillation out to train on cross-entropy alone"),
+        ({"hardness_kldiv": 0}, "nothing would be learnt from the teacher"),
+        ({"temperature": 0}, "temperature divides logits, so it is above 0 and finite, got 0"),
+        ({"temperature": -1}, "got -1"),
+    ],
+)
+def test_mistakes_are_found_at_construction(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Distillation(**arguments)
+
+
+def test_the_total_is_the_weighted_sum():
+    losses = {"ce": torch.tensor(2.0), "kldiv": torch.tensor(3.0), "squarehead": torch.tensor(5.0)}
+    assert Distillation(hardness_squarehead=0.1).total(losses) == 5.5
+    assert Distillation(hardness_ce=0.0, hardness_kldiv=2.0).total(losses) == 6.0
+    assert math.isfinite(Distillation(hardness_ce=0.0).total({**losses, "ce": torch.tensor(math.inf)}))
+
+
+def test_a_teacher_is_frozen_and_in_eval_mode(ids):
+    teacher = Teacher(tiny_llama(attention_dropout=0.5).train())
+    first, second = (teacher(input_ids=ids[0]).logits for _ in range(2))
+    assert torch.equal(first, second)
+    assert not first.requires_grad
+    assert not any(parameter.requires_grad for parameter in teacher.model.parameters())
+
+
+# --- Runs ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def data(model_folder, text_file):
+    files = [str(text_file)]
+    return lambda: TextBlocks(
+        str(model_folder),
+        TextFiles(train=files, validation=files),
+        block_size=32,
+        batch_size=4,
+        max_validation_blocks=6,
+    )
+
+
+def fit(module, data, *callbacks, ckpt_path=None, **settings):
+    settings = {
+        "max_steps": 10,
+        "logger": False,
+        "enable_progress_bar": False,
+        "accelerator": "cpu",
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    } | settings
+    trainer = L.Trainer(**settings, callbacks=list(callbacks))
+    trainer.fit(module, data, ckpt_path=ckpt_path, weights_only=False)
+    return trainer
+
+
+class Watch(L.Callback):
+    """Looks at a run from inside: the teacher and what is logged, at each step."""
+
+    def __init__(self):
+        self.teachers, self.metrics, self.tokens = [], [], 0
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.batch = batch
+        self.tokens += int(batch["attention_mask"].sum())
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        self.teachers.append(pl_module._teacher)
+        self.metrics.append({k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith("train/")})
+
+
+class Interrupt(L.Callback):
+    def __init__(self, step, path):
+        self.step, self.path = step, path
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+            raise KeyboardInterrupt
+
+
+class ExactAfterEveryStep(L.Callback):
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        layers = sparse_layers(pl_module)
+        assert len(layers) == 21
+        assert all((layer.unpacked_mask().reshape(-1, 4).sum(1) == 2).all() for layer in layers.values())
+
+
+@pytest.mark.parametrize("hardness_squarehead", [0.0, 0.5])
+def test_the_teacher_stays_the_dense_model_and_outside_the_student(model_folder, data, tmp_path, hardness_squarehead):
+    module = CausalLM(str(model_folder), lr=1e-2, distillation=Distillation(hardness_squarehead=hardness_squarehead))
+    watch, pruning = Watch(), DynamicPruning("2:4", update_freq=4)
+    inside = {}
+
+    class Inside(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            if trainer.global_step == 5:
+                trainer.save_checkpoint(tmp_path / "x.ckpt")
+                inside["parameters"] = len(list(pl_module.parameters()))
+                inside["optimized"] = sum(len(group["params"]) for group in trainer.optimizers[0].param_groups)
+
+    fit(module, data(), pruning, ExactAfterEveryStep(), watch, Inside())
+
+    start = tiny_llama()
+    parameters = len(list(start.parameters()))
+    assert inside == {"parameters": parameters, "optimized": parameters}
+    checkpoint = torch.load(tmp_path / "x.ckpt", weights_only=False)
+    names = {f"model.{name}" for name in start.state_dict()}
+    assert {name for name in checkpoint["state_dict"] if not name.endswith("weight_mask")} == names
+
+    (teacher,) = set(watch.teachers)
+    assert isinstance(teacher, Teacher)
+    assert not sparse_layers(teacher.model)
+    assert not any(each.training for each in teacher.model.modules())
+    assert not any(p.requires_grad or p.grad is not None for p in teacher.model.parameters())
+    for name, value in teacher.model.state_dict().items():
+        assert torch.equal(value, start.state_dict()[name]), name
+    assert not torch.equal(module.model.model.norm.weight, start.model.norm.weight)
+    weight = module.model.model.layers[1].mlp.up_proj.weight
+    assert ((weight.reshape(-1, 4) == 0).sum(1) == 2).all()
+    assert module._teacher is None  # given back
+
+
+def test_activations_of_the_teacher_do_not_count(model_folder, data):
+    counted = []
+
+    class Count(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            counted.append(max(int(layer.statistics.tokens) for layer in sparse_layers(pl_module).values()))
+
+    watch = Watch()
+    module = CausalLM(str(model_folder), distillation=Distillation(hardness_squarehead=1.0))
+    fit(
+        module,
+        data(),
+        DynamicPruning("2:4", update_freq=100, window=100, end_step=100, memory=0.0),
+        watch,
+        Count(),
+        max_steps=3,
+    )
+    assert counted[-1] == watch.tokens == 3 * 4 * 32
+
+
+@pytest.mark.parametrize("at", [6, 8], ids=["in a window", "at an update"])
+def test_resumed_equals_uninterrupted_bit_for_bit(model_folder, data, tmp_path, at):
+    def run(*callbacks, **settings):
+        module = CausalLM(str(model_folder), lr=3e-3, distillation=Distillation(hardness_squarehead=0.5))
+        watch = Watch()
+        fit(module, data(), DynamicPruning("2:4", update_freq=4, squash=False), watch, *callbacks, **settings)
+        return module, watch
+
+    whole, whole_watch = run()
+    with pytest.raises(SystemExit):
+        run(Interrupt(at, tmp_path / "middle.ckpt"))
+    resumed, resumed_watch = run(ckpt_path=tmp_path / "middle.ckpt")
+    a, b = whole.state_dict(), resumed.state_dict()
+    assert a.keys() == b.keys()
+    assert any(key.endswith("weight_mask") for key in a)
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert resumed_watch.metrics[-1] == whole_watch.metrics[-1]
+    dense = tiny_llama().state_dict()
+    taught = resumed_watch.teachers[0].model.state_dict()
+    assert all(torch.equal(taught[key], dense[key]) for key in dense)
+
+
+def test_a_sparse_checkpoint_trained_further_learns_from_the_dense_model(model_folder, data, tmp_path):
+    settings = {"distillation": Distillation()}
+    trainer = fit(CausalLM(str(model_folder), **settings), data(), DynamicPruning("2:4", squash=False), max_steps=4)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    module = CausalLM.load_from_checkpoint(tmp_path / "x.ckpt", model=str(model_folder), weights_only=False, **settings)
+    assert module._teacher is None
+    watch = Watch()
+    fit(module, data(), DynamicPruning("2:4"), watch, max_steps=2)
+    taught, dense = watch.teachers[0].model.state_dict(), tiny_llama().state_dict()
+    assert all(torch.equal(taught[key], dense[key]) for key in dense)
+
+
+def test_a_run_after_an_interrupted_one_gets_a_teacher_of_its_own(model_folder, data, tmp_path):
+    module, watch = CausalLM(str(model_folder), distillation=Distillation()), Watch()
+    with pytest.raises(SystemExit):
+        fit(module, data(), watch, Interrupt(2, tmp_path / "x.ckpt"))
+    fit(module, data(), watch, precision="bf16-true", max_steps=2)
+    first, second = watch.teachers[0].model, watch.teachers[-1].model
+    assert (first.dtype, second.dtype) == (torch.float32, torch.bfloat16)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+def test_the_teacher_computes_as_the_student_does(model_folder, data, precision):
+    module, watch = CausalLM(str(model_folder), distillation=Distillation(hardness_squarehead=1.0)), Watch()
+    fit(module, data(), watch, precision=precision, max_steps=2)
+    first, second = watch.metrics
+    assert first["train/loss_kldiv"] == pytest.approx(0, abs=1e-6)  # nothing is pruned or trained yet
+    assert first["train/loss_squarehead"] == 0
+    assert second["train/loss_squarehead"] > 0
+    dtypes = {p.dtype for p in watch.teachers[0].model.parameters()}
+    assert dtypes == {p.dtype for p in module.model.parameters()}
+    assert dtypes == {torch.bfloat16 if precision == "bf16-true" else torch.float32}
+
+
+def test_what_is_logged(model_folder, data):
+    weights = {"hardness_ce": 0.5, "hardness_kldiv": 2.0, "hardness_squarehead": 0.25, "temperature": 2.0}
+    module, watch = CausalLM(str(model_folder), distillation=Distillation(**weights)), Watch()
+    trainer = fit(module, data(), DynamicPruning("2:4", update_freq=4), watch, max_steps=6)
+    for metrics in watch.metrics:
+        terms = [metrics[f"train/loss_{name}"] for name in ("ce", "kldiv", "squarehead")]
+        assert all(term > 0 for term in terms)
+        assert metrics["train/loss"] == pytest.approx(0.5 * terms[0] + 2.0 * terms[1] + 0.25 * terms[2], rel=1e-5)
+    plain = CausalLM(str(model_folder))
+    plain.model = copy.deepcopy(module.model)
+    expected = trainer.validate(plain, data(), verbose=False)[0]
+    assert trainer.validate(module, data(), verbose=False)[0] == expected
+    assert module._teacher is None  # evaluation needs none
+
+
+def test_another_teacher_is_named_by_its_source(model_folder, data, tmp_path):
+    other = tiny_llama()
+    for parameter in other.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    other.save_pretrained(tmp_path / "other")
+    source = str(tmp_path / "other")
+    module, watch = CausalLM(str(model_folder), distillation=Distillation(source, temperature=2.0)), Watch()
+    assert module.distillation.teacher == Pretrained(source)
+    fit(module, data(), watch, max_steps=1)
+    with torch.no_grad():
+        student, teacher = (model.eval()(input_ids=watch.batch["input_ids"]).logits for model in (tiny_llama(), other))
+    expected = distillation_losses(student, teacher, watch.batch["labels"], 2.0)
+    logged = [watch.metrics[0][f"train/loss_{name}"] for name in ("ce", "kldiv")]
+    assert logged == pytest.approx([loss.item() for loss in expected], rel=1e-4)
+
+
+def test_gradient_checkpointing_changes_nothing(model_folder, data):
+    states = []
+    for checkpointing in (False, True):
+        module = CausalLM(
+            str(model_folder),
+            gradient_checkpointing=checkpointing,
+            distillation=Distillation(hardness_squarehead=1.0),
+        )
+        fit(module, data(), DynamicPruning("2:4", update_freq=4))
+        states.append(module.state_dict())
+    assert all(torch.allclose(states[0][key], states[1][key], atol=1e-6) for key in states[0])
+
+
+def test_a_learning_rate_finder_in_front_has_the_teacher_too(model_folder, data):
+    finder = L.pytorch.callbacks.LearningRateFinder(num_training_steps=6)
+    module, watch = CausalLM(str(model_folder), distillation=Distillation()), Watch()
+    fit(module, data(), finder, DynamicPruning("2:4", update_freq=4), watch)
+    assert len(set(watch.teachers)) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "arguments", "message"),
+    [
+        ({"vocab_size": 160}, {}, "a vocabulary of 160 tokens and the student .* one of 128"),
+        ({"num_hidden_layers": 4}, {"hardness_squarehead": 1.0}, "has 4 layers of width 32 and the student .* 3 of 32"),
+        ({"hidden_size": 64}, {"hardness_squarehead": 1.0}, "set hardness_squarehead to 0 and distil by"),
+    ],
+)
+def test_a_teacher_that_does_not_fit_is_refused_before_the_first_step(
+    model_folder, data, tmp_path, changes, arguments, message
+):
+    tiny_llama(**changes).save_pretrained(tmp_path / "other")
+    tiny_tokenizer().save_pretrained(tmp_path / "other")
+    module, watch = (
+        CausalLM(str(model_folder), distillation=Distillation(str(tmp_path / "other"), **arguments)),
+        Watch(),
+    )
+    with pytest.raises(ValueError, match=message):
+        fit(module, data(), watch)
+    assert not watch.metrics
+
+
+def test_logits_need_no_teacher_of_the_same_shape(model_folder, data, tmp_path):
+    tiny_llama(num_hidden_layers=4, hidden_size=64).save_pretrained(tmp_path / "larger")
+    module, watch = CausalLM(str(model_folder), distillation=Distillation(str(tmp_path / "larger"))), Watch()
+    fit(module, data(), watch, max_steps=2)
+    assert watch.metrics[-1]["train/loss_kldiv"] > 0
+
+
+def test_a_sparse_teacher_is_pointed_out(tmp_path, caplog, model_folder):
+    pruned = tiny_llama()
+    for layer in pruned.model.layers:
+        layer.mlp.up_proj.weight.data[:, ::2] = 0
+        layer.mlp.gate_proj.weight.data[:, ::2] = 0
+        layer.mlp.down_proj.weight.data[:, ::2] = 0
+    pruned.save_pretrained(tmp_path / "pruned")
+    with caplog.at_level(logging.WARNING):
+        Distillation().load_teacher(Pretrained(str(model_folder)), tiny_llama())
+        assert not caplog.text
+        Distillation().load_teacher(Pretrained(str(tmp_path / "pruned")), tiny_llama())
+    assert "is sparse itself" in caplog.text

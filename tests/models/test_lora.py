@@ -1,0 +1,126 @@
+"""peft's adapters on a sparse base as a model source: trained, exported apart from a base that keeps its zeros."""
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from sparse_train import Fixed, Magnitude, prune
+from sparse_train.callbacks import DynamicPruning
+from sparse_train.commands.cli import main
+from sparse_train.export import export_checkpoint, export_model
+from sparse_train.models.distillation import Distillation
+from sparse_train.models.lora import LoRA
+from sparse_train.models.module import CausalLM
+from sparse_train.models.sources import FromScratch, Pretrained
+from tests.callbacks.runs import loader, trainer
+from tests.conftest import tiny_llama, tiny_tokenizer
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+
+
+def is_2of4(weight):
+    return bool(((weight.reshape(-1, 4) != 0).sum(1) == 2).all())
+
+
+@pytest.fixture
+def sparse_folder(tmp_path):
+    model = tiny_llama()
+    prune(model, criterion=Magnitude())
+    return export_model(model, tiny_tokenizer(), tmp_path / "sparse")
+
+
+class Keeping(CausalLM):
+    def on_train_end(self):
+        self.trainer.save_checkpoint(f"{self.trainer.default_root_dir}/end.ckpt")
+
+
+def test_on_a_sparse_folder_adapters_alone_are_trained_and_exported_beside_it(tmp_path, sparse_folder, ids):
+    module = Keeping(LoRA(str(sparse_folder), r=2), lr=1e-2, gradient_checkpointing=True)
+    run = trainer(tmp_path, max_steps=4)
+    run.fit(module, loader())
+    trained = {name for name, p in module.named_parameters() if p.requires_grad}
+    assert len(trained) == 12
+    assert all("lora_" in name for name in trained)
+    assert {id(p) for group in run.optimizers[0].param_groups for p in group["params"]} == {
+        id(p) for p in module.parameters() if p.requires_grad
+    }
+    model = module.model.eval()
+    expected = model(input_ids=ids[0]).logits
+    before = AutoModelForCausalLM.from_pretrained(sparse_folder).state_dict()
+    exports = (
+        export_model(model, tiny_tokenizer(), tmp_path / "exported"),
+        export_checkpoint(tmp_path / "end.ckpt", tmp_path / "from_checkpoint"),
+    )
+    for out in exports:
+        base = AutoModelForCausalLM.from_pretrained(out)
+        assert base.state_dict().keys() == before.keys()
+        assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
+        again = PeftModel.from_pretrained(base, out / "adapter").eval()
+        torch.testing.assert_close(again(input_ids=ids[0]).logits, expected)
+        by_config = AutoPeftModelForCausalLM.from_pretrained(out / "adapter").eval()
+        torch.testing.assert_close(by_config(input_ids=ids[0]).logits, expected)
+        card = (out / "README.md").read_text()
+        assert "| adapter | LoRA, r 2, lora_alpha 16, on q_proj, v_proj" in card
+        assert "0.5000 of the 21 pruned layers' weights" in card
+        assert "base_layer" not in card
+    assert not torch.allclose(AutoModelForCausalLM.from_pretrained(exports[0])(input_ids=ids[0]).logits, expected)
+
+
+def test_a_dense_base_is_pruned_at_the_start_of_the_run(tmp_path, model_folder, ids):
+    module = CausalLM(LoRA(Pretrained(str(model_folder)), r=2), lr=1e-2, distillation=Distillation())
+    trainer(tmp_path, DynamicPruning("2:4", policy=Fixed()), max_steps=4).fit(module, loader())
+    model = module.model.eval()
+    out = export_model(model, None, tmp_path / "exported")
+    base, dense = AutoModelForCausalLM.from_pretrained(out), tiny_llama().state_dict()
+    for name, value in base.state_dict().items():
+        if name.endswith("proj.weight"):
+            assert is_2of4(value), name
+            assert torch.equal(value, torch.where(value != 0, dense[name], 0)), name
+        else:
+            assert torch.equal(value, dense[name]), name
+    again = PeftModel.from_pretrained(base, out / "adapter").eval()
+    torch.testing.assert_close(again(input_ids=ids[0]).logits, model(input_ids=ids[0]).logits)
+
+
+def test_export_before_masks_are_folded_writes_zeros_too(tmp_path):
+    model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"]))
+    prune(model, criterion=Magnitude(), squash=False)
+    base = AutoModelForCausalLM.from_pretrained(export_model(model, None, tmp_path / "out"))
+    assert is_2of4(base.model.layers[0].self_attn.q_proj.weight)
+    assert is_2of4(base.model.layers[0].mlp.up_proj.weight)
+    copied = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    with pytest.raises(ValueError, match="modules_to_save"):
+        export_model(copied, None, tmp_path / "copied")
+    assert not (tmp_path / "copied").exists()
+
+
+def test_a_trained_adapter_is_loaded_to_go_on_with_or_to_evaluate(tmp_path, sparse_folder, text_file, capsys, ids):
+    model = LoRA(str(sparse_folder), r=2).load()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    out = export_model(model, tiny_tokenizer(), tmp_path / "exported")
+    source = LoRA(str(out), adapter=str(out / "adapter"))
+    again = source.load()
+    torch.testing.assert_close(again.eval()(input_ids=ids[0]).logits, model.eval()(input_ids=ids[0]).logits)
+    assert sum(p.requires_grad for p in again.parameters()) == 12
+    text = ["--text=TextFiles", f"--text.test=[{text_file}]", "--max_tokens=512", "--json=true"]
+    found = []
+    for arguments in ([str(out)], ["--model=LoRA", f"--model.base={out}", f"--model.adapter={out / 'adapter'}"]):
+        main(["evaluate", *arguments, *text])
+        found.append(capsys.readouterr().out)
+    assert found[0] != found[1]
+    with pytest.raises(ValueError, match=r"no adapter_config\.json"):
+        LoRA(str(out), adapter=str(out)).load()
+
+
+def test_what_it_says_of_itself_is_its_bases(model_folder):
+    source = LoRA(Pretrained("org/model"))
+    assert source.hub_id == "org/model"
+    assert source.name == "org/model with LoRA of rank 8"
+    assert LoRA(FromScratch("llama", Pretrained("a"))).hub_id is None
+    assert len(LoRA(str(model_folder)).tokenizer()) == len(tiny_tokenizer())
+    for wrong in ({"r": 0}, {"lora_dropout": 1.0}):
+        with pytest.raises(ValueError, match="at least"):
+            LoRA("org/model", **wrong)

@@ -1,0 +1,163 @@
+import json
+import shutil
+
+import lightning as L
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from sparse_train import sparse_layers
+from sparse_train.callbacks import DynamicPruning
+from sparse_train.data.text_blocks import TextBlocks
+from sparse_train.data.texts import TextFiles
+from sparse_train.export import export_checkpoint, export_model
+from sparse_train.models.distillation import Distillation
+from sparse_train.models.module import CausalLM
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture
+def data(model_folder, text_file):
+    files = [str(text_file)]
+    return TextBlocks(
+        str(model_folder),
+        TextFiles(train=files, validation=files),
+        block_size=32,
+        batch_size=4,
+        max_validation_blocks=6,
+    )
+
+
+def fit(module, data, *callbacks, **settings):
+    trainer = L.Trainer(
+        **(
+            {
+                "max_steps": 10,
+                "logger": False,
+                "enable_progress_bar": False,
+                "accelerator": "cpu",
+                "enable_model_summary": False,
+                "enable_checkpointing": False,
+            }
+            | settings
+        ),
+        callbacks=list(callbacks),
+    )
+    trainer.fit(module, data)
+    return trainer
+
+
+def test_learning_rate_warms_up_and_decays_to_zero(model_folder, data):
+    rates = []
+
+    class Watch(L.Callback):
+        def on_train_batch_start(self, trainer, *args):
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    fit(CausalLM(str(model_folder), lr=1e-3, warmup=0.3), data, Watch())
+    assert rates[:4] == pytest.approx([1e-3 / 3, 2e-3 / 3, 1e-3, 1e-3])
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert 0 < rates[-1] < 1e-4
+
+
+def test_validation_perplexity_is_over_tokens(model_folder, data):
+    module = CausalLM(str(model_folder))
+    trainer = fit(module, data, max_steps=2)
+    module.eval()
+    total, count = 0.0, 0
+    for batch in data.val_dataloader():  # 6 blocks: a batch of 4 and one of 2
+        loss = module.model(**batch).loss
+        tokens = int((batch["labels"][:, 1:] != -100).sum())
+        total, count = total + float(loss) * tokens, count + tokens
+    logged = trainer.validate(module, data, verbose=False)[0]["val/perplexity"]
+    assert logged == pytest.approx(torch.tensor(total / count).exp().item(), rel=1e-5)
+
+
+def test_gradient_checkpointing_changes_nothing(model_folder, data):
+    states = []
+    for checkpointing in (False, True):
+        module = CausalLM(str(model_folder), gradient_checkpointing=checkpointing)
+        fit(module, data, DynamicPruning("2:4", update_freq=4))
+        states.append(module.state_dict())
+    assert all(torch.allclose(states[0][key], states[1][key], atol=1e-6) for key in states[0])
+
+
+def test_weight_decay_is_for_matrices(model_folder, data):
+    module = CausalLM(str(model_folder), weight_decay=0.1)
+    trainer = fit(module, data, max_steps=1)
+    decays = {group["weight_decay"]: {p.dim() for p in group["params"]} for group in trainer.optimizers[0].param_groups}
+    assert decays == {0.1: {2}, 0.0: {1}}
+
+
+def test_a_sparse_checkpoint_loads_without_the_callback(model_folder, data, tmp_path):
+    module = CausalLM(str(model_folder))
+    trainer = fit(module, data, DynamicPruning("2:4", update_freq=4, squash=False))
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    loaded = CausalLM.load_from_checkpoint(tmp_path / "x.ckpt", model=str(model_folder), weights_only=False)
+    assert len(sparse_layers(loaded)) == 21
+    batch = next(iter(data.val_dataloader()))
+    module.eval()
+    loaded.eval()
+    assert torch.equal(loaded.model(**batch).logits, module.model(**batch).logits)
+    trainer = L.Trainer(logger=False, enable_progress_bar=False, accelerator="cpu", enable_checkpointing=False)
+    assert trainer.validate(CausalLM(str(model_folder)), data, ckpt_path=tmp_path / "x.ckpt", weights_only=False)
+
+
+def test_mistakes(model_folder, data):
+    with pytest.raises(ValueError, match="warmup is a share"):
+        CausalLM(str(model_folder), warmup=1.5)
+    with pytest.raises(ValueError, match="the run needs an end: set max_steps"):
+        fit(CausalLM(str(model_folder)), data, max_steps=-1, max_epochs=-1)
+
+
+def test_compiled_blocks_train_the_same_model_and_are_plain_again_afterwards(model_folder, data, monkeypatch):
+    with_default, weights = nn.Module.compile, []
+    # the default backend wants a C++ compiler
+    monkeypatch.setattr(nn.Module, "compile", lambda self: with_default(self, backend="aot_eager"))
+    for compile_blocks in (False, True):
+        L.seed_everything(0, verbose=False)
+        module = CausalLM(str(model_folder), lr=1e-3, compile_blocks=compile_blocks, distillation=Distillation())
+        compiled = Compiled()
+        fit(module, data, DynamicPruning("2:4", update_freq=2), compiled, max_steps=4)
+        assert compiled.blocks == compile_blocks and compiled.teachers_blocks == compile_blocks
+        assert not any(block._compiled_call_impl for block in module.model.model.layers)
+        weights.append(module.state_dict())
+    for name, expected in weights[0].items():
+        torch.testing.assert_close(weights[1][name], expected, atol=2e-4, rtol=1e-3)
+
+
+class Compiled(L.Callback):
+    """Whether blocks, and those of the teacher, were compiled in training."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        models = pl_module.model, pl_module._teacher.model
+        self.blocks, self.teachers_blocks = (
+            all(block._compiled_call_impl is not None for block in model.model.layers) for model in models
+        )
+
+
+def test_an_exported_checkpoint_generates_as_its_source_does(model_folder, data, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(model_folder, source)
+    settings = {"do_sample": True, "temperature": 0.6, "eos_token_id": [2, 5]}
+    (source / "generation_config.json").write_text(json.dumps(settings))
+    module = CausalLM(str(source))
+    trainer = fit(module, data, DynamicPruning("2:4", update_freq=4, squash=False), max_steps=2)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    export_checkpoint(tmp_path / "x.ckpt", tmp_path / "of_checkpoint")
+    export_model(module.model, None, tmp_path / "of_model")
+    for folder in ("of_checkpoint", "of_model"):
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / folder)
+        assert loaded.config.use_cache
+        assert {name: getattr(loaded.generation_config, name) for name in settings} == settings
+        assert loaded.generation_config.use_cache is not False
+
+
+def test_no_cache_is_kept_while_training(model_folder):
+    module = CausalLM(str(model_folder))
+    module.configure_model()
+    ids = torch.zeros(1, 4, dtype=torch.long)
+    assert module(input_ids=ids).past_key_values is None
+    assert module(input_ids=ids, use_cache=True).past_key_values is not None

@@ -1,0 +1,275 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from sparse_train import OWL, Criterion, Magnitude, SparseGPT, Unstructured, Wanda, prune
+from sparse_train.oneshot import streaming
+from sparse_train.oneshot.streaming import prune_checkpoint
+from tests.conftest import tiny_llama, tiny_tokenizer
+from tests.oneshot.test_experts import tiny_moe
+from tests.oneshot.test_prune import tiny
+
+
+def save(model, folder, **how):
+    model.save_pretrained(folder, **how)
+    return folder
+
+
+def assert_equal(folder, expected):
+    found = AutoModelForCausalLM.from_pretrained(folder)
+    assert found.state_dict().keys() == expected.state_dict().keys()
+    for (name, a), (_, b) in zip(found.state_dict().items(), expected.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
+
+
+FAMILIES = [
+    *((tiny, family) for family in ("llama", "gpt2", "gemma2", "opt", "bloom", "gpt_neox")),
+    *((tiny_moe, family) for family in ("mixtral", "qwen3_moe", "gpt_oss")),
+]
+
+
+@pytest.mark.parametrize(("make", "family"), FAMILIES, ids=[family for _, family in FAMILIES])
+def test_block_by_block_from_disk_equals_in_memory(make, family, tmp_path, ids):
+    model = make(family)
+    save(model, tmp_path / "dense")
+    before = {f: f.read_bytes() for f in (tmp_path / "dense").iterdir()}
+    report = prune_checkpoint(tmp_path / "dense", tmp_path / "sparse", ids, "2:4")
+    expected = prune(model, ids, "2:4")
+    assert_equal(tmp_path / "sparse", model)
+    assert report.sparsity == expected.sparsity and report.layers.keys() == expected.layers.keys()
+    assert {f: f.read_bytes() for f in (tmp_path / "dense").iterdir()} == before
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["dense", "sparse"]
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"criterion": SparseGPT(), "mask_structure": "unstructured", "sparsity": 0.5},
+        {"criterion": Wanda(), "mask_structure": "unstructured", "sparsity": 0.6, "allocation": OWL(owl_m=2.0)},
+        {"criterion": Magnitude()},
+        {"criterion": Wanda(), "ignore": ["re:.*layers.1"], "activations": "disk"},
+    ],
+    ids=["sparsegpt", "owl", "magnitude", "on disk"],
+)
+def test_every_method_and_setting(how, tmp_path, ids):
+    model = tiny_llama(num_hidden_layers=4)
+    save(model, tmp_path / "dense", max_shard_size="50KB")  # several files
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    prune_checkpoint(tmp_path / "dense", tmp_path / "sparse", None if how["criterion"] == Magnitude() else ids, **how)
+    prune(model, ids, **{key: value for key, value in how.items() if key != "activations"})
+    assert_equal(tmp_path / "sparse", model)
+    assert (tmp_path / "sparse" / "tokenizer.json").is_file()
+    index = json.loads((tmp_path / "sparse" / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) == 4 + 1
+
+
+@pytest.mark.parametrize("activations", ["memory", "disk"])
+def test_a_killed_run_goes_on_at_the_block_it_was_in(tmp_path, ids, monkeypatch, activations):
+    model = tiny_llama(num_hidden_layers=4)
+    save(model, tmp_path / "dense")
+    real, pruned = streaming.prune_group, []
+
+    def killed(layers, *args):
+        if len(pruned) == 2:
+            raise KeyboardInterrupt
+        pruned.append(next(iter(layers)))
+        return real(layers, *args)
+
+    arguments = (tmp_path / "dense", tmp_path / "sparse", ids, "2:4")
+    monkeypatch.setattr(streaming, "prune_group", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prune_checkpoint(*arguments, activations=activations)
+    assert not (tmp_path / "sparse").exists()
+    with pytest.raises(ValueError, match="unfinished run with other settings"):
+        prune_checkpoint(*arguments[:3], "4:8")
+    again = []
+
+    def counted(layers, *args):
+        again.append(next(iter(layers)))
+        return real(layers, *args)
+
+    monkeypatch.setattr(streaming, "prune_group", counted)
+    report = prune_checkpoint(*arguments, activations=activations)
+    assert [name.split(".")[2] for name in pruned + again] == ["0", "1", "2", "3"]
+    assert len(report.layers) == 28
+    prune(model, ids, "2:4")
+    assert_equal(tmp_path / "sparse", model)
+
+
+def test_a_full_disk_is_said_and_the_finished_blocks_stay(tmp_path, ids):
+    save(tiny_llama(), tmp_path / "dense")
+    script = """
+import resource, signal, torch
+from sparse_train.oneshot.streaming import prune_checkpoint
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+torch.manual_seed(0)
+prune_checkpoint("dense", "sparse", [torch.randint(3, 99, (2, 16))], "2:4")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode != 0
+    assert "OSError: Cannot write" in done.stderr and "the same command goes on behind them" in done.stderr
+    assert not (tmp_path / "sparse").exists()
+    assert not list((tmp_path / ".sparse.partial").glob("*.writing"))
+
+
+def cut_off(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def drop_a_file(folder):
+    next(folder.glob("model-00002-of-*.safetensors")).unlink()
+
+
+def drop_weights(folder):
+    from safetensors.torch import load_file, save_file
+
+    file = folder / "model.safetensors"
+    kept = {key: value for key, value in load_file(file).items() if "layers.0.mlp" not in key}
+    save_file(kept, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("damage", "how", "arguments", "message"),
+    [
+        (cut_off, {}, {}, "is no complete safetensors file"),
+        (drop_a_file, {"max_shard_size": "100KB"}, {}, "which is not there. Complete the checkpoint"),
+        (drop_weights, {}, {}, "has no weights for model.layers.0.mlp"),
+        (lambda f: (f / "model.safetensors").unlink(), {}, {}, "only safetensors can be read block by block"),
+        (None, {}, {"targets": ["lm_head"]}, "lm_head"),
+        (None, {}, {"mask_structure": Unstructured("model"), "sparsity": 0.5}, "never in memory here"),
+        (None, {}, {"activations": "tape"}, 'wait in "memory" or on "disk", got \'tape\''),
+        (None, {}, {"batches": []}, "There is no calibration data"),
+    ],
+)
+def test_errors_leave_nothing_behind(tmp_path, ids, damage, how, arguments, message):
+    save(tiny_llama(tie_word_embeddings=False), tmp_path / "dense", **how)
+    if damage:
+        damage(tmp_path / "dense")
+    with pytest.raises(ValueError, match=message):
+        prune_checkpoint(tmp_path / "dense", tmp_path / "sparse", **({"batches": ids} | arguments))
+    assert [f.name for f in tmp_path.iterdir()] == ["dense"]
+
+
+def test_non_finite_activations_are_found(tmp_path, ids):
+    model = tiny_llama()
+    model.model.layers[0].input_layernorm.weight.data[3] = torch.nan
+    save(model, tmp_path / "dense")
+    with pytest.raises(ValueError, match=r"layers\.0.*activations are not finite"):
+        prune_checkpoint(tmp_path / "dense", tmp_path / "sparse", ids, "2:4")
+    assert [f.name for f in tmp_path.iterdir()] == ["dense"]
+
+
+def test_half_precision_checkpoints_stay_half(tmp_path, ids):
+    model = tiny_llama().to(torch.bfloat16)
+    save(model, tmp_path / "dense")
+    prune_checkpoint(tmp_path / "dense", tmp_path / "sparse", ids, "2:4")
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "sparse", dtype="auto")
+    assert found.dtype == torch.bfloat16
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype="auto")  # its buffers are float32
+    prune(model, ids, "2:4")
+    assert all(torch.equal(a, b) for a, b in zip(found.parameters(), model.parameters(), strict=True))
+
+
+def test_old_buffers_in_a_checkpoint_go_along(tmp_path, ids):
+    from safetensors.torch import load_file, save_file
+
+    model = tiny("gpt2")
+    save(model, tmp_path / "dense")
+    file = tmp_path / "dense" / "model.safetensors"
+    hub = {key.removeprefix("transformer."): value for key, value in load_file(file).items()}  # as the hub's GPT-2
+    hub |= {f"h.{i}.attn.bias": torch.ones(1, 1, 8, 8, dtype=torch.uint8) for i in range(3)}
+    save_file(hub, file, metadata={"format": "pt"})
+    prune_checkpoint(tmp_path / "dense", tmp_path / "sparse", ids, "2:4")
+    prune(model, ids, "2:4")
+    assert_equal(tmp_path / "sparse", model)
+    index = json.loads((tmp_path / "sparse" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == hub.keys()
+
+
+def test_a_kill_before_the_last_rename_is_finished_by_the_same_call_only(tmp_path, ids, monkeypatch):
+    save(tiny_llama(), tmp_path / "dense")
+    real = Path.rename
+
+    def killed(self, target):
+        if Path(target).name == "sparse":
+            raise KeyboardInterrupt
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prune_checkpoint(tmp_path / "dense", tmp_path / "sparse", ids, "2:4")
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="unfinished run with other settings"):
+        prune_checkpoint(tmp_path / "dense", tmp_path / "sparse", None, "1:4", criterion=Magnitude())
+    with pytest.raises(ValueError, match="wait in"):
+        prune_checkpoint(tmp_path / "dense", tmp_path / "sparse", ids, "2:4", activations="tape")
+    assert prune_checkpoint(tmp_path / "dense", tmp_path / "sparse", ids, "2:4").sparsity == pytest.approx(0.5)
+    (tmp_path / ".other.partial").mkdir()
+    (tmp_path / ".other.partial" / "model-00001-of-00004.safetensors").touch()
+    with pytest.raises(ValueError, match="files of a run that is not known"):
+        prune_checkpoint(tmp_path / "dense", tmp_path / "other", ids, "2:4")
+
+
+def test_missing_embeddings_and_quantised_checkpoints_are_refused(tmp_path, ids):
+    from safetensors.torch import load_file, save_file
+
+    save(tiny_llama(), tmp_path / "dense")
+    file = tmp_path / "dense" / "model.safetensors"
+    whole = load_file(file)
+    save_file({k: v for k, v in whole.items() if "embed" not in k}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="has no weights for model.embed_tokens.weight"):
+        prune_checkpoint(tmp_path / "dense", tmp_path / "sparse", ids, "2:4")
+    narrow = {k: v.to(torch.float8_e4m3fn) if "proj" in k else v for k, v in whole.items()}
+    save_file(narrow, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="is quantised"):
+        prune_checkpoint(tmp_path / "dense", tmp_path / "sparse", ids, "2:4")
+    assert [f.name for f in tmp_path.iterdir()] == ["dense"]
+
+
+class _Mine(Criterion):  # no dataclass
+    needs_activations = True
+
+    def scores(self, weight_OI, stats):
+        return weight_OI.float().abs() * stats.sum_squares_I
+
+
+def test_a_criterion_of_ones_own_goes_on_too(tmp_path, ids, monkeypatch):
+    save(tiny_llama(), tmp_path / "dense")
+    real, calls = streaming.prune_group, []
+
+    def killed(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(streaming, "prune_group", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prune_checkpoint(tmp_path / "dense", tmp_path / "sparse", ids, "2:4", criterion=_Mine())
+    report = prune_checkpoint(tmp_path / "dense", tmp_path / "sparse", ids, "2:4", criterion=_Mine())
+    assert report.sparsity == 0.5
+    assert len(calls) == 2 + 2
+
+
+@pytest.mark.parametrize("stop", [RuntimeError("CUDA out of memory"), KeyboardInterrupt()])
+def test_a_run_that_stopped_ahead_of_its_first_block_is_in_nobodys_way(stop, tmp_path, ids, monkeypatch):
+    save(tiny_llama(), tmp_path / "dense")
+
+    def stopped(*args):
+        raise stop
+
+    with monkeypatch.context() as patched:
+        patched.setattr(streaming, "prune_group", stopped)
+        with pytest.raises(type(stop)):
+            prune_checkpoint(tmp_path / "dense", tmp_path / "sparse", ids, "2:4")
+    left = [path.name for path in tmp_path.iterdir()]
+    assert (".sparse.partial" in left) == isinstance(stop, KeyboardInterrupt)
+    prune_checkpoint(tmp_path / "dense", tmp_path / "sparse", ids[:1], "4:8")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "sparse"]

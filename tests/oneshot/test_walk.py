@@ -1,0 +1,134 @@
+"""Models whose blocks do not run one after the other, once each: refused, and never pruned wrong."""
+
+import copy
+import logging
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from sparse_train import Unstructured, prune
+from tests.reference import nm_mask
+
+
+def test_blocks_that_do_not_run_one_after_the_other_are_refused():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return x + self.linear(x)
+
+    class Backwards(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList([Block(), Block(), Block()])
+
+        def forward(self, x):
+            return self.blocks[1](self.blocks[2](self.blocks[0](x)))
+
+    with pytest.raises(ValueError, match="do not run one after the other"):
+        prune(Backwards(), [torch.randn(2, 8)], "2:4")
+    prune(Backwards(), [torch.randn(2, 8)], Unstructured("model"), sparsity=0.5)
+
+
+class InPlace(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x):
+        x += self.linear(x)
+        return x
+
+
+class Blocks(nn.Module):
+    """Runs its blocks as often as it is told."""
+
+    def __init__(self, loops=1):
+        super().__init__()
+        self.loops, self.first = loops, nn.Linear(8, 8)
+        self.blocks = nn.ModuleList([InPlace(), InPlace(), InPlace()])
+
+    def forward(self, x):
+        x = self.first(x)
+        for _ in range(self.loops):
+            for block in self.blocks:
+                x = block(x)
+        return x
+
+
+def test_blocks_that_run_several_times_are_refused():
+    model, x = Blocks(loops=2), [torch.randn(2, 8)]
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"once each \(came \[0, 1, 2, 0, 1, 2\]\).*calibration_batches=0"):
+        prune(model, x, "2:4")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    prune(model, x, Unstructured("model"), sparsity=0.5)
+
+
+def test_blocks_may_write_into_their_input():
+    model, x = Blocks(), torch.randn(5, 8)
+    expected = copy.deepcopy(model)
+    prune(model, [x[:2], x[2:]], "2:4")
+    hidden = expected.first(x).detach()
+    for block in expected.blocks:
+        mask_OI = nm_mask(block.linear.weight.detach().abs().double() * hidden.double().norm(dim=0), 2, 4)
+        with torch.no_grad():
+            block.linear.weight.mul_(mask_OI)
+            hidden = hidden + block.linear(hidden)
+    for block, reference in zip(model.blocks, expected.blocks, strict=True):
+        assert torch.equal(block.linear.weight, reference.linear.weight)
+
+
+def test_blocks_that_take_more_of_each_other_than_the_output_are_refused():
+    class Sideways(Blocks):
+        def forward(self, x):
+            x, self.left = self.first(x), {}
+            for number, block in enumerate(self.blocks):
+                x = block(x, self.left, number)
+            return x
+
+    class Leaves(InPlace):
+        def forward(self, x, left, number):
+            left[number] = self.linear(x)
+            return x + (left[number - 1] if number else left[number])
+
+    model = Sideways()
+    model.blocks = nn.ModuleList([Leaves(), Leaves(), Leaves()])
+    with pytest.raises(ValueError, match="Block 1 of Sideways does not run on the output .*KeyError: 0.*shared keys"):
+        prune(model, [torch.randn(2, 8)], "2:4")
+
+
+def test_layers_that_no_token_reaches_are_named_together():
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.dt_proj, self.x_proj = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.up(x) @ self.dt_proj.weight.T @ self.x_proj.weight.T
+
+    model = nn.Sequential(nn.Linear(8, 8), nn.ModuleList([Reads(), Reads()]))
+    model.forward = lambda x: model[1][1](model[1][0](model[0](x)))
+    with pytest.raises(
+        ValueError, match=r"1.0.dt_proj is a target.*The same is true of 1 more.*\(dt_proj\|x_proj\)"
+    ) as error:
+        prune(model, [torch.randn(2, 8)], "2:4")
+    prune(model, [torch.randn(2, 8)], "2:4", ignore=[re.search(r"ignore=\['(re:.*)'\]", str(error.value))[1]])
+
+
+def test_what_could_not_be_told_is_said(caplog):
+    class Fails(Blocks):
+        def forward(self, x):
+            for block in self.blocks:
+                x = block(x)
+            raise RuntimeError("no head")
+
+    prune(Blocks(), [torch.randn(2, 8)], "2:4")
+    assert "could not be told" not in caplog.text
+    with caplog.at_level(logging.WARNING):
+        prune(Fails(), [torch.randn(2, 8)], "2:4", targets=["re:blocks.*"])
+    assert "the blocks of Fails run once each could not be told (RuntimeError: no head)" in caplog.text

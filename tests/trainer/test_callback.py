@@ -1,0 +1,329 @@
+import copy
+import logging
+import shutil
+
+import pytest
+import torch
+from torch.utils.data import Dataset
+from transformers import (
+    AutoModelForCausalLM,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+)
+
+from sparse_train import Cubic, MaskUpdater, Regrow, SparseGPT, SparseLinear, prune, sparse_layers
+from sparse_train.oneshot.training_data import random_batches
+from sparse_train.pipeline.margins import Margin
+from sparse_train.trainer import SparseTrainerCallback
+from sparse_train.trainer.shadow_file import FILE_NAME
+from tests.conftest import VOCABULARY, tiny_llama
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+
+
+class Tokens(Dataset):
+    """Forty different sequences of 16 tokens; the last ones of ``padded`` are padding."""
+
+    def __init__(self, padded=0):
+        self.ids = torch.randint(3, VOCABULARY, (40, 16), generator=torch.Generator().manual_seed(1))
+        self.mask = torch.ones_like(self.ids)
+        self.mask[:, 16 - padded :] = 0
+
+    def __len__(self):
+        return len(self.ids)
+
+    def __getitem__(self, i):
+        return {"input_ids": self.ids[i], "attention_mask": self.mask[i], "labels": self.ids[i]}
+
+
+class ExactAfterEveryStep(TrainerCallback):
+    """Asserts inside the run that every group of four keeps two."""
+
+    def __init__(self):
+        self.checked = 0
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        layers = sparse_layers(model)
+        assert len(layers) == 21
+        for layer in layers.values():
+            assert (layer.unpacked_mask().reshape(-1, 4).sum(1) == 2).all()
+        self.checked += 1
+
+
+def trainer(folder, *callbacks, model=None, data=None, **settings):
+    defaults = {
+        "max_steps": 12,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 3e-3,
+        "lr_scheduler_type": "constant",
+        "save_strategy": "no",
+        "logging_steps": 5,
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    made = Trainer(
+        model=model or tiny_llama(),
+        args=TrainingArguments(str(folder), **(defaults | settings)),
+        train_dataset=data or Tokens(),
+        eval_dataset=Tokens(),
+        callbacks=list(callbacks),
+    )
+    made.remove_callback(PrinterCallback)
+    return made
+
+
+def test_exact_after_every_step_and_true_zeros_at_the_end(tmp_path):
+    exact, pruning = ExactAfterEveryStep(), SparseTrainerCallback("2:4", update_freq=4)
+    run = trainer(tmp_path / "run", pruning, exact, gradient_accumulation_steps=2)
+    assert all(isinstance(layer, SparseLinear) for layer in sparse_layers(run.model).values())  # before the optimizer
+    run.train()
+    assert exact.checked == pruning.updater.steps == 12
+    assert not sparse_layers(run.model)
+    run.save_model(tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert set(loaded.state_dict()) == set(tiny_llama().state_dict())
+    assert ((loaded.model.layers[0].mlp.up_proj.weight.reshape(-1, 4) == 0).sum(1) == 2).all()
+    assert loaded.lm_head.weight.count_nonzero() == loaded.lm_head.weight.numel()
+
+
+@pytest.mark.parametrize("padded", [0, 5])
+def test_masks_are_those_of_a_plain_loop_on_the_same_batches(tmp_path, padded):
+    seen = []
+
+    class Seeing(SparseTrainerCallback):
+        def token_mask(self, inputs):
+            seen.append({name: value.clone() for name, value in inputs.items() if isinstance(value, torch.Tensor)})
+            return super().token_mask(inputs)
+
+    pruning = Seeing("2:4", update_freq=4, calibration_batches=0, squash=False)
+    run = trainer(
+        tmp_path, pruning, data=Tokens(padded), gradient_accumulation_steps=2, max_steps=8, optim="sgd", max_grad_norm=0
+    )
+    run.train()
+    assert len(seen) == 16
+
+    model = tiny_llama()
+    updater = MaskUpdater(model, "2:4", update_freq=4, total_steps=8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=3e-3)
+    model.train()
+    for first, second in zip(seen[::2], seen[1::2], strict=True):
+        for batch in (first, second):
+            updater.token_mask = batch["attention_mask"]
+            model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        updater.step()
+    expected = sparse_layers(model)
+    for name, layer in sparse_layers(run.model).items():
+        assert torch.equal(layer.weight_mask, expected[name].weight_mask), name
+        torch.testing.assert_close(layer.weight, expected[name].weight)
+    assert updater.steps == pruning.updater.steps == 8
+    assert updater.report().initial_flip_rate > 0
+
+
+def test_padding_changes_masks(tmp_path):
+    found = []
+    for padded in (0, 8):
+        run = trainer(tmp_path, SparseTrainerCallback("2:4", update_freq=2, squash=False), data=Tokens(padded))
+        run.train()
+        found.append({name: layer.weight_mask for name, layer in sparse_layers(run.model).items()})
+    assert any(not torch.equal(mask, found[1][name]) for name, mask in found[0].items())
+
+
+def pruning(**changes):
+    return SparseTrainerCallback("2:4", **({"update_freq": 4, "end_step": 1.0} | changes))
+
+
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 5, "gradient_accumulation_steps": 2}
+    whole = trainer(tmp_path / "whole", pruning(squash=False), **settings)
+    whole.train()
+    checkpoint = tmp_path / "whole" / "checkpoint-5"
+    stored = AutoModelForCausalLM.from_pretrained(checkpoint)  # the checkpoint is a sparse model by itself
+    assert ((stored.model.layers[1].mlp.down_proj.weight.reshape(-1, 4) == 0).sum(1) == 2).all()
+
+    (tmp_path / "again").mkdir()
+    shutil.copytree(checkpoint, tmp_path / "again" / "checkpoint-5")
+    again = trainer(tmp_path / "again", pruning(squash=False), **settings)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 12
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, again.model.state_dict()[name]), name
+    pruned = ~sparse_layers(whole.model)["model.layers.0.mlp.up_proj"].unpacked_mask()
+    assert whole.model.model.layers[0].mlp.up_proj.weight[pruned].any()  # shadow values were there to be compared
+
+
+def test_resuming_from_another_folder(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 5, "max_steps": 5}
+    trainer(tmp_path / "a", pruning(), **settings).train()
+    other = trainer(tmp_path / "b", pruning(), model=tiny_llama(initializer_range=0.03), seed=5, **settings)
+    other.train()
+    folder = str(tmp_path / "a" / "checkpoint-5")
+    run = trainer(tmp_path / "b", pruning())
+    with pytest.raises(ValueError, match="does not belong to the weights that were loaded"):
+        run.train(resume_from_checkpoint=folder)  # b/checkpoint-5 is not what was loaded
+    run = trainer(tmp_path / "b", pruning(), resume_from_checkpoint=folder)
+    run.train(resume_from_checkpoint=folder)
+    assert run.state.global_step == 12
+
+
+def test_what_cannot_be_resumed_says_why(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 5, "max_steps": 5}
+    trainer(tmp_path, **settings).train()
+    with pytest.raises(ValueError, match="no sparse_training_state.pt"):
+        trainer(tmp_path, pruning()).train(resume_from_checkpoint=True)
+    trainer(tmp_path, pruning(), **settings).train()
+    assert (tmp_path / "checkpoint-5" / FILE_NAME).is_file()
+    with pytest.raises(ValueError, match="update_freq = 4, and this run has 3"):
+        trainer(tmp_path, pruning(update_freq=3)).train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="only in one of them"):
+        trainer(tmp_path, pruning(ignore=["re:.*down_proj"])).train(resume_from_checkpoint=True)
+
+
+def test_the_best_model_comes_back_sparse(tmp_path):
+    settings = {
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "eval_strategy": "steps",
+        "eval_steps": 3,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "loss",
+        "greater_is_better": True,  # the worst: not the last
+    }
+    run = trainer(tmp_path, pruning(), **settings)
+    run.train()
+    assert run.state.best_global_step < 12
+    stored = AutoModelForCausalLM.from_pretrained(run.state.best_model_checkpoint).state_dict()
+    last = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-12").state_dict()
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert not torch.equal(stored[name] != 0, last[name] != 0)
+    for key, value in run.model.state_dict().items():
+        assert torch.equal(value, stored[key]), key
+
+
+@pytest.mark.parametrize(
+    "changes", [{"schedule": Cubic(final_sparsity=0.5)}, {"start_step": 4}], ids=["gradual", "later start"]
+)
+def test_the_best_model_is_refused_where_it_would_be_a_denser_one(tmp_path, changes):
+    settings = {"save_strategy": "steps", "eval_strategy": "steps", "eval_steps": 4, "save_steps": 4}
+    with pytest.raises(ValueError, match="from before the final sparsity"):
+        trainer(tmp_path, pruning(**changes), load_best_model_at_end=True, **settings)
+
+
+def test_updates_are_in_the_trainers_log_and_reach_reporters_that_come_first(tmp_path):
+    rows = []
+
+    class Reporter(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            rows.append((state.global_step, copy.copy(logs)))
+
+    run = trainer(tmp_path, Reporter(), pruning())
+    run.train()
+    updates = {step: logs for step, logs in rows if "sparsity/actual" in logs}
+    assert sorted(updates) == [4, 8, 12]
+    assert updates[8]["sparsity/target"] == updates[8]["sparsity/actual"] == 0.5
+    assert 0 < updates[8]["sparsity/flip_rate"] < 0.5
+    assert {"sparsity/initial_flip_rate", "sparsity/update_seconds"} <= set(updates[8])
+    assert [row["step"] for row in run.state.log_history if "sparsity/actual" in row] == [4, 8, 12]
+    assert [row["step"] for row in run.state.log_history if "loss" in row] == [4, 5, 8, 10, 12]
+
+
+def test_a_model_init_and_a_second_run(tmp_path):
+    exact = ExactAfterEveryStep()
+    run = Trainer(
+        model_init=lambda: tiny_llama(),
+        args=TrainingArguments(str(tmp_path), max_steps=4, report_to=[], use_cpu=True, save_strategy="no"),
+        train_dataset=Tokens(),
+        callbacks=[pruning(update_freq=2), exact],
+    )
+    run.train()
+    run.train()
+    assert exact.checked == 8
+    assert ((run.model.model.layers[0].mlp.up_proj.weight.reshape(-1, 4) == 0).sum(1) == 2).all()
+
+
+class Stops(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == 2
+
+
+def test_a_run_that_ends_early_says_so(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, logger="sparse_train"):
+        early = SparseTrainerCallback(schedule=Cubic(final_sparsity=0.5), update_freq=2)
+        trainer(tmp_path, early, Stops(), max_steps=20).train()
+        assert "ended after 2 steps, before its masks reached the final sparsity of 0.5" in caplog.text
+        caplog.clear()
+        rounded = SparseTrainerCallback("unstructured", 0.7, update_freq=2)  # 22 zeros in a row of 32
+        trainer(tmp_path, rounded, max_steps=4).train()
+    assert "was to be reached" not in caplog.text and "ended after" not in caplog.text
+
+
+def test_engines_whose_checkpoints_it_cannot_follow_are_refused(tmp_path, monkeypatch):
+    run = trainer(tmp_path)
+    with monkeypatch.context() as launched:
+        launched.setenv("ACCELERATE_USE_FSDP", "true")
+        with pytest.raises(ValueError, match="runs on FSDP"):
+            pruning().on_init_end(run.args, run.state, run.control, model=run.model)
+    monkeypatch.setattr(run.args, "deepspeed_plugin", object())
+    with pytest.raises(ValueError, match="runs on DeepSpeed"):
+        pruning().on_init_end(run.args, run.state, run.control, model=run.model)
+    monkeypatch.setattr(run.args, "deepspeed_plugin", None)
+    run.args._n_gpu = 2
+    with pytest.raises(ValueError, match="DataParallel"):
+        pruning().on_init_end(run.args, run.state, run.control, model=run.model)
+    with pytest.raises(ValueError, match="calibration_batches must be at least 0"):
+        SparseTrainerCallback(calibration_batches=-1)
+
+
+def test_a_policy_that_reads_gradients_is_refused():
+    with pytest.raises(ValueError, match="ahead of clipping, where the Trainer calls nobody"):
+        SparseTrainerCallback("2:4", policy=Regrow())
+
+
+def test_what_updates_remember_is_passed_on(tmp_path):
+    pruning = SparseTrainerCallback("2:4", update_freq=4, memory=0.5, hysteresis=0.1)
+    trainer(tmp_path, pruning, max_steps=1).train()
+    assert pruning.updater.run.memory == 0.5
+    assert pruning.updater.run.margin == Margin(hysteresis=0.1)
+
+
+def test_a_solver_sets_masks_and_weights_and_leaves_pruned_ones_in_the_shadow(tmp_path):
+    class Start(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 0:
+                layers = sparse_layers(model)
+                self.layers = {n: (each.weight.detach().clone(), each.unpacked_mask()) for n, each in layers.items()}
+
+    pruning, start = SparseTrainerCallback("2:4", update_freq=4, initial_criterion=SparseGPT()), Start()
+    trainer(tmp_path, pruning, start, max_steps=1).train()
+    model, dense = tiny_llama(), dict(tiny_llama().named_modules())
+    prune(model, random_batches(Tokens(), 2, default_data_collator, 8), "2:4", criterion=SparseGPT())
+    pruned = dict(model.named_modules())
+    assert len(start.layers) == 21
+    for name, (weight_OI, mask_OI) in start.layers.items():
+        assert torch.equal(pruned[name].weight, weight_OI * mask_OI)
+        assert torch.equal(dense[name].weight[~mask_OI], weight_OI[~mask_OI])
+
+
+def test_a_run_that_began_with_a_solver_resumes_bit_for_bit(tmp_path):
+    def pruning():
+        return SparseTrainerCallback("2:4", update_freq=4, initial_criterion=SparseGPT())
+
+    whole = trainer(tmp_path, pruning(), save_strategy="steps", save_steps=6)
+    whole.train()
+    again = trainer(tmp_path, pruning(), save_strategy="steps", save_steps=6)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    for (name, ours), theirs in zip(again.model.state_dict().items(), whole.model.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+def test_a_first_mask_that_cannot_be_made_is_refused(tmp_path):
+    pruning = SparseTrainerCallback("2:4", initial_criterion=SparseGPT(), calibration_batches=0)
+    with pytest.raises(ValueError, match="no one-shot pruning makes the first mask here"):
+        trainer(tmp_path, pruning).train()
+    with pytest.raises(ValueError, match=r"Write SparseGPT\(\)"):
+        SparseTrainerCallback("2:4", initial_criterion=SparseGPT)

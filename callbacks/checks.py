@@ -15,8 +15,8 @@ def check_strategy(trainer: L.Trainer) -> None:
     """Raise ValueError where the strategy holds weights in a way that masks do not know."""
     if isinstance(trainer.strategy, FSDPStrategy):
         raise ValueError(
-            'strategy="fsdp" is FSDP1, which holds weights as flat pieces in which masks find no rows. Take '
-            "ModelParallelStrategy (FSDP2, configs/strategy/fsdp2.yaml) or DeepSpeed."
+            'strategy="fsdp" is FSDP1, which holds weights as flattened shards, which do not keep the rows that masks '
+            "need. Use ModelParallelStrategy (FSDP2, configs/strategy/fsdp2.yaml) or DeepSpeed."
         )
 
 
@@ -26,8 +26,8 @@ def check_shares(pl_module: L.LightningModule, settings: RunSettings) -> None:
     name = next((name for name, each in shares.items() if isinstance(each, float)), None)
     if name is not None and not pl_module.automatic_optimization:
         raise ValueError(
-            f"{name} is {shares[name]}, a share of the run, and {type(pl_module).__name__} optimizes by hand, so that "
-            f"nobody knows how many steps the run will have. Give DynamicPruning a whole number: {name}=1000 is after "
+            f"{name} is {shares[name]}, a share of the run, and {type(pl_module).__name__} uses manual optimization, "
+            f"so that the length of the run is not known. Give DynamicPruning a whole number: {name}=1000 is after "
             "1000 batches in which an optimizer stepped."
         )
 

@@ -197,7 +197,7 @@ class DynamicPruning(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if not isinstance(pl_module, L.LightningModule):
             raise ValueError(
-                f"{type(pl_module).__name__} is no LightningModule of the package lightning. Modules and trainers of "
+                f"{type(pl_module).__name__} is not a lightning.LightningModule. Modules and trainers of "
                 "pytorch_lightning are other classes: write `import lightning as L` in the place of "
                 "`import pytorch_lightning as pl`, for both."
             )

@@ -60,7 +60,7 @@ class Evaluation(L.Callback):
 
     Raises:
         ValueError: at construction, for nothing to measure or a number below 1; at ``fit``, for a strategy other than
-            a single device or DDP, no transformers model, no tokenizer, too little text, or tasks that cannot be had.
+            a single device or DDP, no transformers model, no tokenizer, too little text, or tasks that are missing.
     """
 
     def __init__(

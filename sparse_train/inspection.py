@@ -59,7 +59,7 @@ class InspectedLayer(LayerSparsity):
     def why_not_2of4(self) -> str | None:
         """Why it cannot compute on 2:4 hardware, were it on such a GPU; None if it can."""
         if self.kind not in ("Linear", "SparseLinear"):
-            return f"it is no plain nn.Linear ({self.kind})"
+            return f"it is not a plain nn.Linear ({self.kind})"
         return why_not_weight(self.shape, self.dtype, self.pattern)
 
     def as_dict(self) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def test_which_layers_could_run_on_hardware():
     class Own(nn.Linear):
         pass
 
-    assert layer_sparsities(Own(16, 16))[0].why_not_2of4 == "it is no plain nn.Linear (Own)"
+    assert layer_sparsities(Own(16, 16))[0].why_not_2of4 == "it is not a plain nn.Linear (Own)"
 
 
 def test_the_command_counts_in_the_dtype_on_disk(tmp_path, capsys, monkeypatch):

@@ -131,7 +131,7 @@ def test_python_blocks_run(block, elsewhere, monkeypatch):
         assert (weight == 0).float().mean() == 0.5
         assert ((weight.reshape(-1, 4) == 0).sum(1) == 2).all() != ('"unstructured"' in code)
     if "saved[" in code:
-        assert names["updater"].steps == 7 and names["updater"].target == 0.5
+        assert names["updater"].steps == 7 and names["updater"].sparsity == 0.5
     if "(Criterion)" in code:
         own = next(v for v in names.values() if isinstance(v, type) and issubclass(v, Criterion) and v is not Criterion)
         prune(model, names["batches"], "2:4", criterion=own())

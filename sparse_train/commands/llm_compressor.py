@@ -125,7 +125,7 @@ def read_recipe(path: str | Path) -> Recipe:
         tree = get_loader("yaml")(Path(path).read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         hint = " A line with a !!python tag (run_type) can be deleted." if "python/" in str(error) else ""
-        raise ValueError(f"{path} is no YAML that can be read safely: {error}.{hint}") from error
+        raise ValueError(f"{path} is not YAML that can be read safely: {error}.{hint}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"The recipe {path} cannot be read: {error}.") from error
     notes: list[str] = []
@@ -175,7 +175,7 @@ def _modifiers(tree: Any, where: str, notes: list[str]) -> Iterator[tuple[str, A
             notes.append(f"{where}: {name} has no counterpart in sparse-train and changes no result.")
         else:
             raise ValueError(
-                f"{where}: {name!r} is no stage (..._stage), no group (..._modifiers) and none of the modifiers "
+                f"{where}: {name!r} is not a stage (..._stage), no group (..._modifiers) and none of the modifiers "
                 f"{', '.join(_HONOURED)}." + did_you_mean(name, _HONOURED)
             )
 

@@ -43,7 +43,7 @@ def explain(message: str, options: Iterable[str]) -> str:
 def _no_option(match: re.Match[str], where: str, before: str, options: list[str]) -> str:
     name = match[1].partition("=")[0].rstrip("+")
     if not name.startswith("-"):
-        return f"{name!r} is one word too many."
+        return f"unexpected argument {name!r}."
     wrong, similar = _unknown(name.lstrip("-"), options, "--")
     return f"there is no option --{wrong}.{similar}"
 

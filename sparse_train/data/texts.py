@@ -172,7 +172,7 @@ def _parsed(line: str, path: Path, number: int) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {number} is not JSON: {error}.") from error
     if not isinstance(row, dict):
-        raise ValueError(f"{path}, line {number} is no JSON object, which has its text in a field: {line[:40]}")
+        raise ValueError(f"{path}, line {number} is not a JSON object with its text in a field: {line[:40]}")
     return row
 
 

@@ -229,7 +229,7 @@ def _wanted(model: nn.Module, lora: MaskLoRA) -> dict[str, MaskedLayer]:
         if not own:
             known = sorted({name.rsplit(".", 1)[-1] for name in layers})
             raise ValueError(
-                f"target_modules: {wanted!r} is no masked layer, and mask_lora adapts those alone; there are "
+                f"target_modules: {wanted!r} is not a masked layer, and mask_lora adapts those alone; there are "
                 f"{', '.join(known)}.{did_you_mean(wanted, known)}"
             )
         found |= own

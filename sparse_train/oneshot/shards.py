@@ -75,7 +75,7 @@ def _contents(file: Path) -> dict[str, tuple[int, str]]:
                 sizes[key] = size, part.get_dtype()
             return sizes
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is no complete safetensors file ({error}). Copy or download it again.") from error
+        raise ValueError(f"{file} is not a complete safetensors file ({error}). Copy or download it again.") from error
 
 
 def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:

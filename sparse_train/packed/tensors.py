@@ -218,7 +218,7 @@ def _read(path: Path, tensors: bool = True) -> tuple[dict[str, str], dict[str, T
             header: dict[str, str] = opened.metadata() or {}
             found = {key: opened.get_tensor(key) for key in opened.keys()} if tensors else {}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f"{path} is no complete safetensors file ({error}). Copy or download it again.") from error
+        raise ValueError(f"{path} is not a complete safetensors file ({error}). Copy or download it again.") from error
     if _METADATA not in header:
         raise ValueError(f"{path} is not a packed file of sparse-train. Plain safetensors need no unpacking.")
     if int(header[_METADATA]) > FORMAT_VERSION:

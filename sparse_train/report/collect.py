@@ -178,7 +178,7 @@ def _read(folder: Path, name: str) -> Run:
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             if number == len(lines):
                 continue  # cut off in the middle of a write: the run was killed, or still goes on
-            raise ValueError(f"{path}, line {number} is no record of a run: {error}.") from error
+            raise ValueError(f"{path}, line {number} is not a record of a run: {error}.") from error
     if "start" not in kinds:
         raise ValueError(f"{path} has no start of a run in it. Was it cut off, or written by something else?")
     recipe = folder / "config.yaml"

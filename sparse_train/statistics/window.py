@@ -91,4 +91,4 @@ def check_known(saved: set[str], layers: Mapping[str, MaskedLayer]) -> None:
     """Raise ValueError where a checkpoint names layers that are no targets."""
     unknown = sorted(saved - set(layers))
     if unknown:
-        raise ValueError(f"The checkpoint pruned layers that are no targets of this run, such as {unknown[0]}.")
+        raise ValueError(f"The checkpoint pruned layers that are not targets of this run, such as {unknown[0]}.")

@@ -111,8 +111,8 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
         )
         if self._settings.policy.comes_back == "by gradient":
             raise ValueError(
-                f"{self._settings.policy} reads gradients ahead of clipping, where the Trainer calls nobody. Take "
-                "another policy, or train with Lightning or a loop of your own."
+                f"{self._settings.policy} reads gradients before clipping, where the Trainer has no hook for "
+                "callbacks. Use another policy, or train with Lightning or a loop of your own."
             )
         check_initial(initial_criterion, self._settings.mask_structure)
         self._calibration_batches = calibration_batches

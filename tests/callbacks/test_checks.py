@@ -35,7 +35,7 @@ class ByHand(InInit):
 @pytest.mark.parametrize("settings", [{}, {"start_step": 0.5, "end_step": 10}])
 def test_shares_of_a_run_that_is_optimized_by_hand_are_refused(settings, tmp_path):
     name = "start_step" if settings else "end_step"
-    with pytest.raises(ValueError, match=f"{name} is 0.*ByHand optimizes by hand.*{name}=1000"):
+    with pytest.raises(ValueError, match=f"{name} is 0.*ByHand uses manual optimization.*{name}=1000"):
         trainer(tmp_path, DynamicPruning("2:4", **settings)).fit(ByHand(), loader())
 
 

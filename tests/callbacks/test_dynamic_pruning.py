@@ -170,7 +170,7 @@ def test_an_endless_run_needs_whole_steps(tmp_path):
 
 
 def test_modules_of_another_lightning_are_refused():
-    with pytest.raises(ValueError, match="Sequential is no LightningModule.*pytorch_lightning"):
+    with pytest.raises(ValueError, match="Sequential is not a lightning.LightningModule.*pytorch_lightning"):
         DynamicPruning().setup(L.Trainer(accelerator="cpu", logger=False), torch.nn.Sequential(), "fit")
 
 

@@ -49,7 +49,7 @@ def answer(arguments, capsys) -> str:
         (["export", "x", "y", "--tokeniser=z"], "there is no option --tokeniser. Did you mean '--tokenizer'"),
         (["inspect", "x", "--jsn"], "there is no option --jsn. Did you mean '--json'?"),
         (["report", "x", "--ot", "y"], "there is no option --ot. Did you mean '--out'"),
-        (["evaluate", "x", "y"], "'y' is one word too many."),
+        (["evaluate", "x", "y"], "unexpected argument 'y'."),
         # arguments of classes
         ([*FIT, f"{PRUNING}.update_frq=5"], "trainer.callbacks: DynamicPruning has no argument 'update_frq'. Did you"),
         (

@@ -247,7 +247,7 @@ def test_lines_that_are_no_json_objects_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"text.jsonl, line 3 is not JSON: Expecting value"):
         TextFiles(train=[str(path)]).documents("train")
     path.write_text('["a"]\n')
-    with pytest.raises(ValueError, match=r"line 1 is no JSON object.*\[\"a\"\]"):
+    with pytest.raises(ValueError, match=r"line 1 is not a JSON object.*\[\"a\"\]"):
         TextFiles(train=[str(path)]).documents("train")
 
 

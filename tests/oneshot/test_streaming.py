@@ -138,7 +138,7 @@ def drop_weights(folder):
 @pytest.mark.parametrize(
     ("damage", "how", "arguments", "message"),
     [
-        (cut_off, {}, {}, "is no complete safetensors file"),
+        (cut_off, {}, {}, "is not a complete safetensors file"),
         (drop_a_file, {"max_shard_size": "100KB"}, {}, "which is not there. Complete the checkpoint"),
         (drop_weights, {}, {}, "has no weights for model.layers.0.mlp"),
         (lambda f: (f / "model.safetensors").unlink(), {}, {}, "only safetensors can be read block by block"),

@@ -39,7 +39,7 @@ def test_the_folder_above_will_do_where_it_holds_one_run(tmp_path):
         (["missing"], "There is no folder"),
         (["empty"], f"has no {HISTORY}"),
         (["good", "good"], "is named twice"),
-        (["garbage"], "line 1 is no record of a run"),
+        (["garbage"], "line 1 is not a record of a run"),
         (["headless"], "has no start of a run"),
     ],
 )
@@ -58,7 +58,7 @@ def test_a_line_cut_in_the_middle_is_left_out_at_the_end_only(tmp_path):
     (folder / HISTORY).write_text(text + '{"kind": "train", "st')
     assert collect([folder])[0].steps == 3
     (folder / HISTORY).write_text('{"kind": "train", "st\n' + text)
-    with pytest.raises(ValueError, match="line 1 is no record"):
+    with pytest.raises(ValueError, match="line 1 is not a record"):
         collect([folder])
 
 

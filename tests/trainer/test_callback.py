@@ -280,7 +280,7 @@ def test_engines_whose_checkpoints_it_cannot_follow_are_refused(tmp_path, monkey
 
 
 def test_a_policy_that_reads_gradients_is_refused():
-    with pytest.raises(ValueError, match="ahead of clipping, where the Trainer calls nobody"):
+    with pytest.raises(ValueError, match="before clipping, where the Trainer has no hook for "):
         SparseTrainerCallback("2:4", policy=Regrow())
 
 

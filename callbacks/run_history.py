@@ -30,6 +30,7 @@ from torch import Tensor
 from sparse_train import environment, memory
 from sparse_train.callbacks.dynamic_pruning import DynamicPruning
 from sparse_train.callbacks.evaluation import Evaluation
+from sparse_train.files import replacing
 from sparse_train.layers import masks
 from sparse_train.layers.matrices import MaskedLayer
 from sparse_train.pipeline.update_report import UpdateReport
@@ -111,9 +112,8 @@ class RunHistory(L.Callback):
         self._lines = [line for line in self._lines if json.loads(line)["kind"] != "end"]  # the run goes on
         if self._writes and self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            beside = self.path.with_suffix(".part")  # renamed, so that a kill at this point loses no earlier record
-            beside.write_text("".join(line + "\n" for line in self._lines), encoding="utf-8")
-            beside.replace(self.path)
+            with replacing(self.path) as beside:  # so that a kill at this point loses no earlier record
+                beside.write_text("".join(line + "\n" for line in self._lines), encoding="utf-8")
         self._write("start", step, **self._settings(trainer))
         for baseline in self._baselines:
             self._write("baseline", step, **baseline)

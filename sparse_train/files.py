@@ -1,4 +1,4 @@
-"""Folders that are complete or absent."""
+"""Files and folders that are complete or absent."""
 
 import shutil
 import tempfile
@@ -25,6 +25,18 @@ def written_whole(out: Path) -> Iterator[Path]:
         beside.rename(out)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write beside ``path``, which takes its place at the end; after an error ``path`` is as it was."""
+    beside = path.with_name(f".{path.name}.writing")  # one name, so that what a kill leaves is written over
+    try:
+        yield beside
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
         raise
 
 

@@ -16,10 +16,10 @@ from sparse_train.layers.mask_lora import MaskLoRA
 from sparse_train.layers.matrices import MaskedLayer
 from sparse_train.layers.sharding import has_masters, is_sharded, reshard
 from sparse_train.layers.sparse_linear import sparse_layers
-from sparse_train.oneshot import set_initial_masks
+from sparse_train.oneshot.calibration_pass import Batch, try_one_sample
 from sparse_train.oneshot.engine import Method, Undo
+from sparse_train.oneshot.pruning import set_initial_masks
 from sparse_train.oneshot.training_data import causal_lm
-from sparse_train.oneshot.walk import Batch, try_one_sample
 from sparse_train.patterns import Pattern, group_label
 from sparse_train.pipeline.pruner import check_masks, masks_from_zeros, measure
 from sparse_train.pipeline.run_settings import RunSettings

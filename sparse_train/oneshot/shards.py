@@ -1,7 +1,6 @@
 """Checkpoints on disk, read and written a few tensors at a time: safetensors, plain or with an index."""
 
 import json
-import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -9,6 +8,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from sparse_train.files import replacing
 
 INDEX = "model.safetensors.index.json"
 
@@ -84,12 +85,11 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         OSError: it cannot be written, for example because the disk is full.
     """
-    beside = path.with_name(f".{path.name}.writing")
+    whole = {key: value.contiguous().cpu() for key, value in tensors.items()}
     try:
-        save_file({key: value.contiguous().cpu() for key, value in tensors.items()}, beside, metadata={"format": "pt"})
-        os.replace(beside, path)
+        with replacing(path) as beside:
+            save_file(whole, beside, metadata={"format": "pt"})
     except (SafetensorError, OSError) as error:
-        beside.unlink(missing_ok=True)
         free = shutil.disk_usage(path.parent).free
         raise OSError(
             f"Cannot write {path}: {error}. {free / 2**20:.0f} MiB are free there. Blocks that were finished are kept; "

@@ -21,24 +21,17 @@ from torch import Tensor, nn
 from sparse_train.allocation import Allocation, LayerShape, Uniform, divide
 from sparse_train.arguments import expect
 from sparse_train.description import describe
-from sparse_train.files import check_free
+from sparse_train.files import check_free, replacing
 from sparse_train.layers.matrices import MaskedLayer, MaskedMatrix, Recorder, shape_OI
 from sparse_train.layers.sparse_linear import fold, sparsify
 from sparse_train.models.blocks import expert_shape_OI
-from sparse_train.oneshot import (
-    Method,
-    OneshotReport,
-    blocks_done,
-    experts_of,
-    method_of,
-    resolve,
-    share_of_outliers,
-)
-from sparse_train.oneshot.engine import prune_group, release, statistics_of
+from sparse_train.oneshot.block_walk import blocks_done, experts_of, share_of_outliers
+from sparse_train.oneshot.calibration_pass import Batch, CalibrationPass
+from sparse_train.oneshot.engine import Method, prune_group, release, statistics_of
 from sparse_train.oneshot.experts import expert_matrices
+from sparse_train.oneshot.pruning import OneshotReport, method_of, resolve
 from sparse_train.oneshot.shards import Checkpoint, copy_companions, write_index
 from sparse_train.oneshot.streamed_model import StreamedModel, model_without_weights
-from sparse_train.oneshot.walk import Batch, CalibrationPass
 from sparse_train.patterns import Pattern
 from sparse_train.pipeline.update_report import LayerUpdate
 from sparse_train.statistics.activations import ActivationNorm, Statistics
@@ -277,10 +270,9 @@ def _finished(work: Path) -> list[Path]:
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    beside = path.with_suffix(".writing")
     try:
-        beside.write_text(json.dumps(content, indent=1))
-        beside.replace(path)
+        with replacing(path) as beside:
+            beside.write_text(json.dumps(content, indent=1))
     except OSError as error:
         raise OSError(f"Cannot write {path}: {error}. Finished blocks are kept; the same command goes on.") from error
 

@@ -13,7 +13,6 @@ file of a finished model, not of a training run.
 """
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparse_train.files import replacing
 from sparse_train.layers import masks
 from sparse_train.layers.matrices import MASK_NAME
 from sparse_train.layers.sparse_linear import squashed_state_dict
@@ -127,13 +127,8 @@ def save_packed(
         "aliases": json.dumps(aliases),
         "metadata": json.dumps(dict(metadata or {})),
     }
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with replacing(path) as beside:
         save_file(tensors, beside, metadata=header)
-        beside.replace(path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
     return report
 
 

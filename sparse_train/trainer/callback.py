@@ -13,7 +13,6 @@ When what happens, in the Trainer's order:
 
 import functools
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,6 +38,7 @@ from sparse_train.pipeline.updater import MaskUpdater
 from sparse_train.solvers import Solver
 from sparse_train.statistics.earlier_windows import Memory
 from sparse_train.trainer import shadow_file
+from sparse_train.trainer.checks import check_best, check_engines
 
 _log = logging.getLogger(__name__)
 
@@ -137,25 +137,10 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
     # --- before training ---------------------------------------------------------------------------------------------
 
     def on_init_end(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
-        _refuse_engines(args)
+        check_engines(args)
         if args.load_best_model_at_end:
-            self._check_best(model)
+            check_best(model, self._settings)
         self._prepare(model)
-
-    def _check_best(self, model: nn.Module) -> None:
-        if (
-            self._settings.schedule.sparsity(0.0) != self._settings.schedule.sparsity(1.0)
-            or self._settings.start_step != 0
-        ):
-            raise ValueError(
-                "load_best_model_at_end would bring a checkpoint back from before the final sparsity, as denser models "
-                "have the lower loss. Leave it out, or train at a constant sparsity from start_step 0."
-            )
-        if _is_peft(model):
-            raise ValueError(
-                "load_best_model_at_end brings the adapters of an earlier step back, but not the masks of their base. "
-                "Leave it out for models of peft."
-            )
 
     def _prepare(self, model: nn.Module) -> dict[str, MaskedLayer]:
         for hook in self._hooks:
@@ -251,24 +236,6 @@ def _zeros_to_masks(module: nn.Module, state_dict: dict[str, Any], prefix: str, 
             state_dict[mask] = masks.pack(nonzero_OI)
 
 
-def _refuse_engines(args: Any) -> None:
-    launched_with_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    engines = {
-        "FSDP": launched_with_fsdp or getattr(args, "fsdp_plugin_args", None) is not None or bool(args.fsdp),
-        "DeepSpeed": args.deepspeed_plugin is not None,
-    }
-    for engine in (name for name, runs in engines.items() if runs):
-        raise ValueError(
-            f"The Trainer runs on {engine}, whose checkpoints this callback cannot follow. Train on one device or with "
-            "DDP, or use Lightning with sparse_train.callbacks.DynamicPruning, which knows FSDP2 and DeepSpeed."
-        )
-    if args.n_gpu > 1:
-        raise ValueError(
-            f"The Trainer would copy the model to {args.n_gpu} GPUs in each step (DataParallel), and activations "
-            "recorded in copies are lost. Start it with torchrun, or show it one GPU with CUDA_VISIBLE_DEVICES."
-        )
-
-
 def _resumed_from(args: Any, state: Any) -> Path:
     """The resumed checkpoint's file; the Trainer does not tell which folder it has loaded, only the step."""
     named = [Path(args.resume_from_checkpoint)] if isinstance(args.resume_from_checkpoint, str) else []
@@ -286,10 +253,6 @@ def _resumed_from(args: Any, state: Any) -> Path:
 
 def _folder_of(args: Any, state: Any) -> Path:
     return Path(args.output_dir) / f"checkpoint-{state.global_step}"
-
-
-def _is_peft(model: nn.Module) -> bool:
-    return any(cls.__name__ == "PeftModel" for cls in type(model).__mro__)
 
 
 def _teach_log() -> None:

@@ -3,7 +3,6 @@
 Shape suffixes: O out_features, I in_features, J packed mask bytes.
 """
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_train.files import replacing
 from sparse_train.layers import masks
 from sparse_train.layers.matrices import MaskedLayer
 
@@ -20,13 +20,8 @@ FILE_NAME = "sparse_training_state.pt"
 def save(path: Path, layers: Mapping[str, MaskedLayer], updater: Mapping[str, Any]) -> None:
     """Write masks, shadow values and the updater's state; beside, then renamed."""
     content = {"layers": {name: _saved(layer) for name, layer in layers.items()}, "updater": dict(updater)}
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with replacing(path) as beside:
         torch.save(content, beside)
-        beside.replace(path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparse_train.models import distillation
-from sparse_train.models.distillation import logit_losses, squarehead_loss
+from sparse_train.models.distillation_losses import logit_losses, squarehead_loss
 from sparse_train.models.losses import next_token_loss
 from tests.reference import distillation_losses, squarehead
 

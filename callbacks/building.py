@@ -8,6 +8,7 @@ import lightning as L
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
+from sparse_train.layers.matrices import MASK_NAME
 from sparse_train.layers.sparse_linear import fold, sparse_layers, sparsify_like
 
 _HOOKS = ("configure_model", "setup")  # the later one first; a callback's own setup is ahead of both
@@ -42,6 +43,24 @@ def masks_as_loaded(pl_module: L.LightningModule) -> Callable[[], None]:
             fold(pl_module)
 
     return end
+
+
+def refuse_other_masks(pl_module: L.LightningModule) -> Callable[[], None]:
+    """Refuse state dicts that have masks of other layers than the module has. Returns what ends it."""
+    hook = pl_module.register_load_state_dict_pre_hook(_check_masks)  # type: ignore[no-untyped-call]
+    return hook.remove  # type: ignore[no-any-return]
+
+
+def _check_masks(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    ending = f".{MASK_NAME}"
+    theirs = {key.removeprefix(prefix) for key in state_dict if key.endswith(ending)}
+    own = {name for name, _ in module.named_buffers(remove_duplicate=False) if name.endswith(ending)}
+    if theirs and theirs != own:
+        raise ValueError(
+            f"The run of the checkpoint pruned {len(theirs)} layers, and this one prunes {len(own)}; "
+            f"{min(theirs ^ own).removesuffix(ending)} is one of the difference. Resume with the same targets and "
+            "ignore, or export the checkpoint and start a new run from that."
+        )
 
 
 def _call(

@@ -2,7 +2,7 @@
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.callbacks import ModelPruning, WeightAveraging
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
 from sparse_train.layers.matrices import FACTOR_NAMES
@@ -29,6 +29,17 @@ def check_shares(pl_module: L.LightningModule, settings: RunSettings) -> None:
             f"{name} is {shares[name]}, a share of the run, and {type(pl_module).__name__} uses manual optimization, "
             f"so that the length of the run is not known. Give DynamicPruning a whole number: {name}=1000 is after "
             "1000 batches in which an optimizer stepped."
+        )
+
+
+def check_alone(trainer: L.Trainer) -> None:
+    """Raise ValueError where another callback masks the same weights."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    other = next((each for each in callbacks if isinstance(each, ModelPruning)), None)
+    if other is not None:
+        raise ValueError(
+            f"{type(other).__name__} puts masks of its own beside those of DynamicPruning, under the same "
+            "name. Take one of them."
         )
 
 

@@ -27,7 +27,14 @@ from torch import Tensor
 from sparse_train.arguments import expect
 from sparse_train.callbacks import building
 from sparse_train.callbacks.calibration import peek
-from sparse_train.callbacks.checks import check_averaging, check_factors, check_sharded, check_shares, check_strategy
+from sparse_train.callbacks.checks import (
+    check_alone,
+    check_averaging,
+    check_factors,
+    check_sharded,
+    check_shares,
+    check_strategy,
+)
 from sparse_train.criteria import Criterion
 from sparse_train.description import describe
 from sparse_train.export.checkpoints import PRUNING_STATE
@@ -177,6 +184,13 @@ class DynamicPruning(L.Callback):
     def state_key(self) -> str:
         return PRUNING_STATE  # of a subclass too: what loads or exports a checkpoint looks there
 
+    def on_init_end(self, *args: Any, **kwargs: Any) -> None:
+        """Of ``transformers.Trainer``, which calls it where it is given a callback of Lightning's."""
+        raise ValueError(
+            "DynamicPruning is a callback of Lightning's. For transformers.Trainer take "
+            "sparse_train.trainer.SparseTrainerCallback, with the same arguments."
+        )
+
     def token_mask(self, batch: Any) -> Tensor | None:
         """Which tokens of a batch count in activation statistics, (B, L), 0 = padding; None = all.
 
@@ -211,9 +225,11 @@ class DynamicPruning(L.Callback):
         check_strategy(trainer)
         check_shares(pl_module, self._settings)
         check_averaging(trainer, self)
+        check_alone(trainer)
         continues = self.updater is not None and trainer.global_step > 0 and bool(sparse_layers(pl_module))
         self._restored = (self._ended or self.state_dict()) if continues else None
         self.updater = None
+        self._undo_loading = building.refuse_other_masks(pl_module)
         building.call_when_built(pl_module, self._sparsify)
 
     def _sparsify(self, pl_module: L.LightningModule) -> None:
@@ -260,11 +276,9 @@ class DynamicPruning(L.Callback):
             state=self._restored,
             **vars(self._settings),
         )
-        timing, label = self.updater.timing, group_label(self._settings.mask_structure)
         rank_zero_info(
-            f"DynamicPruning: {len(self.updater.layers)} layers at {label}, final sparsity "
-            f"{self._settings.schedule.sparsity(1.0):g}; masks change every {timing.update_freq} steps from step "
-            f"{timing.start_step} on and at step {timing.end_step}, and are frozen afterwards."
+            f"DynamicPruning: {len(self.updater.layers)} layers at {group_label(self._settings.mask_structure)}, final "
+            f"sparsity {self._settings.schedule.sparsity(1.0):g}; {self.updater.plan()}."
         )
         self._global_step = trainer.global_step if self._restored is None else self._restored["global_step"]
         self._metrics = {} if self._restored is None else self._restored.get("metrics", {})

@@ -75,7 +75,7 @@ def _debugging(debug: bool) -> Iterator[None]:
 
 def _is_the_users(error: Exception) -> bool:
     """Whether the message says it all: a value, a file, a package that is not there, what Lightning cannot do here."""
-    expected = isinstance(error, (ValueError, OSError, ImportError))
+    expected = isinstance(error, (ValueError, OSError, ImportError)) or "more than one stateful callback" in str(error)
     return expected or type(error).__name__ == "MisconfigurationException"  # whose import would take seconds
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from sparse_train.commands.shipped import shipped_names
 from sparse_train.suggestions import did_you_mean
 
+_LONG = 4000  # characters: more is the content of a file, or of a model
 _KEY = re.compile(r'Parser key "([^"]+)"')
 _TYPES = re.compile(r"Subtypes: \[(.*)\]$", re.MULTILINE)
 _PLAIN_TYPES = {"int": "an int", "float": "a float", "str": "text", "bool": "true or false", "list": "a list"}
@@ -34,7 +35,7 @@ def explain(message: str, options: Iterable[str]) -> str:
     options = [option for option in options if not option.endswith((".help", "+"))]
     found = [(match.start(1), match, say) for pattern, say in _CAUSES for match in [pattern.search(message)] if match]
     if not found:
-        return message
+        return message if len(message) < _LONG else message[:_LONG] + " ..."
     start, match, say = min(found, key=lambda cause: cause[0])
     where = ".".join(_KEY.findall(message[:start]))
     return say(match, where, message[:start], options)
@@ -45,7 +46,7 @@ def _no_option(match: re.Match[str], where: str, before: str, options: list[str]
     if not name.startswith("-"):
         return f"unexpected argument {name!r}."
     wrong, similar = _unknown(name.lstrip("-"), options, "--")
-    return f"there is no option --{wrong}.{similar}"
+    return f"there is no option --{wrong}.{similar or _elsewhere(wrong, options, '--')}"
 
 
 def _no_key(match: re.Match[str], where: str, before: str, options: list[str]) -> str:
@@ -53,12 +54,12 @@ def _no_key(match: re.Match[str], where: str, before: str, options: list[str]) -
     return f"there is no key {wrong!r}.{similar or _elsewhere(wrong, options)}"
 
 
-def _elsewhere(name: str, options: list[str]) -> str:
+def _elsewhere(name: str, options: list[str], dashes: str = "") -> str:
     """Keys of other sections whose last part is like this one: a message may name a key without its section."""
     keys = [option.lstrip("-") for option in options]
     close = difflib.get_close_matches(name, {key.rpartition(".")[2] for key in keys}, n=1, cutoff=0.6)
     found = [key for key in keys if close and key.rpartition(".")[2] == close[0]]
-    return f" Did you mean {' or '.join(map(repr, found[:3]))}?" if found else ""
+    return f" Did you mean {' or '.join(repr(dashes + key) for key in found[:3])}?" if found else ""
 
 
 def _unknown(name: str, options: list[str], dashes: str) -> tuple[str, str]:
@@ -83,15 +84,19 @@ def _no_argument(match: re.Match[str], where: str, before: str, options: list[st
 
 def _no_class(match: re.Match[str], where: str, before: str, options: list[str]) -> str:
     known = sorted(_class_names(before))
+    files = f" Text files: --{where} TextFiles --{where}.train+ FILE (or test+)." if "TextFiles" in known else ""
+    if "format" in match[0]:  # no name at all, but the content of a file, which jsonargparse has read
+        return f"{where} is a class by its name: {', '.join(known)}, or MODULE.CLASS of your own.{files}"
     similar = did_you_mean(match[1].rpartition(".")[2], known)
     return f"{where}: there is no class {match[1]!r}." + (
-        similar or f" There are {', '.join(known)}; one of your own is MODULE.CLASS."
+        similar or f" There are {', '.join(known)}; one of your own is MODULE.CLASS.{files}"
     )
 
 
 def _abstract(match: re.Match[str], where: str, before: str, options: list[str]) -> str:
     known = ", ".join(sorted(_class_names(before)))
-    return f"{where}: say which {match[1].rpartition('.')[2]} these arguments are of: {known}."
+    recipe = " Is this a recipe of sparse-train fit?" if where == "model" else ""
+    return f"{where}: say which {match[1].rpartition('.')[2]} these arguments are of: {known}.{recipe}"
 
 
 def _wrong_value(match: re.Match[str], where: str, before: str, options: list[str]) -> str:
@@ -107,7 +112,7 @@ def _wrong_value(match: re.Match[str], where: str, before: str, options: list[st
 
 
 def _required(match: re.Match[str], where: str, before: str, options: list[str]) -> str:
-    return _must_be_given(*match[1].split(", "))
+    return _must_be_given(*(f"{where}.{name}" if where else name for name in match[1].split(", ")))
 
 
 def _must_be_given(*names: str) -> str:
@@ -120,7 +125,8 @@ def _own(match: re.Match[str], where: str, before: str, options: list[str]) -> s
 
 def _no_group_file(match: re.Match[str], where: str, before: str, options: list[str]) -> str:
     keys = [option for option in options if option.startswith(f"--{where}.")]
-    return f"--{where} takes a YAML file, got {match[1]!r}. Its keys are options, too: {', '.join(keys[:8])}."
+    recipe = " Is this a recipe of sparse-train prune?" if where == "model" else ""
+    return f"--{where} takes a YAML file, got {match[1]!r}. Its keys are options, too: {', '.join(keys[:8])}.{recipe}"
 
 
 def _no_file(match: re.Match[str], where: str, before: str, options: list[str]) -> str:

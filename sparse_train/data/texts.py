@@ -142,7 +142,10 @@ class TextFiles(TextSource):
         return ", ".join(dict.fromkeys(Path(path).name for path in paths))  # one file may serve several splits
 
     def documents(self, split: Split) -> list[str]:
-        paths: Sequence[str] = {"train": self.train, "validation": self.validation, "test": self.test}[split]
+        given = {"train": self.train, "validation": self.validation, "test": self.test}
+        if not any(given.values()):
+            raise ValueError("TextFiles has no files: give train, validation or test, each a list of paths.")
+        paths: Sequence[str] = given[split]
         return [document for path in paths for document in self._read(Path(path))]
 
     def _read(self, path: Path) -> list[str]:

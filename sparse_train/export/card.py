@@ -8,6 +8,7 @@ from typing import Any
 
 from sparse_train.inspection import LayerSparsity, by_projection, overall_sparsity
 
+_PRUNED = 0.05  # share of zeros from which a layer was pruned: weights that were rounded to 4 bits have 0.01
 FILE_NAME = "README.md"
 
 _LIMITS = """\
@@ -47,7 +48,7 @@ class ModelCard:
         """
         from huggingface_hub import ModelCardData
 
-        pruned = [layer for layer in layers if layer.pattern != "dense" and layer.sparsity >= 0.01]
+        pruned = [layer for layer in layers if layer.pattern != "dense" and layer.sparsity >= _PRUNED]
         patterns = sorted({layer.pattern for layer in pruned})
         name = self.base_model or "A language model"
         front = ModelCardData(

@@ -161,6 +161,9 @@ class FromScratch(ModelSource):
         tokenizer_source: whose tokenizer to use; its vocabulary size becomes the model's.
         config: arguments of the architecture's configuration, such as hidden_size.
         seed: of the random weights.
+
+    Raises:
+        ValueError: at ``load``, for an architecture or a key of ``config`` that transformers does not know.
     """
 
     architecture: str
@@ -173,11 +176,20 @@ class FromScratch(ModelSource):
         return f"{self.architecture} from scratch, {self.config}"
 
     def load(self) -> Any:
+        from huggingface_hub.errors import StrictDataclassError
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        tokenizer = self.tokenizer()
+        tokenizer, default = self.tokenizer(), AutoConfig.for_model(self.architecture)
         ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        config = AutoConfig.for_model(self.architecture, **{"vocab_size": len(tokenizer), **ids, **self.config})
+        try:
+            config = AutoConfig.for_model(self.architecture, **{"vocab_size": len(tokenizer), **ids, **self.config})
+        except StrictDataclassError as error:
+            raise ValueError(f"config: {error}") from error
+        # transformers keeps what it does not know as an attribute, and builds a model of its default size
+        for key in (key for key in self.config if hasattr(config, key) and not hasattr(default, key)):
+            raise ValueError(
+                f"config: {key!r} is not a setting of {self.architecture}.{did_you_mean(key, default.to_dict())}"
+            )
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             return AutoModelForCausalLM.from_config(config, dtype=torch.float32)

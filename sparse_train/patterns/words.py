@@ -62,9 +62,13 @@ def parse_word(word: str | Pattern, group: Group) -> Pattern:
     if match := re.fullmatch(r"(\d+):(\d+)", str(word)):
         return NM(int(match[1]), int(match[2]))
     raise ValueError(
-        f'mask_structure must be "unstructured" or "N:M" with N kept of every M (such as "2:4"), got {word!r}.'
+        f'mask_structure must be "unstructured" or "N:M" with N kept of every M (such as "2:4"), got {_shown(word)}.'
         + (" In YAML put quotes around it: 2:4 without them is a number in base 60." if isinstance(word, int) else "")
     )
+
+
+def _shown(word: object) -> str:
+    return repr(word) if isinstance(word, (str, int, float)) else f"a {type(word).__name__}"
 
 
 def group_label(pattern: Pattern) -> str:

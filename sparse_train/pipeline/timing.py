@@ -46,6 +46,8 @@ class Timing:
             ValueError: a count or share outside its range, a share of an unknown length, an end before the start.
         """
         check_update_freq(update_freq)
+        if total_steps is not None and total_steps < 1:
+            raise ValueError(f"total_steps is the number of optimizer steps of the run, at least 1, got {total_steps}.")
         if isinstance(window, float):
             if not 0 < window <= 1:
                 raise ValueError(f"window as a share of update_freq must be above 0 and at most 1, got {window}.")

@@ -80,8 +80,8 @@ class MaskUpdater:
         self,
         model: nn.Module,
         mask_structure: str | Pattern = "2:4",
-        *,
         sparsity: float | None = None,
+        *,
         criterion: Criterion | None = None,
         policy: MaskPolicy | None = None,
         schedule: Schedule | None = None,
@@ -193,7 +193,12 @@ class MaskUpdater:
             self._growth.take(optimizer)
 
     def step(self) -> UpdateReport | None:
-        """Call after every optimizer step, before the next forward. Returns a report at the steps of updates."""
+        """Call after every optimizer step, before the next forward. Returns a report at the steps of updates.
+
+        Raises:
+            ValueError: another updater or callback has taken a layer over, or as ``update``.
+        """
+        self.window.check_own()
         self.steps += 1
         self.window.after_step()
         report = None
@@ -311,6 +316,16 @@ class MaskUpdater:
         self._adapters = describe_adapters(self.layers) or self._adapters  # as they were, once they are merged
         adapters = {"mask_lora": self._adapters} if self._adapters else {}
         return adapters | self.run.words() | {"layers": f"{len(self.layers)} targets"}
+
+    def plan(self) -> str:
+        """When masks change, in words."""
+        timing = self.timing
+        if not any(self._would_change(step) for step in (timing.start_step, timing.end_step)):
+            return "masks stay as they are"
+        if timing.start_step == timing.end_step:
+            return f"masks change at step {timing.end_step} alone"
+        every = f"every {timing.update_freq} steps from step {timing.start_step} on and at step {timing.end_step}"
+        return f"masks change {every}, and are frozen afterwards"
 
     def _would_change(self, step: int) -> bool:
         if self.sparsity is None or self.run.policy.comes_back != "never":

@@ -42,6 +42,15 @@ class Window:
         self._earlier = EarlierWindows(layers, memory)
         self._sharing_known = False
 
+    def check_own(self) -> None:
+        """Raise ValueError where layers record for another window by now, or are masked no more."""
+        lost = [n for n, layer in self._layers.items() if getattr(layer, "recorder", None) is not self.recorder]
+        if lost:
+            raise ValueError(
+                f"{lost[0]} is no longer this updater's: another MaskUpdater or callback prunes it too, or it was "
+                "squashed. One of them for a layer; several have targets that do not overlap."
+            )
+
     def begin_with_first_masks(self) -> None:
         """Remember the norms behind the first masks: all windows means also those."""
         self._earlier.begin_with(self._of_first_mask)

@@ -1,5 +1,6 @@
 """Which layers are pruned: the linear layers of the decoder blocks unless told otherwise."""
 
+import difflib
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -104,12 +105,15 @@ def select(
                 _log.warning("%s stays dense: %s", name, error)
             continue
         layers[name] = module
+    if len(misfits) > 1 and not layers:  # then an expression that leaves them out leaves nothing
+        raise ValueError(f"{next(iter(misfits.values()))} None of the {len(misfits)} targets fits.")
     if misfits:
         raise _misfit(misfits)
     chosen_experts = {name: fused[name] for name in chosen if name in fused}
     for name, expert in chosen_experts.items():
         pattern.check_layer(name, expert_shape_OI(expert)[1])
     if not layers and not chosen_experts:
+        free = [name for name in linears if name not in ignored | adapters | tied]
         raise ValueError(
             "Nothing to prune: no linear layer was targeted "
             f"(targets={list(targets) if targets is not None else None}, ignore={list(ignore)}, "
@@ -117,7 +121,9 @@ def select(
             + (
                 "A model that is built in configure_model does not exist before it has run."
                 if not linears
-                else f"Name layers with targets, such as targets=[{linears[0]!r}]."
+                else f"Name layers with targets, such as targets=[{free[0]!r}]."
+                if free
+                else "All of them are ignored, adapters, or tied."
             )
         )
     untargetable = _untargetable(model, blocks, fused) if blocks else {}
@@ -161,7 +167,9 @@ def _in_full(text: str, layers: Sequence[str]) -> str:
     except re.error:
         found = []
     if not found:
-        return did_you_mean(text, layers)
+        kinds = sorted({name.rpartition(".")[2] for name in layers})
+        close = difflib.get_close_matches(part.strip("*.$"), kinds, n=1, cutoff=0.6)
+        return did_you_mean(text, layers) or (f" Did you mean 're:.*{close[0]}$'?" if close else "")
     end = "$" if any(re.search(rf"({part})$", name) for name in found) else r"\."
     return rf" Names are matched from their start, such as {found[0]}: write 're:(.*\.)?({part}){end}'."
 

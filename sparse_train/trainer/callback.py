@@ -124,6 +124,16 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
         """The running pipeline; None before the run has begun."""
         _teach_log()
 
+    def setup(self, *args: Any, **kwargs: Any) -> None:
+        """Of Lightning's trainer, which calls it where it is given a callback of transformers'."""
+        raise ValueError(
+            "SparseTrainerCallback is a callback of transformers'. For Lightning take "
+            "sparse_train.callbacks.DynamicPruning, with the same arguments."
+        )
+
+    def on_exception(self, *args: Any, **kwargs: Any) -> None:
+        """Of Lightning's trainer too, so that it can say what ``setup`` raised."""
+
     def token_mask(self, inputs: Mapping[str, Any]) -> Tensor | None:
         """Which tokens of a forward's keyword arguments count in activation statistics, (B, L), 0 = padding."""
         mask = inputs.get("attention_mask")

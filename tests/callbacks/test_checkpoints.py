@@ -143,6 +143,16 @@ def test_resuming_with_another_pattern_is_refused(tmp_path):
         trainer(tmp_path, DynamicPruning("1:4")).fit(InInit(), loader(), ckpt_path=path, weights_only=False)
 
 
+@pytest.mark.parametrize(("first", "second"), [((), ["re:.*down_proj"]), (["re:.*down_proj"], ())])
+def test_resuming_with_other_targets_is_refused(tmp_path, first, second):
+    path = tmp_path / "middle.ckpt"
+    with pytest.raises(SystemExit):
+        trainer(tmp_path, DynamicPruning("2:4", ignore=first), Interrupt(2, path)).fit(InInit(), loader())
+    again = trainer(tmp_path, DynamicPruning("2:4", ignore=second))
+    with pytest.raises(ValueError, match="net.model.layers.0.mlp.down_proj is one of the difference. Resume with the"):
+        again.fit(InInit(), loader(), ckpt_path=path, weights_only=False)
+
+
 def test_a_run_that_is_at_its_end_already_is_looked_at_too(tmp_path):
     path = tmp_path / "end.ckpt"
     with pytest.raises(SystemExit):

@@ -5,12 +5,16 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelPruning
 from lightning.pytorch.strategies import FSDPStrategy
+from transformers import Trainer, TrainingArguments
 
 from sparse_train import Cubic
 from sparse_train.callbacks import DynamicPruning
 from sparse_train.callbacks.checks import check_strategy
+from sparse_train.trainer import SparseTrainerCallback
 from tests.callbacks.runs import InInit, loader, trainer, zeros
+from tests.conftest import tiny_llama
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*does not have many workers.*")
 
@@ -30,6 +34,19 @@ class ByHand(InInit):
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+def test_a_callback_of_another_trainer_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="For Lightning take sparse_train.callbacks.DynamicPruning"):
+        trainer(tmp_path, SparseTrainerCallback("2:4")).fit(InInit(), loader())
+    with pytest.raises(ValueError, match="For transformers.Trainer take sparse_train.trainer.SparseTrainerCallback"):
+        Trainer(tiny_llama(), TrainingArguments(str(tmp_path), use_cpu=True), callbacks=[DynamicPruning("2:4")])
+
+
+def test_another_callback_that_masks_is_refused(tmp_path):
+    other = ModelPruning("l1_unstructured", amount=0.5)
+    with pytest.raises(ValueError, match="ModelPruning puts masks of its own"):
+        trainer(tmp_path, DynamicPruning("2:4"), other).fit(InInit(), loader())
 
 
 @pytest.mark.parametrize("settings", [{}, {"start_step": 0.5, "end_step": 10}])

@@ -228,6 +228,12 @@ def test_model_sources(model_folder):
     assert torch.equal(first.lm_head.weight, second.lm_head.weight)
     assert first.config.vocab_size == len(scratch.tokenizer())
     assert first.config.eos_token_id == scratch.tokenizer().eos_token_id
+    for wrong, message in (
+        ({"hidden_sizes": 16}, "'hidden_sizes' is not a setting of llama. Did you mean 'hidden_size'"),
+        ({"hidden_size": 16, "num_attention_heads": 5}, "hidden size .16. is not a multiple"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            FromScratch("llama", Pretrained(str(model_folder)), wrong).load()
 
 
 def test_calibration_text_gives_its_training_split_in_blocks_of_the_same_length(model_folder):

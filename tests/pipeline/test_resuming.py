@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from sparse_train import Fixed, Magnitude, MaskUpdater, Unstructured, prune, sparse_layers
+from sparse_train import Fixed, Magnitude, MaskUpdater, Unstructured, prune, sparse_layers, squash
 from sparse_train.pipeline.schedules import Linear
 from tests.conftest import VOCABULARY, tiny_llama
 from tests.pipeline.loops import equal, snapshot, train
@@ -41,6 +41,17 @@ def test_an_updater_that_fails_leaves_another_ones_layers_alone():
         MaskUpdater(model, "2:4", targets=["re:.*k_proj"])
     assert sparse_layers(model).keys() == first.layers.keys()
     assert torch.equal(model.model.layers[0].self_attn.q_proj.weight, weight)
+
+
+def test_two_updaters_of_one_layer_are_refused_at_their_first_step():
+    model = tiny_llama()
+    first = MaskUpdater(model, "2:4", criterion=Magnitude(), total_steps=20)
+    MaskUpdater(model, "2:4", 0.5, criterion=Magnitude(), total_steps=20).step()
+    with pytest.raises(ValueError, match="q_proj is no longer this updater's"):
+        first.step()
+    squash(model)
+    with pytest.raises(ValueError, match="or it was squashed"):
+        first.step()
 
 
 def test_resume_with_another_setting_is_refused():

@@ -61,6 +61,26 @@ def test_a_module_under_two_names_shares_nothing(llama):
 
 
 @pytest.mark.parametrize(
+    ("arguments", "kind"),
+    [
+        ({"targets": ["query_proj"]}, "q_proj"),
+        ({"targets": ["*q_proj"]}, "q_proj"),
+        ({"ignore": ["donw_proj"]}, "down_proj"),
+    ],
+)
+def test_a_mistyped_part_of_a_name_is_told_what_it_may_have_meant(llama, arguments, kind):
+    with pytest.raises(ValueError, match=r"Did you mean 're:\.\*" + kind):
+        names(llama, **arguments)
+
+
+def test_where_nothing_is_left_no_layer_is_offered_that_was_left_out(llama):
+    with pytest.raises(ValueError, match="All of them are ignored, adapters, or tied"):
+        names(llama, ignore=["re:.*"])
+    with pytest.raises(ValueError, match="divisible by 3.* None of the 21 targets fits"):
+        select(llama, NM(1, 3))
+
+
+@pytest.mark.parametrize(
     ("arguments", "written"),
     [
         ({"targets": ["q_proj"]}, "such as model.layers.0.self_attn.q_proj: write 're:(.*\\.)?(q_proj)$'."),

@@ -120,6 +120,9 @@ GOALS = [
 ]
 
 
+TEACHERS = {"dynamic_distill": "the untouched teacher", "dynamic_distill_tuned": "the fine-tuned teacher"}
+
+
 def reached(runs: Runs) -> str:
     """What the project set out to reach, and what the rows say."""
     lines = ["| perplexity of | wanted | measured (each seed) | seeds |", "| --- " * 4 + "|"]
@@ -138,9 +141,11 @@ def reached(runs: Runs) -> str:
         wanted, seeds = "1.35" if steps == 300 else "", len(change[1]) if change else ""
         words = f"the best 2:4 arm of those with learning rates of their own, over dense fine-tuning, {steps} steps"
         lines.append(f"| {words} | {wanted} | {ratio} | {seeds} |")
-        if change := runs.change("dynamic_distill_tuned", "dense", steps=steps):
-            ratio, seeds = f"{1 + change[0] / 100:.2f} *", len(change[1])
-            lines.append(f"| fine-tuned teacher, over dense fine-tuning, {steps} steps | | {ratio} | {seeds} |")
+        for arm, teacher in TEACHERS.items():
+            if change := runs.change(arm, "dense", steps=steps):
+                ratio, seeds = f"{1 + change[0] / 100:.2f}{'' if runs.has_grid(arm) else ' *'}", len(change[1])
+                words = f"re-pruned with {teacher}, over dense fine-tuning, {steps} steps"
+                lines.append(f"| {words} | {wanted} | {ratio} | {seeds} |")
     return "\n".join(lines)
 
 

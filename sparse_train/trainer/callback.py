@@ -124,6 +124,8 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
         """The running pipeline; None before the run has begun."""
         _teach_log()
 
+    state_key = "SparseTrainerCallback"  # Lightning asks for it before it calls setup
+
     def setup(self, *args: Any, **kwargs: Any) -> None:
         """Of Lightning's trainer, which calls it where it is given a callback of transformers'."""
         raise ValueError(

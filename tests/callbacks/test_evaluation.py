@@ -232,7 +232,8 @@ def test_mistakes_before_the_first_step(model_folder, tmp_path):
     folder = str(model_folder)
     for evaluation, message in [
         (Evaluation(TextFiles()), "does not know the tokenizer of Module"),
-        (Evaluation(TextFiles(), tokenizer=folder), "has 0 tokens, fewer than one window of 512"),
+        (Evaluation(TextFiles(), tokenizer=folder), "TextFiles has no files"),
+        (Evaluation(TextFiles(test=[folder + "/config.json"]), tokenizer=folder), "fewer than one window of 512"),
         (Evaluation(tasks="rte", task_data=str(tmp_path), tokenizer=folder), "rte expects its items in"),
     ]:
         module = Module()

@@ -162,7 +162,7 @@ def test_batches_that_the_model_does_not_take_as_they_are(tmp_path):
     trainer(tmp_path, DynamicPruning("2:4", update_freq=4, calibration_batches=0)).fit(Shifted(), data)
 
 
-class Misshapen(Wanda):
+class _Misshapen(Wanda):
     def scores(self, weight_OI, stats):
         return weight_OI.abs() * stats.norm_I[:, None]
 
@@ -170,7 +170,7 @@ class Misshapen(Wanda):
 def test_mistakes_of_a_criterion_are_not_laid_on_the_batches(tmp_path):
     module = InInit()
     with pytest.raises(RuntimeError, match="must match the size of tensor"):
-        trainer(tmp_path, DynamicPruning("2:4", criterion=Misshapen())).fit(module, loader())
+        trainer(tmp_path, DynamicPruning("2:4", criterion=_Misshapen())).fit(module, loader())
 
 
 class Embedded(InInit):

@@ -282,7 +282,8 @@ def test_help_of_a_command_has_examples(command, capsys):
     ("arguments", "message"),
     [
         (["prun"], "there is no command 'prun'. Did you mean 'prune'"),
-        (["evaluate", "model", "--text=TextFiles", "--window=32"], "has no text in its test split"),
+        (["evaluate", "model", "--text=TextFiles", "--window=32"], "TextFiles has no files"),
+        (["evaluate", "model", "--text=TextFiles", "--text.train+=a.txt"], "has no text in its test split"),
         (["export", "nowhere.ckpt", "out"], "There is no checkpoint at nowhere.ckpt"),
         (["evaluate", "model", "--autocast=bf16"], "must name a floating point dtype"),
         (["evaluate", "no/such-model"], "no/such-model"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparse_train.models import distillation
+from sparse_train.models import distillation_losses as module
 from sparse_train.models.distillation_losses import logit_losses, squarehead_loss
 from sparse_train.models.losses import next_token_loss
 from tests.reference import distillation_losses, squarehead
@@ -33,7 +33,7 @@ def labels():
 @pytest.mark.parametrize("chunk", [1, 4 * V, 2**22], ids=["a token", "four tokens", "all tokens"])
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (0.3, 2.0)])
 def test_logit_losses_equal_the_reference(logits, labels, temperature, chunk, weights, monkeypatch):
-    monkeypatch.setattr(distillation, "_CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(module, "_CHUNK_ELEMENTS", chunk)
     student, teacher = logits
     expected_input, actual_input = student.clone().requires_grad_(), student.clone().requires_grad_()
     expected = distillation_losses(expected_input, teacher, labels, temperature)
@@ -63,7 +63,7 @@ def test_the_mathematics_is_in_float32(logits, labels):
 
 
 def test_squarehead_equals_the_reference(monkeypatch):
-    monkeypatch.setattr(distillation, "_CHUNK_ELEMENTS", 4 * H)
+    monkeypatch.setattr(module, "_CHUNK_ELEMENTS", 4 * H)
     mask = torch.ones(B, LENGTH, dtype=torch.int64)
     mask[1, 5:], mask[2, :2] = 0, 0
     scales = (0.01, 1.0, 300.0)  # as states grow with depth
@@ -121,7 +121,7 @@ class LargestFloat32(TorchDispatchMode):
 
 @pytest.mark.parametrize("loss", ["logits", "states"])
 def test_no_more_than_a_chunk_is_ever_in_float32(loss, monkeypatch):
-    monkeypatch.setattr(distillation, "_CHUNK_ELEMENTS", 4 * V)
+    monkeypatch.setattr(module, "_CHUNK_ELEMENTS", 4 * V)
     student, teacher = (torch.randn(4, 16, V, dtype=torch.bfloat16) for _ in range(2))
     student.requires_grad_()
     labels, saved = torch.randint(V, (4, 16)), []

@@ -38,7 +38,9 @@ def read_checkpoint(checkpoint: str | Path) -> dict[str, Any]:
     if (path / _DEEPSPEED_TAG).is_dir():
         return _read_deepspeed(path)
     kind = "is a folder that neither FSDP2 nor DeepSpeed wrote" if path.is_dir() else "does not exist"
-    raise ValueError(f"There is no checkpoint at {path}: it {kind}.")
+    beside = [each.name for each in sorted(path.parent.glob("*.ckpt"))]
+    there_are = f" There are {', '.join(beside[:5])} in {path.parent}." if beside and path.name not in beside else ""
+    raise ValueError(f"There is no checkpoint at {path}: it {kind}.{there_are}")
 
 
 def check_engine(checkpoint: str | Path, strategy: Any) -> None:

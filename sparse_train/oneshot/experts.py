@@ -152,9 +152,9 @@ def _make_uniform(matrix: ExpertMatrix) -> None:
     stats = matrix.statistics
     assert stats is not None
     stats.reset()
-    stats.tokens += 1
     if isinstance(stats, ActivationGram):
         stats.gram_II.fill_diagonal_(1)
+        stats.tokens += 1
     else:
         assert isinstance(stats, ActivationNorm)
-        stats.sum_squares_I.fill_(1)
+        stats.merge_state_dict({"sum_squares": torch.ones(matrix.in_features), "tokens": torch.tensor(1)})

@@ -140,9 +140,8 @@ class HalvedNorm(ActivationNorm):
 
     def alone(self, half: int) -> ActivationNorm:
         """One half as if all tokens had been like its own; it must have seen some."""
-        norm = ActivationNorm(len(self.sum_squares_I), self.tokens.device)
-        norm.tokens += self.tokens
-        norm.sum_squares_I.add_(self.halves[half].sum_squares_I * (self.tokens / self.halves[half].tokens))
+        norm, own = ActivationNorm(len(self.sum_squares_I), self.tokens.device), self.halves[half]
+        norm.merge_state_dict({"sum_squares": own.sum_squares_I * (self.tokens / own.tokens), "tokens": self.tokens})
         return norm
 
     def state_dict(self) -> dict[str, Tensor]:

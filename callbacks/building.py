@@ -35,6 +35,7 @@ def masks_as_loaded(pl_module: L.LightningModule) -> Callable[[], None]:
     A module that was dense is dense again then, with the zeros of the masks that were brought.
     """
     was_dense = not sparse_layers(pl_module)
+    drop_hooks(pl_module)
     hook = pl_module.register_load_state_dict_pre_hook(_sparsify_as_loaded)  # type: ignore[no-untyped-call]
 
     def end() -> None:
@@ -47,14 +48,24 @@ def masks_as_loaded(pl_module: L.LightningModule) -> Callable[[], None]:
 
 def refuse_other_masks(pl_module: L.LightningModule) -> Callable[[], None]:
     """Refuse state dicts that have masks of other layers than the module has. Returns what ends it."""
+    drop_hooks(pl_module)
     hook = pl_module.register_load_state_dict_pre_hook(_check_masks)  # type: ignore[no-untyped-call]
     return hook.remove  # type: ignore[no-any-return]
+
+
+def drop_hooks(pl_module: L.LightningModule) -> None:
+    """Take back what a stage that has failed, of this callback or another one, left behind."""
+    hooks = pl_module._load_state_dict_pre_hooks
+    for key in [
+        key for key, each in hooks.items() if getattr(each, "hook", each) in (_check_masks, _sparsify_as_loaded)
+    ]:
+        del hooks[key]
 
 
 def _check_masks(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
     ending = f".{MASK_NAME}"
     theirs = {key.removeprefix(prefix) for key in state_dict if key.endswith(ending)}
-    own = {name for name, _ in module.named_buffers(remove_duplicate=False) if name.endswith(ending)}
+    own = {key for key in module.state_dict() if key.endswith(ending)}
     if theirs and theirs != own:
         raise ValueError(
             f"The run of the checkpoint pruned {len(theirs)} layers, and this one prunes {len(own)}; "

@@ -269,7 +269,7 @@ class DynamicPruning(L.Callback):
             )
         total_steps = None
         if pl_module.automatic_optimization:  # of this fit: another one may have gone before it in the same trainer
-            total_steps = trainer.estimated_stepping_batches - trainer.global_step
+            total_steps = max(1, trainer.estimated_stepping_batches - trainer.global_step)  # a fit that is over: 0
         self.updater = MaskUpdater(
             pl_module,
             total_steps=total_steps,
@@ -351,6 +351,11 @@ class DynamicPruning(L.Callback):
             self._ended = self.state_dict()  # statistics are in it; another fit may go on from here
             for layer in sparse_layers(pl_module).values():
                 layer.recorder = layer.statistics = None
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        building.forget(pl_module)
+        building.drop_hooks(pl_module)  # no teardown comes behind an exception
+        self._undo_loading = None
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         building.forget(pl_module)

@@ -90,7 +90,7 @@ def write_card(folder: Path, card: ModelCard, layers: Sequence[LayerSparsity]) -
 def training_rows(settings: Mapping[str, str], timing: Mapping[str, Any], steps: int) -> dict[str, str]:
     """How a run of ``MaskUpdater`` made a model, from its ``settings``, ``timing`` and count of steps."""
     adapters, policy = settings.get("mask_lora"), settings["policy"]
-    comes_back = settings["comes_back"] != "never"
+    comes_back = settings.get("comes_back") != "never"
     how = "with re-pruning" if comes_back else "under masks from which no weight comes back"
     looked_at = "re-computed" if comes_back else "looked at, where the schedule asks for more zeros,"
     return {
@@ -104,7 +104,7 @@ def training_rows(settings: Mapping[str, str], timing: Mapping[str, Any], steps:
 
 
 def _scoring_row(settings: Mapping[str, str], timing: Mapping[str, Any]) -> dict[str, str]:
-    if settings["statistics"] == "none":
+    if settings.get("statistics", "none") == "none":
         return {}
     margin = "" if settings["margin"] == "none" else f", {settings['margin']}"
     return {"norms": f"of the {timing['window']} steps before an update, memory {settings['memory']}{margin}"}

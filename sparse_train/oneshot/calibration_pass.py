@@ -8,6 +8,7 @@ called with blocks 0 to i - 1 answering with the cached output of block i - 1; t
 import itertools
 import logging
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -254,10 +255,9 @@ def _call(model: nn.Module, batch: Batch) -> Any:
     return model(**batch) if isinstance(batch, Mapping) else model(batch)
 
 
-def try_one_sample(model: nn.Module, batch: Batch) -> None:
-    """A forward of one sample; whatever it raises says that the model does not take such batches."""
-    with _inference(model):
-        _call(model, _one_sample(batch))
+def raised_in_forward(error: BaseException) -> bool:
+    """Whether an error came out of a forward of the model, and not of what is done with its activations."""
+    return any(frame.f_code is _call.__code__ for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 def _one_sample(batch: Batch) -> Batch:

@@ -16,7 +16,7 @@ from sparse_train.layers.mask_lora import MaskLoRA
 from sparse_train.layers.matrices import MaskedLayer
 from sparse_train.layers.sharding import has_masters, is_sharded, reshard
 from sparse_train.layers.sparse_linear import sparse_layers
-from sparse_train.oneshot.calibration_pass import Batch, try_one_sample
+from sparse_train.oneshot.calibration_pass import Batch, raised_in_forward
 from sparse_train.oneshot.engine import Method, Undo
 from sparse_train.oneshot.pruning import set_initial_masks
 from sparse_train.oneshot.training_data import causal_lm
@@ -26,6 +26,7 @@ from sparse_train.pipeline.run_settings import RunSettings
 from sparse_train.solvers import Solver, SparseGPT
 
 _log = logging.getLogger(__name__)
+_OF_BATCHES = (LookupError, AttributeError, TypeError, RuntimeError)
 _PRUNED = 0.005  # share of kept weights that are zero above which a model was pruned: weights of 4 bits have 0.0003
 
 
@@ -147,7 +148,6 @@ def make(
         ValueError: as ``set_initial_masks``, or masks that are not the pattern's. The model is as it was then.
     """
     own, undo = sparse_layers(model), Undo()
-    _check_batch(model, batches[0])
     try:
         set_initial_masks(
             model,
@@ -160,28 +160,22 @@ def make(
             save=undo.save,
         )
         check_masks(own, pattern, sparsity)  # a solver of the user's own may have kept others
-    except BaseException:
+    except BaseException as error:
         undo.restore()
         for layer in own.values():
             masks.fill_full(layer.weight_mask, layer.in_features)  # as they were
+        memory = isinstance(error, torch.OutOfMemoryError)
+        if isinstance(error, _OF_BATCHES) and not memory and raised_in_forward(error):
+            raise ValueError(
+                f"One-shot pruning makes the first mask from batches of the training data, and {type(model).__name__} "
+                f"did not take one of them as it is: {error}. With calibration_batches=0 the first mask comes from the "
+                "first steps of training instead, which run dense; a calibration_dataloader of the data module gives "
+                "other batches."
+            ) from error
         raise
     _warn_of_zeros(own, pattern, sparsity)
     if isinstance(method, Solver):  # linear algebra may round otherwise on other hardware
         take_from_rank_0([tensor for each in own.values() for tensor in (each.weight_OI.detach(), each.weight_mask)])
-
-
-def _check_batch(model: nn.Module, batch: Batch) -> None:
-    try:
-        try_one_sample(model, batch)
-    except (LookupError, TypeError, ValueError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        raise ValueError(
-            f"One-shot pruning makes the first mask from batches of the training data, and {type(model).__name__} did "
-            f"not take one of them as it is: {error}. With calibration_batches=0 the first mask comes from the first "
-            "steps of training instead, which run dense; a calibration_dataloader of the data module gives other "
-            "batches."
-        ) from error
 
 
 def _warn_of_zeros(layers: Mapping[str, MaskedLayer], pattern: Pattern, sparsity: float) -> None:

@@ -47,7 +47,6 @@ class RunSettings:
     flip_agreement: bool
 
     def __post_init__(self) -> None:
-        check_update_freq(self.update_freq)
         check_memory(self.memory, self.criterion)
         if self.policy.comes_back == "by gradient" and not isinstance(self.policy, Regrow):
             raise ValueError(
@@ -66,6 +65,7 @@ class RunSettings:
         **others: Any,
     ) -> "RunSettings":
         """From what users write: a pattern in words, a sparsity or a schedule of it, None for the defaults."""
+        others["update_freq"] = check_update_freq(others["update_freq"])
         if isinstance(criterion, Solver):
             raise ValueError(
                 f"criterion is {criterion}, which moves weights and has no scores to re-prune by. Give it as "

@@ -1,6 +1,7 @@
 """When masks change: the optimizer steps of updates, and those whose activations count."""
 
 import math
+import operator
 from dataclasses import dataclass
 
 
@@ -45,7 +46,7 @@ class Timing:
         Raises:
             ValueError: a count or share outside its range, a share of an unknown length, an end before the start.
         """
-        check_update_freq(update_freq)
+        update_freq = check_update_freq(update_freq)
         if total_steps is not None and total_steps < 1:
             raise ValueError(f"total_steps is the number of optimizer steps of the run, at least 1, got {total_steps}.")
         if isinstance(window, float):
@@ -100,12 +101,13 @@ class Timing:
         return min(1.0, max(0.0, (step - self.start_step) / span)) if span else 1.0
 
 
-def check_update_freq(steps: int) -> None:
-    """Raise ValueError unless steps can lie between updates."""
-    if isinstance(steps, (bool, float)) or not hasattr(steps, "__index__"):  # numpy's whole numbers have it
+def check_update_freq(steps: int) -> int:
+    """The steps between updates as an int, also of numpy's; ValueError where they are none."""
+    if isinstance(steps, (bool, float)) or not hasattr(steps, "__index__"):
         raise ValueError(f"update_freq is the number of steps between mask updates, a whole number, got {steps!r}.")
     if steps < 1:
         raise ValueError(f"update_freq is the number of steps between mask updates, at least 1, got {steps}.")
+    return operator.index(steps)
 
 
 def _steps(name: str, value: int | float, total_steps: int | float | None) -> int:

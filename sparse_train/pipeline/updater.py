@@ -146,6 +146,9 @@ class MaskUpdater:
                 total_steps=total_steps,
                 first_from_window=run.criterion.needs_activations and not masked,
             )
+        if state is not None:  # ahead of the window, which takes layers over
+            check_settings(state["settings"], self.settings())
+            check_known(set(state["first_rows"]), self.layers)
         if run.halved:
             check_window(self.timing.window)
         self.window = Window(self.layers, run.criterion, run.halved, run.memory)
@@ -196,7 +199,7 @@ class MaskUpdater:
         """Call after every optimizer step, before the next forward. Returns a report at the steps of updates.
 
         Raises:
-            ValueError: another updater or callback has taken a layer over, or as ``update``.
+            ValueError: another updater or callback has taken a layer over, the model was squashed, or as ``update``.
         """
         self.window.check_own()
         self.steps += 1

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from sparse_train import Cubic, Magnitude, SparseLinear, sparse_layers
+from sparse_train import Cubic, Magnitude, SparseLinear, sparse_layers, sparsify_like
 from sparse_train.callbacks import DynamicPruning
 from sparse_train.export.checkpoints import PRUNING_STATE
 from tests.callbacks.runs import (
@@ -151,6 +151,26 @@ def test_resuming_with_other_targets_is_refused(tmp_path, first, second):
     again = trainer(tmp_path, DynamicPruning("2:4", ignore=second))
     with pytest.raises(ValueError, match="net.model.layers.0.mlp.down_proj is one of the difference. Resume with the"):
         again.fit(InInit(), loader(), ckpt_path=path, weights_only=False)
+
+
+def test_a_fit_that_fails_leaves_nothing_behind_that_refuses_checkpoints(tmp_path):
+    module = InInit()
+    with pytest.raises(ValueError, match="matches no layer"):
+        trainer(tmp_path, DynamicPruning("2:4", targets=["nope"])).fit(module, loader())
+    with pytest.raises(SystemExit):
+        trainer(tmp_path, DynamicPruning("2:4"), Interrupt(2, tmp_path / "at.ckpt")).fit(InInit(), loader())
+    state = torch.load(tmp_path / "at.ckpt", weights_only=False)["state_dict"]
+    assert not module._load_state_dict_pre_hooks
+    sparsify_like(module, state)
+    module.load_state_dict(state)
+
+
+def test_a_fit_with_nothing_left_to_train_ends(tmp_path):
+    run = trainer(tmp_path, DynamicPruning("2:4", update_freq=4, squash=False), max_steps=4)
+    module = InInit()
+    run.fit(module, loader())
+    run.fit(module, loader())
+    assert run.global_step == 4
 
 
 def test_a_run_that_is_at_its_end_already_is_looked_at_too(tmp_path):

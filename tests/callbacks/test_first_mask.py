@@ -173,6 +173,22 @@ def test_mistakes_of_a_criterion_are_not_laid_on_the_batches(tmp_path):
         trainer(tmp_path, DynamicPruning("2:4", criterion=_Misshapen())).fit(module, loader())
 
 
+class Classified(InInit):
+    """Labels of its batches are of sequences, which the model's own loss does not take."""
+
+    def training_step(self, batch, _):
+        logits = self.net(input_ids=batch["input_ids"]).logits[:, -1]
+        return F.cross_entropy(logits, batch["labels"])
+
+
+def test_labels_that_are_not_the_models_are_no_hindrance(tmp_path):
+    ids = torch.randint(3, VOCABULARY, (16, 8), generator=torch.Generator().manual_seed(0))
+    data = DataLoader([{"input_ids": row, "labels": row[0]} for row in ids], batch_size=2)
+    pruning = DynamicPruning("2:4", update_freq=4)
+    trainer(tmp_path, pruning, max_steps=4).fit(Classified(), data)
+    assert pruning.updater.timing.start_step == 0
+
+
 class Embedded(InInit):
     """Its batches are no token ids."""
 

@@ -39,6 +39,10 @@ def test_an_updater_that_fails_leaves_another_ones_layers_alone():
     weight = model.model.layers[0].self_attn.q_proj.weight.clone()
     with pytest.raises(ValueError, match="whose length is not known"):
         MaskUpdater(model, "2:4", targets=["re:.*k_proj"])
+    state = first.state_dict()
+    with pytest.raises(ValueError, match="update_freq = 10, and this run has 5"):
+        MaskUpdater(model, "2:4", criterion=Magnitude(), targets=["re:.*q_proj"], update_freq=5, state=state)
+    first.step()
     assert sparse_layers(model).keys() == first.layers.keys()
     assert torch.equal(model.model.layers[0].self_attn.q_proj.weight, weight)
 

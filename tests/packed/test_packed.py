@@ -127,7 +127,7 @@ def test_what_cannot_be_read_says_why(tmp_path):
     with pytest.raises(ValueError, match="There is no packed file"):
         load_packed(tmp_path / "none")
     (tmp_path / "broken").write_bytes(b"x" * 50)
-    with pytest.raises(ValueError, match="no complete safetensors file"):
+    with pytest.raises(ValueError, match="not a complete safetensors file"):
         load_packed(tmp_path / "broken")
     save_file({"w": torch.ones(2)}, tmp_path / "plain")
     with pytest.raises(ValueError, match="is not a packed file"):

@@ -49,6 +49,7 @@ def answer(arguments, capsys) -> str:
         (["export", "x", "y", "--tokeniser=z"], "there is no option --tokeniser. Did you mean '--tokenizer'"),
         (["inspect", "x", "--jsn"], "there is no option --jsn. Did you mean '--json'?"),
         (["report", "x", "--ot", "y"], "there is no option --ot. Did you mean '--out'"),
+        (["fit", "--max_steps", "4"], "there is no option --max_steps. Did you mean '--trainer.max_steps'?"),
         (["evaluate", "x", "y"], "unexpected argument 'y'."),
         # arguments of classes
         ([*FIT, f"{PRUNING}.update_frq=5"], "trainer.callbacks: DynamicPruning has no argument 'update_frq'. Did you"),

@@ -60,6 +60,14 @@ def test_nothing_is_claimed_that_is_not_known(tmp_path, pruned):
     assert all(word not in text for word in ("perplexity", "Recipe", "base model", "method"))
 
 
+def test_a_layer_with_the_few_zeros_of_rounding_is_not_one_that_was_pruned(tmp_path, pruned):
+    with torch.no_grad():
+        pruned.lm_head.weight.view(-1)[::50] = 0  # 2 %; weights of four bits have 1
+    export_model(pruned, None, tmp_path / "out")
+    data, text = read(tmp_path / "out")
+    assert "0.5000 of the 18 pruned layers' weights" in text and "unstructured" not in data["tags"]
+
+
 def test_sparsity_is_counted_on_what_is_written(tmp_path):
     model = tiny_llama()
     prune(model, criterion=Magnitude(), squash=False)

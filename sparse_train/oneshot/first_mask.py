@@ -72,8 +72,19 @@ def begin(
     Raises:
         ValueError: there is a ``method``, and one-shot pruning makes no first mask here; or as ``make``.
     """
-    made = _one_shot(root, settings, method, count, batches, autocast, progress)
-    if method is not None and not made:
+    found = _calibration(root, settings, method, count, batches)
+    if found is not None:
+        model, own = found
+        with autocast:
+            make(
+                model,
+                own,
+                method or settings.criterion,
+                settings.mask_structure,
+                settings.first_sparsity,
+                progress,
+            )
+    elif method is not None:
         raise ValueError(
             f"initial_criterion is {method}, but no one-shot pruning makes the first mask here: it does at start_step "
             "0, with calibration_batches above 0, for a transformers model that is not sharded and has no masks yet, "
@@ -82,18 +93,17 @@ def begin(
         )
 
 
-def _one_shot(
+def _calibration(
     root: nn.Module,
     settings: RunSettings,
     method: Method | None,
     count: int,
     batches: Callable[[int], Sequence[Batch] | None],
-    autocast: AbstractContextManager[Any],
-    progress: bool,
-) -> bool:
+) -> tuple[nn.Module, Sequence[Batch]] | None:
+    """The model to calibrate, and this rank's batches for it; None where masks are there, or come from steps."""
     layers, pattern, sparsity = sparse_layers(root), settings.mask_structure, settings.first_sparsity
     if not is_wanted(method, settings.criterion, layers, sparsity):
-        return False
+        return None
     reshard(root)
     if any(map(is_sharded, layers.values())):
         if not masks_from_zeros(layers, pattern, sparsity) and rank() == 0:
@@ -102,17 +112,15 @@ def _one_shot(
                 "the activations of the first steps, which run dense. A model that was pruned before starts with the "
                 "zeros that it has."
             )
-        return False
+        return None
     if not count:
-        return False
+        return None
     model, ranks = causal_lm(root, layers), world_size()
     found = None if model is None else batches(-(-count // ranks) * ranks)  # as many for each rank
     if model is None or found is None or len(found) < ranks:
         _log.info("The first mask will come from the activations of the first steps, which run dense.")
-        return False
-    with autocast:
-        make(model, found[rank() :: ranks], method or settings.criterion, pattern, sparsity, progress)
-    return True
+        return None
+    return model, found[rank() :: ranks]
 
 
 def is_wanted(method: Method | None, criterion: Criterion, layers: Mapping[str, MaskedLayer], sparsity: float) -> bool:

@@ -135,8 +135,10 @@ class MaskUpdater:
         masked = state is not None or initial == 0 or not all(layer.keeps_all() for layer in self.layers.values())
         if masked and state is None:
             check_masks(self.layers, run.mask_structure, initial)
-        if state is not None:  # of the whole run, of which a part is left
-            self.timing = Timing(**state["timing"])
+        if state is not None:  # looked at ahead of the window, which takes layers over
+            check_settings(state["settings"], self.settings())
+            check_known(set(state["first_rows"]), self.layers)
+            self.timing = Timing(**state["timing"])  # of the whole run, of which a part is left
         else:
             self.timing = Timing.resolve(
                 start_step=run.start_step,
@@ -146,9 +148,6 @@ class MaskUpdater:
                 total_steps=total_steps,
                 first_from_window=run.criterion.needs_activations and not masked,
             )
-        if state is not None:  # ahead of the window, which takes layers over
-            check_settings(state["settings"], self.settings())
-            check_known(set(state["first_rows"]), self.layers)
         if run.halved:
             check_window(self.timing.window)
         self.window = Window(self.layers, run.criterion, run.halved, run.memory)

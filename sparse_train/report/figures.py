@@ -110,10 +110,11 @@ def curves(
         else:
             axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]) if _starts_at_zero(shown) else None)
         if len(axes.lines) > 1:
+            longest = max(len(str(each.get_label())) for each in axes.lines)
             axes.legend(
                 loc="lower left",
                 bbox_to_anchor=(0, 1),
-                ncols=4 if len(axes.lines) <= 4 else 3,
+                ncols=max(1, min(4, 110 // (longest + 8))),  # characters that fit beside each other
                 frameon=False,
                 fontsize=8.5,
                 borderaxespad=0.2,

@@ -1,4 +1,5 @@
 import io
+import warnings
 
 import numpy as np
 from PIL import Image
@@ -48,3 +49,10 @@ def test_flips_have_their_colours():
     legend = {c: n for n, c in Image.open(io.BytesIO(still.light)).convert("RGB").getcolors(1 << 20)}
     for colour in (went, came):
         assert share[colour] > 5 * legend[colour]  # one of eight entries, against its patch in the legend
+
+
+def test_a_legend_of_long_names_stays_inside_the_picture():
+    flips = {"since the update before": [(0, 0.0), (1, 0.4)], "since the first mask": [(0, 0.0), (1, 0.39)]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a layout that collapsed
+        curves("x", "c", {"static mask, fine-tuned": flips, "dynamically re-pruned": flips}, "flip rate, %")

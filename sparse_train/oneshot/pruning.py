@@ -18,6 +18,7 @@ from sparse_train.oneshot.block_walk import BlockWalk
 from sparse_train.oneshot.calibration_pass import Batch, CalibrationPass
 from sparse_train.oneshot.engine import Method, Undo, release, statistics_of
 from sparse_train.oneshot.experts import expert_matrices
+from sparse_train.oneshot.training_data import causal_lm
 from sparse_train.patterns import Pattern, parse_pattern, parse_word
 from sparse_train.pipeline.update_report import LayerUpdate
 from sparse_train.solvers import Solver
@@ -66,7 +67,8 @@ def prune(
     copy).
 
     Args:
-        model: any ``nn.Module`` with linear layers; on any device, of any float dtype.
+        model: any ``nn.Module`` with linear layers; on any device, of any float dtype. Of a LightningModule, which need
+            not have a forward, the transformers model in it is what is called.
         batches: calibration data: token ids (B, L) or dicts of model inputs. Not needed by ``Magnitude``.
         mask_structure: "unstructured", "N:M" with N **kept** of every M consecutive inputs, or a ``Pattern``. The word
             "unstructured" compares what the method's paper compares (``criterion.group``).
@@ -94,7 +96,7 @@ def prune(
         matrices: dict[str, MaskedMatrix] = {n: m for n, m in selection.layers.items() if isinstance(m, MaskedLayer)}
         matrices |= expert_matrices(selection.experts)
         report = set_initial_masks(
-            model,
+            _called(model, matrices),
             matrices,
             batches,
             criterion=method,
@@ -112,6 +114,13 @@ def prune(
     if squash:
         _layers.fold(model)
     return report
+
+
+def _called(model: nn.Module, matrices: Mapping[str, MaskedMatrix]) -> nn.Module:
+    """What takes calibration batches."""
+    if all(cls.__name__ != "LightningModule" for cls in type(model).__mro__):
+        return model
+    return causal_lm(model, {name: each for name, each in matrices.items() if isinstance(each, MaskedLayer)}) or model
 
 
 def method_of(criterion: Method | None) -> Method:

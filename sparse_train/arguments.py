@@ -1,8 +1,16 @@
-"""``expect``: arguments that are objects, or nothing."""
+"""``expect``: arguments that are objects, or nothing. ``plain``: numbers that are Python's."""
 
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+
+def plain(value: Any) -> Any:
+    """The Python number that a numpy scalar or a tensor of one is; anything else as it is.
+
+    Others are numbers of other classes: described in other words, and refused where a checkpoint is loaded.
+    """
+    return value.item() if hasattr(value, "item") and getattr(value, "ndim", None) == 0 else value
 
 
 def expect(name: str, value: T | None, default: T, base: type[Any] | tuple[type[Any], ...]) -> T:

@@ -3,6 +3,8 @@
 from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any
 
+from sparse_train.arguments import plain
+
 
 def describe(part: Any) -> str:
     """A criterion, schedule, policy or solver in words: its class, and what is not as it is by default.
@@ -10,7 +12,7 @@ def describe(part: Any) -> str:
     Without an address, also where its class is no dataclass.
     """
     if is_dataclass(part):
-        own = {field.name: getattr(part, field.name) for field in fields(part) if field.init}
+        own = {field.name: plain(getattr(part, field.name)) for field in fields(part) if field.init}
         default = {field.name: _default(field) for field in fields(part)}
         told = {name: value for name, value in own.items() if repr(value) != repr(default[name])}
         return f"{type(part).__name__}({_arguments(told)})"

@@ -46,6 +46,13 @@ class WandaCumulative(Criterion):
         scores_OI = Wanda().scores(weight_OI, stats)
         sorted_OI, order_OI = scores_OI.sort(dim=1, stable=True)
         # float64: with thousands of inputs a float32 running sum would tie neighbours that Wanda tells apart
-        share_OI = sorted_OI.double().cumsum_(1)
+        share_OI = _running_sum(sorted_OI.double())
         share_OI /= share_OI[:, -1:].clamp_min(torch.finfo(torch.float64).tiny)
         return torch.empty_like(scores_OI).scatter_(1, order_OI, share_OI.float())
+
+
+def _running_sum(values_OI: Tensor) -> Tensor:
+    """Along the inputs, in place where that is allowed: GPUs have no sum that rounds alike in each run."""
+    if values_OI.device.type != "cpu" and torch.are_deterministic_algorithms_enabled():
+        return values_OI.cpu().cumsum_(1).to(values_OI.device)
+    return values_OI.cumsum_(1)

@@ -32,7 +32,10 @@ def pack(mask_OI: Tensor) -> Tensor:
         mask_OI = F.pad(mask_OI, (0, spare))
     # Eight bools are one 64-bit word of 0/1 bytes (first input lowest). The product with this constant moves byte b
     # to bit 56 + b, without carries between them, so that the top byte holds all eight.
-    word_OJ = mask_OI.contiguous().view(torch.int64)
+    mask_OI = mask_OI.contiguous()
+    if mask_OI.storage_offset() % 8:  # a part of a longer mask, which begins within a word
+        mask_OI = mask_OI.clone()
+    word_OJ = mask_OI.view(torch.int64)
     return ((word_OJ * 0x0102040810204080) >> 56).to(torch.uint8)
 
 

@@ -107,6 +107,12 @@ class MaskedLayer(MaskedMatrix):
             self._record(x, recorder, self.statistics)
         return self.product(x)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        applied = super()._apply(fn, recurse)  # type: ignore[misc]  # .to and its like: the mask has moved by now
+        if self.statistics is not None and self.statistics.tokens.device != self.weight_mask.device:
+            self.statistics.move(self.weight_mask.device)
+        return applied
+
     def product(self, x: Tensor) -> Tensor:
         """The layer's output (..., O), with nothing recorded."""
         return masked_linear(x, self.weight_OI, self.weight_mask, self.bias, straight_through=self.straight_through)

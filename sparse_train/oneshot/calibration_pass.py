@@ -146,13 +146,14 @@ class CalibrationPass:
             try:
                 _call(self._model, _one_sample(self._batches[0]))
             except (*_MISSING, RuntimeError) as error:  # a block that fails by itself says so when its turn comes
-                _log.warning(
-                    "Whether the blocks of %s run once each could not be told (%s: %s); in a model that loops over "
-                    "them, masks would be wrong.",
-                    type(self._model).__name__,
-                    type(error).__name__,
-                    error,
-                )
+                if called != list(range(len(blocks))):  # else behind them: a head that is not loaded yet, on a GPU
+                    _log.warning(
+                        "Whether the blocks of %s run once each could not be told (%s: %s); in a model that loops over "
+                        "them, masks would be wrong.",
+                        type(self._model).__name__,
+                        type(error).__name__,
+                        error,
+                    )
         if called != list(range(len(called))):
             raise self._out_of_order(called)
         self._in_order = True
@@ -257,7 +258,8 @@ def _call(model: nn.Module, batch: Batch) -> Any:
 
 def raised_in_forward(error: BaseException) -> bool:
     """Whether an error came out of a forward of the model, and not of what is done with its activations."""
-    return any(frame.f_code is _call.__code__ for frame, _ in traceback.walk_tb(error.__traceback__))
+    codes = {frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)}
+    return _call.__code__ in codes and MaskedLayer._record.__code__ not in codes
 
 
 def _one_sample(batch: Batch) -> Batch:

@@ -8,8 +8,9 @@ ten times faster than sorting rows (``benchmarks/selection.py``). Other devices 
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -38,7 +39,8 @@ def keep_highest(scores_GM: Tensor, kept: int) -> Tensor:
 
 def by_threshold(scores_GM: Tensor, kept: int) -> Tensor:
     """``keep_highest`` by the threshold of each row; ties at it are settled by index."""
-    threshold_G1 = scores_GM.kthvalue(scores_GM.shape[1] - kept, dim=1, keepdim=True).values
+    with _not_deterministic():  # its indices are not, on some GPUs and versions; they are not read
+        threshold_G1 = scores_GM.kthvalue(scores_GM.shape[1] - kept, dim=1, keepdim=True).values
     keep_GM = scores_GM > threshold_G1
     missing_G1 = kept - keep_GM.sum(1, keepdim=True)
     if missing_G1.any():
@@ -46,6 +48,20 @@ def by_threshold(scores_GM: Tensor, kept: int) -> Tensor:
         first_kept_G1 = tied_GM.sum(1, keepdim=True) - missing_G1
         keep_GM |= tied_GM & (tied_GM.cumsum(1) > first_kept_G1)
     return keep_GM
+
+
+@contextmanager
+def _not_deterministic() -> Iterator[None]:
+    """Allow what ``use_deterministic_algorithms`` refuses."""
+    before, warn_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
 
 
 def by_comparison(scores_GM: Tensor, kept: int) -> Tensor:

@@ -35,7 +35,7 @@ class FirstMasks:
         differing = 0.0
         for name, rows_SJ in self._sample().items():
             scale = self._layers[name].out_features / len(rows_SJ)
-            differing += masks.count_differing(rows_SJ, self.rows_SJ[name]) * scale
+            differing += masks.count_differing(rows_SJ, self.rows_SJ[name].to(rows_SJ.device)) * scale
         return differing / sum(layer.in_features * layer.out_features for layer in self._layers.values())
 
     def state_dict(self) -> dict[str, Tensor]:

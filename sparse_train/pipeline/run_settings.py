@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from sparse_train.arguments import expect
+from sparse_train.arguments import expect, plain
 from sparse_train.criteria import Criterion, Wanda
 from sparse_train.description import describe
 from sparse_train.layers.matrices import MaskedLayer
@@ -65,6 +65,7 @@ class RunSettings:
         **others: Any,
     ) -> "RunSettings":
         """From what users write: a pattern in words, a sparsity or a schedule of it, None for the defaults."""
+        others = {name: plain(value) for name, value in others.items()}
         others["update_freq"] = check_update_freq(others["update_freq"])
         if isinstance(criterion, Solver):
             raise ValueError(
@@ -75,7 +76,7 @@ class RunSettings:
         scores = expect("criterion", criterion, Wanda(), Criterion)
         if schedule is not None:
             expect("schedule", schedule, Cubic(0.5), Schedule)
-        pattern, schedule = resolve_target(mask_structure, sparsity, schedule, scores.group)
+        pattern, schedule = resolve_target(mask_structure, plain(sparsity), schedule, scores.group)
         return RunSettings(
             pattern,
             schedule,

@@ -6,10 +6,12 @@ Progress is 0 at ``start_step`` and 1 at ``end_step``; steps are optimizer steps
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+from sparse_train.arguments import plain
+
 
 def check_sparsity(name: str, value: float) -> None:
     """Raise ValueError unless ``0 <= value < 1``."""
-    if not isinstance(value, (int, float)):
+    if not isinstance(plain(value), (int, float)):
         raise ValueError(f"{name} is the share of weights that are zero, a number such as 0.5, got {value!r}.")
     if not 0 <= value < 1:
         raise ValueError(

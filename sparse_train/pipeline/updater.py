@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sparse_train.arguments import plain
 from sparse_train.criteria import Criterion
 from sparse_train.distributed import rank
 from sparse_train.layers.agreement import check_agreement
@@ -128,7 +129,7 @@ class MaskUpdater:
 
     def _start(self, total_steps: int | float | None, state: Mapping[str, Any] | None) -> None:
         run = self.run
-        initial = run.schedule.sparsity(0.0)
+        initial = float(run.schedule.sparsity(0.0))
         check_policy(self.layers, run.policy)
         self._adapters = describe_adapters(self.layers)
         # A run starts from the masks that are there; where nothing is to be pruned yet, that is also a mask.
@@ -145,16 +146,17 @@ class MaskUpdater:
                 end_step=run.end_step,
                 update_freq=run.update_freq,
                 window=run.window,
-                total_steps=total_steps,
+                total_steps=plain(total_steps),
                 first_from_window=run.criterion.needs_activations and not masked,
             )
         if run.halved:
             check_window(self.timing.window)
+        self._growth = Growth(self.layers, run.policy, run.criterion) if isinstance(run.policy, Regrow) else None
+        # from here on the layers are this updater's; what can be refused has been looked at
         self.window = Window(self.layers, run.criterion, run.halved, run.memory)
         """What the next update sees."""
         for layer in self.layers.values():
             layer.straight_through = run.policy.straight_through
-        self._growth = Growth(self.layers, run.policy, run.criterion) if isinstance(run.policy, Regrow) else None
         self.steps = 0
         self.sparsity: float | None = initial if masked else None
         """Sparsity of the masks as they are; None before the first."""
@@ -179,7 +181,8 @@ class MaskUpdater:
 
     @token_mask.setter
     def token_mask(self, mask: Tensor | None) -> None:
-        self.window.recorder.token_mask = mask
+        device = next(iter(self.layers.values())).weight_mask.device
+        self.window.recorder.token_mask = None if mask is None else mask.to(device)
 
     def watch(self, optimizers: Iterable[Optimizer]) -> None:
         """Tell which optimizers train the layers; ``Regrow`` clears their moments, other policies do not need them."""
@@ -216,7 +219,7 @@ class MaskUpdater:
         began = time.perf_counter()
         reshard(self._model)
         progress = self.timing.progress(self.steps)
-        target = self.run.schedule.sparsity(progress)
+        target = float(self.run.schedule.sparsity(progress))
         self.window.before_update()
         since = 0 if self.sparsity is None else self.steps - self._last_update
         shadow_factor = self.run.policy.shadow_decay(progress, since) if since else 1.0

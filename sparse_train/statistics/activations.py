@@ -6,7 +6,7 @@ Shape suffixes: T tokens, I in_features.
 import functools
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -31,6 +31,10 @@ class Statistics(ABC):
     @abstractmethod
     def tensors(self) -> list[Tensor]:
         """All that is gathered, as tensors that are summed over ranks in place."""
+
+    @abstractmethod
+    def move(self, device: torch.device) -> None:
+        """To where the layer's input is, in place: layers may share one."""
 
     @property
     @abstractmethod
@@ -82,6 +86,9 @@ class ActivationNorm(Statistics):
 
     def tensors(self) -> list[Tensor]:
         return [self._sum_squares_I, self.tokens]
+
+    def move(self, device: torch.device) -> None:
+        self._sum_squares_I, self.tokens = self._sum_squares_I.to(device), self.tokens.to(device)
 
     def add(self, x: Tensor, token_mask: Tensor | None = None) -> None:
         """Count one batch of inputs.
@@ -138,6 +145,10 @@ class HalvedNorm(ActivationNorm):
             first.copy_(second)
             second.copy_(before)
 
+    def move(self, device: torch.device) -> None:
+        for half in self.halves:
+            half.move(device)
+
     def alone(self, half: int) -> ActivationNorm:
         """One half as if all tokens had been like its own; it must have seen some."""
         norm, own = ActivationNorm(len(self.sum_squares_I), self.tokens.device), self.halves[half]
@@ -162,14 +173,32 @@ class HalvedNorm(ActivationNorm):
 
 @contextmanager
 def in_float32(device_type: str) -> Iterator[None]:
-    """Matrix products of float32 as they are, whatever autocast and ``set_float32_matmul_precision`` (TF32) say."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    """Matrix products of float32 as they are, whatever autocast and settings of TF32 say."""
+    restore = _no_tf32()
     try:
         with torch.autocast(device_type, enabled=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        restore()
+
+
+def _no_tf32() -> Callable[[], None]:
+    """Turn TF32 off in the words in which it was set: torch has two, and raises where they are mixed."""
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:  # set by torch.backends.fp32_precision, or by that of a backend: transformers' tf32=True does
+        backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+        precisions = [each.fp32_precision for each in backends]
+
+        def restore() -> None:
+            for each, precision in zip(backends, precisions, strict=True):
+                each.fp32_precision = precision
+
+        for each in backends:
+            each.fp32_precision = "ieee"
+        return restore
+    torch.set_float32_matmul_precision("highest")
+    return functools.partial(torch.set_float32_matmul_precision, before)
 
 
 class ActivationGram(Statistics):
@@ -192,6 +221,9 @@ class ActivationGram(Statistics):
 
     def tensors(self) -> list[Tensor]:
         return [self.gram_II, self.tokens]
+
+    def move(self, device: torch.device) -> None:
+        self.gram_II, self.tokens = self.gram_II.to(device), self.tokens.to(device)
 
     def add(self, x: Tensor, token_mask: Tensor | None = None) -> None:
         x_TI = x.detach().reshape(-1, x.shape[-1]).float()

@@ -51,7 +51,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, module, at, calibrat
     with pytest.raises(SystemExit):
         interrupted(pruning(), Interrupt(at, path)).fit(first, loader())
     resumed, resumed_pruning = module(), pruning()
-    trainer(tmp_path, resumed_pruning, max_steps=14).fit(resumed, loader(), ckpt_path=path, weights_only=False)
+    trainer(tmp_path, resumed_pruning, max_steps=14).fit(resumed, loader(), ckpt_path=path)  # weights only, by default
 
     assert first.seen[:at] + resumed.seen == whole.seen
     a, b = whole.state_dict(), resumed.state_dict()

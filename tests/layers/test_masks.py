@@ -26,6 +26,13 @@ def test_round_trip_and_counts(out_features, in_features, seed):
     assert masks.count_differing(packed, masks.pack(b)) == int((a != b).sum())
 
 
+@pytest.mark.parametrize("start", [0, 8, 60])
+def test_a_part_of_a_longer_mask(start):
+    whole = torch.rand(1, 100, generator=torch.Generator().manual_seed(0)) < 0.5
+    part = whole[:, start : start + 32].view(2, 16)
+    assert torch.equal(masks.unpack(masks.pack(part), 16), part)
+
+
 @pytest.mark.parametrize("in_features", [4, 12, 20, 576])
 def test_full_keeps_everything_and_leaves_spare_bits_zero(in_features):
     full = masks.full(3, in_features)

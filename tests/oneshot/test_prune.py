@@ -268,20 +268,32 @@ def test_keeping_the_training_state(llama, ids):
         assert int(layer.statistics.tokens) == sum(map(torch.numel, ids))
 
 
-@pytest.mark.parametrize("precision", ["highest", "medium"])
-def test_a_solver_computes_in_float32_under_autocast_too(precision):
+@pytest.fixture
+def tf32(request):
+    """TF32 as it is set by each of torch's two interfaces, which must not be mixed."""
+    matmul = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    if request.param in ("highest", "medium"):
+        torch.set_float32_matmul_precision(request.param)
+        yield torch.get_float32_matmul_precision
+        torch.set_float32_matmul_precision("highest")
+    else:
+        torch.backends.fp32_precision = request.param
+        yield lambda: matmul[0].fp32_precision
+        for each in (torch.backends, *matmul):
+            each.fp32_precision = "none"
+
+
+@pytest.mark.parametrize("tf32", ["highest", "medium", "tf32"], indirect=True)
+def test_a_solver_computes_in_float32_under_autocast_too(tf32):
     """Autocast is of the forwards, of which here there is none in front of the target."""
     layer = torch.nn.Sequential(torch.nn.Linear(16, 8, bias=False))
     inputs = [torch.randn(64, 16, generator=torch.Generator().manual_seed(0))]
     plain, cast = copy.deepcopy(layer), copy.deepcopy(layer)
     prune(plain, inputs, "2:4", criterion=SparseGPT(block_size=8), targets=["0"])
-    torch.set_float32_matmul_precision(precision)
-    try:
-        with torch.autocast("cpu", torch.bfloat16):
-            prune(cast, inputs, "2:4", criterion=SparseGPT(block_size=8), targets=["0"])
-        assert torch.get_float32_matmul_precision() == precision
-    finally:
-        torch.set_float32_matmul_precision("highest")
+    before = tf32()
+    with torch.autocast("cpu", torch.bfloat16):
+        prune(cast, inputs, "2:4", criterion=SparseGPT(block_size=8), targets=["0"])
+    assert tf32() == before
     assert torch.equal(plain[0].weight, cast[0].weight)
 
 

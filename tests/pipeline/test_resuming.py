@@ -1,11 +1,13 @@
 """``MaskUpdater`` on masks that are there: its own of before, one-shot pruning's, and those of other runs."""
 
 import copy
+import io
 
+import numpy as np
 import pytest
 import torch
 
-from sparse_train import Fixed, Magnitude, MaskUpdater, Unstructured, prune, sparse_layers, squash
+from sparse_train import Fixed, Magnitude, MaskUpdater, Regrow, Unstructured, prune, sparse_layers, squash
 from sparse_train.pipeline.schedules import Linear
 from tests.conftest import VOCABULARY, tiny_llama
 from tests.pipeline.loops import equal, snapshot, train
@@ -42,6 +44,9 @@ def test_an_updater_that_fails_leaves_another_ones_layers_alone():
     state = first.state_dict()
     with pytest.raises(ValueError, match="update_freq = 10, and this run has 5"):
         MaskUpdater(model, "2:4", criterion=Magnitude(), targets=["re:.*q_proj"], update_freq=5, state=state)
+    times_norm = Regrow(times_norm=True)
+    with pytest.raises(ValueError, match="multiplies gradients by activation norms"):
+        MaskUpdater(model, "2:4", criterion=Magnitude(), targets=["re:.*q_proj"], policy=times_norm, total_steps=20)
     first.step()
     assert sparse_layers(model).keys() == first.layers.keys()
     assert torch.equal(model.model.layers[0].self_attn.q_proj.weight, weight)
@@ -56,6 +61,24 @@ def test_two_updaters_of_one_layer_are_refused_at_their_first_step():
     squash(model)
     with pytest.raises(ValueError, match="or it was squashed"):
         first.step()
+
+
+def test_numbers_of_numpy_are_numbers():
+    """Checkpoints hold none, which torch refuses to load, and a run that resumes may have Python's."""
+
+    def updater(number, whole, state=None):
+        given = {"update_freq": whole(4), "end_step": whole(9), "window": whole(2), "memory": number(0.5)}
+        schedule = Linear(number(0.75), init_sparsity=number(0.5))
+        return MaskUpdater(tiny_llama(), "unstructured", schedule=schedule, **given, total_steps=whole(12), state=state)
+
+    for number in (np.float32, np.float64, torch.tensor):
+        began = updater(number, np.int64)
+        train(began._model, began, 5)
+        content = io.BytesIO()
+        torch.save(began.state_dict(), content)
+        content.seek(0)
+        resumed = updater(float, int, torch.load(content, weights_only=True))
+        assert (resumed.steps, resumed.sparsity, resumed.timing) == (5, began.sparsity, began.timing)
 
 
 def test_resume_with_another_setting_is_refused():

@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sparse_train.layers.matrices import Recorder
 from sparse_train.layers.sparse_linear import sparsify
-from sparse_train.statistics.activations import ActivationNorm
+from sparse_train.statistics.activations import ActivationGram, ActivationNorm, HalvedNorm
 from sparse_train.statistics.recording import attach
 from tests.conftest import VOCABULARY, tiny_llama
 
@@ -29,6 +29,17 @@ def test_splitting_and_merging_change_nothing(tokens, split, seed):
         torch.testing.assert_close(other.sum_squares_I, whole.sum_squares_I, rtol=1e-5, atol=1e-6)
         assert int(other.tokens) == int(whole.tokens) == tokens + split
     torch.testing.assert_close(whole.norm_I.double(), x.double().norm(dim=0), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("kind", [ActivationNorm, HalvedNorm, ActivationGram])
+def test_statistics_move_with_their_layer_and_stay_shared(kind):
+    model = nn.Sequential(nn.Linear(8, 4), nn.Linear(8, 4))
+    sparsify(model, list(model))
+    attach(model, Recorder(), kind)
+    model[1].statistics = model[0].statistics
+    model.to("meta")
+    assert {tensor.device.type for tensor in model[0].statistics.tensors()} == {"meta"}
+    assert model[1].statistics is model[0].statistics
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

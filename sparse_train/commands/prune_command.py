@@ -137,7 +137,8 @@ def _once(
         if rank() != 0:  # they all have the same model
             return None, []
     details = details_of(job, seed, reports, notes) | {"streaming": streaming}
-    card = ModelCard(job.source.name, job.source.hub_id, job.source.license, oneshot_rows(details))
+    made = oneshot_rows(details)
+    card = ModelCard(job.source.name, job.source.hub_id, job.source.license, made, pruned_alone=streaming)
     if loaded is None:
         # it may not fit in memory: what is shown of it was counted as its blocks passed
         shown: Sequence[LayerSparsity] = _counted(details, reports[-1])

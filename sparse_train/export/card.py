@@ -37,6 +37,8 @@ class ModelCard:
     """How: rows of the card's table, such as method, criterion, calibration."""
     perplexity: str | None = None
     """With its protocol."""
+    pruned_alone: bool = False
+    """The layers that it is given are those that were pruned: of a model that does not fit in memory."""
     recipe: str | None = None
     """YAML that makes the model again."""
 
@@ -58,11 +60,12 @@ class ModelCard:
             pipeline_tag="text-generation",
             tags=["sparse-train", "sparse", "pruned", *patterns],
         )
+        whole = "" if self.pruned_alone else f", {overall_sparsity(layers):.4f} of all linear layers'"
         rows = {
             **({"base model": self.base_model} if self.base_model else {}),
             **self.made,
-            "sparsity": f"{overall_sparsity(pruned):.4f} of the {len(pruned)} pruned layers' weights, "
-            f"{overall_sparsity(layers):.4f} of all linear layers', counted on the weights that are written here",
+            "sparsity": f"{overall_sparsity(pruned):.4f} of the {len(pruned)} pruned layers' weights{whole}, counted "
+            "on the weights that are written here",
             **({"perplexity": self.perplexity} if self.perplexity else {}),
             "made with": f"sparse-train {version('sparse-train')}, torch {version('torch')}, "
             f"transformers {version('transformers')}",

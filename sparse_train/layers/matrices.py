@@ -122,10 +122,12 @@ class MaskedLayer(MaskedMatrix):
             assert isinstance(self, nn.Module)
             recorder.sharing.watch(self, x)
         mask = recorder.token_mask
+        if mask is not None and mask.device != x.device:
+            mask = recorder.token_mask = mask.to(x.device)
         if mask is not None and recorder.mask_misfit is None and not fits(mask, x):
             recorder.mask_misfit = f"{tuple(x.shape)}"
         if self.records:
-            statistics.add(x, recorder.token_mask)
+            statistics.add(x, mask)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {MASK_NAME}"

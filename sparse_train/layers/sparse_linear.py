@@ -140,7 +140,10 @@ def squashed_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def folded_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict of ``model`` with its masks, and adapters inside them, folded into its weights."""
+    """A state dict of ``model`` with its masks, and adapters inside them, folded into its weights, those on CPU.
+
+    All of them at once take as much room as the targets do, which a GPU in the middle of a run need not have.
+    """
     folded = {key: value for key, value in state.items() if not _is_mask(key)}
     for key, mask_OJ in state.items():
         if _is_mask(key):
@@ -151,9 +154,9 @@ def folded_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str
                 weight = layer.summed(weight, *(folded.pop(name + factor).detach() for factor in FACTOR_NAMES))
                 folded.pop(name + _EXTRA_STATE, None)
             if is_conv1d(layer):
-                folded[f"{name}weight"] = masks.apply(weight.t(), mask_OJ).t().contiguous()
+                folded[f"{name}weight"] = masks.apply(weight.t(), mask_OJ).t().contiguous().cpu()
             else:
-                folded[f"{name}weight"] = masks.apply(weight, mask_OJ)
+                folded[f"{name}weight"] = masks.apply(weight, mask_OJ).cpu()
     return folded
 
 

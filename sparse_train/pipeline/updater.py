@@ -181,8 +181,7 @@ class MaskUpdater:
 
     @token_mask.setter
     def token_mask(self, mask: Tensor | None) -> None:
-        device = next(iter(self.layers.values())).weight_mask.device
-        self.window.recorder.token_mask = None if mask is None else mask.to(device)
+        self.window.recorder.token_mask = mask
 
     def watch(self, optimizers: Iterable[Optimizer]) -> None:
         """Tell which optimizers train the layers; ``Regrow`` clears their moments, other policies do not need them."""

@@ -11,7 +11,6 @@ When what happens, in the Trainer's order:
     on_train_end      squash, behind the last checkpoint and the best one
 """
 
-import functools
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
 from sparse_train.criteria import Criterion
 from sparse_train.distributed import rank
@@ -28,7 +27,6 @@ from sparse_train.layers.matrices import MASK_NAME, MaskedLayer, is_conv1d
 from sparse_train.layers.sparse_linear import fold, sparse_layers
 from sparse_train.oneshot import first_mask
 from sparse_train.oneshot.first_mask import check_initial
-from sparse_train.oneshot.training_data import random_batches
 from sparse_train.patterns import Pattern
 from sparse_train.pipeline.policies import MaskPolicy
 from sparse_train.pipeline.pruner import measure
@@ -38,7 +36,9 @@ from sparse_train.pipeline.updater import MaskUpdater
 from sparse_train.solvers import Solver
 from sparse_train.statistics.earlier_windows import Memory
 from sparse_train.trainer import shadow_file
-from sparse_train.trainer.checks import check_best, check_engines
+from sparse_train.trainer.calibration import peek
+from sparse_train.trainer.checks import check_best, check_engines, check_first_mask, check_whole
+from sparse_train.trainer.teaching import teach
 
 _log = logging.getLogger(__name__)
 
@@ -56,8 +56,9 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
     training data; of a stream of data, it comes from the first ``window`` steps, which run dense. Metrics go into the
     Trainer's log at the steps of updates.
 
-    Each checkpoint folder holds the sparse model, with zeros, and beside it ``sparse_training_state.pt`` with masks,
-    shadow values and statistics, so that a resumed run continues bit for bit.
+    Each checkpoint folder of a transformers model holds the sparse model, with zeros, and beside it
+    ``sparse_training_state.pt`` with masks, shadow values and statistics, so that a resumed run continues bit for bit.
+    Of any other module it holds the state dict, as the Trainer writes that: masks and shadow values.
 
     Its arguments are those of ``sparse_train.callbacks.DynamicPruning``, but for ``mask_lora``; ``Regrow`` needs a hook
     that the Trainer has not.
@@ -120,9 +121,11 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
         self._squash = squash
         self._hooks: list[Any] = []
         self._unlogged: dict[str, float] = {}
+        self._resumed: Path | None = None
+        self._own_masks: dict[str, MaskedLayer] | None = None  # of a run that goes on, which began without any
         self.updater: MaskUpdater | None = None
         """The running pipeline; None before the run has begun."""
-        _teach_log()
+        teach(SparseTrainerCallback)
 
     state_key = "SparseTrainerCallback"  # Lightning asks for it before it calls setup
 
@@ -140,6 +143,10 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
         """Which tokens of a forward's keyword arguments count in activation statistics, (B, L), 0 = padding."""
         mask = inputs.get("attention_mask")
         return mask if isinstance(mask, Tensor) else None
+
+    def resume_from(self, folder: Path | None) -> None:
+        """Be told which checkpoint the run that begins resumes; None = it starts anew."""
+        self._resumed = folder
 
     def take_metrics(self) -> dict[str, float]:
         """What the last update reported, once."""
@@ -172,22 +179,28 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
         self, args: Any, state: Any, control: Any, *, model: nn.Module, train_dataloader: Any, **kwargs: Any
     ) -> None:
         layers = self._prepare(model)  # a model_init has made a new one, and a second run's is squashed
+        check_whole(layers)
         restored = None
         if state.global_step > 0:
-            restored = shadow_file.restore(_resumed_from(args, state), layers)
+            restored = shadow_file.restore(_file_in(self._resumed), layers, state.global_step)
         else:
-            size, collate = args.per_device_train_batch_size, train_dataloader.collate_fn
+            if self._own_masks == layers:  # auto_find_batch_size begins once more, where memory was too small
+                _forget(layers)
+            self._own_masks = layers if all(layer.keeps_all() for layer in layers.values()) else None
+            size = state.train_batch_size or args.per_device_train_batch_size
             dtype = torch.float16 if args.fp16 else torch.bfloat16
             first_mask.begin(
                 model,
                 self._settings,
                 self._initial_criterion,
                 self._calibration_batches,
-                lambda count: random_batches(train_dataloader.dataset, size, collate, count),
+                lambda count: peek(train_dataloader, size, count),
                 torch.autocast(args.device.type, dtype, enabled=args.fp16 or args.bf16),
                 progress=not args.disable_tqdm and rank() == 0,
             )
         self.updater = MaskUpdater(model, total_steps=state.max_steps, state=restored, **vars(self._settings))
+        if args.load_best_model_at_end:
+            check_first_mask(self.updater.sparsity)
         self._unlogged = {}
         if restored is None and self.updater.sparsity is not None:
             self._unlogged = self.updater.report().metrics()
@@ -218,6 +231,7 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_end(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
         assert self.updater is not None
         self.updater.finish()
+        self._own_masks = None
         final, found = self._settings.schedule.sparsity(1.0), measure(self.updater.layers).values()
         actual = sum(layer.zeros for layer in found) / sum(layer.size for layer in found)
         rounding = 1 / min(layer.in_features for layer in self.updater.layers.values())  # counts of a row are whole
@@ -238,6 +252,13 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
                 layer.recorder = layer.statistics = None
 
 
+def _forget(layers: Mapping[str, MaskedLayer]) -> None:
+    """Leave layers as they were before a run of ours."""
+    for layer in layers.values():
+        masks.fill_full(layer.weight_mask, layer.in_features)
+        layer.recorder = layer.statistics = None
+
+
 def _zeros_to_masks(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
     """Add the masks to a state dict that ``save_pretrained`` has written, or to a shard of it."""
     for name, layer in sparse_layers(module).items():
@@ -248,41 +269,16 @@ def _zeros_to_masks(module: nn.Module, state_dict: dict[str, Any], prefix: str, 
             state_dict[mask] = masks.pack(nonzero_OI)
 
 
-def _resumed_from(args: Any, state: Any) -> Path:
-    """The resumed checkpoint's file; the Trainer does not tell which folder it has loaded, only the step."""
-    named = [Path(args.resume_from_checkpoint)] if isinstance(args.resume_from_checkpoint, str) else []
-    folders = [*named, _folder_of(args, state)]
-    for folder in folders:
-        if (folder / shadow_file.FILE_NAME).is_file():
-            return folder / shadow_file.FILE_NAME
-    raise ValueError(
-        f"There is no {shadow_file.FILE_NAME} in {' or '.join(map(str, folders))}, so there "
-        "is no sparse run to resume. If the checkpoint is elsewhere, give its folder to "
-        "TrainingArguments(resume_from_checkpoint=...) too; if it was written without SparseTrainerCallback, load it "
-        "as a model and start a new run."
-    )
+def _file_in(folder: Path | None) -> Path:
+    file = Path(folder or "", shadow_file.FILE_NAME)
+    if folder is None or not file.is_file():
+        raise ValueError(
+            f"There is no {shadow_file.FILE_NAME} in {folder or 'what the Trainer has loaded'}, so there is no sparse "
+            "run to resume: the checkpoint was written without SparseTrainerCallback. Load it as a model and start a "
+            "new run."
+        )
+    return file
 
 
 def _folder_of(args: Any, state: Any) -> Path:
     return Path(args.output_dir) / f"checkpoint-{state.global_step}"
-
-
-def _teach_log() -> None:
-    """Make ``Trainer.log`` add what updates report: once, for all trainers.
-
-    Those who report (TensorBoard, W&B) stand before a user's callbacks and get a row first, so that nothing put into
-    it by ``on_log`` would reach them.
-    """
-    original = Trainer.log
-    if getattr(original, "adds_sparsity", False):
-        return
-
-    @functools.wraps(original)
-    def log(self: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> Any:
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, SparseTrainerCallback):
-                logs.update(callback.take_metrics())
-        return original(self, logs, *args, **kwargs)
-
-    log.adds_sparsity = True  # type: ignore[attr-defined]
-    Trainer.log = log

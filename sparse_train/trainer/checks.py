@@ -1,10 +1,13 @@
 """What does not go together with ``SparseTrainerCallback``, and is refused before a run begins."""
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
+from sparse_train.layers.matrices import MaskedLayer
+from sparse_train.layers.sharding import is_sharded
 from sparse_train.models.lora import is_peft
 from sparse_train.pipeline.run_settings import RunSettings
 
@@ -25,6 +28,27 @@ def check_engines(args: Any) -> None:
         raise ValueError(
             f"The Trainer would copy the model to {args.n_gpu} GPUs in each step (DataParallel), and activations "
             "recorded in copies are lost. Start it with torchrun, or show it one GPU with CUDA_VISIBLE_DEVICES."
+        )
+
+
+def check_whole(layers: Mapping[str, MaskedLayer]) -> None:
+    """Raise ValueError where the model was divided among processes as it was loaded."""
+    name = next((name for name, layer in layers.items() if is_sharded(layer)), None)
+    if name is not None:
+        raise ValueError(
+            f"{name} is divided among processes, and checkpoints of the Trainer would not be whole. Load the model "
+            "without distributed_config and train with DDP, or use Lightning with "
+            "sparse_train.callbacks.DynamicPruning, which knows FSDP2 and DeepSpeed."
+        )
+
+
+def check_first_mask(sparsity: float | None) -> None:
+    """Raise ValueError where ``load_best_model_at_end`` could bring a step back from before the first mask."""
+    if sparsity is None:
+        raise ValueError(
+            "The first mask comes from the activations of the first steps, which run dense, and "
+            "load_best_model_at_end would bring one of those back, as denser models have the lower loss. Leave it out, "
+            "or prune the model before the run: sparse_train.prune(model, batches, ..., squash=False)."
         )
 
 

@@ -25,14 +25,20 @@ def save(path: Path, layers: Mapping[str, MaskedLayer], updater: Mapping[str, An
 
 
 @torch.no_grad()
-def restore(path: Path, layers: Mapping[str, MaskedLayer]) -> dict[str, Any]:
+def restore(path: Path, layers: Mapping[str, MaskedLayer], step: int) -> dict[str, Any]:
     """Give layers, whose kept weights a checkpoint has brought, their masks and shadow values back.
+
+    Args:
+        path: of the file.
+        layers: by name.
+        step: of the checkpoint.
 
     Returns:
         The updater's state.
 
     Raises:
-        ValueError: the kept weights are not those that the file was written beside. Nothing is changed then.
+        ValueError: the kept weights or the step are not those that the file was written beside. Nothing is changed
+            then.
     """
     content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     saved: dict[str, dict[str, Tensor]] = content["layers"]
@@ -42,13 +48,18 @@ def restore(path: Path, layers: Mapping[str, MaskedLayer]) -> dict[str, Any]:
             f"{path} is of a run that pruned {len(saved)} layers, and this one prunes {len(layers)}; {name} is only in "
             "one of them. Resume with the same targets and ignore."
         )
+    if content["updater"]["steps"] != step:
+        raise ValueError(
+            f"{path} was written after {content['updater']['steps']} steps, and the checkpoint after {step}: they do "
+            "not belong together."
+        )
     for name, layer in layers.items():
         mask_OJ = saved[name]["mask"].to(layer.weight_mask.device)
         kept_OI = masks.apply(layer.weight_OI.detach(), mask_OJ)
         if not torch.equal(_fingerprint(kept_OI).cpu(), saved[name]["fingerprint"]):
             raise ValueError(
-                f"{path} does not belong to the weights that were loaded: {name} differs. To resume from a checkpoint "
-                "outside of output_dir, give its folder to TrainingArguments(resume_from_checkpoint=...) too."
+                f"{path} does not belong to the weights that were loaded: {name} differs. Resume from a checkpoint "
+                "folder as it was written."
             )
     for name, layer in layers.items():
         layer.weight_mask.copy_(saved[name]["mask"])

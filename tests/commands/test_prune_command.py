@@ -101,6 +101,15 @@ def test_streaming_gives_the_same_model(run, capsys):
     assert sorted(path.name for path in Path().iterdir()) == ["model", "streamed", "whole"]
 
 
+def test_a_card_tells_no_share_of_layers_that_were_not_counted(run):
+    run("--ignore=['re:.*down_proj']", out="whole")
+    run("--ignore=['re:.*down_proj']", "--streaming=true", out="streamed")
+    whole, streamed = (Path(folder, "README.md").read_text() for folder in ("whole", "streamed"))
+    share = "0.5000 of the 18 pruned layers' weights"
+    assert f"{share}, 0.3" in whole and "of all linear layers'" in whole
+    assert f"{share}, counted on" in streamed and "of all" not in streamed
+
+
 def test_seeds_print_mean_and_standard_deviation(run, capsys):
     _, details = run("--seeds=0..2", "--window=32", "--max_tokens=320")
     values = [row["perplexity"] for row in details["seeds"]]

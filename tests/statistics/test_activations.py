@@ -129,3 +129,13 @@ def test_statistics_survive_a_cast_of_the_model():
     model.to(torch.bfloat16)
     assert torch.equal(model.up.statistics.sum_squares_I, before)
     assert model.up.weight_mask.dtype == torch.uint8
+
+
+def test_a_token_mask_follows_the_input():
+    layer = nn.Linear(4, 4)
+    sparsify(layer, [layer])
+    recorder = Recorder(when="always")
+    attach([layer], recorder, ActivationNorm)
+    recorder.token_mask = torch.ones(2, 3)
+    layer.to("meta")._record(torch.ones(2, 3, 4, device="meta"), recorder, layer.statistics)
+    assert recorder.token_mask.device.type == "meta"

@@ -4,7 +4,8 @@ import shutil
 
 import pytest
 import torch
-from torch.utils.data import Dataset
+from peft import LoraConfig, get_peft_model
+from torch.utils.data import Dataset, SubsetRandomSampler
 from transformers import (
     AutoModelForCausalLM,
     PrinterCallback,
@@ -163,12 +164,26 @@ def test_resuming_from_another_folder(tmp_path):
     other = trainer(tmp_path / "b", pruning(), model=tiny_llama(initializer_range=0.03), seed=5, **settings)
     other.train()
     folder = str(tmp_path / "a" / "checkpoint-5")
-    run = trainer(tmp_path / "b", pruning())
-    with pytest.raises(ValueError, match="does not belong to the weights that were loaded"):
-        run.train(resume_from_checkpoint=folder)  # b/checkpoint-5 is not what was loaded
-    run = trainer(tmp_path / "b", pruning(), resume_from_checkpoint=folder)
+    run = trainer(tmp_path / "b", pruning(), resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-5"))  # unread
     run.train(resume_from_checkpoint=folder)
     assert run.state.global_step == 12
+    shutil.copy(tmp_path / "b" / "checkpoint-5" / FILE_NAME, folder)
+    with pytest.raises(ValueError, match="does not belong to the weights that were loaded"):
+        trainer(tmp_path / "c", pruning()).train(resume_from_checkpoint=folder)
+
+
+def test_the_state_of_another_step_is_refused_where_kept_weights_cannot_tell(tmp_path):
+    """Under adapters of peft the weights that are pruned are frozen, and the same at each step."""
+
+    def run(**settings):
+        model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"]))
+        return trainer(tmp_path, pruning(), model=model, save_strategy="steps", save_steps=4, **settings)
+
+    run().train()
+    run(max_steps=14).train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    shutil.copy(tmp_path / "checkpoint-4" / FILE_NAME, tmp_path / "checkpoint-8")
+    with pytest.raises(ValueError, match="written after 4 steps, and the checkpoint after 8"):
+        run().train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
 
 
 def test_what_cannot_be_resumed_says_why(tmp_path):
@@ -212,6 +227,77 @@ def test_the_best_model_is_refused_where_it_would_be_a_denser_one(tmp_path, chan
     settings = {"save_strategy": "steps", "eval_strategy": "steps", "eval_steps": 4, "save_steps": 4}
     with pytest.raises(ValueError, match="from before the final sparsity"):
         trainer(tmp_path, pruning(**changes), load_best_model_at_end=True, **settings)
+
+
+def test_the_best_model_is_refused_where_the_first_steps_run_dense(tmp_path):
+    settings = {"save_strategy": "steps", "eval_strategy": "steps", "eval_steps": 4, "save_steps": 4}
+    run = trainer(tmp_path, pruning(calibration_batches=0), load_best_model_at_end=True, **settings)
+    with pytest.raises(ValueError, match="would bring one of those back"):
+        run.train()
+
+
+class OutOfMemory(TrainerCallback):
+    """At its first step 3."""
+
+    raised = False
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 3 and not self.raised:
+            self.raised = True
+            raise RuntimeError("CUDA out of memory.")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"initial_criterion": SparseGPT()}, {"schedule": Cubic(final_sparsity=0.5, init_sparsity=0.25)}],
+    ids=["plain", "solver", "gradual"],
+)
+def test_a_smaller_batch_is_tried_where_memory_runs_out(tmp_path, changes):
+    sizes = []
+
+    class Sizes(TrainerCallback):
+        def on_train_begin(self, args, state, control, model=None, **kwargs):
+            tokens = {int(layer.statistics.tokens) for layer in sparse_layers(model).values()}
+            sizes.append((state.train_batch_size, tokens))
+
+    again = [pruning(memory=1.0, **changes), OutOfMemory(), Sizes()]
+    run = trainer(tmp_path, *again, auto_find_batch_size=True, per_device_train_batch_size=4)
+    run.train()
+    assert run.state.global_step == 12
+    (before, seen), (after, seen_again) = sizes
+    assert after < before
+    assert seen == {8 * before * 16} and seen_again == {8 * after * 16}
+    assert ((run.model.model.layers[0].mlp.up_proj.weight.reshape(-1, 4) == 0).sum(1) == 2).all()
+
+
+class FirstHalf(Trainer):
+    def _get_train_sampler(self, *args, **kwargs):
+        return SubsetRandomSampler(range(4))
+
+
+class OwnLoader(Trainer):
+    def get_train_dataloader(self):
+        return [default_data_collator([Tokens()[0], Tokens()[1]])] * 12
+
+
+class Watched(Tokens):
+    def __init__(self):
+        super().__init__()
+        self.read = set()
+
+    def __getitem__(self, i):
+        self.read.add(i)
+        return super().__getitem__(i)
+
+
+@pytest.mark.parametrize("kind", [FirstHalf, OwnLoader])
+def test_a_first_mask_reads_nothing_that_a_loader_leaves_out(tmp_path, kind):
+    data = Watched()
+    settings = TrainingArguments(str(tmp_path), max_steps=6, report_to=[], use_cpu=True, save_strategy="no")
+    run = kind(model=tiny_llama(), args=settings, train_dataset=data, callbacks=[pruning(update_freq=2)])
+    run.train()
+    assert data.read <= set(range(4))
+    assert ((run.model.model.layers[0].mlp.up_proj.weight.reshape(-1, 4) == 0).sum(1) == 2).all()
 
 
 def test_updates_are_in_the_trainers_log_and_reach_reporters_that_come_first(tmp_path):

@@ -1,0 +1,92 @@
+"""The same on a device that is not the CPU: tensors are moved where they are wanted, branches for GPUs do what CPUs do.
+
+No GPU is needed, see ``device.py``.
+"""
+
+import pytest
+import torch
+
+from sparse_train import RIA, Cubic, Dormant, Fixed, Magnitude, Regrow, SparseGPT, StraightThrough, Unstructured, Wanda
+from sparse_train.criteria import WandaCumulative
+from tests.other_device import device, flows
+from tests.ranks.launch import run
+
+pytestmark = pytest.mark.skipif(not device.SUPPORTED, reason="this torch has no backends in Python")
+
+TRAINING = {
+    "2:4": {},
+    "unstructured": {"mask_structure": "unstructured", "sparsity": 0.6},
+    "bfloat16": {"dtype": torch.bfloat16},
+    "checkpointing": {"checkpointing": True},
+    "moved late": {"late": True},
+    "Conv1D": {"kind": "gpt2"},
+    "adapters": {"lora": True},
+    "margins": {"noise_margin": 1.0, "hysteresis": 0.1, "flip_agreement": True},
+    "memory": {"memory": 0.5},
+    "frozen norms": {"memory": "frozen"},
+    "decay": {"policy": StraightThrough(srste_decay=0.01)},
+    "dormant": {"policy": Dormant()},
+    "regrow": {"policy": Regrow()},
+    "gradual": {"mask_structure": "unstructured", "policy": Fixed(), "schedule": Cubic(0.6, 0.1)},
+    "model-wide": {"mask_structure": Unstructured("model"), "sparsity": 0.5},
+    "cumulative": {"mask_structure": "unstructured", "sparsity": 0.5, "criterion": WandaCumulative()},
+    "magnitude": {"criterion": Magnitude()},
+}
+
+
+def both(flow, **arguments):
+    return [run(flows.on, name, flow, ranks=1, **arguments)[0] for name in ("cpu", device.NAME)]
+
+
+def differing(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    counts = [int((ours[name] != theirs[name]).sum()) for name in ours if ours[name].dtype in (torch.uint8, torch.bool)]
+    return sum(counts)
+
+
+@pytest.mark.parametrize("settings", TRAINING.values(), ids=TRAINING)
+def test_training(settings):
+    cpu, other = both("train", **settings)
+    assert cpu.pop("zeros") == other.pop("zeros")
+    torch.testing.assert_close(cpu["flips"], other["flips"], atol=0.01, rtol=0.05)
+    size = sum(mask.numel() for mask in cpu.values())
+    share = 0.1 if settings.get("dtype") == torch.bfloat16 else 0.002
+    assert differing(cpu, other) < share * size  # near-ties: sums are rounded in another order
+
+
+@pytest.mark.parametrize("structure", ["2:4", "unstructured"])
+@pytest.mark.parametrize("method", [Wanda(), Magnitude(), RIA(), WandaCumulative(), SparseGPT(block_size=16)], ids=repr)
+def test_oneshot(method, structure):
+    cpu, other = both("oneshot", criterion=method, mask_structure=structure, sparsity=0.5)
+    assert differing(cpu, other) == 0
+    torch.testing.assert_close(cpu["perplexity"], other["perplexity"])
+
+
+@pytest.mark.parametrize("method", [Wanda(), SparseGPT(block_size=16)], ids=["wanda", "sparsegpt"])
+def test_oneshot_of_conv1d(method):
+    assert differing(*both("oneshot", kind="gpt2", criterion=method)) == 0
+
+
+@pytest.mark.parametrize("settings", [{}, {"calibration_batches": 0}], ids=["calibrated", "first window"])
+def test_the_callback(settings):
+    cpu, other = both("lightning", **settings)
+    assert differing(cpu, other) < 0.002 * sum(mask.numel() for mask in cpu.values())
+
+
+def test_streaming():
+    assert differing(*both("stream", criterion=Wanda())) == 0
+
+
+def test_losses():
+    for ours, theirs in zip(*(found.values() for found in both("losses")), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_the_device_refuses_tensors_of_the_cpu():
+    with pytest.raises(Exception, match="Expected all tensors to be on the same device"):
+        run(_mixes, ranks=1)
+
+
+def _mixes():
+    device.install()
+    return torch.ones(2, device=device.NAME) + torch.ones(2)

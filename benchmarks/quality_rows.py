@@ -1,10 +1,12 @@
 """Which rows of benchmarks/quality.csv are reported, and at which learning rate: ``Runs``.
 
-An arm is reported at the learning rate with the lowest perplexity on validation articles among its tuning rows. Seeds
-of tuning rows are not reported, and nothing is chosen on others.
+An arm is reported at the learning rate with the lowest perplexity on validation articles among its tuning rows, whose
+seeds are not reported; an arm without such rows, at that with the most seeds, and of those the lowest on validation
+articles. Nothing is chosen on other texts.
 """
 
 import statistics
+from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -41,14 +43,20 @@ class Runs:
         return best is not None and at_best and min(tried) < best < max(tried)
 
     def reported(self, arm: str, steps: int = 100) -> dict[int, dict[str, str]]:
-        """The row of each seed that chose nothing: at the best learning rate, or else at the one with most seeds."""
+        """The row of each seed that chose nothing: at the best learning rate.
+
+        That of the tuning rows; or else of rates with most seeds the one that is lower on validation articles.
+        """
         found = [row for row in self._rows if row["arm"] == arm and row["tuning"] == "False"]
         found = [row for row in found if row["steps"] in ("0", str(steps))]
         found = [row for row in found if row["steps"] == "0" or row["seed"] not in self._chosen_on]
         if not found:
             return {}
-        rates = [float(row["lr"]) for row in found]
-        best = self.lr(arm) if self.lr(arm) in rates else max(rates, key=rates.count)
+        validation = defaultdict(list)
+        for row in found:
+            validation[float(row["lr"])].append(float(row["validation"]))
+        rates = sorted(validation, key=lambda lr: (-len(validation[lr]), statistics.mean(validation[lr])))
+        best = self.lr(arm) if self.lr(arm) in rates else rates[0]
         return {int(row["seed"]): row for row in found if float(row["lr"]) == best}
 
     def values(self, arm: str, text: str, steps: int = 100) -> dict[int, float]:

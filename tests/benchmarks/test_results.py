@@ -49,6 +49,9 @@ def test_an_arm_is_reported_at_its_best_learning_rate_and_on_seeds_that_chose_no
         "dynamic,1,100,0.1,False,9,9,9,9,0.5,0.02,0.01,,",
         "dynamic,1,100,0.2,False,18,18,36,,0.5,0.02,0.01,,",
         "dynamic,2,100,0.2,False,20,22,44,,0.5,0.02,0.01,,",
+        "static,1,100,0.1,False,21,10,10,,0.5,,,,",
+        "static,2,100,0.1,False,21,10,10,,0.5,,,,",
+        "static,1,100,0.3,False,1,1,1,,0.5,,,,",
         "static,1,100,0.2,False,20,20,40,,0.5,,,,",
         "static,2,100,0.2,False,20,20,40,,0.5,,,,",
     ]

@@ -43,9 +43,10 @@ class Runs:
         return best is not None and at_best and min(tried) < best < max(tried)
 
     def reported(self, arm: str, steps: int = 100) -> dict[int, dict[str, str]]:
-        """The row of each seed that chose nothing: at the best learning rate.
+        """The row of each seed at the best learning rate, but of seeds that tuning rows have.
 
-        That of the tuning rows; or else of rates with most seeds the one that is lower on validation articles.
+        It is that of the tuning rows; or else, of the rates with the most of these seeds, the one that is lower on
+        their validation articles.
         """
         found = [row for row in self._rows if row["arm"] == arm and row["tuning"] == "False"]
         found = [row for row in found if row["steps"] in ("0", str(steps))]

@@ -33,8 +33,8 @@ def pack(mask_OI: Tensor) -> Tensor:
     # Eight bools are one 64-bit word of 0/1 bytes (first input lowest). The product with this constant moves byte b
     # to bit 56 + b, without carries between them, so that the top byte holds all eight.
     mask_OI = mask_OI.contiguous()
-    if mask_OI.storage_offset() % 8:  # a part of a longer mask, which begins within a word
-        mask_OI = mask_OI.clone()
+    if mask_OI.storage_offset() % 8 or mask_OI.stride(0) % 8:  # a part of a longer mask, which begins within a word
+        mask_OI = mask_OI.clone(memory_format=torch.contiguous_format)
     word_OJ = mask_OI.view(torch.int64)
     return ((word_OJ * 0x0102040810204080) >> 56).to(torch.uint8)
 

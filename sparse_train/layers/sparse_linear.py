@@ -139,10 +139,16 @@ def squashed_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return folded_state_dict(model, model.state_dict())
 
 
-def folded_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict of ``model`` with its masks, and adapters inside them, folded into its weights, those on CPU.
+def folded_state_dict(
+    model: nn.Module, state: Mapping[str, Tensor], device: torch.device | str | None = None
+) -> dict[str, Tensor]:
+    """A state dict of ``model`` with its masks, and adapters inside them, folded into its weights.
 
-    All of them at once take as much room as the targets do, which a GPU in the middle of a run need not have.
+    Args:
+        model: whose state it is.
+        state: with masks.
+        device: to put weights with masks folded in, one after the other: together they take as much room as the targets
+            do, which a GPU in the middle of a run need not have. Default: where they were.
     """
     folded = {key: value for key, value in state.items() if not _is_mask(key)}
     for key, mask_OJ in state.items():
@@ -154,9 +160,10 @@ def folded_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str
                 weight = layer.summed(weight, *(folded.pop(name + factor).detach() for factor in FACTOR_NAMES))
                 folded.pop(name + _EXTRA_STATE, None)
             if is_conv1d(layer):
-                folded[f"{name}weight"] = masks.apply(weight.t(), mask_OJ).t().contiguous().cpu()
+                weight = masks.apply(weight.t(), mask_OJ).t().contiguous()
             else:
-                folded[f"{name}weight"] = masks.apply(weight, mask_OJ).cpu()
+                weight = masks.apply(weight, mask_OJ)
+            folded[f"{name}weight"] = weight if device is None else weight.to(device)
     return folded
 
 
@@ -191,7 +198,7 @@ def _teach_save_pretrained() -> None:
                 "The weights of this model are divided among processes, so save_pretrained would not write it whole. "
                 "Call sparse_train.export.export_model(model, tokenizer, folder) in every process."
             )
-        bound.arguments["state_dict"] = folded_state_dict(self, self.state_dict() if state is None else state)
+        bound.arguments["state_dict"] = folded_state_dict(self, self.state_dict() if state is None else state, "cpu")
         return original(*bound.args, **bound.kwargs)
 
     save_pretrained.folds_masks = True  # type: ignore[attr-defined]

@@ -88,8 +88,8 @@ def begin(
         raise ValueError(
             f"initial_criterion is {method}, but no one-shot pruning makes the first mask here: it does at start_step "
             "0, with calibration_batches above 0, for a transformers model that is not sharded and has no masks yet, "
-            "from data that is not a stream, and where there is something to prune. Leave initial_criterion out, or "
-            "prune the model before the run (sparse_train.prune)."
+            "from data that is not a stream, by no sampler of one's own, and where there is something to prune. Leave "
+            "initial_criterion out, or prune the model before the run (sparse_train.prune)."
         )
 
 

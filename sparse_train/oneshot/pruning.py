@@ -67,8 +67,8 @@ def prune(
     copy).
 
     Args:
-        model: any ``nn.Module`` with linear layers; on any device, of any float dtype. Of a LightningModule, which need
-            not have a forward, the transformers model in it is what is called.
+        model: any ``nn.Module`` with linear layers; on any device, of any float dtype. Of a LightningModule without a
+            forward of its own, the transformers model in it is what is called.
         batches: calibration data: token ids (B, L) or dicts of model inputs. Not needed by ``Magnitude``.
         mask_structure: "unstructured", "N:M" with N **kept** of every M consecutive inputs, or a ``Pattern``. The word
             "unstructured" compares what the method's paper compares (``criterion.group``).
@@ -118,7 +118,8 @@ def prune(
 
 def _called(model: nn.Module, matrices: Mapping[str, MaskedMatrix]) -> nn.Module:
     """What takes calibration batches."""
-    if all(cls.__name__ != "LightningModule" for cls in type(model).__mro__):
+    lightning = next((cls for cls in type(model).__mro__ if cls.__name__ == "LightningModule"), None)
+    if lightning is None or type(model).forward is not vars(lightning).get("forward"):
         return model
     return causal_lm(model, {name: each for name, each in matrices.items() if isinstance(each, MaskedLayer)}) or model
 

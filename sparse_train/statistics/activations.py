@@ -184,21 +184,28 @@ def in_float32(device_type: str) -> Iterator[None]:
 
 def _no_tf32() -> Callable[[], None]:
     """Turn TF32 off in the words in which it was set: torch has two, and raises where they are mixed."""
+    own = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    precisions = [getattr(each, "fp32_precision", None) for each in own]  # since torch 2.9
     try:
         before = torch.get_float32_matmul_precision()
     except RuntimeError:  # set by torch.backends.fp32_precision, or by that of a backend: transformers' tf32=True does
-        backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-        precisions = [each.fp32_precision for each in backends]
-
-        def restore() -> None:
-            for each, precision in zip(backends, precisions, strict=True):
-                each.fp32_precision = precision
-
-        for each in backends:
+        before = None
+    if before is not None:
+        torch.set_float32_matmul_precision("highest")
+    else:
+        for each in own:
             each.fp32_precision = "ieee"
-        return restore
-    torch.set_float32_matmul_precision("highest")
-    return functools.partial(torch.set_float32_matmul_precision, before)
+
+    def restore() -> None:
+        if before is not None:
+            torch.set_float32_matmul_precision(before)  # which says "ieee" where nothing was said
+        for each, precision in zip(own, precisions, strict=True):
+            if precision is not None:
+                each.fp32_precision = "none"  # what torch.backends says, also from now on
+                if each.fp32_precision != precision:
+                    each.fp32_precision = precision
+
+    return restore
 
 
 class ActivationGram(Statistics):

@@ -1,14 +1,24 @@
 """Where the first mask of a ``Trainer``'s run gets its data from."""
 
+import logging
 from typing import Any
 
-from torch.utils.data import DistributedSampler, RandomSampler, SequentialSampler
-from transformers.trainer_pt_utils import LengthGroupedSampler
+from torch.utils.data import IterableDataset
 
+from sparse_train.layers.matrices import class_path
 from sparse_train.oneshot import Batch
 from sparse_train.oneshot.training_data import random_batches
 
-_WHOLE_DATA_SAMPLERS = (SequentialSampler, RandomSampler, DistributedSampler, LengthGroupedSampler)
+_log = logging.getLogger(__name__)
+_WHOLE_DATA_SAMPLERS = {
+    "torch.utils.data.sampler.SequentialSampler",
+    "torch.utils.data.sampler.RandomSampler",
+    "torch.utils.data.distributed.DistributedSampler",
+    "accelerate.data_loader.SeedableRandomSampler",
+    "transformers.trainer_pt_utils.LengthGroupedSampler",
+    "transformers.trainer_pt_utils.BatchRebalanceSampler",
+}
+"""By name: not all of them are in all versions."""
 
 
 def peek(loader: Any, batch_size: int, count: int) -> list[Batch] | None:
@@ -16,11 +26,20 @@ def peek(loader: Any, batch_size: int, count: int) -> list[Batch] | None:
 
     Args:
         loader: the Trainer's, as accelerate has prepared it, or one of the user's own.
-        batch_size: of a batch, where the loader does not say.
+        batch_size: of a batch.
         count: how many.
     """
-    batches = getattr(loader, "batch_sampler", None)
+    dataset, batches = getattr(loader, "dataset", None), getattr(loader, "batch_sampler", None)
+    if isinstance(dataset, IterableDataset):
+        return None
     batches = getattr(batches, "batch_sampler", batches)  # accelerate's, of one process, stands around it
-    if not isinstance(getattr(batches, "sampler", None), _WHOLE_DATA_SAMPLERS):
-        return None  # others may be what keeps validation data out
+    sampler = type(getattr(batches, "sampler", batches))
+    if class_path(sampler) not in _WHOLE_DATA_SAMPLERS:
+        _log.warning(
+            "Training data is read by %s, which may leave some of it out, so that none is read for calibration. The "
+            "first mask will come from the activations of the first steps, which run dense; to begin with a mask, prune "
+            "the model before: sparse_train.prune(model, batches, ..., squash=False).",
+            f"a {sampler.__name__}" if batches is not None else f"a {type(loader).__name__}",
+        )
+        return None
     return random_batches(loader.dataset, batch_size, loader.collate_fn, count)

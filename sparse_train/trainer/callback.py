@@ -11,6 +11,7 @@ When what happens, in the Trainer's order:
     on_train_end      squash, behind the last checkpoint and the best one
 """
 
+import copy
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -37,7 +38,7 @@ from sparse_train.solvers import Solver
 from sparse_train.statistics.earlier_windows import Memory
 from sparse_train.trainer import shadow_file
 from sparse_train.trainer.calibration import peek
-from sparse_train.trainer.checks import check_best, check_engines, check_first_mask, check_whole
+from sparse_train.trainer.checks import check_best, check_engines, check_first_mask, check_first_try, check_whole
 from sparse_train.trainer.teaching import teach
 
 _log = logging.getLogger(__name__)
@@ -53,7 +54,8 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
         trainer.save_model("sparse")  # pruned weights are zeros
 
     The first mask, with ``start_step`` 0, is calibrated block by block on ``calibration_batches`` batches of the
-    training data; of a stream of data, it comes from the first ``window`` steps, which run dense. Metrics go into the
+    training data; of a stream of data, or where a sampler of one's own reads it, the mask comes from the first
+    ``window`` steps, which run dense. Metrics go into the
     Trainer's log at the steps of updates.
 
     Each checkpoint folder of a transformers model holds the sparse model, with zeros, and beside it
@@ -122,10 +124,9 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
         self._hooks: list[Any] = []
         self._unlogged: dict[str, float] = {}
         self._resumed: Path | None = None
-        self._own_masks: dict[str, MaskedLayer] | None = None  # of a run that goes on, which began without any
+        self._start: dict[str, tuple[Tensor, Any]] | None = None  # masks and statistics that this train() began with
         self.updater: MaskUpdater | None = None
         """The running pipeline; None before the run has begun."""
-        teach(SparseTrainerCallback)
 
     state_key = "SparseTrainerCallback"  # Lightning asks for it before it calls setup
 
@@ -146,7 +147,7 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
 
     def resume_from(self, folder: Path | None) -> None:
         """Be told which checkpoint the run that begins resumes; None = it starts anew."""
-        self._resumed = folder
+        self._resumed, self._start = folder, None
 
     def take_metrics(self) -> dict[str, float]:
         """What the last update reported, once."""
@@ -182,11 +183,13 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
         check_whole(layers)
         restored = None
         if state.global_step > 0:
-            restored = shadow_file.restore(_file_in(self._resumed), layers, state.global_step)
+            check_first_try(self._start is None)
+            self._start = {}
+            restored = shadow_file.restore(
+                _file_in(self._resumed or _folder_of(args, state)), layers, state.global_step
+            )
         else:
-            if self._own_masks == layers:  # auto_find_batch_size begins once more, where memory was too small
-                _forget(layers)
-            self._own_masks = layers if all(layer.keeps_all() for layer in layers.values()) else None
+            self._begin_anew(layers, args.auto_find_batch_size)
             size = state.train_batch_size or args.per_device_train_batch_size
             dtype = torch.float16 if args.fp16 else torch.bfloat16
             first_mask.begin(
@@ -204,6 +207,15 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
         self._unlogged = {}
         if restored is None and self.updater.sparsity is not None:
             self._unlogged = self.updater.report().metrics()
+
+    def _begin_anew(self, layers: dict[str, MaskedLayer], retries: bool) -> None:
+        """Bring masks back that the run began with, where memory was too small and auto_find_batch_size retries."""
+        for name, (mask_OJ, statistics) in (self._start or {}).items():
+            layers[name].weight_mask.copy_(mask_OJ)
+            layers[name].recorder, layers[name].statistics = None, copy.deepcopy(statistics)
+        if retries and self._start is None:
+            own = {name: layer.statistics if layer.recorder is None else None for name, layer in layers.items()}
+            self._start = {n: (layer.weight_mask.clone(), copy.deepcopy(own[n])) for n, layer in layers.items()}
 
     # --- in training -------------------------------------------------------------------------------------------------
 
@@ -231,7 +243,7 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_end(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
         assert self.updater is not None
         self.updater.finish()
-        self._own_masks = None
+        self._start = None
         final, found = self._settings.schedule.sparsity(1.0), measure(self.updater.layers).values()
         actual = sum(layer.zeros for layer in found) / sum(layer.size for layer in found)
         rounding = 1 / min(layer.in_features for layer in self.updater.layers.values())  # counts of a row are whole
@@ -252,13 +264,6 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
                 layer.recorder = layer.statistics = None
 
 
-def _forget(layers: Mapping[str, MaskedLayer]) -> None:
-    """Leave layers as they were before a run of ours."""
-    for layer in layers.values():
-        masks.fill_full(layer.weight_mask, layer.in_features)
-        layer.recorder = layer.statistics = None
-
-
 def _zeros_to_masks(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
     """Add the masks to a state dict that ``save_pretrained`` has written, or to a shard of it."""
     for name, layer in sparse_layers(module).items():
@@ -269,16 +274,18 @@ def _zeros_to_masks(module: nn.Module, state_dict: dict[str, Any], prefix: str, 
             state_dict[mask] = masks.pack(nonzero_OI)
 
 
-def _file_in(folder: Path | None) -> Path:
-    file = Path(folder or "", shadow_file.FILE_NAME)
-    if folder is None or not file.is_file():
+def _file_in(folder: Path) -> Path:
+    file = folder / shadow_file.FILE_NAME
+    if not file.is_file():
         raise ValueError(
-            f"There is no {shadow_file.FILE_NAME} in {folder or 'what the Trainer has loaded'}, so there is no sparse "
-            "run to resume: the checkpoint was written without SparseTrainerCallback. Load it as a model and start a "
-            "new run."
+            f"There is no {shadow_file.FILE_NAME} in {folder}, so there is no sparse run to resume: the checkpoint was "
+            "written without SparseTrainerCallback. Load it as a model and start a new run."
         )
     return file
 
 
 def _folder_of(args: Any, state: Any) -> Path:
     return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+
+teach(SparseTrainerCallback)

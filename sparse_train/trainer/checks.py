@@ -52,6 +52,16 @@ def check_first_mask(sparsity: float | None) -> None:
         )
 
 
+def check_first_try(first: bool) -> None:
+    """Raise ValueError where auto_find_batch_size would go on from a checkpoint that is not loaded again."""
+    if not first:
+        raise ValueError(
+            "auto_find_batch_size begins again where memory was too small, but without loading the checkpoint again, "
+            "from which some steps have been trained. Resume with a smaller per_device_train_batch_size and without "
+            "auto_find_batch_size."
+        )
+
+
 def check_best(model: nn.Module, settings: RunSettings) -> None:
     """Raise ValueError where ``load_best_model_at_end`` would bring back less than a sparse model."""
     schedule = settings.schedule

@@ -31,6 +31,8 @@ def test_a_part_of_a_longer_mask(start):
     whole = torch.rand(1, 100, generator=torch.Generator().manual_seed(0)) < 0.5
     part = whole[:, start : start + 32].view(2, 16)
     assert torch.equal(masks.unpack(masks.pack(part), 16), part)
+    row = torch.ones(3, 20, dtype=torch.bool)[:1, :16]
+    assert torch.equal(masks.unpack(masks.pack(row), 16), row)
 
 
 @pytest.mark.parametrize("in_features", [4, 12, 20, 576])

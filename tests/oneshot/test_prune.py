@@ -235,10 +235,16 @@ def test_of_a_lightning_module_the_model_in_it_is_called(ids):
             super().__init__()
             self.model = tiny_llama()
 
-    module, alone = Module(), tiny_llama()
+    class Doubled(Module):  # with one, which is not the model's
+        def forward(self, text):
+            return self.model(inputs_embeds=2 * self.model.get_input_embeddings()(text))
+
+    module, alone, doubled = Module(), tiny_llama(), Doubled()
     prune(module, ids)
     prune(alone, ids)
+    prune(doubled, [{"text": each} for each in ids])
     assert all(map(torch.equal, module.parameters(), alone.parameters()))
+    assert not all(map(torch.equal, doubled.parameters(), alone.parameters()))
 
 
 def test_named_layers_outside_the_blocks_come_last(ids):
@@ -279,8 +285,9 @@ def tf32(request):
     else:
         torch.backends.fp32_precision = request.param
         yield lambda: matmul[0].fp32_precision
-        for each in (torch.backends, *matmul):
-            each.fp32_precision = "none"
+        torch.backends.fp32_precision = "ieee"
+        assert [each.fp32_precision for each in matmul] == ["ieee", "ieee"]  # they go by it still
+        torch.backends.fp32_precision = "none"
 
 
 @pytest.mark.parametrize("tf32", ["highest", "medium", "tf32"], indirect=True)
@@ -295,6 +302,17 @@ def test_a_solver_computes_in_float32_under_autocast_too(tf32):
         prune(cast, inputs, "2:4", criterion=SparseGPT(block_size=8), targets=["0"])
     assert tf32() == before
     assert torch.equal(plain[0].weight, cast[0].weight)
+
+
+def test_a_solver_leaves_what_tf32_is_set_by_as_it_was():
+    for each in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
+        each.fp32_precision = "none"  # as they are in a new process
+    prune(nn.Sequential(nn.Linear(16, 8)), [torch.randn(64, 16)], "2:4", criterion=SparseGPT(), targets=["0"])
+    torch.backends.fp32_precision = "tf32"
+    try:
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    finally:
+        torch.backends.fp32_precision = "none"
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,8 @@ NAME = "other"
 SUPPORTED = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
 
 _aten = torch.ops.aten
-_MAY_MIX = (_aten.copy_, _aten._to_copy, _aten.index, _aten.index_put, _aten.index_put_)  # on GPUs, too
+_MOVES = (_aten.copy_, _aten._to_copy)
+_INDEXES = (_aten.index, _aten.index_put, _aten.index_put_)
 _library = torch.library.Library("aten", "IMPL")
 
 
@@ -96,8 +97,11 @@ class _Backend(backend_registration._DummyBackendModule):
 def _compute(function: Any, args: Any, kwargs: Any) -> Any:
     tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
     others = [each for each in tensors if isinstance(each, OtherTensor)]
-    foreign = [each for each in tensors if not isinstance(each, OtherTensor) and each.dim()]  # scalars may be anywhere
-    if others and foreign and function.overloadpacket not in _MAY_MIX:
+    indexed = function.overloadpacket in _INDEXES and isinstance(args[0], OtherTensor)  # an index may be on CPU
+    compared = tree_leaves((args[0], args[2:])) if indexed else tensors
+    foreign = [each for each in compared if isinstance(each, Tensor) and not isinstance(each, OtherTensor)]
+    foreign = [each for each in foreign if each.dim()]  # scalars may be anywhere
+    if others and foreign and function.overloadpacket not in _MOVES:
         raise RuntimeError(
             f"Expected all tensors to be on the same device, but {function} got {tuple(foreign[0].shape)} on "
             f"{foreign[0].device} and {tuple(others[0].shape)} on {NAME}"

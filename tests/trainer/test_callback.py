@@ -270,6 +270,42 @@ def test_a_smaller_batch_is_tried_where_memory_runs_out(tmp_path, changes):
     assert ((run.model.model.layers[0].mlp.up_proj.weight.reshape(-1, 4) == 0).sum(1) == 2).all()
 
 
+def test_a_retry_goes_back_to_masks_that_were_there(tmp_path):
+    model = tiny_llama()
+    prune(model, random_batches(Tokens(), 2, default_data_collator, 8), "unstructured", sparsity=0.25, squash=False)
+    before = {name: layer.weight_mask.clone() for name, layer in sparse_layers(model).items()}
+    tokens = {name: int(layer.statistics.tokens) for name, layer in sparse_layers(model).items()}
+    seen = []
+
+    class Starts(TrainerCallback):
+        def on_train_begin(self, args, state, control, model=None, **kwargs):
+            layers = sparse_layers(model)
+            seen.append(all(torch.equal(layers[name].weight_mask, mask) for name, mask in before.items()))
+            seen.append({name: int(layer.statistics.tokens) for name, layer in layers.items()} == tokens)
+
+    rising = SparseTrainerCallback("unstructured", schedule=Cubic(0.5, 0.25), update_freq=2, end_step=1.0)
+    run = trainer(tmp_path, rising, OutOfMemory(), Starts(), model=model, auto_find_batch_size=True)
+    run.train()
+    assert seen == [True] * 4
+
+
+def test_masks_that_are_set_after_a_run_that_failed_are_kept(tmp_path):
+    settings = {"save_strategy": "steps", "eval_strategy": "steps", "eval_steps": 4, "save_steps": 4}
+    run = trainer(tmp_path, pruning(calibration_batches=0), load_best_model_at_end=True, **settings)
+    with pytest.raises(ValueError, match="or prune the model before the run"):
+        run.train()
+    prune(run.model, random_batches(Tokens(), 2, default_data_collator, 8), "2:4", squash=False)
+    run.train()
+    assert ((run.model.model.layers[0].mlp.up_proj.weight.reshape(-1, 4) == 0).sum(1) == 2).all()
+
+
+def test_a_retry_of_a_resumed_run_is_refused(tmp_path):
+    trainer(tmp_path, pruning(), save_strategy="steps", save_steps=2, max_steps=2).train()
+    run = trainer(tmp_path, pruning(), OutOfMemory(), auto_find_batch_size=True)
+    with pytest.raises(ValueError, match="Resume with a smaller per_device_train_batch_size"):
+        run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
 class FirstHalf(Trainer):
     def _get_train_sampler(self, *args, **kwargs):
         return SubsetRandomSampler(range(4))
@@ -291,13 +327,22 @@ class Watched(Tokens):
 
 
 @pytest.mark.parametrize("kind", [FirstHalf, OwnLoader])
-def test_a_first_mask_reads_nothing_that_a_loader_leaves_out(tmp_path, kind):
+def test_a_first_mask_reads_nothing_that_a_loader_leaves_out(tmp_path, caplog, kind):
     data = Watched()
     settings = TrainingArguments(str(tmp_path), max_steps=6, report_to=[], use_cpu=True, save_strategy="no")
     run = kind(model=tiny_llama(), args=settings, train_dataset=data, callbacks=[pruning(update_freq=2)])
     run.train()
     assert data.read <= set(range(4))
+    reader = "SubsetRandomSampler" if kind is FirstHalf else "list"
+    assert f"is read by a {reader}, which may leave some of it out" in caplog.text
     assert ((run.model.model.layers[0].mlp.up_proj.weight.reshape(-1, 4) == 0).sum(1) == 2).all()
+
+
+@pytest.mark.parametrize("strategy", ["random", "sequential", "group_by_length", "batch_rebalance"])
+def test_the_trainers_own_samplers_read_everything(tmp_path, strategy):
+    began = pruning()
+    trainer(tmp_path, began, max_steps=1, train_sampling_strategy=strategy).train()
+    assert began.updater.timing.start_step == 0
 
 
 def test_updates_are_in_the_trainers_log_and_reach_reporters_that_come_first(tmp_path):

@@ -36,8 +36,8 @@ def peek(loader: Any, batch_size: int, count: int) -> list[Batch] | None:
     sampler = type(getattr(batches, "sampler", batches))
     if class_path(sampler) not in _WHOLE_DATA_SAMPLERS:
         _log.warning(
-            "Training data is read by %s, which may leave some of it out, so that none is read for calibration. The "
-            "first mask will come from the activations of the first steps, which run dense; to begin with a mask, prune "
+            "Training data is read by %s, which may leave some of it out, so none is read for calibration. The "
+            "first mask will come from the activations of the first steps, which run dense; to begin with one, prune "
             "the model before: sparse_train.prune(model, batches, ..., squash=False).",
             f"a {sampler.__name__}" if batches is not None else f"a {type(loader).__name__}",
         )

@@ -37,10 +37,10 @@ class ModelCard:
     """How: rows of the card's table, such as method, criterion, calibration."""
     perplexity: str | None = None
     """With its protocol."""
-    pruned_alone: bool = False
-    """The layers that it is given are those that were pruned: of a model that does not fit in memory."""
     recipe: str | None = None
     """YAML that makes the model again."""
+    pruned_alone: bool = False
+    """The layers that it is given are those that were pruned: of a model that does not fit in memory."""
 
     def text(self, layers: Sequence[LayerSparsity]) -> str:
         """The card, Markdown with the front matter that the hub reads.

@@ -12,7 +12,8 @@ from sparse_train.distributed import world_size
 from sparse_train.trainer import SparseTrainerCallback
 from tests.conftest import tiny_llama
 from tests.ranks import launch
-from tests.trainer.test_callback import ExactAfterEveryStep, Tokens
+from tests.trainer.runs import Tokens
+from tests.trainer.test_callback import ExactAfterEveryStep
 
 
 def train(folder: Path, resume: bool = False) -> dict[str, Any]:

@@ -1,14 +1,11 @@
 import copy
 import logging
-import shutil
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from torch.utils.data import Dataset, SubsetRandomSampler
+from torch.utils.data import SubsetRandomSampler
 from transformers import (
     AutoModelForCausalLM,
-    PrinterCallback,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -19,25 +16,10 @@ from sparse_train import Cubic, MaskUpdater, Regrow, SparseGPT, SparseLinear, pr
 from sparse_train.oneshot.training_data import random_batches
 from sparse_train.pipeline.margins import Margin
 from sparse_train.trainer import SparseTrainerCallback
-from sparse_train.trainer.shadow_file import FILE_NAME
-from tests.conftest import VOCABULARY, tiny_llama
+from tests.conftest import tiny_llama
+from tests.trainer.runs import Tokens, pruning, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
-
-
-class Tokens(Dataset):
-    """Forty different sequences of 16 tokens; the last ones of ``padded`` are padding."""
-
-    def __init__(self, padded=0):
-        self.ids = torch.randint(3, VOCABULARY, (40, 16), generator=torch.Generator().manual_seed(1))
-        self.mask = torch.ones_like(self.ids)
-        self.mask[:, 16 - padded :] = 0
-
-    def __len__(self):
-        return len(self.ids)
-
-    def __getitem__(self, i):
-        return {"input_ids": self.ids[i], "attention_mask": self.mask[i], "labels": self.ids[i]}
 
 
 class ExactAfterEveryStep(TrainerCallback):
@@ -52,29 +34,6 @@ class ExactAfterEveryStep(TrainerCallback):
         for layer in layers.values():
             assert (layer.unpacked_mask().reshape(-1, 4).sum(1) == 2).all()
         self.checked += 1
-
-
-def trainer(folder, *callbacks, model=None, data=None, **settings):
-    defaults = {
-        "max_steps": 12,
-        "per_device_train_batch_size": 2,
-        "learning_rate": 3e-3,
-        "lr_scheduler_type": "constant",
-        "save_strategy": "no",
-        "logging_steps": 5,
-        "report_to": [],
-        "use_cpu": True,
-        "disable_tqdm": True,
-    }
-    made = Trainer(
-        model=model or tiny_llama(),
-        args=TrainingArguments(str(folder), **(defaults | settings)),
-        train_dataset=data or Tokens(),
-        eval_dataset=Tokens(),
-        callbacks=list(callbacks),
-    )
-    made.remove_callback(PrinterCallback)
-    return made
 
 
 def test_exact_after_every_step_and_true_zeros_at_the_end(tmp_path):
@@ -135,70 +94,6 @@ def test_padding_changes_masks(tmp_path):
     assert any(not torch.equal(mask, found[1][name]) for name, mask in found[0].items())
 
 
-def pruning(**changes):
-    return SparseTrainerCallback("2:4", **({"update_freq": 4, "end_step": 1.0} | changes))
-
-
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path):
-    settings = {"save_strategy": "steps", "save_steps": 5, "gradient_accumulation_steps": 2}
-    whole = trainer(tmp_path / "whole", pruning(squash=False), **settings)
-    whole.train()
-    checkpoint = tmp_path / "whole" / "checkpoint-5"
-    stored = AutoModelForCausalLM.from_pretrained(checkpoint)  # the checkpoint is a sparse model by itself
-    assert ((stored.model.layers[1].mlp.down_proj.weight.reshape(-1, 4) == 0).sum(1) == 2).all()
-
-    (tmp_path / "again").mkdir()
-    shutil.copytree(checkpoint, tmp_path / "again" / "checkpoint-5")
-    again = trainer(tmp_path / "again", pruning(squash=False), **settings)
-    again.train(resume_from_checkpoint=True)
-    assert again.state.global_step == 12
-    for name, value in whole.model.state_dict().items():
-        assert torch.equal(value, again.model.state_dict()[name]), name
-    pruned = ~sparse_layers(whole.model)["model.layers.0.mlp.up_proj"].unpacked_mask()
-    assert whole.model.model.layers[0].mlp.up_proj.weight[pruned].any()  # shadow values were there to be compared
-
-
-def test_resuming_from_another_folder(tmp_path):
-    settings = {"save_strategy": "steps", "save_steps": 5, "max_steps": 5}
-    trainer(tmp_path / "a", pruning(), **settings).train()
-    other = trainer(tmp_path / "b", pruning(), model=tiny_llama(initializer_range=0.03), seed=5, **settings)
-    other.train()
-    folder = str(tmp_path / "a" / "checkpoint-5")
-    run = trainer(tmp_path / "b", pruning(), resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-5"))  # unread
-    run.train(resume_from_checkpoint=folder)
-    assert run.state.global_step == 12
-    shutil.copy(tmp_path / "b" / "checkpoint-5" / FILE_NAME, folder)
-    with pytest.raises(ValueError, match="does not belong to the weights that were loaded"):
-        trainer(tmp_path / "c", pruning()).train(resume_from_checkpoint=folder)
-
-
-def test_the_state_of_another_step_is_refused_where_kept_weights_cannot_tell(tmp_path):
-    """Under adapters of peft the weights that are pruned are frozen, and the same at each step."""
-
-    def run(**settings):
-        model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"]))
-        return trainer(tmp_path, pruning(), model=model, save_strategy="steps", save_steps=4, **settings)
-
-    run().train()
-    run(max_steps=14).train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
-    shutil.copy(tmp_path / "checkpoint-4" / FILE_NAME, tmp_path / "checkpoint-8")
-    with pytest.raises(ValueError, match="written after 4 steps, and the checkpoint after 8"):
-        run().train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
-
-
-def test_what_cannot_be_resumed_says_why(tmp_path):
-    settings = {"save_strategy": "steps", "save_steps": 5, "max_steps": 5}
-    trainer(tmp_path, **settings).train()
-    with pytest.raises(ValueError, match="no sparse_training_state.pt"):
-        trainer(tmp_path, pruning()).train(resume_from_checkpoint=True)
-    trainer(tmp_path, pruning(), **settings).train()
-    assert (tmp_path / "checkpoint-5" / FILE_NAME).is_file()
-    with pytest.raises(ValueError, match="update_freq = 4, and this run has 3"):
-        trainer(tmp_path, pruning(update_freq=3)).train(resume_from_checkpoint=True)
-    with pytest.raises(ValueError, match="only in one of them"):
-        trainer(tmp_path, pruning(ignore=["re:.*down_proj"])).train(resume_from_checkpoint=True)
-
-
 def test_the_best_model_comes_back_sparse(tmp_path):
     settings = {
         "save_strategy": "steps",
@@ -234,76 +129,6 @@ def test_the_best_model_is_refused_where_the_first_steps_run_dense(tmp_path):
     run = trainer(tmp_path, pruning(calibration_batches=0), load_best_model_at_end=True, **settings)
     with pytest.raises(ValueError, match="would bring one of those back"):
         run.train()
-
-
-class OutOfMemory(TrainerCallback):
-    """At its first step 3."""
-
-    raised = False
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == 3 and not self.raised:
-            self.raised = True
-            raise RuntimeError("CUDA out of memory.")
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [{}, {"initial_criterion": SparseGPT()}, {"schedule": Cubic(final_sparsity=0.5, init_sparsity=0.25)}],
-    ids=["plain", "solver", "gradual"],
-)
-def test_a_smaller_batch_is_tried_where_memory_runs_out(tmp_path, changes):
-    sizes = []
-
-    class Sizes(TrainerCallback):
-        def on_train_begin(self, args, state, control, model=None, **kwargs):
-            tokens = {int(layer.statistics.tokens) for layer in sparse_layers(model).values()}
-            sizes.append((state.train_batch_size, tokens))
-
-    again = [pruning(memory=1.0, **changes), OutOfMemory(), Sizes()]
-    run = trainer(tmp_path, *again, auto_find_batch_size=True, per_device_train_batch_size=4)
-    run.train()
-    assert run.state.global_step == 12
-    (before, seen), (after, seen_again) = sizes
-    assert after < before
-    assert seen == {8 * before * 16} and seen_again == {8 * after * 16}
-    assert ((run.model.model.layers[0].mlp.up_proj.weight.reshape(-1, 4) == 0).sum(1) == 2).all()
-
-
-def test_a_retry_goes_back_to_masks_that_were_there(tmp_path):
-    model = tiny_llama()
-    prune(model, random_batches(Tokens(), 2, default_data_collator, 8), "unstructured", sparsity=0.25, squash=False)
-    before = {name: layer.weight_mask.clone() for name, layer in sparse_layers(model).items()}
-    tokens = {name: int(layer.statistics.tokens) for name, layer in sparse_layers(model).items()}
-    seen = []
-
-    class Starts(TrainerCallback):
-        def on_train_begin(self, args, state, control, model=None, **kwargs):
-            layers = sparse_layers(model)
-            seen.append(all(torch.equal(layers[name].weight_mask, mask) for name, mask in before.items()))
-            seen.append({name: int(layer.statistics.tokens) for name, layer in layers.items()} == tokens)
-
-    rising = SparseTrainerCallback("unstructured", schedule=Cubic(0.5, 0.25), update_freq=2, end_step=1.0)
-    run = trainer(tmp_path, rising, OutOfMemory(), Starts(), model=model, auto_find_batch_size=True)
-    run.train()
-    assert seen == [True] * 4
-
-
-def test_masks_that_are_set_after_a_run_that_failed_are_kept(tmp_path):
-    settings = {"save_strategy": "steps", "eval_strategy": "steps", "eval_steps": 4, "save_steps": 4}
-    run = trainer(tmp_path, pruning(calibration_batches=0), load_best_model_at_end=True, **settings)
-    with pytest.raises(ValueError, match="or prune the model before the run"):
-        run.train()
-    prune(run.model, random_batches(Tokens(), 2, default_data_collator, 8), "2:4", squash=False)
-    run.train()
-    assert ((run.model.model.layers[0].mlp.up_proj.weight.reshape(-1, 4) == 0).sum(1) == 2).all()
-
-
-def test_a_retry_of_a_resumed_run_is_refused(tmp_path):
-    trainer(tmp_path, pruning(), save_strategy="steps", save_steps=2, max_steps=2).train()
-    run = trainer(tmp_path, pruning(), OutOfMemory(), auto_find_batch_size=True)
-    with pytest.raises(ValueError, match="Resume with a smaller per_device_train_batch_size"):
-        run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
 class FirstHalf(Trainer):
@@ -438,18 +263,6 @@ def test_a_solver_sets_masks_and_weights_and_leaves_pruned_ones_in_the_shadow(tm
     for name, (weight_OI, mask_OI) in start.layers.items():
         assert torch.equal(pruned[name].weight, weight_OI * mask_OI)
         assert torch.equal(dense[name].weight[~mask_OI], weight_OI[~mask_OI])
-
-
-def test_a_run_that_began_with_a_solver_resumes_bit_for_bit(tmp_path):
-    def pruning():
-        return SparseTrainerCallback("2:4", update_freq=4, initial_criterion=SparseGPT())
-
-    whole = trainer(tmp_path, pruning(), save_strategy="steps", save_steps=6)
-    whole.train()
-    again = trainer(tmp_path, pruning(), save_strategy="steps", save_steps=6)
-    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
-    for (name, ours), theirs in zip(again.model.state_dict().items(), whole.model.state_dict().values(), strict=True):
-        assert torch.equal(ours, theirs), name
 
 
 def test_a_first_mask_that_cannot_be_made_is_refused(tmp_path):

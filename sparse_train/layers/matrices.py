@@ -18,6 +18,8 @@ MASK_NAME = "weight_mask"
 """Name of the packed mask buffer beside ``weight`` in a state dict."""
 FACTOR_NAMES = ("mask_lora_A", "mask_lora_B")
 """Names of the factors beside ``weight`` where a layer has a low-rank adapter, see ``layers.mask_lora``."""
+REACHED_NAMES = ("reached_eager", "reached_compiled")
+"""Attributes of masked layers in which ``MaskedLayer.reached`` is kept."""
 
 
 @dataclass
@@ -92,23 +94,42 @@ class MaskedLayer(MaskedMatrix):
         straight_through: whether pruned weights get the gradient of their masked self, or none.
         records: False where another layer records the shared input.
         recorder: the model's common switch and token mask.
+        reached_eager, reached_compiled: the two parts of ``reached``. A compiled forward sets a tensor, uint8 (), since
+            an attribute that is set under activation checkpointing breaks the graph of the whole block.
     """
 
     straight_through: bool
+    reached_eager: bool
+    reached_compiled: Tensor
     records: bool
     recorder: Recorder | None
     bias: Any
     training: bool
 
     def forward(self, x: Tensor) -> Tensor:
-        self.reached = True
+        if torch.compiler.is_compiling():
+            self.reached_compiled.fill_(1)
+        else:
+            self.reached_eager = True
         recorder = self.recorder
         if recorder is not None and self.statistics is not None and recorder.wants(self.training):
             self._record(x, recorder, self.statistics)
         return self.product(x)
 
+    @property
+    def reached(self) -> bool:  # type: ignore[override]
+        return self.reached_eager or bool(self.reached_compiled)
+
+    @reached.setter
+    def reached(self, reached: bool) -> None:
+        self.reached_eager = reached
+        self.reached_compiled = torch.zeros((), dtype=torch.uint8, device=self.weight_mask.device)
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         applied = super()._apply(fn, recurse)  # type: ignore[misc]  # .to and its like: the mask has moved by now
+        if self.reached_compiled.device != self.weight_mask.device:
+            # one made on the meta device has no value to move
+            self.reached = not self.reached_compiled.is_meta and self.reached
         if self.statistics is not None and self.statistics.tokens.device != self.weight_mask.device:
             self.statistics.move(self.weight_mask.device)
         return applied

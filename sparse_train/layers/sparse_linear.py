@@ -20,6 +20,7 @@ from sparse_train.layers.matrices import (
     FACTOR_NAMES,
     FALCON_LINEAR,
     MASK_NAME,
+    REACHED_NAMES,
     MaskedLayer,
     class_path,
     is_conv1d,
@@ -109,7 +110,7 @@ def fold(model: nn.Module, only: Iterable[MaskedLayer] | None = None) -> None:
         assert isinstance(layer, nn.Module)
         layer.merge()
         sharding.write_zeros(layer)
-        for name in (MASK_NAME, "straight_through", "statistics", "records", "recorder", "reached"):
+        for name in (MASK_NAME, "straight_through", "statistics", "records", "recorder", *REACHED_NAMES):
             delattr(layer, name)
         layer.__class__ = _dense_class(type(layer))  # type: ignore[arg-type]
     if sparse_layers(model):

@@ -64,6 +64,30 @@ def test_no_graph_break_in_a_masked_layer():
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
+def test_blocks_that_are_compiled_one_by_one_compile_whole(checkpointing):
+    torch._dynamo.reset()
+    counters.clear()
+    model = tiny_llama(num_hidden_layers=2)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    updater = MaskUpdater(model, "2:4", update_freq=4, window=2, memory=0.0, total_steps=100)
+    for block in model.model.layers:
+        block.compile(backend="aot_eager")
+    for _ in range(4):
+        ids = torch.randint(3, VOCABULARY, (2, 16))
+        model(input_ids=ids, labels=ids).loss.backward()
+        updater.step()
+    assert counters["stats"]["unique_graphs"] > 0
+    assert counters["frames"]["ok"] == counters["frames"]["total"]  # those that fail run eagerly, and nothing says so
+    assert not counters["graph_break"]
+    for layer in updater.layers.values():
+        layer.reached = False
+    model(input_ids=ids)
+    assert all(layer.reached for layer in updater.layers.values())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
 def test_which_targets_a_compiled_forward_reached_is_known_at_every_update(checkpointing):
     torch._dynamo.reset()
     model = tiny_llama(num_hidden_layers=2)

@@ -41,8 +41,7 @@ from sparse_train.export.checkpoints import PRUNING_STATE
 from sparse_train.layers.mask_lora import MaskLoRA, add_mask_lora
 from sparse_train.layers.matrices import MaskedLayer
 from sparse_train.layers.sparse_linear import fold, sparse_layers
-from sparse_train.oneshot import first_mask
-from sparse_train.oneshot.first_mask import check_initial
+from sparse_train.oneshot.first_mask import check_initial, set_first_mask
 from sparse_train.patterns import Pattern, group_label
 from sparse_train.pipeline.policies import MaskPolicy
 from sparse_train.pipeline.run_settings import RunSettings, check_settings
@@ -258,7 +257,7 @@ class DynamicPruning(L.Callback):
                 "weights into the module and fit without ckpt_path."
             )
         if self._restored is None:
-            first_mask.begin(
+            set_first_mask(
                 pl_module,
                 self._settings,
                 self._initial_criterion,

@@ -117,7 +117,7 @@ class MaskedLayer(MaskedMatrix):
         return self.product(x)
 
     @property
-    def reached(self) -> bool:  # type: ignore[override]
+    def reached(self) -> bool:
         return self.reached_eager or bool(self.reached_compiled)
 
     @reached.setter

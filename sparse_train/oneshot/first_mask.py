@@ -27,6 +27,14 @@ from sparse_train.solvers import Solver, SparseGPT
 
 _log = logging.getLogger(__name__)
 _OF_BATCHES = (LookupError, AttributeError, TypeError, RuntimeError)
+_OUT_OF_MEMORY = (
+    "out of memory",  # CUDA, ROCm, XPU, MPS
+    "can't allocate memory",  # CPU
+    "Allocation failed",  # HPU
+    "STATUS_ALLOC_FAILED",  # cuBLAS, cuDNN
+    "CUDNN_STATUS_NOT_SUPPORTED",  # what cuDNN also says where its workspace does not fit
+)
+"""Parts of messages: not every backend raises ``torch.OutOfMemoryError``."""
 _PRUNED = 0.005  # share of kept weights that are zero above which a model was pruned: weights of 4 bits have 0.0003
 
 
@@ -49,7 +57,7 @@ def check_initial(method: Method | None, pattern: Pattern, mask_lora: MaskLoRA |
         )
 
 
-def begin(
+def set_first_mask(
     root: nn.Module,
     settings: RunSettings,
     method: Method | None,
@@ -70,20 +78,27 @@ def begin(
         progress: show a bar.
 
     Raises:
-        ValueError: there is a ``method``, and one-shot pruning makes no first mask here; or as ``make``.
+        ValueError: there is a ``method``, and one-shot pruning makes no first mask here; weights that a solver moves
+            would not stay moved, or are not to be; as ``set_initial_masks``; or masks that are not the pattern's. The
+            model is as it was then.
     """
-    found = _calibration(root, settings, method, count, batches)
+    layers, pattern, sparsity = sparse_layers(root), settings.mask_structure, settings.first_sparsity
+    if isinstance(method, Solver):
+        _check_movable(method, layers)
+    found = None
+    if _is_one_shot_wanted(method, settings.criterion, layers, sparsity):
+        reshard(root)
+        if any(map(is_sharded, layers.values())):
+            _take_zeros_of_shards(layers, pattern, sparsity)
+        elif count:
+            found = _model_and_batches(root, layers, count, batches)
     if found is not None:
         model, own = found
         with autocast:
-            make(
-                model,
-                own,
-                method or settings.criterion,
-                settings.mask_structure,
-                settings.first_sparsity,
-                progress,
-            )
+            _prune(model, own, method or settings.criterion, pattern, sparsity, progress)
+        _warn_of_zeros(layers, pattern, sparsity)
+        if isinstance(method, Solver):  # linear algebra may round otherwise on other hardware
+            take_from_rank_0([t for each in layers.values() for t in (each.weight_OI.detach(), each.weight_mask)])
     elif method is not None:
         raise ValueError(
             f"initial_criterion is {method}, but no one-shot pruning makes the first mask here: it does at start_step "
@@ -93,28 +108,38 @@ def begin(
         )
 
 
-def _calibration(
+def _is_one_shot_wanted(
+    method: Method | None, criterion: Criterion, layers: Mapping[str, MaskedLayer], sparsity: float
+) -> bool:
+    """Whether layers keep everything that are to be sparse, and the first update would not do as well as one-shot.
+
+    Args:
+        method: ``initial_criterion``; None = as ``criterion``.
+        criterion: of updates.
+        layers: of the model.
+        sparsity: at step 0.
+    """
+    updates_do = method is None and not criterion.needs_activations
+    return not updates_do and sparsity > 0 and all(layer.keeps_all() for layer in layers.values())
+
+
+def _take_zeros_of_shards(layers: Mapping[str, MaskedLayer], pattern: Pattern, sparsity: float) -> None:
+    """Make masks of the zeros of a sharded model that was pruned before; say so where it was not."""
+    if not masks_from_zeros(layers, pattern, sparsity) and rank() == 0:
+        _log.info(
+            "The model is sharded, so its blocks cannot be calibrated one by one: the first mask will come from "
+            "the activations of the first steps, which run dense. A model that was pruned before starts with the "
+            "zeros that it has."
+        )
+
+
+def _model_and_batches(
     root: nn.Module,
-    settings: RunSettings,
-    method: Method | None,
+    layers: Mapping[str, MaskedLayer],
     count: int,
     batches: Callable[[int], Sequence[Batch] | None],
 ) -> tuple[nn.Module, Sequence[Batch]] | None:
-    """The model to calibrate, and this rank's batches for it; None where masks are there, or come from steps."""
-    layers, pattern, sparsity = sparse_layers(root), settings.mask_structure, settings.first_sparsity
-    if not is_wanted(method, settings.criterion, layers, sparsity):
-        return None
-    reshard(root)
-    if any(map(is_sharded, layers.values())):
-        if not masks_from_zeros(layers, pattern, sparsity) and rank() == 0:
-            _log.info(
-                "The model is sharded, so its blocks cannot be calibrated one by one: the first mask will come from "
-                "the activations of the first steps, which run dense. A model that was pruned before starts with the "
-                "zeros that it has."
-            )
-        return None
-    if not count:
-        return None
+    """The model to calibrate, and this rank's batches for it; None where there is no such model, or too few batches."""
     model, ranks = causal_lm(root, layers), world_size()
     found = None if model is None else batches(-(-count // ranks) * ranks)  # as many for each rank
     if model is None or found is None or len(found) < ranks:
@@ -123,43 +148,15 @@ def _calibration(
     return model, found[rank() :: ranks]
 
 
-def is_wanted(method: Method | None, criterion: Criterion, layers: Mapping[str, MaskedLayer], sparsity: float) -> bool:
-    """Whether there is a first mask to make: layers keep everything, and the first update would not do as well.
-
-    Args:
-        method: ``initial_criterion``; None = as ``criterion``.
-        criterion: of updates.
-        layers: of the model.
-        sparsity: at step 0.
-
-    Raises:
-        ValueError: weights that a solver moves would not stay moved, or are not to be.
-    """
-    if isinstance(method, Solver):
-        _check_movable(method, layers)
-    needless = method is None and not criterion.needs_activations
-    return not needless and sparsity > 0 and all(layer.keeps_all() for layer in layers.values())
-
-
-def make(
+def _prune(
     model: nn.Module, batches: Sequence[Batch], method: Method, pattern: Pattern, sparsity: float, progress: bool
 ) -> None:
-    """Set the masks of a transformers model, and the kept weights too where ``method`` is a ``Solver``.
-
-    Args:
-        model: sparsified, every mask full.
-        batches: calibration data of this rank; statistics are summed over ranks.
-        method, pattern, sparsity: of the masks.
-        progress: show a bar.
-
-    Raises:
-        ValueError: as ``set_initial_masks``, or masks that are not the pattern's. The model is as it was then.
-    """
-    own, undo = sparse_layers(model), Undo()
+    """Set the masks of a model whose masks keep everything; leave it as it was where that fails."""
+    layers, undo = sparse_layers(model), Undo()
     try:
         set_initial_masks(
             model,
-            own,
+            layers,
             batches,
             criterion=method,
             pattern=pattern,
@@ -167,13 +164,12 @@ def make(
             progress=progress,
             save=undo.save,
         )
-        check_masks(own, pattern, sparsity)  # a solver of the user's own may have kept others
+        check_masks(layers, pattern, sparsity)  # a solver of the user's own may have kept others
     except BaseException as error:
         undo.restore()
-        for layer in own.values():
-            masks.fill_full(layer.weight_mask, layer.in_features)  # as they were
-        memory = isinstance(error, torch.OutOfMemoryError)
-        if isinstance(error, _OF_BATCHES) and not memory and raised_in_forward(error):
+        for layer in layers.values():
+            masks.fill_full(layer.weight_mask, layer.in_features)
+        if _is_of_batches(error):
             raise ValueError(
                 f"One-shot pruning makes the first mask from batches of the training data, and {type(model).__name__} "
                 f"did not take one of them as it is: {error}. With calibration_batches=0 the first mask comes from the "
@@ -181,9 +177,20 @@ def make(
                 "other batches."
             ) from error
         raise
-    _warn_of_zeros(own, pattern, sparsity)
-    if isinstance(method, Solver):  # linear algebra may round otherwise on other hardware
-        take_from_rank_0([tensor for each in own.values() for tensor in (each.weight_OI.detach(), each.weight_mask)])
+
+
+def _is_of_batches(error: BaseException) -> bool:
+    """Whether a model has raised this because of what is in its batches.
+
+    Not where memory ran out: a Trainer that is to find a batch size by itself has to see that error as it is.
+    """
+    return isinstance(error, _OF_BATCHES) and raised_in_forward(error) and not _is_out_of_memory(error)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(part in str(error) for part in _OUT_OF_MEMORY)
 
 
 def _warn_of_zeros(layers: Mapping[str, MaskedLayer], pattern: Pattern, sparsity: float) -> None:

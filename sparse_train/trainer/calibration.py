@@ -18,7 +18,9 @@ _WHOLE_DATA_SAMPLERS = {
     "transformers.trainer_pt_utils.LengthGroupedSampler",
     "transformers.trainer_pt_utils.BatchRebalanceSampler",
 }
-"""By name: not all of them are in all versions."""
+"""By name: not all of them are in all versions. A subclass may leave some of the data out."""
+_SHARE_OF_A_PROCESS = "accelerate.data_loader.BatchSamplerShard"
+_PLAIN_BATCHES = "torch.utils.data.sampler.BatchSampler"
 
 
 def peek(loader: Any, batch_size: int, count: int) -> list[Batch] | None:
@@ -29,17 +31,25 @@ def peek(loader: Any, batch_size: int, count: int) -> list[Batch] | None:
         batch_size: of a batch.
         count: how many.
     """
-    dataset, batches = getattr(loader, "dataset", None), getattr(loader, "batch_sampler", None)
-    if isinstance(dataset, IterableDataset):
+    if isinstance(getattr(loader, "dataset", None), IterableDataset):
         return None
-    batches = getattr(batches, "batch_sampler", batches)  # accelerate's, of one process, stands around it
-    sampler = type(getattr(batches, "sampler", batches))
-    if class_path(sampler) not in _WHOLE_DATA_SAMPLERS:
+    sampler = _sampler_of(loader)
+    if class_path(type(sampler)) not in _WHOLE_DATA_SAMPLERS:
         _log.warning(
-            "Training data is read by %s, which may leave some of it out, so none is read for calibration. The "
+            "Training data is read by a %s, which may leave some of it out, so none is read for calibration. The "
             "first mask will come from the activations of the first steps, which run dense; to begin with one, prune "
             "the model before: sparse_train.prune(model, batches, ..., squash=False).",
-            f"a {sampler.__name__}" if batches is not None else f"a {type(loader).__name__}",
+            type(loader if sampler is None else sampler).__name__,
         )
         return None
     return random_batches(loader.dataset, batch_size, loader.collate_fn, count)
+
+
+def _sampler_of(loader: Any) -> Any:
+    """What chooses the indices that a loader reads: the sampler inside of known wrappers, or an unknown wrapper."""
+    sampler: Any = getattr(loader, "batch_sampler", None)
+    if class_path(type(sampler)) == _SHARE_OF_A_PROCESS:
+        sampler = sampler.batch_sampler
+    if class_path(type(sampler)) == _PLAIN_BATCHES:
+        sampler = sampler.sampler
+    return sampler

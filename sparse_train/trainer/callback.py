@@ -6,12 +6,11 @@ When what happens, in the Trainer's order:
     (model is loaded) a checkpoint's zeros become masks
     on_train_begin    the first mask; or masks, shadow values and state of the checkpoint
     (forward)         the batch's padding is told to the recorder; activations are recorded in the window of an update
-    on_step_end       after an optimizer step: update; ahead of log, evaluation and checkpoint
-    on_save           what the checkpoint's zeros have lost is put beside them
-    on_train_end      squash, behind the last checkpoint and the best one
+    on_step_end       after an optimizer step: update; before log, evaluation and checkpoint
+    on_save           what the checkpoint's zeros have lost is written next to them
+    on_train_end      squash, after the last checkpoint was written and the best one loaded
 """
 
-import copy
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,8 +25,7 @@ from sparse_train.distributed import rank
 from sparse_train.layers import masks
 from sparse_train.layers.matrices import MASK_NAME, MaskedLayer, is_conv1d
 from sparse_train.layers.sparse_linear import fold, sparse_layers
-from sparse_train.oneshot import first_mask
-from sparse_train.oneshot.first_mask import check_initial
+from sparse_train.oneshot.first_mask import check_initial, set_first_mask
 from sparse_train.patterns import Pattern
 from sparse_train.pipeline.policies import MaskPolicy
 from sparse_train.pipeline.pruner import measure
@@ -38,8 +36,9 @@ from sparse_train.solvers import Solver
 from sparse_train.statistics.earlier_windows import Memory
 from sparse_train.trainer import shadow_file
 from sparse_train.trainer.calibration import peek
-from sparse_train.trainer.checks import check_best, check_engines, check_first_mask, check_first_try, check_whole
-from sparse_train.trainer.teaching import teach
+from sparse_train.trainer.checks import check_arguments, check_best, check_first_mask, check_first_try, check_whole
+from sparse_train.trainer.first_try import FirstTry
+from sparse_train.trainer.patching import patch_trainer
 
 _log = logging.getLogger(__name__)
 
@@ -55,10 +54,13 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
 
     The first mask, with ``start_step`` 0, is calibrated block by block on ``calibration_batches`` batches of the
     training data; of a stream of data, or where a sampler of one's own reads it, the mask comes from the first
-    ``window`` steps, which run dense. Metrics go into the
-    Trainer's log at the steps of updates.
+    ``window`` steps, which run dense.
 
-    Each checkpoint folder of a transformers model holds the sparse model, with zeros, and beside it
+    The metrics of an update go into the next row with a training loss, which comes when ``logging_steps`` says so. Of
+    several updates between two rows, the last one's are logged; of those after the last row, the last one's are in the
+    summary at the end of the run.
+
+    Each checkpoint folder of a transformers model holds the sparse model, with zeros, and next to it
     ``sparse_training_state.pt`` with masks, shadow values and statistics, so that a resumed run continues bit for bit.
     Of any other module it holds the state dict, as the Trainer writes that: masks and shadow values.
 
@@ -124,14 +126,14 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
         self._hooks: list[Any] = []
         self._unlogged: dict[str, float] = {}
         self._resumed: Path | None = None
-        self._start: dict[str, tuple[Tensor, Any]] | None = None  # masks and statistics that this train() began with
+        self._first_try: FirstTry | None = None  # of this train(), where auto_find_batch_size may try again
         self.updater: MaskUpdater | None = None
         """The running pipeline; None before the run has begun."""
 
     state_key = "SparseTrainerCallback"  # Lightning asks for it before it calls setup
 
     def setup(self, *args: Any, **kwargs: Any) -> None:
-        """Of Lightning's trainer, which calls it where it is given a callback of transformers'."""
+        """Of Lightning's trainer, which calls it when it is given this callback of transformers'."""
         raise ValueError(
             "SparseTrainerCallback is a callback of transformers'. For Lightning take "
             "sparse_train.callbacks.DynamicPruning, with the same arguments."
@@ -147,27 +149,30 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
 
     def resume_from(self, folder: Path | None) -> None:
         """Be told which checkpoint the run that begins resumes; None = it starts anew."""
-        self._resumed, self._start = folder, None
+        self._resumed, self._first_try = folder, None
 
     def take_metrics(self) -> dict[str, float]:
-        """What the last update reported, once."""
+        """What the last update reported, if no row has it yet."""
         taken, self._unlogged = self._unlogged, {}
         return taken
 
     # --- before training ---------------------------------------------------------------------------------------------
 
     def on_init_end(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
-        check_engines(args)
+        self._check(args, model)
+        self._prepare(model)
+
+    def _check(self, args: Any, model: nn.Module) -> None:
+        check_arguments(args)
         if args.load_best_model_at_end:
             check_best(model, self._settings)
-        self._prepare(model)
 
     def _prepare(self, model: nn.Module) -> dict[str, MaskedLayer]:
         for hook in self._hooks:
             hook.remove()
         loading = model.register_load_state_dict_pre_hook(_zeros_to_masks)
         before: Any = model._load_state_dict_pre_hooks
-        before.move_to_end(loading.id, last=False)  # ahead of what refuses dense state dicts
+        before.move_to_end(loading.id, last=False)  # before what refuses dense state dicts
         self._hooks = [loading, model.register_forward_pre_hook(self._before_forward, with_kwargs=True)]
         if any(layer.adapted for layer in sparse_layers(model).values()):
             raise ValueError(
@@ -179,43 +184,42 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(
         self, args: Any, state: Any, control: Any, *, model: nn.Module, train_dataloader: Any, **kwargs: Any
     ) -> None:
+        self._check(args, model)  # Trainer.add_callback comes after on_init_end
         layers = self._prepare(model)  # a model_init has made a new one, and a second run's is squashed
         check_whole(layers)
-        restored = None
+        restored: dict[str, Any] | None = None
         if state.global_step > 0:
-            check_first_try(self._start is None)
-            self._start = {}
+            check_first_try(self._first_try is None)
+            self._first_try = FirstTry({})
             restored = shadow_file.restore(
                 _file_in(self._resumed or _folder_of(args, state)), layers, state.global_step
             )
+        elif self._first_try is not None:
+            self._first_try.bring_back(layers)
         else:
-            self._begin_anew(layers, args.auto_find_batch_size)
-            size = state.train_batch_size or args.per_device_train_batch_size
-            dtype = torch.float16 if args.fp16 else torch.bfloat16
-            first_mask.begin(
-                model,
-                self._settings,
-                self._initial_criterion,
-                self._calibration_batches,
-                lambda count: peek(train_dataloader, size, count),
-                torch.autocast(args.device.type, dtype, enabled=args.fp16 or args.bf16),
-                progress=not args.disable_tqdm and rank() == 0,
-            )
+            self._set_first_mask(args, state, model, train_dataloader)
+            self._first_try = FirstTry(layers) if args.auto_find_batch_size else None
         self.updater = MaskUpdater(model, total_steps=state.max_steps, state=restored, **vars(self._settings))
         if args.load_best_model_at_end:
             check_first_mask(self.updater.sparsity)
         self._unlogged = {}
-        if restored is None and self.updater.sparsity is not None:
+        if restored is not None:
+            self._unlogged = restored.get("metrics", {})
+        elif self.updater.sparsity is not None:
             self._unlogged = self.updater.report().metrics()
 
-    def _begin_anew(self, layers: dict[str, MaskedLayer], retries: bool) -> None:
-        """Bring masks back that the run began with, where memory was too small and auto_find_batch_size retries."""
-        for name, (mask_OJ, statistics) in (self._start or {}).items():
-            layers[name].weight_mask.copy_(mask_OJ)
-            layers[name].recorder, layers[name].statistics = None, copy.deepcopy(statistics)
-        if retries and self._start is None:
-            own = {name: layer.statistics if layer.recorder is None else None for name, layer in layers.items()}
-            self._start = {n: (layer.weight_mask.clone(), copy.deepcopy(own[n])) for n, layer in layers.items()}
+    def _set_first_mask(self, args: Any, state: Any, model: nn.Module, loader: Any) -> None:
+        size = state.train_batch_size or args.per_device_train_batch_size
+        dtype = torch.float16 if args.fp16 else torch.bfloat16
+        set_first_mask(
+            model,
+            self._settings,
+            self._initial_criterion,
+            self._calibration_batches,
+            lambda count: peek(loader, size, count),
+            torch.autocast(args.device.type, dtype, enabled=args.fp16 or args.bf16),
+            progress=not args.disable_tqdm and rank() == 0,
+        )
 
     # --- in training -------------------------------------------------------------------------------------------------
 
@@ -228,7 +232,6 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
         report = self.updater.step()
         if report is not None:
             self._unlogged = report.metrics()
-            control.should_log = args.logging_strategy != "no"
 
     # --- checkpoints, and after training -----------------------------------------------------------------------------
 
@@ -236,14 +239,14 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
         assert self.updater is not None
         if args.save_only_model or state.is_hyper_param_search:
             return  # nothing of these is resumed
-        updater_state = self.updater.state_dict()  # of all ranks
+        updater_state = {**self.updater.state_dict(), "metrics": self._unlogged}  # statistics of all ranks
         if args.should_save:
             shadow_file.save(_folder_of(args, state) / shadow_file.FILE_NAME, self.updater.layers, updater_state)
 
     def on_train_end(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
         assert self.updater is not None
         self.updater.finish()
-        self._start = None
+        self._first_try = None
         final, found = self._settings.schedule.sparsity(1.0), measure(self.updater.layers).values()
         actual = sum(layer.zeros for layer in found) / sum(layer.size for layer in found)
         rounding = 1 / min(layer.in_features for layer in self.updater.layers.values())  # counts of a row are whole
@@ -279,7 +282,8 @@ def _file_in(folder: Path) -> Path:
     if not file.is_file():
         raise ValueError(
             f"There is no {shadow_file.FILE_NAME} in {folder}, so there is no sparse run to resume: the checkpoint was "
-            "written without SparseTrainerCallback. Load it as a model and start a new run."
+            "written without SparseTrainerCallback, or with save_only_model, or before the callback could add its "
+            "file. Resume from an earlier checkpoint, or load this one as a model and start a new run."
         )
     return file
 
@@ -288,4 +292,4 @@ def _folder_of(args: Any, state: Any) -> Path:
     return Path(args.output_dir) / f"checkpoint-{state.global_step}"
 
 
-teach(SparseTrainerCallback)
+patch_trainer(SparseTrainerCallback)

@@ -12,8 +12,8 @@ from sparse_train.models.lora import is_peft
 from sparse_train.pipeline.run_settings import RunSettings
 
 
-def check_engines(args: Any) -> None:
-    """Raise ValueError where the Trainer runs on an engine, or in a way, that loses masks or statistics."""
+def check_arguments(args: Any) -> None:
+    """Raise ValueError for arguments of the Trainer under which masks, statistics or checkpoints would be lost."""
     launched_with_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     engines = {
         "FSDP": launched_with_fsdp or getattr(args, "fsdp_plugin_args", None) is not None or bool(args.fsdp),
@@ -28,6 +28,12 @@ def check_engines(args: Any) -> None:
         raise ValueError(
             f"The Trainer would copy the model to {args.n_gpu} GPUs in each step (DataParallel), and activations "
             "recorded in copies are lost. Start it with torchrun, or show it one GPU with CUDA_VISIBLE_DEVICES."
+        )
+    if getattr(args, "enable_jit_checkpoint", False):  # not in all versions
+        raise ValueError(
+            "enable_jit_checkpoint=True writes checkpoints without telling callbacks, so that masks and shadow values "
+            "would be missing from them and they could not be resumed. Leave it out, and save as often as you can "
+            'afford to lose steps: save_strategy="steps" with a small save_steps.'
         )
 
 

@@ -18,10 +18,10 @@ FILE_NAME = "sparse_training_state.pt"
 
 
 def save(path: Path, layers: Mapping[str, MaskedLayer], updater: Mapping[str, Any]) -> None:
-    """Write masks, shadow values and the updater's state; beside, then renamed."""
+    """Write masks, shadow values and the updater's state; under another name first, then renamed."""
     content = {"layers": {name: _saved(layer) for name, layer in layers.items()}, "updater": dict(updater)}
-    with replacing(path) as beside:
-        torch.save(content, beside)
+    with replacing(path) as temporary:
+        torch.save(content, temporary)
 
 
 @torch.no_grad()
@@ -37,8 +37,8 @@ def restore(path: Path, layers: Mapping[str, MaskedLayer], step: int) -> dict[st
         The updater's state.
 
     Raises:
-        ValueError: the kept weights or the step are not those that the file was written beside. Nothing is changed
-            then.
+        ValueError: the kept weights or the step are not those of the checkpoint that the file was written for. Nothing
+            is changed then.
     """
     content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     saved: dict[str, dict[str, Tensor]] = content["layers"]

@@ -56,11 +56,12 @@ def pruning(**changes):
 
 
 class OutOfMemory(TrainerCallback):
-    """At its first step 3."""
+    """After so many optimizer steps, in so many tries."""
 
-    raised = False
+    def __init__(self, steps=3, tries=1):
+        self.steps, self.tries = steps, tries
 
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == 3 and not self.raised:
-            self.raised = True
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if state.global_step == self.steps and self.tries:
+            self.tries -= 1
             raise RuntimeError("CUDA out of memory.")

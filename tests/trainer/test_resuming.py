@@ -7,16 +7,15 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
-    TrainerCallback,
     default_data_collator,
 )
 
-from sparse_train import Cubic, SparseGPT, prune, sparse_layers
+from sparse_train import SparseGPT, prune, sparse_layers
 from sparse_train.oneshot.training_data import random_batches
 from sparse_train.trainer import SparseTrainerCallback
 from sparse_train.trainer.shadow_file import FILE_NAME
 from tests.conftest import tiny_llama
-from tests.trainer.runs import OutOfMemory, Tokens, pruning, trainer
+from tests.trainer.runs import Tokens, pruning, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
@@ -71,7 +70,7 @@ def test_the_state_of_another_step_is_refused_where_kept_weights_cannot_tell(tmp
 def test_what_cannot_be_resumed_says_why(tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 5, "max_steps": 5}
     trainer(tmp_path, **settings).train()
-    with pytest.raises(ValueError, match="no sparse_training_state.pt"):
+    with pytest.raises(ValueError, match="no sparse_training_state.pt.* or before the callback could add"):
         trainer(tmp_path, pruning()).train(resume_from_checkpoint=True)
     trainer(tmp_path, pruning(), **settings).train()
     assert (tmp_path / "checkpoint-5" / FILE_NAME).is_file()
@@ -79,48 +78,6 @@ def test_what_cannot_be_resumed_says_why(tmp_path):
         trainer(tmp_path, pruning(update_freq=3)).train(resume_from_checkpoint=True)
     with pytest.raises(ValueError, match="only in one of them"):
         trainer(tmp_path, pruning(ignore=["re:.*down_proj"])).train(resume_from_checkpoint=True)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [{}, {"initial_criterion": SparseGPT()}, {"schedule": Cubic(final_sparsity=0.5, init_sparsity=0.25)}],
-    ids=["plain", "solver", "gradual"],
-)
-def test_a_smaller_batch_is_tried_where_memory_runs_out(tmp_path, changes):
-    sizes = []
-
-    class Sizes(TrainerCallback):
-        def on_train_begin(self, args, state, control, model=None, **kwargs):
-            tokens = {int(layer.statistics.tokens) for layer in sparse_layers(model).values()}
-            sizes.append((state.train_batch_size, tokens))
-
-    again = [pruning(memory=1.0, **changes), OutOfMemory(), Sizes()]
-    run = trainer(tmp_path, *again, auto_find_batch_size=True, per_device_train_batch_size=4)
-    run.train()
-    assert run.state.global_step == 12
-    (before, seen), (after, seen_again) = sizes
-    assert after < before
-    assert seen == {8 * before * 16} and seen_again == {8 * after * 16}
-    assert ((run.model.model.layers[0].mlp.up_proj.weight.reshape(-1, 4) == 0).sum(1) == 2).all()
-
-
-def test_a_retry_goes_back_to_masks_that_were_there(tmp_path):
-    model = tiny_llama()
-    prune(model, random_batches(Tokens(), 2, default_data_collator, 8), "unstructured", sparsity=0.25, squash=False)
-    before = {name: layer.weight_mask.clone() for name, layer in sparse_layers(model).items()}
-    tokens = {name: int(layer.statistics.tokens) for name, layer in sparse_layers(model).items()}
-    seen = []
-
-    class Starts(TrainerCallback):
-        def on_train_begin(self, args, state, control, model=None, **kwargs):
-            layers = sparse_layers(model)
-            seen.append(all(torch.equal(layers[name].weight_mask, mask) for name, mask in before.items()))
-            seen.append({name: int(layer.statistics.tokens) for name, layer in layers.items()} == tokens)
-
-    rising = SparseTrainerCallback("unstructured", schedule=Cubic(0.5, 0.25), update_freq=2, end_step=1.0)
-    run = trainer(tmp_path, rising, OutOfMemory(), Starts(), model=model, auto_find_batch_size=True)
-    run.train()
-    assert seen == [True] * 4
 
 
 def test_masks_that_are_set_after_a_run_that_failed_are_kept(tmp_path):
@@ -131,13 +88,6 @@ def test_masks_that_are_set_after_a_run_that_failed_are_kept(tmp_path):
     prune(run.model, random_batches(Tokens(), 2, default_data_collator, 8), "2:4", squash=False)
     run.train()
     assert ((run.model.model.layers[0].mlp.up_proj.weight.reshape(-1, 4) == 0).sum(1) == 2).all()
-
-
-def test_a_retry_of_a_resumed_run_is_refused(tmp_path):
-    trainer(tmp_path, pruning(), save_strategy="steps", save_steps=2, max_steps=2).train()
-    run = trainer(tmp_path, pruning(), OutOfMemory(), auto_find_batch_size=True)
-    with pytest.raises(ValueError, match="Resume with a smaller per_device_train_batch_size"):
-        run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
 def test_a_run_that_began_with_a_solver_resumes_bit_for_bit(tmp_path):

@@ -1,0 +1,49 @@
+"""Changes to transformers' ``Trainer`` for what its callbacks are not told and not asked."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer
+from transformers.trainer_utils import get_last_checkpoint
+
+
+def patch_trainer(kind: type[Any]) -> None:
+    """Replace two methods of the class ``Trainer``, once. Trainers without a callback of ``kind`` behave as before.
+
+    - ``Trainer.train`` first calls ``resume_from`` of such callbacks: the Trainer tells its callbacks which step it
+      resumes, but not from which folder.
+    - ``Trainer.log`` first adds what their ``take_metrics`` returns to rows of training: those with the key ``loss``,
+      and the summary of a run, which has ``train_loss``. Reporters (TensorBoard, W&B) come before a user's callbacks,
+      so that nothing added in ``on_log`` would reach them. Rows of evaluations stay as they are: ``evaluate`` returns
+      them, and the Trainer writes them into model cards.
+
+    To undo it: ``Trainer.train, Trainer.log = Trainer.train.__wrapped__, Trainer.log.__wrapped__``.
+
+    Args:
+        kind: has ``resume_from(folder: Path | None)``, where None = the run starts anew, and ``take_metrics() ->
+            dict[str, float]``.
+    """
+    train, log = Trainer.train, Trainer.log
+    if getattr(log, "adds_sparsity", False):
+        return
+
+    def callbacks_of(trainer: Any) -> list[Any]:
+        return [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, kind)]
+
+    @functools.wraps(train)
+    def train_telling(self: Any, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        folder = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
+        for callback in callbacks_of(self):
+            callback.resume_from(Path(folder) if folder else None)
+        return train(self, resume_from_checkpoint, *args, **kwargs)
+
+    @functools.wraps(log)
+    def log_asking(self: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> Any:
+        if "loss" in logs or "train_loss" in logs:
+            for callback in callbacks_of(self):
+                logs.update(callback.take_metrics())
+        return log(self, logs, *args, **kwargs)
+
+    log_asking.adds_sparsity = True  # type: ignore[attr-defined]
+    Trainer.train, Trainer.log = train_telling, log_asking

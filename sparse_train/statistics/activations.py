@@ -184,7 +184,8 @@ def in_float32(device_type: str) -> Iterator[None]:
 
 def _no_tf32() -> Callable[[], None]:
     """Turn TF32 off in the words in which it was set: torch has two, and raises where they are mixed."""
-    own = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    backends = torch.backends.cuda, torch.backends.mkldnn
+    own = [backend.matmul for backend in backends if hasattr(backend, "matmul")]  # mkldnn's since torch 2.9
     precisions = [getattr(each, "fp32_precision", None) for each in own]  # since torch 2.9
     try:
         before = torch.get_float32_matmul_precision()
@@ -259,14 +260,16 @@ def _accumulate_now(x: Tensor, token_mask: Tensor | None, sum_squares_I: Tensor,
     if recomputing():
         return
     x_TI = x.reshape(-1, x.shape[-1])
-    if token_mask is None:
-        sum_squares_I += sum_of_squares(x_TI)
-        tokens += x_TI.shape[0]
-    else:
-        kept_T = token_mask.reshape(-1).bool()
-        # where, not a product: padding may hold infinities or NaN
-        sum_squares_I += sum_of_squares(torch.where(kept_T[:, None], x_TI.float(), 0))
-        tokens += kept_T.sum()
+    kept_T = None if token_mask is None else token_mask.reshape(-1).bool()
+    # in parts, as float32 copies of a whole long batch would be the run's peak of memory, and that in recorded steps
+    rows = max(1, _PART // max(1, x_TI.shape[1]))
+    for start in range(0, len(x_TI), rows):
+        part_TI = x_TI[start : start + rows]
+        if kept_T is not None:
+            # where, not a product: padding may hold infinities or NaN
+            part_TI = torch.where(kept_T[start : start + rows, None], part_TI.float(), 0)
+        sum_squares_I += sum_of_squares(part_TI)
+    tokens += len(x_TI) if kept_T is None else kept_T.sum()
 
 
 def sum_of_squares(x_TI: Tensor) -> Tensor:
@@ -284,6 +287,7 @@ def sum_of_squares(x_TI: Tensor) -> Tensor:
     return torch.from_numpy(sum(_threads(threads).map(lambda part: _sum_of_squares(part.float().numpy()), parts)))
 
 
+_PART = 2**24  # elements, 64 MiB in float32: large enough to keep a GPU busy
 _CHUNK = 128
 _WORTH_THREADS = 2**21  # elements; below, handing work over takes longer than doing it
 

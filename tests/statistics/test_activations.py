@@ -7,6 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sparse_train.layers.matrices import Recorder
 from sparse_train.layers.sparse_linear import sparsify
+from sparse_train.statistics import activations
 from sparse_train.statistics.activations import ActivationGram, ActivationNorm, HalvedNorm
 from sparse_train.statistics.recording import attach
 from tests.conftest import VOCABULARY, tiny_llama
@@ -29,6 +30,20 @@ def test_splitting_and_merging_change_nothing(tokens, split, seed):
         torch.testing.assert_close(other.sum_squares_I, whole.sum_squares_I, rtol=1e-5, atol=1e-6)
         assert int(other.tokens) == int(whole.tokens) == tokens + split
     torch.testing.assert_close(whole.norm_I.double(), x.double().norm(dim=0), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_long_batches_are_read_in_parts(monkeypatch, masked):
+    x = torch.randn(2, 50, 6)
+    mask = torch.arange(100).reshape(2, 50) % 3 if masked else None
+    whole = norm_of(x, mask=mask)
+    copied = []
+    monkeypatch.setattr(activations, "_PART", 6 * 7)
+    monkeypatch.setattr(activations, "sum_of_squares", lambda x_TI: copied.append(len(x_TI)) or x_TI.square().sum(0))
+    parts = norm_of(x, mask=mask)
+    assert copied == [7] * 14 + [2]
+    torch.testing.assert_close(parts.sum_squares_I, whole.sum_squares_I)
+    assert int(parts.tokens) == int(whole.tokens) == (66 if masked else 100)
 
 
 @pytest.mark.parametrize("kind", [ActivationNorm, HalvedNorm, ActivationGram])

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from sparse_train.commands.devices import check_device
+from sparse_train.commands.devices import chosen_device
+from sparse_train.data.special_tokens import beginning
 from sparse_train.data.texts import PackagedWikipedia, Split, TextSource
 from sparse_train.models.sources import ModelSource, as_model_source, float_dtype
 from sparse_train.terminal.streams import bars_are_seen
@@ -18,16 +19,17 @@ def evaluate(
     split: Split = "test",
     window: int = 512,
     stride: int | None = None,
+    bos: bool = False,
     batch_size: int = 4,
     max_tokens: int | None = None,
     autocast: str | None = None,
-    device: str = "cpu",
+    device: str | None = None,
     json: bool = False,
 ) -> dict[str, Any]:
     """Token and word perplexity of a model, or its accuracy on tasks, printed with the protocol.
 
     Args:
-        model: Hugging Face id, local folder, or a model source.
+        model: Hugging Face id or local folder, whose weights keep their dtype; or a model source.
         tasks: what to measure, separated by commas: perplexity, wanda7 (the seven zero-shot tasks of the Wanda paper),
             or any task of lm-eval; default: perplexity.
         task_data: folder with JSONL files of wanda7's items, see docs/evaluation.md; default: from the hub.
@@ -36,24 +38,28 @@ def evaluate(
         split: train, validation or test.
         window: tokens a forward sees.
         stride: tokens between starts of windows; default: no overlap.
+        bos: begin every window, and not only the text, with what the tokenizer puts in front of a text. Models such as
+            Gemma need it.
         batch_size: windows, or zero-shot requests, a forward.
         max_tokens: read only the first tokens of the split.
         autocast: compute in this dtype, such as "bfloat16"; the loss stays float32.
-        device: where to compute, such as cuda.
+        device: where to compute, such as "cpu" or "cuda"; default: a GPU where there is one.
         json: print one JSON object instead of text.
     """
     from sparse_train.evaluation import evaluate_perplexity, evaluate_zero_shot, token_ids, word_starts
     from sparse_train.evaluation.zeroshot import check_tasks, task_names
 
-    check_device(device)
+    device = chosen_device(device)
     dtype = None if autocast is None else float_dtype(autocast)
     names = ["perplexity"] if tasks is None else task_names([name.strip() for name in tasks.split(",")])
     zero_shot = [name for name in names if name != "perplexity"]
     if not zero_shot and (task_data is not None or limit is not None):
         raise ValueError("--task_data and --limit are for zero-shot tasks. Name those in --tasks, such as wanda7.")
-    if "perplexity" not in names and (max_tokens is not None or stride is not None):
-        raise ValueError("--max_tokens and --stride are for perplexity. Name it in --tasks, too: perplexity,wanda7.")
-    source, text = as_model_source(model), text or PackagedWikipedia()
+    if "perplexity" not in names and (max_tokens is not None or stride is not None or bos):
+        raise ValueError(
+            "--max_tokens, --stride and --bos are for perplexity. Name it in --tasks, too: perplexity,wanda7."
+        )
+    source, text = as_model_source(model, dtype="auto"), text or PackagedWikipedia()
     documents = text.documents(split) if "perplexity" in names else []
     if "perplexity" in names and not documents:
         raise ValueError(f"{text.name} has no text in its {split} split.")
@@ -68,6 +74,7 @@ def evaluate(
             words=word_starts(documents, tokenizer, text.separator),
             window=window,
             stride=stride,
+            prefix=beginning(tokenizer) if bos else (),
             batch_size=batch_size,
             max_tokens=max_tokens,
             model_name=source.name,

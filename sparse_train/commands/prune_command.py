@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sparse_train.allocation import Allocation
-from sparse_train.commands.devices import check_device
+from sparse_train.commands.devices import chosen_device
 from sparse_train.commands.prune_job import Calibration, Job, details_of, resolve_stage, stages_of, stream
 from sparse_train.criteria import Criterion
 from sparse_train.data.texts import PackagedWikipedia, TextSource
@@ -49,7 +49,7 @@ def prune(
     perplexity: TextSource | None = None,
     window: int = 2048,
     max_tokens: int | None = None,
-    device: str = "cpu",
+    device: str | None = None,
     streaming: bool = False,
     activations: Literal["memory", "disk"] = "memory",
     json: bool = False,
@@ -57,7 +57,7 @@ def prune(
     """Prune a model in one shot and write it as a Hugging Face folder with true zeros.
 
     Args:
-        model: Hugging Face id, local folder, or a model source.
+        model: Hugging Face id or local folder, whose weights keep their dtype; or a model source.
         out: folder to write; must not exist.
         text: calibration text; default: the packaged Wikipedia text.
         mask_structure: "unstructured", "N:M" with N kept of every M consecutive inputs, or a pattern class.
@@ -79,7 +79,7 @@ def prune(
         perplexity: text to measure perplexity on afterwards (its test split); with seeds, default: text.
         window: tokens a forward sees in it.
         max_tokens: read only its first tokens.
-        device: where the model computes, such as "cuda".
+        device: where the model computes, such as "cpu" or "cuda"; default: a GPU where there is one.
         streaming: never hold the whole model: walk its safetensors block by block, in the dtype they have. An
             interrupted run goes on where it was with the same command.
         activations: with streaming, where a block's outputs wait for the next one.
@@ -93,8 +93,8 @@ def prune(
     if max_tokens is not None and perplexity is None and seeds is None:
         raise ValueError("--max_tokens is for the perplexity afterwards. Give --perplexity a text, or leave it out.")
     check_free(Path(out))
-    check_device(device)
-    source, text = as_model_source(model), text or PackagedWikipedia()
+    device = chosen_device(device)
+    source, text = as_model_source(model, dtype="auto"), text or PackagedWikipedia()
     calibration = Calibration(text, num_calibration_samples, max_seq_length, sampling, batch_size)
     test = perplexity or (text if seeds is not None else None)
     with joined(device) as own_device:

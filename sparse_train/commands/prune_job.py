@@ -138,6 +138,7 @@ def details_of(job: Job, seed: int, reports: list[OneshotReport], notes: list[st
         "sparsity": reports[-1].sparsity,
         "calibration": job.calibration.as_dict(seed) if job.needs_data else None,
         "notes": notes,
+        "device": job.device,
         "seconds": {
             "forwards": sum(report.forward_seconds for report in reports),
             "pruning": sum(report.pruning_seconds for report in reports),

@@ -15,6 +15,7 @@ from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
 from sparse_train.data.chat import conversation_blocks
 from sparse_train.data.conversations import Conversations
+from sparse_train.data.special_tokens import beginning, end_of_text
 from sparse_train.data.texts import PackagedWikipedia, Split, TextSource, TrainingText
 from sparse_train.models.losses import IGNORED
 from sparse_train.models.sources import ModelSource, as_model_source
@@ -23,8 +24,9 @@ from sparse_train.models.sources import ModelSource, as_model_source
 class TextBlocks(L.LightningDataModule):
     """Batches of ``{"input_ids", "attention_mask", "labels"}``, each (B, L).
 
-    Documents are joined with an end-of-text token and cut into blocks of ``block_size`` tokens; what is left at the end
-    of a split is dropped in training and padded in evaluation, where ``attention_mask`` is 0 and there is no loss.
+    Documents, each with what the tokenizer puts in front of a text (Llama and Gemma: a beginning-of-text token) and an
+    end-of-text token after it, are joined and cut into blocks of ``block_size`` tokens. What is left at the end of a
+    split is dropped in training and padded in evaluation, where ``attention_mask`` is 0 and there is no loss.
     The training loader is stateful: a run resumed in mid-epoch goes on with the next batch.
 
     Conversations, in place of documents, are written by the tokenizer's chat template, and only what the assistant says
@@ -126,14 +128,20 @@ class TextBlocks(L.LightningDataModule):
 def blocks_of(
     documents: Iterable[str], tokenizer: Any, block_size: int, *, pack: bool = True, drop_rest: bool = True
 ) -> Any:
-    """A ``datasets.Dataset`` of torch rows with ``input_ids``, ``attention_mask`` and ``labels``, each (L,)."""
+    """A ``datasets.Dataset`` of torch rows with ``input_ids``, ``attention_mask`` and ``labels``, each (L,).
+
+    Each document begins with what the tokenizer puts in front of a text and ends with its end-of-text token.
+
+    Raises:
+        ValueError: the tokenizer has no end-of-text token.
+    """
     from datasets import Dataset
 
-    end = tokenizer.eos_token_id
+    begin, end = beginning(tokenizer), end_of_text(tokenizer)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end
 
     def to_blocks(rows: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        sequences = [[*ids, end] for ids in tokenizer(rows["text"], add_special_tokens=False)["input_ids"]]
+        sequences = [[*begin, *ids, end] for ids in tokenizer(rows["text"], add_special_tokens=False)["input_ids"]]
         if pack:
             tokens = [token for sequence in sequences for token in sequence]
             stop = len(tokens) - len(tokens) % block_size if drop_rest else len(tokens)
@@ -211,10 +219,10 @@ def _packed(text: TextSource, tokenizer: Any, samples: int, length: int, generat
 def _parts_of_documents(
     text: TextSource, tokenizer: Any, samples: int, length: int, generator: torch.Generator
 ) -> Tensor:
-    documents = text.documents("train")
+    documents, begin = text.documents("train"), beginning(tokenizer)
     found: list[Tensor] = []
     for index in torch.randperm(len(documents), generator=generator).tolist():
-        ids = torch.tensor(tokenizer(documents[index], add_special_tokens=False, verbose=False)["input_ids"])
+        ids = torch.tensor(begin + tokenizer(documents[index], add_special_tokens=False, verbose=False)["input_ids"])
         if len(ids) > length:
             start = int(torch.randint(len(ids) - length, (), generator=generator))
             found.append(ids[start : start + length])

@@ -4,10 +4,11 @@ Two protocols are mixed in the literature (LLaMA-2-7B is 5.12 at windows of 4096
 without its window says little. ``perplexity`` is that of tokens everywhere, as in the tables on pruning; that of words,
 exp of the same losses per word, can be compared between tokenizers, and has a name of its own everywhere.
 
-Shape suffixes: W windows, L tokens a window.
+Shape suffixes: W windows, L tokens a window, P tokens in front of it.
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
+from sparse_train.data.special_tokens import beginning
 from sparse_train.evaluation.undisturbed import undisturbed
 from sparse_train.models.losses import next_token_loss, perplexity
 from sparse_train.terminal.progress import bar
@@ -36,6 +38,8 @@ class PerplexityProtocol:
     """Tokens from the start of one window to the next; equal to ``window``: no overlap (as Wanda and SparseGPT)."""
     tokens: int
     """Tokens with a loss."""
+    prefix: int
+    """Tokens in front of each window, such as a beginning-of-text token, which no other number in here counts."""
     computed_in: str
     """Dtype of the forward, by autocast or of the weights; the loss is float32 always."""
     words: int | None = None
@@ -44,7 +48,9 @@ class PerplexityProtocol:
     def __str__(self) -> str:
         return (
             f"token perplexity of {self.model} on {self.data}, {self.split}: {self.tokens} tokens scored, "
-            f"windows of {self.window}, stride {self.stride}, tokenizer of {self.tokenizer}, "
+            f"windows of {self.window}, stride {self.stride}, "
+            + (f"{self.prefix} special token(s) in front of each, " if self.prefix else "")
+            + f"tokenizer of {self.tokenizer}, "
             f"computed in {self.computed_in}, loss in float32"
         )
 
@@ -72,10 +78,13 @@ class PerplexityResult:
 
 
 def token_ids(documents: list[str], tokenizer: Any, separator: str = "\n\n") -> Tensor:
-    """Documents joined by ``separator`` and tokenised as one text without special tokens: (tokens,)."""
+    """Documents joined by ``separator`` and tokenised as one text, which begins as the tokenizer lets one: (tokens,).
+
+    As the scripts of Wanda and SparseGPT do: where the tokenizer puts a token in front of a text, it is there once, and
+    later windows begin in the middle of the text. ``evaluate_perplexity(prefix=...)`` puts it in front of all.
+    """
     ids = tokenizer(separator.join(documents), add_special_tokens=False, return_tensors="pt", verbose=False)
-    result: Tensor = ids["input_ids"][0]
-    return result
+    return torch.cat([torch.tensor(beginning(tokenizer), dtype=torch.int64), ids["input_ids"][0]])
 
 
 def check_window(model: nn.Module, window: int) -> None:
@@ -107,6 +116,7 @@ def evaluate_perplexity(
     words: Tensor | None = None,
     window: int = 512,
     stride: int | None = None,
+    prefix: Sequence[int] = (),
     batch_size: int = 4,
     max_tokens: int | None = None,
     model_name: str = "model",
@@ -127,6 +137,8 @@ def evaluate_perplexity(
         words: words that begin in each of them, from ``word_starts``, (tokens,); None measures no word perplexity.
         window: tokens a forward.
         stride: tokens between starts of windows; default ``window``.
+        prefix: token ids put in front of each window, without a loss, so that a forward sees that many more: for models
+            that need a beginning-of-text token, such as Gemma. The same tokens are scored with it and without.
         batch_size: windows a forward.
         max_tokens: read only the first ones; None reads all.
         model_name, data_name, split, tokenizer_name: for the protocol.
@@ -145,17 +157,21 @@ def evaluate_perplexity(
             f"words must have a count for each token of ids, {tuple(ids.shape)}, got {tuple(words.shape)}. "
             "Call word_starts with the documents, tokenizer and separator of token_ids."
         )
-    check_window(model, window)
+    check_window(model, window + len(prefix))
     ids = ids[:max_tokens]
     if len(ids) < window:
         raise ValueError(f"The text has {len(ids)} tokens, fewer than one window of {window}. Take a smaller window.")
     windows_WL = ids.unfold(0, window, stride)
     labels_WL = windows_WL.clone()
     labels_WL[1:, : window - stride] = -100
+    labels_WL[:, 0] = -100  # what is in front of it is no text, or nothing
     begun = 0  # the first token of a window has no loss
     if words is not None:
         words_WL = words[:max_tokens].unfold(0, window, stride)
         begun = int(words_WL[:, 1:][labels_WL[:, 1:] != -100].sum())
+    front_P = torch.tensor(prefix, dtype=windows_WL.dtype).expand(len(windows_WL), -1)
+    windows_WL = torch.cat([front_P, windows_WL], 1)
+    labels_WL = torch.cat([torch.full_like(front_P, -100), labels_WL], 1)
     device = next(model.parameters()).device
     # where there are other processes, they may be measuring nothing, and would be waited for
     metric, tokens = MeanMetric(sync_on_compute=False).to(device), 0
@@ -178,6 +194,7 @@ def evaluate_perplexity(
         window,
         stride,
         tokens,
+        len(prefix),
         dtype,
         None if words is None else begun,
     )

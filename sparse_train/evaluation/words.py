@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_train.data.special_tokens import beginning
+
 
 def word_starts(documents: list[str], tokenizer: Any, separator: str = "\n\n") -> Tensor | None:
     """How many words begin in each token of what ``token_ids`` makes of the same documents.
@@ -30,8 +32,9 @@ def word_starts(documents: list[str], tokenizer: Any, separator: str = "\n\n") -
     found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ends_L = torch.tensor([end for _, end in found["offset_mapping"]], dtype=torch.int64)
     if not len(ends_L):
-        return ends_L
+        return ends_L.new_zeros(len(beginning(tokenizer)))
     starts = torch.tensor([match.start() for match in re.finditer(r"\S+", text)], dtype=torch.int64)
     # the first token that ends behind the character; one that the tokenizer drops counts with what follows it
     tokens = torch.searchsorted(ends_L.cummax(0).values, starts, right=True).clamp(max=len(ends_L) - 1)
-    return torch.bincount(tokens, minlength=len(ends_L))
+    counts_L = torch.bincount(tokens, minlength=len(ends_L))
+    return torch.cat([counts_L.new_zeros(len(beginning(tokenizer))), counts_L])

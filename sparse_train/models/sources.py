@@ -206,8 +206,12 @@ def float_dtype(name: str) -> torch.dtype:
     return dtype
 
 
-def as_model_source(model: ModelSource | str | os.PathLike[str]) -> ModelSource:
+def as_model_source(model: ModelSource | str | os.PathLike[str], dtype: str = "float32") -> ModelSource:
     """A source for a Hugging Face id or a local folder; a source is returned as it is.
+
+    Args:
+        model: the source, id or folder.
+        dtype: of the weights where a source is made, see ``Pretrained``. Training wants float32.
 
     Raises:
         ValueError: it is none of them, such as a model or a tokenizer itself.
@@ -219,4 +223,4 @@ def as_model_source(model: ModelSource | str | os.PathLike[str]) -> ModelSource:
             f"A model source, a Hugging Face id or a local folder is wanted, got a {type(model).__name__}. A model "
             "that you have built goes into a LightningModule of your own, or into a subclass of ModelSource."
         )
-    return Pretrained(os.fspath(model))
+    return Pretrained(os.fspath(model), dtype=dtype)

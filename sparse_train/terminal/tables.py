@@ -38,7 +38,8 @@ def show_pruning(details: dict[str, Any], layers: Sequence[LayerSparsity], folde
     console.print(
         f"sparsity of the targeted weights {details['sparsity']:.6f}"
         + (f" (wanted {wanted:g})" if wanted is not None else "")
-        + f"; forwards {seconds['forwards']:.1f} s, pruning {seconds['pruning']:.1f} s, all {seconds['all']:.1f} s"
+        + f"; forwards {seconds['forwards']:.1f} s, pruning {seconds['pruning']:.1f} s, all {seconds['all']:.1f} s, "
+        f"on {details['device']}"
     )
     if found := details.get("perplexity"):
         console.print(f"token perplexity {found['perplexity']:.2f}: {found['data']}, windows of {found['window']}")

@@ -8,6 +8,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparse_train.commands import cli
+from sparse_train.commands.devices import chosen_device
 from sparse_train.commands.model_commands import COMMANDS
 from sparse_train.commands.parsers import EXAMPLES
 from sparse_train.export import export_checkpoint, export_model
@@ -84,6 +85,23 @@ def test_documents_are_joined_by_the_separator_of_their_source(model_folder):
         source = json.dumps({"class_path": "HubText", "init_args": {**text, **separator}})
         with pytest.raises(SystemExit, match=f"has {tokens} tokens"):
             cli.main(["evaluate", str(model_folder), f"--text={source}", "--window=32"])
+
+
+def test_a_folder_keeps_its_dtype(model_folder, text, capsys):
+    AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16).save_pretrained("half")
+    AutoTokenizer.from_pretrained(model_folder).save_pretrained("half")
+    small = ["--num_calibration_samples=4", "--max_seq_length=32", f"--text={text}"]
+    cli.main(["prune", "--model=half", *small, "--mask_structure=2:4", "--out=pruned_half"])
+    assert "on cpu" in capsys.readouterr().out
+    assert AutoModelForCausalLM.from_pretrained("pruned_half", dtype="auto").dtype == torch.bfloat16
+    cli.main(["evaluate", "pruned_half", f"--text={text}", "--window=32", "--max_tokens=640", "--json"])
+    assert json.loads(capsys.readouterr().out)["computed_in"] == "bfloat16"
+
+
+def test_a_gpu_is_used_where_there_is_one(monkeypatch):
+    assert chosen_device(None) == "cpu" and chosen_device("cpu") == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert chosen_device(None) == "cuda" and chosen_device("cpu") == "cpu"
 
 
 def test_evaluate_on_tasks(model_folder, text, capsys):

@@ -4,6 +4,7 @@ import types
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
@@ -202,3 +203,25 @@ def test_windows_longer_than_the_model_was_made_for(caplog):
 def test_token_ids():
     tokenizer = tiny_tokenizer()
     assert tokenizer.decode(token_ids(["ab", "cd"], tokenizer)) == "ab\n\ncd"
+    assert word_starts(["ab", "cd"], tokenizer).tolist() == [1, 0, 0, 0, 1, 0]
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    assert tokenizer.decode(token_ids(["ab", "cd"], tokenizer)) == "<s>ab\n\ncd"
+    assert word_starts(["ab", "cd"], tokenizer).tolist() == [0, 1, 0, 0, 0, 1, 0]
+
+
+@pytest.mark.parametrize("stride", [10, 4])
+def test_a_prefix_stands_in_front_of_each_window_and_the_same_tokens_are_scored(stride):
+    model, ids = tiny_llama(), torch.randint(3, VOCABULARY, (40,))
+    without = evaluate_perplexity(model, ids, window=10, stride=stride)
+    found = evaluate_perplexity(model, ids, window=10, stride=stride, prefix=[1, 2])
+    losses = []
+    for index, start in enumerate(range(0, 31, stride)):
+        part = torch.cat([torch.tensor([1, 2]), ids[start : start + 10]])
+        log_p = model(input_ids=part[None]).logits[0].double().log_softmax(-1)
+        first = 1 if index == 0 else max(1, 10 - stride)
+        losses += [-log_p[place + 1, part[place + 2]].item() for place in range(first, 10)]
+    assert found.protocol.tokens == without.protocol.tokens == len(losses)
+    assert found.perplexity == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
+    assert found.perplexity != without.perplexity
+    assert "2 special token(s) in front of each" in str(found.protocol)
+    assert "special token" not in str(without.protocol)

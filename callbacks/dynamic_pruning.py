@@ -24,7 +24,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from sparse_train.arguments import expect
+from sparse_train.arguments import require_type
 from sparse_train.callbacks import building
 from sparse_train.callbacks.calibration import peek
 from sparse_train.callbacks.checks import (
@@ -37,19 +37,19 @@ from sparse_train.callbacks.checks import (
 )
 from sparse_train.criteria import Criterion
 from sparse_train.description import describe
-from sparse_train.export.checkpoints import PRUNING_STATE
-from sparse_train.layers.mask_lora import MaskLoRA, add_mask_lora
+from sparse_train.layers.mask_lora import MaskLoRA, add_mask_lora, check_mask_lora
 from sparse_train.layers.matrices import MaskedLayer
 from sparse_train.layers.sparse_linear import fold, sparse_layers
+from sparse_train.models.checkpoints import PRUNING_STATE
 from sparse_train.oneshot.first_mask import check_initial, set_first_mask
 from sparse_train.patterns import Pattern, group_label
+from sparse_train.pipeline.earlier_windows import Memory
 from sparse_train.pipeline.policies import MaskPolicy
 from sparse_train.pipeline.run_settings import RunSettings, check_settings
 from sparse_train.pipeline.schedules import Schedule
 from sparse_train.pipeline.update_report import UpdateReport
 from sparse_train.pipeline.updater import MaskUpdater
 from sparse_train.solvers import Solver
-from sparse_train.statistics.earlier_windows import Memory
 
 _NO_MASK = {f"sparsity/{name}": 0.0 for name in ("target", "actual", "flip_rate", "initial_flip_rate")}
 """What is logged ahead of a first mask; not counted on the weights, which would cost engines traffic at every start."""
@@ -162,7 +162,7 @@ class DynamicPruning(L.Callback):
             noise_margin=noise_margin,
             flip_agreement=flip_agreement,
         )
-        expect("mask_lora", mask_lora, MaskLoRA(), MaskLoRA)
+        require_type("mask_lora", mask_lora, MaskLoRA(), MaskLoRA)
         check_initial(initial_criterion, self._settings.mask_structure, mask_lora)
         self._calibration_batches = calibration_batches
         self._initial_criterion = initial_criterion
@@ -277,7 +277,7 @@ class DynamicPruning(L.Callback):
         )
         rank_zero_info(
             f"DynamicPruning: {len(self.updater.layers)} layers at {group_label(self._settings.mask_structure)}, final "
-            f"sparsity {self._settings.schedule.sparsity(1.0):g}; {self.updater.plan()}."
+            f"sparsity {self._settings.sparsity_at(1.0):g}; {self.updater.plan()}."
         )
         self._global_step = trainer.global_step if self._restored is None else self._restored["global_step"]
         self._metrics = {} if self._restored is None else self._restored.get("metrics", {})
@@ -340,7 +340,7 @@ class DynamicPruning(L.Callback):
         if self.updater is not None:
             self.updater.finish()
         elif self._restored is not None:
-            check_settings(self._restored["settings"], self._settings.words())  # which no updater has looked at
+            check_settings(self._restored["settings"], self._settings.as_strings())  # which no updater has looked at
             rank_zero_warn(f"The run is at step {trainer.global_step} already, where it ends: nothing was trained.")
         else:
             rank_zero_warn("The run had no step, so nothing was pruned.")
@@ -373,7 +373,7 @@ class DynamicPruning(L.Callback):
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         if self._mask_lora is not None:
-            add_mask_lora(pl_module, self._mask_lora)  # adds none: raises where the checkpoint's are others
+            check_mask_lora(pl_module, self._mask_lora)  # against the adapters of the checkpoint
         elif any(layer.adapted for layer in sparse_layers(pl_module).values()):
             raise ValueError(
                 "The checkpoint was written with mask_lora, and this run has none, so it would train other weights. "

@@ -1,19 +1,46 @@
-"""``expect``: arguments that are objects, or nothing. ``plain``: numbers that are Python's."""
+"""Arguments as users write them: numbers of other libraries, shares of weights, objects or nothing."""
 
 from typing import Any, TypeVar
+
+import torch
 
 T = TypeVar("T")
 
 
-def plain(value: Any) -> Any:
-    """The Python number that a numpy scalar or a tensor of one is; anything else as it is.
+def to_python_number(value: Any) -> Any:
+    """The Python number that a numpy scalar or a tensor of one stands for; anything else as it is.
 
-    Others are numbers of other classes: described in other words, and refused where a checkpoint is loaded.
+    A float of low precision becomes the shortest decimal that it is the nearest number to, which is what was written:
+    ``np.float32(0.7)`` is 0.7, and not 0.699999988, of which 640 weights would prune one fewer. Numbers of other
+    classes would be described in other words, and refused where a checkpoint is loaded.
     """
-    return value.item() if hasattr(value, "item") and getattr(value, "ndim", None) == 0 else value
+    if not hasattr(value, "item") or getattr(value, "ndim", None) != 0:
+        return value
+    number = value.item()
+    if not isinstance(number, float):
+        return number
+    return _shortest_decimal(number, value.dtype) if isinstance(value, torch.Tensor) else float(str(value))
 
 
-def expect(name: str, value: T | None, default: T, base: type[Any] | tuple[type[Any], ...]) -> T:
+def _shortest_decimal(number: float, dtype: torch.dtype) -> float:
+    """numpy's ``str`` does it for its own types, of which bfloat16 is none."""
+    decimals = (float(f"{number:.{digits}g}") for digits in range(1, 17))
+    return next((each for each in decimals if torch.tensor(each, dtype=dtype, device="cpu").item() == number), number)
+
+
+def check_sparsity(name: str, value: float) -> None:
+    """Raise ValueError unless ``0 <= value < 1``."""
+    number = to_python_number(value)
+    if not isinstance(number, (int, float)):
+        raise ValueError(f"{name} is the share of weights that are zero, a number such as 0.5, got {value!r}.")
+    if not 0 <= number < 1:
+        raise ValueError(
+            f"{name} must be at least 0 and below 1 (the share of weights that are zero), got {number}."
+            + (f" For {number} % write {number / 100:g}." if 1 < number < 100 else "")
+        )
+
+
+def require_type(name: str, value: T | None, default: T, base: type[Any] | tuple[type[Any], ...]) -> T:
     """``value``, or ``default`` for None; ValueError where it is a class, a text, or anything but a ``base``."""
     if value is None:
         return default

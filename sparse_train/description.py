@@ -3,7 +3,7 @@
 from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any
 
-from sparse_train.arguments import plain
+from sparse_train.arguments import to_python_number
 
 
 def describe(part: Any) -> str:
@@ -12,7 +12,7 @@ def describe(part: Any) -> str:
     Without an address, also where its class is no dataclass.
     """
     if is_dataclass(part):
-        own = {field.name: plain(getattr(part, field.name)) for field in fields(part) if field.init}
+        own = {field.name: to_python_number(getattr(part, field.name)) for field in fields(part) if field.init}
         default = {field.name: _default(field) for field in fields(part)}
         told = {name: value for name, value in own.items() if repr(value) != repr(default[name])}
         return f"{type(part).__name__}({_arguments(told)})"

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from sparse_train.layers import masks
+from sparse_train.layers.blocks import fused_experts
 from sparse_train.layers.matrices import MASK_NAME, MaskedMatrix, is_conv1d
 from sparse_train.layers.semi_structured import why_not_weight
-from sparse_train.models.blocks import fused_experts
 from sparse_train.packed.tensors import packed_bytes
 from sparse_train.patterns import detect_pattern
 

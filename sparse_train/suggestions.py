@@ -1,6 +1,7 @@
-"""``did_you_mean``: what a mistyped word may have meant."""
+"""What to write instead: a word that was mistyped, layers to leave out."""
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -8,3 +9,9 @@ def did_you_mean(word: str, candidates: Iterable[str], prefix: str = "") -> str:
     """ " Did you mean ...?" or nothing, to put behind an error; ``prefix`` stands before each candidate."""
     close = difflib.get_close_matches(word, list(candidates), n=3, cutoff=0.5)
     return f" Did you mean {' or '.join(repr(prefix + name) for name in close)}?" if close else ""
+
+
+def leave_out(names: Iterable[str]) -> str:
+    """How to leave out layers, and all that are named alike."""
+    kinds = "|".join(re.escape(kind) for kind in dict.fromkeys(name.rpartition(".")[2] for name in names))
+    return rf"One expression leaves out all that are named alike: ignore=['re:(.*\.)?({kinds})$']."

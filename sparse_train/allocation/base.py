@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from sparse_train.pipeline.schedules import check_sparsity
+from sparse_train.arguments import check_sparsity
 
 _AGREEMENT = 1e-3  # how far a model-wide sparsity may be from the layers' own: they are written with few digits
 

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 
 from sparse_train.allocation.base import Allocation, Outliers, Shapes, check_agreement, mean_sparsity
-from sparse_train.pipeline.schedules import check_sparsity
+from sparse_train.arguments import check_sparsity
 from sparse_train.suggestions import did_you_mean
 
 

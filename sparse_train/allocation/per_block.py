@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from sparse_train.allocation.base import Allocation, Outliers, Shapes, check_agreement, mean_sparsity
-from sparse_train.pipeline.schedules import check_sparsity
+from sparse_train.arguments import check_sparsity
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from sparse_train.callbacks import DynamicPruning, RunHistory  # and with them the others that recipes name
 from sparse_train.commands.parsers import Formatter, ShortErrors, settings
 from sparse_train.commands.shipped import shipped
+from sparse_train.commands.training_progress import TrainingBar, TrainingLines
 from sparse_train.commands.yaml_numbers import install
 from sparse_train.data.text_blocks import TextBlocks
 from sparse_train.export.card import ModelCard, training_rows
 from sparse_train.models.module import CausalLM
 from sparse_train.terminal.streams import bars_are_seen, stdout_for_json, take_json
-from sparse_train.terminal.training_progress import TrainingBar, TrainingLines
 
 _log = logging.getLogger(__name__)
 
@@ -100,8 +100,8 @@ class SparseTrainCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def before_fit(self) -> None:
-        from sparse_train.export.checkpoints import check_engine
         from sparse_train.files import check_free
+        from sparse_train.models.checkpoints import check_engine
 
         if self.config.fit.ckpt_path:
             check_engine(self.config.fit.ckpt_path, self.trainer.strategy)

@@ -10,10 +10,10 @@ import yaml  # type: ignore[import-untyped,unused-ignore]
 from jsonargparse import get_loader
 
 from sparse_train.allocation import OWL, Allocation, PerBlock
+from sparse_train.arguments import check_sparsity
 from sparse_train.commands.yaml_numbers import install
 from sparse_train.criteria import Criterion, Magnitude, Wanda
 from sparse_train.patterns import NM, Group, Pattern, Unstructured
-from sparse_train.pipeline.schedules import check_sparsity
 from sparse_train.solvers import Solver, SparseGPT
 from sparse_train.suggestions import did_you_mean
 

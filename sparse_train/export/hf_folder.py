@@ -7,12 +7,12 @@ from typing import Any
 
 from sparse_train.distributed import rank
 from sparse_train.export.card import ModelCard, training_rows, write_card
-from sparse_train.export.checkpoints import PRUNING_STATE, read_checkpoint
 from sparse_train.files import written_whole
 from sparse_train.inspection import layer_sparsities
 from sparse_train.layers.sharding import is_dtensor, is_zero3, whole_state_dict
 from sparse_train.layers.sparse_linear import sparsify_like, squash
 from sparse_train.models import lora
+from sparse_train.models.checkpoints import PRUNING_STATE, read_checkpoint
 
 
 def export_model(model: Any, tokenizer: Any | None, out: str | Path, card: ModelCard | None = None) -> Path:
@@ -64,7 +64,7 @@ def export_checkpoint(checkpoint: str | Path, out: str | Path, tokenizer: Any | 
     """Export the model of a Lightning checkpoint that ``CausalLM`` wrote, masks folded in.
 
     Args:
-        checkpoint: a file, or a folder that FSDP2 or DeepSpeed wrote, see ``sparse_train.export.checkpoints``.
+        checkpoint: a file, or a folder that FSDP2 or DeepSpeed wrote, see ``sparse_train.models.checkpoints``.
         out: folder to write.
         tokenizer: is put beside the model.
 

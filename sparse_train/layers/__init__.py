@@ -1,1 +1,1 @@
-"""The masked layer: a dense parameter, a packed mask, and their product; low-rank factors inside it; its shards."""
+"""The masked layer: parameter, packed mask, their product, factors inside it, shards; and what models consist of."""

@@ -15,7 +15,6 @@ from sparse_train.layers import sharding
 from sparse_train.layers.low_rank import low_rank_sum, masked_low_rank_linear
 from sparse_train.layers.matrices import FACTOR_NAMES, MaskedLayer
 from sparse_train.layers.sparse_linear import SparseLinear, sparse_layers
-from sparse_train.pipeline.policies import MaskPolicy, StraightThrough
 from sparse_train.suggestions import did_you_mean
 
 ALL_LINEAR = "all-linear"
@@ -151,11 +150,9 @@ def add_mask_lora(model: nn.Module, lora: MaskLoRA | None = None) -> list[nn.Par
             another adapter already.
     """
     lora = lora or MaskLoRA()
-    layers = _wanted(model, lora)
-    for name, layer in layers.items():
-        _check(name, layer, lora)
+    check_mask_lora(model, lora)
     model.requires_grad_(False)
-    for layer in layers.values():
+    for layer in _wanted(model, lora).values():
         if not layer.adapted:
             attach_factors(layer, lora.r, lora.lora_alpha, lora.exact_gradient)
     adapted = [layer for layer in sparse_layers(model).values() if isinstance(layer, MaskLoRALinear)]
@@ -163,6 +160,12 @@ def add_mask_lora(model: nn.Module, lora: MaskLoRA | None = None) -> list[nn.Par
     for factor in factors:
         factor.requires_grad_(True)
     return factors
+
+
+def check_mask_lora(model: nn.Module, lora: MaskLoRA) -> None:
+    """Raise ValueError where ``add_mask_lora`` would, and change nothing."""
+    for name, layer in _wanted(model, lora).items():
+        _check_layer(name, layer, lora)
 
 
 def merge_mask_lora(model: nn.Module) -> None:
@@ -190,30 +193,6 @@ def attach_factors(layer: MaskedLayer, rank: int, lora_alpha: int, exact_gradien
     layer.lora_alpha, layer.exact_gradient = lora_alpha, exact_gradient
 
 
-def check_policy(layers: Mapping[str, MaskedLayer], policy: MaskPolicy, shadow_factor: float = 1.0) -> None:
-    """Raise ValueError where a policy would write into weights that are frozen, or that an adapter keeps so."""
-    shrinks = shadow_factor != 1 or (isinstance(policy, StraightThrough) and policy.srste_decay > 0)
-    frozen = next((name for name, layer in layers.items() if not layer.weight_OI.requires_grad), None)
-    if shrinks and frozen is not None and not layers[frozen].adapted:
-        raise ValueError(
-            f"{frozen} is frozen, and {policy} would shrink what is pruned of it. Set srste_decay to 0, or leave the "
-            "layer out (ignore)."
-        )
-    name = next((name for name, layer in layers.items() if layer.adapted), None)
-    if name is None:
-        return
-    if policy.comes_back == "by gradient":
-        raise ValueError(
-            f"{name} has a mask_lora adapter, so its weight is frozen, and {policy} would write into it: weights come "
-            "back from zero. Take Fixed() or StraightThrough(), or train without mask_lora."
-        )
-    if shrinks:
-        raise ValueError(
-            f"{name} has a mask_lora adapter, so its weight is frozen, and {policy} would shrink what is pruned of it. "
-            "Set srste_decay to 0, or train without mask_lora."
-        )
-
-
 def _wanted(model: nn.Module, lora: MaskLoRA) -> dict[str, MaskedLayer]:
     layers = sparse_layers(model)
     if not layers:
@@ -236,7 +215,7 @@ def _wanted(model: nn.Module, lora: MaskLoRA) -> dict[str, MaskedLayer]:
     return found
 
 
-def _check(name: str, layer: MaskedLayer, lora: MaskLoRA) -> None:
+def _check_layer(name: str, layer: MaskedLayer, lora: MaskLoRA) -> None:
     if isinstance(layer, MaskLoRALinear):
         found = (layer.mask_lora_A.shape[0], layer.lora_alpha, layer.exact_gradient)
         if found != (lora.r, lora.lora_alpha, lora.exact_gradient):

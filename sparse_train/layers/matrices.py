@@ -3,6 +3,8 @@
 Shape suffixes: O out_features, I in_features, J packed mask bytes = ceil(I / 8).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -38,6 +40,15 @@ class Recorder:
 
     def wants(self, training: bool) -> bool:
         return self.when == "always" or (self.when == "training" and (training or torch.is_grad_enabled()))
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Record nothing inside."""
+        before, self.when = self.when, "never"
+        try:
+            yield
+        finally:
+            self.when = before
 
 
 class MaskedMatrix:

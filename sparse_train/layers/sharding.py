@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from sparse_train.distributed import rank, world_size
+from sparse_train.layers.blocks import block_lists
 from sparse_train.layers.matrices import MaskedMatrix
-from sparse_train.models.blocks import block_lists
 
 NO_ADAPTERS = (
     "{} has a mask_lora adapter, and its parameters are divided among processes (FSDP2, DeepSpeed), where masks do not "

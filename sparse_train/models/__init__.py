@@ -1,1 +1,1 @@
-"""Where models come from, what they consist of, and the module that recipes train."""
+"""Where models come from, checkpoints of runs among them, and the module that recipes train."""

@@ -12,10 +12,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from sparse_train.export.checkpoints import PRUNING_STATE
+from sparse_train.layers.blocks import block_lists, dimensions
 from sparse_train.layers.sharding import whole_first
 from sparse_train.layers.sparse_linear import sparse_layers, sparsify_like
-from sparse_train.models.blocks import block_lists, dimensions
+from sparse_train.models.checkpoints import PRUNING_STATE
 from sparse_train.models.distillation import Distillation, Teacher
 from sparse_train.models.loading import load_sharded
 from sparse_train.models.lora import LoRA, adapter_config

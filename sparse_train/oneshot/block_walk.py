@@ -8,15 +8,15 @@ from torch import nn
 
 from sparse_train.allocation import Allocation, LayerShape, divide, outlier_share
 from sparse_train.criteria import Wanda
+from sparse_train.layers.blocks import block_lists
 from sparse_train.layers.matrices import MaskedMatrix, Recorder
-from sparse_train.models.blocks import block_lists
 from sparse_train.oneshot.calibration_pass import CalibrationPass
 from sparse_train.oneshot.engine import Method, prune_group, release, statistics_of
 from sparse_train.oneshot.experts import ExpertMatrix
 from sparse_train.patterns import Pattern
+from sparse_train.pipeline.recording import attach, reduce_statistics
 from sparse_train.pipeline.update_report import LayerUpdate
 from sparse_train.statistics.activations import ActivationNorm
-from sparse_train.statistics.recording import attach, reduce_statistics
 from sparse_train.terminal.progress import Bar
 
 

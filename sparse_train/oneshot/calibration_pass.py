@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from sparse_train.layers.matrices import MaskedLayer, Recorder
 from sparse_train.oneshot.experts import ExpertMatrix, ExpertRecorder
 from sparse_train.oneshot.store import Activations, copied, moved
+from sparse_train.pipeline.recording import share_statistics
 from sparse_train.statistics.input_sharing import InputSharing
-from sparse_train.statistics.recording import share_statistics
 
 _log = logging.getLogger(__name__)
 

@@ -13,10 +13,10 @@ from sparse_train.patterns import Pattern
 from sparse_train.pipeline.choice import Rules
 from sparse_train.pipeline.policies import StraightThrough
 from sparse_train.pipeline.pruner import replace_mask, update_masks
+from sparse_train.pipeline.recording import check_statistics, reduce_statistics
 from sparse_train.pipeline.update_report import LayerUpdate
 from sparse_train.solvers import Solver
 from sparse_train.statistics.activations import ActivationGram, ActivationNorm, Statistics, in_float32
-from sparse_train.statistics.recording import check_statistics, reduce_statistics
 
 Method = Criterion | Solver
 """How to prune: scores that select, or a solver that also moves the weights it keeps."""

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from sparse_train.layers import masks
+from sparse_train.layers.blocks import FusedExperts, expert_shape_OI
 from sparse_train.layers.matrices import MaskedMatrix
-from sparse_train.models.blocks import FusedExperts, expert_shape_OI
 from sparse_train.statistics.activations import ActivationGram, ActivationNorm
 
 _log = logging.getLogger(__name__)

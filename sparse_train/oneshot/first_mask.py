@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparse_train.arguments import expect
+from sparse_train.arguments import require_type
 from sparse_train.criteria import Criterion, Wanda
 from sparse_train.distributed import rank, take_from_rank_0, world_size
 from sparse_train.layers import masks
@@ -40,7 +40,7 @@ _PRUNED = 0.005  # share of kept weights that are zero above which a model was p
 
 def check_initial(method: Method | None, pattern: Pattern, mask_lora: MaskLoRA | None = None) -> None:
     """Raise ValueError unless an ``initial_criterion`` can make a first mask; None can."""
-    expect("initial_criterion", method, Wanda(), (Criterion, Solver))
+    require_type("initial_criterion", method, Wanda(), (Criterion, Solver))
     if not isinstance(method, Solver):
         return
     method.check_pattern(pattern)

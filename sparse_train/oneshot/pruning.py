@@ -8,21 +8,20 @@ from dataclasses import dataclass
 from torch import nn
 
 from sparse_train.allocation import Allocation, Uniform, check_pattern
-from sparse_train.arguments import expect
+from sparse_train.arguments import require_type
 from sparse_train.criteria import Criterion, Wanda
 from sparse_train.layers import masks
-from sparse_train.layers import sparse_linear as _layers
 from sparse_train.layers.matrices import MaskedLayer, MaskedMatrix, Recorder
-from sparse_train.layers.sparse_linear import sparsify
+from sparse_train.layers.sparse_linear import fold, sparsify
 from sparse_train.oneshot.block_walk import BlockWalk
 from sparse_train.oneshot.calibration_pass import Batch, CalibrationPass
 from sparse_train.oneshot.engine import Method, Undo, release, statistics_of
 from sparse_train.oneshot.experts import expert_matrices
 from sparse_train.oneshot.training_data import causal_lm
 from sparse_train.patterns import Pattern, parse_pattern, parse_word
+from sparse_train.pipeline.recording import warn_of_padding
 from sparse_train.pipeline.update_report import LayerUpdate
 from sparse_train.solvers import Solver
-from sparse_train.statistics.recording import warn_of_padding
 from sparse_train.targets.selection import select
 from sparse_train.terminal.progress import bar
 
@@ -86,7 +85,7 @@ def prune(
             reached, or anything that ``select``, the pattern or the allocation refuse. The model is then as it was.
     """
     method = method_of(criterion)
-    allocation = expect("allocation", allocation, Uniform(), Allocation)
+    allocation = require_type("allocation", allocation, Uniform(), Allocation)
     pattern, target = resolve(mask_structure, sparsity, method, allocation)
     selection = select(model, pattern, targets, ignore, experts=squash)
     dense = [layer for layer in selection.layers.values() if not isinstance(layer, MaskedLayer)]
@@ -109,10 +108,10 @@ def prune(
     except BaseException:
         undo.restore()
         # their masks are back to keeping everything
-        _layers.fold(model, [layer for layer in dense if isinstance(layer, MaskedLayer)])
+        fold(model, [layer for layer in dense if isinstance(layer, MaskedLayer)])
         raise
     if squash:
-        _layers.fold(model)
+        fold(model)
     return report
 
 
@@ -128,7 +127,7 @@ def method_of(criterion: Method | None) -> Method:
     """The method, Wanda by default."""
     if isinstance(criterion, Solver):
         return criterion
-    return expect("criterion", criterion, Wanda(), Criterion)
+    return require_type("criterion", criterion, Wanda(), Criterion)
 
 
 def resolve(

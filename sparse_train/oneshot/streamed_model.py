@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from sparse_train.models.blocks import block_lists
+from sparse_train.layers.blocks import block_lists
 from sparse_train.oneshot.shards import Checkpoint, write_shard
 
 _SHARD_BYTES = 1 << 28  # of the files for what is outside the blocks; a larger tensor has a file of its own

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from sparse_train.allocation import Allocation, LayerShape, Uniform, divide
-from sparse_train.arguments import expect
+from sparse_train.arguments import require_type
 from sparse_train.description import describe
 from sparse_train.files import check_free, replacing
+from sparse_train.layers.blocks import expert_shape_OI
 from sparse_train.layers.matrices import MaskedLayer, MaskedMatrix, Recorder, shape_OI
 from sparse_train.layers.sparse_linear import fold, sparsify
-from sparse_train.models.blocks import expert_shape_OI
 from sparse_train.oneshot.block_walk import blocks_done, experts_of, share_of_outliers
 from sparse_train.oneshot.calibration_pass import Batch, CalibrationPass
 from sparse_train.oneshot.engine import Method, prune_group, release, statistics_of
@@ -33,9 +33,9 @@ from sparse_train.oneshot.pruning import OneshotReport, method_of, resolve
 from sparse_train.oneshot.shards import Checkpoint, copy_companions, write_index
 from sparse_train.oneshot.streamed_model import StreamedModel, model_without_weights
 from sparse_train.patterns import Pattern
+from sparse_train.pipeline.recording import attach, reduce_statistics, warn_of_padding
 from sparse_train.pipeline.update_report import LayerUpdate
 from sparse_train.statistics.activations import ActivationNorm, Statistics
-from sparse_train.statistics.recording import attach, reduce_statistics, warn_of_padding
 from sparse_train.targets.selection import Selection, select
 from sparse_train.terminal.progress import Bar, bar
 
@@ -80,7 +80,7 @@ def prune_checkpoint(
     if activations not in ("memory", "disk"):
         raise ValueError(f'activations wait in "memory" or on "disk", got {activations!r}.')
     method = method_of(criterion)
-    allocation = expect("allocation", allocation, Uniform(), Allocation)
+    allocation = require_type("allocation", allocation, Uniform(), Allocation)
     pattern, target = resolve(mask_structure, sparsity, method, allocation)
     if pattern.model_wide:
         raise ValueError(f"{pattern} compares over the whole model, which is never in memory here. Use prune.")

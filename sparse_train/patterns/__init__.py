@@ -3,7 +3,7 @@
 from sparse_train.patterns.base import Pattern
 from sparse_train.patterns.nm import NM
 from sparse_train.patterns.unstructured import Group, Unstructured
-from sparse_train.patterns.words import detect_pattern, group_label, parse_pattern, parse_word, resolve_target
+from sparse_train.patterns.words import detect_pattern, group_label, parse_pattern, parse_word
 
 __all__ = [
     "NM",
@@ -14,5 +14,4 @@ __all__ = [
     "group_label",
     "parse_pattern",
     "parse_word",
-    "resolve_target",
 ]

@@ -8,11 +8,11 @@ import re
 import torch
 from torch import Tensor
 
+from sparse_train.arguments import check_sparsity, to_python_number
 from sparse_train.description import describe
 from sparse_train.patterns.base import Pattern
 from sparse_train.patterns.nm import NM
 from sparse_train.patterns.unstructured import Group, Unstructured
-from sparse_train.pipeline.schedules import Constant, Schedule, check_sparsity
 
 
 def parse_pattern(mask_structure: str | Pattern, sparsity: float | None, group: Group = "row") -> tuple[Pattern, float]:
@@ -29,28 +29,12 @@ def parse_pattern(mask_structure: str | Pattern, sparsity: float | None, group: 
     pattern = parse_word(mask_structure, group)
     if sparsity is not None:
         check_sparsity("sparsity", sparsity)
+        sparsity = float(to_python_number(sparsity))
         pattern.check_target(sparsity)
         return pattern, sparsity
     if isinstance(pattern, NM):
         return pattern, pattern.sparsity
     raise ValueError(f"{pattern} needs a sparsity: the share of weights that are zero, such as sparsity=0.5.")
-
-
-def resolve_target(
-    mask_structure: str | Pattern, sparsity: float | None, schedule: Schedule | None, group: Group = "row"
-) -> tuple[Pattern, Schedule]:
-    """Pattern and schedule from what users write; raises ValueError where they contradict each other.
-
-    ``group`` is what the word "unstructured" compares.
-    """
-    if schedule is None:
-        pattern, sparsity = parse_pattern(mask_structure, sparsity, group)
-        return pattern, Constant(sparsity)
-    final = schedule.sparsity(1.0)
-    if sparsity is not None and sparsity != final:
-        raise ValueError(f"sparsity={sparsity} is in conflict with the schedule, which ends at {final}: give one.")
-    pattern, _ = parse_pattern(mask_structure, final, group)
-    return pattern, schedule
 
 
 def parse_word(word: str | Pattern, group: Group) -> Pattern:

@@ -1,1 +1,1 @@
-"""Schedule -> scores -> masks -> policy: one pass over a model, and the same over a training run."""
+"""Schedule -> scores -> masks -> policy: one pass over a model; the same over a training run, and what it records."""

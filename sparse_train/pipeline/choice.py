@@ -45,11 +45,26 @@ class Rules:
     half: int | None = None
 
     def mask(self, scores_OI: Tensor, sparsity: float, names: Iterable[str]) -> Tensor:
-        """The mask of admitted scores: of one named layer, or of several as one row."""
+        """The mask of candidates with these scores: of one named layer, or of several as one row."""
         gradients = self.growth.scores(names) if self.growth is not None else None
         if self.growth is None or gradients is None:
             return self.pattern.mask(scores_OI, sparsity)
         return regrow(scores_OI, gradients.view_as(scores_OI), self.pattern, sparsity, self.growth.fraction)
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Weights, as selection sees them.
+
+    Attributes:
+        scores_OI: -inf = goes first; kept ones ahead by the margin, where there is one.
+        nonzero_OJ: which of them are not zero under a mask that keeps them, packed.
+        finite: whether the criterion's scores are.
+    """
+
+    scores_OI: Tensor
+    nonzero_OJ: Tensor
+    finite: bool
 
 
 @dataclass
@@ -102,9 +117,9 @@ def _select_by_layer(layers: Mapping[str, MaskedMatrix], rules: Rules) -> dict[s
         own = rules.sparsity[name] if isinstance(rules.sparsity, Mapping) else rules.sparsity
         with sharding.weights(layer, by_rows) as (weight_OI, rows):
             weight_OI = _decayed(weight_OI, layer, rows, rules)
-            scores_OI, nonzero_OJ, finite = _admitted(layer, weight_OI, rows, rules, sums.get(name))
-        keep_OJ = masks.pack(rules.mask(scores_OI, own, [name])) if finite else nonzero_OJ
-        chosen[name] = Choice([keep_OJ], masks.count(keep_OJ & nonzero_OJ), finite)
+            found = _score_candidates(layer, weight_OI, rows, rules, sums.get(name))
+        keep_OJ = masks.pack(rules.mask(found.scores_OI, own, [name])) if found.finite else found.nonzero_OJ
+        chosen[name] = Choice([keep_OJ], masks.count(keep_OJ & found.nonzero_OJ), found.finite)
     _complete(chosen, by_process)
     return chosen
 
@@ -128,9 +143,9 @@ def _select_model_wide(layers: Mapping[str, MaskedMatrix], rules: Rules) -> dict
     for name, layer in layers.items():
         with sharding.weights(layer, by_rows=False) as (weight_OI, rows):
             weight_OI = _decayed(weight_OI, layer, rows, rules)
-            scores_OI, nonzero_OJ, finite = _admitted(layer, weight_OI, rows, rules, None)
-        scores.append(scores_OI)
-        chosen[name] = Choice([nonzero_OJ], 0, finite)
+            found = _score_candidates(layer, weight_OI, rows, rules)
+        scores.append(found.scores_OI)
+        chosen[name] = Choice([found.nonzero_OJ], 0, found.finite)
     if all(choice.finite for choice in chosen.values()):
         keep = rules.mask(torch.cat([score.reshape(1, -1) for score in scores], dim=1), rules.sparsity, layers)
         parts = keep.split([score.numel() for score in scores], dim=1)
@@ -195,20 +210,15 @@ def _scores(
     return scores_OI.float()
 
 
-def _admitted(
-    layer: MaskedMatrix, weight_OI: Tensor, rows: slice, rules: Rules, column_sums_I: Tensor | None
-) -> tuple[Tensor, Tensor, bool]:
-    """Scores as selection sees them, which weights are not zero (packed), and whether the scores are finite."""
+def _score_candidates(
+    layer: MaskedMatrix, weight_OI: Tensor, rows: slice, rules: Rules, column_sums_I: Tensor | None = None
+) -> Candidates:
+    """Score these rows of a layer; margin and policy go into the scores, so that the pattern alone selects."""
     by_score = rules.policy.comes_back == "by score"
     keep_OI = layer.unpacked_mask()[rows] if rules.margin or not by_score else None
-    stats = layer.statistics if rules.criterion.needs_activations else None
-    assert stats is None or isinstance(stats, ActivationNorm)
-    if rules.half is not None:
-        assert isinstance(stats, HalvedNorm)
-        stats = stats.alone(rules.half)
+    stats = _statistics(layer, rules)
     scores_OI = _scores(rules.criterion, weight_OI, stats, column_sums_I)
-    # the sum is finite where all are, and ten times faster to look at; it may overflow where none is infinite
-    finite = bool(scores_OI.sum().isfinite()) or bool(scores_OI.isfinite().all())
+    finite = _all_finite(scores_OI)
     if stats is not None and bool((stats.sum_squares_I == 0).any()):
         # An input that never comes makes every score 0: what is zero already goes first, so that pruning twice is once.
         scores_OI = scores_OI.masked_fill(weight_OI == 0, -torch.inf)
@@ -225,4 +235,21 @@ def _admitted(
     if rules.policy.comes_back == "by gradient":
         assert keep_OI is not None
         nonzero_OI &= keep_OI  # what comes back begins at zero
-    return scores_OI, masks.pack(nonzero_OI), finite
+    return Candidates(scores_OI, masks.pack(nonzero_OI), finite)
+
+
+def _statistics(layer: MaskedMatrix, rules: Rules) -> ActivationNorm | None:
+    """What the criterion reads of a layer's inputs."""
+    if not rules.criterion.needs_activations:
+        return None
+    stats = layer.statistics
+    assert stats is None or isinstance(stats, ActivationNorm)
+    if rules.half is None:
+        return stats
+    assert isinstance(stats, HalvedNorm)
+    return stats.alone(rules.half)
+
+
+def _all_finite(scores_OI: Tensor) -> bool:
+    # the sum is finite where all are, and ten times faster to look at; it may overflow where none is infinite
+    return bool(scores_OI.sum().isfinite()) or bool(scores_OI.isfinite().all())

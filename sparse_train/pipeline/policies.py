@@ -3,11 +3,14 @@
 Shape suffixes: O out_features, I in_features.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
+
+from sparse_train.layers.matrices import MaskedLayer
 
 
 class MaskPolicy:
@@ -86,3 +89,27 @@ class StraightThrough(MaskPolicy):
         falling = (1 - progress) / (1 - self.anneal) if self.anneal < 1 else 1.0
         rate = self.srste_decay * min(1.0, rising, falling)
         return float((1 - rate) ** steps)
+
+
+def check_policy(layers: Mapping[str, MaskedLayer], policy: MaskPolicy, shadow_factor: float = 1.0) -> None:
+    """Raise ValueError where a policy would write into weights that are frozen, or that an adapter keeps so."""
+    shrinks = shadow_factor != 1 or (isinstance(policy, StraightThrough) and policy.srste_decay > 0)
+    frozen = next((name for name, layer in layers.items() if not layer.weight_OI.requires_grad), None)
+    if shrinks and frozen is not None and not layers[frozen].adapted:
+        raise ValueError(
+            f"{frozen} is frozen, and {policy} would shrink what is pruned of it. Set srste_decay to 0, or leave the "
+            "layer out (ignore)."
+        )
+    name = next((name for name, layer in layers.items() if layer.adapted), None)
+    if name is None:
+        return
+    if policy.comes_back == "by gradient":
+        raise ValueError(
+            f"{name} has a mask_lora adapter, so its weight is frozen, and {policy} would write into it: weights come "
+            "back from zero. Take Fixed() or StraightThrough(), or train without mask_lora."
+        )
+    if shrinks:
+        raise ValueError(
+            f"{name} has a mask_lora adapter, so its weight is frozen, and {policy} would shrink what is pruned of it. "
+            "Set srste_decay to 0, or train without mask_lora."
+        )

@@ -18,8 +18,8 @@ from sparse_train.layers.matrices import MaskedMatrix
 from sparse_train.patterns import Pattern
 from sparse_train.pipeline.choice import Rules, agreed_flips, choose
 from sparse_train.pipeline.policies import StraightThrough
+from sparse_train.pipeline.recording import check_reached
 from sparse_train.pipeline.update_report import LayerUpdate
-from sparse_train.statistics.recording import check_reached
 
 
 @torch.no_grad()

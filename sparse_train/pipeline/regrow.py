@@ -106,8 +106,11 @@ class Growth:
         self.gradients: dict[str, Tensor | None] = {}
         """Of the running step, in the layout of the parameter; None: there was none, or it was not finite."""
 
-    def ask(self, progress: float | None) -> None:
-        """Before the forwards of a step: at which progress the update behind it is, which wants gradients; or None."""
+    def request_gradients(self, progress: float | None) -> None:
+        """Before the forwards of a step: let pruned weights get gradients where an update comes behind it.
+
+        ``progress`` is the update's; None: there is none.
+        """
         self.fraction = 0.0 if progress is None else self._policy.fraction(progress)
         for layer in self._layers.values():
             layer.straight_through = self.fraction > 0
@@ -120,7 +123,7 @@ class Growth:
                 self._optimizers.append(optimizer)
 
     @torch.no_grad()
-    def take(self, optimizer: Optimizer) -> None:
+    def capture_gradients(self, optimizer: Optimizer) -> None:
         """Before ``optimizer`` steps: keep the gradients of its weights, and leave it those of kept weights only."""
         self.watch([optimizer])
         if not self.fraction:
@@ -134,8 +137,8 @@ class Growth:
                 if gradient is not None:
                     gradient.masked_fill_(sharding.stored(layer, ~layer.unpacked_mask()), 0)
 
-    def check(self) -> None:
-        """Raise ValueError where gradients were asked for and never taken."""
+    def require_gradients(self) -> None:
+        """Raise ValueError where gradients were requested and never captured."""
         missing = [name for name in self._layers if name not in self.gradients]
         if self.fraction and missing:
             raise ValueError(
@@ -169,7 +172,7 @@ class Growth:
         return scores_OI
 
     @torch.no_grad()
-    def restart(self, before: Mapping[str, Tensor]) -> None:
+    def reset_changed(self, before: Mapping[str, Tensor]) -> None:
         """After an update: grown weights begin at zero, and those that changed without moments; gradients are let go.
 
         Args:

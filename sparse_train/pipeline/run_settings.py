@@ -6,20 +6,20 @@ from typing import Any
 
 from torch import nn
 
-from sparse_train.arguments import expect, plain
+from sparse_train.arguments import require_type, to_python_number
 from sparse_train.criteria import Criterion, Wanda
 from sparse_train.description import describe
 from sparse_train.layers.matrices import MaskedLayer
 from sparse_train.layers.sharding import check_layout
 from sparse_train.layers.sparse_linear import sparsify
-from sparse_train.patterns import Pattern, group_label, resolve_target
-from sparse_train.pipeline.margins import Margin, check_margin
+from sparse_train.patterns import Pattern, group_label
+from sparse_train.pipeline.earlier_windows import Memory, check_memory
+from sparse_train.pipeline.margins import Margin, check_margin, check_window
 from sparse_train.pipeline.policies import MaskPolicy, StraightThrough
 from sparse_train.pipeline.regrow import Regrow
-from sparse_train.pipeline.schedules import Cubic, Schedule
-from sparse_train.pipeline.timing import check_update_freq
+from sparse_train.pipeline.schedules import Cubic, Schedule, resolve_target
+from sparse_train.pipeline.timing import Timing, check_update_freq
 from sparse_train.solvers import Solver
-from sparse_train.statistics.earlier_windows import Memory, check_memory
 from sparse_train.targets import select
 
 
@@ -65,7 +65,7 @@ class RunSettings:
         **others: Any,
     ) -> "RunSettings":
         """From what users write: a pattern in words, a sparsity or a schedule of it, None for the defaults."""
-        others = {name: plain(value) for name, value in others.items()}
+        others = {name: to_python_number(value) for name, value in others.items()}
         others["update_freq"] = check_update_freq(others["update_freq"])
         if isinstance(criterion, Solver):
             raise ValueError(
@@ -73,22 +73,26 @@ class RunSettings:
                 "initial_criterion, for the first mask, or prune the model with it before the run; and for updates a "
                 "Criterion such as Wanda()."
             )
-        scores = expect("criterion", criterion, Wanda(), Criterion)
+        scores = require_type("criterion", criterion, Wanda(), Criterion)
         if schedule is not None:
-            expect("schedule", schedule, Cubic(0.5), Schedule)
-        pattern, schedule = resolve_target(mask_structure, plain(sparsity), schedule, scores.group)
+            require_type("schedule", schedule, Cubic(0.5), Schedule)
+        pattern, schedule = resolve_target(mask_structure, sparsity, schedule, scores.group)
         return RunSettings(
             pattern,
             schedule,
             scores,
-            expect("policy", policy, StraightThrough(), MaskPolicy),
+            require_type("policy", policy, StraightThrough(), MaskPolicy),
             **others,
         )
 
     @property
     def first_sparsity(self) -> float:
         """Of the masks at step 0."""
-        return self.schedule.sparsity(0.0) if self.start_step == 0 else 0.0
+        return self.sparsity_at(0.0) if self.start_step == 0 else 0.0
+
+    def sparsity_at(self, progress: float) -> float:
+        """Of the schedule at ``progress``; a Python number, whatever the schedule computes with."""
+        return float(to_python_number(self.schedule.sparsity(progress)))
 
     @property
     def margin(self) -> Margin:
@@ -99,6 +103,24 @@ class RunSettings:
     def halved(self) -> bool:
         """Whether odd and even steps are recorded apart."""
         return self.noise_margin > 0 or self.flip_agreement
+
+    def timing(self, total_steps: int | float | None, has_masks: bool) -> Timing:
+        """When masks change in a run of this length, which begins with masks or makes its first ones.
+
+        Raises:
+            ValueError: the length is needed and unknown, or steps are in conflict with it or with each other.
+        """
+        timing = Timing.resolve(
+            start_step=self.start_step,
+            end_step=self.end_step,
+            update_freq=self.update_freq,
+            window=self.window,
+            total_steps=to_python_number(total_steps),
+            first_from_window=self.criterion.needs_activations and not has_masks,
+        )
+        if self.halved:
+            check_window(timing.window)
+        return timing
 
     def sparsify(self, model: nn.Module) -> dict[str, MaskedLayer]:
         """Put masks on the targets of a model, keeping everything, where they are not masked already; by name.
@@ -112,7 +134,7 @@ class RunSettings:
         sparsify(model, layers.values())
         return {name: layer for name, layer in layers.items() if isinstance(layer, MaskedLayer)}
 
-    def words(self) -> dict[str, str]:
+    def as_strings(self) -> dict[str, str]:
         """What a run that continues another must have in common with it, but for what its model decides."""
         return {
             "mask_structure": group_label(self.mask_structure),

@@ -6,18 +6,8 @@ Progress is 0 at ``start_step`` and 1 at ``end_step``; steps are optimizer steps
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-from sparse_train.arguments import plain
-
-
-def check_sparsity(name: str, value: float) -> None:
-    """Raise ValueError unless ``0 <= value < 1``."""
-    if not isinstance(plain(value), (int, float)):
-        raise ValueError(f"{name} is the share of weights that are zero, a number such as 0.5, got {value!r}.")
-    if not 0 <= value < 1:
-        raise ValueError(
-            f"{name} must be at least 0 and below 1 (the share of weights that are zero), got {value}."
-            + (f" For {value} % write {value / 100:g}." if 1 < value < 100 else "")
-        )
+from sparse_train.arguments import check_sparsity, to_python_number
+from sparse_train.patterns import Group, Pattern, parse_pattern
 
 
 def _check_rise(init_sparsity: float, final_sparsity: float, ramp: float) -> None:
@@ -94,3 +84,20 @@ class Cubic(Schedule):
     def sparsity(self, progress: float) -> float:
         left = 1 - min(1.0, progress / self.ramp)
         return self.final_sparsity + (self.init_sparsity - self.final_sparsity) * left**3
+
+
+def resolve_target(
+    mask_structure: str | Pattern, sparsity: float | None, schedule: Schedule | None, group: Group = "row"
+) -> tuple[Pattern, Schedule]:
+    """Pattern and schedule from what users write; raises ValueError where they contradict each other.
+
+    ``group`` is what the word "unstructured" compares.
+    """
+    if schedule is None:
+        pattern, sparsity = parse_pattern(mask_structure, sparsity, group)
+        return pattern, Constant(sparsity)
+    final = to_python_number(schedule.sparsity(1.0))
+    if sparsity is not None and to_python_number(sparsity) != final:
+        raise ValueError(f"sparsity={sparsity} is in conflict with the schedule, which ends at {final}: give one.")
+    pattern, _ = parse_pattern(mask_structure, final, group)
+    return pattern, schedule

@@ -73,6 +73,13 @@ class Timing:
                 )
         return Timing(start, end, update_freq, window)
 
+    def in_words(self) -> str:
+        """When masks change, for people."""
+        if self.start_step == self.end_step:
+            return f"masks change at step {self.end_step} alone"
+        every = f"every {self.update_freq} steps from step {self.start_step} on and at step {self.end_step}"
+        return f"masks change {every}, and are frozen afterwards"
+
     def is_update(self, step: int) -> bool:
         """Whether masks change after optimizer step ``step``."""
         on_grid = (step - self.start_step) % self.update_freq == 0

@@ -3,33 +3,33 @@
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sparse_train.arguments import plain
 from sparse_train.criteria import Criterion
 from sparse_train.distributed import rank
 from sparse_train.layers.agreement import check_agreement
-from sparse_train.layers.mask_lora import check_policy, describe_adapters
+from sparse_train.layers.mask_lora import describe_adapters
 from sparse_train.layers.sharding import reshard
 from sparse_train.layers.sparse_linear import fold, sparse_layers
 from sparse_train.patterns import Pattern
 from sparse_train.pipeline.choice import Rules
+from sparse_train.pipeline.earlier_windows import Memory
 from sparse_train.pipeline.first_masks import FirstMasks
-from sparse_train.pipeline.margins import NO_MARGIN, check_window
-from sparse_train.pipeline.policies import MaskPolicy
+from sparse_train.pipeline.margins import NO_MARGIN
+from sparse_train.pipeline.policies import MaskPolicy, check_policy
 from sparse_train.pipeline.pruner import check_masks, measure, update_masks
+from sparse_train.pipeline.recording import warn_of_unreached
 from sparse_train.pipeline.regrow import Growth, Regrow
 from sparse_train.pipeline.run_settings import RunSettings, check_settings
 from sparse_train.pipeline.schedules import Schedule
 from sparse_train.pipeline.timing import Timing
 from sparse_train.pipeline.update_report import LayerUpdate, UpdateReport
-from sparse_train.statistics.earlier_windows import Memory
-from sparse_train.statistics.recording import warn_of_unreached
-from sparse_train.statistics.window import Window, check_known
+from sparse_train.pipeline.window import Window, check_known
 
 _log = logging.getLogger(__name__)
 
@@ -121,58 +121,59 @@ class MaskUpdater:
         before = {id(layer) for layer in sparse_layers(model).values()}  # one-shot pruning's, or another updater's
         self.layers = self.run.sparsify(model)
         try:
-            self._start(total_steps, state)
+            self._begin(total_steps, state)
         except BaseException:
             new = [layer for layer in self.layers.values() if id(layer) not in before]
             fold(model, [layer for layer in new if layer.keeps_all()])  # as they were
             raise
 
-    def _start(self, total_steps: int | float | None, state: Mapping[str, Any] | None) -> None:
-        run = self.run
-        initial = float(run.schedule.sparsity(0.0))
-        check_policy(self.layers, run.policy)
+    def _begin(self, total_steps: int | float | None, state: Mapping[str, Any] | None) -> None:
+        """Settings, masks and state are looked at before anything of the layers changes."""
+        check_policy(self.layers, self.run.policy)
         self._adapters = describe_adapters(self.layers)
-        # A run starts from the masks that are there; where nothing is to be pruned yet, that is also a mask.
-        masked = state is not None or initial == 0 or not all(layer.keeps_all() for layer in self.layers.values())
-        if masked and state is None:
-            check_masks(self.layers, run.mask_structure, initial)
-        if state is not None:  # looked at ahead of the window, which takes layers over
-            check_settings(state["settings"], self.settings())
-            check_known(set(state["first_rows"]), self.layers)
-            self.timing = Timing(**state["timing"])  # of the whole run, of which a part is left
+        has_masks = state is None and self._has_masks()
+        if state is None:
+            self.timing = self.run.timing(total_steps, has_masks)
         else:
-            self.timing = Timing.resolve(
-                start_step=run.start_step,
-                end_step=run.end_step,
-                update_freq=run.update_freq,
-                window=run.window,
-                total_steps=plain(total_steps),
-                first_from_window=run.criterion.needs_activations and not masked,
-            )
-        if run.halved:
-            check_window(self.timing.window)
-        self._growth = Growth(self.layers, run.policy, run.criterion) if isinstance(run.policy, Regrow) else None
-        # from here on the layers are this updater's; what can be refused has been looked at
-        self.window = Window(self.layers, run.criterion, run.halved, run.memory)
+            self._check_state(state)
+        policy = self.run.policy
+        self._growth = Growth(self.layers, policy, self.run.criterion) if isinstance(policy, Regrow) else None
+        self._take_layers()
+        if state is not None:
+            self._restore(state)
+        elif has_masks:
+            self._start_from_masks()
+        elif self.timing.is_update(0):
+            self.update()
+        self._set_recording()
+
+    def _has_masks(self) -> bool:
+        """Whether the run starts from the masks that are there; ValueError where they are not of its kind."""
+        first = self.run.sparsity_at(0.0)
+        # where nothing is to be pruned yet, a mask that keeps everything is one
+        has_masks = first == 0 or not all(layer.keeps_all() for layer in self.layers.values())
+        if has_masks:
+            check_masks(self.layers, self.run.mask_structure, first)
+        return has_masks
+
+    def _take_layers(self) -> None:
+        """Let layers record for this updater, at step 0 of a run without masks."""
+        self.window = Window(self.layers, self.run.criterion, self.run.halved, self.run.memory)
         """What the next update sees."""
         for layer in self.layers.values():
-            layer.straight_through = run.policy.straight_through
+            layer.straight_through = self.run.policy.straight_through
         self.steps = 0
-        self.sparsity: float | None = initial if masked else None
+        self.sparsity: float | None = None
         """Sparsity of the masks as they are; None before the first."""
         self._last_update = 0
         self._warned = False
-        if masked and state is None:
-            self.window.begin_with_first_masks()
         self.first_masks = FirstMasks(self.layers)
         """What ``initial_flip_rate`` compares with."""
-        if masked:
-            self.first_masks.keep()
-        if state is not None:
-            self.load_state_dict(state)
-        elif self.timing.is_update(0) and not masked:
-            self.update()
-        self._set_recording()
+
+    def _start_from_masks(self) -> None:
+        self.sparsity = self.run.sparsity_at(0.0)
+        self.window.begin_with_first_masks()
+        self.first_masks.keep()
 
     @property
     def token_mask(self) -> Tensor | None:
@@ -182,6 +183,14 @@ class MaskUpdater:
     @token_mask.setter
     def token_mask(self, mask: Tensor | None) -> None:
         self.window.recorder.token_mask = mask
+
+    def paused(self) -> AbstractContextManager[None]:
+        """A context in which forwards count in no statistics, for those that are no training on data.
+
+        Such as generation in train mode, or a reference pass on other text. In eval mode under ``no_grad`` a forward
+        does not count anyway.
+        """
+        return self.window.recorder.paused()
 
     def watch(self, optimizers: Iterable[Optimizer]) -> None:
         """Tell which optimizers train the layers; ``Regrow`` clears their moments, other policies do not need them."""
@@ -194,7 +203,7 @@ class MaskUpdater:
         Takes the gradients of pruned weights, where the step is an update's, so that the optimizer does not see them.
         """
         if self._growth is not None:
-            self._growth.take(optimizer)
+            self._growth.capture_gradients(optimizer)
 
     def step(self) -> UpdateReport | None:
         """Call after every optimizer step, before the next forward. Returns a report at the steps of updates.
@@ -218,14 +227,14 @@ class MaskUpdater:
         began = time.perf_counter()
         reshard(self._model)
         progress = self.timing.progress(self.steps)
-        target = float(self.run.schedule.sparsity(progress))
+        target = self.run.sparsity_at(progress)
         self.window.before_update()
         since = 0 if self.sparsity is None else self.steps - self._last_update
         shadow_factor = self.run.policy.shadow_decay(progress, since) if since else 1.0
         check_policy(self.layers, self.run.policy, shadow_factor)  # adapters may have come after the updater
         before = {}
         if self._growth is not None:
-            self._growth.check()
+            self._growth.require_gradients()
             before = {name: layer.weight_mask.clone() for name, layer in self.layers.items()}
         rules = Rules(
             self.run.criterion,
@@ -238,7 +247,7 @@ class MaskUpdater:
         )
         changes = update_masks(self.layers, rules, compare_halves=self.run.flip_agreement and self.sparsity is not None)
         if self._growth is not None:
-            self._growth.restart(before)
+            self._growth.reset_changed(before)
         self.window.after_update()
         self.sparsity, self._last_update = target, self.steps
         return self._report(changes, time.perf_counter() - began)
@@ -260,7 +269,7 @@ class MaskUpdater:
         Warns of a run that ended before its masks reached their final sparsity, or before they were frozen.
         """
         check_agreement(self.layers)
-        final = self.run.schedule.sparsity(1.0)
+        final = self.run.sparsity_at(1.0)
         if rank() != 0 or not self.steps:
             return
         if self.sparsity != final:
@@ -305,43 +314,44 @@ class MaskUpdater:
         Raises:
             ValueError: the state is from a run with another pattern, sparsity, criterion or interval, or other targets.
         """
+        self._check_state(state)
+        self._restore(state)
+        self._set_recording()
+
+    def _check_state(self, state: Mapping[str, Any]) -> None:
         check_settings(state["settings"], self.settings())
         check_known(set(state["first_rows"]), self.layers)
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
         self.window.load_state_dict(state)
         self.steps, self.sparsity, self._last_update = state["steps"], state["target"], state["last_update"]
-        self.timing = Timing(**state["timing"])
+        self.timing = Timing(**state["timing"])  # of the whole run, of which a part is left
         self.first_masks.load_state_dict(state["first_rows"])
         if self._growth is not None:
             self._growth.load_state_dict(state["gradients"])
-        self._set_recording()
 
     def settings(self) -> dict[str, str]:
         """What a run that continues this one must have in common with it, in words."""
         self._adapters = describe_adapters(self.layers) or self._adapters  # as they were, once they are merged
         adapters = {"mask_lora": self._adapters} if self._adapters else {}
-        return adapters | self.run.words() | {"layers": f"{len(self.layers)} targets"}
+        return adapters | self.run.as_strings() | {"layers": f"{len(self.layers)} targets"}
 
     def plan(self) -> str:
         """When masks change, in words."""
-        timing = self.timing
-        if not any(self._would_change(step) for step in (timing.start_step, timing.end_step)):
-            return "masks stay as they are"
-        if timing.start_step == timing.end_step:
-            return f"masks change at step {timing.end_step} alone"
-        every = f"every {timing.update_freq} steps from step {timing.start_step} on and at step {timing.end_step}"
-        return f"masks change {every}, and are frozen afterwards"
+        changes = any(self._would_change(step) for step in (self.timing.start_step, self.timing.end_step))
+        return self.timing.in_words() if changes else "masks stay as they are"
 
     def _would_change(self, step: int) -> bool:
         if self.sparsity is None or self.run.policy.comes_back != "never":
             return True
-        return self.run.schedule.sparsity(self.timing.progress(step)) != self.sparsity
+        return self.run.sparsity_at(self.timing.progress(step)) != self.sparsity
 
     def _set_recording(self) -> None:
         update = self.timing.next_update(self.steps)
         wanted = update is not None and self.timing.is_recorded(self.steps) and self._would_change(update)
         if self._growth is not None:
             next_is_update = self.sparsity is not None and self.timing.is_update(self.steps + 1)
-            self._growth.ask(self.timing.progress(self.steps + 1) if next_is_update else None)
+            self._growth.request_gradients(self.timing.progress(self.steps + 1) if next_is_update else None)
         self.window.record(wanted)
 
     def _report(self, changes: dict[str, LayerUpdate], seconds: float) -> UpdateReport:

@@ -1,1 +1,1 @@
-"""What is known of the inputs of layers: recorded in training forwards, shared, summed over ranks, remembered."""
+"""Running sums over the inputs of layers, and which layers have one input; ``pipeline`` says what is recorded when."""

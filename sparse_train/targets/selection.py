@@ -3,13 +3,12 @@
 import difflib
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
 
-from sparse_train.layers.matrices import is_linear, shape_OI
-from sparse_train.models.blocks import (
+from sparse_train.layers.blocks import (
     FusedExperts,
     dimensions,
     expert_shape_OI,
@@ -19,8 +18,9 @@ from sparse_train.models.blocks import (
     router_names,
     unambiguous_blocks,
 )
+from sparse_train.layers.matrices import is_linear, shape_OI
 from sparse_train.patterns import Pattern
-from sparse_train.suggestions import did_you_mean
+from sparse_train.suggestions import did_you_mean, leave_out
 from sparse_train.targets.maskable import adapter_names, check_maskable, tied_names
 
 _log = logging.getLogger(__name__)
@@ -182,12 +182,6 @@ def _misfit(errors: dict[str, ValueError]) -> ValueError:
     return ValueError(
         f"{errors[first]} The same is true of {len(others)} more, such as {others[0]}. {leave_out(errors)}"
     )
-
-
-def leave_out(names: Iterable[str]) -> str:
-    """How to leave out layers, and all that are named alike."""
-    kinds = "|".join(re.escape(kind) for kind in dict.fromkeys(name.rpartition(".")[2] for name in names))
-    return rf"One expression leaves out all that are named alike: ignore=['re:(.*\.)?({kinds})$']."
 
 
 def _untargetable(model: nn.Module, prefix: str, fused: Mapping[str, FusedExperts]) -> dict[str, int]:

@@ -27,13 +27,13 @@ from sparse_train.layers.matrices import MASK_NAME, MaskedLayer, is_conv1d
 from sparse_train.layers.sparse_linear import fold, sparse_layers
 from sparse_train.oneshot.first_mask import check_initial, set_first_mask
 from sparse_train.patterns import Pattern
+from sparse_train.pipeline.earlier_windows import Memory
 from sparse_train.pipeline.policies import MaskPolicy
 from sparse_train.pipeline.pruner import measure
 from sparse_train.pipeline.run_settings import RunSettings
 from sparse_train.pipeline.schedules import Schedule
 from sparse_train.pipeline.updater import MaskUpdater
 from sparse_train.solvers import Solver
-from sparse_train.statistics.earlier_windows import Memory
 from sparse_train.trainer import shadow_file
 from sparse_train.trainer.calibration import peek
 from sparse_train.trainer.checks import check_arguments, check_best, check_first_mask, check_first_try, check_whole
@@ -247,7 +247,7 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
         assert self.updater is not None
         self.updater.finish()
         self._first_try = None
-        final, found = self._settings.schedule.sparsity(1.0), measure(self.updater.layers).values()
+        final, found = self._settings.sparsity_at(1.0), measure(self.updater.layers).values()
         actual = sum(layer.zeros for layer in found) / sum(layer.size for layer in found)
         rounding = 1 / min(layer.in_features for layer in self.updater.layers.values())  # counts of a row are whole
         if self.updater.sparsity == final and actual < 0.99 * (final - rounding):

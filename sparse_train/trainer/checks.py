@@ -70,8 +70,7 @@ def check_first_try(first: bool) -> None:
 
 def check_best(model: nn.Module, settings: RunSettings) -> None:
     """Raise ValueError where ``load_best_model_at_end`` would bring back less than a sparse model."""
-    schedule = settings.schedule
-    if schedule.sparsity(0.0) != schedule.sparsity(1.0) or settings.start_step != 0:
+    if settings.sparsity_at(0.0) != settings.sparsity_at(1.0) or settings.start_step != 0:
         raise ValueError(
             "load_best_model_at_end would bring a checkpoint back from before the final sparsity, as denser models "
             "have the lower loss. Leave it out, or train at a constant sparsity from start_step 0."

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from sparse_train import Cubic, Magnitude, SparseLinear, sparse_layers, sparsify_like
 from sparse_train.callbacks import DynamicPruning
-from sparse_train.export.checkpoints import PRUNING_STATE
+from sparse_train.models.checkpoints import PRUNING_STATE
 from tests.callbacks.runs import (
     ExactAfterEveryStep,
     InConfigureModel,

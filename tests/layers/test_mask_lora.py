@@ -14,7 +14,6 @@ from sparse_train import (
     Magnitude,
     MaskLoRA,
     MaskUpdater,
-    Regrow,
     SparseGPT,
     StraightThrough,
     add_mask_lora,
@@ -27,7 +26,7 @@ from sparse_train import (
 from sparse_train.callbacks import DynamicPruning
 from sparse_train.export import export_checkpoint, export_model
 from sparse_train.inspection import layer_sparsities
-from sparse_train.layers.mask_lora import MaskLoRALinear
+from sparse_train.layers.mask_lora import MaskLoRALinear, check_mask_lora
 from sparse_train.layers.sparse_linear import squashed_state_dict
 from sparse_train.models.module import CausalLM
 from sparse_train.models.sources import Pretrained
@@ -134,20 +133,21 @@ def test_scores_are_those_of_the_sum():
     assert "mask_lora" in updater.settings()
 
 
-def test_policies_that_write_weights_are_refused():
-    model = adapted()
-    for policy, word in ((Regrow(), "come back"), (StraightThrough(srste_decay=1e-4), "srste_decay to 0")):
-        with pytest.raises(ValueError, match=word):
-            MaskUpdater(model, "2:4", policy=policy, total_steps=10)
-    late = nn.Sequential(nn.Linear(16, 8))
-    decay = StraightThrough(srste_decay=0.1, ramp=0)
-    updater = MaskUpdater(late, criterion=Magnitude(), policy=decay, targets=["0"], update_freq=1, total_steps=9)
-    add_mask_lora(late, MaskLoRA(target_modules=["0"]))
-    late(torch.randn(2, 16))
-    with pytest.raises(ValueError, match="srste_decay to 0"):
-        updater.step()
+def test_solvers_that_write_weights_are_refused():
     with pytest.raises(ValueError, match="merge_mask_lora"):
-        prune(model, [torch.randint(3, 100, (2, 8))], criterion=SparseGPT())
+        prune(adapted(), [torch.randint(3, 100, (2, 8))], criterion=SparseGPT())
+
+
+def test_a_check_raises_where_adding_would_and_adds_nothing():
+    model = pruned()
+    check_mask_lora(model, ALL)
+    assert not any(layer.adapted for layer in sparse_layers(model).values())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    with pytest.raises(ValueError, match="Did you mean 'q_proj'"):
+        check_mask_lora(model, MaskLoRA(target_modules=["q_prj"]))
+    with pytest.raises(ValueError, match="an adapter already"):
+        check_mask_lora(adapted(), MaskLoRA(r=8))
+    check_mask_lora(adapted(), ALL)
 
 
 @pytest.mark.parametrize(
@@ -350,11 +350,3 @@ def test_a_checkpoint_in_half_precision_exports_what_was_trained(tmp_path, model
     found = load_file(tmp_path / "model" / "model.safetensors")
     assert all(torch.equal(value, expected[name]) and value.dtype == torch.bfloat16 for name, value in found.items())
     assert len(found) > 20
-
-
-def test_frozen_weights_are_not_shrunk_either():
-    model = tiny_llama().requires_grad_(False)
-    with pytest.raises(ValueError, match="q_proj is frozen, and StraightThrough.* would shrink what is pruned"):
-        MaskUpdater(model, "2:4", policy=StraightThrough(srste_decay=0.1), total_steps=10)
-    assert not sparse_layers(model)
-    MaskUpdater(model, "2:4", total_steps=10)

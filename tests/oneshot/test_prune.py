@@ -20,8 +20,8 @@ from sparse_train import (
     sparse_layers,
     squash,
 )
+from sparse_train.layers.blocks import block_lists
 from sparse_train.layers.sparse_linear import squashed_state_dict
-from sparse_train.models.blocks import block_lists
 from sparse_train.statistics.activations import ActivationNorm
 from tests.conftest import VOCABULARY, tiny_llama
 from tests.reference import nm_mask, row_mask

@@ -9,7 +9,19 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sparse_train import Dormant, Magnitude, MaskUpdater, Regrow, StraightThrough, Wanda, sparse_layers, sparsify
+from sparse_train import (
+    Dormant,
+    Magnitude,
+    MaskLoRA,
+    MaskUpdater,
+    Regrow,
+    StraightThrough,
+    Wanda,
+    add_mask_lora,
+    prune,
+    sparse_layers,
+    sparsify,
+)
 from sparse_train.pipeline.choice import Rules
 from sparse_train.pipeline.margins import Margin
 from sparse_train.pipeline.pruner import update_masks
@@ -41,7 +53,7 @@ def test_counts_are_exact_in_every_group_under_every_policy(policy, case, margin
     growth = None
     if isinstance(policy, Regrow):
         growth = Growth({"a": layer}, policy, Wanda())
-        growth.ask(0.0)
+        growth.request_gradients(0.0)
         growth.gradients = {"a": torch.randn(8, 16)}
     rules = Rules(Wanda(), pattern, sparsity, policy, shadow_factor=0.9, margin=margin, growth=growth)
     update = update_masks({"a": layer}, rules, compare_halves=True)["a"]
@@ -140,3 +152,27 @@ def test_dormant_weights_come_back_as_they_were():
             assert torch.equal(layer.weight[returned], start[name][returned])
             assert torch.equal(layer.weight[always_pruned[name]], start[name][always_pruned[name]])
     assert back > 0
+
+
+def test_policies_that_write_weights_are_refused_where_adapters_keep_them():
+    model = tiny_llama()
+    prune(model, criterion=Magnitude(), squash=False)
+    add_mask_lora(model)
+    for policy, word in ((Regrow(), "come back"), (StraightThrough(srste_decay=1e-4), "srste_decay to 0")):
+        with pytest.raises(ValueError, match=word):
+            MaskUpdater(model, "2:4", policy=policy, total_steps=10)
+    late = nn.Sequential(nn.Linear(16, 8))
+    decay = StraightThrough(srste_decay=0.1, ramp=0)
+    updater = MaskUpdater(late, criterion=Magnitude(), policy=decay, targets=["0"], update_freq=1, total_steps=9)
+    add_mask_lora(late, MaskLoRA(target_modules=["0"]))
+    late(torch.randn(2, 16))
+    with pytest.raises(ValueError, match="srste_decay to 0"):
+        updater.step()
+
+
+def test_frozen_weights_are_not_shrunk_either():
+    model = tiny_llama().requires_grad_(False)
+    with pytest.raises(ValueError, match="q_proj is frozen, and StraightThrough.* would shrink what is pruned"):
+        MaskUpdater(model, "2:4", policy=StraightThrough(srste_decay=0.1), total_steps=10)
+    assert not sparse_layers(model)
+    MaskUpdater(model, "2:4", total_steps=10)

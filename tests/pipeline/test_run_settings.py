@@ -99,13 +99,13 @@ def test_what_cannot_be_is_refused_at_once(changes, message):
 
 
 def test_a_run_that_continues_another_has_the_same():
-    check_settings(settings().words(), settings(ignore=["lm_head"]).words())
-    check_settings(settings().words() | {"layers": "21 targets"}, settings().words())
-    check_settings(settings(memory=1).words(), settings(memory=1.0).words())
+    check_settings(settings().as_strings(), settings(ignore=["lm_head"]).as_strings())
+    check_settings(settings().as_strings() | {"layers": "21 targets"}, settings().as_strings())
+    check_settings(settings(memory=1).as_strings(), settings(memory=1.0).as_strings())
     others = [{"mask_structure": "4:8"}, {"update_freq": 5}, {"memory": 0.5}, {"hysteresis": 0.1}, {"end_step": 0.5}]
     for changes in others:
         with pytest.raises(ValueError, match="Resume with the same setting"):
-            check_settings(settings().words(), settings(**changes).words())
+            check_settings(settings().as_strings(), settings(**changes).as_strings())
 
 
 @pytest.mark.parametrize(

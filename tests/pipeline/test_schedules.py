@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from sparse_train import Magnitude, MaskUpdater
-from sparse_train.pipeline.schedules import Cubic, Linear
+from sparse_train.patterns import NM, Unstructured
+from sparse_train.pipeline.schedules import Constant, Cubic, Linear, resolve_target
 
 
 def test_sparsity_only_rises_and_ends_where_it_should():
@@ -38,3 +39,12 @@ def test_behind_the_ramp_masks_of_the_full_pattern_are_renewed(llama, ids):
         if report is not None:
             kept.append((report.step, round(4 * (1 - report.sparsity)), report.flip_rate > 0))
     assert kept == [(2, 3, True), (4, 3, True), (6, 2, True), (8, 2, True), (10, 2, True), (12, 2, True)]
+
+
+def test_a_sparsity_is_a_schedule_and_none_contradicts_another():
+    assert resolve_target("2:4", None, None) == (NM(2, 4), Constant(0.5))
+    assert resolve_target("unstructured", None, Cubic(0.6), "layer") == (Unstructured("layer"), Cubic(0.6))
+    with pytest.raises(ValueError, match=r"sparsity=0.5 is in conflict with the schedule, which ends at 0.6"):
+        resolve_target("unstructured", 0.5, Cubic(0.6))
+    with pytest.raises(ValueError, match="2:4 is a sparsity of 0.5, in conflict with 0.6"):
+        resolve_target("2:4", None, Cubic(0.6))

@@ -127,6 +127,21 @@ def test_scores_come_from_shadow_values():
     assert layer.masked_weight()[row, column] == 100
 
 
+def test_what_runs_while_paused_does_not_count(ids):
+    model = tiny_llama()
+    updater = MaskUpdater(model, "2:4", update_freq=4, window=4, total_steps=20)
+    model(input_ids=ids[0])
+    tokens = [int(layer.statistics.tokens) for layer in updater.layers.values()]
+    with updater.paused():
+        model(input_ids=ids[1])
+        with torch.no_grad():
+            model.generate(ids[1], max_new_tokens=4, pad_token_id=0)  # in train mode, as it is
+    assert model.training
+    assert [int(layer.statistics.tokens) for layer in updater.layers.values()] == tokens
+    model(input_ids=ids[2])
+    assert all(int(layer.statistics.tokens) == 2 * tokens[0] for layer in updater.layers.values())
+
+
 def test_non_finite_activations_and_unreached_targets_stop_at_the_update_and_change_nothing():
     class Model(nn.Module):
         def __init__(self):

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 from sparse_train.callbacks import DynamicPruning
 from sparse_train.distributed import rank, world_size
 from sparse_train.export import export_checkpoint
-from sparse_train.export.checkpoints import check_engine
 from sparse_train.layers.sharding import whole_state_dict
+from sparse_train.models.checkpoints import check_engine
 from sparse_train.models.module import CausalLM
 from tests.ranks import engines, launch
 

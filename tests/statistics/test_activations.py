@@ -7,9 +7,9 @@ from torch.utils.checkpoint import checkpoint
 
 from sparse_train.layers.matrices import Recorder
 from sparse_train.layers.sparse_linear import sparsify
+from sparse_train.pipeline.recording import attach
 from sparse_train.statistics import activations
 from sparse_train.statistics.activations import ActivationGram, ActivationNorm, HalvedNorm
-from sparse_train.statistics.recording import attach
 from tests.conftest import VOCABULARY, tiny_llama
 
 

@@ -3,9 +3,9 @@ from torch import nn
 
 from sparse_train.layers.matrices import Recorder
 from sparse_train.layers.sparse_linear import sparse_layers, sparsify
+from sparse_train.pipeline.recording import attach
 from sparse_train.statistics.activations import ActivationNorm
 from sparse_train.statistics.input_sharing import InputSharing
-from sparse_train.statistics.recording import attach
 from tests.conftest import VOCABULARY, tiny_llama
 
 

@@ -7,8 +7,8 @@ from torch import nn
 from transformers import FalconConfig, FalconForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from sparse_train import prune
+from sparse_train.layers.blocks import block_lists
 from sparse_train.layers.sparse_linear import sparsify
-from sparse_train.models.blocks import block_lists
 from sparse_train.patterns import NM, Unstructured
 from sparse_train.targets.selection import select
 from tests.conftest import VOCABULARY, tiny_llama

@@ -8,9 +8,8 @@ from torch import Tensor
 from sparse_train.criteria import Criterion
 from sparse_train.distributed import gather_objects
 from sparse_train.layers.matrices import MaskedLayer, Recorder
-from sparse_train.statistics.earlier_windows import EarlierWindows, Memory
-from sparse_train.statistics.input_sharing import InputSharing
-from sparse_train.statistics.recording import (
+from sparse_train.pipeline.earlier_windows import EarlierWindows, Memory
+from sparse_train.pipeline.recording import (
     attach,
     exchange,
     needed_statistics,
@@ -20,6 +19,7 @@ from sparse_train.statistics.recording import (
     turn_halves,
     warn_of_padding,
 )
+from sparse_train.statistics.input_sharing import InputSharing
 
 
 class Window:

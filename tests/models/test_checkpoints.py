@@ -2,7 +2,7 @@
 
 import pytest
 
-from sparse_train.export.checkpoints import read_checkpoint
+from sparse_train.models.checkpoints import read_checkpoint
 
 
 def test_checkpoints_beside_one_that_is_not_there_are_named(tmp_path):

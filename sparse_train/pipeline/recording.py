@@ -11,7 +11,7 @@ from sparse_train.distributed import gather_bytes, rank, sum_over_ranks, world_s
 from sparse_train.layers.agreement import compare, fingerprints
 from sparse_train.layers.matrices import MaskedLayer, MaskedMatrix, Recorder
 from sparse_train.statistics.activations import ActivationNorm, HalvedNorm, Statistics
-from sparse_train.targets.selection import leave_out
+from sparse_train.suggestions import leave_out
 
 _log = logging.getLogger(__name__)
 

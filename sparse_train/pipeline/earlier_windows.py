@@ -7,8 +7,8 @@ from typing import Any, Literal
 from sparse_train.criteria import Criterion
 from sparse_train.distributed import rank
 from sparse_train.layers.matrices import MaskedMatrix
+from sparse_train.pipeline.recording import distinct, norms_of
 from sparse_train.statistics.activations import ActivationNorm
-from sparse_train.statistics.recording import distinct, norms_of
 
 _log = logging.getLogger(__name__)
 

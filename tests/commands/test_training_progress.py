@@ -6,8 +6,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from sparse_train.callbacks import DynamicPruning
-from sparse_train.terminal import training_progress
-from sparse_train.terminal.training_progress import TrainingBar, TrainingLines, numbers, total_steps
+from sparse_train.commands import training_progress
+from sparse_train.commands.training_progress import TrainingBar, TrainingLines, numbers, total_steps
 from tests.conftest import VOCABULARY, tiny_llama
 from tests.terminal.test_progress import terminal, text  # noqa: F401  (a fixture)
 

@@ -4,17 +4,15 @@ Shape suffixes: B batch, L sequence length, V vocabulary, H hidden width, T all 
 count, C those of one chunk, K sums, X vocabulary or width.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-_CHUNK_ELEMENTS = 2**22
-"""Elements of a chunk of tokens in float32, 16 MiB: large enough to keep a GPU busy, small beside any logits."""
+from sparse_train.models.chunked_sums import chunked_sums
+from sparse_train.models.losses import shifted
 
 
 def logit_losses(
@@ -36,12 +34,11 @@ def logit_losses(
         Mean cross-entropy and mean divergence over the labelled tokens (float32 scalars, nats a token; 0 where no
         token is labelled).
     """
-    # The labels are shifted and not the logits: ``logits[:, :-1]`` would be copied whole.
-    labels_T = F.pad(labels_BL[:, 1:], (0, 1), value=ignore_index).flatten()
+    labels_T = shifted(labels_BL, ignore_index)
     tokens_N = (labels_T != ignore_index).nonzero().squeeze(1)
     operands_T = student_BLV.flatten(0, 1), teacher_BLV.flatten(0, 1), labels_T
     sums, gradient = (partial(each, temperature=temperature) for each in (_logit_sums, _logit_gradient))
-    sums_K = _chunked_sums(sums, gradient, tokens_N, *operands_T)
+    sums_K = chunked_sums(sums, gradient, tokens_N, *operands_T)
     ce, kldiv = sums_K / max(1, len(tokens_N))
     return ce, kldiv
 
@@ -67,7 +64,7 @@ def squarehead_loss(
     for student_BLH, teacher_BLH in zip(student_states, teacher_states, strict=True):
         operands_TH = student_BLH.flatten(0, 1), teacher_BLH.flatten(0, 1)
         # sums do for means: numbers of tokens and features cancel out
-        distance, size = _chunked_sums(_squared_sums, _squared_gradient, tokens_N, *operands_TH)
+        distance, size = chunked_sums(_squared_sums, _squared_gradient, tokens_N, *operands_TH)
         losses.append(distance / size.clamp(min=torch.finfo(size.dtype).tiny))
     return torch.stack(losses).sum()
 
@@ -101,60 +98,3 @@ def _squared_sums(student_CH: Tensor, teacher_CH: Tensor) -> Tensor:
 
 def _squared_gradient(grad_K: Tensor, student_CH: Tensor, teacher_CH: Tensor) -> Tensor:
     return (student_CH.float() - teacher_CH.float()).mul_(2 * grad_K[0])
-
-
-class _ChunkedSums(torch.autograd.Function):
-    """Sums over tokens, chunk by chunk, holding the operands and nothing else until backward.
-
-    Plain autograd would hold several float32 copies of all logits. Backward computes each chunk again, so that in both
-    directions a chunk is all there is in float32.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        sums: Callable[..., Tensor],
-        gradient: Callable[..., Tensor],
-        tokens_N: Tensor,
-        student_TX: Tensor,
-        *constants_T: Tensor,
-    ) -> Tensor:
-        ctx.gradient = gradient
-        ctx.save_for_backward(tokens_N, student_TX, *constants_T)
-        chunks = tokens_N.split(_chunk_size(student_TX))
-        operands_T = (student_TX, *constants_T)
-        return torch.stack([sums(*(each[chunk_C] for each in operands_T)) for chunk_C in chunks]).sum(0)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_K: Tensor) -> tuple[Tensor | None, ...]:
-        tokens_N, student_TX, *constants_T = ctx.saved_tensors
-        grad_TX = torch.zeros_like(student_TX)
-        for chunk_C in tokens_N.split(_chunk_size(student_TX)):
-            grad_CX = ctx.gradient(grad_K, student_TX[chunk_C], *(each[chunk_C] for each in constants_T))
-            grad_TX[chunk_C] = grad_CX.to(grad_TX.dtype)
-        return None, None, None, grad_TX, *(None for _ in constants_T)
-
-
-def _chunk_size(x_TX: Tensor) -> int:
-    return max(1, _CHUNK_ELEMENTS // x_TX.shape[-1])
-
-
-def _chunked_sums(
-    sums: Callable[..., Tensor],
-    gradient: Callable[..., Tensor],
-    tokens_N: Tensor,
-    student_TX: Tensor,
-    *constants_T: Tensor,
-) -> Tensor:
-    """``sums(student, *constants)`` (K,) over the tokens ``tokens_N``; a gradient goes to the student alone.
-
-    Args:
-        sums: of rows of all operands, added up over them, float32 (K,).
-        gradient: of ``grad_K`` and the same rows, for those of the student, float32.
-        tokens_N: rows that count, int64.
-        student_TX: a row a token.
-        constants_T: whatever else has an entry a token.
-    """
-    found_K: Tensor = _ChunkedSums.apply(sums, gradient, tokens_N, student_TX, *constants_T)  # type: ignore[no-untyped-call]
-    return found_K

@@ -1,11 +1,15 @@
 """The next-token loss, in float32.
 
-Shape suffixes: B batch, L sequence length, V vocabulary.
+Shape suffixes: B batch, L sequence length, V vocabulary, T all tokens = B * L, C those of one chunk, K sums.
 """
+
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from sparse_train.models.chunked_sums import chunked_sums
 
 IGNORED = -100
 """transformers' label of positions without a loss."""
@@ -21,11 +25,31 @@ def next_token_loss(logits_BLV: Tensor, labels_BL: Tensor, ignore_index: int = -
     Returns:
         Mean loss (float32 scalar, nats a token) and the number of tokens in it (int64 scalar).
     """
-    labels = labels_BL[:, 1:].reshape(-1)
-    logits = logits_BLV[:, :-1].reshape(-1, logits_BLV.shape[-1])
-    tokens = (labels != ignore_index).sum()
-    loss = F.cross_entropy(logits.float(), labels, ignore_index=ignore_index, reduction="sum")
+    labels_T = shifted(labels_BL, ignore_index)
+    sums, gradient = (partial(each, ignore_index=ignore_index) for each in (_sums, _gradient))
+    (loss,) = chunked_sums(sums, gradient, None, logits_BLV.flatten(0, 1), labels_T)
+    tokens = (labels_T != ignore_index).sum()
     return loss / tokens.clamp(min=1), tokens
+
+
+def shifted(labels_BL: Tensor, ignore_index: int) -> Tensor:
+    """For each token the label of the next one (T,).
+
+    Labels are shifted and not logits: ``logits[:, :-1]`` would be copied whole.
+    """
+    return F.pad(labels_BL[:, 1:], (0, 1), value=ignore_index).flatten()
+
+
+def _sums(logits_CV: Tensor, labels_C: Tensor, ignore_index: int) -> Tensor:
+    return F.cross_entropy(logits_CV.float(), labels_C, ignore_index=ignore_index, reduction="sum")[None]
+
+
+def _gradient(grad_K: Tensor, logits_CV: Tensor, labels_C: Tensor, ignore_index: int) -> Tensor:
+    # softmax(logits) - one_hot(label)
+    ignored_C = labels_C == ignore_index
+    grad_CV = F.softmax(logits_CV.float(), dim=-1)
+    grad_CV.scatter_add_(1, labels_C.masked_fill(ignored_C, 0)[:, None], -torch.ones_like(grad_CV[:, :1]))
+    return grad_CV.mul_(grad_K).masked_fill_(ignored_C[:, None], 0)
 
 
 def perplexity(mean_loss: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""Losses of distillation against a float64 reference, and what they hold in memory."""
+"""Losses against a float64 reference, and what they hold in memory."""
 
 import math
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparse_train.models import distillation_losses as module
+from sparse_train.models import chunked_sums as module
 from sparse_train.models.distillation_losses import logit_losses, squarehead_loss
 from sparse_train.models.losses import next_token_loss
 from tests.reference import distillation_losses, squarehead
@@ -44,6 +44,36 @@ def test_logit_losses_equal_the_reference(logits, labels, temperature, chunk, we
     (weights[0] * expected[0] + weights[1] * expected[1]).backward()
     (weights[0] * actual[0] + weights[1] * actual[1]).backward()
     torch.testing.assert_close(actual_input.grad, expected_input.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [1, 4 * V, 2**22], ids=["a token", "four tokens", "all tokens"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_next_token_loss_equals_the_reference(logits, labels, chunk, dtype, monkeypatch):
+    monkeypatch.setattr(module, "_CHUNK_ELEMENTS", chunk)
+    student = logits[0].to(dtype)
+    expected_input, actual_input = student.double().requires_grad_(), student.clone().requires_grad_()
+    log_p = expected_input[:, :-1].log_softmax(-1)
+    counted = labels[:, 1:] != -100
+    picked = log_p.gather(2, labels[:, 1:].clamp(min=0)[..., None])[..., 0]
+    expected = -picked[counted].mean()
+    actual, tokens = next_token_loss(actual_input, labels)
+    assert actual.dtype == torch.float32 and int(tokens) == int(counted.sum())
+    assert actual.item() == pytest.approx(expected.item(), rel=1e-5)
+    expected.backward()
+    (3 * actual).backward()
+    tolerance = {"rtol": 1e-4, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-4}
+    torch.testing.assert_close(actual_input.grad.double(), 3 * expected_input.grad, **tolerance)
+
+
+def test_the_next_token_loss_ignores_what_has_no_label(logits, labels):
+    ignored = torch.cat([labels[:, 1:] == -100, torch.ones(B, 1, dtype=torch.bool)], dim=1)
+    student = logits[0].masked_fill(ignored[..., None], math.nan).requires_grad_()
+    loss, _ = next_token_loss(student, labels)
+    assert torch.equal(loss, next_token_loss(logits[0], labels)[0])
+    loss.backward()
+    assert not student.grad[ignored].any() and student.grad[~ignored].any(-1).all()
+    none, tokens = next_token_loss(student, torch.full_like(labels, -100))
+    assert none == 0 and tokens == 0
 
 
 def test_cross_entropy_is_that_of_validation(logits, labels):
@@ -119,7 +149,7 @@ class LargestFloat32(TorchDispatchMode):
         return output
 
 
-@pytest.mark.parametrize("loss", ["logits", "states"])
+@pytest.mark.parametrize("loss", ["text", "logits", "states"])
 def test_no_more_than_a_chunk_is_ever_in_float32(loss, monkeypatch):
     monkeypatch.setattr(module, "_CHUNK_ELEMENTS", 4 * V)
     student, teacher = (torch.randn(4, 16, V, dtype=torch.bfloat16) for _ in range(2))
@@ -127,7 +157,9 @@ def test_no_more_than_a_chunk_is_ever_in_float32(loss, monkeypatch):
     labels, saved = torch.randint(V, (4, 16)), []
     with LargestFloat32() as largest:
         with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-            if loss == "logits":
+            if loss == "text":
+                total, _ = next_token_loss(student, labels)
+            elif loss == "logits":
                 total = sum(logit_losses(student, teacher, labels))
             else:
                 total = squarehead_loss([student], [teacher], torch.ones(4, 16))
@@ -136,4 +168,5 @@ def test_no_more_than_a_chunk_is_ever_in_float32(loss, monkeypatch):
     assert largest.elements == 4 * V
     # until backward: the two operands as they are, and what is a number a token
     wide = [tensor for tensor in saved if tensor.numel() > 4 * 16]
-    assert {tensor.data_ptr() for tensor in wide} == {student.data_ptr(), teacher.data_ptr()}
+    operands = [student] if loss == "text" else [student, teacher]
+    assert {tensor.data_ptr() for tensor in wide} == {operand.data_ptr() for operand in operands}

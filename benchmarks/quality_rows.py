@@ -60,6 +60,16 @@ class Runs:
         best = self.lr(arm) if self.lr(arm) in rates else rates[0]
         return {int(row["seed"]): row for row in found if float(row["lr"]) == best}
 
+    def at_other_rates(self) -> dict[tuple[str, int, float], dict[int, dict[str, str]]]:
+        """Rows of runs that ``reported`` leaves out, seed by seed, by arm, steps and learning rate."""
+        found: dict[tuple[str, int, float], dict[int, dict[str, str]]] = defaultdict(dict)
+        for row in self._rows:
+            arm, seed, steps = row["arm"], int(row["seed"]), int(row["steps"])
+            if row["tuning"] == "False" and steps and row["seed"] not in self._chosen_on:
+                if self.reported(arm, steps).get(seed) != row:
+                    found[arm, steps, float(row["lr"])][seed] = row
+        return found
+
     def values(self, arm: str, text: str, steps: int = 100) -> dict[int, float]:
         """Perplexity of each seed."""
         return {seed: float(row[text]) for seed, row in self.reported(arm, steps).items() if row[text]}

@@ -149,6 +149,17 @@ def reached(runs: Runs) -> str:
     return "\n".join(lines)
 
 
+def other_rates(runs: Runs) -> str:
+    """Runs at learning rates other than those of the tables above."""
+    head = ["`--arm`", "lr", "steps", "seeds", *TEXTS.values()]
+    lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
+    for (arm, steps, lr), found in sorted(runs.at_other_rates().items()):
+        values = [{seed: float(row[text]) for seed, row in found.items() if row[text]} for text in TEXTS]
+        cells = [arm, f"{lr:g}", str(steps), ", ".join(map(str, sorted(found))), *map(_perplexities, values)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) if len(lines) > 2 else "None."
+
+
 def lengths(runs: Runs) -> str:
     """Perplexity on held-out articles after other numbers of steps, at the learning rates of those of 100."""
     steps = (100, 300)
@@ -196,6 +207,9 @@ def tables(runs: Runs) -> str:
         "\n### From scratch\n",
         "A Llama of 17 million weights on 614,400 tokens: smoke runs that show it works, not what it is worth.\n",
         table(runs, SCRATCH, "scratch_dense", "dense", steps=300),
+        "\n### At other learning rates\n",
+        "Runs of arms that the tables above show at another rate.\n",
+        other_rates(runs),
         "\n### How learning rates were chosen\n",
         "Perplexity on validation articles (first 32,768 tokens), seed 0; the best of each grid is bold.\n",
         tuning_table(runs),

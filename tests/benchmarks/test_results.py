@@ -68,3 +68,7 @@ def test_an_arm_is_reported_at_its_best_learning_rate_and_on_seeds_that_chose_no
     assert "| moved | dynamic | 0.2 | 1, 2 | 20.00 (18.00, 22.00) | 40.00 (36.00, 44.00) | not measured |" in made
     assert "2.00 % to 1.00 % | +0.0 % (-10.0, +10.0) |" in made and "| kept | static | 0.2 * |" in made
     assert "| no |" not in made
+    made = quality_tables.other_rates(runs)
+    assert "| dynamic | 0.1 | 100 | 1 | 9.00 | 9.00 | 9.00 |" in made
+    assert "| static | 0.1 | 100 | 1, 2 | 10.00 (10.00, 10.00) |" in made and "| static | 0.3 | 100 | 1 |" in made
+    assert made.count("\n") == 4  # and not the reported ones, nor those of seeds that chose a rate

@@ -65,9 +65,9 @@ class Runs:
         found: dict[tuple[str, int, float], dict[int, dict[str, str]]] = defaultdict(dict)
         for row in self._rows:
             arm, seed, steps = row["arm"], int(row["seed"]), int(row["steps"])
-            if row["tuning"] == "False" and steps and row["seed"] not in self._chosen_on:
-                if self.reported(arm, steps).get(seed) != row:
-                    found[arm, steps, float(row["lr"])][seed] = row
+            counts = row["tuning"] == "False" and steps > 0 and row["seed"] not in self._chosen_on
+            if counts and self.reported(arm, steps).get(seed) != row:
+                found[arm, steps, float(row["lr"])][seed] = row
         return found
 
     def values(self, arm: str, text: str, steps: int = 100) -> dict[int, float]:

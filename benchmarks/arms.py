@@ -1,4 +1,4 @@
-"""The arms of ``benchmarks/quality.py``: each a recipe, and what is changed in it."""
+"""The arms of ``benchmarks/quality.py``: each is a recipe with changes."""
 
 from dataclasses import dataclass, field
 
@@ -16,11 +16,11 @@ _DISTILLATION = [
 
 @dataclass(frozen=True)
 class OneShot:
-    """An arm without training; on the same batches on which the trained arms make their first mask.
+    """An arm without training, calibrated on the same batches as the first mask of the trained arms.
 
     Args:
         method: criterion or solver.
-        mask_structure, sparsity: as of ``sparse_train.prune``.
+        mask_structure, sparsity: see ``sparse_train.prune``.
     """
 
     method: Criterion | Solver
@@ -34,10 +34,10 @@ class Arm:
 
     Args:
         recipe: in recipes/.
-        changes: arguments behind it.
+        changes: arguments after it.
         teacher: whether it learns from the model that --teacher names.
-        start: one of ``ONESHOT``, whose pruned model it starts from, zeros and all; default: the dense model.
-        text: what it trains on, and whose validation and test articles, or files, it is read on.
+        start: one of ``ONESHOT``: the arm starts from its pruned model, with zeros; default: the dense model.
+        text: the text to train on; its validation and test articles, or files, are used for evaluation.
     """
 
     recipe: str
@@ -75,7 +75,7 @@ ONESHOT = {
 _FROM_WANDA = ("criterion=Magnitude", "initial_criterion=Wanda")
 _GRADUAL = (
     *("criterion=Magnitude", "policy=Fixed", "schedule=Cubic", "schedule.final_sparsity=0.5"),
-    "end_step=0.5",  # N:M rounds down: 2:4 is reached where the schedule ends, and not before
+    "end_step=0.5",  # N:M rounds down, so 2:4 is only reached at the end of the schedule
 )
 _DECAY = ("policy=StraightThrough", "policy.srste_decay=0.01")
 _70 = ("mask_structure=unstructured", "sparsity=0.7")
@@ -92,11 +92,11 @@ ARMS: dict[str, Arm] = {
     # which score, from the same first mask
     "dynamic_magnitude": _arm("smollm2_2of4", *_FROM_WANDA),
     "dynamic_frozen_norms": _arm("smollm2_2of4", "memory=frozen"),
-    "dynamic_window": _arm("smollm2_2of4", "memory=0", "flip_agreement=true"),  # which measures, and changes nothing
+    "dynamic_window": _arm("smollm2_2of4", "memory=0", "flip_agreement=true"),  # which only measures
     "dynamic_memory50": _arm("smollm2_2of4", "memory=0.5"),
     "dynamic_memory90": _arm("smollm2_2of4", "memory=0.9"),
     "dynamic_dense_norms": _arm("smollm2_2of4", "window=1", "--trainer.callbacks+=variants.DenseNorms"),
-    # only where it is better by a margin
+    # weights come back only if they are better by a margin
     "dynamic_hysteresis5": _arm("smollm2_2of4", "hysteresis=0.05"),
     "dynamic_hysteresis20": _arm("smollm2_2of4", "hysteresis=0.2"),
     "dynamic_noise1": _arm("smollm2_2of4", "noise_margin=1", "flip_agreement=true"),
@@ -104,7 +104,7 @@ ARMS: dict[str, Arm] = {
     "dynamic_window_hysteresis20": _arm("smollm2_2of4", "memory=0", "hysteresis=0.2"),
     "dynamic_window_noise1": _arm("smollm2_2of4", "memory=0", "noise_margin=1", "flip_agreement=true"),
     "dynamic_window_noise2": _arm("smollm2_2of4", "memory=0", "noise_margin=2", "flip_agreement=true"),
-    # decay of shadow values, and when to stop
+    # decay of shadow values, and when updates stop
     "dynamic_decay": _arm("smollm2_2of4", *_DECAY, "policy.ramp=0"),
     "dynamic_decay2": _arm("smollm2_2of4", "policy=StraightThrough", "policy.srste_decay=0.02", "policy.ramp=0"),
     "dynamic_decay_ramped": _arm("smollm2_2of4", *_DECAY),
@@ -115,17 +115,17 @@ ARMS: dict[str, Arm] = {
     ),
     "dynamic_stop50": _arm("smollm2_2of4", "end_step=0.5"),
     "dynamic_stop100": _arm("smollm2_2of4", "end_step=1.0"),
-    # no gradient to pruned weights, which come back with the value that they had
+    # no gradient to pruned weights, which come back with their former value
     "dynamic_dormant": _arm("smollm2_2of4", "policy=Dormant"),
     "dynamic_dormant_distill": _arm("smollm2_2of4", "policy=Dormant", distil=True),
     "dynamic_dormant_distill_tuned": _arm("smollm2_2of4", "policy=Dormant", teacher=True),
-    # back by the gradient
+    # weights come back by their gradient
     "regrow": _arm("smollm2_2of4", "policy=Regrow"),
     "regrow_times_norm": _arm("smollm2_2of4", "policy=Regrow", "policy.times_norm=true"),
-    # from a model that was pruned before: its pruned weights are zeros, not what they were
+    # from a model that was pruned before: its pruned weights are zeros, not their former values
     "static_from_sparsegpt": _arm("smollm2_2of4_static", start="oneshot_sparsegpt"),
     "dynamic_from_sparsegpt": _arm("smollm2_2of4", start="oneshot_sparsegpt"),
-    # SparseGPT's first mask and weights in the run itself: pruned weights keep what they were
+    # SparseGPT's first mask and weights, made in the run: pruned weights keep their former values
     "dynamic_sparsegpt": _arm("smollm2_2of4", "initial_criterion=SparseGPT"),
     "dynamic_sparsegpt_distill": _arm("smollm2_2of4", "initial_criterion=SparseGPT", distil=True),
     "dynamic_sparsegpt_distill_tuned": _arm("smollm2_2of4", "initial_criterion=SparseGPT", teacher=True),
@@ -140,7 +140,7 @@ ARMS: dict[str, Arm] = {
     "dynamic_distill_squarehead": _arm("smollm2_2of4", "--model.distillation.hardness_squarehead=1", distil=True),
     "static_distill_tuned": _arm("smollm2_2of4_static", teacher=True),
     "dynamic_distill_tuned": _arm("smollm2_2of4", teacher=True),
-    # another text than the first mask was calibrated on
+    # trained on another text than the first mask was calibrated on
     "static_shift": _shifted("policy=Fixed"),
     "dynamic_frozen_norms_shift": _shifted("memory=frozen"),
     "dynamic_window_shift": _shifted("memory=0"),
@@ -159,7 +159,7 @@ ARMS: dict[str, Arm] = {
         *("sparsity=0.7", "schedule=Cubic", "schedule.final_sparsity=0.7"),
     ),
     "regrow_70": _arm("smollm2_unstructured60", *_70, "policy=Regrow"),
-    # low-rank, of q and v: beside the mask, where merging loses zeros, and inside it
+    # low-rank, on q and v: outside the mask, where merging loses zeros, and inside it
     "lora": _arm("smollm2_2of4_lora"),
     "mask_lora": _arm("smollm2_2of4_mask_lora"),
     "mask_lora_exact": _arm("smollm2_2of4_mask_lora", "mask_lora.exact_gradient=true"),

@@ -1,10 +1,10 @@
-"""The main job on a real model: prune, fine-tune sparse with re-pruning, compare, export, report.
+"""The main workflow on a real model: prune, fine-tune sparse with re-pruning, compare, export, report.
 
     make demo                 # STEPS=20
     make demo STEPS=200
 
 Runs the recipes of this repository on SmolLM2-135M-Instruct and English Wikipedia lead sections, both from Python
-packages. Everything is left in runs/demo/: model/ (exported), report.html and report.md, table.csv, and a folder per
+packages. All results are in runs/demo/: model/ (exported), report.html and report.md, table.csv, and a folder per
 training run with its resolved recipe (version_0/config.yaml) and metrics (version_0/metrics.csv).
 """
 
@@ -56,15 +56,15 @@ def main(
     window: int = WINDOW,
     out: str = "runs/demo",
 ) -> None:
-    """Run the whole job.
+    """Run the whole workflow.
 
     Args:
         steps: optimizer steps of each trained arm, of 4 x window tokens.
         model: the dense model.
         text: training, validation and held-out text.
-        eval_tokens: held-out tokens that are evaluated.
-        window: tokens a sequence, in training and evaluation.
-        out: folder of everything that is written; replaced.
+        eval_tokens: number of held-out tokens for the evaluation.
+        window: tokens per sequence, in training and evaluation.
+        out: folder for all results; replaced.
     """
     folder = Path(out)
     shutil.rmtree(folder, ignore_errors=True)
@@ -94,7 +94,7 @@ def main(
         def run() -> Any:
             cli = lightning_cli.run(runner.arguments(recipe, name, steps, *changes))
             trained_model = cli.model.model
-            vars(cli).clear()  # jsonargparse keeps the last parser, that the CLI, and that trainer and optimizer state
+            vars(cli).clear()  # jsonargparse keeps the last parser, which keeps the CLI, trainer and optimizer state
             return trained_model
 
         return run
@@ -113,7 +113,7 @@ def main(
 
 
 class _Runner:
-    """Builds each arm's model, evaluates it, and notes what that took."""
+    """Builds each arm's model, evaluates it, and records time and memory."""
 
     def __init__(
         self, folder: Path, dense: Path, name: str, text: TextSource, ids: torch.Tensor, window: int, eval_tokens: int
@@ -123,7 +123,7 @@ class _Runner:
         self.arms: list[Arm] = []
 
     def arguments(self, recipe: str, name: str, steps: int, *changes: str) -> list[str]:
-        """Command line of a training run: the recipe with the demo's length, model, data and folder."""
+        """Command line of a training run: the recipe with the length, model, data and folder of the demo."""
         config = Path(__file__).parent.parent / "recipes" / f"{recipe}.yaml"
         text = {
             "class_path": f"{type(self._text).__module__}.{type(self._text).__name__}",
@@ -200,8 +200,8 @@ def _write(folder: Path, arms: list[Arm], steps: int, exported: Path, packaged: 
         f"Protocol: {arms[0].result.protocol}. Seconds and peak memory are those of making the model (loading, "
         "calibration, training with its validations), without the final evaluation.",
         f"Trained arms: {steps} steps each, same batches in the same order, each at its recipe's learning "
-        "rate; sparse ones at 2:4. One seed, and far too few steps to rank methods: this shows that everything works, "
-        "and prints what came out.",
+        "rate; sparse ones at 2:4. One seed, and far too few steps to rank methods: this only shows that everything "
+        "works.",
         f"Machine: {os.cpu_count()} CPU cores, torch {torch.__version__}.",
     ]
     table = Table(*columns, title="SPARSE-TRAIN DEMO")
@@ -214,8 +214,8 @@ def _write(folder: Path, arms: list[Arm], steps: int, exported: Path, packaged: 
     names = {"dense, fine-tuned": "dense_finetuned", "static mask, fine-tuned": "static", arms[-1].name: "dynamic"}
     runs = {name: read_metrics(folder / run / "version_0" / "metrics.csv") for name, run in names.items()}
     if not any(row.get("sparsity/flip_rate", 0) > 0 for row in runs[arms[-1].name]):
-        notes.append("No re-pruning took place: the run is shorter than an interval between updates. Take more steps.")
-    notes.append("Curves are over validation articles, the table over held-out ones.")
+        notes.append("There was no re-pruning: the run is shorter than an interval between updates. Use more steps.")
+    notes.append("Curves are on validation articles, the table is on held-out ones.")
     recipe = (folder / "dynamic" / "version_0" / "config.yaml").read_text()
     recipe = recipe.replace(f"model: {folder / 'dense'}\n", "model: PackagedSmolLM2\n") if packaged else recipe
     return write_report(

@@ -1,12 +1,12 @@
-"""WikiText-2 perplexity of one-shot pruned models, one row a command: the paper's tables on a small model.
+"""WikiText-2 perplexity of one-shot pruned models, one row per command: the paper's tables on a small model.
 
     python benchmarks/oneshot.py --method wanda --structure 2:4 --seed 0
     python benchmarks/oneshot.py --method sparsegpt --structure unstructured --data WIKITEXT2_RAW_TEST.txt \\
         --calibration C4_SAMPLE.jsonl
 
-Rows are appended to benchmarks/oneshot.csv as runs finish; a row that is there already is not run again, so a list of
+Rows are appended to benchmarks/oneshot.csv as runs finish. A row that already exists is not run again, so a list of
 commands resumes after an interruption. Text comes from the hub unless files are given: the raw WikiText-2 test split
-joined by blank lines, as Wanda, SparseGPT and GPTQ read it, and C4. Weights are bfloat16, as the papers' are float16.
+joined by blank lines, as in Wanda, SparseGPT and GPTQ, and C4. Weights are bfloat16; in the papers they are float16.
 """
 
 from collections.abc import Callable
@@ -38,7 +38,7 @@ METHODS: dict[str, tuple[Callable[[], Any], str]] = {
     "sparsegpt_row": (SparseGPT, "row"),
     "random": (Random, "row"),
 }
-"""Name: what scores, and the group within which unstructured weights are compared."""
+"""By name: the method, and the group in which unstructured weights are compared."""
 
 
 @dataclass(frozen=True)
@@ -80,12 +80,12 @@ def main(
     Args:
         method: "dense", or one of METHODS.
         structure: "unstructured" or "N:M".
-        sparsity: of unstructured; default 0.5.
+        sparsity: for unstructured; default 0.5.
         seed: of the choice of calibration samples.
-        samples: calibration samples.
-        length: tokens of a sample.
-        window: tokens a forward sees in evaluation, without overlap.
-        max_tokens: read only the first tokens of the test text.
+        samples: number of calibration samples.
+        length: tokens per sample.
+        window: tokens per window in evaluation, without overlap.
+        max_tokens: use only the first tokens of the test text.
         data: file with the test text; default: the hub's WikiText-2 raw.
         calibration: file with calibration text; default: the hub's C4.
         out: CSV file.
@@ -93,7 +93,7 @@ def main(
     if method not in ("dense", *METHODS):
         raise SystemExit(f"--method is dense or one of {', '.join(METHODS)}, got {method!r}.")
     if method == "dense" or method.startswith("magnitude"):
-        seed, samples, length = 0, 0, 0  # there is no chance in it
+        seed, samples, length = 0, 0, 0  # nothing is random
     sparsity = 0.5 if sparsity is None and structure == "unstructured" else sparsity
     path = Path(out)
     wanted = {"method": method, "structure": structure, "seed": seed, "samples": samples, "length": length}

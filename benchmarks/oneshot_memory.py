@@ -2,8 +2,8 @@
 
     python benchmarks/oneshot_memory.py
 
-Makes a Llama checkpoint with random float32 weights (32,000 words, 19 blocks, 4.1 GiB) in --folder, prunes it to 2:4
-with 16 x 512 calibration tokens in a process of its own, and removes both. Needs about 9 GiB of disk.
+Writes a Llama checkpoint with random float32 weights (vocabulary of 32,000, 19 blocks, 4.1 GiB) to --folder, prunes it
+to 2:4 with 16 x 512 calibration tokens in a separate process, and removes both. Needs about 9 GiB of disk space.
 """
 
 import json
@@ -27,7 +27,7 @@ SAMPLES, LENGTH = 16, 512
 
 
 def tensors_of(config: dict[str, int]) -> Iterator[dict[str, tuple[int, ...]]]:
-    """Shapes of the weights, a file at a time."""
+    """Shapes of the weights, one file at a time."""
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     yield {"model.embed_tokens.weight": (WORDS, hidden)}
     for index in range(config["num_hidden_layers"]):
@@ -43,7 +43,7 @@ def tensors_of(config: dict[str, int]) -> Iterator[dict[str, tuple[int, ...]]]:
 
 
 def make_checkpoint(folder: Path, config: dict[str, int]) -> int:
-    """Write random weights; returns their bytes."""
+    """Write random weights; returns their size in bytes."""
     from safetensors.torch import save_file
     from transformers import LlamaConfig
 
@@ -63,7 +63,7 @@ def make_checkpoint(folder: Path, config: dict[str, int]) -> int:
 
 
 def prune_and_measure(source: str, out: str, method: str) -> None:
-    """In the process that is measured: prune, and print bytes and seconds."""
+    """Runs in the process that is measured: prune, and print bytes and seconds."""
     import transformers.models.llama.modeling_llama  # noqa: F401  (libraries that any run loads)
 
     from sparse_train import SparseGPT, Wanda
@@ -93,9 +93,9 @@ def main(
     """Print the table.
 
     Args:
-        folder: where the two checkpoints stand for a while; default: the system's temporary folder.
+        folder: for the two temporary checkpoints; default: the system's temporary folder.
         method: wanda or sparsegpt.
-        hidden_size, intermediate_size, blocks: of the Llama.
+        hidden_size, intermediate_size, blocks: of the Llama model.
     """
     config = {
         "hidden_size": hidden_size,
@@ -108,7 +108,7 @@ def main(
         (place / "dense").mkdir()
         size = make_checkpoint(place / "dense", config)
         call = [sys.executable, __file__, "--measure", str(place / "dense"), str(place / "sparse"), method]
-        # memory that is let go must go back to the system to be seen
+        # return freed memory to the system, so that it is measured as free
         env = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
         done = subprocess.run(call, env=env, check=True, stdout=subprocess.PIPE, text=True)
         before, peak, seconds, forwards, pruning = json.loads(done.stdout.splitlines()[-1])

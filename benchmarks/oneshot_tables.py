@@ -52,7 +52,7 @@ def _methods(found: dict[tuple[str, str, int], dict[int, float]], measured: list
     for method, label in METHODS.items():
         samples = 0 if method.startswith("magnitude") else 64
         cells = [_cell(found.get((method, structure, samples))) for structure in STRUCTURES]
-        if method in ("magnitude_layer", "wanda_variant"):  # in N:M they are the method beside them
+        if method in ("magnitude_layer", "wanda_variant"):  # with N:M they are the same as the plain method
             cells[1:] = ["as per row" if method == "magnitude_layer" else "as Wanda"] * 2
         lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -1,14 +1,14 @@
-"""Time of one-shot pruning: ours against the plain procedure as published, and Wanda against SparseGPT; one run.
+"""Time of one-shot pruning: ours against the plain published procedure, and Wanda against SparseGPT, in one run.
 
     python benchmarks/oneshot_time.py
     python benchmarks/oneshot_time.py --structure 2:4 --calibration C4_SAMPLE.jsonl
 
-The plain procedure is Wanda's own (github.com/locuslab/wanda, lib/prune.py), written again here: every linear layer has
-a hook and a running norm of its own, samples go through a block one by one, rows are sorted or groups of columns are
-looped over, zeros are written by index, and the block runs again for its outputs. Both get the same model and samples.
+The plain procedure is that of Wanda (github.com/locuslab/wanda, lib/prune.py), reimplemented here: every linear layer
+has its own hook and running norm, samples go through a block one by one, rows are sorted or there is a loop over groups
+of columns, zeros are written by index, and the block runs again for its outputs. Both get the same model and samples.
 
-Times are wall clock. Statistics are timed inside the forwards. All that is neither forward nor statistics counts as
-scores, selection and zeros: for ours with the masked layers that are put in and taken out again.
+Times are wall clock. Statistics are timed inside the forwards. Everything that is neither forward nor statistics counts
+as scores, selection and zeros; for ours, that includes inserting and removing the masked layers.
 """
 
 import time
@@ -38,12 +38,12 @@ class Times:
 
     whole: float = 0.0
     forward: float = 0.0
-    """Without statistics."""
+    """Time without statistics."""
     statistics: float = 0.0
 
     @property
     def selection(self) -> float:
-        """Scores, selection and writing zeros, and whatever else is neither forward nor statistics."""
+        """Scores, selection and writing zeros, and everything else that is neither forward nor statistics."""
         return self.whole - self.forward - self.statistics
 
     @property
@@ -52,7 +52,7 @@ class Times:
 
 
 class Clock:
-    """Adds up the seconds spent inside ``with clock``."""
+    """Sums the seconds spent inside ``with clock``."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -65,7 +65,7 @@ class Clock:
 
 
 class RunningNorm:
-    """One layer's mean over samples of the squared norms of its input features, as a forward hook."""
+    """The mean over samples of the squared norms of one layer's input features, as a forward hook."""
 
     def __init__(self, layer: nn.Linear, clock: Clock) -> None:
         self.mean_I = torch.zeros(layer.in_features)
@@ -81,7 +81,7 @@ class RunningNorm:
 
 
 def first_inputs(model: Any, samples: list[Tensor]) -> tuple[Tensor, dict[str, Any]]:
-    """What the first block is called with: hidden states (samples, L, H), and the rest of one call."""
+    """The inputs of the first block: hidden states (samples, L, H), and the other arguments of one call."""
     caught: list[Tensor] = []
     rest: dict[str, Any] = {}
 
@@ -101,7 +101,7 @@ def first_inputs(model: Any, samples: list[Tensor]) -> tuple[Tensor, dict[str, A
 
 
 def plain_selection(scores_OI: Tensor, structure: str) -> Tensor:
-    """Which weights go: half of each row by a sort, or N of each M by a loop over groups of columns."""
+    """Which weights are pruned: half of each row by a sort, or N of each M by a loop over groups of columns."""
     pruned = torch.zeros_like(scores_OI, dtype=torch.bool)
     if structure == "unstructured":
         order_OI = torch.sort(scores_OI, dim=-1, stable=True)[1]
@@ -143,7 +143,7 @@ def plain(model: Any, samples: list[Tensor], structure: str) -> Times:
 
 @contextmanager
 def timed_statistics(clock: Clock) -> Iterator[None]:
-    """Time what our layers' statistics take."""
+    """Measure the time for the statistics of our layers."""
     before: dict[Any, Callable[..., None]] = {kind: kind.add for kind in (ActivationNorm, ActivationGram)}
 
     def timed(add: Callable[..., None]) -> Callable[..., None]:
@@ -200,10 +200,10 @@ def notes(differing: list[float]) -> str:
     same = next((index for index, share in enumerate(differing) if share), len(differing))
     return (
         f"Masks of plain and ours: {sum(differing) / len(differing):.2e} of the weights differ, none in the first "
-        f"{same} of {len(differing)} blocks: means and sums round differently, and a near-tie changes all behind it.\n"
+        f"{same} of {len(differing)} blocks: means and sums round differently, and a near-tie changes later blocks.\n"
         "The paper's ratio of SparseGPT to Wanda (arXiv 2306.11695, Table 4, LLaMA-7B: 203.1 s / 0.54 s = 376, not "
-        "checked against the PDF) is of metrics alone, without forwards and their hooks: compare the column scores, "
-        "selection, zeros. Others report 322 s / 55 s = 5.9 for the whole pipeline (LLaMA-7B, H100)."
+        "checked against the PDF) is for the metrics only, without forwards and their hooks: compare the column "
+        "scores, selection, zeros. Others report 322 s / 55 s = 5.9 for the whole pipeline (LLaMA-7B, H100)."
     )
 
 
@@ -218,12 +218,12 @@ def main(
     """Print the table.
 
     Args:
-        structure: "unstructured", at half the weights, or "N:M".
-        samples: calibration samples.
-        length: tokens of a sample.
-        batch_size: samples a forward of ours; the plain procedure takes one.
+        structure: "unstructured", at 50 % sparsity, or "N:M".
+        samples: number of calibration samples.
+        length: tokens per sample.
+        batch_size: samples per forward pass for ours; the plain procedure uses one.
         calibration: file with calibration text; default: the packaged Wikipedia.
-        rounds: runs of each, in turns; the shortest whole run counts.
+        rounds: runs of each, alternating; the shortest whole run counts.
     """
     source = PackagedSmolLM2()
     text = TextFiles(train=[calibration]) if calibration else PackagedWikipedia()
@@ -233,7 +233,7 @@ def main(
     runs: dict[str, Callable[[Any], Times]] = {"plain": lambda model: plain(model, single, structure)}
     for name, method in {"wanda": Wanda(), "sparsegpt": SparseGPT()}.items():
         runs[name] = partial(ours, samples=batches, structure=structure, method=method)
-    plain(source.load(), single[:1], structure)  # warms up libraries and the allocator
+    plain(source.load(), single[:1], structure)  # warm up libraries and the allocator
     best, pruned = dict.fromkeys(runs, Times(whole=torch.inf)), {}
     for _ in range(rounds):
         for name, run in runs.items():

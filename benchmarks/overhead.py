@@ -1,12 +1,12 @@
-"""Training with re-pruning against dense training: time a step, and bytes a mask takes; ratios from one run.
+"""Training with re-pruning against dense training: time per step, and bytes of masks; ratios from one run.
 
     python benchmarks/overhead.py
     python benchmarks/overhead.py --update_freq 10 --intervals 2 --rounds 2
 
 Same Trainer, same model (SmolLM2-135M-Instruct, dequantised from Q4_1), same batches, bf16-mixed, default settings of
-DynamicPruning. Timed from after the first step of an interval to after its last update's step, whole intervals only,
-updates included; the first mask, made once a run, is left out. Dense and sparse alternate, and rounds are summed, so
-that a disturbance of the machine meets both.
+DynamicPruning. Only whole intervals are timed, including updates: from after the first step of an interval to after the
+step of its last update. The first mask, made once per run, is left out. Dense and sparse runs alternate, and rounds are
+summed, so that disturbances of the machine affect both.
 """
 
 import os
@@ -27,7 +27,7 @@ from sparse_train.models.sources import PackagedSmolLM2
 
 
 class Clock(L.Callback):
-    """Seconds of optimizer steps ``first`` + 1 to ``last``, with whatever callbacks do in them."""
+    """Seconds of optimizer steps ``first`` + 1 to ``last``, including callbacks."""
 
     def __init__(self, first: int, last: int) -> None:
         self.first, self.last, self.seconds, self.mask_bytes = first, last, 0.0, 0.0
@@ -44,7 +44,7 @@ class Clock(L.Callback):
 
 
 def settings() -> dict[str, Any]:
-    """Of the trainers that are compared."""
+    """Settings of the trainers that are compared."""
     return {
         "precision": "bf16-mixed",
         "logger": False,
@@ -57,7 +57,7 @@ def settings() -> dict[str, Any]:
 def train(first: int, steps: int, *callbacks: L.Callback) -> Clock:
     L.seed_everything(0, verbose=False)
     clock = Clock(first, first + steps)
-    # the clock stands last: an update is inside its time
+    # the clock comes last, so that its time includes updates
     trainer = L.Trainer(max_steps=first + steps + 1, callbacks=[*callbacks, clock], **settings())
     trainer.fit(CausalLM(PackagedSmolLM2()), TextBlocks(PackagedSmolLM2()))
     return clock
@@ -75,7 +75,7 @@ def main(update_freq: int = 10, intervals: int = 2, rounds: int = 1) -> None:
     steps = update_freq * intervals
     dense = sparse = 0.0
     for _ in range(rounds):
-        # timed: steps update_freq + 1 to update_freq * (intervals + 1), with an update behind the last of each
+        # timed: steps update_freq + 1 to update_freq * (intervals + 1), with an update after the last one of each
         pruning = DynamicPruning("2:4", update_freq=update_freq, end_step=steps + 2 * update_freq)
         clock = train(update_freq, steps, pruning)
         sparse += clock.seconds
@@ -84,9 +84,9 @@ def main(update_freq: int = 10, intervals: int = 2, rounds: int = 1) -> None:
     cores = os.cpu_count()
     Console(width=120).print(
         f"{rounds} x {steps} steps of 4 x 512 tokens, bf16-mixed, {cores} cores, torch {torch.__version__}\n"
-        f"dense {dense / rounds / steps:.3f} s a step, 2:4 re-pruned every {update_freq} steps "
-        f"{sparse / rounds / steps:.3f} s a step: ratio {sparse / dense:.3f} (wanted: at most 1.10)\n"
-        f"masks: {mask_bytes:.4f} byte a targeted weight (wanted: at most 0.13)",
+        f"dense {dense / rounds / steps:.3f} s per step, 2:4 re-pruned every {update_freq} steps "
+        f"{sparse / rounds / steps:.3f} s per step: ratio {sparse / dense:.3f} (target: at most 1.10)\n"
+        f"masks: {mask_bytes:.4f} byte per targeted weight (target: at most 0.13)",
         highlight=False,
     )
 

@@ -1,13 +1,13 @@
-"""Perplexity of one-shot, static and dynamically re-pruned models, one row a command, at equal tokens.
+"""Perplexity of one-shot, static and dynamically re-pruned models at equal tokens, one row per command.
 
     python benchmarks/quality.py --arm dynamic --seed 0 --lr 2e-4 --steps 50 --tuning true
     python benchmarks/quality.py --arm dynamic --seed 1 --lr 2e-4 --wikitext WIKITEXT2_RAW_TEST.txt --c4 C4_SAMPLE.jsonl
 
-Every arm starts from the same model and sees the same batches in the same order for a seed; arms of one pattern start
-from the same first mask, but for those that prune gradually. With --tuning a run is looked at on validation articles
-alone: with such rows, of seeds that are not reported, learning rates and variants are chosen; the others are evaluated
-once at their end, on held-out articles and the files that are given. Rows are appended to benchmarks/quality.csv as
-runs finish; a row that is there already is not run again, so a list of commands resumes after an interruption.
+Every arm starts from the same model and, for a given seed, uses the same batches in the same order. Arms with the same
+pattern start from the same first mask, except those that prune gradually. With --tuning, a run is evaluated only on
+validation articles; such rows, with seeds that are not reported, decide learning rates and variants. Other runs are
+evaluated once at their end, on held-out articles and the given files. Rows are appended to benchmarks/quality.csv as
+runs finish. A row that already exists is not run again, so a list of commands resumes after an interruption.
 """
 
 import tempfile
@@ -33,7 +33,7 @@ from sparse_train.oneshot.training_data import random_batches
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table; perplexities are of the first ``eval_tokens`` tokens of a text, where it has more."""
+    """One line of the table; perplexities are on at most the first ``eval_tokens`` tokens of a text."""
 
     arm: str
     seed: int
@@ -73,14 +73,14 @@ def main(
 
     Args:
         arm: of ``benchmarks/arms.py``: trained, or one-shot; or none (the untrained dense model).
-        seed: of data order. First masks come from the same batches whatever the seed.
+        seed: of data order. First masks come from the same batches for all seeds.
         steps: optimizer steps of 2048 tokens.
         lr: peak learning rate.
-        tuning: evaluate on validation articles alone.
+        tuning: evaluate only on validation articles.
         wikitext: path of the WikiText-2 raw test text.
-        c4: path of C4 documents, a JSON object with "text" a line.
-        teacher: folder of the model from which the arms named "tuned" learn: dense_seedN_STEPS, which --arm dense
-            --seed N --steps STEPS --export wrote, of this same seed and number of steps.
+        c4: path of C4 documents, one JSON object with "text" per line.
+        teacher: folder of the model from which the arms named "tuned" learn: dense_seedN_STEPS, as written by --arm
+            dense --seed N --steps STEPS --export, with the same seed and number of steps.
         export: folder for the trained model.
         out: CSV file.
     """
@@ -92,7 +92,7 @@ def main(
     elif ARMS[arm].teacher != (teacher is not None):
         raise SystemExit(f"--teacher is for the arms {', '.join(name for name, each in ARMS.items() if each.teacher)}.")
     if teacher is not None and Path(teacher).name != f"dense_seed{seed}_{steps}":
-        raise SystemExit(f"The teacher has seen the same tokens: --teacher names a folder dense_seed{seed}_{steps}.")
+        raise SystemExit(f"The teacher must have seen the same tokens: --teacher must name dense_seed{seed}_{steps}.")
     path = Path(out)
     given = {"heldout": "", "wikitext2": wikitext, "c4": c4}
     wanted = [] if tuning else [name for name, text in given.items() if text is not None]
@@ -135,7 +135,7 @@ def main(
 def _train(
     name: str, seed: int, steps: int, lr: float, teacher: str | None, export: str | None
 ) -> tuple[Any, dict[str, float], str]:
-    """The trained model, its flip rates and agreements, and what the model is."""
+    """The trained model, its flip rates and agreements, and a description of the model."""
     arm = ARMS[name]
     with tempfile.TemporaryDirectory() as folder:
         start = Path(folder, "start")
@@ -169,9 +169,9 @@ def _train(
 
 
 def flips(logged: list[dict[str, str]]) -> dict[str, float]:
-    """Of the rows that a run has logged: flip rates and agreements of its first and last update."""
+    """Flip rates and agreements of the first and last update, from the rows that a run has logged."""
     found: dict[str, float] = {}
-    updates = [row for row in logged if row["step"] != "0"]  # there the first mask is reported, which flips nothing
+    updates = [row for row in logged if row["step"] != "0"]  # step 0 reports the first mask, which flips nothing
     for key in ("flip_rate", "flip_agreement"):
         values = [float(row[f"sparsity/{key}"]) for row in updates if row.get(f"sparsity/{key}")]
         found |= {f"first_{key}": values[0], f"last_{key}": values[-1]} if any(values) else {}  # static: only confirmed
@@ -181,7 +181,7 @@ def flips(logged: list[dict[str, str]]) -> dict[str, float]:
 
 
 def _oneshot(name: str) -> Any:
-    """Pruned as the trained arms' first mask is: on the same random batches, under the same autocast."""
+    """The model pruned like the first mask of trained arms: on the same random batches, under the same autocast."""
     source = PackagedSmolLM2()
     model = source.load()
     if name in ONESHOT:

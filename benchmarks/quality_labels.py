@@ -1,4 +1,4 @@
-"""The words for arms in the tables of ``quality_tables.py``: a dict a table, arms of ``arms.py``."""
+"""The names of arms in the tables of ``quality_tables.py``: one dict per table, with the arms of ``arms.py``."""
 
 MAIN = {
     "none": "dense, untrained",
@@ -17,13 +17,13 @@ SCORES = {
     "dynamic_magnitude": "magnitude",
     "dynamic_frozen_norms": "Wanda, norms of the first mask",
     "dynamic_window": "Wanda, running norms of 5 steps",
-    "dynamic_memory50": "Wanda, running norms, exponential, 0.5 an update",
-    "dynamic_memory90": "Wanda, running norms, exponential, 0.9 an update",
+    "dynamic_memory50": "Wanda, running norms, exponential, 0.5 per update",
+    "dynamic_memory90": "Wanda, running norms, exponential, 0.9 per update",
     "dynamic": "Wanda, running norms, cumulative (the default)",
     "dynamic_dense_norms": "Wanda, norms of dense forwards, refreshed before each update, cumulative",
 }
 VARIANTS = {
-    "dynamic": "as it is",
+    "dynamic": "the default",
     "dynamic_hysteresis5": "hysteresis 5 %",
     "dynamic_hysteresis20": "hysteresis 20 %",
     "dynamic_noise1": "a margin of 1 standard error",
@@ -35,7 +35,7 @@ VARIANTS = {
     "dynamic_decay2": "decay of pruned weights 0.02, constant",
     "dynamic_decay_ramped": "decay of pruned weights 0.01, ramped",
     "dynamic_decay_annealed": "decay of pruned weights 0.01, ramped and annealed",
-    "dynamic_decay_coupled": "decay of pruned weights in the gradient, 2e-4, as SR-STE has it",
+    "dynamic_decay_coupled": "decay of pruned weights in the gradient, 2e-4, as in SR-STE",
     "dynamic_decay_coupled_large": "decay of pruned weights in the gradient, 0.01",
     "dynamic_stop50": "updates until 50 % of the run",
     "dynamic_stop100": "updates until the end",
@@ -51,7 +51,7 @@ STARTS = {
     "dynamic_sparsegpt_distill": "SparseGPT's first mask and weights, untouched teacher",
     "dynamic_sparsegpt_distill_tuned": "SparseGPT's first mask and weights, fine-tuned teacher",
     "dynamic_from_wanda": "from one-shot Wanda",
-    "static_from_sparsegpt": "from one-shot SparseGPT, masks that stay",
+    "static_from_sparsegpt": "from one-shot SparseGPT, fixed masks",
     "dynamic_from_sparsegpt": "from one-shot SparseGPT",
 }
 DISTILLATION = {
@@ -64,7 +64,7 @@ DISTILLATION = {
     "dynamic_dormant_distill": "re-pruned, Dormant, untouched teacher",
     "dynamic_dormant_distill_tuned": "re-pruned, Dormant, fine-tuned teacher",
     "dynamic_distill_kl": "re-pruned, untouched teacher, no cross-entropy",
-    "dynamic_distill_squarehead": "re-pruned, untouched teacher, SquareHead too",
+    "dynamic_distill_squarehead": "re-pruned, untouched teacher, with SquareHead",
     "dynamic_window": "re-pruned, norms of 5 steps, no teacher",
     "dynamic_window_distill": "re-pruned, norms of 5 steps, untouched teacher",
 }
@@ -88,21 +88,21 @@ UNSTRUCTURED = {
 }
 LOW_RANK = {
     "oneshot_wanda": "none: one-shot Wanda",
-    "lora": "LoRA beside a frozen 2:4 base (not sparse once merged)",
+    "lora": "LoRA on a frozen 2:4 base (not sparse after merging)",
     "mask_lora": "mask_lora, re-pruned, straight-through gradient",
     "mask_lora_exact": "mask_lora, re-pruned, gradient of the loss",
-    "mask_lora_fixed": "mask_lora, masks that stay",
-    "static": "full, masks that stay",
+    "mask_lora_fixed": "mask_lora, fixed masks",
+    "static": "full, fixed masks",
     "dynamic": "full, re-pruned",
 }
 SCRATCH = {
     "scratch_dense": "dense",
     "scratch_2of4": "through 3:4 to 2:4, re-pruned",
-    "scratch_2of4_fixed": "through 3:4 to 2:4, weights that went stay away",
+    "scratch_2of4_fixed": "through 3:4 to 2:4, pruned weights do not come back",
     "scratch_unstructured50": "to 50 % unstructured, re-pruned",
 }
 LENGTHS = (
     *("dense", "static", "dynamic", "dynamic_distill", "dynamic_distill_tuned", "dynamic_magnitude"),
     *("dynamic_sparsegpt", "dynamic_sparsegpt_distill", "dynamic_sparsegpt_distill_tuned"),
 )
-"""Arms whose longer runs are shown beside those of 100 steps."""
+"""Arms whose longer runs are shown next to those of 100 steps."""

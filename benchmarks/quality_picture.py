@@ -1,4 +1,4 @@
-"""The picture of docs/results.md and README: a dot a seed."""
+"""The picture of docs/results.md and README: one dot per seed."""
 
 import statistics
 from pathlib import Path
@@ -15,7 +15,7 @@ ONESHOT = ("none", "oneshot_magnitude", "oneshot_wanda", "oneshot_sparsegpt")
 
 
 def draw(runs: Runs, out: Path) -> None:
-    """A dot a seed for each trained arm at 2:4, on held-out articles."""
+    """One dot per seed for each trained arm at 2:4, on held-out articles."""
     scored = {arm: f"re-pruned by {label.removeprefix('Wanda, ')}" for arm, label in SCORES.items()}
     variants = {arm: f"re-pruned every 10 steps, {label}" for arm, label in VARIANTS.items()}
     starts = {arm: label.removeprefix("from the dense model, ") for arm, label in STARTS.items()}
@@ -35,7 +35,7 @@ def draw(runs: Runs, out: Path) -> None:
     axes.set_yticks(range(len(order)), [words[arm] for arm in order])
     outside = f"\nfar outside: {beyond}" if beyond else ""
     figure.supxlabel(f"token perplexity, held-out Wikipedia articles (lower is better){outside}", fontsize=10)
-    figure.suptitle("2:4, 100 steps of 2048 tokens, a dot a seed, means; axis cut; blue = masks change", fontsize=10)
+    figure.suptitle("2:4, 100 steps of 2048 tokens; dot = seed; means; axis cut; blue = masks change", fontsize=10)
     shown = [value for arm in order for value in runs.values(arm, "heldout").values()]
     width = max(shown) - min(shown)
     axes.set_xlim(min(shown) - 0.1 * width, max(shown) + 0.5 * width)  # room for the numbers

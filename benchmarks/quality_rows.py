@@ -1,8 +1,8 @@
 """Which rows of benchmarks/quality.csv are reported, and at which learning rate: ``Runs``.
 
 An arm is reported at the learning rate with the lowest perplexity on validation articles among its tuning rows, whose
-seeds are not reported; an arm without such rows, at that with the most seeds, and of those the lowest on validation
-articles. Nothing is chosen on other texts.
+seeds are not reported. An arm without tuning rows is reported at the rate with the most seeds; of several, at the one
+with the lowest perplexity on validation articles. Nothing is chosen on other texts.
 """
 
 import statistics
@@ -16,7 +16,7 @@ TUNING_STEPS = "50"
 
 
 class Runs:
-    """The rows of a CSV file, asked by arm.
+    """The rows of a CSV file, by arm.
 
     Args:
         path: of the file.
@@ -32,7 +32,7 @@ class Runs:
         return {float(row["lr"]): row for row in found if row["steps"] == TUNING_STEPS}
 
     def lr(self, arm: str) -> float | None:
-        """The learning rate with the lowest validation perplexity; None where none was tried."""
+        """The learning rate with the lowest validation perplexity; None if none was tried."""
         tried = self.tuning(arm)
         return min(tried, key=lambda lr: float(tried[lr]["validation"])) if tried else None
 
@@ -80,9 +80,9 @@ class Runs:
         return statistics.mean(values.values()) if values else None
 
     def best(self, arms: Iterable[str]) -> str | None:
-        """Of the arms that were run, the lowest on validation articles, which are not reported.
+        """The arm with the lowest perplexity on validation articles, which are not reported.
 
-        By their tuning rows where all of them have some, otherwise by the runs that are reported on other texts.
+        Compared by tuning rows if all of the arms have some, otherwise by the runs that are reported on other texts.
         """
         run = [arm for arm in arms if self.reported(arm)]
         rows = {arm: list(self.tuning(arm).values()) for arm in run}
@@ -93,7 +93,7 @@ class Runs:
         return min(found, key=lambda arm: found[arm]) if found else None
 
     def change(self, arm: str, other: str, text: str = "heldout", steps: int = 100) -> tuple[float, list[float]] | None:
-        """Mean and each of the paired changes of perplexity, in per cent of ``other``, over the seeds of both."""
+        """The paired changes of perplexity, in percent of ``other``, over the seeds of both: mean, and each one."""
         ours, theirs = self.values(arm, text, steps), self.values(other, text, steps)
         paired = [100 * (ours[seed] / theirs[seed] - 1) for seed in sorted(ours.keys() & theirs.keys())]
         return (statistics.mean(paired), paired) if paired else None

@@ -3,7 +3,7 @@
     python benchmarks/quality_tables.py             # print them
     python benchmarks/quality_tables.py --write     # put them into docs/results.md, README.md and docs/pictures/
 
-A star marks arms whose learning rate does not stand between two that were tried as well.
+A star marks arms for which not both a lower and a higher learning rate were tried.
 """
 
 import statistics
@@ -44,7 +44,7 @@ def _change(change: tuple[float, list[float]] | None) -> str:
 
 
 def _first_to_last(found: dict[int, dict[str, str]], key: str, digits: int) -> str:
-    """Of the first seed that has it, in per cent."""
+    """The values of the first seed that has them, in percent."""
     row = next((row for row in found.values() if row[f"first_{key}"]), None)
     return " to ".join(f"{100 * float(row[f'{end}_{key}']):.{digits}f} %" for end in ("first", "last")) if row else ""
 
@@ -54,7 +54,7 @@ def table(runs: Runs, arms: dict[str, str], against: str | None, label: str, ste
     name = f"held-out against {label}" if against else ""
     halved = any(row["first_flip_agreement"] for arm in arms for row in runs.reported(arm, steps).values())
     head = ["arm", "`--arm`", "lr", "seeds", *TEXTS.values(), "flip rate, first to last"]
-    head += [*(["of these not noise"] if halved else []), *([name] if name else [])]
+    head += [*(["of these, not noise"] if halved else []), *([name] if name else [])]
     lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
     for arm, words in arms.items():
         found = runs.reported(arm, steps)
@@ -64,7 +64,7 @@ def table(runs: Runs, arms: dict[str, str], against: str | None, label: str, ste
         lr = "" if row["steps"] == "0" else f"{float(row['lr']):g}" + ("" if runs.has_grid(arm) else " *")
         cells = [words, arm, lr, ", ".join(map(str, sorted(found)))]
         cells += [_perplexities(runs.values(arm, text, steps)) for text in TEXTS]
-        rises = arm.startswith(("gradual", "scratch"))  # there flips are pruning
+        rises = arm.startswith(("gradual", "scratch"))  # their flips are mostly pruning
         cells += ["" if rises else _first_to_last(found, "flip_rate", 2)]
         cells += [_first_to_last(found, "flip_agreement", 0)] if halved else []
         if against:
@@ -91,7 +91,7 @@ def tuning_table(runs: Runs) -> str:
 
 
 class Goal(NamedTuple):
-    """What the project set out to reach: ``arm`` so far below the better one of ``others``."""
+    """A goal of the project: how far ``arm`` should be below the better one of ``others``."""
 
     words: str
     arm: str
@@ -124,8 +124,8 @@ TEACHERS = {"dynamic_distill": "the untouched teacher", "dynamic_distill_tuned":
 
 
 def reached(runs: Runs) -> str:
-    """What the project set out to reach, and what the rows say."""
-    lines = ["| perplexity of | wanted | measured (each seed) | seeds |", "| --- " * 4 + "|"]
+    """The goals of the project, and what the rows say."""
+    lines = ["| perplexity of | goal | measured (each seed) | seeds |", "| --- " * 4 + "|"]
     for words, arm, others, wanted, text in GOALS:
         other = runs.best(others) or others[0]
         change = runs.change(arm, other, text)
@@ -139,7 +139,7 @@ def reached(runs: Runs) -> str:
         star = "" if runs.has_grid("dense") else " *"
         ratio = f"{1 + change[0] / 100:.2f} ({best}){star}" if change else "not measured"
         wanted, seeds = "1.35" if steps == 300 else "", len(change[1]) if change else ""
-        words = f"the best 2:4 arm of those with learning rates of their own, over dense fine-tuning, {steps} steps"
+        words = f"the best 2:4 arm with a tuned learning rate, over dense fine-tuning, {steps} steps"
         lines.append(f"| {words} | {wanted} | {ratio} | {seeds} |")
         for arm, teacher in TEACHERS.items():
             if change := runs.change(arm, "dense", steps=steps):
@@ -161,7 +161,7 @@ def other_rates(runs: Runs) -> str:
 
 
 def lengths(runs: Runs) -> str:
-    """Perplexity on held-out articles after other numbers of steps, at the learning rates of those of 100."""
+    """Perplexity on held-out articles after other numbers of steps, at the learning rates of the runs of 100 steps."""
     steps = (100, 300)
     head = ["`--arm`", *(f"{n} steps" for n in steps), *(f"over dense, {n} steps" for n in steps)]
     lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
@@ -182,17 +182,17 @@ def tables(runs: Runs) -> str:
         "",
         "### 2:4 at equal tokens\n",
         table(runs, MAIN, static, "the better static arm"),
-        "\n![Perplexity of each arm on held-out articles, a dot a seed](pictures/quality.svg)\n",
+        "\n![Perplexity of each arm on held-out articles, one dot per seed](pictures/quality.svg)\n",
         "### Which score decides in training\n",
-        "All from the same first mask, one-shot Wanda's; k = 10.\n",
+        "All runs start from the same first mask, of one-shot Wanda; k = 10.\n",
         table(runs, SCORES, "dynamic_frozen_norms", "norms of the first mask"),
         "\n### Margins, decay, when to stop\n",
-        "Each is the default but for what it says.\n",
+        "Each arm is the default with one change, which is its name.\n",
         table(runs, VARIANTS, "dynamic", "the default"),
         "\n### From a model that was pruned before\n",
-        "Its pruned weights are zeros, where the other arms still hold what they were.\n",
+        "The pruned weights of such a model are zeros; the other arms still hold their former values.\n",
         table(runs, STARTS, "dynamic", "from the dense model"),
-        "\n### Another text than the first mask was made on\n",
+        "\n### Training on another text than the first mask\n",
         "Calibrated on Wikipedia, trained on the Python standard library; held-out is held-out source code.\n",
         table(runs, SHIFT, "dynamic_frozen_norms_shift", "norms of the first mask"),
         "\n### Distillation\n",
@@ -205,13 +205,13 @@ def tables(runs: Runs) -> str:
         "r 8 on q and v, as in the paper's Table 6.\n",
         table(runs, LOW_RANK, None, ""),
         "\n### From scratch\n",
-        "A Llama of 17 million weights on 614,400 tokens: smoke runs that show it works, not what it is worth.\n",
+        "A Llama of 17 million weights on 614,400 tokens: smoke runs that show that it works, not how good it is.\n",
         table(runs, SCRATCH, "scratch_dense", "dense", steps=300),
         "\n### At other learning rates\n",
-        "Runs of arms that the tables above show at another rate.\n",
+        "Runs of arms that the tables above show at another learning rate.\n",
         other_rates(runs),
         "\n### How learning rates were chosen\n",
-        "Perplexity on validation articles (first 32,768 tokens), seed 0; the best of each grid is bold.\n",
+        "Perplexity on validation articles (first 32,768 tokens), seed 0; the best of each row is bold.\n",
         tuning_table(runs),
     ]
     return "\n".join(parts) + "\n"

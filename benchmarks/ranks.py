@@ -1,10 +1,10 @@
-"""Re-pruning against the same engine without it, over several processes: time of a step, bytes kept; ratios of one run.
+"""Re-pruning against the same engine without it, on several processes: time per step, bytes kept; ratios from one run.
 
     torchrun --nproc_per_node 2 benchmarks/ranks.py --engine ddp
     torchrun --nproc_per_node 2 benchmarks/ranks.py --engine fsdp2
 
-As benchmarks/overhead.py: same Trainer, model (SmolLM2-135M-Instruct, dequantised from Q4_1) and batches, bf16-mixed,
-whole intervals only, updates included; dense and sparse runs alternate.
+As in benchmarks/overhead.py: same Trainer, model (SmolLM2-135M-Instruct, dequantised from Q4_1) and batches,
+bf16-mixed, only whole intervals, including updates; dense and sparse runs alternate.
 """
 
 import warnings
@@ -25,7 +25,7 @@ from sparse_train.models.sources import PackagedSmolLM2
 
 
 class Kept(L.Callback):
-    """Bytes a targeted weight that masks, statistics and the updater keep on this process."""
+    """Bytes per targeted weight that masks, statistics and the updater keep on this process."""
 
     def __init__(self, pruning: DynamicPruning) -> None:
         self.pruning, self.bytes = pruning, 0.0
@@ -47,7 +47,7 @@ def train(engine: str, first: int, steps: int, batch_size: int, *callbacks: L.Ca
     strategy = DDPStrategy() if engine == "ddp" else ModelParallelStrategy(world_size(), tensor_parallel_size=1)
     trainer = L.Trainer(
         max_steps=first + steps + 1,
-        callbacks=[*callbacks, clock],  # the clock stands last: an update is inside its time
+        callbacks=[*callbacks, clock],  # the clock comes last, so that its time includes updates
         strategy=strategy,
         devices=world_size(),
         **settings(),
@@ -70,7 +70,7 @@ def main(
         update_freq: k.
         intervals: whole intervals that are timed.
         rounds: dense and sparse runs, alternating.
-        batch_size: blocks of 512 tokens a process and step.
+        batch_size: blocks of 512 tokens per process and step.
     """
     warnings.filterwarnings("ignore")
     if not torch.distributed.is_initialized():
@@ -78,7 +78,7 @@ def main(
     steps = update_freq * intervals
     dense = sparse = 0.0
     for _ in range(rounds):
-        # timed: steps update_freq + 1 to update_freq * (intervals + 1), with an update behind the last of each
+        # timed: steps update_freq + 1 to update_freq * (intervals + 1), with an update after the last one of each
         pruning = DynamicPruning("2:4", update_freq=update_freq, end_step=steps + 2 * update_freq)
         kept = Kept(pruning)
         sparse += train(engine, update_freq, steps, batch_size, pruning, kept).seconds
@@ -87,9 +87,9 @@ def main(
         print(
             f"{engine}, {world_size()} processes, {rounds} x {steps} steps of {batch_size} x 512 tokens each, "
             f"bf16-mixed, torch {torch.__version__}\n"
-            f"without {dense / rounds / steps:.3f} s a step, 2:4 re-pruned every {update_freq} steps "
-            f"{sparse / rounds / steps:.3f} s a step: ratio {sparse / dense:.3f} (wanted: at most 1.10)\n"
-            f"kept by a process: {kept.bytes:.4f} byte a targeted weight (wanted: at most 0.13)"
+            f"without {dense / rounds / steps:.3f} s per step, 2:4 re-pruned every {update_freq} steps "
+            f"{sparse / rounds / steps:.3f} s per step: ratio {sparse / dense:.3f} (target: at most 1.10)\n"
+            f"kept by a process: {kept.bytes:.4f} byte per targeted weight (target: at most 0.13)"
         )
 
 

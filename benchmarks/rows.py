@@ -1,4 +1,4 @@
-"""Tables that grow by a row as a run finishes, and the pages that show them."""
+"""Tables to which each finished run adds a row, and the pages that show them."""
 
 import csv
 from dataclasses import asdict, fields
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def read(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file with a header, none where there is no file."""
+    """The rows of a CSV file with a header; none if there is no file."""
     if not path.exists():
         return []
     with path.open() as file:
@@ -15,7 +15,7 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 def append(path: Path, row: Any) -> None:
-    """Add a dataclass as a row, behind a header where the file is new."""
+    """Append a dataclass as a row, with a header if the file is new."""
     columns, there = [field.name for field in fields(row)], read(path)
     if there and list(there[0]) != columns:
         raise SystemExit(f"{path} has the columns {', '.join(there[0])}, and a row has {', '.join(columns)}.")
@@ -27,7 +27,7 @@ def append(path: Path, row: Any) -> None:
 
 
 def show(page: Path, begin: str, end: str, made: str) -> None:
-    """Put ``made`` between two marks of a page, each of which is there once."""
+    """Put ``made`` between two marks of a page; each mark must be there exactly once."""
     text = page.read_text()
     assert text.count(begin) == text.count(end) == 1, f"{page} needs {begin} and {end}, once each"
     before, _, rest = text.partition(begin)

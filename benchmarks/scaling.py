@@ -1,9 +1,9 @@
-"""What re-pruning costs on many processes, from formulas; tests compare them with counters of a run of two processes.
+"""The cost of re-pruning on many processes, from formulas; tests compare them with counters of a run of two processes.
 
     python benchmarks/scaling.py             # the tables of docs/scaling.md
     python benchmarks/scaling.py --write     # put them there
 
-Letters: O out_features, I in_features, J = ceil(I / 8) packed mask bytes a row, W processes, k steps between updates.
+Letters: O out_features, I in_features, J = ceil(I / 8) packed mask bytes per row, W processes, k steps between updates.
 """
 
 import math
@@ -51,24 +51,24 @@ def statistics(layers: Sequence[Layer], blocks: int) -> list[int]:
 
 
 def reduce_bytes(layers: Sequence[Layer], blocks: int) -> int:
-    """One reduce an update, float32: statistics, four digits a token count, 32 bits a mask, one flag a layer."""
+    """One reduce per update, float32: statistics, 4 digits per token count, 32 bits per mask, one flag per layer."""
     widths = statistics(layers, blocks)
     return 4 * (sum(widths) + 4 * len(widths) + (32 + 1) * len(layers) * blocks)
 
 
 def gather_bytes(layers: Sequence[Layer], blocks: int, processes: int) -> int:
-    """One gather an update under FSDP2, what a process sends: mask bits of its rows, and a count for each layer."""
+    """Bytes that a process sends in one gather per update under FSDP2: mask bits of its rows, and a count per layer."""
     rows = sum(-(-layer.out_features // processes) * row_bytes(layer) for layer in layers)
     return blocks * (rows + 8 * len(layers))
 
 
 def zero3_bytes(layers: Sequence[Layer], blocks: int, bytes_a_weight: int) -> int:
-    """What a process receives an update under ZeRO-3: each weight once, layer by layer."""
+    """Bytes that a process receives per update under ZeRO-3: each weight once, layer by layer."""
     return blocks * sum(layer.size for layer in layers) * bytes_a_weight
 
 
 def kept_bytes(layers: Sequence[Layer], blocks: int) -> dict[str, int]:
-    """What a process keeps between updates."""
+    """Bytes that a process keeps between updates."""
     widths = statistics(layers, blocks)
     sample = [
         -(-layer.out_features // max(1, min(128, layer.out_features // 4))) * row_bytes(layer) for layer in layers
@@ -82,20 +82,20 @@ def kept_bytes(layers: Sequence[Layer], blocks: int) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Setup:
-    """A run to be worked through; weights travel in bfloat16."""
+    """A run for which costs are computed; weights are communicated in bfloat16."""
 
     name: str
     layers: list[Layer]
     blocks: int
     processes: int
     tokens: int
-    """Tokens a process and step."""
+    """Tokens per process and step."""
     link: float
-    """Bytes a second that a process receives from others."""
+    """Bytes per second that a process receives from others."""
     flops: float = 4e14
-    """Of a process, in a forward and backward as they are reached in practice."""
+    """flop/s of a process, as reached in practice in forward and backward."""
     bandwidth: float = 3e12
-    """Bytes a second of its memory."""
+    """Bytes per second of its memory."""
 
     @property
     def weights(self) -> int:
@@ -118,9 +118,9 @@ def tables() -> str:
     for s in SETUPS:
         kept = kept_bytes(s.layers, s.blocks)
         step = 6 * s.weights * s.tokens / s.flops
-        # a masked copy is made in forward, in a forward that is recomputed, and in backward: read 2 bytes, write 2
+        # a masked copy is made in forward, in the recomputed forward, and in backward: each reads and writes 2 bytes
         masking = 3 * s.weights * (2 + 2 + 1 / 8) / s.bandwidth
-        # float32 scores written and read a few times over: 40 bytes a weight
+        # float32 scores are written and read a few times: 40 bytes per weight
         selecting = s.weights * 40 / s.bandwidth
         sent, received = gather_bytes(s.layers, s.blocks, s.processes), zero3_bytes(s.layers, s.blocks, 2)
         fsdp2 = selecting / s.processes + (s.processes * sent + reduce_bytes(s.layers, s.blocks)) / s.link
@@ -128,13 +128,13 @@ def tables() -> str:
         row("targeted weights", f"{s.weights / 1e9:.2f} G")
         row("masks", f"{kept['masks'] / 1e6:.0f} MB")
         row("statistics", f"{kept['statistics'] / 1e6:.1f} MB")
-        row("kept by a process, all", f"{sum(kept.values()) / s.weights:.4f} byte a targeted weight")
+        row("kept by a process, all", f"{sum(kept.values()) / s.weights:.4f} byte per targeted weight")
         row("reduce at an update", f"{reduce_bytes(s.layers, s.blocks) / 1e6:.1f} MB")
-        row("more for the moment of an update: new masks", f"{kept['masks'] / 1e6:.0f} MB")
+        row("more during an update: new masks", f"{kept['masks'] / 1e6:.0f} MB")
         row("FSDP2: gather of mask bits at an update, sent", f"{sent / 1e6:.1f} MB")
         row("the same, received", f"{s.processes * sent / 1e6:.0f} MB")
         row("ZeRO-3: weights received at an update", f"{received / 1e9:.1f} GB")
-        row("FSDP2's own traffic of one step (8 bytes a weight)", f"{8 * s.weights / 1e9:.0f} GB")
+        row("FSDP2's own traffic of one step (8 bytes per weight)", f"{8 * s.weights / 1e9:.0f} GB")
         row("a step (6 x weights x tokens / 4e14 flop/s), estimate", f"{step:.2f} s")
         row("masking in each step, estimate", f"{1e3 * masking:.0f} ms, {100 * masking / step:.1f} %")
         row("an update under FSDP2, estimate", f"{1e3 * fsdp2:.0f} ms")

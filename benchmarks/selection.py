@@ -1,9 +1,9 @@
-"""Selecting masks: ours against the reference's own way, at one layer of LLaMA-7B's size; ratios from one run.
+"""Selecting masks: ours against the reference implementation, for one layer of LLaMA-7B's size; ratios from one run.
 
     python benchmarks/selection.py
 
 The reference (github.com/locuslab/wanda, lib/prune.py) sorts whole rows for unstructured masks, and loops over groups
-of columns for N:M; both are written again here.
+of columns for N:M; both are reimplemented here.
 """
 
 import time
@@ -34,7 +34,7 @@ def reference_groups(scores_OI: Tensor, pruned_in_group: int, group: int) -> Ten
 
 
 def best_of(run: Callable[[], Tensor], repeats: int) -> tuple[float, Tensor]:
-    """Shortest of several runs, in milliseconds: what the machine does when nothing else disturbs it."""
+    """Shortest of several runs, in milliseconds: the time when nothing else disturbs the machine."""
     times, result = [], run()
     for _ in range(repeats):
         began = time.perf_counter()
@@ -49,7 +49,7 @@ def main(out_features: int = 4096, in_features: int = 11008, repeats: int = 3) -
     Args:
         out_features: rows.
         in_features: columns.
-        repeats: of each measurement; the shortest counts.
+        repeats: number of runs of each measurement; the shortest counts.
     """
     torch.manual_seed(0)
     scores = torch.randn(out_features, in_features).abs() * (torch.rand(in_features) + 0.1)

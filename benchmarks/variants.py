@@ -1,4 +1,4 @@
-"""What arms try beside ``DynamicPruning``, and the package does not have, because these runs say whether it should.
+"""Callbacks that some arms add to ``DynamicPruning``. They are not in the package: these runs show if they should be.
 
     --trainer.callbacks+=variants.CoupledDecay
 
@@ -19,7 +19,7 @@ from sparse_train.layers import masks
 
 
 def updater_of(trainer: L.Trainer) -> MaskUpdater:
-    """The pipeline of the run's ``DynamicPruning``, which has begun."""
+    """The pipeline of the run's ``DynamicPruning``, after the run has begun."""
     (callback,) = [each for each in trainer.callbacks if isinstance(each, DynamicPruning)]  # type: ignore[attr-defined]
     assert callback.updater is not None
     return callback.updater
@@ -28,10 +28,10 @@ def updater_of(trainer: L.Trainer) -> MaskUpdater:
 class CoupledDecay(L.Callback):
     """SR-STE's decay of pruned weights in the gradient (Zhou et al., arXiv 2102.04010).
 
-    Added to the gradient of a whole optimizer step, once, ahead of clipping: Adam then scales it as it does the rest.
+    Added once to the gradient of an optimizer step, before clipping, so that Adam scales it like the rest.
 
     Args:
-        rate: what is added for a pruned weight, as a share of its shadow value; 2e-4 in the paper.
+        rate: share of its shadow value that is added to the gradient of a pruned weight; 2e-4 in the paper.
     """
 
     def __init__(self, rate: float = 2e-4) -> None:
@@ -45,14 +45,14 @@ class CoupledDecay(L.Callback):
 
 
 class DenseNorms(L.Callback):
-    """Norms of dense forwards: of all weights as they are, shadow values too, on the batches before an update.
+    """Norms of dense forwards, with all weights including shadow values, on the batches before an update.
 
-    Stands behind ``DynamicPruning`` with ``window: 1``, so that activations are wanted in the one step before an
-    update: there, all masks are taken off for a forward of each of the last batches, which is recorded in the place of
-    the training forward. The first mask's norms, dense ones as well, count as ``memory`` says.
+    Must come after ``DynamicPruning`` with ``window: 1``, so that only the step before an update records activations.
+    Before that step, all masks are opened for one forward per recent batch, which is recorded instead of the training
+    forward. The norms of the first mask, which are also dense, count according to ``memory``.
 
     Args:
-        batches: to run dense before each update.
+        batches: number of batches to run dense before each update.
     """
 
     def __init__(self, batches: int = 5) -> None:
@@ -70,7 +70,7 @@ class DenseNorms(L.Callback):
         before = {name: layer.weight_mask.clone() for name, layer in updater.layers.items()}
         for layer in updater.layers.values():
             masks.fill_full(layer.weight_mask, layer.in_features)
-        # eager: compiled blocks would be compiled once more for this
+        # eager, because compiled blocks would be compiled again for this
         with torch.no_grad(), torch.compiler.set_stance("force_eager"), trainer.precision_plugin.forward_context():
             for each in self._last:
                 recorder.token_mask = each["attention_mask"]

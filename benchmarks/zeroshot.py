@@ -6,9 +6,9 @@
     python benchmarks/zeroshot.py --arm wanda --limit 100 --task_data DIR --calibration C4_SAMPLE.jsonl
     python benchmarks/zeroshot.py --arm static --model runs/static --limit 100
 
-An arm appends seven rows to benchmarks/zeroshot.csv, one for each task, with the answer to each item; an arm that is
-there already is not run again, so the command resumes after an interruption. Items come from the hub unless --task_data
-names a folder with the files that docs/evaluation.md describes.
+An arm appends seven rows to benchmarks/zeroshot.csv, one per task, with the answer to each item. An arm that is already
+there is not run again, so the command resumes after an interruption. Items come from the hub unless --task_data names a
+folder with the files that docs/evaluation.md describes.
 """
 
 import re
@@ -44,7 +44,7 @@ class Row:
 
     arm: str
     seed: int
-    """Of the calibration samples, or of the training run."""
+    """Seed of the calibration samples, or of the training run."""
     steps: int
     """Optimizer steps that the model was trained for; 0 = not trained."""
     lr: float
@@ -61,7 +61,7 @@ class Row:
     calibration: str
     protocol: str
     items: str
-    """1 for each item that was answered rightly, 0 for each other, in the order of the data."""
+    """1 for each item that was answered correctly, otherwise 0, in the order of the data."""
     model: str = MODEL_NAME
 
 
@@ -82,20 +82,20 @@ def main(
     batch_size: int = 8,
     out: str = "benchmarks/zeroshot.csv",
 ) -> None:
-    """Measure one arm, or all there are, and append their rows.
+    """Measure one arm, or all arms, and append their rows.
 
     Args:
         arm: "dense"; magnitude, sparsegpt or wanda, one-shot at 2:4; or static, static_ste, dynamic, dense_tuned or
-            distilled, a trained model. "all": the first four, and those trained ones whose folder is given.
+            distilled, a trained model. "all": the first four, and the trained ones whose folder is given.
         task_data: folder with JSONL files of the items; default: from the hub.
-        limit: ask only the first items of each task; default: all.
-        model: folder of the trained model of one --arm, as benchmarks/quality.py --export writes it.
+        limit: use only the first items of each task; default: all.
+        model: folder of the trained model of one --arm, as written by benchmarks/quality.py --export.
         static, static_ste, dynamic, dense_tuned, distilled: the same, for the trained arms of "all".
         calibration: file with calibration text; default: the packaged Wikipedia text.
-        samples: calibration samples.
-        length: tokens of a sample.
+        samples: number of calibration samples.
+        length: tokens per sample.
         seed: of the choice of calibration samples.
-        batch_size: requests a forward.
+        batch_size: requests per forward pass.
         out: CSV file.
     """
     given = zip(TRAINED, (static, static_ste, dynamic, dense_tuned, distilled), strict=True)
@@ -179,7 +179,7 @@ def _rows(result: ZeroShotResult, data: dict[str, str], **about: Any) -> list[Ro
 
 
 def _items_of(task: str, task_data: str | None) -> str:
-    """Where the items of a task come from; of BoolQ also which edition."""
+    """Where the items of a task come from; for BoolQ, also which edition."""
     if task_data is None:
         return "lm-eval's data set"
     name = task_file(task_data, task).name

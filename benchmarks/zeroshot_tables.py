@@ -3,9 +3,9 @@
 python benchmarks/zeroshot_tables.py             # print them
 python benchmarks/zeroshot_tables.py --write     # put them into docs/results.md
 
-A paired difference is that of two models on the same items: the mean of what each item changed by, which has a smaller
-standard error than two accuracies set against each other. Errors are over items, with the models as they are: another
-training seed is another model, and has a row of its own.
+A paired difference compares two models on the same items: it is the mean change per item, and has a smaller standard
+error than the difference of two accuracies. Errors are over items, for fixed models: another training seed is another
+model, with its own row.
 """
 
 import math
@@ -40,7 +40,7 @@ TASKS = {
     "openbookqa": "OBQA",
 }
 GUESSING = {**dict.fromkeys(TASKS, 25.0), "boolq": 50.0, "rte": 50.0, "winogrande": 50.0}
-"""Per cent that one of the choices taken by chance gives; a few questions of ARC have three or five instead of four."""
+"""Accuracy of random choices, in percent; a few questions of ARC have three or five choices instead of four."""
 
 Model = dict[str, dict[str, str]]
 """The rows of one model, by task."""
@@ -49,7 +49,7 @@ Value = tuple[float, float | None]
 
 
 def tables(path: Path = CSV) -> str:
-    """All tables, as Markdown: one for each way of measuring that there are rows of."""
+    """All tables, as Markdown: one for each way of measuring that has rows."""
     found: dict[tuple[str, ...], dict[tuple[str, ...], Model]] = defaultdict(lambda: defaultdict(dict))
     data: dict[tuple[str, ...], dict[str, str]] = defaultdict(dict)
     for row in rows.read(path):
@@ -77,7 +77,7 @@ def paired(first: Model, second: Model) -> dict[str, Value]:
 
 
 def accuracies(model: Model) -> dict[str, Value]:
-    """Accuracy on each task, and their "mean", in per cent."""
+    """Accuracy on each task, and their "mean", in percent."""
     found: dict[str, Value] = {}
     for task in TASKS:
         row = model[task]
@@ -86,7 +86,7 @@ def accuracies(model: Model) -> dict[str, Value]:
 
 
 def _mean(values: list[Value]) -> Value:
-    """With the same weight for each, whatever its count of items."""
+    """Mean in which each task has the same weight, whatever its number of items."""
     errors = [error for _, error in values if error is not None]
     error = math.hypot(*errors) / len(values) if len(errors) == len(values) else None
     return statistics.fmean(value for value, _ in values), error
@@ -98,11 +98,11 @@ def _table(way: tuple[str, ...], models: dict[tuple[str, ...], Model], data: dic
     ordered = sorted(whole, key=lambda run: (list(ARMS).index(run[0]), run[1:]))
     asked = f"the first {limit} items of each task" if limit else "all items"
     head = (
-        f"{model}; {asked}; {shots} examples in the prompt; `{metric}`, per cent ± standard error over items; items: "
+        f"{model}; {asked}; {shots} examples in the prompt; `{metric}`, percent ± standard error over items; items: "
         f"{'; '.join(dict.fromkeys(data.values()))}; {protocol}. Pruned models are 2:4, unless a sparsity is given."
     )
     lines = [f"| model | {' | '.join(TASKS.values())} | mean |", "| --- " * (len(TASKS) + 2) + "|"]
-    lines.append(_line("one of the choices by chance", {**{t: (v, None) for t, v in GUESSING.items()}, **_chance()}))
+    lines.append(_line("random choice", {**{t: (v, None) for t, v in GUESSING.items()}, **_chance()}))
     lines += [_line(_label(run, whole[run]["boolq"]["sparsity"]), accuracies(whole[run])) for run in ordered]
     for run in ordered:
         for other in ordered:

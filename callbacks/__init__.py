@@ -1,10 +1,10 @@
-"""Lightning callbacks: timing, logging and state; the mathematics is in ``sparse_train``."""
+"""Lightning callbacks: timing, logging and state. The mathematics is in ``sparse_train``."""
 
 import importlib
 import sys
 
 if __name__ == "callbacks":
-    # Imported bare from the root of a checkout: hand out the real package, so that there is one class and not two.
+    # Imported as "callbacks" from the root of a checkout: return the real package, so that no class exists twice.
     sys.modules[__name__] = importlib.import_module("sparse_train.callbacks")
 else:
     from sparse_train.callbacks.dynamic_pruning import DynamicPruning

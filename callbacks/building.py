@@ -1,4 +1,4 @@
-"""When the layers of a LightningModule get their masks: once it has built them, or as a checkpoint brings masks."""
+"""When the layers of a LightningModule get masks: once the module has built them, or when a checkpoint has masks."""
 
 import functools
 from collections.abc import Callable
@@ -11,11 +11,11 @@ from torch import nn
 from sparse_train.layers.matrices import MASK_NAME
 from sparse_train.layers.sparse_linear import fold, sparse_layers, sparsify_like
 
-_HOOKS = ("configure_model", "setup")  # the later one first; a callback's own setup is ahead of both
+_HOOKS = ("configure_model", "setup")  # the later one first; a callback's setup runs before both
 
 
 def call_when_built(pl_module: L.LightningModule, act: Callable[[L.LightningModule], None]) -> None:
-    """Call ``act`` behind the last hook in which the module makes layers; now, where it makes none."""
+    """Call ``act`` after the last hook in which the module may create layers; now, if it has no such hook."""
     for hook in _HOOKS:
         if is_overridden(hook, pl_module):
             pl_module.__dict__[hook] = functools.partial(_call, hook, pl_module, act)
@@ -24,15 +24,15 @@ def call_when_built(pl_module: L.LightningModule, act: Callable[[L.LightningModu
 
 
 def forget(pl_module: L.LightningModule) -> None:
-    """Take back a call that has not come."""
+    """Cancel a call that has not happened yet."""
     for hook in _HOOKS:
         pl_module.__dict__.pop(hook, None)
 
 
 def masks_as_loaded(pl_module: L.LightningModule) -> Callable[[], None]:
-    """Give layers masks as the state dicts that the module loads have them. Returns what ends it.
+    """Mask the layers that have a mask in a state dict which the module loads. Returns a function that ends this.
 
-    A module that was dense is dense again then, with the zeros of the masks that were brought.
+    It makes a module that was dense dense again, with the zeros of the loaded masks.
     """
     was_dense = not sparse_layers(pl_module)
     drop_hooks(pl_module)
@@ -47,14 +47,14 @@ def masks_as_loaded(pl_module: L.LightningModule) -> Callable[[], None]:
 
 
 def refuse_other_masks(pl_module: L.LightningModule) -> Callable[[], None]:
-    """Refuse state dicts that have masks of other layers than the module has. Returns what ends it."""
+    """Refuse state dicts with masks of other layers than the module's. Returns a function that ends this."""
     drop_hooks(pl_module)
     hook = pl_module.register_load_state_dict_pre_hook(_check_masks)  # type: ignore[no-untyped-call]
     return hook.remove  # type: ignore[no-any-return]
 
 
 def drop_hooks(pl_module: L.LightningModule) -> None:
-    """Take back what a stage that has failed, of this callback or another one, left behind."""
+    """Remove hooks that a failed stage, of this callback or another one, has left."""
     hooks = pl_module._load_state_dict_pre_hooks
     for key in [
         key for key, each in hooks.items() if getattr(each, "hook", each) in (_check_masks, _sparsify_as_loaded)
@@ -69,7 +69,7 @@ def _check_masks(module: nn.Module, state_dict: dict[str, Any], prefix: str, *ar
     if theirs and theirs != own:
         raise ValueError(
             f"The run of the checkpoint pruned {len(theirs)} layers, and this one prunes {len(own)}; "
-            f"{min(theirs ^ own).removesuffix(ending)} is one of the difference. Resume with the same targets and "
+            f"{min(theirs ^ own).removesuffix(ending)} is in only one of them. Resume with the same targets and "
             "ignore, or export the checkpoint and start a new run from that."
         )
 

@@ -1,4 +1,4 @@
-"""Where the callback's first mask gets its data from."""
+"""Where the data for the callback's first mask comes from."""
 
 from typing import Any
 
@@ -15,12 +15,12 @@ _WHOLE_DATA_SAMPLERS = (SequentialSampler, RandomSampler, StatefulRandomSampler,
 
 
 def peek(trainer: L.Trainer, count: int) -> list[Batch] | None:
-    """Random training batches, leaving no trace in the loader; None where there are none that a model could take.
+    """Random training batches, without changing the state of the loader; None if a model could not use any.
 
-    A data module with a method ``calibration_dataloader`` that returns a loader has the first of that instead.
+    If the data module has a method ``calibration_dataloader`` that returns a loader, its first batches are used.
 
     Raises:
-        ValueError: the loader of ``calibration_dataloader`` has no batches that a model could take.
+        ValueError: the loader of ``calibration_dataloader`` has no batches that a model could use.
     """
     trainer.fit_loop.setup_data()
     ask = getattr(getattr(trainer, "datamodule", None), "calibration_dataloader", None)
@@ -29,7 +29,7 @@ def peek(trainer: L.Trainer, count: int) -> list[Batch] | None:
         return first_batches(own, count)
     loader: Any = trainer.train_dataloader
     batches: Any = loader.batch_sampler if isinstance(loader, DataLoader) else None
-    # others may be what keeps validation data out
+    # another sampler may be there to keep validation data out
     if type(batches) not in _PLAIN or not isinstance(batches.sampler, _WHOLE_DATA_SAMPLERS):
         return None
     return random_batches(loader.dataset, batches.batch_size, loader.collate_fn, count)

@@ -1,4 +1,4 @@
-"""What does not go together with ``DynamicPruning``, and is refused before a run begins."""
+"""What cannot be combined with ``DynamicPruning`` and is refused before a run begins."""
 
 import lightning as L
 import torch
@@ -12,39 +12,39 @@ from sparse_train.pipeline.run_settings import RunSettings
 
 
 def check_strategy(trainer: L.Trainer) -> None:
-    """Raise ValueError where the strategy holds weights in a way that masks do not know."""
+    """Raise ValueError if the strategy holds weights in a way that masks do not support."""
     if isinstance(trainer.strategy, FSDPStrategy):
         raise ValueError(
-            'strategy="fsdp" is FSDP1, which holds weights as flattened shards, which do not keep the rows that masks '
-            "need. Use ModelParallelStrategy (FSDP2, configs/strategy/fsdp2.yaml) or DeepSpeed."
+            'strategy="fsdp" is FSDP1, which flattens weights into shards. Masks need whole rows, which those do not '
+            "keep. Use ModelParallelStrategy (FSDP2, configs/strategy/fsdp2.yaml) or DeepSpeed."
         )
 
 
 def check_shares(pl_module: L.LightningModule, settings: RunSettings) -> None:
-    """Raise ValueError where steps are a share of a run whose steps Lightning does not count."""
+    """Raise ValueError if steps are a share of the run and Lightning does not know its number of steps."""
     shares = {"start_step": settings.start_step, "end_step": settings.end_step}
     name = next((name for name, each in shares.items() if isinstance(each, float)), None)
     if name is not None and not pl_module.automatic_optimization:
         raise ValueError(
             f"{name} is {shares[name]}, a share of the run, and {type(pl_module).__name__} uses manual optimization, "
-            f"so that the length of the run is not known. Give DynamicPruning a whole number: {name}=1000 is after "
+            f"so that the length of the run is not known. Give DynamicPruning a whole number: {name}=1000 means after "
             "1000 batches in which an optimizer stepped."
         )
 
 
 def check_alone(trainer: L.Trainer) -> None:
-    """Raise ValueError where another callback masks the same weights."""
+    """Raise ValueError if another callback masks the same weights."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     other = next((each for each in callbacks if isinstance(each, ModelPruning)), None)
     if other is not None:
         raise ValueError(
-            f"{type(other).__name__} puts masks of its own beside those of DynamicPruning, under the same "
-            "name. Take one of them."
+            f"{type(other).__name__} adds a second set of masks to those of DynamicPruning, under the same "
+            "name. Use one of them."
         )
 
 
 def check_averaging(trainer: L.Trainer, pruning: L.Callback) -> None:
-    """Raise ValueError where weights are averaged and masks with them."""
+    """Raise ValueError if weights are averaged in a way that does not work with masks."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     for callback in callbacks:
         if not isinstance(callback, WeightAveraging):
@@ -63,23 +63,23 @@ def check_averaging(trainer: L.Trainer, pruning: L.Callback) -> None:
 
 
 def check_sharded(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-    """Raise ValueError where ``ModelParallelStrategy`` was given nothing to divide."""
+    """Raise ValueError if ``ModelParallelStrategy`` is used and no targeted layer is sharded."""
     if not isinstance(trainer.strategy, ModelParallelStrategy) or trainer.world_size == 1:
         return
     if not any(map(is_sharded, sparse_layers(pl_module).values())):
         raise ValueError(
             "ModelParallelStrategy leaves sharding to configure_model, and none of the targeted layers is sharded, so "
-            "each process would train a model of its own. Call sparse_train.layers.sharding.shard_blocks(model, "
-            'self.device_mesh["data_parallel"]) there, or take strategy="ddp".'
+            "each process would train a separate model. Call sparse_train.layers.sharding.shard_blocks(model, "
+            'self.device_mesh["data_parallel"]) there, or use strategy="ddp".'
         )
 
 
 def check_factors(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-    """Raise ValueError where a precision of the trainer has made factors of mask_lora half as long."""
+    """Raise ValueError if the trainer's precision has converted factors of mask_lora to a 16-bit dtype."""
     for name, parameter in pl_module.named_parameters():
         if name.rpartition(".")[2] in FACTOR_NAMES and parameter.dtype in (torch.bfloat16, torch.float16):
             raise ValueError(
                 f"precision {trainer.precision!r} has made {name}, a factor of mask_lora, {parameter.dtype}, in which "
-                "an optimizer's steps would be lost. Take precision='bf16-mixed'; the frozen weights stay in half "
-                "precision where they are loaded in it (the model source's dtype)."
+                "an optimizer's steps would be lost. Use precision='bf16-mixed'; the frozen weights stay in half "
+                "precision if they are loaded in it (the model source's dtype)."
             )

@@ -1,18 +1,18 @@
 """``DynamicPruning``: re-prune a model while Lightning trains it.
 
-When what happens, in Lightning's order:
+What happens when, in Lightning's order:
 
-    setup                     targets that exist are sparsified, keeping everything, and get the adapters of mask_lora
-    setup, configure_model    the same for targets that the module makes there
-    (checkpoint is loaded)    finds the mask buffers; the callback's own state is kept for later
+    setup                     existing targets get masks that keep everything, and the adapters of mask_lora
+    setup, configure_model    the same for targets that the module creates there
+    (checkpoint is loaded)    finds the mask buffers; the callback's state is kept for later
     on_sanity_check_start,
-    on_train_start            the first mask (whichever comes first); or the state of the checkpoint
-    on_train_batch_start      the batch's padding is told to the recorder
+    on_train_start            the first mask (in whichever comes first), or the state of the checkpoint
+    on_train_batch_start      the recorder gets the batch's padding
     (forward, backward)       activations are recorded in the window before an update
-    on_before_optimizer_step  gradients of pruned weights are taken, for policies that grow by them; ahead of clipping
+    on_before_optimizer_step  gradients of pruned weights are taken for policies that grow by them; before clipping
     (optimizer step)
-    on_train_batch_end        after an optimizer step: update, log; ahead of ModelCheckpoint and validation
-    on_fit_end                squash, behind the last checkpoint
+    on_train_batch_end        after an optimizer step: update, log; before ModelCheckpoint and validation
+    on_fit_end                squash, after the last checkpoint
 """
 
 import functools
@@ -52,72 +52,73 @@ from sparse_train.pipeline.updater import MaskUpdater
 from sparse_train.solvers import Solver
 
 _NO_MASK = {f"sparsity/{name}": 0.0 for name in ("target", "actual", "flip_rate", "initial_flip_rate")}
-"""What is logged ahead of a first mask; not counted on the weights, which would cost engines traffic at every start."""
+"""Logged before the first mask. Not counted on the weights: with sharded weights that would cost communication."""
 
 
 class DynamicPruning(L.Callback):
-    """Keep a model at its target sparsity in training, re-computing its masks every ``update_freq`` steps.
+    """Keep a model at its target sparsity in training: masks are recomputed every ``update_freq`` steps.
 
     ::
 
         trainer = L.Trainer(max_steps=1000, callbacks=[DynamicPruning("2:4", update_freq=10)])
         trainer.fit(module, data)
 
-    Works with any LightningModule that holds ``nn.Linear`` layers. Every forward of the run, training, validation or
-    generation, sees the sparse model; after ``fit`` pruned weights are true zeros, so that ``save_pretrained`` or
+    Works with any LightningModule that holds ``nn.Linear`` layers. Every forward pass of the run (training, validation,
+    generation) uses the sparse model. After ``fit``, pruned weights are true zeros, so ``save_pretrained`` and
     ``state_dict`` export a sparse model.
 
-    Each update scores weights by ``criterion`` from activations of the training forwards just before it (Wanda:
-    ``|W_ij| * ||X_j||_2``, arXiv 2306.11695) and logs ``sparsity/target``, ``sparsity/actual`` (zeros counted on the
-    weights), ``sparsity/flip_rate`` (share of mask entries that changed), ``sparsity/initial_flip_rate`` (share that
-    differs from the first mask; measured on every 128th row) and ``sparsity/update_seconds`` to all loggers. So does a
-    first mask at step 0, and so do the steps of updates at which masks need not change.
+    Each update scores weights by ``criterion`` (Wanda: ``|W_ij| * ||X_j||_2``, arXiv 2306.11695) from activations that
+    are measured in the training forwards, those just before it and, as ``memory`` says, earlier ones. It logs to all loggers ``sparsity/target``, ``sparsity/actual`` (zeros
+    counted on the weights), ``sparsity/flip_rate`` (share of mask entries that changed),
+    ``sparsity/initial_flip_rate`` (share that differs from the first mask, measured on every 128th row) and
+    ``sparsity/update_seconds``. The same is logged for a first mask at step 0, and at update steps that need not
+    change the masks.
 
-    The first mask, with ``start_step`` 0, comes from one-shot pruning, block by block, calibrated on
-    ``calibration_batches`` batches of the training data, where the module holds a transformers model and batches are
-    dicts or tensors of token ids; otherwise from the activations of the first ``window`` steps, which run dense.
-    With a later ``start_step``, it comes from the window before that. A model that is already pruned (its layers
-    masked) starts with the masks it has.
+    With ``start_step`` 0, the first mask comes from one-shot pruning, block by block, calibrated on
+    ``calibration_batches`` batches of the training data, if the module holds a transformers model and batches are
+    dicts or tensors of token ids. Otherwise it comes from the activations of the first ``window`` steps, which run
+    dense. With a later ``start_step``, it comes from the window before that step. A model that is already pruned (its
+    layers are masked) starts with the masks it has.
 
-    Checkpoints hold shadow values and masks in the model's state dict, statistics and counters in the callback's; a
-    resumed run continues bit for bit, but for random numbers, such as dropout's, which Lightning does not save. For
-    that in mid-epoch the data loader must be stateful, as ``TextBlocks`` is: Lightning starts a plain one at its
-    beginning again.
+    Checkpoints hold shadow values and masks in the model's state dict, and statistics and counters in the callback's
+    state. A resumed run continues bit for bit, except for random numbers that Lightning does not save, such as those of
+    dropout. To resume in the middle of an epoch, the data loader must be stateful, as that of ``TextBlocks`` is:
+    Lightning starts a plain loader again at its beginning.
 
     Args:
         mask_structure: "unstructured", "N:M" with N **kept** of every M consecutive inputs, or a ``Pattern``.
         sparsity: share of targeted weights that are zero, in [0, 1); implied by N:M and by ``schedule``.
         update_freq: k, optimizer steps between updates (never micro-batches).
-        criterion: scores; default ``Wanda()``. Its ``group`` is what the word "unstructured" compares.
+        criterion: scores weights; default ``Wanda()``. Its ``group`` is the group that "unstructured" compares in.
         policy: what pruned weights do between updates; default ``StraightThrough()``.
         schedule: sparsity between ``start_step`` and ``end_step``; default constant.
-        targets, ignore: layers by name, class name, or "re:" regular expression; default: the linear layers of the
-            decoder blocks, or without such blocks all but the last. See ``sparse_train.targets.select``.
+        targets, ignore: layers by name, class name, or "re:" regular expression. Default: the linear layers of the
+            decoder blocks; in a model without such blocks, all but the last. See ``sparse_train.targets.select``.
         start_step: first update; int = steps, float = share of the run.
-        end_step: the step after which masks are frozen; int = steps, float = share of the run. Modules that optimize
-            by hand need whole numbers, where a batch in which any optimizer steps is a step.
+        end_step: the step after which masks are frozen; int = steps, float = share of the run. With manual
+            optimization, both must be whole numbers; a batch in which any optimizer steps counts as one step.
         window: steps before an update over which activations are recorded; float = share of ``update_freq``.
-        memory: factor per update with which activations of earlier windows count: 0 = the last window alone, up to
-            1 = all windows and those behind the first mask, the default, which trained best (docs/results.md);
-            "frozen": the norms of the first mask for ever.
+        memory: factor per update with which activations of earlier windows count. 0 = only the last window; 1 = all
+            windows, including the calibration of the first mask: the default, which trained best (docs/results.md);
+            "frozen" = the norms of the first mask, forever.
         hysteresis: share by which the scores of kept weights count more at updates; 0 = none.
-        noise_margin: number of standard errors by which kept weights count for better, and pruned ones for worse, than
-            they look, as the odd steps of the window against the even ones say; 0 = none. See
+        noise_margin: number of standard errors added to the scores of kept weights and subtracted from those of pruned
+            ones, estimated from the difference between odd and even steps of the window; 0 = none. See
             ``sparse_train.pipeline.margins``.
-        flip_agreement: also log ``sparsity/flip_agreement``, the share of an update's flips that odd and even steps
-            would each have made alone, where there were any: flips that are not noise. Selects twice more.
-        calibration_batches: batches for a first mask at step 0, of the training data, or of the loader that a data
-            module's ``calibration_dataloader()`` returns; 0 = use the first window.
+        flip_agreement: also log ``sparsity/flip_agreement``: of an update's flips, if there were any, the share that
+            odd and even steps would each have made alone (flips that are not noise). Runs selection two more times.
+        calibration_batches: number of batches for a first mask at step 0, from the training data, or from the loader
+            that a data module's ``calibration_dataloader()`` returns; 0 = use the first window.
         initial_criterion: scores of a first mask from one-shot pruning; default: ``criterion``. Or a ``Solver`` such as
-            ``SparseGPT()``, which also moves the weights that it keeps; pruned ones keep their values in the shadow.
-        mask_lora: train low-rank adapters inside the masks, and nothing else of the module, see
-            ``sparse_train.MaskLoRA``; default: the weights themselves. In one process or with DDP.
+            ``SparseGPT()``, which also moves the weights that it keeps; pruned weights keep their values in the shadow.
+        mask_lora: train only low-rank adapters inside the masks, and nothing else in the module; see
+            ``sparse_train.MaskLoRA``. Default: train the weights themselves. In one process or with DDP.
         squash: leave plain layers with true zeros after ``fit``; False keeps the training state.
 
     Raises:
-        ValueError: at construction or at ``fit``, for anything out of range or in conflict, nothing to prune, or a
-            layer whose mask would have no effect; at an update, for non-finite activations or a layer that no token
-            has reached; at resume, for another pattern, schedule, criterion or timing.
+        ValueError: at construction or at ``fit``, if arguments are out of range or in conflict, if there is nothing to
+            prune, or if the mask of a layer would have no effect; at an update, if activations are not finite or no
+            token has reached a layer; at resume, if pattern, schedule, criterion or timing differ.
     """
 
     def __init__(
@@ -170,30 +171,30 @@ class DynamicPruning(L.Callback):
         self._squash = squash
         self._restored: dict[str, Any] | None = None
         self._global_step = 0
-        self._metrics: dict[str, float] = {}  # of the latest update, also where another process has made it
+        self._metrics: dict[str, float] = {}  # of the latest update, also if an earlier process made it
         self._logged = False
         self._undo_loading: Callable[[], None] | None = None
         self._ended: dict[str, Any] | None = None  # the state at the end of a fit that keeps its masks
         self.updater: MaskUpdater | None = None
         """The running pipeline; None before the run has begun."""
         self.last_report: UpdateReport | None = None
-        """Of the latest update of this process; None before the first."""
+        """Report of the latest update in this process; None before the first."""
 
     @property
     def state_key(self) -> str:
-        return PRUNING_STATE  # of a subclass too: what loads or exports a checkpoint looks there
+        return PRUNING_STATE  # the same for subclasses: code that loads or exports checkpoints looks for this key
 
     def on_init_end(self, *args: Any, **kwargs: Any) -> None:
-        """Of ``transformers.Trainer``, which calls it where it is given a callback of Lightning's."""
+        """Called by ``transformers.Trainer`` if it is given this callback, which is one of Lightning's."""
         raise ValueError(
-            "DynamicPruning is a callback of Lightning's. For transformers.Trainer take "
+            "DynamicPruning is a Lightning callback. For transformers.Trainer use "
             "sparse_train.trainer.SparseTrainerCallback, with the same arguments."
         )
 
     def token_mask(self, batch: Any) -> Tensor | None:
-        """Which tokens of a batch count in activation statistics, (B, L), 0 = padding; None = all.
+        """Which tokens of a batch count in activation statistics: (B, L), 0 = padding; None = all.
 
-        Override it for batches that say so in another way than by ``batch["attention_mask"]``.
+        Override it for batches that mark padding in another way than by ``batch["attention_mask"]``.
         """
         mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
         return mask if isinstance(mask, Tensor) else None
@@ -211,14 +212,14 @@ class DynamicPruning(L.Callback):
         if not isinstance(pl_module, L.LightningModule):
             raise ValueError(
                 f"{type(pl_module).__name__} is not a lightning.LightningModule. Modules and trainers of "
-                "pytorch_lightning are other classes: write `import lightning as L` in the place of "
+                "pytorch_lightning are different classes: write `import lightning as L` instead of "
                 "`import pytorch_lightning as pl`, for both."
             )
         if stage != "fit":
-            # evaluates the module as it is, or a checkpoint of a sparse run, which brings masks, or a dense one
+            # evaluates the module unchanged, or a checkpoint: of a sparse run, with masks, or of a dense one
             self._undo_loading = building.masks_as_loaded(pl_module)
             if trainer.strategy.restore_checkpoint_after_setup:
-                # FSDP2 and DeepSpeed load what the module has, and would leave masks out without a word
+                # FSDP2 and DeepSpeed load only what the module has, and would silently leave masks out
                 building.call_when_built(pl_module, self._sparsify)
             return
         check_strategy(trainer)
@@ -243,7 +244,7 @@ class DynamicPruning(L.Callback):
         self._begin(trainer, pl_module)
         assert self.updater is not None
         self.updater.watch(trainer.optimizers)
-        # a checkpoint may have been written after the last optimizer step and before this callback saw it
+        # a checkpoint may have been written after the last optimizer step, before this callback saw that step
         self._advance(trainer, pl_module)
 
     def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -267,8 +268,8 @@ class DynamicPruning(L.Callback):
                 progress=trainer.is_global_zero and trainer.progress_bar_callback is not None,
             )
         total_steps = None
-        if pl_module.automatic_optimization:  # of this fit: another one may have gone before it in the same trainer
-            total_steps = max(1, trainer.estimated_stepping_batches - trainer.global_step)  # a fit that is over: 0
+        if pl_module.automatic_optimization:  # steps of this fit only: the trainer may have run an earlier fit
+            total_steps = max(1, trainer.estimated_stepping_batches - trainer.global_step)  # 0 if the fit is over
         self.updater = MaskUpdater(
             pl_module,
             total_steps=total_steps,
@@ -308,7 +309,8 @@ class DynamicPruning(L.Callback):
         report = self._advance(trainer, pl_module)
         if report is None and self._logged:
             return
-        # for what monitors metrics, such as EarlyStopping, which may ask ahead of the first update; and two for bars
+        # for callbacks that monitor metrics, such as EarlyStopping, which may ask before the first update; and two of
+        # them for the progress bar
         for name, value in (self._metrics or _NO_MASK).items():
             pl_module.log(name, value, logger=False, prog_bar=name in ("sparsity/actual", "sparsity/flip_rate"))
         self._logged = True
@@ -326,7 +328,7 @@ class DynamicPruning(L.Callback):
 
     def _log_update(self, trainer: L.Trainer, report: UpdateReport) -> None:
         self.last_report, self._metrics = report, report.metrics()
-        for logger in trainer.loggers:  # straight to them: updates need not coincide with log_every_n_steps
+        for logger in trainer.loggers:  # directly: updates need not coincide with log_every_n_steps
             logger.log_metrics(self._metrics, step=trainer.global_step)
 
     # --- after training, and checkpoints -----------------------------------------------------------------------------
@@ -334,26 +336,26 @@ class DynamicPruning(L.Callback):
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.updater is not None and self.updater.steps == 0:
             rank_zero_warn(
-                "No optimizer step was seen, so masks never changed. Under manual optimization step what "
-                "self.optimizers() returns, which Lightning counts; not use_pl_optimizer=False."
+                "No optimizer step was seen, so masks never changed. Under manual optimization, call step() on what "
+                "self.optimizers() returns, which Lightning counts; do not use use_pl_optimizer=False."
             )
         if self.updater is not None:
             self.updater.finish()
         elif self._restored is not None:
-            check_settings(self._restored["settings"], self._settings.as_strings())  # which no updater has looked at
+            check_settings(self._restored["settings"], self._settings.as_strings())  # no updater has checked them
             rank_zero_warn(f"The run is at step {trainer.global_step} already, where it ends: nothing was trained.")
         else:
             rank_zero_warn("The run had no step, so nothing was pruned.")
         if self._squash:
             fold(pl_module)
         else:
-            self._ended = self.state_dict()  # statistics are in it; another fit may go on from here
+            self._ended = self.state_dict()  # includes statistics, so that another fit can continue from here
             for layer in sparse_layers(pl_module).values():
                 layer.recorder = layer.statistics = None
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         building.forget(pl_module)
-        building.drop_hooks(pl_module)  # no teardown comes behind an exception
+        building.drop_hooks(pl_module)  # Lightning calls no teardown after an exception
         self._undo_loading = None
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -366,20 +368,20 @@ class DynamicPruning(L.Callback):
         if self.updater is None or self._ended is not None:
             return self._ended or self._restored or {}
         if not all(isinstance(layer, MaskedLayer) for layer in self.updater.layers.values()):
-            return {}  # squashed: a checkpoint of this model is one of a dense model with zeros
-        # seconds are of this process, and would make two states differ that are the same
+            return {}  # squashed: a checkpoint of this model is that of a dense model with zeros
+        # seconds differ between processes, and would make two equal states differ
         metrics = {name: value for name, value in self._metrics.items() if name != "sparsity/update_seconds"}
         return {**self.updater.state_dict(), "global_step": self._global_step, "metrics": metrics}
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         if self._mask_lora is not None:
-            check_mask_lora(pl_module, self._mask_lora)  # against the adapters of the checkpoint
+            check_mask_lora(pl_module, self._mask_lora)  # compares with the adapters of the checkpoint
         elif any(layer.adapted for layer in sparse_layers(pl_module).values()):
             raise ValueError(
                 "The checkpoint was written with mask_lora, and this run has none, so it would train other weights. "
                 "Give DynamicPruning the mask_lora that it had, or export the checkpoint and start from that."
             )
-        self.updater = self._restored = self._ended = None  # also where a tuner has trained a little and now goes back
+        self.updater = self._restored = self._ended = None  # also after a tuner has trained a little and restores
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict or None

@@ -1,10 +1,10 @@
 """``Evaluation``: perplexity and zero-shot accuracy of the model that Lightning trains, while it trains.
 
-When what happens, in Lightning's order:
+What happens when, in Lightning's order:
 
     setup                  strategies that shard the model are refused
-    on_fit_start           text is tokenised, tasks are found: mistakes come before the first step
-    on_train_batch_end     after an optimizer step: what is due
+    on_fit_start           text is tokenised and tasks are looked up, so that mistakes show before the first step
+    on_train_batch_end     after an optimizer step: the evaluations that are due
     on_train_end           what the last step has not measured already; masks are still on, nothing is squashed yet
 """
 
@@ -29,38 +29,40 @@ _AUTOCAST = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
 
 
 class Evaluation(L.Callback):
-    """Measure the model in the middle of training, without a trace in it, and log what comes out to all loggers.
+    """Measure the model during training, without changing the run, and log the results to all loggers.
 
     ::
 
         Evaluation(PackagedWikipedia(), every_n_steps=100, tasks="wanda7", task_data="data/zeroshot", limit=200)
 
-    Logs ``evaluation/perplexity`` every ``every_n_steps`` optimizer steps and at the end, ``zero_shot/TASK`` (accuracy,
-    0 to 1) and, of several tasks, ``zero_shot/mean`` every ``tasks_every_n_steps`` steps and at the end. The protocol
-    is printed with the first of each. A run with this callback ends with the weights and masks of one without:
-    training modes, random states, gradients and activation statistics are left alone.
+    Logs ``evaluation/perplexity`` every ``every_n_steps`` optimizer steps and at the end; ``zero_shot/TASK`` (accuracy,
+    0 to 1) and, if there are several tasks, ``zero_shot/mean`` every ``tasks_every_n_steps`` steps and at the end. The
+    protocol is printed with the first measurement of each kind. A run with this callback ends with the same weights
+    and masks as one without: training modes, random states, gradients and activation statistics stay untouched.
 
-    The model is measured as it is, masks on. Behind ``DynamicPruning`` in the list of callbacks a step is measured with
-    its new masks, before it with its old ones. On several processes (DDP) the first one measures, the others wait.
-    Callbacks that monitor a metric (``EarlyStopping``, ``ModelCheckpoint``) find these, once they have been measured,
-    and ``RunHistory`` puts them into the report.
+    The model is measured with its masks on. If this callback comes after ``DynamicPruning`` in the list, an update step
+    is measured with the new masks; if it comes before, with the old ones. With several processes (DDP), the first one
+    measures and the others wait. Callbacks that monitor a metric (``EarlyStopping``, ``ModelCheckpoint``) can use these
+    once they have been measured, and ``RunHistory`` puts them into the report.
 
     Args:
-        text: perplexity is measured on this text; None measures none.
-        every_n_steps: optimizer steps between perplexities; None measures at the end only.
-        split: train, validation or test, of the text.
-        window: tokens a forward sees; no overlap.
-        max_tokens: read only the first tokens of the text.
-        tasks: zero-shot tasks, a list or one text separated by commas; see ``evaluate_zero_shot``. None: no tasks.
-        tasks_every_n_steps: optimizer steps between zero-shot evaluations; None evaluates at the end only.
+        text: the text on which perplexity is measured; None = no perplexity.
+        every_n_steps: optimizer steps between perplexity measurements; None = only at the end.
+        split: split of the text: train, validation or test.
+        window: tokens per window; windows do not overlap.
+        max_tokens: use only the first tokens of the text.
+        tasks: zero-shot tasks, a list or a comma-separated text; see ``evaluate_zero_shot``. None = no tasks.
+        tasks_every_n_steps: optimizer steps between zero-shot evaluations; None = only at the end.
         task_data: folder with the items of wanda7's tasks; None = from the hub.
-        limit: ask only the first items of each task, in training and at the end.
-        batch_size: windows, or zero-shot requests, a forward.
-        tokenizer: the model's; a model source, Hugging Face id or local folder. Default: that of ``CausalLM``.
+        limit: use only the first items of each task, during training and at the end.
+        batch_size: windows, or zero-shot requests, per forward pass.
+        tokenizer: the model's tokenizer: a model source, Hugging Face id or local folder. Default: that of
+            ``CausalLM``.
 
     Raises:
-        ValueError: at construction, for nothing to measure or a number below 1; at ``fit``, for a strategy other than
-            a single device or DDP, no transformers model, no tokenizer, too little text, or tasks that are missing.
+        ValueError: at construction, if there is nothing to measure or a number is below 1; at ``fit``, if the strategy
+            is neither a single device nor DDP, if there is no transformers model, no tokenizer or too little text, or
+            if tasks are missing.
     """
 
     def __init__(
@@ -99,7 +101,7 @@ class Evaluation(L.Callback):
         self._measured: dict[str, int] = {}
         """Step of the last measurement of each kind."""
         self.results: list[dict[str, Any]] = []
-        """What this run has measured: ``step``, ``metrics`` and ``protocol`` of each evaluation; on all ranks alike."""
+        """What this run has measured: ``step``, ``metrics`` and ``protocol`` per evaluation; the same on all ranks."""
 
     # --- before training ---------------------------------------------------------------------------------------------
 
@@ -111,7 +113,7 @@ class Evaluation(L.Callback):
         self._measured, self.results = {}, []
         if not trainer.is_global_zero:
             return
-        _model(pl_module)  # there must be one
+        _model(pl_module)  # raises if there is none
         with isolated_rng():
             source = self._source(pl_module)
             self._tokenizer, self._tokenizer_name = source.tokenizer(), source.name
@@ -137,7 +139,7 @@ class Evaluation(L.Callback):
         if len(ids) < self._windows["window"]:
             raise ValueError(
                 f"The {self._split} split of {text.name} has {len(ids)} tokens, fewer than one window of "
-                f"{self._windows['window']}. Take another split, or a smaller window."
+                f"{self._windows['window']}. Use another split, or a smaller window."
             )
         return ids
 
@@ -146,14 +148,15 @@ class Evaluation(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        before, self._step = self._step, trainer.global_step  # micro-batches do not move it; several optimizers jump
+        # micro-batches do not change global_step; with several optimizers it grows by more than 1
+        before, self._step = self._step, trainer.global_step
         metrics: dict[str, float] = {}
         if self._text is not None and _due(self._every_n_steps, before, self._step):
             metrics |= self._measure(trainer, pl_module, "perplexity")
         if self._tasks and _due(self._tasks_every_n_steps, before, self._step):
             metrics |= self._measure(trainer, pl_module, "zero_shot")
         for name, value in metrics.items():
-            pl_module.log(name, value, logger=False)  # for what monitors metrics; loggers have them
+            pl_module.log(name, value, logger=False)  # for callbacks that monitor metrics; loggers have them already
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         for kind, wanted in (("perplexity", self._text is not None), ("zero_shot", bool(self._tasks))):
@@ -166,12 +169,12 @@ class Evaluation(L.Callback):
             model, autocast = _model(pl_module), _AUTOCAST.get(str(trainer.precision))
             measure = self._perplexity if kind == "perplexity" else self._zero_shot
             metrics, protocol = found = measure(model, autocast)
-            for logger in trainer.loggers:  # straight to them: evaluations need not coincide with log_every_n_steps
+            for logger in trainer.loggers:  # directly: evaluations need not coincide with log_every_n_steps
                 logger.log_metrics(metrics, step=trainer.global_step)
             if kind not in self._measured:
                 rank_zero_info(f"Evaluation: {protocol}")
         self._measured[kind] = trainer.global_step
-        metrics, protocol = trainer.strategy.broadcast(found)  # what stops a run must stop it on every rank
+        metrics, protocol = trainer.strategy.broadcast(found)  # a metric that stops the run must stop it on every rank
         self.results.append({"step": trainer.global_step, "metrics": metrics, "protocol": protocol})
         return metrics
 

@@ -1,11 +1,11 @@
 """``RunHistory``: what a report of a training run needs, written to the run's folder while it trains.
 
-One JSON object a line, in ``sparse_train_history.jsonl``; ``sparse-train report`` reads it. Every record has ``kind``,
-``step`` (optimizer steps done) and, from the first step on, ``seconds`` (of training, since it began):
+One JSON object per line, in ``sparse_train_history.jsonl``, which ``sparse-train report`` reads. Every record has
+``kind``, ``step`` (optimizer steps done) and, from the first step on, ``seconds`` (training time since the start):
 
     start        date, versions, machine, seed, precision, ranks, length of the run, settings and layers of the pruning;
-                 one more for each resumption
-    baseline     validation before the first step: ``state`` "first mask", and "dense" with the same masks opened
+                 one more each time the run is resumed
+    baseline     validation before the first step: ``state`` "first mask", and "dense" with all weights kept
     train        losses, every ``log_every_n_steps`` steps
     validation   metrics, and the seconds they took
     evaluation   metrics and protocol of an ``Evaluation``
@@ -47,18 +47,18 @@ class RunHistory(L.Callback):
 
         trainer = L.Trainer(callbacks=[DynamicPruning("2:4"), RunHistory()])
 
-    ``sparse-train fit`` adds one by itself. Metrics are those that the module logs: names that start with ``val`` at
-    validations, others with ``loss`` in them in training. The sanity check before training becomes a baseline: what it
-    measures belongs to the first mask, and the same batches are read a second time with all weights, which is the dense
-    model. ``num_sanity_val_steps=-1`` makes that the whole validation set.
+    ``sparse-train fit`` adds this callback automatically. Metrics are those that the module logs: at validations, names
+    that start with ``val``; in training, other names that contain ``loss``. The sanity check before training gives the
+    baselines: its result is that of the first mask, and the same batches are run a second time with all weights kept,
+    for the dense model. ``num_sanity_val_steps=-1`` uses the whole validation set for this.
 
-    The records so far travel in checkpoints, so that a run that was killed and resumed, in the same folder or in
-    another, has one history: what came after the checkpoint is dropped. Only rank 0 writes.
+    Checkpoints contain the records so far. A run that was killed and resumed, in the same folder or in another, thus
+    has one history; records written after the checkpoint are dropped. Only rank 0 writes.
     """
 
     def __init__(self) -> None:
         self.path: Path | None = None
-        """The file of the run; None before it has begun, and in a ``fast_dev_run``, which leaves nothing."""
+        """The file of the run; None before it has begun, and in a ``fast_dev_run``, which writes no file."""
         self._lines: list[str] = []
         self._writes = False
         self._tokens = self._step = 0
@@ -67,7 +67,7 @@ class RunHistory(L.Callback):
         self._pruning: DynamicPruning | None = None
         self._seen: UpdateReport | None = None
         self._evaluations: dict[Evaluation, int] = {}
-        """How many results of each have been written."""
+        """How many results of each callback have been written."""
         self._baselines: list[dict[str, Any]] = []
 
     # --- before training ---------------------------------------------------------------------------------------------
@@ -82,17 +82,17 @@ class RunHistory(L.Callback):
         self._baselines = []
         if trainer.global_step == 0:  # a checkpoint, if there is one, is loaded later
             self._lines, self._tokens, self._seconds_before = [], 0, 0.0
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # the same on all ranks, which must all ask
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # log_dir is collective: all ranks must read it
         self.path = None if trainer.fast_dev_run else folder / HISTORY  # type: ignore[attr-defined]
         self._writes = trainer.is_global_zero
 
     def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.global_step > 0:  # the trainer fits once more: these weights are trained
+        if trainer.global_step > 0:  # a second fit of this trainer: the weights are already trained
             return
         self._baseline(trainer, "first mask" if self._is_masked() else "dense")
         if self._is_masked():
             with _opened(self._layers()):
-                trainer.fit_loop.epoch_loop.val_loop.run()  # still as a sanity check: nobody logs it or saves by it
+                trainer.fit_loop.epoch_loop.val_loop.run()  # still a sanity check: not logged, triggers no checkpoint
                 self._baseline(trainer, "dense")
 
     def _baseline(self, trainer: L.Trainer, state: str) -> None:
@@ -109,10 +109,10 @@ class RunHistory(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._began = time.perf_counter()
         self._step = step = trainer.global_step
-        self._lines = [line for line in self._lines if json.loads(line)["kind"] != "end"]  # the run goes on
+        self._lines = [line for line in self._lines if json.loads(line)["kind"] != "end"]  # the run continues
         if self._writes and self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(self.path) as beside:  # so that a kill at this point loses no earlier record
+            with replacing(self.path) as beside:  # if the process is killed here, earlier records are kept
                 beside.write_text("".join(line + "\n" for line in self._lines), encoding="utf-8")
         self._write("start", step, **self._settings(trainer))
         for baseline in self._baselines:
@@ -230,10 +230,10 @@ class RunHistory(L.Callback):
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "fit":
-            self._write_evaluations()  # at the end of training an Evaluation may come behind
+            self._write_evaluations()  # at the end of training, an Evaluation may run after this callback
             self._evaluations = {}
             self._seconds_before, self._began = self._seconds(), 0.0
-            self._pruning = None  # and with it the model
+            self._pruning = None  # also releases the model
 
     # --- parts -------------------------------------------------------------------------------------------------------
 
@@ -265,7 +265,7 @@ def _pruning_ahead(history: L.Callback, trainer: L.Trainer) -> DynamicPruning | 
         if isinstance(callback, DynamicPruning):
             if callbacks.index(callback) > callbacks.index(history):
                 raise ValueError(
-                    "RunHistory stands before DynamicPruning in the trainer's callbacks, and would see its updates one "
+                    "RunHistory comes before DynamicPruning in the trainer's callbacks, and would see its updates one "
                     "batch late. Put it after."
                 )
             return callback
@@ -274,7 +274,7 @@ def _pruning_ahead(history: L.Callback, trainer: L.Trainer) -> DynamicPruning | 
 
 @contextmanager
 def _opened(layers: Sequence[MaskedLayer]) -> Iterator[None]:
-    """All weights kept: the model without its masks, which come back afterwards."""
+    """Inside, all weights are kept, as in the dense model; the masks are restored afterwards."""
     kept = [layer.weight_mask.clone() for layer in layers]
     try:
         for layer in layers:
@@ -286,7 +286,7 @@ def _opened(layers: Sequence[MaskedLayer]) -> Iterator[None]:
 
 
 def _shown_layer(updater: MaskUpdater) -> tuple[str, MaskedLayer]:
-    """The layer whose mask a report shows: the middle one, chosen before anything is known about it."""
+    """The layer whose mask a report shows: always the middle one, so that it is not picked by its result."""
     return list(updater.layers.items())[len(updater.layers) // 2]
 
 
@@ -301,7 +301,7 @@ def _validation_metrics(trainer: L.Trainer) -> dict[str, float]:
 
 
 def _tokens(batch: Any) -> int:
-    """Tokens of a batch, padding included; 0 where it is not one of token ids."""
+    """Tokens of a batch, including padding; 0 if it is not a batch of token ids."""
     ids = batch.get("input_ids") if isinstance(batch, Mapping) else batch
     return ids.numel() if isinstance(ids, Tensor) and ids.dim() == 2 and not ids.is_floating_point() else 0
 

@@ -1,8 +1,8 @@
-"""Of mkdocs: what pages need beside Markdown."""
+"""Hooks of mkdocs: what pages need in addition to Markdown."""
 
 from typing import Any
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Docstrings open their examples with "::", for ``help()``; in a page the block of code says it."""
+    """Removes the "::" before examples of docstrings, which is for ``help()``; a page shows a block of code."""
     return html.replace("<p>::</p>\n", "")

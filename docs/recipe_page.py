@@ -16,9 +16,9 @@ INTRODUCTION = """\
 
 <!-- made by docs/recipe_page.py from the head comments of recipes/ and configs/ -->
 
-A recipe is a whole run. `--config` finds these from any folder, may be given several times, and later ones win, so an
-overlay stands behind its recipe; single keys are overridden by options (`--trainer.max_steps 50`), and `--print_config`
-prints all of them. What a recipe's numbers say is in its head: copy the file and make it yours.
+A recipe describes a whole run. `--config` finds these files from any folder. It may be given several times, and later
+files win, so give an overlay after its recipe. Options override single keys (`--trainer.max_steps 50`), and
+`--print_config` prints all of them. Measured numbers are in the head comment of a recipe. Copy a file to make your own.
 """
 OVERLAYS = {
     "model": "Overlays: models",
@@ -56,7 +56,7 @@ def _head(path: Path) -> list[str]:
 
 
 def _paragraphs(head: list[str], name: str) -> list[str]:
-    """Indented lines are commands; the rest is text, without the option that its heading already says."""
+    """Indented lines are commands; the rest is text, without the option that is already in the heading."""
     text = re.sub(rf":?\s+--config {re.escape(name)}$", ".", "\n".join(head)).replace("..", ".")
     text = re.sub(r"\bdocs/(\w+)\.md", r"[\1](\1.md)", text)
     found = []
@@ -68,7 +68,7 @@ def _paragraphs(head: list[str], name: str) -> list[str]:
 
 
 def _mark(lines: list[str]) -> list[str]:
-    """What these commands need that a test has not got."""
+    """What these commands need that tests do not have."""
     if lines[0].startswith("torchrun"):
         return ["<!-- needs: nodes -->"]
     return ["<!-- needs: gpu -->"] if any(" configs/strategy/" in line for line in lines) else []

@@ -1,4 +1,4 @@
-"""docs/pictures/inspect.svg: what ``sparse-train inspect`` shows in a terminal, as a picture.
+"""docs/pictures/inspect.svg: the output of ``sparse-train inspect`` in a terminal, as a picture.
 
 python docs/terminal_pictures.py             # print it
 python docs/terminal_pictures.py --write     # put it into docs/pictures
@@ -19,7 +19,7 @@ from sparse_train.inspection import layer_sparsities
 from sparse_train.terminal.tables import show_inspection
 
 PICTURE = Path(__file__).parent / "pictures" / "inspect.svg"
-# rich's own names a font on another server; a picture in a page must load nothing
+# rich's template loads a font from another server; a picture in a page must not load anything
 _FORMAT = re.sub(r"@font-face \{\{.*?\}\}\s*", "", CONSOLE_SVG_FORMAT, flags=re.S).replace("Fira Code, ", "")
 
 

@@ -1,6 +1,6 @@
-"""Keep a language model at a target sparsity while it trains, by re-computing Wanda scores as it goes.
+"""Keep a language model at a target sparsity while it trains, by recomputing Wanda scores along the way.
 
-``import sparse_train`` needs torch alone; Lightning, transformers and the rest are imported where they are used.
+``import sparse_train`` needs only torch; Lightning, transformers and the rest are imported when they are used.
 """
 
 from sparse_train.allocation import OWL, Allocation, Explicit, PerBlock, Uniform

@@ -1,4 +1,4 @@
-"""Arguments as users write them: numbers of other libraries, shares of weights, objects or nothing."""
+"""Checks of arguments as users write them: numbers of other libraries, shares of weights, optional objects."""
 
 from typing import Any, TypeVar
 
@@ -8,11 +8,11 @@ T = TypeVar("T")
 
 
 def to_python_number(value: Any) -> Any:
-    """The Python number that a numpy scalar or a tensor of one stands for; anything else as it is.
+    """The Python number for a numpy scalar or a tensor with one element; other values are returned unchanged.
 
-    A float of low precision becomes the shortest decimal that it is the nearest number to, which is what was written:
-    ``np.float32(0.7)`` is 0.7, and not 0.699999988, of which 640 weights would prune one fewer. Numbers of other
-    classes would be described in other words, and refused where a checkpoint is loaded.
+    A float of low precision becomes the shortest decimal that rounds to it, which is what was written:
+    ``np.float32(0.7)`` becomes 0.7 and not 0.699999988, which would prune one fewer of 640 weights. Numbers of other
+    classes would be described in other words, and refused when a checkpoint is loaded.
     """
     if not hasattr(value, "item") or getattr(value, "ndim", None) != 0:
         return value
@@ -23,7 +23,7 @@ def to_python_number(value: Any) -> Any:
 
 
 def _shortest_decimal(number: float, dtype: torch.dtype) -> float:
-    """numpy's ``str`` does it for its own types, of which bfloat16 is none."""
+    """For bfloat16; numpy's ``str`` does this for the types of numpy."""
     decimals = (float(f"{number:.{digits}g}") for digits in range(1, 17))
     return next((each for each in decimals if torch.tensor(each, dtype=dtype, device="cpu").item() == number), number)
 
@@ -41,7 +41,7 @@ def check_sparsity(name: str, value: float) -> None:
 
 
 def require_type(name: str, value: T | None, default: T, base: type[Any] | tuple[type[Any], ...]) -> T:
-    """``value``, or ``default`` for None; ValueError where it is a class, a text, or anything but a ``base``."""
+    """``value``, or ``default`` for None; ValueError if it is a class, a text, or anything but a ``base``."""
     if value is None:
         return default
     given: T = value

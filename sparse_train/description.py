@@ -1,4 +1,4 @@
-"""``describe``: what a part of a run is, in words that are the same in each process."""
+"""``describe``: a part of a run in words that are the same in each process."""
 
 from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any
@@ -7,9 +7,9 @@ from sparse_train.arguments import to_python_number
 
 
 def describe(part: Any) -> str:
-    """A criterion, schedule, policy or solver in words: its class, and what is not as it is by default.
+    """A criterion, schedule, policy or solver in words: its class, and the arguments that are not the defaults.
 
-    Without an address, also where its class is no dataclass.
+    Never contains a memory address, even if the class is not a dataclass.
     """
     if is_dataclass(part):
         own = {field.name: to_python_number(getattr(part, field.name)) for field in fields(part) if field.init}

@@ -1,6 +1,6 @@
 """The collectives that masks need, at an update and never per step: one sum over ranks, one gather of bytes.
 
-Without ranks (no process group, or a world of one) they do nothing.
+Without several ranks (no process group, or a world of one) they do nothing.
 """
 
 import os
@@ -16,11 +16,11 @@ T = TypeVar("T")
 
 _DIGIT = 12  # bits: sums of digits over up to 4096 ranks are exact in float32
 _DIGITS = 4
-_LARGE = 2**26  # bytes; second moments of wide inputs, which need no company and no copy
+_LARGE = 2**26  # bytes; such tensors (second moments of wide inputs) are reduced separately, without a copy
 
 
 def world_size() -> int:
-    """Ranks; 1 without a process group."""
+    """Number of ranks; 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
@@ -31,16 +31,16 @@ def rank() -> int:
 
 @contextmanager
 def joined(device: str) -> Iterator[str]:
-    """Join the processes that ``torchrun`` has started, if it has, and leave them at the end.
+    """Join the process group if ``torchrun`` has started several processes, and leave it at the end.
 
-    Yields the device of this process: for "cuda" the GPU of its own.
+    Yields the device of this process: for "cuda", its own GPU.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or world_size() > 1:
         yield device
         return
     if device not in ("cpu", "cuda"):
         raise ValueError(
-            f"Each process takes a GPU of its own, so under torchrun device is cpu or cuda, got {device!r}."
+            f"Each process uses its own GPU, so under torchrun device must be cpu or cuda, got {device!r}."
         )
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -56,7 +56,7 @@ def sum_over_ranks(tensors: Sequence[Tensor]) -> None:
     """Replace each tensor by its sum over all ranks, in place, with one reduce for all but very large ones.
 
     Args:
-        tensors: float32, or int64 with values from 0 to 2^48 (they travel as four float32 digits, and stay exact).
+        tensors: float32, or int64 with values from 0 to 2^48 (sent as four float32 digits, so that they stay exact).
     """
     if world_size() == 1 or not tensors:
         return
@@ -91,13 +91,13 @@ def take_from_rank_0(tensors: Sequence[Tensor]) -> None:
     """Replace each tensor by rank 0's, in place."""
     if world_size() > 1:
         for tensor in tensors:
-            whole = tensor.contiguous()  # itself, unless it is a view such as Conv1D's weight
+            whole = tensor.contiguous()  # the tensor itself, unless it is a view such as Conv1D's weight
             dist.broadcast(whole, 0)
             tensor.copy_(whole)
 
 
 def gather_bytes(own: Tensor, length: int) -> list[Tensor]:
-    """What each rank has, uint8 (<= length,), padded to ``length``; one gather."""
+    """The bytes of each rank, uint8 (<= length,), padded to ``length``; one gather."""
     if world_size() == 1:
         return [own]
     padded = own.new_zeros(length)
@@ -108,7 +108,7 @@ def gather_bytes(own: Tensor, length: int) -> list[Tensor]:
 
 
 def gather_objects(own: T) -> list[T]:
-    """What each rank has, pickled; for checkpoints."""
+    """The object of each rank, sent by pickle; for checkpoints."""
     gathered: list[Any] = [own] * world_size()
     if world_size() > 1:
         dist.all_gather_object(gathered, own)

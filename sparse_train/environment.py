@@ -13,7 +13,7 @@ _CPUINFO = Path("/proc/cpuinfo")
 
 
 def versions() -> dict[str, str]:
-    """Versions of sparse-train, Python, and those of the packages it works with that are installed."""
+    """Versions of sparse-train, Python, and the installed packages that it works with."""
     from sparse_train import __version__
 
     found = {"sparse-train": __version__, "python": platform.python_version(), "torch": torch.__version__}
@@ -26,7 +26,7 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> dict[str, Any]:
-    """System, processor, cores, threads of torch, memory in bytes, and accelerators by name."""
+    """System, processor, cores, torch threads, memory in bytes, and names of accelerators."""
     found: dict[str, Any] = {
         "system": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),

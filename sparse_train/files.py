@@ -9,7 +9,7 @@ from pathlib import Path
 
 @contextmanager
 def written_whole(out: Path) -> Iterator[Path]:
-    """A new folder to write to, which becomes ``out`` at the end; after an error, nothing is left of it.
+    """A new folder to write to, which is renamed to ``out`` at the end; after an error, nothing is left of it.
 
     Raises:
         ValueError: ``out`` exists and is not an empty folder.
@@ -30,8 +30,8 @@ def written_whole(out: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file to write beside ``path``, which takes its place at the end; after an error ``path`` is as it was."""
-    beside = path.with_name(f".{path.name}.writing")  # one name, so that what a kill leaves is written over
+    """A file next to ``path`` to write to, which replaces it at the end; after an error, ``path`` is unchanged."""
+    beside = path.with_name(f".{path.name}.writing")  # always the same name, so that a leftover is overwritten
     try:
         yield beside
         beside.replace(path)
@@ -41,7 +41,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def check_free(out: Path) -> None:
-    """Raise ValueError where ``out`` would be overwritten; call it before the work, not after."""
+    """Raise ValueError if ``out`` would be overwritten; to be called before the work."""
     if out.is_symlink() or out.is_mount():
         raise ValueError(
             f"{out} is a link or a mount point, which no finished folder can be renamed to. Choose another."

@@ -24,7 +24,7 @@ class LayerSparsity:
     shape: tuple[int, ...]
     zeros: int
     pattern: str
-    """The tightest that the zeros follow: "2:4", "4:8", "unstructured" or "dense"."""
+    """The tightest pattern that the zeros follow: "2:4", "4:8", "unstructured" or "dense"."""
 
     @property
     def size(self) -> int:
@@ -38,7 +38,7 @@ class LayerSparsity:
 
 @dataclass(frozen=True)
 class InspectedLayer(LayerSparsity):
-    """A weight matrix that is at hand."""
+    """A weight matrix with its details."""
 
     dtype: torch.dtype
     kind: str
@@ -46,18 +46,18 @@ class InspectedLayer(LayerSparsity):
 
     @property
     def dense_bytes(self) -> int:
-        """What it takes in safetensors."""
+        """Bytes in safetensors."""
         return self.size * self.dtype.itemsize
 
     @property
     def packed_bytes(self) -> int:
-        """What it takes in a packed file; dense, where packing gains nothing."""
+        """Bytes in a packed file; those of the dense form if packing saves nothing."""
         rows, columns = self.shape
         return min(packed_bytes(rows, columns, self.size - self.zeros, self.dtype.itemsize), self.dense_bytes)
 
     @property
     def why_not_2of4(self) -> str | None:
-        """Why it cannot compute on 2:4 hardware, were it on such a GPU; None if it can."""
+        """Why it could not compute on 2:4 hardware if it were on such a GPU; None if it could."""
         if self.kind not in ("Linear", "SparseLinear"):
             return f"it is not a plain nn.Linear ({self.kind})"
         return why_not_weight(self.shape, self.dtype, self.pattern)
@@ -76,13 +76,13 @@ class InspectedLayer(LayerSparsity):
 
 
 def layer_sparsities(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> list[InspectedLayer]:
-    """Each linear layer of ``model``, as its forward sees it: masked layers with pruned weights as zeros.
+    """Each linear layer of ``model``, as its forward uses it: in masked layers, pruned weights are zeros.
 
-    Fused experts are one layer, their matrices below each other.
+    Fused experts are one layer, with their matrices stacked.
 
     Args:
         model: any module.
-        state: its whole state dict, where ``model`` itself is sharded; default: the model's own tensors.
+        state: its whole state dict, if ``model`` itself is sharded; default: the model's own tensors.
     """
     found = []
     for name, module in model.named_modules():
@@ -110,18 +110,18 @@ def _measure(name: str, weight_OI: Tensor, kind: str) -> InspectedLayer:
 
 
 def overall_sparsity(layers: Sequence[LayerSparsity]) -> float:
-    """Share of zeros over all ``layers``; 0 of none."""
+    """Share of zeros over all ``layers``; 0 if there are none."""
     size = sum(layer.size for layer in layers)
     return sum(layer.zeros for layer in layers) / size if size else 0.0
 
 
 def sizes(layers: Sequence[InspectedLayer]) -> tuple[int, int]:
-    """Bytes of ``layers``, as they are and packed."""
+    """Bytes of ``layers``, dense and packed."""
     return sum(layer.dense_bytes for layer in layers), sum(layer.packed_bytes for layer in layers)
 
 
 def by_projection(layers: Sequence[LayerSparsity]) -> list[tuple[str, str, str, str]]:
-    """Layers that are the same part of their blocks together: name, how many, sparsity, patterns; as tables show it."""
+    """Layers grouped by their name within a block: name, count, sparsity, patterns; as shown in tables."""
     groups: dict[str, list[LayerSparsity]] = defaultdict(list)
     for layer in layers:
         groups[layer.name.rsplit(".", 1)[-1]].append(layer)

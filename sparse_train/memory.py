@@ -9,9 +9,9 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def reset_peak() -> bool:
-    """Start a new stretch. False where the system cannot (it is not Linux): peaks are then the process's so far."""
+    """Start a new stretch. False if the system cannot (it is not Linux): the peak is then that of the whole process."""
     try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what earlier work has freed is not this stretch's
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # so that memory freed by earlier work does not count
         _CLEAR.write_text("5")
     except OSError:
         return False
@@ -19,7 +19,7 @@ def reset_peak() -> bool:
 
 
 def peak_bytes() -> int:
-    """Most resident memory since ``reset_peak``, or since the process began where that had no effect."""
+    """Peak resident memory since ``reset_peak``, or since the process began if that had no effect."""
     if _STATUS.exists():
         line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024

@@ -1,4 +1,4 @@
-"""Random states that come back: of Python, numpy and torch."""
+"""Saves and restores the random states of Python, numpy and torch."""
 
 import random
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ import torch
 
 @contextmanager
 def isolated_rng() -> Iterator[None]:
-    """Random states of Python, numpy and torch (on all CUDA devices) come back afterwards."""
+    """Afterwards, the random states of Python, numpy and torch (on all CUDA devices) are restored."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(range(torch.cuda.device_count()), device_type="cuda"):
         try:

@@ -1,4 +1,4 @@
-"""How a model-wide sparsity is divided among layers: one class a file, and ``divide``, which all callers use."""
+"""How a model-wide sparsity is divided among layers: one class per file, and ``divide``, which all callers use."""
 
 from sparse_train.allocation.base import Allocation, LayerShape, Outliers, Shapes
 from sparse_train.allocation.division import check_pattern, divide, fit_counts

@@ -1,4 +1,4 @@
-"""``Allocation``: one method, from the shapes of layers and a model-wide sparsity to one sparsity a layer."""
+"""``Allocation``: one method, from the shapes of layers and a model-wide sparsity to one sparsity per layer."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from sparse_train.arguments import check_sparsity
 
-_AGREEMENT = 1e-3  # how far a model-wide sparsity may be from the layers' own: they are written with few digits
+_AGREEMENT = 1e-3  # allowed difference from the mean of the layers' sparsities, which are written with few digits
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class LayerShape:
 
     @property
     def size(self) -> int:
-        """Weights, ``rows * columns``."""
+        """Number of weights, ``rows * columns``."""
         return self.rows * self.columns
 
 
@@ -40,15 +40,15 @@ class Allocation(ABC):
     """Divides the sparsity of a model among its targeted layers."""
 
     needs_outliers: ClassVar[bool] = False
-    """Whether ``sparsities`` reads ``outliers``; they take a dense pass over the calibration data before pruning."""
+    """Whether ``sparsities`` reads ``outliers``, which need a dense pass over the calibration data before pruning."""
 
     @abstractmethod
     def sparsities(self, shapes: Shapes, sparsity: float | None, outliers: Outliers) -> dict[str, float]:
-        """The sparsity of each layer, so that over all weights it is ``sparsity`` before rounding to counts.
+        """The sparsity of each layer. Over all weights it is ``sparsity``, before rounding to counts.
 
         Args:
             shapes: the targeted layers.
-            sparsity: share of zeros over all of them; None where the allocation itself says it.
+            sparsity: share of zeros over all of them; None if the allocation itself determines it.
             outliers: empty unless ``needs_outliers``.
 
         Raises:
@@ -57,7 +57,7 @@ class Allocation(ABC):
 
 
 def required(allocation: Allocation, sparsity: float | None) -> float:
-    """The sparsity, which this allocation cannot do without."""
+    """The sparsity, for allocations that need one."""
     if sparsity is None:
         raise ValueError(
             f"{type(allocation).__name__} divides a sparsity: give one, the share of weights that are zero, such as "
@@ -68,14 +68,14 @@ def required(allocation: Allocation, sparsity: float | None) -> float:
 
 
 def check_agreement(what: str, sparsity: float | None, mean: float) -> None:
-    """Raise ValueError where a model-wide sparsity is given that is not what the layers' own make."""
+    """Raise ValueError if a model-wide sparsity is given that does not match those of the layers."""
     if sparsity is None:
         return
     check_sparsity("sparsity", sparsity)
     if abs(sparsity - mean) > _AGREEMENT:
         raise ValueError(
-            f"The sparsities of {what} make {mean:.4g} over all weights, in conflict with sparsity={sparsity:g}. Leave "
-            "sparsity out, or change theirs."
+            f"The sparsities of {what} give {mean:.4g} over all weights, in conflict with sparsity={sparsity:g}. Leave "
+            "sparsity out, or change the others."
         )
 
 

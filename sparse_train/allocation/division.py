@@ -1,4 +1,4 @@
-"""From sparsities to whole counts that meet the model-wide one."""
+"""From sparsities to whole counts that meet the model-wide sparsity."""
 
 from collections.abc import Mapping
 
@@ -6,16 +6,16 @@ from sparse_train.allocation.base import Allocation, Outliers, Shapes, mean_spar
 from sparse_train.allocation.uniform import Uniform
 from sparse_train.patterns import NM, Pattern, Unstructured
 
-_ROUNDING = 1e-6  # of a count: what float arithmetic may add or take without meaning anything
+_ROUNDING = 1e-6  # of a count: differences below this are float rounding
 
 
 def divide(
     allocation: Allocation, pattern: Pattern, shapes: Shapes, sparsity: float | None, outliers: Outliers
 ) -> dict[str, float]:
-    """The sparsity that ``pattern.mask`` is given for each layer; arguments and errors of ``Allocation.sparsities``.
+    """The sparsity to pass to ``pattern.mask`` for each layer; arguments and errors as in ``Allocation.sparsities``.
 
-    Uniform sparsities stay as they are: rows prune ``int(I * sparsity)``, as the Wanda reference does. Others are
-    rounded so that over all weights the sparsity is met, see ``fit_counts``.
+    Uniform sparsities stay unchanged: rows prune ``int(I * sparsity)``, as in the Wanda reference. Others are rounded
+    so that the sparsity over all weights is met, see ``fit_counts``.
     """
     check_pattern(allocation, pattern)
     found = allocation.sparsities(shapes, sparsity, outliers)
@@ -25,13 +25,13 @@ def divide(
 
 
 def check_pattern(allocation: Allocation, pattern: Pattern) -> None:
-    """Raise ValueError where the pattern leaves an allocation nothing to divide."""
+    """Raise ValueError if the pattern leaves an allocation nothing to divide."""
     if isinstance(allocation, Uniform) or not (pattern.model_wide or isinstance(pattern, NM)):
         return
     if isinstance(pattern, NM):
         reason = f"{pattern.n}:{pattern.m} has one sparsity, {pattern.sparsity:g}, in every layer"
     else:
-        reason = f"{pattern} compares over the whole model and so divides by itself"
+        reason = f"{pattern} compares over the whole model, so it already divides the sparsity"
     raise ValueError(
         f"{reason}: {type(allocation).__name__} cannot change that. Use Unstructured() or "
         'Unstructured(group="layer"), or the allocation Uniform().'
@@ -41,20 +41,20 @@ def check_pattern(allocation: Allocation, pattern: Pattern) -> None:
 def fit_counts(shapes: Shapes, sparsities: Mapping[str, float], pattern: Pattern, sparsity: float) -> dict[str, float]:
     """Round sparsities to whole counts so that the zeros of all layers are as near to ``sparsity`` as counts allow.
 
-    Rounding down in every group, as patterns do, would miss the model-wide sparsity by up to a weight a row. So each
-    layer prunes either the count below its sparsity or the one above, in all its rows alike; those that lose most by
-    rounding down go up first. A layer whose sparsity is a whole count keeps it, as does one at 0.
+    Rounding down in every group, as patterns do, would miss the model-wide sparsity by up to one weight per row. So
+    each layer prunes, in all its rows, either the count below its sparsity or the one above; layers that lose most by
+    rounding down are rounded up first. A layer whose sparsity is a whole count keeps it, as does one at 0.
 
     Returns:
-        ``(count + 0.5) / members``, of which ``int(members * that)`` is the count, whatever the rounding. A pattern of
-        one's own rounds by rules not known here, and gets its sparsities as they are.
+        ``(count + 0.5) / members``, for which ``int(members * that)`` is always the count. A user-defined pattern
+        rounds by its own rules, and gets the sparsities unchanged.
     """
     if not isinstance(pattern, Unstructured) or pattern.model_wide:
         return dict(sparsities)
-    members: dict[str, int] = {}  # of a group
-    steps: dict[str, int] = {}  # weights of the layer that one more in each group prunes
+    members: dict[str, int] = {}  # weights per group
+    steps: dict[str, int] = {}  # weights of the layer that are pruned by one more in each group
     counts: dict[str, int] = {}
-    remainders: dict[str, float] = {}  # of those layers that can go up
+    remainders: dict[str, float] = {}  # for layers that can be rounded up
     for name, shape in shapes.items():
         members[name], steps[name] = (shape.columns, shape.rows) if pattern.group == "row" else (shape.size, 1)
         exact = members[name] * sparsities[name]
@@ -70,7 +70,7 @@ def fit_counts(shapes: Shapes, sparsities: Mapping[str, float], pattern: Pattern
         if abs(missing - steps[name]) < abs(missing):
             raised.add(name)
             missing -= steps[name]
-    while order:  # until no layer's change alone comes nearer
+    while order:  # until changing no single layer comes nearer
         change, name = min(
             ((-steps[n] if n in raised else steps[n], n) for n in order), key=lambda c: abs(missing - c[0])
         )

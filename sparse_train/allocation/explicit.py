@@ -10,7 +10,7 @@ from sparse_train.suggestions import did_you_mean
 
 @dataclass(frozen=True)
 class Explicit(Allocation):
-    """Sparsities by name; the layers that none is given for share what the model-wide sparsity leaves.
+    """Sparsities by name; layers that are not named share what is left of the model-wide sparsity.
 
     Args:
         layers: sparsity by target: a layer's full name, the name of a module around it ("model.layers.0"), the last
@@ -32,7 +32,7 @@ class Explicit(Allocation):
             return {name: named[name] for name in shapes}
         if sparsity is None:
             raise ValueError(
-                f"{len(unnamed)} of {len(shapes)} layers have no sparsity of their own ({unnamed[0]} is the first), so "
+                f"{len(unnamed)} of {len(shapes)} layers are not given a sparsity ({unnamed[0]} is the first), so "
                 "the model-wide sparsity is needed: give it, or name every layer."
             )
         check_sparsity("sparsity", sparsity)
@@ -76,7 +76,7 @@ def _names(target: str, name: str) -> bool:
 
 
 def _heads_and_tails(name: str) -> list[str]:
-    """What a layer can be called: its name, and where that is cut at a dot the part before and the part behind."""
+    """The names that match a layer: its full name, and for each dot in it the part before and the part after."""
     parts = name.partition("[")[0].split(".")  # the number of a fused expert is not part of its layer's name
     cuts = range(1, len(parts))
     return [name, ".".join(parts), *(".".join(parts[:i]) for i in cuts), *(".".join(parts[i:]) for i in cuts)]

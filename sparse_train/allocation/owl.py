@@ -1,4 +1,4 @@
-"""More is kept where outliers are.
+"""Keeps more weights in blocks with more outliers.
 
 Shape suffixes: O out_features, I in_features.
 """
@@ -16,15 +16,15 @@ from sparse_train.allocation.base import Allocation, Outliers, Shapes, required
 
 @dataclass(frozen=True)
 class OWL(Allocation):
-    """Denser blocks where more weights are outliers: densities are linear in ``outlier_share``.
+    """Blocks with more outliers are denser: densities are linear in ``outlier_share``.
 
-    The shares are scaled to [0, 2 * owl_lmbda] and shifted until the density over all weights is 1 - sparsity. For
-    blocks of one size that is the paper's; with other sizes the paper's plain mean would miss the sparsity. Layers
-    outside the blocks get the model-wide sparsity.
+    The shares are scaled to [0, 2 * owl_lmbda] and shifted so that the density over all weights is 1 - sparsity. If all
+    blocks have the same size, this is the paper's formula; otherwise the paper's plain mean would miss the sparsity.
+    Layers outside the blocks get the model-wide sparsity.
     Source: Yin et al., "Outlier Weighed Layerwise Sparsity", arXiv 2310.05175, section 3.2; code luuyin/OWL.
 
     Args:
-        owl_m: outliers are the scores above this many times their mean (the paper's M).
+        owl_m: scores above this multiple of their mean are outliers (the paper's M).
         owl_lmbda: half the distance between the densest and the sparsest block (the paper's lambda).
     """
 
@@ -58,7 +58,7 @@ class OWL(Allocation):
         mean = sum(scaled[block] * size for block, size in sizes.items()) / sum(sizes.values())
         found = {block: sparsity - self.owl_lmbda * (scaled[block] - mean) for block in sizes}
         if min(found.values()) < -1e-12 or max(found.values()) >= 1:
-            # the densest block may be dense, the sparsest must keep something
+            # the densest block may be fully dense, the sparsest must keep something
             bound = min(sparsity / (2 - mean), (1 - sparsity) / mean * (1 - 1e-6))
             raise ValueError(
                 f"owl_lmbda={self.owl_lmbda:g} at a sparsity of {sparsity:g} would give blocks sparsities from "
@@ -72,8 +72,8 @@ def outlier_share(scores: Iterable[Callable[[], Tensor]], owl_m: float) -> float
     """The share of a block's scores above ``owl_m`` times their mean, over all weights of its layers together.
 
     Args:
-        scores: for each targeted layer of the block, what gives its Wanda scores (O, I), float32. Each is called
-            twice, so that the scores of one layer are held at a time. Without layers there are no outliers: 0.
+        scores: for each targeted layer of the block, a function that returns its Wanda scores (O, I), float32. Each is
+            called twice, so that only the scores of one layer are held at a time. Without layers the share is 0.
         owl_m: see ``OWL``.
 
     Raises:

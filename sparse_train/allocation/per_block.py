@@ -8,10 +8,10 @@ from sparse_train.arguments import check_sparsity
 
 @dataclass(frozen=True)
 class PerBlock(Allocation):
-    """One sparsity for each decoder block, in their order: llm-compressor's list.
+    """One sparsity per decoder block, in their order, like the list of llm-compressor.
 
     Args:
-        blocks: as many as there are blocks up to the last one with a targeted layer.
+        blocks: sparsities of all blocks up to the last one with a targeted layer.
     """
 
     blocks: list[float]

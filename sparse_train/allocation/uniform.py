@@ -1,4 +1,4 @@
-"""One sparsity for all."""
+"""One sparsity for all layers."""
 
 from dataclasses import dataclass
 

@@ -31,14 +31,14 @@ commands:
   unpack     the model again, bit for bit       sparse-train unpack runs/x/packed runs/x/model
   report     a page about training runs         sparse-train report RUN_DIR [RUN_DIR ...]
 
-"sparse-train COMMAND --help" lists a command's options; --json prints its result as one JSON object, and --debug where
-an error came from. --config also finds the recipes/ and configs/ that come with the package, from any folder, and may
-be given several times; later ones win.
+"sparse-train COMMAND --help" lists a command's options. --json prints the result as one JSON object; --debug shows
+where an error came from. --config also finds the recipes/ and configs/ that come with the package, from any folder, and
+may be given several times; later files win.
 """
 
 
 def main(args: list[str] | None = None) -> None:
-    """Entry point of ``sparse-train``; ``args`` default to the command line's."""
+    """Entry point of ``sparse-train``; ``args`` default to the command line."""
     args = sys.argv[1:] if args is None else args
     debug = "--debug" in args
     args = [argument for argument in args if argument != "--debug"]
@@ -46,7 +46,7 @@ def main(args: list[str] | None = None) -> None:
         print(_USAGE, end="")
         return
     command, *options = args
-    sys.path.append(str(Path.cwd()))  # recipes may name classes of a module beside them; last, so that it hides nothing
+    sys.path.append(str(Path.cwd()))  # recipes may name classes of local modules; last, so that these hide nothing
     options = _find_shipped(options)
     try:
         with _debugging(debug), kept_back(quiet=take_json(options)[0]):
@@ -54,13 +54,13 @@ def main(args: list[str] | None = None) -> None:
     except Exception as error:
         if debug or not _is_the_users(error):
             raise
-        wrapped = "Union subtypes" in str(error)  # by jsonargparse, around what a class said as it was made
+        wrapped = "Union subtypes" in str(error)  # jsonargparse has wrapped the error of a class that it created
         sys.exit(f"sparse-train {command}: {explain(str(error), []) if wrapped else error}")
 
 
 @contextmanager
 def _debugging(debug: bool) -> Iterator[None]:
-    """Have jsonargparse say all it knows, until this command is done: what is run next inherits the environment."""
+    """Make jsonargparse show full errors during this command; then restore the environment for later ones."""
     before = os.environ.get("JSONARGPARSE_DEBUG")
     if debug:
         os.environ["JSONARGPARSE_DEBUG"] = "true"
@@ -74,9 +74,9 @@ def _debugging(debug: bool) -> Iterator[None]:
 
 
 def _is_the_users(error: Exception) -> bool:
-    """Whether the message says it all: a value, a file, a package that is not there, what Lightning cannot do here."""
+    """Whether the message is enough: a wrong value, a missing file or package, or something Lightning cannot do."""
     expected = isinstance(error, (ValueError, OSError, ImportError)) or "more than one stateful callback" in str(error)
-    return expected or type(error).__name__ == "MisconfigurationException"  # whose import would take seconds
+    return expected or type(error).__name__ == "MisconfigurationException"  # importing it would take seconds
 
 
 def _run(command: str, options: list[str]) -> None:
@@ -95,7 +95,7 @@ def _run(command: str, options: list[str]) -> None:
 
 
 def _find_shipped(options: list[str]) -> list[str]:
-    """Let ``--config recipes/x.yaml`` name a file that ships with the package where no such file is at hand."""
+    """Let ``--config recipes/x.yaml`` name a file that ships with the package, if there is no local file."""
     found = []
     for previous, option in zip(["", *options], options, strict=False):
         prefix, _, path = option.partition("=") if option.startswith("--config=") else ("", "", option)

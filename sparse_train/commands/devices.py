@@ -1,8 +1,8 @@
-"""Devices as users name them."""
+"""Devices by the names that users give."""
 
 
 def chosen_device(device: str | None) -> str:
-    """The device that a command computes on: what was named, else a GPU where there is one.
+    """The device that a command computes on: the one that was named; otherwise a GPU if there is one.
 
     Raises:
         ValueError: torch cannot compute there.

@@ -33,17 +33,17 @@ def evaluate(
         tasks: what to measure, separated by commas: perplexity, wanda7 (the seven zero-shot tasks of the Wanda paper),
             or any task of lm-eval; default: perplexity.
         task_data: folder with JSONL files of wanda7's items, see docs/evaluation.md; default: from the hub.
-        limit: ask only the first items of each zero-shot task.
+        limit: use only the first items of each zero-shot task.
         text: for perplexity; default: the packaged Wikipedia text.
         split: train, validation or test.
-        window: tokens a forward sees.
+        window: tokens per window.
         stride: tokens between starts of windows; default: no overlap.
-        bos: begin every window, and not only the text, with what the tokenizer puts in front of a text. Models such as
-            Gemma need it.
-        batch_size: windows, or zero-shot requests, a forward.
-        max_tokens: read only the first tokens of the split.
+        bos: put the tokens that the tokenizer puts in front of a text (such as <bos>) in front of every window, and not
+            only at the start of the text. Models such as Gemma need this.
+        batch_size: windows, or zero-shot requests, per forward pass.
+        max_tokens: use only the first tokens of the split.
         autocast: compute in this dtype, such as "bfloat16"; the loss stays float32.
-        device: where to compute, such as "cpu" or "cuda"; default: a GPU where there is one.
+        device: where to compute, such as "cpu" or "cuda"; default: a GPU if there is one.
         json: print one JSON object instead of text.
     """
     from sparse_train.evaluation import evaluate_perplexity, evaluate_zero_shot, token_ids, word_starts
@@ -56,9 +56,7 @@ def evaluate(
     if not zero_shot and (task_data is not None or limit is not None):
         raise ValueError("--task_data and --limit are for zero-shot tasks. Name those in --tasks, such as wanda7.")
     if "perplexity" not in names and (max_tokens is not None or stride is not None or bos):
-        raise ValueError(
-            "--max_tokens, --stride and --bos are for perplexity. Name it in --tasks, too: perplexity,wanda7."
-        )
+        raise ValueError("--max_tokens, --stride and --bos are for perplexity. Add it to --tasks: perplexity,wanda7.")
     source, text = as_model_source(model, dtype="auto"), text or PackagedWikipedia()
     documents = text.documents(split) if "perplexity" in names else []
     if "perplexity" in names and not documents:

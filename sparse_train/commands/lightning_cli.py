@@ -13,7 +13,7 @@ import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
-from sparse_train.callbacks import DynamicPruning, RunHistory  # and with them the others that recipes name
+from sparse_train.callbacks import DynamicPruning, RunHistory  # also imports the others that recipes name
 from sparse_train.commands.parsers import Formatter, ShortErrors, settings
 from sparse_train.commands.shipped import shipped
 from sparse_train.commands.training_progress import TrainingBar, TrainingLines
@@ -27,14 +27,14 @@ _log = logging.getLogger(__name__)
 
 
 class _Parser(ShortErrors, LightningArgumentParser):
-    """Lightning's, with short errors."""
+    """Lightning's parser, with short errors."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        super().error(message.replace('"data.tokenizer"', '"model.model"'), ex)  # which it is linked to
+        super().error(message.replace('"data.tokenizer"', '"model.model"'), ex)  # the two are linked
 
 
 class _ShownInHelp(argparse.Action):
-    """``--json``, which ``run`` has taken off: no part of the recipe that a run leaves behind."""
+    """``--json``, for the help only: ``run`` removes it before parsing, so that it is not saved in a run's recipe."""
 
     def __init__(self, option_strings: list[str], **kwargs: Any) -> None:
         super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, help=kwargs["help"])
@@ -43,10 +43,10 @@ class _ShownInHelp(argparse.Action):
 
 
 class _SavedConfig(SaveConfigCallback):
-    """Lightning's, which also tells which folders of loggers had nothing in them but its file.
+    """Lightning's callback, which also collects the logger folders that contain only its file.
 
     Args:
-        made: gets them.
+        made: the list to which these folders are added.
     """
 
     def __init__(self, *args: Any, made: list[Path], **kwargs: Any) -> None:
@@ -54,32 +54,32 @@ class _SavedConfig(SaveConfigCallback):
         self._made = made
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        folder = Path(trainer.log_dir or "")  # which loggers have made by now
+        folder = Path(trainer.log_dir or "")  # created by loggers before this
         empty = folder.is_dir() and not any(folder.iterdir())
         super().setup(trainer, pl_module, stage)
-        if empty and trainer.loggers and trainer.is_global_zero:  # without a logger it is the user's own folder
+        if empty and trainer.loggers and trainer.is_global_zero:  # without a logger, it is the user's folder
             self._made.append(folder)
 
 
 def _remove_empty(folders: list[Path]) -> None:
-    """Take away folders of a run that failed before anything was written beside its recipe: reports look for runs."""
+    """Remove folders of a run that failed before it wrote more than its recipe, because reports search for runs."""
     for folder in filter(Path.is_dir, folders):
         files = list(folder.iterdir())
-        if {file.name for file in files} <= {"config.yaml", "hparams.yaml"}:  # Lightning's, of all runs
+        if {file.name for file in files} <= {"config.yaml", "hparams.yaml"}:  # Lightning writes these in every run
             for file in files:
                 file.unlink()
             folder.rmdir()
 
 
 class SparseTrainCLI(LightningCLI):
-    """The tokenizer follows the model; a finished ``fit`` leaves a report, and can be exported."""
+    """LightningCLI in which the tokenizer follows the model, and a finished ``fit`` writes a report and can export."""
 
     result: dict[str, Any] | None = None
-    """What came out, for JSON; None in all processes but the first."""
+    """The results, for JSON; None in all processes except the first."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--export", type=str | None, default=None, help="Folder for the trained sparse model.")
-        parser.add_argument("--json", action=_ShownInHelp, help="Print one JSON object at the end, and nothing else.")
+        parser.add_argument("--json", action=_ShownInHelp, help="Print only one JSON object, at the end.")
         parser.link_arguments("model.model", "data.tokenizer")
 
     def before_instantiate_classes(self) -> None:
@@ -89,7 +89,7 @@ class SparseTrainCLI(LightningCLI):
             arguments.config = shipped(arguments.config)  # DeepSpeed's JSON file
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """With progress as the terminal can show it, where the recipe says nothing else."""
+        """Adds progress that suits the terminal, unless the recipe sets something else."""
         own = self.config_init[self.subcommand].trainer
         given = own.callbacks if isinstance(own.callbacks, list) else [own.callbacks] if own.callbacks else []
         if own.enable_progress_bar is None and not any(isinstance(callback, ProgressBar) for callback in given):
@@ -122,7 +122,7 @@ class SparseTrainCLI(LightningCLI):
         if not (out or found["checkpoint"] or self.config.fit.ckpt_path) and self.trainer.checkpoint_callbacks:
             _log.warning(
                 "The run ended before its first checkpoint, so the trained model is not kept. Give --export FOLDER, or "
-                "let checkpoints come earlier (trainer.val_check_interval, or every_n_train_steps of ModelCheckpoint)."
+                "write checkpoints earlier (trainer.val_check_interval, or every_n_train_steps of ModelCheckpoint)."
             )
         history = self.trainer_defaults["callbacks"].path
         if history is not None and history.exists():
@@ -133,7 +133,7 @@ class SparseTrainCLI(LightningCLI):
         self.result = found
 
     def validate(self, **arguments: Any) -> None:
-        """``Trainer.validate``, whose own table has frames wherever it goes."""
+        """``Trainer.validate`` without its own table, which has frames even outside a terminal."""
         self.trainer.validate(**arguments | {"verbose": False})
         if self.trainer.is_global_zero:
             self.result = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
@@ -143,7 +143,7 @@ class SparseTrainCLI(LightningCLI):
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, DynamicPruning) and (updater := callback.updater):
                 made = training_rows(updater.settings(), asdict(updater.timing), updater.steps)
-            elif isinstance(callback, DynamicPruning) and (state := callback.state_dict()):  # at its end already
+            elif isinstance(callback, DynamicPruning) and (state := callback.state_dict()):  # the state at the end
                 made = training_rows(state["settings"], state["timing"], state["steps"])
         found = self.trainer.callback_metrics.get("val/perplexity")
         text, size = self.datamodule.text.name, self.datamodule.block_size
@@ -153,21 +153,21 @@ class SparseTrainCLI(LightningCLI):
             source.license,
             made,
             f"{found:.2f} at the last validation of the run: {text}, blocks of {size}" if found is not None else None,
-            # skip_unset from jsonargparse 4.49 on; Lightning, too, still calls it by the name that all versions know
+            # named skip_unset from jsonargparse 4.49 on; like Lightning, use the name that all versions know
             self._parser(self.subcommand).dump(self.config.fit, skip_none=False),
         )
 
 
 def run(args: list[str], cli: type[SparseTrainCLI] = SparseTrainCLI) -> SparseTrainCLI:
-    """Parse ``args`` (``["fit", "--config", ...]``), make the objects they name, and run them."""
+    """Parse ``args`` (``["fit", "--config", ...]``), create the objects that they name, and run them."""
     install()
     json, args = take_json(args)
     with stdout_for_json(json) as write, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "LightningCLI's args parameter")  # main has taken the command off sys.argv
+        warnings.filterwarnings("ignore", "LightningCLI's args parameter")  # main has removed the command from sys.argv
         for message in (
             "'set_vital' is deprecated",
             r"`isinstance\(treespec",
-        ):  # between torchdata, Lightning and torch
+        ):  # these come from torchdata, Lightning and torch
             warnings.filterwarnings("ignore", message)
         folders: list[Path] = []
         make = functools.partial(
@@ -176,7 +176,7 @@ def run(args: list[str], cli: type[SparseTrainCLI] = SparseTrainCLI) -> SparseTr
             TextBlocks,
             args=args,
             seed_everything_default=0,
-            # the check before training reads all of the validation text: what the report calls dense and one-shot
+            # the sanity check reads the whole validation text: it gives the report's dense and one-shot rows
             trainer_defaults={"callbacks": RunHistory(), "num_sanity_val_steps": -1},
             save_config_callback=_SavedConfig,
             save_config_kwargs={"overwrite": True, "made": folders},
@@ -188,7 +188,7 @@ def run(args: list[str], cli: type[SparseTrainCLI] = SparseTrainCLI) -> SparseTr
         try:
             made = make()
         except BaseException:
-            _remove_empty(folders)  # loggers have written their last by now
+            _remove_empty(folders)  # loggers have finished writing
             raise
         if made.result is not None:
             write(made.result)

@@ -20,12 +20,12 @@ from sparse_train.suggestions import did_you_mean
 
 @dataclass(frozen=True)
 class Stage:
-    """One call of ``sparse_train.prune``, which takes arguments of these names."""
+    """One call of ``sparse_train.prune``; the fields have the names of its arguments."""
 
     criterion: Criterion | Solver
     mask_structure: str | Pattern
     sparsity: float | None
-    """None where the pattern or the allocation says it."""
+    """None if the pattern or the allocation determines it."""
     allocation: Allocation | None
     """None = the same sparsity everywhere."""
     targets: list[str] | None
@@ -34,11 +34,11 @@ class Stage:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a recipe asks for, in its order."""
+    """What a recipe asks for, in order."""
 
     stages: list[Stage]
     notes: list[str]
-    """What cannot be honoured in one shot, a sentence each."""
+    """What cannot be honoured in one shot, one sentence each."""
 
 
 _EXAMPLE = "{pruning_stage: {pruning_modifiers: {WandaPruningModifier: {sparsity: 0.5}}}}"
@@ -68,7 +68,7 @@ class _Fields:
     def __init__(self, modifier: str, values: Any) -> None:
         if values is not None and not isinstance(values, dict):
             raise ValueError(f"{modifier} takes a mapping of fields, got {values!r}.")
-        # null is absent; recipes that were saved also hold a modifier's own state, in names with an underscore behind
+        # null means absent; saved recipes also hold a modifier's internal state, in names that end in an underscore
         self.modifier = modifier
         self.values = {str(k): v for k, v in (values or {}).items() if v is not None and not str(k).endswith("_")}
         known = [*_HONOURED[modifier], *_WITHOUT_EFFECT[modifier], "index", "group"]
@@ -77,7 +77,7 @@ class _Fields:
             if field not in known:
                 hint = did_you_mean(field, known) or f" There are {', '.join(known)}."
                 raise ValueError(f"{modifier} has no field {field!r} that sparse-train knows.{hint}")
-        if "percdamp" in self.values:  # its name in sparseml, which many published recipes were made with
+        if "percdamp" in self.values:  # its name in sparseml, from which many published recipes come
             if "dampening_frac" in self.values:
                 raise self.error("percdamp", "is the former name of dampening_frac; give one of them")
             self.values["dampening_frac"] = self.values.pop("percdamp")
@@ -100,7 +100,7 @@ class _Fields:
 
     def names(self, field: str, default: list[str]) -> list[str]:
         value = self.values.get(field, default)
-        if field == "targets" and isinstance(value, str):  # as there, where ignore is a list
+        if field == "targets" and isinstance(value, str):  # as in llm-compressor, where ignore must be a list
             return [value]
         if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
             raise self.error(field, f"must be a list of names, such as [Linear], got {value!r}")
@@ -113,12 +113,12 @@ class _Fields:
 def read_recipe(path: str | Path) -> Recipe:
     """Read the pruning modifiers of a YAML (or JSON) recipe of llm-compressor.
 
-    Stages (``*_stage``) hold groups (``*_modifiers``) of modifiers; groups may also stand at the top, and modifiers in
-    a stage, at the top or in a list. N:M counts N **pruned** there: 1:4 becomes ``NM(3, 4)``.
+    Stages (``*_stage``) hold groups (``*_modifiers``) of modifiers. Groups may also be at the top level, and modifiers
+    in a stage, at the top level or in a list. N:M counts N **pruned** in these recipes: 1:4 becomes ``NM(3, 4)``.
 
     Raises:
-        ValueError: no such file, no YAML, no recipe, nothing to prune, or what has no counterpart here and would change
-            the result: other modifiers, other fields, values that contradict each other.
+        ValueError: no such file, no YAML, no recipe, nothing to prune, or something that has no counterpart here and
+            would change the result: other modifiers, other fields, values that contradict each other.
     """
     install()  # mask_structure: 2:4 without quotes
     try:
@@ -151,7 +151,7 @@ def read_recipe(path: str | Path) -> Recipe:
 
 
 def nm_of_pruned(word: str) -> NM:
-    """The pattern of an "N:M" that counts N **pruned**, as llm-compressor and the scripts of Wanda and SparseGPT do."""
+    """The pattern of an "N:M" that counts N **pruned**, as in llm-compressor and the scripts of Wanda and SparseGPT."""
     match = re.fullmatch(r"(\d+):(\d+)", word)
     if not match or not 0 < int(match[1]) < int(match[2]):
         raise ValueError(f'must be "unstructured" or "N:M" with N pruned of every M, 0 < N < M, got {word!r}')
@@ -159,7 +159,7 @@ def nm_of_pruned(word: str) -> NM:
 
 
 def _modifiers(tree: Any, where: str, notes: list[str]) -> Iterator[tuple[str, Any]]:
-    """Names and fields of the modifiers in a recipe, a stage or a group, in their order."""
+    """Names and fields of the modifiers in a recipe, a stage or a group, in order."""
     parts = tree if isinstance(tree, list) else [tree]
     if not all(isinstance(part, dict) for part in parts):
         raise ValueError(f"{where} must map names to modifiers, as in {_EXAMPLE}, got {tree!r}.")
@@ -168,7 +168,7 @@ def _modifiers(tree: Any, where: str, notes: list[str]) -> Iterator[tuple[str, A
         if name in _HONOURED:
             yield name, value
         elif name.endswith("Modifier") and _QUANTIZES.search(name):
-            raise ValueError(f"{where}: sparse-train prunes and does not quantize. Take {name} out of the recipe.")
+            raise ValueError(f"{where}: sparse-train prunes and does not quantize. Remove {name} from the recipe.")
         elif name == "modifiers" or name.endswith(("_modifiers", "_stage")):
             yield from _modifiers({} if value is None else value, name, notes)
         elif name in ("args", "run_type"):
@@ -192,7 +192,7 @@ def _stage(fields: _Fields, keep_zeros: bool, notes: list[str]) -> Stage:
             criterion = replace(criterion, preserve_sparsity_mask=True)
             notes.append(
                 "ConstantPruningModifier: existing zeros stay, by preserve_sparsity_mask: true in the "
-                f"SparseGPTModifier behind it; {_TRAINING}."
+                f"SparseGPTModifier after it; {_TRAINING}."
             )
     pattern = _pattern(fields, group)
     if isinstance(criterion, Solver):
@@ -200,7 +200,7 @@ def _stage(fields: _Fields, keep_zeros: bool, notes: list[str]) -> Stage:
     sparsity, allocation = _sparsity(fields, pattern, notes)
     targets, ignore = fields.names("targets", ["Linear"]), fields.names("ignore", [])
     if {"Linear", *_ALL} & set(targets) and not any("lm_head" in item for item in ignore):
-        notes.append(f'{name}.targets reaches the lm_head, as there; ignore: ["re:.*lm_head"] leaves it dense.')
+        notes.append(f'{name}.targets includes the lm_head, as there; ignore: ["re:.*lm_head"] leaves it dense.')
     if name == "MagnitudePruningModifier" and (given := fields.given(_SCHEDULE)):
         notes.append(
             f"{name}.{given}: one shot prunes to final_sparsity at once; in training it is "
@@ -213,7 +213,7 @@ def _stage(fields: _Fields, keep_zeros: bool, notes: list[str]) -> Stage:
 
 def _sparsegpt(fields: _Fields) -> SparseGPT:
     if fields.switch("quantize"):
-        raise fields.error("quantize", "has no counterpart: sparse-train prunes and does not quantize. Take it out")
+        raise fields.error("quantize", "has no counterpart: sparse-train prunes and does not quantize. Remove it")
     block_size = fields.number("block_size", fields.values.get("block_size", SparseGPT.block_size))
     if block_size % 1:
         raise fields.error("block_size", f"must be a whole number, got {block_size}")
@@ -238,7 +238,7 @@ def _sparsity(fields: _Fields, pattern: Pattern, notes: list[str]) -> tuple[floa
     numbers = [fields.number(level, number) for number in listed]
     for number in numbers:
         check_sparsity(f"{fields.modifier}.{level}", number)
-        # in N:M it changes nothing there; 0.33 for 1:3 is no contradiction
+        # with N:M it changes nothing in llm-compressor; 0.33 for 1:3 is not a contradiction
         if isinstance(pattern, NM) and abs(number - pattern.sparsity) > 0.01:
             word = f"{pattern.m - pattern.n}:{pattern.m}"
             raise fields.error(
@@ -272,11 +272,11 @@ def _owl(fields: _Fields) -> OWL | None:
 
 
 def _target(item: str) -> str:
-    """A target as ``sparse_train.targets.select`` reads it: expressions match the names of linear layers only."""
+    """A target for ``sparse_train.targets.select``, where expressions match only names of linear layers."""
     if item in _ALL:
         return "Linear"
     if not item.startswith("re:"):
         return item.removesuffix(".weight")
-    # theirs also match parameters, "re:.*q_proj.weight", and modules around layers, "re:model.layers.\d+$"
+    # llm-compressor's also match parameters, "re:.*q_proj.weight", and modules around layers, "re:model.layers.\d+$"
     item = re.sub(r"(?:\\?\.|(?<=[*+]))weight\$?$", "", item)
     return re.sub(r"(?<!\\)\$", r"(?:\\.|$)", item)

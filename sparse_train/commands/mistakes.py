@@ -1,7 +1,7 @@
-"""One line for a mistake on the command line or in a recipe: what is wrong, where, and the way out.
+"""One line for a mistake on the command line or in a recipe: what is wrong, where, and how to fix it.
 
-jsonargparse says what every member of a union of types would have wanted, which for Lightning's trainer is a page in
-which the one cause is easily missed. ``explain`` finds that cause in its message.
+jsonargparse reports what every member of a union of types would have accepted. For Lightning's trainer that is a page
+in which the actual cause is easily missed. ``explain`` finds the cause in the message.
 """
 
 import difflib
@@ -15,22 +15,22 @@ from typing import Any
 from sparse_train.commands.shipped import shipped_names
 from sparse_train.suggestions import did_you_mean
 
-_LONG = 4000  # characters: more is the content of a file, or of a model
+_LONG = 4000  # characters; a longer text is the content of a file, or of a model
 _KEY = re.compile(r'Parser key "([^"]+)"')
 _TYPES = re.compile(r"Subtypes: \[(.*)\]$", re.MULTILINE)
 _PLAIN_TYPES = {"int": "an int", "float": "a float", "str": "text", "bool": "true or false", "list": "a list"}
 
 
 def explain(message: str, options: Iterable[str]) -> str:
-    """What a user needs of a message of jsonargparse.
+    """The part of a message of jsonargparse that a user needs.
 
     Args:
-        message: as ``ArgumentParser.error`` gets it.
+        message: the argument of ``ArgumentParser.error``.
         options: option strings of the parser, such as "--trainer.max_steps".
 
     Returns:
-        The cause that comes first in the message, the key it is about and, where there is one, a similar name.
-        Messages of another form come back as they are.
+        The first cause in the message, the key that it is about and, if there is one, a similar name. Messages of
+        another form are returned unchanged.
     """
     options = [option for option in options if not option.endswith((".help", "+"))]
     found = [(match.start(1), match, say) for pattern, say in _CAUSES for match in [pattern.search(message)] if match]
@@ -55,7 +55,7 @@ def _no_key(match: re.Match[str], where: str, before: str, options: list[str]) -
 
 
 def _elsewhere(name: str, options: list[str], dashes: str = "") -> str:
-    """Keys of other sections whose last part is like this one: a message may name a key without its section."""
+    """Keys of other sections with a similar last part, since a message may name a key without its section."""
     keys = [option.lstrip("-") for option in options]
     close = difflib.get_close_matches(name, {key.rpartition(".")[2] for key in keys}, n=1, cutoff=0.6)
     found = [key for key in keys if close and key.rpartition(".")[2] == close[0]]
@@ -63,7 +63,7 @@ def _elsewhere(name: str, options: list[str], dashes: str = "") -> str:
 
 
 def _unknown(name: str, options: list[str], dashes: str) -> tuple[str, str]:
-    """The part of "trainer.max_step" up to which nothing has this name, and what its neighbours offer instead."""
+    """The shortest beginning of a name such as "trainer.max_step" that does not exist, and names to use instead."""
     keys, parts = [option.lstrip("-") for option in options], name.split(".")
     for depth, part in enumerate(parts):
         group = "".join(f"{outer}." for outer in parts[:depth])
@@ -85,18 +85,18 @@ def _no_argument(match: re.Match[str], where: str, before: str, options: list[st
 def _no_class(match: re.Match[str], where: str, before: str, options: list[str]) -> str:
     known = sorted(_class_names(before))
     files = f" Text files: --{where} TextFiles --{where}.train+ FILE (or test+)." if "TextFiles" in known else ""
-    if "format" in match[0]:  # no name at all, but the content of a file, which jsonargparse has read
-        return f"{where} is a class by its name: {', '.join(known)}, or MODULE.CLASS of your own.{files}"
+    if "format" in match[0]:  # not a name, but the content of a file that jsonargparse has read
+        return f"{where} is the name of a class: {', '.join(known)}, or your own as MODULE.CLASS.{files}"
     similar = did_you_mean(match[1].rpartition(".")[2], known)
     return f"{where}: there is no class {match[1]!r}." + (
-        similar or f" There are {', '.join(known)}; one of your own is MODULE.CLASS.{files}"
+        similar or f" There are {', '.join(known)}; name your own as MODULE.CLASS.{files}"
     )
 
 
 def _abstract(match: re.Match[str], where: str, before: str, options: list[str]) -> str:
     known = ", ".join(sorted(_class_names(before)))
     recipe = " Is this a recipe of sparse-train fit?" if where == "model" else ""
-    return f"{where}: say which {match[1].rpartition('.')[2]} these arguments are of: {known}.{recipe}"
+    return f"{where}: say which {match[1].rpartition('.')[2]} these arguments are for: {known}.{recipe}"
 
 
 def _wrong_value(match: re.Match[str], where: str, before: str, options: list[str]) -> str:
@@ -106,7 +106,7 @@ def _wrong_value(match: re.Match[str], where: str, before: str, options: list[st
     if nested := re.fullmatch(r"NestedArg\(key='(.*)', val='(.*)'\)", value):
         where, value = f"{where}.{nested[1]}", nested[2]
     way_out = did_you_mean(value, _choices(types))
-    if value.startswith(("{", "[{")):  # meant to be objects
+    if value.startswith(("{", "[{")):  # probably meant as objects
         way_out = " A class is given by its name, or by a mapping with class_path and init_args."
     return f"{where} takes {_words(types)}, got {value!r}.{way_out}"
 
@@ -126,7 +126,7 @@ def _own(match: re.Match[str], where: str, before: str, options: list[str]) -> s
 def _no_group_file(match: re.Match[str], where: str, before: str, options: list[str]) -> str:
     keys = [option for option in options if option.startswith(f"--{where}.")]
     recipe = " Is this a recipe of sparse-train prune?" if where == "model" else ""
-    return f"--{where} takes a YAML file, got {match[1]!r}. Its keys are options, too: {', '.join(keys[:8])}.{recipe}"
+    return f"--{where} takes a YAML file, got {match[1]!r}. Its keys are also options: {', '.join(keys[:8])}.{recipe}"
 
 
 def _no_file(match: re.Match[str], where: str, before: str, options: list[str]) -> str:
@@ -154,7 +154,7 @@ _CAUSES: list[tuple[re.Pattern[str], Callable[[re.Match[str], str, str, list[str
     (re.compile(r"the following arguments are required: (.+)"), _required),
     (re.compile(r"File does not exist: '([^']+)'"), _no_file),
     (re.compile(r"Unable to load config '([^']+)'"), _no_group_file),
-    (  # a ValueError of a class that was being made, which jsonargparse lists among its own
+    (  # a ValueError of a class that was being created, which jsonargparse lists among its own errors
         re.compile(
             r"Union subtypes(?:.*\n)+?"
             r"\s*- (?!Expected|Not a valid|Problem|Does not|Import path|Parser key|a class|a dict)"
@@ -163,11 +163,11 @@ _CAUSES: list[tuple[re.Pattern[str], Callable[[re.Match[str], str, str, list[str
         _own,
     ),
 ]
-"""What each cause looks like in a message, and what to say of it."""
+"""How each cause looks in a message, and the function that explains it."""
 
 
 def _words(types: str) -> str:
-    """ "an int or a float" of "<class 'int'>, <class 'float'>"."""
+    """ "an int or a float" for "<class 'int'>, <class 'float'>"."""
     if choices := _choices(types):
         return f"one of {', '.join(choices)}"
     names = [
@@ -183,7 +183,7 @@ def _choices(types: str) -> list[str]:
 
 
 def _class_names(message: str) -> set[str]:
-    """Classes that can stand where the last union of types in a message was expected."""
+    """Names of classes that match the last union of types in a message."""
     types = _TYPES.findall(message)
     paths = re.findall(r"[\w.]+\.\w+", types[-1]) if types else re.findall(r"[\w.]+\.\w+", message)[-1:]
     bases: list[type] = [base for base in map(_imported, paths) if inspect.isclass(base)]

@@ -1,6 +1,6 @@
-"""The commands that are no training: prune, evaluate, export, inspect, pack, unpack, report.
+"""The commands other than training: prune, evaluate, export, inspect, pack, unpack, report.
 
-Each shows its result, unless ``json`` is asked for, and returns it: docs/terminal.md lists the names.
+Each shows its result, unless ``json`` is set, and returns it: docs/terminal.md lists the names.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ def export(checkpoint: str, out: str, tokenizer: ModelSource | str | None = None
     Args:
         checkpoint: file, or folder of FSDP2 or DeepSpeed, that ``sparse-train fit`` wrote.
         out: folder to write; must not exist.
-        tokenizer: model source, Hugging Face id or folder whose tokenizer is put beside the model.
+        tokenizer: model source, Hugging Face id or folder whose tokenizer is saved with the model.
         json: print one JSON object instead of text.
     """
     from sparse_train.export import export_checkpoint
@@ -38,10 +38,10 @@ def export(checkpoint: str, out: str, tokenizer: ModelSource | str | None = None
 def inspect(model: ModelSource | str, json: bool = False) -> dict[str, Any]:
     """Sparsity and pattern of each linear layer, its size on disk, and whether 2:4 hardware could run it.
 
-    All of it counted on the weights, in the dtype that they have on disk.
+    All numbers are counted on the weights, in the dtype that they have on disk.
 
     Args:
-        model: Hugging Face id, local folder, or a model source (whose dtype it then is).
+        model: Hugging Face id, local folder, or a model source (whose dtype is then used).
         json: print one JSON object instead of a table.
     """
     from sparse_train.inspection import layer_sparsities, overall_sparsity, sizes
@@ -64,11 +64,11 @@ def inspect(model: ModelSource | str, json: bool = False) -> dict[str, Any]:
 
 
 def pack(model: str, out: str, json: bool = False) -> dict[str, Any]:
-    """Write a pruned model as a smaller folder: mask bits and kept values in place of zeros.
+    """Write a pruned model as a smaller folder: mask bits and kept values, without the zeros.
 
     Args:
-        model: Hugging Face folder with safetensors, as prune, export and fit write it.
-        out: folder to write; must not exist. Nothing but "sparse-train unpack" reads it.
+        model: Hugging Face folder with safetensors, as written by prune, export and fit.
+        out: folder to write; must not exist. Only "sparse-train unpack" can read it.
         json: print one JSON object instead of text.
     """
     from sparse_train.packed.folder import pack_folder
@@ -85,7 +85,7 @@ def pack(model: str, out: str, json: bool = False) -> dict[str, Any]:
 
 
 def unpack(packed: str, out: str, json: bool = False) -> dict[str, Any]:
-    """Write a packed folder as the Hugging Face folder that it was, bit for bit.
+    """Restore the Hugging Face folder from a packed folder, bit for bit.
 
     Args:
         packed: folder that "sparse-train pack" wrote.
@@ -101,11 +101,11 @@ def unpack(packed: str, out: str, json: bool = False) -> dict[str, Any]:
 
 
 def report(runs: list[str], out: str | None = None, json: bool = False) -> dict[str, Any]:
-    """One page about training runs, as report.html and report.md; several runs are compared.
+    """Write one page about training runs, as report.html and report.md; several runs are compared.
 
     Args:
-        runs: folders of runs, those with a sparse_train_history.jsonl in them.
-        out: folder to write to; default: that of the run, or "report" here where there are several.
+        runs: folders of runs, which contain a sparse_train_history.jsonl.
+        out: folder to write to; default: that of the run; for several runs, "report" in the current folder.
         json: print one JSON object instead of text.
     """
     from sparse_train.report import collect, headline, write_run_report
@@ -125,7 +125,7 @@ COMMANDS: dict[str, tuple[Callable[..., dict[str, Any] | None], list[str]]] = {
     "unpack": (unpack, ["packed", "out"]),
     "report": (report, ["runs+"]),
 }
-"""Each command's function, and which of its arguments may also be given by position; "+": the last, several times."""
+"""The function of each command, and its arguments that may also be positional; "+": the last one may be repeated."""
 
 
 def parser_of(command: str) -> ShortErrors:
@@ -157,5 +157,5 @@ def run_command(command: str, options: list[str]) -> None:
         arguments = parser_of(command).instantiate(config)
         arguments.pop("config", None)
         found = function(**arguments)
-        if found is not None:  # None of all processes but the first
+        if found is not None:  # None in all processes except the first
             write(found)

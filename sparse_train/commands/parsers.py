@@ -1,4 +1,4 @@
-"""What the parsers of all commands have in common: short errors, no abbreviations, and help with examples."""
+"""Common to the parsers of all commands: short errors, no abbreviations, and help with examples."""
 
 import argparse
 import os
@@ -35,11 +35,11 @@ sparse-train unpack runs/packed runs/again""",
 sparse-train report runs/smollm2_2of4
 sparse-train report runs/smollm2_2of4/version_0 runs/smollm2_dense/version_0""",
 }
-"""Command lines of each command; those that a page has, too, are the same."""
+"""Example lines for each command; those that are also in the docs are the same there."""
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
-    """Leaves the lines of examples alone."""
+    """Keeps the line breaks of examples."""
 
 
 def settings(command: str) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def settings(command: str) -> dict[str, Any]:
 
 
 class ShortErrors(ArgumentParser):
-    """A parser whose errors are short; with JSONARGPARSE_DEBUG=true in the environment they are jsonargparse's own."""
+    """A parser with short errors; with JSONARGPARSE_DEBUG=true in the environment, jsonargparse's own errors."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if os.environ.get("JSONARGPARSE_DEBUG") == "true" or not self.exit_on_error:

@@ -26,7 +26,7 @@ from sparse_train.solvers import Solver
 from sparse_train.terminal.tables import show_pruning, show_seeds
 
 Details = dict[str, Any]
-"""The record of a pruning, as pruning.json or seeds.json holds it."""
+"""The record of a pruning, as stored in pruning.json or seeds.json."""
 
 
 def prune(
@@ -65,30 +65,30 @@ def prune(
         sparsity: share of weights that are zero; implied by N:M.
         criterion: Wanda (default), WandaCumulative, RIA, Magnitude, Random, or SparseGPT.
         allocation: how the sparsity is divided among layers: Uniform (default), OWL, Explicit or PerBlock.
-        targets: layers by name, class name or "re:" expression; default: the decoder blocks' linear layers.
+        targets: layers by name, class name or "re:" expression; default: the linear layers of the decoder blocks.
         ignore: layers to leave dense.
-        recipe: a recipe of llm-compressor, in place of the six arguments above. Their N:M counts N pruned.
-        num_calibration_samples: samples of text.
-        max_seq_length: tokens a sample.
-        sampling: "packed" cuts joined documents into samples; "documents" takes a random part of one long document for
-            each, as the Wanda paper does.
-        batch_size: samples a forward.
+        recipe: a recipe of llm-compressor, instead of the six arguments above. N:M in it counts N pruned.
+        num_calibration_samples: number of samples of text.
+        max_seq_length: tokens per sample.
+        sampling: "packed" cuts joined documents into samples; "documents" uses a random part of one long document for
+            each sample, as in the Wanda paper.
+        batch_size: samples per forward pass.
         seed: of the choice of samples.
         seeds: prune once with each of these seeds, as in 0..4 or 0,2,7, and print mean and standard deviation of the
             perplexity; writes out/seeds.json and no model.
-        perplexity: text to measure perplexity on afterwards (its test split); with seeds, default: text.
-        window: tokens a forward sees in it.
-        max_tokens: read only its first tokens.
-        device: where the model computes, such as "cpu" or "cuda"; default: a GPU where there is one.
-        streaming: never hold the whole model: walk its safetensors block by block, in the dtype they have. An
-            interrupted run goes on where it was with the same command.
-        activations: with streaming, where a block's outputs wait for the next one.
+        perplexity: text on which to measure perplexity afterwards (its test split); default with seeds: text.
+        window: tokens per window of this text.
+        max_tokens: use only the first tokens of this text.
+        device: where the model computes, such as "cpu" or "cuda"; default: a GPU if there is one.
+        streaming: never hold the whole model in memory: process its safetensors block by block, in their dtype. If a
+            run is interrupted, the same command continues it.
+        activations: with streaming, where the outputs of a block are kept for the next one.
         json: print one JSON object instead of tables.
 
-    Under ``torchrun`` each process takes its part of the calibration data, with one reduce a block; rank 0 writes.
+    Under ``torchrun``, each process uses its part of the calibration data, with one reduce per block; rank 0 writes.
     """
     stages, notes = stages_of(recipe, mask_structure, sparsity, criterion, allocation, targets, ignore)
-    for stage in stages:  # mistakes in the pattern should not wait for the model
+    for stage in stages:  # report mistakes in the pattern before the model is loaded
         resolve_stage(stage)
     if max_tokens is not None and perplexity is None and seeds is None:
         raise ValueError("--max_tokens is for the perplexity afterwards. Give --perplexity a text, or leave it out.")
@@ -108,7 +108,7 @@ def prune(
             details, layers = _over_seeds(job, _seeds(seeds), measure, Path(out), streaming, notes), []
         else:
             details, layers = _once(job, seed, measure, out, streaming, activations, notes)
-    if details is None:  # in all processes but the first
+    if details is None:  # in all processes except the first
         return None
     if not json:
         if seeds is not None:
@@ -127,20 +127,20 @@ def _once(
     activations: Literal["memory", "disk"],
     notes: list[str],
 ) -> tuple[Details | None, Sequence[LayerSparsity]]:
-    """The record of it, and the model's layers."""
+    """The record of the pruning, and the model's layers."""
     began = time.perf_counter()
     folder, loaded = Path(out), None
     if streaming:
         reports = [stream(job, out, seed, activations)]
     else:
         loaded, reports = job.run(seed)
-        if rank() != 0:  # they all have the same model
+        if rank() != 0:  # all ranks have the same model
             return None, []
     details = details_of(job, seed, reports, notes) | {"streaming": streaming}
     made = oneshot_rows(details)
     card = ModelCard(job.source.name, job.source.hub_id, job.source.license, made, pruned_alone=streaming)
     if loaded is None:
-        # it may not fit in memory: what is shown of it was counted as its blocks passed
+        # the model may not fit in memory, so its layers were counted block by block
         shown: Sequence[LayerSparsity] = _counted(details, reports[-1])
         write_card(folder, card, shown)
     else:
@@ -209,7 +209,7 @@ def _over_seeds(
     job: Job, seeds: list[int], measure: Any, out: Path, streaming: bool, notes: list[str]
 ) -> Details | None:
     if streaming:
-        raise ValueError("seeds prune and measure in memory; for streaming call prune once with each --seed.")
+        raise ValueError("seeds needs the model in memory; with streaming, call prune once with each --seed.")
     if not job.needs_data:
         raise ValueError("This method reads no calibration data, so seeds change nothing. Leave them out.")
     rows = []
@@ -218,7 +218,7 @@ def _over_seeds(
         if rank() == 0:
             rows.append({"seed": seed, "sparsity": reports[-1].sparsity, **measure(loaded)})
         details = details_of(job, seed, reports, notes)
-        del loaded  # before the next one comes
+        del loaded  # before the next one is loaded
     if rank() != 0:
         return None
     values = [row["perplexity"] for row in rows]
@@ -226,7 +226,7 @@ def _over_seeds(
     details |= {
         "seeds": rows,
         "mean": statistics.mean(values),
-        "standard_deviation": statistics.stdev(values),  # of a sample: over n - 1
+        "standard_deviation": statistics.stdev(values),  # of a sample: divided by n - 1
     }
     out.mkdir(parents=True, exist_ok=True)
     _write(out / "seeds.json", details)

@@ -1,4 +1,4 @@
-"""What ``sparse-train prune`` does to a model: its stages, its calibration data, and the record of it."""
+"""The work of ``sparse-train prune``: its stages, its calibration data, and its record."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -24,9 +24,7 @@ def stages_of(recipe: str | None, *own: Any) -> tuple[list[Stage], list[str]]:
     names = ("mask_structure", "sparsity", "criterion", "allocation", "targets", "ignore")
     given = [name for name, value in zip(names, own, strict=True) if value not in (None, [])]
     if given:
-        raise ValueError(
-            f"--recipe says what to prune and how, so {given[0]} cannot be given beside it. Leave one out."
-        )
+        raise ValueError(f"--recipe says what to prune and how, so {given[0]} cannot be given with it. Leave one out.")
     found = read_recipe(recipe)
     return found.stages, found.notes
 
@@ -71,7 +69,7 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Job:
-    """A model, and what is to be done to it."""
+    """A model, and how it is pruned."""
 
     source: ModelSource
     stages: list[Stage]

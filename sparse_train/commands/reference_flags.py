@@ -1,4 +1,4 @@
-"""Flags of the Wanda reference (github.com/locuslab/wanda, main.py) as aliases of those of ``sparse-train prune``."""
+"""Flags of the Wanda reference (github.com/locuslab/wanda, main.py) as aliases for those of ``sparse-train prune``."""
 
 import json
 
@@ -21,20 +21,20 @@ _CRITERIA = {  # the last two are methods of its forks
     "random": "Random",
 }
 _ELSEWHERE = {
-    "--save": "What was done is printed, and written to pruning.json in the --out folder: leave --save out.",
+    "--save": "The results are printed, and written to pruning.json in the --out folder: leave --save out.",
     "--cache_dir": "Set the environment variable HF_HOME.",
     "--eval_zero_shot": "Run sparse-train evaluate --tasks wanda7 on the pruned model.",
 }
 
 
 def translate(options: list[str]) -> list[str]:
-    """The options of ``sparse-train prune`` that a command line with flags of the reference stands for.
+    """Translate a command line with flags of the reference to options of ``sparse-train prune``.
 
-    Other options come through as they are, in their place. N:M counts N **pruned** in the reference.
+    Other options stay unchanged, in their place. N:M counts N **pruned** in the reference.
 
     Raises:
-        ValueError: an alias beside the flag it stands for, without a value, or with one that has no counterpart; a flag
-            of the reference that has none.
+        ValueError: an alias is given together with the flag that it stands for, without a value, or with a value that
+            has no counterpart; or a flag of the reference has no counterpart.
     """
     found = _split(options)
     values = {name: value for name, value, _ in found}
@@ -60,7 +60,7 @@ def translate(options: list[str]) -> list[str]:
 
 
 def _split(options: list[str]) -> list[tuple[str, str, str]]:
-    """Name, value and the text of each option; values that stand behind an alias, not those behind others, are its."""
+    """Name, value and text of each option; only for an alias is the next argument taken as its value."""
     found = []
     rest = iter(options)
     for option in rest:
@@ -86,7 +86,7 @@ def _criterion(method: str) -> str:
 
 def _mask_structure(word: str, method: str | None) -> str:
     if word == "unstructured":
-        # its magnitude compares within a layer; that of other methods is the criterion's own group
+        # the reference's magnitude compares within a layer; other methods use the group of the criterion
         layer = {"class_path": "Unstructured", "init_args": {"group": "layer"}}
         return json.dumps(layer) if method == "magnitude" else word
     try:

@@ -1,4 +1,4 @@
-"""What ``sparse-train fit`` shows while it trains: a bar in a terminal, and lines of text elsewhere. Both on stderr."""
+"""Progress of ``sparse-train fit``: a bar in a terminal, lines of text elsewhere. Both on stderr."""
 
 import math
 import sys
@@ -22,7 +22,7 @@ def numbers(trainer: L.Trainer) -> str:
     found = []
     metrics = trainer.callback_metrics
     losses = {name: value for name, value in metrics.items() if "loss" in name and not name.startswith("val")}
-    # what is trained on, and not a term of it
+    # the loss that is trained on, and not one of its terms
     loss = next((losses[name] for name in ("train/loss", "train_loss", "loss") if name in losses), None)
     if loss is None:
         loss = next(iter(losses.values()), None)
@@ -39,13 +39,13 @@ def numbers(trainer: L.Trainer) -> str:
 
 
 def total_steps(trainer: L.Trainer) -> int | None:
-    """Optimizer steps of the whole run; None where it has no end."""
+    """Optimizer steps of the whole run; None if it has no end."""
     steps = trainer.estimated_stepping_batches
     return int(steps) if math.isfinite(steps) and steps > 0 else None
 
 
 class TrainingBar(ProgressBar):
-    """Steps done and time left of the whole run, not of an epoch as Lightning's own; below, what ``numbers`` says."""
+    """Steps done and time left of the whole run (Lightning's bar shows an epoch); below it, ``numbers``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class TrainingBar(ProgressBar):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._drawn is not None and self._validating is not None:
-            self._drawn.refresh()  # a short one would come and go unseen
+            self._drawn.refresh()  # otherwise a short validation would never be drawn
             self._drawn.remove_task(self._validating)
             self._validating = None
             self._drawn.note = numbers(trainer)
@@ -122,7 +122,7 @@ class TrainingBar(ProgressBar):
 
 
 class TrainingLines(L.Callback):
-    """A line after each validation, and once a minute in between: "step 25/100, 0:01:20 left, loss 3.2451, ..."."""
+    """A line after each validation, and every minute in between: "step 25/100, 0:01:20 left, loss 3.2451, ..."."""
 
     def __init__(self) -> None:
         self._began = self._last = 0.0

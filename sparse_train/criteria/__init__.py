@@ -1,4 +1,4 @@
-"""What a weight is worth: ``Criterion.scores``. One method a file; larger = keep."""
+"""What a weight is worth: ``Criterion.scores``. One method per file; larger = keep."""
 
 from sparse_train.criteria.base import Criterion
 from sparse_train.criteria.magnitude import Magnitude

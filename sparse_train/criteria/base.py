@@ -15,16 +15,16 @@ from sparse_train.statistics.activations import ActivationNorm
 class Criterion(ABC):
     """Gives every weight of one layer a score.
 
-    A new criterion is a subclass with this one method; recipes name it by its class, nothing is registered.
+    A new criterion is a subclass with this one method. Recipes name it by its class; there is no registry.
     """
 
     needs_activations: ClassVar[bool] = False
     """Whether ``scores`` reads ``stats``; if not, none are gathered."""
     rowwise: ClassVar[bool] = False
-    """Whether the scores of a row need of other rows nothing but ``column_sums``, so that processes can score the rows
-    that they hold (FSDP2)."""
+    """Whether the scores of a row need nothing from other rows except ``column_sums``. Each process can then score the
+    rows that it holds (FSDP2)."""
     group: ClassVar[Group] = "row"
-    """What the word "unstructured" compares under this criterion; ``Unstructured(group=...)`` says it in full."""
+    """The group in which "unstructured" compares weights under this criterion; ``Unstructured(group=...)`` sets it."""
 
     @abstractmethod
     def scores(self, weight_OI: Tensor, stats: ActivationNorm | None) -> Tensor:
@@ -32,16 +32,16 @@ class Criterion(ABC):
 
         Args:
             weight_OI: the layer's weights, shadow values included, any float dtype.
-            stats: norms of the layer's input over the tokens seen; None where ``needs_activations`` is False.
+            stats: norms of the layer's input over the tokens seen; None if ``needs_activations`` is False.
 
         Returns:
             float32 scores (O, I), larger = keep.
         """
 
     def column_sums(self, weight_RI: Tensor) -> Tensor | None:
-        """What ``scores_of_rows`` needs of all rows, summed over these: float32 (I,); None = nothing."""
+        """What ``scores_of_rows`` needs from all rows, summed over the rows given: float32 (I,); None = nothing."""
         return None
 
     def scores_of_rows(self, weight_RI: Tensor, stats: ActivationNorm | None, column_sums_I: Tensor | None) -> Tensor:
-        """``scores`` of some rows, where ``rowwise``; ``column_sums_I`` are those of all rows."""
+        """``scores`` of some rows, if ``rowwise``; ``column_sums_I`` are those of all rows."""
         return self.scores(weight_RI, stats)

@@ -13,7 +13,7 @@ from sparse_train.statistics.activations import ActivationNorm
 class Magnitude(Criterion):
     """``|W_ij|``: the classic score (Han et al., arXiv 1506.02626, section 3.1).
 
-    The Wanda paper's magnitude baseline compares within a layer: ``Unstructured(group="layer")``.
+    The magnitude baseline of the Wanda paper compares within a layer: ``Unstructured(group="layer")``.
     """
 
     rowwise: ClassVar[bool] = True

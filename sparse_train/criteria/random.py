@@ -1,4 +1,4 @@
-"""Chance, the control. Shape suffixes: O out_features, I in_features."""
+"""Random scores, the control. Shape suffixes: O out_features, I in_features."""
 
 import zlib
 from dataclasses import dataclass
@@ -12,16 +12,18 @@ from sparse_train.statistics.activations import ActivationNorm
 
 @dataclass(frozen=True)
 class Random(Criterion):
-    """Uniform random scores: what a method has to beat. Weights that are zero come first, so pruning twice is once.
+    """Uniform random scores: the baseline that a method has to beat.
+
+    Weights that are zero are pruned first, so pruning twice gives the same result as pruning once.
 
     Args:
-        seed: the same seed prunes the same weights of the same layer; layers differ by their weights.
+        seed: with the same seed, the same weights of a layer are pruned. Layers with different weights differ.
     """
 
     seed: int = 0
 
     def scores(self, weight_OI: Tensor, stats: ActivationNorm | None = None) -> Tensor:
-        # The layer's own first row tells layers of one shape apart, without a state that has to be kept or saved.
+        # The first row of the layer distinguishes layers of equal shape, without a state that has to be kept or saved.
         row = weight_OI[0].detach().float().cpu().numpy().tobytes()
         generator = torch.Generator().manual_seed(zlib.crc32(row, self.seed))
         scores_OI = torch.rand(weight_OI.shape, generator=generator).to(weight_OI.device)

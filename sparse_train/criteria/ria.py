@@ -1,4 +1,4 @@
-"""Relative importance and activations. Shape suffixes: O out_features, R some rows of them, I in_features."""
+"""Relative importance and activations. Shape suffixes: O out_features, R some of these rows, I in_features."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -14,7 +14,7 @@ from sparse_train.statistics.activations import ActivationNorm
 class RIA(Criterion):
     """``(|W_ij| / sum_i |W_ij| + |W_ij| / sum_j |W_ij|) * ||X_j||_2 ** a``.
 
-    A weight counts by its share of its input's and of its output's weights, so that no row or column is emptied.
+    A weight counts by its share of its row and of its column, so that no row or column is emptied.
     Source: Zhang et al., "Plug-and-Play: An Efficient Post-training Pruning Method for Large Language Models",
     ICLR 2024, section 3 (its channel permutation is not part of this).
 
@@ -35,7 +35,7 @@ class RIA(Criterion):
     def scores_of_rows(self, weight_RI: Tensor, stats: ActivationNorm | None, column_sums_I: Tensor | None) -> Tensor:
         assert stats is not None and column_sums_I is not None, "RIA needs activation statistics and column sums"
         size_RI = weight_RI.abs().float()
-        tiny = torch.finfo(torch.float32).tiny  # an empty row or column has no share to give: 0, not 0 / 0
+        tiny = torch.finfo(torch.float32).tiny  # an empty row or column gives a share of 0, not 0 / 0
         share_RI = size_RI / column_sums_I.clamp_min(tiny)
         share_RI += size_RI / size_RI.sum(1, keepdim=True).clamp_min(tiny)
         return share_RI.mul_(stats.norm_I**self.a)

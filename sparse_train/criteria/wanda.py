@@ -30,11 +30,11 @@ class Wanda(Criterion):
 
 @dataclass(frozen=True)
 class WandaCumulative(Criterion):
-    """The share of its row's Wanda scores that would be gone if a weight and all lower ones of its row were pruned.
+    """The share of a row's summed Wanda score that is lost if this weight and all lower ones in the row are pruned.
 
     The variant of Wanda in the paper's code (``use_variant``): every row of a layer loses weights until the same share
-    of its summed score is gone, so rows end with different counts. There the share is found by bisection; here the
-    shares themselves are compared over the layer, ``Unstructured(group="layer")``, and the count is exact. Within one
+    of its summed score is gone, so rows end with different counts. The paper's code finds the share by bisection. Here
+    the shares are compared over the whole layer, ``Unstructured(group="layer")``, so the count is exact. Within one
     row, and in N:M, the order is Wanda's.
     """
 
@@ -45,14 +45,14 @@ class WandaCumulative(Criterion):
     def scores(self, weight_OI: Tensor, stats: ActivationNorm | None) -> Tensor:
         scores_OI = Wanda().scores(weight_OI, stats)
         sorted_OI, order_OI = scores_OI.sort(dim=1, stable=True)
-        # float64: with thousands of inputs a float32 running sum would tie neighbours that Wanda tells apart
+        # float64: with thousands of inputs, a float32 running sum would make neighbours equal that Wanda distinguishes
         share_OI = _running_sum(sorted_OI.double())
         share_OI /= share_OI[:, -1:].clamp_min(torch.finfo(torch.float64).tiny)
         return torch.empty_like(scores_OI).scatter_(1, order_OI, share_OI.float())
 
 
 def _running_sum(values_OI: Tensor) -> Tensor:
-    """Along the inputs, in place where that is allowed: GPUs have no sum that rounds alike in each run."""
+    """Running sum along the inputs, in place. With deterministic algorithms, on the CPU: GPUs may round differently."""
     if values_OI.device.type != "cpu" and torch.are_deterministic_algorithms_enabled():
         return values_OI.cpu().cumsum_(1).to(values_OI.device)
     return values_OI.cumsum_(1)

@@ -1,1 +1,1 @@
-"""Where text and conversations come from, and their way into batches."""
+"""Where text and conversations come from, and how they become batches."""

@@ -1,4 +1,4 @@
-"""Conversations as blocks of tokens, with a loss on what the assistant says and nowhere else.
+"""Conversations as blocks of tokens, with a loss only on what the assistant says.
 
 Shape suffixes: L sequence length.
 """
@@ -21,17 +21,17 @@ def conversation_blocks(
 ) -> Any:
     """A ``datasets.Dataset`` of torch rows with ``input_ids``, ``attention_mask`` and ``labels``, each (L,).
 
-    Each conversation is written by the tokenizer's chat template. ``labels`` are the ids of what ``encoded`` gives a
-    loss, -100 elsewhere; padding has an ``attention_mask`` of 0. A conversation longer than a block loses its end, and
-    is left out, with a warning, where no token with a loss is left.
+    Each conversation is written by the tokenizer's chat template. ``labels`` are the token ids where ``encoded`` gives
+    a loss, and -100 elsewhere; padding has an ``attention_mask`` of 0. A conversation longer than a block is cut at the
+    end, and is left out, with a warning, if no token with a loss is left.
 
     Args:
         conversations: each a list of messages.
         tokenizer: with a chat template.
         block_size: L.
-        pack: put as many whole conversations, in their order, into a block as fit; attention goes to all that stands
-            before a token in its block, as in packed text, so conversations see those before them. False gives each
-            one a block of its own.
+        pack: put as many whole conversations into a block as fit, in their order. As in packed text, a token attends to
+            everything before it in its block, including earlier conversations. False gives each conversation its own
+            block.
 
     Raises:
         ValueError: see ``encoded``.
@@ -44,7 +44,7 @@ def conversation_blocks(
     for ids, labels in encoded(conversations, tokenizer):
         cut += len(ids) > block_size
         ids, labels = ids[:block_size], labels[:block_size]
-        if all(label == IGNORED for label in labels[1:]):  # the first token has nothing before it to be told from
+        if all(label == IGNORED for label in labels[1:]):  # the first token is never predicted
             without_loss += 1
         elif pack and rows and len(rows[-1][0]) + len(ids) <= block_size:
             rows[-1] = rows[-1][0] + ids, rows[-1][1] + labels
@@ -53,7 +53,7 @@ def conversation_blocks(
     if cut or without_loss:
         _log.warning(
             "%d of %d conversations are longer than block_size=%d and were cut there; %d had no token of the "
-            "assistant's left and were left out.",
+            "assistant left and were left out.",
             cut,
             len(conversations),
             block_size,
@@ -71,25 +71,26 @@ def conversation_blocks(
 
 
 def encoded(conversations: Sequence[Conversation], tokenizer: Any) -> list[tuple[list[int], list[int]]]:
-    """Token ids and labels of each conversation, of one length.
+    """Token ids and labels of each conversation; both have the same length.
 
-    A template that marks what the assistant says (``{% generation %}``) is taken at its word. With others it is what
-    the template writes for a message of the assistant behind the prompt that asks for one, up to the token that ends
-    the turn; a token that begins before that has no loss, nor has a message of the assistant's that comes first.
+    If the template marks what the assistant says (``{% generation %}``), these marks are used. Otherwise the
+    assistant's part is what the template writes for its message after the generation prompt, up to the token that ends
+    the turn. A token that begins before this part has no loss, nor has a message of the assistant at the start of a
+    conversation.
 
     Raises:
         ValueError: the tokenizer has no chat template, or is a slow one; a conversation has no answer of the
-            assistant, or a message without role and text; the template writes the beginning of a conversation in
-            another way when more follows, so that what is the assistant's cannot be found.
+            assistant, or a message without role and text; the template writes the beginning of a conversation
+            differently when more follows, so that the assistant's part cannot be found.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
-            f"The tokenizer {tokenizer.name_or_path!r} has no chat template, so it cannot write conversations. Take an "
-            "instruct model's, or set tokenizer.chat_template, save it with tokenizer.save_pretrained beside the "
-            "model, and name that folder as the model."
+            f"The tokenizer {tokenizer.name_or_path!r} has no chat template, so it cannot write conversations. Use one "
+            "of an instruct model, or set tokenizer.chat_template, save it with tokenizer.save_pretrained in the "
+            "folder of the model, and name that folder as the model."
         )
     if not tokenizer.is_fast:
-        raise ValueError(f"{type(tokenizer).__name__} cannot say where its tokens are in the text. Take a fast one.")
+        raise ValueError(f"{type(tokenizer).__name__} cannot say where its tokens are in the text. Use a fast one.")
     for number, conversation in enumerate(conversations):
         _check(number, conversation)
     if _GENERATION.search(tokenizer.get_chat_template()):
@@ -98,7 +99,7 @@ def encoded(conversations: Sequence[Conversation], tokenizer: Any) -> list[tuple
         return []
     ends = _ends_of_turn(tokenizer)
     texts, answers = zip(*(_written(conversation, tokenizer, ends) for conversation in conversations), strict=True)
-    # templates write all special tokens themselves
+    # templates write all special tokens
     tokens = tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     return [
         (ids, [token if _inside(at, spans) else IGNORED for token, at in zip(ids, offsets, strict=True)])
@@ -126,7 +127,7 @@ def _marked(conversation: Conversation, tokenizer: Any) -> tuple[list[int], list
 
 
 def _written(conversation: Conversation, tokenizer: Any, ends: tuple[str, ...]) -> tuple[str, list[tuple[int, int]]]:
-    """The text of a conversation, and where in it the assistant's words begin and end."""
+    """The text of a conversation, and where the assistant's words begin and end in it."""
 
     def write(messages: Conversation, **arguments: Any) -> str:
         text: str = tokenizer.apply_chat_template(messages, tokenize=False, **arguments)
@@ -134,14 +135,14 @@ def _written(conversation: Conversation, tokenizer: Any, ends: tuple[str, ...]) 
 
     whole, spans = write(conversation), []
     for index, message in enumerate(conversation):
-        if message["role"] != "assistant" or not index:  # a first message answers nothing
+        if message["role"] != "assistant" or not index:  # a first message is not an answer
             continue
         before = write(conversation[:index], add_generation_prompt=True)
         after = write(conversation[: index + 1])
         if not (whole.startswith(after) and after.startswith(before)):
             raise ValueError(
                 f"The chat template of {tokenizer.name_or_path!r} writes the first {index + 1} messages of a "
-                "conversation in another way when more follows, or when an answer is asked for, so that the "
+                "conversation differently when more follows, or when an answer is asked for, so that the "
                 "assistant's tokens cannot be found. Give the tokenizer a template that marks them with "
                 "{% generation %} and {% endgeneration %}, or train on conversations of one answer."
             )

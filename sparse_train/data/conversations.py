@@ -22,7 +22,7 @@ class Conversations(TrainingText):
 
     @abstractmethod
     def conversations(self, split: Split) -> list[Conversation]:
-        """The conversations of a split; an empty list where the source has no such split."""
+        """The conversations of a split; an empty list if the source has no such split."""
 
 
 _QUESTIONS = (
@@ -37,8 +37,8 @@ _QUESTIONS = (
 class PackagedQuestions(Conversations):
     """A question about each article of ``PackagedWikipedia``, in one of four wordings; its lead section is the answer.
 
-    Real text, though no real dialogue: enough to run instruction tuning where there is no hub. The wording follows from
-    a hash of the title, and the split is that of the articles: those held out there are held out here.
+    The text is real, the dialogue is not; enough to run instruction tuning without a hub. A hash of the title decides
+    the wording. The split is that of the articles: those held out there are held out here.
     """
 
     @property
@@ -54,14 +54,14 @@ class PackagedQuestions(Conversations):
 class HubConversations(Conversations):
     """A data set of the Hugging Face hub, or a local copy of one, with a column of messages.
 
-    Tested on local copies; where this was written no hub could be reached.
+    Tested on local copies, because its authors had no access to a hub.
 
     Args:
         path: id such as "HuggingFaceTB/smoltalk", or a folder.
         subset: configuration such as "everyday-conversations".
         column: column with the messages.
-        splits: the data set's names of our splits, in the syntax of datasets, such as "train[:1%]".
-        max_conversations: read only the first ones of each split, by streaming; None reads all.
+        splits: the data set's names for our splits, in the syntax of datasets, such as "train[:1%]".
+        max_conversations: read only the first ones of each split, by streaming; None = all.
     """
 
     path: str
@@ -89,7 +89,7 @@ class HubConversations(Conversations):
 
 @dataclass
 class ConversationFiles(Conversations):
-    """Local ``.jsonl`` files, a conversation a line: ``{"messages": [{"role": "user", "content": "..."}, ...]}``.
+    """Local ``.jsonl`` files, one conversation per line: ``{"messages": [{"role": "user", "content": "..."}, ...]}``.
 
     Args:
         train, validation, test: paths, per split.
@@ -114,8 +114,8 @@ class ConversationFiles(Conversations):
             return fields_of(path, self.column)
         except ValueError as error:
             raise ValueError(
-                f'{error} A line is to be {{"{self.column}": [{{"role": "user", "content": "..."}}, {{"role": '
-                '"assistant", "content": "..."}]}; rename the "from" and "value" of ShareGPT.'
+                f'{error} Each line must be {{"{self.column}": [{{"role": "user", "content": "..."}}, {{"role": '
+                '"assistant", "content": "..."}]}; for ShareGPT, rename "from" and "value".'
             ) from None
 
 
@@ -124,5 +124,5 @@ def _exchange(question: str, answer: str) -> Conversation:
 
 
 def _question(title: str) -> str:
-    # not the bytes that decide the split, or each split would know only some of the wordings
+    # not the bytes that decide the split; otherwise each split would have only some of the wordings
     return _QUESTIONS[hashlib.sha256(title.encode()).digest()[4] % len(_QUESTIONS)].format(title=title)

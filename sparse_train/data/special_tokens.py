@@ -1,4 +1,4 @@
-"""What a tokenizer puts around a text: the tokens that it begins with, and the one that ends a document."""
+"""The special tokens around a text: those that it begins with, and the one that ends a document."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ def end_of_text(tokenizer: Any) -> int:
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"The tokenizer ({type(tokenizer).__name__}, {tokenizer.name_or_path or 'without a name'}) has no "
-            "end-of-text token, which stands between the documents of a block. Set its eos_token, in "
+            "end-of-text token, which separates the documents of a block. Set its eos_token, in "
             "tokenizer_config.json or by tokenizer.eos_token = ..."
         )
     return int(tokenizer.eos_token_id)

@@ -24,25 +24,27 @@ from sparse_train.models.sources import ModelSource, as_model_source
 class TextBlocks(L.LightningDataModule):
     """Batches of ``{"input_ids", "attention_mask", "labels"}``, each (B, L).
 
-    Documents, each with what the tokenizer puts in front of a text (Llama and Gemma: a beginning-of-text token) and an
-    end-of-text token after it, are joined and cut into blocks of ``block_size`` tokens. What is left at the end of a
-    split is dropped in training and padded in evaluation, where ``attention_mask`` is 0 and there is no loss.
-    The training loader is stateful: a run resumed in mid-epoch goes on with the next batch.
+    Each document starts with the tokens that the tokenizer puts in front of a text (Llama and Gemma: a
+    beginning-of-text token) and ends with an end-of-text token. Documents are joined and cut into blocks of
+    ``block_size`` tokens. The rest at the end of a split is dropped in training and padded in evaluation; padding has
+    an ``attention_mask`` of 0 and no loss. The training loader is stateful: a run resumed in the middle of an epoch
+    continues with the next batch.
 
-    Conversations, in place of documents, are written by the tokenizer's chat template, and only what the assistant says
-    has a loss (and a perplexity); they are packed whole, so training blocks have padding, too. In a packed block every
-    token attends to all before it, also those of earlier documents or conversations.
+    Conversations, instead of documents, are written by the tokenizer's chat template, and only what the assistant says
+    has a loss (and a perplexity). They are packed whole, so training blocks also have padding. In a packed block, every
+    token attends to all tokens before it, including those of earlier documents or conversations.
 
     Args:
         tokenizer: a model source, or a Hugging Face id or folder with a tokenizer.
-        text: where documents, or conversations, come from.
-        block_size: L, tokens a block.
-        batch_size: B, blocks a batch.
-        pack: False gives each document or conversation a block of its own, cut or padded to ``block_size``.
-        seed: of the order in which training blocks come.
-        max_validation_blocks: evaluate the first ones only; None evaluates all.
-        calibration_text: documents whose training split the first mask of ``DynamicPruning`` is calibrated on; default:
-            ``text``. General text, such as C4 in the papers, asks which weights matter to what the model knew before.
+        text: source of documents or conversations.
+        block_size: L, tokens per block.
+        batch_size: B, blocks per batch.
+        pack: False gives each document or conversation its own block, cut or padded to ``block_size``.
+        seed: of the order of training blocks.
+        max_validation_blocks: evaluate only the first ones; None = all.
+        calibration_text: documents whose training split is used to calibrate the first mask of ``DynamicPruning``;
+            default: ``text``. General text, such as C4 in the papers, shows which weights matter for what the model
+            knew before.
     """
 
     def __init__(
@@ -78,7 +80,7 @@ class TextBlocks(L.LightningDataModule):
             if split == "train" and len(blocks) < self.batch_size:
                 raise ValueError(
                     f"The training split of {self.text.name} gives {len(blocks)} blocks of {self.block_size} tokens, "
-                    f"fewer than one batch of {self.batch_size}. Take a smaller block_size, or more text."
+                    f"fewer than one batch of {self.batch_size}. Use a smaller block_size, or more text."
                 )
             if split == "validation" and self.max_validation_blocks is not None:
                 blocks = blocks.select(range(min(len(blocks), self.max_validation_blocks)))
@@ -93,7 +95,7 @@ class TextBlocks(L.LightningDataModule):
         return blocks_of(documents, tokenizer, self.block_size, pack=self.pack, drop_rest=split == "train")
 
     def calibration_dataloader(self) -> Any:
-        """Blocks for the first mask; None where they are those of training."""
+        """Blocks for the first mask; None if they are those of training."""
         if self.calibration_text is None:
             return None
         documents = self.calibration_text.documents("train")
@@ -110,7 +112,7 @@ class TextBlocks(L.LightningDataModule):
         blocks, world_size, rank = self._blocks["train"], 1, 0
         if self.trainer is not None:
             world_size, rank = self.trainer.world_size, self.trainer.global_rank
-        # Its order follows from seed and epoch alone, so that epochs after a resumed one are the same too.
+        # Its order depends only on seed and epoch, so that epochs after a resumed one are also the same.
         sampler = StatefulDistributedSampler(blocks, world_size, rank, shuffle=True, seed=self.seed, drop_last=True)
         return StatefulDataLoader(blocks, batch_size=self.batch_size, sampler=sampler, drop_last=True)
 
@@ -130,7 +132,7 @@ def blocks_of(
 ) -> Any:
     """A ``datasets.Dataset`` of torch rows with ``input_ids``, ``attention_mask`` and ``labels``, each (L,).
 
-    Each document begins with what the tokenizer puts in front of a text and ends with its end-of-text token.
+    Each document starts with the tokens that the tokenizer puts in front of a text and ends with an end-of-text token.
 
     Raises:
         ValueError: the tokenizer has no end-of-text token.
@@ -160,7 +162,7 @@ def blocks_of(
     columns = ["input_ids", "attention_mask", "labels"]
     if not len(texts):
         return Dataset.from_dict({column: [] for column in columns}).with_format("torch")
-    # one call over all documents: packing must not stop at the edges of chunks
+    # one call for all documents, because packing must not stop at the borders of chunks
     return texts.map(to_blocks, batched=True, batch_size=None, remove_columns=["text"], desc="tokenising").with_format(
         "torch"
     )
@@ -176,16 +178,16 @@ def calibration_batches(
     seed: int = 0,
     sampling: Literal["packed", "documents"] = "packed",
 ) -> list[dict[str, Tensor]]:
-    """Random samples of the training split, as ``prune`` takes them.
+    """Random samples of the training split, in the form that ``prune`` needs.
 
     Args:
-        text, tokenizer: what is read, and how.
-        num_calibration_samples: samples.
-        max_seq_length: L, tokens a sample.
-        batch_size: samples a batch.
-        seed: of the choice.
-        sampling: "packed" joins all documents and cuts them into samples; "documents" takes, for each sample, a random
-            part of a document that is longer than a sample (the Wanda and SparseGPT scripts).
+        text, tokenizer: the text, and how it is tokenised.
+        num_calibration_samples: number of samples.
+        max_seq_length: L, tokens per sample.
+        batch_size: samples per batch.
+        seed: of the choice of samples.
+        sampling: "packed" joins all documents and cuts them into samples; "documents" uses, for each sample, a random
+            part of a document that is longer than a sample (as in the Wanda and SparseGPT scripts).
 
     Raises:
         ValueError: the text is too short for the samples; fewer than asked for are an error too.

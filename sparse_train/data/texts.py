@@ -1,4 +1,4 @@
-"""Where text comes from: a hub, files, the Python package index, or Python itself.
+"""Where text comes from: a hub, files, the Python package index, or the Python installation.
 
 Recipes name these classes; a new source is a subclass.
 """
@@ -22,23 +22,23 @@ Split = Literal["train", "validation", "test"]
 
 
 class TrainingText(ABC):
-    """What ``TextBlocks`` takes: documents, see ``TextSource``, or conversations, see ``Conversations``."""
+    """Input of ``TextBlocks``: documents, see ``TextSource``, or conversations, see ``Conversations``."""
 
     @property
     @abstractmethod
     def name(self) -> str:
-        """What the text is, as tables print it."""
+        """The name of the text in tables."""
 
 
 class TextSource(TrainingText):
     """Documents of plain text in up to three splits."""
 
     separator: str = "\n\n"
-    """What stands between documents where perplexity takes them as one text."""
+    """Separator between documents when perplexity is measured on them as one text."""
 
     @abstractmethod
     def documents(self, split: Split) -> list[str]:
-        """The documents of a split; an empty list where the source has no such split."""
+        """The documents of a split; an empty list if the source has no such split."""
 
 
 @dataclass
@@ -62,10 +62,10 @@ class PackagedWikipedia(TextSource):
 
 @dataclass
 class PythonStandardLibrary(TextSource):
-    """Source code that every machine has: the modules of the Python that runs, a file a document.
+    """Source code that every machine has: the modules of the running Python, one document per file.
 
     Tests, tables of codecs (``encodings``) and the texts of ``help()`` (``pydoc_data``) are left out. Split by file, by
-    a hash of its path in the library: 90 % train, 5 % validation, 5 % test. Another version of Python is another text.
+    a hash of its path in the library: 90 % train, 5 % validation, 5 % test. The text depends on the version of Python.
     """
 
     @property
@@ -77,7 +77,7 @@ class PythonStandardLibrary(TextSource):
         names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
         chosen = [name for name in names if _is_library(name) and split_of(name) == split]
         if not chosen:
-            raise ValueError(f"This Python has no sources of its standard library in {root}. Take another text.")
+            raise ValueError(f"This Python has no sources of its standard library in {root}. Use another text.")
         return [_source_code(root / name) for name in chosen]
 
 
@@ -89,9 +89,9 @@ class HubText(TextSource):
         path: id such as "Salesforce/wikitext", or a folder.
         subset: configuration such as "wikitext-2-raw-v1".
         column: column with the text.
-        splits: the data set's names of our splits, in the syntax of datasets, such as "train[:1%]".
-        max_documents: read only the first ones of each split, by streaming; None reads all.
-        separator: what stands between documents where perplexity takes them as one text.
+        splits: the data set's names for our splits, in the syntax of datasets, such as "train[:1%]".
+        max_documents: read only the first ones of each split, by streaming; None = all.
+        separator: separator between documents when perplexity is measured on them as one text.
         revision: branch, tag or commit; "refs/convert/parquet" is the hub's own copy of a data set made by a script.
     """
 
@@ -124,7 +124,7 @@ class HubText(TextSource):
 
 @dataclass
 class TextFiles(TextSource):
-    """Local files: ``.txt`` (a file is one document) or ``.jsonl`` (a line is one; see ``column``).
+    """Local files: ``.txt`` (one document per file) or ``.jsonl`` (one document per line, see ``column``).
 
     Args:
         train, validation, test: paths, per split.
@@ -157,10 +157,10 @@ class TextFiles(TextSource):
 
 
 def fields_of(path: Path, column: str) -> list[Any]:
-    """What the lines of a jsonl file have in one field."""
+    """The values of one field in the lines of a jsonl file."""
     if not path.is_file():
         raise ValueError(f"There is no text file {path}.")
-    # not splitlines(): JSON may hold U+2028 and others, at which that breaks lines, as they are
+    # not splitlines(): JSON may contain U+2028 and other characters at which splitlines() breaks lines
     lines = path.read_text(encoding="utf-8").split("\n")
     rows = [_parsed(line, path, number) for number, line in enumerate(lines, 1) if line.strip()]
     missing = next((row for row in rows if column not in row), None)
@@ -180,7 +180,7 @@ def _parsed(line: str, path: Path, number: int) -> dict[str, Any]:
 
 
 def column_of(data: Iterable[Mapping[str, Any]], column: str, name: str) -> list[Any]:
-    """What the rows of a data set have in one column."""
+    """The values of one column in the rows of a data set."""
     found = []
     for row in data:
         if column not in row:
@@ -194,7 +194,7 @@ def column_of(data: Iterable[Mapping[str, Any]], column: str, name: str) -> list
 def _texts(values: list[Any], column: str, name: str) -> list[str]:
     for number, value in enumerate(values, 1):
         if not isinstance(value, str):
-            raise ValueError(f"{name}, document {number}: {column!r} is {value!r}, and no text. Leave such lines out.")
+            raise ValueError(f"{name}, document {number}: {column!r} is {value!r}, not text. Leave such lines out.")
     return values
 
 
@@ -207,11 +207,11 @@ def split_of(name: str) -> Split:
 def _is_library(name: str) -> bool:
     folders = name.split("/")[:-1]
     top = (folders or [name.removesuffix(".py")])[0]
-    # the list of modules leaves out site-packages, and what building this Python has written: paths of its machine
+    # the list of modules excludes site-packages and build files, which hold paths of the machine that built Python
     known = top in sys.stdlib_module_names and top not in ("encodings", "pydoc_data")
     return known and not {"test", "tests", "idle_test"} & set(folders)
 
 
 def _source_code(path: Path) -> str:
-    with tokenize.open(path) as file:  # in the encoding that it declares
+    with tokenize.open(path) as file:  # in the encoding that the file declares
         return file.read()

@@ -1,4 +1,4 @@
-"""Evaluation: perplexity and zero-shot accuracy, each with its protocol."""
+"""Evaluation: perplexity and zero-shot accuracy, each with the protocol of its measurement."""
 
 from sparse_train.evaluation.perplexity import PerplexityProtocol, PerplexityResult, evaluate_perplexity, token_ids
 from sparse_train.evaluation.task_data import WANDA7

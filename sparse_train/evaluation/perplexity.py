@@ -1,10 +1,10 @@
-"""Token and word perplexity of a causal language model on running text, with the protocol beside every number.
+"""Token and word perplexity of a causal language model on running text, with the protocol of each measurement.
 
-Two protocols are mixed in the literature (LLaMA-2-7B is 5.12 at windows of 4096 and 5.47 at 2048), so a perplexity
-without its window says little. ``perplexity`` is that of tokens everywhere, as in the tables on pruning; that of words,
-exp of the same losses per word, can be compared between tokenizers, and has a name of its own everywhere.
+Two protocols are mixed in the literature (LLaMA-2-7B has 5.12 with windows of 4096 and 5.47 with 2048), so a perplexity
+without its window says little. ``perplexity`` always means token perplexity, as in the tables of papers on pruning.
+Word perplexity, exp of the same losses per word, can be compared between tokenizers and is always called that.
 
-Shape suffixes: W windows, L tokens a window, P tokens in front of it.
+Shape suffixes: W windows, L tokens per window, P tokens in front of a window.
 """
 
 import logging
@@ -33,17 +33,17 @@ class PerplexityProtocol:
     split: str
     tokenizer: str
     window: int
-    """Tokens a forward sees."""
+    """Tokens per window."""
     stride: int
-    """Tokens from the start of one window to the next; equal to ``window``: no overlap (as Wanda and SparseGPT)."""
+    """Tokens from the start of one window to the next; equal to ``window`` = no overlap (as in Wanda and SparseGPT)."""
     tokens: int
     """Tokens with a loss."""
     prefix: int
-    """Tokens in front of each window, such as a beginning-of-text token, which no other number in here counts."""
+    """Tokens in front of each window, such as a beginning-of-text token; no other number here includes them."""
     computed_in: str
-    """Dtype of the forward, by autocast or of the weights; the loss is float32 always."""
+    """Dtype of the forward, from autocast or the weights; the loss is always float32."""
     words: int | None = None
-    """Words that begin in a token with a loss (see ``word_starts``); None = not counted."""
+    """Words that begin in tokens with a loss (see ``word_starts``); None = not counted."""
 
     def __str__(self) -> str:
         return (
@@ -63,13 +63,13 @@ class PerplexityResult:
     """Token perplexity: exp of the sum of all losses over ``protocol.tokens``."""
     protocol: PerplexityProtocol
     word_perplexity: float | None = None
-    """exp of the same sum over ``protocol.words``; None where no words were counted."""
+    """exp of the same sum over ``protocol.words``; None if words were not counted."""
 
     def as_dict(self) -> dict[str, Any]:
         return {"perplexity": self.perplexity, "word_perplexity": self.word_perplexity, **asdict(self.protocol)}
 
     def lines(self) -> list[str]:
-        """What to print: a line for each perplexity."""
+        """The lines to print, one for each perplexity."""
         shown = [f"{self.perplexity:.2f}  {self.protocol}"]
         if self.word_perplexity is not None:
             words = f"{self.protocol.words} words that begin in the scored tokens"
@@ -78,19 +78,20 @@ class PerplexityResult:
 
 
 def token_ids(documents: list[str], tokenizer: Any, separator: str = "\n\n") -> Tensor:
-    """Documents joined by ``separator`` and tokenised as one text, which begins as the tokenizer lets one: (tokens,).
+    """Documents joined by ``separator`` and tokenised as one text, with its special tokens in front: (tokens,).
 
-    As the scripts of Wanda and SparseGPT do: where the tokenizer puts a token in front of a text, it is there once, and
-    later windows begin in the middle of the text. ``evaluate_perplexity(prefix=...)`` puts it in front of all.
+    As in the scripts of Wanda and SparseGPT: if the tokenizer puts a token in front of a text, it is there once, and
+    later windows begin in the middle of the text. ``evaluate_perplexity(prefix=...)`` puts it in front of all windows.
     """
     ids = tokenizer(separator.join(documents), add_special_tokens=False, return_tensors="pt", verbose=False)
     return torch.cat([torch.tensor(beginning(tokenizer), dtype=torch.int64), ids["input_ids"][0]])
 
 
 def check_window(model: nn.Module, window: int) -> None:
-    """Raise ValueError where windows are longer than the positions that a model has learned one by one.
+    """Raise ValueError if windows are longer than the number of learned position embeddings.
 
-    Where positions are computed (rotary), longer windows run, on lengths that the model was not trained on: a warning.
+    If positions are computed (rotary), longer windows work, but at lengths that the model was not trained on: a
+    warning.
     """
     config = getattr(model, "config", None)
     positions = getattr(config.get_text_config() if config is not None else None, "max_position_embeddings", None)
@@ -99,7 +100,7 @@ def check_window(model: nn.Module, window: int) -> None:
     named = {name.rpartition(".")[2]: m for name, m in model.named_modules() if isinstance(m, nn.Embedding)}
     if any("position" in name or name == "wpe" for name in named):
         raise ValueError(
-            f"window is {window} tokens, and {type(model).__name__} has {positions} positions. Take window={positions}."
+            f"window is {window} tokens, and {type(model).__name__} has {positions} positions. Use window={positions}."
         )
     _log.warning(
         "Windows of %d tokens are longer than the %d positions that %s says it was made for (max_position_embeddings).",
@@ -126,21 +127,21 @@ def evaluate_perplexity(
     autocast: torch.dtype | None = None,
     progress: bool = False,
 ) -> PerplexityResult:
-    """Perplexity of ``model`` on a text; training that it stands in is not disturbed.
+    """Perplexity of ``model`` on a text; can be called during training without disturbing it.
 
-    Only whole windows count, and a token only where it has ``window - stride`` tokens before it (with no overlap: all
-    but the first of a window).
+    Only whole windows count, and only tokens with at least ``window - stride`` tokens before them (without overlap: all
+    except the first of a window).
 
     Args:
         model: returns ``.logits`` (B, L, V).
         ids: token ids of the whole text, (tokens,).
-        words: words that begin in each of them, from ``word_starts``, (tokens,); None measures no word perplexity.
-        window: tokens a forward.
+        words: number of words that begin in each token, from ``word_starts``, (tokens,); None = no word perplexity.
+        window: tokens per window.
         stride: tokens between starts of windows; default ``window``.
-        prefix: token ids put in front of each window, without a loss, so that a forward sees that many more: for models
-            that need a beginning-of-text token, such as Gemma. The same tokens are scored with it and without.
-        batch_size: windows a forward.
-        max_tokens: read only the first ones; None reads all.
+        prefix: token ids put in front of each window, without a loss and in addition to its tokens, for models that
+            need a beginning-of-text token, such as Gemma. The same tokens are scored with and without it.
+        batch_size: windows per forward pass.
+        max_tokens: use only the first tokens; None = all.
         model_name, data_name, split, tokenizer_name: for the protocol.
         autocast: compute in this dtype; the loss stays float32.
         progress: show a progress bar.
@@ -160,11 +161,11 @@ def evaluate_perplexity(
     check_window(model, window + len(prefix))
     ids = ids[:max_tokens]
     if len(ids) < window:
-        raise ValueError(f"The text has {len(ids)} tokens, fewer than one window of {window}. Take a smaller window.")
+        raise ValueError(f"The text has {len(ids)} tokens, fewer than one window of {window}. Use a smaller window.")
     windows_WL = ids.unfold(0, window, stride)
     labels_WL = windows_WL.clone()
     labels_WL[1:, : window - stride] = -100
-    labels_WL[:, 0] = -100  # what is in front of it is no text, or nothing
+    labels_WL[:, 0] = -100  # it has no text in front of it
     begun = 0  # the first token of a window has no loss
     if words is not None:
         words_WL = words[:max_tokens].unfold(0, window, stride)
@@ -173,7 +174,7 @@ def evaluate_perplexity(
     windows_WL = torch.cat([front_P, windows_WL], 1)
     labels_WL = torch.cat([torch.full_like(front_P, -100), labels_WL], 1)
     device = next(model.parameters()).device
-    # where there are other processes, they may be measuring nothing, and would be waited for
+    # other processes may not be measuring, and waiting for them would hang
     metric, tokens = MeanMetric(sync_on_compute=False).to(device), 0
     batches = list(zip(windows_WL.split(batch_size), labels_WL.split(batch_size), strict=True))
     with undisturbed(model), bar("perplexity", shown=progress) as drawn:

@@ -1,6 +1,6 @@
-"""The seven zero-shot tasks from local JSONL files, which the task definitions in ``tasks/`` read through this module.
+"""The seven zero-shot tasks from local JSONL files; the task definitions in ``tasks/`` read them through this module.
 
-A file holds one item a line, as JSON. Every item says in ``gold`` which choice is right, counted from 0.
+A file holds one JSON item per line. In every item, ``gold`` is the index of the right choice, counted from 0.
 """
 
 import json
@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 TASKS_FOLDER = Path(__file__).parent / "tasks"
-"""Definitions of the seven tasks for lm-eval; stock lm-eval reads them, too: ``lm_eval --include_path``."""
+"""Definitions of the seven tasks for lm-eval; plain lm-eval can also read them: ``lm_eval --include_path``."""
 
 WANDA7 = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
-"""The tasks of arXiv 2306.11695, section 4, in the order of its tables, by lm-eval's names."""
+"""The tasks of arXiv 2306.11695, section 4, in the order of its tables, by their names in lm-eval."""
 
 Rule = tuple[Callable[[Any], bool], str]
 
@@ -36,10 +36,10 @@ _BEGINNINGS = {"boolq": "Passage: ", "arc_easy": "Question: ", "arc_challenge": 
 
 
 def task_file(folder: str | Path, task: str) -> Path:
-    """The file of a task: ``TASK.jsonl``, or a sample of its items named by their count, such as ``TASK1000.jsonl``.
+    """The file of a task: ``TASK.jsonl``, or a sample of its items, named with their number: ``TASK1000.jsonl``.
 
     Raises:
-        ValueError: there is none, or no whole file and several samples.
+        ValueError: there is no file, or only several samples.
     """
     folder = Path(folder)
     whole = folder / f"{task}.jsonl"
@@ -63,7 +63,7 @@ def read(folder: str | Path, task: str) -> list[dict[str, Any]]:
     """The items of a task, checked.
 
     Raises:
-        ValueError: no file, no items, or an item that lacks what its task needs; names file and line.
+        ValueError: no file, no items, or an item that lacks what its task needs; the message has file and line.
     """
     path = task_file(folder, task)
     items = []
@@ -100,12 +100,12 @@ def _mistake(task: str, item: Any) -> str:
 
 
 def load(*, task: str, task_data: str | None = None, **_: Any) -> dict[str, Any]:
-    """The data set of a task, as lm-eval's ``custom_dataset`` wants it; named by the definitions in ``tasks/``.
+    """The data set of a task, in the form of lm-eval's ``custom_dataset``; used by the definitions in ``tasks/``.
 
     Args:
         task: from the definition.
         task_data: folder with the files, from the metadata of lm-eval's ``TaskManager``.
-        _: further metadata of lm-eval, which says nothing here.
+        _: other metadata of lm-eval, not used here.
     """
     from datasets import Dataset
 

@@ -1,4 +1,4 @@
-"""Evaluation in the middle of training, leaving no trace in it."""
+"""Evaluation during training, without an effect on it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,11 +12,12 @@ from sparse_train.rng import isolated_rng
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients inside; afterwards the model, and chance, are as if nothing had happened.
+    """Inside, evaluation mode without gradients; afterwards, the state of the model and of random numbers is restored.
 
-    What comes back: the training mode of every module, all random states, and whether training has reached a masked
-    layer. Activation statistics record nothing inside: forwards in evaluation mode without gradients are no training.
-    A forward that does not ask for keys and values keeps none (``generate`` asks): scoring has no use for them.
+    Restored are the training mode of every module, all random states, and whether training has reached a masked layer.
+    Activation statistics record nothing inside, because forwards in evaluation mode without gradients do not count as
+    training. Keys and values are only cached by forwards that ask for it (such as ``generate``); scoring does not need
+    them.
     """
     training = [module for module in model.modules() if module.training]
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}

@@ -1,9 +1,10 @@
-"""Zero-shot accuracy of a live model by lm-eval, masks and all, with the protocol beside every number.
+"""Zero-shot accuracy of a model in memory by lm-eval, with its masks, and with the protocol of each measurement.
 
-Which of lm-eval's metrics counts: ``acc``, the choice with the largest log-likelihood, where a task reports it, as all
-seven tasks of the paper do. Wanda's code (arXiv 2306.11695) prints all that lm-eval reports and names none, but its
-tables hold ``acc``: dense LLaMA-7B has 34 % on OpenBookQA there and 57 % on HellaSwag, where ``acc_norm``, which
-divides a log-likelihood by the length of its choice, gives 44 % and 76 %. Whatever else a task reports is kept beside.
+The metric that counts as accuracy is lm-eval's ``acc``, the choice with the largest log-likelihood, if a task reports
+it, as all seven tasks of the paper do. Wanda's code (arXiv 2306.11695) prints all metrics of lm-eval and does not say
+which one counts, but its tables hold ``acc``: they have 34 % on OpenBookQA and 57 % on HellaSwag for dense LLaMA-7B,
+for which ``acc_norm``, which divides a log-likelihood by the length of its choice, gives 44 % and 76 %. Other metrics
+that a task reports are kept as well.
 """
 
 import copy
@@ -31,7 +32,7 @@ from sparse_train.rng import isolated_rng
 from sparse_train.suggestions import did_you_mean
 
 _METRICS = ("acc", "acc_norm", "exact_match")
-"""What counts as accuracy; the first one that a task reports."""
+"""Metrics that count as accuracy; the first one that a task reports is used."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,12 @@ class ZeroShotProtocol:
     num_fewshot: int
     """Solved examples in the prompt."""
     limit: int | None
-    """Items of each task that were asked, its first ones; None = all."""
+    """Number of items per task, its first ones; None = all."""
     max_length: int
-    """Tokens that the model sees at most; of a longer prompt, the last ones."""
+    """Maximum number of tokens that the model sees; of a longer prompt, the last ones."""
     batch_size: int
     computed_in: str
-    """Dtype of the forward, by autocast or of the weights."""
+    """Dtype of the forward, from autocast or the weights."""
     lm_eval: str
     """Version of lm-eval."""
 
@@ -63,19 +64,19 @@ class ZeroShotProtocol:
 
 @dataclass(frozen=True)
 class TaskAccuracy:
-    """What one task gave."""
+    """The result of one task."""
 
     task: str
     accuracy: float
     """Share of the items, 0 to 1."""
     stderr: float | None
-    """Standard error of the accuracy over items; None where lm-eval has none, as for a single item."""
+    """Standard error of the accuracy over items; None if lm-eval has none, as for a single item."""
     n: int
-    """Items that were asked."""
+    """Number of items."""
     metric: str
-    """lm-eval's name of what ``accuracy`` is."""
+    """lm-eval's name of the metric in ``accuracy``."""
     others: dict[str, float]
-    """What else lm-eval reports, by its names."""
+    """Other metrics that lm-eval reports, by name."""
     items: tuple[float, ...] = ()
     """The metric of each item, in the order of the data, 1 = right, for comparing models item by item; empty for a
     group of tasks. Not in ``ZeroShotResult.as_dict``."""
@@ -95,7 +96,7 @@ class ZeroShotResult:
 
     @property
     def mean_stderr(self) -> float | None:
-        """Standard error of the mean over the items, with the tasks as they are: sqrt(sum of squares) / tasks."""
+        """Standard error of the mean, over items, for a fixed set of tasks: sqrt(sum of squares) / tasks."""
         errors = [task.stderr for task in self.tasks if task.stderr is not None]
         return math.hypot(*errors) / len(errors) if len(errors) == len(self.tasks) else None
 
@@ -116,18 +117,18 @@ def evaluate_zero_shot(
     autocast: torch.dtype | None = None,
     progress: bool = False,
 ) -> ZeroShotResult:
-    """Zero-shot accuracy of ``model``; its training mode and all random states come back afterwards.
+    """Zero-shot accuracy of ``model``; its training mode and all random states are restored afterwards.
 
-    The model is evaluated as it is: masked layers compute with their masks. No export is needed.
+    No export is needed: masked layers compute with their masks.
 
     Args:
         model: a transformers causal language model.
         tokenizer: its tokenizer.
-        tasks: names of lm-eval's tasks, groups or tags; "wanda7" stands for the seven of the Wanda paper.
+        tasks: names of lm-eval's tasks, groups or tags; "wanda7" stands for the seven tasks of the Wanda paper.
         task_data: folder with the items of those seven in JSONL files, see docs/evaluation.md; None = lm-eval's data
             sets, from the hub. Other tasks always come from the hub.
-        limit: ask only the first items of each task.
-        batch_size: requests a forward.
+        limit: use only the first items of each task.
+        batch_size: requests per forward pass.
         model_name: for the protocol.
         autocast: compute in this dtype.
         progress: show lm-eval's progress bars.
@@ -141,8 +142,8 @@ def evaluate_zero_shot(
     _need_lm_eval()
     names = task_names(tasks)
     with undisturbed(model), _quiet(progress):
-        # What lm-eval's simple_evaluate does, and in its order: some tasks shuffle their choices when they are loaded.
-        # Itself it would describe the machine at every call, with nvidia-smi, pip and git.
+        # The same as lm-eval's simple_evaluate, in the same order: some tasks shuffle their choices when they are
+        # loaded. simple_evaluate would also query nvidia-smi, pip and git at every call.
         from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
         from lm_eval.evaluator import evaluate
         from lm_eval.models.huggingface import HFLM
@@ -157,14 +158,14 @@ def evaluate_zero_shot(
             backend="causal",
             batch_size=batch_size,
             mixed_precision_dtype=autocast,
-            softmax_dtype=torch.float32,  # summed in bfloat16, choices come out equal that are not
+            softmax_dtype=torch.float32,  # in bfloat16, sums of different choices can become equal
         )
         loaded = _load_tasks(names, task_data)
         selected = TaskManager(include_defaults=False).load(list(loaded.values()))
         for task in selected["tasks"].values():
             task.set_config("num_fewshot", 0)
             task.set_fewshot_seed(DEFAULT_OTHER_SEED)
-        # accuracies have their standard error in closed form; two draws for those of others, which are not reported
+        # standard errors of accuracies have a closed form; two bootstrap draws for others, which are not reported
         found = evaluate(lm=lm, task_dict=selected, limit=limit, log_samples=True, bootstrap_iters=2)
     local = [name for name in loaded if task_data is not None and name in WANDA7]
     protocol = ZeroShotProtocol(
@@ -182,7 +183,7 @@ def evaluate_zero_shot(
 
 
 def task_names(tasks: Sequence[str]) -> list[str]:
-    """The tasks in their order, each once, "wanda7" replaced by its seven.
+    """The tasks in their order, each once, with "wanda7" replaced by its seven tasks.
 
     Raises:
         ValueError: no task is named.
@@ -194,7 +195,7 @@ def task_names(tasks: Sequence[str]) -> list[str]:
 
 
 def check_tasks(names: Sequence[str], task_data: str | Path | None = None, *, progress: bool = False) -> None:
-    """Find out before a long run whether ``evaluate_zero_shot`` will have its tasks; fetches what the hub has.
+    """Check before a long run that ``evaluate_zero_shot`` can load its tasks; downloads them from the hub.
 
     Raises:
         ValueError: as ``evaluate_zero_shot``.
@@ -204,13 +205,13 @@ def check_tasks(names: Sequence[str], task_data: str | Path | None = None, *, pr
 
 
 def _load_tasks(names: Sequence[str], task_data: str | Path | None) -> dict[str, Any]:
-    """lm-eval's task, or group of tasks with a mean of its own, by name; what a tag names comes task by task."""
+    """lm-eval's tasks, or groups of tasks with a common mean, by name; a tag is replaced by its tasks."""
     _need_lm_eval()
     local = [name for name in names if task_data is not None and name in WANDA7]
-    for name in local:  # before any work, also that of reading others
+    for name in local:  # first, before other tasks are read
         task_file(str(task_data), name)
     if not local and task_data is not None:
-        raise ValueError(f"--task_data holds items of the tasks {', '.join(WANDA7)}, and none of them is asked for.")
+        raise ValueError(f"--task_data holds items of the tasks {', '.join(WANDA7)}, and none of them is in --tasks.")
     known = _lm_eval_tasks().task_index if len(local) < len(names) else {}
     for name in names:
         if name not in known and name not in local:
@@ -238,7 +239,7 @@ def _need_lm_eval() -> None:
 def _load(name: str, task_data: str | None) -> dict[str, Any]:
     try:
         found = (_lm_eval_tasks() if task_data is None else _local_tasks(task_data)).load([name])
-    except (OSError, RuntimeError) as error:  # the hub cannot be reached, or has no such data set any more
+    except (OSError, RuntimeError) as error:  # the hub cannot be reached, or no longer has the data set
         instead = (
             f"Without a hub, give a folder that holds {name}.jsonl as --task_data (docs/evaluation.md)."
             if name in WANDA7
@@ -249,7 +250,7 @@ def _load(name: str, task_data: str | None) -> dict[str, Any]:
     return {name: group} if group is not None and group.has_aggregation else dict(found["tasks"])
 
 
-@cache  # reading lm-eval's more than ten thousand definitions takes ten seconds
+@cache  # lm-eval has more than ten thousand definitions, and reading them takes ten seconds
 def _lm_eval_tasks() -> Any:
     from lm_eval.tasks import TaskManager
 
@@ -264,7 +265,7 @@ def _local_tasks(task_data: str) -> Any:
 
 
 def _accuracy(name: str, found: dict[str, Any], samples: list[dict[str, Any]]) -> TaskAccuracy:
-    """From what lm-eval reports, ``{"acc,none": 0.5, "acc_stderr,none": 0.1, "sample_len": 26, ...}``, and of items."""
+    """From lm-eval's report, ``{"acc,none": 0.5, "acc_stderr,none": 0.1, "sample_len": 26, ...}``, and its samples."""
     keys = [key for key in found if "," in key and "_stderr," not in key]
     chosen = next(key for metric in _METRICS for key in keys if key.startswith(f"{metric},"))
     metric, _, pipeline = chosen.partition(",")
@@ -289,9 +290,9 @@ def _data(local: Sequence[str], others: Sequence[str], task_data: str | Path | N
 
 @contextmanager
 def _quiet(progress: bool) -> Iterator[None]:
-    """Keep lm-eval from writing to stdout, and to stderr where no progress is wanted: its bars know no other switch.
+    """Keep lm-eval from writing to stdout, and to stderr unless progress is wanted, since its bars have no switch.
 
-    Its log comes down to errors: among its many warnings is none that is not said in the protocol.
+    Its log is reduced to errors: everything in its many warnings is also in the protocol.
     """
     log = logging.getLogger("lm_eval")
     level, out = log.level, sys.stderr if progress else io.StringIO()

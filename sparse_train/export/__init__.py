@@ -1,4 +1,4 @@
-"""What is left of a run: a Hugging Face folder with true zeros, and its model card."""
+"""Export: a Hugging Face folder with true zeros, and its model card."""
 
 from sparse_train.export.hf_folder import export_checkpoint, export_model
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from sparse_train.inspection import LayerSparsity, by_projection, overall_sparsity
 
-_PRUNED = 0.05  # share of zeros from which a layer was pruned: weights that were rounded to 4 bits have 0.01
+_PRUNED = 0.05  # a layer with at least this share of zeros was pruned: weights rounded to 4 bits have 0.01
 FILE_NAME = "README.md"
 
 _LIMITS = """\
@@ -17,33 +17,32 @@ _LIMITS = """\
 - Not smaller: these are dense safetensors with zeros in them. `sparse-train pack` makes a smaller file of them, for
   storing and sending.
 - Not faster on a CPU: plain PyTorch multiplies zeros like other numbers. On GPUs with 2:4 sparse tensor cores, layers
-  that are 2:4 can be converted (`sparse_train.layers.semi_structured`); nothing is claimed here of what that gains.
-- Not a sparse checkpoint for vLLM or compressed-tensors, which have given up loading those. They load it as a dense
-  model.
+  that are 2:4 can be converted (`sparse_train.layers.semi_structured`); no claim is made about the speed.
+- Not a sparse checkpoint for vLLM or compressed-tensors, which no longer load those. They load it as a dense model.
 """
 
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What is known of an exported model, beside what can be counted on its weights."""
+    """What is known about an exported model, in addition to what can be counted on its weights."""
 
     base_model: str | None = None
-    """What was pruned, as tables print it."""
+    """The model that was pruned, by its name in tables."""
     hub_id: str | None = None
-    """Its id on the Hugging Face hub, for the hub's own link to it."""
+    """Its id on the Hugging Face hub, so that the hub can link to it."""
     license: str | None = None
-    """In the hub's words, such as "apache-2.0"; only where it is known."""
+    """The hub's identifier, such as "apache-2.0"; only if it is known."""
     made: Mapping[str, str] = field(default_factory=dict)
-    """How: rows of the card's table, such as method, criterion, calibration."""
+    """How the model was made: rows of the card's table, such as method, criterion, calibration."""
     perplexity: str | None = None
-    """With its protocol."""
+    """Perplexity, with its protocol."""
     recipe: str | None = None
-    """YAML that makes the model again."""
+    """YAML with which the model can be made again."""
     pruned_alone: bool = False
-    """The layers that it is given are those that were pruned: of a model that does not fit in memory."""
+    """Whether ``text`` gets only the pruned layers, as for a model that does not fit in memory."""
 
     def text(self, layers: Sequence[LayerSparsity]) -> str:
-        """The card, Markdown with the front matter that the hub reads.
+        """The card as Markdown, with the front matter that the hub reads.
 
         Args:
             layers: the linear layers of the model, counted.
@@ -86,16 +85,16 @@ class ModelCard:
 
 
 def write_card(folder: Path, card: ModelCard, layers: Sequence[LayerSparsity]) -> None:
-    """Put the card of a model into its folder, in the place of one that is there."""
+    """Write the card of a model into its folder, replacing an existing one."""
     (folder / FILE_NAME).write_text(card.text(layers), encoding="utf-8")
 
 
 def training_rows(settings: Mapping[str, str], timing: Mapping[str, Any], steps: int) -> dict[str, str]:
-    """How a run of ``MaskUpdater`` made a model, from its ``settings``, ``timing`` and count of steps."""
+    """How a run of ``MaskUpdater`` made a model, from its ``settings``, ``timing`` and number of steps."""
     adapters, policy = settings.get("mask_lora"), settings["policy"]
     comes_back = settings.get("comes_back") != "never"
-    how = "with re-pruning" if comes_back else "under masks from which no weight comes back"
-    looked_at = "re-computed" if comes_back else "looked at, where the schedule asks for more zeros,"
+    how = "with re-pruning" if comes_back else "with masks in which no weight comes back"
+    looked_at = "recomputed" if comes_back else "changed only if the schedule asks for more zeros,"
     return {
         "method": f"trained sparse {how}, {settings['criterion']}, {settings['mask_structure']}, "
         f"{settings['schedule']}, {policy}",
@@ -114,7 +113,7 @@ def _scoring_row(settings: Mapping[str, str], timing: Mapping[str, Any]) -> dict
 
 
 def oneshot_rows(details: Mapping[str, Any]) -> dict[str, str]:
-    """How one-shot pruning made a model, from the contents of its ``pruning.json``."""
+    """How one-shot pruning made a model, from its ``pruning.json``."""
     rows = {}
     for index, stage in enumerate(details["stages"]):
         allocation = "" if stage["allocation"] == "Uniform()" else f", {stage['allocation']}"
@@ -130,7 +129,7 @@ def oneshot_rows(details: Mapping[str, Any]) -> dict[str, str]:
 
 
 def perplexity_line(found: Mapping[str, Any]) -> str:
-    """A perplexity with what makes it comparable, from ``PerplexityResult.as_dict()``."""
+    """A perplexity with the details needed to compare it, from ``PerplexityResult.as_dict()``."""
     where = f"{found['data']}, {found['split']}, windows of {found['window']}"
     return f"{found['perplexity']:.2f}: token perplexity of {where}"
 

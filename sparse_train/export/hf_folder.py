@@ -16,14 +16,14 @@ from sparse_train.models.checkpoints import PRUNING_STATE, read_checkpoint
 
 
 def export_model(model: Any, tokenizer: Any | None, out: str | Path, card: ModelCard | None = None) -> Path:
-    """Write a transformers model, masks folded in, its tokenizer and its model card to a folder.
+    """Write a transformers model with its masks folded in, its tokenizer and its model card to a folder.
 
-    Of a peft model the base is written, under its own names, and the adapter to ``adapter/`` inside the folder: their
-    sum would be dense.
+    For a peft model, the base is written with its original names, and the adapter to ``adapter/`` inside the folder,
+    because their sum would be dense.
 
-    Written beside and renamed: ``out`` is complete or absent. ``model`` itself is not changed. Where several processes
-    run, rank 0 writes; a model that is sharded over them (FSDP2, ZeRO-3) is gathered, and all of them must call.
-    ``card`` is what is known beside what can be counted.
+    The folder is first written under another name and then renamed, so ``out`` is complete or absent. ``model`` itself
+    is not changed. With several processes, rank 0 writes; a model that is sharded over them (FSDP2, ZeRO-3) is
+    gathered, and all of them must call. ``card`` has what cannot be counted on the weights.
 
     Raises:
         ValueError: ``out`` exists and is not an empty folder.
@@ -43,7 +43,7 @@ def export_model(model: Any, tokenizer: Any | None, out: str | Path, card: Model
             _save_adapter(model, beside / lora.FOLDER, state, out)
         else:
             layers = layer_sparsities(model, state)
-            model.save_pretrained(beside, state_dict=state)  # of a sparsified model: pruned weights as zeros
+            model.save_pretrained(beside, state_dict=state)  # for a sparsified model, pruned weights become zeros
         if tokenizer is not None:
             tokenizer.save_pretrained(beside)
         write_card(beside, card, layers)
@@ -54,7 +54,7 @@ def _save_adapter(model: Any, folder: Path, state: Any, base: Path) -> None:
     config = lora.active_config(model)
     before, config.base_model_name_or_path = config.base_model_name_or_path, str(base)  # not what the base was made of
     try:
-        # embeddings are the base's, and peft would ask the hub whether they are
+        # embeddings belong to the base; otherwise peft would ask the hub
         model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
     finally:
         config.base_model_name_or_path = before
@@ -66,10 +66,10 @@ def export_checkpoint(checkpoint: str | Path, out: str | Path, tokenizer: Any | 
     Args:
         checkpoint: a file, or a folder that FSDP2 or DeepSpeed wrote, see ``sparse_train.models.checkpoints``.
         out: folder to write.
-        tokenizer: is put beside the model.
+        tokenizer: saved with the model.
 
     Raises:
-        ValueError: no such checkpoint, or that of another LightningModule.
+        ValueError: no such checkpoint, or one of another LightningModule.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
@@ -77,7 +77,7 @@ def export_checkpoint(checkpoint: str | Path, out: str | Path, tokenizer: Any | 
     if "model_config" not in content:
         raise ValueError(
             f"{checkpoint} was not written by sparse_train's CausalLM, so its architecture is not known. Load it into "
-            "your own module, call sparse_train.squash(module), and save it as you save a dense model."
+            "your module, call sparse_train.squash(module), and save it like a dense model."
         )
     settings = dict(content["model_config"])
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
@@ -89,7 +89,7 @@ def export_checkpoint(checkpoint: str | Path, out: str | Path, tokenizer: Any | 
         model = lora.wrap(model, content["adapter_config"])
     sparsify_like(model, state)
     model.load_state_dict(state)
-    squash(model)  # before weights are rounded to their dtype again: factors of adapters may have a finer one
+    squash(model)  # before weights are converted to their dtype: factors of adapters may have a higher precision
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
         if name in state and tensor.dtype != state[name].dtype:
             tensor.data = tensor.data.to(state[name].dtype)

@@ -1,1 +1,1 @@
-"""The masked layer: parameter, packed mask, their product, factors inside it, shards; and what models consist of."""
+"""The masked layer: parameter, packed mask, product, low-rank factors inside the mask, shards; the parts of models."""

@@ -1,8 +1,8 @@
-"""A guard for adapters on masked layers: merging one into its base must not lose most of it without a word.
+"""A guard for adapters on masked layers: merging one into its base must not silently lose most of it.
 
-peft merges by writing ``W + BA`` into the base layer's weight. Where that layer is masked, the mask would go on pruning
-the sum, and the model would no longer be the one that was trained, ``mask * W + BA``. Where the mask has been squashed
-the sum is right, and dense.
+peft merges by writing ``W + BA`` into the base layer's weight. If that layer is masked, the mask would prune the sum,
+and the model would no longer be the one that was trained, ``mask * W + BA``. If the mask has been squashed, the sum is
+correct, but dense.
 """
 
 import functools
@@ -14,13 +14,14 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from sparse_train.layers.matrices import MaskedLayer, is_linear
 
-_SPARSE = 0.05  # share of zeros above which a weight was pruned: training leaves none
+_SPARSE = 0.05  # a weight with a larger share of zeros was pruned: training leaves no zeros
 
 
 def guard_merges(model: nn.Module) -> None:
-    """Make adapters of ``model``, and later ones, refuse to merge into masked layers, and warn where it fills zeros.
+    """Make adapters of ``model``, and later ones, refuse to merge into masked layers, and warn if a merge fills zeros.
 
-    What is guarded are the adapters' classes, so also those around other models; each looks at its base when it merges.
+    The classes of the adapters are guarded, so adapters around other models are too. Each checks its base when it
+    merges.
     """
     for module in model.modules():
         if _is_base(module._modules.get("base_layer")):
@@ -34,7 +35,7 @@ def _is_base(module: nn.Module | None) -> bool:
 
 @functools.cache
 def _watch() -> None:
-    # An adapter may come after the mask, and nothing of ours is called then: torch tells of modules put into others.
+    # An adapter may be added after the mask, without a call of ours: torch reports modules that are put into others.
     register_module_module_registration_hook(_registered)
 
 
@@ -44,10 +45,10 @@ def _registered(owner: nn.Module, name: str, module: nn.Module | None) -> None:
 
 
 def _guard(adapter: Any) -> None:
-    """Wrap ``merge`` of an adapter's class; of one around an ordinary layer it does what it did."""
+    """Wrap ``merge`` of an adapter's class; for an adapter around an ordinary layer, nothing changes."""
     merge = getattr(adapter, "merge", None)
     if merge is None or getattr(merge, "refuses_masked", False) or not hasattr(adapter, "get_base_layer"):
-        return  # the last: no adapter of peft
+        return  # not an adapter of peft
 
     @functools.wraps(merge)
     def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -55,13 +56,13 @@ def _guard(adapter: Any) -> None:
         if isinstance(base, MaskedLayer):
             raise ValueError(
                 f"Merging an adapter into a masked layer ({base}) would prune the sum, and lose what the adapter adds "
-                "where the mask prunes. Keep the adapters apart: base and adapters can be saved by themselves. Or call "
-                "sparse_train.squash(model) first: what is merged then is what was trained, and dense."
+                "where the mask prunes. Keep the adapters separate: base and adapters can be saved separately. Or call "
+                "sparse_train.squash(model) first: the merged model is then the one that was trained, and dense."
             )
         if base.weight.is_floating_point() and float((base.weight == 0).float().mean()) > _SPARSE:
             warnings.warn(
-                "Merging an adapter into a sparse layer: what comes out is what was trained, and dense. To keep the "
-                "zeros, keep base and adapter apart, or train with mask_lora.",
+                "Merging an adapter into a sparse layer: the result is the model that was trained, and dense. To keep "
+                "the zeros, keep base and adapter separate, or train with mask_lora.",
                 stacklevel=2,
             )
         return merge(self, *args, **kwargs)

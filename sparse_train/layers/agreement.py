@@ -11,7 +11,7 @@ from sparse_train.layers.matrices import MaskedMatrix
 
 
 def check_agreement(layers: Mapping[str, MaskedMatrix]) -> None:
-    """Raise ValueError, on every rank alike, where ranks hold different masks; one small reduce."""
+    """Raise ValueError, on every rank, if ranks hold different masks; costs one small reduce."""
     if world_size() > 1:
         bits = fingerprints(layers)
         sum_over_ranks([bits])
@@ -19,13 +19,13 @@ def check_agreement(layers: Mapping[str, MaskedMatrix]) -> None:
 
 
 def fingerprints(layers: Mapping[str, MaskedMatrix]) -> Tensor:
-    """Bits of each mask as float32 0 and 1, a row a layer: to be summed over ranks, also with other numbers."""
+    """Fingerprint of each mask as float32 zeros and ones, one row per layer, to be summed over ranks."""
     return torch.stack([masks.fingerprint(layer.weight_mask) for layer in layers.values()]).float()
 
 
 def compare(layers: Mapping[str, MaskedMatrix], bits: Tensor) -> None:
     """``check_agreement`` on ``fingerprints`` that were summed over ranks."""
-    differing = ((bits > 0) & (bits < world_size())).any(1).tolist()  # a bit that all have is summed to 0 or to all
+    differing = ((bits > 0) & (bits < world_size())).any(1).tolist()  # ranks agree on a bit if its sum is 0 or all
     for name, differs in zip(layers, differing, strict=True):
         if differs:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""What a model consists of, as its modules tell: blocks, routers, fused experts. No architecture is known."""
+"""The parts of a model: blocks, routers, fused experts. Found from its modules, independent of the architecture."""
 
 import re
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from sparse_train.layers.matrices import is_linear, shape_OI
 
 
 def block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
-    """The outermost ``nn.ModuleList``s of composite modules, by name, largest first; no architecture is known."""
+    """The outermost ``nn.ModuleList``s of composite modules, by name, largest first; for any architecture."""
     found: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{outer}.") for outer in found)
@@ -19,10 +19,10 @@ def block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
 
 
 def unambiguous_blocks(model: nn.Module) -> str | None:
-    """The name of the list of blocks; None where there is none. Raises ValueError where several are about as large."""
+    """The name of the list of blocks; None if there is none. Raises ValueError if several are about equally large."""
     found = block_lists(model)
     trainable = {name: blocks for name, blocks in found.items() if any(p.requires_grad for p in blocks.parameters())}
-    found = trainable or found  # beside a model in training, a frozen one is its teacher or reference
+    found = trainable or found  # a frozen model next to one in training is its teacher or reference
     if not found:
         return None
     first, *others = found
@@ -45,16 +45,16 @@ class FusedExperts:
     """The weights of all experts of a Mixture-of-Experts block in one parameter."""
 
     parameter: nn.Parameter
-    """(E, O, I), or (E, I, O) where ``transposed``."""
+    """(E, O, I), or (E, I, O) if ``transposed``."""
     transposed: bool
 
 
 def fused_experts(model: nn.Module) -> dict[str, FusedExperts]:
-    """Three-dimensional parameters, as transformers keeps experts; their modules say where they are transposed."""
+    """Three-dimensional parameters, as transformers stores experts; their modules say whether they are transposed."""
     found = {}
     for name, module in model.named_modules():
         for own, parameter in module.named_parameters(recurse=False):
-            # transformers says of its experts' modules how their weights lie; elsewhere three dimensions mean nothing
+            # experts' modules in transformers say how weights are stored; in others, three dimensions mean nothing
             if dimensions(parameter) == 3 and "bias" not in own and hasattr(module, "is_transposed"):
                 found[f"{name}.{own}"] = FusedExperts(parameter, bool(module.is_transposed))
     return found
@@ -68,12 +68,12 @@ def expert_shape_OI(experts: FusedExperts) -> tuple[int, int]:
 
 def is_router(module: nn.Module) -> bool:
     """Whether its class is one that chooses experts."""
-    # its few weights decide which experts run; every method leaves it dense, and it is no loss of sparsity
+    # its few weights decide which experts run; every method leaves it dense, at almost no loss of sparsity
     return re.search("Router|Gate$|Gating$", type(module).__name__) is not None
 
 
 def router_names(model: nn.Module, blocks: str) -> set[str]:
-    """Linear layers of blocks that decide which experts run, or how much one counts: a single output."""
+    """Linear layers of blocks that decide which experts run, or (with a single output) how much one counts."""
     of_routers = {
         part for module in model.get_submodule(blocks).modules() if is_router(module) for part in module.modules()
     }
@@ -81,7 +81,7 @@ def router_names(model: nn.Module, blocks: str) -> set[str]:
     for name, module in model.named_modules():
         if is_linear(module):
             outputs, inputs = shape_OI(module)
-            # experts are fewer than features; the gate of a SwiGLU has as many outputs as the layer that it gates
+            # a router has fewer outputs than inputs; the gate of a SwiGLU has as many outputs as the layer it gates
             routes = module in of_routers and outputs < inputs
             if routes or "router" in name.rpartition(".")[2] or outputs == 1:
                 found.add(name)
@@ -93,10 +93,10 @@ def _size(module: nn.Module) -> int:
 
 
 def numel(parameter: nn.Parameter) -> int:
-    """Of the whole parameter: ZeRO-3 leaves an empty tensor in its place."""
+    """Number of elements of the whole parameter: ZeRO-3 leaves an empty tensor in its place."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def dimensions(parameter: nn.Parameter) -> int:
-    """Of the whole parameter: ZeRO-3 leaves an empty tensor of one dimension in its place."""
+    """Number of dimensions of the whole parameter: ZeRO-3 leaves an empty tensor of one dimension in its place."""
     return len(getattr(parameter, "ds_shape", parameter.shape))

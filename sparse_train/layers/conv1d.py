@@ -7,7 +7,7 @@ from sparse_train.layers.matrices import MaskedLayer
 
 
 class SparseConv1D(MaskedLayer, Conv1D):  # type: ignore[misc]
-    """A ``Conv1D`` whose forward sees only kept weights; the parameter stays (I, O), masks and scores are (O, I)."""
+    """A ``Conv1D`` whose forward uses only kept weights; the parameter stays (I, O), masks and scores are (O, I)."""
 
     weight: Tensor
     nf: int

@@ -14,10 +14,10 @@ from sparse_train.layers import masks
 
 
 class _MaskedLinear(torch.autograd.Function):
-    """``F.linear(x, where(mask, weight, 0), bias)`` that holds x, weight and packed mask, and no masked copy.
+    """``F.linear(x, where(mask, weight, 0), bias)`` that saves x, weight and packed mask, but no masked copy.
 
-    The masked weight is made again in backward: keeping it would hold a second model between the two (and under
-    FSDP2 or ZeRO-3 the whole gathered one).
+    The masked weight is recomputed in backward: saving it would hold a second model between forward and backward
+    (under FSDP2 or ZeRO-3, the whole gathered one).
     """
 
     @staticmethod
@@ -40,7 +40,7 @@ class _MaskedLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight_OI, mask_OJ = ctx.saved_tensors
         grad_x = grad_weight_OI = grad_bias_O = None
-        with torch.autocast(x.device.type, enabled=False):  # backward runs outside autocast unless the caller is in it
+        with torch.autocast(x.device.type, enabled=False):  # in case the caller runs backward inside autocast
             grad = grad.to(x.dtype)
             grad_TO = grad.reshape(-1, grad.shape[-1])
             if ctx.needs_input_grad[0]:
@@ -67,7 +67,7 @@ def masked_linear(
         straight_through: pruned weights get the gradient of their masked self (Bengio et al., arXiv 1308.3432;
             Zhou et al., arXiv 2102.04010, section 3), or, if False, zero.
 
-    Under autocast computes in its dtype, forward and backward; otherwise all dtypes must agree.
+    Under autocast, computes in the autocast dtype, forward and backward; otherwise all dtypes must agree.
     """
     output: Tensor = _MaskedLinear.apply(x, weight_OI, mask_OJ, bias_O, straight_through)  # type: ignore[no-untyped-call]
     return output

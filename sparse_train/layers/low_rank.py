@@ -14,14 +14,14 @@ from sparse_train.layers import masks
 
 
 def low_rank_sum(weight_OI: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float) -> Tensor:
-    """``W + scale * B A`` (O, I), a new tensor of the weight's dtype, summed in the wider one of weight and factors."""
+    """``W + scale * B A`` (O, I), a new tensor of the weight's dtype, summed in the wider of the two dtypes."""
     dtype = torch.promote_types(weight_OI.dtype, a_RI.dtype)
     total_OI = torch.addmm(weight_OI.to(dtype), b_OR.to(dtype), a_RI.to(dtype), alpha=scale)
     return total_OI.to(weight_OI.dtype)
 
 
 class _MaskedLowRank(torch.autograd.Function):
-    """Holds x, weight, factors and packed mask; the masked sum is made again in backward, as in ``functional``."""
+    """Saves x, weight, factors and packed mask; the masked sum is recomputed in backward, as in ``functional``."""
 
     @staticmethod
     def forward(
@@ -44,7 +44,7 @@ class _MaskedLowRank(torch.autograd.Function):
         ctx.has_bias = bias_O is not None
         x = x.to(dtype)
         ctx.save_for_backward(x, weight_OI, mask_OJ, a_RI, b_OR)
-        with torch.autocast(device, enabled=False):  # the sum in full precision: what a merge writes is what was seen
+        with torch.autocast(device, enabled=False):  # the sum in full precision, so that a merge writes the same values
             masked_OI = masks.apply(low_rank_sum(weight_OI, a_RI, b_OR, scale), mask_OJ, dtype)
             return F.linear(x, masked_OI, None if bias_O is None else bias_O.to(dtype))
 
@@ -60,7 +60,7 @@ class _MaskedLowRank(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 masked_OI = masks.apply(low_rank_sum(weight_OI, a_RI, b_OR, ctx.scale), mask_OJ, x.dtype)
                 grad_x = grad.matmul(masked_OI).to(ctx.x_dtype)
-            if ctx.straight_through:  # the gradient of the sum is one product, of which its factors are never needed
+            if ctx.straight_through:  # the gradient of the sum is a product that never has to be computed as a whole
                 if wants_a:
                     grad_a_RI = ctx.scale * grad_TO.mm(b_OR.to(x.dtype)).t().mm(x_TI).to(a_RI.dtype)
                 if wants_b:
@@ -85,19 +85,19 @@ def masked_low_rank_linear(
     scale: float,
     straight_through: bool,
 ) -> Tensor:
-    """``F.linear(x, where(mask, W + scale * B A, 0), bias)``, of which A and B learn and W does not.
+    """``F.linear(x, where(mask, W + scale * B A, 0), bias)``, where A and B learn and W does not.
 
     Args:
         x: (..., I).
         weight_OI: frozen, kept and shadow values; it gets no gradient.
         mask_OJ: packed mask, see ``sparse_train.layers.masks``.
-        a_RI, b_OR: the factors; of one dtype.
+        a_RI, b_OR: the factors; both of the same dtype.
         bias_O: (O,) or None.
-        scale: of the product of the factors.
-        straight_through: A and B learn from the gradient of all of the masked sum, pruned entries with it, or, if
-            False, from that of its kept entries alone, which is the loss's own.
+        scale: multiplies the product of the factors.
+        straight_through: A and B learn from the gradient of the whole masked sum, including pruned entries; if False,
+            only from that of kept entries, which is the exact gradient of the loss.
 
-    Under autocast computes in its dtype, forward and backward; otherwise x and weight must agree.
+    Under autocast, computes in the autocast dtype, forward and backward; otherwise x and weight must agree.
     """
     output: Tensor = _MaskedLowRank.apply(  # type: ignore[no-untyped-call]
         x, weight_OI, mask_OJ, a_RI, b_OR, bias_O, scale, straight_through

@@ -24,21 +24,21 @@ ALL_LINEAR = "all-linear"
 class MaskLoRA:
     """Low-rank fine-tuning of a sparse model that stays sparse: ``where(mask, W + s B A, 0)``, W frozen, s = alpha / r.
 
-    A plain LoRA (Hu et al., arXiv 2106.09685) adds ``B A`` behind the mask, so that merging it fills every zero. Here
-    it stands inside, as in MaskLoRA (Zimmer et al., arXiv 2312.15230): merged, the layer is as sparse as its mask, and
-    computes what it computed. Masks that change score ``W + s B A``. There is no dropout: what it does to the input of
-    an adapter cannot be written as one matrix inside a mask.
+    A plain LoRA (Hu et al., arXiv 2106.09685) adds ``B A`` outside the mask, so merging it fills every zero. Here the
+    adapter is inside the mask, as in MaskLoRA (Zimmer et al., arXiv 2312.15230): after merging, the layer is as sparse
+    as its mask and computes the same as before. When masks change, ``W + s B A`` is scored. There is no dropout,
+    because dropout on the input of an adapter cannot be written as one matrix inside a mask.
 
-    The policy decides of A and B too: under ``Fixed`` they get the gradient of the loss, under ``StraightThrough`` that
-    of a sum that nothing prunes, in which pruned entries, which the factors share with kept ones, have a say. Policies
-    that would write into W (``Regrow``, ``srste_decay``) are refused.
+    The policy also applies to A and B. Under ``Fixed`` they get the gradient of the loss; under ``StraightThrough``,
+    that of the unpruned sum, to which pruned entries also contribute. Policies that would write into W (``Regrow``,
+    ``srste_decay``) are refused.
 
     Args:
         r: rank.
         lora_alpha: the product is multiplied by ``lora_alpha / r``.
         target_modules: last parts of the names of masked layers, as in peft; "all-linear" = all masked layers. Masked
             layers that have no adapter stay frozen.
-        exact_gradient: A and B get the gradient of the loss also under ``StraightThrough``.
+        exact_gradient: A and B get the gradient of the loss, also under ``StraightThrough``.
     """
 
     r: int = 8
@@ -57,9 +57,9 @@ class MaskLoRA:
 
 
 class MaskLoRALinear(SparseLinear):
-    """A masked linear layer with a low-rank adapter inside its mask; made and unmade in place.
+    """A masked linear layer with a low-rank adapter inside its mask; converted in place, both ways.
 
-    ``mask_lora_A`` (r, I) and ``mask_lora_B`` (O, r) are parameters beside the frozen ``weight``.
+    ``mask_lora_A`` (r, I) and ``mask_lora_B`` (O, r) are parameters next to the frozen ``weight``.
     """
 
     adapted = True
@@ -70,7 +70,7 @@ class MaskLoRALinear(SparseLinear):
 
     @property
     def scale(self) -> float:
-        """s, by which the product of the factors is multiplied."""
+        """s, the factor of the product."""
         return self.lora_alpha / self.mask_lora_A.shape[0]
 
     def product(self, x: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ def described(layer: MaskLoRALinear) -> str:
 
 
 def describe_adapters(layers: Mapping[str, MaskedLayer]) -> str | None:
-    """The adapters of masked layers in words, for checkpoints and model cards; None where there are none."""
+    """The adapters of masked layers in words, for checkpoints and model cards; None if there are none."""
     found = [described(layer) for layer in layers.values() if isinstance(layer, MaskLoRALinear)]
     return f"{', '.join(sorted(set(found)))} on {len(found)} of {len(layers)} layers" if found else None
 
@@ -136,7 +136,7 @@ def add_mask_lora(model: nn.Module, lora: MaskLoRA | None = None) -> list[nn.Par
         ...
         squash(model)
 
-    A is drawn as peft draws it and B is zero, so that the model computes at first what it did.
+    A is initialised as in peft and B is zero, so at first the model computes the same as before.
 
     Args:
         model: with masked layers, see ``sparse_train.sparsify``.
@@ -146,8 +146,8 @@ def add_mask_lora(model: nn.Module, lora: MaskLoRA | None = None) -> list[nn.Par
         The parameters to train: A and B of each adapted layer.
 
     Raises:
-        ValueError: there is no masked layer of a name that is wanted, one is sharded or no ``nn.Linear``, or it has
-            another adapter already.
+        ValueError: there is no masked layer of a requested name, or a layer is sharded, is not an ``nn.Linear``, or
+            already has another adapter.
     """
     lora = lora or MaskLoRA()
     check_mask_lora(model, lora)
@@ -163,15 +163,15 @@ def add_mask_lora(model: nn.Module, lora: MaskLoRA | None = None) -> list[nn.Par
 
 
 def check_mask_lora(model: nn.Module, lora: MaskLoRA) -> None:
-    """Raise ValueError where ``add_mask_lora`` would, and change nothing."""
+    """Raise the ValueErrors of ``add_mask_lora``, without changing anything."""
     for name, layer in _wanted(model, lora).items():
         _check_layer(name, layer, lora)
 
 
 def merge_mask_lora(model: nn.Module) -> None:
-    """Put ``W + s B A`` in the place of each adapted weight; layers stay masked, and compute what they did.
+    """Replace each adapted weight by ``W + s B A``; layers stay masked, and compute the same as before.
 
-    ``squash`` does it too, and folds the masks in. Weights stay frozen as they are.
+    ``squash`` does this too, and also folds the masks in. Weights stay frozen.
     """
     for layer in sparse_layers(model).values():
         layer.merge()
@@ -181,7 +181,7 @@ def attach_factors(layer: MaskedLayer, rank: int, lora_alpha: int, exact_gradien
     """Give a ``SparseLinear`` an adapter, and freeze its weight."""
     assert isinstance(layer, SparseLinear)
     weight = layer.weight
-    # in half precision the steps of an optimizer would be lost, so there the factors are float32, as in peft
+    # in half precision, small optimizer steps would be lost, so the factors are then float32, as in peft
     dtype = torch.promote_types(weight.dtype, torch.float32)
     shapes = ((rank, layer.in_features), (layer.out_features, rank))
     layer.requires_grad_(False)
@@ -208,7 +208,7 @@ def _wanted(model: nn.Module, lora: MaskLoRA) -> dict[str, MaskedLayer]:
         if not own:
             known = sorted({name.rsplit(".", 1)[-1] for name in layers})
             raise ValueError(
-                f"target_modules: {wanted!r} is not a masked layer, and mask_lora adapts those alone; there are "
+                f"target_modules: {wanted!r} is not a masked layer, and mask_lora adapts only those; there are "
                 f"{', '.join(known)}.{did_you_mean(wanted, known)}"
             )
         found |= own
@@ -220,7 +220,7 @@ def _check_layer(name: str, layer: MaskedLayer, lora: MaskLoRA) -> None:
         found = (layer.mask_lora_A.shape[0], layer.lora_alpha, layer.exact_gradient)
         if found != (lora.r, lora.lora_alpha, lora.exact_gradient):
             raise ValueError(
-                f"{name} has an adapter already ({described(layer)}), and {lora} asks for another. Take the same, such "
+                f"{name} has an adapter already ({described(layer)}), and {lora} asks for another. Use the same, such "
                 "as that of the checkpoint, or call merge_mask_lora(model) first."
             )
         return

@@ -1,9 +1,9 @@
-"""Bit-packed masks: one bit a weight, True = kept.
+"""Bit-packed masks: one bit per weight, True = kept.
 
-Shape suffixes: O out_features, I in_features, J bytes a row = ceil(I / 8).
+Shape suffixes: O out_features, I in_features, J bytes per row = ceil(I / 8).
 
-Bit ``b`` of byte ``j`` of a row is input ``8 j + b``; spare bits of the last byte are 0. A packed mask is uint8,
-takes 1/8 byte a weight, and is what layers store, checkpoints hold and ranks exchange.
+Bit ``b`` of byte ``j`` of a row is input ``8 j + b``; spare bits of the last byte are 0. A packed mask is uint8 and
+takes 1/8 byte per weight. Layers store it, checkpoints hold it and ranks exchange it in this form.
 """
 
 from functools import cache
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 INTEGER_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""As what the bits of a dtype can be seen."""
+"""The integer dtype of the same size, as which the bits of a dtype are viewed."""
 
 
 def packed_width(in_features: int) -> int:
@@ -30,10 +30,10 @@ def pack(mask_OI: Tensor) -> Tensor:
     spare = -mask_OI.shape[1] % 8
     if spare:
         mask_OI = F.pad(mask_OI, (0, spare))
-    # Eight bools are one 64-bit word of 0/1 bytes (first input lowest). The product with this constant moves byte b
-    # to bit 56 + b, without carries between them, so that the top byte holds all eight.
+    # Eight bools form one 64-bit word of 0/1 bytes (first input lowest). Multiplying by this constant moves byte b to
+    # bit 56 + b, without carries, so that the top byte holds all eight.
     mask_OI = mask_OI.contiguous()
-    if mask_OI.storage_offset() % 8 or mask_OI.stride(0) % 8:  # a part of a longer mask, which begins within a word
+    if mask_OI.storage_offset() % 8 or mask_OI.stride(0) % 8:  # part of a larger mask, not aligned to words
         mask_OI = mask_OI.clone(memory_format=torch.contiguous_format)
     word_OJ = mask_OI.view(torch.int64)
     return ((word_OJ * 0x0102040810204080) >> 56).to(torch.uint8)
@@ -53,12 +53,12 @@ def apply(weight_OI: Tensor, packed_OJ: Tensor, dtype: torch.dtype | None = None
     """
     out_features, in_features = weight_OI.shape
     dtype = dtype or weight_OI.dtype
-    if torch.compiler.is_compiling():  # the compiler makes one loop of this, and would make a cached table every time
+    if torch.compiler.is_compiling():  # the compiler fuses this into one loop, and would rebuild the cached table
         bit_B = torch.arange(8, dtype=torch.uint8, device=packed_OJ.device)
         keep_OI = ((packed_OJ[:, :, None] >> bit_B) & 1).bool().flatten(1)[:, :in_features]
         return torch.where(keep_OI, weight_OI.to(dtype), 0)
     integer = INTEGER_OF_SIZE[dtype.itemsize]
-    # One row of the table is eight words of all ones or all zeros; looking bytes up in it is a copy of whole vectors.
+    # A row of the table is eight words of all ones or all zeros, so looking up a byte copies a whole vector.
     bits = F.embedding(packed_OJ.int(), _byte_table(integer, packed_OJ.device)).view(out_features, -1)
     if bits.shape[1] == in_features:
         bits &= weight_OI.to(dtype).view(integer)
@@ -81,25 +81,25 @@ def fill_full(packed_OJ: Tensor, in_features: int) -> None:
 
 
 def count(packed_OJ: Tensor) -> int:
-    """Kept entries."""
+    """Number of kept entries."""
     if packed_OJ.device.type == "cpu":
         return int(np.bitwise_count(packed_OJ.numpy()).sum(dtype=np.int64))
     return int(_popcount_table(packed_OJ.device)[packed_OJ.int()].sum())
 
 
 def count_differing(a_OJ: Tensor, b_OJ: Tensor) -> int:
-    """Entries in which two packed masks of one shape differ."""
+    """Number of entries in which two packed masks of equal shape differ."""
     return count(a_OJ ^ b_OJ)
 
 
 def fingerprint(packed_OJ: Tensor) -> Tensor:
-    """32 bits that differ where two masks differ in one entry, and almost surely where they differ in more: (32,) bool.
+    """32 bits, (32,) bool, that differ if two masks differ in one entry, and almost surely if they differ in more.
 
-    Computed where the mask is, so that none has to be copied from an accelerator.
+    Computed on the mask's device, so that no mask has to be copied from an accelerator.
     """
     flat = packed_OJ.reshape(-1)
     words = F.pad(flat, (0, -flat.numel() % 8)).view(torch.int64)
-    # odd multipliers: a change of one word always changes the sum (modulo 2^64)
+    # odd multipliers, so that a change of one word always changes the sum (modulo 2^64)
     odd = torch.arange(1, 2 * len(words), 2, device=flat.device) * 0x5851F42D4C957F2D
     total = (words * odd).sum() * 0x2545F4914F6CDD1D
     return ((total ^ (total >> 32)) >> torch.arange(32, device=flat.device)).bitwise_and(1).bool()
@@ -107,8 +107,8 @@ def fingerprint(packed_OJ: Tensor) -> Tensor:
 
 @cache
 def _byte_table(integer: torch.dtype, device: torch.device) -> Tensor:
-    """(256, 8): row v holds all ones (1 for uint8, so that it can be seen as bool) where v has bit b, else 0."""
-    with torch.inference_mode(False):  # a table first made under inference_mode could not be used in training
+    """(256, 8): entry b of row v is all ones (1 for uint8, so that it can be viewed as bool) if v has bit b, else 0."""
+    with torch.inference_mode(False):  # a table created under inference_mode could not be used in training
         bit_VB = torch.arange(256)[:, None] >> torch.arange(8) & 1
         return (bit_VB if integer == torch.uint8 else -bit_VB).to(integer).to(device)
 

@@ -17,25 +17,25 @@ from sparse_train.statistics.activations import Statistics, fits, recomputing
 from sparse_train.statistics.input_sharing import InputSharing
 
 MASK_NAME = "weight_mask"
-"""Name of the packed mask buffer beside ``weight`` in a state dict."""
+"""Name of the packed mask buffer next to ``weight`` in a state dict."""
 FACTOR_NAMES = ("mask_lora_A", "mask_lora_B")
-"""Names of the factors beside ``weight`` where a layer has a low-rank adapter, see ``layers.mask_lora``."""
+"""Names of the factors next to ``weight`` in a layer with a low-rank adapter, see ``layers.mask_lora``."""
 REACHED_NAMES = ("reached_eager", "reached_compiled")
-"""Attributes of masked layers in which ``MaskedLayer.reached`` is kept."""
+"""Attributes of masked layers that store ``MaskedLayer.reached``."""
 
 
 @dataclass
 class Recorder:
-    """What all masked layers of a model share while activations are recorded."""
+    """State that all masked layers of a model share while activations are recorded."""
 
     when: Literal["never", "training", "always"] = "never"
-    """"training" skips evaluation: forwards in eval mode with autograd off. Calibration wants "always"."""
+    """"training" skips evaluation: forwards in eval mode with autograd off. Calibration uses "always"."""
     token_mask: Tensor | None = None
     """Which tokens of the current batch count (B, L); None = all."""
     sharing: InputSharing | None = None
-    """Set during the one forward in which shared inputs are looked for."""
+    """Set during the one forward that is searched for shared inputs."""
     mask_misfit: str | None = None
-    """Shape of the first input that the token mask did not fit, for one warning."""
+    """Shape of the first input that the token mask did not fit, for a single warning."""
     warned: bool = False
 
     def wants(self, training: bool) -> bool:
@@ -43,7 +43,7 @@ class Recorder:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Record nothing inside."""
+        """Inside this context, nothing is recorded."""
         before, self.when = self.when, "never"
         try:
             yield
@@ -52,14 +52,14 @@ class Recorder:
 
 
 class MaskedMatrix:
-    """A weight matrix, whatever holds it, with a packed mask and statistics of its input.
+    """A weight matrix with a packed mask and statistics of its input; subclasses say where the weights are.
 
     Attributes:
         weight_mask: packed mask, uint8 (O, ceil(I / 8)), see ``sparse_train.layers.masks``.
-        statistics: of the input, shared between layers that share it; None where nothing needs them.
-        reached: whether a forward came by since the last mask update.
+        statistics: of the input, shared between layers that share the input; None if nothing needs them.
+        reached: whether a forward has used the matrix since the last mask update.
         in_features, out_features: I and O.
-        adapted: whether a low-rank adapter is a part of the weight, see ``sparse_train.layers.mask_lora``.
+        adapted: whether a low-rank adapter is part of the weight, see ``sparse_train.layers.mask_lora``.
     """
 
     adapted: bool = False
@@ -75,7 +75,7 @@ class MaskedMatrix:
         raise NotImplementedError
 
     def unmasked_weight(self) -> Tensor:
-        """What the mask is applied to and scores see (O, I): ``weight_OI``, or its sum with an adapter; read only."""
+        """What is masked and scored (O, I): ``weight_OI``, or its sum with an adapter; read only."""
         return self.weight_OI.detach()
 
     def masked_weight(self) -> Tensor:
@@ -83,7 +83,7 @@ class MaskedMatrix:
         return masks.apply(self.unmasked_weight(), self.weight_mask)
 
     def merge(self) -> None:
-        """Fold an adapter inside the mask into the weight; nothing where there is none."""
+        """Fold an adapter inside the mask into the weight; does nothing if there is none."""
 
     def unpacked_mask(self) -> Tensor:
         """The bool mask (O, I), True = kept."""
@@ -99,14 +99,14 @@ class MaskedMatrix:
 
 
 class MaskedLayer(MaskedMatrix):
-    """The forward of masked layers, mixed into the layer class that they were.
+    """The forward of masked layers, a mixin for their original layer class.
 
     Attributes:
         straight_through: whether pruned weights get the gradient of their masked self, or none.
-        records: False where another layer records the shared input.
+        records: False if another layer records the shared input.
         recorder: the model's common switch and token mask.
-        reached_eager, reached_compiled: the two parts of ``reached``. A compiled forward sets a tensor, uint8 (), since
-            an attribute that is set under activation checkpointing breaks the graph of the whole block.
+        reached_eager, reached_compiled: the two parts of ``reached``. A compiled forward sets a tensor, uint8 (),
+            because setting an attribute under activation checkpointing breaks the graph of the whole block.
     """
 
     straight_through: bool
@@ -137,16 +137,16 @@ class MaskedLayer(MaskedMatrix):
         self.reached_compiled = torch.zeros((), dtype=torch.uint8, device=self.weight_mask.device)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        applied = super()._apply(fn, recurse)  # type: ignore[misc]  # .to and its like: the mask has moved by now
+        applied = super()._apply(fn, recurse)  # type: ignore[misc]  # for .to() and the like; this has moved the mask
         if self.reached_compiled.device != self.weight_mask.device:
-            # one made on the meta device has no value to move
+            # a tensor created on the meta device has no value to move
             self.reached = not self.reached_compiled.is_meta and self.reached
         if self.statistics is not None and self.statistics.tokens.device != self.weight_mask.device:
             self.statistics.move(self.weight_mask.device)
         return applied
 
     def product(self, x: Tensor) -> Tensor:
-        """The layer's output (..., O), with nothing recorded."""
+        """The layer's output (..., O), without recording."""
         return masked_linear(x, self.weight_OI, self.weight_mask, self.bias, straight_through=self.straight_through)
 
     def _record(self, x: Tensor, recorder: Recorder, statistics: Statistics) -> None:
@@ -171,7 +171,7 @@ FALCON_LINEAR = "transformers.models.falcon.modeling_falcon.FalconLinear"
 
 
 def class_path(cls: type) -> str:
-    """Module and name: classes of libraries that are not imported here are known by both; another may bear the name."""
+    """Module and name, which together identify classes of libraries that are not imported here."""
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
@@ -186,7 +186,7 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def shape_OI(module: nn.Module) -> tuple[int, int]:
-    """``(out_features, in_features)`` of a linear layer or a ``Conv1D``, also where its weight is sharded away."""
+    """``(out_features, in_features)`` of a linear layer or a ``Conv1D``, also if its weight is sharded."""
     if isinstance(module, (nn.Linear, MaskedMatrix)):
         return module.out_features, module.in_features
     return int(module.nf), int(module.nx)  # type: ignore[arg-type]

@@ -9,34 +9,34 @@ from sparse_train.layers.matrices import MaskedMatrix, is_conv1d
 from sparse_train.patterns import detect_pattern
 
 DTYPES = (torch.float16, torch.bfloat16)
-"""What weights, and what they are multiplied with, can be."""
+"""Supported dtypes of weights and of their inputs."""
 BLOCK = 16
-"""Both dimensions of a weight must be multiples of it: cuSPARSELt's blocks in these dtypes, as torch has them."""
+"""Both dimensions of a weight must be multiples of this: cuSPARSELt's block size in these dtypes, as torch sets it."""
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """Which layers compute on 2:4 hardware now, and why the others do not."""
+    """Which layers now compute on 2:4 hardware, and why the others do not."""
 
     converted: tuple[str, ...]
     refused: dict[str, str]
-    """Reason by layer."""
+    """Reason, by layer."""
 
     def __str__(self) -> str:
-        head = f"{len(self.converted)} layers converted, {len(self.refused)} left as they are"
+        head = f"{len(self.converted)} layers converted, {len(self.refused)} unchanged"
         return "\n".join([head, *(f"  {name}: {reason}" for name, reason in self.refused.items())])
 
 
 def to_sparse_semi_structured(model: nn.Module) -> Conversion:
     """Let the 2:4 layers of a model compute on sparse tensor cores, for inference.
 
-    Where hardware, dtype and shape allow it and zeros are 2:4, the weight of a plain ``nn.Linear`` is replaced by its
-    compressed form (``torch.sparse.to_sparse_semi_structured``), which takes 9/16 of the memory. That has no gradient,
-    and ``save_pretrained`` cannot write it: convert a model that was loaded, and keep the folder. Other layers stay as
-    they are; what is returned says why.
+    If hardware, dtype and shape allow it and zeros are 2:4, the weight of a plain ``nn.Linear`` is replaced by its
+    compressed form (``torch.sparse.to_sparse_semi_structured``), which takes 9/16 of the memory. The compressed form
+    has no gradient, and ``save_pretrained`` cannot write it, so convert a loaded model and keep the folder. Other
+    layers stay unchanged; the result says why.
 
-    The conversion itself has never been run where this was written, which had no GPU: it follows the API of torch 2.13,
-    and what is tested are the refusals and the choice of layers. Compare the model's outputs before and after.
+    The conversion itself has never been run by its authors, who had no GPU: it follows the API of torch 2.13, and only
+    the refusals and the choice of layers are tested. Compare the model's outputs before and after.
 
     Args:
         model: on its GPU, in float16 or bfloat16, squashed.
@@ -57,7 +57,7 @@ def to_sparse_semi_structured(model: nn.Module) -> Conversion:
 
 
 def why_not_module(module: nn.Module) -> str | None:
-    """Why this layer, where and as it is, cannot compute on 2:4 hardware; None if it can."""
+    """Why this layer, on its current device, cannot compute on 2:4 hardware; None if it can."""
     if isinstance(module, MaskedMatrix):
         return "it is masked; squash the model first"
     if type(module) is not nn.Linear:
@@ -68,12 +68,12 @@ def why_not_module(module: nn.Module) -> str | None:
 
 
 def why_not_weight(shape: tuple[int, ...], dtype: torch.dtype, pattern: str) -> str | None:
-    """Why no 2:4 hardware could compute with such a weight; None if it could.
+    """Why no 2:4 hardware could compute with such a weight; None if some could.
 
     Args:
         shape: (out_features, in_features).
         dtype: of the weight.
-        pattern: what ``detect_pattern`` says of its zeros.
+        pattern: of its zeros, from ``detect_pattern``.
     """
     if pattern not in ("1:4", "2:4"):
         return f"its zeros are {pattern}, not 2:4" if pattern != "dense" else "it is dense"

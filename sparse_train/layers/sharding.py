@@ -1,7 +1,7 @@
-"""Where a process holds a weight matrix: all of it, some of its rows (FSDP2), or a flat piece (ZeRO-3).
+"""What a process holds of a weight matrix: all of it, some of its rows (FSDP2), or a flat piece (ZeRO-3).
 
-All that the rest of the package needs of the engines that shard. It is asked of the parameter itself, so nothing has
-to be told which engine runs, and none is imported before one of its parameters is there.
+This module has all that the rest of the package needs from engines that shard. It inspects the parameters themselves,
+so nothing has to be told which engine runs, and an engine is imported only when one of its parameters appears.
 
 Shape suffixes: O out_features, I in_features, J packed mask bytes; R rows of this process.
 """
@@ -19,13 +19,13 @@ from sparse_train.layers.blocks import block_lists
 from sparse_train.layers.matrices import MaskedMatrix
 
 NO_ADAPTERS = (
-    "{} has a mask_lora adapter, and its parameters are divided among processes (FSDP2, DeepSpeed), where masks do not "
-    "see the sum of the two. Train in one process or with DDP, or without mask_lora."
+    "{} has a mask_lora adapter, and its parameters are divided among processes (FSDP2, DeepSpeed), where the sum of "
+    "the two cannot be masked. Train in one process or with DDP, or without mask_lora."
 )
-"""Error, with the layer's name."""
+"""Error message, to be formatted with the layer's name."""
 
 Elementwise = Callable[[Tensor, Tensor], Tensor]
-"""New values of weights and of the mask entries that belong to them, both of one shape, whatever shape that is."""
+"""Computes new values from weights and the mask entries that belong to them, both of the same, arbitrary shape."""
 
 
 def is_sharded(layer: MaskedMatrix) -> bool:
@@ -34,7 +34,7 @@ def is_sharded(layer: MaskedMatrix) -> bool:
 
 
 def is_dtensor(tensor: Any) -> bool:
-    """Whether this is a tensor of FSDP2 (or of tensor parallelism), of which a process holds a part."""
+    """Whether this is a tensor of FSDP2 (or of tensor parallelism), of which each process holds a part."""
     return hasattr(tensor, "placements")
 
 
@@ -44,7 +44,7 @@ def is_zero3(parameter: Any) -> bool:
 
 
 def has_masters(layer: MaskedMatrix) -> bool:
-    """Whether parameters are whole, and DeepSpeed's ZeRO-1 or 2 holds float32 masters of them in pieces."""
+    """Whether parameters are whole, but DeepSpeed's ZeRO-1 or 2 holds float32 masters of them in pieces."""
     return hasattr(_parameter(layer), "_hp_mapping")
 
 
@@ -57,7 +57,7 @@ def check_layout(name: str, layer: nn.Module) -> None:
             raise ValueError(NO_ADAPTERS.format(name))
     if getattr(parameter, "ds_secondary_tensor", None) is not None:
         raise ValueError(
-            f"{name} has a second copy within its node (ZeRO++'s zero_hpz_partition_size), which masks do not reach. "
+            f"{name} has a second copy within its node (ZeRO++'s zero_hpz_partition_size), which is not masked. "
             "Set zero_hpz_partition_size to 1."
         )
     if not is_dtensor(parameter):
@@ -74,9 +74,9 @@ def check_layout(name: str, layer: nn.Module) -> None:
 
 @contextmanager
 def weights(layer: MaskedMatrix, by_rows: bool) -> Iterator[tuple[Tensor, slice]]:
-    """The weight to be read, and which rows of it this is: all of them, or, ``by_rows``, those that are here.
+    """The weight, for reading, and which of its rows these are: all of them, or, if ``by_rows``, this process's.
 
-    One layer at a time: ZeRO-3 gathers it on entry and lets it go on exit, FSDP2 gathers it unless ``by_rows``.
+    One layer at a time: ZeRO-3 gathers it on entry and releases it on exit; FSDP2 gathers it unless ``by_rows``.
     """
     everything, device = slice(0, layer.out_features), layer.weight_mask.device
     if is_zero3(_parameter(layer)):
@@ -92,7 +92,7 @@ def weights(layer: MaskedMatrix, by_rows: bool) -> Iterator[tuple[Tensor, slice]
         weight_RI = weight.to_local()
         rows = rows_of(rank(), layer.out_features)
         assert weight_RI.shape[0] == rows.stop - rows.start, (weight_RI.shape, rows)
-        yield weight_RI.to(device), rows  # shards may wait in main memory (CPUOffloadPolicy)
+        yield weight_RI.to(device), rows  # shards may be in main memory (CPUOffloadPolicy)
     else:
         yield weight.full_tensor().to(device), everything
 
@@ -104,8 +104,8 @@ def rows_of(process: int, out_features: int) -> slice:
 
 
 def reshard(model: nn.Module) -> None:
-    """Let go of weights that FSDP2 still holds gathered, as it may after an evaluation: what is written to those is
-    lost, and what is read of them is not known to be sharded."""
+    """Release weights that FSDP2 still holds gathered, for example after an evaluation. What is written to gathered
+    weights is lost, and they are not recognised as sharded."""
     for module in model.modules():
         if any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__):
             module.reshard()  # type: ignore[operator]
@@ -113,9 +113,9 @@ def reshard(model: nn.Module) -> None:
 
 @torch.no_grad()
 def rewrite(layer: MaskedMatrix, function: Elementwise) -> None:
-    """Replace weights in place, each process its part; DeepSpeed's float32 masters with them.
+    """Replace weights in place, in each process its part, together with DeepSpeed's float32 masters.
 
-    Without the masters, the next optimizer step would bring the old values back.
+    If the masters kept the old values, the next optimizer step would bring them back.
     """
     parameter = _parameter(layer)
     if is_zero3(parameter):
@@ -129,21 +129,21 @@ def rewrite(layer: MaskedMatrix, function: Elementwise) -> None:
         return
     weight.copy_(function(weight, layer.unpacked_mask()))
     if getattr(parameter, "_hp_mapping", None) is not None:  # ZeRO-1 and 2: parameters are whole, masters in pieces
-        # DeepSpeed's own safe_set_full_fp32_param does this, but wants the whole master, which only a reduce would give
+        # DeepSpeed's safe_set_full_fp32_param does this too, but needs the whole master, which would cost a reduce
         piece, master = parameter._hp_mapping.lp_fragment_address, parameter._hp_mapping.get_hp_fragment()
         keep = stored(layer, layer.unpacked_mask()).reshape(-1)[piece.start : piece.start + piece.numel]
         master.copy_(function(master.reshape(-1), keep.to(master.device)).view_as(master))
 
 
 def _rewrite_zero3(layer: MaskedMatrix, parameter: Any, function: Elementwise) -> None:
-    piece = parameter.ds_tensor  # this process's, flat and padded at the end of the last one
+    piece = parameter.ds_tensor  # this process's piece, flat; the last process's is padded at its end
     flat = stored(layer, layer.unpacked_mask()).reshape(-1)
     mine = flat[rank() * piece.numel() : (rank() + 1) * piece.numel()].to(piece.device)
     own = piece.data[: len(mine)]
     own.copy_(function(own, mine))
-    if parameter.data.numel() == parameter.ds_numel:  # a small one, which DeepSpeed keeps gathered
+    if parameter.data.numel() == parameter.ds_numel:  # a small parameter, which DeepSpeed keeps gathered
         parameter.data.copy_(function(parameter.data, flat.view_as(parameter.data)))
-    if hasattr(parameter, "_z3_optimizer"):  # absent for frozen parameters and outside of training
+    if hasattr(parameter, "_z3_optimizer"):  # absent for frozen parameters and outside training
         from deepspeed.utils import safe_get_local_fp32_param, safe_set_local_fp32_param
 
         master = safe_get_local_fp32_param(parameter)
@@ -160,7 +160,7 @@ def _here(weight: Any) -> tuple[slice, ...]:
 
 
 def _parameter(layer: MaskedMatrix) -> Any:
-    """The parameter behind ``weight_OI``, which may be a view of it."""
+    """The parameter of which ``weight_OI`` may be a view."""
     return getattr(layer, "weight", layer.weight_OI)
 
 
@@ -179,13 +179,13 @@ def write_zeros(layer: MaskedMatrix) -> None:
     if is_sharded(layer) or has_masters(layer):
         rewrite(layer, lambda weight, keep: torch.where(keep, weight, 0))
     else:
-        layer.weight_OI.copy_(layer.masked_weight())  # the same, without a bool for every weight
+        layer.weight_OI.copy_(layer.masked_weight())  # the same result, without a bool per weight
 
 
 def whole_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of a sharded model, whole and on the CPU, in rank 0; nothing in other ranks, which must call too.
+    """The whole state dict of a sharded model, on the CPU of rank 0; empty on other ranks, which must call too.
 
-    One tensor at a time, so that no device holds more than its shard and one tensor.
+    It gathers one tensor at a time, so no device holds more than its shard and one tensor.
     """
     reshard(model)
     found: dict[int, Tensor] = {}  # tied parameters stay tied
@@ -211,10 +211,10 @@ def _gathered(tensor: Any) -> Iterator[Tensor]:
 
 @contextmanager
 def whole_first() -> Iterator[None]:
-    """Build a model whole inside ``zero.Init``, as Lightning's DeepSpeed strategy enters it around ``configure_model``.
+    """Build a whole model inside ``zero.Init``, which Lightning's DeepSpeed strategy enters around ``configure_model``.
 
-    Its engine partitions the model right afterwards. For models whose own initialisation cannot work on pieces, as
-    that of transformers' cannot.
+    DeepSpeed's engine partitions the model right afterwards. For models whose initialisation does not work on pieces,
+    such as those of transformers.
     """
     parameters: Any = sys.modules.get("deepspeed.runtime.zero.partition_parameters")
     if parameters is None:
@@ -231,7 +231,7 @@ def shard_blocks(model: nn.Module, mesh: Any, *, bfloat16: bool = False) -> None
     """FSDP2's ``fully_shard`` on each decoder block, and on the rest of the model; for ``configure_model``.
 
     Args:
-        model: of which each process has the same whole copy.
+        model: each process must have the same whole copy.
         mesh: a ``DeviceMesh`` of one dimension over all processes, such as ``self.device_mesh["data_parallel"]``.
         bfloat16: gather and compute in bfloat16; shards, sums of gradients and optimizer stay float32.
     """

@@ -31,10 +31,10 @@ SPARSE_CONV1D = "sparse_train.layers.conv1d.SparseConv1D"
 
 
 class SparseLinear(MaskedLayer, nn.Linear):
-    """A linear layer whose forward sees only kept weights.
+    """A linear layer whose forward uses only kept weights.
 
-    Made from an ``nn.Linear`` in place by ``sparsify``: the parameter objects and their names stay, so optimizers,
-    sharding engines and checkpoints need to know nothing. ``weight`` (O, I) holds kept and shadow values together;
+    ``sparsify`` makes it from an ``nn.Linear`` in place. The parameter objects and their names stay, so optimizers,
+    sharding engines and checkpoints are not affected. ``weight`` (O, I) holds kept and shadow values together;
     ``weight_mask`` (O, ceil(I / 8)) uint8 is the packed mask, see ``sparse_train.layers.masks``.
     """
 
@@ -43,7 +43,7 @@ class SparseLinear(MaskedLayer, nn.Linear):
         return self.weight
 
     def reset_parameters(self) -> None:
-        # Also reached after ``to_empty`` of a layer made on the meta device, where the buffer's bytes are garbage.
+        # Also called after ``to_empty`` of a layer created on the meta device, when the buffer's bytes are garbage.
         super().reset_parameters()
         if MASK_NAME in self._buffers:
             masks.fill_full(self.weight_mask, self.in_features)
@@ -84,8 +84,8 @@ def sparsify(model: nn.Module, layers: Iterable[nn.Module]) -> None:
 def squash(model: nn.Module) -> None:
     """Fold masks into weights: pruned weights become exact zeros, and plain linear layers remain.
 
-    Adapters inside masks (``layers.mask_lora``) are folded in with them. Warns where masks prune nothing, as in a loop
-    that ended before ``MaskUpdater`` had seen enough for a first mask.
+    Adapters inside masks (``layers.mask_lora``) are folded in as well. Warns if no mask prunes anything, for example
+    because a loop ended before ``MaskUpdater`` had recorded enough for a first mask.
 
     Args:
         model: with masked layers anywhere in it.
@@ -94,8 +94,8 @@ def squash(model: nn.Module) -> None:
     if layers and all(layer.keeps_all() for layer in layers.values()):
         _log.warning(
             "None of the %d masked layers has a pruned weight, so squash leaves a dense model: there was no mask "
-            "update before it. MaskUpdater makes its first mask half an interval into a run, or takes the one that "
-            "prune(..., squash=False) has set.",
+            "update before it. MaskUpdater makes its first mask half an interval into a run, or starts from the one "
+            "that prune(..., squash=False) has set.",
             len(layers),
         )
     fold(model)
@@ -103,7 +103,7 @@ def squash(model: nn.Module) -> None:
 
 @torch.no_grad()
 def fold(model: nn.Module, only: Iterable[MaskedLayer] | None = None) -> None:
-    """``squash``, also of masks that prune nothing, and of some layers alone (default: all)."""
+    """``squash`` without the warning about masks that prune nothing, and for some layers only (default: all)."""
     sharding.reshard(model)
     for layer in sparse_layers(model).values() if only is None else list(only):
         assert isinstance(layer, MaskedLayer)
@@ -122,9 +122,9 @@ def fold(model: nn.Module, only: Iterable[MaskedLayer] | None = None) -> None:
 
 
 def _keep_from_ddp(model: nn.Module) -> None:
-    """Tell a later ``DistributedDataParallel(model)`` to leave masks alone.
+    """Tell a later ``DistributedDataParallel(model)`` to ignore masks.
 
-    It would send rank 0's to all in every forward, which costs time and hides ranks that disagree.
+    Otherwise it would send rank 0's masks to all ranks in every forward, which costs time and hides disagreement.
     """
     names = [".".join(filter(None, (name, MASK_NAME))) for name in sparse_layers(model)]
     others = [name for name in getattr(model, _DDP_IGNORES, ()) if not _is_mask(name)]
@@ -132,7 +132,7 @@ def _keep_from_ddp(model: nn.Module) -> None:
         setattr(model, _DDP_IGNORES, [*others, *names])
 
 
-_DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"  # torch's; set directly, as its setter would drop earlier entries
+_DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"  # torch's name; its setter would drop earlier entries
 
 
 def squashed_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -146,10 +146,10 @@ def folded_state_dict(
     """A state dict of ``model`` with its masks, and adapters inside them, folded into its weights.
 
     Args:
-        model: whose state it is.
+        model: the model that the state belongs to.
         state: with masks.
-        device: to put weights with masks folded in, one after the other: together they take as much room as the targets
-            do, which a GPU in the middle of a run need not have. Default: where they were.
+        device: where to put folded weights, one after the other. Together they need as much memory as the targets,
+            which a GPU may not have free in the middle of a run. Default: the device where they were.
     """
     folded = {key: value for key, value in state.items() if not _is_mask(key)}
     for key, mask_OJ in state.items():
@@ -176,10 +176,10 @@ def _is_mask(key: str) -> bool:
 
 
 def _teach_save_pretrained() -> None:
-    """Make ``PreTrainedModel.save_pretrained`` fold masks: once, for all models.
+    """Make ``PreTrainedModel.save_pretrained`` fold masks; done once, for all models.
 
-    On the class and not on the model: what is saved may be a model around the one that was sparsified, or a copy, and
-    trainers pass a state dict of their own.
+    The class is patched and not the model, because the saved model may be one around the sparsified model, or a copy,
+    and trainers pass their own state dict.
     """
     modeling = sys.modules.get("transformers.modeling_utils")
     if modeling is None or getattr(modeling.PreTrainedModel.save_pretrained, "folds_masks", False):
@@ -207,9 +207,9 @@ def _teach_save_pretrained() -> None:
 
 
 def sparsify_like(module: nn.Module, state_dict: Mapping[str, Any], prefix: str = "") -> None:
-    """Sparsify the layers of ``module`` whose masks are in ``state_dict``, so that it can be loaded.
+    """Sparsify the layers of ``module`` whose masks are in ``state_dict``, so that the state can be loaded.
 
-    For a checkpoint of a sparse run in a module that knows nothing of it: ``sparsify_like(module, state)``, then
+    To load the checkpoint of a sparse run into a dense module: ``sparsify_like(module, state)``, then
     ``module.load_state_dict(state)``, and ``squash(module)`` for true zeros.
     """
     names = [key.removeprefix(prefix).removesuffix(f".{MASK_NAME}") for key in state_dict if _is_mask(key)]
@@ -229,7 +229,7 @@ def sparsify_like(module: nn.Module, state_dict: Mapping[str, Any], prefix: str 
 
 def _refuse_dense(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
     found = [f"{prefix}{name}." if name else prefix for name in sparse_layers(module)]
-    # what brings no weights of these layers, such as a file of adapters, needs no masks either
+    # a state dict without the weights of these layers, such as a file of adapters, needs no masks either
     keys = [name + MASK_NAME for name in found if f"{name}weight" in state_dict]
     if keys and not any(key in state_dict for key in keys):
         raise ValueError(
@@ -244,7 +244,7 @@ def _refuse_dense(module: nn.Module, state_dict: dict[str, Any], prefix: str, *a
             with_adapters, without = ("checkpoint", "model") if in_file else ("model", "checkpoint")
             raise ValueError(
                 f"{name}: the {with_adapters} has a mask_lora adapter, and the {without} has none. Resume with the "
-                "mask_lora that the checkpoint was written with; to begin anew from it, export it (squash merges)."
+                "mask_lora that the checkpoint was written with; to start a new run from it, export it (squash merges)."
             )
 
 
@@ -255,13 +255,13 @@ def _refusals(module: nn.Module) -> list[int]:
 
 @functools.cache
 def _sparse_class(cls: Any) -> type:
-    if cls is nn.Linear or class_path(cls) == FALCON_LINEAR:  # which is an nn.Linear afterwards
+    if cls is nn.Linear or class_path(cls) == FALCON_LINEAR:  # FalconLinear becomes an nn.Linear after squash
         return SparseLinear
     if class_path(cls) == CONV1D:
         from sparse_train.layers.conv1d import SparseConv1D
 
         return SparseConv1D
-    # fully_shard has made a class FSDPLinear(FSDPModule, Linear) for this one module; it must stay an FSDPModule.
+    # fully_shard has created a class FSDPLinear(FSDPModule, Linear) for this module; it must stay an FSDPModule.
     assert cls.__bases__[-1] is nn.Linear and len(cls.__bases__) == 2, cls
     return type(f"{cls.__name__}Sparse", (cls.__bases__[0], SparseLinear), dict(cls.__dict__))
 

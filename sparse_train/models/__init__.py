@@ -1,1 +1,1 @@
-"""Where models come from, checkpoints of runs among them, and the module that recipes train."""
+"""Where models come from, including checkpoints of runs, and the module that recipes train."""

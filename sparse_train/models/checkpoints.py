@@ -1,4 +1,4 @@
-"""Reads checkpoints of training runs in one process, whichever engine wrote them, without starting that engine."""
+"""Reads checkpoints of training runs in one process, from any engine, without starting that engine."""
 
 from pathlib import Path
 from typing import Any
@@ -9,10 +9,10 @@ from torch import Tensor
 from sparse_train.layers.matrices import MASK_NAME
 
 PRUNING_STATE = "DynamicPruning"
-"""Where a checkpoint's callbacks have the state of ``DynamicPruning``, and of subclasses of it."""
-_FSDP2_METADATA = ".metadata"  # of torch.distributed.checkpoint
-_LIGHTNING_METADATA = "meta.pt"  # what Lightning puts beside it
-_DEEPSPEED_TAG = "checkpoint"  # Lightning's
+"""Key of the state of ``DynamicPruning``, and of its subclasses, in the callbacks of a checkpoint."""
+_FSDP2_METADATA = ".metadata"  # file of torch.distributed.checkpoint
+_LIGHTNING_METADATA = "meta.pt"  # file that Lightning puts next to it
+_DEEPSPEED_TAG = "checkpoint"  # the tag that Lightning uses
 _CLIENT_KEYS = ("callbacks", "model_config", "generation_config", "adapter_config", "global_step", "epoch")
 
 
@@ -30,7 +30,7 @@ def read_checkpoint(checkpoint: str | Path) -> dict[str, Any]:
     if path.is_file():
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=False)
         if "state_dict" not in content:
-            raise ValueError(f"{path} holds no weights. Where it is part of a checkpoint that is a folder, give that.")
+            raise ValueError(f"{path} holds no weights. If it is part of a checkpoint folder, give that folder.")
         return content
     if (path / _FSDP2_METADATA).is_file():
         content = torch.load(path / _LIGHTNING_METADATA, map_location="cpu", weights_only=False)
@@ -44,13 +44,13 @@ def read_checkpoint(checkpoint: str | Path) -> dict[str, Any]:
 
 
 def check_engine(checkpoint: str | Path, strategy: Any) -> None:
-    """Raise ValueError where a Lightning strategy cannot resume from a checkpoint that another one wrote."""
+    """Raise ValueError if a Lightning strategy cannot resume from a checkpoint of another strategy."""
     path, name = Path(checkpoint), type(strategy).__name__
     engines = {"ModelParallelStrategy": path / _FSDP2_METADATA, "DeepSpeedStrategy": path / _DEEPSPEED_TAG}
     for engine, sign in engines.items():
         if sign.exists() and all(cls.__name__ != engine for cls in type(strategy).__mro__):
             raise ValueError(
-                f"{path} was written under {engine}, and this run has {name}, which cannot resume from it. Take the "
+                f"{path} was written under {engine}, and this run has {name}, which cannot resume from it. Use the "
                 "same strategy, or export the checkpoint (sparse-train export) and start a run from that folder."
             )
 
@@ -62,7 +62,7 @@ def _read_fsdp2(path: Path) -> dict[str, Tensor]:
 
     reader, prefix = FileSystemReader(path), "state_dict."
     found = reader.read_metadata().state_dict_metadata
-    weights = {  # and not the optimizer's, which are twice as much
+    weights = {  # without the optimizer's state, which is twice as large
         key: torch.empty(entry.size, dtype=entry.properties.dtype)
         for key, entry in found.items()
         if key.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
@@ -78,7 +78,7 @@ def _read_deepspeed(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} was written by DeepSpeed, and reading it needs the package: pip install 'sparse-train[deepspeed]'."
         ) from error
-    # every rank has written one, and what is not of the model is the same in all
+    # every rank has written a file; apart from the model's state, they are the same
     states = sorted((path / _DEEPSPEED_TAG).glob("*model_states.pt"))[0]
     content = torch.load(states, map_location="cpu", weights_only=False)
     client = {key: content[key] for key in _CLIENT_KEYS if key in content}

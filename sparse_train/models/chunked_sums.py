@@ -1,6 +1,6 @@
-"""Sums over tokens in chunks, so that no more than one chunk is ever in float32.
+"""Sums over tokens in chunks, so that never more than one chunk is in float32.
 
-Shape suffixes: T all tokens, N those of them that count, C those of one chunk, K sums, X vocabulary or width.
+Shape suffixes: T all tokens, N tokens that count, C tokens of one chunk, K sums, X vocabulary or width.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,21 +24,21 @@ def chunked_sums(
     """``sums(student, *constants)`` (K,) over the tokens ``tokens_N``; only the student gets a gradient.
 
     Args:
-        sums: of rows of all operands, added up over them, float32 (K,).
-        gradient: of ``grad_K`` and the same rows, for those of the student, float32.
+        sums: from rows of all operands, the sums over these rows, float32 (K,).
+        gradient: from ``grad_K`` and the same rows, the gradient of the student's rows, float32.
         tokens_N: rows that count, int64; None = all of them.
         student_TX: one row per token.
-        constants_T: whatever else has one entry per token.
+        constants_T: other operands with one entry per token.
     """
     found_K: Tensor = _ChunkedSums.apply(sums, gradient, tokens_N, student_TX, *constants_T)  # type: ignore[no-untyped-call]
     return found_K
 
 
 class _ChunkedSums(torch.autograd.Function):
-    """Holds the operands and nothing else until backward.
+    """Holds only the operands until backward.
 
-    Plain autograd would hold several float32 copies of all logits. Backward computes each chunk again, so that in both
-    directions a chunk is all there is in float32.
+    Plain autograd would hold several float32 copies of all logits. Backward computes each chunk again, so in both
+    directions only one chunk exists in float32.
     """
 
     @staticmethod
@@ -68,7 +68,7 @@ class _ChunkedSums(torch.autograd.Function):
 
 
 def _chunks(tokens_N: Tensor | None, student_TX: Tensor) -> Iterator[Tensor | slice]:
-    """Indices of rows; slices where all count, which copy nothing."""
+    """Indices of rows; if all rows count, slices, which copy nothing."""
     size = max(1, _CHUNK_ELEMENTS // student_TX.shape[-1])
     if tokens_N is not None:
         yield from tokens_N.split(size)

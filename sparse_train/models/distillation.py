@@ -1,4 +1,4 @@
-"""``Distillation``: train a student also on what a teacher says, such as the dense model that it is pruned from.
+"""``Distillation``: train a student also on the outputs of a teacher, such as the dense model that it was pruned from.
 
 Shape suffixes: B batch, L sequence length, V vocabulary, H hidden width.
 """
@@ -20,8 +20,8 @@ _log = logging.getLogger(__name__)
 class Teacher:
     """A frozen model in eval mode.
 
-    No ``nn.Module``: what holds one has none of its weights among its parameters, in its state dict or in checkpoints,
-    and pruning, optimizers and sharding engines do not find them.
+    Not an ``nn.Module``, so that a module that holds a teacher does not have its weights among its parameters, in its
+    state dict or in checkpoints, and pruning, optimizers and sharding engines do not find them.
 
     Args:
         model: a transformers causal language model; frozen in place.
@@ -36,24 +36,25 @@ class Teacher:
 
 
 class Distillation:
-    """Train on ``hardness_ce * CE + hardness_kldiv * KL + hardness_squarehead * SquareHead``, see the functions above.
+    """Train on ``hardness_ce * CE + hardness_kldiv * KL + hardness_squarehead * SquareHead``, see the functions
+    ``logit_losses`` and ``squarehead_loss``.
 
-    The defaults are the plain sum of the field's two most used terms. What others use: AST (Huang et al., arXiv
-    2407.20584), 2:4 with changing masks, weighs 1 CE : 2 KL at temperature 2 and found KL alone better than distances
-    of hidden states; SquareHead's authors (arXiv 2310.06927) train with 1 CE : 1 SquareHead and no KL.
+    The defaults are the plain sum of the two most common terms. What others use: AST (Huang et al., arXiv 2407.20584),
+    2:4 with changing masks, weights CE and KL 1 to 2 at temperature 2, and found KL alone better than distances of
+    hidden states; SquareHead's authors (arXiv 2310.06927) train with CE and SquareHead 1 to 1, without KL.
 
-    A teacher that has not seen the run's kind of text can end up worse there than a student that has, and hold it back.
-    Then train the dense model on the same text first and give that, or lower ``hardness_kldiv``.
+    A teacher that has not seen the run's kind of text can end up worse at it than a student that has, and hold it back.
+    In that case, train the dense model on the same text first and use that as the teacher, or lower ``hardness_kldiv``.
 
     Args:
         teacher: a model source, or a Hugging Face id or local folder, with the student's tokenizer. Default: the
-            student's own source, that is the model as it was before it was pruned. The teacher is held whole on every
-            device, in the dtype that its source gives (in that of the run under true half precision), and goes through
-            one forward a batch.
+            student's own source, that is the model before it was pruned. Every device holds the whole teacher, in the
+            dtype that its source gives (under true half precision, in that of the run). It adds one forward pass per
+            batch.
         hardness_ce: weight of cross-entropy on the text.
         hardness_kldiv: weight of the KL divergence from the teacher's next-token distribution.
-        hardness_squarehead: weight of the normalised distance of hidden states, each layer's; over all tokens but
-            padding, also those without a label. Wants a teacher as deep and as wide as the student.
+        hardness_squarehead: weight of the normalised distance of the hidden states of each layer, over all tokens
+            except padding, including those without a label. Needs a teacher with the student's depth and width.
         temperature: of both distributions in the divergence.
 
     Raises:
@@ -75,7 +76,7 @@ class Distillation:
         if hardness_kldiv == hardness_squarehead == 0:
             raise ValueError(
                 "hardness_kldiv and hardness_squarehead are both 0, so nothing would be learnt from the teacher. Raise "
-                "one of them, or leave distillation out to train on cross-entropy alone."
+                "one of them, or leave distillation out to train only on cross-entropy."
             )
         if not 0 < temperature < math.inf:
             raise ValueError(f"temperature divides logits, so it is above 0 and finite, got {temperature}.")
@@ -84,18 +85,18 @@ class Distillation:
 
     @property
     def uses_hidden_states(self) -> bool:
-        """Whether ``losses`` wants outputs with ``hidden_states``."""
+        """Whether ``losses`` needs outputs with ``hidden_states``."""
         return self.hardness["squarehead"] > 0
 
     def load_teacher(self, source: ModelSource, student: Any) -> Teacher:
-        """The teacher, on CPU and as its source gives it.
+        """The teacher, on the CPU and in the dtype of its source.
 
         Args:
-            source: the student's, for a teacher that is None.
-            student: the transformers model to be trained, for what has to fit.
+            source: that of the student, used if ``teacher`` is None.
+            student: the transformers model to be trained, which the teacher has to match.
 
         Raises:
-            ValueError: another vocabulary than the student's; or another depth or width, which SquareHead compares.
+            ValueError: the vocabulary differs from the student's; or, with SquareHead, the depth or the width.
         """
         chosen = self.teacher or source
         teacher = chosen.load()
@@ -104,7 +105,7 @@ class Distillation:
             raise ValueError(
                 f"The teacher {chosen.name} has a vocabulary of {theirs.vocab_size} tokens and the student "
                 f"{source.name} one of {own.vocab_size}, and they are compared token by token. Choose a teacher with "
-                "the student's tokenizer, or none: then it is the student's dense model."
+                "the student's tokenizer, or none: the default is the student's dense model."
             )
         shapes = [(config.num_hidden_layers, config.hidden_size) for config in (theirs, own)]
         if self.uses_hidden_states and shapes[0] != shapes[1]:
@@ -124,10 +125,10 @@ class Distillation:
         return Teacher(teacher)
 
     def losses(self, student: Any, teacher: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What the student can learn from one batch: "ce", "kldiv" and, where it is weighted, "squarehead".
+        """The losses of one batch: "ce", "kldiv" and, if it has a weight, "squarehead".
 
         Args:
-            student, teacher: outputs of transformers models for ``batch``, with ``logits`` (B, L, V) and, where
+            student, teacher: outputs of transformers models for ``batch``, with ``logits`` (B, L, V) and, if
                 ``uses_hidden_states``, ``hidden_states``.
             batch: with ``labels`` and ``attention_mask``, each (B, L).
 
@@ -136,13 +137,13 @@ class Distillation:
         """
         ce, kldiv = logit_losses(student.logits, teacher.logits, batch["labels"], self.temperature)
         losses = {"ce": ce, "kldiv": kldiv}
-        if self.uses_hidden_states:  # the first of them are the embeddings, which are not pruned
+        if self.uses_hidden_states:  # the first ones are the embeddings, which are not pruned
             states = student.hidden_states[1:], teacher.hidden_states[1:]
             losses["squarehead"] = squarehead_loss(*states, batch["attention_mask"])
         return losses
 
     def total(self, losses: Mapping[str, Tensor]) -> Tensor:
-        """The loss to train on, from what ``losses`` gives."""
+        """The loss to train on, from the result of ``losses``."""
         weighted = [self.hardness[name] * loss for name, loss in losses.items() if self.hardness[name] > 0]
         return torch.stack(weighted).sum()
 

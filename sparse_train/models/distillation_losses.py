@@ -1,7 +1,7 @@
 """The losses of distillation, as pure functions: ``logit_losses`` and ``squarehead_loss``, in chunks of tokens.
 
-Shape suffixes: B batch, L sequence length, V vocabulary, H hidden width, T all tokens = B * L, N those of them that
-count, C those of one chunk, K sums, X vocabulary or width.
+Shape suffixes: B batch, L sequence length, V vocabulary, H hidden width, T all tokens = B * L, N tokens that count,
+C tokens of one chunk, K sums, X vocabulary or width.
 """
 
 from collections.abc import Sequence
@@ -26,13 +26,13 @@ def logit_losses(
     Args:
         student_BLV: logits in any float dtype; only they get a gradient.
         teacher_BLV: logits over the same vocabulary, in any float dtype.
-        labels_BL: the token ids themselves (shifted here), ``ignore_index`` where there is no loss, of either kind.
-        temperature: ``t``, above 0; larger = more weight on what the teacher holds for unlikely.
+        labels_BL: the token ids (they are shifted here), ``ignore_index`` for positions without either loss.
+        temperature: ``t``, above 0; larger = more weight on tokens that the teacher finds unlikely.
         ignore_index: label of positions without a loss.
 
     Returns:
-        Mean cross-entropy and mean divergence over the labelled tokens (float32 scalars, nats a token; 0 where no
-        token is labelled).
+        Mean cross-entropy and mean divergence over the labelled tokens (float32 scalars, nats per token; 0 if no token
+        is labelled).
     """
     labels_T = shifted(labels_BL, ignore_index)
     tokens_N = (labels_T != ignore_index).nonzero().squeeze(1)
@@ -52,18 +52,18 @@ def squarehead_loss(
     normalisation gives each layer the same weight, though states grow by orders of magnitude with depth.
 
     Args:
-        student_states: of each layer, (B, L, H) in any float dtype; only they get a gradient.
-        teacher_states: the same of the teacher.
+        student_states: one per layer, (B, L, H) in any float dtype; only they get a gradient.
+        teacher_states: the same for the teacher.
         attention_mask_BL: 0 = padding, which is left out.
 
     Returns:
-        A float32 scalar, 0 where every token is padding.
+        A float32 scalar, 0 if every token is padding.
     """
     tokens_N = attention_mask_BL.flatten().nonzero().squeeze(1)
     losses = []
     for student_BLH, teacher_BLH in zip(student_states, teacher_states, strict=True):
         operands_TH = student_BLH.flatten(0, 1), teacher_BLH.flatten(0, 1)
-        # sums do for means: numbers of tokens and features cancel out
+        # sums instead of means: the numbers of tokens and features cancel out
         distance, size = chunked_sums(_squared_sums, _squared_gradient, tokens_N, *operands_TH)
         losses.append(distance / size.clamp(min=torch.finfo(size.dtype).tiny))
     return torch.stack(losses).sum()

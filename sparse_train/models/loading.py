@@ -1,4 +1,4 @@
-"""Loads a transformers model that is sharded as it is loaded: one process reads it, all of them hold their part."""
+"""Loads and shards a transformers model: one process reads it, and each process holds its part."""
 
 from typing import Any
 
@@ -11,10 +11,10 @@ from sparse_train.models.sources import ModelSource
 
 
 def load_sharded(source: ModelSource, mesh: Any, *, bfloat16: bool = False) -> Any:
-    """The model of ``source``, sharded by FSDP2 over ``mesh``; only rank 0 holds it whole, in main memory, for a while.
+    """The model of ``source``, sharded by FSDP2 over ``mesh``; only rank 0 holds it whole, in main memory, at first.
 
     Args:
-        source: gives a transformers model; read by rank 0 alone.
+        source: gives a transformers model; read only by rank 0.
         mesh: a ``DeviceMesh`` of one dimension over all processes.
         bfloat16: see ``shard_blocks``.
     """
@@ -40,7 +40,7 @@ def load_sharded(source: ModelSource, mesh: Any, *, bfloat16: bool = False) -> A
 
 
 def _description(model: Any) -> tuple[Any, ...]:
-    """All of a model but its weights; buffers that its state dict leaves out, such as rotary frequencies, with it."""
+    """All of a model except its weights, including buffers outside its state dict, such as rotary frequencies."""
     saved = model.state_dict().keys()
     buffers = {name: buffer for name, buffer in model.named_buffers() if name not in saved}
     return model.config, getattr(model, "generation_config", None), model.dtype, buffers

@@ -1,6 +1,6 @@
-"""``LoRA``: a model source that puts peft's adapters on a frozen base, and what is written of such a model.
+"""``LoRA``: a model source that puts peft's adapters on a frozen base, and the export of such a model.
 
-Imports peft where it is used.
+Imports peft only when it is used.
 """
 
 import json
@@ -18,32 +18,32 @@ from sparse_train.models.sources import ModelSource, as_model_source
 from sparse_train.targets.maskable import adapter_names
 
 FOLDER = "adapter"
-"""Of the adapter, in the folder of its base."""
-_BASE_LAYER = "base_layer."  # peft's, of what an adapter stands beside
-_WRAPPED = "base_model.model."  # peft's, before the names of the model inside
+"""Subfolder of the adapter, in the folder of its base."""
+_BASE_LAYER = "base_layer."  # peft's name for the layer that an adapter wraps
+_WRAPPED = "base_model.model."  # peft's prefix for names of the wrapped model
 
 
 @dataclass
 class LoRA(ModelSource):
-    """A frozen model with peft's low-rank adapters (Hu et al., arXiv 2106.09685), which alone are trained.
+    """A frozen model with peft's low-rank adapters (Hu et al., arXiv 2106.09685); only the adapters are trained.
 
     As in Table 6 of Wanda (arXiv 2306.11695), whose settings are the defaults. The base is a sparse folder, or a dense
-    model that ``DynamicPruning`` prunes at the start of the run: a frozen base keeps its kept weights as they are, and
-    with ``policy: Fixed`` its first mask.
+    model that ``DynamicPruning`` prunes at the start of the run. The kept weights of a frozen base do not change, and
+    with ``policy: Fixed`` its first mask does not either.
 
     ``fit --export`` writes the base with its zeros to the folder, and the adapter to ``adapter/`` inside it:
-    ``PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), f"{folder}/adapter")``. They stay apart,
-    because **merging them loses the zeros**: the product of two dense factors has none. For an adapter that can be
-    merged, train with ``DynamicPruning(mask_lora=MaskLoRA())`` and no ``LoRA``.
+    ``PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), f"{folder}/adapter")``. They stay
+    separate, because **merging them loses the zeros**: the product of two dense factors has none. For an adapter that
+    can be merged, train with ``DynamicPruning(mask_lora=MaskLoRA())`` and without ``LoRA``.
 
     Args:
         base: a model source, or a Hugging Face id or local folder.
         r: rank.
         lora_alpha: the product of the factors is multiplied by ``lora_alpha / r``.
-        lora_dropout: share of an adapter's inputs that are left out in training.
+        lora_dropout: share of an adapter's inputs that are dropped in training.
         target_modules: last parts of the names of layers that get an adapter.
-        adapter: folder of a trained adapter, which is then what is loaded, with its own settings: to go on with it, or
-            for ``sparse-train evaluate``.
+        adapter: folder of a trained adapter, which is loaded with its own settings, to continue training it or for
+            ``sparse-train evaluate``.
     """
 
     base: ModelSource | str
@@ -78,7 +78,7 @@ class LoRA(ModelSource):
 
     def load(self) -> Any:
         model = self._wrapped()
-        guard_merges(model)  # the base may be a sparse folder, and have no mask that would have told
+        guard_merges(model)  # needed here because the base may be a sparse folder, without masks
         return model
 
     def _wrapped(self) -> Any:
@@ -101,31 +101,31 @@ class LoRA(ModelSource):
 
 
 def is_peft(model: Any) -> bool:
-    """Whether this is a ``PeftModel``; peft is not imported for the answer."""
+    """Whether this is a ``PeftModel``, without importing peft."""
     return any(cls.__name__ == "PeftModel" and cls.__module__.startswith("peft.") for cls in type(model).__mro__)
 
 
 def adapter_config(model: Any) -> str | None:
-    """The settings of a peft model's adapter as JSON, from which ``wrap`` makes it again; None of another model."""
+    """The settings of a peft model's adapter as JSON, for ``wrap``; None for other models."""
     return json.dumps(active_config(model).to_dict(), default=sorted) if is_peft(model) else None
 
 
 def active_config(model: Any) -> Any:
-    """The settings of the one adapter of a ``PeftModel``, LoRA's.
+    """The settings of the only adapter of a ``PeftModel``, which must be a LoRA.
 
     Raises:
-        ValueError: it has several adapters, or one of another kind.
+        ValueError: it has several adapters, or one of another type.
     """
     names = list(model.peft_config)
     if len(names) > 1:
         raise ValueError(
-            f"The model has several adapters ({', '.join(names)}), and one can be saved beside its base. Delete the "
+            f"The model has several adapters ({', '.join(names)}), and only one can be saved with its base. Delete the "
             "others (model.delete_adapter), or save the model yourself: model.save_pretrained."
         )
     config = model.peft_config[names[0]]
     if getattr(config, "r", None) is None:
         raise ValueError(
-            f"The adapter is {type(config).__name__}, and LoRA is what is exported. Save the model yourself: "
+            f"The adapter is {type(config).__name__}, and only LoRA is exported. Save the model yourself: "
             "model.save_pretrained."
         )
     return config
@@ -138,11 +138,11 @@ def wrap(model: nn.Module, config: str) -> Any:
 
 
 def base_of(model: Any, state: Mapping[str, Tensor] | None = None) -> tuple[dict[str, Tensor], list[InspectedLayer]]:
-    """The state dict of a peft model's base, masks folded in, under the names of the model alone; and its layers.
+    """The state dict of a peft model's base, masks folded in, with the names of the bare model; and its layers.
 
     Args:
         model: a ``PeftModel``.
-        state: its whole state dict, where it is sharded.
+        state: its whole state dict, if it is sharded.
 
     Raises:
         ValueError: peft keeps copies of whole modules (``modules_to_save``), so that the base is not one model.
@@ -152,7 +152,7 @@ def base_of(model: Any, state: Mapping[str, Tensor] | None = None) -> tuple[dict
     copied = next((name for name in own if ".modules_to_save." in name), None)
     if copied is not None:
         raise ValueError(
-            f"The adapter holds a whole module beside the base's ({copied}, peft's modules_to_save), which is not "
+            f"The adapter holds a copy of a whole module ({copied}, peft's modules_to_save), which is not "
             "exported. Leave modules_to_save out, or save the model yourself: model.save_pretrained, model.unload."
         )
     adapters = tuple(f"{name}." for name in adapter_names(base))
@@ -166,12 +166,12 @@ def base_of(model: Any, state: Mapping[str, Tensor] | None = None) -> tuple[dict
 
 
 def card_row(model: Any) -> str:
-    """What a model card says of the adapter."""
+    """What a model card says about the adapter."""
     config, wanted = active_config(model), active_config(model).target_modules
     modules = f"{wanted!r}" if isinstance(wanted, str) else ", ".join(sorted(wanted))
     return (
         f"LoRA, r {config.r}, lora_alpha {config.lora_alpha}, on {modules}, in the folder `{FOLDER}`, for "
-        f"`PeftModel.from_pretrained(model, '<this folder>/{FOLDER}')`; not in the weights that are counted here, and "
+        f"`PeftModel.from_pretrained(model, '<this folder>/{FOLDER}')`; not included in the weights counted here, and "
         "merging it into them loses their zeros"
     )
 

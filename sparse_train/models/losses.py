@@ -1,6 +1,6 @@
 """The next-token loss, in float32.
 
-Shape suffixes: B batch, L sequence length, V vocabulary, T all tokens = B * L, C those of one chunk, K sums.
+Shape suffixes: B batch, L sequence length, V vocabulary, T all tokens = B * L, C tokens of one chunk, K sums.
 """
 
 from functools import partial
@@ -20,10 +20,10 @@ def next_token_loss(logits_BLV: Tensor, labels_BL: Tensor, ignore_index: int = -
 
     Args:
         logits_BLV: any float dtype; the loss is computed in float32 (in bfloat16 perplexity shifts by percents).
-        labels_BL: the token ids themselves (shifted here), ``ignore_index`` where there is no loss.
+        labels_BL: the token ids (they are shifted here), ``ignore_index`` for positions without a loss.
 
     Returns:
-        Mean loss (float32 scalar, nats a token) and the number of tokens in it (int64 scalar).
+        Mean loss (float32 scalar, nats per token) and the number of tokens in it (int64 scalar).
     """
     labels_T = shifted(labels_BL, ignore_index)
     sums, gradient = (partial(each, ignore_index=ignore_index) for each in (_sums, _gradient))
@@ -33,9 +33,9 @@ def next_token_loss(logits_BLV: Tensor, labels_BL: Tensor, ignore_index: int = -
 
 
 def shifted(labels_BL: Tensor, ignore_index: int) -> Tensor:
-    """For each token the label of the next one (T,).
+    """For each token, the label of the next one (T,).
 
-    Labels are shifted and not logits: ``logits[:, :-1]`` would be copied whole.
+    Labels are shifted and not logits, because ``logits[:, :-1]`` would copy all of them.
     """
     return F.pad(labels_BL[:, 1:], (0, 1), value=ignore_index).flatten()
 
@@ -53,5 +53,5 @@ def _gradient(grad_K: Tensor, logits_CV: Tensor, labels_C: Tensor, ignore_index:
 
 
 def perplexity(mean_loss: Tensor) -> float:
-    """exp of a mean loss in nats a token."""
+    """exp of a mean loss in nats per token."""
     return float(torch.exp(mean_loss.double()))

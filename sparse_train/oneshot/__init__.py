@@ -1,4 +1,4 @@
-"""One-shot pruning: ``prune`` leaves true zeros; ``set_initial_masks`` is its core, which training starts from."""
+"""One-shot pruning: ``prune`` leaves true zeros; its core, ``set_initial_masks``, also makes masks for training."""
 
 from sparse_train.oneshot.calibration_pass import Batch
 from sparse_train.oneshot.engine import Method

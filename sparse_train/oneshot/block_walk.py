@@ -1,4 +1,4 @@
-"""Which layers one-shot pruning calibrates together, and in which order: ``BlockWalk``, over a model in memory."""
+"""Which layers one-shot pruning calibrates together, and in which order: ``BlockWalk``, for a model in memory."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -48,7 +48,7 @@ class BlockWalk:
         return prune_group(self.layers, self.method, self.pattern, self._divide({}), self.save)
 
     def with_data(self, calibration: CalibrationPass, drawn: Bar) -> dict[str, LayerUpdate]:
-        # one threshold over the whole model is not known before its last block
+        # a threshold over the whole model is not known before the last block
         if self.pattern.model_wide:
             drawn.set_total(len(calibration))
             return self._together(self.layers, calibration, self._divide({}))
@@ -65,7 +65,7 @@ class BlockWalk:
                 drawn.note(blocks_done(index + 1, self.last + 1, updates))
             if index < self.last:
                 calibration.pass_on(self.blocks, index)
-        if self.rest:  # targets outside the blocks, such as a named lm_head: with the blocks pruned
+        if self.rest:  # targets outside the blocks, such as a named lm_head: calibrated with the blocks pruned
             updates |= self._together(self.rest, calibration, sparsities)
         return updates
 
@@ -98,7 +98,7 @@ class BlockWalk:
 
 
 def blocks_done(done: int, blocks: int, updates: Mapping[str, LayerUpdate]) -> str:
-    """For a progress bar: how far the walk is, and the sparsity of what it has pruned."""
+    """For a progress bar: how far the walk is, and the sparsity of the layers pruned so far."""
     size = sum(update.size for update in updates.values())
     sparsity = sum(update.zeros for update in updates.values()) / size if size else 0.0
     return f"block {done}/{blocks}, sparsity {sparsity:.4f}"

@@ -1,8 +1,8 @@
-"""Calibration: run batches through a model, block by block, so that each block sees what pruned ones before it send.
+"""Calibration: run batches through a model, block by block, so that each block sees the outputs of pruned blocks.
 
-No architecture is known here; blocks must run one after the other, once each. To run block i alone, the whole model is
-called with blocks 0 to i - 1 answering with the cached output of block i - 1; the model's own code then feeds block i
-(masks, position embeddings, whatever it passes), and the call is cut off behind it.
+This does not depend on the architecture; blocks must run one after the other, once each. To run block i alone, the
+whole model is called, with blocks 0 to i - 1 answering with the cached output of block i - 1. The model's own code then
+passes block i its other inputs (masks, position embeddings), and the call is cut off after block i.
 """
 
 import itertools
@@ -33,12 +33,12 @@ class CalibrationPass:
     """Runs calibration batches through a model or through one block of it at a time, recording activations.
 
     Args:
-        model: in any mode and on any device; its modes come back after each pass.
+        model: in any mode and on any device; its modes are restored after each pass.
         batches: token tensors or dicts; ``labels`` are dropped, an ``attention_mask`` (B, L) marks padding.
         recorder: the recorder of the model's masked layers.
         advance: called after every forward, for a progress bar.
         device: where the model computes; default: where its first parameter is.
-        keep: where blocks' outputs rest, see ``Activations``.
+        keep: where the outputs of blocks are kept, see ``Activations``.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class CalibrationPass:
     ) -> None:
         self._device = device or next(model.parameters()).device
         self._model = model
-        needs_labels = getattr(getattr(model, "config", None), "is_encoder_decoder", False)  # of which it makes inputs
+        needs_labels = getattr(getattr(model, "config", None), "is_encoder_decoder", False)  # makes inputs of labels
         self._batches = [_to_device(batch, self._device, needs_labels) for batch in batches]
         for batch in self._batches:
             _check_ids(model, batch)
@@ -63,24 +63,24 @@ class CalibrationPass:
         self._activations, self._keep = Activations(len(self._batches), keep), keep
         self._in_order = False
         self.seconds = 0.0
-        """Time spent in forwards."""
+        """Time spent in forward passes."""
 
     def __len__(self) -> int:
         return len(self._batches)
 
     def whole(self, experts: Sequence[ExpertMatrix] = ()) -> None:
-        """Record all layers in one forward a batch."""
+        """Record all layers in one forward pass per batch."""
         for _ in self._recorded(lambda index: _call(self._model, self._batches[index]), experts):
             pass
 
     def record_block(self, blocks: Sequence[nn.Module], index: int, experts: Sequence[ExpertMatrix] = ()) -> None:
-        """Record the layers of one block, on what ``pass_on`` has kept of the block before it."""
+        """Record the layers of one block, on the outputs of the block before it that ``pass_on`` has kept."""
         self._check_order(blocks)
         for _ in self._recorded(lambda i: self._to_block(blocks, index, i), experts):
             pass
 
     def pass_on(self, blocks: Sequence[nn.Module], index: int) -> None:
-        """Run one block, and keep what it returns for the next."""
+        """Run one block, and keep its outputs for the next."""
         self._check_order(blocks)
         for batch, output in enumerate(self._forwards(lambda i: self._to_block(blocks, index, i))):
             self._activations[batch] = output
@@ -111,15 +111,15 @@ class CalibrationPass:
                 self._recorder.token_mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
                 output = forward(index)
                 if self._device.type == "cuda":
-                    torch.cuda.synchronize(self._device)  # else this time would be counted where it is waited for
+                    torch.cuda.synchronize(self._device)  # otherwise the time is counted where the result is needed
                 self.seconds += time.perf_counter() - began
                 self._advance()
                 yield output
 
     def _check_order(self, blocks: Sequence[nn.Module]) -> None:
-        """Raise ValueError where blocks do not run one after the other, once each.
+        """Raise ValueError if blocks do not run one after the other, once each.
 
-        Known from one sample, before any block is pruned: the first block runs, all others answer with its output.
+        Tested with one sample, before any block is pruned: the first block runs, all others answer with its output.
         """
         if self._in_order:
             return
@@ -145,8 +145,8 @@ class CalibrationPass:
                 stack.enter_context(_forward_replaced(block, lambda *args, number=number, **kwargs: answer(number)))
             try:
                 _call(self._model, _one_sample(self._batches[0]))
-            except (*_MISSING, RuntimeError) as error:  # a block that fails by itself says so when its turn comes
-                if called != list(range(len(blocks))):  # else behind them: a head that is not loaded yet, on a GPU
+            except (*_MISSING, RuntimeError) as error:  # if a block itself fails, it will raise when its turn comes
+                if called != list(range(len(blocks))):  # otherwise it failed after them: a head that is not loaded yet
                     _log.warning(
                         "Whether the blocks of %s run once each could not be told (%s: %s); in a model that loops over "
                         "them, masks would be wrong.",
@@ -172,7 +172,7 @@ class CalibrationPass:
 
         def answer(number: int) -> Any:
             called.append(number)
-            return copied(kept) if number == index - 1 else kept  # the block may write into it
+            return copied(kept) if number == index - 1 else kept  # block ``index`` may write into its input
 
         with ExitStack() as stack:
             for number, earlier in enumerate(itertools.islice(blocks, index)):
@@ -211,7 +211,7 @@ _WAY_OUT = (
 
 
 class _Stop(Exception):
-    """Cuts a forward off; carries a block's output out of it."""
+    """Ends a forward early, and carries a block's output out of it."""
 
     def __init__(self, output: Any) -> None:
         super().__init__()
@@ -233,7 +233,7 @@ def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterato
 
 @contextmanager
 def _inference(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no autograd, no cache of keys and values, experts one by one; all as before afterwards."""
+    """Eval mode, no autograd, no cache of keys and values, experts one by one; all is restored afterwards."""
     training = [module for module in model.modules() if module.training]
     wanted = {"use_cache": False, "_experts_implementation": "eager"}
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
@@ -257,13 +257,13 @@ def _call(model: nn.Module, batch: Batch) -> Any:
 
 
 def raised_in_forward(error: BaseException) -> bool:
-    """Whether an error came out of a forward of the model, and not of what is done with its activations."""
+    """Whether an error was raised in a forward of the model, and not in the processing of its activations."""
     codes = {frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)}
     return _call.__code__ in codes and MaskedLayer._record.__code__ not in codes
 
 
 def _one_sample(batch: Batch) -> Batch:
-    """The first sample of a batch: of every tensor that has as many as there are ids."""
+    """The first sample of a batch: the first entry of every tensor that has as many entries as there are ids."""
     if isinstance(batch, Tensor):
         return batch[:1]
     size = len(batch["input_ids"]) if "input_ids" in batch else 0
@@ -273,7 +273,7 @@ def _one_sample(batch: Batch) -> Batch:
 
 
 def _check_ids(model: nn.Module, batch: Batch) -> None:
-    """Raise ValueError where a transformers model is to be called with the ids of one sample without a batch."""
+    """Raise ValueError if a transformers model would get the ids of one sample without a batch dimension."""
     ids = batch.get("input_ids") if isinstance(batch, Mapping) else batch
     if hasattr(model, "config") and isinstance(ids, Tensor) and ids.dim() == 1:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""One group of layers through the pipeline: statistics, scores, masks, and new weights where the method has them."""
+"""The pipeline for one group of layers: statistics, scores, masks, and new weights if the method gives them."""
 
 from collections.abc import Callable, Iterable, Mapping
 
@@ -19,18 +19,18 @@ from sparse_train.solvers import Solver
 from sparse_train.statistics.activations import ActivationGram, ActivationNorm, Statistics, in_float32
 
 Method = Criterion | Solver
-"""How to prune: scores that select, or a solver that also moves the weights it keeps."""
+"""How to prune: by scores that select weights, or by a solver that also moves the weights it keeps."""
 
 
 def statistics_of(method: Method) -> type[Statistics] | None:
-    """What a method needs to know of its layers' inputs; None = nothing."""
+    """The statistics of inputs that a method needs; None = none."""
     if isinstance(method, Solver):
         return ActivationGram
     return ActivationNorm if method.needs_activations else None
 
 
 class Undo:
-    """Weights as they were, for a model that must be left as it was when something fails half way."""
+    """Saves original weights, to restore the model if something fails half way."""
 
     def __init__(self) -> None:
         self._saved: list[tuple[MaskedMatrix, Tensor]] = []
@@ -52,12 +52,12 @@ def prune_group(
     sparsity: float | Mapping[str, float],
     save: Callable[[MaskedMatrix], None] = lambda layer: None,
 ) -> dict[str, LayerUpdate]:
-    """Set the masks of calibrated layers, their weights too where the method is a ``Solver``, and write experts' zeros.
+    """Set the masks of calibrated layers, and their weights if the method is a ``Solver``, and write experts' zeros.
 
     Args:
-        layers: with statistics, where the method needs them.
-        method, pattern: how, and where zeros may stand.
-        sparsity: over each group; by layer, where layers differ.
+        layers: with statistics, if the method needs them.
+        method, pattern: how to prune, and where zeros may be.
+        sparsity: over each group; a mapping by layer if layers differ.
         save: called with a layer before its weights change.
     """
     if statistics_of(method) is not None:
@@ -104,7 +104,7 @@ def _solve(
 
 
 def release(layers: Iterable[MaskedMatrix]) -> None:
-    """Stop recording, and let statistics go but for norms: they are small, and training remembers them."""
+    """Stop recording, and drop statistics except norms, which are small and remembered in training."""
     for layer in layers:
         if isinstance(layer.statistics, ActivationGram):
             layer.statistics = layer.statistics.norm()

@@ -1,8 +1,8 @@
-"""Fused experts of Mixture-of-Experts blocks: each expert a matrix of its own, pruned without a masked layer.
+"""Fused experts of Mixture-of-Experts blocks: each expert is a separate matrix, pruned without a masked layer.
 
-The weights of all experts are one parameter (E, O, I), which no layer of ours can stand in for. While calibrating,
-every matrix product of the forward is looked at, and where its weight is a slice of such a parameter its input is
-recorded; no architecture is known here.
+The weights of all experts are one parameter (E, O, I), which a masked layer cannot replace. During calibration, every
+matrix product of the forward pass is examined, and if its weight is a slice of such a parameter, its input is
+recorded. This does not depend on the architecture.
 
 Shape suffixes: E experts, O out_features, I in_features.
 """
@@ -24,7 +24,7 @@ from sparse_train.statistics.activations import ActivationGram, ActivationNorm
 _log = logging.getLogger(__name__)
 
 FEW_TOKENS = 32
-"""An expert that saw fewer calibration tokens is scored as if all its inputs were equally strong."""
+"""An expert that saw fewer calibration tokens than this is scored as if all its inputs were equally strong."""
 
 
 class ExpertMatrix(MaskedMatrix):
@@ -42,7 +42,7 @@ class ExpertMatrix(MaskedMatrix):
         return matrix.t() if self.experts.transposed else matrix
 
     def squash(self) -> None:
-        """Write the zeros."""
+        """Write the zeros into the weights."""
         self.weight_OI.copy_(self.masked_weight())
 
 
@@ -82,14 +82,14 @@ class ExpertRecorder(TorchFunctionMode):
         if stored_transposed != first.experts.transposed:
             raise ValueError(
                 f"A fused expert weight of shape {tuple(first.experts.parameter.shape)} is used as if it were stored "
-                f"{'(E, I, O)' if stored_transposed else '(E, O, I)'}, which its module does not say (is_transposed), "
+                f"{'(E, I, O)' if stored_transposed else '(E, O, I)'}, but its module does not say so (is_transposed), "
                 "so its rows cannot be told from its columns. Leave the experts dense with ignore."
             )
         if weight.dim() == 2:
             _add(first, x)
-        else:  # all experts at once: x (E, T, I)
+        else:  # all experts in one product: x (E, T, I)
             for matrix, part in zip(self._whole[id(first.experts)], x, strict=True):
-                _add(matrix, part[part.ne(0).any(-1)])  # zeros stand for tokens that go to other experts
+                _add(matrix, part[part.ne(0).any(-1)])  # rows of zeros are tokens that go to other experts
 
 
 def _add(matrix: ExpertMatrix, x: Tensor) -> None:
@@ -111,14 +111,14 @@ _INPUT_AXIS: dict[Callable[..., Any], int] = {
     F.linear: -1,
     **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.bmm, Tensor.bmm), -2),
 }
-"""Matrix products, and which axis of their second operand meets the input features."""
+"""Matrix products, and which axis of their second operand holds the input features."""
 
 
 def fall_back(matrices: Mapping[str, MaskedMatrix]) -> list[str]:
     """Give experts that saw few tokens uniform statistics; returns their names.
 
     Raises:
-        ValueError: a fused parameter of which no expert saw a token: nothing calibrated it.
+        ValueError: no expert of a fused parameter saw a token, so it was not calibrated.
     """
     experts = {name: matrix for name, matrix in matrices.items() if isinstance(matrix, ExpertMatrix)}
     seen: dict[int, int] = {}

@@ -1,4 +1,4 @@
-"""The first mask of a training run, whatever trains: one-shot pruning that leaves pruned weights in the shadow."""
+"""The first mask of a training run, in any trainer: one-shot pruning that keeps pruned weights as shadow values."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -32,10 +32,10 @@ _OUT_OF_MEMORY = (
     "can't allocate memory",  # CPU
     "Allocation failed",  # HPU
     "STATUS_ALLOC_FAILED",  # cuBLAS, cuDNN
-    "CUDNN_STATUS_NOT_SUPPORTED",  # what cuDNN also says where its workspace does not fit
+    "CUDNN_STATUS_NOT_SUPPORTED",  # cuDNN also says this if its workspace does not fit
 )
-"""Parts of messages: not every backend raises ``torch.OutOfMemoryError``."""
-_PRUNED = 0.005  # share of kept weights that are zero above which a model was pruned: weights of 4 bits have 0.0003
+"""Parts of error messages, because not every backend raises ``torch.OutOfMemoryError``."""
+_PRUNED = 0.005  # with a larger share of zeros among kept weights, a model was pruned: 4-bit weights have 0.0003
 
 
 def check_initial(method: Method | None, pattern: Pattern, mask_lora: MaskLoRA | None = None) -> None:
@@ -46,14 +46,14 @@ def check_initial(method: Method | None, pattern: Pattern, mask_lora: MaskLoRA |
     method.check_pattern(pattern)
     if isinstance(method, SparseGPT) and method.preserve_sparsity_mask:
         raise ValueError(
-            "SparseGPT(preserve_sparsity_mask=True) keeps fewer weights than the pattern says where there are more "
+            "SparseGPT(preserve_sparsity_mask=True) keeps fewer weights than the pattern if there are more "
             "zeros already, and masks in training keep its count exactly. Leave preserve_sparsity_mask out."
         )
     if mask_lora is not None:
         raise ValueError(
-            f"initial_criterion is {method}, which moves weights, and mask_lora trains adapters of weights that stay "
-            f"as they are. Prune the model before (sparse_train.prune with criterion={type(method).__name__}()), or "
-            "take a criterion."
+            f"initial_criterion is {method}, which moves weights, and mask_lora trains adapters of weights that do not "
+            f"change. Prune the model before the run (sparse_train.prune with criterion={type(method).__name__}()), or "
+            "use a criterion."
         )
 
 
@@ -66,21 +66,22 @@ def set_first_mask(
     autocast: AbstractContextManager[Any],
     progress: bool,
 ) -> None:
-    """Set the masks that a run starts with; leaves them alone where its first window of steps has to make them.
+    """Set the masks that a run starts with; does nothing if they have to come from the first window of steps.
 
     Args:
         root: holds the model; sparsified.
         settings: of the run.
-        method: ``initial_criterion``: scores of these masks, or a solver of weights and masks; None = as the run's.
+        method: ``initial_criterion``: scores for these masks, or a solver of weights and masks; None = the criterion
+            of the run.
         count: batches of training data to calibrate on, over all ranks.
-        batches: gives so many of them, the same ones in each rank; None where there are none that a model could take.
-        autocast: under which the run's forwards are computed.
-        progress: show a bar.
+        batches: returns this many batches, the same ones on each rank; None if a model could not use any.
+        autocast: the context under which the run's forwards are computed.
+        progress: show a progress bar.
 
     Raises:
-        ValueError: there is a ``method``, and one-shot pruning makes no first mask here; weights that a solver moves
-            would not stay moved, or are not to be; as ``set_initial_masks``; or masks that are not the pattern's. The
-            model is as it was then.
+        ValueError: there is a ``method``, but one-shot pruning makes no first mask here; a solver would move weights
+            that must not move or would be moved back; the errors of ``set_initial_masks``; or masks that do not follow
+            the pattern. The model is then unchanged.
     """
     layers, pattern, sparsity = sparse_layers(root), settings.mask_structure, settings.first_sparsity
     if isinstance(method, Solver):
@@ -97,13 +98,13 @@ def set_first_mask(
         with autocast:
             _prune(model, own, method or settings.criterion, pattern, sparsity, progress)
         _warn_of_zeros(layers, pattern, sparsity)
-        if isinstance(method, Solver):  # linear algebra may round otherwise on other hardware
+        if isinstance(method, Solver):  # linear algebra may round differently on other hardware
             take_from_rank_0([t for each in layers.values() for t in (each.weight_OI.detach(), each.weight_mask)])
     elif method is not None:
         raise ValueError(
             f"initial_criterion is {method}, but no one-shot pruning makes the first mask here: it does at start_step "
             "0, with calibration_batches above 0, for a transformers model that is not sharded and has no masks yet, "
-            "from data that is not a stream, by no sampler of one's own, and where there is something to prune. Leave "
+            "from data that is not a stream and has no custom sampler, and if there is something to prune. Leave "
             "initial_criterion out, or prune the model before the run (sparse_train.prune)."
         )
 
@@ -111,11 +112,11 @@ def set_first_mask(
 def _is_one_shot_wanted(
     method: Method | None, criterion: Criterion, layers: Mapping[str, MaskedLayer], sparsity: float
 ) -> bool:
-    """Whether layers keep everything that are to be sparse, and the first update would not do as well as one-shot.
+    """Whether layers that should be sparse keep everything, and one-shot pruning does better than the first update.
 
     Args:
-        method: ``initial_criterion``; None = as ``criterion``.
-        criterion: of updates.
+        method: ``initial_criterion``; None = ``criterion``.
+        criterion: that of updates.
         layers: of the model.
         sparsity: at step 0.
     """
@@ -124,12 +125,12 @@ def _is_one_shot_wanted(
 
 
 def _take_zeros_of_shards(layers: Mapping[str, MaskedLayer], pattern: Pattern, sparsity: float) -> None:
-    """Make masks of the zeros of a sharded model that was pruned before; say so where it was not."""
+    """Make masks from the zeros of a sharded model that was pruned before; log it if it was not."""
     if not masks_from_zeros(layers, pattern, sparsity) and rank() == 0:
         _log.info(
             "The model is sharded, so its blocks cannot be calibrated one by one: the first mask will come from "
-            "the activations of the first steps, which run dense. A model that was pruned before starts with the "
-            "zeros that it has."
+            "the activations of the first steps, which run dense. A model that was pruned before starts with its "
+            "zeros."
         )
 
 
@@ -139,9 +140,9 @@ def _model_and_batches(
     count: int,
     batches: Callable[[int], Sequence[Batch] | None],
 ) -> tuple[nn.Module, Sequence[Batch]] | None:
-    """The model to calibrate, and this rank's batches for it; None where there is no such model, or too few batches."""
+    """The model to calibrate, and this rank's batches for it; None if there is no such model, or too few batches."""
     model, ranks = causal_lm(root, layers), world_size()
-    found = None if model is None else batches(-(-count // ranks) * ranks)  # as many for each rank
+    found = None if model is None else batches(-(-count // ranks) * ranks)  # the same number for each rank
     if model is None or found is None or len(found) < ranks:
         _log.info("The first mask will come from the activations of the first steps, which run dense.")
         return None
@@ -151,7 +152,7 @@ def _model_and_batches(
 def _prune(
     model: nn.Module, batches: Sequence[Batch], method: Method, pattern: Pattern, sparsity: float, progress: bool
 ) -> None:
-    """Set the masks of a model whose masks keep everything; leave it as it was where that fails."""
+    """Set the masks of a model whose masks keep everything; restores the model if that fails."""
     layers, undo = sparse_layers(model), Undo()
     try:
         set_initial_masks(
@@ -164,7 +165,7 @@ def _prune(
             progress=progress,
             save=undo.save,
         )
-        check_masks(layers, pattern, sparsity)  # a solver of the user's own may have kept others
+        check_masks(layers, pattern, sparsity)  # a user-defined solver may not have followed the pattern
     except BaseException as error:
         undo.restore()
         for layer in layers.values():
@@ -172,7 +173,7 @@ def _prune(
         if _is_of_batches(error):
             raise ValueError(
                 f"One-shot pruning makes the first mask from batches of the training data, and {type(model).__name__} "
-                f"did not take one of them as it is: {error}. With calibration_batches=0 the first mask comes from the "
+                f"did not accept one of them: {error}. With calibration_batches=0 the first mask comes from the "
                 "first steps of training instead, which run dense; a calibration_dataloader of the data module gives "
                 "other batches."
             ) from error
@@ -180,9 +181,9 @@ def _prune(
 
 
 def _is_of_batches(error: BaseException) -> bool:
-    """Whether a model has raised this because of what is in its batches.
+    """Whether a model has raised this because of the content of its batches.
 
-    Not where memory ran out: a Trainer that is to find a batch size by itself has to see that error as it is.
+    Not if memory ran out: a Trainer that searches for a batch size has to see that error unchanged.
     """
     return isinstance(error, _OF_BATCHES) and raised_in_forward(error) and not _is_out_of_memory(error)
 
@@ -201,7 +202,7 @@ def _warn_of_zeros(layers: Mapping[str, MaskedLayer], pattern: Pattern, sparsity
     if share > _PRUNED:
         _log.warning(
             "The model was pruned before: %.1f %% of its weights are zeros that the first mask (%s at %g) keeps, so "
-            "that training fills them, and others are pruned. To train under the zeros that are there, call "
+            "training fills them, and other weights are pruned. To train with the existing zeros, call "
             "prune(..., squash=False), train without re-pruning, and call squash(model).",
             100 * share,
             group_label(pattern),
@@ -213,11 +214,11 @@ def _check_movable(solver: Solver, layers: Mapping[str, MaskedLayer]) -> None:
     if any(map(has_masters, layers.values())):
         raise ValueError(
             f"initial_criterion is {solver}, which moves weights, and DeepSpeed would bring the old ones back: it "
-            "holds float32 masters of them. Take strategy='ddp', or prune before the run (sparse-train prune)."
+            "holds float32 masters of them. Use strategy='ddp', or prune before the run (sparse-train prune)."
         )
     frozen = next((name for name, layer in layers.items() if not layer.weight_OI.requires_grad), None)
     if frozen is not None:
         raise ValueError(
             f"initial_criterion is {solver}, which moves weights, and {frozen} is frozen. Prune the model before it "
-            "gets adapters (sparse-train prune), or take a criterion."
+            "gets adapters (sparse-train prune), or use a criterion."
         )

@@ -34,9 +34,9 @@ class OneshotReport:
 
     layers: Mapping[str, LayerUpdate]
     forward_seconds: float
-    """Time in forwards of calibration data."""
+    """Time in forward passes of calibration data."""
     pruning_seconds: float
-    """Time in scores, selection and writing masks."""
+    """Time for scores, selection and writing masks."""
 
     @property
     def sparsity(self) -> float:
@@ -59,30 +59,30 @@ def prune(
 ) -> OneshotReport:
     """Prune a model in one shot, in place.
 
-    Decoder blocks are calibrated one after the other, each on the outputs of the already pruned ones before it
-    (arXiv 2306.11695, section 3; SparseGPT does the same); other models, and ``Unstructured(group="model")``, in one
-    pass with dense activations. A ``Solver``, and fused experts, change weights as they go; their former values are
-    kept in main memory until the end, so that a failure leaves the model as it was (``prune_checkpoint`` needs no such
-    copy).
+    Decoder blocks are calibrated one after the other, each on the outputs of the blocks before it, which are already
+    pruned (arXiv 2306.11695, section 3; SparseGPT does the same). Other models, and ``Unstructured(group="model")``,
+    are calibrated in one pass with dense activations. With a ``Solver`` or fused experts, weights change during the
+    walk; the original values are kept in main memory until the end, so that a failure leaves the model unchanged
+    (``prune_checkpoint`` needs no such copy).
 
     Args:
-        model: any ``nn.Module`` with linear layers; on any device, of any float dtype. Of a LightningModule without a
-            forward of its own, the transformers model in it is what is called.
+        model: any ``nn.Module`` with linear layers; on any device, of any float dtype. For a LightningModule without
+            its own forward, the transformers model in it is called.
         batches: calibration data: token ids (B, L) or dicts of model inputs. Not needed by ``Magnitude``.
-        mask_structure: "unstructured", "N:M" with N **kept** of every M consecutive inputs, or a ``Pattern``. The word
-            "unstructured" compares what the method's paper compares (``criterion.group``).
+        mask_structure: "unstructured", "N:M" with N **kept** of every M consecutive inputs, or a ``Pattern``. With
+            "unstructured", weights are compared in the same group as in the method's paper (``criterion.group``).
         sparsity: share of zeros over all targeted weights; implied by N:M.
         criterion: a ``Criterion``, or a ``Solver`` such as ``SparseGPT()``; default ``Wanda()``.
         allocation: how the sparsity is divided among layers; default ``Uniform()``.
         targets, ignore: which layers, see ``sparse_train.targets.select``. Fused experts of Mixture-of-Experts blocks
             are pruned too.
         squash: leave plain linear layers with true zeros. False keeps masks and shadow values, for training; fused
-            experts, which no mask in training reaches, then stay dense.
+            experts, which cannot be masked in training, then stay dense.
         progress: show a progress bar.
 
     Raises:
         ValueError: no calibration data for a method that needs it, non-finite activations, a layer that no token
-            reached, or anything that ``select``, the pattern or the allocation refuse. The model is then as it was.
+            reached, or anything that ``select``, the pattern or the allocation refuse. The model is then unchanged.
     """
     method = method_of(criterion)
     allocation = require_type("allocation", allocation, Uniform(), Allocation)
@@ -107,7 +107,7 @@ def prune(
         )
     except BaseException:
         undo.restore()
-        # their masks are back to keeping everything
+        # their masks keep everything again
         fold(model, [layer for layer in dense if isinstance(layer, MaskedLayer)])
         raise
     if squash:
@@ -116,7 +116,7 @@ def prune(
 
 
 def _called(model: nn.Module, matrices: Mapping[str, MaskedMatrix]) -> nn.Module:
-    """What takes calibration batches."""
+    """The module that is called with calibration batches."""
     lightning = next((cls for cls in type(model).__mro__ if cls.__name__ == "LightningModule"), None)
     if lightning is None or type(model).forward is not vars(lightning).get("forward"):
         return model
@@ -133,7 +133,7 @@ def method_of(criterion: Method | None) -> Method:
 def resolve(
     mask_structure: str | Pattern, sparsity: float | None, method: Method, allocation: Allocation
 ) -> tuple[Pattern, float | None]:
-    """Pattern and model-wide sparsity from what users write; None where the allocation says it all."""
+    """Pattern and model-wide sparsity from what users write; None if the allocation gives all sparsities."""
     if sparsity is None and not isinstance(allocation, Uniform):
         pattern, target = parse_word(mask_structure, method.group), None
     else:
@@ -156,7 +156,7 @@ def set_initial_masks(
     progress: bool = False,
     save: Callable[[MaskedMatrix], None] = lambda layer: None,
 ) -> OneshotReport:
-    """Set the masks of sparsified ``layers`` of ``model``, see ``prune``; a ``Criterion`` leaves weights as they are.
+    """Set the masks of sparsified ``layers`` of ``model``, see ``prune``; a ``Criterion`` does not change weights.
 
     ``save`` is called with a layer before its weights change.
     """
@@ -168,7 +168,7 @@ def set_initial_masks(
                 "merge_mask_lora(model) first."
             )
     before = {name: layer.weight_mask.clone() for name, layer in layers.items()}
-    for layer in layers.values():  # whatever masks there were, each block is calibrated with all its weights
+    for layer in layers.values():  # each block is calibrated with all its weights, whatever masks there were
         masks.fill_full(layer.weight_mask, layer.in_features)
         layer.statistics = None
     began = time.perf_counter()

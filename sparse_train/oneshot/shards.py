@@ -26,14 +26,14 @@ class Checkpoint:
         self.bytes: dict[str, int] = {}
         """Size of each tensor by its key, in the order of the files."""
         self.dtypes: dict[str, str] = {}
-        """Their dtypes, in safetensors' words."""
+        """Their dtypes, under the names of safetensors."""
         self._files: dict[str, Path] = {}
         for file in self._find():
             for key, (size, dtype) in _contents(file).items():
                 self._files[key], self.bytes[key], self.dtypes[key] = file, size, dtype
         stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in self._find()]
         self.fingerprint = repr(stats)
-        """What tells this checkpoint from another one, or from what it was before."""
+        """Identifies this checkpoint, so that another or a changed one is recognised."""
 
     def _find(self) -> list[Path]:
         index, single = self.folder / INDEX, self.folder / "model.safetensors"
@@ -51,7 +51,7 @@ class Checkpoint:
         )
 
     def read(self, keys: Iterable[str]) -> dict[str, Tensor]:
-        """These tensors, copied to memory: nothing that is done to them reaches the files."""
+        """These tensors, copied to memory, so that changes to them do not reach the files."""
         by_file: dict[Path, list[str]] = {}
         for key in keys:
             by_file.setdefault(self._files[key], []).append(key)
@@ -80,7 +80,7 @@ def _contents(file: Path) -> dict[str, tuple[int, str]]:
 
 
 def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write one file beside ``path`` and rename it: ``path`` is complete or absent.
+    """Write one file next to ``path`` and rename it, so that ``path`` is complete or absent.
 
     Raises:
         OSError: it cannot be written, for example because the disk is full.
@@ -93,12 +93,12 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
         free = shutil.disk_usage(path.parent).free
         raise OSError(
             f"Cannot write {path}: {error}. {free / 2**20:.0f} MiB are free there. Blocks that were finished are kept; "
-            "the same command goes on behind them."
+            "the same command continues after them."
         ) from error
 
 
 def write_index(folder: Path, shards: Iterable[str]) -> None:
-    """Write the index that makes shards one checkpoint for ``from_pretrained``."""
+    """Write the index with which ``from_pretrained`` reads shards as one checkpoint."""
     weight_map, total = {}, 0
     for name in shards:
         for key, (size, _) in _contents(folder / name).items():
@@ -108,7 +108,7 @@ def write_index(folder: Path, shards: Iterable[str]) -> None:
 
 
 def copy_companions(source: Path, out: Path) -> None:
-    """Copy what stands beside the weights: configuration and tokenizer."""
+    """Copy the other files next to the weights: configuration and tokenizer."""
     for file in source.iterdir():
         weights = file.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
         if file.is_file() and not weights and not file.name.startswith(".") and not file.name.endswith(".index.json"):

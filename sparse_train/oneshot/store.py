@@ -1,4 +1,4 @@
-"""``Activations``: what a decoder block returned, one entry a batch, in memory or on disk."""
+"""``Activations``: the outputs of a decoder block, one entry per batch, in memory or on disk."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,12 +9,12 @@ from torch import Tensor
 
 
 class Activations:
-    """Outputs of one block for every calibration batch; the next block's replace them one by one.
+    """Outputs of one block for every calibration batch; those of the next block replace them one by one.
 
     Args:
-        batches: how many.
-        keep: where entries rest between uses: "device" (where they were computed), "host" (main memory), or a folder
-            on disk that is there already.
+        batches: number of batches.
+        keep: where entries are kept between uses: "device" (where they were computed), "host" (main memory), or an
+            existing folder on disk.
     """
 
     def __init__(self, batches: int, keep: str | Path = "device") -> None:
@@ -30,19 +30,19 @@ class Activations:
         if isinstance(self._keep, Path):
             try:
                 torch.save(moved(output, torch.device("cpu")), self._keep / f"{batch}.pt")
-            except RuntimeError as error:  # what torch makes of a failed write
+            except RuntimeError as error:  # torch raises this for a failed write
                 raise OSError(f"Cannot write activations to {self._keep}: {error}. Is the disk full?") from error
         else:
             self._entries[batch] = output if self._keep == "device" else moved(output, torch.device("cpu"))
 
 
 def moved(value: Any, device: torch.device) -> Any:
-    """Tensors of nested tuples, lists and dicts on another device; anything else as it is."""
+    """Moves tensors in nested tuples, lists and dicts to another device; other values stay unchanged."""
     return _each(value, lambda tensor: tensor.detach().to(device))
 
 
 def copied(value: Any) -> Any:
-    """Copies of tensors in nested tuples, lists and dicts; anything else as it is."""
+    """Copies tensors in nested tuples, lists and dicts; other values stay unchanged."""
     return _each(value, Tensor.clone)
 
 

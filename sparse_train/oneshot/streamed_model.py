@@ -1,7 +1,7 @@
-"""``StreamedModel``: a model whose decoder blocks are in memory one at a time; the rest of it is on disk.
+"""``StreamedModel``: a model whose decoder blocks are in memory one at a time; the others are on disk.
 
-Names are translated by transformers itself, in both directions: checkpoints may call weights otherwise than the model
-does, and keep experts apart that the model fuses.
+transformers itself translates names, in both directions: checkpoints may use other names than the model, and store
+experts separately that the model fuses.
 """
 
 import time
@@ -16,21 +16,21 @@ from torch import Tensor, nn
 from sparse_train.layers.blocks import block_lists
 from sparse_train.oneshot.shards import Checkpoint, write_shard
 
-_SHARD_BYTES = 1 << 28  # of the files for what is outside the blocks; a larger tensor has a file of its own
+_SHARD_BYTES = 1 << 28  # of files for tensors outside the blocks; a larger tensor gets its own file
 
 
 class StreamedModel:
-    """A causal language model of transformers, its checkpoint, and the folder where its pruned blocks go.
+    """A causal language model of transformers, its checkpoint, and the folder for its pruned blocks.
 
     Args:
         model: from ``model_without_weights``.
         checkpoint: where its weights are.
         work: folder of finished shards.
-        names: the targets; the blocks are those that hold most of them.
+        names: the targets; the list of blocks is the one that holds most of them.
         device: where a loaded block computes.
 
     Raises:
-        ValueError: a model without blocks, or targets or weights that are not kept block by block.
+        ValueError: a model without blocks, or targets or weights that are not stored block by block.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class StreamedModel:
         return self._shard(index).is_file()
 
     def load_block(self, index: int) -> None:
-        """Load a block: the pruned one where it is done, else the checkpoint's."""
+        """Load a block: the pruned one if it is done, otherwise that of the checkpoint."""
         began = time.perf_counter()
         done = self.is_done(index)
         tensors = load_file(self._shard(index)) if done else self.checkpoint.read(self._block_keys[index])
@@ -86,7 +86,7 @@ class StreamedModel:
         self._write(self._shard(index), self._tensors(index))
 
     def free_block(self, index: int) -> None:
-        """Let a loaded block go."""
+        """Free the memory of a loaded block."""
         for module in self.blocks[index].modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None:
@@ -96,7 +96,7 @@ class StreamedModel:
         return self.work / self.shards[len(self._rest) + index]
 
     def load_rest(self) -> None:
-        """Copy what is outside the blocks, and load it where the forward up to a block needs it."""
+        """Copy what is outside the blocks, and load the part that a forward up to a block needs."""
         head = self.model.get_output_embeddings()
         skipped = {id(p) for p in head.parameters()} if head is not None else set()
         skipped -= {id(p) for p in self.model.get_input_embeddings().parameters()}
@@ -154,7 +154,7 @@ class StreamedModel:
                 f"{self.checkpoint.folder} calls a weight {unknown[0]}, and transformers would write {stray[0]}, so "
                 "the checkpoint cannot be written back under its own names. Load the model and use prune."
             )
-        # Every weight of the block has its key; what the model does not know are old buffers, which go along.
+        # Every weight of the block has its key; keys that the model does not know are old buffers, which are kept.
         return named | self.checkpoint.read(unknown)
 
     def _full_name(self, key: str) -> str:
@@ -195,7 +195,7 @@ def _check_readable(model: Any, checkpoint: Checkpoint) -> None:
 
 
 def model_without_weights(path: Path, checkpoint: Checkpoint) -> Any:
-    """The model of a checkpoint with its parameters on the meta device and its buffers real."""
+    """The model of a checkpoint, with its parameters on the meta device and real buffers."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     original = nn.Module.register_parameter
@@ -215,7 +215,7 @@ def model_without_weights(path: Path, checkpoint: Checkpoint) -> Any:
 
 
 def _dtype_of(checkpoint: Checkpoint) -> torch.dtype:
-    """That of most tensors, for configurations that do not say it."""
+    """The dtype of most tensors, for configurations that do not say it."""
     names = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     found = [names[dtype] for dtype in checkpoint.dtypes.values() if dtype in names]
     return max(set(found), key=found.count, default=torch.float32)

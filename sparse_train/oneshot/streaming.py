@@ -1,7 +1,7 @@
 """``prune_checkpoint``: one-shot pruning of a checkpoint that need not fit in memory, one decoder block at a time.
 
-The model is built without weights; each block is loaded, calibrated, pruned, written as a file of its own, and let go.
-What is held is one block, the embeddings, and the activations between two blocks.
+The model is built without weights; each block is loaded, calibrated, pruned, written to its own file, and freed.
+Memory holds one block, the embeddings, and the activations between two blocks.
 """
 
 import json
@@ -57,21 +57,21 @@ def prune_checkpoint(
     activations: Literal["memory", "disk"] = "memory",
     progress: bool = False,
 ) -> OneshotReport:
-    """Prune a checkpoint of a decoder-only transformers model; the result is that of ``prune``.
+    """Prune a checkpoint of a decoder-only transformers model; the result is the same as that of ``prune``.
 
     Args:
         path: folder with config.json and safetensors; only read.
         out: folder to write, readable by ``from_pretrained``; must not exist. Until it is complete, finished blocks are
-            in a folder beside it (``.NAME.partial``), and the same call goes on behind them after an interruption.
+            in a folder next to it (``.NAME.partial``), and after an interruption the same call continues after them.
         batches: calibration data, see ``prune``; not needed by ``Magnitude``.
         mask_structure, sparsity, criterion, allocation, targets, ignore: see ``prune``; targets outside the decoder
             blocks and groups over the whole model need the whole model.
         device: where blocks compute, one at a time.
-        activations: where the outputs of a block wait for the next one.
+        activations: where the outputs of a block are kept for the next one, "memory" or "disk".
         progress: show a progress bar.
 
     Raises:
-        ValueError: what ``prune`` refuses, an incomplete checkpoint, one that is not kept block by block, or an
+        ValueError: what ``prune`` refuses, an incomplete checkpoint, one that is not stored block by block, or an
             unfinished run with other settings at ``out``.
         OSError: a file cannot be written. Finished blocks are kept.
     """
@@ -105,7 +105,7 @@ def prune_checkpoint(
             if batches is not None:
                 keep = _room_for(activations, work)
                 calibration = CalibrationPass(model, batches, run.recorder, drawn.advance, streamed.device, keep)
-                walks = 2 if allocation.needs_outliers else 1  # the last block passes nothing on
+                walks = 2 if allocation.needs_outliers else 1  # the outputs of the last block are not needed
                 drawn.set_total(len(calibration) * (2 * len(run.blocks) - 1) * walks)
             else:
                 drawn.set_total(len(run.blocks))
@@ -125,7 +125,7 @@ def prune_checkpoint(
     if out.exists():
         out.rmdir()
     work.rename(out)
-    (out / "progress.json").unlink()  # last: a folder of shards is never without what says whose they are
+    (out / "progress.json").unlink()  # last, since it says which run a folder of shards belongs to
     return OneshotReport(updates, forwards, seconds)
 
 
@@ -140,7 +140,7 @@ class _Run:
     def divide(
         self, allocation: Allocation, target: float | None, calibration: CalibrationPass | None
     ) -> dict[str, float]:
-        """The sparsity of each layer; where the allocation needs it, from a dense walk."""
+        """The sparsity of each layer; from a dense walk if the allocation needs one."""
         shapes: dict[str, LayerShape] = {}
         for index in range(len(self.blocks)):
             layers, experts = self._targets_of(index)
@@ -164,7 +164,7 @@ class _Run:
         kind = statistics_of(self.method)
         done = sum(map(self.streamed.is_done, range(len(self.blocks))))
         if done:
-            _log.warning("Going on behind %d finished blocks of %d; times are of the rest.", done, len(self.blocks))
+            _log.warning("Continuing after %d finished blocks of %d; times are for the rest.", done, len(self.blocks))
         for index in range(len(self.blocks)):
             self.streamed.load_block(index)
             if not self.streamed.is_done(index):
@@ -218,7 +218,7 @@ class _Run:
         layers = {name: layer for name, layer in self.selection.layers.items() if name.startswith(start)}
         experts = {}
         for name in self.selection.experts:
-            if name.startswith(start):  # the parameter object changes with every load
+            if name.startswith(start):  # looked up again, since every load creates new parameter objects
                 module, _, own = name.rpartition(".")
                 parameter = getattr(self.streamed.model.get_submodule(module), own)
                 experts[name] = type(self.selection.experts[name])(parameter, self.selection.experts[name].transposed)
@@ -240,10 +240,10 @@ def _room_for(activations: str, work: Path) -> str | Path:
 
 
 def _open_work(work: Path, settings: list[str]) -> None:
-    """Make the folder of an unfinished run, or find it as these settings left it."""
+    """Create the folder of an unfinished run, or check that an existing one is of these settings."""
     progress = work / "progress.json"
     if progress.is_file() and not _has_begun(work):
-        shutil.rmtree(work)  # nothing of it is worth keeping, whatever its settings were
+        shutil.rmtree(work)  # nothing in it is worth keeping, whatever its settings were
     if progress.is_file():
         before = json.loads(progress.read_text())["settings"]
         if before != settings:
@@ -260,7 +260,7 @@ def _open_work(work: Path, settings: list[str]) -> None:
 
 
 def _has_begun(work: Path) -> bool:
-    """Whether a block is done, or the walk for an allocation: something that the next run can go on from."""
+    """Whether a block, or the walk for an allocation, is done, so that the next run can continue from it."""
     progress = json.loads((work / "progress.json").read_text())
     return bool(progress["updates"] or progress["outliers"])
 
@@ -274,7 +274,7 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
         with replacing(path) as beside:
             beside.write_text(json.dumps(content, indent=1))
     except OSError as error:
-        raise OSError(f"Cannot write {path}: {error}. Finished blocks are kept; the same command goes on.") from error
+        raise OSError(f"Cannot write {path}: {error}. Finished blocks are kept; run the same command again.") from error
 
 
 def _hash(batches: Sequence[Batch]) -> str:

@@ -1,4 +1,4 @@
-"""Where a first mask in training gets its model and its batches from, whatever trains."""
+"""The model and the batches for a first mask in training, in any trainer."""
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,12 +25,13 @@ def causal_lm(root: nn.Module, layers: Mapping[str, MaskedLayer]) -> nn.Module |
 def random_batches(
     dataset: Dataset[Any], batch_size: int, collate_fn: Callable[[list[Any]], Any] | None, count: int
 ) -> list[Batch] | None:
-    """Random batches of a data set, always the same; None where there are none that a model could take.
+    """Random batches of a data set, always the same; None if a model could not use any.
 
-    A loader of its own: another iterator of the training's would move its generators, and a stateful one's position.
+    They come from a separate loader: another iterator of the training loader would advance its generators, and the
+    position of a stateful one.
     """
     if isinstance(dataset, IterableDataset):
-        return None  # reading a stream would take its first batches away from training
+        return None  # reading a stream would take its first batches from training
     own = DataLoader(
         dataset,
         batch_size=batch_size,
@@ -44,10 +45,10 @@ def random_batches(
 
 
 def first_batches(loader: Iterable[Any], count: int) -> list[Batch]:
-    """The first batches of a loader for calibration, the same in each process; random numbers are drawn apart.
+    """The first batches of a loader for calibration, the same in each process; random states are restored.
 
     Raises:
-        ValueError: it has none, or none that a model could take.
+        ValueError: it has no batches, or none that a model could use.
     """
     with isolated_rng():
         torch.manual_seed(0)

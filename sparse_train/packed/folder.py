@@ -1,4 +1,4 @@
-"""Packed Hugging Face folders: each safetensors file packed by itself, everything else as it is."""
+"""Packed Hugging Face folders: each safetensors file is packed separately, other files are copied."""
 
 import shutil
 from collections.abc import Iterable
@@ -11,9 +11,9 @@ SUFFIX = ".packed.safetensors"
 
 
 def pack_folder(folder: str | Path, out: str | Path) -> SizeReport:
-    """Write a Hugging Face folder again, each ``x.safetensors`` as ``x.packed.safetensors``; all else is copied.
+    """Write a packed copy of a Hugging Face folder: ``x.safetensors`` becomes ``x.packed.safetensors``.
 
-    One file at a time is in memory. ``out`` is complete or absent.
+    Other files are copied. Only one file at a time is in memory. ``out`` is complete or absent.
 
     Raises:
         ValueError: no safetensors in ``folder``, or ``out`` exists and is not an empty folder.
@@ -61,6 +61,6 @@ def _copy_others(source: Path, out: Path, files: Iterable[Path]) -> None:
         if entry.name in taken or entry.name.startswith("."):
             continue
         if entry.is_dir():
-            shutil.copytree(entry, out / entry.name)  # such as an adapter beside its base
+            shutil.copytree(entry, out / entry.name)  # such as an adapter in the folder of its base
         elif entry.is_file():
             shutil.copyfile(entry, out / entry.name)

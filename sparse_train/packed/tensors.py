@@ -1,15 +1,15 @@
-"""Packed files: sparse weights on disk as mask bits and kept values, bit for bit what they were.
+"""Packed files: sparse weights on disk as mask bits and kept values, restored bit for bit.
 
 Shape suffixes: O rows, I entries of a row, J packed mask bytes = ceil(I / 8), K kept values.
 
-A packed file is safetensors. A weight ``name`` that takes less room so is two tensors: ``name.packed_mask``, uint8
-(O, J), see ``layers.masks``, and ``name.kept_values`` (K,), row by row, in the weight's own dtype. All other tensors
-are as they are. Its metadata say which weights are packed, their shapes and dtypes, which names stand for one
-tensor, and the version of this format.
+A packed file is safetensors. If packing makes a weight ``name`` smaller, it is stored as two tensors:
+``name.packed_mask``, uint8 (O, J), see ``layers.masks``, and ``name.kept_values`` (K,), row by row, in the dtype of the
+weight. All other tensors are unchanged. The metadata say which weights are packed, their shapes and dtypes, which names
+share one tensor, and the version of this format.
 
-What is dropped is +0.0, whatever a mask says: a kept weight that happens to be +0.0 is not stored, and comes back as
-what it is. -0.0 and NaN are values; their bits come back too. Masks are therefore not kept apart from zeros: this is a
-file of a finished model, not of a training run.
+Only +0.0 is dropped, whatever a mask says: a kept weight that happens to be +0.0 is not stored, and is restored as
++0.0. -0.0 and NaN are stored as values, with their bits. Zeros that a mask pruned and other zeros are therefore not
+distinguished: this is a format for finished models, not for training runs.
 """
 
 import json
@@ -33,21 +33,21 @@ _MASK, _VALUES = ".packed_mask", ".kept_values"
 
 @dataclass(frozen=True)
 class SizeReport:
-    """What packing saved, in bytes of tensors."""
+    """Sizes before and after packing, in bytes of tensors."""
 
     packed: Mapping[str, tuple[int, int]]
-    """Of each packed weight: bytes as it was, and as it is."""
+    """For each packed weight: bytes before and after."""
     other: int
     """Bytes of all other tensors."""
 
     @property
     def dense_bytes(self) -> int:
-        """All tensors, as they were."""
+        """All tensors, before packing."""
         return self.other + sum(dense for dense, _ in self.packed.values())
 
     @property
     def packed_bytes(self) -> int:
-        """All tensors, as they are in the file."""
+        """All tensors, in the packed file."""
         return self.other + sum(packed for _, packed in self.packed.values())
 
     def __add__(self, other: "SizeReport") -> "SizeReport":
@@ -65,15 +65,15 @@ class SizeReport:
 
 
 def packed_bytes(rows: int, columns: int, kept: int, itemsize: int) -> int:
-    """Bytes of a packed matrix: one bit an entry, and ``itemsize`` bytes a kept value.
+    """Bytes of a packed matrix: one bit per entry, and ``itemsize`` bytes per kept value.
 
-    Less than dense where more than ``1 / (8 * itemsize)`` of it is zero: 6.25 % in 16 bits, 3.1 % in 32.
+    Less than dense if more than ``1 / (8 * itemsize)`` of it is zero: 6.25 % in 16 bits, 3.1 % in 32.
     """
     return rows * masks.packed_width(columns) + kept * itemsize
 
 
 def pack_weight(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
-    """Split a matrix into packed mask (O, J) and the values (K,) that are not +0.0, row by row."""
+    """Split a matrix into its packed mask (O, J) and the values (K,) that are not +0.0, row by row."""
     bits_OI = weight_OI.detach().cpu().contiguous().view(masks.INTEGER_OF_SIZE[weight_OI.itemsize])
     keep_OI = bits_OI != 0
     return masks.pack(keep_OI), bits_OI[keep_OI].view(weight_OI.dtype)
@@ -83,7 +83,7 @@ def unpack_weight(mask_OJ: Tensor, values_K: Tensor, in_features: int) -> Tensor
     """The matrix (O, I) that ``pack_weight`` has split.
 
     Raises:
-        ValueError: the mask keeps another number of entries than there are values.
+        ValueError: the number of entries that the mask keeps differs from the number of values.
     """
     if masks.count(mask_OJ) != len(values_K):
         raise ValueError(
@@ -101,9 +101,9 @@ def unpack_weight(mask_OJ: Tensor, values_K: Tensor, in_features: int) -> Tensor
 def save_packed(
     model: nn.Module | Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None
 ) -> SizeReport:
-    """Write a model, or its state dict, to one packed file; masked layers with their masks folded in.
+    """Write a model, or its state dict, to one packed file; masks are folded in.
 
-    Written beside and renamed: ``path`` is complete or absent.
+    The file is first written under another name and then renamed: ``path`` is complete or absent.
 
     Args:
         model: a module, or a state dict without masks.
@@ -133,7 +133,7 @@ def save_packed(
 
 
 def load_packed(path: str | Path) -> dict[str, Tensor]:
-    """The state dict that ``save_packed`` wrote, dense, with the bits that it had; tied names share one tensor.
+    """The state dict that ``save_packed`` wrote, dense and bit for bit; tied names share one tensor.
 
     Raises:
         ValueError: no packed file, one of a later version of the format, or a damaged one.
@@ -198,7 +198,7 @@ def _pack_state(
                 continue
         dense = tensor.cpu().contiguous()
         whole = dense.untyped_storage().nbytes() == dense.nbytes
-        tensors[name] = dense if whole else dense.clone()  # a part of a larger tensor would be written with all of it
+        tensors[name] = dense if whole else dense.clone()  # otherwise the whole underlying tensor would be written
         other += dense.nbytes
     return tensors, shapes, aliases, SizeReport(sizes, other)
 

@@ -1,4 +1,4 @@
-"""Where zeros may stand: ``Pattern.mask``. One pattern a file, and the words that users write for them."""
+"""Where zeros may be: ``Pattern.mask``. One pattern per file, and the words that users write for them."""
 
 from sparse_train.patterns.base import Pattern
 from sparse_train.patterns.nm import NM

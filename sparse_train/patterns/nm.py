@@ -14,9 +14,9 @@ from sparse_train.patterns.top_k import keep_highest
 
 @dataclass(frozen=True)
 class NM(Pattern):
-    """N **kept** in every M consecutive inputs of one output: 2:4 is the hardware's, 4:8 the paper's other one.
+    """N **kept** in every M consecutive inputs of one output: 2:4 for the hardware, 4:8 as also used in the papers.
 
-    Half of the field counts N pruned (llm-compressor, the Wanda and SparseGPT scripts); their 1:4 is 3:4 here.
+    Other tools count the N **pruned** (llm-compressor, the Wanda and SparseGPT scripts); their 1:4 is 3:4 here.
     """
 
     n: int
@@ -36,7 +36,7 @@ class NM(Pattern):
         return 1 - self.n / self.m
 
     def mask(self, scores_OI: Tensor, sparsity: float) -> Tensor:
-        # A schedule steps through whole kept counts (4:4, 3:4, 2:4) and never runs ahead of its target.
+        # A schedule goes through whole kept counts (4:4, 3:4, 2:4) and never exceeds its target sparsity.
         pruned = int(sparsity * self.m + 1e-6)
         assert pruned <= self.m - self.n, (sparsity, self)
         return keep_highest(scores_OI.reshape(-1, self.m), self.m - pruned).view_as(scores_OI)

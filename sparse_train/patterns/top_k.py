@@ -2,8 +2,8 @@
 
 Shape suffixes: G groups, M members of a group.
 
-On CPU the matrix is walked in row blocks that fit the cache, by numpy in threads: at 4096 x 11008 that is more than
-ten times faster than sorting rows (``benchmarks/selection.py``). Other devices use torch.
+On the CPU, numpy processes the matrix in threads, in blocks of rows that fit the cache: at 4096 x 11008 that is more
+than ten times faster than sorting rows (``benchmarks/selection.py``). Other devices use torch.
 """
 
 import functools
@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_BLOCK = 1 << 18  # scores a block: 1 MiB of float32
-_PAIRWISE_UP_TO = 16  # from here on a partition costs less than M (M - 1) / 2 comparisons
+_BLOCK = 1 << 18  # scores per block: 1 MiB of float32
+_PAIRWISE_UP_TO = 16  # for larger M, a partition costs less than M (M - 1) / 2 comparisons
 
 
 def keep_highest(scores_GM: Tensor, kept: int) -> Tensor:
@@ -29,7 +29,7 @@ def keep_highest(scores_GM: Tensor, kept: int) -> Tensor:
     """
     members = scores_GM.shape[1]
     assert 0 <= kept <= members, (kept, members)
-    if kept in (0, members) or not len(scores_GM):  # a process may hold no rows
+    if kept in (0, members) or not len(scores_GM):  # a process may have no rows
         return torch.full_like(scores_GM, kept > 0, dtype=torch.bool)
     pairwise = members <= _PAIRWISE_UP_TO
     if scores_GM.device.type != "cpu":
@@ -38,8 +38,8 @@ def keep_highest(scores_GM: Tensor, kept: int) -> Tensor:
 
 
 def by_threshold(scores_GM: Tensor, kept: int) -> Tensor:
-    """``keep_highest`` by the threshold of each row; ties at it are settled by index."""
-    with _not_deterministic():  # its indices are not, on some GPUs and versions; they are not read
+    """``keep_highest`` by the threshold of each row; ties at the threshold are resolved by index."""
+    with _not_deterministic():  # on some GPUs and versions its indices are not deterministic; they are not used
         threshold_G1 = scores_GM.kthvalue(scores_GM.shape[1] - kept, dim=1, keepdim=True).values
     keep_GM = scores_GM > threshold_G1
     missing_G1 = kept - keep_GM.sum(1, keepdim=True)
@@ -52,12 +52,12 @@ def by_threshold(scores_GM: Tensor, kept: int) -> Tensor:
 
 @contextmanager
 def _not_deterministic() -> Iterator[None]:
-    """Allow what ``use_deterministic_algorithms`` refuses."""
+    """Allow operations that ``use_deterministic_algorithms`` refuses."""
     before, warn_only = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
     )
-    if not before:  # setting it also sets what the compiler takes for wanted
+    if not before:  # do not set it without need: the compiler reads the setting too
         yield
         return
     torch.use_deterministic_algorithms(False)
@@ -68,20 +68,20 @@ def _not_deterministic() -> Iterator[None]:
 
 
 def by_comparison(scores_GM: Tensor, kept: int) -> Tensor:
-    """``keep_highest`` by comparing every pair: a member's rank is how many it beats."""
+    """``keep_highest`` by comparing every pair: the rank of a member is the number of members that it beats."""
     groups, members = scores_GM.shape
     ranks = [torch.zeros(groups, dtype=torch.uint8, device=scores_GM.device) for _ in range(members)]
     for low in range(members):
         for high in range(low + 1, members):
-            high_wins = scores_GM[:, low] <= scores_GM[:, high]  # a tie is won by the higher index
+            high_wins = scores_GM[:, low] <= scores_GM[:, high]  # the higher index wins a tie
             ranks[high] += high_wins
             ranks[low] += ~high_wins
     return torch.stack([rank >= members - kept for rank in ranks], dim=1)
 
 
-# --- CPU: the same two, on numpy blocks ------------------------------------------------------------------------------
+# --- CPU: the same two methods, on numpy blocks ----------------------------------------------------------------------
 
-_Array = np.ndarray  # short, and mypy takes the bare name
+_Array = np.ndarray  # short, and mypy accepts the bare name
 _BlockSelection = Callable[[_Array, _Array, int], None]
 
 
@@ -90,12 +90,12 @@ def _in_blocks(select: _BlockSelection, scores_GM: Tensor, kept: int) -> Tensor:
     keep = np.empty(scores.shape, dtype=bool)
     threads = torch.get_num_threads()
     blocks = -(-scores.size // _BLOCK)
-    blocks = -(-blocks // threads) * threads  # as many for every thread
+    blocks = -(-blocks // threads) * threads  # the same number for every thread
     rows = max(1, -(-len(scores) // blocks))
     starts = range(0, len(scores), rows)
-    # numpy lets go of the interpreter lock inside its loops, so blocks really run side by side.
+    # numpy releases the interpreter lock inside its loops, so blocks really run in parallel.
     for _ in _pool(threads).map(lambda i: select(scores[i : i + rows], keep[i : i + rows], kept), starts):
-        pass  # reading the results raises what a thread raised
+        pass  # reading the results raises errors of the threads
     return torch.from_numpy(keep)
 
 
@@ -125,7 +125,7 @@ def _ordered_integers(scores: _Array) -> _Array:
     bits = scores.view(np.int32)
     if bits.min() >= 0:
         return bits
-    bits = (scores + np.float32(0)).view(np.int32)  # -0.0 becomes 0.0, which it equals
+    bits = (scores + np.float32(0)).view(np.int32)  # turns -0.0 into 0.0, which is equal
     ordered: _Array = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     return ordered
 

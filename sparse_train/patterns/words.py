@@ -1,4 +1,4 @@
-"""Patterns as users write them, and what they are called: "unstructured", "2:4".
+"""Patterns as users write them, and their names: "unstructured", "2:4".
 
 Shape suffixes: O out_features, I in_features.
 """
@@ -21,10 +21,10 @@ def parse_pattern(mask_structure: str | Pattern, sparsity: float | None, group: 
     Args:
         mask_structure: "unstructured", "N:M" with N **kept** (as in "2:4"), or a ``Pattern``.
         sparsity: share of zeros; required for unstructured patterns, implied by N:M.
-        group: what the word "unstructured" compares.
+        group: the group in which "unstructured" compares weights.
 
     Raises:
-        ValueError: neither word nor N:M, a sparsity outside [0, 1), missing, or in conflict with N:M.
+        ValueError: not a known word or N:M; a sparsity that is outside [0, 1), missing, or in conflict with N:M.
     """
     pattern = parse_word(mask_structure, group)
     if sparsity is not None:
@@ -56,7 +56,7 @@ def _shown(word: object) -> str:
 
 
 def group_label(pattern: Pattern) -> str:
-    """How tables and file names call a pattern: "2:4", "unstructured", "unstructured (layer)"."""
+    """The name of a pattern in tables and file names: "2:4", "unstructured", "unstructured (layer)"."""
     if isinstance(pattern, NM):
         return f"{pattern.n}:{pattern.m}"
     if isinstance(pattern, Unstructured):

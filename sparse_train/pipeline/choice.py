@@ -1,4 +1,4 @@
-"""The new masks of all layers, before anything is changed: ``choose``.
+"""``choose`` computes the new masks of all layers, before anything is changed.
 
 Shape suffixes: O out_features, I in_features, J packed mask bytes.
 """
@@ -25,14 +25,14 @@ class Rules:
     """What decides the masks of one update.
 
     Attributes:
-        criterion: gives the scores, from the shadow values, in float32.
+        criterion: gives the scores, in float32, from kept and shadow values.
         pattern: selects, over one layer at a time or over all of them.
-        sparsity: target over each group; by layer, where layers differ.
+        sparsity: target over each group; a mapping by layer if layers differ.
         policy: how pruned weights come back, if they do.
         shadow_factor: multiplies the values of pruned weights before they are scored.
-        margin: by how much kept weights are ahead.
+        margin: the advantage of kept weights.
         growth: gradients by which weights come back.
-        half: score with this half of the statistics alone.
+        half: score with only this half of the statistics.
     """
 
     criterion: Criterion
@@ -45,7 +45,7 @@ class Rules:
     half: int | None = None
 
     def mask(self, scores_OI: Tensor, sparsity: float, names: Iterable[str]) -> Tensor:
-        """The mask of candidates with these scores: of one named layer, or of several as one row."""
+        """The mask of candidates with these scores, from one named layer, or from several as one row."""
         gradients = self.growth.scores(names) if self.growth is not None else None
         if self.growth is None or gradients is None:
             return self.pattern.mask(scores_OI, sparsity)
@@ -54,12 +54,12 @@ class Rules:
 
 @dataclass(frozen=True)
 class Candidates:
-    """Weights, as selection sees them.
+    """The input of selection.
 
     Attributes:
-        scores_OI: -inf = goes first; kept ones ahead by the margin, where there is one.
-        nonzero_OJ: which of them are not zero under a mask that keeps them, packed.
-        finite: whether the criterion's scores are.
+        scores_OI: -inf = pruned first; those of kept weights include the margin, if there is one.
+        nonzero_OJ: which weights would not be zero if they were kept, packed.
+        finite: whether the criterion's scores are finite.
     """
 
     scores_OI: Tensor
@@ -72,9 +72,9 @@ class Choice:
     """A new mask, before anything is changed."""
 
     parts: list[Tensor]
-    """Packed, in as many parts as processes have selected it in."""
+    """The packed mask, one part per process that has selected rows."""
     nonzero: int
-    """Kept weights that are not zero."""
+    """Number of kept weights that are not zero."""
     finite: bool = True
 
     @property
@@ -83,21 +83,21 @@ class Choice:
 
 
 def choose(layers: Mapping[str, MaskedMatrix], rules: Rules) -> dict[str, Choice]:
-    """A new mask for each layer; all processes call, and all get the same."""
+    """A new mask for each layer; all processes must call, and all get the same masks."""
     return (_select_model_wide if rules.pattern.model_wide else _select_by_layer)(layers, rules)
 
 
 def agreed_flips(
     layers: Mapping[str, MaskedMatrix], chosen: Mapping[str, Choice], rules: Rules
 ) -> dict[str, int] | None:
-    """How many of the flips that were chosen either half of the statistics would have made by itself, by layer.
+    """How many of the chosen flips each half of the statistics would also have made alone, by layer.
 
-    None where there are not two halves: one has seen no token.
+    None if there are no two halves, because one has seen no token.
     """
     norms = [layer.statistics for layer in layers.values()]
     if not all(isinstance(norm, HalvedNorm) and all(int(half.tokens) for half in norm.halves) for norm in norms):
         return None
-    # a half knows of no errors of its own
+    # no error can be estimated from one half
     margin = replace(rules.margin, noise_margin=0.0)
     halves = [choose(layers, replace(rules, margin=margin, half=half)) for half in (0, 1)]
     found = {}
@@ -125,7 +125,7 @@ def _select_by_layer(layers: Mapping[str, MaskedMatrix], rules: Rules) -> dict[s
 
 
 def _column_sums(layers: Mapping[str, MaskedMatrix], rules: Rules) -> dict[str, Tensor]:
-    """What scores need of the rows of other processes, for all layers in one reduce."""
+    """What scores need from the rows of other processes, for all layers in one reduce."""
     found = {}
     for name, layer in layers.items():
         with sharding.weights(layer, by_rows=True) as (weight_RI, rows):
@@ -156,7 +156,7 @@ def _select_model_wide(layers: Mapping[str, MaskedMatrix], rules: Rules) -> dict
 
 
 def _complete(chosen: Mapping[str, Choice], layers: Mapping[str, MaskedMatrix]) -> None:
-    """Put the rows together that processes have chosen: one gather of mask bits, with a count for each layer."""
+    """Combine the rows that processes have chosen: one gather of mask bits, with a count for each layer."""
     if not layers:
         return
     device = next(iter(layers.values())).weight_mask.device
@@ -164,13 +164,13 @@ def _complete(chosen: Mapping[str, Choice], layers: Mapping[str, MaskedMatrix]) 
     header = torch.tensor(counts, dtype=torch.int64, device=device).view(torch.uint8)
     own = torch.cat([header, *(chosen[name].keep_OJ.reshape(-1) for name in layers)])
     widths = {name: layer.weight_mask.shape[1] for name, layer in layers.items()}
-    rows = {name: sharding.rows_of(0, layer.out_features).stop for name, layer in layers.items()}  # the most
+    rows = {name: sharding.rows_of(0, layer.out_features).stop for name, layer in layers.items()}  # the maximum
     gathered = gather_bytes(own, len(header) + sum(rows[name] * widths[name] for name in layers))
     found = torch.stack([each[: len(header)].clone().view(torch.int64) for each in gathered])
     for index, name in enumerate(layers):
         chosen[name].finite = bool((found[:, index] >= 0).all())
         chosen[name].nonzero = int(found[:, index].sum())
-        chosen[name].parts = []  # views of what was gathered take their place: put together later, a layer at a time
+        chosen[name].parts = []  # replaced by views of the gathered bytes, concatenated later, one layer at a time
     for process, each in enumerate(gathered):
         start = len(header)
         for name, layer in layers.items():
@@ -213,14 +213,15 @@ def _scores(
 def _score_candidates(
     layer: MaskedMatrix, weight_OI: Tensor, rows: slice, rules: Rules, column_sums_I: Tensor | None = None
 ) -> Candidates:
-    """Score these rows of a layer; margin and policy go into the scores, so that the pattern alone selects."""
+    """Score these rows of a layer. The scores include margin and policy, so that only the pattern has to select."""
     by_score = rules.policy.comes_back == "by score"
     keep_OI = layer.unpacked_mask()[rows] if rules.margin or not by_score else None
     stats = _statistics(layer, rules)
     scores_OI = _scores(rules.criterion, weight_OI, stats, column_sums_I)
     finite = _all_finite(scores_OI)
     if stats is not None and bool((stats.sum_squares_I == 0).any()):
-        # An input that never comes makes every score 0: what is zero already goes first, so that pruning twice is once.
+        # A feature that is always zero makes its scores 0. Weights that are already zero are then pruned first, so that
+        # pruning twice gives the same result as pruning once.
         scores_OI = scores_OI.masked_fill(weight_OI == 0, -torch.inf)
     if rules.margin:
         assert keep_OI is not None
@@ -234,12 +235,12 @@ def _score_candidates(
     nonzero_OI = weight_OI != 0
     if rules.policy.comes_back == "by gradient":
         assert keep_OI is not None
-        nonzero_OI &= keep_OI  # what comes back begins at zero
+        nonzero_OI &= keep_OI  # weights that come back start at zero
     return Candidates(scores_OI, masks.pack(nonzero_OI), finite)
 
 
 def _statistics(layer: MaskedMatrix, rules: Rules) -> ActivationNorm | None:
-    """What the criterion reads of a layer's inputs."""
+    """The statistics of a layer's input that the criterion reads."""
     if not rules.criterion.needs_activations:
         return None
     stats = layer.statistics
@@ -251,5 +252,5 @@ def _statistics(layer: MaskedMatrix, rules: Rules) -> ActivationNorm | None:
 
 
 def _all_finite(scores_OI: Tensor) -> bool:
-    # the sum is finite where all are, and ten times faster to look at; it may overflow where none is infinite
+    # if the sum is finite, all scores are, and it is ten times faster to check; it may overflow with finite scores
     return bool(scores_OI.sum().isfinite()) or bool(scores_OI.isfinite().all())

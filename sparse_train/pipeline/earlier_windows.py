@@ -1,4 +1,4 @@
-"""What the statistics of earlier windows count for at an update: ``memory``."""
+"""How much the statistics of earlier windows count at an update: ``memory``."""
 
 import logging
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from sparse_train.statistics.activations import ActivationNorm
 _log = logging.getLogger(__name__)
 
 Memory = float | Literal["frozen"]
-"""How much the statistics of earlier windows count: a factor per update, or "frozen", the first ones for ever."""
+"""How much the statistics of earlier windows count: a factor per update, or "frozen" = the first ones, forever."""
 
 
 def check_memory(memory: Memory, criterion: Criterion) -> None:
@@ -21,14 +21,14 @@ def check_memory(memory: Memory, criterion: Criterion) -> None:
     if memory != "frozen" and not (isinstance(memory, (int, float)) and 0 <= memory <= 1):
         raise ValueError(
             "memory is the factor with which statistics of earlier windows count at an update, from 0 (only the last "
-            f'window) to 1 (all of them alike), or "frozen" (norms of the first mask for ever), got {memory!r}.'
+            f'window) to 1 (all of them equally), or "frozen" (norms of the first mask, forever), got {memory!r}.'
         )
     if memory == "frozen" and not criterion.needs_activations:
         raise ValueError(f"{criterion} reads no activations, so that memory='frozen' has nothing to keep.")
 
 
 class EarlierWindows:
-    """Keeps, between updates, of the statistics what ``memory`` says.
+    """Keeps, between updates, the part of the statistics that ``memory`` says.
 
     Args:
         layers: with statistics attached.
@@ -40,12 +40,12 @@ class EarlierWindows:
         self._tokens: dict[str, int] = {}
         self._warned = False
         self.frozen = False
-        """Whether statistics are what they will be for ever."""
+        """Whether statistics are final."""
 
     def begin_with(self, first: Mapping[str, ActivationNorm]) -> None:
-        """Start with the norms behind the first mask, sums over ranks, as if an update had just used them.
+        """Start with the norms of the first mask, summed over ranks, as if an update had just used them.
 
-        Nothing where nothing is remembered, or where a layer has none: the mask came from elsewhere.
+        Does nothing if nothing is remembered, or if a layer has no norms because the mask came from elsewhere.
         """
         own = norms_of(self._layers)
         if not self._memory or not all(name in first and int(first[name].tokens) for name in own):
@@ -55,11 +55,11 @@ class EarlierWindows:
         self.fade()
 
     def warn_of_old(self) -> None:
-        """Say, once, where no token reached a target since ``fade``: an expert of few tokens, or a layer left out."""
+        """Warn once if no token reached a target since ``fade``: an expert with few tokens, or an unused layer."""
         old = [name for name, norm in norms_of(self._layers).items() if int(norm.tokens) <= self._tokens.get(name, -1)]
         if old and not self._warned and rank() == 0:
             _log.warning(
-                "No token reached %s%s since the last mask update: masks there go by the norms of earlier windows. If "
+                "No token reached %s%s since the last mask update: masks there use the norms of earlier windows. If "
                 "the model no longer uses it, leave it out with ignore=[%r].",
                 old[0],
                 f" and {len(old) - 1} other targets" if len(old) > 1 else "",
@@ -68,10 +68,10 @@ class EarlierWindows:
         self._warned = self._warned or bool(old)
 
     def fade(self) -> None:
-        """After an update: let statistics count less, or begin anew.
+        """After an update: reduce the weight of the statistics, or reset them.
 
-        They are sums over ranks by now, so that rank 0 alone goes on with them: the next sum over ranks is exact, and a
-        checkpoint holds them once.
+        They are already sums over ranks, so only rank 0 continues with them: the next sum over ranks is then exact, and
+        checkpoints hold them once.
         """
         factor = 1.0 if self._memory == "frozen" else self._memory
         for each in distinct(self._layers.values()):

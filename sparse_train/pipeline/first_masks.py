@@ -10,11 +10,11 @@ from torch import Tensor
 from sparse_train.layers import masks
 from sparse_train.layers.matrices import MaskedMatrix
 
-_STRIDE = 128  # whole first masks would double what masks take
+_STRIDE = 128  # whole first masks would double the memory of masks
 
 
 class FirstMasks:
-    """Every 128th row of the first mask of each layer, and four rows of small layers at least.
+    """Every 128th row of the first mask of each layer, but at least four rows per layer.
 
     Args:
         layers: masked layers by name.
@@ -23,10 +23,10 @@ class FirstMasks:
     def __init__(self, layers: Mapping[str, MaskedMatrix]) -> None:
         self._layers = layers
         self.rows_SJ: dict[str, Tensor] = {}
-        """The sample by layer, uint8; empty ahead of the first masks."""
+        """The sample by layer, uint8; empty before the first masks."""
 
     def keep(self) -> None:
-        """Take masks as they are for the first ones, unless there are some already."""
+        """Store the current masks as the first ones, unless some are stored already."""
         if not self.rows_SJ:
             self.rows_SJ = {name: rows_SJ.clone() for name, rows_SJ in self._sample().items()}
 

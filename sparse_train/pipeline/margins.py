@@ -1,4 +1,4 @@
-"""By how much a pruned weight has to be better than a kept one to take its place: ``Margin``; and how sure scores are.
+"""How much better a pruned weight has to be than a kept one to replace it: ``Margin``; and the errors of scores.
 
 Shape suffixes: O out_features, I in_features.
 """
@@ -16,13 +16,13 @@ from sparse_train.statistics.activations import ActivationNorm, HalvedNorm
 
 @dataclass(frozen=True)
 class Margin:
-    """What kept weights are ahead by when masks are updated; the counts of groups stay exact.
+    """The advantage of kept weights when masks are updated; the counts of groups stay exact.
 
     Args:
-        hysteresis: share by which kept weights count more: a pruned one needs ``1 + hysteresis`` times the score.
-            Infinite: masks lose what the schedule asks for, and get nothing back.
-        noise_margin: how many standard errors of their scores kept weights are taken for better, and pruned ones for
-            worse, than they look: a flip needs scores that far apart. See ``standard_error``.
+        hysteresis: share by which kept weights count more: a pruned weight needs ``1 + hysteresis`` times the score.
+            If infinite, masks lose what the schedule asks for, and get nothing back.
+        noise_margin: number of standard errors that are added to the scores of kept weights and subtracted from those
+            of pruned ones, so that a flip needs scores that far apart. See ``standard_error``.
     """
 
     hysteresis: float = 0.0
@@ -45,12 +45,12 @@ class Margin:
         Args:
             scores_OI: of any sign; -inf = pruned first.
             keep_OI: the mask so far.
-            error_OI: standard errors of the scores; None = not known, under a ``noise_margin`` taken for infinite.
+            error_OI: standard errors of the scores; None = not known, and infinite for a ``noise_margin``.
         """
         unsure = self.noise_margin > 0 and error_OI is None
         if unsure or torch.inf in (self.hysteresis, self.noise_margin):
             return only_kept(scores_OI, keep_OI)
-        factor = 1 + self.hysteresis  # of a negative score: what is nearer to 0 is better
+        factor = 1 + self.hysteresis  # divides negative scores, since nearer to 0 is better
         ahead_OI = torch.where(scores_OI < 0, scores_OI / factor, scores_OI * factor)
         if error_OI is not None:
             ahead_OI = ahead_OI + error_OI * self.noise_margin
@@ -64,17 +64,17 @@ NO_MARGIN = Margin()
 def standard_error(
     criterion: Criterion, weight_OI: Tensor, stats: ActivationNorm | None, column_sums_I: Tensor | None = None
 ) -> Tensor | None:
-    """Standard error of each score, float32 (O, I), from what either half of the statistics says of it.
+    """Standard error of each score, float32 (O, I), estimated from the two halves of the statistics.
 
-    ``column_sums_I`` are those that the scores of these rows need of others, see ``Criterion``.
+    ``column_sums_I`` is what the scores of these rows need from other rows, see ``Criterion``.
 
-    ``|s_1 - s_2| sqrt(T_1 T_2) / (T_1 + T_2)`` for the scores s of halves with T tokens: if the mean square of a
-    feature has variance v / T over T tokens, then v / (T_1 + T_2) is the squared error of what the whole window gives,
-    and s_1 - s_2 estimates v, with one degree of freedom. To first order that also holds for Wanda's root of it. Half
-    of the difference, where the halves are as large.
+    It is ``|s_1 - s_2| sqrt(T_1 T_2) / (T_1 + T_2)`` for the scores s of halves with T tokens. If the mean square of a
+    feature has variance v / T over T tokens, then v / (T_1 + T_2) is the squared error of the whole window's estimate,
+    and s_1 - s_2 estimates v, with one degree of freedom. To first order this also holds for Wanda, which takes the
+    root. If the halves are equally large, the error is half the difference.
 
     Returns:
-        None where one of the halves has seen no token.
+        None if one of the halves has seen no token.
     """
     assert isinstance(stats, HalvedNorm)
     first, second = (float(half.tokens) for half in stats.halves)
@@ -88,7 +88,7 @@ def standard_error(
 
 
 def check_margin(margin: Margin, flip_agreement: bool, policy: MaskPolicy, criterion: Criterion, frozen: bool) -> None:
-    """Raise ValueError where a margin has no effect, or there are no halves of a window to tell noise from signal."""
+    """Raise ValueError if a margin has no effect, or there are no halves of a window from which to estimate noise."""
     if margin and policy.comes_back != "by score":
         raise ValueError(f"{margin} has no effect with {policy}, under which pruned weights do not come back by score.")
     if not margin.noise_margin and not flip_agreement:
@@ -103,7 +103,7 @@ def check_margin(margin: Margin, flip_agreement: bool, policy: MaskPolicy, crite
 
 
 def check_window(steps: int) -> None:
-    """Raise ValueError where a window cannot be halved."""
+    """Raise ValueError if a window cannot be halved."""
     if steps < 2:
         raise ValueError(
             "noise_margin and flip_agreement compare the odd and the even steps of a window, which is 1 step long: set "

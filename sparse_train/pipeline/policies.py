@@ -14,12 +14,12 @@ from sparse_train.layers.matrices import MaskedLayer
 
 
 class MaskPolicy:
-    """Whether pruned weights get gradient between updates, and how they come back at one; by itself it is ``Fixed``."""
+    """What pruned weights do between updates, and how they come back. The base class acts as ``Fixed``."""
 
     straight_through: ClassVar[bool] = False
     """Whether pruned weights get the straight-through gradient."""
     comes_back: ClassVar[Literal["never", "by score", "by gradient"]] = "never"
-    """How a pruned weight comes back at an update; by its gradient under ``Regrow`` alone."""
+    """How a pruned weight comes back at an update; by its gradient only under ``Regrow``."""
 
     def shadow_decay(self, progress: float, steps: int) -> float:
         """Factor on the values of pruned weights, for ``steps`` optimizer steps that end at ``progress`` in [0, 1]."""
@@ -27,7 +27,7 @@ class MaskPolicy:
 
 
 def only_kept(scores_OI: Tensor, mask_OI: Tensor) -> Tensor:
-    """Scores (O, I) under which every pruned weight goes before any kept one, also one whose score is -inf."""
+    """Scores (O, I) that place every pruned weight below every kept one, even a kept one with a score of -inf."""
     return torch.where(mask_OI, scores_OI.clamp_min(torch.finfo(scores_OI.dtype).min), -torch.inf)
 
 
@@ -38,14 +38,14 @@ class Fixed(MaskPolicy):
 
 @dataclass(frozen=True)
 class Dormant(MaskPolicy):
-    """Pruned weights get no gradient, and come back with about the value that they had when their score is high.
+    """Pruned weights get no gradient. When their score is high, they come back with about the value that they had.
 
-    The gradient is that of ``Fixed``. What an optimizer does to weights without gradient it does here too: weight
-    decay, and the momentum of a weight that has just gone, which under AdamW moves it by a few times the learning rate.
-    Lion, which takes signs, and Muon, which mixes a matrix, move pruned weights as far as others.
+    The gradient is that of ``Fixed``. What optimizers do to weights without a gradient still happens: weight decay, and
+    the momentum of weights that were just pruned, which under AdamW moves them by a few times the learning rate. Lion,
+    which uses signs, and Muon, which mixes a matrix, move pruned weights as far as others.
 
-    Under ``StraightThrough`` a pruned weight goes on moving by a gradient that was taken without it, and far at a large
-    learning rate, until it comes back as something that the model has never seen.
+    Under ``StraightThrough``, in contrast, a pruned weight keeps moving by a gradient that was computed without it. At
+    a large learning rate it moves far, and comes back with a value that the model has never used.
     """
 
     comes_back: ClassVar[Literal["by score"]] = "by score"
@@ -55,13 +55,14 @@ class Dormant(MaskPolicy):
 class StraightThrough(MaskPolicy):
     """Pruned weights keep learning from the gradient of their masked self, and come back when their score is high.
 
-    The gradient is SR-STE's (Zhou et al., arXiv 2102.04010). Its decay of pruned weights is decoupled here: not in
-    backward (where it would scale with micro-batches and loss scale, be clipped, and be renormalised by Adam) but a
-    factor ``(1 - rate) ** steps`` on shadow values when the mask is updated. The rate ramps up linearly and then
-    stays, as in AST (Huang et al., arXiv 2407.20584, section 3.2); with ``anneal`` it falls again.
+    The gradient is that of SR-STE (Zhou et al., arXiv 2102.04010). Its decay of pruned weights is decoupled here. It is
+    not part of the backward pass, where it would scale with micro-batches and loss scale, be clipped, and be
+    renormalised by Adam. Instead, shadow values are multiplied by ``(1 - rate) ** steps`` when the mask is updated. The
+    rate rises linearly and then stays, as in AST (Huang et al., arXiv 2407.20584, section 3.2); with ``anneal`` it
+    falls again.
 
     Args:
-        srste_decay: share by which a shadow value shrinks per optimizer step once the ramp is over; 0 = none.
+        srste_decay: share by which a shadow value shrinks per optimizer step after the ramp; 0 = none.
         ramp: share of the way from first to last update over which the rate grows from 0 to ``srste_decay``.
         anneal: share of the way at which the rate starts to fall, linearly, to 0 at the last update; 1 = never.
     """
@@ -92,12 +93,12 @@ class StraightThrough(MaskPolicy):
 
 
 def check_policy(layers: Mapping[str, MaskedLayer], policy: MaskPolicy, shadow_factor: float = 1.0) -> None:
-    """Raise ValueError where a policy would write into weights that are frozen, or that an adapter keeps so."""
+    """Raise ValueError if a policy would write into weights that are frozen, or that an adapter keeps frozen."""
     shrinks = shadow_factor != 1 or (isinstance(policy, StraightThrough) and policy.srste_decay > 0)
     frozen = next((name for name, layer in layers.items() if not layer.weight_OI.requires_grad), None)
     if shrinks and frozen is not None and not layers[frozen].adapted:
         raise ValueError(
-            f"{frozen} is frozen, and {policy} would shrink what is pruned of it. Set srste_decay to 0, or leave the "
+            f"{frozen} is frozen, and {policy} would shrink its pruned weights. Set srste_decay to 0, or leave the "
             "layer out (ignore)."
         )
     name = next((name for name, layer in layers.items() if layer.adapted), None)
@@ -106,10 +107,10 @@ def check_policy(layers: Mapping[str, MaskedLayer], policy: MaskPolicy, shadow_f
     if policy.comes_back == "by gradient":
         raise ValueError(
             f"{name} has a mask_lora adapter, so its weight is frozen, and {policy} would write into it: weights come "
-            "back from zero. Take Fixed() or StraightThrough(), or train without mask_lora."
+            "back from zero. Use Fixed() or StraightThrough(), or train without mask_lora."
         )
     if shrinks:
         raise ValueError(
-            f"{name} has a mask_lora adapter, so its weight is frozen, and {policy} would shrink what is pruned of it. "
+            f"{name} has a mask_lora adapter, so its weight is frozen, and {policy} would shrink its pruned weights. "
             "Set srste_decay to 0, or train without mask_lora."
         )

@@ -1,6 +1,6 @@
 """One pass of the pipeline, scores -> masks -> policy, over sparsified layers: ``update_masks``.
 
-One-shot pruning, the Lightning callback and plain loops all go through here.
+One-shot pruning, the Lightning callback and plain loops all use it.
 
 Shape suffixes: O out_features, I in_features, J packed mask bytes.
 """
@@ -29,22 +29,22 @@ def update_masks(
     """Score every layer and replace its mask.
 
     Args:
-        layers: masked layers by name; with ``statistics`` where the criterion needs them.
-        rules: how.
-        compare_halves: also count the flips that either half of the statistics, which must be ``HalvedNorm``, makes by
-            itself; that selects twice more.
+        layers: masked layers by name; with ``statistics`` if the criterion needs them.
+        rules: how masks are chosen.
+        compare_halves: also count the flips that each half of the statistics, which must be ``HalvedNorm``, makes
+            alone; this runs selection two more times.
 
     Raises:
         ValueError: a layer without activations, or with non-finite activations or weights.
     """
     check_reached(layers, rules.criterion)
-    # All new masks first, then all changes: an error leaves every mask and weight as it was, on every rank.
+    # First all new masks, then all changes, so that an error leaves every mask and weight unchanged, on every rank.
     chosen = choose(layers, rules)
     for name, choice in chosen.items():
         if not choice.finite:
             raise ValueError(
                 f"{name}: scores are not finite, because a weight is infinite or NaN, or too large for its "
-                "activations; masks were not changed. Lower the learning rate, or look for where the weight got its "
+                "activations; masks were not changed. Lower the learning rate, or find out where the weight got its "
                 "value."
             )
     agreed = agreed_flips(layers, chosen, rules) if compare_halves else None
@@ -58,7 +58,7 @@ def update_masks(
 
 
 def replace_mask(layer: MaskedMatrix, packed_OJ: Tensor, nonzero: int) -> LayerUpdate:
-    """Put a packed mask, under which ``nonzero`` weights are not zero, in the place of the one that is there."""
+    """Replace a mask by a packed one under which ``nonzero`` weights are not zero."""
     flips = masks.count_differing(layer.weight_mask, packed_OJ)
     layer.weight_mask.copy_(packed_OJ)
     layer.reached = False
@@ -67,7 +67,7 @@ def replace_mask(layer: MaskedMatrix, packed_OJ: Tensor, nonzero: int) -> LayerU
 
 
 def measure(layers: Mapping[str, MaskedMatrix]) -> dict[str, LayerUpdate]:
-    """Count the zeros of masked layers, as they are; where rows are sharded, with one reduce."""
+    """Count the zeros of masked layers, without changing anything; if rows are sharded, with one reduce."""
     counts = []
     for layer in layers.values():
         with sharding.weights(layer, by_rows=True) as (weight_OI, rows):
@@ -84,26 +84,26 @@ def measure(layers: Mapping[str, MaskedMatrix]) -> dict[str, LayerUpdate]:
 
 
 def masks_from_zeros(layers: Mapping[str, MaskedMatrix], pattern: Pattern, sparsity: float) -> bool:
-    """Let the masks of a model that was pruned before stand where its zeros are; False if it is not that sparse.
+    """Make masks from the zeros of a model that was pruned before; False if it is not that sparse.
 
     Args:
-        layers: with masks that keep everything, which they go on doing in the latter case.
-        pattern, sparsity: what the masks are to follow.
+        layers: with masks that keep everything, and that stay so if the result is False.
+        pattern, sparsity: what the masks must follow.
     """
     dense = measure(layers)
     if sum(u.zeros for u in dense.values()) < 0.99 * sparsity * sum(u.size for u in dense.values()):
         return False
     found = update_masks(layers, Rules(Magnitude(), pattern, sparsity, StraightThrough()))
     if all(found[name].zeros == dense[name].zeros for name in layers):
-        return True  # nothing was pruned that was not zero
+        return True  # only zeros were pruned
     for layer in layers.values():
         masks.fill_full(layer.weight_mask, layer.in_features)
     return False
 
 
 def check_masks(layers: Mapping[str, MaskedMatrix], pattern: Pattern, sparsity: float) -> None:
-    """Raise ValueError where the masks that layers have are not of this pattern and sparsity."""
-    # Scored by itself, a mask that has the pattern's count in every group is what the pattern selects.
+    """Raise ValueError if the masks of layers do not follow this pattern and sparsity."""
+    # With the mask itself as the scores, the pattern selects the mask if it has the right count in every group.
     found = [layer.unpacked_mask() for layer in layers.values()]
     if pattern.model_wide:
         found = [torch.cat([mask.reshape(1, -1) for mask in found], dim=1)]
@@ -112,6 +112,6 @@ def check_masks(layers: Mapping[str, MaskedMatrix], pattern: Pattern, sparsity: 
             raise ValueError(
                 f"The model has masks already, and those of {name} are not {pattern} at a sparsity of {sparsity:g}, "
                 "which this run starts with. Squash the model first to begin with new masks; to resume a run, pass "
-                "its state (MaskUpdater(..., state=...)); to train under these masks as they are, leave updater or "
+                "its state (MaskUpdater(..., state=...)); to train with these masks unchanged, leave updater or "
                 "callback out, and squash the model at the end."
             )

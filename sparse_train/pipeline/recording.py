@@ -1,4 +1,4 @@
-"""What layers record between mask updates: attached, shared by layers with one input, summed over ranks, checked."""
+"""Statistics between mask updates: attached to layers, shared by those with one input, summed over ranks, checked."""
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,7 +17,7 @@ _log = logging.getLogger(__name__)
 
 
 def check_reached(layers: Mapping[str, MaskedMatrix], criterion: Criterion) -> None:
-    """Raise ValueError where a target took no part in the forwards since the last update."""
+    """Raise ValueError if a target was not used in any forward since the last update."""
     if criterion.needs_activations:
         check_statistics(layers)
         return
@@ -30,13 +30,13 @@ def check_reached(layers: Mapping[str, MaskedMatrix], criterion: Criterion) -> N
 
 
 def warn_of_unreached(layers: Mapping[str, MaskedMatrix]) -> bool:
-    """Say which target no forward has reached, where others were. Returns whether there is one."""
+    """Warn of a target that no forward has reached, if others were reached. Returns whether there is one."""
     unreached = [name for name, layer in layers.items() if not layer.reached]
     if not unreached or len(unreached) == len(layers):  # none reached: there has been no forward yet
         return False
     if rank() == 0:
         _log.warning(
-            "%s is a target, and no forward has reached it so far: if its weight is read in another way, its mask "
+            "%s is a target, and no forward has reached it so far: if its weight is used in another way, its mask "
             "has no effect until it is folded in at the end. Leave it out with ignore=[%r].",
             unreached[0],
             unreached[0],
@@ -45,7 +45,7 @@ def warn_of_unreached(layers: Mapping[str, MaskedMatrix]) -> bool:
 
 
 def check_statistics(layers: Mapping[str, MaskedMatrix]) -> None:
-    """Raise ValueError where a layer has seen no token, or activations that are not finite."""
+    """Raise ValueError if a layer has seen no token, or activations that are not finite."""
     seen = {name: layer.statistics for name, layer in layers.items()}
     unreached = [name for name, stats in seen.items() if stats is None or int(stats.tokens) == 0]
     if unreached:
@@ -54,7 +54,7 @@ def check_statistics(layers: Mapping[str, MaskedMatrix]) -> None:
         raise ValueError(
             f"{name} is a target, but no token reached it since the last mask update, so it has no activations to "
             f"score with. If the model does not use it, leave it out with ignore=[{name!r}]; if forwards happen with "
-            "the model in eval mode and under no_grad, they are taken for evaluation and do not count; where few "
+            "the model in eval mode and under no_grad, they count as evaluation and are not recorded; if few "
             "tokens reach it, such as an expert, let earlier windows count (memory above 0)." + more
         )
     for name, stats in seen.items():
@@ -80,26 +80,26 @@ def attach(layers: Iterable[MaskedMatrix], recorder: Recorder, statistics: type[
 
 
 def needed_statistics(criterion: Criterion, halved: bool) -> type[ActivationNorm] | None:
-    """What a criterion reads, in halves where its noise is asked for."""
+    """The statistics that a criterion reads, in halves if their noise is to be estimated."""
     if not criterion.needs_activations:
         return None
     return HalvedNorm if halved else ActivationNorm
 
 
 def turn_halves(layers: Iterable[MaskedMatrix]) -> None:
-    """After a recorded step: let the next one go to the other half, where statistics have halves."""
+    """After a recorded step: record the next one in the other half, if statistics have halves."""
     for each in distinct(layers):
         if isinstance(each, HalvedNorm):
             each.turn()
 
 
 def share_statistics(recorder: Recorder, layers: Sequence[MaskedMatrix]) -> bool:
-    """After a forward under ``recorder.sharing``: let layers that read one input use one statistic.
+    """After a forward under ``recorder.sharing``: let layers that read the same input use one statistic.
 
-    Over ranks only where all have found the same; they ask each other once in a run.
+    With several ranks, only if all have found the same layers; they compare once per run.
 
     Returns:
-        Whether there has been a forward, in any of the ranks.
+        Whether there has been a forward, on any rank.
     """
     assert recorder.sharing is not None
     if not layers:
@@ -121,18 +121,18 @@ def share_statistics(recorder: Recorder, layers: Sequence[MaskedMatrix]) -> bool
 
 
 def norms_of(layers: Mapping[str, MaskedMatrix]) -> dict[str, ActivationNorm]:
-    """The norms of those layers that have any."""
+    """The norms of the layers that have some."""
     return {name: layer.statistics for name, layer in layers.items() if isinstance(layer.statistics, ActivationNorm)}
 
 
 def restore(own: Mapping[str, ActivationNorm], by_rank: Sequence[Mapping[str, dict[str, torch.Tensor]]]) -> None:
-    """Give each rank the norms it has saved; another number of ranks gets their sum, on rank 0."""
+    """Give each rank the norms that it saved; if the number of ranks has changed, rank 0 gets their sum."""
     same_ranks = len(by_rank) == world_size()
     for norm in own.values():
         norm.reset()
     for process, saved in enumerate(by_rank):
         if rank() == (process if same_ranks else 0):
-            once = {id(own[name]): name for name in saved}  # layers that share one have each saved it
+            once = {id(own[name]): name for name in saved}  # layers that share a statistic have each saved it
             for name in once.values():
                 own[name].merge_state_dict(saved[name])
 
@@ -143,12 +143,12 @@ def reduce_statistics(layers: Iterable[MaskedMatrix]) -> None:
 
 
 def exchange(layers: Mapping[str, MaskedMatrix]) -> None:
-    """``reduce_statistics``, and what ranks have to agree on, in the same reduce.
+    """``reduce_statistics``, and checks that ranks agree, in the same reduce.
 
-    A target counts as reached where a forward of any rank came by.
+    A target counts as reached if a forward on any rank has used it.
 
     Raises:
-        ValueError: on every rank alike, where ranks hold different masks.
+        ValueError: on every rank, if ranks hold different masks.
     """
     if world_size() == 1:
         return
@@ -163,12 +163,12 @@ def exchange(layers: Mapping[str, MaskedMatrix]) -> None:
 
 
 def distinct(layers: Iterable[MaskedMatrix]) -> list[Statistics]:
-    """The statistics of layers, each once where several share one."""
+    """The statistics of layers; those that several layers share, once."""
     return list({id(layer.statistics): layer.statistics for layer in layers if layer.statistics is not None}.values())
 
 
 def warn_of_padding(recorder: Recorder) -> None:
-    """Say, once, that a token mask did not fit an input, so that padding counts in its statistics."""
+    """Warn once that a token mask did not fit an input, so that padding counts in its statistics."""
     if recorder.mask_misfit is not None and not recorder.warned:
         recorder.warned = True
         _log.warning(

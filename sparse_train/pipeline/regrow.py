@@ -1,4 +1,4 @@
-"""``Regrow``: weights go by their score and come back by their gradient, as in RigL.
+"""``Regrow``: weights are dropped by their score and come back by their gradient, as in RigL.
 
 Shape suffixes: O out_features, I in_features, J packed mask bytes.
 """
@@ -21,23 +21,23 @@ from sparse_train.pipeline.policies import MaskPolicy
 
 @dataclass(frozen=True)
 class Regrow(MaskPolicy):
-    """Pruned weights get no gradient between updates; at an update some kept ones are dropped, and as many grown.
+    """Pruned weights get no gradient between updates. At an update, some kept weights are dropped, and as many grown.
 
-    Those with the lowest scores are dropped, and of all that are then pruned those with the largest gradients are
-    grown, from zero: RigL (Evci et al., arXiv 1911.11134, section 3), with the criterion's score in the place of
-    magnitude. A dropped weight whose gradient is large enough is taken back as it was. The moments that the optimizer
-    has of weights that were dropped or grown are cleared.
+    The kept weights with the lowest scores are dropped. Of all weights that are then pruned, those with the largest
+    gradients are grown, from zero. This is RigL (Evci et al., arXiv 1911.11134, section 3), with the criterion's score
+    instead of magnitude. A dropped weight with a large enough gradient is grown again and keeps its value. The moments
+    that the optimizer has for weights that were dropped or grown are cleared.
 
-    Rows drop and grow within themselves, and so do layers or the model where they are the pattern's group; N:M drops
-    within rows, and grows in each group of M what that group has lost. Only the backward of the step before an update
-    computes gradients of pruned weights; between it and the update they are held once more, beside ``grad``.
+    Weights are dropped and grown within the pattern's group: a row, a layer or the model. N:M drops within rows, and
+    grows in each group of M as many as that group has lost. Only the backward of the step before an update computes
+    gradients of pruned weights; until the update they are held in addition to ``grad``.
 
-    Needs whole weights in every process (one process, DDP), and one of torch's ``AdamW``, ``Adam`` or ``SGD``. In a
-    loop of your own call ``MaskUpdater.before_optimizer_step``. A layer without a gradient in that step, or with one
-    that is not finite (a step that a loss scaler skips), keeps its mask, but for what the schedule asks.
+    Needs whole weights in every process (one process, DDP), and torch's ``AdamW``, ``Adam`` or ``SGD``. In a custom
+    training loop, call ``MaskUpdater.before_optimizer_step``. A layer without a gradient in that step, or with one that
+    is not finite (a step that a loss scaler skips), keeps its mask, except for what the schedule asks.
 
     Args:
-        drop_fraction: share of kept weights dropped at the first update, from where it falls along a cosine to 0 at the
+        drop_fraction: share of kept weights that are dropped at the first update; falls along a cosine to 0 at the
             last.
         times_norm: multiply a gradient by the norm of its input feature, as Wanda multiplies a weight.
     """
@@ -64,29 +64,29 @@ def regrow(scores_OI: Tensor, gradients_OI: Tensor, pattern: Pattern, sparsity: 
 
     Args:
         scores_OI: of kept weights; -inf = pruned.
-        gradients_OI: what would be gained by growing, at least 0 and finite.
-        pattern, sparsity: where zeros may stand, and how many.
-        fraction: share of the weights that the pattern keeps at this sparsity that are dropped.
+        gradients_OI: gain of growing each weight, at least 0 and finite.
+        pattern, sparsity: where zeros may be, and how many.
+        fraction: share to drop of the weights that the pattern keeps at this sparsity.
     """
     kept_OI = pattern.mask(scores_OI, sparsity)
     group = pattern if isinstance(pattern, Unstructured) else Unstructured("row")
-    density = float(kept_OI.double().mean()) * (1 - fraction)  # of what the pattern keeps, which N:M rounds up
+    density = float(kept_OI.double().mean()) * (1 - fraction)  # from the count that is kept, which N:M rounds up
     ranked_OI = torch.where(kept_OI, scores_OI, -torch.inf)
     survivors_OI = kept_OI & group.mask(ranked_OI, 1 - density + 1e-9)  # 1 - 0.4 * 0.5 is a little below 0.8
     return pattern.mask(torch.where(survivors_OI, torch.inf, gradients_OI), sparsity)
 
 
 class Growth:
-    """What ``Regrow`` needs of a training run: gradients of pruned weights in the step of an update, and the optimizer.
+    """What ``Regrow`` needs from a training run: gradients of pruned weights in an update's step, and the optimizer.
 
     Args:
         layers: masked layers by name.
-        policy: what is done with them.
-        criterion: by whose scores they go.
+        policy: how weights are regrown.
+        criterion: gives the scores by which weights are dropped.
 
     Raises:
-        ValueError: norms are wanted that are not gathered, no process holds the whole weights, or their optimizer has
-            copies of its own.
+        ValueError: the policy needs norms that the criterion does not gather, no process holds the whole weights, or
+            their optimizer holds its own copies.
     """
 
     def __init__(self, layers: Mapping[str, MaskedLayer], policy: Regrow, criterion: Criterion) -> None:
@@ -104,12 +104,12 @@ class Growth:
         self.fraction = 0.0
         """Share of kept weights that the update after the running step will drop; 0 = no gradients are needed."""
         self.gradients: dict[str, Tensor | None] = {}
-        """Of the running step, in the layout of the parameter; None: there was none, or it was not finite."""
+        """Gradients of the running step, in the layout of the parameter; None = there was none, or not finite."""
 
     def request_gradients(self, progress: float | None) -> None:
-        """Before the forwards of a step: let pruned weights get gradients where an update comes behind it.
+        """Before the forwards of a step: let pruned weights get gradients if an update follows the step.
 
-        ``progress`` is the update's; None: there is none.
+        ``progress`` is that of the update; None = no update follows.
         """
         self.fraction = 0.0 if progress is None else self._policy.fraction(progress)
         for layer in self._layers.values():
@@ -124,7 +124,7 @@ class Growth:
 
     @torch.no_grad()
     def capture_gradients(self, optimizer: Optimizer) -> None:
-        """Before ``optimizer`` steps: keep the gradients of its weights, and leave it those of kept weights only."""
+        """Before ``optimizer`` steps: store the gradients of its weights, and leave it only those of kept weights."""
         self.watch([optimizer])
         if not self.fraction:
             return
@@ -138,19 +138,19 @@ class Growth:
                     gradient.masked_fill_(sharding.stored(layer, ~layer.unpacked_mask()), 0)
 
     def require_gradients(self) -> None:
-        """Raise ValueError where gradients were requested and never captured."""
+        """Raise ValueError if gradients were requested and never captured."""
         missing = [name for name in self._layers if name not in self.gradients]
         if self.fraction and missing:
             raise ValueError(
                 f"{missing[0]}: {self._policy} grows weights by their gradient, but none was seen in the step before "
-                "this update. Call updater.before_optimizer_step(optimizer) behind loss.backward(), ahead of clipping "
+                "this update. Call updater.before_optimizer_step(optimizer) after loss.backward(), before clipping "
                 "and optimizer.step(), in every step; leave layers that do not train out with ignore."
             )
 
     def scores(self, names: Iterable[str]) -> Tensor | None:
-        """What growing the weights of layers that are compared would gain, float32, flat and one behind the other.
+        """Gain of growing each weight of layers that are compared, float32, flat and concatenated.
 
-        None: of one of them nothing is known, so that nothing grows.
+        None if nothing is known about one of the layers; then nothing grows.
         """
         found = []
         for name in names:
@@ -173,7 +173,7 @@ class Growth:
 
     @torch.no_grad()
     def reset_changed(self, before: Mapping[str, Tensor]) -> None:
-        """After an update: grown weights begin at zero, and those that changed without moments; gradients are let go.
+        """After an update: set grown weights to zero, clear the moments of changed weights, and drop the gradients.
 
         Args:
             before: the packed masks that were replaced.
@@ -190,7 +190,7 @@ class Growth:
         self.gradients.clear()
 
     def state_dict(self) -> dict[str, Tensor | None]:
-        """Gradients, where the state is taken between the optimizer's step and the update; else nothing."""
+        """Gradients, if the state is taken between the optimizer's step and the update; otherwise nothing."""
         return {name: None if each is None else each.cpu() for name, each in self.gradients.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor | None]) -> None:
@@ -201,14 +201,14 @@ class Growth:
 
 
 def _moments(optimizer: Optimizer) -> tuple[str, ...]:
-    """Names of what an optimizer remembers of each weight."""
+    """Names of the values that an optimizer stores per weight."""
     if isinstance(optimizer, (Adam, AdamW)):
         return "exp_avg", "exp_avg_sq", "max_exp_avg_sq"
     if isinstance(optimizer, SGD):
         return ("momentum_buffer",)
     raise ValueError(
         f"{type(optimizer).__name__}: Regrow clears what the optimizer remembers of weights that are dropped or grown, "
-        "and knows where that is in torch's AdamW, Adam and SGD. Use one of these, or StraightThrough()."
+        "and can do that for torch's AdamW, Adam and SGD. Use one of these, or StraightThrough()."
     )
 
 

@@ -1,4 +1,4 @@
-"""``RunSettings``: what a training run with re-pruning is asked to do; checked once, whoever drives the run."""
+"""``RunSettings``: the settings of a training run with re-pruning, checked once, in any kind of trainer."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,10 +25,10 @@ from sparse_train.targets import select
 
 @dataclass(frozen=True)
 class RunSettings:
-    """Arguments of ``MaskUpdater`` that do not depend on the model or on the length of the run, which explains them.
+    """The arguments of ``MaskUpdater`` that do not depend on the model or on the length of the run; explained there.
 
     Raises:
-        ValueError: out of range, or in conflict with each other.
+        ValueError: arguments are out of range, or in conflict with each other.
     """
 
     mask_structure: Pattern
@@ -50,7 +50,7 @@ class RunSettings:
         check_memory(self.memory, self.criterion)
         if self.policy.comes_back == "by gradient" and not isinstance(self.policy, Regrow):
             raise ValueError(
-                f'{self.policy}: comes_back is "by gradient", which Regrow alone can do. Subclass Regrow, or let '
+                f'{self.policy}: comes_back is "by gradient", which only Regrow can do. Subclass Regrow, or let '
                 'weights come back "by score".'
             )
         check_margin(self.margin, self.flip_agreement, self.policy, self.criterion, self.memory == "frozen")
@@ -64,14 +64,14 @@ class RunSettings:
         policy: MaskPolicy | None,
         **others: Any,
     ) -> "RunSettings":
-        """From what users write: a pattern in words, a sparsity or a schedule of it, None for the defaults."""
+        """From what users write: a pattern as a word, a sparsity or a schedule, None for the defaults."""
         others = {name: to_python_number(value) for name, value in others.items()}
         others["update_freq"] = check_update_freq(others["update_freq"])
         if isinstance(criterion, Solver):
             raise ValueError(
-                f"criterion is {criterion}, which moves weights and has no scores to re-prune by. Give it as "
-                "initial_criterion, for the first mask, or prune the model with it before the run; and for updates a "
-                "Criterion such as Wanda()."
+                f"criterion is {criterion}, which moves weights and has no scores for re-pruning. Give it as "
+                "initial_criterion, for the first mask, or prune the model with it before the run; for updates, give "
+                "a Criterion such as Wanda()."
             )
         scores = require_type("criterion", criterion, Wanda(), Criterion)
         if schedule is not None:
@@ -87,28 +87,28 @@ class RunSettings:
 
     @property
     def first_sparsity(self) -> float:
-        """Of the masks at step 0."""
+        """Sparsity of the masks at step 0."""
         return self.sparsity_at(0.0) if self.start_step == 0 else 0.0
 
     def sparsity_at(self, progress: float) -> float:
-        """Of the schedule at ``progress``; a Python number, whatever the schedule computes with."""
+        """Sparsity of the schedule at ``progress``, always as a Python number."""
         return float(to_python_number(self.schedule.sparsity(progress)))
 
     @property
     def margin(self) -> Margin:
-        """By how much a pruned weight has to be better than a kept one."""
+        """How much better a pruned weight has to be than a kept one."""
         return Margin(self.hysteresis, self.noise_margin)
 
     @property
     def halved(self) -> bool:
-        """Whether odd and even steps are recorded apart."""
+        """Whether odd and even steps are recorded separately."""
         return self.noise_margin > 0 or self.flip_agreement
 
     def timing(self, total_steps: int | float | None, has_masks: bool) -> Timing:
-        """When masks change in a run of this length, which begins with masks or makes its first ones.
+        """When masks change in a run of this length, which starts with masks or makes its first ones.
 
         Raises:
-            ValueError: the length is needed and unknown, or steps are in conflict with it or with each other.
+            ValueError: the length is needed but unknown, or steps are in conflict with it or with each other.
         """
         timing = Timing.resolve(
             start_step=self.start_step,
@@ -123,10 +123,10 @@ class RunSettings:
         return timing
 
     def sparsify(self, model: nn.Module) -> dict[str, MaskedLayer]:
-        """Put masks on the targets of a model, keeping everything, where they are not masked already; by name.
+        """Give the targets of a model masks that keep everything, unless they are masked already; returns them by name.
 
         Raises:
-            ValueError: nothing to prune, or a target that cannot be masked. The model is as it was then.
+            ValueError: nothing to prune, or a target that cannot be masked. The model is then unchanged.
         """
         layers = select(model, self.mask_structure, self.targets, self.ignore).layers
         for name, layer in layers.items():
@@ -135,7 +135,7 @@ class RunSettings:
         return {name: layer for name, layer in layers.items() if isinstance(layer, MaskedLayer)}
 
     def as_strings(self) -> dict[str, str]:
-        """What a run that continues another must have in common with it, but for what its model decides."""
+        """Settings that a run and one that continues it must share, except those that depend on the model."""
         return {
             "mask_structure": group_label(self.mask_structure),
             "schedule": describe(self.schedule),
@@ -154,7 +154,7 @@ class RunSettings:
 
 
 def check_settings(saved: Mapping[str, str], own: Mapping[str, str]) -> None:
-    """Raise ValueError where a run that was saved had other settings, in words, than these."""
+    """Raise ValueError if a saved run had other settings, in words, than these."""
     for name, now in own.items():
         if saved.get(name) != now:
             raise ValueError(

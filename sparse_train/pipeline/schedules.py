@@ -1,4 +1,4 @@
-"""How sparse the model is when: ``Schedule.sparsity`` over the progress from the first update to the last.
+"""Sparsity over time: ``Schedule.sparsity`` over the progress from the first update to the last.
 
 Progress is 0 at ``start_step`` and 1 at ``end_step``; steps are optimizer steps, and belong to ``Timing``.
 """
@@ -42,12 +42,12 @@ class Constant(Schedule):
 
 @dataclass(frozen=True)
 class Linear(Schedule):
-    """From ``init_sparsity`` to ``final_sparsity`` in a straight line, and on at ``final_sparsity``.
+    """From ``init_sparsity`` to ``final_sparsity`` in a straight line, then constant.
 
     Args:
         final_sparsity, init_sparsity: shares of zeros.
-        ramp: share of the way from first to last update on which it rises; behind it masks are re-pruned at
-            ``final_sparsity``. Of an N:M pattern, whose counts round down, the full one comes where the ramp ends.
+        ramp: share of the way from first to last update over which sparsity rises; afterwards masks are re-pruned at
+            ``final_sparsity``. N:M counts round down, so an N:M pattern is only complete at the end of the ramp.
     """
 
     final_sparsity: float
@@ -70,8 +70,8 @@ class Cubic(Schedule):
 
     Args:
         final_sparsity, init_sparsity: shares of zeros.
-        ramp: share of the way from first to last update on which it rises; behind it masks are re-pruned at
-            ``final_sparsity``. Of an N:M pattern, whose counts round down, the full one comes where the ramp ends.
+        ramp: share of the way from first to last update over which sparsity rises; afterwards masks are re-pruned at
+            ``final_sparsity``. N:M counts round down, so an N:M pattern is only complete at the end of the ramp.
     """
 
     final_sparsity: float
@@ -89,9 +89,9 @@ class Cubic(Schedule):
 def resolve_target(
     mask_structure: str | Pattern, sparsity: float | None, schedule: Schedule | None, group: Group = "row"
 ) -> tuple[Pattern, Schedule]:
-    """Pattern and schedule from what users write; raises ValueError where they contradict each other.
+    """Pattern and schedule from what users write; raises ValueError if they contradict each other.
 
-    ``group`` is what the word "unstructured" compares.
+    ``group`` is the group in which "unstructured" compares weights.
     """
     if schedule is None:
         pattern, sparsity = parse_pattern(mask_structure, sparsity, group)

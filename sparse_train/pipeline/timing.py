@@ -40,7 +40,7 @@ class Timing:
             start_step, end_step: int = steps, float = share of ``total_steps``.
             update_freq: steps between updates.
             window: int = steps, float = share of ``update_freq``.
-            total_steps: length of the run; needed where a share of it is asked for.
+            total_steps: length of the run; needed if steps are given as a share of it.
             first_from_window: whether the first mask needs recorded activations; ``start_step`` then waits for them.
 
         Raises:
@@ -60,23 +60,23 @@ class Timing:
         if end < start:
             raise ValueError(f"end_step ({end}) must not lie before the first update, start_step ({start}).")
         if total_steps is not None and start > total_steps:
-            raise ValueError(f"start_step ({start}) lies behind the end of the run ({total_steps:g} steps).")
+            raise ValueError(f"start_step ({start}) lies after the end of the run ({total_steps:g} steps).")
         if first_from_window:
             # a run shorter than the window (a trial of a few steps) still ends sparse
             start = max(start, window if total_steps is None else min(window, int(min(total_steps, window))))
-            if isinstance(end_step, float):  # a share was only roughly meant
+            if isinstance(end_step, float):  # a share is only approximate
                 end = max(start, end)
             if end < start:
                 raise ValueError(
                     f"end_step ({end}) lies before the first mask can be made: it needs {window} steps of activations. "
-                    "Take a smaller window or a later end_step."
+                    "Use a smaller window or a later end_step."
                 )
         return Timing(start, end, update_freq, window)
 
     def in_words(self) -> str:
-        """When masks change, for people."""
+        """When masks change, as text."""
         if self.start_step == self.end_step:
-            return f"masks change at step {self.end_step} alone"
+            return f"masks change only at step {self.end_step}"
         every = f"every {self.update_freq} steps from step {self.start_step} on and at step {self.end_step}"
         return f"masks change {every}, and are frozen afterwards"
 
@@ -109,7 +109,7 @@ class Timing:
 
 
 def check_update_freq(steps: int) -> int:
-    """The steps between updates as an int, also of numpy's; ValueError where they are none."""
+    """The steps between updates as an int, also from a numpy integer; ValueError for anything else."""
     if isinstance(steps, (bool, float)) or not hasattr(steps, "__index__"):
         raise ValueError(f"update_freq is the number of steps between mask updates, a whole number, got {steps!r}.")
     if steps < 1:
@@ -127,6 +127,6 @@ def _steps(name: str, value: int | float, total_steps: int | float | None) -> in
     if total_steps is None or not math.isfinite(total_steps) or total_steps < 0:
         raise ValueError(
             f"{name}={value} is a share of the run, whose length is not known. Give a number of steps, or limit the "
-            "run (max_steps, max_epochs with a data set of known length; total_steps in a loop of your own)."
+            "run (max_steps, max_epochs with a data set of known length; total_steps in a custom loop)."
         )
     return int(value * total_steps)

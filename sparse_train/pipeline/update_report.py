@@ -10,11 +10,11 @@ class LayerUpdate:
 
     size: int
     zeros: int
-    """Counted on the masked weights, so kept weights that happen to be zero are in it."""
+    """Zeros counted on the masked weights, including kept weights that happen to be zero."""
     flips: int
     """Mask entries that changed."""
     agreed_flips: int | None = None
-    """Those of them that either half of the window makes by itself; None where they were not compared."""
+    """Flips that each half of the window also makes alone; None if halves were not compared."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class UpdateReport:
     target_sparsity: float
     layers: Mapping[str, LayerUpdate]
     initial_flip_rate: float
-    """Share of mask entries that differ from the first mask, measured on every 128th row, four of a layer at least."""
+    """Share of mask entries that differ from the first mask, on every 128th row, but at least four rows per layer."""
     seconds: float
 
     @property
@@ -35,18 +35,18 @@ class UpdateReport:
 
     @property
     def flip_rate(self) -> float:
-        """Share of mask entries that this update changed; of the first mask, the share it prunes."""
+        """Share of mask entries that this update changed; for the first mask, the share that it prunes."""
         return sum(layer.flips for layer in self.layers.values()) / self._size
 
     @property
     def flip_agreement(self) -> float | None:
-        """Share of the flips that either half of the window makes by itself; None: not compared, or no flips."""
+        """Share of the flips that each half of the window also makes alone; None = not compared, or no flips."""
         agreed = [layer.agreed_flips for layer in self.layers.values() if layer.agreed_flips is not None]
         flips = sum(layer.flips for layer in self.layers.values())
         return sum(agreed) / flips if agreed and flips else None
 
     def metrics(self) -> dict[str, float]:
-        """What loggers get, under the names that they show."""
+        """The metrics for loggers, by name."""
         metrics = {
             "sparsity/target": self.target_sparsity,
             "sparsity/actual": self.sparsity,

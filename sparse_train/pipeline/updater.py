@@ -1,4 +1,4 @@
-"""``MaskUpdater``: the pipeline over a training run, schedule -> scores -> masks -> policy; needs torch alone."""
+"""``MaskUpdater``: the pipeline over a training run, schedule -> scores -> masks -> policy; needs only torch."""
 
 import logging
 import time
@@ -35,7 +35,7 @@ _log = logging.getLogger(__name__)
 
 
 class MaskUpdater:
-    """Keeps a model at its target sparsity over a training run; needs torch alone.
+    """Keeps a model at its target sparsity over a training run; needs only torch.
 
     ::
 
@@ -47,7 +47,7 @@ class MaskUpdater:
         squash(model)
 
     Args:
-        model: sparsified in place, see ``sparse_train.sparsify``. Masks that it already has are where the run starts.
+        model: sparsified in place, see ``sparse_train.sparsify``. If it already has masks, the run starts with them.
         mask_structure: "unstructured", "N:M" (N **kept** of every M consecutive inputs) or a ``Pattern``.
         sparsity: share of targeted weights that are zero; implied by N:M and by a schedule.
         criterion: scores weights; default ``Wanda()``.
@@ -55,26 +55,27 @@ class MaskUpdater:
         schedule: sparsity over the run; default constant.
         targets, ignore: which layers, see ``sparse_train.targets.select``.
         update_freq: k, optimizer steps between updates.
-        start_step: first update (int = steps, float = share of the run). Where the first mask needs activations, it
-            comes ``window`` steps into the run at the earliest; until then the model is dense.
+        start_step: first update (int = steps, float = share of the run). If the first mask needs activations, it comes
+            at the earliest ``window`` steps into the run; until then the model is dense.
         end_step: the step after which masks are frozen (int = steps, float = share of the run).
         window: steps before an update over which activations are recorded (int = steps, float = share of
             ``update_freq``).
-        memory: factor per update with which the statistics of earlier windows count, tokens alike: 0 = the last window
-            alone, up to 1 = all windows, the default, which trained best (docs/results.md). Where the masks that the
-            model has come from one-shot pruning, its norms count as the first window's, half of them in
-            each half for ``noise_margin`` and ``flip_agreement``.
-            "frozen": the norms of the first mask for ever; from there, or from the first window.
+        memory: factor per update with which the statistics of earlier windows count; within a window, all tokens count
+            equally. 0 = only the last window; 1 = all windows: the default, which trained best (docs/results.md). If
+            the model's masks come from one-shot pruning, its norms count as the first window; for ``noise_margin`` and
+            ``flip_agreement``, each half gets half of them.
+            "frozen" = the norms of the first mask, forever: from one-shot pruning, or from the first window.
         hysteresis: share by which the scores of kept weights count more at updates.
-        noise_margin: how many standard errors, estimated from the odd and the even steps of the window, kept weights
-            are taken for better and pruned ones for worse than they look; see ``sparse_train.pipeline.margins``.
-        flip_agreement: report which share of an update's flips odd and even steps would each have made alone.
-        total_steps: optimizer steps of the run; needed for shares of it.
-        state: ``state_dict`` of the run to resume, whose masks the model has, or will load.
+        noise_margin: number of standard errors, estimated from the odd and the even steps of the window, that are added
+            to the scores of kept weights and subtracted from those of pruned ones; see
+            ``sparse_train.pipeline.margins``.
+        flip_agreement: report the share of an update's flips that odd and even steps would each have made alone.
+        total_steps: optimizer steps of the run; needed if steps are given as a share of it.
+        state: ``state_dict`` of the run to resume; the model must have that run's masks, or load them later.
 
     Raises:
-        ValueError: any of these out of range or in conflict, nothing to prune, a target that cannot be masked, or
-            masks that the model already has and that are not this run's.
+        ValueError: an argument is out of range or in conflict with another, there is nothing to prune, a target cannot
+            be masked, or the model has masks that do not belong to this run.
     """
 
     def __init__(
@@ -116,19 +117,19 @@ class MaskUpdater:
             noise_margin=noise_margin,
             flip_agreement=flip_agreement,
         )
-        """What it was asked to do."""
+        """The settings."""
         self._model = model
-        before = {id(layer) for layer in sparse_layers(model).values()}  # one-shot pruning's, or another updater's
+        before = {id(layer) for layer in sparse_layers(model).values()}  # masked by one-shot pruning or another updater
         self.layers = self.run.sparsify(model)
         try:
             self._begin(total_steps, state)
         except BaseException:
             new = [layer for layer in self.layers.values() if id(layer) not in before]
-            fold(model, [layer for layer in new if layer.keeps_all()])  # as they were
+            fold(model, [layer for layer in new if layer.keeps_all()])  # back to plain layers
             raise
 
     def _begin(self, total_steps: int | float | None, state: Mapping[str, Any] | None) -> None:
-        """Settings, masks and state are looked at before anything of the layers changes."""
+        """Checks settings, masks and state before anything in the layers changes."""
         check_policy(self.layers, self.run.policy)
         self._adapters = describe_adapters(self.layers)
         has_masks = state is None and self._has_masks()
@@ -148,27 +149,27 @@ class MaskUpdater:
         self._set_recording()
 
     def _has_masks(self) -> bool:
-        """Whether the run starts from the masks that are there; ValueError where they are not of its kind."""
+        """Whether the run starts from existing masks; ValueError if they do not fit its settings."""
         first = self.run.sparsity_at(0.0)
-        # where nothing is to be pruned yet, a mask that keeps everything is one
+        # if nothing is to be pruned yet, masks that keep everything are right
         has_masks = first == 0 or not all(layer.keeps_all() for layer in self.layers.values())
         if has_masks:
             check_masks(self.layers, self.run.mask_structure, first)
         return has_masks
 
     def _take_layers(self) -> None:
-        """Let layers record for this updater, at step 0 of a run without masks."""
+        """Make layers record for this updater, at step 0 of a run without masks."""
         self.window = Window(self.layers, self.run.criterion, self.run.halved, self.run.memory)
-        """What the next update sees."""
+        """The activations for the next update."""
         for layer in self.layers.values():
             layer.straight_through = self.run.policy.straight_through
         self.steps = 0
         self.sparsity: float | None = None
-        """Sparsity of the masks as they are; None before the first."""
+        """Target sparsity of the current masks; None before the first."""
         self._last_update = 0
         self._warned = False
         self.first_masks = FirstMasks(self.layers)
-        """What ``initial_flip_rate`` compares with."""
+        """The masks that ``initial_flip_rate`` compares with."""
 
     def _start_from_masks(self) -> None:
         self.sparsity = self.run.sparsity_at(0.0)
@@ -185,31 +186,31 @@ class MaskUpdater:
         self.window.recorder.token_mask = mask
 
     def paused(self) -> AbstractContextManager[None]:
-        """A context in which forwards count in no statistics, for those that are no training on data.
+        """A context in which forwards do not count in statistics, for forwards that are not training on data.
 
-        Such as generation in train mode, or a reference pass on other text. In eval mode under ``no_grad`` a forward
-        does not count anyway.
+        For example generation in train mode, or a reference pass on other text. A forward in eval mode under
+        ``no_grad`` never counts.
         """
         return self.window.recorder.paused()
 
     def watch(self, optimizers: Iterable[Optimizer]) -> None:
-        """Tell which optimizers train the layers; ``Regrow`` clears their moments, other policies do not need them."""
+        """Pass the optimizers that train the layers. Only ``Regrow`` needs this, to clear their moments."""
         if self._growth is not None:
             self._growth.watch(optimizers)
 
     def before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Call behind backward and ahead of clipping and ``optimizer.step()``, for ``Regrow``; others do not need it.
+        """Call after backward, before clipping and ``optimizer.step()``. Only ``Regrow`` needs this.
 
-        Takes the gradients of pruned weights, where the step is an update's, so that the optimizer does not see them.
+        In the step of an update, it takes the gradients of pruned weights, so that the optimizer does not see them.
         """
         if self._growth is not None:
             self._growth.capture_gradients(optimizer)
 
     def step(self) -> UpdateReport | None:
-        """Call after every optimizer step, before the next forward. Returns a report at the steps of updates.
+        """Call after every optimizer step, before the next forward. Returns a report at update steps.
 
         Raises:
-            ValueError: another updater or callback has taken a layer over, the model was squashed, or as ``update``.
+            ValueError: another updater or callback has taken over a layer, the model was squashed, or an update fails.
         """
         self.window.check_own()
         self.steps += 1
@@ -223,7 +224,7 @@ class MaskUpdater:
         return report
 
     def update(self) -> UpdateReport:
-        """Replace the masks now, from the statistics gathered so far, which then fade as ``memory`` says."""
+        """Replace the masks now, from the statistics recorded so far, which then fade according to ``memory``."""
         began = time.perf_counter()
         reshard(self._model)
         progress = self.timing.progress(self.steps)
@@ -231,7 +232,7 @@ class MaskUpdater:
         self.window.before_update()
         since = 0 if self.sparsity is None else self.steps - self._last_update
         shadow_factor = self.run.policy.shadow_decay(progress, since) if since else 1.0
-        check_policy(self.layers, self.run.policy, shadow_factor)  # adapters may have come after the updater
+        check_policy(self.layers, self.run.policy, shadow_factor)  # adapters may have been added after the updater
         before = {}
         if self._growth is not None:
             self._growth.require_gradients()
@@ -253,20 +254,20 @@ class MaskUpdater:
         return self._report(changes, time.perf_counter() - began)
 
     def _confirm(self) -> UpdateReport:
-        check_agreement(self.layers)  # statistics stay: nothing was recorded, and a sum would count what is remembered
+        check_agreement(self.layers)  # not summed over ranks: nothing was recorded, so statistics stay unchanged
         self._warned = self._warned or warn_of_unreached(self.layers)
         return self.report()
 
     def report(self) -> UpdateReport:
-        """The masks as they are, unchanged: sparsity counted on the weights, flip rate 0."""
+        """A report on the current masks, unchanged: sparsity counted on the weights, flip rate 0."""
         began = time.perf_counter()
         reshard(self._model)
         return self._report(measure(self.layers), time.perf_counter() - began)
 
     def finish(self) -> None:
-        """Call once before ``squash``: a last look at whether all ranks hold the same masks, and at where they got.
+        """Call once before ``squash``, for a last check that all ranks hold the same masks.
 
-        Warns of a run that ended before its masks reached their final sparsity, or before they were frozen.
+        Warns if the run ended before its masks reached their final sparsity, or before they were frozen.
         """
         check_agreement(self.layers)
         final = self.run.sparsity_at(1.0)
@@ -283,16 +284,16 @@ class MaskUpdater:
             )
         elif self.run.policy.comes_back != "never" and self.steps < self.timing.end_step:
             _log.warning(
-                "The run ended after %d steps, with masks that were to change until step %d (end_step): there were no "
-                "last steps under masks that stay.",
+                "The run ended after %d steps, but masks were to change until step %d (end_step), so there were no "
+                "last steps with fixed masks.",
                 self.steps,
                 self.timing.end_step,
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """All that decides a later mask and is not in the model: counters, timing, statistics, settings.
+        """Everything that decides later masks and is not in the model: counters, timing, statistics, settings.
 
-        Where several ranks train, all of them must call: the statistics of each are in what all of them get.
+        With several ranks, all of them must call; each gets the statistics of all ranks.
         """
         return {
             "steps": self.steps,
@@ -308,8 +309,8 @@ class MaskUpdater:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where ``state_dict`` was taken. The masks come with the model's own state dict.
 
-        The steps of updates stay those of the interrupted run, also where the resumed one is longer. Each rank gets its
-        own statistics back; another number of ranks gets their sum, on rank 0, which is the same to an update.
+        Update steps stay those of the interrupted run, even if the resumed run is longer. Each rank gets its own
+        statistics back; if the number of ranks has changed, rank 0 gets their sum, which gives the same updates.
 
         Raises:
             ValueError: the state is from a run with another pattern, sparsity, criterion or interval, or other targets.
@@ -325,21 +326,21 @@ class MaskUpdater:
     def _restore(self, state: Mapping[str, Any]) -> None:
         self.window.load_state_dict(state)
         self.steps, self.sparsity, self._last_update = state["steps"], state["target"], state["last_update"]
-        self.timing = Timing(**state["timing"])  # of the whole run, of which a part is left
+        self.timing = Timing(**state["timing"])  # of the whole run, including the part that is done
         self.first_masks.load_state_dict(state["first_rows"])
         if self._growth is not None:
             self._growth.load_state_dict(state["gradients"])
 
     def settings(self) -> dict[str, str]:
-        """What a run that continues this one must have in common with it, in words."""
-        self._adapters = describe_adapters(self.layers) or self._adapters  # as they were, once they are merged
+        """The settings that a run must share with this one to continue it, in words."""
+        self._adapters = describe_adapters(self.layers) or self._adapters  # after a merge, those from before
         adapters = {"mask_lora": self._adapters} if self._adapters else {}
         return adapters | self.run.as_strings() | {"layers": f"{len(self.layers)} targets"}
 
     def plan(self) -> str:
         """When masks change, in words."""
         changes = any(self._would_change(step) for step in (self.timing.start_step, self.timing.end_step))
-        return self.timing.in_words() if changes else "masks stay as they are"
+        return self.timing.in_words() if changes else "masks do not change"
 
     def _would_change(self, step: int) -> bool:
         if self.sparsity is None or self.run.policy.comes_back != "never":

@@ -23,41 +23,41 @@ from sparse_train.statistics.input_sharing import InputSharing
 
 
 class Window:
-    """Records in the steps before an update, with what is remembered of earlier ones.
+    """Records activations in the steps before an update, and keeps what is remembered of earlier windows.
 
     Args:
-        layers: masked layers by name, which get statistics; norms that a first mask has left there are kept aside.
-        criterion: reads them, or none.
-        halved: record odd and even steps apart.
-        memory: what earlier windows count for.
+        layers: masked layers by name, which get statistics; norms left there by a first mask are kept aside.
+        criterion: reads the statistics, if it needs any.
+        halved: record odd and even steps separately.
+        memory: how much earlier windows count.
     """
 
     def __init__(self, layers: Mapping[str, MaskedLayer], criterion: Criterion, halved: bool, memory: Memory) -> None:
         self._layers, self._wanted = layers, criterion.needs_activations
-        # with a recorder they are an earlier window's, and whole on rank 0 alone
+        # norms of a layer with a recorder are those of an earlier window, and complete only on rank 0
         self._of_first_mask = norms_of({name: layer for name, layer in layers.items() if layer.recorder is None})
         self.recorder = Recorder()
-        """Of all layers."""
+        """The recorder of all layers."""
         attach(layers.values(), self.recorder, needed_statistics(criterion, halved))
         self._earlier = EarlierWindows(layers, memory)
         self._sharing_known = False
 
     def check_own(self) -> None:
-        """Raise ValueError where layers record for another window by now, or are masked no more."""
+        """Raise ValueError if layers now record for another window, or are no longer masked."""
         lost = [n for n, layer in self._layers.items() if getattr(layer, "recorder", None) is not self.recorder]
         if lost:
             raise ValueError(
                 f"{lost[0]} is no longer this updater's: another MaskUpdater or callback prunes it too, or it was "
-                "squashed. One of them for a layer; several have targets that do not overlap."
+                "squashed. Only one of them may prune a layer; give several of them targets that do not overlap."
             )
 
     def begin_with_first_masks(self) -> None:
-        """Remember the norms behind the first masks: all windows means also those."""
+        """Remember the norms of the first masks, which count as a window."""
         self._earlier.begin_with(self._of_first_mask)
         self._of_first_mask = {}
 
     def record(self, wanted: bool) -> None:
-        """Whether the next step is recorded, if the criterion reads anything that is not known for ever."""
+        """Set whether the next step is recorded, if the criterion needs activations and they are not frozen."""
         wanted = wanted and self._wanted and not self._earlier.frozen
         self.recorder.when = "training" if wanted else "never"
         self.recorder.sharing = InputSharing() if wanted and not self._sharing_known else None
@@ -71,24 +71,24 @@ class Window:
             turn_halves(self._layers.values())
 
     def before_update(self) -> None:
-        """Sum statistics over ranks. Raises ValueError, on every rank alike, where ranks hold different masks."""
+        """Sum statistics over ranks. Raises ValueError, on every rank, if ranks hold different masks."""
         exchange(self._layers)
         self._earlier.warn_of_old()
 
     def after_update(self) -> None:
-        """Let statistics count less, or begin anew."""
+        """Reduce the weight of the statistics, or reset them."""
         self._earlier.fade()
 
     def state_dict(self) -> dict[str, Any]:
-        """Of all ranks, all of which must call."""
+        """The state of all ranks; all of them must call."""
         own = {name: norm.state_dict() for name, norm in norms_of(self._layers).items()}
         return {"earlier_windows": self._earlier.state_dict(), "statistics_by_rank": gather_objects(own)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Each rank gets its own statistics back; another number of ranks gets their sum, on rank 0.
+        """Each rank gets its own statistics back; if the number of ranks has changed, rank 0 gets their sum.
 
         Raises:
-            ValueError: there are statistics of layers that are not there.
+            ValueError: the state has statistics of layers that do not exist here.
         """
         by_rank: list[dict[str, dict[str, Tensor]]] = state["statistics_by_rank"]
         check_known(set().union(*by_rank), self._layers)
@@ -97,7 +97,7 @@ class Window:
 
 
 def check_known(saved: set[str], layers: Mapping[str, MaskedLayer]) -> None:
-    """Raise ValueError where a checkpoint names layers that are no targets."""
+    """Raise ValueError if a checkpoint names layers that are not targets."""
     unknown = sorted(saved - set(layers))
     if unknown:
         raise ValueError(f"The checkpoint pruned layers that are not targets of this run, such as {unknown[0]}.")

@@ -1,6 +1,6 @@
-"""Reports: ``write_run_report`` of what runs have recorded, ``write_report`` of what a script hands over.
+"""Reports: ``write_run_report`` from the records of runs, ``write_report`` from data that a script passes.
 
-One self-contained HTML page, a Markdown twin, and the pictures of the twin as files.
+One self-contained HTML page, a Markdown version of it, and the pictures of the latter as files.
 """
 
 from sparse_train.report.collect import Run, collect

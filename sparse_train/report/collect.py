@@ -1,4 +1,4 @@
-"""From a run's folder to plain data: the records of ``RunHistory``, and the recipe that lies beside them."""
+"""Reads a run's folder: the records of ``RunHistory``, and the recipe next to them."""
 
 import json
 import re
@@ -20,32 +20,32 @@ Record = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Run:
-    """What one training run left behind; records in the order of steps."""
+    """The records of one training run, in the order of steps."""
 
     name: str
     folder: Path
     recipe: str | None
-    """Resolved YAML; None where the run was not started by ``sparse-train fit``."""
+    """Resolved YAML; None if the run was not started by ``sparse-train fit``."""
     starts: Sequence[Record]
-    """One, and one more for each resumption."""
+    """One record, and one more each time the run was resumed."""
     baselines: Mapping[str, Record] = field(default_factory=dict)
-    """By state: "dense", "first mask"."""
+    """Records by state: "dense", "first mask"."""
     losses: Sequence[Record] = ()
     validations: Sequence[Record] = ()
     evaluations: Sequence[Record] = ()
-    """Of ``Evaluation`` callbacks."""
+    """Records of ``Evaluation`` callbacks."""
     updates: Sequence[Record] = ()
     end: Record | None = None
-    """None where the run goes on, or was cut off."""
+    """None if the run is still going on, or was cut off."""
 
     @property
     def start(self) -> Record:
-        """Of the latest session."""
+        """The start record of the latest session."""
         return self.starts[-1]
 
     @property
     def pruning(self) -> Mapping[str, Any] | None:
-        """Settings of ``DynamicPruning``; None of a dense run."""
+        """Settings of ``DynamicPruning``; None for a dense run."""
         settings: Mapping[str, Any] | None = self.start["pruning"]
         return settings
 
@@ -56,17 +56,17 @@ class Run:
 
     @property
     def seconds(self) -> float:
-        """Of training, validations included, over all sessions up to the last record."""
+        """Training time, including validations, over all sessions up to the last record."""
         return max(float(record["seconds"]) for record in self._all)
 
     @property
     def sparsity(self) -> float | None:
-        """Share of zeros among the targeted weights, counted on them; None of a dense run."""
+        """Share of zeros among the targeted weights, counted on them; None for a dense run."""
         last = self._last_count
         return None if last is None else float(last["sparsity"])
 
     def sparsity_by_layer(self) -> dict[str, float]:
-        """Share of zeros of each layer, counted on the weights, as they were last."""
+        """Share of zeros of each layer, counted on the weights, at the last count."""
         last = self._last_count
         if self.pruning is None or last is None:
             return {}
@@ -87,7 +87,7 @@ class Run:
         return self.updates[-1] if self.updates else None
 
     def evaluated(self) -> dict[str, tuple[float, int]]:
-        """The last value of each metric of ``Evaluation``, and the step it is of."""
+        """The last value of each metric of ``Evaluation``, and its step."""
         return {
             name: (float(value), int(record["step"]))
             for record in self.evaluations
@@ -95,7 +95,7 @@ class Run:
         }
 
     def changes(self) -> Sequence[Record]:
-        """Updates after the first mask, which is no change of one."""
+        """Updates after the first mask."""
         return self.updates[1:]
 
     def flips_by_layer(self) -> dict[str, float]:
@@ -118,10 +118,10 @@ class Run:
 
 
 def collect(folders: Sequence[str | Path]) -> list[Run]:
-    """Read runs; each gets a name that tells it from the others.
+    """Read runs; each gets a name that distinguishes it from the others.
 
     Args:
-        folders: of each run the one with its history, or one above it that holds no other.
+        folders: for each run, the folder with its history, or one above it that holds no other run.
 
     Raises:
         ValueError: no folder, one without a history or with several, one given twice, or an unreadable history.
@@ -149,12 +149,12 @@ def _find(folder: Path) -> Path:
         raise ValueError(f"{folder} holds {len(below)} runs: {names}. Name those to report.")
     raise ValueError(
         f"{folder} has no {HISTORY}, so nothing was recorded there. sparse-train fit writes one into the folder of its "
-        "logger (such as version_0); a trainer of your own does with sparse_train.callbacks.RunHistory."
+        "logger (such as version_0); your own trainer does with the callback sparse_train.callbacks.RunHistory."
     )
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """The last part of each path that says something, and as many before it as it takes to tell them apart."""
+    """The last meaningful part of each path, and as many parts before it as needed to distinguish the runs."""
     parts = [list(folder.parts[1:]) for folder in folders]
     for depth in range(1, max(map(len, parts)) + 1):
         names = []
@@ -177,7 +177,7 @@ def _read(folder: Path, name: str) -> Run:
             kinds.setdefault(record["kind"], []).append(record)
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             if number == len(lines):
-                continue  # cut off in the middle of a write: the run was killed, or still goes on
+                continue  # cut off in the middle of a write: the run was killed, or is still going on
             raise ValueError(f"{path}, line {number} is not a record of a run: {error}.") from error
     if "start" not in kinds:
         raise ValueError(f"{path} has no start of a run in it. Was it cut off, or written by something else?")
@@ -197,6 +197,6 @@ def _read(folder: Path, name: str) -> Run:
 
 
 def without_homes(text: str) -> str:
-    """``text`` with "~" for home folders, which name people."""
+    """``text`` with "~" in place of home folders, which contain user names."""
     own = re.escape(str(Path.home()))
     return re.sub(rf"(?<![\w.~])(?:{own}|/(?:home|Users)/[^/\s'\"]+)(?![\w.-])", "~", text)

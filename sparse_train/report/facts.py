@@ -1,4 +1,4 @@
-"""Facts about runs in tables: what a run took, how it was set, what it ran on, and its recipe."""
+"""Facts about runs in tables: time and memory, settings, environment, and the recipe."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -7,7 +7,7 @@ from sparse_train.report.collect import Run
 from sparse_train.report.page import Block, Code, Table
 
 NONE = "-"
-"""In a table: was not measured, or does not exist."""
+"""In a table: not measured, or does not exist."""
 
 
 def costs(runs: Sequence[Run]) -> list[Block]:
@@ -28,15 +28,15 @@ def costs(runs: Sequence[Run]) -> list[Block]:
             "in mask updates": lambda run: _share(run, _updating(run)),
             "before: model, first mask, baselines": lambda run: f"{run.starts[0]['prepare_seconds']:,.1f} s",
             "tokens trained on": lambda run: number(end(run, "tokens") or None, ",d"),
-            "tokens a second, all included": lambda run: number(speed(run), ",.0f"),
+            "tokens per second, all included": lambda run: number(speed(run), ",.0f"),
             "peak memory of the process": lambda run: _gib(end(run, "peak_bytes")),
             "peak memory of the accelerator": lambda run: _gib(end(run, "peak_device_bytes")),
         },
     )
     return [
         table,
-        "An update scores weights, selects and replaces masks. Recording activations for it belongs to the training "
-        "steps. Tokens count padding; memory is that of rank 0.",
+        "An update scores weights, selects and replaces masks. Recording activations for it counts as part of the "
+        "training steps. Tokens include padding; memory is that of rank 0.",
     ]
 
 
@@ -53,7 +53,7 @@ def _share(run: Run, seconds: float) -> str:
 
 
 def evaluations(runs: Sequence[Run]) -> list[Block]:
-    """What ``Evaluation`` callbacks measured last; nothing where there are none."""
+    """The last measurements of ``Evaluation`` callbacks; nothing if there are none."""
     names = dict.fromkeys(name for run in runs for name in run.evaluated())
     if not names:
         return []
@@ -70,7 +70,7 @@ def evaluations(runs: Sequence[Run]) -> list[Block]:
 
 
 def settings(runs: Sequence[Run]) -> Table:
-    """Of the pruning and the run."""
+    """Settings of the pruning and the run."""
 
     def setting(name: str) -> Callable[[Run], str]:
         return lambda run: NONE if run.pruning is None else str(run.pruning.get(name, NONE))
@@ -129,7 +129,7 @@ def recipes(runs: Sequence[Run]) -> list[Block]:
 
 
 def _side_by_side(runs: Sequence[Run], rows: Mapping[str, Callable[[Run], str]], *, words: bool = False) -> Table:
-    """A column for each run, of words or of numbers; rows in which no run has anything are left out."""
+    """One column per run, of words or of numbers; rows that are empty for all runs are left out."""
     filled = [[label, *map(value, runs)] for label, value in rows.items()]
     columns = ["", *(run.name for run in runs)] if len(runs) > 1 else ["", "value"]
     shown = [row for row in filled if set(row[1:]) != {NONE}]
@@ -137,12 +137,12 @@ def _side_by_side(runs: Sequence[Run], rows: Mapping[str, Callable[[Run], str]],
 
 
 def of(run: Run, runs: Sequence[Run]) -> str:
-    """How a caption begins that is about one run of several."""
+    """The beginning of a caption about one of several runs."""
     return f"{run.name}. " if len(runs) > 1 else ""
 
 
 def number(value: float | None, form: str) -> str:
-    """``value`` in the format ``form``."""
+    """``value`` formatted with ``form``."""
     return NONE if value is None else format(value, form)
 
 

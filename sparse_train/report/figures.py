@@ -18,13 +18,13 @@ Points = Sequence[tuple[float, float]]
 """(step, value), in the order of steps."""
 
 _MOST_NUMBERS = 40 * 9
-"""Cells of a heat map up to which each has its number written in it."""
+"""Heat maps with at most this many cells show a number in each cell."""
 
 _MOST_CLEAR = 300
-"""Points up to which a curve is drawn in full colour; longer ones are noisy, and would cover what lies below."""
+"""Curves with at most this many points are drawn in full colour; longer ones are noisy, and would hide others."""
 
 _MOST_BLOCKS, _MOST_COLUMNS = 40, 20
-"""Labels that have room beside a heat map."""
+"""Number of labels that fit next to a heat map."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,11 @@ class _Theme:
     paper: str
     lines: tuple[str, ...]
     mask: tuple[str, str, str, str]
-    """Pruned, kept, went, came back."""
+    """Colours of pruned, kept, newly pruned and returned entries."""
     cells: str
 
 
-# Colours after Okabe and Ito, which can be told apart by the colour-blind too; lighter ones on dark paper.
+# Colours of Okabe and Ito, which colour-blind readers can also distinguish; lighter ones for dark pages.
 _LIGHT = _Theme(
     "#1d1d1f",
     "#d9dbde",
@@ -67,14 +67,14 @@ def curves(
     log: bool = False,
     end: int | None = None,
 ) -> Picture | None:
-    """Values over optimizer steps, one colour a run and one dash a kind of value; None where there are no points.
+    """Values over optimizer steps, with one colour per run and one dash style per kind; None if there are no points.
 
     Args:
         name: of the picture.
         caption: under it.
         runs: points by kind of value, by run.
         label: of the vertical axis, with the unit.
-        levels: values to compare with, each a dotted horizontal line with its name.
+        levels: values to compare with, drawn as dotted horizontal lines with their names.
         log: logarithmic vertical axis; values that are not positive are left out.
         end: last step of the horizontal axis.
     """
@@ -114,7 +114,7 @@ def curves(
             axes.legend(
                 loc="lower left",
                 bbox_to_anchor=(0, 1),
-                ncols=max(1, min(4, 110 // (longest + 8))),  # characters that fit beside each other
+                ncols=max(1, min(4, 110 // (longest + 8))),  # about 110 characters fit in a line
                 frameon=False,
                 fontsize=8.5,
                 borderaxespad=0.2,
@@ -130,12 +130,12 @@ def curves(
 
 
 def heat_maps(name: str, caption: str, panels: Mapping[str, Mapping[str, float]]) -> Picture | None:
-    """Values in percent by layer, a row for each block and a column for each projection; None without layers.
+    """Values in percent by layer, one row per block and one column per projection; None without layers.
 
     Args:
         name: of the picture.
         caption: under it.
-        panels: share by name of the layer, by title; one panel each, side by side.
+        panels: by title, the share of each layer by name; panels are drawn side by side.
     """
     grids = {title: grid(values) for title, values in panels.items() if values}
     if not grids:
@@ -171,9 +171,9 @@ def heat_maps(name: str, caption: str, panels: Mapping[str, Mapping[str, float]]
 
 
 def grid(values: Mapping[str, float]) -> tuple[list[str], list[str], NDArray[np.float64]]:
-    """Values by name of the layer as (labels of blocks, names of projections, values_RC), NaN where there is none.
+    """Values by layer name as (labels of blocks, names of projections, values_RC), NaN if there is no value.
 
-    The block is the first number in a name; layers outside any block have a row of their own.
+    The block is the first number in a name; layers outside any block get a separate row.
     """
     cells: dict[tuple[int, str], float] = {}
     for name, value in values.items():
@@ -195,7 +195,7 @@ def mask_change(
     Args:
         name: of the picture.
         caption: under it.
-        first_OI, last_OI: the two masks, of one shape.
+        first_OI, last_OI: the two masks, of equal shape.
         steps: optimizer steps at which the masks were these.
     """
     went, came = int((first_OI & ~last_OI).sum()), int((last_OI & ~first_OI).sum())
@@ -242,7 +242,7 @@ def _png(draw: Callable[[Any, _Theme], None], theme: _Theme, height: float) -> b
     style: Any = {**colours, **papers, "grid.color": theme.soft, "font.size": 9, "axes.axisbelow": True}
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(7.4, height), layout="constrained")
-        FigureCanvasAgg(figure)  # draws without a screen, whatever the process has set
+        FigureCanvasAgg(figure)  # draws without a screen, whatever backend is set
         draw(figure, theme)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=150)
@@ -269,7 +269,7 @@ def _log_axis(axes: Any) -> None:
     from matplotlib.ticker import LogLocator, NullLocator
 
     low, high = axes.dataLim.y0, axes.dataLim.y1
-    if high < 1.1 * low:  # nearly one value: no decade to show
+    if high < 1.1 * low:  # nearly constant values, within one decade
         axes.set_ylim(low / 1.2, high * 1.2)
     axes.set_yscale("log")
     few = high < 10 * low
@@ -283,7 +283,7 @@ def _cycle(colours: Sequence[str]) -> Sequence[str]:
 
 
 def _starts_at_zero(shown: Mapping[str, Mapping[str, Points]]) -> bool:
-    """Whether values come near enough to zero, for their spread, that an axis from zero wastes no room."""
+    """Whether values are near enough to zero, compared with their spread, to start the axis at zero."""
     values = [value for kinds in shown.values() for points in kinds.values() for _, value in points]
     return min(values) < 0.5 * max(values) or min(values) == max(values)
 
@@ -294,7 +294,7 @@ def _ends(points: Points) -> str:
 
 
 def _colour_range(percent_RC: NDArray[np.float64]) -> tuple[float, float]:
-    """From 0 where values are small; else around them, at least ten points wide, so that noise stays pale."""
+    """From 0 if values are small; otherwise around them, at least ten points wide, so that noise stays pale."""
     low, high = float(np.nanmin(percent_RC)), float(np.nanmax(percent_RC))
     if low < 10:
         return 0.0, max(high, 1e-3)

@@ -1,4 +1,4 @@
-"""What came out of a run, in a few numbers."""
+"""The main results of a run, in a few numbers."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from sparse_train.report.collect import Record, Run
 
 
 def headline(run: Run) -> dict[str, Any]:
-    """Of one run, for JSON; docs/terminal.md says what each is. None: not measured."""
+    """The main results of one run, for JSON; docs/terminal.md explains them. None = not measured."""
     last = run.updates[-1] if run.updates else None
     return {
         "name": run.name,

@@ -1,4 +1,4 @@
-"""One page from plain blocks: self-contained HTML, and a Markdown twin with its pictures beside it."""
+"""One page from plain blocks: self-contained HTML, and Markdown with pictures as separate files."""
 
 import base64
 import html
@@ -16,40 +16,40 @@ class Table:
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     words: int = 1
-    """Leading columns that hold words, aligned to the left; the others hold numbers."""
+    """Number of leading columns with words, aligned left; the others hold numbers."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG, drawn for light and for dark pages; the Markdown twin and print have the light one."""
+    """A PNG, drawn for light and for dark pages; Markdown and print use the light one."""
 
     name: str
-    """Of its file, without suffix."""
+    """Name of its file, without suffix."""
     caption: str
     alt: str
-    """What it shows, for those who cannot see it."""
+    """What it shows, for readers who cannot see it."""
     light: bytes
     dark: bytes
 
 
 @dataclass(frozen=True)
 class Code:
-    """Text as it is."""
+    """Preformatted text."""
 
     text: str
     language: str = ""
 
 
 Block = str | Table | Picture | Code
-"""A paragraph is a string."""
+"""A string is a paragraph."""
 
 _PICTURES = "report_pictures"
-"""Folder beside the page."""
+"""Folder next to the page."""
 
 
 @dataclass(frozen=True)
 class Section:
-    """A heading with what stands under it."""
+    """A heading and its blocks."""
 
     title: str
     blocks: Sequence[Block]
@@ -57,7 +57,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Page:
-    """A report: ``lead`` stands under the title, ahead of the sections."""
+    """A report: ``lead`` is between the title and the sections."""
 
     title: str
     lead: Sequence[Block]
@@ -65,7 +65,7 @@ class Page:
 
 
 def write_page(page: Page, folder: Path) -> Path:
-    """Write ``report.html``, ``report.md`` and, for the latter, the pictures to ``folder``; returns the HTML file."""
+    """Write ``report.html``, ``report.md`` and the pictures of the latter to ``folder``; returns the HTML file."""
     (folder / _PICTURES).mkdir(parents=True, exist_ok=True)
     for block in [*page.lead, *(block for section in page.sections for block in section.blocks)]:
         if isinstance(block, Picture):
@@ -80,7 +80,7 @@ def write_page(page: Page, folder: Path) -> Path:
 
 
 def to_markdown(page: Page) -> str:
-    """The page as Markdown; pictures are files beside it."""
+    """The page as Markdown; pictures are separate files."""
     parts = [f"# {page.title}", *map(_markdown_block, page.lead)]
     for section in page.sections:
         parts += [f"## {section.title}", *map(_markdown_block, section.blocks)]
@@ -88,7 +88,7 @@ def to_markdown(page: Page) -> str:
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of GitHub's Markdown."""
+    """A table in GitHub's Markdown."""
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 

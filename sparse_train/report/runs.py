@@ -1,4 +1,4 @@
-"""The report of one training run, or of several side by side, from what they recorded."""
+"""The report of one training run, or of several side by side, from their records."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ def write_run_report(folders: Sequence[str | Path], out: str | Path | None = Non
 
     Args:
         folders: of the runs, see ``collect``.
-        out: folder to write to; default: that of the run, or ``report`` here where there are several.
+        out: folder to write to; default: that of the run; for several runs, ``report`` in the current folder.
 
     Raises:
         ValueError: a folder without the records of a run, see ``collect``.
@@ -42,7 +42,7 @@ def run_page(runs: Sequence[Run]) -> Page:
     return Page(title, _lead(runs), sections)
 
 
-# --- what came out ---------------------------------------------------------------------------------------------------
+# --- results ---------------------------------------------------------------------------------------------------------
 
 
 def _lead(runs: Sequence[Run]) -> list[Block]:
@@ -50,7 +50,7 @@ def _lead(runs: Sequence[Run]) -> list[Block]:
     columns = ["run", "state", "step", "sparsity", "perplexity", "loss"]
     several = len(runs) > 1
     notes = [
-        "Perplexity and loss are those of the run's own validation text, as its module logs them; sparsity is the "
+        "Perplexity and loss are those on the run's validation text, as its module logs them; sparsity is the "
         "share of zeros among the targeted weights, counted on the weights."
     ]
     for run in runs:
@@ -59,14 +59,17 @@ def _lead(runs: Sequence[Run]) -> list[Block]:
         if partial:
             notes.append(
                 f"The rows before training{of} were measured on {partial[0]['batches']} of "
-                f"{facts.or_unknown(partial[0]['of_batches'])} validation batches, and do not compare with the others. "
-                "trainer.num_sanity_val_steps=-1 reads all of them."
+                f"{facts.or_unknown(partial[0]['of_batches'])} validation batches, and cannot be compared with the "
+                "others. trainer.num_sanity_val_steps=-1 uses all batches."
             )
         if not run.baselines:
-            notes.append(f"The model{of} was not evaluated before training: num_sanity_val_steps is 0, or no text is.")
+            notes.append(
+                f"The model{of} was not evaluated before training: num_sanity_val_steps is 0, or there is no "
+                "validation text."
+            )
         if run.updates and run.updates[0]["step"] > 0:
             notes.append(
-                f"The first mask{of} came at step {run.updates[0]['step']:,}, so that it has no row untrained."
+                f"The first mask{of} came at step {run.updates[0]['step']:,}, so there is no row for it untrained."
             )
         if run.end is None:
             notes.append(f"The run{of} has not ended, or was cut off: its last record is of step {run.steps:,}.")
@@ -75,12 +78,12 @@ def _lead(runs: Sequence[Run]) -> list[Block]:
 
 
 def _states(run: Run) -> list[list[str]]:
-    """Rows of the headline table: dense, one-shot, now."""
+    """Rows of the headline table: dense, one-shot, trained."""
     rows = []
     dense, masked = run.baselines.get("dense"), run.baselines.get("first mask")
     if dense:
         zeros = dense.get("sparsity")
-        # a model may come in pruned, and is not dense then, whatever its masks
+        # a model that was pruned before the run is not dense, whatever its masks
         state = "untrained, without masks" if zeros and zeros > 0.01 else "dense, untrained"
         rows.append(_state(run, state, dense, zeros))
     if masked:
@@ -122,8 +125,8 @@ def _curves(runs: Sequence[Run]) -> list[Block]:
     pictures = [
         figures.curves(
             "perplexity",
-            "Perplexity of the validation text; at step 0, that of the first mask, or of the dense model where the run "
-            "began without one.",
+            "Perplexity on the validation text; at step 0, that of the first mask, or of the dense model if the run "
+            "began without a mask.",
             perplexity,
             "perplexity",
             levels=_dense_levels(runs),
@@ -143,7 +146,7 @@ def _validated(run: Run, word: str) -> list[tuple[float, float]]:
 
 
 def _dense_levels(runs: Sequence[Run]) -> dict[str, float]:
-    """Perplexity of what the runs began with; one line where it is the same for all, by run where it is not."""
+    """Perplexity of the models that the runs began with; one line if it is the same for all, otherwise by run."""
     levels = {}
     for run in runs:
         dense = run.baselines.get("dense")
@@ -190,7 +193,7 @@ def _masks(runs: Sequence[Run]) -> list[Block]:
     notes: list[Block] = [f"No mask was recorded in {', '.join(dense)}."] if dense else []
     single = [run.name for run in sparse if not run.changes()]
     if single:
-        notes.append(f"No update has followed the first mask of {', '.join(single)}: there is no flip rate.")
+        notes.append(f"No update followed the first mask of {', '.join(single)}, so there is no flip rate.")
     return [*(picture for picture in pictures if picture), *notes]
 
 

@@ -1,4 +1,4 @@
-"""A report of arms that a script has run and evaluated by itself, as ``make demo`` does."""
+"""A report of arms that a script has run and evaluated, as ``make demo`` does."""
 
 import csv
 from collections.abc import Mapping, Sequence
@@ -10,21 +10,21 @@ from sparse_train.report import figures
 from sparse_train.report.page import Block, Code, Page, Section, Table, write_page
 
 Metrics = list[dict[str, float]]
-"""Rows of a metrics file; each has "step" and what was logged then."""
+"""Rows of a metrics file; each has "step" and the metrics logged at it."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a report shows."""
+    """The content of a report."""
 
     title: str
     notes: Sequence[str]
-    """Paragraphs under the title: the protocol, and what the numbers may not be taken for."""
+    """Paragraphs under the title: the protocol, and what the numbers do not show."""
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     """The headline table."""
     runs: Mapping[str, Metrics]
-    """Metrics of each run by its name."""
+    """Metrics of each run, by name."""
     layers: Sequence[LayerSparsity]
     """Layers of the exported model."""
     recipe: str
@@ -32,7 +32,7 @@ class Report:
 
 
 def read_metrics(path: Path) -> Metrics:
-    """Read what Lightning's ``CSVLogger`` wrote."""
+    """Read a file of Lightning's ``CSVLogger``."""
     with path.open() as file:
         rows = [
             {key: float(value) for key, value in row.items() if value not in ("", None)} for row in csv.DictReader(file)
@@ -42,7 +42,7 @@ def read_metrics(path: Path) -> Metrics:
 
 def write_report(report: Report, folder: Path) -> Path:
     """Write ``report.html``, ``report.md`` and the pictures to ``folder``; returns the page."""
-    # Lightning numbers steps from 0; as everywhere here, a step is one that has been completed
+    # Lightning numbers steps from 0; here, as everywhere in this package, steps are completed steps
     perplexity = {name: {"": _points(metrics, "val/perplexity", shift=1)} for name, metrics in report.runs.items()}
     flips = {
         name: {

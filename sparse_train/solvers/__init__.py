@@ -1,4 +1,4 @@
-"""Methods that move the weights they keep: ``Solver.solve``. One method a file."""
+"""Methods that move the weights they keep: ``Solver.solve``. One method per file."""
 
 from sparse_train.solvers.base import Solver
 from sparse_train.solvers.sparsegpt import SparseGPT

@@ -9,13 +9,13 @@ from sparse_train.patterns import Group, Pattern
 
 
 class Solver(ABC):
-    """Prunes one layer and makes up for it with the weights that stay, from second moments of the layer's input."""
+    """Prunes one layer and updates the kept weights to compensate, from second moments of the layer's input."""
 
     group: ClassVar[Group] = "row"
-    """What the word "unstructured" compares under this solver; ``Unstructured(group=...)`` says it in full."""
+    """The group in which "unstructured" compares weights under this solver; ``Unstructured(group=...)`` sets it."""
 
     def check_pattern(self, pattern: Pattern) -> None:
-        """Raise ValueError where the solver cannot prune to this pattern."""
+        """Raise ValueError if the solver cannot prune to this pattern."""
 
     @abstractmethod
     def solve(self, weight_OI: Tensor, gram_II: Tensor, pattern: Pattern, sparsity: float) -> tuple[Tensor, Tensor]:
@@ -24,10 +24,10 @@ class Solver(ABC):
         Args:
             weight_OI: the layer's weights, any float dtype; not changed.
             gram_II: float32 or better, the sum of x x^T over the layer's inputs x (I,).
-            pattern: where zeros may stand.
+            pattern: where zeros may be.
             sparsity: share of zeros over each of its groups.
 
         Returns:
-            weight_OI: float32, kept weights updated; pruned ones have their former value, the shadow.
+            weight_OI: float32, kept weights updated; pruned ones have their former value, as shadow values.
             mask_OI: bool, True = kept.
         """

@@ -1,4 +1,4 @@
-"""SparseGPT. Shape suffixes: O out_features, I in_features, B columns of a block."""
+"""SparseGPT. Shape suffixes: O out_features, I in_features, B columns per block."""
 
 import logging
 from dataclasses import dataclass
@@ -15,17 +15,17 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SparseGPT(Solver):
-    """Optimal brain surgeon over whole rows: columns are pruned from left to right, and what pruning one changes in the
-    output is made up for by the columns to its right.
+    """Optimal brain surgeon over whole rows: columns are pruned from left to right, and the columns to the right of a
+    pruned one are updated to compensate for its error.
 
     Source: Frantar and Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot",
     arXiv 2301.00774, algorithm 1. Scores are ``w^2 / [H^-1]_jj^2`` of the weights as updated so far; unstructured masks
-    are chosen for a block of columns of all rows at once, N:M masks a group at a time.
+    are chosen for a block of columns of all rows at once, N:M masks one group at a time.
 
     Args:
-        block_size: columns whose mask is chosen together, and whose updates are applied to the rest at once.
+        block_size: number of columns whose mask is chosen together, and whose updates to the rest are applied together.
         dampening_frac: share of the mean diagonal of H that is added to the diagonal.
-        preserve_sparsity_mask: weights that are zero stay zero; groups that have more zeros than asked keep them.
+        preserve_sparsity_mask: weights that are zero stay zero; groups with more zeros than asked for keep them.
     """
 
     block_size: int = 128
@@ -54,7 +54,7 @@ class SparseGPT(Solver):
     def solve(self, weight_OI: Tensor, gram_II: Tensor, pattern: Pattern, sparsity: float) -> tuple[Tensor, Tensor]:
         self.check_pattern(pattern)
         before_OI = weight_OI.detach().float()
-        dead_I = gram_II.diagonal() == 0  # nothing ever comes in: worth nothing, and pruned first
+        dead_I = gram_II.diagonal() == 0  # inputs that are always zero: their weights are pruned first
         work_OI = before_OI.clone()
         fixed_OI = before_OI == 0 if self.preserve_sparsity_mask else None
         factor_II = _inverse_factor(gram_II, dead_I, self.dampening_frac)
@@ -96,7 +96,7 @@ def _inverse_factor(gram_II: Tensor, dead_I: Tensor, dampening_frac: float) -> T
             if int(info) == 0:
                 found: Tensor = factor_II.float()
                 return found
-        damping *= 10  # few samples and float32: the rest of the diagonal is rounding
+        damping *= 10  # with few samples, rounding in float32 can make the matrix indefinite
     raise ValueError(
         f"SparseGPT: the {len(gram_II)} x {len(gram_II)} matrix of second moments has no Cholesky factor at "
         f"dampening_frac={dampening_frac}. Give more calibration samples, or a larger dampening_frac."
@@ -104,13 +104,13 @@ def _inverse_factor(gram_II: Tensor, dead_I: Tensor, dampening_frac: float) -> T
 
 
 def _block_sparsity(pattern: Pattern, sparsity: float, rows: int, start: int, stop: int) -> float:
-    """The sparsity of a block with which the counts of all blocks add up to that of the whole group."""
+    """The sparsity of a block for which the counts of all blocks add up to that of the whole group."""
     if isinstance(pattern, NM):
         return sparsity
     per_column = rows if getattr(pattern, "group", "row") == "layer" else 1
     members = per_column * (stop - start)
     count = int(per_column * stop * sparsity) - int(per_column * start * sparsity)
-    return min((count + 0.5) / members, 1.0)  # half a weight more: int(members * this) is count, whatever the rounding
+    return min((count + 0.5) / members, 1.0)  # half a weight more, so that int(members * this) is always count
 
 
 def _prune_block(
@@ -122,7 +122,7 @@ def _prune_block(
     pattern: Pattern,
     sparsity: float,
 ) -> Tensor:
-    """Prune a block of columns in place; returns the errors (O, B) that the columns behind it have to make up for."""
+    """Prune a block of columns in place; returns the errors (O, B) that the columns after it have to compensate."""
     diagonal_B = factor_BB.diagonal()
     step = pattern.m if isinstance(pattern, NM) else work_OB.shape[1]
     errors_OB = torch.zeros_like(work_OB)
@@ -132,7 +132,7 @@ def _prune_block(
             scores_OB = (work_OB[:, part] / diagonal_B[part]).square()
             if dead_B is not None:
                 scores_OB[:, dead_B[part]] = 0
-                scores_OB[work_OB[:, part] == 0] = -torch.inf  # zeros before other weights that are worth nothing
+                scores_OB[work_OB[:, part] == 0] = -torch.inf  # zeros are pruned before other weights with score 0
             if fixed_OB is not None:
                 scores_OB[fixed_OB[:, part]] = -torch.inf
             mask_OB[:, part] = pattern.mask(scores_OB, sparsity)

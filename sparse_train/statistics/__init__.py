@@ -1,1 +1,1 @@
-"""Running sums over the inputs of layers, and which layers have one input; ``pipeline`` says what is recorded when."""
+"""Running sums over the inputs of layers, and which layers share an input; ``pipeline`` decides what is recorded."""

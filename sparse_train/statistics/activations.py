@@ -16,13 +16,13 @@ from torch import Tensor
 
 
 class Statistics(ABC):
-    """What is gathered over the tokens that reach a layer's input."""
+    """Sums over the tokens that reach a layer's input."""
 
     tokens: Tensor
 
     @abstractmethod
     def __init__(self, in_features: int, device: torch.device | str | None = None) -> None:
-        """Nothing seen yet, of an input with this many features."""
+        """Empty statistics for an input with this many features."""
 
     @abstractmethod
     def add(self, x: Tensor, token_mask: Tensor | None = None) -> None:
@@ -30,11 +30,11 @@ class Statistics(ABC):
 
     @abstractmethod
     def tensors(self) -> list[Tensor]:
-        """All that is gathered, as tensors that are summed over ranks in place."""
+        """All sums, as tensors that can be summed over ranks in place."""
 
     @abstractmethod
     def move(self, device: torch.device) -> None:
-        """To where the layer's input is, in place: layers may share one."""
+        """Move to the device of the layer's input, in place, because layers may share this object."""
 
     @property
     @abstractmethod
@@ -52,7 +52,7 @@ class Statistics(ABC):
             tensor.zero_()
 
     def fade(self, factor: float) -> None:
-        """Let what was seen count ``factor`` times, above 0 and at most 1, in place; token counts are rounded up."""
+        """Multiply what was seen by ``factor``, above 0 and at most 1, in place; token counts are rounded up."""
         if factor == 1:
             return
         for tensor in self.tensors():
@@ -60,16 +60,16 @@ class Statistics(ABC):
 
 
 def fits(token_mask: Tensor | None, x: Tensor) -> bool:
-    """Whether a mask (B, L) says of every token of ``x`` whether it counts: of (B, L, I), or of (B * L, I)."""
+    """Whether a mask (B, L) has an entry for every token of ``x``, which is (B, L, I) or (B * L, I)."""
     if token_mask is None:
         return False
     return token_mask.shape == x.shape[:-1] or (x.dim() == 2 and token_mask.numel() == len(x))
 
 
 class ActivationNorm(Statistics):
-    """Sum of squares of each input feature over the tokens seen, with their count.
+    """Sum of squares of each input feature over the tokens seen, and the number of tokens.
 
-    Plain tensors and not buffers: a model cast to bfloat16 must not take its statistics with it.
+    Plain tensors and not buffers: casting a model to bfloat16 must not cast its statistics.
 
     Attributes:
         sum_squares_I: float32 (I,).
@@ -97,7 +97,7 @@ class ActivationNorm(Statistics):
             x: (..., I), any float dtype.
             token_mask: bool or integer (...), 0 = padding; None, or a shape that does not fit, counts every token.
         """
-        # the operator is for compilers; calling one costs about as much as reading a small input
+        # the operator is only for compilers; calling one costs about as much as reading a small input
         accumulate = _accumulate if torch.compiler.is_compiling() else _accumulate_now
         accumulate(x.detach(), token_mask if fits(token_mask, x) else None, self._sum_squares_I, self.tokens)
 
@@ -105,20 +105,20 @@ class ActivationNorm(Statistics):
         return {"sum_squares": self.sum_squares_I.cpu().clone(), "tokens": self.tokens.cpu().clone()}
 
     def merge_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take in what another one has seen: the same as one over both."""
+        """Add what another one has seen; the result is the same as of one that has seen both."""
         self._sum_squares_I += state["sum_squares"].to(self._sum_squares_I.device)
         self.tokens += state["tokens"].to(self.tokens.device)
 
     def merge(self, other: "ActivationNorm") -> None:
-        """Take in what a whole one has seen."""
+        """Add what another ``ActivationNorm`` has seen."""
         self.merge_state_dict(other.state_dict())
 
 
 class HalvedNorm(ActivationNorm):
-    """An ``ActivationNorm`` in two halves of disjoint tokens, which tell what of it is noise.
+    """An ``ActivationNorm`` in two halves of disjoint tokens, from which its noise can be estimated.
 
     Attributes:
-        halves: what is seen goes to the first.
+        halves: new tokens are added to the first.
     """
 
     def __init__(self, in_features: int, device: torch.device | str | None = None) -> None:
@@ -139,7 +139,7 @@ class HalvedNorm(ActivationNorm):
         self.halves[0].add(x, token_mask)
 
     def turn(self) -> None:
-        """Exchange the halves, in place: forwards, which may be compiled, always add to the first."""
+        """Exchange the halves, in place; forwards, which may be compiled, always add to the first."""
         for first, second in zip(self.halves[0].tensors(), self.halves[1].tensors(), strict=True):
             before = first.clone()
             first.copy_(second)
@@ -150,7 +150,7 @@ class HalvedNorm(ActivationNorm):
             half.move(device)
 
     def alone(self, half: int) -> ActivationNorm:
-        """One half as if all tokens had been like its own; it must have seen some."""
+        """One half, scaled to the number of all tokens; it must have seen some."""
         norm, own = ActivationNorm(len(self.sum_squares_I), self.tokens.device), self.halves[half]
         norm.merge_state_dict({"sum_squares": own.sum_squares_I * (self.tokens / own.tokens), "tokens": self.tokens})
         return norm
@@ -164,7 +164,7 @@ class HalvedNorm(ActivationNorm):
             half.merge_state_dict({key: value[index] for key, value in state.items()})
 
     def merge(self, other: ActivationNorm) -> None:
-        """Half of it to each half: what is not known in halves is taken to be without noise."""
+        """Add half of it to each half: norms that were not recorded in halves count as if they had no noise."""
         state = other.state_dict()
         second = state["tokens"] // 2
         for half, tokens in zip(self.halves, (state["tokens"] - second, second), strict=True):
@@ -173,7 +173,7 @@ class HalvedNorm(ActivationNorm):
 
 @contextmanager
 def in_float32(device_type: str) -> Iterator[None]:
-    """Matrix products of float32 as they are, whatever autocast and settings of TF32 say."""
+    """Inside, float32 matrix products are computed in full float32, whatever autocast and TF32 settings say."""
     restore = _no_tf32()
     try:
         with torch.autocast(device_type, enabled=False):
@@ -183,13 +183,13 @@ def in_float32(device_type: str) -> Iterator[None]:
 
 
 def _no_tf32() -> Callable[[], None]:
-    """Turn TF32 off in the words in which it was set: torch has two, and raises where they are mixed."""
+    """Turn TF32 off through the same API that set it: torch has two, and raises if they are mixed."""
     backends = torch.backends.cuda, torch.backends.mkldnn
     own = [backend.matmul for backend in backends if hasattr(backend, "matmul")]  # mkldnn's since torch 2.9
     precisions = [getattr(each, "fp32_precision", None) for each in own]  # since torch 2.9
     try:
         before = torch.get_float32_matmul_precision()
-    except RuntimeError:  # set by torch.backends.fp32_precision, or by that of a backend: transformers' tf32=True does
+    except RuntimeError:  # it was set by fp32_precision of torch.backends or a backend, as by transformers' tf32=True
         before = None
     if before is not None:
         torch.set_float32_matmul_precision("highest")
@@ -199,10 +199,10 @@ def _no_tf32() -> Callable[[], None]:
 
     def restore() -> None:
         if before is not None:
-            torch.set_float32_matmul_precision(before)  # which says "ieee" where nothing was said
+            torch.set_float32_matmul_precision(before)  # this sets fp32_precision to "ieee" even if it was not set
         for each, precision in zip(own, precisions, strict=True):
             if precision is not None:
-                each.fp32_precision = "none"  # what torch.backends says, also from now on
+                each.fp32_precision = "none"  # follow torch.backends again
                 if each.fp32_precision != precision:
                     each.fp32_precision = precision
 
@@ -212,7 +212,7 @@ def _no_tf32() -> Callable[[], None]:
 class ActivationGram(Statistics):
     """Sum of ``x x^T`` over the tokens seen: second moments of the input, for methods that move weights.
 
-    Only while calibrating: takes I * I floats, and does not look out for recomputed forwards.
+    Only for calibration: takes I * I floats, and does not detect recomputed forwards.
 
     Attributes:
         gram_II: float32 (I, I).
@@ -242,7 +242,7 @@ class ActivationGram(Statistics):
         self.tokens += len(x_TI)
 
     def norm(self) -> ActivationNorm:
-        """What it says of each feature alone: the diagonal, copied."""
+        """The norms of the features: a copy of the diagonal."""
         norm = ActivationNorm(len(self.gram_II), self.gram_II.device)
         norm.merge_state_dict({"sum_squares": self.sum_squares_I, "tokens": self.tokens})
         return norm
@@ -250,32 +250,32 @@ class ActivationGram(Statistics):
 
 @torch.library.custom_op("sparse_train::accumulate", mutates_args=("sum_squares_I", "tokens"))
 def _accumulate(x: Tensor, token_mask: Tensor | None, sum_squares_I: Tensor, tokens: Tensor) -> None:
-    # One opaque operator, so that a compiled forward keeps it, and asks when it runs whether it is a recomputed one.
+    # One opaque operator, so that a compiled forward keeps it and checks at run time whether it is recomputed.
     _accumulate_now(x, token_mask, sum_squares_I, tokens)
 
 
 @torch.no_grad()
 def _accumulate_now(x: Tensor, token_mask: Tensor | None, sum_squares_I: Tensor, tokens: Tensor) -> None:
-    # inside a backward (a recomputed forward of activation checkpointing, of either kind) tokens would count twice
+    # inside a backward (a forward recomputed by activation checkpointing, of either kind), tokens would count twice
     if recomputing():
         return
     x_TI = x.reshape(-1, x.shape[-1])
     kept_T = None if token_mask is None else token_mask.reshape(-1).bool()
-    # in parts, as float32 copies of a whole long batch would be the run's peak of memory, and that in recorded steps
+    # in parts: a float32 copy of a whole long batch would raise the peak memory of the run, in recorded steps
     rows = max(1, _PART // max(1, x_TI.shape[1]))
     for start in range(0, len(x_TI), rows):
         part_TI = x_TI[start : start + rows]
         if kept_T is not None:
-            # where, not a product: padding may hold infinities or NaN
+            # ``where`` and not a product: padding may hold infinities or NaN
             part_TI = torch.where(kept_T[start : start + rows, None], part_TI.float(), 0)
         sum_squares_I += sum_of_squares(part_TI)
     tokens += len(x_TI) if kept_T is None else kept_T.sum()
 
 
 def sum_of_squares(x_TI: Tensor) -> Tensor:
-    """Over tokens, float32 (I,). On CPU by numpy in threads, in chunks of rows that stay in the cache.
+    """Sum over tokens, float32 (I,). On the CPU by numpy in threads, in chunks of rows that fit the cache.
 
-    Sums of 128 rows are added up in float32: relative errors stay around 1e-7, which one sum over all rows would not.
+    Sums of 128 rows are added up in float32, which keeps relative errors around 1e-7; one sum over all rows would not.
     """
     if x_TI.device.type != "cpu" or x_TI.dtype == torch.float64:
         return x_TI.float().square().sum(0)
@@ -289,7 +289,7 @@ def sum_of_squares(x_TI: Tensor) -> Tensor:
 
 _PART = 2**24  # elements, 64 MiB in float32: large enough to keep a GPU busy
 _CHUNK = 128
-_WORTH_THREADS = 2**21  # elements; below, handing work over takes longer than doing it
+_WORTH_THREADS = 2**21  # elements; below this, starting threads takes longer than the work
 
 
 def _sum_of_squares(x: np.ndarray) -> np.ndarray:
@@ -302,7 +302,7 @@ def _sum_of_squares(x: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def _threads(count: int) -> ThreadPoolExecutor:
-    # numpy lets go of the interpreter lock inside einsum, so parts really run side by side
+    # numpy releases the interpreter lock inside einsum, so parts really run in parallel
     return ThreadPoolExecutor(count, thread_name_prefix="sum_of_squares")
 
 
@@ -315,5 +315,5 @@ def _(x: Tensor, token_mask: Tensor | None, sum_squares_I: Tensor, tokens: Tenso
 
 
 def recomputing() -> bool:
-    """Whether this forward runs inside a backward, as activation checkpointing's second one does."""
+    """Whether this forward runs inside a backward, like the second forward of activation checkpointing."""
     return torch._C._current_graph_task_id() != -1

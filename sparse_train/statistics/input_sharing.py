@@ -1,4 +1,4 @@
-"""``InputSharing``: the discovery of layers that read one and the same input."""
+"""``InputSharing``: finds layers that read the same input."""
 
 from typing import Any
 
@@ -7,12 +7,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 
 class InputSharing:
-    """Finds the layers that read one and the same input (q/k/v; gate/up), so that it is measured once.
+    """Finds the layers that read the same input (q/k/v; gate/up), so that it is measured once.
 
-    Watches the forwards of one step, eagerly, and compares memory: engines may hand each layer a view of its own
-    (ZeRO-3's hooks do), and addresses are used again. A weak reference to the storage settles both: as long as it is
-    there, its identity belongs to no other.
-    What is found is taken to hold from then on: layers that shared their input are expected to go on doing so.
+    It watches the forwards of one step, in eager mode, and compares storages. Tensors cannot be compared by identity,
+    because engines may give each layer its own view (the hooks of ZeRO-3 do), nor by address, because addresses are
+    reused. A weak reference to the storage solves both: while it is alive, no other storage has its identity.
+    Layers that shared their input in this step are assumed to share it from then on.
     """
 
     def __init__(self) -> None:
@@ -21,7 +21,7 @@ class InputSharing:
 
     def watch(self, layer: nn.Module, x: Tensor) -> None:
         storage = StorageWeakRef(x.untyped_storage())
-        version = 0 if x.is_inference() else x._version  # changed in place since: another input
+        version = 0 if x.is_inference() else x._version  # a tensor that was changed in place is another input
         key = (storage.cdata, x.storage_offset(), x.shape, x.stride(), version)
         known, leader = self._seen.get(key, (storage, layer))
         if known.expired():
@@ -31,7 +31,7 @@ class InputSharing:
         self._leaders.setdefault(layer, []).append(leader)
 
     def leaders(self) -> dict[nn.Module, nn.Module]:
-        """For each layer the first one that always had its input; itself where there is none."""
+        """For each layer, the first layer that always had the same input; itself if there is none."""
         found: dict[nn.Module, nn.Module] = {}
         for layer, leaders in self._leaders.items():
             always = all(leader is leaders[0] for leader in leaders)
@@ -39,7 +39,7 @@ class InputSharing:
             found[layer] = leaders[0] if always and same_calls else layer
         return found
 
-    # Copies and pickles of a model start without the references of a forward that is over.
+    # Copies and pickles of a model start without the references to a finished forward.
     def __deepcopy__(self, memo: dict[int, Any]) -> "InputSharing":
         return InputSharing()
 

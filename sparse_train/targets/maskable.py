@@ -10,7 +10,7 @@ from sparse_train.layers.sparse_linear import SPARSE_CONV1D, SparseLinear
 
 
 def check_maskable(model: nn.Module, name: str, module: nn.Module, adapters: set[str], tied: set[str]) -> None:
-    """Refuse every module whose forward would not see its mask, or whose mask would reach further than it."""
+    """Refuse modules whose forward would ignore the mask, or whose mask would also affect other modules."""
     way_out = f"Leave it dense with ignore=[{name!r}]"
     if not is_linear(module):
         raise ValueError(f"{name} is a {type(module).__name__}; only nn.Linear layers can be masked. {way_out}.")
@@ -23,7 +23,7 @@ def check_maskable(model: nn.Module, name: str, module: nn.Module, adapters: set
             )
     if not _is_plain_linear(type(module)):
         raise ValueError(
-            f"{name} is a {type(module).__name__}, a subclass of nn.Linear with a computation of its own, which a mask "
+            f"{name} is a {type(module).__name__}, a subclass of nn.Linear with its own computation, which a mask "
             f"would replace. {way_out}, or load the model without it (for example not in 4 bits)."
         )
     if "weight" not in module._parameters:
@@ -48,7 +48,7 @@ def _is_plain_linear(cls: type) -> bool:
         return True
     if class_path(cls) in (CONV1D, SPARSE_CONV1D, FALCON_LINEAR):
         return True
-    # after fully_shard the class is generated: FSDPLinear(FSDPModule, Linear)
+    # fully_shard generates a class: FSDPLinear(FSDPModule, Linear)
     first, *others = cls.__bases__
     fsdp = first.__name__ == "FSDPModule" and first.__module__.startswith("torch.distributed.")
     return fsdp and others in ([nn.Linear], [SparseLinear])
@@ -60,7 +60,7 @@ def _ancestors(model: nn.Module, name: str) -> list[nn.Module]:
 
 
 def adapter_names(model: nn.Module) -> set[str]:
-    """Everything inside what a peft tuner layer calls its adapter layers (lora_A, lora_B, ...)."""
+    """All modules inside the adapter layers of peft's tuner layers (lora_A, lora_B, ...)."""
     prefixes = [
         f"{name}.{part}" if name else part
         for name, module in model.named_modules()
@@ -71,7 +71,7 @@ def adapter_names(model: nn.Module) -> set[str]:
 
 
 def tied_names(model: nn.Module) -> set[str]:
-    """Modules that share a parameter with another; one module under two names shares nothing."""
+    """Modules that share a parameter with another module; one module under two names does not count."""
     owners = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
     return {
         name

@@ -24,20 +24,20 @@ from sparse_train.suggestions import did_you_mean, leave_out
 from sparse_train.targets.maskable import adapter_names, check_maskable, tied_names
 
 _log = logging.getLogger(__name__)
-_ROUTERS = 0.01  # share of a model's parameters above which routers are said: those of known models have less
+_ROUTERS = 0.01  # warn if routers have a larger share of the parameters: those of known models have less
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What was chosen, and what of the decoder blocks could not be."""
+    """What was chosen, and which weights of the decoder blocks cannot be pruned."""
 
     layers: dict[str, nn.Module]
     """Targets by name, in the model's order: ``nn.Linear`` or transformers' ``Conv1D``."""
     experts: dict[str, FusedExperts] = field(default_factory=dict)
-    """Fused experts of Mixture-of-Experts blocks by parameter name. One-shot pruning reaches them;
-    a mask in training does not."""
+    """Fused experts of Mixture-of-Experts blocks by parameter name. One-shot pruning can prune them;
+    masks in training cannot."""
     untargetable: dict[str, int] = field(default_factory=dict)
-    """Other weights of blocks that no mask can reach: parameter name -> count. They stay dense."""
+    """Other weights of blocks that cannot be masked: parameter name -> count. They stay dense."""
 
 
 def select(
@@ -52,13 +52,13 @@ def select(
 
     Args:
         model: any module; nothing is changed.
-        pattern: layers must fit it.
+        pattern: must fit the layers.
         targets: names of modules, class names such as "Linear", or "re:" and a regular expression matched from the
-            start of the name (as in llm-compressor). Default: the linear layers of the decoder blocks but for routers
-            and gates of experts; in a model without blocks, all linear layers but the last one and those with tied
+            start of the name (as in llm-compressor). Default: the linear layers of the decoder blocks except routers
+            and gates of experts; in a model without blocks, all linear layers except the last one and those with tied
             weights.
-        ignore: the same three forms; takes layers out again.
-        experts: choose fused experts too (one-shot pruning); otherwise they count as untargetable.
+        ignore: layers to leave out, in the same three forms.
+        experts: choose fused experts too (one-shot pruning); otherwise they count as weights that cannot be pruned.
 
     Raises:
         ValueError: nothing chosen, a name that matches nothing, or a chosen layer that cannot be masked (see
@@ -73,10 +73,10 @@ def select(
     lenient = False
     if targets is not None:
         matched = _match(model, targets, "targets", fused)
-        # a pattern may reach adapters by accident; only one named in full is a mistake worth an error
+        # a pattern may match adapters by accident; only a full name of one is an error
         chosen = [name for name in matched if name not in ignored and (name not in adapters or name in targets)]
     elif blocks is not None:
-        inside = set(model.get_submodule(blocks).modules())  # a block may have a name elsewhere that comes first
+        inside = set(model.get_submodule(blocks).modules())  # a block may also have another name, which comes first
         everything = [name for name in linears if model.get_submodule(name) in inside]
         everything += [name for name in fused if name.startswith(f"{blocks}.")]
         routers = router_names(model, blocks)
@@ -105,7 +105,7 @@ def select(
                 _log.warning("%s stays dense: %s", name, error)
             continue
         layers[name] = module
-    if len(misfits) > 1 and not layers:  # then an expression that leaves them out leaves nothing
+    if len(misfits) > 1 and not layers:  # leaving them out would leave nothing to prune
         raise ValueError(f"{next(iter(misfits.values()))} None of the {len(misfits)} targets fits.")
     if misfits:
         raise _misfit(misfits)
@@ -141,7 +141,7 @@ def _match(model: nn.Module, patterns: Sequence[str], argument: str, fused: Mapp
     for text in patterns:
         if text.startswith("re:"):
             try:
-                # an expression of another tool may be about embeddings; what matches nothing at all is a mistake
+                # expressions from other tools may match embeddings; one that matches nothing at all is a mistake
                 names = {name for name in layers if re.match(text[3:], name)} or {
                     name for name in modules if argument == "ignore" and re.match(text[3:], name)
                 }
@@ -149,7 +149,7 @@ def _match(model: nn.Module, patterns: Sequence[str], argument: str, fused: Mapp
                 raise ValueError(f"{argument}: {text!r} is not a regular expression: {error}.") from error
         else:
             hits = {n for n, m in modules.items() if n == text or text in {cls.__name__ for cls in type(m).__mro__}}
-            hits |= set(fused) if text == "Linear" else {text} & set(fused)  # an expert is a linear map, too
+            hits |= set(fused) if text == "Linear" else {text} & set(fused)  # an expert is also a linear map
             names = {n for n in layers if any(n == hit or n.startswith(f"{hit}.") for hit in hits)} or hits
         if not names:
             raise ValueError(
@@ -160,7 +160,7 @@ def _match(model: nn.Module, patterns: Sequence[str], argument: str, fused: Mapp
 
 
 def _in_full(text: str, layers: Sequence[str]) -> str:
-    """What to write in the place of a text that is only the end, or another part, of names."""
+    """A suggestion for a text that is only the end, or another part, of names."""
     part = text.removeprefix("re:").lstrip("^")
     try:
         found = [name for name in layers if re.search(rf"(^|\.)({part})(\.|$)", name)]
@@ -175,7 +175,7 @@ def _in_full(text: str, layers: Sequence[str]) -> str:
 
 
 def _misfit(errors: dict[str, ValueError]) -> ValueError:
-    """The first of these errors; where there are more, with their number and a shorter way out."""
+    """The first of these errors; if there are several, with their number and a shorter fix."""
     first, *others = errors
     if not others:
         return errors[first]
@@ -208,7 +208,7 @@ def _warn_of_dense(model: nn.Module, untargetable: dict[str, int]) -> None:
     sparse = [name for name in untargetable if _share_of_zeros(parameters[name]) > 0.01]
     if sparse:
         _log.warning(
-            "%s has zeros, as one-shot pruning leaves them, and no mask that would keep them: training fills them. "
+            "%s has zeros, as left by one-shot pruning, but no mask that would keep them: training fills them. "
             "Freeze it (requires_grad=False) to keep its zeros.",
             sparse[0],
         )

@@ -1,1 +1,1 @@
-"""What is shown while something runs: bars, lines, tables."""
+"""Output of commands in the terminal: bars, lines, tables."""

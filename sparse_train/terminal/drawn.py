@@ -1,4 +1,4 @@
-"""Progress as rich draws it: one line for each task, and a line of text below."""
+"""Progress drawn by rich: one line for each task, and a line of text below."""
 
 from collections.abc import Iterable
 
@@ -14,9 +14,9 @@ class DrawnProgress(Progress):
 
     def __init__(self, stays: bool = False) -> None:
         self.note = ""
-        """The line below."""
+        """The line of text below the bars."""
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-        # prints go above the bar where both are in the terminal, and into the file where stdout is one
+        # prints go above the bar if both are in the terminal, and into the file if stdout is redirected to one
         console = Console(stderr=True)
         super().__init__(
             *columns,
@@ -35,7 +35,7 @@ class DrawnProgress(Progress):
 
 
 class DrawnBar(Bar):
-    """One task of it."""
+    """One task of a ``DrawnProgress``."""
 
     def __init__(self, progress: DrawnProgress, label: str) -> None:
         self._progress, self._task = progress, progress.add_task(label, total=None)

@@ -1,6 +1,6 @@
-"""What libraries say that is of no use to those who run ``sparse-train``: it is kept back, by the command line alone.
+"""Messages of libraries that do not help users of ``sparse-train``; only the command line suppresses them.
 
-Each entry is one message and says why it goes. All else comes through.
+Each entry is one message, with the reason why it is suppressed. All other messages are shown.
 """
 
 import functools
@@ -16,30 +16,30 @@ from tqdm import tqdm
 from sparse_train.terminal.streams import bars_are_seen
 
 _LINES = [
-    # Lightning at every start, of two further packages of its makers
+    # Lightning at every start, advertising two other packages
     ("lightning.pytorch.utilities.rank_zero", "💡 Tip: "),
-    # DeepSpeed where there is no GPU, whether or not it is used: transformers imports it where it is installed
+    # DeepSpeed without a GPU, even if it is not used: transformers imports it if it is installed
     ("DeepSpeed", "Setting accelerator to CPU"),
 ]
-"""Logger, and how a message begins."""
+"""Logger, and the beginning of the message."""
 
 _WARNINGS = [
-    # Lightning, of every mixed precision: its table of the model gives the size of 32 bit weights, which is true
+    # Lightning, for every mixed precision: its model summary shows the size of 32-bit weights, which is correct
     r"Precision \S+ is not supported by the model summary",
-    # jsonargparse from 4.49 on, of the argument's name that Lightning and we use, which older versions know, too
+    # jsonargparse from 4.49 on, about an argument name that Lightning and we use and older versions also know
     r"\s*By default only one JsonargparseDeprecationWarning per type",
     r"\s*skip_none parameter was deprecated",
 ]
-"""How a message begins."""
+"""The beginning of the message."""
 
 _BARS = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
-"""Bars of downloads, transformers ("Loading weights") and datasets ("tokenising"): they fill the logs of whoever has no
+"""Turn off bars of downloads, transformers ("Loading weights") and datasets ("tokenising"), which fill logs without a
 terminal. The libraries read these when they are imported."""
 
 
 @contextmanager
 def kept_back(quiet: bool = False) -> Iterator[None]:
-    """Without these messages; ``quiet`` also without what Lightning tells of the machine at each start."""
+    """Suppress these messages; with ``quiet``, also what Lightning logs about the machine at each start."""
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         for message in _WARNINGS:
@@ -58,7 +58,7 @@ def kept_back(quiet: bool = False) -> Iterator[None]:
 
 @contextmanager
 def _without_tqdm() -> Iterator[None]:
-    """Bars of tqdm that ask nobody ("de-quantizing GGUF") are off, unless their makers say that they are on."""
+    """Turn off bars of tqdm that have no switch ("de-quantizing GGUF"), unless they are explicitly enabled."""
     own = tqdm.__init__
     tqdm.__init__ = functools.partialmethod(own, disable=True)
     try:
@@ -94,7 +94,7 @@ def _from_warnings_on(name: str) -> Iterator[None]:
 
 @contextmanager
 def _set(name: str, value: str) -> Iterator[None]:
-    """An environment variable, unless the user has set it."""
+    """Set an environment variable, unless the user has set it."""
     if name in os.environ:
         yield
         return

@@ -1,7 +1,7 @@
-"""What the command line does with stdout and stderr.
+"""How the command line uses stdout and stderr.
 
-Results go to stdout, as tables, or with ``--json`` as one JSON object and nothing else. Progress goes to stderr: bars
-in a terminal, lines of text elsewhere. Errors are one line on stderr.
+Results go to stdout: tables, or with ``--json`` only one JSON object. Progress goes to stderr: bars in a terminal,
+lines of text elsewhere. Errors are one line on stderr.
 """
 
 import json
@@ -14,12 +14,12 @@ from typing import Any
 
 
 def bars_are_seen() -> bool:
-    """Whether stderr is a terminal that can draw a line again."""
+    """Whether stderr is a terminal that can redraw a line."""
     return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
 
 def take_json(options: Sequence[str]) -> tuple[bool, list[str]]:
-    """Whether options ask for JSON, by ``--json``, ``--json=true`` or ``--json true``; and all the others."""
+    """Whether options ask for JSON, by ``--json``, ``--json=true`` or ``--json true``; and all other options."""
     asked, others = False, []
     rest = list(options)
     while rest:
@@ -36,17 +36,17 @@ def take_json(options: Sequence[str]) -> tuple[bool, list[str]]:
 
 @contextmanager
 def stdout_for_json(asked: bool) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """Yields what writes the one object. Whatever else writes to stdout meanwhile writes to stderr.
+    """Yields a function that writes the JSON object. All other output to stdout goes to stderr meanwhile.
 
-    Also where it does so without Python, as compilers that libraries start do; what a C library has buffered in this
-    process may come at its end. Without ``asked`` nothing happens.
+    This includes output that bypasses Python, such as that of compilers started by libraries; what a C library has
+    buffered in this process may come at its end. If ``asked`` is False, nothing happens.
     """
     if not asked:
         yield lambda found: None
         return
     stdout, stderr = sys.stdout, sys.stderr
     stdout.flush()
-    # something else may stand in their place, in a test or in a program around this one
+    # a test or a surrounding program may have replaced them
     real = stdout is sys.__stdout__ and stderr is sys.__stderr__
     own = stdout.fileno() if real else None
     kept = None if own is None else os.dup(own)
@@ -58,14 +58,14 @@ def stdout_for_json(asked: bool) -> Iterator[Callable[[Mapping[str, Any]], None]
             yield lambda values: found.append(dumps(values))
     finally:
         if own is not None and kept is not None:
-            stdout.flush()  # of whoever kept a reference to it
+            stdout.flush()  # output of code that kept a reference to it
             os.dup2(kept, own)
             os.close(kept)
     stdout.write("".join(f"{line}\n" for line in found))
 
 
 def dumps(found: Mapping[str, Any]) -> str:
-    """JSON on one line; NaN and infinity, which it does not know, become null."""
+    """JSON on one line; NaN and infinity, which JSON does not have, become null."""
     return json.dumps(_finite(found), allow_nan=False)
 
 

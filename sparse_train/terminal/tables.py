@@ -1,4 +1,4 @@
-"""Tables on stdout: with frames in a terminal, and without where something else reads them."""
+"""Tables on stdout: with frames in a terminal, without frames in files and pipes."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 _WIDTH = 110
 _WIDE = 1000
-"""No line is broken in a file."""
+"""Wide enough that no line is broken in a file."""
 
 
 def console_for(least: int = 0) -> Console:
-    """stdout, of at least ``least`` columns: a narrower one would cut numbers off."""
+    """stdout, with at least ``least`` columns, because a narrower console would cut off numbers."""
     console = Console()
     return Console(width=max(least, console.width) if console.is_terminal else _WIDE)
 
@@ -30,7 +30,7 @@ def _table(console: Console, *columns: Column | str, title: str | None = None) -
 
 
 def show_pruning(details: dict[str, Any], layers: Sequence[LayerSparsity], folder: Path) -> None:
-    """What one-shot pruning did."""
+    """Results of one-shot pruning."""
     seconds, console = details["seconds"], console_for()
     console.print(f"[bold]{details['model']}[/bold] pruned to {folder}", highlight=False)
     _print_method(console, details)
@@ -83,9 +83,9 @@ def show_inspection(
 
     Args:
         name: of the model.
-        layers: of it.
-        model_bytes: all parameters, each once.
-        console: where to; default: stdout.
+        layers: of the model.
+        model_bytes: bytes of all parameters, each counted once.
+        console: where to print; default: stdout.
     """
     console = console or console_for(_WIDTH)
     sparsity, size, packed_size, on_gpu = map(_right, ("sparsity", "MB", "packed", "2:4 GPU"))
@@ -104,7 +104,7 @@ def show_inspection(
     able = sum(layer.why_not_2of4 is None for layer in layers)
     (dense, packed), share = sizes(layers), f"{able}/{len(layers)}"
     table.add_row("all linear layers", "", f"{overall_sparsity(layers):.4f}", "", _mb(dense), _mb(packed), share)
-    # what packing saves is saved by these layers
+    # packing saves bytes only in these layers
     table.add_row("the whole model", "", "", "", _mb(model_bytes), _mb(model_bytes - dense + packed), "")
     console.print(table)
     reasons: dict[str, list[str]] = defaultdict(list)
@@ -117,7 +117,7 @@ def show_inspection(
 
 
 def show_zero_shot(result: "ZeroShotResult") -> None:
-    """Accuracy on each task, in per cent with its standard error, and the mean."""
+    """Accuracy on each task, in percent with its standard error, and the mean."""
     console = console_for()
     table = _table(console, "task", _right("accuracy, %"), _right("standard error"), "metric", _right("items"))
     for row in result.tasks:

@@ -1,4 +1,4 @@
-"""Where the first mask of a ``Trainer``'s run gets its data from."""
+"""Where the data for the first mask of a ``Trainer``'s run comes from."""
 
 import logging
 from typing import Any
@@ -18,18 +18,18 @@ _WHOLE_DATA_SAMPLERS = {
     "transformers.trainer_pt_utils.LengthGroupedSampler",
     "transformers.trainer_pt_utils.BatchRebalanceSampler",
 }
-"""By name: not all of them are in all versions. A subclass may leave some of the data out."""
+"""By name, because not all versions have all of them; and exact classes, because a subclass may leave data out."""
 _SHARE_OF_A_PROCESS = "accelerate.data_loader.BatchSamplerShard"
 _PLAIN_BATCHES = "torch.utils.data.sampler.BatchSampler"
 
 
 def peek(loader: Any, batch_size: int, count: int) -> list[Batch] | None:
-    """Random training batches, leaving no trace in the loader; None where there are none that a model could take.
+    """Random training batches, without changing the state of the loader; None if a model could not use any.
 
     Args:
-        loader: the Trainer's, as accelerate has prepared it, or one of the user's own.
-        batch_size: of a batch.
-        count: how many.
+        loader: that of the Trainer, as prepared by accelerate, or a custom one.
+        batch_size: samples per batch.
+        count: number of batches.
     """
     if isinstance(getattr(loader, "dataset", None), IterableDataset):
         return None
@@ -37,8 +37,8 @@ def peek(loader: Any, batch_size: int, count: int) -> list[Batch] | None:
     if class_path(type(sampler)) not in _WHOLE_DATA_SAMPLERS:
         _log.warning(
             "Training data is read by a %s, which may leave some of it out, so none is read for calibration. The "
-            "first mask will come from the activations of the first steps, which run dense; to begin with one, prune "
-            "the model before: sparse_train.prune(model, batches, ..., squash=False).",
+            "first mask will come from the activations of the first steps, which run dense. To start with a mask, "
+            "prune the model before the run: sparse_train.prune(model, batches, ..., squash=False).",
             type(loader if sampler is None else sampler).__name__,
         )
         return None
@@ -46,7 +46,7 @@ def peek(loader: Any, batch_size: int, count: int) -> list[Batch] | None:
 
 
 def _sampler_of(loader: Any) -> Any:
-    """What chooses the indices that a loader reads: the sampler inside of known wrappers, or an unknown wrapper."""
+    """What chooses the indices that a loader reads: the sampler inside known wrappers, or an unknown wrapper."""
     sampler: Any = getattr(loader, "batch_sampler", None)
     if class_path(type(sampler)) == _SHARE_OF_A_PROCESS:
         sampler = sampler.batch_sampler

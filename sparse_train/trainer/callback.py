@@ -1,13 +1,13 @@
 """``SparseTrainerCallback``: re-prune a model while transformers' ``Trainer`` trains it. Imports transformers.
 
-When what happens, in the Trainer's order:
+What happens when, in the Trainer's order:
 
-    on_init_end       targets are sparsified, keeping everything: before the optimizer, and before a checkpoint
+    on_init_end       targets get masks that keep everything: before the optimizer, and before a checkpoint is loaded
     (model is loaded) a checkpoint's zeros become masks
-    on_train_begin    the first mask; or masks, shadow values and state of the checkpoint
-    (forward)         the batch's padding is told to the recorder; activations are recorded in the window of an update
+    on_train_begin    the first mask, or masks, shadow values and state of the checkpoint
+    (forward)         the recorder gets the batch's padding; activations are recorded in the window before an update
     on_step_end       after an optimizer step: update; before log, evaluation and checkpoint
-    on_save           what the checkpoint's zeros have lost is written next to them
+    on_save           what a checkpoint with zeros does not hold is written next to it
     on_train_end      squash, after the last checkpoint was written and the best one loaded
 """
 
@@ -52,25 +52,25 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
         trainer.train()
         trainer.save_model("sparse")  # pruned weights are zeros
 
-    The first mask, with ``start_step`` 0, is calibrated block by block on ``calibration_batches`` batches of the
-    training data; of a stream of data, or where a sampler of one's own reads it, the mask comes from the first
-    ``window`` steps, which run dense.
+    With ``start_step`` 0, the first mask is calibrated block by block on ``calibration_batches`` batches of the
+    training data. If the data is a stream, or has a custom sampler, the mask comes from the first ``window`` steps,
+    which run dense.
 
-    The metrics of an update go into the next row with a training loss, which comes when ``logging_steps`` says so. Of
-    several updates between two rows, the last one's are logged; of those after the last row, the last one's are in the
-    summary at the end of the run.
+    The metrics of an update are logged with the next training loss, as often as ``logging_steps`` says. If there are
+    several updates between two rows of the log, the metrics of the last one are logged; those of the last update after
+    the last row are in the summary at the end of the run.
 
     Each checkpoint folder of a transformers model holds the sparse model, with zeros, and next to it
     ``sparse_training_state.pt`` with masks, shadow values and statistics, so that a resumed run continues bit for bit.
-    Of any other module it holds the state dict, as the Trainer writes that: masks and shadow values.
+    For other modules it holds the state dict as the Trainer writes it: masks and shadow values.
 
-    Its arguments are those of ``sparse_train.callbacks.DynamicPruning``, but for ``mask_lora``; ``Regrow`` needs a hook
-    that the Trainer has not.
+    The arguments are those of ``sparse_train.callbacks.DynamicPruning``, except ``mask_lora``. ``Regrow`` is refused,
+    because the Trainer lacks a hook that it needs.
 
     Raises:
         ValueError: for what ``DynamicPruning`` refuses; for a Trainer that shards the model (FSDP, DeepSpeed) or copies
-            it in each step (``DataParallel``); for ``load_best_model_at_end`` where the best model would not be the
-            sparse one; and at a resume, for a checkpoint that was written without this callback.
+            it in each step (``DataParallel``); for ``load_best_model_at_end`` if the best model might not be a sparse
+            one; and at a resume, for a checkpoint that was written without this callback.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
         if self._settings.policy.comes_back == "by gradient":
             raise ValueError(
                 f"{self._settings.policy} reads gradients before clipping, where the Trainer has no hook for "
-                "callbacks. Use another policy, or train with Lightning or a loop of your own."
+                "callbacks. Use another policy, or train with Lightning or a custom loop."
             )
         check_initial(initial_criterion, self._settings.mask_structure)
         self._calibration_batches = calibration_batches
@@ -126,21 +126,21 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
         self._hooks: list[Any] = []
         self._unlogged: dict[str, float] = {}
         self._resumed: Path | None = None
-        self._first_try: FirstTry | None = None  # of this train(), where auto_find_batch_size may try again
+        self._first_try: FirstTry | None = None  # of this train(), which auto_find_batch_size may retry
         self.updater: MaskUpdater | None = None
         """The running pipeline; None before the run has begun."""
 
     state_key = "SparseTrainerCallback"  # Lightning asks for it before it calls setup
 
     def setup(self, *args: Any, **kwargs: Any) -> None:
-        """Of Lightning's trainer, which calls it when it is given this callback of transformers'."""
+        """Called by Lightning's trainer if it is given this callback, which is one of transformers."""
         raise ValueError(
-            "SparseTrainerCallback is a callback of transformers'. For Lightning take "
+            "SparseTrainerCallback is a transformers callback. For Lightning use "
             "sparse_train.callbacks.DynamicPruning, with the same arguments."
         )
 
     def on_exception(self, *args: Any, **kwargs: Any) -> None:
-        """Of Lightning's trainer too, so that it can say what ``setup`` raised."""
+        """Also called by Lightning's trainer, which can then report what ``setup`` raised."""
 
     def token_mask(self, inputs: Mapping[str, Any]) -> Tensor | None:
         """Which tokens of a forward's keyword arguments count in activation statistics, (B, L), 0 = padding."""
@@ -148,11 +148,11 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
         return mask if isinstance(mask, Tensor) else None
 
     def resume_from(self, folder: Path | None) -> None:
-        """Be told which checkpoint the run that begins resumes; None = it starts anew."""
+        """Sets which checkpoint the run that begins resumes; None = it is a new run."""
         self._resumed, self._first_try = folder, None
 
     def take_metrics(self) -> dict[str, float]:
-        """What the last update reported, if no row has it yet."""
+        """The metrics of the last update, if no row of the log has them yet."""
         taken, self._unlogged = self._unlogged, {}
         return taken
 
@@ -172,20 +172,20 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
             hook.remove()
         loading = model.register_load_state_dict_pre_hook(_zeros_to_masks)
         before: Any = model._load_state_dict_pre_hooks
-        before.move_to_end(loading.id, last=False)  # before what refuses dense state dicts
+        before.move_to_end(loading.id, last=False)  # must run before the hook that refuses dense state dicts
         self._hooks = [loading, model.register_forward_pre_hook(self._before_forward, with_kwargs=True)]
         if any(layer.adapted for layer in sparse_layers(model).values()):
             raise ValueError(
                 "The model has mask_lora adapters, which a checkpoint of the Trainer would merge, so that it could not "
-                "be resumed. Train with Lightning, DynamicPruning(mask_lora=...), or a loop of your own."
+                "be resumed. Train with Lightning, DynamicPruning(mask_lora=...), or a custom loop."
             )
         return self._settings.sparsify(model)
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, *, model: nn.Module, train_dataloader: Any, **kwargs: Any
     ) -> None:
-        self._check(args, model)  # Trainer.add_callback comes after on_init_end
-        layers = self._prepare(model)  # a model_init has made a new one, and a second run's is squashed
+        self._check(args, model)  # again, because Trainer.add_callback comes after on_init_end
+        layers = self._prepare(model)  # again: model_init makes a new model, and that of a second run is squashed
         check_whole(layers)
         restored: dict[str, Any] | None = None
         if state.global_step > 0:
@@ -238,7 +238,7 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         assert self.updater is not None
         if args.save_only_model or state.is_hyper_param_search:
-            return  # nothing of these is resumed
+            return  # such a run is not resumed
         updater_state = {**self.updater.state_dict(), "metrics": self._unlogged}  # statistics of all ranks
         if args.should_save:
             shadow_file.save(_folder_of(args, state) / shadow_file.FILE_NAME, self.updater.layers, updater_state)
@@ -249,11 +249,11 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
         self._first_try = None
         final, found = self._settings.sparsity_at(1.0), measure(self.updater.layers).values()
         actual = sum(layer.zeros for layer in found) / sum(layer.size for layer in found)
-        rounding = 1 / min(layer.in_features for layer in self.updater.layers.values())  # counts of a row are whole
+        rounding = 1 / min(layer.in_features for layer in self.updater.layers.values())  # rows prune whole counts
         if self.updater.sparsity == final and actual < 0.99 * (final - rounding):
             _log.warning(
-                "The model is at a sparsity of %.4f, and %g was to be reached: its best checkpoint was written before "
-                "the masks got there.",
+                "The model is at a sparsity of %.4f instead of %g: its best checkpoint was written before the masks "
+                "reached the final sparsity.",
                 actual,
                 final,
             )

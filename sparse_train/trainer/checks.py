@@ -1,4 +1,4 @@
-"""What does not go together with ``SparseTrainerCallback``, and is refused before a run begins."""
+"""What cannot be combined with ``SparseTrainerCallback`` and is refused before a run begins."""
 
 import os
 from collections.abc import Mapping
@@ -21,13 +21,13 @@ def check_arguments(args: Any) -> None:
     }
     for engine in (name for name, runs in engines.items() if runs):
         raise ValueError(
-            f"The Trainer runs on {engine}, whose checkpoints this callback cannot follow. Train on one device or with "
-            "DDP, or use Lightning with sparse_train.callbacks.DynamicPruning, which knows FSDP2 and DeepSpeed."
+            f"The Trainer runs on {engine}, whose checkpoints this callback does not support. Train on one device or "
+            "with DDP, or use Lightning with sparse_train.callbacks.DynamicPruning, which supports FSDP2 and DeepSpeed."
         )
     if args.n_gpu > 1:
         raise ValueError(
             f"The Trainer would copy the model to {args.n_gpu} GPUs in each step (DataParallel), and activations "
-            "recorded in copies are lost. Start it with torchrun, or show it one GPU with CUDA_VISIBLE_DEVICES."
+            "recorded in copies are lost. Start it with torchrun, or let it use one GPU with CUDA_VISIBLE_DEVICES."
         )
     if getattr(args, "enable_jit_checkpoint", False):  # not in all versions
         raise ValueError(
@@ -38,18 +38,18 @@ def check_arguments(args: Any) -> None:
 
 
 def check_whole(layers: Mapping[str, MaskedLayer]) -> None:
-    """Raise ValueError where the model was divided among processes as it was loaded."""
+    """Raise ValueError if the model was divided among processes when it was loaded."""
     name = next((name for name, layer in layers.items() if is_sharded(layer)), None)
     if name is not None:
         raise ValueError(
             f"{name} is divided among processes, and checkpoints of the Trainer would not be whole. Load the model "
             "without distributed_config and train with DDP, or use Lightning with "
-            "sparse_train.callbacks.DynamicPruning, which knows FSDP2 and DeepSpeed."
+            "sparse_train.callbacks.DynamicPruning, which supports FSDP2 and DeepSpeed."
         )
 
 
 def check_first_mask(sparsity: float | None) -> None:
-    """Raise ValueError where ``load_best_model_at_end`` could bring a step back from before the first mask."""
+    """Raise ValueError if ``load_best_model_at_end`` could restore a step from before the first mask."""
     if sparsity is None:
         raise ValueError(
             "The first mask comes from the activations of the first steps, which run dense, and "
@@ -59,17 +59,17 @@ def check_first_mask(sparsity: float | None) -> None:
 
 
 def check_first_try(first: bool) -> None:
-    """Raise ValueError where auto_find_batch_size would go on from a checkpoint that is not loaded again."""
+    """Raise ValueError if auto_find_batch_size would retry from a checkpoint without loading it again."""
     if not first:
         raise ValueError(
-            "auto_find_batch_size begins again where memory was too small, but without loading the checkpoint again, "
-            "from which some steps have been trained. Resume with a smaller per_device_train_batch_size and without "
+            "auto_find_batch_size starts again after memory ran out, but does not load the checkpoint again, so that "
+            "the steps trained since would stay. Resume with a smaller per_device_train_batch_size and without "
             "auto_find_batch_size."
         )
 
 
 def check_best(model: nn.Module, settings: RunSettings) -> None:
-    """Raise ValueError where ``load_best_model_at_end`` would bring back less than a sparse model."""
+    """Raise ValueError if ``load_best_model_at_end`` would not restore a whole sparse model."""
     if settings.sparsity_at(0.0) != settings.sparsity_at(1.0) or settings.start_step != 0:
         raise ValueError(
             "load_best_model_at_end would bring a checkpoint back from before the final sparsity, as denser models "

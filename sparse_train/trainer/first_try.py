@@ -1,4 +1,4 @@
-"""What a retry of ``auto_find_batch_size`` begins with."""
+"""What a retry of ``auto_find_batch_size`` starts from."""
 
 import copy
 from collections.abc import Mapping
@@ -10,13 +10,13 @@ from sparse_train.layers.matrices import MaskedLayer
 
 
 class FirstTry:
-    """Masks and statistics as they were after the first mask was made, for a retry with smaller batches.
+    """Masks and statistics from right after the first mask was made, for a retry with smaller batches.
 
-    A retry does not make a first mask of its own: a solver has moved the weights for this one, and would move them
-    again. So no copy of weights is needed. What steps before the failure have trained, the Trainer keeps too.
+    A retry does not make a new first mask: a solver has already moved the weights for this one, and would move them
+    again. So no copy of weights is needed. The Trainer itself also keeps what was trained before the failure.
 
     Args:
-        layers: by name; statistics count that calibration has left, and not those that an updater still records.
+        layers: by name; only statistics left by calibration are stored, not those that an updater still records.
     """
 
     def __init__(self, layers: Mapping[str, MaskedLayer]) -> None:
@@ -26,7 +26,7 @@ class FirstTry:
         }
 
     def bring_back(self, layers: Mapping[str, MaskedLayer]) -> None:
-        """Give layers the masks and statistics that they had."""
+        """Restore the masks and statistics of layers."""
         for name, (mask_OJ, statistics) in self._layers.items():
             layers[name].weight_mask.copy_(mask_OJ)
             layers[name].recorder, layers[name].statistics = None, copy.deepcopy(statistics)

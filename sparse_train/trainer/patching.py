@@ -1,4 +1,4 @@
-"""Changes to transformers' ``Trainer`` for what its callbacks are not told and not asked."""
+"""Changes to transformers' ``Trainer``, for what its callbacks are not told and cannot change."""
 
 import functools
 from pathlib import Path
@@ -15,13 +15,13 @@ def patch_trainer(kind: type[Any]) -> None:
       resumes, but not from which folder.
     - ``Trainer.log`` first adds what their ``take_metrics`` returns to rows of training: those with the key ``loss``,
       and the summary of a run, which has ``train_loss``. Reporters (TensorBoard, W&B) come before a user's callbacks,
-      so that nothing added in ``on_log`` would reach them. Rows of evaluations stay as they are: ``evaluate`` returns
+      so that nothing added in ``on_log`` would reach them. Rows of evaluations stay unchanged: ``evaluate`` returns
       them, and the Trainer writes them into model cards.
 
     To undo it: ``Trainer.train, Trainer.log = Trainer.train.__wrapped__, Trainer.log.__wrapped__``.
 
     Args:
-        kind: has ``resume_from(folder: Path | None)``, where None = the run starts anew, and ``take_metrics() ->
+        kind: has ``resume_from(folder: Path | None)``, with None for a new run, and ``take_metrics() ->
             dict[str, float]``.
     """
     train, log = Trainer.train, Trainer.log

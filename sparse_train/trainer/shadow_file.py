@@ -1,4 +1,4 @@
-"""What a checkpoint with true zeros has lost of a run: masks, and the shadow values of pruned weights, in a file.
+"""A file with what a checkpoint with true zeros lacks: masks, and the shadow values of pruned weights.
 
 Shape suffixes: O out_features, I in_features, J packed mask bytes.
 """
@@ -18,7 +18,7 @@ FILE_NAME = "sparse_training_state.pt"
 
 
 def save(path: Path, layers: Mapping[str, MaskedLayer], updater: Mapping[str, Any]) -> None:
-    """Write masks, shadow values and the updater's state; under another name first, then renamed."""
+    """Write masks, shadow values and the updater's state, first under another name, then renamed."""
     content = {"layers": {name: _saved(layer) for name, layer in layers.items()}, "updater": dict(updater)}
     with replacing(path) as temporary:
         torch.save(content, temporary)
@@ -26,7 +26,7 @@ def save(path: Path, layers: Mapping[str, MaskedLayer], updater: Mapping[str, An
 
 @torch.no_grad()
 def restore(path: Path, layers: Mapping[str, MaskedLayer], step: int) -> dict[str, Any]:
-    """Give layers, whose kept weights a checkpoint has brought, their masks and shadow values back.
+    """Restore the masks and shadow values of layers whose kept weights come from a checkpoint.
 
     Args:
         path: of the file.
@@ -37,8 +37,8 @@ def restore(path: Path, layers: Mapping[str, MaskedLayer], step: int) -> dict[st
         The updater's state.
 
     Raises:
-        ValueError: the kept weights or the step are not those of the checkpoint that the file was written for. Nothing
-            is changed then.
+        ValueError: the kept weights or the step are not those of the checkpoint that the file was written for. Then
+            nothing is changed.
     """
     content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     saved: dict[str, dict[str, Tensor]] = content["layers"]
@@ -58,8 +58,8 @@ def restore(path: Path, layers: Mapping[str, MaskedLayer], step: int) -> dict[st
         kept_OI = masks.apply(layer.weight_OI.detach(), mask_OJ)
         if not torch.equal(_fingerprint(kept_OI).cpu(), saved[name]["fingerprint"]):
             raise ValueError(
-                f"{path} does not belong to the weights that were loaded: {name} differs. Resume from a checkpoint "
-                "folder as it was written."
+                f"{path} does not belong to the weights that were loaded: {name} differs. Resume from an unchanged "
+                "checkpoint folder."
             )
     for name, layer in layers.items():
         layer.weight_mask.copy_(saved[name]["mask"])

@@ -127,7 +127,7 @@ def test_patterns_that_leave_nothing_to_divide(allocation):
     name = type(allocation).__name__
     with pytest.raises(ValueError, match=f"2:4 has one sparsity, 0.5, in every layer: {name} cannot change that"):
         divide(allocation, NM(2, 4), decoder(), 0.5, {0: 0.1, 1: 0.2})
-    with pytest.raises(ValueError, match=f"divides by itself: {name} cannot.*Use Unstructured"):
+    with pytest.raises(ValueError, match=f"already divides the sparsity: {name} cannot.*Use Unstructured"):
         divide(allocation, Unstructured("model"), decoder(), 0.5, {0: 0.1, 1: 0.2})
     check_pattern(allocation, ROWS)
     check_pattern(allocation, LAYER)

@@ -27,7 +27,7 @@ def test_per_block_values_go_by_index():
             [0.4, 0.6],
             decoder(),
             0.6,
-            "sparsities of the blocks make 0.5 over all weights, in conflict with sparsity=0.6",
+            "sparsities of the blocks give 0.5 over all weights, in conflict with sparsity=0.6",
         ),
         ([0.4, 0.6], decoder(), -0.5, "at least 0 and below 1"),
     ],

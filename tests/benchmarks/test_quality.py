@@ -79,10 +79,10 @@ def test_an_export_that_is_missing_is_made_without_another_row(tmp_path, trained
         ({"arm": "dynamics"}, "--arm is one of none, "),
         ({"arm": "dynamic", "teacher": "dense_seed0_100"}, "--teacher is for the arms .*static_distill_tuned"),
         ({"arm": "dynamic_distill_tuned"}, "--teacher is for the arms"),
-        ({"arm": "dynamic_distill_tuned", "teacher": "dense_seed1_100"}, "names a folder dense_seed0_100"),
+        ({"arm": "dynamic_distill_tuned", "teacher": "dense_seed1_100"}, "must name dense_seed0_100"),
         (
             {"arm": "dynamic_distill_tuned", "teacher": "dense_seed0_100", "steps": 300},
-            "names a folder dense_seed0_300",
+            "must name dense_seed0_300",
         ),
     ],
 )

@@ -37,15 +37,15 @@ class ByHand(InInit):
 
 
 def test_a_callback_of_another_trainer_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="For Lightning take sparse_train.callbacks.DynamicPruning"):
+    with pytest.raises(ValueError, match="For Lightning use sparse_train.callbacks.DynamicPruning"):
         trainer(tmp_path, SparseTrainerCallback("2:4")).fit(InInit(), loader())
-    with pytest.raises(ValueError, match="For transformers.Trainer take sparse_train.trainer.SparseTrainerCallback"):
+    with pytest.raises(ValueError, match="For transformers.Trainer use sparse_train.trainer.SparseTrainerCallback"):
         Trainer(tiny_llama(), TrainingArguments(str(tmp_path), use_cpu=True), callbacks=[DynamicPruning("2:4")])
 
 
 def test_another_callback_that_masks_is_refused(tmp_path):
     other = ModelPruning("l1_unstructured", amount=0.5)
-    with pytest.raises(ValueError, match="ModelPruning puts masks of its own"):
+    with pytest.raises(ValueError, match="ModelPruning adds a second set of masks"):
         trainer(tmp_path, DynamicPruning("2:4"), other).fit(InInit(), loader())
 
 

@@ -134,8 +134,11 @@ def test_a_run_without_a_step_says_so(tmp_path):
         ({"initial_criterion": SparseGPT(block_size=6)}, "block_size divisible by 4"),
         ({"initial_criterion": SparseGPT(preserve_sparsity_mask=True)}, "Leave preserve_sparsity_mask out"),
         ({"policy": SparseGPT}, r"policy is an object such as StraightThrough.*'>\.$"),  # calling it would not help
-        ({"initial_criterion": SparseGPT(), "mask_lora": MaskLoRA()}, "mask_lora trains adapters of weights that stay"),
-        ({"criterion": SparseGPT()}, "has no scores to re-prune by. Give it as initial_criterion"),
+        (
+            {"initial_criterion": SparseGPT(), "mask_lora": MaskLoRA()},
+            "mask_lora trains adapters of weights that do not change",
+        ),
+        ({"criterion": SparseGPT()}, "has no scores for re-pruning. Give it as initial_criterion"),
     ],
 )
 def test_what_makes_no_first_mask_is_refused_at_once(settings, message):
@@ -157,7 +160,7 @@ class Shifted(InInit):
 def test_batches_that_the_model_does_not_take_as_they_are(tmp_path):
     ids = torch.randint(3, VOCABULARY, (16, 17), generator=torch.Generator().manual_seed(0))
     data = DataLoader(ids, batch_size=4)
-    with pytest.raises(ValueError, match="GPT2LMHeadModel did not take one of them as it is.*calibration_batches=0"):
+    with pytest.raises(ValueError, match="GPT2LMHeadModel did not accept one of them.*calibration_batches=0"):
         trainer(tmp_path, DynamicPruning("2:4", update_freq=4)).fit(Shifted(), data)
     trainer(tmp_path, DynamicPruning("2:4", update_freq=4, calibration_batches=0)).fit(Shifted(), data)
 

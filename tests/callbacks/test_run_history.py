@@ -200,5 +200,5 @@ def test_only_rank_0_writes_and_a_dev_run_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_it_belongs_behind_the_pruning(tmp_path):
-    with pytest.raises(ValueError, match="RunHistory stands before DynamicPruning"):
+    with pytest.raises(ValueError, match="RunHistory comes before DynamicPruning"):
         fit(tmp_path, callbacks=[RunHistory(), DynamicPruning("2:4")])

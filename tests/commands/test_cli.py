@@ -130,7 +130,7 @@ def test_mistakes_of_evaluate_come_before_the_model(model_folder, monkeypatch):
         (["--tasks=wanda7", "--task_data=data"], "boolq expects its items in data/boolq.jsonl"),
         (["--task_data=data"], "are for zero-shot tasks"),
         (["--limit=2"], "are for zero-shot tasks"),
-        (["--tasks=rte", "--task_data=data", "--max_tokens=9"], "are for perplexity. Name it in --tasks, too"),
+        (["--tasks=rte", "--task_data=data", "--max_tokens=9"], "are for perplexity. Add it to --tasks"),
     ]:
         with pytest.raises(SystemExit, match="sparse-train evaluate") as error:
             cli.main(["evaluate", str(model_folder), *options])
@@ -158,7 +158,7 @@ def test_fit_export_and_resume(model_folder, text, capsys):
     model = AutoModelForCausalLM.from_pretrained("exported")
     assert set(model.state_dict()) == set(tiny_llama().state_dict())
     card = Path("exported/README.md").read_text()
-    assert "re-computed every 4 steps" in card and "at the last validation" in card
+    assert "recomputed every 4 steps" in card and "at the last validation" in card
     assert "max_steps: 12" in card[card.index("```yaml") :]
     assert ((model.model.layers[2].mlp.down_proj.weight.reshape(-1, 4) == 0).sum(1) == 2).all()
 
@@ -170,7 +170,7 @@ def test_fit_export_and_resume(model_folder, text, capsys):
 
     checkpoint = next(Path("run").rglob("*.ckpt"))
     cli.main(["export", str(checkpoint), "from_checkpoint", f"--tokenizer={model_folder}"])
-    assert "re-computed every 4 steps" in Path("from_checkpoint/README.md").read_text()
+    assert "recomputed every 4 steps" in Path("from_checkpoint/README.md").read_text()
     again = AutoModelForCausalLM.from_pretrained("from_checkpoint")
     for key, value in again.state_dict().items():
         assert torch.equal(value, model.state_dict()[key]), key
@@ -184,7 +184,7 @@ def test_fit_export_and_resume(model_folder, text, capsys):
 
     # a run that is at its end already trains nothing, and is what it was
     cli.main([*options, "--trainer.logger.init_args.save_dir=end", f"--ckpt_path={checkpoint}", "--export=ended"])
-    assert "re-computed every 4 steps" in Path("ended/README.md").read_text()
+    assert "recomputed every 4 steps" in Path("ended/README.md").read_text()
     other = [*options, "--trainer.callbacks.init_args.mask_structure=1:4", f"--ckpt_path={checkpoint}"]
     with pytest.raises(SystemExit, match="The checkpoint was written with mask_structure"):
         cli.main([*other, "--trainer.logger.init_args.save_dir=other", "--export=other/model"])

@@ -70,7 +70,7 @@ def test_wanda_of_the_documentation(read):
     )
     assert recipe.stages == [Stage(Wanda(), NM(2, 4), None, None, ["Linear"], [])]
     assert recipe.notes == [
-        'WandaPruningModifier.targets reaches the lm_head, as there; ignore: ["re:.*lm_head"] leaves it dense.'
+        'WandaPruningModifier.targets includes the lm_head, as there; ignore: ["re:.*lm_head"] leaves it dense.'
     ]
 
 
@@ -322,7 +322,7 @@ def test_targets_reach_the_layers_that_theirs_reach(modifier, targets, count, pa
         ("MagnitudePruningModifier", "final_sparsity: 0.5, mask_structure: channel", "got 'channel'"),
         ("ConstantPruningModifier", "target: Linear", "Did you mean 'targets'"),
         ("ConstantPruningModifier", "targets: Linear, start: 0", r"nothing to prune in one shot: .*policy=Fixed\(\)"),
-        ("QuantizationModifier", "scheme: W8A8", "does not quantize. Take QuantizationModifier out of the recipe"),
+        ("QuantizationModifier", "scheme: W8A8", "does not quantize. Remove QuantizationModifier from the recipe"),
         ("GPTQModifier", "scheme: W4A16", "pruning_modifiers: sparse-train prunes and does not quantize"),
         ("SmoothQuantModifier", "smoothing_strength: 0.8", "does not quantize"),
         (

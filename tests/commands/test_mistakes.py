@@ -70,7 +70,7 @@ def answer(arguments, capsys) -> str:
             [*PRUNE, "--text", "TextFiles", "--text.trian+", "x"],
             "TextFiles has no argument 'trian'. Did you mean 'train'?",
         ),
-        ([*PRUNE, "--criterion.a", "1"], "criterion: say which Criterion these arguments are of: Magnitude, RIA, "),
+        ([*PRUNE, "--criterion.a", "1"], "criterion: say which Criterion these arguments are for: Magnitude, RIA, "),
         # classes
         (
             [*FIT, f"{PRUNING}.criterion=Wonda"],
@@ -88,7 +88,7 @@ def answer(arguments, capsys) -> str:
         ([*PRUNE, "--ignore=[a"], "ignore takes a list, got '[a'."),
         (
             ["fit", "--model", "x"],
-            "--model takes a YAML file, got 'x'. Its keys are options, too: --model.model, --model.lr",
+            "--model takes a YAML file, got 'x'. Its keys are also options: --model.model, --model.lr",
         ),
         # what is missing
         (["fit"], "model.model must be given, by --model.model or in a --config."),

@@ -133,7 +133,7 @@ def test_conversations_that_cannot_be_read():
     with pytest.raises(ValueError, match="has no chat template"):
         encoded([chat("a", "b")], tiny_tokenizer())
     only_last = "{% for m in messages %}{{ m.role + ':' + (m.content if loop.last else '') }}{% endfor %}"
-    with pytest.raises(ValueError, match="first 2 messages of a conversation in another way when more follows"):
+    with pytest.raises(ValueError, match="first 2 messages of a conversation differently when more follows"):
         encoded([chat("a", "b", "c", "d")], chat_tokenizer(only_last))
 
 

@@ -49,5 +49,5 @@ def test_a_tokenizer_without_an_end_of_text_token_is_refused():
     tokenizer = tiny_tokenizer()
     assert end_of_text(tokenizer) == 2
     tokenizer.eos_token = None
-    with pytest.raises(ValueError, match="has no end-of-text token, which stands between the documents of a block"):
+    with pytest.raises(ValueError, match="has no end-of-text token, which separates the documents of a block"):
         blocks_of(["abc"], tokenizer, 4)

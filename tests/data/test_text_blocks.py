@@ -260,7 +260,7 @@ def test_lines_that_are_no_json_objects_are_named(tmp_path):
 def test_a_line_whose_text_is_none_is_named(tmp_path):
     path = tmp_path / "text.jsonl"
     path.write_text('{"text": "a"}\n{"text": null}\n')
-    with pytest.raises(ValueError, match="text.jsonl, document 2: 'text' is None, and no text"):
+    with pytest.raises(ValueError, match="text.jsonl, document 2: 'text' is None, not text"):
         TextFiles(train=[str(path)]).documents("train")
 
 

@@ -192,7 +192,7 @@ def test_mistakes(arguments, message):
 def test_windows_longer_than_the_model_was_made_for(caplog):
     ids = torch.randint(3, VOCABULARY, (70,))
     learned = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=VOCABULARY, n_positions=16))
-    with pytest.raises(ValueError, match="window is 32 tokens, and GPT2LMHeadModel has 16 positions. Take window=16"):
+    with pytest.raises(ValueError, match="window is 32 tokens, and GPT2LMHeadModel has 16 positions. Use window=16"):
         evaluate_perplexity(learned, ids, window=32)
     evaluate_perplexity(learned, ids, window=16)
     assert "positions" not in caplog.text

@@ -86,7 +86,7 @@ def test_how_runs_made_a_model():
     state = updater.state_dict()
     rows = training_rows(state["settings"], state["timing"], 40)
     assert "Wanda()" in rows["method"] and " 2:4, " in rows["method"]
-    assert rows["masks"].startswith("re-computed every 5 steps from step 3 to 30, then frozen; 40 steps")
+    assert rows["masks"].startswith("recomputed every 5 steps from step 3 to 30, then frozen; 40 steps")
     assert "trained" not in rows
     adapted = training_rows(state["settings"] | {"mask_lora": "r=8 on 6 of 21 layers"}, state["timing"], 40)
     assert adapted["trained"].endswith("merged: r=8 on 6 of 21 layers")
@@ -111,7 +111,7 @@ def test_how_runs_made_a_model():
         ({"criterion": RIA()}, "with re-pruning, RIA", "of the 2 steps before an update, memory 1.0"),
         ({"hysteresis": 0.05}, "with re-pruning, Wanda", "of the 2 steps before an update, memory 1.0, Margin(hyst"),
         ({"criterion": Magnitude()}, "with re-pruning, Magnitude", None),
-        ({"policy": Fixed()}, "under masks from which no weight comes back", "of the 2 steps"),
+        ({"policy": Fixed()}, "with masks in which no weight comes back", "of the 2 steps"),
     ],
 )
 def test_what_scored_and_what_came_back_is_said(arguments, how, norms):

@@ -73,7 +73,7 @@ def test_a_model_on_a_cpu_is_left_as_it_is_and_every_layer_has_its_reason():
     assert report.refused["model.layers.0.mlp.down_proj"] == "it is dense"
     assert report.refused["lm_head"] == "its zeros are unstructured, not 2:4"  # the embedding of padding
     assert len(report.refused) == 22
-    assert "0 layers converted, 22 left as they are\n  model.layers.0.self_attn.q_proj: it is on cpu" in str(report)
+    assert "0 layers converted, 22 unchanged\n  model.layers.0.self_attn.q_proj: it is on cpu" in str(report)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
         ({"hardness_ce": -1}, "hardness_ce is the weight of a loss, at least 0 and finite, got -1"),
         ({"hardness_kldiv": -0.5}, "hardness_kldiv is the weight"),
         ({"hardness_squarehead": math.nan}, "hardness_squarehead is the weight"),
-        ({"hardness_ce": 0, "hardness_kldiv": 0}, "leave distillation out to train on cross-entropy alone"),
+        ({"hardness_ce": 0, "hardness_kldiv": 0}, "leave distillation out to train only on cross-entropy"),
         ({"hardness_kldiv": 0}, "nothing would be learnt from the teacher"),
         ({"temperature": 0}, "temperature divides logits, so it is above 0 and finite, got 0"),
         ({"temperature": -1}, "got -1"),

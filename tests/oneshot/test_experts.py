@@ -153,7 +153,7 @@ def test_experts_can_be_named_ignored_and_are_left_to_training(ids, caplog):
     prune(model, ids, "2:4")
     caplog.clear()
     select(model, NM(2, 4))
-    assert "experts.gate_up_proj has zeros, as one-shot pruning leaves them" in caplog.text
+    assert "experts.gate_up_proj has zeros, as left by one-shot pruning" in caplog.text
 
 
 def test_linear_as_a_class_means_experts_too_and_other_parameters_never(ids):

@@ -172,7 +172,7 @@ def test_policies_that_write_weights_are_refused_where_adapters_keep_them():
 
 def test_frozen_weights_are_not_shrunk_either():
     model = tiny_llama().requires_grad_(False)
-    with pytest.raises(ValueError, match="q_proj is frozen, and StraightThrough.* would shrink what is pruned"):
+    with pytest.raises(ValueError, match="q_proj is frozen, and StraightThrough.* would shrink its pruned weights"):
         MaskUpdater(model, "2:4", policy=StraightThrough(srste_decay=0.1), total_steps=10)
     assert not sparse_layers(model)
     MaskUpdater(model, "2:4", total_steps=10)

@@ -61,7 +61,7 @@ class Grows(MaskPolicy):
 
 
 def test_only_regrow_brings_weights_back_by_their_gradient():
-    with pytest.raises(ValueError, match="which Regrow alone can do"):
+    with pytest.raises(ValueError, match="which only Regrow can do"):
         settings(policy=Grows())
     assert settings(policy=Regrow()).policy == Regrow()
 
@@ -87,7 +87,7 @@ def test_the_first_sparsity_is_none_where_masks_come_later():
         ({"memory": "frozen", "criterion": Magnitude()}, "nothing to keep"),
         ({"hysteresis": -1.0}, "hysteresis is the share"),
         ({"hysteresis": 0.1, "policy": Regrow()}, "has no effect with Regrow"),
-        ({"criterion": SparseGPT()}, "has no scores to re-prune by. Give it as initial_criterion"),
+        ({"criterion": SparseGPT()}, "has no scores for re-pruning. Give it as initial_criterion"),
         ({"criterion": Wanda}, r"Write Wanda\(\)"),
         ({"policy": Regrow}, r"Write Regrow\(\)"),
         ({"sparsity": 0.7}, "2:4"),

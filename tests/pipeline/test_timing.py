@@ -75,7 +75,7 @@ def test_whole_numbers_of_numpy_are_whole_numbers():
         ({"total_steps": None}, "end_step=0.75 is a share of the run, whose length is not known"),
         ({"total_steps": math.inf}, "whose length is not known"),
         ({"total_steps": 0}, "total_steps is the number of optimizer steps of the run, at least 1, got 0"),
-        ({"start_step": 200, "end_step": 300}, "start_step .200. lies behind the end of the run .100 steps."),
+        ({"start_step": 200, "end_step": 300}, "start_step .200. lies after the end of the run .100 steps."),
         ({"start_step": 50, "end_step": 20}, "end_step .20. must not lie before the first update, start_step .50."),
         ({"first_from_window": True, "end_step": 3}, "it needs 5 steps of activations"),
     ],

@@ -243,7 +243,7 @@ def test_a_mask_that_comes_later_is_said(sparse, records, tmp_path):
     late = [r for r in records if r.get("state") != "first mask" and not (r["kind"] == "update" and r["step"] == 0)]
     (tmp_path / "sparse_train_history.jsonl").write_text("".join(json.dumps(record) + "\n" for record in late))
     page = run_page(collect([tmp_path]))
-    assert "The first mask came at step 2, so that it has no row untrained." in page.lead
+    assert "The first mask came at step 2, so there is no row for it untrained." in page.lead
     assert [row[0] for row in page.lead[0].rows] == ["dense, untrained", "trained"]
 
 
@@ -254,7 +254,7 @@ def test_a_partial_sanity_check_does_not_pass_for_the_whole(sparse, records, tmp
     (tmp_path / "sparse_train_history.jsonl").write_text("".join(json.dumps(record) + "\n" for record in changed))
     page = run_page(collect([tmp_path]))
     text = to_html(page)
-    assert "measured on 2 of 4 validation batches, and do not compare" in text
+    assert "measured on 2 of 4 validation batches, and cannot be compared" in text
     perplexity = next(picture["alt"] for picture in Page(text).pictures if picture["alt"].startswith("perplexity"))
     assert "at step 4 to" in perplexity  # the curve begins with the first whole validation
 

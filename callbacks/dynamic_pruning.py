@@ -68,10 +68,10 @@ class DynamicPruning(L.Callback):
     ``state_dict`` export a sparse model.
 
     Each update scores weights by ``criterion`` (Wanda: ``|W_ij| * ||X_j||_2``, arXiv 2306.11695) from activations that
-    are measured in the training forwards, those just before it and, as ``memory`` says, earlier ones. It logs to all loggers ``sparsity/target``, ``sparsity/actual`` (zeros
-    counted on the weights), ``sparsity/flip_rate`` (share of mask entries that changed),
-    ``sparsity/initial_flip_rate`` (share that differs from the first mask, measured on every 128th row) and
-    ``sparsity/update_seconds``. The same is logged for a first mask at step 0, and at update steps that need not
+    are measured in the training forwards, those just before it and, as ``memory`` says, earlier ones. It logs to all
+    loggers ``sparsity/target``, ``sparsity/actual`` (zeros counted on the weights), ``sparsity/flip_rate`` (share of
+    mask entries that changed), ``sparsity/initial_flip_rate`` (share that differs from the first mask, measured on
+    every 128th row) and ``sparsity/update_seconds``. The same is logged for a first mask at step 0, and at update steps that need not
     change the masks.
 
     With ``start_step`` 0, the first mask comes from one-shot pruning, block by block, calibrated on

@@ -71,8 +71,8 @@ class DynamicPruning(L.Callback):
     are measured in the training forwards, those just before it and, as ``memory`` says, earlier ones. It logs to all
     loggers ``sparsity/target``, ``sparsity/actual`` (zeros counted on the weights), ``sparsity/flip_rate`` (share of
     mask entries that changed), ``sparsity/initial_flip_rate`` (share that differs from the first mask, measured on
-    every 128th row) and ``sparsity/update_seconds``. The same is logged for a first mask at step 0, and at update steps that need not
-    change the masks.
+    every 128th row) and ``sparsity/update_seconds``. The same is logged for a first mask at step 0, and at update
+    steps that need not change the masks.
 
     With ``start_step`` 0, the first mask comes from one-shot pruning, block by block, calibrated on
     ``calibration_batches`` batches of the training data, if the module holds a transformers model and batches are

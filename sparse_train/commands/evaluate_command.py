@@ -66,13 +66,16 @@ def evaluate(
     loaded, tokenizer = source.load().to(device), source.tokenizer()
     results: dict[str, Any] = {}
     if "perplexity" in names:
+        prefix = beginning(tokenizer) if bos else []
+        ids = token_ids(documents, tokenizer, text.separator)
+        words = word_starts(documents, tokenizer, text.separator)
         results["perplexity"] = evaluate_perplexity(
             loaded,
-            token_ids(documents, tokenizer, text.separator),
-            words=word_starts(documents, tokenizer, text.separator),
+            ids[len(prefix) :],  # the text begins with it, too
+            words=None if words is None else words[len(prefix) :],
             window=window,
             stride=stride,
-            prefix=beginning(tokenizer) if bos else (),
+            prefix=prefix,
             batch_size=batch_size,
             max_tokens=max_tokens,
             model_name=source.name,

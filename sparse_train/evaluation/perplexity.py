@@ -87,24 +87,25 @@ def token_ids(documents: list[str], tokenizer: Any, separator: str = "\n\n") -> 
     return torch.cat([torch.tensor(beginning(tokenizer), dtype=torch.int64), ids["input_ids"][0]])
 
 
-def check_window(model: nn.Module, window: int) -> None:
+def check_window(model: nn.Module, window: int, prefix: int = 0) -> None:
     """Raise ValueError if windows are longer than the number of learned position embeddings.
 
     If positions are computed (rotary), longer windows work, but at lengths that the model was not trained on: a
-    warning.
+    warning. ``prefix`` is the number of tokens in front of each window, which take positions, too.
     """
     config = getattr(model, "config", None)
     positions = getattr(config.get_text_config() if config is not None else None, "max_position_embeddings", None)
-    if positions is None or window <= positions:
+    if positions is None or window + prefix <= positions:
         return
     named = {name.rpartition(".")[2]: m for name, m in model.named_modules() if isinstance(m, nn.Embedding)}
     if any("position" in name or name == "wpe" for name in named):
         raise ValueError(
-            f"window is {window} tokens, and {type(model).__name__} has {positions} positions. Use window={positions}."
+            f"window is {window} tokens{f' after {prefix} in front of each' if prefix else ''}, and "
+            f"{type(model).__name__} has {positions} positions. Use window={positions - prefix}."
         )
     _log.warning(
         "Windows of %d tokens are longer than the %d positions that %s says it was made for (max_position_embeddings).",
-        window,
+        window + prefix,
         positions,
         type(model).__name__,
     )
@@ -158,7 +159,7 @@ def evaluate_perplexity(
             f"words must have a count for each token of ids, {tuple(ids.shape)}, got {tuple(words.shape)}. "
             "Call word_starts with the documents, tokenizer and separator of token_ids."
         )
-    check_window(model, window + len(prefix))
+    check_window(model, window, len(prefix))
     ids = ids[:max_tokens]
     if len(ids) < window:
         raise ValueError(f"The text has {len(ids)} tokens, fewer than one window of {window}. Use a smaller window.")

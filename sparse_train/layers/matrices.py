@@ -38,17 +38,21 @@ class Recorder:
     """Shape of the first input that the token mask did not fit, for a single warning."""
     warned: bool = False
 
+    is_paused: bool = False
+
     def wants(self, training: bool) -> bool:
+        if self.is_paused:
+            return False
         return self.when == "always" or (self.when == "training" and (training or torch.is_grad_enabled()))
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Inside this context, nothing is recorded."""
-        before, self.when = self.when, "never"
+        before, self.is_paused = self.is_paused, True
         try:
             yield
         finally:
-            self.when = before
+            self.is_paused = before
 
 
 class MaskedMatrix:
@@ -134,7 +138,8 @@ class MaskedLayer(MaskedMatrix):
     @reached.setter
     def reached(self, reached: bool) -> None:
         self.reached_eager = reached
-        self.reached_compiled = torch.zeros((), dtype=torch.uint8, device=self.weight_mask.device)
+        with torch.inference_mode(False):  # an evaluation may set it, and training writes to it afterwards
+            self.reached_compiled = torch.zeros((), dtype=torch.uint8, device=self.weight_mask.device)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         applied = super()._apply(fn, recurse)  # type: ignore[misc]  # for .to() and the like; this has moved the mask

@@ -5,7 +5,8 @@ import pytest
 import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from sparse_train.commands import cli
 from sparse_train.commands.devices import chosen_device
@@ -96,6 +97,24 @@ def test_a_folder_keeps_its_dtype(model_folder, text, capsys):
     assert AutoModelForCausalLM.from_pretrained("pruned_half", dtype="auto").dtype == torch.bfloat16
     cli.main(["evaluate", "pruned_half", f"--text={text}", "--window=32", "--max_tokens=640", "--json"])
     assert json.loads(capsys.readouterr().out)["computed_in"] == "bfloat16"
+
+
+def test_each_window_begins_with_one_token_of_the_beginning(model_folder, text, capsys, monkeypatch):
+    tokenizer = tiny_tokenizer()
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    AutoModelForCausalLM.from_pretrained(model_folder).save_pretrained("with_bos")
+    tokenizer.save_pretrained("with_bos")
+    seen = []
+    forward = LlamaForCausalLM.forward
+    monkeypatch.setattr(
+        LlamaForCausalLM,
+        "forward",
+        lambda self, input_ids, **rest: seen.append(input_ids) or forward(self, input_ids, **rest),
+    )
+    cli.main(["evaluate", "with_bos", f"--text={text}", "--window=32", "--max_tokens=96", "--bos=true", "--json"])
+    (ids,) = seen
+    assert ids.shape == (3, 33) and (ids == 1).sum(1).tolist() == [1, 1, 1] and (ids[:, 0] == 1).all()
+    assert json.loads(capsys.readouterr().out)["prefix"] == 1
 
 
 def test_a_gpu_is_used_where_there_is_one(monkeypatch):

@@ -194,6 +194,8 @@ def test_windows_longer_than_the_model_was_made_for(caplog):
     learned = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=VOCABULARY, n_positions=16))
     with pytest.raises(ValueError, match="window is 32 tokens, and GPT2LMHeadModel has 16 positions. Use window=16"):
         evaluate_perplexity(learned, ids, window=32)
+    with pytest.raises(ValueError, match=r"window is 16 tokens after 1 in front of each, .* Use window=15"):
+        evaluate_perplexity(learned, ids, window=16, prefix=[1])
     evaluate_perplexity(learned, ids, window=16)
     assert "positions" not in caplog.text
     evaluate_perplexity(tiny_llama(max_position_embeddings=16), ids, window=32)

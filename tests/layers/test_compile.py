@@ -6,6 +6,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from sparse_train import Magnitude, MaskUpdater, sparse_layers
+from sparse_train.evaluation.undisturbed import undisturbed
 from tests.conftest import VOCABULARY, tiny_llama
 
 
@@ -110,3 +111,13 @@ def test_which_targets_a_compiled_forward_reached_is_known_at_every_update(check
     advance()
     with pytest.raises(ValueError, match=r"layers.1.mlp.gate_proj is a target, but no forward reached it"):
         advance()
+
+
+def test_training_goes_on_after_an_evaluation_in_inference_mode():
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Linear(16, 16))
+    MaskUpdater(model, "2:4", targets=["0"], total_steps=20)
+    with torch.inference_mode(), undisturbed(model):
+        model(torch.randn(2, 16))
+    torch.compile(model, backend="eager")(torch.randn(2, 16)).sum().backward()
+    assert sparse_layers(model)["0"].reached

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from sparse_train import Fixed, Magnitude, MaskUpdater, StraightThrough, prune, sparse_layers, squash
+from sparse_train.layers.matrices import Recorder
 from sparse_train.layers.sparse_linear import SparseLinear
 from sparse_train.pipeline.schedules import Cubic, Linear
 from tests.conftest import VOCABULARY, tiny_llama
@@ -140,6 +141,14 @@ def test_what_runs_while_paused_does_not_count(ids):
     assert [int(layer.statistics.tokens) for layer in updater.layers.values()] == tokens
     model(input_ids=ids[2])
     assert all(int(layer.statistics.tokens) == 2 * tokens[0] for layer in updater.layers.values())
+
+
+def test_a_pause_outlasts_a_step_that_starts_recording():
+    recorder = Recorder()
+    with recorder.paused():
+        recorder.when = "training"
+        assert not recorder.wants(training=True)
+    assert recorder.wants(training=True)
 
 
 def test_non_finite_activations_and_unreached_targets_stop_at_the_update_and_change_nothing():

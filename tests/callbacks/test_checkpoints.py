@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from sparse_train import Cubic, Magnitude, SparseLinear, sparse_layers, sparsify_like
+from sparse_train import Cubic, Dormant, Magnitude, SparseLinear, sparse_layers, sparsify_like
 from sparse_train.callbacks import DynamicPruning
 from sparse_train.models.checkpoints import PRUNING_STATE
 from tests.callbacks.runs import (
@@ -141,6 +141,29 @@ def test_resuming_with_another_pattern_is_refused(tmp_path):
         trainer(tmp_path, DynamicPruning("2:4"), Interrupt(2, path)).fit(InInit(), loader())
     with pytest.raises(ValueError, match=r"mask_structure = 2:4, and this run has 1:4"):
         trainer(tmp_path, DynamicPruning("1:4")).fit(InInit(), loader(), ckpt_path=path, weights_only=False)
+
+
+def test_a_new_run_may_start_from_the_shadow_values_of_an_old_one(tmp_path):
+    path = tmp_path / "old.ckpt"
+    with pytest.raises(SystemExit):
+        trainer(tmp_path, DynamicPruning("2:4", update_freq=4), Interrupt(6, path)).fit(InInit(), loader())
+    saved, module = torch.load(path, weights_only=False)["state_dict"], InInit()
+    sparsify_like(module, saved)
+    module.load_state_dict(saved)
+    layer = next(iter(sparse_layers(module).values()))
+    first, shadow = layer.weight_mask.clone(), layer.weight_OI[~layer.unpacked_mask()].detach()
+    assert shadow.all()
+
+    class First(L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch_idx == 0:
+                assert torch.equal(layer.weight_mask, first)
+                assert torch.equal(layer.weight_OI[~layer.unpacked_mask()], shadow)
+
+    again = DynamicPruning("2:4", update_freq=3, policy=Dormant(), squash=False)  # other settings, a longer run
+    trainer(tmp_path, again, First(), max_steps=18).fit(module, loader())
+    assert again.updater.steps == 18
+    assert again.last_report.initial_flip_rate > 0
 
 
 @pytest.mark.parametrize(("first", "second"), [((), ["re:.*down_proj"]), (["re:.*down_proj"], ())])

@@ -10,15 +10,20 @@ from sparse_train.evaluation.undisturbed import undisturbed
 from tests.conftest import VOCABULARY, tiny_llama
 
 
-def train(compiled: bool, checkpointing: bool = False, steps: int = 20) -> tuple:
-    """Statistics in the middle of a window, masks at the end, and graphs compiled by step 10 and by the end."""
+def model_and_updater(num_hidden_layers: int, checkpointing: bool) -> tuple:
+    """A tiny Llama in training, and its updater; nothing is compiled yet."""
     torch._dynamo.reset()
     counters.clear()
-    model = tiny_llama(num_hidden_layers=1)
+    model = tiny_llama(num_hidden_layers=num_hidden_layers)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
-    updater = MaskUpdater(model, "2:4", update_freq=4, window=2, memory=0.0, total_steps=100)
+    return model, MaskUpdater(model, "2:4", update_freq=4, window=2, memory=0.0, total_steps=100)
+
+
+def train(compiled: bool, checkpointing: bool = False, steps: int = 20) -> tuple:
+    """Statistics in the middle of a window, masks at the end, and graphs compiled by step 10 and by the end."""
+    model, updater = model_and_updater(1, checkpointing)
     forward = torch.compile(model, backend="aot_eager") if compiled else model
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     generator = torch.Generator().manual_seed(0)
@@ -66,13 +71,7 @@ def test_no_graph_break_in_a_masked_layer():
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_blocks_that_are_compiled_one_by_one_compile_whole(checkpointing):
-    torch._dynamo.reset()
-    counters.clear()
-    model = tiny_llama(num_hidden_layers=2)
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.train()
-    updater = MaskUpdater(model, "2:4", update_freq=4, window=2, memory=0.0, total_steps=100)
+    model, updater = model_and_updater(2, checkpointing)
     for block in model.model.layers:
         block.compile(backend="aot_eager")
     for _ in range(4):

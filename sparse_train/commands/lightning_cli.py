@@ -3,6 +3,7 @@
 import argparse
 import functools
 import logging
+import signal
 import sys
 import warnings
 from dataclasses import asdict
@@ -12,6 +13,7 @@ from typing import Any, NoReturn
 import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from sparse_train.callbacks import DynamicPruning, RunHistory  # also imports the others that recipes name
 from sparse_train.commands.parsers import Formatter, ShortErrors, settings
@@ -187,8 +189,11 @@ def run(args: list[str], cli: type[SparseTrainCLI] = SparseTrainCLI) -> SparseTr
         )
         try:
             made = make()
-        except BaseException:
+        except BaseException as error:
             _remove_empty(folders)  # loggers have finished writing
+            if isinstance(error, SIGTERMException):  # its own exit status is that of a finished run
+                print(f"sparse-train {args[0]}: ended by SIGTERM, before the run was complete.", file=sys.stderr)
+                sys.exit(128 + signal.SIGTERM)
             raise
         if made.result is not None:
             write(made.result)

@@ -1,4 +1,6 @@
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from sparse_train.commands.devices import chosen_device
 from sparse_train.commands.model_commands import COMMANDS
 from sparse_train.commands.parsers import EXAMPLES
 from sparse_train.export import export_checkpoint, export_model
+from sparse_train.models.module import CausalLM
 from tests.conftest import tiny_llama, tiny_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -247,6 +250,22 @@ def test_a_run_that_fails_says_why_and_takes_only_its_own_away(model_folder, tex
     with pytest.raises(RuntimeError, match="the real cause"):
         cli.main([*fit, "--trainer.logger=false", "--trainer.default_root_dir=empty"])
     assert Path("empty").is_dir()
+
+
+def test_a_run_that_is_terminated_has_not_succeeded(model_folder, text, monkeypatch, capsys):
+    step = CausalLM.training_step
+
+    def terminated(*args):
+        os.kill(os.getpid(), signal.SIGTERM)  # as a scheduler does
+        return step(*args)
+
+    monkeypatch.setattr(CausalLM, "training_step", terminated)
+    options = [f"--model.model={model_folder}", f"--data.text={text}", "--data.block_size=32", "--trainer.max_steps=2"]
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["fit", "--config=recipes/smollm2_2of4.yaml", *options, "--export=model"])
+    assert ended.value.code == 143
+    assert "ended by SIGTERM, before the run was complete" in capsys.readouterr().err
+    assert not Path("model").exists()
 
 
 @pytest.mark.parametrize("recipe", ["smollm2_dense", "smollm2_2of4_distill"])

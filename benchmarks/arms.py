@@ -91,6 +91,7 @@ ARMS: dict[str, Arm] = {
     "gradual_magnitude": _arm("smollm2_2of4", *_GRADUAL),
     # which score, from the same first mask
     "dynamic_magnitude": _arm("smollm2_2of4", *_FROM_WANDA),
+    "dynamic_ria": _arm("smollm2_2of4", "criterion=RIA", "initial_criterion=Wanda"),
     "dynamic_frozen_norms": _arm("smollm2_2of4", "memory=frozen"),
     "dynamic_window": _arm("smollm2_2of4", "memory=0", "flip_agreement=true"),  # which only measures
     "dynamic_memory50": _arm("smollm2_2of4", "memory=0.5"),

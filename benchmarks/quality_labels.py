@@ -15,6 +15,7 @@ MAIN = {
 }
 SCORES = {
     "dynamic_magnitude": "magnitude",
+    "dynamic_ria": "RIA, running norms, cumulative",
     "dynamic_frozen_norms": "Wanda, norms of the first mask",
     "dynamic_window": "Wanda, running norms of 5 steps",
     "dynamic_memory50": "Wanda, running norms, exponential, 0.5 per update",

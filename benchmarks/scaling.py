@@ -51,9 +51,14 @@ def statistics(layers: Sequence[Layer], blocks: int) -> list[int]:
 
 
 def reduce_bytes(layers: Sequence[Layer], blocks: int) -> int:
-    """One reduce per update, float32: statistics, 4 digits per token count, 32 bits per mask, one flag per layer."""
+    """One reduce per update, float32: statistics, 2 counts of 4 digits each, 32 bits per mask, one flag per layer."""
     widths = statistics(layers, blocks)
-    return 4 * (sum(widths) + 4 * len(widths) + (32 + 1) * len(layers) * blocks)
+    return 4 * (sum(widths) + 8 * len(widths) + (32 + 1) * len(layers) * blocks)
+
+
+def sharing_bytes(layers: Sequence[Layer], blocks: int) -> int:
+    """The short reduce before it: one float per layer, whether it has stopped sharing its statistics."""
+    return 4 * len(layers) * blocks
 
 
 def gather_bytes(layers: Sequence[Layer], blocks: int, processes: int) -> int:
@@ -75,7 +80,7 @@ def kept_bytes(layers: Sequence[Layer], blocks: int) -> dict[str, int]:
     ]
     return {
         "masks": blocks * sum(layer.mask_bytes for layer in layers),
-        "statistics": sum(4 * width + 8 for width in widths),
+        "statistics": sum(4 * width + 16 for width in widths),
         "rows of the first mask": blocks * sum(sample),
     }
 

@@ -85,7 +85,7 @@ def prune(
         activations: with streaming, where the outputs of a block are kept for the next one.
         json: print one JSON object instead of tables.
 
-    Under ``torchrun``, each process uses its part of the calibration data, with one reduce per block; rank 0 writes.
+    Under ``torchrun``, each process uses its part of the calibration data, with two reduces per block; rank 0 writes.
     """
     stages, notes = stages_of(recipe, mask_structure, sparsity, criterion, allocation, targets, ignore)
     for stage in stages:  # report mistakes in the pattern before the model is loaded

@@ -3,6 +3,7 @@
 Shape suffixes: O out_features, I in_features, J packed mask bytes = ceil(I / 8).
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 
 from sparse_train.layers import masks
 from sparse_train.layers.functional import masked_linear
-from sparse_train.statistics.activations import Statistics, fits, recomputing
-from sparse_train.statistics.input_sharing import InputSharing
+from sparse_train.statistics.accumulation import recomputing
+from sparse_train.statistics.activations import Statistics, fits
+from sparse_train.statistics.input_sharing import InputSharing, SeenInput
 
 MASK_NAME = "weight_mask"
 """Name of the packed mask buffer next to ``weight`` in a state dict."""
@@ -155,7 +157,8 @@ class MaskedLayer(MaskedMatrix):
         return masked_linear(x, self.weight_OI, self.weight_mask, self.bias, straight_through=self.straight_through)
 
     def _record(self, x: Tensor, recorder: Recorder, statistics: Statistics) -> None:
-        if recorder.sharing is not None and not torch.compiler.is_compiling() and not recomputing():
+        eager = not torch.compiler.is_compiling() and not recomputing()
+        if recorder.sharing is not None and eager:
             assert isinstance(self, nn.Module)
             recorder.sharing.watch(self, x)
         mask = recorder.token_mask
@@ -163,8 +166,19 @@ class MaskedLayer(MaskedMatrix):
             mask = recorder.token_mask = mask.to(x.device)
         if mask is not None and recorder.mask_misfit is None and not fits(mask, x):
             recorder.mask_misfit = f"{tuple(x.shape)}"
+        if eager and not self.records and not (statistics.last_input and statistics.last_input.is_seen_in(x)):
+            statistics = self.record_alone()
         if self.records:
             statistics.add(x, mask)
+            if eager:
+                statistics.last_input = SeenInput(x)
+
+    def record_alone(self) -> Statistics:
+        """Record inputs in statistics of the layer's own, which begin as a copy of those it has shared."""
+        assert self.statistics is not None
+        if not self.records:
+            self.statistics, self.records = copy.deepcopy(self.statistics), True
+        return self.statistics
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {MASK_NAME}"

@@ -13,7 +13,7 @@ from sparse_train.patterns import Pattern
 from sparse_train.pipeline.choice import Rules
 from sparse_train.pipeline.policies import StraightThrough
 from sparse_train.pipeline.pruner import replace_mask, update_masks
-from sparse_train.pipeline.recording import check_statistics, reduce_statistics
+from sparse_train.pipeline.recording import check_nothing_dropped, check_statistics, reduce_statistics
 from sparse_train.pipeline.update_report import LayerUpdate
 from sparse_train.solvers import Solver
 from sparse_train.statistics.activations import ActivationGram, ActivationNorm, Statistics, in_float32
@@ -62,6 +62,7 @@ def prune_group(
     """
     if statistics_of(method) is not None:
         reduce_statistics(layers.values())
+        check_nothing_dropped(layers)
         fall_back(layers)
     if isinstance(method, Solver):
         updates = _solve(layers, method, pattern, sparsity, save)

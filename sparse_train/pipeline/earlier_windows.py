@@ -1,13 +1,13 @@
 """How much the statistics of earlier windows count at an update: ``memory``."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from sparse_train.criteria import Criterion
 from sparse_train.distributed import rank
 from sparse_train.layers.matrices import MaskedMatrix
-from sparse_train.pipeline.recording import distinct, norms_of
+from sparse_train.pipeline.recording import distinct, norms_of, not_finite
 from sparse_train.statistics.activations import ActivationNorm
 
 _log = logging.getLogger(__name__)
@@ -54,10 +54,25 @@ class EarlierWindows:
             norm.merge(first[name])
         self.fade()
 
-    def warn_of_old(self) -> None:
-        """Warn once if no token reached a target since ``fade``: an expert with few tokens, or an unused layer."""
-        old = [name for name, norm in norms_of(self._layers).items() if int(norm.tokens) <= self._tokens.get(name, -1)]
-        if old and not self._warned and rank() == 0:
+    def check_new(self) -> None:
+        """Warn of targets that have nothing new since ``fade``, or whose inputs were sometimes not finite.
+
+        Raises:
+            ValueError: no forward since then had a finite input of a target.
+        """
+        norms = norms_of(self._layers)
+        dropped = {name: int(norm.dropped) for name, norm in norms.items()}
+        old = [name for name, norm in norms.items() if int(norm.tokens) <= self._tokens.get(name, -1)]
+        lost = next((n for n in norms if dropped[n] and int(norms[n].tokens) <= self._tokens.get(n, 0)), None)
+        if lost is not None:
+            raise not_finite(lost)
+        if rank() == 0:
+            self._warn_of_old(old)
+            self._warn_of_dropped({name: count for name, count in dropped.items() if count})
+
+    def _warn_of_old(self, old: Sequence[str]) -> None:
+        """Once: an expert with few tokens, or an unused layer."""
+        if old and not self._warned:
             _log.warning(
                 "No token reached %s%s since the last mask update: masks there use the norms of earlier windows. If "
                 "the model no longer uses it, leave it out with ignore=[%r].",
@@ -66,6 +81,16 @@ class EarlierWindows:
                 old[0],
             )
         self._warned = self._warned or bool(old)
+
+    def _warn_of_dropped(self, dropped: Mapping[str, int]) -> None:
+        for name, count in list(dropped.items())[:1]:
+            _log.warning(
+                "%s: in %d forwards since the last mask update, the input activations were not finite%s. They do not "
+                "count in the statistics. This is normal for a step that a loss scaler skips.",
+                name,
+                count,
+                f", nor were those of {len(dropped) - 1} other targets" if len(dropped) > 1 else "",
+            )
 
     def fade(self) -> None:
         """After an update: reduce the weight of the statistics, or reset them.

@@ -1,7 +1,7 @@
 """Statistics between mask updates: attached to layers, shared by those with one input, summed over ranks, checked."""
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -45,7 +45,7 @@ def warn_of_unreached(layers: Mapping[str, MaskedMatrix]) -> bool:
 
 
 def check_statistics(layers: Mapping[str, MaskedMatrix]) -> None:
-    """Raise ValueError if a layer has seen no token, or activations that are not finite."""
+    """Raise ValueError if a layer has seen no token, or sums that are not finite."""
     seen = {name: layer.statistics for name, layer in layers.items()}
     unreached = [name for name, stats in seen.items() if stats is None or int(stats.tokens) == 0]
     if unreached:
@@ -55,20 +55,28 @@ def check_statistics(layers: Mapping[str, MaskedMatrix]) -> None:
             f"{name} is a target, but no token reached it since the last mask update, so it has no activations to "
             f"score with. If the model does not use it, leave it out with ignore=[{name!r}]; if forwards happen with "
             "the model in eval mode and under no_grad, they count as evaluation and are not recorded; if few "
-            "tokens reach it, such as an expert, let earlier windows count (memory above 0)." + more
+            "tokens reach it, such as an expert, let earlier windows count (memory above 0), with a first mask from "
+            "calibration on enough tokens." + more
         )
     for name, stats in seen.items():
-        _check_finite(name, stats)
+        if stats is not None and not bool(stats.sum_squares_I.isfinite().all()):
+            feature = int((~stats.sum_squares_I.isfinite()).nonzero()[0])
+            raise not_finite(f"{name} (first at feature {feature} of {len(stats.sum_squares_I)})")
 
 
-def _check_finite(name: str, stats: Statistics | None) -> None:
-    if stats is not None and not bool(stats.sum_squares_I.isfinite().all()):
-        feature = int((~stats.sum_squares_I.isfinite()).nonzero()[0])
-        raise ValueError(
-            f"{name}: the input activations are not finite (first at feature {feature} of {len(stats.sum_squares_I)}), "
-            "so Wanda scores cannot be computed; masks were not changed. Look for NaN in the data, a learning rate "
-            "that is too high, or an overflow of float16."
-        )
+def check_nothing_dropped(layers: Mapping[str, MaskedMatrix]) -> None:
+    """Raise ValueError if an input was not finite: in calibration, where all of the data should count."""
+    for name, layer in layers.items():
+        if layer.statistics is not None and int(layer.statistics.dropped):
+            raise not_finite(name)
+
+
+def not_finite(where: str) -> ValueError:
+    """The error for activations that are not finite."""
+    return ValueError(
+        f"{where}: the input activations are not finite, so Wanda scores cannot be computed; masks were not changed. "
+        "Look for NaN in the data, a learning rate that is too high, or an overflow of float16."
+    )
 
 
 def attach(layers: Iterable[MaskedMatrix], recorder: Recorder, statistics: type[Statistics] | None) -> None:
@@ -107,7 +115,9 @@ def share_statistics(recorder: Recorder, layers: Sequence[MaskedMatrix]) -> bool
         return True
     position = {layer: index for index, layer in enumerate(layers)}
     found: dict[Any, Any] = recorder.sharing.leaders()
-    leaders = [position[found.get(layer, layer)] for layer in layers]
+    # after a resume, statistics may be those of layers that had stopped sharing
+    shared = [found[layer] if layer in found and _equal(layer, found[layer]) else layer for layer in layers]
+    leaders = [position[leader] for leader in shared]
     numbers = torch.tensor([*leaders, len(found)], dtype=torch.int32, device=layers[0].weight_mask.device)
     gathered = gather_bytes(numbers.view(torch.uint8), 4 * len(numbers))
     by_rank = torch.stack([each.view(torch.int32) for each in gathered])
@@ -118,6 +128,13 @@ def share_statistics(recorder: Recorder, layers: Sequence[MaskedMatrix]) -> bool
             layer.statistics, layer.records = layers[leader].statistics, False
     recorder.sharing = None
     return bool(by_rank[:, -1].any())
+
+
+def _equal(layer: MaskedMatrix, other: MaskedMatrix) -> bool:
+    own, theirs = layer.statistics, other.statistics
+    if layer is other or own is None or theirs is None:
+        return True
+    return all(torch.equal(a, b) for a, b in zip(own.tensors(), theirs.tensors(), strict=True))
 
 
 def norms_of(layers: Mapping[str, MaskedMatrix]) -> dict[str, ActivationNorm]:
@@ -137,9 +154,22 @@ def restore(own: Mapping[str, ActivationNorm], by_rank: Sequence[Mapping[str, di
                 own[name].merge_state_dict(saved[name])
 
 
-def reduce_statistics(layers: Iterable[MaskedMatrix]) -> None:
+def reduce_statistics(layers: Collection[MaskedMatrix]) -> None:
     """Sum the statistics of ``layers`` over ranks."""
+    _agree_on_sharing(layers)
     sum_over_ranks([tensor for each in distinct(layers) for tensor in each.tensors()])
+
+
+def _agree_on_sharing(layers: Collection[MaskedMatrix]) -> None:
+    """Let a layer that has stopped sharing statistics on one rank stop on all of them."""
+    own = [layer for layer in layers if isinstance(layer, MaskedLayer) and layer.statistics is not None]
+    if world_size() == 1 or not own:
+        return
+    alone = torch.tensor([float(layer.records) for layer in own], device=own[0].weight_mask.device)
+    sum_over_ranks([alone])
+    for layer, count in zip(own, alone.tolist(), strict=True):
+        if count:
+            layer.record_alone()
 
 
 def exchange(layers: Mapping[str, MaskedMatrix]) -> None:
@@ -152,6 +182,7 @@ def exchange(layers: Mapping[str, MaskedMatrix]) -> None:
     """
     if world_size() == 1:
         return
+    _agree_on_sharing(layers.values())
     each_once = distinct(layers.values())
     device = next(iter(layers.values())).weight_mask.device
     bits = fingerprints(layers)

@@ -71,9 +71,13 @@ class Window:
             turn_halves(self._layers.values())
 
     def before_update(self) -> None:
-        """Sum statistics over ranks. Raises ValueError, on every rank, if ranks hold different masks."""
+        """Sum statistics over ranks, and look at what is new in them.
+
+        Raises:
+            ValueError: on every rank, if ranks hold different masks, or if the inputs of a layer were never finite.
+        """
         exchange(self._layers)
-        self._earlier.warn_of_old()
+        self._earlier.check_new()
 
     def after_update(self) -> None:
         """Reduce the weight of the statistics, or reset them."""

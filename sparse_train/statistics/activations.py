@@ -3,22 +3,30 @@
 Shape suffixes: T tokens, I in_features.
 """
 
-import functools
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from sparse_train.statistics.accumulation import accumulate
+from sparse_train.statistics.input_sharing import SeenInput
+
 
 class Statistics(ABC):
-    """Sums over the tokens that reach a layer's input."""
+    """Sums over the tokens that reach a layer's input.
+
+    Attributes:
+        tokens: int64 scalar, tokens counted.
+        dropped: int64 scalar, forwards since the last ``fade`` or ``reset`` that were left out because an input was
+            not finite, as in a step that overflows float16 and that a loss scaler then skips.
+    """
 
     tokens: Tensor
+    dropped: Tensor
+    last_input: SeenInput | None = None
+    """The latest input of the layer that records, for those that share its statistics."""
 
     @abstractmethod
     def __init__(self, in_features: int, device: torch.device | str | None = None) -> None:
@@ -53,6 +61,7 @@ class Statistics(ABC):
 
     def fade(self, factor: float) -> None:
         """Multiply what was seen by ``factor``, above 0 and at most 1, in place; token counts are rounded up."""
+        self.dropped.zero_()
         if factor == 1:
             return
         for tensor in self.tensors():
@@ -79,35 +88,37 @@ class ActivationNorm(Statistics):
     def __init__(self, in_features: int, device: torch.device | str | None = None) -> None:
         self._sum_squares_I = torch.zeros(in_features, dtype=torch.float32, device=device)
         self.tokens = torch.zeros((), dtype=torch.int64, device=device)
+        self.dropped = torch.zeros_like(self.tokens)
 
     @property
     def sum_squares_I(self) -> Tensor:
         return self._sum_squares_I
 
     def tensors(self) -> list[Tensor]:
-        return [self._sum_squares_I, self.tokens]
+        return [self._sum_squares_I, self.tokens, self.dropped]
 
     def move(self, device: torch.device) -> None:
-        self._sum_squares_I, self.tokens = self._sum_squares_I.to(device), self.tokens.to(device)
+        self._sum_squares_I, self.tokens, self.dropped = (tensor.to(device) for tensor in self.tensors())
 
     def add(self, x: Tensor, token_mask: Tensor | None = None) -> None:
-        """Count one batch of inputs.
+        """Count one batch of inputs; if one of them is not finite, leave the batch out and count it in ``dropped``.
 
         Args:
             x: (..., I), any float dtype.
             token_mask: bool or integer (...), 0 = padding; None, or a shape that does not fit, counts every token.
         """
-        # the operator is only for compilers; calling one costs about as much as reading a small input
-        accumulate = _accumulate if torch.compiler.is_compiling() else _accumulate_now
-        accumulate(x.detach(), token_mask if fits(token_mask, x) else None, self._sum_squares_I, self.tokens)
+        accumulate(x.detach(), token_mask if fits(token_mask, x) else None, *self.tensors())
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {"sum_squares": self.sum_squares_I.cpu().clone(), "tokens": self.tokens.cpu().clone()}
+        sums = {"sum_squares": self.sum_squares_I, "tokens": self.tokens, "dropped": self.dropped}
+        return {name: tensor.cpu().clone() for name, tensor in sums.items()}
 
     def merge_state_dict(self, state: dict[str, Tensor]) -> None:
         """Add what another one has seen; the result is the same as of one that has seen both."""
         self._sum_squares_I += state["sum_squares"].to(self._sum_squares_I.device)
         self.tokens += state["tokens"].to(self.tokens.device)
+        if "dropped" in state:
+            self.dropped += state["dropped"].to(self.dropped.device)
 
     def merge(self, other: "ActivationNorm") -> None:
         """Add what another ``ActivationNorm`` has seen."""
@@ -132,8 +143,16 @@ class HalvedNorm(ActivationNorm):
     def tokens(self) -> Tensor:  # type: ignore[override]
         return self.halves[0].tokens + self.halves[1].tokens
 
+    @property
+    def dropped(self) -> Tensor:  # type: ignore[override]
+        return self.halves[0].dropped + self.halves[1].dropped
+
     def tensors(self) -> list[Tensor]:
         return [tensor for half in self.halves for tensor in half.tensors()]
+
+    def fade(self, factor: float) -> None:
+        for half in self.halves:
+            half.fade(factor)
 
     def add(self, x: Tensor, token_mask: Tensor | None = None) -> None:
         self.halves[0].add(x, token_mask)
@@ -212,7 +231,7 @@ def _no_tf32() -> Callable[[], None]:
 class ActivationGram(Statistics):
     """Sum of ``x x^T`` over the tokens seen: second moments of the input, for methods that move weights.
 
-    Only for calibration: takes I * I floats, and does not detect recomputed forwards.
+    Only for calibration: takes I * I floats, does not detect recomputed forwards, and drops nothing.
 
     Attributes:
         gram_II: float32 (I, I).
@@ -222,6 +241,7 @@ class ActivationGram(Statistics):
     def __init__(self, in_features: int, device: torch.device | str | None = None) -> None:
         self.gram_II = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
         self.tokens = torch.zeros((), dtype=torch.int64, device=device)
+        self.dropped = torch.zeros_like(self.tokens)
 
     @property
     def sum_squares_I(self) -> Tensor:
@@ -246,74 +266,3 @@ class ActivationGram(Statistics):
         norm = ActivationNorm(len(self.gram_II), self.gram_II.device)
         norm.merge_state_dict({"sum_squares": self.sum_squares_I, "tokens": self.tokens})
         return norm
-
-
-@torch.library.custom_op("sparse_train::accumulate", mutates_args=("sum_squares_I", "tokens"))
-def _accumulate(x: Tensor, token_mask: Tensor | None, sum_squares_I: Tensor, tokens: Tensor) -> None:
-    # One opaque operator, so that a compiled forward keeps it and checks at run time whether it is recomputed.
-    _accumulate_now(x, token_mask, sum_squares_I, tokens)
-
-
-@torch.no_grad()
-def _accumulate_now(x: Tensor, token_mask: Tensor | None, sum_squares_I: Tensor, tokens: Tensor) -> None:
-    # inside a backward (a forward recomputed by activation checkpointing, of either kind), tokens would count twice
-    if recomputing():
-        return
-    x_TI = x.reshape(-1, x.shape[-1])
-    kept_T = None if token_mask is None else token_mask.reshape(-1).bool()
-    # in parts: a float32 copy of a whole long batch would raise the peak memory of the run, in recorded steps
-    rows = max(1, _PART // max(1, x_TI.shape[1]))
-    for start in range(0, len(x_TI), rows):
-        part_TI = x_TI[start : start + rows]
-        if kept_T is not None:
-            # ``where`` and not a product: padding may hold infinities or NaN
-            part_TI = torch.where(kept_T[start : start + rows, None], part_TI.float(), 0)
-        sum_squares_I += sum_of_squares(part_TI)
-    tokens += len(x_TI) if kept_T is None else kept_T.sum()
-
-
-def sum_of_squares(x_TI: Tensor) -> Tensor:
-    """Sum over tokens, float32 (I,). On the CPU by numpy in threads, in chunks of rows that fit the cache.
-
-    Sums of 128 rows are added up in float32, which keeps relative errors around 1e-7; one sum over all rows would not.
-    """
-    if x_TI.device.type != "cpu" or x_TI.dtype == torch.float64:
-        return x_TI.float().square().sum(0)
-    threads = torch.get_num_threads()
-    rows = -(-len(x_TI) // threads)
-    if threads == 1 or x_TI.numel() < _WORTH_THREADS:
-        return torch.from_numpy(_sum_of_squares(x_TI.float().numpy()))
-    parts = [x_TI[start : start + rows] for start in range(0, len(x_TI), rows)]
-    return torch.from_numpy(sum(_threads(threads).map(lambda part: _sum_of_squares(part.float().numpy()), parts)))
-
-
-_PART = 2**24  # elements, 64 MiB in float32: large enough to keep a GPU busy
-_CHUNK = 128
-_WORTH_THREADS = 2**21  # elements; below this, starting threads takes longer than the work
-
-
-def _sum_of_squares(x: np.ndarray) -> np.ndarray:
-    whole = len(x) // _CHUNK * _CHUNK
-    chunks = x[:whole].reshape(-1, _CHUNK, x.shape[1])
-    found: np.ndarray = np.einsum("cti,cti->ci", chunks, chunks).sum(0)
-    found += np.einsum("ti,ti->i", x[whole:], x[whole:])
-    return found
-
-
-@functools.cache
-def _threads(count: int) -> ThreadPoolExecutor:
-    # numpy releases the interpreter lock inside einsum, so parts really run in parallel
-    return ThreadPoolExecutor(count, thread_name_prefix="sum_of_squares")
-
-
-os.register_at_fork(after_in_child=_threads.cache_clear)  # a forked child has the pool, but none of its threads
-
-
-@_accumulate.register_fake
-def _(x: Tensor, token_mask: Tensor | None, sum_squares_I: Tensor, tokens: Tensor) -> None:
-    return None
-
-
-def recomputing() -> bool:
-    """Whether this forward runs inside a backward, like the second forward of activation checkpointing."""
-    return torch._C._current_graph_task_id() != -1

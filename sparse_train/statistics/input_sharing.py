@@ -1,4 +1,4 @@
-"""``InputSharing``: finds layers that read the same input."""
+"""Layers that read the same input (q/k/v; gate/up) record it once: ``SeenInput``, ``InputSharing``."""
 
 from typing import Any
 
@@ -6,28 +6,55 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 
-class InputSharing:
-    """Finds the layers that read the same input (q/k/v; gate/up), so that it is measured once.
+class SeenInput:
+    """Recognises the input of a forward, without keeping it alive.
 
-    It watches the forwards of one step, in eager mode, and compares storages. Tensors cannot be compared by identity,
-    because engines may give each layer its own view (the hooks of ZeRO-3 do), nor by address, because addresses are
-    reused. A weak reference to the storage solves both: while it is alive, no other storage has its identity.
-    Layers that shared their input in this step are assumed to share it from then on.
+    Tensors cannot be compared by identity, because engines may give each layer its own view (the hooks of ZeRO-3 do),
+    nor by address, because addresses are reused. A weak reference to the storage solves both: while it is alive, no
+    other storage has its identity.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self._storage = StorageWeakRef(x.untyped_storage())
+        version = 0 if x.is_inference() else x._version  # a tensor that was changed in place is another input
+        self.key = (self._storage.cdata, x.storage_offset(), x.shape, x.stride(), version)
+
+    def is_seen_in(self, x: Tensor) -> bool:
+        """Whether ``x`` is this input."""
+        return not self.expired() and self.key == SeenInput(x).key
+
+    def expired(self) -> bool:
+        """Whether the input is gone, so that another one may have its key."""
+        return bool(self._storage.expired())
+
+    # Copies and pickles of a model start without the references to a finished forward.
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        return None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
+
+
+class InputSharing:
+    """Finds the layers that read the same input, by watching the forwards of one step in eager mode.
+
+    They share one statistic from then on, in which only the first of them records: their leader. In each later forward,
+    a layer compares its input with the one that its leader has recorded last, and if that is another one, it goes on
+    with a copy of the statistic. (A layer that is skipped while its leader runs counts what its leader sees.)
     """
 
     def __init__(self) -> None:
-        self._seen: dict[tuple[Any, ...], tuple[StorageWeakRef, nn.Module]] = {}
+        self._seen: dict[tuple[Any, ...], tuple[SeenInput, nn.Module]] = {}
+        self._last: dict[nn.Module, SeenInput] = {}
         self._leaders: dict[nn.Module, list[nn.Module]] = {}
 
     def watch(self, layer: nn.Module, x: Tensor) -> None:
-        storage = StorageWeakRef(x.untyped_storage())
-        version = 0 if x.is_inference() else x._version  # a tensor that was changed in place is another input
-        key = (storage.cdata, x.storage_offset(), x.shape, x.stride(), version)
-        known, leader = self._seen.get(key, (storage, layer))
-        if known.expired():
+        own = self._last[layer] = SeenInput(x)
+        known, leader = self._seen.get(own.key, (own, layer))
+        if known.expired() or self._last[leader] is not known:
             leader = layer
         if leader is layer:
-            self._seen[key] = (storage, layer)
+            self._seen[own.key] = (own, layer)
         self._leaders.setdefault(layer, []).append(leader)
 
     def leaders(self) -> dict[nn.Module, nn.Module]:

@@ -173,7 +173,36 @@ def test_non_finite_activations_and_unreached_targets_stop_at_the_update_and_cha
     x = torch.randn(2, 8)
     x[1, 3] = torch.inf
     message = run(x, targets=["a", "b"])
-    assert "a: the input activations are not finite (first at feature 3 of 8)" in message
+    assert "a: the input activations are not finite" in message
+
+
+def test_a_step_that_a_loss_scaler_skips_does_not_count(caplog):
+    torch.manual_seed(0)
+    batches = [torch.randn(8, 32) for _ in range(12)]
+    batches[5] = batches[5] * 1e6  # the second layer's input overflows float16
+
+    def run(batches):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))
+        optimizer, scaler = torch.optim.SGD(model.parameters(), lr=1e-3), torch.amp.GradScaler("cpu", init_scale=2.0)
+        updater = MaskUpdater(model, "2:4", update_freq=4, window=4, total_steps=40, targets=["2"])
+        for batch in batches:
+            with torch.autocast("cpu", torch.float16):
+                loss = model(batch).float().square().mean()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            updater.step()
+        return updater
+
+    skipped = run(batches)
+    message = "2: in 1 forwards since the last mask update, the input activations were not finite. They do not count"
+    assert [record.message[: len(message)] for record in caplog.records] == [message]
+    # as if the batch had not been there, but for the steps that updates are counted in
+    assert int(skipped.layers["2"].statistics.tokens) == 8 * 11
+    with pytest.raises(ValueError, match="2: the input activations are not finite"):
+        run(batches[:4] + [batches[5]] * 4)  # a run that has diverged
 
 
 def test_a_non_finite_weight_is_named():

@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from sparse_train.layers.matrices import Recorder
 from sparse_train.layers.sparse_linear import sparsify
 from sparse_train.pipeline.recording import attach
-from sparse_train.statistics import activations
+from sparse_train.statistics import accumulation
 from sparse_train.statistics.activations import ActivationGram, ActivationNorm, HalvedNorm
 from tests.conftest import VOCABULARY, tiny_llama
 
@@ -38,8 +38,8 @@ def test_long_batches_are_read_in_parts(monkeypatch, masked):
     mask = torch.arange(100).reshape(2, 50) % 3 if masked else None
     whole = norm_of(x, mask=mask)
     copied = []
-    monkeypatch.setattr(activations, "_PART", 6 * 7)
-    monkeypatch.setattr(activations, "sum_of_squares", lambda x_TI: copied.append(len(x_TI)) or x_TI.square().sum(0))
+    monkeypatch.setattr(accumulation, "_PART", 6 * 7)
+    monkeypatch.setattr(accumulation, "sum_of_squares", lambda x_TI: copied.append(len(x_TI)) or x_TI.square().sum(0))
     parts = norm_of(x, mask=mask)
     assert copied == [7] * 14 + [2]
     torch.testing.assert_close(parts.sum_squares_I, whole.sum_squares_I)
@@ -73,6 +73,23 @@ def test_padding_does_not_count_even_where_it_is_not_finite():
     torch.testing.assert_close(norm.sum_squares_I, x[mask.bool()].square().sum(0))
     assert int(norm.tokens) == 3
     assert int(norm_of(x, mask=torch.ones(7)).tokens) == 6  # a mask of another shape says nothing about these tokens
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("kind", [ActivationNorm, HalvedNorm])
+def test_a_batch_that_is_not_finite_is_left_out_and_counted(kind, compiled):
+    good, norm = torch.randn(5, 4), kind(4)
+    add = torch.compile(norm.add, backend="eager") if compiled else norm.add
+    for bad in (torch.inf, torch.nan, 1e30):  # the square of the last one overflows
+        add(good.clone().index_fill(0, torch.tensor([2]), bad))
+    add(good)
+    assert torch.equal(norm.sum_squares_I, norm_of(good).sum_squares_I)
+    assert (int(norm.tokens), int(norm.dropped)) == (5, 3)
+    copy = kind(4)
+    copy.merge_state_dict(norm.state_dict())
+    assert int(copy.dropped) == 3
+    norm.fade(1.0)
+    assert (int(norm.tokens), int(norm.dropped)) == (5, 0)
 
 
 def test_reset_and_state():

@@ -1,6 +1,10 @@
+import copy
+import pickle
+
 import torch
 from torch import nn
 
+from sparse_train import MaskUpdater
 from sparse_train.layers.matrices import Recorder
 from sparse_train.layers.sparse_linear import sparse_layers, sparsify
 from sparse_train.pipeline.recording import attach
@@ -46,3 +50,51 @@ def test_equal_values_or_reused_addresses_are_no_shared_input():
     sharing.watch(a, x)
     sharing.watch(b, x)
     assert sharing.leaders()[b] is b  # shared once, but not always
+
+
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x, branches="ab"):
+        return sum(getattr(self, name)(x) for name in branches)
+
+
+def test_a_layer_whose_leader_is_skipped_records_its_own_input():
+    model, seen = Branches(), []
+    updater = MaskUpdater(model, "2:4", update_freq=8, window=8, total_steps=80, targets=["a", "b"])
+    model.b.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    for branches in ("ab", "b", "ab", "b"):
+        model(torch.randn(5, 8), branches).sum().backward()
+        updater.step()
+    assert int(model.a.statistics.tokens) == 10 and int(model.b.statistics.tokens) == 20
+    torch.testing.assert_close(model.b.statistics.norm_I, torch.cat(seen).norm(dim=0))
+
+    resumed = Branches()  # where sharing is looked for again, in a step in which both run
+    sparsify(resumed, [resumed.a, resumed.b])
+    resumed.load_state_dict(model.state_dict())
+    other = MaskUpdater(resumed, "2:4", update_freq=8, window=8, targets=["a", "b"], state=updater.state_dict())
+    resumed(torch.randn(5, 8)).sum().backward()
+    other.step()
+    assert int(resumed.a.statistics.tokens) == 15 and int(resumed.b.statistics.tokens) == 25
+
+
+def test_a_leader_that_has_gone_on_to_another_input_is_none():
+    model = Branches()
+    sharing = InputSharing()
+    first, second = torch.randn(5, 8), torch.randn(5, 8)
+    for layer, x in ((model.a, first), (model.a, second), (model.b, first), (model.b, second)):
+        sharing.watch(layer, x)
+    assert sharing.leaders()[model.b] is model.b
+
+
+def test_a_copy_of_a_model_in_training_holds_no_reference_to_inputs():
+    model = Branches()
+    updater = MaskUpdater(model, "2:4", update_freq=8, window=8, total_steps=80, targets=["a", "b"])
+    for _ in range(2):
+        model(torch.randn(5, 8)).sum().backward()
+        updater.step()
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert other.a.statistics.last_input is None
+        assert int(other.a.statistics.tokens) == 10

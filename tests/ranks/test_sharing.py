@@ -1,0 +1,34 @@
+"""Layers that share an input's statistics on one rank, and have stopped on another."""
+
+import torch
+
+from sparse_train import MaskUpdater
+from sparse_train.distributed import gather_objects, rank
+from tests.ranks import launch
+from tests.statistics.test_input_sharing import Branches
+
+
+def train() -> tuple[dict[str, int], bool]:
+    """Tokens that each layer has counted over all ranks, and if its norms are those of its inputs on all of them."""
+    torch.manual_seed(0)  # the same weights
+    model, seen = Branches(), {"a": [], "b": []}
+    for name, layer in (("a", model.a), ("b", model.b)):
+        layer.register_forward_pre_hook(lambda _, inputs, name=name: seen[name].append(inputs[0]))
+    updater = MaskUpdater(model, "2:4", update_freq=4, window=4, total_steps=40, targets=["a", "b"])
+    torch.manual_seed(1 + rank())
+    for step in range(4):
+        skips = rank() == 1 and step in (1, 2)
+        model(torch.randn(5, 8), "b" if skips else "ab").sum().backward()
+        updater.step()
+    close = True
+    for name, layer in updater.layers.items():
+        inputs = torch.cat([each for of_rank in gather_objects(seen[name]) for each in of_rank])
+        if rank() == 0:  # which goes on with the sums
+            close = close and torch.allclose(layer.statistics.norm_I, inputs.norm(dim=0))
+    return {name: int(layer.statistics.tokens) for name, layer in updater.layers.items()}, close
+
+
+def test_a_layer_that_stops_sharing_on_one_rank_stops_on_all():
+    first, second = launch.run(train)
+    assert first == ({"a": 30, "b": 40}, True)
+    assert second[0] == {"a": 0, "b": 0}

@@ -4,6 +4,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelPruning, WeightAveraging
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from sparse_train.layers.matrices import FACTOR_NAMES
 from sparse_train.layers.sharding import is_sharded
@@ -11,8 +12,14 @@ from sparse_train.layers.sparse_linear import sparse_layers
 from sparse_train.pipeline.run_settings import RunSettings
 
 
-def check_strategy(trainer: L.Trainer) -> None:
-    """Raise ValueError if the strategy holds weights in a way that masks do not support."""
+def check_strategy(trainer: L.Trainer, squash: bool) -> None:
+    """Raise ValueError if the strategy holds weights, or brings them back, in a way that masks do not support."""
+    if not squash and isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        raise ValueError(
+            "squash=False keeps masks after fit, but the strategy trains in processes that it starts itself (spawn, "
+            "fork, notebook) and brings only the module's weights back, so the masks would be lost. Leave squash out, "
+            'or start the processes with torchrun, or use strategy="ddp".'
+        )
     if isinstance(trainer.strategy, FSDPStrategy):
         raise ValueError(
             'strategy="fsdp" is FSDP1, which flattens weights into shards. Masks need whole rows, which those do not '

@@ -194,10 +194,17 @@ class DynamicPruning(L.Callback):
     def token_mask(self, batch: Any) -> Tensor | None:
         """Which tokens of a batch count in activation statistics: (B, L), 0 = padding; None = all.
 
-        Override it for batches that mark padding in another way than by ``batch["attention_mask"]``.
+        Override it for batches that mark padding in another way than by ``batch["attention_mask"]``. An encoder-decoder
+        model reads two texts, and that mask belongs to one of them, so that by default all tokens of both count.
         """
+        assert self.updater is not None
         mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-        return mask if isinstance(mask, Tensor) else None
+        return mask if isinstance(mask, Tensor) and not self.updater.reads_two_texts else None
+
+    @property
+    def first_mask_moves_weights(self) -> bool:
+        """Whether the first mask comes with other values of the kept weights, from a ``Solver``."""
+        return isinstance(self._initial_criterion, Solver)
 
     def first_mask_settings(self) -> dict[str, str]:
         """How the first mask is made, for records of a run."""
@@ -222,7 +229,7 @@ class DynamicPruning(L.Callback):
                 # FSDP2 and DeepSpeed load only what the module has, and would silently leave masks out
                 building.call_when_built(pl_module, self._sparsify)
             return
-        check_strategy(trainer)
+        check_strategy(trainer, self._squash)
         check_shares(pl_module, self._settings)
         check_averaging(trainer, self)
         check_alone(trainer)
@@ -354,9 +361,8 @@ class DynamicPruning(L.Callback):
                 layer.recorder = layer.statistics = None
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        building.forget(pl_module)
-        building.drop_hooks(pl_module)  # Lightning calls no teardown after an exception
-        self._undo_loading = None
+        self.teardown(trainer, pl_module, "")  # Lightning calls none after an exception
+        building.drop_hooks(pl_module)  # of another callback
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         building.forget(pl_module)

@@ -50,7 +50,8 @@ class RunHistory(L.Callback):
     ``sparse-train fit`` adds this callback automatically. Metrics are those that the module logs: at validations, names
     that start with ``val``; in training, other names that contain ``loss``. The sanity check before training gives the
     baselines: its result is that of the first mask, and the same batches are run a second time with all weights kept,
-    for the dense model. ``num_sanity_val_steps=-1`` uses the whole validation set for this.
+    for the dense model (unless a solver has made the first mask, which also moves the weights that it keeps).
+    ``num_sanity_val_steps=-1`` uses the whole validation set for this.
 
     Checkpoints contain the records so far. A run that was killed and resumed, in the same folder or in another, thus
     has one history; records written after the checkpoint are dropped. Only rank 0 writes.
@@ -90,7 +91,7 @@ class RunHistory(L.Callback):
         if trainer.global_step > 0:  # a second fit of this trainer: the weights are already trained
             return
         self._baseline(trainer, "first mask" if self._is_masked() else "dense")
-        if self._is_masked():
+        if self._is_masked() and self._pruning is not None and not self._pruning.first_mask_moves_weights:
             with _opened(self._layers()):
                 trainer.fit_loop.epoch_loop.val_loop.run()  # still a sanity check: not logged, triggers no checkpoint
                 self._baseline(trainer, "dense")

@@ -17,7 +17,9 @@ class Random(Criterion):
     Weights that are zero are pruned first, so pruning twice gives the same result as pruning once.
 
     Args:
-        seed: with the same seed, the same weights of a layer are pruned. Layers with different weights differ.
+        seed: the same seed and weights give the same scores. Layers with different weights differ, and so do those of
+            one layer before and after an optimizer step: with a policy by which weights come back, each update draws a
+            new mask. ``Fixed()`` keeps the first one.
     """
 
     seed: int = 0
@@ -26,5 +28,5 @@ class Random(Criterion):
         # The first row of the layer distinguishes layers of equal shape, without a state that has to be kept or saved.
         row = weight_OI[0].detach().float().cpu().numpy().tobytes()
         generator = torch.Generator().manual_seed(zlib.crc32(row, self.seed))
-        scores_OI = torch.rand(weight_OI.shape, generator=generator).to(weight_OI.device)
+        scores_OI = torch.rand(weight_OI.shape, generator=generator, dtype=torch.float32).to(weight_OI.device)
         return torch.where(weight_OI != 0, scores_OI + torch.finfo(torch.float32).tiny, 0)

@@ -35,6 +35,12 @@ def unambiguous_blocks(model: nn.Module) -> str | None:
     return first
 
 
+def reads_two_texts(model: nn.Module) -> bool:
+    """Whether this is, or holds, an encoder-decoder model, in which one mask does not fit the inputs of all layers."""
+    configs = (getattr(module, "config", None) for module in model.modules())
+    return any(getattr(config, "is_encoder_decoder", False) is True for config in configs)
+
+
 def _is_block(module: nn.Module) -> bool:
     composite = next(module.children(), None) is not None
     return composite and any(dimensions(parameter) >= 2 for parameter in module.parameters())

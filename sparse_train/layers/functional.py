@@ -14,7 +14,8 @@ from sparse_train.layers import masks
 
 
 class _MaskedLinear(torch.autograd.Function):
-    """``F.linear(x, where(mask, weight, 0), bias)`` that saves x, weight and packed mask, but no masked copy.
+    """``F.linear(x, where(mask, weight, 0), bias)`` that saves weight, packed mask and, if the weight is trained,
+    x, but no masked copy.
 
     The masked weight is recomputed in backward: saving it would hold a second model between forward and backward
     (under FSDP2 or ZeRO-3, the whole gathered one).
@@ -30,8 +31,10 @@ class _MaskedLinear(torch.autograd.Function):
         if not autocast and x.dtype != weight_OI.dtype:
             raise RuntimeError(f"input is {x.dtype} and weight is {weight_OI.dtype}; they must have the same dtype")
         ctx.x_dtype, ctx.straight_through, ctx.has_bias = x.dtype, straight_through, bias_O is not None
+        ctx.device_type, ctx.dtype = device, dtype
         x = x.to(dtype)
-        ctx.save_for_backward(x, weight_OI, mask_OJ)
+        # of a frozen weight, the gradient does not need the input, which a dense layer would not hold either
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight_OI, mask_OJ)
         with torch.autocast(device, enabled=False):
             return F.linear(x, masks.apply(weight_OI, mask_OJ, dtype), None if bias_O is None else bias_O.to(dtype))
 
@@ -40,11 +43,11 @@ class _MaskedLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight_OI, mask_OJ = ctx.saved_tensors
         grad_x = grad_weight_OI = grad_bias_O = None
-        with torch.autocast(x.device.type, enabled=False):  # in case the caller runs backward inside autocast
-            grad = grad.to(x.dtype)
+        with torch.autocast(ctx.device_type, enabled=False):  # in case the caller runs backward inside autocast
+            grad = grad.to(ctx.dtype)
             grad_TO = grad.reshape(-1, grad.shape[-1])
             if ctx.needs_input_grad[0]:
-                grad_x = grad.matmul(masks.apply(weight_OI, mask_OJ, x.dtype)).to(ctx.x_dtype)
+                grad_x = grad.matmul(masks.apply(weight_OI, mask_OJ, ctx.dtype)).to(ctx.x_dtype)
             if ctx.needs_input_grad[1]:
                 grad_weight_OI = grad_TO.t().mm(x.reshape(-1, x.shape[-1])).to(weight_OI.dtype)
                 if not ctx.straight_through:

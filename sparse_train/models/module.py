@@ -66,7 +66,7 @@ class CausalLM(L.LightningModule):
         self.gradient_checkpointing, self.compile_blocks = gradient_checkpointing, compile_blocks
         self.distillation = distillation
         self._teacher: Teacher | None = None
-        self._val_loss = MeanMetric()
+        self._val_loss: MeanMetric | None = None
 
     def setup(self, stage: str) -> None:
         self._teacher = None  # drop that of an interrupted run, which may be on another device
@@ -135,15 +135,21 @@ class CausalLM(L.LightningModule):
         self.log_dict({f"train/loss_{name}": loss for name, loss in losses.items()})
         return distillation.total(losses)
 
+    def on_validation_epoch_start(self) -> None:
+        # a new one, because a trainer in true half precision casts what the module holds, and sums need float32
+        self._val_loss = MeanMetric().to(self.device)
+
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         logits_BLV = self(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         loss, tokens = next_token_loss(logits_BLV, batch["labels"])
+        assert self._val_loss is not None
         self._val_loss.update(loss, weight=tokens)
 
     def on_validation_epoch_end(self) -> None:
+        assert self._val_loss is not None
         loss = self._val_loss.compute()
         self.log_dict({"val/loss": loss, "val/perplexity": loss.exp()}, prog_bar=True)
-        self._val_loss.reset()
+        self._val_loss = None
 
     def configure_optimizers(self) -> Any:
         parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -152,7 +158,8 @@ class CausalLM(L.LightningModule):
             {"params": [p for p in parameters if dimensions(p) < 2], "weight_decay": 0.0},
         ]
         optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=self.lr, betas=self.betas)
-        total = self.trainer.estimated_stepping_batches
+        # of this fit: the trainer may have run another one before. At a resume, its steps are restored after this
+        total = self.trainer.estimated_stepping_batches - self.trainer.global_step
         if not math.isfinite(total):
             raise ValueError("The learning rate decays over the whole run, so the run needs an end: set max_steps.")
         warmup_steps = max(1, int(self.warmup * total))

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparse_train.layers.blocks import reads_two_texts
 from sparse_train.layers.matrices import MaskedLayer, Recorder
 from sparse_train.oneshot.experts import ExpertMatrix, ExpertRecorder
 from sparse_train.oneshot.store import Activations, copied, moved
@@ -62,6 +63,7 @@ class CalibrationPass:
         self._advance = advance
         self._activations, self._keep = Activations(len(self._batches), keep), keep
         self._in_order = False
+        self._two_texts = reads_two_texts(model)
         self.seconds = 0.0
         """Time spent in forward passes."""
 
@@ -108,13 +110,16 @@ class CalibrationPass:
         with _inference(self._model):
             for index, batch in enumerate(self._batches):
                 began = time.perf_counter()
-                self._recorder.token_mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+                self._recorder.token_mask = self._token_mask(batch)
                 output = forward(index)
                 if self._device.type == "cuda":
                     torch.cuda.synchronize(self._device)  # otherwise the time is counted where the result is needed
                 self.seconds += time.perf_counter() - began
                 self._advance()
                 yield output
+
+    def _token_mask(self, batch: Batch) -> Tensor | None:
+        return batch.get("attention_mask") if isinstance(batch, Mapping) and not self._two_texts else None
 
     def _check_order(self, blocks: Sequence[nn.Module]) -> None:
         """Raise ValueError if blocks do not run one after the other, once each.

@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from sparse_train.layers import sharding
 from sparse_train.layers.matrices import MaskedLayer
 
 
@@ -92,8 +93,11 @@ class StraightThrough(MaskPolicy):
         return float((1 - rate) ** steps)
 
 
-def check_policy(layers: Mapping[str, MaskedLayer], policy: MaskPolicy, shadow_factor: float = 1.0) -> None:
-    """Raise ValueError if a policy would write into weights that are frozen, or that an adapter keeps frozen."""
+def check_policy(
+    layers: Mapping[str, MaskedLayer], policy: MaskPolicy, update_freq: int, shadow_factor: float = 1.0
+) -> None:
+    """Raise ValueError if a policy would write into weights that are frozen, or that an adapter keeps frozen, or if
+    their dtype would lose what it writes."""
     shrinks = shadow_factor != 1 or (isinstance(policy, StraightThrough) and policy.srste_decay > 0)
     frozen = next((name for name, layer in layers.items() if not layer.weight_OI.requires_grad), None)
     if shrinks and frozen is not None and not layers[frozen].adapted:
@@ -101,6 +105,8 @@ def check_policy(layers: Mapping[str, MaskedLayer], policy: MaskPolicy, shadow_f
             f"{frozen} is frozen, and {policy} would shrink its pruned weights. Set srste_decay to 0, or leave the "
             "layer out (ignore)."
         )
+    if isinstance(policy, StraightThrough) and policy.srste_decay > 0:
+        _check_precision(layers, policy.srste_decay, 1 - (1 - policy.srste_decay) ** update_freq)
     name = next((name for name, layer in layers.items() if layer.adapted), None)
     if name is None:
         return
@@ -114,3 +120,15 @@ def check_policy(layers: Mapping[str, MaskedLayer], policy: MaskPolicy, shadow_f
             f"{name} has a mask_lora adapter, so its weight is frozen, and {policy} would shrink its pruned weights. "
             "Set srste_decay to 0, or train without mask_lora."
         )
+
+
+def _check_precision(layers: Mapping[str, MaskedLayer], decay: float, shrinks_by: float) -> None:
+    for name, layer in layers.items():
+        dtype = layer.weight_OI.dtype
+        in_float32 = sharding.has_masters(layer) or sharding.is_zero3(layer.weight_OI)  # DeepSpeed's masters shrink
+        if shrinks_by < torch.finfo(dtype).eps / 2 and not in_float32:
+            raise ValueError(
+                f"srste_decay={decay:g} shrinks pruned weights by {100 * shrinks_by:.2g} % per update, which is lost "
+                f"when {name} is rounded to {dtype}. Train in mixed precision (weights in float32), update less often, "
+                "or raise srste_decay."
+            )

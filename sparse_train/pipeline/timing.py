@@ -4,6 +4,9 @@ import math
 import operator
 from dataclasses import dataclass
 
+_ROUNDING = 1e-9
+"""0.58 * 100 is 57.99999999999999: shares are meant in decimals."""
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -52,7 +55,7 @@ class Timing:
         if isinstance(window, float):
             if not 0 < window <= 1:
                 raise ValueError(f"window as a share of update_freq must be above 0 and at most 1, got {window}.")
-            window = math.ceil(window * update_freq)
+            window = math.ceil(window * update_freq - _ROUNDING)
         if not 1 <= window <= update_freq:
             raise ValueError(f"window must be from 1 to update_freq ({update_freq}) steps, got {window}.")
         start = _steps("start_step", start_step, total_steps)
@@ -63,7 +66,7 @@ class Timing:
             raise ValueError(f"start_step ({start}) lies after the end of the run ({total_steps:g} steps).")
         if first_from_window:
             # a run shorter than the window (a trial of a few steps) still ends sparse
-            start = max(start, window if total_steps is None else min(window, int(min(total_steps, window))))
+            start = max(start, int(min(window, total_steps or window)))
             if isinstance(end_step, float):  # a share is only approximate
                 end = max(start, end)
             if end < start:
@@ -129,4 +132,4 @@ def _steps(name: str, value: int | float, total_steps: int | float | None) -> in
             f"{name}={value} is a share of the run, whose length is not known. Give a number of steps, or limit the "
             "run (max_steps, max_epochs with a data set of known length; total_steps in a custom loop)."
         )
-    return int(value * total_steps)
+    return int(value * total_steps + _ROUNDING)

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from sparse_train.criteria import Criterion
 from sparse_train.distributed import rank
 from sparse_train.layers.agreement import check_agreement
+from sparse_train.layers.blocks import reads_two_texts
 from sparse_train.layers.mask_lora import describe_adapters
 from sparse_train.layers.sharding import reshard
 from sparse_train.layers.sparse_linear import fold, sparse_layers
@@ -119,6 +120,8 @@ class MaskUpdater:
         )
         """The settings."""
         self._model = model
+        self.reads_two_texts = reads_two_texts(model)
+        """Whether it is an encoder-decoder model, whose batches have a mask for one of two texts."""
         before = {id(layer) for layer in sparse_layers(model).values()}  # masked by one-shot pruning or another updater
         self.layers = self.run.sparsify(model)
         try:
@@ -130,7 +133,7 @@ class MaskUpdater:
 
     def _begin(self, total_steps: int | float | None, state: Mapping[str, Any] | None) -> None:
         """Checks settings, masks and state before anything in the layers changes."""
-        check_policy(self.layers, self.run.policy)
+        check_policy(self.layers, self.run.policy, self.run.update_freq)
         self._adapters = describe_adapters(self.layers)
         has_masks = state is None and self._has_masks()
         if state is None:
@@ -232,7 +235,8 @@ class MaskUpdater:
         self.window.before_update()
         since = 0 if self.sparsity is None else self.steps - self._last_update
         shadow_factor = self.run.policy.shadow_decay(progress, since) if since else 1.0
-        check_policy(self.layers, self.run.policy, shadow_factor)  # adapters may have been added after the updater
+        # again, because adapters may have been added after the updater
+        check_policy(self.layers, self.run.policy, self.run.update_freq, shadow_factor)
         before = {}
         if self._growth is not None:
             self._growth.require_gradients()

@@ -8,6 +8,9 @@ from sparse_train.report.collect import Record, Run
 def headline(run: Run) -> dict[str, Any]:
     """The main results of one run, for JSON; docs/terminal.md explains them. None = not measured."""
     last = run.updates[-1] if run.updates else None
+    opened = run.baselines.get("dense")
+    if opened is not None and (opened.get("sparsity") or 0) > 0.01:
+        opened = None  # the model was pruned before the run
     return {
         "name": run.name,
         "folder": str(run.folder),
@@ -20,7 +23,7 @@ def headline(run: Run) -> dict[str, Any]:
         "initial_flip_rate": None if last is None else last["initial_flip_rate"],
         "perplexity": _perplexity(run.validations[-1] if run.validations else None),
         "perplexity_first_mask": _perplexity(run.baselines.get("first mask")),
-        "perplexity_dense": _perplexity(run.baselines.get("dense")),
+        "perplexity_dense": _perplexity(opened),
         "evaluation": {name: value for name, (value, _) in run.evaluated().items()},
     }
 

@@ -143,9 +143,13 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
         """Also called by Lightning's trainer, which can then report what ``setup`` raised."""
 
     def token_mask(self, inputs: Mapping[str, Any]) -> Tensor | None:
-        """Which tokens of a forward's keyword arguments count in activation statistics, (B, L), 0 = padding."""
+        """Which tokens of a forward's keyword arguments count in activation statistics, (B, L), 0 = padding.
+
+        All tokens of an encoder-decoder model, which reads two texts.
+        """
+        assert self.updater is not None
         mask = inputs.get("attention_mask")
-        return mask if isinstance(mask, Tensor) else None
+        return mask if isinstance(mask, Tensor) and not self.updater.reads_two_texts else None
 
     def resume_from(self, folder: Path | None) -> None:
         """Sets which checkpoint the run that begins resumes; None = it is a new run."""

@@ -1,7 +1,7 @@
 """What cannot be combined with ``SparseTrainerCallback`` and is refused before a run begins."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -34,6 +34,16 @@ def check_arguments(args: Any) -> None:
             "enable_jit_checkpoint=True writes checkpoints without telling callbacks, so that masks and shadow values "
             "would be missing from them and they could not be resumed. Leave it out, and save as often as you can "
             'afford to lose steps: save_strategy="steps" with a small save_steps.'
+        )
+
+
+def check_one(callbacks: Sequence[Any]) -> None:
+    """Raise ValueError if several callbacks would write the same file, and the first to end would fold all masks."""
+    if len(callbacks) > 1:
+        raise ValueError(
+            f"The Trainer has {len(callbacks)} callbacks of the class {type(callbacks[0]).__name__}, and can use one. "
+            "For several patterns in one model, use Lightning, with one DynamicPruning each, or a custom loop with one "
+            "MaskUpdater each."
         )
 
 

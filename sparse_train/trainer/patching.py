@@ -7,6 +7,8 @@ from typing import Any
 from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
+from sparse_train.trainer.checks import check_one
+
 
 def patch_trainer(kind: type[Any]) -> None:
     """Replace two methods of the class ``Trainer``, once. Trainers without a callback of ``kind`` behave as before.
@@ -34,6 +36,7 @@ def patch_trainer(kind: type[Any]) -> None:
     @functools.wraps(train)
     def train_telling(self: Any, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         folder = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
+        check_one(callbacks_of(self))
         for callback in callbacks_of(self):
             callback.resume_from(Path(folder) if folder else None)
         return train(self, resume_from_checkpoint, *args, **kwargs)

@@ -270,6 +270,20 @@ def test_validation_leaves_nothing_behind_for_the_next_fit(tmp_path):
     assert pruning.updater.steps == 12
 
 
+def test_a_validation_that_fails_leaves_no_masks_either(tmp_path):
+    class Fails(InInit):
+        def validation_step(self, batch, _):
+            raise RuntimeError("in validation")
+
+    path = tmp_path / "middle.ckpt"
+    with pytest.raises(SystemExit):
+        trainer(tmp_path, DynamicPruning("2:4"), Interrupt(6, path)).fit(InInit(), loader())
+    model, data = Fails(), DataLoader(Tokens(), batch_size=4)
+    with pytest.raises(RuntimeError, match="in validation"):
+        trainer(tmp_path, DynamicPruning("2:4")).validate(model, data, ckpt_path=path, weights_only=False)
+    assert not sparse_layers(model)
+
+
 def test_a_dense_checkpoint_can_be_validated_with_the_callback_in_place(tmp_path):
     path = tmp_path / "dense.ckpt"
     with pytest.raises(SystemExit):

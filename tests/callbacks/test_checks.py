@@ -6,7 +6,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelPruning
-from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from transformers import Trainer, TrainingArguments
 
 from sparse_train import Cubic
@@ -73,5 +73,13 @@ def test_steps_that_nobody_sees_are_said(tmp_path):
 
 def test_flat_shards_are_refused():
     with pytest.raises(ValueError, match='strategy="fsdp" is FSDP1.*ModelParallelStrategy'):
-        check_strategy(SimpleNamespace(strategy=FSDPStrategy()))
-    check_strategy(L.Trainer(logger=False, accelerator="cpu"))
+        check_strategy(SimpleNamespace(strategy=FSDPStrategy()), squash=True)
+    check_strategy(L.Trainer(logger=False, accelerator="cpu"), squash=False)
+
+
+def test_masks_that_processes_would_not_bring_back_are_refused(tmp_path):
+    forked = DDPStrategy(start_method="fork", process_group_backend="gloo")
+    settings = {"strategy": forked, "devices": 2, "max_steps": 4, "logger": False}
+    pruning = DynamicPruning("2:4", squash=False)
+    with pytest.raises(Exception, match="squash=False keeps masks after fit"):  # torch names the process that raised
+        L.Trainer(**settings, accelerator="cpu", default_root_dir=tmp_path, callbacks=[pruning]).fit(InInit(), loader())

@@ -1,4 +1,4 @@
-"""None"""
+"""``DynamicPruning`` in Lightning's trainer: exact masks after every step, in any module, under any setting."""
 
 import logging
 
@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from transformers import T5Config, T5ForConditionalGeneration
 
 from sparse_train import Cubic, Fixed, sparse_layers
 from sparse_train.callbacks import DynamicPruning
@@ -23,6 +24,7 @@ from tests.callbacks.runs import (
     trainer,
     zeros,
 )
+from tests.conftest import VOCABULARY
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
@@ -351,3 +353,28 @@ def test_metrics_of_the_latest_update_are_there_after_a_resume(tmp_path):
     again = trainer(tmp_path, DynamicPruning("2:4", update_freq=4), seen, max_steps=16, val_check_interval=1)
     again.fit(InInit(), loader(), loader(), ckpt_path=path, weights_only=False)
     assert seen.seen and all(each[0] == pytest.approx(last) for each in seen.seen)
+
+
+class Translation(InInit):
+    """An encoder-decoder, whose attention_mask is that of the text that the encoder reads."""
+
+    def __init__(self):
+        super().__init__()
+        sizes = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_decoder_layers": 1, "num_heads": 2}
+        self.net = T5ForConditionalGeneration(T5Config(vocab_size=VOCABULARY, decoder_start_token_id=0, **sizes))
+
+
+def test_the_padding_of_an_encoders_text_is_not_that_of_the_decoders(tmp_path):
+    pruning = DynamicPruning(
+        "2:4", update_freq=4, window=4, end_step=4, targets=["net.encoder", "net.decoder"], squash=False
+    )
+    counted = {}
+
+    class Look(L.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == 3:
+                layers = pruning.updater.layers.items()
+                counted.update({name: int(layer.statistics.tokens) for name, layer in layers})
+
+    trainer(tmp_path, pruning, Look(), max_steps=4).fit(Translation(), loader(padded=True))
+    assert set(counted.values()) == {(8 + 3) * 2 * 16}  # in calibration and in three steps

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
+from sparse_train import SparseGPT
 from sparse_train.callbacks import DynamicPruning, RunHistory
 from sparse_train.report.collect import HISTORY, collect
 from tests.callbacks.runs import InInit, Tokens, loader
@@ -105,6 +106,12 @@ def test_baselines_are_the_dense_and_the_one_shot_model(tmp_path):
         losses = [float(model(**batch).loss) for batch in itertools.islice(validation_loader(), 3)]
     assert dense["metrics"]["val_loss"] == pytest.approx(sum(losses) / 3)
     assert one_shot["metrics"]["val_loss"] != pytest.approx(dense["metrics"]["val_loss"], rel=1e-3)
+
+
+def test_weights_that_a_solver_has_moved_are_not_called_the_dense_model(tmp_path):
+    pruning = DynamicPruning("2:4", update_freq=3, initial_criterion=SparseGPT())
+    fit(tmp_path, steps=1, callbacks=[pruning, RunHistory()])
+    assert [record["state"] for record in records(tmp_path) if record["kind"] == "baseline"] == ["first mask"]
 
 
 def test_recording_changes_nothing(tmp_path):

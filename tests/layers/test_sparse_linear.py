@@ -85,9 +85,10 @@ def saved_bytes(run):
     return sum(saved.values()), output
 
 
+@pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_nothing_is_held_for_backward_beyond_the_dense_layer_and_the_mask(autocast):
-    dense = nn.Linear(64, 32)
+def test_nothing_is_held_for_backward_beyond_the_dense_layer_and_the_mask(autocast, frozen):
+    dense = nn.Linear(64, 32).requires_grad_(not frozen)
     layer = copy.deepcopy(dense)
     sparsify(layer, [layer])
     x = torch.randn(4, 64, requires_grad=True)
@@ -97,6 +98,17 @@ def test_nothing_is_held_for_backward_beyond_the_dense_layer_and_the_mask(autoca
     # the dense layer holds a bfloat16 copy of its weight under autocast, the masked one the parameter itself
     weight_twice = layer.weight.nbytes - layer.weight.nbytes // 2 if autocast else 0
     assert held <= held_dense + layer.weight_mask.nbytes + weight_twice
+
+
+def test_a_frozen_layer_lets_its_input_be_changed_in_place():
+    layer, mask = sparse_linear(8, 4)
+    layer.requires_grad_(False)
+    x = torch.randn(2, 8, requires_grad=True)
+    hidden = x * 1
+    output = layer(hidden)
+    hidden += 1  # as a residual connection may, where the layer is dense
+    output.sum().backward()
+    torch.testing.assert_close(x.grad, torch.where(mask, layer.weight, 0).sum(0).expand(2, 8))
 
 
 def test_autocast_forward_and_backward():

@@ -5,6 +5,7 @@ import lightning as L
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
 from sparse_train import sparse_layers
@@ -73,6 +74,31 @@ def test_validation_perplexity_is_over_tokens(model_folder, data):
         total, count = total + float(loss) * tokens, count + tokens
     logged = trainer.validate(module, data, verbose=False)[0]["val/perplexity"]
     assert logged == pytest.approx(torch.tensor(total / count).exp().item(), rel=1e-5)
+
+
+def test_a_second_fit_has_a_whole_schedule_of_its_own(model_folder, data):
+    module, rates = CausalLM(str(model_folder), lr=1e-3, warmup=0.3), []
+
+    class Watch(L.Callback):
+        def on_train_batch_start(self, trainer, *args):
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    trainer = fit(module, data, Watch(), max_steps=5)
+    trainer.fit_loop.epoch_loop.max_steps = 10
+    trainer.fit(module, data)
+    assert rates[5:] == pytest.approx(rates[:5])
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_validation_sums_are_float32_in_true_half_precision(model_folder, data, precision):
+    module = CausalLM(str(model_folder))
+    data.setup("fit")
+    batch = next(iter(data.val_dataloader()))
+    many = DataLoader([batch] * 300, batch_size=None)
+    trainer = L.Trainer(precision=precision, logger=False, accelerator="cpu", enable_progress_bar=False)
+    (once,) = trainer.validate(module, DataLoader([batch], batch_size=None), verbose=False)
+    (logged,) = trainer.validate(module, many, verbose=False)  # 300 times the same loss: more tokens than bf16 counts
+    assert logged["val/loss"] == pytest.approx(once["val/loss"], rel=1e-5)
 
 
 def test_gradient_checkpointing_changes_nothing(model_folder, data):

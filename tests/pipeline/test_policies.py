@@ -1,5 +1,6 @@
 """Counts under every policy; the decay of shadow values, and that nothing but steps decides how much of it there is."""
 
+from contextlib import nullcontext
 from itertools import pairwise
 
 import pytest
@@ -168,6 +169,14 @@ def test_policies_that_write_weights_are_refused_where_adapters_keep_them():
     late(torch.randn(2, 16))
     with pytest.raises(ValueError, match="srste_decay to 0"):
         updater.step()
+
+
+def test_a_decay_that_rounding_would_undo_is_refused():
+    for decay, refused in ((1e-4, True), (3e-4, True), (5e-4, False)):
+        policy = StraightThrough(srste_decay=decay)
+        with pytest.raises(ValueError, match="lost when .*q_proj is rounded") if refused else nullcontext():
+            MaskUpdater(tiny_llama().bfloat16(), "2:4", policy=policy, update_freq=10, total_steps=100)
+        MaskUpdater(tiny_llama(), "2:4", policy=policy, update_freq=10, total_steps=100)
 
 
 def test_frozen_weights_are_not_shrunk_either():

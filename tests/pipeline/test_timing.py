@@ -32,6 +32,12 @@ def test_whole_steps():
     assert updates(timing(start_step=0.25, end_step=1.0, update_freq=50)) == [25, 75, 100]
 
 
+def test_shares_are_those_of_decimal_numbers():
+    ends = [timing(end_step=percent / 100, update_freq=100).end_step for percent in range(101)]
+    assert ends == list(range(101))  # 0.58 * 100 is a little less than 58
+    assert timing(update_freq=100, window=0.07).window == 7  # and 0.07 * 100 a little more than 7
+
+
 def test_a_first_mask_from_a_window_waits_for_it():
     assert updates(timing(first_from_window=True))[:3] == [5, 15, 25]
     assert updates(timing(first_from_window=True, start_step=20))[:2] == [20, 30]

@@ -42,6 +42,13 @@ def test_engines_whose_checkpoints_it_cannot_follow_are_refused(tmp_path, monkey
         SparseTrainerCallback(calibration_batches=-1)
 
 
+def test_a_second_callback_is_refused(tmp_path):
+    run = trainer(tmp_path, pruning(targets=["re:.*self_attn.*"]))
+    run.add_callback(pruning(targets=["re:.*mlp.*"]))
+    with pytest.raises(ValueError, match="has 2 callbacks of the class SparseTrainerCallback"):
+        run.train()
+
+
 def test_a_policy_that_reads_gradients_is_refused():
     with pytest.raises(ValueError, match="before clipping, where the Trainer has no hook for "):
         SparseTrainerCallback("2:4", policy=Regrow())

@@ -9,6 +9,7 @@ from sparse_train.layers.mask_lora import MaskLoRA, add_mask_lora, merge_mask_lo
 from sparse_train.layers.sparse_linear import SparseLinear, sparse_layers, sparsify, sparsify_like, squash
 from sparse_train.oneshot import prune
 from sparse_train.patterns import NM, Pattern, Unstructured
+from sparse_train.pipeline.existing_zeros import keep_zeros
 from sparse_train.pipeline.policies import Dormant, Fixed, MaskPolicy, StraightThrough
 from sparse_train.pipeline.regrow import Regrow
 from sparse_train.pipeline.schedules import Constant, Cubic, Linear, Schedule
@@ -49,6 +50,7 @@ __all__ = [
     "Wanda",
     "WandaCumulative",
     "add_mask_lora",
+    "keep_zeros",
     "merge_mask_lora",
     "prune",
     "sparse_layers",

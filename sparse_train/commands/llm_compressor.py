@@ -42,7 +42,10 @@ class Recipe:
 
 
 _EXAMPLE = "{pruning_stage: {pruning_modifiers: {WandaPruningModifier: {sparsity: 0.5}}}}"
-_TRAINING = "in training it is DynamicPruning(policy=Fixed()), as in recipes/smollm2_2of4_static.yaml"
+_TRAINING = (
+    "in training it is DynamicPruning(policy=Fixed()), as in recipes/smollm2_2of4_static.yaml, or, for zeros that "
+    "follow no pattern, sparse_train.keep_zeros(model)"
+)
 _QUANTIZES = re.compile("Quant|GPTQ|AWQ|AutoRound|Equalization|QuIP|IMatrix", re.IGNORECASE)
 _ALL = {"__ALL__", "__ALL_PRUNABLE__", "__ALL_QUANTIZABLE__"}
 _SCORED = ("sparsity", "sparsity_profile", "mask_structure", "owl_m", "owl_lmbda", "targets", "ignore")

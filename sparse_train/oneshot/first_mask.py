@@ -21,7 +21,8 @@ from sparse_train.oneshot.engine import Method, Undo
 from sparse_train.oneshot.pruning import set_initial_masks
 from sparse_train.oneshot.training_data import causal_lm
 from sparse_train.patterns import Pattern, group_label
-from sparse_train.pipeline.pruner import check_masks, masks_from_zeros, measure
+from sparse_train.pipeline.existing_zeros import TO_KEEP_THEM
+from sparse_train.pipeline.pruner import check_masks, measure
 from sparse_train.pipeline.run_settings import RunSettings
 from sparse_train.solvers import Solver, SparseGPT
 
@@ -35,6 +36,12 @@ _OUT_OF_MEMORY = (
     "CUDNN_STATUS_NOT_SUPPORTED",  # cuDNN also says this if its workspace does not fit
 )
 """Parts of error messages, because not every backend raises ``torch.OutOfMemoryError``."""
+_NO_MODEL = "the targets are not in one transformers model, whose blocks could be calibrated one by one"
+_NO_BATCHES = (
+    "no batches could be taken from the training data for calibration, because it is a stream, has a sampler of its "
+    "own, or its batches are neither tensors of token ids nor dicts with input_ids. To start with a mask, prune the "
+    "model before the run: sparse_train.prune(model, batches, ..., squash=False)"
+)
 _PRUNED = 0.005  # with a larger share of zeros among kept weights, a model was pruned: 4-bit weights have 0.0003
 
 
@@ -90,8 +97,10 @@ def set_first_mask(
     if _is_one_shot_wanted(method, settings.criterion, layers, sparsity):
         reshard(root)
         if any(map(is_sharded, layers.values())):
-            _take_zeros_of_shards(layers, pattern, sparsity)
-        elif count:
+            _say_dense_start("the model is sharded, so its blocks cannot be calibrated one by one")
+        elif not count:
+            _say_dense_start("calibration_batches is 0")
+        else:
             found = _model_and_batches(root, layers, count, batches)
     if found is not None:
         model, own = found
@@ -124,13 +133,13 @@ def _is_one_shot_wanted(
     return not updates_do and sparsity > 0 and all(layer.keeps_all() for layer in layers.values())
 
 
-def _take_zeros_of_shards(layers: Mapping[str, MaskedLayer], pattern: Pattern, sparsity: float) -> None:
-    """Make masks from the zeros of a sharded model that was pruned before; log it if it was not."""
-    if not masks_from_zeros(layers, pattern, sparsity) and rank() == 0:
-        _log.info(
-            "The model is sharded, so its blocks cannot be calibrated one by one: the first mask will come from "
-            "the activations of the first steps, which run dense. A model that was pruned before starts with its "
-            "zeros."
+def _say_dense_start(reason: str, level: int = logging.INFO) -> None:
+    if rank() == 0:
+        _log.log(
+            level,
+            "The first steps run dense, and their activations give the first mask: %s. (A model that was pruned before "
+            "starts with its zeros, if they follow the pattern.)",
+            reason,
         )
 
 
@@ -144,7 +153,10 @@ def _model_and_batches(
     model, ranks = causal_lm(root, layers), world_size()
     found = None if model is None else batches(-(-count // ranks) * ranks)  # the same number for each rank
     if model is None or found is None or len(found) < ranks:
-        _log.info("The first mask will come from the activations of the first steps, which run dense.")
+        if model is None:
+            _say_dense_start(_NO_MODEL)
+        else:  # which is a surprise
+            _say_dense_start(_NO_BATCHES, logging.WARNING)
         return None
     return model, found[rank() :: ranks]
 
@@ -202,11 +214,11 @@ def _warn_of_zeros(layers: Mapping[str, MaskedLayer], pattern: Pattern, sparsity
     if share > _PRUNED:
         _log.warning(
             "The model was pruned before: %.1f %% of its weights are zeros that the first mask (%s at %g) keeps, so "
-            "training fills them, and other weights are pruned. To train with the existing zeros, call "
-            "prune(..., squash=False), train without re-pruning, and call squash(model).",
+            "training fills them, and other weights are pruned. %s",
             100 * share,
             group_label(pattern),
             sparsity,
+            TO_KEEP_THEM,
         )
 
 

@@ -11,13 +11,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from sparse_train.criteria import Magnitude
 from sparse_train.distributed import rank, sum_over_ranks
 from sparse_train.layers import masks, sharding
 from sparse_train.layers.matrices import MaskedMatrix
 from sparse_train.patterns import Pattern
 from sparse_train.pipeline.choice import Rules, agreed_flips, choose
-from sparse_train.pipeline.policies import StraightThrough
 from sparse_train.pipeline.recording import check_reached
 from sparse_train.pipeline.update_report import LayerUpdate
 
@@ -81,24 +79,6 @@ def measure(layers: Mapping[str, MaskedMatrix]) -> dict[str, LayerUpdate]:
         counts = total.tolist()
     sizes = [layer.in_features * layer.out_features for layer in layers.values()]
     return {name: LayerUpdate(size, size - n, 0) for name, size, n in zip(layers, sizes, counts, strict=True)}
-
-
-def masks_from_zeros(layers: Mapping[str, MaskedMatrix], pattern: Pattern, sparsity: float) -> bool:
-    """Make masks from the zeros of a model that was pruned before; False if it is not that sparse.
-
-    Args:
-        layers: with masks that keep everything, and that stay so if the result is False.
-        pattern, sparsity: what the masks must follow.
-    """
-    dense = measure(layers)
-    if sum(u.zeros for u in dense.values()) < 0.99 * sparsity * sum(u.size for u in dense.values()):
-        return False
-    found = update_masks(layers, Rules(Magnitude(), pattern, sparsity, StraightThrough()))
-    if all(found[name].zeros == dense[name].zeros for name in layers):
-        return True  # only zeros were pruned
-    for layer in layers.values():
-        masks.fill_full(layer.weight_mask, layer.in_features)
-    return False
 
 
 def check_masks(layers: Mapping[str, MaskedMatrix], pattern: Pattern, sparsity: float) -> None:

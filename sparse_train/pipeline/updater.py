@@ -20,6 +20,7 @@ from sparse_train.layers.sparse_linear import fold, sparse_layers
 from sparse_train.patterns import Pattern
 from sparse_train.pipeline.choice import Rules
 from sparse_train.pipeline.earlier_windows import Memory
+from sparse_train.pipeline.existing_zeros import masks_from_zeros
 from sparse_train.pipeline.first_masks import FirstMasks
 from sparse_train.pipeline.margins import NO_MARGIN
 from sparse_train.pipeline.policies import MaskPolicy, check_policy
@@ -152,13 +153,13 @@ class MaskUpdater:
         self._set_recording()
 
     def _has_masks(self) -> bool:
-        """Whether the run starts from existing masks; ValueError if they do not fit its settings."""
-        first = self.run.sparsity_at(0.0)
+        """Whether the run starts from existing masks or zeros; ValueError if masks do not fit its settings."""
+        first, pattern = self.run.sparsity_at(0.0), self.run.mask_structure
         # if nothing is to be pruned yet, masks that keep everything are right
-        has_masks = first == 0 or not all(layer.keeps_all() for layer in self.layers.values())
-        if has_masks:
-            check_masks(self.layers, self.run.mask_structure, first)
-        return has_masks
+        if first == 0 or not all(layer.keeps_all() for layer in self.layers.values()):
+            check_masks(self.layers, pattern, first)
+            return True
+        return self.run.first_sparsity > 0 and masks_from_zeros(self.layers, pattern, first)
 
     def _take_layers(self) -> None:
         """Make layers record for this updater, at step 0 of a run without masks."""

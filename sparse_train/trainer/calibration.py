@@ -36,9 +36,7 @@ def peek(loader: Any, batch_size: int, count: int) -> list[Batch] | None:
     sampler = _sampler_of(loader)
     if class_path(type(sampler)) not in _WHOLE_DATA_SAMPLERS:
         _log.warning(
-            "Training data is read by a %s, which may leave some of it out, so none is read for calibration. The "
-            "first mask will come from the activations of the first steps, which run dense. To start with a mask, "
-            "prune the model before the run: sparse_train.prune(model, batches, ..., squash=False).",
+            "Training data is read by a %s, which may leave some of it out, so none is read for calibration.",
             type(loader if sampler is None else sampler).__name__,
         )
         return None

@@ -1,0 +1,107 @@
+"""Masks of a model that was pruned before, from its zeros: ``keep_zeros``, and the first mask of a run."""
+
+import logging
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from sparse_train.criteria import Magnitude
+from sparse_train.distributed import rank
+from sparse_train.layers import masks, sharding
+from sparse_train.layers.matrices import MaskedLayer
+from sparse_train.layers.sparse_linear import fold, sparse_layers, sparsify
+from sparse_train.patterns import Pattern, Unstructured, group_label
+from sparse_train.pipeline.choice import Rules
+from sparse_train.pipeline.policies import StraightThrough
+from sparse_train.pipeline.pruner import measure, update_masks
+from sparse_train.targets import select
+
+_log = logging.getLogger(__name__)
+
+
+@torch.no_grad()
+def keep_zeros(
+    model: nn.Module, targets: Sequence[str] | None = None, ignore: Sequence[str] = ()
+) -> dict[str, MaskedLayer]:
+    """Mask the zeros of a model that was pruned before, wherever they are, so that training keeps all of them.
+
+    ::
+
+        model = AutoModelForCausalLM.from_pretrained("pruned")
+        keep_zeros(model)
+        ...  # train in any loop or trainer, without DynamicPruning or MaskUpdater
+        squash(model)
+
+    Pruned weights get no gradient, and masks do not change. This keeps zeros that follow no pattern, such as those of
+    OWL, SparseGPT or of groups larger than a row; for zeros that do follow one, ``DynamicPruning`` with the policy
+    ``Fixed()`` keeps them, too.
+
+    Args:
+        model: changed in place.
+        targets, ignore: which layers, see ``sparse_train.targets.select``.
+
+    Returns:
+        The masked layers by name.
+
+    Raises:
+        ValueError: no weight of the targets is zero, or the model has masks already. It is then unchanged.
+    """
+    if sparse_layers(model):
+        raise ValueError("The model has masks already, which keep its zeros. Squash it first to make new ones.")
+    chosen = select(model, Unstructured(), targets, ignore).layers
+    for name, module in chosen.items():
+        sharding.check_layout(name, module)
+    sparsify(model, chosen.values())
+    masked: dict[str, MaskedLayer] = sparse_layers(model)
+    for layer in masked.values():
+        layer.straight_through = False
+        with sharding.weights(layer, by_rows=False) as (weight_OI, _):
+            layer.set_mask(weight_OI != 0)
+    if all(layer.keeps_all() for layer in masked.values()):
+        fold(model)
+        raise ValueError(
+            "No weight of the targeted layers is zero, so there is nothing to keep: prune the model first."
+        )
+    return masked
+
+
+def masks_from_zeros(layers: Mapping[str, MaskedLayer], pattern: Pattern, sparsity: float) -> bool:
+    """Make the first masks of a run from the zeros of a model that was pruned before.
+
+    Warns if it was, but with zeros in other places than the pattern asks for.
+
+    Args:
+        layers: with masks that keep everything, and that stay so if the result is False.
+        pattern, sparsity: what the masks must follow.
+
+    Returns:
+        Whether the zeros are now masks: they are if they follow the pattern.
+    """
+    dense = measure(layers)
+    zeros, size = sum(u.zeros for u in dense.values()), sum(u.size for u in dense.values())
+    rounding = 1 / min(layer.in_features for layer in layers.values())  # rows prune whole counts
+    if zeros < 0.99 * (sparsity - rounding) * size:
+        return False
+    found = update_masks(layers, Rules(Magnitude(), pattern, sparsity, StraightThrough()))
+    if all(found[name].zeros == dense[name].zeros for name in layers):
+        return True  # only zeros were pruned
+    for layer in layers.values():
+        masks.fill_full(layer.weight_mask, layer.in_features)
+    if rank() == 0:
+        _log.warning(
+            "The model was pruned before: %.1f %% of its weights are zeros, but not where %s at %g has them. So "
+            "training fills them, and the first mask prunes other weights, too. %s",
+            100 * zeros / size,
+            group_label(pattern),
+            sparsity,
+            TO_KEEP_THEM,
+        )
+    return False
+
+
+TO_KEEP_THEM = (
+    "To train with the existing zeros, leave DynamicPruning or MaskUpdater out: call sparse_train.keep_zeros(model) "
+    "before training, and squash(model) after it."
+)
+"""Advice for models that were pruned in another way than a run would prune them."""

@@ -1,0 +1,89 @@
+"""Training of a model that was pruned before: its zeros stay, or a warning says that they do not."""
+
+import pytest
+import torch
+
+from sparse_train import (
+    Fixed,
+    Magnitude,
+    MaskUpdater,
+    SparseGPT,
+    StraightThrough,
+    Unstructured,
+    keep_zeros,
+    prune,
+    sparse_layers,
+    squash,
+)
+from tests.conftest import VOCABULARY, tiny_llama
+
+
+def train(model, updater=None, steps=12):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(steps):
+        ids = torch.randint(3, VOCABULARY, (2, 16))
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if updater is not None:
+            updater.step()
+    squash(model)
+
+
+def nonzero(model):
+    return {name: weight != 0 for name, weight in model.named_parameters() if "proj" in name}
+
+
+@pytest.mark.parametrize(("structure", "sparsity"), [("2:4", None), ("unstructured", 0.6)])
+def test_a_run_starts_with_the_zeros_of_its_model(ids, structure, sparsity):
+    model = tiny_llama()
+    prune(model, ids, structure, sparsity)
+    before = {name: mask.clone() for name, mask in nonzero(model).items()}
+    updater = MaskUpdater(model, structure, sparsity, policy=Fixed(), update_freq=4, total_steps=12)
+    assert updater.sparsity is not None  # from the first step on, not from the first window on
+    train(model, updater)
+    assert all(torch.equal(mask, before[name]) for name, mask in nonzero(model).items())
+
+    again = tiny_llama()
+    prune(again, ids, structure, sparsity)
+    updater = MaskUpdater(again, structure, sparsity, policy=StraightThrough(), update_freq=4, total_steps=12)
+    train(again, updater)
+    assert not all(torch.equal(mask, before[name]) for name, mask in nonzero(again).items())
+
+
+def test_zeros_that_do_not_follow_the_pattern_are_said_to_be_lost(ids, caplog):
+    model = tiny_llama()
+    prune(model, ids, Unstructured("layer"), 0.5)
+    MaskUpdater(model, "unstructured", 0.5, policy=Fixed(), update_freq=4, total_steps=12)
+    assert "50.0 % of its weights are zeros, but not where unstructured" in caplog.text
+    assert "sparse_train.keep_zeros(model)" in caplog.text
+    caplog.clear()
+    MaskUpdater(tiny_llama(), "2:4", total_steps=12)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("pruned", ["by SparseGPT", "within layers"])
+def test_zeros_are_kept_wherever_they_are(ids, pruned):
+    model = tiny_llama()
+    if pruned == "by SparseGPT":
+        prune(model, ids, "unstructured", 0.5, criterion=SparseGPT())
+    else:
+        prune(model, ids, Unstructured("layer"), 0.5)
+    before = {name: mask.clone() for name, mask in nonzero(model).items()}
+    weights = [parameter.detach().clone() for parameter in model.parameters()]
+    assert keep_zeros(model) == sparse_layers(model) and len(sparse_layers(model)) == 21
+    train(model)
+    assert not sparse_layers(model)
+    for name, mask in nonzero(model).items():
+        assert not (mask & ~before[name]).any(), name
+    assert not all(map(torch.equal, weights, model.parameters()))
+
+
+def test_what_has_no_zeros_to_keep_is_refused():
+    model = tiny_llama()
+    with pytest.raises(ValueError, match="No weight of the targeted layers is zero"):
+        keep_zeros(model)
+    assert not sparse_layers(model)
+    prune(model, mask_structure="2:4", criterion=Magnitude(), squash=False)
+    with pytest.raises(ValueError, match="has masks already"):
+        keep_zeros(model)

@@ -2,9 +2,10 @@
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelPruning, WeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint, ModelPruning, WeightAveraging
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.utilities import rank_zero_warn
 
 from sparse_train.layers.matrices import FACTOR_NAMES
 from sparse_train.layers.sharding import is_sharded
@@ -47,6 +48,19 @@ def check_alone(trainer: L.Trainer) -> None:
         raise ValueError(
             f"{type(other).__name__} adds a second set of masks to those of DynamicPruning, under the same "
             "name. Use one of them."
+        )
+
+
+def warn_of_denser_best(trainer: L.Trainer, settings: RunSettings) -> None:
+    """Warn if the best checkpoint may be one from before the final sparsity."""
+    rises = settings.start_step != 0 or settings.sparsity_at(0.0) != settings.sparsity_at(1.0)
+    found = [each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)]
+    monitor = next((each.monitor for each in found if each.monitor is not None and each.save_top_k != -1), None)
+    if rises and monitor is not None:
+        rank_zero_warn(
+            f"ModelCheckpoint keeps the checkpoints with the best {monitor}, and the sparsity of this run rises. "
+            "Denser models have the lower loss, so the best one may be from before the final sparsity. Use the last "
+            "one (save_last=True)."
         )
 
 

@@ -34,6 +34,7 @@ from sparse_train.callbacks.checks import (
     check_sharded,
     check_shares,
     check_strategy,
+    warn_of_denser_best,
 )
 from sparse_train.criteria import Criterion
 from sparse_train.description import describe
@@ -75,10 +76,14 @@ class DynamicPruning(L.Callback):
     steps that need not change the masks.
 
     With ``start_step`` 0, the first mask comes from one-shot pruning, block by block, calibrated on
-    ``calibration_batches`` batches of the training data, if the module holds a transformers model and batches are
-    dicts or tensors of token ids. Otherwise it comes from the activations of the first ``window`` steps, which run
-    dense. With a later ``start_step``, it comes from the window before that step. A model that is already pruned (its
-    layers are masked) starts with the masks it has.
+    ``calibration_batches`` batches of the training data, if the module holds a transformers model, batches are dicts
+    or tensors of token ids, and the data is neither a stream nor read by a custom sampler. Otherwise it comes from the
+    activations of the first ``window`` steps, which run dense, and the log says why. With a later ``start_step``, it
+    comes from the window before that step. A model that was pruned before starts with its masks, if its layers are
+    masked, or with its zeros, if they follow the pattern (see also ``sparse_train.keep_zeros``).
+
+    A trainer can have one such callback. For several patterns in one model, use several ``MaskUpdater``, with targets
+    that do not overlap, in a callback of your own or in a custom loop.
 
     Checkpoints hold shadow values and masks in the model's state dict, and statistics and counters in the callback's
     state. A resumed run continues bit for bit, except for random numbers that Lightning does not save, such as those of
@@ -233,6 +238,7 @@ class DynamicPruning(L.Callback):
         check_shares(pl_module, self._settings)
         check_averaging(trainer, self)
         check_alone(trainer)
+        warn_of_denser_best(trainer, self._settings)
         continues = self.updater is not None and trainer.global_step > 0 and bool(sparse_layers(pl_module))
         self._restored = (self._ended or self.state_dict()) if continues else None
         self.updater = None
@@ -342,9 +348,13 @@ class DynamicPruning(L.Callback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.updater is not None and self.updater.steps == 0:
+            by_hand = (
+                " Under manual optimization, call step() on what self.optimizers() returns, which Lightning counts; do "
+                "not use use_pl_optimizer=False."
+            )
             rank_zero_warn(
-                "No optimizer step was seen, so masks never changed. Under manual optimization, call step() on what "
-                "self.optimizers() returns, which Lightning counts; do not use use_pl_optimizer=False."
+                "No optimizer step was seen, so masks never changed."
+                + ("" if pl_module.automatic_optimization else by_hand)
             )
         if self.updater is not None:
             self.updater.finish()

@@ -1,5 +1,6 @@
 """Files and folders that are complete or absent."""
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -48,3 +49,7 @@ def check_free(out: Path) -> None:
         )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists already and is not an empty folder. Choose another, or remove it first.")
+    above = next(parent for parent in out.absolute().parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        why = "is not a folder" if not above.is_dir() else "cannot be written to"
+        raise ValueError(f"{out} cannot be created: {above} {why}. Choose another place.")

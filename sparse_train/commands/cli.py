@@ -75,7 +75,8 @@ def _debugging(debug: bool) -> Iterator[None]:
 
 def _is_the_users(error: Exception) -> bool:
     """Whether the message is enough: a wrong value, a missing file or package, or something Lightning cannot do."""
-    expected = isinstance(error, (ValueError, OSError, ImportError)) or "more than one stateful callback" in str(error)
+    of_lightning = ("more than one stateful callback", "Early stopping conditioned on metric")  # RuntimeErrors
+    expected = isinstance(error, (ValueError, OSError, ImportError)) or any(each in str(error) for each in of_lightning)
     return expected or type(error).__name__ == "MisconfigurationException"  # importing it would take seconds
 
 

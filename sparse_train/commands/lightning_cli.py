@@ -113,15 +113,22 @@ class SparseTrainCLI(LightningCLI):
     def after_fit(self) -> None:
         from sparse_train.export import export_model
 
-        if out := self.config.fit.export:
+        out = self.config.fit.export
+        found = self._report() if self.trainer.is_global_zero else None  # first: an export may fail
+        if out:
             export_model(self.model.model, self.model.source.tokenizer(), out, self._card())
-        if not self.trainer.is_global_zero:
-            return
-        found: dict[str, Any] = {"export": out, "report": None, "checkpoint": None}
+        self.result = found and {"export": out} | found
+
+    def _report(self) -> dict[str, Any]:
+        """Write the report of the run. Returns the results, for JSON."""
+        found: dict[str, Any] = {"report": None, "checkpoint": None}
         for callback in self.trainer.checkpoint_callbacks:
             own = getattr(callback, "best_model_path", "") or getattr(callback, "last_model_path", "")
             found["checkpoint"] = found["checkpoint"] or own or None
-        if not (out or found["checkpoint"] or self.config.fit.ckpt_path) and self.trainer.checkpoint_callbacks:
+        if (
+            not (self.config.fit.export or found["checkpoint"] or self.config.fit.ckpt_path)
+            and self.trainer.checkpoint_callbacks
+        ):
             _log.warning(
                 "The run ended before its first checkpoint, so the trained model is not kept. Give --export FOLDER, or "
                 "write checkpoints earlier (trainer.val_check_interval, or every_n_train_steps of ModelCheckpoint)."
@@ -132,7 +139,7 @@ class SparseTrainCLI(LightningCLI):
 
             found["report"] = str(write_run_report([history.parent]))
             found |= headline(collect([history.parent])[0])
-        self.result = found
+        return found
 
     def validate(self, **arguments: Any) -> None:
         """``Trainer.validate`` without its own table, which has frames even outside a terminal."""

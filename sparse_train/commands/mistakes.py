@@ -106,7 +106,9 @@ def _wrong_value(match: re.Match[str], where: str, before: str, options: list[st
     if nested := re.fullmatch(r"NestedArg\(key='(.*)', val='(.*)'\)", value):
         where, value = f"{where}.{nested[1]}", nested[2]
     way_out = did_you_mean(value, _choices(types))
-    if value.startswith(("{", "[{")):  # probably meant as objects
+    if "Sequence" in types and not value.startswith("["):
+        way_out = f" Write it as a list: [{value}]."
+    elif value.startswith(("{", "[{")):  # probably meant as objects
         way_out = " A class is given by its name, or by a mapping with class_path and init_args."
     return f"{where} takes {_words(types)}, got {value!r}.{way_out}"
 

@@ -124,7 +124,9 @@ class HubText(TextSource):
 
 @dataclass
 class TextFiles(TextSource):
-    """Local files: ``.txt`` (one document per file) or ``.jsonl`` (one document per line, see ``column``).
+    """Local files: ``.jsonl`` (one document per line, see ``column``), or plain text (one document per file).
+
+    Tables and archives (``.csv``, ``.json``, ``.parquet``, ``.gz`` and others) are refused.
 
     Args:
         train, validation, test: paths, per split.
@@ -151,17 +153,33 @@ class TextFiles(TextSource):
     def _read(self, path: Path) -> list[str]:
         if path.suffix == ".jsonl":
             return _texts(fields_of(path, self.column), self.column, str(path))
-        if not path.is_file():
-            raise ValueError(f"There is no text file {path}.")
-        return [path.read_text(encoding="utf-8")]
+        if path.suffix.lower() in _NO_TEXT:
+            raise ValueError(
+                f"{path}: TextFiles reads plain text and .jsonl, and {path.suffix} would be read as if it were text. "
+                'Write one JSON object with a field "text" per line to a .jsonl file, for example with '
+                "datasets.load_dataset(...).to_json(path), or use HubText with a local folder."
+            )
+        return [_read(path)]
+
+
+_NO_TEXT = {".csv", ".tsv", ".json", ".parquet", ".arrow", ".gz", ".zip", ".zst", ".bz2", ".xz", ".pdf", ".docx"}
+
+
+def _read(path: Path) -> str:
+    if not path.is_file():
+        hint = " It is a folder: name its files." if path.is_dir() else ""
+        hint = " Patterns are not expanded: name each file." if "*" in path.name else hint
+        raise ValueError(f"There is no text file {path}.{hint}")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text in UTF-8: {error}. Convert it, for example with iconv.") from error
 
 
 def fields_of(path: Path, column: str) -> list[Any]:
     """The values of one field in the lines of a jsonl file."""
-    if not path.is_file():
-        raise ValueError(f"There is no text file {path}.")
     # not splitlines(): JSON may contain U+2028 and other characters at which splitlines() breaks lines
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = _read(path).split("\n")
     rows = [_parsed(line, path, number) for number, line in enumerate(lines, 1) if line.strip()]
     missing = next((row for row in rows if column not in row), None)
     if missing is not None:

@@ -1,5 +1,6 @@
 """Export: a Hugging Face folder with true zeros, readable by plain ``AutoModelForCausalLM.from_pretrained``."""
 
+import logging
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -13,6 +14,8 @@ from sparse_train.layers.sharding import is_dtensor, is_zero3, whole_state_dict
 from sparse_train.layers.sparse_linear import sparsify_like, squash
 from sparse_train.models import lora
 from sparse_train.models.checkpoints import PRUNING_STATE, read_checkpoint
+
+_log = logging.getLogger(__name__)
 
 
 def export_model(model: Any, tokenizer: Any | None, out: str | Path, card: ModelCard | None = None) -> Path:
@@ -98,5 +101,14 @@ def export_checkpoint(checkpoint: str | Path, out: str | Path, tokenizer: Any | 
 
 def _card_of(content: dict[str, Any]) -> ModelCard:
     state = content.get("callbacks", {}).get(PRUNING_STATE)
+    rises = state and not state["settings"]["schedule"].startswith("Constant")
+    if rises and state["steps"] < state["timing"]["end_step"]:
+        _log.warning(
+            "The checkpoint was written after %d steps, at a sparsity of %g: its schedule is %s and ends at step %d.",
+            state["steps"],
+            state["target"] or 0.0,
+            state["settings"]["schedule"],
+            state["timing"]["end_step"],
+        )
     made = training_rows(state["settings"], state["timing"], state["steps"]) if state else {}
     return ModelCard(content["model_config"].get("_name_or_path") or None, made=made)

@@ -1,5 +1,6 @@
 """Reads checkpoints of training runs in one process, from any engine, without starting that engine."""
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,18 @@ def read_checkpoint(checkpoint: str | Path) -> dict[str, Any]:
     """
     path = Path(checkpoint)
     if path.is_file():
-        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=False)
-        if "state_dict" not in content:
-            raise ValueError(f"{path} holds no weights. If it is part of a checkpoint folder, give that folder.")
-        return content
+        try:
+            found: Any = torch.load(path, map_location="cpu", weights_only=False)
+        except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+            raise ValueError(f"{path} is not a checkpoint of a training run, or is not complete: {error}.") from error
+        if isinstance(found, dict) and "state_dict" in found:
+            return found
+        raise ValueError(
+            f"{path} is not a checkpoint of a training run, which has a state_dict. If it is part of a checkpoint "
+            "folder, give that folder; a folder with a model is read by evaluate, inspect and prune."
+        )
     if (path / _FSDP2_METADATA).is_file():
-        content = torch.load(path / _LIGHTNING_METADATA, map_location="cpu", weights_only=False)
+        content: dict[str, Any] = torch.load(path / _LIGHTNING_METADATA, map_location="cpu", weights_only=False)
         return content | {"state_dict": _read_fsdp2(path)}
     if (path / _DEEPSPEED_TAG).is_dir():
         return _read_deepspeed(path)

@@ -110,9 +110,28 @@ def prune(
         # their masks keep everything again
         fold(model, [layer for layer in dense if isinstance(layer, MaskedLayer)])
         raise
+    _warn_of_surprises(report, target)
     if squash:
         fold(model)
     return report
+
+
+def _warn_of_surprises(report: OneshotReport, wanted: float | None) -> None:
+    empty = [name for name, layer in report.layers.items() if layer.zeros == layer.size]
+    if empty:
+        _log.warning(
+            "All weights of %s%s are zero now, so no information passes there. Groups larger than a row can do this: "
+            "compare weights within rows.",
+            empty[0],
+            f" and of {len(empty) - 1} more layers" if len(empty) > 1 else "",
+        )
+    if wanted is not None and report.sparsity > wanted + 0.01:
+        _log.warning(
+            "The model has a sparsity of %.4f, more than the %g that was asked for: it was pruned before, and its "
+            "zeros stay zeros.",
+            report.sparsity,
+            wanted,
+        )
 
 
 def _called(model: nn.Module, matrices: Mapping[str, MaskedMatrix]) -> nn.Module:

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelPruning
+from lightning.pytorch.callbacks import ModelCheckpoint, ModelPruning
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from transformers import Trainer, TrainingArguments
 
@@ -69,6 +69,17 @@ def test_steps_that_nobody_sees_are_said(tmp_path):
     model.past = True
     with pytest.warns(UserWarning, match="No optimizer step was seen"):
         trainer(tmp_path, DynamicPruning("2:4", end_step=8), max_steps=-1, max_epochs=1).fit(model, loader())
+
+
+def test_a_best_checkpoint_that_may_be_a_denser_one_is_said(tmp_path, recwarn):
+    best = ModelCheckpoint(tmp_path, monitor="loss", every_n_train_steps=4)
+    rising = DynamicPruning("unstructured", schedule=Cubic(0.5), update_freq=2)
+    trainer(tmp_path, rising, best, max_steps=4).fit(InInit(), loader())
+    assert any("with the best loss, and the sparsity of this run rises" in str(each.message) for each in recwarn)
+    recwarn.clear()
+    best = ModelCheckpoint(tmp_path, monitor="loss", every_n_train_steps=4)
+    trainer(tmp_path, DynamicPruning("2:4", update_freq=2), best, max_steps=4).fit(InInit(), loader())
+    assert not any("the sparsity of this run rises" in str(each.message) for each in recwarn)
 
 
 def test_flat_shards_are_refused():

@@ -232,6 +232,21 @@ def test_a_model_that_is_not_kept_is_said(model_folder, text, caplog):
     assert "not kept" not in caplog.text
 
 
+def test_a_place_that_cannot_be_written_is_said_before_the_run(model_folder, text, capsys, monkeypatch):
+    monkeypatch.setattr(CausalLM, "training_step", lambda *args: pytest.fail("it trains"))
+    Path("file").write_text("")
+    options = [f"--model.model={model_folder}", f"--data.text={text}", "--data.block_size=32", "--trainer.max_steps=2"]
+    with pytest.raises(SystemExit, match=r"file/x cannot be created: .*file is not a folder"):
+        cli.main(["fit", "--config=recipes/smollm2_dense.yaml", *options, "--export=file/x"])
+
+
+def test_a_run_without_what_is_monitored_is_one_line(model_folder, text):
+    options = [f"--model.model={model_folder}", f"--data.text={text}", "--data.block_size=32", "--trainer.max_steps=2"]
+    stopping = ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val_loss"]
+    with pytest.raises(SystemExit, match="Early stopping conditioned on metric `val_loss`"):
+        cli.main(["fit", "--config=recipes/smollm2_dense.yaml", *options, *stopping, "--trainer.val_check_interval=2"])
+
+
 def test_a_run_that_fails_says_why_and_takes_only_its_own_away(model_folder, text, monkeypatch):
     def fails(*args):
         raise RuntimeError("the real cause")

@@ -143,6 +143,17 @@ def test_files(tmp_path):
         TextFiles(train=["nowhere.txt"]).documents("train")
     with pytest.raises(ValueError, match=r"lines without the field 'text'; they have \['body'\]"):
         TextFiles(train=[str(lines)]).documents("train")
+    with pytest.raises(ValueError, match="It is a folder: name its files"):
+        TextFiles(train=[str(tmp_path)]).documents("train")
+    with pytest.raises(ValueError, match="Patterns are not expanded"):
+        TextFiles(train=[f"{tmp_path}/*.txt"]).documents("train")
+    table, latin = tmp_path / "c.CSV", tmp_path / "d.txt"
+    table.write_text("id,text\n1,first")
+    with pytest.raises(ValueError, match=r"c.CSV: TextFiles reads plain text and .jsonl, and .CSV would be read as if"):
+        TextFiles(train=[str(table)]).documents("train")
+    latin.write_bytes("caf\xe9".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"d.txt is not text in UTF-8.*position 3"):
+        TextFiles(train=[str(latin)]).documents("train")
 
 
 def test_a_data_set_of_datasets(tmp_path):

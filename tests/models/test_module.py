@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
-from sparse_train import sparse_layers
+from sparse_train import Cubic, sparse_layers
 from sparse_train.callbacks import DynamicPruning
 from sparse_train.data.text_blocks import TextBlocks
 from sparse_train.data.texts import TextFiles
@@ -162,6 +162,17 @@ class Compiled(L.Callback):
         self.blocks, self.teachers_blocks = (
             all(block._compiled_call_impl is not None for block in model.model.layers) for model in models
         )
+
+
+def test_an_export_from_before_the_final_sparsity_is_said(model_folder, data, tmp_path, caplog):
+    module = CausalLM(str(model_folder))
+    rising = DynamicPruning("unstructured", schedule=Cubic(0.5), update_freq=2, end_step=8)
+    saver = L.pytorch.callbacks.ModelCheckpoint(tmp_path, every_n_train_steps=4, save_top_k=-1, filename="{step}")
+    fit(module, data, rising, saver, max_steps=8, enable_checkpointing=True)
+    export_checkpoint(tmp_path / "step=8.ckpt", tmp_path / "end")
+    assert "was written after" not in caplog.text
+    export_checkpoint(tmp_path / "step=4.ckpt", tmp_path / "middle")
+    assert "was written after 4 steps, at a sparsity of 0.4375: its schedule is Cubic" in caplog.text
 
 
 def test_an_exported_checkpoint_generates_as_its_source_does(model_folder, data, tmp_path):

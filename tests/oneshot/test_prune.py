@@ -384,3 +384,19 @@ def test_masks_of_an_earlier_pruning_are_no_obstacle(llama, ids):
     prune(twin, ids, "2:4")
     for p, q in zip(llama.parameters(), twin.parameters(), strict=True):
         assert torch.equal(p == 0, q == 0)
+
+
+def test_a_model_that_stays_sparser_than_asked_for_is_said(ids, caplog):
+    model = tiny_llama()
+    prune(model, ids, "2:4")
+    prune(model, ids, "unstructured", 0.3)
+    assert "has a sparsity of 0.5000, more than the 0.3 that was asked for" in caplog.text
+
+
+def test_layers_without_a_weight_left_are_said(ids, caplog):
+    model = tiny_llama()
+    with torch.no_grad():
+        for block in model.model.layers:
+            block.mlp.down_proj.weight *= 1e-6
+    prune(model, ids, Unstructured("model"), 0.4, criterion=Magnitude())
+    assert "All weights of model.layers.0.mlp.down_proj and of 2 more layers are zero now" in caplog.text

@@ -53,9 +53,11 @@ def check_alone(trainer: L.Trainer) -> None:
 
 def warn_of_denser_best(trainer: L.Trainer, settings: RunSettings) -> None:
     """Warn if the best checkpoint may be one from before the final sparsity."""
-    rises = settings.start_step != 0 or settings.sparsity_at(0.0) != settings.sparsity_at(1.0)
+    rises = settings.first_sparsity < settings.sparsity_at(1.0)
     found = [each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)]
-    monitor = next((each.monitor for each in found if each.monitor is not None and each.save_top_k != -1), None)
+    monitor = next(
+        (each.monitor for each in found if each.monitor is not None and each.save_top_k not in (0, -1)), None
+    )
     if rises and monitor is not None:
         rank_zero_warn(
             f"ModelCheckpoint keeps the checkpoints with the best {monitor}, and the sparsity of this run rises. "

@@ -16,7 +16,7 @@ What happens when, in Lightning's order:
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning as L
@@ -203,8 +203,7 @@ class DynamicPruning(L.Callback):
         model reads two texts, and that mask belongs to one of them, so that by default all tokens of both count.
         """
         assert self.updater is not None
-        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-        return mask if isinstance(mask, Tensor) and not self.updater.reads_two_texts else None
+        return self.updater.padding_of(batch)
 
     @property
     def first_mask_moves_weights(self) -> bool:

@@ -74,6 +74,15 @@ def sum_over_ranks(tensors: Sequence[Tensor]) -> None:
         tensor.copy_(part.view_as(tensor) if tensor.is_floating_point() else _to_integer(part, tensor))
 
 
+def all_ranks(answer: bool, device: torch.device) -> bool:
+    """Whether the answer is yes on every rank."""
+    if world_size() == 1:
+        return answer
+    count = torch.tensor([float(answer)], device=device)
+    sum_over_ranks([count])
+    return int(count) == world_size()
+
+
 def _to_float(tensor: Tensor) -> Tensor:
     if tensor.is_floating_point():
         assert tensor.dtype == torch.float32, tensor.dtype

@@ -114,21 +114,20 @@ class SparseTrainCLI(LightningCLI):
         from sparse_train.export import export_model
 
         out = self.config.fit.export
-        found = self._report() if self.trainer.is_global_zero else None  # first: an export may fail
-        if out:
-            export_model(self.model.model, self.model.source.tokenizer(), out, self._card())
-        self.result = found and {"export": out} | found
+        try:
+            if self.trainer.is_global_zero:
+                self.result = self._report(out)
+        finally:  # neither is lost if the other fails
+            if out:
+                export_model(self.model.model, self.model.source.tokenizer(), out, self._card())
 
-    def _report(self) -> dict[str, Any]:
+    def _report(self, out: str | None) -> dict[str, Any]:
         """Write the report of the run. Returns the results, for JSON."""
-        found: dict[str, Any] = {"report": None, "checkpoint": None}
+        found: dict[str, Any] = {"export": out, "report": None, "checkpoint": None}
         for callback in self.trainer.checkpoint_callbacks:
             own = getattr(callback, "best_model_path", "") or getattr(callback, "last_model_path", "")
             found["checkpoint"] = found["checkpoint"] or own or None
-        if (
-            not (self.config.fit.export or found["checkpoint"] or self.config.fit.ckpt_path)
-            and self.trainer.checkpoint_callbacks
-        ):
+        if not (out or found["checkpoint"] or self.config.fit.ckpt_path) and self.trainer.checkpoint_callbacks:
             _log.warning(
                 "The run ended before its first checkpoint, so the trained model is not kept. Give --export FOLDER, or "
                 "write checkpoints earlier (trainer.val_check_interval, or every_n_train_steps of ModelCheckpoint)."

@@ -151,7 +151,7 @@ class TextFiles(TextSource):
         return [document for path in paths for document in self._read(Path(path))]
 
     def _read(self, path: Path) -> list[str]:
-        if path.suffix == ".jsonl":
+        if path.suffix.lower() == ".jsonl":
             return _texts(fields_of(path, self.column), self.column, str(path))
         if path.suffix.lower() in _NO_TEXT:
             raise ValueError(

@@ -1,7 +1,9 @@
 """The parts of a model: blocks, routers, fused experts. Found from its modules, independent of the architecture."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -35,10 +37,15 @@ def unambiguous_blocks(model: nn.Module) -> str | None:
     return first
 
 
-def reads_two_texts(model: nn.Module) -> bool:
-    """Whether this is, or holds, an encoder-decoder model, in which one mask does not fit the inputs of all layers."""
-    configs = (getattr(module, "config", None) for module in model.modules())
-    return any(getattr(config, "is_encoder_decoder", False) is True for config in configs)
+def reads_two_texts(model: nn.Module, layers: Iterable[Any]) -> bool:
+    """Whether any of ``layers`` is part of an encoder-decoder model, whose batches have a mask for one of two texts."""
+    wanted = set(layers)
+    found = (m for m in model.modules() if getattr(getattr(m, "config", None), "is_encoder_decoder", False) is True)
+    return any(wanted & set(module.modules()) for module in found)
+
+
+ONE_OF_TWO_TEXTS = "(tokens of the other text, I)"
+"""Which inputs the attention mask of such a batch does not fit."""
 
 
 def _is_block(module: nn.Module) -> bool:

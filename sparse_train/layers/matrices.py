@@ -157,27 +157,27 @@ class MaskedLayer(MaskedMatrix):
         return masked_linear(x, self.weight_OI, self.weight_mask, self.bias, straight_through=self.straight_through)
 
     def _record(self, x: Tensor, recorder: Recorder, statistics: Statistics) -> None:
-        eager = not torch.compiler.is_compiling() and not recomputing()
-        if recorder.sharing is not None and eager:
+        seen = None if torch.compiler.is_compiling() or recomputing() else SeenInput(x)
+        if recorder.sharing is not None and seen is not None:
             assert isinstance(self, nn.Module)
-            recorder.sharing.watch(self, x)
+            recorder.sharing.watch(self, seen)
         mask = recorder.token_mask
         if mask is not None and mask.device != x.device:
             mask = recorder.token_mask = mask.to(x.device)
         if mask is not None and recorder.mask_misfit is None and not fits(mask, x):
             recorder.mask_misfit = f"{tuple(x.shape)}"
-        if eager and not self.records and not (statistics.last_input and statistics.last_input.is_seen_in(x)):
+        if seen is not None and not self.records and not seen.is_same_as(statistics.last_input):
             statistics = self.record_alone()
         if self.records:
             statistics.add(x, mask)
-            if eager:
-                statistics.last_input = SeenInput(x)
+            statistics.last_input = seen
 
     def record_alone(self) -> Statistics:
         """Record inputs in statistics of the layer's own, which begin as a copy of those it has shared."""
         assert self.statistics is not None
         if not self.records:
-            self.statistics, self.records = copy.deepcopy(self.statistics), True
+            with torch.inference_mode(False):  # training writes to the copy afterwards
+                self.statistics, self.records = copy.deepcopy(self.statistics), True
         return self.statistics
 
     def extra_repr(self) -> str:

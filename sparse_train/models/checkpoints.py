@@ -32,6 +32,8 @@ def read_checkpoint(checkpoint: str | Path) -> dict[str, Any]:
         try:
             found: Any = torch.load(path, map_location="cpu", weights_only=False)
         except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
+                raise  # memory, for example
             raise ValueError(f"{path} is not a checkpoint of a training run, or is not complete: {error}.") from error
         if isinstance(found, dict) and "state_dict" in found:
             return found

@@ -136,13 +136,16 @@ class CausalLM(L.LightningModule):
         return distillation.total(losses)
 
     def on_validation_epoch_start(self) -> None:
-        # a new one, because a trainer in true half precision casts what the module holds, and sums need float32
-        self._val_loss = MeanMetric().to(self.device)
+        self._val_loss = None  # that of a validation that failed
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         logits_BLV = self(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         loss, tokens = next_token_loss(logits_BLV, batch["labels"])
-        assert self._val_loss is not None
+        if self._val_loss is None:
+            # a new one each time, because a trainer in true half precision casts what the module holds, and creates
+            # new tensors in that dtype, too; sums need float32
+            self._val_loss = MeanMetric().to(self.device)
+            self._val_loss.set_dtype(torch.float32)
         self._val_loss.update(loss, weight=tokens)
 
     def on_validation_epoch_end(self) -> None:
@@ -158,8 +161,9 @@ class CausalLM(L.LightningModule):
             {"params": [p for p in parameters if dimensions(p) < 2], "weight_decay": 0.0},
         ]
         optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=self.lr, betas=self.betas)
-        # of this fit: the trainer may have run another one before. At a resume, its steps are restored after this
-        total = self.trainer.estimated_stepping_batches - self.trainer.global_step
+        total = self.trainer.estimated_stepping_batches
+        if self.trainer.ckpt_path is None:  # the trainer may have run another fit before, whose steps it still counts
+            total -= self.trainer.global_step
         if not math.isfinite(total):
             raise ValueError("The learning rate decays over the whole run, so the run needs an end: set max_steps.")
         warmup_steps = max(1, int(self.warmup * total))

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_train.layers.blocks import reads_two_texts
+from sparse_train.layers.blocks import ONE_OF_TWO_TEXTS, reads_two_texts
 from sparse_train.layers.matrices import MaskedLayer, Recorder
 from sparse_train.oneshot.experts import ExpertMatrix, ExpertRecorder
 from sparse_train.oneshot.store import Activations, copied, moved
@@ -63,7 +63,7 @@ class CalibrationPass:
         self._advance = advance
         self._activations, self._keep = Activations(len(self._batches), keep), keep
         self._in_order = False
-        self._two_texts = reads_two_texts(model)
+        self._two_texts = reads_two_texts(model, (m for m in model.modules() if isinstance(m, MaskedLayer)))
         self.seconds = 0.0
         """Time spent in forward passes."""
 
@@ -119,7 +119,11 @@ class CalibrationPass:
                 yield output
 
     def _token_mask(self, batch: Batch) -> Tensor | None:
-        return batch.get("attention_mask") if isinstance(batch, Mapping) and not self._two_texts else None
+        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        if mask is not None and self._two_texts:
+            self._recorder.mask_misfit = ONE_OF_TWO_TEXTS
+            return None
+        return mask
 
     def _check_order(self, blocks: Sequence[nn.Module]) -> None:
         """Raise ValueError if blocks do not run one after the other, once each.

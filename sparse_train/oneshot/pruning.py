@@ -10,6 +10,7 @@ from torch import nn
 from sparse_train.allocation import Allocation, Uniform, check_pattern
 from sparse_train.arguments import require_type
 from sparse_train.criteria import Criterion, Wanda
+from sparse_train.distributed import rank
 from sparse_train.layers import masks
 from sparse_train.layers.matrices import MaskedLayer, MaskedMatrix, Recorder
 from sparse_train.layers.sparse_linear import fold, sparsify
@@ -110,7 +111,8 @@ def prune(
         # their masks keep everything again
         fold(model, [layer for layer in dense if isinstance(layer, MaskedLayer)])
         raise
-    _warn_of_surprises(report, target)
+    if rank() == 0:
+        _warn_of_surprises(report, target)
     if squash:
         fold(model)
     return report
@@ -120,15 +122,15 @@ def _warn_of_surprises(report: OneshotReport, wanted: float | None) -> None:
     empty = [name for name, layer in report.layers.items() if layer.zeros == layer.size]
     if empty:
         _log.warning(
-            "All weights of %s%s are zero now, so no information passes there. Groups larger than a row can do this: "
-            "compare weights within rows.",
+            "All weights of %s%s are zero, so no information passes there. If they were not zero before, compare "
+            "weights within rows and not in larger groups.",
             empty[0],
             f" and of {len(empty) - 1} more layers" if len(empty) > 1 else "",
         )
     if wanted is not None and report.sparsity > wanted + 0.01:
         _log.warning(
-            "The model has a sparsity of %.4f, more than the %g that was asked for: it was pruned before, and its "
-            "zeros stay zeros.",
+            "The model has a sparsity of %.4f, more than the %g that was asked for: it had zeros before, and they "
+            "stay zeros.",
             report.sparsity,
             wanted,
         )

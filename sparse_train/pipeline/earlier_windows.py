@@ -1,7 +1,7 @@
 """How much the statistics of earlier windows count at an update: ``memory``."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from sparse_train.criteria import Criterion
@@ -58,21 +58,16 @@ class EarlierWindows:
         """Warn of targets that have nothing new since ``fade``, or whose inputs were sometimes not finite.
 
         Raises:
-            ValueError: no forward since then had a finite input of a target.
+            ValueError: no input of a target was finite, and nothing is remembered.
         """
         norms = norms_of(self._layers)
-        dropped = {name: int(norm.dropped) for name, norm in norms.items()}
-        old = [name for name, norm in norms.items() if int(norm.tokens) <= self._tokens.get(name, -1)]
-        lost = next((n for n in norms if dropped[n] and int(norms[n].tokens) <= self._tokens.get(n, 0)), None)
-        if lost is not None:
-            raise not_finite(lost)
-        if rank() == 0:
-            self._warn_of_old(old)
-            self._warn_of_dropped({name: count for name, count in dropped.items() if count})
-
-    def _warn_of_old(self, old: Sequence[str]) -> None:
-        """Once: an expert with few tokens, or an unused layer."""
-        if old and not self._warned:
+        tokens = {name: int(norm.tokens) for name, norm in norms.items()}
+        dropped = {name: count for name, norm in norms.items() if (count := int(norm.dropped))}
+        empty = next((name for name in dropped if tokens[name] == 0), None)
+        if empty is not None:
+            raise not_finite(empty)
+        old = [name for name in norms if tokens[name] <= self._tokens.get(name, -1) and name not in dropped]
+        if old and not self._warned and rank() == 0:
             _log.warning(
                 "No token reached %s%s since the last mask update: masks there use the norms of earlier windows. If "
                 "the model no longer uses it, leave it out with ignore=[%r].",
@@ -81,9 +76,8 @@ class EarlierWindows:
                 old[0],
             )
         self._warned = self._warned or bool(old)
-
-    def _warn_of_dropped(self, dropped: Mapping[str, int]) -> None:
-        for name, count in list(dropped.items())[:1]:
+        if dropped and rank() == 0:
+            name, count = next(iter(dropped.items()))
             _log.warning(
                 "%s: in %d forwards since the last mask update, the input activations were not finite%s. They do not "
                 "count in the statistics. This is normal for a step that a loss scaler skips.",

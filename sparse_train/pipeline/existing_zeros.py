@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from sparse_train.criteria import Magnitude
-from sparse_train.distributed import rank
+from sparse_train.distributed import all_ranks, rank
 from sparse_train.layers import masks, sharding
 from sparse_train.layers.matrices import MaskedLayer
 from sparse_train.layers.sparse_linear import fold, sparse_layers, sparsify
@@ -15,6 +15,7 @@ from sparse_train.patterns import Pattern, Unstructured, group_label
 from sparse_train.pipeline.choice import Rules
 from sparse_train.pipeline.policies import StraightThrough
 from sparse_train.pipeline.pruner import measure, update_masks
+from sparse_train.pipeline.update_report import LayerUpdate
 from sparse_train.targets import select
 
 _log = logging.getLogger(__name__)
@@ -76,19 +77,20 @@ def masks_from_zeros(layers: Mapping[str, MaskedLayer], pattern: Pattern, sparsi
         pattern, sparsity: what the masks must follow.
 
     Returns:
-        Whether the zeros are now masks: they are if they follow the pattern.
+        Whether the zeros are now masks: they are if they follow the pattern, on every rank. (DDP may give the others
+        rank 0's weights later.)
     """
     dense = measure(layers)
     zeros, size = sum(u.zeros for u in dense.values()), sum(u.size for u in dense.values())
-    rounding = 1 / min(layer.in_features for layer in layers.values())  # rows prune whole counts
-    if zeros < 0.99 * (sparsity - rounding) * size:
-        return False
-    found = update_masks(layers, Rules(Magnitude(), pattern, sparsity, StraightThrough()))
-    if all(found[name].zeros == dense[name].zeros for name in layers):
-        return True  # only zeros were pruned
+    # rows prune whole counts; an unpruned model has a few zeros of rounding
+    needed = sum(layer.out_features * max(0.0, sparsity * layer.in_features - 1) for layer in layers.values())
+    was_pruned = zeros >= max(0.99 * needed, _A_FEW * size, 1)
+    follows = was_pruned and _follows(layers, dense, pattern, sparsity)
+    if all_ranks(follows, next(iter(layers.values())).weight_mask.device):
+        return True
     for layer in layers.values():
         masks.fill_full(layer.weight_mask, layer.in_features)
-    if rank() == 0:
+    if was_pruned and not follows and rank() == 0:
         _log.warning(
             "The model was pruned before: %.1f %% of its weights are zeros, but not where %s at %g has them. So "
             "training fills them, and the first mask prunes other weights, too. %s",
@@ -100,6 +102,15 @@ def masks_from_zeros(layers: Mapping[str, MaskedLayer], pattern: Pattern, sparsi
     return False
 
 
+def _follows(
+    layers: Mapping[str, MaskedLayer], dense: Mapping[str, LayerUpdate], pattern: Pattern, sparsity: float
+) -> bool:
+    """Set masks by magnitude. Returns whether they prune only zeros."""
+    found = update_masks(layers, Rules(Magnitude(), pattern, sparsity, StraightThrough()))
+    return all(found[name].zeros == dense[name].zeros for name in layers)
+
+
+_A_FEW = 0.005  # weights of 4 bits have 0.0003
 TO_KEEP_THEM = (
     "To train with the existing zeros, leave DynamicPruning or MaskUpdater out: call sparse_train.keep_zeros(model) "
     "before training, and squash(model) after it."

@@ -93,11 +93,8 @@ class StraightThrough(MaskPolicy):
         return float((1 - rate) ** steps)
 
 
-def check_policy(
-    layers: Mapping[str, MaskedLayer], policy: MaskPolicy, update_freq: int, shadow_factor: float = 1.0
-) -> None:
-    """Raise ValueError if a policy would write into weights that are frozen, or that an adapter keeps frozen, or if
-    their dtype would lose what it writes."""
+def check_policy(layers: Mapping[str, MaskedLayer], policy: MaskPolicy, shadow_factor: float = 1.0) -> None:
+    """Raise ValueError if a policy would write into weights that are frozen, or that an adapter keeps frozen."""
     shrinks = shadow_factor != 1 or (isinstance(policy, StraightThrough) and policy.srste_decay > 0)
     frozen = next((name for name, layer in layers.items() if not layer.weight_OI.requires_grad), None)
     if shrinks and frozen is not None and not layers[frozen].adapted:
@@ -105,8 +102,6 @@ def check_policy(
             f"{frozen} is frozen, and {policy} would shrink its pruned weights. Set srste_decay to 0, or leave the "
             "layer out (ignore)."
         )
-    if isinstance(policy, StraightThrough) and policy.srste_decay > 0:
-        _check_precision(layers, policy.srste_decay, 1 - (1 - policy.srste_decay) ** update_freq)
     name = next((name for name, layer in layers.items() if layer.adapted), None)
     if name is None:
         return
@@ -122,13 +117,17 @@ def check_policy(
         )
 
 
-def _check_precision(layers: Mapping[str, MaskedLayer], decay: float, shrinks_by: float) -> None:
+def check_precision(layers: Mapping[str, MaskedLayer], policy: MaskPolicy, update_freq: int) -> None:
+    """Raise ValueError if the dtype of a weight would lose the decay of a policy, at its full rate."""
+    if not isinstance(policy, StraightThrough) or policy.srste_decay == 0:
+        return
+    shrinks_by = 1 - (1 - policy.srste_decay) ** update_freq
     for name, layer in layers.items():
         dtype = layer.weight_OI.dtype
         in_float32 = sharding.has_masters(layer) or sharding.is_zero3(layer.weight_OI)  # DeepSpeed's masters shrink
         if shrinks_by < torch.finfo(dtype).eps / 2 and not in_float32:
             raise ValueError(
-                f"srste_decay={decay:g} shrinks pruned weights by {100 * shrinks_by:.2g} % per update, which is lost "
-                f"when {name} is rounded to {dtype}. Train in mixed precision (weights in float32), update less often, "
-                "or raise srste_decay."
+                f"srste_decay={policy.srste_decay:g} shrinks pruned weights by {100 * shrinks_by:.2g} % per update, "
+                f"which is lost when {name} is rounded to {dtype}. Train in mixed precision (weights in float32), "
+                "update less often, or raise srste_decay."
             )

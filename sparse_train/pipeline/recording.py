@@ -115,26 +115,22 @@ def share_statistics(recorder: Recorder, layers: Sequence[MaskedMatrix]) -> bool
         return True
     position = {layer: index for index, layer in enumerate(layers)}
     found: dict[Any, Any] = recorder.sharing.leaders()
-    # after a resume, statistics may be those of layers that had stopped sharing
-    shared = [found[layer] if layer in found and _equal(layer, found[layer]) else layer for layer in layers]
-    leaders = [position[leader] for leader in shared]
+    leaders = [position[found.get(layer, layer)] for layer in layers]
     numbers = torch.tensor([*leaders, len(found)], dtype=torch.int32, device=layers[0].weight_mask.device)
     gathered = gather_bytes(numbers.view(torch.uint8), 4 * len(numbers))
     by_rank = torch.stack([each.view(torch.int32) for each in gathered])
     agreed = (by_rank == numbers).all(0).tolist()
     for layer, leader, same in zip(layers, leaders, agreed[:-1], strict=True):
         if same and layers[leader] is not layer:
-            assert isinstance(layer, MaskedLayer)
-            layer.statistics, layer.records = layers[leader].statistics, False
+            share(layer, layers[leader])
     recorder.sharing = None
     return bool(by_rank[:, -1].any())
 
 
-def _equal(layer: MaskedMatrix, other: MaskedMatrix) -> bool:
-    own, theirs = layer.statistics, other.statistics
-    if layer is other or own is None or theirs is None:
-        return True
-    return all(torch.equal(a, b) for a, b in zip(own.tensors(), theirs.tensors(), strict=True))
+def share(layer: MaskedMatrix, leader: MaskedMatrix) -> None:
+    """Let a layer use the statistics of another one, which records the input of both."""
+    assert isinstance(layer, MaskedLayer)
+    layer.statistics, layer.records = leader.statistics, False
 
 
 def norms_of(layers: Mapping[str, MaskedMatrix]) -> dict[str, ActivationNorm]:

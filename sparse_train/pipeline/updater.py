@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from sparse_train.criteria import Criterion
 from sparse_train.distributed import rank
 from sparse_train.layers.agreement import check_agreement
-from sparse_train.layers.blocks import reads_two_texts
+from sparse_train.layers.blocks import ONE_OF_TWO_TEXTS, reads_two_texts
 from sparse_train.layers.mask_lora import describe_adapters
 from sparse_train.layers.sharding import reshard
 from sparse_train.layers.sparse_linear import fold, sparse_layers
@@ -23,7 +23,7 @@ from sparse_train.pipeline.earlier_windows import Memory
 from sparse_train.pipeline.existing_zeros import masks_from_zeros
 from sparse_train.pipeline.first_masks import FirstMasks
 from sparse_train.pipeline.margins import NO_MARGIN
-from sparse_train.pipeline.policies import MaskPolicy, check_policy
+from sparse_train.pipeline.policies import MaskPolicy, check_policy, check_precision
 from sparse_train.pipeline.pruner import check_masks, measure, update_masks
 from sparse_train.pipeline.recording import warn_of_unreached
 from sparse_train.pipeline.regrow import Growth, Regrow
@@ -49,7 +49,8 @@ class MaskUpdater:
         squash(model)
 
     Args:
-        model: sparsified in place, see ``sparse_train.sparsify``. If it already has masks, the run starts with them.
+        model: sparsified in place, see ``sparse_train.sparsify``. If it already has masks, or zeros that follow the
+            pattern, the run starts with them.
         mask_structure: "unstructured", "N:M" (N **kept** of every M consecutive inputs) or a ``Pattern``.
         sparsity: share of targeted weights that are zero; implied by N:M and by a schedule.
         criterion: scores weights; default ``Wanda()``.
@@ -121,10 +122,9 @@ class MaskUpdater:
         )
         """The settings."""
         self._model = model
-        self.reads_two_texts = reads_two_texts(model)
-        """Whether it is an encoder-decoder model, whose batches have a mask for one of two texts."""
         before = {id(layer) for layer in sparse_layers(model).values()}  # masked by one-shot pruning or another updater
         self.layers = self.run.sparsify(model)
+        self._reads_two_texts = reads_two_texts(model, self.layers.values())
         try:
             self._begin(total_steps, state)
         except BaseException:
@@ -134,7 +134,8 @@ class MaskUpdater:
 
     def _begin(self, total_steps: int | float | None, state: Mapping[str, Any] | None) -> None:
         """Checks settings, masks and state before anything in the layers changes."""
-        check_policy(self.layers, self.run.policy, self.run.update_freq)
+        check_policy(self.layers, self.run.policy)
+        check_precision(self.layers, self.run.policy, self.run.update_freq)
         self._adapters = describe_adapters(self.layers)
         has_masks = state is None and self._has_masks()
         if state is None:
@@ -189,6 +190,20 @@ class MaskUpdater:
     def token_mask(self, mask: Tensor | None) -> None:
         self.window.recorder.token_mask = mask
 
+    def padding_of(self, batch: Any) -> Tensor | None:
+        """What trainers set ``token_mask`` to by default: ``batch["attention_mask"]``, if there is one.
+
+        None for an encoder-decoder model, which reads two texts: the mask belongs to one of them. Warns once that the
+        padding of both counts.
+        """
+        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        if not isinstance(mask, Tensor):
+            return None
+        if self._reads_two_texts:
+            self.window.recorder.mask_misfit = self.window.recorder.mask_misfit or ONE_OF_TWO_TEXTS
+            return None
+        return mask
+
     def paused(self) -> AbstractContextManager[None]:
         """A context in which forwards do not count in statistics, for forwards that are not training on data.
 
@@ -236,8 +251,7 @@ class MaskUpdater:
         self.window.before_update()
         since = 0 if self.sparsity is None else self.steps - self._last_update
         shadow_factor = self.run.policy.shadow_decay(progress, since) if since else 1.0
-        # again, because adapters may have been added after the updater
-        check_policy(self.layers, self.run.policy, self.run.update_freq, shadow_factor)
+        check_policy(self.layers, self.run.policy, shadow_factor)  # adapters may have been added after the updater
         before = {}
         if self._growth is not None:
             self._growth.require_gradients()

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from sparse_train.criteria import Criterion
-from sparse_train.distributed import gather_objects
+from sparse_train.distributed import gather_objects, rank, world_size
 from sparse_train.layers.matrices import MaskedLayer, Recorder
 from sparse_train.pipeline.earlier_windows import EarlierWindows, Memory
 from sparse_train.pipeline.recording import (
@@ -15,6 +15,7 @@ from sparse_train.pipeline.recording import (
     needed_statistics,
     norms_of,
     restore,
+    share,
     share_statistics,
     turn_halves,
     warn_of_padding,
@@ -86,7 +87,16 @@ class Window:
     def state_dict(self) -> dict[str, Any]:
         """The state of all ranks; all of them must call."""
         own = {name: norm.state_dict() for name, norm in norms_of(self._layers).items()}
-        return {"earlier_windows": self._earlier.state_dict(), "statistics_by_rank": gather_objects(own)}
+        return {
+            "earlier_windows": self._earlier.state_dict(),
+            "statistics_by_rank": gather_objects(own),
+            "leaders_by_rank": gather_objects(self._leaders() if self._sharing_known else None),
+        }
+
+    def _leaders(self) -> dict[str, str]:
+        """The layers that do not record their input, and those that do it for them."""
+        recording = {id(each.statistics): name for name, each in self._layers.items() if each.records}
+        return {name: recording[id(each.statistics)] for name, each in self._layers.items() if not each.records}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Each rank gets its own statistics back; if the number of ranks has changed, rank 0 gets their sum.
@@ -96,8 +106,16 @@ class Window:
         """
         by_rank: list[dict[str, dict[str, Tensor]]] = state["statistics_by_rank"]
         check_known(set().union(*by_rank), self._layers)
+        for layer in self._layers.values():
+            if layer.statistics is not None:
+                layer.record_alone()
         self._earlier.load_state_dict(state["earlier_windows"])
         restore(norms_of(self._layers), by_rank)
+        leaders: list[dict[str, str] | None] = state.get("leaders_by_rank", [None] * len(by_rank))
+        self._sharing_known = any(each is not None for each in leaders)
+        if self._sharing_known and len(leaders) == world_size():  # otherwise each records alone, which is always right
+            for name, leader in (leaders[rank()] or {}).items():
+                share(self._layers[name], self._layers[leader])
 
 
 def check_known(saved: set[str], layers: Mapping[str, MaskedLayer]) -> None:

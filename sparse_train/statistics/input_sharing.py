@@ -19,9 +19,9 @@ class SeenInput:
         version = 0 if x.is_inference() else x._version  # a tensor that was changed in place is another input
         self.key = (self._storage.cdata, x.storage_offset(), x.shape, x.stride(), version)
 
-    def is_seen_in(self, x: Tensor) -> bool:
-        """Whether ``x`` is this input."""
-        return not self.expired() and self.key == SeenInput(x).key
+    def is_same_as(self, earlier: "SeenInput | None") -> bool:
+        """Whether this is the input of an earlier forward, of the same step."""
+        return earlier is not None and not earlier.expired() and self.key == earlier.key
 
     def expired(self) -> bool:
         """Whether the input is gone, so that another one may have its key."""
@@ -38,9 +38,10 @@ class SeenInput:
 class InputSharing:
     """Finds the layers that read the same input, by watching the forwards of one step in eager mode.
 
-    They share one statistic from then on, in which only the first of them records: their leader. In each later forward,
-    a layer compares its input with the one that its leader has recorded last, and if that is another one, it goes on
-    with a copy of the statistic. (A layer that is skipped while its leader runs counts what its leader sees.)
+    They share one statistic from then on, in which only the first of them records: their leader. In each later eager
+    forward, a layer compares its input with the one that its leader has recorded last, and if that is another one, it
+    goes on with a copy of the statistic. Not seen is a layer that is skipped while its leader runs, which counts what
+    its leader sees, and a change after the first step in forwards that are compiled later.
     """
 
     def __init__(self) -> None:
@@ -48,8 +49,8 @@ class InputSharing:
         self._last: dict[nn.Module, SeenInput] = {}
         self._leaders: dict[nn.Module, list[nn.Module]] = {}
 
-    def watch(self, layer: nn.Module, x: Tensor) -> None:
-        own = self._last[layer] = SeenInput(x)
+    def watch(self, layer: nn.Module, own: SeenInput) -> None:
+        self._last[layer] = own
         known, leader = self._seen.get(own.key, (own, layer))
         if known.expired() or self._last[leader] is not known:
             leader = layer

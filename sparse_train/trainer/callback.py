@@ -148,8 +148,7 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
         All tokens of an encoder-decoder model, which reads two texts.
         """
         assert self.updater is not None
-        mask = inputs.get("attention_mask")
-        return mask if isinstance(mask, Tensor) and not self.updater.reads_two_texts else None
+        return self.updater.padding_of(inputs)
 
     def resume_from(self, folder: Path | None) -> None:
         """Sets which checkpoint the run that begins resumes; None = it is a new run."""

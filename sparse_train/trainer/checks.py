@@ -42,8 +42,7 @@ def check_one(callbacks: Sequence[Any]) -> None:
     if len(callbacks) > 1:
         raise ValueError(
             f"The Trainer has {len(callbacks)} callbacks of the class {type(callbacks[0]).__name__}, and can use one. "
-            "For several patterns in one model, use Lightning, with one DynamicPruning each, or a custom loop with one "
-            "MaskUpdater each."
+            "For several patterns in one model, use several MaskUpdater in a callback of your own or in a custom loop."
         )
 
 

@@ -364,7 +364,15 @@ class Translation(InInit):
         self.net = T5ForConditionalGeneration(T5Config(vocab_size=VOCABULARY, decoder_start_token_id=0, **sizes))
 
 
-def test_the_padding_of_an_encoders_text_is_not_that_of_the_decoders(tmp_path):
+class NextToAJudge(InInit):
+    """A language model in training, and an encoder-decoder that is not."""
+
+    def __init__(self):
+        super().__init__()
+        self.judge = Translation().net.requires_grad_(False)
+
+
+def test_the_padding_of_an_encoders_text_is_not_that_of_the_decoders(tmp_path, caplog):
     pruning = DynamicPruning(
         "2:4", update_freq=4, window=4, end_step=4, targets=["net.encoder", "net.decoder"], squash=False
     )
@@ -378,3 +386,8 @@ def test_the_padding_of_an_encoders_text_is_not_that_of_the_decoders(tmp_path):
 
     trainer(tmp_path, pruning, Look(), max_steps=4).fit(Translation(), loader(padded=True))
     assert set(counted.values()) == {(8 + 3) * 2 * 16}  # in calibration and in three steps
+    assert "does not fit a layer's input of shape (tokens of the other text, I)" in caplog.text
+
+    pruning = DynamicPruning("2:4", update_freq=4, window=4, end_step=4, targets=["net.model"], squash=False)
+    trainer(tmp_path, pruning, Look(), max_steps=4).fit(NextToAJudge(), loader(padded=True))
+    assert {count for name, count in counted.items() if name.startswith("net.model")} == {(8 + 3) * 2 * 12}

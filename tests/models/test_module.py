@@ -89,6 +89,21 @@ def test_a_second_fit_has_a_whole_schedule_of_its_own(model_folder, data):
     assert rates[5:] == pytest.approx(rates[:5])
 
 
+def test_a_resumed_fit_keeps_the_schedule_of_the_whole_run(model_folder, data, tmp_path):
+    rates = []
+
+    class Watch(L.Callback):
+        def on_train_batch_start(self, trainer, *args):
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    fit(CausalLM(str(model_folder), lr=1e-3), data, Watch())
+    saver = L.pytorch.callbacks.ModelCheckpoint(tmp_path, every_n_train_steps=5, save_top_k=-1, filename="{step}")
+    module = CausalLM(str(model_folder), lr=1e-3)
+    trainer = fit(module, data, Watch(), saver, max_steps=10, enable_checkpointing=True)
+    trainer.fit(module, data, ckpt_path=tmp_path / "step=5.ckpt", weights_only=False)  # in the same trainer
+    assert rates[20:] == pytest.approx(rates[5:10])
+
+
 @pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
 def test_validation_sums_are_float32_in_true_half_precision(model_folder, data, precision):
     module = CausalLM(str(model_folder))

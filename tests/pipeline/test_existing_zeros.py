@@ -62,6 +62,13 @@ def test_zeros_that_do_not_follow_the_pattern_are_said_to_be_lost(ids, caplog):
     assert not caplog.records
 
 
+@pytest.mark.parametrize("features", [1, 2, 8])
+def test_a_narrow_layer_is_not_taken_for_a_pruned_one(features, caplog):
+    model = torch.nn.Sequential(torch.nn.Linear(features, 64), torch.nn.Linear(64, 64))
+    MaskUpdater(model, "unstructured", 0.1, targets=["Linear"], total_steps=12)
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("pruned", ["by SparseGPT", "within layers"])
 def test_zeros_are_kept_wherever_they_are(ids, pruned):
     model = tiny_llama()

@@ -181,11 +181,12 @@ def test_a_step_that_a_loss_scaler_skips_does_not_count(caplog):
     batches = [torch.randn(8, 32) for _ in range(12)]
     batches[5] = batches[5] * 1e6  # the second layer's input overflows float16
 
-    def run(batches):
+    def run(batches, **settings):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))
         optimizer, scaler = torch.optim.SGD(model.parameters(), lr=1e-3), torch.amp.GradScaler("cpu", init_scale=2.0)
-        updater = MaskUpdater(model, "2:4", update_freq=4, window=4, total_steps=40, targets=["2"])
+        settings = {"update_freq": 4, "window": 4} | settings
+        updater = MaskUpdater(model, "2:4", total_steps=40, targets=["2"], **settings)
         for batch in batches:
             with torch.autocast("cpu", torch.float16):
                 loss = model(batch).float().square().mean()
@@ -202,7 +203,8 @@ def test_a_step_that_a_loss_scaler_skips_does_not_count(caplog):
     # as if the batch had not been there, but for the steps that updates are counted in
     assert int(skipped.layers["2"].statistics.tokens) == 8 * 11
     with pytest.raises(ValueError, match="2: the input activations are not finite"):
-        run(batches[:4] + [batches[5]] * 4)  # a run that has diverged
+        run(batches[:4] + [batches[5]] * 4, memory=0.0)  # there is nothing to score with
+    assert run(batches, update_freq=1, window=1).steps == 12  # earlier windows are remembered
 
 
 def test_a_non_finite_weight_is_named():

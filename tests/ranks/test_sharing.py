@@ -1,8 +1,8 @@
-"""Layers that share an input's statistics on one rank, and have stopped on another."""
+"""What one rank has found in its model and another one has not: shared inputs, zeros."""
 
 import torch
 
-from sparse_train import MaskUpdater
+from sparse_train import Magnitude, MaskUpdater, prune
 from sparse_train.distributed import gather_objects, rank
 from tests.ranks import launch
 from tests.statistics.test_input_sharing import Branches
@@ -32,3 +32,16 @@ def test_a_layer_that_stops_sharing_on_one_rank_stops_on_all():
     first, second = launch.run(train)
     assert first == ({"a": 30, "b": 40}, True)
     assert second[0] == {"a": 0, "b": 0}
+
+
+def begin() -> tuple[float | None, int]:
+    torch.manual_seed(rank())
+    model = Branches()
+    if rank() == 0:  # only here was a pruned model loaded; DDP would send it to the other rank
+        prune(model, mask_structure="2:4", criterion=Magnitude(), targets=["a", "b"])
+    updater = MaskUpdater(model, "2:4", update_freq=4, total_steps=40, targets=["a", "b"])
+    return updater.sparsity, updater.timing.start_step
+
+
+def test_zeros_are_a_first_mask_only_where_all_ranks_have_them():
+    assert launch.run(begin) == [(None, 2), (None, 2)]

@@ -1,6 +1,7 @@
 import copy
 import pickle
 
+import pytest
 import torch
 from torch import nn
 
@@ -9,7 +10,7 @@ from sparse_train.layers.matrices import Recorder
 from sparse_train.layers.sparse_linear import sparse_layers, sparsify
 from sparse_train.pipeline.recording import attach
 from sparse_train.statistics.activations import ActivationNorm
-from sparse_train.statistics.input_sharing import InputSharing
+from sparse_train.statistics.input_sharing import InputSharing, SeenInput
 from tests.conftest import VOCABULARY, tiny_llama
 
 
@@ -43,12 +44,12 @@ def test_equal_values_or_reused_addresses_are_no_shared_input():
     sharing = InputSharing()
     for layer in (a, b):
         x = torch.ones(2, 4)  # the second may well sit where the first was
-        sharing.watch(layer, x)
+        sharing.watch(layer, SeenInput(x))
         del x
     assert sharing.leaders() == {a: a, b: b}
     x = torch.ones(2, 4)
-    sharing.watch(a, x)
-    sharing.watch(b, x)
+    sharing.watch(a, SeenInput(x))
+    sharing.watch(b, SeenInput(x))
     assert sharing.leaders()[b] is b  # shared once, but not always
 
 
@@ -71,13 +72,45 @@ def test_a_layer_whose_leader_is_skipped_records_its_own_input():
     assert int(model.a.statistics.tokens) == 10 and int(model.b.statistics.tokens) == 20
     torch.testing.assert_close(model.b.statistics.norm_I, torch.cat(seen).norm(dim=0))
 
-    resumed = Branches()  # where sharing is looked for again, in a step in which both run
-    sparsify(resumed, [resumed.a, resumed.b])
-    resumed.load_state_dict(model.state_dict())
-    other = MaskUpdater(resumed, "2:4", update_freq=8, window=8, targets=["a", "b"], state=updater.state_dict())
-    resumed(torch.randn(5, 8)).sum().backward()
-    other.step()
-    assert int(resumed.a.statistics.tokens) == 15 and int(resumed.b.statistics.tokens) == 25
+
+def run(plan, state=None, **settings):
+    """A run in which each word names the branches of a step; optionally continued from ``state``."""
+    torch.manual_seed(0)
+    model = Branches()
+    targets = {"targets": ["a", "b"], "update_freq": 4, "window": 4, "total_steps": 80}
+    if state is not None:
+        sparsify(model, [model.a, model.b])
+        model.load_state_dict(state[0])
+    updater = MaskUpdater(model, "2:4", state=state and state[1], **targets | settings)
+    for step, branches in enumerate(plan, start=updater.steps):
+        model(torch.randn(5, 8, generator=torch.Generator().manual_seed(step)), branches).sum().backward()
+        updater.step()
+    return model, updater
+
+
+@pytest.mark.parametrize("memory", [0.0, 1.0])
+@pytest.mark.parametrize("plan", ["ab ab a ab ab a a", "ab b ab b ab ab b a", "b b a ab ab a b"])
+def test_a_resumed_run_shares_what_the_whole_one_does(plan, memory):
+    plan = plan.split()
+    whole, whole_updater = run(plan, memory=memory)
+    for at in range(1, len(plan)):
+        model, updater = run(plan[:at], memory=memory)
+        resumed, _ = run(plan[at:], (model.state_dict(), updater.state_dict()), memory=memory)
+        for name in ("a", "b"):
+            ours, theirs = getattr(whole, name), getattr(resumed, name)
+            assert torch.equal(ours.weight_mask, theirs.weight_mask), (name, at)
+            assert all(map(torch.equal, ours.statistics.tensors(), theirs.statistics.tensors())), (name, at)
+        updater.load_state_dict(whole_updater.state_dict())  # of an updater that shares already
+        for name in ("a", "b"):
+            assert int(getattr(model, name).statistics.tokens) == int(getattr(whole, name).statistics.tokens)
+
+
+def test_a_layer_can_stop_sharing_in_inference_mode():
+    model, _ = run(["ab"])
+    with torch.inference_mode():
+        model(torch.randn(5, 8), "b")  # in train mode, where forwards count
+    model(torch.randn(5, 8)).sum().backward()
+    assert (int(model.a.statistics.tokens), int(model.b.statistics.tokens)) == (10, 15)
 
 
 def test_a_leader_that_has_gone_on_to_another_input_is_none():
@@ -85,7 +118,7 @@ def test_a_leader_that_has_gone_on_to_another_input_is_none():
     sharing = InputSharing()
     first, second = torch.randn(5, 8), torch.randn(5, 8)
     for layer, x in ((model.a, first), (model.a, second), (model.b, first), (model.b, second)):
-        sharing.watch(layer, x)
+        sharing.watch(layer, SeenInput(x))
     assert sharing.leaders()[model.b] is model.b
 
 

@@ -270,6 +270,7 @@ class DynamicPruning(L.Callback):
                 "weights into the module and fit without ckpt_path."
             )
         if self._restored is None:
+            rank_zero_info("DynamicPruning: preparing the first mask.")
             set_first_mask(
                 pl_module,
                 self._settings,

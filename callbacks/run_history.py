@@ -25,6 +25,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from sparse_train import environment, memory
@@ -92,6 +93,7 @@ class RunHistory(L.Callback):
             return
         self._baseline(trainer, "first mask" if self._is_masked() else "dense")
         if self._is_masked() and self._pruning is not None and not self._pruning.first_mask_moves_weights:
+            rank_zero_info("RunHistory: validating once more with all weights kept, for the report.")
             with _opened(self._layers()):
                 trainer.fit_loop.epoch_loop.val_loop.run()  # still a sanity check: not logged, triggers no checkpoint
                 self._baseline(trainer, "dense")

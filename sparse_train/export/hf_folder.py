@@ -111,4 +111,5 @@ def _card_of(content: dict[str, Any]) -> ModelCard:
             state["timing"]["end_step"],
         )
     made = training_rows(state["settings"], state["timing"], state["steps"]) if state else {}
-    return ModelCard(content["model_config"].get("_name_or_path") or None, made=made)
+    source = content.get("model_source", {})
+    return ModelCard(source.get("name"), source.get("hub_id"), source.get("license"), made=made)

@@ -14,7 +14,9 @@ PRUNING_STATE = "DynamicPruning"
 _FSDP2_METADATA = ".metadata"  # file of torch.distributed.checkpoint
 _LIGHTNING_METADATA = "meta.pt"  # file that Lightning puts next to it
 _DEEPSPEED_TAG = "checkpoint"  # the tag that Lightning uses
-_CLIENT_KEYS = ("callbacks", "model_config", "generation_config", "adapter_config", "global_step", "epoch")
+_CLIENT_KEYS = (
+    *("callbacks", "model_config", "generation_config", "adapter_config", "model_source", "global_step", "epoch"),
+)
 
 
 def read_checkpoint(checkpoint: str | Path) -> dict[str, Any]:

@@ -179,6 +179,8 @@ class CausalLM(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # enough to build the model without its source, so that ``sparse-train export`` needs no hub
         checkpoint["model_config"] = self.model.config.to_dict()
+        source = self.source
+        checkpoint["model_source"] = {"name": source.name, "hub_id": source.hub_id, "license": source.license}
         checkpoint["generation_config"] = self.model.generation_config.to_dict()
         checkpoint["adapter_config"] = adapter_config(self.model)
 

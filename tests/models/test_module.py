@@ -15,6 +15,7 @@ from sparse_train.data.texts import TextFiles
 from sparse_train.export import export_checkpoint, export_model
 from sparse_train.models.distillation import Distillation
 from sparse_train.models.module import CausalLM
+from sparse_train.models.sources import Pretrained
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -188,6 +189,18 @@ def test_an_export_from_before_the_final_sparsity_is_said(model_folder, data, tm
     assert "was written after" not in caplog.text
     export_checkpoint(tmp_path / "step=4.ckpt", tmp_path / "middle")
     assert "was written after 4 steps, at a sparsity of 0.4375: its schedule is Cubic" in caplog.text
+
+
+def test_the_card_of_an_exported_checkpoint_names_its_source(model_folder, data, tmp_path):
+    class Source(Pretrained):
+        name, hub_id, license = "a model", "someone/model", "mit"
+
+    trainer = fit(CausalLM(Source(str(model_folder))), data, DynamicPruning("2:4", update_freq=4), max_steps=2)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    export_checkpoint(tmp_path / "x.ckpt", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "# a model, 2:4" in card and "base_model: someone/model" in card and "license: mit" in card
+    assert str(model_folder) not in card
 
 
 def test_an_exported_checkpoint_generates_as_its_source_does(model_folder, data, tmp_path):

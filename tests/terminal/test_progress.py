@@ -63,3 +63,14 @@ def test_a_bar_that_stays_is_not_wiped_away(stays, terminal, capsys):
 def test_pruning_without_data_draws_nothing(terminal, capsys):
     prune(tiny_llama(), criterion=Magnitude(), progress=True)
     assert capsys.readouterr() == ("", "")
+
+
+def test_elsewhere_there_is_a_line_a_minute(capsys, ids, monkeypatch):
+    prune(tiny_llama(), ids, "2:4", progress=True)
+    assert capsys.readouterr() == ("", "")  # it takes no minute
+    monkeypatch.setattr("sparse_train.terminal.progress._SECONDS_BETWEEN_LINES", 0.0)
+    prune(tiny_llama(), ids, "2:4", progress=True)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.splitlines()[0] == "pruning: 1/20 forwards"
+    assert re.fullmatch(r"pruning: 20/20 forwards, block \d/3, sparsity 0.\d{4}", err.splitlines()[-1])

@@ -213,6 +213,8 @@ def _show(command: str, result: dict[str, Any]) -> None:
         for name, value in result.items():
             print(f"{name}  {value:.4f}")
         return
+    if result["checkpoint"]:
+        print(f"checkpoint: {result['checkpoint']}")
     if result["export"]:
         print(f"exported to {result['export']}")
     if result["report"]:

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 class OneshotReport:
     """What one-shot pruning did."""
 
-    layers: Mapping[str, LayerUpdate]
+    layers: Mapping[str, LayerUpdate] = field(repr=False)
     forward_seconds: float
     """Time in forward passes of calibration data."""
     pruning_seconds: float

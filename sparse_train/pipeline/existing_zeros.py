@@ -22,9 +22,7 @@ _log = logging.getLogger(__name__)
 
 
 @torch.no_grad()
-def keep_zeros(
-    model: nn.Module, targets: Sequence[str] | None = None, ignore: Sequence[str] = ()
-) -> dict[str, MaskedLayer]:
+def keep_zeros(model: nn.Module, targets: Sequence[str] | None = None, ignore: Sequence[str] = ()) -> float:
     """Mask the zeros of a model that was pruned before, wherever they are, so that training keeps all of them.
 
     ::
@@ -43,7 +41,7 @@ def keep_zeros(
         targets, ignore: which layers, see ``sparse_train.targets.select``.
 
     Returns:
-        The masked layers by name.
+        The share of zeros among the targeted weights.
 
     Raises:
         ValueError: no weight of the targets is zero, or the model has masks already. It is then unchanged.
@@ -54,7 +52,7 @@ def keep_zeros(
     for name, module in chosen.items():
         sharding.check_layout(name, module)
     sparsify(model, chosen.values())
-    masked: dict[str, MaskedLayer] = sparse_layers(model)
+    masked = sparse_layers(model)
     for layer in masked.values():
         layer.straight_through = False
         with sharding.weights(layer, by_rows=False) as (weight_OI, _):
@@ -64,7 +62,8 @@ def keep_zeros(
         raise ValueError(
             "No weight of the targeted layers is zero, so there is nothing to keep: prune the model first."
         )
-    return masked
+    found = measure(masked).values()
+    return sum(layer.zeros for layer in found) / sum(layer.size for layer in found)
 
 
 def masks_from_zeros(layers: Mapping[str, MaskedLayer], pattern: Pattern, sparsity: float) -> bool:

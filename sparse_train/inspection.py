@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,9 @@ class LayerSparsity:
     @property
     def sparsity(self) -> float:
         return self.zeros / self.size
+
+
+L = TypeVar("L", bound=LayerSparsity)
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,11 @@ def overall_sparsity(layers: Sequence[LayerSparsity]) -> float:
     """Share of zeros over all ``layers``; 0 if there are none."""
     size = sum(layer.size for layer in layers)
     return sum(layer.zeros for layer in layers) / size if size else 0.0
+
+
+def pruned(layers: Sequence[L]) -> list[L]:
+    """Those that were pruned: with at least a twentieth of zeros, as weights rounded to 4 bits have 0.01."""
+    return [layer for layer in layers if layer.pattern != "dense" and layer.sparsity >= 0.05]
 
 
 def sizes(layers: Sequence[InspectedLayer]) -> tuple[int, int]:

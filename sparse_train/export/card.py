@@ -6,9 +6,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from sparse_train.inspection import LayerSparsity, by_projection, overall_sparsity
+from sparse_train.inspection import LayerSparsity, by_projection, overall_sparsity, pruned
 
-_PRUNED = 0.05  # a layer with at least this share of zeros was pruned: weights rounded to 4 bits have 0.01
 FILE_NAME = "README.md"
 
 _LIMITS = """\
@@ -49,8 +48,8 @@ class ModelCard:
         """
         from huggingface_hub import ModelCardData
 
-        pruned = [layer for layer in layers if layer.pattern != "dense" and layer.sparsity >= _PRUNED]
-        patterns = sorted({layer.pattern for layer in pruned})
+        found = pruned(layers)
+        patterns = sorted({layer.pattern for layer in found})
         name = self.base_model or "A language model"
         front = ModelCardData(
             base_model=self.hub_id,
@@ -63,7 +62,7 @@ class ModelCard:
         rows = {
             **({"base model": self.base_model} if self.base_model else {}),
             **self.made,
-            "sparsity": f"{overall_sparsity(pruned):.4f} of the {len(pruned)} pruned layers' weights{whole}, counted "
+            "sparsity": f"{overall_sparsity(found):.4f} of the {len(found)} pruned layers' weights{whole}, counted "
             "on the weights that are written here",
             **({"perplexity": self.perplexity} if self.perplexity else {}),
             "made with": f"sparse-train {version('sparse-train')}, torch {version('torch')}, "

@@ -9,7 +9,7 @@ from rich.box import HEAVY_HEAD
 from rich.console import Console
 from rich.table import Column, Table
 
-from sparse_train.inspection import InspectedLayer, LayerSparsity, by_projection, overall_sparsity, sizes
+from sparse_train.inspection import InspectedLayer, LayerSparsity, by_projection, overall_sparsity, pruned, sizes
 
 if TYPE_CHECKING:
     from sparse_train.evaluation import ZeroShotResult
@@ -103,6 +103,9 @@ def show_inspection(
     table.add_section()
     able = sum(layer.why_not_2of4 is None for layer in layers)
     (dense, packed), share = sizes(layers), f"{able}/{len(layers)}"
+    found = pruned(layers)
+    if 0 < len(found) < len(layers):
+        table.add_row(f"{len(found)} pruned layers", "", f"{overall_sparsity(found):.4f}", "", "", "", "")
     table.add_row("all linear layers", "", f"{overall_sparsity(layers):.4f}", "", _mb(dense), _mb(packed), share)
     # packing saves bytes only in these layers
     table.add_row("the whole model", "", "", "", _mb(model_bytes), _mb(model_bytes - dense + packed), "")

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparse_train.patterns import top_k as selection
-from sparse_train.statistics.activations import sum_of_squares
+from sparse_train.statistics.accumulation import sum_of_squares
 from tests.reference import row_mask
 
 WAYS = {

@@ -170,7 +170,8 @@ class MaskedLayer(MaskedMatrix):
             statistics = self.record_alone()
         if self.records:
             statistics.add(x, mask)
-            statistics.last_input = seen
+            if seen is not None:  # in a compiled forward, setting an attribute could break the graph
+                statistics.last_input = seen
 
     def record_alone(self) -> Statistics:
         """Record inputs in statistics of the layer's own, which begin as a copy of those it has shared."""

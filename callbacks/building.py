@@ -9,7 +9,8 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
 from sparse_train.layers.matrices import MASK_NAME
-from sparse_train.layers.sparse_linear import fold, sparse_layers, sparsify_like
+from sparse_train.layers.sparse_linear import sparse_layers
+from sparse_train.layers.sparsify import fold, sparsify_like
 
 _HOOKS = ("configure_model", "setup")  # the later one first; a callback's setup runs before both
 

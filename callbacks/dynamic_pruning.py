@@ -40,7 +40,8 @@ from sparse_train.criteria import Criterion
 from sparse_train.description import describe
 from sparse_train.layers.mask_lora import MaskLoRA, add_mask_lora, check_mask_lora
 from sparse_train.layers.matrices import MaskedLayer
-from sparse_train.layers.sparse_linear import fold, sparse_layers
+from sparse_train.layers.sparse_linear import sparse_layers
+from sparse_train.layers.sparsify import fold
 from sparse_train.models.checkpoints import PRUNING_STATE
 from sparse_train.oneshot.first_mask import check_initial, set_first_mask
 from sparse_train.patterns import Pattern, group_label

@@ -6,7 +6,8 @@
 from sparse_train.allocation import OWL, Allocation, Explicit, PerBlock, Uniform
 from sparse_train.criteria import RIA, Criterion, Magnitude, Random, Wanda, WandaCumulative
 from sparse_train.layers.mask_lora import MaskLoRA, add_mask_lora, merge_mask_lora
-from sparse_train.layers.sparse_linear import SparseLinear, sparse_layers, sparsify, sparsify_like, squash
+from sparse_train.layers.sparse_linear import SparseLinear, sparse_layers
+from sparse_train.layers.sparsify import sparsify, sparsify_like, squash
 from sparse_train.oneshot import prune
 from sparse_train.patterns import NM, Pattern, Unstructured
 from sparse_train.pipeline.existing_zeros import keep_zeros

@@ -11,7 +11,7 @@ from sparse_train.export.card import ModelCard, training_rows, write_card
 from sparse_train.files import written_whole
 from sparse_train.inspection import layer_sparsities
 from sparse_train.layers.sharding import is_dtensor, is_zero3, whole_state_dict
-from sparse_train.layers.sparse_linear import sparsify_like, squash
+from sparse_train.layers.sparsify import sparsify_like, squash
 from sparse_train.models import lora
 from sparse_train.models.checkpoints import PRUNING_STATE, read_checkpoint
 

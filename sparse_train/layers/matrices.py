@@ -22,7 +22,7 @@ MASK_NAME = "weight_mask"
 """Name of the packed mask buffer next to ``weight`` in a state dict."""
 FACTOR_NAMES = ("mask_lora_A", "mask_lora_B")
 """Names of the factors next to ``weight`` in a layer with a low-rank adapter, see ``layers.mask_lora``."""
-REACHED_NAMES = ("reached_eager", "reached_compiled")
+_REACHED_NAMES = ("reached_eager", "reached_compiled")
 """Attributes of masked layers that store ``MaskedLayer.reached``."""
 
 
@@ -122,6 +122,18 @@ class MaskedLayer(MaskedMatrix):
     recorder: Recorder | None
     bias: Any
     training: bool
+
+    def start_masking(self) -> None:
+        """Get a mask that keeps everything, and whatever else a masked layer has; the class has just been changed."""
+        assert isinstance(self, nn.Module)
+        self.register_buffer(MASK_NAME, masks.full(self.out_features, self.in_features, self.weight_OI.device))
+        self.straight_through, self.statistics, self.records, self.recorder = True, None, True, None
+        self.reached = False
+
+    def stop_masking(self) -> None:
+        """Lose all that ``start_masking`` has given; the class is about to be changed back."""
+        for name in (MASK_NAME, "straight_through", "statistics", "records", "recorder", *_REACHED_NAMES):
+            delattr(self, name)
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():

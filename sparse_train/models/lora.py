@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sparse_train.inspection import InspectedLayer, layer_sparsities
 from sparse_train.layers.adapters import guard_merges
-from sparse_train.layers.sparse_linear import folded_state_dict
+from sparse_train.layers.state_dicts import folded_state_dict
 from sparse_train.models.sources import ModelSource, as_model_source
 from sparse_train.targets.maskable import adapter_names
 

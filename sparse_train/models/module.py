@@ -14,7 +14,8 @@ from torchmetrics import MeanMetric
 
 from sparse_train.layers.blocks import block_lists, dimensions
 from sparse_train.layers.sharding import whole_first
-from sparse_train.layers.sparse_linear import sparse_layers, sparsify_like
+from sparse_train.layers.sparse_linear import sparse_layers
+from sparse_train.layers.sparsify import sparsify_like
 from sparse_train.models.checkpoints import PRUNING_STATE
 from sparse_train.models.distillation import Distillation, Teacher
 from sparse_train.models.loading import load_sharded

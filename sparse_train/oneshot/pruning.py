@@ -13,7 +13,7 @@ from sparse_train.criteria import Criterion, Wanda
 from sparse_train.distributed import rank
 from sparse_train.layers import masks
 from sparse_train.layers.matrices import MaskedLayer, MaskedMatrix, Recorder
-from sparse_train.layers.sparse_linear import fold, sparsify
+from sparse_train.layers.sparsify import fold, sparsify
 from sparse_train.oneshot.block_walk import BlockWalk
 from sparse_train.oneshot.calibration_pass import Batch, CalibrationPass
 from sparse_train.oneshot.engine import Method, Undo, release, statistics_of

@@ -24,7 +24,7 @@ from sparse_train.description import describe
 from sparse_train.files import check_free, replacing
 from sparse_train.layers.blocks import expert_shape_OI
 from sparse_train.layers.matrices import MaskedLayer, MaskedMatrix, Recorder, shape_OI
-from sparse_train.layers.sparse_linear import fold, sparsify
+from sparse_train.layers.sparsify import fold, sparsify
 from sparse_train.oneshot.block_walk import blocks_done, experts_of, share_of_outliers
 from sparse_train.oneshot.calibration_pass import Batch, CalibrationPass
 from sparse_train.oneshot.engine import Method, prune_group, release, statistics_of

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from sparse_train.files import replacing
 from sparse_train.layers import masks
 from sparse_train.layers.matrices import MASK_NAME
-from sparse_train.layers.sparse_linear import squashed_state_dict
+from sparse_train.layers.state_dicts import squashed_state_dict
 
 FORMAT_VERSION = 1
 _METADATA = "sparse_train_packed"

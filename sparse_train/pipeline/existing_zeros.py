@@ -10,7 +10,8 @@ from sparse_train.criteria import Magnitude
 from sparse_train.distributed import all_ranks, rank
 from sparse_train.layers import masks, sharding
 from sparse_train.layers.matrices import MaskedLayer
-from sparse_train.layers.sparse_linear import fold, sparse_layers, sparsify
+from sparse_train.layers.sparse_linear import sparse_layers
+from sparse_train.layers.sparsify import fold, sparsify
 from sparse_train.patterns import Pattern, Unstructured, group_label
 from sparse_train.pipeline.choice import Rules
 from sparse_train.pipeline.policies import StraightThrough

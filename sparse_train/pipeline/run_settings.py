@@ -11,7 +11,7 @@ from sparse_train.criteria import Criterion, Wanda
 from sparse_train.description import describe
 from sparse_train.layers.matrices import MaskedLayer
 from sparse_train.layers.sharding import check_layout
-from sparse_train.layers.sparse_linear import sparsify
+from sparse_train.layers.sparsify import sparsify
 from sparse_train.patterns import Pattern, group_label
 from sparse_train.pipeline.earlier_windows import Memory, check_memory
 from sparse_train.pipeline.margins import Margin, check_margin, check_window

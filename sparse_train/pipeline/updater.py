@@ -16,7 +16,8 @@ from sparse_train.layers.agreement import check_agreement
 from sparse_train.layers.blocks import ONE_OF_TWO_TEXTS, reads_two_texts
 from sparse_train.layers.mask_lora import describe_adapters
 from sparse_train.layers.sharding import reshard
-from sparse_train.layers.sparse_linear import fold, sparse_layers
+from sparse_train.layers.sparse_linear import sparse_layers
+from sparse_train.layers.sparsify import fold
 from sparse_train.patterns import Pattern
 from sparse_train.pipeline.choice import Rules
 from sparse_train.pipeline.earlier_windows import Memory

@@ -24,7 +24,8 @@ from sparse_train.criteria import Criterion
 from sparse_train.distributed import rank
 from sparse_train.layers import masks
 from sparse_train.layers.matrices import MASK_NAME, MaskedLayer, is_conv1d
-from sparse_train.layers.sparse_linear import fold, sparse_layers
+from sparse_train.layers.sparse_linear import sparse_layers
+from sparse_train.layers.sparsify import fold
 from sparse_train.oneshot.first_mask import check_initial, set_first_mask
 from sparse_train.patterns import Pattern
 from sparse_train.pipeline.earlier_windows import Memory

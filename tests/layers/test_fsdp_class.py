@@ -6,7 +6,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from sparse_train.layers.sparse_linear import SparseLinear, sparsify
+from sparse_train.layers.sparse_linear import SparseLinear
+from sparse_train.layers.sparsify import sparsify
 from sparse_train.patterns import NM
 from sparse_train.targets.selection import select
 

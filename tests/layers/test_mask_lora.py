@@ -27,7 +27,7 @@ from sparse_train.callbacks import DynamicPruning
 from sparse_train.export import export_checkpoint, export_model
 from sparse_train.inspection import layer_sparsities
 from sparse_train.layers.mask_lora import MaskLoRALinear, check_mask_lora
-from sparse_train.layers.sparse_linear import squashed_state_dict
+from sparse_train.layers.state_dicts import squashed_state_dict
 from sparse_train.models.module import CausalLM
 from sparse_train.models.sources import Pretrained
 from sparse_train.trainer import SparseTrainerCallback

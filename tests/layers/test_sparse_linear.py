@@ -6,19 +6,10 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM
 
 from sparse_train.layers import masks
 from sparse_train.layers.functional import masked_linear
-from sparse_train.layers.sparse_linear import (
-    SparseLinear,
-    sparse_layers,
-    sparsify,
-    sparsify_like,
-    squash,
-    squashed_state_dict,
-)
-from tests.conftest import tiny_llama
+from sparse_train.layers.sparsify import sparsify
 
 
 def sparse_linear(in_features=12, out_features=6, bias=True, dtype=torch.float32):
@@ -143,128 +134,6 @@ def test_a_mask_changed_between_forward_and_backward_is_noticed():
         out.sum().backward()
 
 
-def test_state_dict_keys_are_the_models_own_plus_masks():
-    model = tiny_llama()
-    own = set(model.state_dict())
-    targets = {n: m for n, m in model.named_modules() if n.endswith("proj")}
-    identities = {n: id(p) for n, p in model.named_parameters()}
-    sparsify(model, targets.values())
-    assert set(model.state_dict()) == own | {f"{name}.weight_mask" for name in targets}
-    assert {n: id(p) for n, p in model.named_parameters()} == identities
-    assert set(squashed_state_dict(model)) == own
-    squash(model)
-    assert set(model.state_dict()) == own
-    assert {n: id(p) for n, p in model.named_parameters()} == identities
-    assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert not any(isinstance(m, SparseLinear) for m in model.modules())
-
-
-def test_squash_leaves_zeros_and_the_same_outputs():
-    model = tiny_llama().eval()
-    sparsify(model, [m for n, m in model.named_modules() if n.endswith("proj")])
-    for layer in sparse_layers(model).values():
-        layer.set_mask(torch.rand_like(layer.weight) < 0.5)
-    ids = torch.randint(0, 128, (1, 8))
-    before = model(input_ids=ids).logits
-    kept = {name: layer.unpacked_mask() for name, layer in sparse_layers(model).items()}
-    squash(model)
-    assert torch.equal(model(input_ids=ids).logits, before)
-    for name, mask in kept.items():
-        assert torch.equal(model.get_submodule(name).weight != 0, mask)
-
-
-def test_save_pretrained_of_a_sparsified_model_writes_zeros(tmp_path):
-    model = tiny_llama().eval()
-    sparsify(model, [m for n, m in model.named_modules() if n.endswith("proj")])
-    for layer in sparse_layers(model).values():
-        layer.set_mask(torch.rand_like(layer.weight) < 0.5)
-    ids = torch.randint(0, 128, (1, 8))
-    shadow = {name: layer.weight.clone() for name, layer in sparse_layers(model).items()}
-    for variant in (model, copy.deepcopy(model)):
-        variant.save_pretrained(tmp_path / "out")
-        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-        assert torch.equal(loaded(input_ids=ids).logits, variant(input_ids=ids).logits)
-        name = "model.layers.0.mlp.up_proj"
-        assert int((loaded.get_submodule(name).weight == 0).sum()) > 900
-        assert torch.equal(variant.get_submodule(name).weight, shadow[name])
-    squash(model)
-    model.save_pretrained(tmp_path / "squashed")
-
-
-def masked_llama():
-    model = tiny_llama()
-    sparsify(model, [m for n, m in model.named_modules() if n.endswith("proj")])
-    for layer in sparse_layers(model).values():
-        layer.set_mask(torch.rand_like(layer.weight) < 0.5)
-    return model
-
-
-def huggingface_trainer(model, folder):
-    from transformers import Trainer, TrainingArguments
-
-    Trainer(model=model, args=TrainingArguments(folder, report_to=[], use_cpu=True)).save_model(folder)
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    "save",
-    [
-        lambda model, folder: model.save_pretrained(folder, state_dict=None),
-        lambda model, folder: model.save_pretrained(folder, True, model.state_dict()),
-        lambda model, folder: model.save_pretrained(folder, state_dict=model.state_dict()),
-        huggingface_trainer,
-    ],
-    ids=["none", "by position", "its own state dict", "transformers.Trainer"],
-)
-def test_however_save_pretrained_is_called(tmp_path, save):
-    model = masked_llama()
-    save(model, str(tmp_path))
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    for name, layer in sparse_layers(model).items():
-        assert torch.equal(loaded.get_submodule(name).weight, layer.masked_weight())
-
-
-def test_a_model_around_the_sparsified_one_saves_zeros_too(tmp_path):
-    model = tiny_llama()
-    inner = model.model.layers[0]
-    sparsify(inner, [inner.mlp.up_proj])
-    inner.mlp.up_proj.set_mask(torch.rand_like(inner.mlp.up_proj.weight) < 0.5)
-    model.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert torch.equal(loaded.model.layers[0].mlp.up_proj.weight, inner.mlp.up_proj.masked_weight())
-
-
-def test_a_layer_that_is_registered_twice():
-    layer = nn.Linear(8, 8)
-    model = nn.ModuleList([layer, layer])
-    sparsify(model, [layer])
-    layer.set_mask(torch.zeros(8, 8, dtype=torch.bool))
-    state = squashed_state_dict(model)
-    assert not any("mask" in key for key in state)
-    assert not state["0.weight"].any()
-    assert not state["1.weight"].any()
-
-
-def test_a_checkpoint_of_a_sparse_run_loads_into_a_module_that_knows_nothing_of_it():
-    model, other = masked_llama(), tiny_llama()
-    sparsify_like(other, model.state_dict())
-    other.load_state_dict(model.state_dict())
-    squash(other)
-    for name, layer in sparse_layers(model).items():
-        assert torch.equal(other.get_submodule(name).weight, layer.masked_weight())
-
-
-def test_a_dense_state_dict_is_refused_with_a_way_out():
-    model = tiny_llama()
-    dense = copy.deepcopy(model.state_dict())
-    sparsify(model, [m for n, m in model.named_modules() if n.endswith("proj")])
-    with pytest.raises(ValueError, match="holds no masks") as error:
-        model.load_state_dict(dense)
-    assert "before sparsifying" in str(error.value)
-    squash(model)
-    model.load_state_dict(dense)
-
-
 def test_copies_pickles_and_casts_keep_the_mask():
     layer, mask = sparse_linear(20, 6)
     x = torch.randn(2, 20)
@@ -290,16 +159,6 @@ def test_made_on_meta_then_emptied_and_reset_keeps_everything():
     layer.weight_mask.fill_(77)
     layer.reset_parameters()
     assert torch.equal(layer.weight_mask, masks.full(6, 20))
-
-
-def test_sparsify_and_squash_are_idempotent():
-    layer, mask = sparse_linear()
-    sparsify(layer, [layer])
-    assert torch.equal(layer.unpacked_mask(), mask)
-    squash(layer)
-    squash(layer)
-    assert type(layer) is nn.Linear
-    assert torch.equal(layer.weight != 0, mask)
 
 
 def test_empty_batch_and_frozen_weight():

@@ -20,7 +20,7 @@ from sparse_train import (
     squash,
 )
 from sparse_train.layers.blocks import block_lists
-from sparse_train.layers.sparse_linear import squashed_state_dict
+from sparse_train.layers.state_dicts import squashed_state_dict
 from sparse_train.statistics.activations import ActivationNorm
 from tests.conftest import VOCABULARY, tiny_llama
 from tests.reference import nm_mask, row_mask

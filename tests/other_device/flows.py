@@ -18,7 +18,7 @@ from sparse_train.callbacks import DynamicPruning
 from sparse_train.evaluation import evaluate_perplexity
 from sparse_train.inspection import layer_sparsities
 from sparse_train.layers.mask_lora import MaskLoRA, add_mask_lora
-from sparse_train.layers.sparse_linear import squashed_state_dict
+from sparse_train.layers.state_dicts import squashed_state_dict
 from sparse_train.models.distillation_losses import logit_losses, squarehead_loss
 from sparse_train.models.losses import next_token_loss
 from sparse_train.oneshot.streaming import prune_checkpoint

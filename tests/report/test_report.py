@@ -2,7 +2,8 @@ import re
 import struct
 
 from sparse_train.inspection import LayerSparsity, layer_sparsities, overall_sparsity
-from sparse_train.layers.sparse_linear import sparse_layers, sparsify
+from sparse_train.layers.sparse_linear import sparse_layers
+from sparse_train.layers.sparsify import sparsify
 from sparse_train.report import Report, markdown_table, read_metrics, write_report
 from tests.conftest import tiny_llama
 

@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from sparse_train.layers.matrices import Recorder
-from sparse_train.layers.sparse_linear import sparsify
+from sparse_train.layers.sparsify import sparsify
 from sparse_train.pipeline.recording import attach
 from sparse_train.statistics import accumulation
 from sparse_train.statistics.activations import ActivationGram, ActivationNorm, HalvedNorm

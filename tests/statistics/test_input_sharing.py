@@ -7,7 +7,8 @@ from torch import nn
 
 from sparse_train import MaskUpdater
 from sparse_train.layers.matrices import Recorder
-from sparse_train.layers.sparse_linear import sparse_layers, sparsify
+from sparse_train.layers.sparse_linear import sparse_layers
+from sparse_train.layers.sparsify import sparsify
 from sparse_train.pipeline.recording import attach
 from sparse_train.statistics.activations import ActivationNorm
 from sparse_train.statistics.input_sharing import InputSharing, SeenInput

@@ -8,7 +8,7 @@ from transformers import FalconConfig, FalconForCausalLM, GPT2Config, GPT2LMHead
 
 from sparse_train import prune
 from sparse_train.layers.blocks import block_lists
-from sparse_train.layers.sparse_linear import sparsify
+from sparse_train.layers.sparsify import sparsify
 from sparse_train.patterns import NM, Unstructured
 from sparse_train.targets.selection import select
 from tests.conftest import VOCABULARY, tiny_llama

@@ -1,0 +1,111 @@
+"""Whole models: linear layers become masked ones and, at the end, plain ones with zeros."""
+
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparse_train.layers import sharding
+from sparse_train.layers.adapters import guard_merges
+from sparse_train.layers.matrices import FACTOR_NAMES, MASK_NAME, MaskedLayer
+from sparse_train.layers.sparse_linear import dense_class, sparse_class, sparse_layers
+from sparse_train.layers.state_dicts import EXTRA_STATE, is_mask, refusals, refuse_dense, teach_save_pretrained
+
+_log = logging.getLogger(__name__)
+
+
+def sparsify(model: nn.Module, layers: Iterable[nn.Module]) -> None:
+    """Turn linear layers of ``model`` into masked ones in place, keeping every weight; idempotent.
+
+    An ``nn.Linear`` becomes a ``SparseLinear``, transformers' ``Conv1D`` a ``SparseConv1D``.
+
+    Afterwards the state dict holds the masks too, a state dict without them is refused, and ``save_pretrained`` of a
+    transformers model writes pruned weights as zeros.
+    """
+    for layer in layers:
+        if isinstance(layer, MaskedLayer):
+            continue
+        layer.__class__ = sparse_class(type(layer))  # type: ignore[arg-type]
+        assert isinstance(layer, MaskedLayer) and isinstance(layer, nn.Module)
+        layer.start_masking()
+    if not refusals(model):
+        model.register_load_state_dict_pre_hook(refuse_dense)
+    _keep_from_ddp(model)
+    teach_save_pretrained()
+    guard_merges(model)
+
+
+def squash(model: nn.Module) -> None:
+    """Fold masks into weights: pruned weights become exact zeros, and plain linear layers remain.
+
+    Adapters inside masks (``layers.mask_lora``) are folded in as well. Warns if no mask prunes anything, for example
+    because a loop ended before ``MaskUpdater`` had recorded enough for a first mask.
+
+    Args:
+        model: with masked layers anywhere in it.
+    """
+    layers = sparse_layers(model)
+    if layers and all(layer.keeps_all() for layer in layers.values()):
+        _log.warning(
+            "None of the %d masked layers has a pruned weight, so squash leaves a dense model: there was no mask "
+            "update before it. MaskUpdater makes its first mask half an interval into a run, or starts from the one "
+            "that prune(..., squash=False) has set.",
+            len(layers),
+        )
+    fold(model)
+
+
+@torch.no_grad()
+def fold(model: nn.Module, only: Iterable[MaskedLayer] | None = None) -> None:
+    """``squash`` without the warning about masks that prune nothing, and for some layers only (default: all)."""
+    sharding.reshard(model)
+    for layer in sparse_layers(model).values() if only is None else list(only):
+        assert isinstance(layer, MaskedLayer)
+        assert isinstance(layer, nn.Module)
+        layer.merge()
+        sharding.write_zeros(layer)
+        layer.stop_masking()
+        layer.__class__ = dense_class(type(layer))  # type: ignore[arg-type]
+    if sparse_layers(model):
+        return
+    _keep_from_ddp(model)
+    for module in model.modules():
+        for key in refusals(module):
+            del module._load_state_dict_pre_hooks[key]
+
+
+def _keep_from_ddp(model: nn.Module) -> None:
+    """Tell a later ``DistributedDataParallel(model)`` to ignore masks.
+
+    Otherwise it would send rank 0's masks to all ranks in every forward, which costs time and hides disagreement.
+    """
+    names = [".".join(filter(None, (name, MASK_NAME))) for name in sparse_layers(model)]
+    others = [name for name in getattr(model, _DDP_IGNORES, ()) if not is_mask(name)]
+    if names or others or hasattr(model, _DDP_IGNORES):
+        setattr(model, _DDP_IGNORES, [*others, *names])
+
+
+_DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"  # torch's name; its setter would drop earlier entries
+
+
+def sparsify_like(module: nn.Module, state_dict: Mapping[str, Any], prefix: str = "") -> None:
+    """Sparsify the layers of ``module`` whose masks are in ``state_dict``, so that the state can be loaded.
+
+    To load the checkpoint of a sparse run into a dense module: ``sparsify_like(module, state)``, then
+    ``module.load_state_dict(state)``, and ``squash(module)`` for true zeros.
+    """
+    names = [key.removeprefix(prefix).removesuffix(f".{MASK_NAME}") for key in state_dict if is_mask(key)]
+    layers = [module.get_submodule(name) for name in names]
+    new = [layer for layer in layers if not isinstance(layer, MaskedLayer)]
+    if new:
+        sparsify(module, new)
+    for name, layer in zip(names, layers, strict=True):
+        factor = state_dict.get(f"{prefix}{name}.{FACTOR_NAMES[0]}")
+        if factor is not None and not layer.adapted:
+            from sparse_train.layers.mask_lora import attach_factors
+
+            assert isinstance(layer, MaskedLayer)
+            settings = state_dict[f"{prefix}{name}.{EXTRA_STATE}"]
+            attach_factors(layer, factor.shape[0], **settings)

@@ -1,0 +1,111 @@
+"""State dicts of models with masked layers: without masks, for saving; and which ones may be loaded."""
+
+import functools
+import inspect
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparse_train.layers import masks, sharding
+from sparse_train.layers.matrices import FACTOR_NAMES, MASK_NAME, is_conv1d
+from sparse_train.layers.sparse_linear import sparse_layers
+
+
+def squashed_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict that ``squash`` would leave, without changing the model."""
+    return folded_state_dict(model, model.state_dict())
+
+
+def folded_state_dict(
+    model: nn.Module, state: Mapping[str, Tensor], device: torch.device | str | None = None
+) -> dict[str, Tensor]:
+    """A state dict of ``model`` with its masks, and adapters inside them, folded into its weights.
+
+    Args:
+        model: the model that the state belongs to.
+        state: with masks.
+        device: where to put folded weights, one after the other. Together they need as much memory as the targets,
+            which a GPU may not have free in the middle of a run. Default: the device where they were.
+    """
+    folded = {key: value for key, value in state.items() if not is_mask(key)}
+    for key, mask_OJ in state.items():
+        if is_mask(key):
+            name = key.removesuffix(MASK_NAME)
+            weight = state[f"{name}weight"].detach()
+            layer: Any = model.get_submodule(name.removesuffix("."))
+            if getattr(layer, "adapted", False):
+                weight = layer.summed(weight, *(folded.pop(name + factor).detach() for factor in FACTOR_NAMES))
+                folded.pop(name + EXTRA_STATE, None)
+            if is_conv1d(layer):
+                weight = masks.apply(weight.t(), mask_OJ).t().contiguous()
+            else:
+                weight = masks.apply(weight, mask_OJ)
+            folded[f"{name}weight"] = weight if device is None else weight.to(device)
+    return folded
+
+
+EXTRA_STATE = "_extra_state"  # torch's
+
+
+def is_mask(key: str) -> bool:
+    return key == MASK_NAME or key.endswith(f".{MASK_NAME}")
+
+
+def teach_save_pretrained() -> None:
+    """Make ``PreTrainedModel.save_pretrained`` fold masks; done once, for all models.
+
+    The class is patched and not the model, because the saved model may be one around the sparsified model, or a copy,
+    and trainers pass their own state dict.
+    """
+    modeling = sys.modules.get("transformers.modeling_utils")
+    if modeling is None or getattr(modeling.PreTrainedModel.save_pretrained, "folds_masks", False):
+        return
+    original = modeling.PreTrainedModel.save_pretrained
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+        layers = sparse_layers(self)
+        if not layers:
+            return original(self, *args, **kwargs)
+        bound = signature.bind(self, *args, **kwargs)
+        state = bound.arguments.get("state_dict")
+        if state is None and any(map(sharding.is_sharded, layers.values())):
+            raise ValueError(
+                "The weights of this model are divided among processes, so save_pretrained would not write it whole. "
+                "Call sparse_train.export.export_model(model, tokenizer, folder) in every process."
+            )
+        bound.arguments["state_dict"] = folded_state_dict(self, self.state_dict() if state is None else state, "cpu")
+        return original(*bound.args, **bound.kwargs)
+
+    save_pretrained.folds_masks = True  # type: ignore[attr-defined]
+    modeling.PreTrainedModel.save_pretrained = save_pretrained
+
+
+def refuse_dense(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    found = [f"{prefix}{name}." if name else prefix for name in sparse_layers(module)]
+    # a state dict without the weights of these layers, such as a file of adapters, needs no masks either
+    keys = [name + MASK_NAME for name in found if f"{name}weight" in state_dict]
+    if keys and not any(key in state_dict for key in keys):
+        raise ValueError(
+            f"The model is sparsified, but this checkpoint holds no masks (no {keys[0]}): it "
+            "was saved from a dense or a squashed model. To start sparse training from it, load it into the model "
+            "before sparsifying, and leave ckpt_path out; to continue a sparse run, use a checkpoint that it wrote."
+        )
+    for name, layer in sparse_layers(module).items():
+        here = f"{prefix}{name}." if name else prefix
+        in_file = here + FACTOR_NAMES[0] in state_dict
+        if f"{here}weight" in state_dict and in_file != layer.adapted:
+            with_adapters, without = ("checkpoint", "model") if in_file else ("model", "checkpoint")
+            raise ValueError(
+                f"{name}: the {with_adapters} has a mask_lora adapter, and the {without} has none. Resume with the "
+                "mask_lora that the checkpoint was written with; to start a new run from it, export it (squash merges)."
+            )
+
+
+def refusals(module: nn.Module) -> list[int]:
+    hooks = module._load_state_dict_pre_hooks.items()
+    return [key for key, hook in hooks if getattr(hook, "hook", hook) is refuse_dense]

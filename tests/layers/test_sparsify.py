@@ -1,0 +1,58 @@
+import torch
+from torch import nn
+
+from sparse_train.layers.sparse_linear import SparseLinear, sparse_layers
+from sparse_train.layers.sparsify import sparsify, sparsify_like, squash
+from sparse_train.layers.state_dicts import squashed_state_dict
+from tests.conftest import tiny_llama
+from tests.layers.test_sparse_linear import sparse_linear
+from tests.layers.test_state_dicts import masked_llama
+
+
+def test_state_dict_keys_are_the_models_own_plus_masks():
+    model = tiny_llama()
+    own = set(model.state_dict())
+    targets = {n: m for n, m in model.named_modules() if n.endswith("proj")}
+    identities = {n: id(p) for n, p in model.named_parameters()}
+    sparsify(model, targets.values())
+    assert set(model.state_dict()) == own | {f"{name}.weight_mask" for name in targets}
+    assert {n: id(p) for n, p in model.named_parameters()} == identities
+    assert set(squashed_state_dict(model)) == own
+    squash(model)
+    assert set(model.state_dict()) == own
+    assert {n: id(p) for n, p in model.named_parameters()} == identities
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert not any(isinstance(m, SparseLinear) for m in model.modules())
+
+
+def test_squash_leaves_zeros_and_the_same_outputs():
+    model = tiny_llama().eval()
+    sparsify(model, [m for n, m in model.named_modules() if n.endswith("proj")])
+    for layer in sparse_layers(model).values():
+        layer.set_mask(torch.rand_like(layer.weight) < 0.5)
+    ids = torch.randint(0, 128, (1, 8))
+    before = model(input_ids=ids).logits
+    kept = {name: layer.unpacked_mask() for name, layer in sparse_layers(model).items()}
+    squash(model)
+    assert torch.equal(model(input_ids=ids).logits, before)
+    for name, mask in kept.items():
+        assert torch.equal(model.get_submodule(name).weight != 0, mask)
+
+
+def test_a_checkpoint_of_a_sparse_run_loads_into_a_module_that_knows_nothing_of_it():
+    model, other = masked_llama(), tiny_llama()
+    sparsify_like(other, model.state_dict())
+    other.load_state_dict(model.state_dict())
+    squash(other)
+    for name, layer in sparse_layers(model).items():
+        assert torch.equal(other.get_submodule(name).weight, layer.masked_weight())
+
+
+def test_sparsify_and_squash_are_idempotent():
+    layer, mask = sparse_linear()
+    sparsify(layer, [layer])
+    assert torch.equal(layer.unpacked_mask(), mask)
+    squash(layer)
+    squash(layer)
+    assert type(layer) is nn.Linear
+    assert torch.equal(layer.weight != 0, mask)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from sparse_train import Criterion, Magnitude, Solver, SparseGPT, Wanda
+from sparse_train import OWL, Allocation, Criterion, Magnitude, Solver, SparseGPT, Wanda
 from sparse_train.data.texts import PackagedWikipedia, PythonStandardLibrary, TextSource
 
 _P = "--trainer.callbacks.init_args"
@@ -20,12 +20,13 @@ class OneShot:
 
     Args:
         method: criterion or solver.
-        mask_structure, sparsity: see ``sparse_train.prune``.
+        mask_structure, sparsity, allocation: see ``sparse_train.prune``.
     """
 
     method: Criterion | Solver
     mask_structure: str = "2:4"
     sparsity: float | None = None
+    allocation: Allocation | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ ONESHOT = {
     "oneshot_magnitude": OneShot(Magnitude()),
     "oneshot_sparsegpt": OneShot(SparseGPT()),
     "oneshot_wanda_70": OneShot(Wanda(), "unstructured", 0.7),
+    "oneshot_owl_70": OneShot(Wanda(), "unstructured", 0.7, OWL()),
 }
 _FROM_WANDA = ("criterion=Magnitude", "initial_criterion=Wanda")
 _GRADUAL = (
@@ -159,6 +161,9 @@ ARMS: dict[str, Arm] = {
         *("mask_structure=unstructured", "criterion=Magnitude", "policy=Fixed", "end_step=0.5"),
         *("sparsity=0.7", "schedule=Cubic", "schedule.final_sparsity=0.7"),
     ),
+    # layers of different sparsities
+    "static_owl_70": _arm("smollm2_unstructured60", *_70, "allocation=OWL", "policy=Fixed"),
+    "dynamic_owl_70": _arm("smollm2_unstructured60", *_70, "allocation=OWL"),
     "regrow_70": _arm("smollm2_unstructured60", *_70, "policy=Regrow"),
     # low-rank, on q and v: outside the mask, where merging loses zeros, and inside it
     "lora": _arm("smollm2_2of4_lora"),

@@ -189,7 +189,15 @@ def _oneshot(name: str) -> Any:
         data.setup("fit")
         batches = random_batches(data.train_dataloader().dataset, 4, None, 8)
         with torch.autocast("cpu", torch.bfloat16):
-            prune(model, batches, arm.mask_structure, sparsity=arm.sparsity, criterion=arm.method, progress=True)
+            prune(
+                model,
+                batches,
+                arm.mask_structure,
+                sparsity=arm.sparsity,
+                criterion=arm.method,
+                allocation=arm.allocation,
+                progress=True,
+            )
     return model
 
 

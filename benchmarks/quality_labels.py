@@ -77,9 +77,12 @@ SHIFT = {
 }
 UNSTRUCTURED = {
     "oneshot_wanda_70": "one-shot Wanda, untrained",
+    "oneshot_owl_70": "one-shot Wanda, divided by OWL, untrained",
     "static_70": "static, no gradient to pruned weights",
     "static_ste_70": "static, straight-through",
     "dynamic_70": "re-pruned every 10 steps (the default)",
+    "static_owl_70": "static, divided by OWL",
+    "dynamic_owl_70": "re-pruned every 10 steps, divided by OWL",
     "dynamic_k50_70": "re-pruned every 50 steps",
     "dynamic_window_70": "re-pruned every 10 steps, running norms of 5 steps",
     "dynamic_frozen_norms_70": "re-pruned every 10 steps, norms of the first mask",

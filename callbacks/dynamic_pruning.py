@@ -24,6 +24,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from sparse_train.allocation import Allocation
 from sparse_train.arguments import require_type
 from sparse_train.callbacks import building
 from sparse_train.callbacks.calibration import peek
@@ -98,6 +99,8 @@ class DynamicPruning(L.Callback):
         criterion: scores weights; default ``Wanda()``. Its ``group`` is the group that "unstructured" compares in.
         policy: what pruned weights do between updates; default ``StraightThrough()``.
         schedule: sparsity between ``start_step`` and ``end_step``; default constant.
+        allocation: how the final sparsity is divided among layers, such as ``OWL()``; default: equally. Each layer then
+            keeps its own. Before, layers have theirs in proportion. "unstructured" only.
         targets, ignore: layers by name, class name, or "re:" regular expression. Default: the linear layers of the
             decoder blocks; in a model without such blocks, all but the last. See ``sparse_train.targets.select``.
         start_step: first update; int = steps, float = share of the run.
@@ -136,6 +139,7 @@ class DynamicPruning(L.Callback):
         criterion: Criterion | None = None,
         policy: MaskPolicy | None = None,
         schedule: Schedule | None = None,
+        allocation: Allocation | None = None,
         targets: Sequence[str] | None = None,
         ignore: Sequence[str] = (),
         start_step: int | float = 0,
@@ -158,6 +162,7 @@ class DynamicPruning(L.Callback):
             schedule,
             criterion,
             policy,
+            allocation=allocation,
             targets=targets,
             ignore=ignore,
             update_freq=update_freq,

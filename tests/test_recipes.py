@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sparse_train import NM, Cubic, Magnitude, MaskLoRA, Regrow, SparseGPT, Wanda
+from sparse_train import NM, OWL, Cubic, Magnitude, MaskLoRA, Regrow, SparseGPT, Wanda
 from sparse_train.callbacks import DynamicPruning, Evaluation
 from sparse_train.commands import lightning_cli
 from sparse_train.commands.model_commands import parser_of
@@ -183,6 +183,13 @@ def test_every_variant_of_updates_can_be_named():
         cli = parse_fit(f"--config={BASE}", f"{pruning}.{name}={given}")
         pruned = next(c for c in cli.trainer.callbacks if isinstance(c, DynamicPruning))
         assert getattr(pruned._settings, name) == expected
+    cli = parse_fit(
+        f"--config={BASE}",
+        *(f"{pruning}.mask_structure=unstructured", f"{pruning}.sparsity=0.7"),
+        *(f"{pruning}.allocation=OWL", f"{pruning}.allocation.owl_lmbda=0.1"),
+    )
+    pruned = next(c for c in cli.trainer.callbacks if isinstance(c, DynamicPruning))
+    assert pruned._settings.allocation == OWL(owl_lmbda=0.1)
     cli = parse_fit(f"--config={BASE}", f"{pruning}.policy=Regrow", f"{pruning}.policy.drop_fraction=0.2")
     assert next(c for c in cli.trainer.callbacks if isinstance(c, DynamicPruning))._settings.policy == Regrow(0.2)
 

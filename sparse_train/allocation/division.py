@@ -1,6 +1,7 @@
 """From sparsities to whole counts that meet the model-wide sparsity."""
 
 from collections.abc import Mapping
+from types import MappingProxyType
 
 from sparse_train.allocation.base import Allocation, Outliers, Shapes, mean_sparsity
 from sparse_train.allocation.uniform import Uniform
@@ -10,18 +11,51 @@ _ROUNDING = 1e-6  # of a count: differences below this are float rounding
 
 
 def divide(
-    allocation: Allocation, pattern: Pattern, shapes: Shapes, sparsity: float | None, outliers: Outliers
+    allocation: Allocation,
+    pattern: Pattern,
+    shapes: Shapes,
+    sparsity: float | None,
+    outliers: Outliers,
+    final: float | None = None,
 ) -> dict[str, float]:
     """The sparsity to pass to ``pattern.mask`` for each layer; arguments and errors as in ``Allocation.sparsities``.
 
     Uniform sparsities stay unchanged: rows prune ``int(I * sparsity)``, as in the Wanda reference. Others are rounded
     so that the sparsity over all weights is met, see ``fit_counts``.
+
+    Args:
+        final: for masks on the way to this sparsity: it is what the allocation divides, see ``scale``.
     """
     check_pattern(allocation, pattern)
-    found = allocation.sparsities(shapes, sparsity, outliers)
     if isinstance(allocation, Uniform):
-        return found
+        return allocation.sparsities(shapes, sparsity, outliers)
+    if final is not None and sparsity is not None:
+        return scale(shapes, allocation.sparsities(shapes, final, outliers), pattern, sparsity, final)
+    found = allocation.sparsities(shapes, sparsity, outliers)
     return fit_counts(shapes, found, pattern, mean_sparsity(shapes, found) if sparsity is None else sparsity)
+
+
+def scale(
+    shapes: Shapes,
+    sparsities: Mapping[str, float],
+    pattern: Pattern,
+    sparsity: float,
+    final: float,
+    least: Mapping[str, float] = MappingProxyType({}),
+) -> dict[str, float]:
+    """Layers' sparsities when the model is at ``sparsity``, in proportion to those at ``final``; then ``fit_counts``.
+
+    An allocation that is asked for each sparsity on the way might not be able to divide it: the range of OWL is fixed,
+    so its densest block would need a sparsity below zero.
+    """
+    found = {name: value * sparsity / final if final else 0.0 for name, value in sparsities.items()}
+    highest = max(found, key=lambda name: found[name])
+    if found[highest] >= 1:
+        raise ValueError(
+            f"At a sparsity of {sparsity:g}, {highest} would need one of {found[highest]:.4g}, which must be below 1: "
+            f"its share at the final sparsity, {final:g}, is {sparsities[highest]:.4g}, and grows in proportion."
+        )
+    return fit_counts(shapes, found, pattern, sparsity, least)
 
 
 def check_pattern(allocation: Allocation, pattern: Pattern) -> None:
@@ -38,12 +72,21 @@ def check_pattern(allocation: Allocation, pattern: Pattern) -> None:
     )
 
 
-def fit_counts(shapes: Shapes, sparsities: Mapping[str, float], pattern: Pattern, sparsity: float) -> dict[str, float]:
+def fit_counts(
+    shapes: Shapes,
+    sparsities: Mapping[str, float],
+    pattern: Pattern,
+    sparsity: float,
+    least: Mapping[str, float] = MappingProxyType({}),
+) -> dict[str, float]:
     """Round sparsities to whole counts so that the zeros of all layers are as near to ``sparsity`` as counts allow.
 
     Rounding down in every group, as patterns do, would miss the model-wide sparsity by up to one weight per row. So
     each layer prunes, in all its rows, either the count below its sparsity or the one above; layers that lose most by
     rounding down are rounded up first. A layer whose sparsity is a whole count keeps it, as does one at 0.
+
+    Args:
+        least: sparsities that layers must not fall below.
 
     Returns:
         ``(count + 0.5) / members``, for which ``int(members * that)`` is always the count. A user-defined pattern
@@ -59,7 +102,10 @@ def fit_counts(shapes: Shapes, sparsities: Mapping[str, float], pattern: Pattern
         members[name], steps[name] = (shape.columns, shape.rows) if pattern.group == "row" else (shape.size, 1)
         exact = members[name] * sparsities[name]
         counts[name] = min(int(exact + _ROUNDING), members[name] - 1)
-        if exact - counts[name] > _ROUNDING and counts[name] + 1 < members[name]:
+        lowest = int(members[name] * least.get(name, 0.0) + _ROUNDING)
+        if lowest > counts[name]:
+            counts[name] = lowest
+        elif exact - counts[name] > _ROUNDING and counts[name] + 1 < members[name]:
             remainders[name] = exact - counts[name]
     missing = sparsity * sum(shape.size for shape in shapes.values())
     missing -= sum(counts[name] * steps[name] for name in shapes)

@@ -6,6 +6,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from sparse_train.allocation import Uniform
+from sparse_train.description import describe
 from sparse_train.inspection import LayerSparsity, by_projection, overall_sparsity, pruned
 
 FILE_NAME = "README.md"
@@ -88,15 +90,19 @@ def write_card(folder: Path, card: ModelCard, layers: Sequence[LayerSparsity]) -
     (folder / FILE_NAME).write_text(card.text(layers), encoding="utf-8")
 
 
+_UNIFORM = describe(Uniform())
+
+
 def training_rows(settings: Mapping[str, str], timing: Mapping[str, Any], steps: int) -> dict[str, str]:
     """How a run of ``MaskUpdater`` made a model, from its ``settings``, ``timing`` and number of steps."""
     adapters, policy = settings.get("mask_lora"), settings["policy"]
     comes_back = settings.get("comes_back") != "never"
     how = "with re-pruning" if comes_back else "with masks in which no weight comes back"
+    allocation = settings.get("allocation", _UNIFORM)
     looked_at = "recomputed" if comes_back else "changed only if the schedule asks for more zeros,"
     return {
         "method": f"trained sparse {how}, {settings['criterion']}, {settings['mask_structure']}, "
-        f"{settings['schedule']}, {policy}",
+        f"{settings['schedule']}, {policy}" + ("" if allocation == _UNIFORM else f", divided by {allocation}"),
         "masks": f"{looked_at} every {timing['update_freq']} steps from step {timing['start_step']} to "
         f"{timing['end_step']}, then frozen; {steps} steps in all",
         **_scoring_row(settings, timing),
@@ -115,7 +121,7 @@ def oneshot_rows(details: Mapping[str, Any]) -> dict[str, str]:
     """How one-shot pruning made a model, from its ``pruning.json``."""
     rows = {}
     for index, stage in enumerate(details["stages"]):
-        allocation = "" if stage["allocation"] == "Uniform()" else f", {stage['allocation']}"
+        allocation = "" if stage["allocation"] == _UNIFORM else f", {stage['allocation']}"
         rows["method" if index == 0 else f"stage {index + 1}"] = (
             f"pruned in one shot, without training: {stage['criterion']}, {stage['mask_structure']}{allocation}"
         )

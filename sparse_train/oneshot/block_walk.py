@@ -6,14 +6,14 @@ from typing import Any
 
 from torch import nn
 
-from sparse_train.allocation import Allocation, LayerShape, divide, outlier_share
-from sparse_train.criteria import Wanda
+from sparse_train.allocation import Allocation, LayerShape, divide
 from sparse_train.layers.blocks import block_lists
 from sparse_train.layers.matrices import MaskedMatrix, Recorder
 from sparse_train.oneshot.calibration_pass import CalibrationPass
 from sparse_train.oneshot.engine import Method, prune_group, release, statistics_of
 from sparse_train.oneshot.experts import ExpertMatrix
 from sparse_train.patterns import Pattern
+from sparse_train.pipeline.divided_sparsity import share_of_outliers
 from sparse_train.pipeline.recording import attach, reduce_statistics
 from sparse_train.pipeline.update_report import LayerUpdate
 from sparse_train.statistics.activations import ActivationNorm
@@ -28,8 +28,11 @@ class BlockWalk:
     layers: Mapping[str, MaskedMatrix]
     method: Method
     pattern: Pattern
-    sparsity: float | None
+    sparsity: float | Mapping[str, float] | None
+    """Over all layers, or of each."""
     allocation: Allocation
+    final: float | None
+    """The sparsity that ``allocation`` divides, if these masks are on the way to it."""
     recorder: Recorder
     save: Callable[[MaskedMatrix], None]
 
@@ -81,17 +84,20 @@ class BlockWalk:
         self._attach(self.layers, ActivationNorm)
         calibration.whole(experts_of(self.layers))
         reduce_statistics(self.layers.values())
-        found = {index: share_of_outliers(group, self.allocation) for index, group in enumerate(self.groups) if group}
+        groups = {index: group.values() for index, group in enumerate(self.groups) if group}
+        found = {index: share_of_outliers(group, self.allocation) for index, group in groups.items()}
         release(self.layers.values())
         return found
 
     def _divide(self, outliers: Mapping[int, float]) -> float | dict[str, float]:
+        if isinstance(self.sparsity, Mapping):
+            return dict(self.sparsity)
         if self.pattern.model_wide:
             assert self.sparsity is not None
             return self.sparsity
         block_of = {name: index for index, group in enumerate(self.groups) for name in group}
         shapes = {n: LayerShape(block_of.get(n), m.out_features, m.in_features) for n, m in self.layers.items()}
-        return divide(self.allocation, self.pattern, shapes, self.sparsity, outliers)
+        return divide(self.allocation, self.pattern, shapes, self.sparsity, outliers, self.final)
 
     def _attach(self, layers: Mapping[str, MaskedMatrix], statistics: Any) -> None:
         attach(layers.values(), self.recorder, statistics)
@@ -117,13 +123,3 @@ def inside(layers: Mapping[str, MaskedMatrix], block: nn.Module) -> dict[str, Ma
 def experts_of(layers: Mapping[str, MaskedMatrix]) -> list[ExpertMatrix]:
     """The experts among ``layers``."""
     return [layer for layer in layers.values() if isinstance(layer, ExpertMatrix)]
-
-
-def share_of_outliers(layers: Mapping[str, MaskedMatrix], allocation: Allocation) -> float:
-    """``outlier_share`` of the Wanda scores of one block's calibrated layers."""
-
-    def scores_of(layer: MaskedMatrix) -> Callable[[], Any]:
-        assert isinstance(layer.statistics, ActivationNorm)
-        return lambda: Wanda().scores(layer.unmasked_weight(), layer.statistics)  # type: ignore[arg-type]
-
-    return outlier_share([scores_of(layer) for layer in layers.values()], allocation.owl_m)  # type: ignore[attr-defined]

@@ -105,7 +105,7 @@ def set_first_mask(
     if found is not None:
         model, own = found
         with autocast:
-            _prune(model, own, method or settings.criterion, pattern, sparsity, progress)
+            _prune(root, model, own, method or settings.criterion, settings, progress)
         _warn_of_zeros(layers, pattern, sparsity)
         if isinstance(method, Solver):  # linear algebra may round differently on other hardware
             take_from_rank_0([t for each in layers.values() for t in (each.weight_OI.detach(), each.weight_mask)])
@@ -162,22 +162,36 @@ def _model_and_batches(
 
 
 def _prune(
-    model: nn.Module, batches: Sequence[Batch], method: Method, pattern: Pattern, sparsity: float, progress: bool
+    root: nn.Module,
+    model: nn.Module,
+    batches: Sequence[Batch],
+    method: Method,
+    settings: RunSettings,
+    progress: bool,
 ) -> None:
     """Set the masks of a model whose masks keep everything; restores the model if that fails."""
     layers, undo = sparse_layers(model), Undo()
+    sparsity, named = settings.first_sparsity, sparse_layers(root)
+    by_layer = settings.divided_sparsity(root, named)
+    wanted: float | Mapping[str, float] = sparsity
+    if not by_layer.come_with_first_masks:
+        wanted = _renamed(by_layer.at(sparsity), named, layers)
     try:
         set_initial_masks(
             model,
             layers,
             batches,
             criterion=method,
-            pattern=pattern,
-            sparsity=sparsity,
+            pattern=settings.mask_structure,
+            sparsity=wanted,
+            allocation=settings.allocation,
+            final=settings.sparsity_at(1.0),
             progress=progress,
             save=undo.save,
         )
-        check_masks(layers, pattern, sparsity)  # a user-defined solver may not have followed the pattern
+        # a user-defined solver may not have followed the sparsity or the pattern
+        by_layer.read_masks(sparsity)
+        check_masks(named, settings.mask_structure, by_layer.at(sparsity))
     except BaseException as error:
         undo.restore()
         for layer in layers.values():
@@ -190,6 +204,16 @@ def _prune(
                 "other batches."
             ) from error
         raise
+
+
+def _renamed(
+    sparsities: float | Mapping[str, float], named: Mapping[str, MaskedLayer], layers: Mapping[str, MaskedLayer]
+) -> float | Mapping[str, float]:
+    """Sparsities by the names that layers have in a part of the model."""
+    if not isinstance(sparsities, Mapping):
+        return sparsities
+    own = {layer: sparsities[name] for name, layer in named.items()}
+    return {name: own[layer] for name, layer in layers.items()}
 
 
 def _is_of_batches(error: BaseException) -> bool:

@@ -172,14 +172,18 @@ def set_initial_masks(
     *,
     criterion: Method,
     pattern: Pattern,
-    sparsity: float | None,
+    sparsity: float | Mapping[str, float] | None,
     allocation: Allocation | None = None,
+    final: float | None = None,
     progress: bool = False,
     save: Callable[[MaskedMatrix], None] = lambda layer: None,
 ) -> OneshotReport:
     """Set the masks of sparsified ``layers`` of ``model``, see ``prune``; a ``Criterion`` does not change weights.
 
-    ``save`` is called with a layer before its weights change.
+    Args:
+        sparsity: over all layers, or of each.
+        final: what ``allocation`` divides, if ``sparsity`` is on the way to it; default: ``sparsity``.
+        save: called with a layer before its weights change.
     """
     if isinstance(criterion, Solver):
         adapted = next((name for name, layer in layers.items() if layer.adapted), None)
@@ -194,7 +198,7 @@ def set_initial_masks(
         layer.statistics = None
     began = time.perf_counter()
     recorder = Recorder()
-    walk = BlockWalk(model, layers, criterion, pattern, sparsity, allocation or Uniform(), recorder, save)
+    walk = BlockWalk(model, layers, criterion, pattern, sparsity, allocation or Uniform(), final, recorder, save)
     try:
         if statistics_of(criterion) is None and not walk.allocation.needs_outliers:
             updates, forward_seconds = walk.without_data(), 0.0

@@ -25,7 +25,7 @@ from sparse_train.files import check_free, replacing
 from sparse_train.layers.blocks import expert_shape_OI
 from sparse_train.layers.matrices import MaskedLayer, MaskedMatrix, Recorder, shape_OI
 from sparse_train.layers.sparsify import fold, sparsify
-from sparse_train.oneshot.block_walk import blocks_done, experts_of, share_of_outliers
+from sparse_train.oneshot.block_walk import blocks_done, experts_of
 from sparse_train.oneshot.calibration_pass import Batch, CalibrationPass
 from sparse_train.oneshot.engine import Method, prune_group, release, statistics_of
 from sparse_train.oneshot.experts import expert_matrices
@@ -33,6 +33,7 @@ from sparse_train.oneshot.pruning import OneshotReport, method_of, resolve
 from sparse_train.oneshot.shards import Checkpoint, copy_companions, write_index
 from sparse_train.oneshot.streamed_model import StreamedModel, model_without_weights
 from sparse_train.patterns import Pattern
+from sparse_train.pipeline.divided_sparsity import share_of_outliers
 from sparse_train.pipeline.recording import attach, reduce_statistics, warn_of_padding
 from sparse_train.pipeline.update_report import LayerUpdate
 from sparse_train.statistics.activations import ActivationNorm, Statistics
@@ -193,7 +194,7 @@ class _Run:
                 if layers:
                     calibration.record_block(self.blocks, index, experts_of(layers))
                     reduce_statistics(layers.values())
-                    found[index] = share_of_outliers(layers, allocation)
+                    found[index] = share_of_outliers(layers.values(), allocation)
             if index < len(self.blocks) - 1:
                 calibration.pass_on(self.blocks, index)
             self.streamed.free_block(index)

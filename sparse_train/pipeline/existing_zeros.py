@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from sparse_train.layers.sparse_linear import sparse_layers
 from sparse_train.layers.sparsify import fold, sparsify
 from sparse_train.patterns import Pattern, Unstructured, group_label
 from sparse_train.pipeline.choice import Rules
+from sparse_train.pipeline.divided_sparsity import DividedSparsity
 from sparse_train.pipeline.policies import StraightThrough
 from sparse_train.pipeline.pruner import measure, update_masks
 from sparse_train.pipeline.update_report import LayerUpdate
@@ -34,8 +36,8 @@ def keep_zeros(model: nn.Module, targets: Sequence[str] | None = None, ignore: S
         squash(model)
 
     Pruned weights get no gradient, and masks do not change. This keeps zeros that follow no pattern, such as those of
-    OWL, SparseGPT or of groups larger than a row; for zeros that do follow one, ``DynamicPruning`` with the policy
-    ``Fixed()`` keeps them, too.
+    unstructured SparseGPT or of groups larger than a row; for zeros that do follow one, ``DynamicPruning`` with the
+    policy ``Fixed()`` keeps them, too.
 
     Args:
         model: changed in place.
@@ -56,8 +58,7 @@ def keep_zeros(model: nn.Module, targets: Sequence[str] | None = None, ignore: S
     masked = sparse_layers(model)
     for layer in masked.values():
         layer.straight_through = False
-        with sharding.weights(layer, by_rows=False) as (weight_OI, _):
-            layer.set_mask(weight_OI != 0)
+        _mask_zeros(layer)
     if all(layer.keeps_all() for layer in masked.values()):
         fold(model)
         raise ValueError(
@@ -67,7 +68,14 @@ def keep_zeros(model: nn.Module, targets: Sequence[str] | None = None, ignore: S
     return sum(layer.zeros for layer in found) / sum(layer.size for layer in found)
 
 
-def masks_from_zeros(layers: Mapping[str, MaskedLayer], pattern: Pattern, sparsity: float) -> bool:
+def _mask_zeros(layer: MaskedLayer) -> None:
+    with sharding.weights(layer, by_rows=False) as (weight_OI, _):
+        layer.set_mask(weight_OI != 0)
+
+
+def masks_from_zeros(
+    layers: Mapping[str, MaskedLayer], pattern: Pattern, sparsity: float, by_layer: DividedSparsity
+) -> bool:
     """Make the first masks of a run from the zeros of a model that was pruned before.
 
     Warns if it was, but with zeros in other places than the pattern asks for.
@@ -75,6 +83,7 @@ def masks_from_zeros(layers: Mapping[str, MaskedLayer], pattern: Pattern, sparsi
     Args:
         layers: with masks that keep everything, and that stay so if the result is False.
         pattern, sparsity: what the masks must follow.
+        by_layer: how the sparsity is divided; if that is to be told from masks, it is read from the zeros.
 
     Returns:
         Whether the zeros are now masks: they are if they follow the pattern, on every rank. (DDP may give the others
@@ -85,11 +94,18 @@ def masks_from_zeros(layers: Mapping[str, MaskedLayer], pattern: Pattern, sparsi
     # rows prune whole counts; an unpruned model has a few zeros of rounding
     needed = sum(layer.out_features * max(0.0, sparsity * layer.in_features - 1) for layer in layers.values())
     was_pruned = zeros >= max(0.99 * needed, _A_FEW * size, 1)
-    follows = was_pruned and _follows(layers, dense, pattern, sparsity)
+    if was_pruned and by_layer.come_with_first_masks:
+        for layer in layers.values():
+            _mask_zeros(layer)
+        with suppress(ValueError):  # the zeros are at another sparsity
+            by_layer.read_masks(sparsity)
+    divided = not by_layer.come_with_first_masks or bool(by_layer.by_layer)
+    follows = was_pruned and divided and _follows(layers, dense, pattern, by_layer.at(sparsity))
     if all_ranks(follows, next(iter(layers.values())).weight_mask.device):
         return True
     for layer in layers.values():
         masks.fill_full(layer.weight_mask, layer.in_features)
+    by_layer.forget_masks()
     if was_pruned and not follows and rank() == 0:
         _log.warning(
             "The model was pruned before: %.1f %% of its weights are zeros, but not where %s at %g has them. So "
@@ -103,7 +119,10 @@ def masks_from_zeros(layers: Mapping[str, MaskedLayer], pattern: Pattern, sparsi
 
 
 def _follows(
-    layers: Mapping[str, MaskedLayer], dense: Mapping[str, LayerUpdate], pattern: Pattern, sparsity: float
+    layers: Mapping[str, MaskedLayer],
+    dense: Mapping[str, LayerUpdate],
+    pattern: Pattern,
+    sparsity: float | Mapping[str, float],
 ) -> bool:
     """Set masks by magnitude. Returns whether they prune only zeros."""
     found = update_masks(layers, Rules(Magnitude(), pattern, sparsity, StraightThrough()))

@@ -81,17 +81,18 @@ def measure(layers: Mapping[str, MaskedMatrix]) -> dict[str, LayerUpdate]:
     return {name: LayerUpdate(size, size - n, 0) for name, size, n in zip(layers, sizes, counts, strict=True)}
 
 
-def check_masks(layers: Mapping[str, MaskedMatrix], pattern: Pattern, sparsity: float) -> None:
-    """Raise ValueError if the masks of layers do not follow this pattern and sparsity."""
+def check_masks(layers: Mapping[str, MaskedMatrix], pattern: Pattern, sparsity: float | Mapping[str, float]) -> None:
+    """Raise ValueError if the masks of layers do not follow this pattern and sparsity, over all or of each."""
     # With the mask itself as the scores, the pattern selects the mask if it has the right count in every group.
     found = [layer.unpacked_mask() for layer in layers.values()]
     if pattern.model_wide:
         found = [torch.cat([mask.reshape(1, -1) for mask in found], dim=1)]
     for mask, name in zip(found, layers, strict=False):
-        if not torch.equal(pattern.mask(mask.float(), sparsity), mask):
+        own = sparsity[name] if isinstance(sparsity, Mapping) else sparsity
+        if not torch.equal(pattern.mask(mask.float(), own), mask):
             raise ValueError(
-                f"The model has masks already, and those of {name} are not {pattern} at a sparsity of {sparsity:g}, "
-                "which this run starts with. Squash the model first to begin with new masks; to resume a run, pass "
-                "its state (MaskUpdater(..., state=...)); to train with these masks unchanged, leave updater or "
-                "callback out, and squash the model at the end."
+                f"The model has masks already, and those of {name} are not {pattern} at a sparsity of {own:g}, "
+                "which this run starts with (if layers are to differ, give it the allocation, too). Squash the model "
+                "first to begin with new masks; to resume a run, pass its state (MaskUpdater(..., state=...)); to "
+                "train with these masks unchanged, leave updater or callback out, and squash the model at the end."
             )

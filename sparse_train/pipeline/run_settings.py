@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from sparse_train.allocation import Allocation, Uniform, check_pattern
 from sparse_train.arguments import require_type, to_python_number
 from sparse_train.criteria import Criterion, Wanda
 from sparse_train.description import describe
@@ -13,6 +14,7 @@ from sparse_train.layers.matrices import MaskedLayer
 from sparse_train.layers.sharding import check_layout
 from sparse_train.layers.sparsify import sparsify
 from sparse_train.patterns import Pattern, group_label
+from sparse_train.pipeline.divided_sparsity import DividedSparsity, check_outliers
 from sparse_train.pipeline.earlier_windows import Memory, check_memory
 from sparse_train.pipeline.margins import Margin, check_margin, check_window
 from sparse_train.pipeline.policies import MaskPolicy, StraightThrough
@@ -35,6 +37,7 @@ class RunSettings:
     schedule: Schedule
     criterion: Criterion
     policy: MaskPolicy
+    allocation: Allocation
     targets: Sequence[str] | None
     ignore: Sequence[str]
     update_freq: int
@@ -53,6 +56,8 @@ class RunSettings:
                 f'{self.policy}: comes_back is "by gradient", which only Regrow can do. Subclass Regrow, or let '
                 'weights come back "by score".'
             )
+        check_pattern(self.allocation, self.mask_structure)
+        check_outliers(self.allocation, self.criterion)
         check_margin(self.margin, self.flip_agreement, self.policy, self.criterion, self.memory == "frozen")
 
     @staticmethod
@@ -62,6 +67,8 @@ class RunSettings:
         schedule: Schedule | None,
         criterion: Criterion | None,
         policy: MaskPolicy | None,
+        *,
+        allocation: Allocation | None,
         **others: Any,
     ) -> "RunSettings":
         """From what users write: a pattern as a word, a sparsity or a schedule, None for the defaults."""
@@ -82,6 +89,7 @@ class RunSettings:
             schedule,
             scores,
             require_type("policy", policy, StraightThrough(), MaskPolicy),
+            require_type("allocation", allocation, Uniform(), Allocation),
             **others,
         )
 
@@ -134,6 +142,10 @@ class RunSettings:
         sparsify(model, layers.values())
         return {name: layer for name, layer in layers.items() if isinstance(layer, MaskedLayer)}
 
+    def divided_sparsity(self, model: nn.Module, layers: Mapping[str, MaskedLayer]) -> DividedSparsity:
+        """How the sparsity is divided among the targets of a model."""
+        return DividedSparsity(model, layers, self.allocation, self.mask_structure, self.sparsity_at(1.0))
+
     def as_strings(self) -> dict[str, str]:
         """Settings that a run and one that continues it must share, except those that depend on the model."""
         return {
@@ -142,6 +154,7 @@ class RunSettings:
             "criterion": describe(self.criterion),
             "statistics": "norms" if self.criterion.needs_activations else "none",
             "policy": describe(self.policy),
+            "allocation": describe(self.allocation),
             "comes_back": self.policy.comes_back,
             "update_freq": str(self.update_freq),
             "start_step": str(self.start_step),

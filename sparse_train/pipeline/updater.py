@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sparse_train.allocation import Allocation
 from sparse_train.criteria import Criterion
 from sparse_train.distributed import rank
 from sparse_train.layers.agreement import check_agreement
@@ -26,7 +27,7 @@ from sparse_train.pipeline.first_masks import FirstMasks
 from sparse_train.pipeline.margins import NO_MARGIN
 from sparse_train.pipeline.policies import MaskPolicy, check_policy, check_precision
 from sparse_train.pipeline.pruner import check_masks, measure, update_masks
-from sparse_train.pipeline.recording import warn_of_unreached
+from sparse_train.pipeline.recording import check_statistics, warn_of_unreached
 from sparse_train.pipeline.regrow import Growth, Regrow
 from sparse_train.pipeline.run_settings import RunSettings, check_settings
 from sparse_train.pipeline.schedules import Schedule
@@ -57,6 +58,9 @@ class MaskUpdater:
         criterion: scores weights; default ``Wanda()``.
         policy: what pruned weights do between updates; default ``StraightThrough()``.
         schedule: sparsity over the run; default constant.
+        allocation: how the final sparsity is divided among layers; default: equally. Each layer then keeps its own, and
+            while the sparsity rises, it has a part of it in proportion. If the model has masks or zeros already,
+            ``OWL`` keeps the division that they have. "unstructured" only.
         targets, ignore: which layers, see ``sparse_train.targets.select``.
         update_freq: k, optimizer steps between updates.
         start_step: first update (int = steps, float = share of the run). If the first mask needs activations, it comes
@@ -91,6 +95,7 @@ class MaskUpdater:
         criterion: Criterion | None = None,
         policy: MaskPolicy | None = None,
         schedule: Schedule | None = None,
+        allocation: Allocation | None = None,
         targets: Sequence[str] | None = None,
         ignore: Sequence[str] = (),
         update_freq: int = 10,
@@ -110,6 +115,7 @@ class MaskUpdater:
             schedule,
             criterion,
             policy,
+            allocation=allocation,
             targets=targets,
             ignore=ignore,
             update_freq=update_freq,
@@ -138,6 +144,7 @@ class MaskUpdater:
         check_policy(self.layers, self.run.policy)
         check_precision(self.layers, self.run.policy, self.run.update_freq)
         self._adapters = describe_adapters(self.layers)
+        self._by_layer = self.run.divided_sparsity(self._model, self.layers)
         has_masks = state is None and self._has_masks()
         if state is None:
             self.timing = self.run.timing(total_steps, has_masks)
@@ -159,9 +166,10 @@ class MaskUpdater:
         first, pattern = self.run.sparsity_at(0.0), self.run.mask_structure
         # if nothing is to be pruned yet, masks that keep everything are right
         if first == 0 or not all(layer.keeps_all() for layer in self.layers.values()):
-            check_masks(self.layers, pattern, first)
+            self._by_layer.read_masks(first)
+            check_masks(self.layers, pattern, self._by_layer.at(first) if first else first)
             return True
-        return self.run.first_sparsity > 0 and masks_from_zeros(self.layers, pattern, first)
+        return self.run.first_sparsity > 0 and masks_from_zeros(self.layers, pattern, first, self._by_layer)
 
     def _take_layers(self) -> None:
         """Make layers record for this updater, at step 0 of a run without masks."""
@@ -257,10 +265,13 @@ class MaskUpdater:
         if self._growth is not None:
             self._growth.require_gradients()
             before = {name: layer.weight_mask.clone() for name, layer in self.layers.items()}
+        if self.sparsity is None and self._by_layer.come_with_first_masks:
+            check_statistics(self.layers)
+            self._by_layer.measure_outliers()
         rules = Rules(
             self.run.criterion,
             self.run.mask_structure,
-            target,
+            self._by_layer.after_masks(target),
             self.run.policy,
             shadow_factor=shadow_factor,
             margin=NO_MARGIN if self.sparsity is None else self.run.margin,
@@ -324,6 +335,7 @@ class MaskUpdater:
             "settings": self.settings(),
             "gradients": {} if self._growth is None else self._growth.state_dict(),
             "first_rows": self.first_masks.state_dict(),
+            "sparsity_by_layer": self._by_layer.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -348,6 +360,7 @@ class MaskUpdater:
         self.steps, self.sparsity, self._last_update = state["steps"], state["target"], state["last_update"]
         self.timing = Timing(**state["timing"])  # of the whole run, including the part that is done
         self.first_masks.load_state_dict(state["first_rows"])
+        self._by_layer.load_state_dict(state["sparsity_by_layer"])
         if self._growth is not None:
             self._growth.load_state_dict(state["gradients"])
 
@@ -358,9 +371,10 @@ class MaskUpdater:
         return adapters | self.run.as_strings() | {"layers": f"{len(self.layers)} targets"}
 
     def plan(self) -> str:
-        """When masks change, in words."""
+        """How layers differ in sparsity, if they do, and when masks change, in words."""
         changes = any(self._would_change(step) for step in (self.timing.start_step, self.timing.end_step))
-        return self.timing.in_words() if changes else "masks do not change"
+        by_layer = self._by_layer.in_words()
+        return (f"{by_layer}; " if by_layer else "") + (self.timing.in_words() if changes else "masks do not change")
 
     def _would_change(self, step: int) -> bool:
         if self.sparsity is None or self.run.policy.comes_back != "never":

@@ -75,8 +75,8 @@ def settings(runs: Sequence[Run]) -> Table:
     def setting(name: str) -> Callable[[Run], str]:
         return lambda run: NONE if run.pruning is None else str(run.pruning.get(name, NONE))
 
-    names = ["mask_structure", "schedule", "criterion", "policy", "update_freq", "start_step", "end_step", "window"]
-    names += ["memory", "margin", "flip_agreement", "mask_lora", "calibration_batches", "initial_criterion"]
+    names = ["mask_structure", "schedule", "allocation", "criterion", "policy", "update_freq", "start_step", "end_step"]
+    names += ["window", "memory", "margin", "flip_agreement", "mask_lora", "calibration_batches", "initial_criterion"]
     return _side_by_side(
         runs,
         {

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from sparse_train.allocation import Allocation
 from sparse_train.criteria import Criterion
 from sparse_train.distributed import rank
 from sparse_train.layers import masks
@@ -83,6 +84,7 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
         criterion: Criterion | None = None,
         policy: MaskPolicy | None = None,
         schedule: Schedule | None = None,
+        allocation: Allocation | None = None,
         targets: Sequence[str] | None = None,
         ignore: Sequence[str] = (),
         start_step: int | float = 0,
@@ -104,6 +106,7 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
             schedule,
             criterion,
             policy,
+            allocation=allocation,
             targets=targets,
             ignore=ignore,
             update_freq=update_freq,

@@ -90,6 +90,8 @@ def test_how_runs_made_a_model():
     assert "trained" not in rows
     adapted = training_rows(state["settings"] | {"mask_lora": "r=8 on 6 of 21 layers"}, state["timing"], 40)
     assert adapted["trained"].endswith("merged: r=8 on 6 of 21 layers")
+    divided = training_rows(state["settings"] | {"allocation": "OWL(owl_m=5.0)"}, state["timing"], 40)
+    assert divided["method"].endswith(", divided by OWL(owl_m=5.0)")
     stage = {"criterion": "SparseGPT()", "mask_structure": "2:4", "allocation": "OWL()"}
     calibration = {
         "text": "c4",

@@ -6,7 +6,19 @@ No GPU is needed, see ``device.py``.
 import pytest
 import torch
 
-from sparse_train import RIA, Cubic, Dormant, Fixed, Magnitude, Regrow, SparseGPT, StraightThrough, Unstructured, Wanda
+from sparse_train import (
+    OWL,
+    RIA,
+    Cubic,
+    Dormant,
+    Fixed,
+    Magnitude,
+    Regrow,
+    SparseGPT,
+    StraightThrough,
+    Unstructured,
+    Wanda,
+)
 from sparse_train.criteria import WandaCumulative
 from tests.other_device import device, flows
 from tests.ranks.launch import run
@@ -28,6 +40,7 @@ TRAINING = {
     "dormant": {"policy": Dormant()},
     "regrow": {"policy": Regrow()},
     "gradual": {"mask_structure": "unstructured", "policy": Fixed(), "schedule": Cubic(0.6, 0.1)},
+    "owl": {"mask_structure": "unstructured", "sparsity": 0.6, "allocation": OWL(owl_m=2)},
     "model-wide": {"mask_structure": Unstructured("model"), "sparsity": 0.5},
     "cumulative": {"mask_structure": "unstructured", "sparsity": 0.5, "criterion": WandaCumulative()},
     "magnitude": {"criterion": Magnitude()},

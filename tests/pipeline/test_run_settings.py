@@ -25,6 +25,7 @@ from sparse_train.trainer import SparseTrainerCallback
 
 def settings(mask_structure="2:4", sparsity=None, schedule=None, criterion=None, policy=None, **changes):
     others = {
+        "allocation": None,
         "targets": None,
         "ignore": (),
         "update_freq": 10,

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from sparse_train import (
+    OWL,
     RIA,
     Criterion,
     Fixed,
@@ -50,6 +51,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "memory": {"mask_structure": "2:4", "memory": 0.5},
     "frozen norms": {"mask_structure": "2:4", "memory": "frozen"},
     "model": {"mask_structure": Unstructured("model"), "sparsity": 0.5},
+    "owl": {"mask_structure": "unstructured", "sparsity": 0.6, "allocation": OWL(owl_m=2)},
     "confirmed": {"mask_structure": "unstructured", "policy": Fixed(), "schedule": TwoSteps()},
 }
 
@@ -107,7 +109,7 @@ CASES += [("ddp", "memory"), ("ddp", "frozen norms"), ("ddp", "regrow"), ("ddp",
 CASES += [
     ("fsdp2", method) for method in METHODS if method not in ("wanda 2:4", "decaying shadows", "regrow", "confirmed")
 ]
-CASES += [("zero3", "not row by row")]
+CASES += [("zero3", "not row by row"), ("ddp", "owl"), ("zero3", "owl")]
 
 
 @pytest.mark.parametrize(("engine", "method"), CASES)

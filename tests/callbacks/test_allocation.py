@@ -1,0 +1,77 @@
+"""Layers of different sparsities in a Lightning run."""
+
+import pytest
+import torch
+
+from sparse_train import OWL, Cubic, Explicit, prune, sparse_layers
+from sparse_train.callbacks import DynamicPruning
+from sparse_train.oneshot.training_data import random_batches
+from tests.callbacks.runs import InInit, Interrupt, Tokens, loader, trainer
+from tests.callbacks.test_first_mask import Start
+from tests.conftest import tiny_llama
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+
+BY_NAME = Explicit({"net.model.layers.0": 0.3, "layers.1.mlp.down_proj": 0.5})  # names in the LightningModule
+
+
+def pruning(allocation=None, **settings):
+    given = {"sparsity": 0.6, "update_freq": 4, "window": 3, "end_step": 100} | settings
+    return DynamicPruning("unstructured", allocation=allocation or OWL(owl_m=2), **given)
+
+
+def zeros(model):
+    return {n: int((m.weight == 0).sum()) for n, m in model.named_modules() if n.endswith("proj")}
+
+
+def test_the_first_mask_is_that_of_one_shot_pruning_and_its_counts_stay(tmp_path):
+    start, model, callback = Start(), InInit(), pruning()
+    trainer(tmp_path, start, callback).fit(model, loader())
+    oneshot = tiny_llama()
+    prune(oneshot, random_batches(Tokens(), 2, None, 8), "unstructured", 0.6, allocation=OWL(owl_m=2))
+    for name, mask_OI in start.masks.items():
+        assert torch.equal(dict(oneshot.named_modules())[name].weight != 0, mask_OI)
+    assert zeros(model.net) == zeros(oneshot)
+    assert any((dict(model.net.named_modules())[n].weight != 0).ne(mask).any() for n, mask in start.masks.items())
+
+
+@pytest.mark.parametrize("calibration_batches", [8, 0], ids=["calibrated", "from a window"])
+def test_names_are_those_of_the_module(tmp_path, calibration_batches):
+    model = InInit()
+    trainer(tmp_path, pruning(BY_NAME, calibration_batches=calibration_batches)).fit(model, loader())
+    found = zeros(model.net)
+    assert found["model.layers.0.mlp.up_proj"] in (9 * 64, 10 * 64)  # 0.3 of 32
+    assert found["model.layers.1.mlp.down_proj"] == 32 * 32
+    assert sum(found.values()) / sum(m.weight.numel() for n, m in model.net.named_modules() if n in found) == (
+        pytest.approx(0.6, abs=2e-3)
+    )
+
+
+@pytest.mark.parametrize("schedule", [None, Cubic(0.6, init_sparsity=0.2)], ids=["constant", "gradual"])
+@pytest.mark.parametrize("calibration_batches", [8, 0], ids=["calibrated", "from a window"])
+@pytest.mark.parametrize("at", [2, 6])
+def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, schedule, calibration_batches, at):
+    def callback():
+        given = {"sparsity": None, "schedule": schedule, "end_step": 10} if schedule else {}
+        return pruning(calibration_batches=calibration_batches, squash=False, **given)
+
+    whole, resumed, path = InInit(), InInit(), tmp_path / "middle.ckpt"
+    trainer(tmp_path, callback(), max_steps=14).fit(whole, loader())
+    with pytest.raises(SystemExit):
+        trainer(tmp_path, callback(), Interrupt(at, path), max_steps=14).fit(InInit(), loader())
+    trainer(tmp_path, callback(), max_steps=14).fit(resumed, loader(), ckpt_path=path, weights_only=False)
+    ours, theirs = whole.state_dict(), resumed.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    layers = sparse_layers(whole.net)
+    assert len({(~layers[f"model.layers.{b}.self_attn.q_proj"].unpacked_mask()).sum().item() for b in range(3)}) > 1
+
+
+def test_another_allocation_is_refused_at_a_resume(tmp_path):
+    path = tmp_path / "middle.ckpt"
+    with pytest.raises(SystemExit):
+        trainer(tmp_path, pruning(), Interrupt(6, path), max_steps=14).fit(InInit(), loader())
+    with pytest.raises(ValueError, match=r"written with allocation = OWL\(owl_m=2.*and this run has OWL\(owl_m=3"):
+        trainer(tmp_path, pruning(OWL(owl_m=3)), max_steps=14).fit(
+            InInit(), loader(), ckpt_path=path, weights_only=False
+        )

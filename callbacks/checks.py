@@ -2,7 +2,7 @@
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint, ModelPruning, WeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint, ModelPruning
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_warn
@@ -64,25 +64,6 @@ def warn_of_denser_best(trainer: L.Trainer, settings: RunSettings) -> None:
             "Denser models have the lower loss, so the best one may be from before the final sparsity. Use the last "
             "one (save_last=True)."
         )
-
-
-def check_averaging(trainer: L.Trainer, pruning: L.Callback) -> None:
-    """Raise ValueError if weights are averaged in a way that does not work with masks."""
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    for callback in callbacks:
-        if not isinstance(callback, WeightAveraging):
-            continue
-        name = type(callback).__name__
-        if callback._use_buffers:
-            raise ValueError(
-                f"{name} would average the bytes of the masks. Give it use_buffers=False: weights are averaged, and "
-                "the averaged model has the masks of the last step that went into it."
-            )
-        if callbacks.index(callback) < callbacks.index(pruning):
-            raise ValueError(
-                f"{name} copies the model before DynamicPruning has given it masks. Put DynamicPruning first in the "
-                "trainer's callbacks."
-            )
 
 
 def check_sharded(trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -27,16 +27,17 @@ from torch import Tensor
 from sparse_train.allocation import Allocation
 from sparse_train.arguments import require_type
 from sparse_train.callbacks import building
+from sparse_train.callbacks.averaging import check_averaging, mask_averages
 from sparse_train.callbacks.calibration import peek
 from sparse_train.callbacks.checks import (
     check_alone,
-    check_averaging,
     check_factors,
     check_sharded,
     check_shares,
     check_strategy,
     warn_of_denser_best,
 )
+from sparse_train.callbacks.steps import steps_done
 from sparse_train.criteria import Criterion
 from sparse_train.description import describe
 from sparse_train.layers.mask_lora import MaskLoRA, add_mask_lora, check_mask_lora
@@ -126,8 +127,9 @@ class DynamicPruning(L.Callback):
 
     Raises:
         ValueError: at construction or at ``fit``, if arguments are out of range or in conflict, if there is nothing to
-            prune, or if the mask of a layer would have no effect; at an update, if activations are not finite or no
-            token has reached a layer; at resume, if pattern, schedule, criterion or timing differ.
+            prune, or if the mask of a layer would have no effect; at an update, if a layer has seen no token with
+            finite activations, neither in the window nor, with ``memory``, before; at resume, if pattern, schedule,
+            criterion or timing differ.
     """
 
     def __init__(
@@ -244,11 +246,20 @@ class DynamicPruning(L.Callback):
         check_averaging(trainer, self)
         check_alone(trainer)
         warn_of_denser_best(trainer, self._settings)
-        continues = self.updater is not None and trainer.global_step > 0 and bool(sparse_layers(pl_module))
-        self._restored = (self._ended or self.state_dict()) if continues else None
+        self._restored = self._state_to_continue(trainer, pl_module)
         self.updater = None
         self._undo_loading = building.refuse_other_masks(pl_module)
         building.call_when_built(pl_module, self._sparsify)
+
+    def _state_to_continue(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any] | None:
+        """The state of an earlier fit of this trainer, if its masks are still there; None: this is a new run."""
+        if trainer.global_step == 0 or not sparse_layers(pl_module):
+            return None
+        if self.updater is not None:
+            return self._ended or self.state_dict()
+        if self._restored is not None:  # validate or test has loaded a checkpoint since, with its weights and masks
+            return {**self._restored, "global_step": trainer.global_step}
+        return None
 
     def _sparsify(self, pl_module: L.LightningModule) -> None:
         self._settings.sparsify(pl_module)
@@ -263,7 +274,7 @@ class DynamicPruning(L.Callback):
         assert self.updater is not None
         self.updater.watch(trainer.optimizers)
         # a checkpoint may have been written after the last optimizer step, before this callback saw that step
-        self._advance(trainer, pl_module)
+        self._advance(trainer, pl_module, in_batch=False)
 
     def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.updater is not None:
@@ -302,8 +313,9 @@ class DynamicPruning(L.Callback):
         self._global_step = trainer.global_step if self._restored is None else self._restored["global_step"]
         self._metrics = {} if self._restored is None else self._restored.get("metrics", {})
         self._logged = False
+        mask_averages(trainer, pl_module)
         if self._restored is None and self.updater.sparsity is not None:
-            self._log_update(trainer, self.updater.report())
+            self._log_update(trainer, self.updater.report(), steps_done(trainer, in_batch=False))
         self._restored = self._ended = None
 
     # --- in training -------------------------------------------------------------------------------------------------
@@ -325,7 +337,7 @@ class DynamicPruning(L.Callback):
     ) -> None:
         assert self.updater is not None
         self.updater.token_mask = None
-        report = self._advance(trainer, pl_module)
+        report = self._advance(trainer, pl_module, in_batch=True)
         if report is None and self._logged:
             return
         # for callbacks that monitor metrics, such as EarlyStopping, which may ask before the first update; and two of
@@ -334,7 +346,7 @@ class DynamicPruning(L.Callback):
             pl_module.log(name, value, logger=False, prog_bar=name in ("sparsity/actual", "sparsity/flip_rate"))
         self._logged = True
 
-    def _advance(self, trainer: L.Trainer, pl_module: L.LightningModule) -> UpdateReport | None:
+    def _advance(self, trainer: L.Trainer, pl_module: L.LightningModule, in_batch: bool) -> UpdateReport | None:
         # Micro-batches do not move the count of optimizer steps; a batch that steps several optimizers is one step.
         assert self.updater is not None
         if trainer.global_step == self._global_step:
@@ -342,13 +354,14 @@ class DynamicPruning(L.Callback):
         self._global_step = trainer.global_step
         report = self.updater.step()
         if report is not None:
-            self._log_update(trainer, report)
+            mask_averages(trainer, pl_module)
+            self._log_update(trainer, report, steps_done(trainer, in_batch=in_batch))
         return report
 
-    def _log_update(self, trainer: L.Trainer, report: UpdateReport) -> None:
+    def _log_update(self, trainer: L.Trainer, report: UpdateReport, step: int) -> None:
         self.last_report, self._metrics = report, report.metrics()
         for logger in trainer.loggers:  # directly: updates need not coincide with log_every_n_steps
-            logger.log_metrics(self._metrics, step=trainer.global_step)
+            logger.log_metrics(self._metrics, step=step)
 
     # --- after training, and checkpoints -----------------------------------------------------------------------------
 
@@ -377,6 +390,8 @@ class DynamicPruning(L.Callback):
                 layer.recorder = layer.statistics = None
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        if self.updater is None:
+            self._restored = None  # of a checkpoint that this run could not resume
         self.teardown(trainer, pl_module, "")  # Lightning calls none after an exception
         building.drop_hooks(pl_module)  # of another callback
 

@@ -17,6 +17,7 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleD
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from sparse_train.callbacks.steps import steps_done
 from sparse_train.data.texts import Split, TextSource
 from sparse_train.evaluation import evaluate_perplexity, evaluate_zero_shot, token_ids
 from sparse_train.evaluation.zeroshot import check_tasks, task_names
@@ -152,30 +153,30 @@ class Evaluation(L.Callback):
         before, self._step = self._step, trainer.global_step
         metrics: dict[str, float] = {}
         if self._text is not None and _due(self._every_n_steps, before, self._step):
-            metrics |= self._measure(trainer, pl_module, "perplexity")
+            metrics |= self._measure(trainer, pl_module, "perplexity", steps_done(trainer))
         if self._tasks and _due(self._tasks_every_n_steps, before, self._step):
-            metrics |= self._measure(trainer, pl_module, "zero_shot")
+            metrics |= self._measure(trainer, pl_module, "zero_shot", steps_done(trainer))
         for name, value in metrics.items():
             pl_module.log(name, value, logger=False)  # for callbacks that monitor metrics; loggers have them already
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         for kind, wanted in (("perplexity", self._text is not None), ("zero_shot", bool(self._tasks))):
             if wanted and self._measured.get(kind) != trainer.global_step:
-                self._measure(trainer, pl_module, kind)
+                self._measure(trainer, pl_module, kind, steps_done(trainer, in_batch=False))
 
-    def _measure(self, trainer: L.Trainer, pl_module: L.LightningModule, kind: str) -> dict[str, float]:
+    def _measure(self, trainer: L.Trainer, pl_module: L.LightningModule, kind: str, step: int) -> dict[str, float]:
         found: tuple[dict[str, float], str] = {}, ""
         if trainer.is_global_zero:
             model, autocast = _model(pl_module), _AUTOCAST.get(str(trainer.precision))
             measure = self._perplexity if kind == "perplexity" else self._zero_shot
             metrics, protocol = found = measure(model, autocast)
             for logger in trainer.loggers:  # directly: evaluations need not coincide with log_every_n_steps
-                logger.log_metrics(metrics, step=trainer.global_step)
+                logger.log_metrics(metrics, step=step)
             if kind not in self._measured:
                 rank_zero_info(f"Evaluation: {protocol}")
         self._measured[kind] = trainer.global_step
         metrics, protocol = trainer.strategy.broadcast(found)  # a metric that stops the run must stop it on every rank
-        self.results.append({"step": trainer.global_step, "metrics": metrics, "protocol": protocol})
+        self.results.append({"step": step, "metrics": metrics, "protocol": protocol})
         return metrics
 
     def _perplexity(self, model: nn.Module, autocast: torch.dtype | None) -> tuple[dict[str, float], str]:

@@ -31,6 +31,7 @@ from torch import Tensor
 from sparse_train import environment, memory
 from sparse_train.callbacks.dynamic_pruning import DynamicPruning
 from sparse_train.callbacks.evaluation import Evaluation
+from sparse_train.callbacks.steps import steps_done
 from sparse_train.files import replacing
 from sparse_train.layers import masks
 from sparse_train.layers.matrices import MaskedLayer
@@ -111,7 +112,7 @@ class RunHistory(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._began = time.perf_counter()
-        self._step = step = trainer.global_step
+        self._step, step = trainer.global_step, steps_done(trainer, in_batch=False)
         self._lines = [line for line in self._lines if json.loads(line)["kind"] != "end"]  # the run continues
         if self._writes and self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -120,7 +121,7 @@ class RunHistory(L.Callback):
         self._write("start", step, **self._settings(trainer))
         for baseline in self._baselines:
             self._write("baseline", step, **baseline)
-        self._write_update()
+        self._write_update(step)
 
     def _settings(self, trainer: L.Trainer) -> dict[str, Any]:
         return {
@@ -159,21 +160,21 @@ class RunHistory(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._tokens += _tokens(batch) * trainer.world_size
-        self._write_update()
+        self._write_update(steps_done(trainer))
         self._write_evaluations()
         if trainer.global_step == self._step:  # a micro-batch
             return
-        self._step = trainer.global_step
-        if self._step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        self._step, step = trainer.global_step, steps_done(trainer)
+        if step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             losses = {
                 name: float(value)
                 for name, value in trainer.callback_metrics.items()
                 if "loss" in name and not name.startswith("val")
             }
             if losses:
-                self._write("train", self._step, metrics=losses)
+                self._write("train", step, metrics=losses)
 
-    def _write_update(self) -> None:
+    def _write_update(self, step: int) -> None:
         report = None if self._pruning is None else self._pruning.last_report
         updater = self._updater()
         if updater is None or report is None or report is self._seen:
@@ -181,7 +182,7 @@ class RunHistory(L.Callback):
         self._seen = report
         self._write(
             "update",
-            report.step,
+            step,
             took=report.seconds,
             target=report.target_sparsity,
             sparsity=report.sparsity,
@@ -205,7 +206,7 @@ class RunHistory(L.Callback):
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         took = time.perf_counter() - self._validation_began
-        self._write("validation", trainer.global_step, took=took, metrics=_validation_metrics(trainer))
+        self._write("validation", steps_done(trainer), took=took, metrics=_validation_metrics(trainer))
 
     # --- after training, and checkpoints -----------------------------------------------------------------------------
 
@@ -214,7 +215,7 @@ class RunHistory(L.Callback):
         report = updater.report() if updater is not None and updater.sparsity is not None else None
         self._write(
             "end",
-            trainer.global_step,
+            steps_done(trainer, in_batch=False),
             date=datetime.now(UTC).isoformat(timespec="seconds"),
             tokens=self._tokens,
             peak_bytes=memory.peak_bytes(),

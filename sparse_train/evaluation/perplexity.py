@@ -14,11 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
 
 from sparse_train.data.special_tokens import beginning
 from sparse_train.evaluation.undisturbed import undisturbed
-from sparse_train.models.losses import next_token_loss, perplexity
+from sparse_train.models.losses import mean_over_tokens, next_token_loss, perplexity
 from sparse_train.terminal.progress import bar
 
 _log = logging.getLogger(__name__)
@@ -176,7 +175,7 @@ def evaluate_perplexity(
     labels_WL = torch.cat([torch.full_like(front_P, -100), labels_WL], 1)
     device = next(model.parameters()).device
     # other processes may not be measuring, and waiting for them would hang
-    metric, tokens = MeanMetric(sync_on_compute=False).to(device), 0
+    metric, tokens = mean_over_tokens(device, sync=False), 0
     batches = list(zip(windows_WL.split(batch_size), labels_WL.split(batch_size), strict=True))
     with undisturbed(model), bar("perplexity", shown=progress) as drawn:
         drawn.set_total(len(batches))

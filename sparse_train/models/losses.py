@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torchmetrics import MeanMetric
 
 from sparse_train.models.chunked_sums import chunked_sums
 
@@ -30,6 +31,18 @@ def next_token_loss(logits_BLV: Tensor, labels_BL: Tensor, ignore_index: int = -
     (loss,) = chunked_sums(sums, gradient, None, logits_BLV.flatten(0, 1), labels_T)
     tokens = (labels_T != ignore_index).sum()
     return loss / tokens.clamp(min=1), tokens
+
+
+def mean_over_tokens(device: torch.device, *, sync: bool = True) -> MeanMetric:
+    """A metric for the mean of ``next_token_loss`` over batches, in float32; NaN if one of them is.
+
+    Args:
+        sync: compute the mean over all processes, which must then all call.
+    """
+    # by default, a batch whose loss is NaN would be left out
+    metric = MeanMetric(nan_strategy=float("nan"), sync_on_compute=sync).to(device)
+    metric.set_dtype(torch.float32)
+    return metric
 
 
 def shifted(labels_BL: Tensor, ignore_index: int) -> Tensor:

@@ -20,7 +20,7 @@ from sparse_train.models.checkpoints import PRUNING_STATE
 from sparse_train.models.distillation import Distillation, Teacher
 from sparse_train.models.loading import load_sharded
 from sparse_train.models.lora import LoRA, adapter_config
-from sparse_train.models.losses import next_token_loss
+from sparse_train.models.losses import mean_over_tokens, next_token_loss
 from sparse_train.models.sources import ModelSource, as_model_source
 
 
@@ -67,7 +67,8 @@ class CausalLM(L.LightningModule):
         self.gradient_checkpointing, self.compile_blocks = gradient_checkpointing, compile_blocks
         self.distillation = distillation
         self._teacher: Teacher | None = None
-        self._val_loss: MeanMetric | None = None
+        self._eval_loss: MeanMetric | None = None
+        self._steps_before_fit = 0  # of an earlier fit of the same trainer, which still counts them
 
     def setup(self, stage: str) -> None:
         self._teacher = None  # drop that of an interrupted run, which may be on another device
@@ -137,23 +138,34 @@ class CausalLM(L.LightningModule):
         return distillation.total(losses)
 
     def on_validation_epoch_start(self) -> None:
-        self._val_loss = None  # that of a validation that failed
+        self._eval_loss = None  # that of an evaluation that failed
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         logits_BLV = self(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         loss, tokens = next_token_loss(logits_BLV, batch["labels"])
-        if self._val_loss is None:
+        if self._eval_loss is None:
             # a new one each time, because a trainer in true half precision casts what the module holds, and creates
             # new tensors in that dtype, too; sums need float32
-            self._val_loss = MeanMetric().to(self.device)
-            self._val_loss.set_dtype(torch.float32)
-        self._val_loss.update(loss, weight=tokens)
+            self._eval_loss = mean_over_tokens(self.device)
+        self._eval_loss.update(loss, weight=tokens)
 
     def on_validation_epoch_end(self) -> None:
-        assert self._val_loss is not None
-        loss = self._val_loss.compute()
-        self.log_dict({"val/loss": loss, "val/perplexity": loss.exp()}, prog_bar=True)
-        self._val_loss = None
+        self._log_perplexity("val")
+
+    def on_test_epoch_start(self) -> None:
+        self._eval_loss = None
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        self._log_perplexity("test")
+
+    def _log_perplexity(self, stage: str) -> None:
+        assert self._eval_loss is not None
+        loss = self._eval_loss.compute()
+        self.log_dict({f"{stage}/loss": loss, f"{stage}/perplexity": loss.exp()}, prog_bar=True)
+        self._eval_loss = None
 
     def configure_optimizers(self) -> Any:
         parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -162,9 +174,9 @@ class CausalLM(L.LightningModule):
             {"params": [p for p in parameters if dimensions(p) < 2], "weight_decay": 0.0},
         ]
         optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=self.lr, betas=self.betas)
-        total = self.trainer.estimated_stepping_batches
-        if self.trainer.ckpt_path is None:  # the trainer may have run another fit before, whose steps it still counts
-            total -= self.trainer.global_step
+        if self.trainer.ckpt_path is None:
+            self._steps_before_fit = self.trainer.global_step
+        total = self.trainer.estimated_stepping_batches - self._steps_before_fit
         if not math.isfinite(total):
             raise ValueError("The learning rate decays over the whole run, so the run needs an end: set max_steps.")
         warmup_steps = max(1, int(self.warmup * total))
@@ -184,8 +196,10 @@ class CausalLM(L.LightningModule):
         checkpoint["model_source"] = {"name": source.name, "hub_id": source.hub_id, "license": source.license}
         checkpoint["generation_config"] = self.model.generation_config.to_dict()
         checkpoint["adapter_config"] = adapter_config(self.model)
+        checkpoint["steps_before_fit"] = self._steps_before_fit
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._steps_before_fit = checkpoint.get("steps_before_fit", 0)
         # outside a sparse run (validate, load_from_checkpoint) the model is not sparsified yet
         before = len(sparse_layers(self))
         if "state_dict" in checkpoint:

@@ -90,7 +90,8 @@ def set_first_mask(
             that must not move or would be moved back; the errors of ``set_initial_masks``; or masks that do not follow
             the pattern. The model is then unchanged.
     """
-    layers, pattern, sparsity = sparse_layers(root), settings.mask_structure, settings.first_sparsity
+    # not all masked layers: a copy of the model, as a reference for a loss, has masks that keep everything
+    layers, pattern, sparsity = settings.sparsify(root), settings.mask_structure, settings.first_sparsity
     if isinstance(method, Solver):
         _check_movable(method, layers)
     found = None
@@ -105,7 +106,7 @@ def set_first_mask(
     if found is not None:
         model, own = found
         with autocast:
-            _prune(root, model, own, method or settings.criterion, settings, progress)
+            _prune(root, layers, model, own, method or settings.criterion, settings, progress)
         _warn_of_zeros(layers, pattern, sparsity)
         if isinstance(method, Solver):  # linear algebra may round differently on other hardware
             take_from_rank_0([t for each in layers.values() for t in (each.weight_OI.detach(), each.weight_mask)])
@@ -163,15 +164,23 @@ def _model_and_batches(
 
 def _prune(
     root: nn.Module,
+    named: Mapping[str, MaskedLayer],
     model: nn.Module,
     batches: Sequence[Batch],
     method: Method,
     settings: RunSettings,
     progress: bool,
 ) -> None:
-    """Set the masks of a model whose masks keep everything; restores the model if that fails."""
-    layers, undo = sparse_layers(model), Undo()
-    sparsity, named = settings.first_sparsity, sparse_layers(root)
+    """Set the masks of a model whose masks keep everything; restores the model if that fails.
+
+    Args:
+        root: holds the model.
+        named: the targets, which are in the model, by their names in ``root``.
+        model: takes batches.
+        batches, method, settings, progress: see ``set_first_mask``.
+    """
+    targets, undo, sparsity = set(named.values()), Undo(), settings.first_sparsity
+    layers = {name: layer for name, layer in sparse_layers(model).items() if layer in targets}
     by_layer = settings.divided_sparsity(root, named)
     wanted: float | Mapping[str, float] = sparsity
     if not by_layer.come_with_first_masks:

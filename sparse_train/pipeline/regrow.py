@@ -141,10 +141,17 @@ class Growth:
         """Raise ValueError if gradients were requested and never captured."""
         missing = [name for name in self._layers if name not in self.gradients]
         if self.fraction and missing:
+            frozen = not _parameter(self._layers[missing[0]]).requires_grad
             raise ValueError(
                 f"{missing[0]}: {self._policy} grows weights by their gradient, but none was seen in the step before "
-                "this update. Call updater.before_optimizer_step(optimizer) after loss.backward(), before clipping "
-                "and optimizer.step(), in every step; leave layers that do not train out with ignore."
+                "this update. "
+                + (
+                    "It is frozen: leave layers that do not train out with ignore, or use another policy."
+                    if frozen
+                    else "Call updater.before_optimizer_step(optimizer) after loss.backward(), before clipping and "
+                    "optimizer.step(), in every step (DynamicPruning does); leave layers that no optimizer holds out "
+                    "with ignore."
+                )
             )
 
     def scores(self, names: Iterable[str]) -> Tensor | None:

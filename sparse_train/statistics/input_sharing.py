@@ -47,7 +47,8 @@ class InputSharing:
     def __init__(self) -> None:
         self._seen: dict[tuple[Any, ...], tuple[SeenInput, nn.Module]] = {}
         self._last: dict[nn.Module, SeenInput] = {}
-        self._leaders: dict[nn.Module, list[nn.Module]] = {}
+        self._calls: dict[nn.Module, list[tuple[nn.Module, int]]] = {}
+        """For each call of a layer, its leader, and which of the leader's calls had that input."""
 
     def watch(self, layer: nn.Module, own: SeenInput) -> None:
         self._last[layer] = own
@@ -56,15 +57,17 @@ class InputSharing:
             leader = layer
         if leader is layer:
             self._seen[own.key] = (own, layer)
-        self._leaders.setdefault(layer, []).append(leader)
+        own_calls = self._calls.setdefault(layer, [])
+        own_calls.append((leader, len(own_calls) if leader is layer else len(self._calls[leader]) - 1))
 
     def leaders(self) -> dict[nn.Module, nn.Module]:
         """For each layer, the first layer that always had the same input; itself if there is none."""
         found: dict[nn.Module, nn.Module] = {}
-        for layer, leaders in self._leaders.items():
-            always = all(leader is leaders[0] for leader in leaders)
-            same_calls = len(self._leaders[leaders[0]]) == len(leaders)
-            found[layer] = leaders[0] if always and same_calls else layer
+        for layer, calls in self._calls.items():
+            leader, _ = calls[0]
+            # each call of the leader once: a layer that reads one of two inputs twice has another sum
+            every_call = [(leader, number) for number in range(len(self._calls[leader]))]
+            found[layer] = leader if calls == every_call else layer
         return found
 
     # Copies and pickles of a model start without the references to a finished forward.

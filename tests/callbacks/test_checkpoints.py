@@ -239,6 +239,21 @@ def test_the_callback_can_be_used_for_a_second_fit(tmp_path):
         assert not isinstance(model.net.model.layers[0].mlp.up_proj, SparseLinear)
 
 
+def test_a_second_fit_continues_after_a_validation_that_has_loaded_a_checkpoint(tmp_path):
+    states = []
+    for ckpt_path in (None, tmp_path / "end.ckpt"):
+        model, pruning = InInit(), DynamicPruning("2:4", update_freq=4, squash=False)
+        run = trainer(tmp_path, pruning)
+        run.fit(model, loader())
+        run.save_checkpoint(tmp_path / "end.ckpt")
+        run.validate(model, DataLoader(Tokens(), batch_size=4), ckpt_path=ckpt_path, verbose=False, weights_only=False)
+        run.fit_loop.epoch_loop.max_steps = 24
+        run.fit(model, loader())
+        assert pruning.updater.steps == 24
+        states.append(model.state_dict())
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])  # also the masks, which are frozen
+
+
 def test_a_checkpoint_written_on_an_exception_loses_no_update(tmp_path):
     class Fails(L.Callback):
         def on_train_batch_end(self, trainer, *args):

@@ -230,46 +230,6 @@ def test_a_batch_that_steps_two_optimizers_is_one_step(tmp_path):
     assert zeros(model) == 0.5
 
 
-@pytest.mark.parametrize("module", [InInit, InConfigureModel])
-def test_averaged_weights_are_sparse_too(tmp_path, module):
-    seen = []
-
-    class Validated(module):
-        def validation_step(self, batch, batch_idx):  # which sees the averaged model
-            if self.trainer.global_step:
-                seen.append(max(int(m.unpacked_mask().view(-1, 4).sum(1).max()) for m in sparse_layers(self).values()))
-                seen.append(squashed_zeros(self))
-
-    averaging = L.pytorch.callbacks.EMAWeightAveraging(use_buffers=False, decay=0.5)
-    model, pruning = Validated(), DynamicPruning("2:4", update_freq=4, squash=False)
-    run = trainer(tmp_path, pruning, averaging, val_check_interval=4, limit_val_batches=1)
-    run.fit(model, loader(), loader())
-    assert set(seen) == {2, 0.5}
-    masks = {name: layer.weight_mask for name, layer in sparse_layers(model).items()}
-    averaged = {name: layer.weight_mask for name, layer in sparse_layers(averaging._average_model.module).items()}
-    assert all(torch.equal(mask, averaged[name]) for name, mask in masks.items())
-    assert len(masks) == len(averaged) == 21
-
-    model, pruning = module(), DynamicPruning("2:4", update_freq=4)
-    averaging = L.pytorch.callbacks.EMAWeightAveraging(use_buffers=False, decay=0.5)
-    trainer(tmp_path, pruning, averaging).fit(model, loader())
-    assert zeros(model) == 0.5
-
-
-def squashed_zeros(module):
-    found = [layer.masked_weight() == 0 for layer in sparse_layers(module).values()]
-    return sum(int(each.sum()) for each in found) / sum(each.numel() for each in found)
-
-
-def test_averaging_that_would_spoil_masks_says_what_to_do(tmp_path):
-    averaging = L.pytorch.callbacks.EMAWeightAveraging()
-    with pytest.raises(ValueError, match="average the bytes of the masks. Give it use_buffers=False"):
-        trainer(tmp_path, DynamicPruning("2:4"), averaging).fit(InInit(), loader())
-    averaging = L.pytorch.callbacks.EMAWeightAveraging(use_buffers=False)
-    with pytest.raises(ValueError, match="Put DynamicPruning first"):
-        trainer(tmp_path, averaging, DynamicPruning("2:4")).fit(InInit(), loader())
-
-
 def test_a_sampler_that_leaves_data_out_is_respected(tmp_path):
     touched = []
 

@@ -199,6 +199,25 @@ class Embedded(InInit):
         return self.net(inputs_embeds=batch).logits.square().mean()
 
 
+def test_a_copy_of_the_model_as_a_reference_changes_nothing(tmp_path):
+    class WithReference(InInit):
+        def on_fit_start(self):
+            self.reference = copy.deepcopy(self.net).requires_grad_(False)
+
+    found = []
+    for module in (InInit(), WithReference()):
+        start = Start()
+        trainer(tmp_path, start, DynamicPruning("2:4", update_freq=4)).fit(module, loader())
+        found.append((module, start))
+    (plain, first), (with_reference, second) = found
+    assert len(first.masks) == 21
+    assert all(torch.equal(first.masks[name], second.masks[name]) for name in first.masks)
+    ours, theirs = plain.net.state_dict(), with_reference.net.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    dense = tiny_llama().state_dict()
+    assert all(torch.equal(dense[name], weight) for name, weight in with_reference.reference.state_dict().items())
+
+
 def test_batches_that_are_no_ids_leave_the_first_mask_to_the_first_window(tmp_path):
     pruning = DynamicPruning("2:4", update_freq=4)
     trainer(tmp_path, pruning).fit(Embedded(), DataLoader(torch.randn(16, 8, 32), batch_size=2))

@@ -109,6 +109,16 @@ def test_the_two_perplexities_have_names_of_their_own():
     assert none.word_perplexity is None and none.protocol.words == 0
 
 
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_a_window_whose_loss_is_not_a_number_is_not_left_out(batch_size):
+    model, ids = tiny_llama(), torch.randint(3, VOCABULARY - 1, (64,))
+    ids[20] = VOCABULARY - 1
+    with torch.no_grad():
+        model.get_input_embeddings().weight[VOCABULARY - 1] = float("inf")
+    found = evaluate_perplexity(model, ids, window=16, batch_size=batch_size)
+    assert found.perplexity != found.perplexity
+
+
 def test_training_goes_on_as_if_nothing_had_happened():
     model, ids = tiny_llama(attention_dropout=0.5).train(), torch.randint(3, VOCABULARY, (4, 16))
     updater = MaskUpdater(model, "2:4", update_freq=2, window=1.0, total_steps=8)

@@ -75,6 +75,7 @@ def test_validation_perplexity_is_over_tokens(model_folder, data):
         total, count = total + float(loss) * tokens, count + tokens
     logged = trainer.validate(module, data, verbose=False)[0]["val/perplexity"]
     assert logged == pytest.approx(torch.tensor(total / count).exp().item(), rel=1e-5)
+    assert trainer.test(module, data.val_dataloader(), verbose=False)[0]["test/perplexity"] == pytest.approx(logged)
 
 
 def test_a_second_fit_has_a_whole_schedule_of_its_own(model_folder, data):
@@ -103,6 +104,37 @@ def test_a_resumed_fit_keeps_the_schedule_of_the_whole_run(model_folder, data, t
     trainer = fit(module, data, Watch(), saver, max_steps=10, enable_checkpointing=True)
     trainer.fit(module, data, ckpt_path=tmp_path / "step=5.ckpt", weights_only=False)  # in the same trainer
     assert rates[20:] == pytest.approx(rates[5:10])
+
+
+def test_a_resumed_second_fit_keeps_its_schedule(model_folder, data, tmp_path):
+    rates = []
+
+    class Watch(L.Callback):
+        def on_train_batch_start(self, trainer, *args):
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    saver = L.pytorch.callbacks.ModelCheckpoint(tmp_path, every_n_train_steps=5, save_top_k=-1, filename="{step}")
+    module = CausalLM(str(model_folder), lr=1e-3)
+    trainer = fit(module, data, Watch(), saver, max_steps=5, enable_checkpointing=True)
+    trainer.fit_loop.epoch_loop.max_steps = 15
+    trainer.fit(module, data)
+    path = tmp_path / "step=10.ckpt"
+    again = {"max_steps": 15, "logger": False, "accelerator": "cpu", "enable_progress_bar": False}
+    resumed = L.Trainer(**again, enable_checkpointing=False, callbacks=[Watch()])
+    resumed.fit(CausalLM(str(model_folder), lr=1e-3), data, ckpt_path=path, weights_only=False)
+    assert len(rates) == 20
+    assert rates[15:] == pytest.approx(rates[10:15])
+
+
+def test_a_loss_that_is_not_a_number_is_not_left_out(model_folder, data):
+    module = CausalLM(str(model_folder))
+    trainer = fit(module, data, max_steps=2)
+    with torch.no_grad():
+        token = int(next(iter(data.val_dataloader()))["input_ids"][0, 0])
+        module.model.get_input_embeddings().weight[token] = float("inf")
+    for evaluate in (trainer.validate, trainer.test):
+        (logged,) = evaluate(module, data.val_dataloader(), verbose=False)
+        assert len(logged) == 2 and all(value != value for value in logged.values())
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "16-true"])

@@ -357,6 +357,11 @@ def test_what_is_missing_is_named():
     backward(model, generator)
     with pytest.raises(ValueError, match="grows weights by their gradient, but none was seen"):
         updater.step()
+    model, updater, optimizer = fresh("2:4")
+    next(iter(updater.layers.values())).requires_grad_(False)
+    with pytest.raises(ValueError, match="It is frozen: leave layers that do not train out with ignore"):
+        for _ in range(9):
+            step(model, updater, optimizer, generator)
     with pytest.raises(ValueError, match=r"RMSprop: Regrow clears .* can do that for torch's AdamW, Adam and SGD"):
         updater.before_optimizer_step(torch.optim.RMSprop(model.parameters()))
     with pytest.raises(ValueError, match="multiplies gradients by activation norms, and Magnitude"):

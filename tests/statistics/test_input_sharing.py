@@ -9,7 +9,7 @@ from sparse_train import MaskUpdater
 from sparse_train.layers.matrices import Recorder
 from sparse_train.layers.sparse_linear import sparse_layers
 from sparse_train.layers.sparsify import sparsify
-from sparse_train.pipeline.recording import attach
+from sparse_train.pipeline.recording import attach, share_statistics
 from sparse_train.statistics.activations import ActivationNorm
 from sparse_train.statistics.input_sharing import InputSharing, SeenInput
 from tests.conftest import VOCABULARY, tiny_llama
@@ -121,6 +121,29 @@ def test_a_leader_that_has_gone_on_to_another_input_is_none():
     for layer, x in ((model.a, first), (model.a, second), (model.b, first), (model.b, second)):
         sharing.watch(layer, SeenInput(x))
     assert sharing.leaders()[model.b] is model.b
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_sums_are_those_of_each_layers_own_inputs_whatever_reads_what(seed):
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(3, 4, 8, generator=generator)
+    layers = nn.ModuleList(nn.Linear(8, 4) for _ in range(4))
+    calls = [
+        (int(torch.randint(4, (), generator=generator)), int(torch.randint(3, (), generator=generator)))
+        for _ in range(8)
+    ]
+    sparsify(layers, layers)
+    recorder = Recorder("always", sharing=InputSharing())
+    attach(layers, recorder, ActivationNorm)
+    expected = torch.zeros(4, 8, dtype=torch.float64)
+    for step in range(2):
+        for layer, read in calls:
+            layers[layer](inputs[read])
+            expected[layer] += inputs[read].double().pow(2).sum(0)
+        if step == 0:
+            share_statistics(recorder, list(layers))
+    for layer, sums_I in zip(layers, expected, strict=True):
+        torch.testing.assert_close(layer.statistics.sum_squares_I.double(), sums_I, rtol=1e-5, atol=1e-5)
 
 
 def test_a_copy_of_a_model_in_training_holds_no_reference_to_inputs():

@@ -8,9 +8,8 @@ passes block i its other inputs (masks, position embeddings), and the call is cu
 import itertools
 import logging
 import time
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +18,14 @@ from torch import Tensor, nn
 
 from sparse_train.layers.blocks import ONE_OF_TWO_TEXTS, reads_two_texts
 from sparse_train.layers.matrices import MaskedLayer, Recorder
+from sparse_train.oneshot.block_order import MISSING, check_order, needs_more, out_of_order
 from sparse_train.oneshot.experts import ExpertMatrix, ExpertRecorder
+from sparse_train.oneshot.forwards import Batch, call, forward_replaced, inference, one_sample
 from sparse_train.oneshot.store import Activations, copied, moved
 from sparse_train.pipeline.recording import share_statistics
 from sparse_train.statistics.input_sharing import InputSharing
 
 _log = logging.getLogger(__name__)
-
-Batch = Tensor | Mapping[str, Any]
-"""Token ids (B, L), or the model's keyword arguments."""
 
 
 class CalibrationPass:
@@ -72,7 +70,7 @@ class CalibrationPass:
 
     def whole(self, experts: Sequence[ExpertMatrix] = ()) -> None:
         """Record all layers in one forward pass per batch."""
-        for _ in self._recorded(lambda index: _call(self._model, self._batches[index]), experts):
+        for _ in self._recorded(lambda index: call(self._model, self._batches[index]), experts):
             pass
 
     def record_block(self, blocks: Sequence[nn.Module], index: int, experts: Sequence[ExpertMatrix] = ()) -> None:
@@ -86,6 +84,11 @@ class CalibrationPass:
         self._check_order(blocks)
         for batch, output in enumerate(self._forwards(lambda i: self._to_block(blocks, index, i))):
             self._activations[batch] = output
+
+    def _check_order(self, blocks: Sequence[nn.Module]) -> None:
+        if not self._in_order:
+            check_order(self._model, blocks, one_sample(self._batches[0]))
+            self._in_order = True
 
     def _recorded(self, forward: Callable[[int], Any], experts: Sequence[ExpertMatrix]) -> Iterator[Any]:
         recorder = self._recorder
@@ -107,7 +110,7 @@ class CalibrationPass:
         return [layer for layer in layers if layer.recorder is self._recorder and layer.statistics is not None]
 
     def _forwards(self, forward: Callable[[int], Any]) -> Iterator[Any]:
-        with _inference(self._model):
+        with inference(self._model):
             for index, batch in enumerate(self._batches):
                 began = time.perf_counter()
                 self._recorder.token_mask = self._token_mask(batch)
@@ -125,54 +128,6 @@ class CalibrationPass:
             return None
         return mask
 
-    def _check_order(self, blocks: Sequence[nn.Module]) -> None:
-        """Raise ValueError if blocks do not run one after the other, once each.
-
-        Tested with one sample, before any block is pruned: the first block runs, all others answer with its output.
-        """
-        if self._in_order:
-            return
-        called: list[int] = []
-        answers: list[Any] = []
-
-        def answer(number: int) -> Any:
-            called.append(number)
-            return answers[0]
-
-        with ExitStack() as stack:
-            stack.enter_context(_inference(self._model))
-            first = blocks[0].forward
-
-            def run(*args: Any, **kwargs: Any) -> Any:
-                called.append(0)
-                if not answers:
-                    answers.append(first(*args, **kwargs))
-                return answers[0]
-
-            stack.enter_context(_forward_replaced(blocks[0], run))
-            for number, block in enumerate(itertools.islice(blocks, 1, None), 1):
-                stack.enter_context(_forward_replaced(block, lambda *args, number=number, **kwargs: answer(number)))
-            try:
-                _call(self._model, _one_sample(self._batches[0]))
-            except (*_MISSING, RuntimeError) as error:  # if a block itself fails, it will raise when its turn comes
-                if called != list(range(len(blocks))):  # otherwise it failed after them: a head that is not loaded yet
-                    _log.warning(
-                        "Whether the blocks of %s run once each could not be told (%s: %s); in a model that loops over "
-                        "them, masks would be wrong.",
-                        type(self._model).__name__,
-                        type(error).__name__,
-                        error,
-                    )
-        if called != list(range(len(called))):
-            raise self._out_of_order(called)
-        self._in_order = True
-
-    def _out_of_order(self, called: Sequence[int], block: str = "") -> ValueError:
-        return ValueError(
-            f"The blocks of {type(self._model).__name__} do not run one after the other, once each ({block}came "
-            f"{list(called)}), so they cannot be calibrated one by one. {_WAY_OUT}"
-        )
-
     def _to_block(self, blocks: Sequence[nn.Module], index: int, batch: int) -> Any:
         called: list[int] = []
         kept = self._activations[batch] if index else None
@@ -185,38 +140,27 @@ class CalibrationPass:
 
         with ExitStack() as stack:
             for number, earlier in enumerate(itertools.islice(blocks, index)):
-                stack.enter_context(_forward_replaced(earlier, lambda *args, number=number, **kwargs: answer(number)))
+                stack.enter_context(forward_replaced(earlier, lambda *args, number=number, **kwargs: answer(number)))
             real = blocks[index].forward
 
             def stop_behind(*args: Any, **kwargs: Any) -> Any:
                 if called != list(range(index)):
-                    raise self._out_of_order(called, f"before block {index} ")
+                    raise out_of_order(self._model, called, f"before block {index} ")
                 raise _Stop(real(*args, **kwargs))
 
-            stack.enter_context(_forward_replaced(blocks[index], stop_behind))
+            stack.enter_context(forward_replaced(blocks[index], stop_behind))
             try:
-                _call(self._model, self._batches[batch])
+                call(self._model, self._batches[batch])
             except _Stop as stop:
                 return stop.output
-            except _MISSING as error:
+            except MISSING as error:
                 if not index:
                     raise
-                raise ValueError(
-                    f"Block {index} of {type(self._model).__name__} does not run on the output of the block before it "
-                    f"alone ({type(error).__name__}: {error}): it takes more from earlier ones, such as shared keys "
-                    f"and values, so blocks cannot be calibrated one by one. {_WAY_OUT}"
-                ) from error
+                raise needs_more(self._model, index, f"{type(error).__name__}: {error}") from error
         raise ValueError(
             f"Block {index} of {type(self._model).__name__} was not reached by a forward of the calibration data, so "
             "its layers cannot be calibrated. Are these the blocks that the model runs?"
         )
-
-
-_MISSING = (LookupError, AttributeError, TypeError)
-_WAY_OUT = (
-    'Use Unstructured(group="model"), which calibrates the whole model in one pass; in training, calibration_batches=0 '
-    "makes the first mask from the first steps."
-)
 
 
 class _Stop(Exception):
@@ -225,60 +169,6 @@ class _Stop(Exception):
     def __init__(self, output: Any) -> None:
         super().__init__()
         self.output = output
-
-
-@contextmanager
-def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    before = module.__dict__.get("forward")
-    module.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.__dict__["forward"]
-        else:
-            module.__dict__["forward"] = before
-
-
-@contextmanager
-def _inference(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no autograd, no cache of keys and values, experts one by one; all is restored afterwards."""
-    training = [module for module in model.modules() if module.training]
-    wanted = {"use_cache": False, "_experts_implementation": "eager"}
-    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
-    before = [(c, key, getattr(c, key)) for c in configs.values() for key in wanted if hasattr(c, key)]
-    model.eval()
-    for config, key, _ in before:
-        setattr(config, key, wanted[key])
-    try:
-        # not inference_mode: cached outputs would be inference tensors, which a later autograd forward refuses
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
-        for config, key, value in before:
-            setattr(config, key, value)
-
-
-def _call(model: nn.Module, batch: Batch) -> Any:
-    return model(**batch) if isinstance(batch, Mapping) else model(batch)
-
-
-def raised_in_forward(error: BaseException) -> bool:
-    """Whether an error was raised in a forward of the model, and not in the processing of its activations."""
-    codes = {frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)}
-    return _call.__code__ in codes and MaskedLayer._record.__code__ not in codes
-
-
-def _one_sample(batch: Batch) -> Batch:
-    """The first sample of a batch: the first entry of every tensor that has as many entries as there are ids."""
-    if isinstance(batch, Tensor):
-        return batch[:1]
-    size = len(batch["input_ids"]) if "input_ids" in batch else 0
-    tensors = {key: each for key, each in batch.items() if isinstance(each, Tensor) and each.dim()}
-    cut = {key: each[:1] for key, each in tensors.items() if len(each) == size}
-    return {**batch, **cut}
 
 
 def _check_ids(model: nn.Module, batch: Batch) -> None:

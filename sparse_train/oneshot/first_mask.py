@@ -16,8 +16,8 @@ from sparse_train.layers.mask_lora import MaskLoRA
 from sparse_train.layers.matrices import MaskedLayer
 from sparse_train.layers.sharding import has_masters, is_sharded, reshard
 from sparse_train.layers.sparse_linear import sparse_layers
-from sparse_train.oneshot.calibration_pass import Batch, raised_in_forward
 from sparse_train.oneshot.engine import Method, Undo
+from sparse_train.oneshot.forwards import Batch, raised_in_forward
 from sparse_train.oneshot.pruning import set_initial_masks
 from sparse_train.oneshot.training_data import causal_lm
 from sparse_train.patterns import Pattern, group_label

@@ -15,9 +15,10 @@ from sparse_train.layers import masks
 from sparse_train.layers.matrices import MaskedLayer, MaskedMatrix, Recorder
 from sparse_train.layers.sparsify import fold, sparsify
 from sparse_train.oneshot.block_walk import BlockWalk
-from sparse_train.oneshot.calibration_pass import Batch, CalibrationPass
+from sparse_train.oneshot.calibration_pass import CalibrationPass
 from sparse_train.oneshot.engine import Method, Undo, release, statistics_of
 from sparse_train.oneshot.experts import expert_matrices
+from sparse_train.oneshot.forwards import Batch
 from sparse_train.oneshot.training_data import causal_lm
 from sparse_train.patterns import Pattern, parse_pattern, parse_word
 from sparse_train.pipeline.recording import warn_of_padding

@@ -1,6 +1,6 @@
 """``Activations``: the outputs of a decoder block, one entry per batch, in memory or on disk."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,21 +38,31 @@ class Activations:
 
 def moved(value: Any, device: torch.device) -> Any:
     """Moves tensors in nested tuples, lists and dicts to another device; other values stay unchanged."""
-    return _each(value, lambda tensor: tensor.detach().to(device))
+    return changed(value, lambda tensor: tensor.detach().to(device))
 
 
 def copied(value: Any) -> Any:
     """Copies tensors in nested tuples, lists and dicts; other values stay unchanged."""
-    return _each(value, Tensor.clone)
+    return changed(value, Tensor.clone)
 
 
-def _each(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Nested tuples, lists and dicts with ``change`` of each tensor in them; other values stay unchanged."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_each(part, change) for part in value))
+        return type(value)(*(changed(part, change) for part in value))
     if isinstance(value, (tuple, list)):
-        return type(value)(_each(part, change) for part in value)
+        return type(value)(changed(part, change) for part in value)
     if isinstance(value, dict):
-        return type(value)(**{key: _each(part, change) for key, part in value.items()})
+        return type(value)(**{key: changed(part, change) for key, part in value.items()})
     return value
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in nested tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list, dict)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from tensors_in(part)

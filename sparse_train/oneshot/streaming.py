@@ -26,9 +26,10 @@ from sparse_train.layers.blocks import expert_shape_OI
 from sparse_train.layers.matrices import MaskedLayer, MaskedMatrix, Recorder, shape_OI
 from sparse_train.layers.sparsify import fold, sparsify
 from sparse_train.oneshot.block_walk import blocks_done, experts_of
-from sparse_train.oneshot.calibration_pass import Batch, CalibrationPass
+from sparse_train.oneshot.calibration_pass import CalibrationPass
 from sparse_train.oneshot.engine import Method, prune_group, release, statistics_of
 from sparse_train.oneshot.experts import expert_matrices
+from sparse_train.oneshot.forwards import Batch
 from sparse_train.oneshot.pruning import OneshotReport, method_of, resolve
 from sparse_train.oneshot.shards import Checkpoint, copy_companions, write_index
 from sparse_train.oneshot.streamed_model import StreamedModel, model_without_weights

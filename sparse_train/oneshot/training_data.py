@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from sparse_train.layers.matrices import MaskedLayer
-from sparse_train.oneshot.calibration_pass import Batch
+from sparse_train.oneshot.forwards import Batch
 from sparse_train.rng import isolated_rng
 
 

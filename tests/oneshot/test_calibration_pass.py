@@ -102,6 +102,42 @@ def test_blocks_that_take_more_of_each_other_than_the_output_are_refused():
         prune(model, [torch.randn(2, 8)], "2:4")
 
 
+def test_a_skip_from_an_earlier_block_is_refused():
+    class Skips(Blocks):
+        def forward(self, x):
+            x, outputs = self.first(x), []
+            for number, block in enumerate(self.blocks):
+                x = block(x if number < 2 else x + outputs[0].tanh())
+                outputs.append(x)
+            return x
+
+    with pytest.raises(
+        ValueError, match=r"Block 2 of Skips .* alone \(it reads the output of block 0\).*skip connection"
+    ):
+        prune(Skips(), [torch.randn(2, 8)], "2:4")
+    prune(Skips(), [torch.randn(2, 8)], Unstructured("model"), sparsity=0.5)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_what_happens_between_blocks_is_no_skip(inference, caplog):
+    class Between(Blocks):
+        def forward(self, x):
+            x, depth = self.first(x), 0.0
+            for block in self.blocks:
+                x = block(x)
+                x *= 1.5  # in place
+                depth = depth + x.mean()  # which no block reads
+            return x + depth
+
+    model = Between()
+    with torch.inference_mode(inference):
+        report = prune(model, [torch.randn(2, 8)], "2:4")
+    assert report.sparsity == 0.5
+    assert not caplog.records
+    assert torch.is_grad_enabled()
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
 def test_layers_that_no_token_reaches_are_named_together():
     class Reads(nn.Module):
         def __init__(self):

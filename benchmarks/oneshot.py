@@ -34,6 +34,7 @@ METHODS: dict[str, tuple[Callable[[], Any], str]] = {
     "wanda_model": (Wanda, "model"),
     "wanda_variant": (WandaCumulative, "layer"),
     "ria": (RIA, "row"),
+    "ria_layer": (RIA, "layer"),
     "sparsegpt": (SparseGPT, "layer"),
     "sparsegpt_row": (SparseGPT, "row"),
     "random": (Random, "row"),

@@ -20,7 +20,8 @@ METHODS = {
     "magnitude": "magnitude, per row",
     "wanda": "Wanda",
     "wanda_variant": "Wanda, cumulative variant",
-    "ria": "RIA, a = 0.5",
+    "ria": "RIA, a = 0.5, per row",
+    "ria_layer": "RIA, a = 0.5, per layer (as its code does)",
     "sparsegpt": "SparseGPT",
 }
 GROUPS = {"row": "output row", "layer": "layer", "model": "model"}
@@ -52,8 +53,12 @@ def _methods(found: dict[tuple[str, str, int], dict[int, float]], measured: list
     for method, label in METHODS.items():
         samples = 0 if method.startswith("magnitude") else 64
         cells = [_cell(found.get((method, structure, samples))) for structure in STRUCTURES]
-        if method in ("magnitude_layer", "wanda_variant"):  # with N:M they are the same as the plain method
-            cells[1:] = ["as per row" if method == "magnitude_layer" else "as Wanda"] * 2
+        if method in (
+            "magnitude_layer",
+            "ria_layer",
+            "wanda_variant",
+        ):  # with N:M they are the same as the plain method
+            cells[1:] = ["as Wanda" if method == "wanda_variant" else "as per row"] * 2
         lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -40,6 +40,12 @@ def check_sparsity(name: str, value: float) -> None:
         )
 
 
+def check_positive(name: str, value: int) -> None:
+    """Raise ValueError unless ``value`` is at least 1."""
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}.")
+
+
 def require_type(name: str, value: T | None, default: T, base: type[Any] | tuple[type[Any], ...]) -> T:
     """``value``, or ``default`` for None; ValueError if it is a class, a text, or anything but a ``base``."""
     if value is None:

@@ -17,4 +17,8 @@ def chosen_device(device: str | None) -> str:
         raise ValueError(f"device names a device of torch, such as cpu or cuda, got {device!r}.") from error
     if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"There is no GPU that this torch can use, so device={device!r} is not available. Use cpu.")
+    try:
+        torch.ones(1, device=device).item()
+    except (RuntimeError, NotImplementedError, AssertionError) as error:  # as on mps elsewhere, and on meta
+        raise ValueError(f"torch cannot compute on device={device!r} here ({error}). Use cpu.") from error
     return device

@@ -3,7 +3,7 @@
 import re
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from json import dumps
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from sparse_train.allocation import Allocation
 from sparse_train.commands.devices import chosen_device
-from sparse_train.commands.prune_job import Calibration, Job, details_of, resolve_stage, stages_of, stream
+from sparse_train.commands.prune_job import Calibration, Job, details_of, overall, resolve_stage, stages_of, stream
 from sparse_train.criteria import Criterion
 from sparse_train.data.texts import PackagedWikipedia, TextSource
 from sparse_train.distributed import joined, rank, world_size
@@ -101,7 +101,7 @@ def prune(
         if streaming and world_size() > 1:
             raise ValueError("streaming runs in one process. Start it without torchrun, or leave it out.")
         job = Job(source, stages, calibration, own_device)
-        measure = None if test is None else _perplexity_of(source, test, window, max_tokens, own_device)
+        measure = None if test is None else _measurement(source, test, window, max_tokens)
         details: Details | None
         layers: Sequence[LayerSparsity]
         if seeds is not None:
@@ -130,10 +130,11 @@ def _once(
     """The record of the pruning, and the model's layers."""
     began = time.perf_counter()
     folder, loaded = Path(out), None
+    checks = {} if measure is None else {"check": measure.check}
     if streaming:
-        reports = [stream(job, out, seed, activations)]
+        reports = [stream(job, out, seed, activations, **checks)]
     else:
-        loaded, reports = job.run(seed)
+        loaded, reports = job.run(seed, **checks)
         if rank() != 0:  # all ranks have the same model
             return None, []
     details = details_of(job, seed, reports, notes) | {"streaming": streaming}
@@ -161,36 +162,17 @@ def _write(path: Path, details: dict[str, Any]) -> None:
 
 def _counted(details: dict[str, Any], report: OneshotReport) -> list[LayerSparsity]:
     label = details["stages"][-1]["mask_structure"]
-    return [LayerSparsity(name, (1, u.size), u.zeros, label) for name, u in report.layers.items()]
+    counts: dict[str, tuple[int, int]] = {}
+    for name, update in report.layers.items():  # fused experts, name[0], name[1], ..., are one row
+        size, zeros = counts.get(name.partition("[")[0], (0, 0))
+        counts[name.partition("[")[0]] = size + update.size, zeros + update.zeros
+    return [LayerSparsity(name, (1, size), zeros, label) for name, (size, zeros) in counts.items()]
 
 
-def _perplexity_of(
-    source: ModelSource, text: TextSource, window: int, max_tokens: int | None, device: str
-) -> Callable[[Any], dict[str, Any]]:
-    from sparse_train.evaluation import evaluate_perplexity, token_ids, word_starts
+def _measurement(*arguments: Any) -> Any:
+    from sparse_train.commands.measurement import Perplexity  # which takes a second to import
 
-    documents = text.documents("test")
-    if not documents:
-        raise ValueError(f"{text.name} has no text in its test split; give --perplexity a text that has one.")
-    tokenizer = source.tokenizer()
-    ids = token_ids(documents, tokenizer, text.separator)
-    words = word_starts(documents, tokenizer, text.separator)
-
-    def measure(model: Any) -> dict[str, Any]:
-        found = evaluate_perplexity(
-            model,
-            ids,
-            words=words,
-            window=window,
-            batch_size=1,
-            max_tokens=max_tokens,
-            model_name=source.name,
-            data_name=text.name,
-            progress=True,
-        )
-        return found.as_dict()
-
-    return measure
+    return Perplexity(*arguments)
 
 
 def _seeds(text: str) -> list[int]:
@@ -214,9 +196,9 @@ def _over_seeds(
         raise ValueError("This method reads no calibration data, so seeds change nothing. Leave them out.")
     rows = []
     for seed in seeds:
-        loaded, reports = job.run(seed)
+        loaded, reports = job.run(seed, measure.check)
         if rank() == 0:
-            rows.append({"seed": seed, "sparsity": reports[-1].sparsity, **measure(loaded)})
+            rows.append({"seed": seed, "sparsity": overall(reports), **measure(loaded)})
         details = details_of(job, seed, reports, notes)
         del loaded  # before the next one is loaded
     if rank() != 0:

@@ -1,5 +1,6 @@
 """The work of ``sparse-train prune``: its stages, its calibration data, and its record."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -81,8 +82,18 @@ class Job:
         owl = any(stage.allocation is not None and stage.allocation.needs_outliers for stage in self.stages)
         return owl or any(statistics_of(stage.criterion) is not None for stage in self.stages)
 
-    def run(self, seed: int) -> tuple[Any, list[OneshotReport]]:
+    def check(self, model: Any) -> None:
+        """Raise ValueError if calibration samples are longer than the model's positions; weights are not looked at."""
+        from sparse_train.evaluation.perplexity import check_window
+
+        if self.needs_data:
+            check_window(model, self.calibration.length, name="max_seq_length")
+
+    def run(self, seed: int, check: Callable[[Any], None] = lambda model: None) -> tuple[Any, list[OneshotReport]]:
+        """The pruned model, and a report of each stage. ``check`` is called with the model before it is pruned."""
         loaded, tokenizer = self.source.load().to(self.device), self.source.tokenizer()
+        self.check(loaded)
+        check(loaded)
         batches = self._own_batches(tokenizer, seed) if self.needs_data else None
         reports = [prune_model(loaded, batches, **arguments_of(stage), progress=rank() == 0) for stage in self.stages]
         return loaded, reports
@@ -108,15 +119,29 @@ def arguments_of(stage: Stage) -> dict[str, Any]:
     }
 
 
-def stream(job: Job, out: str, seed: int, activations: Literal["memory", "disk"]) -> OneshotReport:
+def stream(
+    job: Job,
+    out: str,
+    seed: int,
+    activations: Literal["memory", "disk"],
+    check: Callable[[Any], None] = lambda model: None,
+) -> OneshotReport:
+    """Prune a checkpoint block by block. ``check`` is called with a model without weights before."""
+    from sparse_train.oneshot.shards import Checkpoint
+    from sparse_train.oneshot.streamed_model import model_without_weights
     from sparse_train.oneshot.streaming import prune_checkpoint
 
     if len(job.stages) != 1:
         raise ValueError(f"streaming prunes in one stage, and this recipe has {len(job.stages)}. Split it.")
     if not isinstance(job.source, Pretrained) or job.source.gguf_file:
         raise ValueError(f"streaming walks a folder or a hub model with safetensors, not {job.source.name}.")
+    folder = job.source.folder()
+    empty = model_without_weights(folder, Checkpoint(folder))
+    job.check(empty)
+    check(empty)
+    del empty
     return prune_checkpoint(
-        job.source.folder(),
+        folder,
         out,
         job.calibration.batches(job.source.tokenizer(), seed) if job.needs_data else None,
         **arguments_of(job.stages[0]),
@@ -126,6 +151,12 @@ def stream(job: Job, out: str, seed: int, activations: Literal["memory", "disk"]
     )
 
 
+def overall(reports: list[OneshotReport]) -> float:
+    """The sparsity over the targets of all stages."""
+    latest = {name: update for report in reports for name, update in report.layers.items()}
+    return OneshotReport(latest, 0.0, 0.0).sparsity
+
+
 def details_of(job: Job, seed: int, reports: list[OneshotReport], notes: list[str]) -> dict[str, Any]:
     from importlib.metadata import version
 
@@ -133,7 +164,7 @@ def details_of(job: Job, seed: int, reports: list[OneshotReport], notes: list[st
     return {
         "model": job.source.name,
         "stages": [_described(stage, report) for stage, report in zip(job.stages, reports, strict=True)],
-        "sparsity": reports[-1].sparsity,
+        "sparsity": overall(reports),
         "calibration": job.calibration.as_dict(seed) if job.needs_data else None,
         "notes": notes,
         "device": job.device,

@@ -86,9 +86,9 @@ def _criterion(method: str) -> str:
 
 def _mask_structure(word: str, method: str | None) -> str:
     if word == "unstructured":
-        # the reference's magnitude compares within a layer; other methods use the group of the criterion
+        # the scripts' magnitude and RIA compare within a layer; other methods use the group of the criterion
         layer = {"class_path": "Unstructured", "init_args": {"group": "layer"}}
-        return json.dumps(layer) if method == "magnitude" else word
+        return json.dumps(layer) if method in ("magnitude", "ria") else word
     try:
         pattern = nm_of_pruned(word)
     except ValueError as error:

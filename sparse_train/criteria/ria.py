@@ -16,7 +16,8 @@ class RIA(Criterion):
 
     A weight counts by its share of its row and of its column, so that no row or column is emptied.
     Source: Zhang et al., "Plug-and-Play: An Efficient Post-training Pruning Method for Large Language Models",
-    ICLR 2024, section 3 (its channel permutation is not part of this).
+    ICLR 2024, section 3 (its channel permutation is not part of this). Its code compares within a layer unless told
+    otherwise: ``Unstructured(group="layer")``.
 
     Args:
         a: exponent of the activation norm.

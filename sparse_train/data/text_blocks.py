@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
+from sparse_train.arguments import check_positive
 from sparse_train.data.chat import conversation_blocks
 from sparse_train.data.conversations import Conversations
 from sparse_train.data.special_tokens import beginning, end_of_text
@@ -197,6 +198,7 @@ def calibration_batches(
             f"Calibration needs at least one sample of one token, got num_calibration_samples={num_calibration_samples}"
             f" and max_seq_length={max_seq_length}."
         )
+    check_positive("batch_size", batch_size)
     generator = torch.Generator().manual_seed(seed)
     if sampling == "documents":
         ids = _parts_of_documents(text, tokenizer, num_calibration_samples, max_seq_length, generator)
@@ -211,7 +213,8 @@ def _packed(text: TextSource, tokenizer: Any, samples: int, length: int, generat
         raise ValueError(
             f"The training split of {text.name} gives {len(blocks)} calibration samples of {length} tokens, "
             f"fewer than num_calibration_samples={samples}. Give more text, or ask for less: "
-            f"num_calibration_samples={len(blocks)}, or a smaller max_seq_length."
+            + (f"num_calibration_samples={len(blocks)}, or " if len(blocks) else "")
+            + "a smaller max_seq_length."
         )
     order = torch.randperm(len(blocks), generator=generator)[:samples]
     ids: Tensor = blocks[order.tolist()]["input_ids"]

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparse_train.arguments import check_positive
 from sparse_train.data.special_tokens import beginning
 from sparse_train.evaluation.undisturbed import undisturbed
 from sparse_train.models.losses import mean_over_tokens, next_token_loss, perplexity
@@ -86,11 +87,17 @@ def token_ids(documents: list[str], tokenizer: Any, separator: str = "\n\n") -> 
     return torch.cat([torch.tensor(beginning(tokenizer), dtype=torch.int64), ids["input_ids"][0]])
 
 
-def check_window(model: nn.Module, window: int, prefix: int = 0) -> None:
+def check_window(model: nn.Module, window: int, prefix: int = 0, name: str = "window") -> None:
     """Raise ValueError if windows are longer than the number of learned position embeddings.
 
     If positions are computed (rotary), longer windows work, but at lengths that the model was not trained on: a
-    warning. ``prefix`` is the number of tokens in front of each window, which take positions, too.
+    warning.
+
+    Args:
+        model: its weights are not looked at.
+        window: tokens per window.
+        prefix: tokens in front of each window, which take positions, too.
+        name: of the user's argument.
     """
     config = getattr(model, "config", None)
     positions = getattr(config.get_text_config() if config is not None else None, "max_position_embeddings", None)
@@ -99,8 +106,8 @@ def check_window(model: nn.Module, window: int, prefix: int = 0) -> None:
     named = {name.rpartition(".")[2]: m for name, m in model.named_modules() if isinstance(m, nn.Embedding)}
     if any("position" in name or name == "wpe" for name in named):
         raise ValueError(
-            f"window is {window} tokens{f' after {prefix} in front of each' if prefix else ''}, and "
-            f"{type(model).__name__} has {positions} positions. Use window={positions - prefix}."
+            f"{name} is {window} tokens{f' after {prefix} in front of each' if prefix else ''}, and "
+            f"{type(model).__name__} has {positions} positions. Use {name}={positions - prefix}."
         )
     _log.warning(
         "Windows of %d tokens are longer than the %d positions that %s says it was made for (max_position_embeddings).",
@@ -108,6 +115,12 @@ def check_window(model: nn.Module, window: int, prefix: int = 0) -> None:
         positions,
         type(model).__name__,
     )
+
+
+def check_length(ids: Tensor, window: int) -> None:
+    """Raise ValueError if a text is shorter than one window."""
+    if len(ids) < window:
+        raise ValueError(f"The text has {len(ids)} tokens, fewer than one window of {window}. Use a smaller window.")
 
 
 def evaluate_perplexity(
@@ -153,6 +166,9 @@ def evaluate_perplexity(
     stride = window if stride is None else stride
     if window < 2 or not 1 <= stride <= window:
         raise ValueError(f"window must be at least 2 and stride from 1 to window, got {window} and {stride}.")
+    check_positive("batch_size", batch_size)
+    if max_tokens is not None:
+        check_positive("max_tokens", max_tokens)
     if words is not None and words.shape != ids.shape:
         raise ValueError(
             f"words must have a count for each token of ids, {tuple(ids.shape)}, got {tuple(words.shape)}. "
@@ -160,8 +176,7 @@ def evaluate_perplexity(
         )
     check_window(model, window, len(prefix))
     ids = ids[:max_tokens]
-    if len(ids) < window:
-        raise ValueError(f"The text has {len(ids)} tokens, fewer than one window of {window}. Use a smaller window.")
+    check_length(ids, window)
     windows_WL = ids.unfold(0, window, stride)
     labels_WL = windows_WL.clone()
     labels_WL[1:, : window - stride] = -100

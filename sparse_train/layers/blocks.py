@@ -101,6 +101,15 @@ def router_names(model: nn.Module, blocks: str) -> set[str]:
     return found
 
 
+def read_directly(model: nn.Module, blocks: str) -> set[str]:
+    """Linear layers of Mamba blocks whose weight the block multiplies with itself, so that a mask has no effect."""
+    return {
+        name
+        for name, module in model.named_modules()
+        if name.startswith(f"{blocks}.") and name.endswith(".dt_proj") and is_linear(module)
+    }
+
+
 def _size(module: nn.Module) -> int:
     return sum(map(numel, module.parameters()))
 

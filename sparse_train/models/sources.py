@@ -104,6 +104,11 @@ class Pretrained(ModelSource):
                 path.suffix, f"A checkpoint of a training run becomes one by: sparse-train export {self.path} FOLDER."
             )
             raise ValueError(f"{self.path} is a file, and models are loaded from folders. {way_out}")
+        if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+            raise ValueError(
+                f"{self.path} holds an adapter of peft without its model. Merge it into the model and save that "
+                "(merge_and_unload, save_pretrained), and give that folder."
+            )
         if any(Path(self.path).glob(f"*{SUFFIX}")):
             raise ValueError(f"{self.path} is packed. Unpack it first: sparse-train unpack {self.path} FOLDER.")
 

@@ -15,7 +15,7 @@ _log = logging.getLogger(__name__)
 
 MISSING = (LookupError, AttributeError, TypeError)
 """What code raises that looks for something an earlier block has left, and finds nothing."""
-_WAY_OUT = (
+WAY_OUT = (
     'Use Unstructured(group="model"), which calibrates the whole model in one pass; in training, calibration_batches=0 '
     "makes the first mask from the first steps."
 )
@@ -65,7 +65,8 @@ def check_order(model: nn.Module, blocks: Sequence[nn.Module], sample: Batch) ->
         try:
             call(model, sample)
         except (*MISSING, RuntimeError) as error:  # if a block itself fails, it will raise when its turn comes
-            if called != list(range(len(blocks))):  # otherwise it failed after them: a head that is not loaded yet
+            # otherwise it failed before them, as it will again; or after them: a head that is not loaded yet
+            if called and called != list(range(len(blocks))):
                 _log.warning(
                     "Whether the blocks of %s run once each could not be told (%s: %s); in a model that loops over "
                     "them, masks would be wrong.",
@@ -103,7 +104,7 @@ def out_of_order(model: nn.Module, called: Sequence[int], block: str = "") -> Va
     """The error for blocks that do not run one after the other; ``called``: the order in which they came."""
     return ValueError(
         f"The blocks of {type(model).__name__} do not run one after the other, once each ({block}came "
-        f"{list(called)}), so they cannot be calibrated one by one. {_WAY_OUT}"
+        f"{list(called)}), so they cannot be calibrated one by one. {WAY_OUT}"
     )
 
 
@@ -112,5 +113,5 @@ def needs_more(model: nn.Module, number: int, why: str) -> ValueError:
     return ValueError(
         f"Block {number} of {type(model).__name__} does not run on the output of the block before it alone ({why}): "
         "it takes more from earlier ones, such as a skip connection or shared keys and values, so blocks cannot be "
-        f"calibrated one by one. {_WAY_OUT}"
+        f"calibrated one by one. {WAY_OUT}"
     )

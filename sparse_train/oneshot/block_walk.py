@@ -9,6 +9,7 @@ from torch import nn
 from sparse_train.allocation import Allocation, LayerShape, divide
 from sparse_train.layers.blocks import block_lists
 from sparse_train.layers.matrices import MaskedMatrix, Recorder
+from sparse_train.oneshot.block_order import WAY_OUT
 from sparse_train.oneshot.calibration_pass import CalibrationPass
 from sparse_train.oneshot.engine import Method, prune_group, release, statistics_of
 from sparse_train.oneshot.experts import ExpertMatrix
@@ -43,9 +44,20 @@ class BlockWalk:
         if any(counts):
             self.blocks = candidates[counts.index(max(counts))]
         self.groups = [inside(self.layers, block) for block in self.blocks]
+        self._check_shared()
         in_blocks = {name for group in self.groups for name in group}
         self.rest = {name: layer for name, layer in self.layers.items() if name not in in_blocks}
         self.last = max((index for index, group in enumerate(self.groups) if group), default=-1)
+
+    def _check_shared(self) -> None:
+        used_by: dict[str, int] = {}
+        for index, group in enumerate(self.groups):
+            for name in group:
+                if used_by.setdefault(name, index) != index:
+                    raise ValueError(
+                        f"{name} is part of blocks {used_by[name]} and {index}, which are calibrated one after the "
+                        f"other: each would prune it for itself. Leave it out with ignore=[{name!r}]. {WAY_OUT}"
+                    )
 
     def without_data(self) -> dict[str, LayerUpdate]:
         return prune_group(self.layers, self.method, self.pattern, self._divide({}), self.save)

@@ -179,6 +179,14 @@ def _check_ids(model: nn.Module, batch: Batch) -> None:
             "A calibration batch is a tensor of token ids (B, L) or a dict of model inputs, got ids of shape "
             f"({len(ids)},): one sample. Put a batch dimension in front (ids[None]), or use a DataLoader."
         )
+    if not isinstance(ids, Tensor) or ids.is_floating_point() or not ids.numel() or not hasattr(model, "config"):
+        return
+    known = getattr(model.get_input_embeddings(), "num_embeddings", None)  # type: ignore[operator]
+    if known is not None and not 0 <= int(ids.min()) <= int(ids.max()) < known:
+        raise ValueError(
+            f"Calibration ids go from {int(ids.min())} to {int(ids.max())}, and {type(model).__name__} has embeddings "
+            f"for 0 to {known - 1}. Are they from the tokenizer of another model?"
+        )
 
 
 def _to_device(batch: Batch, device: torch.device, labels: bool) -> Batch:

@@ -72,7 +72,8 @@ def prune(
             its own forward, the transformers model in it is called.
         batches: calibration data: token ids (B, L) or dicts of model inputs. Not needed by ``Magnitude``.
         mask_structure: "unstructured", "N:M" with N **kept** of every M consecutive inputs, or a ``Pattern``. With
-            "unstructured", weights are compared in the same group as in the method's paper (``criterion.group``).
+            "unstructured", weights are compared in ``criterion.group``: an output row, or a layer for
+            ``WandaCumulative`` and ``SparseGPT``.
         sparsity: share of zeros over all targeted weights; implied by N:M.
         criterion: a ``Criterion``, or a ``Solver`` such as ``SparseGPT()``; default ``Wanda()``.
         allocation: how the sparsity is divided among layers; default ``Uniform()``.

@@ -12,6 +12,7 @@ from torch import Tensor
 from sparse_train.files import replacing
 
 INDEX = "model.safetensors.index.json"
+_TEMPLATES = "additional_chat_templates"  # transformers' folder for those besides chat_template.jinja
 
 
 class Checkpoint:
@@ -37,14 +38,14 @@ class Checkpoint:
 
     def _find(self) -> list[Path]:
         index, single = self.folder / INDEX, self.folder / "model.safetensors"
+        if single.is_file():  # if there are both, transformers reads this one
+            return [single]
         if index.is_file():
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
             missing = [name for name in names if not (self.folder / name).is_file()]
             if missing:
                 raise ValueError(f"{index} names {missing[0]}, which is not there. Complete the checkpoint first.")
             return [self.folder / name for name in names]
-        if single.is_file():
-            return [single]
         raise ValueError(
             f"{self.folder} is not a folder with model.safetensors or {INDEX}; only safetensors can be read block by "
             "block. Load the model in memory instead (streaming=False), or save it with save_pretrained first."
@@ -113,3 +114,5 @@ def copy_companions(source: Path, out: Path) -> None:
         weights = file.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
         if file.is_file() and not weights and not file.name.startswith(".") and not file.name.endswith(".index.json"):
             shutil.copyfile(file, out / file.name)
+    if (source / _TEMPLATES).is_dir():
+        shutil.copytree(source / _TEMPLATES, out / _TEMPLATES, dirs_exist_ok=True)

@@ -209,8 +209,14 @@ def model_without_weights(path: Path, checkpoint: Checkpoint) -> Any:
     nn.Module.register_parameter = register  # type: ignore[method-assign, assignment]
     try:
         model = AutoModelForCausalLM.from_config(config, dtype=config.dtype or _dtype_of(checkpoint))
+        in_float32 = dict(AutoModelForCausalLM.from_config(config, dtype=torch.float32).named_buffers())
     finally:
         nn.Module.register_parameter = original  # type: ignore[method-assign]
+    for name, buffer in model.named_buffers():
+        if buffer.dtype == torch.float32:
+            buffer.copy_(
+                in_float32[name]
+            )  # GPT-J computes its positions in the default dtype; from_pretrained does not
     return model.eval()
 
 

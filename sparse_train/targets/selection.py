@@ -15,6 +15,7 @@ from sparse_train.layers.blocks import (
     fused_experts,
     is_router,
     numel,
+    read_directly,
     router_names,
     unambiguous_blocks,
 )
@@ -80,10 +81,13 @@ def select(
         everything = [name for name in linears if model.get_submodule(name) in inside]
         everything += [name for name in fused if name.startswith(f"{blocks}.")]
         routers = router_names(model, blocks)
-        dense = ignored | adapters | routers
+        own_use = read_directly(model, blocks) - ignored
+        dense = ignored | adapters | routers | own_use
         chosen = [name for name in everything if name not in dense]
         _log.info("Pruning the linear layers of the decoder blocks %s.", blocks)
         _warn_of_routers(model, routers - ignored)
+        if own_use:
+            _log.info("%d layers stay dense, whose weight the block reads itself: %s, ...", len(own_use), min(own_use))
     else:
         candidates = [name for name in linears if name not in adapters | tied]
         chosen = [name for name in candidates[:-1] if name not in ignored]

@@ -34,7 +34,8 @@ def show_pruning(details: dict[str, Any], layers: Sequence[LayerSparsity], folde
     seconds, console = details["seconds"], console_for()
     console.print(f"[bold]{details['model']}[/bold] pruned to {folder}", highlight=False)
     _print_method(console, details)
-    wanted = details["stages"][-1]["wanted_sparsity"]
+    stages = details["stages"]
+    wanted = stages[0]["wanted_sparsity"] if len(stages) == 1 else None
     console.print(
         f"sparsity of the targeted weights {details['sparsity']:.6f}"
         + (f" (wanted {wanted:g})" if wanted is not None else "")

@@ -358,6 +358,8 @@ def test_help_of_a_command_has_examples(command, capsys):
         (["export", "nowhere.ckpt", "out"], "There is no checkpoint at nowhere.ckpt"),
         (["evaluate", "model", "--autocast=bf16"], "must name a floating point dtype"),
         (["evaluate", "no/such-model"], "no/such-model"),
+        (["evaluate", "model", "--window=8", "--batch_size=0"], "batch_size must be at least 1, got 0"),
+        (["evaluate", "model", "--window=8", "--max_tokens=-1"], "max_tokens must be at least 1, got -1"),
     ],
 )
 def test_mistakes_are_one_line(arguments, message, model_folder):

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from sparse_train.commands import cli
 from tests.conftest import tiny_llama, tiny_tokenizer
@@ -129,6 +129,42 @@ def test_perplexity_is_measured_on_request(run, text_file):
     assert 0 < found["words"] < 310 and found["word_perplexity"] > found["perplexity"]
 
 
+@pytest.mark.parametrize("how", ["--seeds=0..1", "--streaming=true", "--seed=1"])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--window=100000"], "fewer than one window of 100000"),
+        (["--window=32", "--max_tokens=-5"], "max_tokens must be at least 1, got -5"),
+        (["--window=65"], "window is 65 tokens, and GPT2LMHeadModel has 64 positions. Use window=64"),
+        (["--window=32", "--max_seq_length=80"], "max_seq_length is 80 tokens, and GPT2LMHeadModel has 64 positions"),
+    ],
+)
+def test_a_measurement_that_cannot_be_made_is_said_before_the_pruning(run, text_file, how, options, message, capsys):
+    config = GPT2Config(vocab_size=128, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    GPT2LMHeadModel(config).save_pretrained("model")
+    text = json.dumps({"class_path": "TextFiles", "init_args": {"test": [str(text_file)]}})
+    given = [how] if "seeds" in how and "streaming" not in how else [how, f"--perplexity={text}"]
+    with pytest.raises(SystemExit) as error:
+        run(*given, *options)
+    assert message in f"{error.value}{capsys.readouterr().err}"
+    assert [path.name for path in Path().iterdir()] == ["model"]
+
+
+def test_the_sparsity_of_several_stages_is_over_all_of_them(run, capsys):
+    Path("two.yaml").write_text(
+        "a_stage:\n  pruning_modifiers:\n    WandaPruningModifier:\n      sparsity: 0.75\n"
+        "      targets: ['re:.*up_proj']\n"
+        "b_stage:\n  pruning_modifiers:\n    WandaPruningModifier:\n      sparsity: 0.25\n"
+        "      targets: ['re:.*gate_proj']\n"
+    )
+    _, details = run("--recipe=two.yaml")
+    assert [stage["sparsity"] for stage in details["stages"]] == [0.75, 0.25]
+    assert details["sparsity"] == 0.5
+    printed = capsys.readouterr().out
+    assert "sparsity of the targeted weights 0.500000; forwards" in printed
+    assert "0.5000 of the 6 pruned layers' weights" in Path("out", "README.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -145,6 +181,8 @@ def test_perplexity_is_measured_on_request(run, text_file):
         (["--num_calibration_samples=0"], "at least one sample"),
         (["--sampling=documents", "--max_seq_length=100000"], "are longer than max_seq_length=100000"),
         (["--prune_method=wonda"], "Did you mean 'wanda'"),
+        (["--batch_size=0"], "batch_size must be at least 1, got 0"),
+        (["--device=meta"], "torch cannot compute on device='meta' here"),
     ],
 )
 def test_mistakes_are_answered_and_nothing_is_left_behind(run, options, message, capsys):

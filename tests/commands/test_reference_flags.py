@@ -43,7 +43,7 @@ def test_the_references_command_line():
         ("--use_variant --prune_method wanda", WandaCumulative(), "layer"),
         ("--prune_method magnitude", Magnitude(), "layer"),
         ("--prune_method sparsegpt", SparseGPT(), "layer"),
-        ("--prune_method ria --criterion.a 0.3", RIA(a=0.3), "row"),
+        ("--prune_method ria --criterion.a 0.3", RIA(a=0.3), "layer"),
         ("--prune_method random", Random(), "row"),
     ],
 )

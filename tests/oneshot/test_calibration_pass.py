@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from sparse_train import Unstructured, prune
+from tests.conftest import tiny_llama
 from tests.reference import nm_mask
 
 
@@ -138,19 +139,33 @@ def test_what_happens_between_blocks_is_no_skip(inference, caplog):
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
 
 
+def test_a_layer_of_two_blocks_is_refused():
+    model = Blocks()
+    model.blocks[2].linear = model.blocks[0].linear
+    with pytest.raises(ValueError, match=r"blocks.0.linear is part of blocks 0 and 2.*ignore=\['blocks.0.linear'\]"):
+        prune(model, [torch.randn(2, 8)], "2:4")
+    prune(model, [torch.randn(2, 8)], "2:4", ignore=["blocks.0.linear"])
+
+
+def test_ids_that_the_model_does_not_know_are_refused(caplog):
+    with pytest.raises(ValueError, match=r"ids go from 5 to 200, and LlamaForCausalLM has embeddings for 0 to 127"):
+        prune(tiny_llama(), [torch.tensor([[5, 200]])], "2:4")
+    assert not caplog.records
+
+
 def test_layers_that_no_token_reaches_are_named_together():
     class Reads(nn.Module):
         def __init__(self):
             super().__init__()
-            self.up, self.dt_proj, self.x_proj = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+            self.up, self.dt_in, self.x_in = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
 
         def forward(self, x):
-            return self.up(x) @ self.dt_proj.weight.T @ self.x_proj.weight.T
+            return self.up(x) @ self.dt_in.weight.T @ self.x_in.weight.T
 
     model = nn.Sequential(nn.Linear(8, 8), nn.ModuleList([Reads(), Reads()]))
     model.forward = lambda x: model[1][1](model[1][0](model[0](x)))
     with pytest.raises(
-        ValueError, match=r"1.0.dt_proj is a target.*The same is true of 1 more.*\(dt_proj\|x_proj\)"
+        ValueError, match=r"1.0.dt_in is a target.*The same is true of 1 more.*\(dt_in\|x_in\)"
     ) as error:
         prune(model, [torch.randn(2, 8)], "2:4")
     prune(model, [torch.randn(2, 8)], "2:4", ignore=[re.search(r"ignore=\['(re:.*)'\]", str(error.value))[1]])

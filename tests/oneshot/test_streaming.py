@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPTJConfig, GPTJForCausalLM
 
 from sparse_train import OWL, Criterion, Magnitude, SparseGPT, Unstructured, Wanda, prune
 from sparse_train.oneshot import streaming
+from sparse_train.oneshot.shards import Checkpoint
+from sparse_train.oneshot.streamed_model import model_without_weights
 from sparse_train.oneshot.streaming import prune_checkpoint
 from tests.conftest import tiny_llama, tiny_tokenizer
 from tests.oneshot.test_experts import tiny_moe
@@ -155,6 +157,38 @@ def test_errors_leave_nothing_behind(tmp_path, ids, damage, how, arguments, mess
     with pytest.raises(ValueError, match=message):
         prune_checkpoint(tmp_path / "dense", tmp_path / "sparse", **({"batches": ids} | arguments))
     assert [f.name for f in tmp_path.iterdir()] == ["dense"]
+
+
+def test_positions_of_a_16_bit_model_are_those_of_from_pretrained(tmp_path):
+    config = GPTJConfig(vocab_size=128, n_embd=32, n_layer=1, n_head=4, n_positions=1024, rotary_dim=8)
+    save(GPTJForCausalLM(config).bfloat16(), tmp_path)
+    expected = dict(AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").named_buffers())
+    found = dict(model_without_weights(tmp_path, Checkpoint(tmp_path)).named_buffers())
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], buffer) for name, buffer in expected.items())
+
+
+def test_all_chat_templates_go_along(tmp_path, ids):
+    save(tiny_llama(), tmp_path / "dense")
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    tokenizer.save_pretrained(tmp_path / "dense")
+    prune_checkpoint(tmp_path / "dense", tmp_path / "sparse", ids, "2:4")
+    found = AutoTokenizer.from_pretrained(tmp_path / "sparse").chat_template
+    assert found == AutoTokenizer.from_pretrained(tmp_path / "dense").chat_template
+    assert found.keys() == {"default", "tool_use"}
+
+
+def test_of_one_file_and_an_index_the_file_is_read_as_in_transformers(tmp_path, ids):
+    other = tiny_llama()
+    torch.nn.init.ones_(other.model.layers[0].mlp.up_proj.weight)
+    save(other, tmp_path / "dense", max_shard_size="100KB")
+    save(tiny_llama(), tmp_path / "single")
+    (tmp_path / "single" / "model.safetensors").rename(tmp_path / "dense" / "model.safetensors")
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    prune_checkpoint(tmp_path / "dense", tmp_path / "sparse", ids, "2:4")
+    prune(expected, ids, "2:4")
+    assert_equal(tmp_path / "sparse", expected)
 
 
 def test_non_finite_activations_are_found(tmp_path, ids):

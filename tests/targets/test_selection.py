@@ -4,7 +4,14 @@ import re
 import pytest
 import torch
 from torch import nn
-from transformers import FalconConfig, FalconForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    FalconConfig,
+    FalconForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MambaConfig,
+    MambaForCausalLM,
+)
 
 from sparse_train import prune
 from sparse_train.layers.blocks import block_lists
@@ -291,3 +298,12 @@ def test_an_expression_that_leaves_out_what_is_never_pruned_is_no_mistake(llama)
         select(llama, PATTERN, targets=["re:.*embed_tokens"])
     with pytest.raises(ValueError, match="'re:.*emded_tokens' matches no layer"):
         select(llama, PATTERN, ignore=["re:.*emded_tokens"])
+
+
+def test_a_weight_that_a_mamba_block_reads_itself_stays_dense():
+    config = MambaConfig(vocab_size=128, hidden_size=32, num_hidden_layers=2, state_size=4)
+    model = MambaForCausalLM(config)
+    report = prune(model, list(torch.randint(3, 128, (2, 2, 16))), "unstructured", 0.5)
+    assert {name.rpartition(".")[2] for name in report.layers} == {"in_proj", "x_proj", "out_proj"}
+    with pytest.raises(ValueError, match="no token reached it"):  # asked for by name
+        prune(model, list(torch.randint(3, 128, (2, 2, 16))), "unstructured", 0.5, targets=["re:.*dt_proj"])

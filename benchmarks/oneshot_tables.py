@@ -57,7 +57,7 @@ def _methods(found: dict[tuple[str, str, int], dict[int, float]], measured: list
             "magnitude_layer",
             "ria_layer",
             "wanda_variant",
-        ):  # with N:M they are the same as the plain method
+        ):  # N:M has groups of its own
             cells[1:] = ["as Wanda" if method == "wanda_variant" else "as per row"] * 2
         lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -7,10 +7,32 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_warn
 
+from sparse_train.callbacks.averaging import check_averaging
 from sparse_train.layers.matrices import FACTOR_NAMES
 from sparse_train.layers.sharding import is_sharded
 from sparse_train.layers.sparse_linear import sparse_layers
 from sparse_train.pipeline.run_settings import RunSettings
+
+
+def check_fit(
+    trainer: L.Trainer, pl_module: L.LightningModule, pruning: L.Callback, settings: RunSettings, squash: bool
+) -> None:
+    """Raise ValueError if the trainer or one of its callbacks does not work with ``pruning``; or warn."""
+    check_strategy(trainer, squash)
+    check_shares(pl_module, settings)
+    check_averaging(trainer, pruning)
+    check_alone(trainer)
+    warn_of_denser_best(trainer, settings)
+
+
+def check_module(pl_module: object) -> None:
+    """Raise ValueError for a module of ``pytorch_lightning``."""
+    if not isinstance(pl_module, L.LightningModule):
+        raise ValueError(
+            f"{type(pl_module).__name__} is not a lightning.LightningModule. Modules and trainers of "
+            "pytorch_lightning are different classes: write `import lightning as L` instead of "
+            "`import pytorch_lightning as pl`, for both."
+        )
 
 
 def check_strategy(trainer: L.Trainer, squash: bool) -> None:

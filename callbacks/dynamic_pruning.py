@@ -27,16 +27,9 @@ from torch import Tensor
 from sparse_train.allocation import Allocation
 from sparse_train.arguments import require_type
 from sparse_train.callbacks import building
-from sparse_train.callbacks.averaging import check_averaging, mask_averages
+from sparse_train.callbacks.averaging import mask_averages
 from sparse_train.callbacks.calibration import peek
-from sparse_train.callbacks.checks import (
-    check_alone,
-    check_factors,
-    check_sharded,
-    check_shares,
-    check_strategy,
-    warn_of_denser_best,
-)
+from sparse_train.callbacks.checks import check_factors, check_fit, check_module, check_sharded
 from sparse_train.callbacks.steps import steps_done
 from sparse_train.criteria import Criterion
 from sparse_train.description import describe
@@ -228,12 +221,7 @@ class DynamicPruning(L.Callback):
     # --- before training ---------------------------------------------------------------------------------------------
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if not isinstance(pl_module, L.LightningModule):
-            raise ValueError(
-                f"{type(pl_module).__name__} is not a lightning.LightningModule. Modules and trainers of "
-                "pytorch_lightning are different classes: write `import lightning as L` instead of "
-                "`import pytorch_lightning as pl`, for both."
-            )
+        check_module(pl_module)
         if stage != "fit":
             # evaluates the module unchanged, or a checkpoint: of a sparse run, with masks, or of a dense one
             self._undo_loading = building.masks_as_loaded(pl_module)
@@ -241,11 +229,7 @@ class DynamicPruning(L.Callback):
                 # FSDP2 and DeepSpeed load only what the module has, and would silently leave masks out
                 building.call_when_built(pl_module, self._sparsify)
             return
-        check_strategy(trainer, self._squash)
-        check_shares(pl_module, self._settings)
-        check_averaging(trainer, self)
-        check_alone(trainer)
-        warn_of_denser_best(trainer, self._settings)
+        check_fit(trainer, pl_module, self, self._settings, self._squash)
         self._restored = self._state_to_continue(trainer, pl_module)
         self.updater = None
         self._undo_loading = building.refuse_other_masks(pl_module)

@@ -175,8 +175,9 @@ def test_other_processes_get_what_the_first_has_measured(monkeypatch):
         asked.append(found)
         return {"evaluation/perplexity": 9.0}, "protocol"
 
-    trainer = SimpleNamespace(is_global_zero=False, global_step=0, strategy=SimpleNamespace(broadcast=broadcast))
     evaluation, module = Evaluation(TextFiles(), every_n_steps=2, tasks="rte"), Module()
+    strategy = SimpleNamespace(broadcast=broadcast)
+    trainer = SimpleNamespace(is_global_zero=False, global_step=0, strategy=strategy, lightning_module=module)
     monkeypatch.setattr(module, "log", lambda name, value, **_: logged.append((trainer.global_step, name, value)))
     evaluation.on_fit_start(trainer, module)
     evaluation.on_train_start(trainer, module)

@@ -270,9 +270,10 @@ class DynamicPruning(L.Callback):
                 f"{trainer.ckpt_path} was written without DynamicPruning, so there is no run to resume. Load its "
                 "weights into the module and fit without ckpt_path."
             )
+        outliers = None
         if self._restored is None:
             rank_zero_info("DynamicPruning: preparing the first mask.")
-            set_first_mask(
+            outliers = set_first_mask(
                 pl_module,
                 self._settings,
                 self._initial_criterion,
@@ -287,6 +288,7 @@ class DynamicPruning(L.Callback):
         self.updater = MaskUpdater(
             pl_module,
             total_steps=total_steps,
+            outliers=outliers,
             state=self._restored,
             **vars(self._settings),
         )

@@ -4,10 +4,10 @@ import lightning as L
 
 
 def steps_done(trainer: L.Trainer, *, in_batch: bool = True) -> int:
-    """How many batches have stepped an optimizer, as Lightning's loggers count.
+    """The step at which Lightning's own logs of this batch are, counted from 1.
 
-    ``trainer.global_step`` counts the steps of every optimizer. That is the same unless the module optimizes by hand,
-    with several optimizers, or several steps per batch.
+    ``trainer.global_step``, unless the module optimizes by hand: it then counts the steps of every optimizer, and
+    Lightning's loggers count batches.
 
     Args:
         in_batch: whether the caller is in ``on_train_batch_end``, before Lightning has counted the batch.

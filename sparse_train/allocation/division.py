@@ -48,14 +48,12 @@ def scale(
     An allocation that is asked for each sparsity on the way might not be able to divide it: the range of OWL is fixed,
     so its densest block would need a sparsity below zero.
     """
-    found = {name: value * sparsity / final if final else 0.0 for name, value in sparsities.items()}
-    highest = max(found, key=lambda name: found[name])
-    if found[highest] >= 1:
-        raise ValueError(
-            f"At a sparsity of {sparsity:g}, {highest} would need one of {found[highest]:.4g}, which must be below 1: "
-            f"its share at the final sparsity, {final:g}, is {sparsities[highest]:.4g}, and grows in proportion."
-        )
-    return fit_counts(shapes, found, pattern, sparsity, least)
+    if sparsity > final:
+        raise ValueError(f"The final sparsity, {final:g}, is what is divided: {sparsity:g} must not be above it.")
+    if not final:
+        return dict.fromkeys(sparsities, 0.0)
+    scaled = sparsities if sparsity == final else {name: value * sparsity / final for name, value in sparsities.items()}
+    return fit_counts(shapes, scaled, pattern, sparsity, least)
 
 
 def check_pattern(allocation: Allocation, pattern: Pattern) -> None:

@@ -118,7 +118,9 @@ def check_window(model: nn.Module, window: int, prefix: int = 0, name: str = "wi
 
 
 def check_length(ids: Tensor, window: int) -> None:
-    """Raise ValueError if a text is shorter than one window."""
+    """Raise ValueError if a window is too short to have a loss, or longer than the text."""
+    if window < 2:
+        raise ValueError(f"window must be at least 2 tokens, got {window}: the first one has no loss.")
     if len(ids) < window:
         raise ValueError(f"The text has {len(ids)} tokens, fewer than one window of {window}. Use a smaller window.")
 
@@ -164,8 +166,8 @@ def evaluate_perplexity(
             text than one window, or words of another text.
     """
     stride = window if stride is None else stride
-    if window < 2 or not 1 <= stride <= window:
-        raise ValueError(f"window must be at least 2 and stride from 1 to window, got {window} and {stride}.")
+    if not 1 <= stride <= window:
+        raise ValueError(f"stride must be from 1 to window, which is {window}, got {stride}.")
     check_positive("batch_size", batch_size)
     if max_tokens is not None:
         check_positive("max_tokens", max_tokens)

@@ -21,11 +21,11 @@ WAY_OUT = (
 )
 
 
-@torch.inference_mode(False)
 def check_order(model: nn.Module, blocks: Sequence[nn.Module], sample: Batch) -> None:
     """Check, before any block is pruned, that each block runs once, and on the output of the block before it alone.
 
-    The first block runs, all others answer with its output. Autograd tells from which of these answers an input comes.
+    The first block runs, all others answer with its output. Autograd tells from which of these answers an input comes;
+    it does not see an output that the model has detached.
 
     Args:
         model: in any mode, which is restored.
@@ -35,6 +35,27 @@ def check_order(model: nn.Module, blocks: Sequence[nn.Module], sample: Batch) ->
     Raises:
         ValueError: blocks run in another order, or several times, or read the outputs of earlier blocks.
     """
+    called, error = _order(model, blocks, sample, traced=True)
+    if error is not None and called:  # code between blocks may refuse tensors with a gradient, as numpy() does
+        called, error = _order(model, blocks, sample, traced=False)
+    # otherwise it failed before the blocks, as it will again; or after them: a head that is not loaded yet
+    if error is not None and called and called != list(range(len(blocks))):
+        _log.warning(
+            "Whether the blocks of %s run once each could not be told (%s: %s); in a model that loops over them, masks "
+            "would be wrong.",
+            type(model).__name__,
+            type(error).__name__,
+            error,
+        )
+    if called != list(range(len(called))):
+        raise out_of_order(model, called)
+
+
+@torch.inference_mode(False)
+def _order(
+    model: nn.Module, blocks: Sequence[nn.Module], sample: Batch, traced: bool
+) -> tuple[list[int], Exception | None]:
+    """The order in which blocks are called, and what the model has raised."""
     called: list[int] = []
     outputs: list[Any] = []
     made_by: dict[Tensor, int] = {}
@@ -44,7 +65,7 @@ def check_order(model: nn.Module, blocks: Sequence[nn.Module], sample: Batch) ->
         earlier = {made_by[leaf] for leaf in _leaves(inputs) if leaf in made_by} - {number - 1}
         if earlier and called == list(range(number + 1)):
             raise needs_more(model, number, f"it reads the output of block {min(earlier)}")
-        return changed(outputs[0], lambda tensor: _marked(tensor, number, made_by))
+        return changed(outputs[0], lambda tensor: _marked(tensor, number, made_by)) if traced else outputs[0]
 
     with ExitStack() as stack:
         stack.enter_context(inference(model))
@@ -53,7 +74,7 @@ def check_order(model: nn.Module, blocks: Sequence[nn.Module], sample: Batch) ->
         def run(*args: Any, **kwargs: Any) -> Any:
             if not outputs:
                 outputs.append(first(*args, **kwargs))
-                torch.set_grad_enabled(True)  # not before: nothing in front of the blocks has to be traced
+                torch.set_grad_enabled(traced)  # not before: nothing in front of the blocks has to be traced
             return answer(0)
 
         stack.enter_context(forward_replaced(blocks[0], run))
@@ -65,17 +86,8 @@ def check_order(model: nn.Module, blocks: Sequence[nn.Module], sample: Batch) ->
         try:
             call(model, sample)
         except (*MISSING, RuntimeError) as error:  # if a block itself fails, it will raise when its turn comes
-            # otherwise it failed before them, as it will again; or after them: a head that is not loaded yet
-            if called and called != list(range(len(blocks))):
-                _log.warning(
-                    "Whether the blocks of %s run once each could not be told (%s: %s); in a model that loops over "
-                    "them, masks would be wrong.",
-                    type(model).__name__,
-                    type(error).__name__,
-                    error,
-                )
-    if called != list(range(len(called))):
-        raise out_of_order(model, called)
+            return called, error
+    return called, None
 
 
 def _marked(tensor: Tensor, number: int, made_by: dict[Tensor, int]) -> Tensor:

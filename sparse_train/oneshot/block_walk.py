@@ -45,6 +45,7 @@ class BlockWalk:
             self.blocks = candidates[counts.index(max(counts))]
         self.groups = [inside(self.layers, block) for block in self.blocks]
         self._check_shared()
+        self.outliers: dict[int, float] = {}
         in_blocks = {name for group in self.groups for name in group}
         self.rest = {name: layer for name, layer in self.layers.items() if name not in in_blocks}
         self.last = max((index for index, group in enumerate(self.groups) if group), default=-1)
@@ -60,16 +61,18 @@ class BlockWalk:
                     )
 
     def without_data(self) -> dict[str, LayerUpdate]:
-        return prune_group(self.layers, self.method, self.pattern, self._divide({}), self.save)
+        return prune_group(self.layers, self.method, self.pattern, self._divide(), self.save)
 
     def with_data(self, calibration: CalibrationPass, drawn: Bar) -> dict[str, LayerUpdate]:
         # a threshold over the whole model is not known before the last block
         if self.pattern.model_wide:
             drawn.set_total(len(calibration))
-            return self._together(self.layers, calibration, self._divide({}))
+            return self._together(self.layers, calibration, self._divide())
         calibrated = sum(map(bool, self.groups)) + max(self.last, 0) + bool(self.rest)
-        drawn.set_total(len(calibration) * (calibrated + self.allocation.needs_outliers))
-        sparsities = self._divide(self._outliers(calibration) if self.allocation.needs_outliers else {})
+        drawn.set_total(len(calibration) * (calibrated + self._measures_outliers))
+        if self._measures_outliers:
+            self.outliers = self._outliers(calibration)
+        sparsities = self._divide()
         updates: dict[str, LayerUpdate] = {}
         for index in range(self.last + 1):
             if group := self.groups[index]:
@@ -91,6 +94,10 @@ class BlockWalk:
         calibration.whole(experts_of(layers))
         return prune_group(layers, self.method, self.pattern, sparsity, self.save)
 
+    @property
+    def _measures_outliers(self) -> bool:
+        return self.allocation.needs_outliers and not isinstance(self.sparsity, Mapping)
+
     def _outliers(self, calibration: CalibrationPass) -> dict[int, float]:
         """Share of outliers of each block, from one dense pass."""
         self._attach(self.layers, ActivationNorm)
@@ -101,7 +108,7 @@ class BlockWalk:
         release(self.layers.values())
         return found
 
-    def _divide(self, outliers: Mapping[int, float]) -> float | dict[str, float]:
+    def _divide(self) -> float | dict[str, float]:
         if isinstance(self.sparsity, Mapping):
             return dict(self.sparsity)
         if self.pattern.model_wide:
@@ -109,7 +116,7 @@ class BlockWalk:
             return self.sparsity
         block_of = {name: index for index, group in enumerate(self.groups) for name in group}
         shapes = {n: LayerShape(block_of.get(n), m.out_features, m.in_features) for n, m in self.layers.items()}
-        return divide(self.allocation, self.pattern, shapes, self.sparsity, outliers, self.final)
+        return divide(self.allocation, self.pattern, shapes, self.sparsity, self.outliers, self.final)
 
     def _attach(self, layers: Mapping[str, MaskedMatrix], statistics: Any) -> None:
         attach(layers.values(), self.recorder, statistics)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparse_train.allocation import Outliers
 from sparse_train.arguments import require_type
 from sparse_train.criteria import Criterion, Wanda
 from sparse_train.distributed import rank, take_from_rank_0, world_size
@@ -21,7 +22,7 @@ from sparse_train.oneshot.forwards import Batch, raised_in_forward
 from sparse_train.oneshot.pruning import set_initial_masks
 from sparse_train.oneshot.training_data import causal_lm
 from sparse_train.patterns import Pattern, group_label
-from sparse_train.pipeline.existing_zeros import TO_KEEP_THEM
+from sparse_train.pipeline.existing_zeros import TO_KEEP_THEM, read_division
 from sparse_train.pipeline.pruner import check_masks, measure
 from sparse_train.pipeline.run_settings import RunSettings
 from sparse_train.solvers import Solver, SparseGPT
@@ -72,7 +73,7 @@ def set_first_mask(
     batches: Callable[[int], Sequence[Batch] | None],
     autocast: AbstractContextManager[Any],
     progress: bool,
-) -> None:
+) -> Outliers | None:
     """Set the masks that a run starts with; does nothing if they have to come from the first window of steps.
 
     Args:
@@ -84,6 +85,9 @@ def set_first_mask(
         batches: returns this many batches, the same ones on each rank; None if a model could not use any.
         autocast: the context under which the run's forwards are computed.
         progress: show a progress bar.
+
+    Returns:
+        The outliers that one-shot pruning has measured, for ``MaskUpdater``; None if it has measured none.
 
     Raises:
         ValueError: there is a ``method``, but one-shot pruning makes no first mask here; a solver would move weights
@@ -106,17 +110,19 @@ def set_first_mask(
     if found is not None:
         model, own = found
         with autocast:
-            _prune(root, layers, model, own, method or settings.criterion, settings, progress)
+            outliers = _prune(root, layers, model, own, method or settings.criterion, settings, progress)
         _warn_of_zeros(layers, pattern, sparsity)
         if isinstance(method, Solver):  # linear algebra may round differently on other hardware
             take_from_rank_0([t for each in layers.values() for t in (each.weight_OI.detach(), each.weight_mask)])
-    elif method is not None:
+        return outliers
+    if method is not None:
         raise ValueError(
             f"initial_criterion is {method}, but no one-shot pruning makes the first mask here: it does at start_step "
             "0, with calibration_batches above 0, for a transformers model that is not sharded and has no masks yet, "
             "from data that is not a stream and has no custom sampler, and if there is something to prune. Leave "
             "initial_criterion out, or prune the model before the run (sparse_train.prune)."
         )
+    return None
 
 
 def _is_one_shot_wanted(
@@ -170,7 +176,7 @@ def _prune(
     method: Method,
     settings: RunSettings,
     progress: bool,
-) -> None:
+) -> Outliers | None:
     """Set the masks of a model whose masks keep everything; restores the model if that fails.
 
     Args:
@@ -181,12 +187,11 @@ def _prune(
     """
     targets, undo, sparsity = set(named.values()), Undo(), settings.first_sparsity
     layers = {name: layer for name, layer in sparse_layers(model).items() if layer in targets}
-    by_layer = settings.divided_sparsity(root, named)
-    wanted: float | Mapping[str, float] = sparsity
-    if not by_layer.come_with_first_masks:
-        wanted = _renamed(by_layer.at(sparsity), named, layers)
+    division = settings.divided_sparsity(root, named)
+    read_division(named, settings.mask_structure, sparsity, division)
+    wanted = _renamed(division.at(sparsity), named, layers) if division.known else sparsity
     try:
-        set_initial_masks(
+        report = set_initial_masks(
             model,
             layers,
             batches,
@@ -198,9 +203,9 @@ def _prune(
             progress=progress,
             save=undo.save,
         )
-        # a user-defined solver may not have followed the sparsity or the pattern
-        by_layer.read_masks(sparsity)
-        check_masks(named, settings.mask_structure, by_layer.at(sparsity))
+        if not division.known:
+            division = settings.divided_sparsity(root, named, report.outliers)
+        check_masks(named, settings.mask_structure, division.at(sparsity))  # of a user-defined solver
     except BaseException as error:
         undo.restore()
         for layer in layers.values():
@@ -213,6 +218,7 @@ def _prune(
                 "other batches."
             ) from error
         raise
+    return report.outliers or None
 
 
 def _renamed(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from sparse_train.allocation import Allocation, Uniform, check_pattern
+from sparse_train.allocation import Allocation, Outliers, Uniform, check_pattern
 from sparse_train.arguments import require_type
 from sparse_train.criteria import Criterion, Wanda
 from sparse_train.distributed import rank
@@ -39,6 +39,8 @@ class OneshotReport:
     """Time in forward passes of calibration data."""
     pruning_seconds: float
     """Time for scores, selection and writing masks."""
+    outliers: Outliers = field(default_factory=dict)
+    """``outlier_share`` of each decoder block, by its index, if the allocation needs them."""
 
     @property
     def sparsity(self) -> float:
@@ -221,4 +223,4 @@ def set_initial_masks(
         raise
     finally:
         release(layers.values())
-    return OneshotReport(updates, forward_seconds, time.perf_counter() - began - forward_seconds)
+    return OneshotReport(updates, forward_seconds, time.perf_counter() - began - forward_seconds, walk.outliers)

@@ -74,7 +74,7 @@ def _mask_zeros(layer: MaskedLayer) -> None:
 
 
 def masks_from_zeros(
-    layers: Mapping[str, MaskedLayer], pattern: Pattern, sparsity: float, by_layer: DividedSparsity
+    layers: Mapping[str, MaskedLayer], pattern: Pattern, sparsity: float, division: DividedSparsity
 ) -> bool:
     """Make the first masks of a run from the zeros of a model that was pruned before.
 
@@ -83,39 +83,61 @@ def masks_from_zeros(
     Args:
         layers: with masks that keep everything, and that stay so if the result is False.
         pattern, sparsity: what the masks must follow.
-        by_layer: how the sparsity is divided; if that is to be told from masks, it is read from the zeros.
+        division: how the sparsity is divided; if that is not known, it is read from the zeros.
 
     Returns:
         Whether the zeros are now masks: they are if they follow the pattern, on every rank. (DDP may give the others
         rank 0's weights later.)
     """
-    dense = measure(layers)
-    zeros, size = sum(u.zeros for u in dense.values()), sum(u.size for u in dense.values())
-    # rows prune whole counts; an unpruned model has a few zeros of rounding
-    needed = sum(layer.out_features * max(0.0, sparsity * layer.in_features - 1) for layer in layers.values())
-    was_pruned = zeros >= max(0.99 * needed, _A_FEW * size, 1)
-    if was_pruned and by_layer.come_with_first_masks:
-        for layer in layers.values():
-            _mask_zeros(layer)
-        with suppress(ValueError):  # the zeros are at another sparsity
-            by_layer.read_masks(sparsity)
-    divided = not by_layer.come_with_first_masks or bool(by_layer.by_layer)
-    follows = was_pruned and divided and _follows(layers, dense, pattern, by_layer.at(sparsity))
-    if all_ranks(follows, next(iter(layers.values())).weight_mask.device):
+    follows, was_pruned = _try(layers, pattern, sparsity, division)
+    if follows:
         return True
-    for layer in layers.values():
-        masks.fill_full(layer.weight_mask, layer.in_features)
-    by_layer.forget_masks()
-    if was_pruned and not follows and rank() == 0:
+    if was_pruned and rank() == 0:
+        found = measure(layers).values()
         _log.warning(
             "The model was pruned before: %.1f %% of its weights are zeros, but not where %s at %g has them. So "
             "training fills them, and the first mask prunes other weights, too. %s",
-            100 * zeros / size,
+            100 * sum(u.zeros for u in found) / sum(u.size for u in found),
             group_label(pattern),
             sparsity,
             TO_KEEP_THEM,
         )
     return False
+
+
+def read_division(
+    layers: Mapping[str, MaskedLayer], pattern: Pattern, sparsity: float, division: DividedSparsity
+) -> None:
+    """If a division is not known and the zeros of the model have one, take that; masks stay as they are.
+
+    Arguments as in ``masks_from_zeros``.
+    """
+    if not division.known and _try(layers, pattern, sparsity, division)[0]:
+        for layer in layers.values():
+            masks.fill_full(layer.weight_mask, layer.in_features)
+
+
+def _try(
+    layers: Mapping[str, MaskedLayer], pattern: Pattern, sparsity: float, division: DividedSparsity
+) -> tuple[bool, bool]:
+    """Whether the zeros are now masks, and whether the model was pruned."""
+    dense = measure(layers)
+    zeros, size = sum(u.zeros for u in dense.values()), sum(u.size for u in dense.values())
+    # rows prune whole counts; an unpruned model has a few zeros of rounding
+    needed = sum(layer.out_features * max(0.0, sparsity * layer.in_features - 1) for layer in layers.values())
+    was_pruned = zeros >= max(0.99 * needed, _A_FEW * size, 1)
+    if was_pruned and not division.known:
+        for layer in layers.values():
+            _mask_zeros(layer)
+        with suppress(ValueError):  # the zeros are at another sparsity
+            division.read_masks(sparsity)
+    follows = was_pruned and division.known and _follows(layers, dense, pattern, division.at(sparsity))
+    if all_ranks(follows, next(iter(layers.values())).weight_mask.device):
+        return True, True
+    for layer in layers.values():
+        masks.fill_full(layer.weight_mask, layer.in_features)
+    division.forget_masks()
+    return False, was_pruned
 
 
 def _follows(

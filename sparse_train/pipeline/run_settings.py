@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from sparse_train.allocation import Allocation, Uniform, check_pattern
+from sparse_train.allocation import Allocation, Outliers, Uniform, check_pattern
 from sparse_train.arguments import require_type, to_python_number
 from sparse_train.criteria import Criterion, Wanda
 from sparse_train.description import describe
@@ -142,9 +142,11 @@ class RunSettings:
         sparsify(model, layers.values())
         return {name: layer for name, layer in layers.items() if isinstance(layer, MaskedLayer)}
 
-    def divided_sparsity(self, model: nn.Module, layers: Mapping[str, MaskedLayer]) -> DividedSparsity:
-        """How the sparsity is divided among the targets of a model."""
-        return DividedSparsity(model, layers, self.allocation, self.mask_structure, self.sparsity_at(1.0))
+    def divided_sparsity(
+        self, model: nn.Module, layers: Mapping[str, MaskedLayer], outliers: Outliers | None = None
+    ) -> DividedSparsity:
+        """How the sparsity is divided among the targets of a model, see ``MaskUpdater``."""
+        return DividedSparsity(model, layers, self.allocation, self.mask_structure, self.sparsity_at(1.0), outliers)
 
     def as_strings(self) -> dict[str, str]:
         """Settings that a run and one that continues it must share, except those that depend on the model."""

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sparse_train.allocation import Allocation
+from sparse_train.allocation import Allocation, Outliers
 from sparse_train.criteria import Criterion
 from sparse_train.distributed import rank
 from sparse_train.layers.agreement import check_agreement
@@ -79,6 +79,8 @@ class MaskUpdater:
             ``sparse_train.pipeline.margins``.
         flip_agreement: report the share of an update's flips that odd and even steps would each have made alone.
         total_steps: optimizer steps of the run; needed if steps are given as a share of it.
+        outliers: share of outliers of each block, for an allocation that needs them, if one-shot pruning has made the
+            first masks (``OneshotReport.outliers``). Default: measured with the first masks; or masks that exist tell.
         state: ``state_dict`` of the run to resume; the model must have that run's masks, or load them later.
 
     Raises:
@@ -107,6 +109,7 @@ class MaskUpdater:
         noise_margin: float = 0.0,
         flip_agreement: bool = False,
         total_steps: int | float | None = None,
+        outliers: Outliers | None = None,
         state: Mapping[str, Any] | None = None,
     ) -> None:
         self.run = RunSettings.resolve(
@@ -133,18 +136,20 @@ class MaskUpdater:
         self.layers = self.run.sparsify(model)
         self._reads_two_texts = reads_two_texts(model, self.layers.values())
         try:
-            self._begin(total_steps, state)
+            self._begin(total_steps, outliers, state)
         except BaseException:
             new = [layer for layer in self.layers.values() if id(layer) not in before]
             fold(model, [layer for layer in new if layer.keeps_all()])  # back to plain layers
             raise
 
-    def _begin(self, total_steps: int | float | None, state: Mapping[str, Any] | None) -> None:
+    def _begin(
+        self, total_steps: int | float | None, outliers: Outliers | None, state: Mapping[str, Any] | None
+    ) -> None:
         """Checks settings, masks and state before anything in the layers changes."""
         check_policy(self.layers, self.run.policy)
         check_precision(self.layers, self.run.policy, self.run.update_freq)
         self._adapters = describe_adapters(self.layers)
-        self._by_layer = self.run.divided_sparsity(self._model, self.layers)
+        self._division = self.run.divided_sparsity(self._model, self.layers, outliers)
         has_masks = state is None and self._has_masks()
         if state is None:
             self.timing = self.run.timing(total_steps, has_masks)
@@ -166,10 +171,10 @@ class MaskUpdater:
         first, pattern = self.run.sparsity_at(0.0), self.run.mask_structure
         # if nothing is to be pruned yet, masks that keep everything are right
         if first == 0 or not all(layer.keeps_all() for layer in self.layers.values()):
-            self._by_layer.read_masks(first)
-            check_masks(self.layers, pattern, self._by_layer.at(first) if first else first)
+            self._division.read_masks(first)
+            check_masks(self.layers, pattern, self._division.at(first))
             return True
-        return self.run.first_sparsity > 0 and masks_from_zeros(self.layers, pattern, first, self._by_layer)
+        return self.run.first_sparsity > 0 and masks_from_zeros(self.layers, pattern, first, self._division)
 
     def _take_layers(self) -> None:
         """Make layers record for this updater, at step 0 of a run without masks."""
@@ -265,13 +270,13 @@ class MaskUpdater:
         if self._growth is not None:
             self._growth.require_gradients()
             before = {name: layer.weight_mask.clone() for name, layer in self.layers.items()}
-        if self.sparsity is None and self._by_layer.come_with_first_masks:
+        if target and not self._division.known:
             check_statistics(self.layers)
-            self._by_layer.measure_outliers()
+            self._division.measure_outliers()
         rules = Rules(
             self.run.criterion,
             self.run.mask_structure,
-            self._by_layer.after_masks(target),
+            self._division.for_next_update(target),
             self.run.policy,
             shadow_factor=shadow_factor,
             margin=NO_MARGIN if self.sparsity is None else self.run.margin,
@@ -335,7 +340,7 @@ class MaskUpdater:
             "settings": self.settings(),
             "gradients": {} if self._growth is None else self._growth.state_dict(),
             "first_rows": self.first_masks.state_dict(),
-            "sparsity_by_layer": self._by_layer.state_dict(),
+            "sparsity_division": self._division.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -360,7 +365,7 @@ class MaskUpdater:
         self.steps, self.sparsity, self._last_update = state["steps"], state["target"], state["last_update"]
         self.timing = Timing(**state["timing"])  # of the whole run, including the part that is done
         self.first_masks.load_state_dict(state["first_rows"])
-        self._by_layer.load_state_dict(state["sparsity_by_layer"])
+        self._division.load_state_dict(state["sparsity_division"])
         if self._growth is not None:
             self._growth.load_state_dict(state["gradients"])
 
@@ -373,7 +378,7 @@ class MaskUpdater:
     def plan(self) -> str:
         """How layers differ in sparsity, if they do, and when masks change, in words."""
         changes = any(self._would_change(step) for step in (self.timing.start_step, self.timing.end_step))
-        by_layer = self._by_layer.in_words()
+        by_layer = self._division.in_words()
         return (f"{by_layer}; " if by_layer else "") + (self.timing.in_words() if changes else "masks do not change")
 
     def _would_change(self, step: int) -> bool:

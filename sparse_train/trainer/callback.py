@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from sparse_train.allocation import Allocation
+from sparse_train.allocation import Allocation, Outliers
 from sparse_train.criteria import Criterion
 from sparse_train.distributed import rank
 from sparse_train.layers import masks
@@ -195,18 +195,21 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
         layers = self._prepare(model)  # again: model_init makes a new model, and that of a second run is squashed
         check_whole(layers)
         restored: dict[str, Any] | None = None
+        outliers: Outliers | None = None
         if state.global_step > 0:
             check_first_try(self._first_try is None)
-            self._first_try = FirstTry({})
+            self._first_try = FirstTry({}, None)
             restored = shadow_file.restore(
                 _file_in(self._resumed or _folder_of(args, state)), layers, state.global_step
             )
         elif self._first_try is not None:
-            self._first_try.bring_back(layers)
+            outliers = self._first_try.bring_back(layers)
         else:
-            self._set_first_mask(args, state, model, train_dataloader)
-            self._first_try = FirstTry(layers) if args.auto_find_batch_size else None
-        self.updater = MaskUpdater(model, total_steps=state.max_steps, state=restored, **vars(self._settings))
+            outliers = self._set_first_mask(args, state, model, train_dataloader)
+            self._first_try = FirstTry(layers, outliers) if args.auto_find_batch_size else None
+        self.updater = MaskUpdater(
+            model, total_steps=state.max_steps, outliers=outliers, state=restored, **vars(self._settings)
+        )
         if args.load_best_model_at_end:
             check_first_mask(self.updater.sparsity)
         self._unlogged = {}
@@ -215,10 +218,10 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
         elif self.updater.sparsity is not None:
             self._unlogged = self.updater.report().metrics()
 
-    def _set_first_mask(self, args: Any, state: Any, model: nn.Module, loader: Any) -> None:
+    def _set_first_mask(self, args: Any, state: Any, model: nn.Module, loader: Any) -> Outliers | None:
         size = state.train_batch_size or args.per_device_train_batch_size
         dtype = torch.float16 if args.fp16 else torch.bfloat16
-        set_first_mask(
+        return set_first_mask(
             model,
             self._settings,
             self._initial_criterion,

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from sparse_train.allocation import Outliers
 from sparse_train.layers.matrices import MaskedLayer
 
 
@@ -17,16 +18,19 @@ class FirstTry:
 
     Args:
         layers: by name; only statistics left by calibration are stored, not those that an updater still records.
+        outliers: what ``set_first_mask`` has returned.
     """
 
-    def __init__(self, layers: Mapping[str, MaskedLayer]) -> None:
+    def __init__(self, layers: Mapping[str, MaskedLayer], outliers: Outliers | None) -> None:
+        self._outliers = outliers
         self._layers: dict[str, tuple[Tensor, Any]] = {
             name: (layer.weight_mask.clone(), copy.deepcopy(layer.statistics) if layer.recorder is None else None)
             for name, layer in layers.items()
         }
 
-    def bring_back(self, layers: Mapping[str, MaskedLayer]) -> None:
-        """Restore the masks and statistics of layers."""
+    def bring_back(self, layers: Mapping[str, MaskedLayer]) -> Outliers | None:
+        """Restore the masks and statistics of layers, and return the outliers."""
         for name, (mask_OJ, statistics) in self._layers.items():
             layers[name].weight_mask.copy_(mask_OJ)
             layers[name].recorder, layers[name].statistics = None, copy.deepcopy(statistics)
+        return self._outliers

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sparse_train import OWL, Cubic, Explicit, prune, sparse_layers
+from sparse_train import OWL, Cubic, Explicit, Fixed, prune, sparse_layers
 from sparse_train.callbacks import DynamicPruning
 from sparse_train.oneshot.training_data import random_batches
 from tests.callbacks.runs import InInit, Interrupt, Tokens, loader, trainer
@@ -33,6 +33,37 @@ def test_the_first_mask_is_that_of_one_shot_pruning_and_its_counts_stay(tmp_path
         assert torch.equal(dict(oneshot.named_modules())[name].weight != 0, mask_OI)
     assert zeros(model.net) == zeros(oneshot)
     assert any((dict(model.net.named_modules())[n].weight != 0).ne(mask).any() for n, mask in start.masks.items())
+
+
+def test_a_gradual_run_ends_at_what_the_outliers_say(tmp_path):
+    """Not at what the rounded first masks say, of which rows have one pruned weight or two."""
+    model, callback = InInit(), pruning(sparsity=None, schedule=Cubic(0.6, init_sparsity=0.05), end_step=10)
+    trainer(tmp_path, callback, max_steps=14).fit(model, loader())
+    found = {name.removeprefix("net."): share for name, share in callback.updater._division.final_shares.items()}
+    oneshot = tiny_llama()
+    report = prune(oneshot, random_batches(Tokens(), 2, None, 8), "unstructured", 0.6, allocation=OWL(owl_m=2))
+    blocks = [found[f"model.layers.{block}.self_attn.q_proj"] for block in range(3)]
+    assert sorted(blocks, reverse=True) == [
+        share for _, share in sorted(zip(report.outliers.values(), blocks, strict=True))
+    ]
+    assert max(blocks) - min(blocks) == pytest.approx(2 * 0.08)  # owl_lmbda
+    rows = {name: module.out_features for name, module in oneshot.named_modules() if name.endswith("proj")}
+    ours, theirs = zeros(model.net), zeros(oneshot)
+    assert all(abs(ours[name] - theirs[name]) <= rows[name] for name in rows)  # the last count is rounding
+
+
+@pytest.mark.parametrize("policy", [None, Fixed()], ids=["straight-through", "fixed"])
+def test_a_model_that_owl_has_pruned_keeps_its_sparsities(tmp_path, policy, caplog):
+    model = InInit()
+    prune(model.net, random_batches(Tokens(), 2, None, 8), "unstructured", 0.6, allocation=OWL(owl_m=2))
+    before, nonzero = zeros(model.net), {n: m.weight != 0 for n, m in model.net.named_modules() if n.endswith("proj")}
+    callback = pruning(policy=policy)
+    for _ in range(2):  # the second fit starts from the zeros of the first
+        trainer(tmp_path, callback).fit(model, loader())
+        assert zeros(model.net) == before
+    same = [torch.equal(mask, dict(model.net.named_modules())[name].weight != 0) for name, mask in nonzero.items()]
+    assert policy is None or all(same)
+    assert "pruned before" not in caplog.text
 
 
 @pytest.mark.parametrize("calibration_batches", [8, 0], ids=["calibrated", "from a window"])

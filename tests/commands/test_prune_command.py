@@ -133,6 +133,7 @@ def test_perplexity_is_measured_on_request(run, text_file):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--window=1"], "window must be at least 2 tokens, got 1"),
         (["--window=100000"], "fewer than one window of 100000"),
         (["--window=32", "--max_tokens=-5"], "max_tokens must be at least 1, got -5"),
         (["--window=65"], "window is 65 tokens, and GPT2LMHeadModel has 64 positions. Use window=64"),

@@ -188,8 +188,8 @@ def test_the_loss_is_float32_whatever_the_logits():
     ("arguments", "message"),
     [
         ({"window": 1}, "window must be at least 2"),
-        ({"window": 8, "stride": 9}, "stride from 1 to window"),
-        ({"window": 8, "stride": 0}, "stride from 1 to window, got 8 and 0"),
+        ({"window": 8, "stride": 9}, "stride must be from 1 to window, which is 8, got 9"),
+        ({"window": 8, "stride": 0}, "stride must be from 1 to window, which is 8, got 0"),
         ({"window": 100}, "text has 70 tokens, fewer than one window of 100"),
         ({"words": torch.ones(69, dtype=torch.int64)}, r"a count for each token of ids, \(70,\), got \(69,\)"),
     ],

@@ -16,6 +16,7 @@ from sparse_train import (
     Fixed,
     Magnitude,
     MaskUpdater,
+    Pattern,
     PerBlock,
     Uniform,
     Unstructured,
@@ -79,7 +80,7 @@ def divides(what):
 def test_by_hand():
     model, layers = layers_of([(2, 10), (2, 10), (1, 40)])
     by_layer = DividedSparsity(model, layers, Explicit({"layer0": 0.8, "layer1": 0.2}), Unstructured(), 0.5)
-    assert by_layer.by_layer == pytest.approx({"layer0": 0.8, "layer1": 0.2, "layer2": 0.5})
+    assert by_layer.final_shares == pytest.approx({"layer0": 0.8, "layer1": 0.2, "layer2": 0.5})
     count = {name: int(value * layers[name].in_features) for name, value in by_layer.at(0.5).items()}
     assert count == {"layer0": 8, "layer1": 2, "layer2": 20}
     count = {name: int(value * layers[name].in_features) for name, value in by_layer.at(0.25).items()}
@@ -94,7 +95,7 @@ def test_a_rising_sparsity_makes_no_layer_denser_and_is_met(steps):
     size = sum(layer.in_features * layer.out_features for layer in layers.values())
     before = dict.fromkeys(layers, 0)
     for sparsity in [*sorted(steps), 0.6]:
-        set_masks(layers, by_layer.after_masks(sparsity))
+        set_masks(layers, by_layer.for_next_update(sparsity))
         now = {name: pruned_by_row(layer) for name, layer in layers.items()}
         assert all(now[name] >= before[name] for name in layers)
         zeros = sum(now[name] * layer.out_features for name, layer in layers.items())
@@ -105,20 +106,22 @@ def test_a_rising_sparsity_makes_no_layer_denser_and_is_met(steps):
 def test_a_falling_sparsity_may_make_layers_denser():
     model, layers = layers_of()
     by_layer = DividedSparsity(model, layers, divides("by name"), Unstructured(), 0.6)
-    set_masks(layers, by_layer.after_masks(0.6))
-    assert by_layer.after_masks(0.3) == by_layer.at(0.3)
+    set_masks(layers, by_layer.for_next_update(0.6))
+    assert by_layer.for_next_update(0.3) == by_layer.at(0.3)
 
 
 def test_more_than_everything_is_refused():
     model, layers = layers_of()
     by_layer = DividedSparsity(model, layers, divides("by name"), Unstructured(), 0.6)
-    with pytest.raises(ValueError, match=r"At a sparsity of 0\.7, layer0 would need one of 1\.05"):
+    with pytest.raises(ValueError, match=r"The final sparsity, 0\.6, is what is divided: 0\.7 must not be above it"):
         by_layer.at(0.7)
 
 
 @pytest.mark.parametrize("group", ["row", "layer"])
 def test_read_from_masks_it_is_what_they_have(group):
-    model, layers = layers_of()
+    named, _ = layers_of()
+    model = nn.ModuleList(nn.ModuleDict({name: layer}) for name, layer in named.items())
+    layers = sparse_layers(model)  # in decoder blocks, as OWL wants them
     pattern, allocation = Unstructured(group), divides("by name")
     made = DividedSparsity(model, layers, allocation, pattern, 0.6)
     for name, layer in layers.items():
@@ -126,8 +129,13 @@ def test_read_from_masks_it_is_what_they_have(group):
     read = DividedSparsity(model, layers, OWL(), pattern, 0.6)
     read.read_masks(0.6)
     assert read.at(0.6) == made.at(0.6)
+    read.forget_masks()
     with pytest.raises(ValueError, match=r"at a sparsity of 0\.\d+, and this run starts at 0\.4"):
         read.read_masks(0.4)
+    rising = DividedSparsity(model, layers, OWL(), pattern, 0.9)
+    with pytest.raises(ValueError, match=r"would need one of 1\.\d+ at 0\.9, and it must be below 1"):
+        rising.read_masks(0.6)
+    assert not rising.known
 
 
 # --- In a run --------------------------------------------------------------------------------------------------------
@@ -178,7 +186,7 @@ def test_owl_divides_by_the_outliers_of_the_first_window():
     assert len(set(ratios)) == 3
     found = [1 - pruned_by_row(updater.layers[f"model.layers.{b}.self_attn.q_proj"]) / 32 for b in range(3)]
     np.testing.assert_allclose(found, 1 - wanted, atol=1 / 32)
-    exact = [updater._by_layer.by_layer[f"model.layers.{block}.self_attn.q_proj"] for block in range(3)]
+    exact = [updater._division.final_shares[f"model.layers.{block}.self_attn.q_proj"] for block in range(3)]
     np.testing.assert_allclose(exact, wanted, atol=1e-9)
 
 
@@ -216,11 +224,14 @@ def test_zeros_of_another_sparsity_are_not_the_first_masks(ids, caplog):
 
 @pytest.mark.parametrize("policy", [None, Fixed()], ids=["straight-through", "fixed"])
 @pytest.mark.parametrize("allocation", [OWL(owl_m=2), EXPLICIT], ids=["OWL", "by name"])
-def test_a_gradual_run_reaches_the_sparsities_in_proportion(allocation, policy):
+@pytest.mark.parametrize(("init_sparsity", "start_step"), [(0.1, 2), (0.0, 0), (0.0, 4)])
+def test_a_gradual_run_reaches_the_sparsities_in_proportion(allocation, policy, init_sparsity, start_step):
     model = tiny_llama()
-    schedule = Cubic(0.6, init_sparsity=0.1)
-    updater, masks = train(model, steps=20, schedule=schedule, allocation=allocation, policy=policy, start_step=2)
-    assert len(masks) == 9
+    schedule = Cubic(0.6, init_sparsity=init_sparsity)
+    updater, masks = train(
+        model, steps=20, schedule=schedule, allocation=allocation, policy=policy, start_step=start_step
+    )
+    assert len(masks) in (8, 9)
     counts = [{name: int((~mask).sum()) for name, mask in each.items()} for each in masks]
     for earlier, later in itertools.pairwise(counts):
         assert all(later[name] >= earlier[name] for name in earlier)
@@ -230,9 +241,29 @@ def test_a_gradual_run_reaches_the_sparsities_in_proportion(allocation, policy):
     size = sum(mask.numel() for mask in masks[0].values())
     assert sum(counts[-1].values()) / size == pytest.approx(0.6, abs=64 / size)
     last = {name: count / masks[0][name].numel() for name, count in counts[-1].items()}
-    exact = updater._by_layer.by_layer
+    exact = updater._division.final_shares
     assert all(abs(last[name] - exact[name]) <= 1.01 / masks[0][name].shape[1] for name in last)
     assert len({round(share, 3) for share in exact.values()}) > 1
+
+
+class ByRow(Pattern):
+    """A pattern of one's own, which rounds as it likes."""
+
+    def mask(self, scores_OI, sparsity):
+        return Unstructured().mask(scores_OI, sparsity)
+
+
+def test_a_pattern_of_ones_own_rounds_as_it_likes(ids):
+    model, whole = tiny_llama(), tiny_llama()
+    report = prune(model, ids, ByRow(), 0.55, allocation=OWL(owl_m=2), squash=False)
+    before = {name: pruned_by_row(layer) for name, layer in sparse_layers(model).items()}
+    exact = OWL(owl_m=2).sparsities(
+        DividedSparsity(model, sparse_layers(model), EXPLICIT, ByRow(), 0.55)._shapes, 0.55, report.outliers
+    )
+    assert before == {name: int(share * sparse_layers(model)[name].in_features) for name, share in exact.items()}
+    updater = MaskUpdater(model, ByRow(), 0.55, allocation=OWL(owl_m=2), total_steps=9)  # reads the masks
+    assert {name: int(updater.layers[name].in_features * s) for name, s in updater._division.at(0.55).items()} == before
+    assert len(report.outliers) == 3 and not prune(whole, ids, "unstructured", 0.5).outliers
 
 
 @pytest.mark.parametrize(
@@ -251,4 +282,11 @@ def test_what_cannot_be_divided_is_refused(settings, message):
     sparsity = None if settings.get("mask_structure") == "2:4" else 0.6
     with pytest.raises(ValueError, match=message):
         MaskUpdater(model, **({"mask_structure": "unstructured", "sparsity": sparsity, "total_steps": 9} | settings))
+    assert not sparse_layers(model)
+
+
+def test_owl_in_a_model_without_blocks_is_refused_before_the_first_step():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    with pytest.raises(ValueError, match="OWL compares decoder blocks, but no targeted layer is in one"):
+        MaskUpdater(model, "unstructured", 0.5, allocation=OWL(), total_steps=9)
     assert not sparse_layers(model)

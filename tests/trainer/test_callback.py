@@ -10,7 +10,7 @@ from transformers import (
     default_data_collator,
 )
 
-from sparse_train import Cubic, MaskUpdater, SparseGPT, SparseLinear, prune, sparse_layers
+from sparse_train import OWL, Cubic, MaskUpdater, SparseGPT, SparseLinear, prune, sparse_layers
 from sparse_train.oneshot.training_data import random_batches
 from sparse_train.pipeline.margins import Margin
 from sparse_train.trainer import SparseTrainerCallback
@@ -166,3 +166,17 @@ def test_a_solver_sets_masks_and_weights_and_leaves_pruned_ones_in_the_shadow(tm
     for name, (weight_OI, mask_OI) in start.layers.items():
         assert torch.equal(pruned[name].weight, weight_OI * mask_OI)
         assert torch.equal(dense[name].weight[~mask_OI], weight_OI[~mask_OI])
+
+
+@pytest.mark.parametrize("pruned_before", [False, True])
+def test_layers_keep_sparsities_of_their_own(tmp_path, pruned_before):
+    def zeros(model):
+        return {n: int((m.weight == 0).sum()) for n, m in model.named_modules() if n.endswith("proj")}
+
+    owl, model = OWL(owl_m=2), tiny_llama()
+    prune(model, random_batches(Tokens(), 2, default_data_collator, 8), "unstructured", 0.6, allocation=owl)
+    callback = SparseTrainerCallback("unstructured", 0.6, update_freq=4, allocation=owl)
+    run = trainer(tmp_path, callback, model=model if pruned_before else None, max_steps=9)
+    run.train()
+    assert zeros(run.model) == zeros(model)
+    assert len({zeros(model)[f"model.layers.{block}.self_attn.q_proj"] for block in range(3)}) > 1

@@ -176,12 +176,13 @@ class CausalLM(L.LightningModule):
         optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=self.lr, betas=self.betas)
         if self.trainer.ckpt_path is None:
             self._steps_before_fit = self.trainer.global_step
-        total = self.trainer.estimated_stepping_batches - self._steps_before_fit
-        if not math.isfinite(total):
+        last = self.trainer.estimated_stepping_batches
+        if not math.isfinite(last):
             raise ValueError("The learning rate decays over the whole run, so the run needs an end: set max_steps.")
-        warmup_steps = max(1, int(self.warmup * total))
 
         def factor(step: int) -> float:
+            total = last - self._steps_before_fit  # not outside, because sharded runs load a checkpoint after this
+            warmup_steps = max(1, int(self.warmup * total))
             if step < warmup_steps:
                 return (step + 1) / warmup_steps
             return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup_steps) / max(1, total - warmup_steps))))

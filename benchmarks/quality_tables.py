@@ -224,6 +224,9 @@ def headline(runs: Runs) -> str:
         **MAIN,
         "static_distill": "static, distilled from the dense model",
         "dynamic_distill": "re-pruned, distilled from the dense model",
+        "static_70": "70 % unstructured: static",
+        "dynamic_70": "70 % unstructured: re-pruned",
+        "dynamic_owl_70": "70 % unstructured: re-pruned, divided among layers by OWL",
     }
     for arm in ("static_ste", "oneshot_sparsegpt", "dynamic_k50", "dynamic_k1"):
         del chosen[arm]  # in docs/results.md

@@ -17,7 +17,7 @@ ONESHOT = ("none", "oneshot_magnitude", "oneshot_wanda", "oneshot_sparsegpt")
 def draw(runs: Runs, out: Path) -> None:
     """One dot per seed for each trained arm at 2:4, on held-out articles."""
     scored = {arm: f"re-pruned by {label.removeprefix('Wanda, ')}" for arm, label in SCORES.items()}
-    variants = {arm: f"re-pruned every 10 steps, {label}" for arm, label in VARIANTS.items()}
+    variants = {arm: f"re-pruned, {label}" for arm, label in VARIANTS.items()}
     starts = {arm: label.removeprefix("from the dense model, ") for arm, label in STARTS.items()}
     starts = {arm: label if arm.startswith("static") else f"re-pruned, {label}" for arm, label in starts.items()}
     words = {**starts, **DISTILLATION, **variants, **scored, **MAIN}
@@ -25,7 +25,7 @@ def draw(runs: Runs, out: Path) -> None:
     middle = statistics.median(means.values())
     order = sorted((arm for arm in means if 0.75 < means[arm] / middle < 1.33), key=lambda arm: -means[arm])
     beyond = "; ".join(f"{words[arm].partition(':')[0]} {means[arm]:.2f}" for arm in sorted(means.keys() - set(order)))
-    figure, axes = plt.subplots(figsize=(8, 0.32 * len(order) + 1.1), layout="constrained")
+    figure, axes = plt.subplots(figsize=(11, 0.32 * len(order) + 1.1), layout="constrained")
     for height, arm in enumerate(order):
         values = list(runs.values(arm, "heldout").values())
         colour = "#7f7f7f" if "static" in arm or "gradual" in arm else "#1f77b4"

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from sparse_train import Cubic, Dormant, Magnitude, SparseLinear, sparse_layers, sparsify_like
+from sparse_train import Dormant, Magnitude, sparse_layers, sparsify_like
 from sparse_train.callbacks import DynamicPruning
 from sparse_train.models.checkpoints import PRUNING_STATE
 from tests.callbacks.runs import (
@@ -20,6 +20,7 @@ from tests.callbacks.runs import (
     trainer,
     zeros,
 )
+from tests.callbacks.test_second_fit import Norms
 from tests.conftest import tiny_llama
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -229,31 +230,6 @@ def test_loading_a_sparse_checkpoint_without_the_callback_names_the_masks(tmp_pa
         InInit.load_from_checkpoint(path, weights_only=False)
 
 
-def test_the_callback_can_be_used_for_a_second_fit(tmp_path):
-    pruning = DynamicPruning("2:4", criterion=Magnitude(), update_freq=4)
-    for _ in range(2):
-        model = InInit()
-        trainer(tmp_path, pruning, max_steps=5).fit(model, loader())
-        assert pruning.updater.steps == 5
-        assert (model.net.model.layers[0].mlp.up_proj.weight == 0).float().mean() == 0.5
-        assert not isinstance(model.net.model.layers[0].mlp.up_proj, SparseLinear)
-
-
-def test_a_second_fit_continues_after_a_validation_that_has_loaded_a_checkpoint(tmp_path):
-    states = []
-    for ckpt_path in (None, tmp_path / "end.ckpt"):
-        model, pruning = InInit(), DynamicPruning("2:4", update_freq=4, squash=False)
-        run = trainer(tmp_path, pruning)
-        run.fit(model, loader())
-        run.save_checkpoint(tmp_path / "end.ckpt")
-        run.validate(model, DataLoader(Tokens(), batch_size=4), ckpt_path=ckpt_path, verbose=False, weights_only=False)
-        run.fit_loop.epoch_loop.max_steps = 24
-        run.fit(model, loader())
-        assert pruning.updater.steps == 24
-        states.append(model.state_dict())
-    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])  # also the masks, which are frozen
-
-
 def test_a_checkpoint_written_on_an_exception_loses_no_update(tmp_path):
     class Fails(L.Callback):
         def on_train_batch_end(self, trainer, *args):
@@ -272,17 +248,6 @@ def test_a_checkpoint_written_on_an_exception_loses_no_update(tmp_path):
     assert all(
         torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True)
     )
-
-
-def test_validation_leaves_nothing_behind_for_the_next_fit(tmp_path):
-    path = tmp_path / "middle.ckpt"
-    with pytest.raises(SystemExit):
-        trainer(tmp_path, DynamicPruning("2:4"), Interrupt(6, path)).fit(InInit(), loader())
-    pruning, data = DynamicPruning("2:4"), DataLoader(Tokens(), batch_size=4)
-    run = trainer(tmp_path, pruning)
-    run.validate(InInit(), data, ckpt_path=path, verbose=False, weights_only=False)
-    run.fit(InInit(), loader())
-    assert pruning.updater.steps == 12
 
 
 def test_a_validation_that_fails_leaves_no_masks_either(tmp_path):
@@ -305,48 +270,6 @@ def test_a_dense_checkpoint_can_be_validated_with_the_callback_in_place(tmp_path
         trainer(tmp_path, Interrupt(2, path)).fit(InInit(), loader())
     run = trainer(tmp_path, DynamicPruning("2:4"))
     assert run.validate(InInit(), DataLoader(Tokens()), ckpt_path=path, verbose=False, weights_only=False)
-
-
-def test_a_fit_that_goes_on_without_a_checkpoint_goes_on_with_its_schedule(tmp_path):
-    model = InInit()
-    pruning = DynamicPruning("unstructured", schedule=Cubic(0.7), end_step=20, update_freq=4, squash=False)
-    run = trainer(tmp_path, pruning, max_steps=10)
-    run.fit(model, loader())
-    before = pruning.updater.sparsity
-    run.fit_loop.epoch_loop.max_steps = 20
-    run.fit(model, loader())
-    assert pruning.updater.steps == 20
-    assert before < pruning.updater.sparsity == 0.7
-
-
-class Norms(L.Callback):
-    """What is known of inputs as training begins and ends."""
-
-    def __init__(self):
-        self.began, self.ended = [], []
-
-    def _norms(self, module):
-        return {name: layer.statistics.norm_I.clone() for name, layer in sparse_layers(module).items()}
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if trainer.global_step in (0, 10):
-            self.began.append(self._norms(pl_module))
-
-    def on_train_end(self, trainer, pl_module):
-        self.ended.append(self._norms(pl_module))
-
-
-def test_a_fit_that_goes_on_remembers_what_the_one_before_has_seen(tmp_path):
-    model, norms = InInit(), Norms()
-    run = trainer(tmp_path, DynamicPruning("2:4", end_step=20, update_freq=4, squash=False), norms, max_steps=10)
-    run.fit(model, loader())
-    assert all(layer.statistics is None for layer in sparse_layers(model).values())
-    run.fit_loop.epoch_loop.max_steps = 20
-    run.fit(model, loader())
-    (_, again), (before, after) = norms.began, norms.ended
-    for name, norm_I in before.items():
-        assert torch.equal(again[name], norm_I)
-        assert (after[name] > norm_I).all()
 
 
 @pytest.mark.parametrize("memory", [0.0, 1.0, "frozen"])

@@ -121,12 +121,12 @@ def _try(
     layers: Mapping[str, MaskedLayer], pattern: Pattern, sparsity: float, division: DividedSparsity
 ) -> tuple[bool, bool]:
     """Whether the zeros are now masks, and whether the model was pruned."""
-    dense = measure(layers)
+    dense, reads = measure(layers), not division.known
     zeros, size = sum(u.zeros for u in dense.values()), sum(u.size for u in dense.values())
     # rows prune whole counts; an unpruned model has a few zeros of rounding
     needed = sum(layer.out_features * max(0.0, sparsity * layer.in_features - 1) for layer in layers.values())
     was_pruned = zeros >= max(0.99 * needed, _A_FEW * size, 1)
-    if was_pruned and not division.known:
+    if was_pruned and reads:
         for layer in layers.values():
             _mask_zeros(layer)
         with suppress(ValueError):  # the zeros are at another sparsity
@@ -136,7 +136,8 @@ def _try(
         return True, True
     for layer in layers.values():
         masks.fill_full(layer.weight_mask, layer.in_features)
-    division.forget_masks()
+    if reads:
+        division.forget_masks()
     return False, was_pruned
 
 

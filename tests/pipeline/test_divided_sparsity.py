@@ -290,3 +290,13 @@ def test_owl_in_a_model_without_blocks_is_refused_before_the_first_step():
     with pytest.raises(ValueError, match="OWL compares decoder blocks, but no targeted layer is in one"):
         MaskUpdater(model, "unstructured", 0.5, allocation=OWL(), total_steps=9)
     assert not sparse_layers(model)
+
+
+def test_outliers_that_are_given_are_not_measured_again():
+    model, outliers = tiny_llama(), {0: 0.3, 1: 0.2, 2: 0.1}
+    updater = MaskUpdater(model, "unstructured", 0.6, allocation=OWL(), outliers=outliers, window=1, total_steps=9)
+    ids = torch.randint(3, VOCABULARY, (2, 16))
+    model(input_ids=ids, labels=ids).loss.backward()
+    updater.step()
+    found = [updater._division.final_shares[f"model.layers.{block}.mlp.up_proj"] for block in range(3)]
+    assert found == pytest.approx([0.52, 0.6, 0.68])

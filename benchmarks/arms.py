@@ -122,6 +122,9 @@ ARMS: dict[str, Arm] = {
     "dynamic_dormant": _arm("smollm2_2of4", "policy=Dormant"),
     "dynamic_dormant_distill": _arm("smollm2_2of4", "policy=Dormant", distil=True),
     "dynamic_dormant_distill_tuned": _arm("smollm2_2of4", "policy=Dormant", teacher=True),
+    # a gradient to pruned weights, which move less far than kept ones
+    "dynamic_slow_shadows": _arm("smollm2_2of4", "--trainer.callbacks+=variants.SlowShadows"),
+    "dynamic_slow_shadows_distill": _arm("smollm2_2of4", "--trainer.callbacks+=variants.SlowShadows", distil=True),
     # weights come back by their gradient
     "regrow": _arm("smollm2_2of4", "policy=Regrow"),
     "regrow_times_norm": _arm("smollm2_2of4", "policy=Regrow", "policy.times_norm=true"),

@@ -41,6 +41,7 @@ VARIANTS = {
     "dynamic_stop50": "updates until 50 % of the run",
     "dynamic_stop100": "updates until the end",
     "dynamic_dormant": "policy Dormant",
+    "dynamic_slow_shadows": "pruned weights move by 0.4 of the optimizer's steps",
     "regrow": "Regrow: back by the gradient",
     "regrow_times_norm": "Regrow: back by the gradient times norm",
 }
@@ -64,6 +65,7 @@ DISTILLATION = {
     "dynamic_distill_tuned": "re-pruned, fine-tuned teacher",
     "dynamic_dormant_distill": "re-pruned, Dormant, untouched teacher",
     "dynamic_dormant_distill_tuned": "re-pruned, Dormant, fine-tuned teacher",
+    "dynamic_slow_shadows_distill": "re-pruned, pruned weights move by 0.4 of the steps, untouched teacher",
     "dynamic_distill_kl": "re-pruned, untouched teacher, no cross-entropy",
     "dynamic_distill_squarehead": "re-pruned, untouched teacher, with SquareHead",
     "dynamic_window": "re-pruned, norms of 5 steps, no teacher",

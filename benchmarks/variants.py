@@ -44,6 +44,37 @@ class CoupledDecay(L.Callback):
             gradient_OI += self.rate * torch.where(layer.unpacked_mask(), 0, layer.weight_OI.detach())
 
 
+class SlowShadows(L.Callback):
+    """Pruned weights move by a share of what the optimizer moves them, kept weights by all of it.
+
+    Between ``StraightThrough`` (a share of 1) and ``Dormant`` (0). A scaled gradient would not do it, because Adam
+    divides its scale out.
+
+    Args:
+        share: of an optimizer's change of a pruned weight that stays.
+    """
+
+    def __init__(self, share: float = 0.4) -> None:
+        self.share = share
+        self._before: dict[str, Tensor] = {}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        layers = updater_of(trainer).layers
+
+        def remember(*_: Any) -> None:
+            self._before = {name: layer.weight_OI.detach().clone() for name, layer in layers.items()}
+
+        def shorten(*_: Any) -> None:
+            for name, layer in layers.items():
+                weight_OI = layer.weight_OI.detach()
+                slow_OI = torch.lerp(self._before.pop(name), weight_OI, self.share)
+                weight_OI.copy_(torch.where(layer.unpacked_mask(), weight_OI, slow_OI))
+
+        for optimizer in trainer.optimizers:
+            optimizer.register_step_pre_hook(remember)
+            optimizer.register_step_post_hook(shorten)
+
+
 class DenseNorms(L.Callback):
     """Norms of dense forwards, with all weights including shadow values, on the batches before an update.
 

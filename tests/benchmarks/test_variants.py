@@ -13,7 +13,7 @@ from tests.conftest import tiny_llama
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from variants import CoupledDecay, DenseNorms
+from variants import CoupledDecay, DenseNorms, SlowShadows
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
@@ -78,3 +78,33 @@ def test_coupled_decay_is_added_to_the_gradient_of_pruned_weights_alone(tmp_path
     before = Before()
     trainer(tmp_path, pruning, before, CoupledDecay(0.5), After(), max_steps=3).fit(Module(), loader())
     assert len(compared) == 3 * len(pruning.updater.layers)
+
+
+def test_slow_shadows_move_by_a_share_of_the_optimizers_step_and_kept_weights_by_all(tmp_path):
+    pruning, compared = DynamicPruning("2:4", update_freq=4), []
+
+    class Plain(L.Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            self.before = {name: layer.weight_OI.detach().clone() for name, layer in pruning.updater.layers.items()}
+            self.gradients = {name: layer.weight_OI.grad.clone() for name, layer in pruning.updater.layers.items()}
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            (rate,) = {group["lr"] for group in optimizer_of(trainer).param_groups}
+            for name, layer in pruning.updater.layers.items():
+                if batch_idx == 3:  # masks change after this step
+                    continue
+                share_OI = torch.where(layer.unpacked_mask(), 1.0, 0.25)
+                expected_OI = self.before[name] - rate * share_OI * self.gradients[name]
+                torch.testing.assert_close(layer.weight_OI, expected_OI)
+                compared.append((expected_OI - self.before[name])[~layer.unpacked_mask()].any())
+
+    class Descent(Module):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def optimizer_of(trainer):
+        (optimizer,) = trainer.optimizers
+        return optimizer
+
+    trainer(tmp_path, pruning, SlowShadows(0.25), Plain(), max_steps=6).fit(Descent(), loader())
+    assert len(compared) == 5 * len(pruning.updater.layers) and all(compared)

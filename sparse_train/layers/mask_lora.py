@@ -6,7 +6,7 @@ Shape suffixes: O out_features, I in_features, R rank.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -104,14 +104,20 @@ class MaskLoRALinear(SparseLinear):
             nn.init.kaiming_uniform_(self.mask_lora_A, a=math.sqrt(5))  # as in peft
             nn.init.zeros_(self.mask_lora_B)
 
-    def get_extra_state(self) -> dict[str, Any]:
-        return {"lora_alpha": self.lora_alpha, "exact_gradient": self.exact_gradient}
+    def get_extra_state(self) -> Tensor:  # accelerate and safetensors save tensors alone
+        return torch.tensor([self.lora_alpha, int(self.exact_gradient)])
 
-    def set_extra_state(self, state: Mapping[str, Any]) -> None:
-        self.lora_alpha, self.exact_gradient = state["lora_alpha"], state["exact_gradient"]
+    def set_extra_state(self, state: Tensor) -> None:
+        self.lora_alpha, self.exact_gradient = settings_of(state)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {described(self)}"
+
+
+def settings_of(extra_state: Tensor) -> tuple[int, bool]:
+    """``lora_alpha`` and ``exact_gradient``, from the extra state of a layer."""
+    lora_alpha, exact_gradient = extra_state.tolist()
+    return lora_alpha, bool(exact_gradient)
 
 
 def described(layer: MaskLoRALinear) -> str:

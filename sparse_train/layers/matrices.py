@@ -135,6 +135,14 @@ class MaskedLayer(MaskedMatrix):
         for name in (MASK_NAME, "straight_through", "statistics", "records", "recorder", *_REACHED_NAMES):
             delattr(self, name)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[misc]
+        from sparse_train.layers.adapters import guard_adapters  # which know this class
+        from sparse_train.layers.state_dicts import teach_save_pretrained
+
+        teach_save_pretrained()  # as sparsify does: a pickled model may be loaded by a process that has not called it
+        guard_adapters()
+
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             self.reached_compiled.fill_(1)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from sparse_train.layers import sharding
-from sparse_train.layers.adapters import guard_merges
+from sparse_train.layers.adapters import guard_adapters
 from sparse_train.layers.matrices import FACTOR_NAMES, MASK_NAME, MaskedLayer
 from sparse_train.layers.sparse_linear import dense_class, sparse_class, sparse_layers
 from sparse_train.layers.state_dicts import EXTRA_STATE, is_mask, refusals, refuse_dense, teach_save_pretrained
@@ -34,7 +34,7 @@ def sparsify(model: nn.Module, layers: Iterable[nn.Module]) -> None:
         model.register_load_state_dict_pre_hook(refuse_dense)
     _keep_from_ddp(model)
     teach_save_pretrained()
-    guard_merges(model)
+    guard_adapters()
 
 
 def squash(model: nn.Module) -> None:
@@ -104,8 +104,7 @@ def sparsify_like(module: nn.Module, state_dict: Mapping[str, Any], prefix: str 
     for name, layer in zip(names, layers, strict=True):
         factor = state_dict.get(f"{prefix}{name}.{FACTOR_NAMES[0]}")
         if factor is not None and not layer.adapted:
-            from sparse_train.layers.mask_lora import attach_factors
+            from sparse_train.layers.mask_lora import attach_factors, settings_of
 
             assert isinstance(layer, MaskedLayer)
-            settings = state_dict[f"{prefix}{name}.{EXTRA_STATE}"]
-            attach_factors(layer, factor.shape[0], **settings)
+            attach_factors(layer, factor.shape[0], *settings_of(state_dict[f"{prefix}{name}.{EXTRA_STATE}"]))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_train.layers import masks, sharding
-from sparse_train.layers.matrices import FACTOR_NAMES, MASK_NAME, is_conv1d
+from sparse_train.layers.matrices import FACTOR_NAMES, MASK_NAME, MaskedLayer, is_conv1d
 from sparse_train.layers.sparse_linear import sparse_layers
 
 
@@ -26,12 +26,12 @@ def folded_state_dict(
 
     Args:
         model: the model that the state belongs to.
-        state: with masks.
+        state: with masks; where it has none, such as a dict of averaged parameters, those of the model count.
         device: where to put folded weights, one after the other. Together they need as much memory as the targets,
             which a GPU may not have free in the middle of a run. Default: the device where they were.
     """
     folded = {key: value for key, value in state.items() if not is_mask(key)}
-    for key, mask_OJ in state.items():
+    for key, mask_OJ in _masks_for(model, state).items():
         if is_mask(key):
             name = key.removesuffix(MASK_NAME)
             weight = state[f"{name}weight"].detach()
@@ -45,6 +45,22 @@ def folded_state_dict(
                 weight = masks.apply(weight, mask_OJ)
             folded[f"{name}weight"] = weight if device is None else weight.to(device)
     return folded
+
+
+def _masks_for(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    found = {key: value for key, value in state.items() if is_mask(key)}
+    for name, layer in model.named_modules(remove_duplicate=False):
+        weight, mask = (".".join(filter(None, (name, part))) for part in ("weight", MASK_NAME))
+        if not isinstance(layer, MaskedLayer) or weight not in state or mask in found:
+            continue
+        assert isinstance(layer, nn.Module)
+        if state[weight].shape != layer.get_parameter("weight").shape or sharding.is_sharded(layer):
+            raise ValueError(
+                f"The state dict has {weight} and not {mask}, and the model's own mask does not fit it, so pruned "
+                "weights cannot be told from kept ones. Use a state dict with masks, such as model.state_dict()."
+            )
+        found[mask] = layer.weight_mask.to(state[weight].device)
+    return found
 
 
 EXTRA_STATE = "_extra_state"  # torch's
@@ -86,6 +102,8 @@ def teach_save_pretrained() -> None:
 
 
 def refuse_dense(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    """A hook that refuses weights without masks, unless they are zero wherever the model's masks prune."""
+    _add_own_masks(module, state_dict, prefix)
     found = [f"{prefix}{name}." if name else prefix for name in sparse_layers(module)]
     # a state dict without the weights of these layers, such as a file of adapters, needs no masks either
     keys = [name + MASK_NAME for name in found if f"{name}weight" in state_dict]
@@ -104,6 +122,27 @@ def refuse_dense(module: nn.Module, state_dict: dict[str, Any], prefix: str, *ar
                 f"{name}: the {with_adapters} has a mask_lora adapter, and the {without} has none. Resume with the "
                 "mask_lora that the checkpoint was written with; to start a new run from it, export it (squash merges)."
             )
+
+
+def _add_own_masks(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
+    """Complete a state dict that ``save_pretrained`` has written from this model, or from one with the same masks."""
+    layers = {f"{prefix}{name}." if name else prefix: layer for name, layer in sparse_layers(module).items()}
+    stored = {n: each for n, each in layers.items() if f"{n}weight" in state_dict and n + MASK_NAME not in state_dict}
+    if all(layer.keeps_all() for layer in stored.values()):  # any weights would do, those of a dense model, too
+        return
+    if all(_has_zeros_of(layer, state_dict[f"{name}weight"]) for name, layer in stored.items()):
+        for name, layer in stored.items():
+            state_dict[name + MASK_NAME] = layer.weight_mask
+
+
+def _has_zeros_of(layer: MaskedLayer, weight: Any) -> bool:
+    """Whether a stored weight is zero wherever the layer's mask prunes; False with an adapter, or if sharded."""
+    assert isinstance(layer, nn.Module)
+    if layer.adapted or sharding.is_sharded(layer) or weight.shape != layer.get_parameter("weight").shape:
+        return False
+    weight_OI = weight.t() if is_conv1d(layer) else weight
+    pruned_OI = ~layer.unpacked_mask().to(weight.device)
+    return not bool((weight_OI[pruned_OI] != 0).any())
 
 
 def refusals(module: nn.Module) -> list[int]:

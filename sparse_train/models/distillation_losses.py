@@ -74,7 +74,8 @@ def _logit_sums(student_CV: Tensor, teacher_CV: Tensor, labels_C: Tensor, temper
     ce = F.cross_entropy(student_CV, labels_C, reduction="sum")
     log_q_CV = F.log_softmax(student_CV / temperature, dim=-1)
     log_p_CV = F.log_softmax(teacher_CV / temperature, dim=-1)
-    kldiv = F.kl_div(log_q_CV, log_p_CV, reduction="sum", log_target=True)
+    kldiv = F.kl_div(log_q_CV, log_p_CV, reduction="none", log_target=True)
+    kldiv = kldiv.masked_fill_(log_p_CV == -torch.inf, 0).sum()  # 0 * log(0) = 0: tokens that the teacher rules out
     return torch.stack([ce, temperature**2 * kldiv])
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sparse_train.inspection import InspectedLayer, layer_sparsities
-from sparse_train.layers.adapters import guard_merges
+from sparse_train.layers.adapters import guard_adapters
 from sparse_train.layers.state_dicts import folded_state_dict
 from sparse_train.models.sources import ModelSource, as_model_source
 from sparse_train.targets.maskable import adapter_names
@@ -78,7 +78,7 @@ class LoRA(ModelSource):
 
     def load(self) -> Any:
         model = self._wrapped()
-        guard_merges(model)  # needed here because the base may be a sparse folder, without masks
+        guard_adapters()  # needed here because the base may be a sparse folder, without masks
         return model
 
     def _wrapped(self) -> Any:

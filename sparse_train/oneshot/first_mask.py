@@ -21,9 +21,9 @@ from sparse_train.oneshot.engine import Method, Undo
 from sparse_train.oneshot.forwards import Batch, raised_in_forward
 from sparse_train.oneshot.pruning import set_initial_masks
 from sparse_train.oneshot.training_data import causal_lm
-from sparse_train.patterns import Pattern, group_label
-from sparse_train.pipeline.existing_zeros import TO_KEEP_THEM, read_division
-from sparse_train.pipeline.pruner import check_masks, measure
+from sparse_train.patterns import Pattern
+from sparse_train.pipeline.existing_zeros import read_division, warn_of_filled_zeros
+from sparse_train.pipeline.pruner import check_masks
 from sparse_train.pipeline.run_settings import RunSettings
 from sparse_train.solvers import Solver, SparseGPT
 
@@ -43,7 +43,6 @@ _NO_BATCHES = (
     "own, or its batches are neither tensors of token ids nor dicts with input_ids. To start with a mask, prune the "
     "model before the run: sparse_train.prune(model, batches, ..., squash=False)"
 )
-_PRUNED = 0.005  # with a larger share of zeros among kept weights, a model was pruned: 4-bit weights have 0.0003
 
 
 def check_initial(method: Method | None, pattern: Pattern, mask_lora: MaskLoRA | None = None) -> None:
@@ -111,7 +110,7 @@ def set_first_mask(
         model, own = found
         with autocast:
             outliers = _prune(root, layers, model, own, method or settings.criterion, settings, progress)
-        _warn_of_zeros(layers, pattern, sparsity)
+        warn_of_filled_zeros(layers, pattern, sparsity)
         if isinstance(method, Solver):  # linear algebra may round differently on other hardware
             take_from_rank_0([t for each in layers.values() for t in (each.weight_OI.detach(), each.weight_mask)])
         return outliers
@@ -243,22 +242,6 @@ def _is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(part in str(error) for part in _OUT_OF_MEMORY)
-
-
-def _warn_of_zeros(layers: Mapping[str, MaskedLayer], pattern: Pattern, sparsity: float) -> None:
-    kept = sum(masks.count(layer.weight_mask) for layer in layers.values())
-    counts = measure(layers).values()
-    size, zeros = sum(each.size for each in counts), sum(each.zeros for each in counts)
-    share = (zeros - (size - kept)) / size
-    if share > _PRUNED:
-        _log.warning(
-            "The model was pruned before: %.1f %% of its weights are zeros that the first mask (%s at %g) keeps, so "
-            "training fills them, and other weights are pruned. %s",
-            100 * share,
-            group_label(pattern),
-            sparsity,
-            TO_KEEP_THEM,
-        )
 
 
 def _check_movable(solver: Solver, layers: Mapping[str, MaskedLayer]) -> None:

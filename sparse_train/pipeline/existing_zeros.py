@@ -78,7 +78,7 @@ def masks_from_zeros(
 ) -> bool:
     """Make the first masks of a run from the zeros of a model that was pruned before.
 
-    Warns if it was, but with zeros in other places than the pattern asks for.
+    Warns if it was, but with zeros in other places than the pattern asks for, or with more of them.
 
     Args:
         layers: with masks that keep everything, and that stay so if the result is False.
@@ -91,6 +91,7 @@ def masks_from_zeros(
     """
     follows, was_pruned = _try(layers, pattern, sparsity, division)
     if follows:
+        warn_of_filled_zeros(layers, pattern, sparsity)
         return True
     if was_pruned and rank() == 0:
         found = measure(layers).values()
@@ -103,6 +104,26 @@ def masks_from_zeros(
             TO_KEEP_THEM,
         )
     return False
+
+
+def warn_of_filled_zeros(layers: Mapping[str, MaskedLayer], pattern: Pattern, sparsity: float) -> None:
+    """Warn if the masks of layers keep zeros of a model that was pruned before, so that training fills them."""
+    kept = sum(masks.count(layer.weight_mask) for layer in layers.values())
+    counts = measure(layers).values()
+    size, zeros = sum(each.size for each in counts), sum(each.zeros for each in counts)
+    share = (zeros - (size - kept)) / size
+    if share <= _A_FEW or rank() != 0:
+        return
+    mask = f"the first mask ({group_label(pattern)} at {sparsity:g}) keeps" if sparsity else "are not masked at first"
+    _log.warning(
+        "The model was pruned before: %.1f %% of its weights are zeros that %s, so training fills them%s. %s",
+        100 * share,
+        mask,
+        ", and other weights are pruned"
+        if kept < size
+        else ". A run that starts at its final sparsity, at step 0, masks zeros that follow its pattern",
+        TO_KEEP_THEM,
+    )
 
 
 def read_division(

@@ -44,6 +44,19 @@ def warn_of_unreached(layers: Mapping[str, MaskedMatrix]) -> bool:
     return True
 
 
+def warn_of_idle(layers: Mapping[str, MaskedMatrix]) -> bool:
+    """Warn if no forward has used any of the layers since the last update. Returns whether that is so."""
+    if any(layer.reached for layer in layers.values()):
+        return False
+    if rank() == 0:
+        _log.warning(
+            "No forward has used any of the %d masked layers since the last mask update. If a copy of the model is "
+            "trained in its place, its masks do not change: build the MaskUpdater on the model that is trained.",
+            len(layers),
+        )
+    return True
+
+
 def check_statistics(layers: Mapping[str, MaskedMatrix]) -> None:
     """Raise ValueError if a layer has seen no token, or sums that are not finite."""
     seen = {name: layer.statistics for name, layer in layers.items()}

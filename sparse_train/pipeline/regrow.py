@@ -14,7 +14,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from sparse_train.criteria import Criterion
 from sparse_train.layers import masks, sharding
-from sparse_train.layers.matrices import MaskedLayer
+from sparse_train.layers.matrices import MaskedLayer, class_path
 from sparse_train.patterns import Pattern, Unstructured
 from sparse_train.pipeline.policies import MaskPolicy
 
@@ -117,7 +117,7 @@ class Growth:
 
     def watch(self, optimizers: Iterable[Optimizer]) -> None:
         """Remember optimizers, so that their moments can be cleared; ValueError for one of an unknown kind."""
-        for optimizer in optimizers:
+        for optimizer in map(_without_wrapper, optimizers):
             _moments(optimizer)
             if all(optimizer is not known for known in self._optimizers):
                 self._optimizers.append(optimizer)
@@ -205,6 +205,11 @@ class Growth:
             name: None if each is None else each.to(_parameter(self._layers[name]).device, copy=True)
             for name, each in state.items()
         }
+
+
+def _without_wrapper(optimizer: Any) -> Optimizer:
+    accelerated = class_path(type(optimizer)) == "accelerate.optimizer.AcceleratedOptimizer"
+    return optimizer.optimizer if accelerated else optimizer  # type: ignore[no-any-return]
 
 
 def _moments(optimizer: Optimizer) -> tuple[str, ...]:

@@ -22,12 +22,12 @@ from sparse_train.layers.sparsify import fold
 from sparse_train.patterns import Pattern
 from sparse_train.pipeline.choice import Rules
 from sparse_train.pipeline.earlier_windows import Memory
-from sparse_train.pipeline.existing_zeros import masks_from_zeros
+from sparse_train.pipeline.existing_zeros import masks_from_zeros, warn_of_filled_zeros
 from sparse_train.pipeline.first_masks import FirstMasks
 from sparse_train.pipeline.margins import NO_MARGIN
 from sparse_train.pipeline.policies import MaskPolicy, check_policy, check_precision
 from sparse_train.pipeline.pruner import check_masks, measure, update_masks
-from sparse_train.pipeline.recording import check_statistics, warn_of_unreached
+from sparse_train.pipeline.recording import check_statistics, warn_of_idle, warn_of_unreached
 from sparse_train.pipeline.regrow import Growth, Regrow
 from sparse_train.pipeline.run_settings import RunSettings, check_settings
 from sparse_train.pipeline.schedules import Schedule
@@ -169,8 +169,10 @@ class MaskUpdater:
     def _has_masks(self) -> bool:
         """Whether the run starts from existing masks or zeros; ValueError if masks do not fit its settings."""
         first, pattern = self.run.sparsity_at(0.0), self.run.mask_structure
-        # if nothing is to be pruned yet, masks that keep everything are right
-        if first == 0 or not all(layer.keeps_all() for layer in self.layers.values()):
+        dense = all(layer.keeps_all() for layer in self.layers.values())
+        if dense and self.run.first_sparsity == 0:
+            warn_of_filled_zeros(self.layers, pattern, 0.0)
+        if first == 0 or not dense:  # if nothing is to be pruned yet, masks that keep everything are right
             self._division.read_masks(first)
             check_masks(self.layers, pattern, self._division.at(first))
             return True
@@ -186,7 +188,7 @@ class MaskUpdater:
         self.sparsity: float | None = None
         """Target sparsity of the current masks; None before the first."""
         self._last_update = 0
-        self._warned = False
+        self._warned = self._idle = False
         self.first_masks = FirstMasks(self.layers)
         """The masks that ``initial_flip_rate`` compares with."""
 
@@ -250,6 +252,7 @@ class MaskUpdater:
         self.window.after_step()
         report = None
         if self.timing.is_update(self.steps):
+            self._warn_if_idle()
             report = self.update() if self._would_change(self.steps) else self._confirm()
         elif self.timing.is_frozen(self.steps) and (self.steps - self.timing.end_step) % self.timing.update_freq == 0:
             check_agreement(self.layers)
@@ -288,6 +291,11 @@ class MaskUpdater:
         self.window.after_update()
         self.sparsity, self._last_update = target, self.steps
         return self._report(changes, time.perf_counter() - began)
+
+    def _warn_if_idle(self) -> None:
+        if self.run.criterion.needs_activations and self.run.memory != "frozen":
+            return  # the window notices
+        self._idle = self._idle or warn_of_idle(self.layers)
 
     def _confirm(self) -> UpdateReport:
         check_agreement(self.layers)  # not summed over ranks: nothing was recorded, so statistics stay unchanged

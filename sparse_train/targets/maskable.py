@@ -4,6 +4,7 @@ from collections import Counter
 
 from torch import nn
 
+from sparse_train.layers.adapters import check_reads
 from sparse_train.layers.mask_lora import MaskLoRALinear
 from sparse_train.layers.matrices import CONV1D, FALCON_LINEAR, class_path, is_linear
 from sparse_train.layers.sparse_linear import SPARSE_CONV1D, SparseLinear
@@ -37,6 +38,11 @@ def check_maskable(model: nn.Module, name: str, module: nn.Module, adapters: set
             "would have no effect. Load the model without device_map, or remove the hooks with "
             f"accelerate.hooks.remove_hook_from_submodules. {way_out}."
         )
+    if name.endswith(".base_layer"):
+        check_reads(model.get_submodule(name.removesuffix(".base_layer")))
+    dtype = module._parameters["weight"].dtype  # type: ignore[union-attr]
+    if dtype.itemsize < 2:
+        raise ValueError(f"The weight of {name} is {dtype}: masks are for 16 bits or more. {way_out}.")
     if name in adapters:
         raise ValueError(f"{name} belongs to a peft adapter; adapters are never pruned. {way_out}.")
     if name in tied:

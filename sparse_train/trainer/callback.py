@@ -7,7 +7,7 @@ What happens when, in the Trainer's order:
     on_train_begin    the first mask, or masks, shadow values and state of the checkpoint
     (forward)         the recorder gets the batch's padding; activations are recorded in the window before an update
     on_step_end       after an optimizer step: update; before log, evaluation and checkpoint
-    on_save           what a checkpoint with zeros does not hold is written next to it
+    (model is saved)  what a checkpoint with zeros does not hold is written next to it
     on_train_end      squash, after the last checkpoint was written and the best one loaded
 """
 
@@ -130,6 +130,7 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
         self._hooks: list[Any] = []
         self._unlogged: dict[str, float] = {}
         self._resumed: Path | None = None
+        self._saved: Path | None = None  # the last checkpoint whose state was written
         self._first_try: FirstTry | None = None  # of this train(), which auto_find_batch_size may retry
         self.updater: MaskUpdater | None = None
         """The running pipeline; None before the run has begun."""
@@ -245,13 +246,19 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
 
     # --- checkpoints, and after training -----------------------------------------------------------------------------
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def save_state(self, args: Any, state: Any, folder: Path) -> None:
+        """Called after the Trainer has written the model of a checkpoint, in every process."""
         assert self.updater is not None
         if args.save_only_model or state.is_hyper_param_search:
             return  # such a run is not resumed
         updater_state = {**self.updater.state_dict(), "metrics": self._unlogged}  # statistics of all ranks
         if args.should_save:
-            shadow_file.save(_folder_of(args, state) / shadow_file.FILE_NAME, self.updater.layers, updater_state)
+            shadow_file.save(folder / shadow_file.FILE_NAME, self.updater.layers, updater_state)
+        self._saved = folder
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._saved != _folder_of(args, state):  # a subclass of Trainer saves models in a way of its own
+            self.save_state(args, state, _folder_of(args, state))
 
     def on_train_end(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
         assert self.updater is not None

@@ -11,7 +11,7 @@ from sparse_train.trainer.checks import check_one
 
 
 def patch_trainer(kind: type[Any]) -> None:
-    """Replace two methods of the class ``Trainer``, once. Trainers without a callback of ``kind`` behave as before.
+    """Replace three methods of the class ``Trainer``, once. Trainers without a callback of ``kind`` behave as before.
 
     - ``Trainer.train`` first calls ``resume_from`` of such callbacks: the Trainer tells its callbacks which step it
       resumes, but not from which folder.
@@ -20,13 +20,16 @@ def patch_trainer(kind: type[Any]) -> None:
       so that nothing added in ``on_log`` would reach them. Rows of evaluations stay unchanged: ``evaluate`` returns
       them, and the Trainer writes them into model cards.
 
-    To undo it: ``Trainer.train, Trainer.log = Trainer.train.__wrapped__, Trainer.log.__wrapped__``.
+    - ``Trainer.save_model``, where it writes the model of a checkpoint, then calls their ``save_state``. In ``on_save``
+      it would be too late: the Trainer has deleted older checkpoints by then, and may have begun to upload the new one.
+
+    To undo it: ``Trainer.train = Trainer.train.__wrapped__``, and so on.
 
     Args:
-        kind: has ``resume_from(folder: Path | None)``, with None for a new run, and ``take_metrics() ->
-            dict[str, float]``.
+        kind: has ``resume_from(folder: Path | None)``, with None for a new run, ``take_metrics() -> dict[str, float]``
+            and ``save_state(args, state, folder: Path)``.
     """
-    train, log = Trainer.train, Trainer.log
+    train, log, save_model = Trainer.train, Trainer.log, Trainer.save_model
     if getattr(log, "adds_sparsity", False):
         return
 
@@ -48,5 +51,13 @@ def patch_trainer(kind: type[Any]) -> None:
                 logs.update(callback.take_metrics())
         return log(self, logs, *args, **kwargs)
 
+    @functools.wraps(save_model)
+    def save_with_state(self: Any, output_dir: Any = None, _internal_call: bool = False) -> Any:
+        saved = save_model(self, output_dir, _internal_call)
+        if _internal_call and output_dir is not None:
+            for callback in callbacks_of(self):
+                callback.save_state(self.args, self.state, Path(output_dir))
+        return saved
+
     log_asking.adds_sparsity = True  # type: ignore[attr-defined]
-    Trainer.train, Trainer.log = train_telling, log_asking
+    Trainer.train, Trainer.log, Trainer.save_model = train_telling, log_asking, save_with_state

@@ -182,3 +182,63 @@ def test_lora_in_a_trainer_resumes_with_its_masks(tmp_path):
         assert torch.equal(value, again.state_dict()[name]), name
     with pytest.raises(ValueError, match="but not the masks of their base"):
         run(max_steps=4, eval_strategy="steps", eval_steps=4, load_best_model_at_end=True)
+
+
+def masked():
+    model = tiny_llama()
+    prune(model, None, "2:4", criterion=Magnitude(), squash=False)
+    return model
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_adapters_that_begin_by_moving_weights_are_refused_on_a_masked_base(init):
+    model = masked()
+    layer = model.model.layers[0].self_attn.q_proj
+    before = layer.weight.clone()
+    with pytest.raises(ValueError, match="init_lora_weights=True"):
+        get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights=init))
+    assert torch.equal(layer.weight, before)
+
+
+def test_they_warn_on_a_sparse_base_whose_zeros_they_fill():
+    model = masked()
+    squash(model)
+    with pytest.warns(UserWarning, match="filled its zeros"):
+        get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights="pissa"))
+    with warnings.catch_warnings():  # a dense one may be written
+        warnings.filterwarnings("error", "This initialisation")
+        get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"], init_lora_weights="pissa"))
+
+
+def test_dora_whose_norms_include_pruned_weights_is_refused_in_either_order():
+    dora = LoraConfig(target_modules=["q_proj"], use_dora=True)
+    with pytest.raises(ValueError, match="DoRA divides by the norms"):
+        get_peft_model(masked(), dora)
+    model = get_peft_model(tiny_llama(), dora)
+    with pytest.raises(ValueError, match="DoRA divides by the norms"):
+        prune(model, None, "2:4", criterion=Magnitude(), squash=False)
+    assert not sparse_layers(model)
+    model = masked()
+    squash(model)
+    get_peft_model(model, dora)  # pruned weights are zeros, and the base is frozen
+
+
+def test_a_model_that_is_unpickled_in_a_new_process_is_guarded_there(tmp_path):
+    torch.save(masked(), tmp_path / "model.pt")
+    code = f"""
+import torch
+from peft import LoraConfig, get_peft_model
+model = torch.load({str(tmp_path / "model.pt")!r}, weights_only=False)
+model.save_pretrained({str(tmp_path / "out")!r})
+wrapped = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+try:
+    wrapped.merge_and_unload()
+except ValueError as error:
+    assert "would prune the sum" in str(error)
+else:
+    raise SystemExit("merged")
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    weight = AutoModelForCausalLM.from_pretrained(tmp_path / "out").model.layers[0].self_attn.q_proj.weight
+    assert float((weight == 0).float().mean()) == 0.5

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from accelerate import Accelerator
+from safetensors.torch import load_file, load_model, save_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -350,3 +351,18 @@ def test_a_checkpoint_in_half_precision_exports_what_was_trained(tmp_path, model
     found = load_file(tmp_path / "model" / "model.safetensors")
     assert all(torch.equal(value, expected[name]) and value.dtype == torch.bfloat16 for name, value in found.items())
     assert len(found) > 20
+
+
+def test_accelerate_and_safetensors_save_adapters(tmp_path, ids):
+    model, accelerator = adapted(), Accelerator(cpu=True)
+    before = model(input_ids=ids[0]).logits
+    accelerator.prepare(model)
+    accelerator.save_state(str(tmp_path))
+    save_model(model, str(tmp_path / "adapted.safetensors"))
+    other = adapted(MaskLoRA(r=4, lora_alpha=5, target_modules="all-linear"))
+    load_model(other, str(tmp_path / "adapted.safetensors"))
+    assert torch.equal(other(input_ids=ids[0]).logits, before)  # with the factor of the file
+    for parameter in model.parameters():
+        nn.init.zeros_(parameter)
+    accelerator.load_state(str(tmp_path))
+    assert torch.equal(model(input_ids=ids[0]).logits, before)

@@ -92,3 +92,25 @@ def test_a_dense_state_dict_is_refused_with_a_way_out():
     assert "before sparsifying" in str(error.value)
     squash(model)
     model.load_state_dict(dense)
+
+
+def test_averaged_parameters_without_masks_are_saved_with_those_of_the_model(tmp_path):
+    model = masked_llama()
+    average = {name: 2 * value.detach() for name, value in model.named_parameters()}
+    model.save_pretrained(tmp_path, state_dict=average)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    for name, layer in sparse_layers(model).items():
+        assert torch.equal(loaded.get_submodule(name).weight, 2 * layer.masked_weight())
+
+
+def test_what_a_masked_model_has_saved_can_be_loaded_into_it(tmp_path):
+    model = masked_llama()
+    saved, before = squashed_state_dict(model), {n: m.weight_mask.clone() for n, m in sparse_layers(model).items()}
+    model.load_state_dict(saved)
+    for name, layer in sparse_layers(model).items():
+        assert torch.equal(layer.weight, saved[f"{name}.weight"]) and torch.equal(layer.weight_mask, before[name])
+
+
+def test_what_has_zeros_elsewhere_is_refused():
+    with pytest.raises(ValueError, match="holds no masks"):
+        masked_llama().load_state_dict(squashed_state_dict(masked_llama()))

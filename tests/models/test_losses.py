@@ -170,3 +170,13 @@ def test_no_more_than_a_chunk_is_ever_in_float32(loss, monkeypatch):
     wide = [tensor for tensor in saved if tensor.numel() > 4 * 16]
     operands = [student] if loss == "text" else [student, teacher]
     assert {tensor.data_ptr() for tensor in wide} == {operand.data_ptr() for operand in operands}
+
+
+def test_tokens_that_the_teacher_rules_out_add_nothing_to_the_divergence(logits):
+    student, teacher = (each.clone() for each in logits)
+    teacher[..., 3:] = -torch.inf
+    labels = torch.ones(teacher.shape[:2], dtype=torch.int64)
+    _, kldiv = logit_losses(student, teacher, labels)
+    p, log_q = teacher[:, :-1].double().softmax(-1), student[:, :-1].double().log_softmax(-1)
+    expected = (torch.special.xlogy(p, p) - p * log_q).sum(-1).mean()
+    torch.testing.assert_close(kldiv.double(), expected, rtol=1e-5, atol=0)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sparse_train import (
+    Cubic,
     Fixed,
     Magnitude,
     MaskUpdater,
@@ -60,6 +61,21 @@ def test_zeros_that_do_not_follow_the_pattern_are_said_to_be_lost(ids, caplog):
     caplog.clear()
     MaskUpdater(tiny_llama(), "2:4", total_steps=12)
     assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"sparsity": 0.5}, "25.0 % of its weights are zeros that the first mask (unstructured at 0.5) keeps"),
+        ({"sparsity": 0.75, "start_step": 3}, "75.0 % of its weights are zeros that are not masked at first"),
+        ({"schedule": Cubic(0.75)}, "75.0 % of its weights are zeros that are not masked at first"),
+    ],
+)
+def test_zeros_that_a_run_fills_are_said_to_be_lost(ids, caplog, options, said):
+    model = tiny_llama()
+    prune(model, ids, "unstructured", 0.75)
+    MaskUpdater(model, "unstructured", policy=Fixed(), update_freq=4, total_steps=12, **options)
+    assert said in caplog.text
 
 
 @pytest.mark.parametrize("features", [1, 2, 8])

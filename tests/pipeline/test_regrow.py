@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -234,6 +235,20 @@ def test_moments_are_cleared_exactly_where_masks_changed(optimizer):
             assert torch.equal(now, torch.where(changed, 0, value))
             cleared += int((value[changed] != 0).sum())
     assert cleared > 0 or not any(isinstance(v, torch.Tensor) for v in optimizer.state[layer.weight].values())
+
+
+def test_an_optimizer_that_accelerate_has_wrapped_is_cleared_too():
+    model, updater, optimizer = fresh("2:4", lambda p: AdamW(p, lr=3e-3))
+    wrapped = Accelerator(cpu=True).prepare(optimizer)
+    for _ in range(4):
+        backward(model, torch.Generator().manual_seed(1))
+        updater.before_optimizer_step(wrapped)
+        optimizer.step()
+        updater.step()
+    grown = [layer.unpacked_mask() & (layer.weight == 0) for layer in updater.layers.values()]
+    assert sum(int(each.sum()) for each in grown) > 0
+    for layer, new in zip(updater.layers.values(), grown, strict=True):
+        assert not optimizer.state[layer.weight]["exp_avg"][new].any()
 
 
 def test_gradients_add_up_over_micro_batches_and_their_scale_does_not_matter():

@@ -1,5 +1,7 @@
 """``MaskUpdater`` over a run."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -327,3 +329,12 @@ def test_fixed_masks_that_no_forward_sees_are_said_once(caplog):
         model(torch.randn(2, 8))
         updater.step()
     assert caplog.text.count("b is a target, and no forward has reached it so far") == 1
+
+
+def test_training_a_copy_in_place_of_the_model_is_said_once(caplog):
+    model = tiny_llama()
+    updater = MaskUpdater(model, "2:4", criterion=Magnitude(), update_freq=2, total_steps=10)
+    train(model, updater, 2)
+    assert not caplog.records
+    train(copy.deepcopy(model), updater, 6)
+    assert caplog.text.count("No forward has used any of the 21 masked layers since the last mask update") == 1

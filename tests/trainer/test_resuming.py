@@ -7,12 +7,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
+    Trainer,
     default_data_collator,
 )
 
-from sparse_train import SparseGPT, prune, sparse_layers
+from sparse_train import Magnitude, SparseGPT, keep_zeros, prune, sparse_layers, squash
 from sparse_train.oneshot.training_data import random_batches
-from sparse_train.trainer import SparseTrainerCallback
+from sparse_train.trainer import SparseTrainerCallback, shadow_file
 from sparse_train.trainer.shadow_file import FILE_NAME
 from tests.conftest import tiny_llama
 from tests.trainer.runs import Tokens, pruning, trainer
@@ -100,3 +101,51 @@ def test_a_run_that_began_with_a_solver_resumes_bit_for_bit(tmp_path):
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
     for (name, ours), theirs in zip(again.model.state_dict().items(), whole.model.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs), name
+
+
+def test_an_older_checkpoint_stays_until_the_next_one_is_whole(tmp_path, monkeypatch):
+    save, written = shadow_file.save, []
+
+    def fills_the_disk(path, *args):
+        if "checkpoint-8" in str(path):
+            raise OSError(28, "No space left on device")
+        save(path, *args)
+        written.append(path)
+
+    monkeypatch.setattr(shadow_file, "save", fills_the_disk)
+    settings = {"save_strategy": "steps", "save_steps": 4, "save_total_limit": 1}
+    with pytest.raises(OSError, match="No space left"):
+        trainer(tmp_path, pruning(), **settings).train()
+    assert written == [tmp_path / "checkpoint-4" / FILE_NAME]
+    monkeypatch.undo()
+    run = trainer(tmp_path, pruning(), **settings)
+    run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert run.state.global_step == 12
+
+
+def test_a_trainer_that_saves_models_in_its_own_way_gets_the_state_too(tmp_path):
+    class Own(Trainer):
+        def save_model(self, output_dir=None, _internal_call=False):
+            self.model.save_pretrained(output_dir or self.args.output_dir)
+
+    settings = {"save_strategy": "steps", "save_steps": 4}
+    args = trainer(tmp_path, **settings).args
+    Own(tiny_llama(), args, train_dataset=Tokens(), callbacks=[pruning()]).train()
+    assert (tmp_path / "checkpoint-8" / FILE_NAME).is_file()
+
+
+@pytest.mark.parametrize("best", [False, True])
+def test_a_run_on_kept_zeros_reads_its_own_checkpoints(tmp_path, best):
+    model = tiny_llama()
+    prune(model, None, "unstructured", 0.6, criterion=Magnitude())
+    keep_zeros(model)
+    settings = {"save_strategy": "steps", "save_steps": 4}
+    if best:
+        settings |= {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 4}
+    run = trainer(tmp_path, model=model, **settings)
+    run.train(resume_from_checkpoint=None)
+    again = trainer(tmp_path, model=model, **settings)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    squash(model)
+    weight = model.model.layers[0].mlp.up_proj.weight
+    assert 0.59 < float((weight == 0).float().mean()) < 0.61

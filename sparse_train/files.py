@@ -24,8 +24,10 @@ def written_whole(out: Path) -> Iterator[Path]:
             out.rmdir()
         beside.chmod(0o755)
         beside.rename(out)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(beside, ignore_errors=True)
+        if type(error).__name__ == "SafetensorError":  # of a library that is not imported here
+            raise OSError(f"{out} could not be written: {error}") from error
         raise
 
 
@@ -41,8 +43,21 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
 
 
+def check_space(out: Path, needed: int) -> None:
+    """Raise ValueError if less than ``needed`` bytes are free where ``out`` will be; to be called before the work."""
+    above = next(parent for parent in out.absolute().parents if parent.exists())
+    free = shutil.disk_usage(above).free
+    if free < needed:
+        raise ValueError(
+            f"{out} needs about {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free in {above}. Choose another "
+            "place, or make room."
+        )
+
+
 def check_free(out: Path) -> None:
     """Raise ValueError if ``out`` would be overwritten; to be called before the work."""
+    if out.parts[:1] == ("~",):  # it would become a folder of that name, and removing that is dangerous
+        raise ValueError(f"~ in {out} was not replaced by a shell. Write the folder out: {out.expanduser()}.")
     if out.is_symlink() or out.is_mount():
         raise ValueError(
             f"{out} is a link or a mount point, which no finished folder can be renamed to. Choose another."

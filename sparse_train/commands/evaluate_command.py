@@ -47,10 +47,12 @@ def evaluate(
         json: print one JSON object instead of text.
     """
     from sparse_train.evaluation import evaluate_perplexity, evaluate_zero_shot, token_ids, word_starts
+    from sparse_train.evaluation.undisturbed import check_autocast
     from sparse_train.evaluation.zeroshot import check_tasks, task_names
 
     device = chosen_device(device)
     dtype = None if autocast is None else float_dtype(autocast)
+    check_autocast(dtype)
     names = ["perplexity"] if tasks is None else task_names([name.strip() for name in tasks.split(",")])
     zero_shot = [name for name in names if name != "perplexity"]
     if not zero_shot and (task_data is not None or limit is not None):
@@ -84,6 +86,8 @@ def evaluate(
             autocast=dtype,
             progress=bars_are_seen(),
         )
+        if not json:  # now: a task may fail
+            print("\n".join(results["perplexity"].lines()), flush=True)
     if zero_shot:
         results["zero_shot"] = evaluate_zero_shot(
             loaded,
@@ -96,8 +100,6 @@ def evaluate(
             autocast=dtype,
             progress=bars_are_seen(),
         )
-    if "perplexity" in results and not json:
-        print("\n".join(results["perplexity"].lines()))
     if zero_shot and not json:
         show_zero_shot(results["zero_shot"])
     found = {kind: result.as_dict() for kind, result in results.items()}

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from sparse_train.arguments import check_positive
+from sparse_train.data.special_tokens import beginning
 from sparse_train.data.texts import TextSource
 from sparse_train.evaluation import evaluate_perplexity, token_ids, word_starts
 from sparse_train.evaluation.perplexity import check_length, check_window
@@ -22,12 +23,14 @@ class Perplexity:
         text: its test split is read.
         window: tokens per window.
         max_tokens: use only the first tokens; None = all.
+        bos: put the tokens with which the text begins in front of every window.
     """
 
     source: ModelSource
     text: TextSource
     window: int
     max_tokens: int | None
+    bos: bool = False
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None:
@@ -48,16 +51,22 @@ class Perplexity:
     def _ids(self) -> Tensor:
         return token_ids(self._documents, self._tokenizer, self.text.separator)
 
+    @functools.cached_property
+    def _prefix(self) -> list[int]:
+        return beginning(self._tokenizer) if self.bos else []
+
     def check(self, model: Any) -> None:
         """Raise ValueError if windows are longer than the model's positions; its weights are not looked at."""
-        check_window(model, self.window)
+        check_window(model, self.window, len(self._prefix))
 
     def __call__(self, model: Any) -> dict[str, Any]:
+        words, own = word_starts(self._documents, self._tokenizer, self.text.separator), len(self._prefix)
         found = evaluate_perplexity(
             model,
-            self._ids,
-            words=word_starts(self._documents, self._tokenizer, self.text.separator),
+            self._ids[own:],  # the text begins with it, too
+            words=None if words is None else words[own:],
             window=self.window,
+            prefix=self._prefix,
             batch_size=1,
             max_tokens=self.max_tokens,
             model_name=self.source.name,

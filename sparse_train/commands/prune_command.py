@@ -17,10 +17,11 @@ from sparse_train.data.texts import PackagedWikipedia, TextSource
 from sparse_train.distributed import joined, rank, world_size
 from sparse_train.export import export_model
 from sparse_train.export.card import ModelCard, oneshot_rows, perplexity_line, write_card
-from sparse_train.files import check_free
+from sparse_train.files import check_free, check_space
 from sparse_train.inspection import LayerSparsity, layer_sparsities
 from sparse_train.models.sources import ModelSource, Pretrained, as_model_source
 from sparse_train.oneshot import OneshotReport
+from sparse_train.oneshot.shards import copy_others
 from sparse_train.patterns import Pattern
 from sparse_train.solvers import Solver
 from sparse_train.terminal.tables import show_pruning, show_seeds
@@ -49,6 +50,7 @@ def prune(
     perplexity: TextSource | None = None,
     window: int = 2048,
     max_tokens: int | None = None,
+    bos: bool = False,
     device: str | None = None,
     streaming: bool = False,
     activations: Literal["memory", "disk"] = "memory",
@@ -79,6 +81,8 @@ def prune(
         perplexity: text on which to measure perplexity afterwards (its test split); default with seeds: text.
         window: tokens per window of this text.
         max_tokens: use only the first tokens of this text.
+        bos: put the tokens that the tokenizer puts in front of a text (such as <bos>) in front of every window of this
+            text, and not only at its start. Models such as Gemma need this.
         device: where the model computes, such as "cpu" or "cuda"; default: a GPU if there is one.
         streaming: never hold the whole model in memory: process its safetensors block by block, in their dtype. If a
             run is interrupted, the same command continues it.
@@ -90,8 +94,9 @@ def prune(
     stages, notes = stages_of(recipe, mask_structure, sparsity, criterion, allocation, targets, ignore)
     for stage in stages:  # report mistakes in the pattern before the model is loaded
         resolve_stage(stage)
-    if max_tokens is not None and perplexity is None and seeds is None:
-        raise ValueError("--max_tokens is for the perplexity afterwards. Give --perplexity a text, or leave it out.")
+    if (max_tokens is not None or bos) and perplexity is None and seeds is None:
+        name = "bos" if bos else "max_tokens"
+        raise ValueError(f"--{name} is for the perplexity afterwards. Give --perplexity a text, or leave it out.")
     check_free(Path(out))
     device = chosen_device(device)
     source, text = as_model_source(model, dtype="auto"), text or PackagedWikipedia()
@@ -101,7 +106,7 @@ def prune(
         if streaming and world_size() > 1:
             raise ValueError("streaming runs in one process. Start it without torchrun, or leave it out.")
         job = Job(source, stages, calibration, own_device)
-        measure = None if test is None else _measurement(source, test, window, max_tokens)
+        measure = None if test is None else _measurement(source, test, window, max_tokens, bos)
         details: Details | None
         layers: Sequence[LayerSparsity]
         if seeds is not None:
@@ -130,11 +135,16 @@ def _once(
     """The record of the pruning, and the model's layers."""
     began = time.perf_counter()
     folder, loaded = Path(out), None
-    checks = {} if measure is None else {"check": measure.check}
+    check = _no_check if measure is None else measure.check
+
+    def check_both(model: Any) -> None:
+        check(model)
+        check_space(folder, sum(weight.numel() * weight.element_size() for weight in model.parameters()))
+
     if streaming:
-        reports = [stream(job, out, seed, activations, **checks)]
+        reports = [stream(job, out, seed, activations, check)]
     else:
-        loaded, reports = job.run(seed, **checks)
+        loaded, reports = job.run(seed, check_both)
         if rank() != 0:  # all ranks have the same model
             return None, []
     details = details_of(job, seed, reports, notes) | {"streaming": streaming}
@@ -147,6 +157,8 @@ def _once(
     else:
         shown = layer_sparsities(loaded)
         export_model(loaded, job.source.tokenizer(), out, card)
+        if isinstance(job.source, Pretrained):
+            copy_others(Path(job.source.path), folder)
     details["seconds"]["all"] = time.perf_counter() - began
     _write(folder / "pruning.json", details)
     if measure is not None:
@@ -154,6 +166,9 @@ def _once(
         _write(folder / "pruning.json", details)
         write_card(folder, replace(card, perplexity=perplexity_line(details["perplexity"])), shown)
     return details, shown
+
+
+def _no_check(model: Any) -> None: ...
 
 
 def _write(path: Path, details: dict[str, Any]) -> None:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from sparse_train.arguments import check_positive
 from sparse_train.data.special_tokens import beginning
-from sparse_train.evaluation.undisturbed import undisturbed
+from sparse_train.evaluation.undisturbed import check_autocast, undisturbed
+from sparse_train.layers.blocks import vocabulary_of
 from sparse_train.models.losses import mean_over_tokens, next_token_loss, perplexity
 from sparse_train.terminal.progress import bar
 
@@ -125,6 +126,15 @@ def check_length(ids: Tensor, window: int) -> None:
         raise ValueError(f"The text has {len(ids)} tokens, fewer than one window of {window}. Use a smaller window.")
 
 
+def _check_ids(model: nn.Module, ids: Tensor) -> None:
+    known, largest = vocabulary_of(model), int(ids.max())
+    if known is not None and largest >= known:
+        raise ValueError(
+            f"The text has token ids up to {largest}, and {type(model).__name__} has embeddings for 0 to {known - 1}. "
+            "Is the tokenizer that of another model?"
+        )
+
+
 def evaluate_perplexity(
     model: nn.Module,
     ids: Tensor,
@@ -163,7 +173,8 @@ def evaluate_perplexity(
 
     Raises:
         ValueError: a window below 2 or longer than the model's learned positions, a stride outside 1 to window, less
-            text than one window, or words of another text.
+            text than one window, words of another text, ids that the model has no embeddings for, or a dtype that
+            autocast does not know.
     """
     stride = window if stride is None else stride
     if not 1 <= stride <= window:
@@ -176,9 +187,11 @@ def evaluate_perplexity(
             f"words must have a count for each token of ids, {tuple(ids.shape)}, got {tuple(words.shape)}. "
             "Call word_starts with the documents, tokenizer and separator of token_ids."
         )
+    check_autocast(autocast)
     check_window(model, window, len(prefix))
     ids = ids[:max_tokens]
     check_length(ids, window)
+    _check_ids(model, ids)
     windows_WL = ids.unfold(0, window, stride)
     labels_WL = windows_WL.clone()
     labels_WL[1:, : window - stride] = -100

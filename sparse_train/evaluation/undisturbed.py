@@ -10,6 +10,15 @@ from sparse_train.layers.sparse_linear import sparse_layers
 from sparse_train.rng import isolated_rng
 
 
+def check_autocast(dtype: torch.dtype | None) -> None:
+    """Raise ValueError for a dtype in which autocast would not compute, but in that of the weights."""
+    if dtype not in (None, torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"autocast computes in bfloat16 or float16, got {str(dtype).removeprefix('torch.')}: the weights decide "
+            "about others. Load them in it: --model Pretrained --model.path FOLDER --model.dtype float32."
+        )
+
+
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Inside, evaluation mode without gradients; afterwards, the state of the model and of random numbers is restored.

@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from sparse_train.evaluation.task_data import TASKS_FOLDER, WANDA7, task_file
-from sparse_train.evaluation.undisturbed import undisturbed
+from sparse_train.evaluation.undisturbed import check_autocast, undisturbed
 from sparse_train.rng import isolated_rng
 from sparse_train.suggestions import did_you_mean
 
@@ -135,10 +135,12 @@ def evaluate_zero_shot(
 
     Raises:
         ValueError: lm-eval is missing; an unknown task, or one that reports no accuracy; a missing file, or items that
-            do not fit; no data from the hub; a limit below 1.
+            do not fit; no data from the hub; a limit below 1; a dtype that autocast does not know; or an answer that is
+            longer than the model's positions.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit is a count of items for each task, at least 1, got {limit}.")
+    check_autocast(autocast)
     _need_lm_eval()
     names = task_names(tasks)
     with undisturbed(model), _quiet(progress):
@@ -166,7 +168,16 @@ def evaluate_zero_shot(
             task.set_config("num_fewshot", 0)
             task.set_fewshot_seed(DEFAULT_OTHER_SEED)
         # standard errors of accuracies have a closed form; two bootstrap draws for others, which are not reported
-        found = evaluate(lm=lm, task_dict=selected, limit=limit, log_samples=True, bootstrap_iters=2)
+        try:
+            found = evaluate(lm=lm, task_dict=selected, limit=limit, log_samples=True, bootstrap_iters=2)
+        except AssertionError as error:
+            if str(error):
+                raise
+            raise ValueError(  # lm-eval says nothing
+                f"lm-eval stopped at one of its checks, most likely because an answer alone has more than the "
+                f"{lm.max_length} tokens that the model reads. Shorten or remove such items, or leave the task out; "
+                "--debug shows the check."
+            ) from error
     local = [name for name in loaded if task_data is not None and name in WANDA7]
     protocol = ZeroShotProtocol(
         model=model_name,

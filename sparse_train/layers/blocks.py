@@ -48,6 +48,13 @@ ONE_OF_TWO_TEXTS = "(tokens of the other text, I)"
 """Which inputs the attention mask of such a batch does not fit."""
 
 
+def vocabulary_of(model: nn.Module) -> int | None:
+    """How many token ids a transformers model has embeddings for; None if that is not known."""
+    if not hasattr(model, "config") or not hasattr(model, "get_input_embeddings"):
+        return None
+    return getattr(model.get_input_embeddings(), "num_embeddings", None)  # type: ignore[operator]
+
+
 def _is_block(module: nn.Module) -> bool:
     composite = next(module.children(), None) is not None
     return composite and any(dimensions(parameter) >= 2 for parameter in module.parameters())

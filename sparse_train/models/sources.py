@@ -3,6 +3,7 @@
 Recipes name these classes; a new source is a subclass.
 """
 
+import logging
 import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ import torch
 from sparse_train.models import packaged
 from sparse_train.packed.folder import SUFFIX
 from sparse_train.suggestions import did_you_mean
+
+_log = logging.getLogger(__name__)
 
 
 class ModelSource(ABC):
@@ -52,12 +55,17 @@ class Pretrained(ModelSource):
         gguf_file: name of a GGUF file in the folder; its weights are dequantised.
         dtype: dtype of the weights, such as "float32" or "bfloat16"; "auto" = that of the checkpoint.
         attn_implementation: attention kernel, such as "sdpa"; default: chosen by transformers.
+        trust_remote_code: run Python code that comes with the model, from the hub or the folder.
     """
 
     path: str
     gguf_file: str | None = None
     dtype: str = "float32"
     attn_implementation: str | None = None
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        self.path = os.path.expanduser(self.path)  # a shell does not in --model=~/x, and nothing does in YAML
 
     @property
     def name(self) -> str:
@@ -73,15 +81,49 @@ class Pretrained(ModelSource):
         self._check_folder()
         dtype = self.dtype if self.dtype == "auto" else float_dtype(self.dtype)
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                self.path, gguf_file=self.gguf_file, dtype=dtype, attn_implementation=self.attn_implementation
+            model, found = AutoModelForCausalLM.from_pretrained(
+                self.path,
+                gguf_file=self.gguf_file,
+                dtype=dtype,
+                attn_implementation=self.attn_implementation,
+                trust_remote_code=self.trust_remote_code,
+                output_loading_info=True,
             )
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise self._not_found("model", error) from error
+        self._check_whole(model, sorted(found["missing_keys"]))
         if self.gguf_file:  # the weights are dense now, but the model is still marked as quantised and refuses to save
             model.config.__dict__.pop("quantization_config", None)
             model.hf_quantizer, model.is_quantized = None, False
         return model
+
+    def _check_whole(self, model: Any, missing: list[str]) -> None:
+        """Raise ValueError for weights that the checkpoint lacks; warn if the model is only a part of what it holds."""
+        from transformers import AutoConfig
+
+        if getattr(model, "_hf_peft_config_loaded", False):
+            return  # what is known is about the adapter
+        stored: list[str] = []
+        if not self.gguf_file:
+            config = AutoConfig.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
+            stored = config.architectures or []
+        loaded = type(model).__name__
+        is_another = bool(stored) and loaded not in stored
+        if missing:
+            what = f"It holds a {stored[0]}, and is read as a {loaded}" if is_another else "It is damaged or incomplete"
+            raise ValueError(
+                f"{self.path} has no weights for {missing[0]}"
+                + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
+                + f" of the model, which would be random numbers. {what}. Give a checkpoint that has all of them."
+            )
+        if is_another:
+            _log.warning(
+                "%s holds a %s, and what is loaded of it is a %s: the rest, such as an image encoder, is neither read "
+                "nor part of what is written.",
+                self.path,
+                stored[0],
+                loaded,
+            )
 
     def tokenizer(self) -> Any:
         from transformers import AutoTokenizer
@@ -89,8 +131,10 @@ class Pretrained(ModelSource):
         if Path(self.path).is_file():
             self._check_folder()
         try:
-            return AutoTokenizer.from_pretrained(self.path, gguf_file=self.gguf_file)
-        except OSError as error:
+            return AutoTokenizer.from_pretrained(
+                self.path, gguf_file=self.gguf_file, trust_remote_code=self.trust_remote_code
+            )
+        except (OSError, ValueError) as error:
             raise self._not_found("tokenizer", error) from error
 
     def _check_folder(self) -> None:
@@ -109,10 +153,22 @@ class Pretrained(ModelSource):
                 f"{self.path} holds an adapter of peft without its model. Merge it into the model and save that "
                 "(merge_and_unload, save_pretrained), and give that folder."
             )
+        if path.is_dir() and not (path / "config.json").is_file() and (runs := sorted(path.glob("**/*.ckpt"))):
+            raise ValueError(
+                f"{self.path} is the folder of a training run. Make a model of its checkpoint: sparse-train export "
+                f"{runs[-1]} FOLDER."
+            )
         if any(Path(self.path).glob(f"*{SUFFIX}")):
             raise ValueError(f"{self.path} is packed. Unpack it first: sparse-train unpack {self.path} FOLDER.")
 
-    def _not_found(self, what: str, error: OSError) -> ValueError:
+    def _not_found(self, what: str, error: OSError | ValueError) -> ValueError:
+        if "trust_remote_code" in str(error):
+            return ValueError(
+                f"{self.path} comes with Python code of its own. If you trust it, run it: --model Pretrained "
+                f"--model.path {self.path} --model.trust_remote_code true."
+            )
+        if isinstance(error, ValueError):
+            return error
         local = "" if Path(self.path).exists() else "There is no local folder of that name, and from the hub: "
         similar = did_you_mean(self.path, [source.__name__ for source in ModelSource.__subclasses__()])
         return ValueError(f"Cannot load a {what} from {self.path!r}.{similar} {local}{error}")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_train.layers.blocks import ONE_OF_TWO_TEXTS, reads_two_texts
+from sparse_train.layers.blocks import ONE_OF_TWO_TEXTS, reads_two_texts, vocabulary_of
 from sparse_train.layers.matrices import MaskedLayer, Recorder
 from sparse_train.oneshot.block_order import MISSING, check_order, needs_more, out_of_order
 from sparse_train.oneshot.experts import ExpertMatrix, ExpertRecorder
@@ -179,9 +179,9 @@ def _check_ids(model: nn.Module, batch: Batch) -> None:
             "A calibration batch is a tensor of token ids (B, L) or a dict of model inputs, got ids of shape "
             f"({len(ids)},): one sample. Put a batch dimension in front (ids[None]), or use a DataLoader."
         )
-    if not isinstance(ids, Tensor) or ids.is_floating_point() or not ids.numel() or not hasattr(model, "config"):
+    if not isinstance(ids, Tensor) or ids.is_floating_point() or not ids.numel():
         return
-    known = getattr(model.get_input_embeddings(), "num_embeddings", None)  # type: ignore[operator]
+    known = vocabulary_of(model)
     if known is not None and not 0 <= int(ids.min()) <= int(ids.max()) < known:
         raise ValueError(
             f"Calibration ids go from {int(ids.min())} to {int(ids.max())}, and {type(model).__name__} has embeddings "

@@ -108,6 +108,14 @@ def write_index(folder: Path, shards: Iterable[str]) -> None:
     (folder / INDEX).write_text(text + "\n")
 
 
+def copy_others(source: Path, out: Path) -> None:
+    """Copy what a model folder has beside the model and ``save_pretrained`` does not write: processors, licenses."""
+    for pattern in ("*processor_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*"):
+        for file in source.glob(pattern):
+            if file.is_file() and not (out / file.name).exists():
+                shutil.copyfile(file, out / file.name)
+
+
 def copy_companions(source: Path, out: Path) -> None:
     """Copy the other files next to the weights: configuration and tokenizer."""
     for file in source.iterdir():

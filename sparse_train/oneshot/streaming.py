@@ -94,7 +94,7 @@ def prune_checkpoint(
     batches = None if batches is None else list(batches)
     work = out.parent / f".{out.name}.partial"
     new = not work.exists()
-    settings = [describe(each) for each in (pattern, target, method, allocation, targets, list(ignore))]
+    settings = [describe(each) for each in (pattern, target, method, allocation, targets, list(ignore or ()))]
     _open_work(work, [*settings, checkpoint.fingerprint, _hash(batches or [])])
     try:
         model = model_without_weights(path, checkpoint)

@@ -48,6 +48,7 @@ class MaskUpdater:
             loss = model(**batch).loss
             loss.backward(); optimizer.step(); optimizer.zero_grad()
             updater.step()
+        updater.finish()  # warns if the loop ended before the final sparsity
         squash(model)
 
     Args:

@@ -141,7 +141,7 @@ def _find(folder: Path) -> Path:
         raise ValueError(f"There is no folder {folder}.")
     if (folder / HISTORY).exists():
         return folder
-    below = sorted(path.parent for path in folder.glob(f"*/{HISTORY}"))
+    below = sorted(path.parent for depth in ("*", "*/*") for path in folder.glob(f"{depth}/{HISTORY}"))
     if len(below) == 1:
         return below[0]
     if below:

@@ -137,6 +137,8 @@ def select(
 
 
 def _match(model: nn.Module, patterns: Sequence[str], argument: str, fused: Mapping[str, FusedExperts]) -> list[str]:
+    if patterns is None:
+        raise ValueError(f"{argument} is a list of names, got null; leave it out, or write [].")
     if isinstance(patterns, str):
         raise ValueError(f"{argument} is a list of names, got the text {patterns!r}; write [{patterns!r}].")
     modules = dict(model.named_modules())

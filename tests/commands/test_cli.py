@@ -145,6 +145,20 @@ def test_evaluate_on_tasks(model_folder, text, capsys):
     assert "zero-shot accuracy of" in table
 
 
+def test_what_is_measured_before_a_task_that_fails_is_printed(model_folder, text, capsys):
+    item = {"premise": "Ann sold her car.", "hypothesis": "Ann had a car.", "gold": 0}
+    Path("data").mkdir()
+    Path("data/rte.jsonl").write_text(f"{json.dumps(item)}\n")
+    long = {"query": "It is", "choices": ["good", "bad " * 200, "so", "no"], "gold": 0}
+    Path("data/hellaswag.jsonl").write_text(f"{json.dumps(long)}\n")
+    with pytest.raises(SystemExit, match="an answer alone has more than the 128 tokens that the model reads"):
+        cli.main(
+            ["evaluate", str(model_folder), "--task_data=data", "--tasks=perplexity,hellaswag", f"--text={text}"]
+            + ["--window=32", "--max_tokens=640"]
+        )
+    assert "perplexity" in capsys.readouterr().out
+
+
 def test_mistakes_of_evaluate_come_before_the_model(model_folder, monkeypatch):
     monkeypatch.setattr("sparse_train.models.sources.Pretrained.load", lambda self: pytest.fail("loaded a model"))
     Path("data").mkdir()
@@ -357,6 +371,8 @@ def test_help_of_a_command_has_examples(command, capsys):
         (["evaluate", "model", "--text=TextFiles", "--text.train+=a.txt"], "has no text in its test split"),
         (["export", "nowhere.ckpt", "out"], "There is no checkpoint at nowhere.ckpt"),
         (["evaluate", "model", "--autocast=bf16"], "must name a floating point dtype"),
+        (["evaluate", "model", "--autocast=float32"], "autocast computes in bfloat16 or float16, got float32"),
+        (["prune", "--model=model", "--out=~/out"], "~ in ~/out was not replaced by a shell"),
         (["evaluate", "no/such-model"], "no/such-model"),
         (["evaluate", "model", "--window=8", "--batch_size=0"], "batch_size must be at least 1, got 0"),
         (["evaluate", "model", "--window=8", "--max_tokens=-1"], "max_tokens must be at least 1, got -1"),

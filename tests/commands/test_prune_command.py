@@ -1,11 +1,15 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from safetensors import SafetensorError
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from sparse_train.commands import cli
+from sparse_train.evaluation import evaluate_perplexity, token_ids
 from tests.conftest import tiny_llama, tiny_tokenizer
 
 
@@ -151,6 +155,42 @@ def test_a_measurement_that_cannot_be_made_is_said_before_the_pruning(run, text_
     assert [path.name for path in Path().iterdir()] == ["model"]
 
 
+def test_perplexity_with_the_beginning_of_text_in_front_of_each_window(run, text_file, model_folder):
+    tokenizer = tiny_tokenizer()
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.save_pretrained(model_folder)
+    text = json.dumps({"class_path": "TextFiles", "init_args": {"test": [str(text_file)]}})
+    _, without = run(f"--perplexity={text}", "--window=32", "--max_tokens=320")
+    pruned, details = run(f"--perplexity={text}", "--window=32", "--max_tokens=320", "--bos=true", out="with")
+    assert (details["perplexity"]["prefix"], without["perplexity"]["prefix"]) == (1, 0)
+    ids = token_ids([text_file.read_text()], tokenizer)[1:]
+    alone = evaluate_perplexity(pruned, ids, window=32, max_tokens=320, prefix=[1], batch_size=1)
+    assert details["perplexity"]["perplexity"] == alone.perplexity != without["perplexity"]["perplexity"]
+
+
+def test_what_a_folder_holds_beside_the_model_is_kept(run, model_folder):
+    for name in ("LICENSE", "preprocessor_config.json", "trainer_state.json"):
+        Path(model_folder, name).write_text("{}")
+    run()
+    assert Path("out", "LICENSE").is_file() and Path("out", "preprocessor_config.json").is_file()
+    assert not Path("out", "trainer_state.json").exists()
+
+
+def test_a_full_disk_is_said_before_the_pruning_and_after_it(run, monkeypatch):
+    free = shutil.disk_usage(".")._replace(free=1000)
+    with monkeypatch.context() as full:
+        full.setattr(shutil, "disk_usage", lambda path: free)
+        with pytest.raises(SystemExit, match="out needs about 0.0 GB, and 0.0 GB are free"):
+            run()
+
+    def fill(*args, **kwargs):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", fill)
+    with pytest.raises(SystemExit, match="out could not be written: I/O error: No space left"):
+        run()
+
+
 def test_the_sparsity_of_several_stages_is_over_all_of_them(run, capsys):
     Path("two.yaml").write_text(
         "a_stage:\n  pruning_modifiers:\n    WandaPruningModifier:\n      sparsity: 0.75\n"
@@ -171,6 +211,7 @@ def test_the_sparsity_of_several_stages_is_over_all_of_them(run, capsys):
     [
         (["--device=cuda:99x"], "device names a device of torch"),
         (["--max_tokens=9"], "--max_tokens is for the perplexity afterwards. Give --perplexity a text"),
+        (["--bos=true"], "--bos is for the perplexity afterwards. Give --perplexity a text"),
         (["--seeds=five"], "seeds are written 0..4 or 0,2,7, got 'five'"),
         (["--seeds=3..3"], "a spread needs two"),
         (["--seeds=0..1", "--criterion=Magnitude"], "seeds change nothing"),

@@ -191,12 +191,18 @@ def test_the_loss_is_float32_whatever_the_logits():
         ({"window": 8, "stride": 9}, "stride must be from 1 to window, which is 8, got 9"),
         ({"window": 8, "stride": 0}, "stride must be from 1 to window, which is 8, got 0"),
         ({"window": 100}, "text has 70 tokens, fewer than one window of 100"),
+        ({"autocast": torch.float32}, "autocast computes in bfloat16 or float16, got float32"),
         ({"words": torch.ones(69, dtype=torch.int64)}, r"a count for each token of ids, \(70,\), got \(69,\)"),
     ],
 )
 def test_mistakes(arguments, message):
     with pytest.raises(ValueError, match=message):
         evaluate_perplexity(tiny_llama(), torch.randint(3, VOCABULARY, (70,)), **arguments)
+
+
+def test_ids_of_another_tokenizer_are_refused():
+    with pytest.raises(ValueError, match=r"ids up to 200, and LlamaForCausalLM has embeddings for 0 to 127"):
+        evaluate_perplexity(tiny_llama(), torch.tensor([3, 200] * 20), window=8)
 
 
 def test_windows_longer_than_the_model_was_made_for(caplog):

@@ -27,6 +27,7 @@ def test_names_are_as_short_as_they_can_be(tmp_path):
 def test_the_folder_above_will_do_where_it_holds_one_run(tmp_path):
     leave(tmp_path / "run" / "version_0", START)
     assert collect([tmp_path / "run"])[0].folder == tmp_path / "run" / "version_0"
+    assert collect([tmp_path])[0].folder == tmp_path / "run" / "version_0"
     leave(tmp_path / "run" / "version_1", START)
     with pytest.raises(ValueError, match="holds 2 runs"):
         collect([tmp_path / "run"])

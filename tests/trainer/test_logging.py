@@ -87,11 +87,14 @@ def test_a_resumed_run_logs_what_the_checkpoint_had_not_logged(tmp_path):
 
 
 def test_the_trainer_is_patched_once_and_can_be_put_back(monkeypatch):
-    patched = Trainer.train, Trainer.log
+    def methods():
+        return Trainer.train, Trainer.log, Trainer.save_model
+
+    patched = methods()
     patch_trainer(SparseTrainerCallback)
-    assert (Trainer.train, Trainer.log) == patched
-    plain = Trainer.train.__wrapped__, Trainer.log.__wrapped__
-    monkeypatch.setattr(Trainer, "train", plain[0])
-    monkeypatch.setattr(Trainer, "log", plain[1])
+    assert methods() == patched
+    plain = [each.__wrapped__ for each in patched]
+    for each in plain:
+        monkeypatch.setattr(Trainer, each.__name__, each)
     patch_trainer(SparseTrainerCallback)
-    assert (Trainer.train.__wrapped__, Trainer.log.__wrapped__) == plain
+    assert [each.__wrapped__ for each in methods()] == plain

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from sparse_train.arguments import check_positive
 from sparse_train.evaluation.task_data import TASKS_FOLDER, WANDA7, task_file
 from sparse_train.evaluation.undisturbed import check_autocast, undisturbed
 from sparse_train.rng import isolated_rng
@@ -135,11 +136,12 @@ def evaluate_zero_shot(
 
     Raises:
         ValueError: lm-eval is missing; an unknown task, or one that reports no accuracy; a missing file, or items that
-            do not fit; no data from the hub; a limit below 1; a dtype that autocast does not know; or an answer that is
-            longer than the model's positions.
+            do not fit; no data from the hub; a limit or batch size below 1; a dtype that autocast does not know; or an
+            answer that is longer than the model's positions.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit is a count of items for each task, at least 1, got {limit}.")
+    check_positive("batch_size", batch_size)
     check_autocast(autocast)
     _need_lm_eval()
     names = task_names(tasks)

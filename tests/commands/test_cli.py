@@ -151,11 +151,9 @@ def test_what_is_measured_before_a_task_that_fails_is_printed(model_folder, text
     Path("data/rte.jsonl").write_text(f"{json.dumps(item)}\n")
     long = {"query": "It is", "choices": ["good", "bad " * 200, "so", "no"], "gold": 0}
     Path("data/hellaswag.jsonl").write_text(f"{json.dumps(long)}\n")
+    options = ["--task_data=data", "--tasks=perplexity,hellaswag", f"--text={text}", "--window=32", "--max_tokens=640"]
     with pytest.raises(SystemExit, match="an answer alone has more than the 128 tokens that the model reads"):
-        cli.main(
-            ["evaluate", str(model_folder), "--task_data=data", "--tasks=perplexity,hellaswag", f"--text={text}"]
-            + ["--window=32", "--max_tokens=640"]
-        )
+        cli.main(["evaluate", str(model_folder), *options])
     assert "perplexity" in capsys.readouterr().out
 
 

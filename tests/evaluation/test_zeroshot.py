@@ -363,6 +363,8 @@ def test_other_mistakes(monkeypatch):
         evaluate_zero_shot(model, tokenizer, [""])
     with pytest.raises(ValueError, match="at least 1, got 0"):
         evaluate_zero_shot(model, tokenizer, limit=0)
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got -1"):
+        evaluate_zero_shot(model, tokenizer, batch_size=-1)
     with pytest.raises(ValueError, match=r"Cannot get the data of arc_easy.*arc_easy.jsonl as --task_data"):
         evaluate_zero_shot(model, tokenizer, ["arc_easy"])
     with pytest.raises(ValueError, match=r"Cannot get the data of sciq.*Without a hub there are the tasks boolq"):

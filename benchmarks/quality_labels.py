@@ -108,7 +108,8 @@ SCRATCH = {
     "scratch_unstructured50": "to 50 % unstructured, re-pruned",
 }
 LENGTHS = (
-    *("dense", "static", "dynamic", "dynamic_distill", "dynamic_distill_tuned", "dynamic_magnitude"),
+    *("dense", "static", "dynamic", "static_distill", "dynamic_distill", "dynamic_distill_tuned"),
+    "dynamic_magnitude",
     *("dynamic_sparsegpt", "dynamic_sparsegpt_distill", "dynamic_sparsegpt_distill_tuned"),
 )
 """Arms whose longer runs are shown next to those of 100 steps."""

@@ -2,7 +2,8 @@
 
 peft merges by writing ``W + BA`` into the base layer's weight. If that layer is masked, the mask would prune the sum,
 and the model would no longer be the one that was trained, ``mask * W + BA``. If the mask has been squashed, the sum is
-correct, but dense. Some adapters read the weight (DoRA) or write it (PiSSA, OLoRA, ...) already when they are added.
+correct, but dense. DoRA computes with norms of all weights, and PiSSA and OLoRA write some when they are added. Rare
+kinds of adapters that multiply the weight in their own forward (HRA, MiSS with "bat", PEANuT) are not found.
 """
 
 import functools
@@ -112,16 +113,17 @@ def _guarded_start(update_layer: Any) -> Any:
 
 
 def check_reads(adapter: Any) -> None:
-    """Raise ValueError for an adapter that computes with all weights of its base, also those that a mask prunes."""
+    """Raise ValueError for DoRA, which computes with all weights of its base, also those that a mask prunes."""
     if any(getattr(adapter, "use_dora", {}).values()):
         raise ValueError(
             "DoRA divides by the norms of the weights of its layer, which under a mask would include pruned weights, "
-            "so that the model would change when the mask is folded in. Use LoRA without use_dora, or squash the model "
-            "first (its zeros stay, as the base is frozen)."
+            "so that the model would change when the mask is folded in. Use LoRA without use_dora; add DoRA after the "
+            "masks are folded in (its base is frozen, so zeros stay); merge it first; or leave its layers out (ignore)."
         )
 
 
 def _is_sparse(weight: Tensor) -> bool:
-    if not weight.is_floating_point() or weight.is_meta or not weight.numel():
+    ordinary = type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point() and weight.dtype.itemsize > 1
+    if not ordinary or weight.is_meta or not weight.numel():
         return False
     return 1 - int(torch.count_nonzero(weight)) / weight.numel() > _SPARSE

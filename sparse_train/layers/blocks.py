@@ -52,7 +52,10 @@ def vocabulary_of(model: nn.Module) -> int | None:
     """How many token ids a transformers model has embeddings for; None if that is not known."""
     if not hasattr(model, "config") or not hasattr(model, "get_input_embeddings"):
         return None
-    return getattr(model.get_input_embeddings(), "num_embeddings", None)  # type: ignore[operator]
+    try:
+        return getattr(model.get_input_embeddings(), "num_embeddings", None)  # type: ignore[operator]
+    except NotImplementedError:  # a model whose code is not that of transformers
+        return None
 
 
 def _is_block(module: nn.Module) -> bool:

@@ -126,8 +126,11 @@ def refuse_dense(module: nn.Module, state_dict: dict[str, Any], prefix: str, *ar
 
 def _add_own_masks(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
     """Complete a state dict that ``save_pretrained`` has written from this model, or from one with the same masks."""
-    layers = {f"{prefix}{name}." if name else prefix: layer for name, layer in sparse_layers(module).items()}
+    named = module.named_modules(remove_duplicate=False)  # a state dict has both names of a shared layer
+    layers = {f"{prefix}{n}." if n else prefix: each for n, each in named if isinstance(each, MaskedLayer)}
     stored = {n: each for n, each in layers.items() if f"{n}weight" in state_dict and n + MASK_NAME not in state_dict}
+    if any(layer.weight_mask.is_meta or state_dict[f"{n}weight"].is_meta for n, layer in stored.items()):
+        return  # there is nothing to compare
     if all(layer.keeps_all() for layer in stored.values()):  # any weights would do, those of a dense model, too
         return
     if all(_has_zeros_of(layer, state_dict[f"{name}weight"]) for name, layer in stored.items()):

@@ -91,38 +91,35 @@ class Pretrained(ModelSource):
             )
         except (OSError, ValueError) as error:
             raise self._not_found("model", error) from error
-        self._check_whole(model, sorted(found["missing_keys"]))
+        self._check_whole(model, sorted(found["missing_keys"]), sorted(found["unexpected_keys"]))
         if self.gguf_file:  # the weights are dense now, but the model is still marked as quantised and refuses to save
             model.config.__dict__.pop("quantization_config", None)
             model.hf_quantizer, model.is_quantized = None, False
         return model
 
-    def _check_whole(self, model: Any, missing: list[str]) -> None:
+    def _check_whole(self, model: Any, missing: list[str], unread: list[str]) -> None:
         """Raise ValueError for weights that the checkpoint lacks; warn if the model is only a part of what it holds."""
         from transformers import AutoConfig
 
-        if getattr(model, "_hf_peft_config_loaded", False):
+        if self.gguf_file or getattr(model, "_hf_peft_config_loaded", False):
             return  # what is known is about the adapter
-        stored: list[str] = []
-        if not self.gguf_file:
-            config = AutoConfig.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
-            stored = config.architectures or []
-        loaded = type(model).__name__
-        is_another = bool(stored) and loaded not in stored
+        config = AutoConfig.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
+        stored, loaded = (config.architectures or ["model"])[0], type(model).__name__
         if missing:
-            what = f"It holds a {stored[0]}, and is read as a {loaded}" if is_another else "It is damaged or incomplete"
+            what = f"It holds a {stored}, and is read as a {loaded}" if stored != loaded else "It is incomplete"
             raise ValueError(
                 f"{self.path} has no weights for {missing[0]}"
                 + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
                 + f" of the model, which would be random numbers. {what}. Give a checkpoint that has all of them."
             )
-        if is_another:
+        # of a model for images and text, a model for text may be a part, whose class drops the other keys in silence
+        if unread or type(config) is not type(model.config):
             _log.warning(
-                "%s holds a %s, and what is loaded of it is a %s: the rest, such as an image encoder, is neither read "
-                "nor part of what is written.",
+                "%s holds a %s, and what is loaded of it is a %s: the rest (%s) is neither read nor written.",
                 self.path,
-                stored[0],
+                stored,
                 loaded,
+                f"{unread[0]}, ..." if unread else "what is not for text",
             )
 
     def tokenizer(self) -> Any:
@@ -153,10 +150,12 @@ class Pretrained(ModelSource):
                 f"{self.path} holds an adapter of peft without its model. Merge it into the model and save that "
                 "(merge_and_unload, save_pretrained), and give that folder."
             )
-        if path.is_dir() and not (path / "config.json").is_file() and (runs := sorted(path.glob("**/*.ckpt"))):
+        runs = [*path.glob("*.ckpt"), *path.glob("checkpoints/*.ckpt")]
+        if runs and not self.gguf_file and not (path / "config.json").is_file():
+            newest = max(runs, key=lambda checkpoint: checkpoint.stat().st_mtime)
             raise ValueError(
                 f"{self.path} is the folder of a training run. Make a model of its checkpoint: sparse-train export "
-                f"{runs[-1]} FOLDER."
+                f"{newest} FOLDER."
             )
         if any(Path(self.path).glob(f"*{SUFFIX}")):
             raise ValueError(f"{self.path} is packed. Unpack it first: sparse-train unpack {self.path} FOLDER.")

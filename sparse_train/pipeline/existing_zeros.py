@@ -93,8 +93,10 @@ def masks_from_zeros(
     if follows:
         warn_of_filled_zeros(layers, pattern, sparsity)
         return True
-    if was_pruned and rank() == 0:
-        found = measure(layers).values()
+    if not was_pruned:
+        return False
+    found = measure(layers).values()  # on every rank, as the sum over shards of weights is
+    if rank() == 0:
         _log.warning(
             "The model was pruned before: %.1f %% of its weights are zeros, but not where %s at %g has them. So "
             "training fills them, and the first mask prunes other weights, too. %s",
@@ -110,7 +112,8 @@ def warn_of_filled_zeros(layers: Mapping[str, MaskedLayer], pattern: Pattern, sp
     """Warn if the masks of layers keep zeros of a model that was pruned before, so that training fills them."""
     kept = sum(masks.count(layer.weight_mask) for layer in layers.values())
     counts = measure(layers).values()
-    size, zeros = sum(each.size for each in counts), sum(each.zeros for each in counts)
+    size = sum(each.size for each in counts)
+    zeros = sum(each.zeros for each in counts if each.zeros < each.size)  # new layers may begin at zero
     share = (zeros - (size - kept)) / size
     if share <= _A_FEW or rank() != 0:
         return

@@ -130,7 +130,7 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
         self._hooks: list[Any] = []
         self._unlogged: dict[str, float] = {}
         self._resumed: Path | None = None
-        self._saved: Path | None = None  # the last checkpoint whose state was written
+        self._saved: Path | None = None  # the checkpoint whose state has been written, until on_save
         self._first_try: FirstTry | None = None  # of this train(), which auto_find_batch_size may retry
         self.updater: MaskUpdater | None = None
         """The running pipeline; None before the run has begun."""
@@ -259,6 +259,7 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._saved != _folder_of(args, state):  # a subclass of Trainer saves models in a way of its own
             self.save_state(args, state, _folder_of(args, state))
+        self._saved = None  # another run may write to the same folder
 
     def on_train_end(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
         assert self.updater is not None

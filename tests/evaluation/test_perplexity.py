@@ -205,6 +205,15 @@ def test_ids_of_another_tokenizer_are_refused():
         evaluate_perplexity(tiny_llama(), torch.tensor([3, 200] * 20), window=8)
 
 
+def test_a_model_that_does_not_tell_its_embeddings_is_evaluated(monkeypatch):
+    def unknown(self):
+        raise NotImplementedError
+
+    model = tiny_llama()
+    monkeypatch.setattr(type(model), "get_input_embeddings", unknown)
+    assert evaluate_perplexity(model, torch.randint(3, VOCABULARY, (70,)), window=8).perplexity > 1
+
+
 def test_windows_longer_than_the_model_was_made_for(caplog):
     ids = torch.randint(3, VOCABULARY, (70,))
     learned = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=VOCABULARY, n_positions=16))

@@ -242,3 +242,14 @@ else:
     assert run.returncode == 0, run.stderr
     weight = AutoModelForCausalLM.from_pretrained(tmp_path / "out").model.layers[0].self_attn.q_proj.weight
     assert float((weight == 0).float().mean()) == 0.5
+
+
+def test_adapters_on_weights_of_8_bits_are_left_alone():
+    sparsify(nn.Sequential(nn.Linear(4, 4)), [])  # sets the guards
+    model = tiny_llama()
+    for name, parameter in model.named_parameters():
+        if name.endswith("q_proj.weight"):
+            parameter.data = parameter.data.to(torch.float8_e4m3fn)
+    get_peft_model(model, LORA)
+    with pytest.raises(ValueError, match="float8_e4m3fn: masks are for 16 bits or more"):
+        prune(model, None, "2:4", criterion=Magnitude())

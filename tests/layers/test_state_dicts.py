@@ -114,3 +114,16 @@ def test_what_a_masked_model_has_saved_can_be_loaded_into_it(tmp_path):
 def test_what_has_zeros_elsewhere_is_refused():
     with pytest.raises(ValueError, match="holds no masks"):
         masked_llama().load_state_dict(squashed_state_dict(masked_llama()))
+
+
+def test_a_layer_under_two_names_is_completed_under_both():
+    layer = nn.Linear(8, 8)
+    model = nn.ModuleList([layer, layer])
+    sparsify(model, [layer])
+    layer.set_mask(torch.rand(8, 8) < 0.5)
+    model.load_state_dict(squashed_state_dict(model))
+    with torch.device("meta"):
+        empty = nn.ModuleList([nn.Linear(8, 8)])
+    sparsify(empty, empty)
+    with pytest.raises(ValueError, match="holds no masks"):
+        empty.load_state_dict(nn.ModuleList([nn.Linear(8, 8)]).state_dict(), assign=True)

@@ -111,3 +111,10 @@ def test_what_has_no_zeros_to_keep_is_refused():
     prune(model, mask_structure="2:4", criterion=Magnitude(), squash=False)
     with pytest.raises(ValueError, match="has masks already"):
         keep_zeros(model)
+
+
+def test_a_layer_that_begins_at_zero_was_not_pruned(caplog):
+    model = tiny_llama()
+    torch.nn.init.zeros_(model.model.layers[2].mlp.down_proj.weight)
+    MaskUpdater(model, "2:4", start_step=4, total_steps=12)
+    assert not caplog.records

@@ -1,5 +1,7 @@
 """Ranks that go wrong: one that holds another mask, one that dies."""
 
+import io
+import logging
 import os
 import re
 import signal
@@ -10,8 +12,9 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.device_mesh import init_device_mesh
 
-from sparse_train import sparse_layers
+from sparse_train import MaskUpdater, sparse_layers
 from sparse_train.callbacks import DynamicPruning
 from sparse_train.distributed import rank, world_size
 from sparse_train.layers.sharding import shard_blocks
@@ -94,6 +97,26 @@ def test_a_row_that_is_not_finite_stops_the_ranks_that_do_not_hold_it(tmp_path):
 def test_a_rank_that_is_killed_is_an_error(tmp_path):
     with pytest.raises(launch.RankFailed, match="rank 1 ended with -9|rank 0"):
         launch.run(train, "ddp", tmp_path, 9, die)
+
+
+def pruned_otherwise(columns: int) -> str:
+    """What is logged of a sharded model whose zeros are whole columns, at the start of a run."""
+    model, said = engines.tiny_llama(), io.StringIO()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "proj" in name:
+                parameter[:, :columns] = 0
+    shard_blocks(model, init_device_mesh("cpu", (world_size(),)))
+    handler = logging.StreamHandler(said)
+    logging.getLogger("sparse_train").addHandler(handler)
+    MaskUpdater(model, "2:4", total_steps=10)
+    MaskUpdater(engines.tiny_llama(), "2:4", start_step=4, total_steps=10)
+    return said.getvalue()
+
+
+def test_a_sharded_model_that_was_pruned_otherwise_starts_with_a_warning_of_one_rank(tmp_path):
+    first, second = launch.run(pruned_otherwise, 18)
+    assert first.count("The model was pruned before") == 1 and not second
 
 
 class Unsharded(engines.Module):

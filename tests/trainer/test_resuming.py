@@ -130,8 +130,11 @@ def test_a_trainer_that_saves_models_in_its_own_way_gets_the_state_too(tmp_path)
 
     settings = {"save_strategy": "steps", "save_steps": 4}
     args = trainer(tmp_path, **settings).args
-    Own(tiny_llama(), args, train_dataset=Tokens(), callbacks=[pruning()]).train()
-    assert (tmp_path / "checkpoint-8" / FILE_NAME).is_file()
+    run = Own(tiny_llama(), args, train_dataset=Tokens(), callbacks=[pruning()])
+    for _ in range(2):  # into the same folder
+        run.train()
+        assert (tmp_path / "checkpoint-12" / FILE_NAME).is_file()
+        shutil.rmtree(tmp_path / "checkpoint-12")
 
 
 @pytest.mark.parametrize("best", [False, True])

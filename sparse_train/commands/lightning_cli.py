@@ -153,6 +153,9 @@ class SparseTrainCLI(LightningCLI):
                 made = training_rows(updater.settings(), asdict(updater.timing), updater.steps)
             elif isinstance(callback, DynamicPruning) and (state := callback.state_dict()):  # the state at the end
                 made = training_rows(state["settings"], state["timing"], state["steps"])
+        if (distillation := self.model.distillation) is not None:
+            teacher = (distillation.teacher or source).name
+            made["teacher"] = f"{teacher}, dense" if distillation.teacher is None else teacher
         found = self.trainer.callback_metrics.get("val/perplexity")
         text, size = self.datamodule.text.name, self.datamodule.block_size
         return ModelCard(

@@ -242,4 +242,6 @@ def _end(runs: Sequence[Run]) -> int:
 
 
 def _pick(metrics: Mapping[str, float], word: str) -> float | None:
-    return next((value for name, value in metrics.items() if word in name), None)
+    found = {name: value for name, value in metrics.items() if word in name}
+    own = [value for name, value in found.items() if name.rpartition("/")[2] == word]  # not one of its terms
+    return next(iter([*own, *found.values()]), None)

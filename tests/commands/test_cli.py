@@ -1,3 +1,4 @@
+import csv
 import json
 import os
 import signal
@@ -169,6 +170,18 @@ def test_mistakes_of_evaluate_come_before_the_model(model_folder, monkeypatch):
         with pytest.raises(SystemExit, match="sparse-train evaluate") as error:
             cli.main(["evaluate", str(model_folder), *options])
         assert message in str(error.value)
+
+
+def test_a_distilled_model_names_its_teacher_and_its_report_shows_the_loss_that_was_trained(model_folder, text):
+    options = ["--trainer.max_steps=3", "--trainer.log_every_n_steps=1", "--trainer.logger.init_args.save_dir=run"]
+    options += ["--data.block_size=32", "--trainer.default_root_dir=run", "--trainer.enable_progress_bar=false"]
+    recipe = ["--config=recipes/smollm2_2of4_distill.yaml", f"--model.model={model_folder}", f"--data.text={text}"]
+    cli.main(["fit", *recipe, *options, "--export=exported"])
+    assert f"| teacher | {model_folder}, dense |" in Path("exported/README.md").read_text()
+    rows = csv.DictReader(Path("run/version_0/metrics.csv").read_text().splitlines())
+    trained = [f"{float(row['train/loss']):.4g}" for row in rows if row["train/loss"]]
+    report = Path("run/version_0/report.md").read_text()
+    assert f"training: {trained[0]} at step 1 to {trained[-1]} at step 3" in report
 
 
 def test_fit_export_and_resume(model_folder, text, capsys):

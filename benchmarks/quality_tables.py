@@ -226,7 +226,7 @@ STATIC_OF = {
     "dynamic": "static",
     "dynamic_distill": "static_distill",
     "dynamic_70": "static_70",
-    "dynamic_owl_70": "static_70",
+    "dynamic_owl_70": "static_owl_70",
 }
 
 
@@ -239,6 +239,7 @@ def headline(runs: Runs) -> str:
         "dynamic_distill": "re-pruned, distilled from the dense model",
         "static_70": "70 % unstructured: static",
         "dynamic_70": "70 % unstructured: re-pruned",
+        "static_owl_70": "70 % unstructured: static, divided among layers by OWL",
         "dynamic_owl_70": "70 % unstructured: re-pruned, divided among layers by OWL",
     }
     for arm in ("static_ste", "oneshot_sparsegpt", "dynamic_k50", "dynamic_k1"):

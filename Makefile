@@ -1,6 +1,7 @@
 # make demo   the whole job on a real model        make test   style, types, tests
 # make setup  only the virtual environment         make bench  benchmarks of time
 # make docs   these pages as a site, in site/      make zeroshot  the table of zero-shot accuracy
+# make golden  masks and weights of tiny runs against their recorded digests
 
 PYTHON ?= python3
 STEPS ?= 20
@@ -17,7 +18,7 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 export DS_ACCELERATOR = cpu
 export NO_MKDOCS_2_WARNING = 1
 
-.PHONY: setup demo test lint bench zeroshot docs clean
+.PHONY: setup demo test lint golden bench zeroshot docs clean
 
 setup: $(READY)
 
@@ -37,6 +38,9 @@ lint: $(READY)
 
 test: lint  # two workers of one thread each: on two cores, threads of both would wait for each other
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+golden: $(READY)  # "$(BIN)/python -m tests.golden record" writes the digests anew
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.golden check
 
 bench: $(READY)
 	$(BIN)/python benchmarks/selection.py

@@ -28,6 +28,7 @@ from sparse_train import (
     squash,
 )
 from sparse_train.callbacks import DynamicPruning
+from sparse_train.distributed import rank
 from sparse_train.layers.sharding import whole_state_dict
 from sparse_train.oneshot.streaming import prune_checkpoint
 from sparse_train.trainer import SparseTrainerCallback
@@ -64,6 +65,7 @@ __all__ = [
     "one_shot",
     "prune",
     "prune_checkpoint",
+    "rank",
     "squash",
     "srste",
     "whole_state_dict",

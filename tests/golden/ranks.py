@@ -7,7 +7,6 @@ from tempfile import TemporaryDirectory
 import lightning as L
 import torch
 
-from sparse_train.distributed import rank
 from tests.golden import api
 from tests.golden.models import model
 from tests.golden.outcome import Outcome, quiet
@@ -46,7 +45,7 @@ def _fit(engine: str, resumed: str = "", *, folder: Path) -> Outcome:
 
 def _train(engine: str, folder: Path, *callbacks: L.Callback, ckpt_path: Path | None = None) -> Outcome:
     module, keep = engines.Module(model()), KeepMasks()
-    torch.manual_seed(rank())
+    torch.manual_seed(api.rank())
     pruning = api.DynamicPruning("2:4", update_freq=3)
     trainer = engines.trainer(engine, folder, pruning, *callbacks, keep, max_steps=STEPS)
     trainer.fit(module, engines.loader(), ckpt_path=ckpt_path, weights_only=False)

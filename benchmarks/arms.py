@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass, field
 
-from sparse_train import OWL, Allocation, Criterion, Magnitude, Solver, SparseGPT, Wanda
+from sparse_train import OWL, Criterion, Magnitude, Solver, SparseGPT, SparsityDistribution, Uniform, Wanda
 from sparse_train.data.texts import PackagedWikipedia, PythonStandardLibrary, TextSource
 
-_P = "--trainer.callbacks.init_args"
+CALLBACK = "--trainer.callbacks.init_args"
+"""Prefix of the arguments of ``DynamicPruning``, the last callback of the recipes."""
 _DISTILLATION = [
     "--model.distillation=Distillation",
     "--model.distillation.hardness_ce=0.33",
@@ -15,18 +16,18 @@ _DISTILLATION = [
 
 
 @dataclass(frozen=True)
-class OneShot:
+class Untrained:
     """An arm without training, calibrated on the same batches as the first mask of the trained arms.
 
     Args:
         method: criterion or solver.
-        mask_structure, sparsity, allocation: see ``sparse_train.prune``.
+        mask_structure, sparsity, distribution: see ``sparse_train.prune``.
     """
 
     method: Criterion | Solver
     mask_structure: str = "2:4"
     sparsity: float | None = None
-    allocation: Allocation | None = None
+    distribution: SparsityDistribution = field(default_factory=Uniform)
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def _arm(
     start: str | None = None,
     text: TextSource | None = None,
 ) -> Arm:
-    own = [change if change.startswith("--") else f"{_P}.{change}" for change in changes]
+    own = [change if change.startswith("--") else f"{CALLBACK}.{change}" for change in changes]
     learns = _DISTILLATION if distil or teacher else []
     return Arm(f"recipes/{recipe}.yaml", learns + own, teacher, start, text or PackagedWikipedia())
 
@@ -68,18 +69,21 @@ def _shifted(*changes: str) -> Arm:
 
 
 ONESHOT = {
-    "oneshot_wanda": OneShot(Wanda()),
-    "oneshot_magnitude": OneShot(Magnitude()),
-    "oneshot_sparsegpt": OneShot(SparseGPT()),
-    "oneshot_wanda_70": OneShot(Wanda(), "unstructured", 0.7),
-    "oneshot_owl_70": OneShot(Wanda(), "unstructured", 0.7, OWL()),
+    "oneshot_wanda": Untrained(Wanda()),
+    "oneshot_magnitude": Untrained(Magnitude()),
+    "oneshot_sparsegpt": Untrained(SparseGPT()),
+    "oneshot_wanda_70": Untrained(Wanda(), "unstructured", 0.7),
+    "oneshot_owl_70": Untrained(Wanda(), "unstructured", 0.7, OWL()),
 }
-_FROM_WANDA = ("criterion=Magnitude", "initial_criterion=Wanda")
+_WANDA_FIRST = ("first_mask=OneShot", "first_mask.criterion=Wanda")
+_SPARSEGPT_FIRST = ("first_mask=OneShot", "first_mask.criterion=SparseGPT")
+_FROM_WANDA = ("criterion=Magnitude", *_WANDA_FIRST)
 _GRADUAL = (
     *("criterion=Magnitude", "policy=Fixed", "schedule=Cubic", "schedule.final_sparsity=0.5"),
     "end_step=0.5",  # N:M rounds down, so 2:4 is only reached at the end of the schedule
 )
-_DECAY = ("policy=StraightThrough", "policy.srste_decay=0.01")
+_AST = ("criterion=Magnitude", "policy=variants.RisingDecay", "end_step=1.0")
+_SWAPS = (*_FROM_WANDA, "policy=variants.EvidenceSwaps")
 _70 = ("mask_structure=unstructured", "sparsity=0.7")
 
 ARMS: dict[str, Arm] = {
@@ -93,29 +97,17 @@ ARMS: dict[str, Arm] = {
     "gradual_magnitude": _arm("smollm2_2of4", *_GRADUAL),
     # which score, from the same first mask
     "dynamic_magnitude": _arm("smollm2_2of4", *_FROM_WANDA),
-    "dynamic_ria": _arm("smollm2_2of4", "criterion=RIA", "initial_criterion=Wanda"),
-    "dynamic_frozen_norms": _arm("smollm2_2of4", "memory=frozen"),
-    "dynamic_window": _arm("smollm2_2of4", "memory=0", "flip_agreement=true"),  # which only measures
-    "dynamic_memory50": _arm("smollm2_2of4", "memory=0.5"),
-    "dynamic_memory90": _arm("smollm2_2of4", "memory=0.9"),
+    "dynamic_ria": _arm("smollm2_2of4", "criterion=RIA", *_WANDA_FIRST),
+    "dynamic_frozen_norms": _arm("smollm2_2of4", "norm_decay=frozen"),
+    "dynamic_window": _arm("smollm2_2of4", "norm_decay=0"),
+    "dynamic_memory50": _arm("smollm2_2of4", "norm_decay=0.5"),
+    "dynamic_memory90": _arm("smollm2_2of4", "norm_decay=0.9"),
     "dynamic_dense_norms": _arm("smollm2_2of4", "window=1", "--trainer.callbacks+=variants.DenseNorms"),
-    # weights come back only if they are better by a margin
-    "dynamic_hysteresis5": _arm("smollm2_2of4", "hysteresis=0.05"),
-    "dynamic_hysteresis20": _arm("smollm2_2of4", "hysteresis=0.2"),
-    "dynamic_noise1": _arm("smollm2_2of4", "noise_margin=1", "flip_agreement=true"),
-    "dynamic_window_hysteresis5": _arm("smollm2_2of4", "memory=0", "hysteresis=0.05"),
-    "dynamic_window_hysteresis20": _arm("smollm2_2of4", "memory=0", "hysteresis=0.2"),
-    "dynamic_window_noise1": _arm("smollm2_2of4", "memory=0", "noise_margin=1", "flip_agreement=true"),
-    "dynamic_window_noise2": _arm("smollm2_2of4", "memory=0", "noise_margin=2", "flip_agreement=true"),
     # decay of shadow values, and when updates stop
-    "dynamic_decay": _arm("smollm2_2of4", *_DECAY, "policy.ramp=0"),
-    "dynamic_decay2": _arm("smollm2_2of4", "policy=StraightThrough", "policy.srste_decay=0.02", "policy.ramp=0"),
-    "dynamic_decay_ramped": _arm("smollm2_2of4", *_DECAY),
-    "dynamic_decay_annealed": _arm("smollm2_2of4", *_DECAY, "policy.anneal=0.5"),
-    "dynamic_decay_coupled": _arm("smollm2_2of4", "--trainer.callbacks+=variants.CoupledDecay"),
-    "dynamic_decay_coupled_large": _arm(
-        "smollm2_2of4", "--trainer.callbacks+=variants.CoupledDecay", "--trainer.callbacks.rate=0.01"
-    ),
+    "dynamic_decay": _arm("smollm2_2of4", "policy=StraightThrough", "policy.srste_decay=0.01"),
+    "dynamic_decay2": _arm("smollm2_2of4", "policy=StraightThrough", "policy.srste_decay=0.02"),
+    "dynamic_decay_coupled": _arm("smollm2_2of4", "policy=variants.CoupledDecay"),
+    "dynamic_decay_coupled_large": _arm("smollm2_2of4", "policy=variants.CoupledDecay", "policy.rate=0.01"),
     "dynamic_stop50": _arm("smollm2_2of4", "end_step=0.5"),
     "dynamic_stop100": _arm("smollm2_2of4", "end_step=1.0"),
     # no gradient to pruned weights, which come back with their former value
@@ -123,40 +115,45 @@ ARMS: dict[str, Arm] = {
     "dynamic_dormant_distill": _arm("smollm2_2of4", "policy=Dormant", distil=True),
     "dynamic_dormant_distill_tuned": _arm("smollm2_2of4", "policy=Dormant", teacher=True),
     # a gradient to pruned weights, which move less far than kept ones
-    "dynamic_slow_shadows": _arm("smollm2_2of4", "--trainer.callbacks+=variants.SlowShadows"),
-    "dynamic_slow_shadows_distill": _arm("smollm2_2of4", "--trainer.callbacks+=variants.SlowShadows", distil=True),
+    "dynamic_slow_shadows": _arm("smollm2_2of4", "policy=variants.SlowShadows"),
+    "dynamic_slow_shadows_distill": _arm("smollm2_2of4", "policy=variants.SlowShadows", distil=True),
     # weights come back by their gradient
     "regrow": _arm("smollm2_2of4", "policy=Regrow"),
     "regrow_times_norm": _arm("smollm2_2of4", "policy=Regrow", "policy.times_norm=true"),
     # from a model that was pruned before: its pruned weights are zeros, not their former values
-    "static_from_sparsegpt": _arm("smollm2_2of4_static", start="oneshot_sparsegpt"),
-    "dynamic_from_sparsegpt": _arm("smollm2_2of4", start="oneshot_sparsegpt"),
+    "static_from_sparsegpt": _arm("smollm2_2of4_static", "first_mask=FromZeros", start="oneshot_sparsegpt"),
+    "dynamic_from_sparsegpt": _arm("smollm2_2of4", "first_mask=FromZeros", start="oneshot_sparsegpt"),
     # SparseGPT's first mask and weights, made in the run: pruned weights keep their former values
-    "dynamic_sparsegpt": _arm("smollm2_2of4", "initial_criterion=SparseGPT"),
-    "dynamic_sparsegpt_distill": _arm("smollm2_2of4", "initial_criterion=SparseGPT", distil=True),
-    "dynamic_sparsegpt_distill_tuned": _arm("smollm2_2of4", "initial_criterion=SparseGPT", teacher=True),
-    "dynamic_from_wanda": _arm("smollm2_2of4", start="oneshot_wanda"),
+    "dynamic_sparsegpt": _arm("smollm2_2of4", *_SPARSEGPT_FIRST),
+    "dynamic_sparsegpt_distill": _arm("smollm2_2of4", *_SPARSEGPT_FIRST, distil=True),
+    "dynamic_sparsegpt_distill_tuned": _arm("smollm2_2of4", *_SPARSEGPT_FIRST, teacher=True),
+    "dynamic_from_wanda": _arm("smollm2_2of4", "first_mask=FromZeros", start="oneshot_wanda"),
     # distillation from the untouched model, and from the one that --teacher names
     "static_distill": _arm("smollm2_2of4_static", distil=True),
     "dynamic_distill": _arm("smollm2_2of4", distil=True),
-    "dynamic_window_distill": _arm("smollm2_2of4", "memory=0", distil=True),
+    "dynamic_window_distill": _arm("smollm2_2of4", "norm_decay=0", distil=True),
     "dynamic_distill_kl": _arm(
         "smollm2_2of4", "--model.distillation.hardness_ce=0", "--model.distillation.hardness_kldiv=1", distil=True
     ),
     "dynamic_distill_squarehead": _arm("smollm2_2of4", "--model.distillation.hardness_squarehead=1", distil=True),
     "static_distill_tuned": _arm("smollm2_2of4_static", teacher=True),
     "dynamic_distill_tuned": _arm("smollm2_2of4", teacher=True),
+    # weights swap places by what the optimizer's moments say of them
+    "swaps_distill": _arm("smollm2_2of4", *_SWAPS, distil=True),
+    "swaps_k40_distill": _arm("smollm2_2of4", *_SWAPS, "update_freq=40", distil=True),
+    # AST (arXiv 2407.20584): magnitude from the start, a decay that rises for a quarter of the run, masks never frozen
+    "ast_distill": _arm("smollm2_2of4", *_AST, distil=True),
     # trained on another text than the first mask was calibrated on
     "static_shift": _shifted("policy=Fixed"),
-    "dynamic_frozen_norms_shift": _shifted("memory=frozen"),
-    "dynamic_window_shift": _shifted("memory=0"),
+    "dynamic_frozen_norms_shift": _shifted("norm_decay=frozen"),
+    "dynamic_window_shift": _shifted("norm_decay=0"),
     "dynamic_shift": _shifted(),
     # unstructured
     "static_70": _arm("smollm2_unstructured60", *_70, "policy=Fixed"),
     "static_ste_70": _arm("smollm2_unstructured60", *_70, "end_step=0"),
     "dynamic_70": _arm("smollm2_unstructured60", *_70),
-    "dynamic_window_70": _arm("smollm2_unstructured60", *_70, "memory=0"),
-    "dynamic_frozen_norms_70": _arm("smollm2_unstructured60", *_70, "memory=frozen"),
+    "dynamic_window_70": _arm("smollm2_unstructured60", *_70, "norm_decay=0"),
+    "dynamic_frozen_norms_70": _arm("smollm2_unstructured60", *_70, "norm_decay=frozen"),
     "dynamic_magnitude_70": _arm("smollm2_unstructured60", *_70, *_FROM_WANDA),
     "dynamic_k50_70": _arm("smollm2_unstructured60", *_70, "update_freq=50"),
     "gradual_magnitude_70": _arm(
@@ -165,9 +162,16 @@ ARMS: dict[str, Arm] = {
         *("sparsity=0.7", "schedule=Cubic", "schedule.final_sparsity=0.7"),
     ),
     # layers of different sparsities
-    "static_owl_70": _arm("smollm2_unstructured60", *_70, "allocation=OWL", "policy=Fixed"),
-    "dynamic_owl_70": _arm("smollm2_unstructured60", *_70, "allocation=OWL"),
+    "static_owl_70": _arm("smollm2_unstructured60", *_70, "distribution=OWL", "policy=Fixed"),
+    "dynamic_owl_70": _arm("smollm2_unstructured60", *_70, "distribution=OWL"),
     "regrow_70": _arm("smollm2_unstructured60", *_70, "policy=Regrow"),
+    "static_70_distill": _arm("smollm2_unstructured60", *_70, "policy=Fixed", distil=True),
+    "dynamic_70_distill": _arm("smollm2_unstructured60", *_70, distil=True),
+    "dynamic_dormant_70_distill": _arm("smollm2_unstructured60", *_70, "policy=Dormant", distil=True),
+    "swaps_70_distill": _arm("smollm2_unstructured60", *_70, *_SWAPS, "policy.group_size=0", distil=True),
+    "regrow_70_distill": _arm("smollm2_unstructured60", *_70, "policy=Regrow", distil=True),
+    # RigL (arXiv 1911.11134), from Wanda's first mask
+    "rigl_70_distill": _arm("smollm2_unstructured60", *_70, *_FROM_WANDA, "policy=Regrow", distil=True),
     # low-rank, on q and v: outside the mask, where merging loses zeros, and inside it
     "lora": _arm("smollm2_2of4_lora"),
     "mask_lora": _arm("smollm2_2of4_mask_lora"),

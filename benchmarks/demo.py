@@ -4,8 +4,8 @@
     make demo STEPS=200
 
 Runs the recipes of this repository on SmolLM2-135M-Instruct and English Wikipedia lead sections, both from Python
-packages. All results are in runs/demo/: model/ (exported), report.html and report.md, table.csv, and a folder per
-training run with its resolved recipe (version_0/config.yaml) and metrics (version_0/metrics.csv).
+packages. All results are in runs/demo/: model/ (exported), report.html, table.csv, and a folder per training run, whose
+version_0/ has the resolved recipe (config.yaml), metrics (metrics.csv) and the rest of the record (run.json).
 """
 
 import csv
@@ -14,7 +14,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,16 @@ from jsonargparse import auto_cli
 from rich.console import Console
 from rich.table import Table
 
-from sparse_train import Magnitude, Wanda, memory, prune
-from sparse_train.commands import lightning_cli
-from sparse_train.data.text_blocks import calibration_batches
+from sparse_train import Magnitude, Wanda, environment
+from sparse_train.cli import lightning_cli
+from sparse_train.data.blocks import calibration_batches
 from sparse_train.data.texts import PackagedWikipedia, TextSource
 from sparse_train.evaluation import PerplexityResult, evaluate_perplexity, token_ids
 from sparse_train.inspection import layer_sparsities, overall_sparsity
 from sparse_train.models.sources import ModelSource, PackagedSmolLM2, Pretrained
-from sparse_train.report import Report, read_metrics, write_report
+from sparse_train.oneshot.prune import prune
+from sparse_train.report import read_metrics, write_run_report
+from sparse_train.report.page import Table as PageTable
 
 WINDOW, BATCH = 512, 4
 CONSOLE = Console()
@@ -125,9 +127,11 @@ class _Runner:
     def arguments(self, recipe: str, name: str, steps: int, *changes: str) -> list[str]:
         """Command line of a training run: the recipe with the length, model, data and folder of the demo."""
         config = Path(__file__).parent.parent / "recipes" / f"{recipe}.yaml"
+        own = self._text
+        names = [each.name for each in fields(own) if each.init] if is_dataclass(own) else []
         text = {
-            "class_path": f"{type(self._text).__module__}.{type(self._text).__name__}",
-            "init_args": vars(self._text),
+            "class_path": f"{type(own).__module__}.{type(own).__name__}",
+            "init_args": {each: getattr(own, each) for each in names},
         }
         run = self._folder / name
         return [
@@ -148,10 +152,10 @@ class _Runner:
 
     def arm(self, name: str, build: Callable[[], Any], train_tokens: int = 0) -> None:
         CONSOLE.rule(name)
-        memory.reset_peak()
+        environment.reset_peak()
         began = time.perf_counter()
         model = build()
-        seconds, peak = time.perf_counter() - began, memory.peak_bytes()
+        seconds, peak = time.perf_counter() - began, environment.peak_bytes()
         result = evaluate_perplexity(
             model,
             self._ids,
@@ -211,25 +215,14 @@ def _write(folder: Path, arms: list[Arm], steps: int, exported: Path, packaged: 
     CONSOLE.print(table)
     for note in notes:
         CONSOLE.print(note, highlight=False)
-    names = {"dense, fine-tuned": "dense_finetuned", "static mask, fine-tuned": "static", arms[-1].name: "dynamic"}
-    runs = {name: read_metrics(folder / run / "version_0" / "metrics.csv") for name, run in names.items()}
-    if not any(row.get("sparsity/flip_rate", 0) > 0 for row in runs[arms[-1].name]):
+    runs = [folder / name / "version_0" for name in ("dense_finetuned", "static", "dynamic")]
+    if not any(row.get("sparsity/flip_rate", 0) > 0 for row in read_metrics(runs[-1] / "metrics.csv")):
         notes.append("There was no re-pruning: the run is shorter than an interval between updates. Use more steps.")
-    notes.append("Curves are on validation articles, the table is on held-out ones.")
-    recipe = (folder / "dynamic" / "version_0" / "config.yaml").read_text()
-    recipe = recipe.replace(f"model: {folder / 'dense'}\n", "model: PackagedSmolLM2\n") if packaged else recipe
-    return write_report(
-        Report(
-            title="sparse-train demo",
-            notes=notes,
-            columns=columns,
-            rows=rows,
-            runs=runs,
-            layers=layer_sparsities(Pretrained(str(exported)).load()),
-            recipe=recipe,
-        ),
-        folder,
-    )
+    notes.append("Curves are on validation articles, this table is on held-out ones.")
+    for run in runs if packaged else ():  # name the model that was copied to the folder that is gone
+        recipe = (run / "config.yaml").read_text()
+        (run / "config.yaml").write_text(recipe.replace(f"model: {folder / 'dense'}\n", "model: PackagedSmolLM2\n"))
+    return write_run_report(runs, folder, title="sparse-train demo", lead=[PageTable(columns, rows), *notes])
 
 
 if __name__ == "__main__":

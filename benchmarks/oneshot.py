@@ -18,12 +18,12 @@ import rows
 import torch
 from jsonargparse import auto_cli
 
-from sparse_train import RIA, Magnitude, Random, SparseGPT, Unstructured, Wanda, WandaCumulative, prune
-from sparse_train.data.text_blocks import calibration_batches
+from sparse_train import RIA, Magnitude, Random, SparseGPT, Unstructured, Wanda, WandaCumulative
+from sparse_train.data.blocks import calibration_batches
 from sparse_train.data.texts import HubText, TextFiles, TextSource
 from sparse_train.evaluation import evaluate_perplexity, token_ids
-from sparse_train.models.packaged import MODEL_NAME
 from sparse_train.models.sources import PackagedSmolLM2
+from sparse_train.oneshot.prune import prune
 
 METHODS: dict[str, tuple[Callable[[], Any], str]] = {
     "magnitude": (Magnitude, "row"),
@@ -60,7 +60,7 @@ class Row:
     data: str
     calibration: str
     threads: int
-    model: str = f"{MODEL_NAME}, bfloat16 weights"
+    model: str = f"{PackagedSmolLM2.name}, bfloat16 weights"
 
 
 def main(
@@ -135,7 +135,7 @@ def main(
         samples,
         length,
         found.perplexity,
-        found.protocol.tokens,
+        found.tokens,
         window,
         *seconds,
         texts[0].name,

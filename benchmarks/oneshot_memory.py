@@ -67,7 +67,7 @@ def prune_and_measure(source: str, out: str, method: str) -> None:
     import transformers.models.llama.modeling_llama  # noqa: F401  (libraries that any run loads)
 
     from sparse_train import SparseGPT, Wanda
-    from sparse_train.oneshot.streaming import prune_checkpoint
+    from sparse_train.oneshot.prune import prune_checkpoint
 
     ids = torch.randint(WORDS, (SAMPLES, LENGTH), generator=torch.Generator().manual_seed(0))
     torch.mm(torch.ones(64, 64), torch.ones(64, 64))  # the thread pool is part of the interpreter

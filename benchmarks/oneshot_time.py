@@ -24,12 +24,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from sparse_train import Wanda, prune
-from sparse_train.data.text_blocks import calibration_batches
+from sparse_train import Wanda
+from sparse_train.data.blocks import calibration_batches
 from sparse_train.data.texts import PackagedWikipedia, TextFiles
 from sparse_train.models.sources import PackagedSmolLM2
+from sparse_train.oneshot.prune import prune
 from sparse_train.solvers import SparseGPT
-from sparse_train.statistics.activations import ActivationGram, ActivationNorm
+from sparse_train.statistics import ActivationGram, ActivationNorm
 
 
 @dataclass

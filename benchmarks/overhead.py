@@ -22,7 +22,7 @@ from rich.console import Console
 from sparse_train import sparse_layers
 from sparse_train.callbacks import DynamicPruning
 from sparse_train.data.text_blocks import TextBlocks
-from sparse_train.models.module import CausalLM
+from sparse_train.models.causal_lm import CausalLM
 from sparse_train.models.sources import PackagedSmolLM2
 
 

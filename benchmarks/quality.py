@@ -18,17 +18,21 @@ from typing import Any
 
 import rows
 import torch
-from arms import ARMS, ONESHOT
+from arms import ARMS, CALLBACK, ONESHOT
 from jsonargparse import auto_cli
 
-from sparse_train import prune
-from sparse_train.commands import lightning_cli
+from sparse_train.cli import lightning_cli
 from sparse_train.data.text_blocks import TextBlocks
 from sparse_train.data.texts import PackagedWikipedia, TextFiles, TextSource
 from sparse_train.evaluation import evaluate_perplexity, token_ids
-from sparse_train.models.packaged import MODEL_NAME
 from sparse_train.models.sources import FromScratch, PackagedSmolLM2
-from sparse_train.oneshot.training_data import random_batches
+from sparse_train.oneshot.first_mask import random_batches
+from sparse_train.oneshot.prune import prune
+
+BLOCK_SIZE = 512
+"""Tokens of a sequence, in all recipes."""
+CALIBRATION_BLOCKS = 32
+"""Sequences that calibrate the first mask: 8 batches of 4 by default."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +52,12 @@ class Row:
     first_flip_rate: float | None = None
     last_flip_rate: float | None = None
     initial_flip_rate: float | None = None
-    first_flip_agreement: float | None = None
+    first_flip_agreement: float | None = None  # of these two, there are only old rows
     last_flip_agreement: float | None = None
     teacher: str | None = None
     tokens_a_step: int = 2048
     eval_tokens: int = 32768
-    model: str = MODEL_NAME
+    model: str = PackagedSmolLM2.name
     protocol: str = "windows of 512, no overlap, bfloat16 autocast, loss in float32"
 
 
@@ -62,6 +66,7 @@ def main(
     seed: int = 0,
     steps: int = 100,
     lr: float = 2e-4,
+    tokens_a_step: int = 2048,
     tuning: bool = False,
     wikitext: str | None = None,
     c4: str | None = None,
@@ -74,8 +79,10 @@ def main(
     Args:
         arm: of ``benchmarks/arms.py``: trained, or one-shot; or none (the untrained dense model).
         seed: of data order. First masks come from the same batches for all seeds.
-        steps: optimizer steps of 2048 tokens.
+        steps: optimizer steps.
         lr: peak learning rate.
+        tokens_a_step: a multiple of 512, the length of a sequence. At other sizes of a step, the same sequences come in
+            the same order, and the first mask is calibrated on the same ones; intervals between updates stay in steps.
         tuning: evaluate only on validation articles.
         wikitext: path of the WikiText-2 raw test text.
         c4: path of C4 documents, one JSON object with "text" per line.
@@ -87,23 +94,29 @@ def main(
     known = ["none", *ONESHOT, *ARMS]
     if arm not in known:
         raise SystemExit(f"--arm is one of {', '.join(known)}, got {arm!r}.")
+    if tokens_a_step < BLOCK_SIZE or tokens_a_step % BLOCK_SIZE:
+        raise SystemExit(f"--tokens_a_step is a multiple of {BLOCK_SIZE}, got {tokens_a_step}.")
     if arm not in ARMS:
-        steps, lr = 0, 0.0
+        steps, lr, tokens_a_step = 0, 0.0, Row.tokens_a_step
     elif ARMS[arm].teacher != (teacher is not None):
         raise SystemExit(f"--teacher is for the arms {', '.join(name for name, each in ARMS.items() if each.teacher)}.")
-    if teacher is not None and Path(teacher).name != f"dense_seed{seed}_{steps}":
-        raise SystemExit(f"The teacher must have seen the same tokens: --teacher must name dense_seed{seed}_{steps}.")
+    alike = f"dense_seed{seed}_{steps * tokens_a_step // Row.tokens_a_step}"
+    if teacher is not None and Path(teacher).name != alike:
+        raise SystemExit(f"The teacher must have seen the same tokens: --teacher must name {alike}.")
     path = Path(out)
     given = {"heldout": "", "wikitext2": wikitext, "c4": c4}
     wanted = [] if tuning else [name for name, text in given.items() if text is not None]
     key = {"arm": arm, "seed": str(seed), "steps": str(steps), "lr": str(lr), "tuning": str(tuning)}
-    key["teacher"] = Path(teacher).name if teacher else ""
+    key |= {"teacher": Path(teacher).name if teacher else "", "tokens_a_step": str(tokens_a_step)}
     done = any(key.items() <= row.items() and all(row[name] for name in wanted) for row in rows.read(path))
     if done and (export is None or Path(export).exists()):
         print(f"{arm}, seed {seed}, {steps} steps, lr {lr}: already in {path}")
         return
     began = time.perf_counter()
-    model, flips, name = _train(arm, seed, steps, lr, teacher, export) if arm in ARMS else (_oneshot(arm), {}, None)
+    if arm in ARMS:
+        model, flips, name = _train(arm, seed, steps, lr, tokens_a_step, teacher, export)
+    else:
+        model, flips, name = _oneshot(arm), {}, None
     if done:
         return
     weights = [p for n, p in model.named_parameters() if "proj" in n and "lora" not in n]
@@ -125,7 +138,8 @@ def main(
         found["validation"],
         sparsity=sparsity,
         teacher=key["teacher"] or None,
-        model=name or MODEL_NAME,
+        tokens_a_step=tokens_a_step,
+        model=name or PackagedSmolLM2.name,
         **numbers,
     )
     rows.append(path, row)
@@ -133,10 +147,13 @@ def main(
 
 
 def _train(
-    name: str, seed: int, steps: int, lr: float, teacher: str | None, export: str | None
+    name: str, seed: int, steps: int, lr: float, tokens_a_step: int, teacher: str | None, export: str | None
 ) -> tuple[Any, dict[str, float], str]:
-    """The trained model, its flip rates and agreements, and a description of the model."""
-    arm = ARMS[name]
+    """The trained model, its flip rates, and a description of the model."""
+    arm, batch_size = ARMS[name], tokens_a_step // BLOCK_SIZE
+    calibrated = "mask_structure" in Path(arm.recipe).read_text() and arm.start is None
+    batches = -(-CALIBRATION_BLOCKS // batch_size)
+    first_mask = [f"{CALLBACK}.first_mask=OneShot", f"{CALLBACK}.first_mask.batches={batches}"] if calibrated else []
     with tempfile.TemporaryDirectory() as folder:
         start = Path(folder, "start")
         if arm.start is not None:
@@ -146,12 +163,15 @@ def _train(
             [
                 "fit",
                 f"--config={arm.recipe}",
+                *first_mask,  # before the changes, which may add another callback
                 *arm.changes,
+                "--trainer.callbacks+=variants.FusedAdamW",
                 *([] if arm.start is None else [f"--model.model={start}"]),
                 *([] if teacher is None else [f"--model.distillation.teacher={teacher}"]),
                 *([] if export is None else [f"--export={export}"]),
                 f"--seed_everything={seed}",
                 f"--data.seed={seed}",
+                f"--data.batch_size={batch_size}",
                 f"--model.lr={lr}",
                 "--model.compile_blocks=true",
                 f"--trainer.max_steps={steps}",
@@ -165,16 +185,16 @@ def _train(
         )
         logged = [row for file in Path(folder).rglob("metrics.csv") for row in rows.read(file)]
     source = cli.model.source
-    return cli.model.model, flips(logged), source.name if isinstance(source, FromScratch) else MODEL_NAME
+    return cli.model.model, flips(logged), source.name if isinstance(source, FromScratch) else PackagedSmolLM2.name
 
 
 def flips(logged: list[dict[str, str]]) -> dict[str, float]:
-    """Flip rates and agreements of the first and last update, from the rows that a run has logged."""
+    """Flip rates of the first and last update, from the rows that a run has logged."""
     found: dict[str, float] = {}
     updates = [row for row in logged if row["step"] != "0"]  # step 0 reports the first mask, which flips nothing
-    for key in ("flip_rate", "flip_agreement"):
-        values = [float(row[f"sparsity/{key}"]) for row in updates if row.get(f"sparsity/{key}")]
-        found |= {f"first_{key}": values[0], f"last_{key}": values[-1]} if any(values) else {}  # static: only confirmed
+    values = [float(row["sparsity/flip_rate"]) for row in updates if row.get("sparsity/flip_rate")]
+    if any(values):  # static masks are only confirmed
+        found |= {"first_flip_rate": values[0], "last_flip_rate": values[-1]}
     differing = [float(row["sparsity/initial_flip_rate"]) for row in logged if row.get("sparsity/initial_flip_rate")]
     found |= {"initial_flip_rate": differing[-1]} if differing else {}
     return found
@@ -195,7 +215,7 @@ def _oneshot(name: str) -> Any:
                 arm.mask_structure,
                 sparsity=arm.sparsity,
                 criterion=arm.method,
-                allocation=arm.allocation,
+                distribution=arm.distribution,
                 progress=True,
             )
     return model

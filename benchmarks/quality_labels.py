@@ -1,5 +1,12 @@
 """The names of arms in the tables of ``quality_tables.py``: one dict per table, with the arms of ``arms.py``."""
 
+REMOVED = (
+    *("dynamic_hysteresis5", "dynamic_hysteresis20", "dynamic_noise1"),
+    *("dynamic_window_hysteresis5", "dynamic_window_hysteresis20", "dynamic_window_noise1", "dynamic_window_noise2"),
+    *("dynamic_decay_ramped", "dynamic_decay_annealed"),
+)
+"""Arms of settings that gained nothing and were removed: only old rows are left."""
+
 MAIN = {
     "none": "dense, untrained",
     "oneshot_magnitude": "one-shot magnitude",
@@ -66,6 +73,9 @@ DISTILLATION = {
     "dynamic_dormant_distill": "re-pruned, Dormant, untouched teacher",
     "dynamic_dormant_distill_tuned": "re-pruned, Dormant, fine-tuned teacher",
     "dynamic_slow_shadows_distill": "re-pruned, pruned weights move by 0.4 of the steps, untouched teacher",
+    "swaps_distill": "swapped by evidence every 10 steps, untouched teacher",
+    "swaps_k40_distill": "swapped by evidence every 40 steps, untouched teacher",
+    "ast_distill": "AST: magnitude, decay of pruned weights 0.01, untouched teacher",
     "dynamic_distill_kl": "re-pruned, untouched teacher, no cross-entropy",
     "dynamic_distill_squarehead": "re-pruned, untouched teacher, with SquareHead",
     "dynamic_window": "re-pruned, norms of 5 steps, no teacher",
@@ -90,6 +100,12 @@ UNSTRUCTURED = {
     "dynamic_frozen_norms_70": "re-pruned every 10 steps, norms of the first mask",
     "dynamic_magnitude_70": "re-pruned every 10 steps, magnitude",
     "regrow_70": "Regrow: gradient",
+    "static_70_distill": "static, untouched teacher",
+    "dynamic_70_distill": "re-pruned every 10 steps, untouched teacher",
+    "dynamic_dormant_70_distill": "re-pruned every 10 steps, Dormant, untouched teacher",
+    "swaps_70_distill": "swapped by evidence every 10 steps, untouched teacher",
+    "regrow_70_distill": "Regrow: gradient, untouched teacher",
+    "rigl_70_distill": "RigL: dropped by magnitude, grown by gradient, untouched teacher",
     "gradual_magnitude_70": "gradual magnitude: from dense to 70 % until step 50",
 }
 LOW_RANK = {

@@ -16,14 +16,16 @@ TUNING_STEPS = "50"
 
 
 class Runs:
-    """The rows of a CSV file, by arm.
+    """The rows of a CSV file for one size of a step, by arm.
 
     Args:
         path: of the file.
+        tokens_a_step: the size.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._rows = rows.read(path)
+    def __init__(self, path: Path, tokens_a_step: int = 2048) -> None:
+        found = rows.read(path)
+        self._rows = [row for row in found if row.get("tokens_a_step", "2048") == str(tokens_a_step)]
         self._chosen_on = {row["seed"] for row in self._rows if row["tuning"] == "True"}
 
     def tuning(self, arm: str) -> dict[float, dict[str, str]]:

@@ -12,7 +12,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 import rows
-from quality_labels import DISTILLATION, LENGTHS, LOW_RANK, MAIN, SCORES, SCRATCH, SHIFT, STARTS, UNSTRUCTURED, VARIANTS
+from quality_labels import (
+    DISTILLATION,
+    LENGTHS,
+    LOW_RANK,
+    MAIN,
+    REMOVED,
+    SCORES,
+    SCRATCH,
+    SHIFT,
+    STARTS,
+    UNSTRUCTURED,
+    VARIANTS,
+)
 from quality_picture import draw
 from quality_rows import Runs
 
@@ -24,6 +36,8 @@ TEXTS = {"heldout": "held-out articles", "wikitext2": "WikiText-2", "c4": "C4"}
 STATIC = ("static", "static_ste")
 STATIC_70 = ("static_70", "static_ste_70")
 UNPRUNED = ("none", "dense")
+LAST_RUN = " (last run with commit 3234aed)"
+"""Mark of arms that cannot be run any more."""
 
 
 def _perplexities(values: dict[int, float]) -> str:
@@ -62,7 +76,7 @@ def table(runs: Runs, arms: dict[str, str], against: str | None, label: str, ste
             continue
         row = next(iter(found.values()))
         lr = "" if row["steps"] == "0" else f"{float(row['lr']):g}" + ("" if runs.has_grid(arm) else " *")
-        cells = [words, arm, lr, ", ".join(map(str, sorted(found)))]
+        cells = [words + (LAST_RUN if arm in REMOVED else ""), arm, lr, ", ".join(map(str, sorted(found)))]
         cells += [_perplexities(runs.values(arm, text, steps)) for text in TEXTS]
         rises = arm.startswith(("gradual", "scratch"))  # their flips are mostly pruning
         cells += ["" if rises else _first_to_last(found, "flip_rate", 2)]

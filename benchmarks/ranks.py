@@ -18,9 +18,9 @@ from overhead import Clock, settings
 
 from sparse_train.callbacks import DynamicPruning
 from sparse_train.data.text_blocks import TextBlocks
-from sparse_train.distributed import rank, world_size
-from sparse_train.layers.matrices import MaskedLayer
-from sparse_train.models.module import CausalLM
+from sparse_train.distributed.collectives import rank, world_size
+from sparse_train.layers.masked_layer import MaskedLayer
+from sparse_train.models.causal_lm import CausalLM
 from sparse_train.models.sources import PackagedSmolLM2
 
 
@@ -37,7 +37,7 @@ class Kept(L.Callback):
         statistics = {id(layer.statistics): layer.statistics for layer in layers if layer.statistics is not None}
         kept = sum(layer.weight_mask.nbytes for layer in layers)
         kept += sum(tensor.nbytes for each in statistics.values() for tensor in each.tensors())
-        kept += sum(rows.nbytes for rows in updater.first_masks.rows_SJ.values())
+        kept += sum(rows_SJ.nbytes for rows_SJ in updater.state_dict()["first_rows"].values())
         self.bytes = kept / sum(layer.in_features * layer.out_features for layer in layers)
 
 

@@ -18,11 +18,10 @@ BEGIN, END = "<!-- scaling -->", "<!-- /scaling -->"
 
 @dataclass(frozen=True)
 class Layer:
-    """A targeted layer; layers of one block with the same ``reads`` share their input, and its statistic."""
+    """A targeted layer."""
 
     out_features: int
     in_features: int
-    reads: str
 
     @property
     def size(self) -> int:
@@ -40,25 +39,14 @@ def row_bytes(layer: Layer) -> int:
 
 def llama_block(hidden: int, intermediate: int, key_value: int) -> list[Layer]:
     """The linear layers of a Llama block."""
-    attention = [Layer(hidden, hidden, "x"), *[Layer(key_value, hidden, "x")] * 2, Layer(hidden, hidden, "attention")]
-    mlp = [Layer(intermediate, hidden, "y")] * 2 + [Layer(hidden, intermediate, "z")]
+    attention = [Layer(hidden, hidden), *[Layer(key_value, hidden)] * 2, Layer(hidden, hidden)]
+    mlp = [Layer(intermediate, hidden)] * 2 + [Layer(hidden, intermediate)]
     return attention + mlp
 
 
-def statistics(layers: Sequence[Layer], blocks: int) -> list[int]:
-    """Widths of the distinct inputs that are measured."""
-    return [*{layer.reads: layer.in_features for layer in layers}.values()] * blocks
-
-
-def reduce_bytes(layers: Sequence[Layer], blocks: int) -> int:
-    """One reduce per update, float32: statistics, 2 counts of 4 digits each, 32 bits per mask, one flag per layer."""
-    widths = statistics(layers, blocks)
-    return 4 * (sum(widths) + 8 * len(widths) + (32 + 1) * len(layers) * blocks)
-
-
-def sharing_bytes(layers: Sequence[Layer], blocks: int) -> int:
-    """The short reduce before it: one float per layer, whether it has stopped sharing its statistics."""
-    return 4 * len(layers) * blocks
+def reduce_bytes(layers: Sequence[Layer], blocks: int) -> tuple[int, int]:
+    """The two reduces per update: float32 sums of squares; int64, per layer 2 counts, 32 bits of its mask, 1 flag."""
+    return 4 * blocks * sum(layer.in_features for layer in layers), 8 * (2 + 32 + 1) * len(layers) * blocks
 
 
 def gather_bytes(layers: Sequence[Layer], blocks: int, processes: int) -> int:
@@ -74,13 +62,12 @@ def zero3_bytes(layers: Sequence[Layer], blocks: int, bytes_a_weight: int) -> in
 
 def kept_bytes(layers: Sequence[Layer], blocks: int) -> dict[str, int]:
     """Bytes that a process keeps between updates."""
-    widths = statistics(layers, blocks)
     sample = [
         -(-layer.out_features // max(1, min(128, layer.out_features // 4))) * row_bytes(layer) for layer in layers
     ]
     return {
         "masks": blocks * sum(layer.mask_bytes for layer in layers),
-        "statistics": sum(4 * width + 16 for width in widths),
+        "statistics": blocks * sum(4 * layer.in_features + 16 for layer in layers),
         "rows of the first mask": blocks * sum(sample),
     }
 
@@ -127,14 +114,15 @@ def tables() -> str:
         masking = 3 * s.weights * (2 + 2 + 1 / 8) / s.bandwidth
         # float32 scores are written and read a few times: 40 bytes per weight
         selecting = s.weights * 40 / s.bandwidth
+        reduced = sum(reduce_bytes(s.layers, s.blocks))
         sent, received = gather_bytes(s.layers, s.blocks, s.processes), zero3_bytes(s.layers, s.blocks, 2)
-        fsdp2 = selecting / s.processes + (s.processes * sent + reduce_bytes(s.layers, s.blocks)) / s.link
+        fsdp2 = selecting / s.processes + (s.processes * sent + reduced) / s.link
         zero3 = selecting + received / s.link
         row("targeted weights", f"{s.weights / 1e9:.2f} G")
         row("masks", f"{kept['masks'] / 1e6:.0f} MB")
         row("statistics", f"{kept['statistics'] / 1e6:.1f} MB")
         row("kept by a process, all", f"{sum(kept.values()) / s.weights:.4f} byte per targeted weight")
-        row("reduce at an update", f"{reduce_bytes(s.layers, s.blocks) / 1e6:.1f} MB")
+        row("two reduces at an update", f"{reduced / 1e6:.1f} MB")
         row("more during an update: new masks", f"{kept['masks'] / 1e6:.0f} MB")
         row("FSDP2: gather of mask bits at an update, sent", f"{sent / 1e6:.1f} MB")
         row("the same, received", f"{s.processes * sent / 1e6:.0f} MB")

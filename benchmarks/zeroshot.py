@@ -22,16 +22,16 @@ import torch
 import yaml
 from jsonargparse import auto_cli
 
-from sparse_train import Magnitude, SparseGPT, Wanda, prune
-from sparse_train.data.text_blocks import calibration_batches
+from sparse_train import Magnitude, SparseGPT, Wanda
+from sparse_train.cli.tables import show_zero_shot
+from sparse_train.data.blocks import calibration_batches
 from sparse_train.data.texts import PackagedWikipedia, TextFiles, TextSource
 from sparse_train.evaluation import WANDA7, ZeroShotResult, evaluate_zero_shot
 from sparse_train.evaluation.task_data import read, task_file
 from sparse_train.evaluation.zeroshot import check_tasks
 from sparse_train.export.card import FILE_NAME as CARD
-from sparse_train.models.packaged import MODEL_NAME
 from sparse_train.models.sources import PackagedSmolLM2, Pretrained
-from sparse_train.terminal.tables import show_zero_shot
+from sparse_train.oneshot.prune import prune
 
 ONESHOT = {"magnitude": Magnitude, "sparsegpt": SparseGPT, "wanda": Wanda}
 TRAINED = ("static", "static_ste", "dynamic", "dense_tuned", "distilled")
@@ -62,7 +62,7 @@ class Row:
     protocol: str
     items: str
     """1 for each item that was answered correctly, otherwise 0, in the order of the data."""
-    model: str = MODEL_NAME
+    model: str = PackagedSmolLM2.name
 
 
 def main(
@@ -144,7 +144,7 @@ def main(
             task_data=task_data,
             limit=limit,
             batch_size=batch_size,
-            model_name=f"{MODEL_NAME}, {name}",
+            model_name=f"{PackagedSmolLM2.name}, {name}",
             autocast=torch.bfloat16,
             progress=True,
         )
@@ -155,21 +155,20 @@ def main(
 
 
 def _rows(result: ZeroShotResult, data: dict[str, str], **about: Any) -> list[Row]:
-    protocol = result.protocol
     said = (
-        f"at most {protocol.max_length} tokens, batches of {protocol.batch_size}, float32 weights, "
-        f"{protocol.computed_in} autocast, log-likelihoods in float32, lm-eval {protocol.lm_eval}"
+        f"at most {result.max_length} tokens, batches of {result.batch_size}, float32 weights, "
+        f"{result.computed_in} autocast, log-likelihoods in float32, lm-eval {result.lm_eval}"
     )
     return [
         Row(
             **about,
-            limit=protocol.limit,
+            limit=result.limit,
             task=found.task,
             accuracy=found.accuracy,
             stderr=found.stderr,
             n=found.n,
             metric=found.metric,
-            num_fewshot=protocol.num_fewshot,
+            num_fewshot=result.num_fewshot,
             data=data[found.task],
             protocol=said,
             items="".join(str(int(right)) for right in found.items),

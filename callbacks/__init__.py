@@ -9,6 +9,6 @@ if __name__ == "callbacks":
 else:
     from sparse_train.callbacks.dynamic_pruning import DynamicPruning
     from sparse_train.callbacks.evaluation import Evaluation
-    from sparse_train.callbacks.run_history import RunHistory
+    from sparse_train.callbacks.run_record import RunRecord
 
-    __all__ = ["DynamicPruning", "Evaluation", "RunHistory"]
+    __all__ = ["DynamicPruning", "Evaluation", "RunRecord"]

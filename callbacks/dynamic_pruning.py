@@ -9,14 +9,14 @@ What happens when, in Lightning's order:
     on_train_start            the first mask (in whichever comes first), or the state of the checkpoint
     on_train_batch_start      the recorder gets the batch's padding
     (forward, backward)       activations are recorded in the window before an update
-    on_before_optimizer_step  gradients of pruned weights are taken for policies that grow by them; before clipping
+    on_before_optimizer_step  policies look at the gradients; before clipping
     (optimizer step)
     on_train_batch_end        after an optimizer step: update, log; before ModelCheckpoint and validation
     on_fit_end                squash, after the last checkpoint
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
@@ -24,29 +24,19 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from sparse_train.allocation import Allocation
 from sparse_train.arguments import require_type
-from sparse_train.callbacks import building
-from sparse_train.callbacks.averaging import mask_averages
-from sparse_train.callbacks.calibration import peek
-from sparse_train.callbacks.checks import check_factors, check_fit, check_module, check_sharded
-from sparse_train.callbacks.steps import steps_done
-from sparse_train.criteria import Criterion
-from sparse_train.description import describe
+from sparse_train.callbacks import lightning_trainer as lightning
+from sparse_train.callbacks.checks import check_built, check_fit, check_module
 from sparse_train.layers.mask_lora import MaskLoRA, add_mask_lora, check_mask_lora
-from sparse_train.layers.matrices import MaskedLayer
-from sparse_train.layers.sparse_linear import sparse_layers
-from sparse_train.layers.sparsify import fold
+from sparse_train.layers.masked_layer import MaskedLayer, sparse_layers
+from sparse_train.layers.sparsify import unmask
+from sparse_train.layers.targets import named
 from sparse_train.models.checkpoints import PRUNING_STATE
-from sparse_train.oneshot.first_mask import check_initial, set_first_mask
+from sparse_train.oneshot.first_mask import check_solver, set_first_mask
 from sparse_train.patterns import Pattern, group_label
-from sparse_train.pipeline.earlier_windows import Memory
-from sparse_train.pipeline.policies import MaskPolicy
-from sparse_train.pipeline.run_settings import RunSettings, check_settings
-from sparse_train.pipeline.schedules import Schedule
-from sparse_train.pipeline.update_report import UpdateReport
-from sparse_train.pipeline.updater import MaskUpdater
-from sparse_train.solvers import Solver
+from sparse_train.pruning.config import PruningConfig, check_same
+from sparse_train.pruning.update import UpdateReport
+from sparse_train.pruning.updater import MaskUpdater, check_restored_masks, mask_targets
 
 _NO_MASK = {f"sparsity/{name}": 0.0 for name in ("target", "actual", "flip_rate", "initial_flip_rate")}
 """Logged before the first mask. Not counted on the weights: with sharded weights that would cost communication."""
@@ -65,63 +55,32 @@ class DynamicPruning(L.Callback):
     ``state_dict`` export a sparse model.
 
     Each update scores weights by ``criterion`` (Wanda: ``|W_ij| * ||X_j||_2``, arXiv 2306.11695) from activations that
-    are measured in the training forwards, those just before it and, as ``memory`` says, earlier ones. It logs to all
-    loggers ``sparsity/target``, ``sparsity/actual`` (zeros counted on the weights), ``sparsity/flip_rate`` (share of
-    mask entries that changed), ``sparsity/initial_flip_rate`` (share that differs from the first mask, measured on
+    are measured in the training forwards, those just before it and, as ``norm_decay`` says, earlier ones. It logs to
+    all loggers ``sparsity/target``, ``sparsity/actual`` (zeros counted on the weights), ``sparsity/flip_rate`` (share
+    of mask entries that changed), ``sparsity/initial_flip_rate`` (share that differs from the first mask, measured on
     every 128th row) and ``sparsity/update_seconds``. The same is logged for a first mask at step 0, and at update
     steps that need not change the masks.
-
-    With ``start_step`` 0, the first mask comes from one-shot pruning, block by block, calibrated on
-    ``calibration_batches`` batches of the training data, if the module holds a transformers model, batches are dicts
-    or tensors of token ids, and the data is neither a stream nor read by a custom sampler. Otherwise it comes from the
-    activations of the first ``window`` steps, which run dense, and the log says why. With a later ``start_step``, it
-    comes from the window before that step. A model that was pruned before starts with its masks, if its layers are
-    masked, or with its zeros, if they follow the pattern (see also ``sparse_train.keep_zeros``).
 
     A trainer can have one such callback. For several patterns in one model, use several ``MaskUpdater``, with targets
     that do not overlap, in a callback of your own or in a custom loop.
 
-    Checkpoints hold shadow values and masks in the model's state dict, and statistics and counters in the callback's
+    Checkpoints hold shadow values and masks in the model's state dict, and norms and counters in the callback's
     state. A resumed run continues bit for bit, except for random numbers that Lightning does not save, such as those of
     dropout. To resume in the middle of an epoch, the data loader must be stateful, as that of ``TextBlocks`` is:
     Lightning starts a plain loader again at its beginning.
 
     Args:
-        mask_structure: "unstructured", "N:M" with N **kept** of every M consecutive inputs, or a ``Pattern``.
-        sparsity: share of targeted weights that are zero, in [0, 1); implied by N:M and by ``schedule``.
-        update_freq: k, optimizer steps between updates (never micro-batches).
-        criterion: scores weights; default ``Wanda()``. Its ``group`` is the group that "unstructured" compares in.
-        policy: what pruned weights do between updates; default ``StraightThrough()``.
-        schedule: sparsity between ``start_step`` and ``end_step``; default constant.
-        allocation: how the final sparsity is divided among layers, such as ``OWL()``; default: equally. Each layer then
-            keeps its own. Before, layers have theirs in proportion. "unstructured" only.
-        targets, ignore: layers by name, class name, or "re:" regular expression. Default: the linear layers of the
-            decoder blocks; in a model without such blocks, all but the last. See ``sparse_train.targets.select``.
-        start_step: first update; int = steps, float = share of the run.
-        end_step: the step after which masks are frozen; int = steps, float = share of the run. With manual
-            optimization, both must be whole numbers; a batch in which any optimizer steps counts as one step.
-        window: steps before an update over which activations are recorded; float = share of ``update_freq``.
-        memory: factor per update with which activations of earlier windows count. 0 = only the last window; 1 = all
-            windows, including the calibration of the first mask: the default, which trained best (docs/results.md);
-            "frozen" = the norms of the first mask, forever.
-        hysteresis: share by which the scores of kept weights count more at updates; 0 = none.
-        noise_margin: number of standard errors added to the scores of kept weights and subtracted from those of pruned
-            ones, estimated from the difference between odd and even steps of the window; 0 = none. See
-            ``sparse_train.pipeline.margins``.
-        flip_agreement: also log ``sparsity/flip_agreement``: of an update's flips, if there were any, the share that
-            odd and even steps would each have made alone (flips that are not noise). Runs selection two more times.
-        calibration_batches: number of batches for a first mask at step 0, from the training data, or from the loader
-            that a data module's ``calibration_dataloader()`` returns; 0 = use the first window.
-        initial_criterion: scores of a first mask from one-shot pruning; default: ``criterion``. Or a ``Solver`` such as
-            ``SparseGPT()``, which also moves the weights that it keeps; pruned weights keep their values in the shadow.
+        mask_structure, sparsity, settings: of a ``PruningConfig``, where they are explained.
+        config: the settings as one object, instead.
         mask_lora: train only low-rank adapters inside the masks, and nothing else in the module; see
             ``sparse_train.MaskLoRA``. Default: train the weights themselves. In one process or with DDP.
+        log_layers: also log ``layers/sparsity/NAME`` and ``layers/flip_rate/NAME`` of each layer at updates.
         squash: leave plain layers with true zeros after ``fit``; False keeps the training state.
 
     Raises:
         ValueError: at construction or at ``fit``, if arguments are out of range or in conflict, if there is nothing to
             prune, or if the mask of a layer would have no effect; at an update, if a layer has seen no token with
-            finite activations, neither in the window nor, with ``memory``, before; at resume, if pattern, schedule,
+            finite activations, neither in the window nor, with ``norm_decay``, before; at resume, if pattern, schedule,
             criterion or timing differ.
     """
 
@@ -130,59 +89,27 @@ class DynamicPruning(L.Callback):
         mask_structure: str | Pattern = "2:4",
         sparsity: float | None = None,
         *,
-        update_freq: int = 10,
-        criterion: Criterion | None = None,
-        policy: MaskPolicy | None = None,
-        schedule: Schedule | None = None,
-        allocation: Allocation | None = None,
-        targets: Sequence[str] | None = None,
-        ignore: Sequence[str] = (),
-        start_step: int | float = 0,
-        end_step: int | float = 0.75,
-        window: int | float = 0.5,
-        memory: Memory = 1.0,
-        hysteresis: float = 0.0,
-        noise_margin: float = 0.0,
-        flip_agreement: bool = False,
-        calibration_batches: int = 8,
-        initial_criterion: Criterion | Solver | None = None,
+        config: PruningConfig | None = None,
         mask_lora: MaskLoRA | None = None,
+        log_layers: bool = False,
         squash: bool = True,
+        **settings: Any,
     ) -> None:
-        if calibration_batches < 0:
-            raise ValueError(f"calibration_batches must be at least 0, got {calibration_batches}.")
-        self._settings = RunSettings.resolve(
-            mask_structure,
-            sparsity,
-            schedule,
-            criterion,
-            policy,
-            allocation=allocation,
-            targets=targets,
-            ignore=ignore,
-            update_freq=update_freq,
-            start_step=start_step,
-            end_step=end_step,
-            window=window,
-            memory=memory,
-            hysteresis=hysteresis,
-            noise_margin=noise_margin,
-            flip_agreement=flip_agreement,
-        )
+        self.config = config or PruningConfig(mask_structure, sparsity, **settings)
+        """The settings of the run."""
         require_type("mask_lora", mask_lora, MaskLoRA(), MaskLoRA)
-        check_initial(initial_criterion, self._settings.mask_structure, mask_lora)
-        self._calibration_batches = calibration_batches
-        self._initial_criterion = initial_criterion
-        self._mask_lora = mask_lora
-        self._squash = squash
-        self._restored: dict[str, Any] | None = None
+        check_solver(self.config, mask_lora)
+        self._mask_lora, self._squash = mask_lora, squash
+        self.log_layers = log_layers
+        self._layers: dict[str, MaskedLayer] = {}  # chosen in setup: other callbacks may freeze layers since
+        self._restored: dict[str, Any] | None = None  # of a checkpoint, until the run begins
+        self._ended: dict[str, Any] | None = None  # at the end of a fit that keeps its masks
         self._global_step = 0
         self._metrics: dict[str, float] = {}  # of the latest update, also if an earlier process made it
         self._logged = False
         self._undo_loading: Callable[[], None] | None = None
-        self._ended: dict[str, Any] | None = None  # the state at the end of a fit that keeps its masks
         self.updater: MaskUpdater | None = None
-        """The running pipeline; None before the run has begun."""
+        """The running updater; None before the run has begun."""
         self.last_report: UpdateReport | None = None
         """Report of the latest update in this process; None before the first."""
 
@@ -194,7 +121,7 @@ class DynamicPruning(L.Callback):
         """Called by ``transformers.Trainer`` if it is given this callback, which is one of Lightning's."""
         raise ValueError(
             "DynamicPruning is a Lightning callback. For transformers.Trainer use "
-            "sparse_train.trainer.SparseTrainerCallback, with the same arguments."
+            "sparse_train.integrations.transformers.SparseTrainerCallback, with the same arguments."
         )
 
     def token_mask(self, batch: Any) -> Tensor | None:
@@ -206,34 +133,22 @@ class DynamicPruning(L.Callback):
         assert self.updater is not None
         return self.updater.padding_of(batch)
 
-    @property
-    def first_mask_moves_weights(self) -> bool:
-        """Whether the first mask comes with other values of the kept weights, from a ``Solver``."""
-        return isinstance(self._initial_criterion, Solver)
-
-    def first_mask_settings(self) -> dict[str, str]:
-        """How the first mask is made, for records of a run."""
-        return {
-            "calibration_batches": str(self._calibration_batches),
-            "initial_criterion": describe(self._initial_criterion or self._settings.criterion),
-        }
-
     # --- before training ---------------------------------------------------------------------------------------------
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         check_module(pl_module)
         if stage != "fit":
             # evaluates the module unchanged, or a checkpoint: of a sparse run, with masks, or of a dense one
-            self._undo_loading = building.masks_as_loaded(pl_module)
+            self._undo_loading = lightning.masks_as_loaded(pl_module)
             if trainer.strategy.restore_checkpoint_after_setup:
                 # FSDP2 and DeepSpeed load only what the module has, and would silently leave masks out
-                building.call_when_built(pl_module, self._sparsify)
+                lightning.call_when_built(pl_module, self._mask)
             return
-        check_fit(trainer, pl_module, self, self._settings, self._squash)
+        check_fit(trainer, pl_module, self, self.config, self._squash)
         self._restored = self._state_to_continue(trainer, pl_module)
         self.updater = None
-        self._undo_loading = building.refuse_other_masks(pl_module)
-        building.call_when_built(pl_module, self._sparsify)
+        self._undo_loading = lightning.refuse_other_masks(pl_module)
+        lightning.call_when_built(pl_module, self._mask)
 
     def _state_to_continue(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any] | None:
         """The state of an earlier fit of this trainer, if its masks are still there; None: this is a new run."""
@@ -245,8 +160,8 @@ class DynamicPruning(L.Callback):
             return {**self._restored, "global_step": trainer.global_step}
         return None
 
-    def _sparsify(self, pl_module: L.LightningModule) -> None:
-        self._settings.sparsify(pl_module)
+    def _mask(self, pl_module: L.LightningModule) -> None:
+        self._layers = mask_targets(pl_module, self.config)
         if self._mask_lora is not None:
             add_mask_lora(pl_module, self._mask_lora)
 
@@ -263,45 +178,38 @@ class DynamicPruning(L.Callback):
     def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.updater is not None:
             return
-        check_sharded(trainer, pl_module)
-        check_factors(trainer, pl_module)
-        if self._restored is None and trainer.ckpt_path is not None and trainer.global_step > 0:
-            raise ValueError(
-                f"{trainer.ckpt_path} was written without DynamicPruning, so there is no run to resume. Load its "
-                "weights into the module and fit without ckpt_path."
-            )
-        outliers = None
-        if self._restored is None:
-            rank_zero_info("DynamicPruning: preparing the first mask.")
+        state, outliers, total_steps = self._restored, None, None
+        check_built(trainer, pl_module, state is not None)
+        if state is None:
+            rank_zero_info(f"DynamicPruning: preparing the first mask of {named(self._layers)}.")
             outliers = set_first_mask(
                 pl_module,
-                self._settings,
-                self._initial_criterion,
-                self._calibration_batches,
-                functools.partial(peek, trainer),
+                self._layers,
+                self.config,
+                functools.partial(lightning.calibration_batches, trainer),
                 trainer.precision_plugin.forward_context(),
                 progress=trainer.is_global_zero and trainer.progress_bar_callback is not None,
             )
-        total_steps = None
         if pl_module.automatic_optimization:  # steps of this fit only: the trainer may have run an earlier fit
             total_steps = max(1, trainer.estimated_stepping_batches - trainer.global_step)  # 0 if the fit is over
         self.updater = MaskUpdater(
             pl_module,
+            config=self.config,
+            layers=self._layers,
             total_steps=total_steps,
             outliers=outliers,
-            state=self._restored,
-            **vars(self._settings),
+            state=state,
         )
         rank_zero_info(
-            f"DynamicPruning: {len(self.updater.layers)} layers at {group_label(self._settings.mask_structure)}, final "
-            f"sparsity {self._settings.sparsity_at(1.0):g}; {self.updater.plan()}."
+            f"DynamicPruning: {named(self._layers)} at {group_label(self.config.pattern)}, final "
+            f"sparsity {self.config.sparsity_at(1.0):g}; {self.updater.plan()}."
         )
-        self._global_step = trainer.global_step if self._restored is None else self._restored["global_step"]
-        self._metrics = {} if self._restored is None else self._restored.get("metrics", {})
+        self._global_step = trainer.global_step if state is None else state["global_step"]
+        self._metrics = {} if state is None else state.get("metrics", {})
         self._logged = False
-        mask_averages(trainer, pl_module)
-        if self._restored is None and self.updater.sparsity is not None:
-            self._log_update(trainer, self.updater.report(), steps_done(trainer, in_batch=False))
+        lightning.mask_averages(trainer, pl_module)
+        if state is None and self.updater.sparsity is not None:
+            self._log_update(trainer, self.updater.report(), lightning.steps_done(trainer, in_batch=False))
         self._restored = self._ended = None
 
     # --- in training -------------------------------------------------------------------------------------------------
@@ -340,14 +248,15 @@ class DynamicPruning(L.Callback):
         self._global_step = trainer.global_step
         report = self.updater.step()
         if report is not None:
-            mask_averages(trainer, pl_module)
-            self._log_update(trainer, report, steps_done(trainer, in_batch=in_batch))
+            lightning.mask_averages(trainer, pl_module)
+            self._log_update(trainer, report, lightning.steps_done(trainer, in_batch=in_batch))
         return report
 
     def _log_update(self, trainer: L.Trainer, report: UpdateReport, step: int) -> None:
         self.last_report, self._metrics = report, report.metrics()
+        of_layers = report.layer_metrics() if self.log_layers else {}
         for logger in trainer.loggers:  # directly: updates need not coincide with log_every_n_steps
-            logger.log_metrics(self._metrics, step=step)
+            logger.log_metrics({**self._metrics, **of_layers}, step=step)
 
     # --- after training, and checkpoints -----------------------------------------------------------------------------
 
@@ -364,14 +273,15 @@ class DynamicPruning(L.Callback):
         if self.updater is not None:
             self.updater.finish()
         elif self._restored is not None:
-            check_settings(self._restored["settings"], self._settings.as_strings())  # no updater has checked them
+            check_same(self._restored["settings"], self.config.as_data())  # no updater has checked them
+            check_restored_masks(self._restored["masks"], self._layers, self._restored["sparsity"])
             rank_zero_warn(f"The run is at step {trainer.global_step} already, where it ends: nothing was trained.")
         else:
             rank_zero_warn("The run had no step, so nothing was pruned.")
         if self._squash:
-            fold(pl_module)
+            unmask(pl_module)
         else:
-            self._ended = self.state_dict()  # includes statistics, so that another fit can continue from here
+            self._ended = self.state_dict()  # includes norms, so that another fit can continue from here
             for layer in sparse_layers(pl_module).values():
                 layer.recorder = layer.statistics = None
 
@@ -379,10 +289,10 @@ class DynamicPruning(L.Callback):
         if self.updater is None:
             self._restored = None  # of a checkpoint that this run could not resume
         self.teardown(trainer, pl_module, "")  # Lightning calls none after an exception
-        building.drop_hooks(pl_module)  # of another callback
+        lightning.drop_hooks(pl_module)  # of another callback
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        building.forget(pl_module)
+        lightning.forget(pl_module)
         if self._undo_loading is not None:
             self._undo_loading()
             self._undo_loading = None

@@ -8,25 +8,31 @@ What happens when, in Lightning's order:
     on_train_end           what the last step has not measured already; masks are still on, nothing is squashed yet
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor, nn
+from torch import nn
 
-from sparse_train.callbacks.steps import steps_done
+from sparse_train.arguments import check_positive
+from sparse_train.callbacks.lightning_trainer import steps_done
 from sparse_train.data.texts import Split, TextSource
-from sparse_train.evaluation import evaluate_perplexity, evaluate_zero_shot, token_ids
+from sparse_train.environment import isolated_rng
+from sparse_train.evaluation import PerplexityResult, ZeroShotResult, evaluate_perplexity, evaluate_zero_shot, token_ids
+from sparse_train.evaluation.perplexity import check_length
 from sparse_train.evaluation.zeroshot import check_tasks, task_names
-from sparse_train.layers.sparse_linear import sparse_layers
+from sparse_train.layers.masked_layer import sparse_layers
 from sparse_train.models.sources import ModelSource, as_model_source
-from sparse_train.oneshot.training_data import causal_lm
-from sparse_train.rng import isolated_rng
+from sparse_train.oneshot.first_mask import causal_lm
 
 _AUTOCAST = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
+_EVALUATE: dict[str, Callable[..., PerplexityResult | ZeroShotResult]] = {
+    "perplexity": evaluate_perplexity,
+    "zero_shot": evaluate_zero_shot,
+}
 
 
 class Evaluation(L.Callback):
@@ -44,7 +50,7 @@ class Evaluation(L.Callback):
     The model is measured with its masks on. If this callback comes after ``DynamicPruning`` in the list, an update step
     is measured with the new masks; if it comes before, with the old ones. With several processes (DDP), the first one
     measures and the others wait. Callbacks that monitor a metric (``EarlyStopping``, ``ModelCheckpoint``) can use these
-    once they have been measured, and ``RunHistory`` puts them into the report.
+    once they have been measured, and ``RunRecord`` puts them into the report.
 
     Args:
         text: the text on which perplexity is measured; None = no perplexity.
@@ -85,148 +91,99 @@ class Evaluation(L.Callback):
             raise ValueError("Evaluation needs something to measure: a text for perplexity, or tasks, such as wanda7.")
         counts = {"every_n_steps": every_n_steps, "tasks_every_n_steps": tasks_every_n_steps, "limit": limit}
         for name, count in counts.items():
-            if count is not None and count < 1:
-                raise ValueError(f"{name} must be at least 1, got {count}; leave it out for None.")
+            if count is not None:
+                check_positive(name, count)
         names = tasks.split(",") if isinstance(tasks, str) else tasks or []
-        self._text, self._split = text, split
-        self._every_n_steps, self._tasks_every_n_steps = every_n_steps, tasks_every_n_steps
-        self._windows: dict[str, Any] = {"window": window, "max_tokens": max_tokens}
-        self._tasks = task_names([name.strip() for name in names]) if names else []
-        self._asking: dict[str, Any] = {"task_data": task_data, "limit": limit}
-        self._batch_size = batch_size
-        self._tokenizer_source = None if tokenizer is None else as_model_source(tokenizer)
-        self._tokenizer: Any = None
-        self._tokenizer_name = ""
-        self._ids: Tensor | None = None
+        self._text = text
+        self._source = None if tokenizer is None else as_model_source(tokenizer)
+        self._every: dict[str, int | None] = {}
+        """Kinds of measurement that are wanted, and the steps between them."""
+        self._arguments: dict[str, dict[str, Any]] = {}
+        """Of each kind's function."""
+        common = {"batch_size": batch_size, "model_name": "the model in training"}
+        if text is not None:
+            self._every["perplexity"] = every_n_steps
+            self._arguments["perplexity"] = {"window": window, "max_tokens": max_tokens, "split": split, **common}
+        if names:
+            chosen = task_names([name.strip() for name in names])
+            self._every["zero_shot"] = tasks_every_n_steps
+            self._arguments["zero_shot"] = {"tasks": chosen, "task_data": task_data, "limit": limit, **common}
         self._step = 0
         self._measured: dict[str, int] = {}
         """Step of the last measurement of each kind."""
         self.results: list[dict[str, Any]] = []
         """What this run has measured: ``step``, ``metrics`` and ``protocol`` per evaluation; the same on all ranks."""
 
-    # --- before training ---------------------------------------------------------------------------------------------
-
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage == "fit":
-            _refuse_shards(trainer)
+        strategy = trainer.strategy
+        whole = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy))
+        if stage == "fit" and (not whole or isinstance(strategy, DeepSpeedStrategy)):
+            raise ValueError(
+                f"Evaluation measures on one process, which must hold the whole model: on a single device or under "
+                f"DDP. {type(strategy).__name__} shards it. Leave Evaluation out, and evaluate the exported model."
+            )
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._measured, self.results = {}, []
         if not trainer.is_global_zero:
             return
         _model(pl_module)  # raises if there is none
-        with isolated_rng():
-            source = self._source(pl_module)
-            self._tokenizer, self._tokenizer_name = source.tokenizer(), source.name
-            if self._text is not None:
-                self._ids = self._tokenised(self._text)
-            if self._tasks:
-                check_tasks(self._tasks, self._asking["task_data"])
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._step = trainer.global_step
-
-    def _source(self, pl_module: L.LightningModule) -> ModelSource:
-        source = self._tokenizer_source or getattr(pl_module, "source", None)
+        source = self._source or getattr(pl_module, "source", None)
         if not isinstance(source, ModelSource):
             raise ValueError(
                 f"Evaluation does not know the tokenizer of {type(pl_module).__name__}. Give it as tokenizer=, a model "
                 "source, Hugging Face id or local folder."
             )
-        return source
+        with isolated_rng():
+            tokenizer = source.tokenizer()
+            if (text := self._text) is not None:
+                own = self._arguments["perplexity"]
+                own |= {"data_name": text.name, "tokenizer_name": source.name}
+                own["ids"] = token_ids(text.documents(own["split"]), tokenizer, text.separator)
+                check_length(own["ids"], own["window"])
+            if own := self._arguments.get("zero_shot", {}):
+                own["tokenizer"] = tokenizer
+                check_tasks(own["tasks"], own["task_data"])
 
-    def _tokenised(self, text: TextSource) -> Tensor:
-        ids = token_ids(text.documents(self._split), self._tokenizer, text.separator)
-        if len(ids) < self._windows["window"]:
-            raise ValueError(
-                f"The {self._split} split of {text.name} has {len(ids)} tokens, fewer than one window of "
-                f"{self._windows['window']}. Use another split, or a smaller window."
-            )
-        return ids
-
-    # --- in training and at its end ----------------------------------------------------------------------------------
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._step = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         # micro-batches do not change global_step; with several optimizers it grows by more than 1
         before, self._step = self._step, trainer.global_step
-        metrics: dict[str, float] = {}
-        if self._text is not None and _due(self._every_n_steps, before, self._step):
-            metrics |= self._measure(trainer, pl_module, "perplexity", steps_done(trainer))
-        if self._tasks and _due(self._tasks_every_n_steps, before, self._step):
-            metrics |= self._measure(trainer, pl_module, "zero_shot", steps_done(trainer))
-        for name, value in metrics.items():
-            pl_module.log(name, value, logger=False)  # for callbacks that monitor metrics; loggers have them already
+        for kind, every in self._every.items():
+            if every is not None and self._step // every > before // every:
+                for name, value in self._measure(trainer, pl_module, kind, steps_done(trainer)).items():
+                    pl_module.log(name, value, logger=False)  # for callbacks that monitor; loggers have them already
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        for kind, wanted in (("perplexity", self._text is not None), ("zero_shot", bool(self._tasks))):
-            if wanted and self._measured.get(kind) != trainer.global_step:
+        for kind in self._every:
+            if self._measured.get(kind) != trainer.global_step:
                 self._measure(trainer, pl_module, kind, steps_done(trainer, in_batch=False))
 
     def _measure(self, trainer: L.Trainer, pl_module: L.LightningModule, kind: str, step: int) -> dict[str, float]:
         found: tuple[dict[str, float], str] = {}, ""
         if trainer.is_global_zero:
-            model, autocast = _model(pl_module), _AUTOCAST.get(str(trainer.precision))
-            measure = self._perplexity if kind == "perplexity" else self._zero_shot
-            metrics, protocol = found = measure(model, autocast)
+            autocast = _AUTOCAST.get(str(trainer.precision))
+            result = _EVALUATE[kind](_model(pl_module), autocast=autocast, **self._arguments[kind])
+            found = result.metrics, result.protocol
             for logger in trainer.loggers:  # directly: evaluations need not coincide with log_every_n_steps
-                logger.log_metrics(metrics, step=step)
+                logger.log_metrics(result.metrics, step=step)
             if kind not in self._measured:
-                rank_zero_info(f"Evaluation: {protocol}")
+                rank_zero_info(f"Evaluation: {result.protocol}")
         self._measured[kind] = trainer.global_step
         metrics, protocol = trainer.strategy.broadcast(found)  # a metric that stops the run must stop it on every rank
         self.results.append({"step": step, "metrics": metrics, "protocol": protocol})
         return metrics
 
-    def _perplexity(self, model: nn.Module, autocast: torch.dtype | None) -> tuple[dict[str, float], str]:
-        assert self._ids is not None and self._text is not None
-        result = evaluate_perplexity(
-            model,
-            self._ids,
-            batch_size=self._batch_size,
-            model_name="the model in training",
-            data_name=self._text.name,
-            split=self._split,
-            tokenizer_name=self._tokenizer_name,
-            autocast=autocast,
-            **self._windows,
-        )
-        return {"evaluation/perplexity": result.perplexity}, str(result.protocol)
-
-    def _zero_shot(self, model: nn.Module, autocast: torch.dtype | None) -> tuple[dict[str, float], str]:
-        result = evaluate_zero_shot(
-            model,
-            self._tokenizer,
-            self._tasks,
-            batch_size=self._batch_size,
-            model_name="the model in training",
-            autocast=autocast,
-            **self._asking,
-        )
-        metrics = {f"zero_shot/{row.task}": row.accuracy for row in result.tasks}
-        return metrics | ({"zero_shot/mean": result.mean} if len(metrics) > 1 else {}), str(result.protocol)
-
-
-def _due(every: int | None, before: int, now: int) -> bool:
-    return every is not None and now // every > before // every
-
 
 def _model(pl_module: L.LightningModule) -> nn.Module:
-    model = causal_lm(pl_module, sparse_layers(pl_module))
+    model = causal_lm(pl_module, sparse_layers(pl_module).values())
     if model is None:
         raise ValueError(
             f"Evaluation needs a transformers model that holds all masked layers, and {type(pl_module).__name__} has "
             "none. Leave Evaluation out, and measure in validation_step."
         )
     return model
-
-
-def _refuse_shards(trainer: L.Trainer) -> None:
-    strategy = trainer.strategy
-    whole = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) and not isinstance(strategy, DeepSpeedStrategy)
-    if not whole:
-        raise ValueError(
-            f"Evaluation measures on one process, which must hold the whole model: on a single device or under DDP. "
-            f"{type(strategy).__name__} shards it. Leave Evaluation out, and evaluate the exported model."
-        )

@@ -15,8 +15,8 @@ from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparse_train import Magnitude, prune
+from sparse_train.cli.tables import show_inspection
 from sparse_train.inspection import layer_sparsities
-from sparse_train.terminal.tables import show_inspection
 
 PICTURE = Path(__file__).parent / "pictures" / "inspect.svg"
 # rich's template loads a font from another server; a picture in a page must not load anything

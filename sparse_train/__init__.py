@@ -1,22 +1,27 @@
 """Keep a language model at a target sparsity while it trains, by recomputing Wanda scores along the way.
 
-``import sparse_train`` needs only torch; Lightning, transformers and the rest are imported when they are used.
+Names of this module are imported when they are first used, so that ``import sparse_train`` and ``sparse-train --help``
+take no time. That needs only torch; Lightning, transformers and the rest are imported where they are used.
 """
 
-from sparse_train.allocation import OWL, Allocation, Explicit, PerBlock, Uniform
-from sparse_train.criteria import RIA, Criterion, Magnitude, Random, Wanda, WandaCumulative
-from sparse_train.layers.mask_lora import MaskLoRA, add_mask_lora, merge_mask_lora
-from sparse_train.layers.sparse_linear import SparseLinear, sparse_layers
-from sparse_train.layers.sparsify import sparsify, sparsify_like, squash
-from sparse_train.oneshot import prune
-from sparse_train.patterns import NM, Pattern, Unstructured
-from sparse_train.pipeline.existing_zeros import keep_zeros
-from sparse_train.pipeline.policies import Dormant, Fixed, MaskPolicy, StraightThrough
-from sparse_train.pipeline.regrow import Regrow
-from sparse_train.pipeline.schedules import Constant, Cubic, Linear, Schedule
-from sparse_train.pipeline.update_report import UpdateReport
-from sparse_train.pipeline.updater import MaskUpdater
-from sparse_train.solvers import Solver, SparseGPT
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sparse_train.criteria import RIA, Criterion, LayerContext, Magnitude, Random, Wanda, WandaCumulative
+    from sparse_train.distributions import OWL, Explicit, PerBlock, SparsityDistribution, Uniform
+    from sparse_train.layers.mask_lora import MaskLoRA, add_mask_lora, merge_mask_lora
+    from sparse_train.layers.masked_layer import SparseLinear, sparse_layers
+    from sparse_train.layers.sparsify import sparsify, sparsify_like, squash
+    from sparse_train.oneshot import prune
+    from sparse_train.patterns import NM, Pattern, Unstructured
+    from sparse_train.policies import Dormant, Fixed, MaskPolicy, Regrow, StraightThrough
+    from sparse_train.pruning.config import FirstMask, FirstWindow, FromZeros, OneShot, PruningConfig
+    from sparse_train.pruning.update import UpdateReport
+    from sparse_train.pruning.updater import MaskUpdater
+    from sparse_train.pruning.zeros import keep_zeros
+    from sparse_train.schedules import Constant, Cubic, Linear, Schedule
+    from sparse_train.solvers import Solver, SparseGPT
 
 __version__ = "0.1.0"
 
@@ -24,26 +29,32 @@ __all__ = [
     "NM",
     "OWL",
     "RIA",
-    "Allocation",
     "Constant",
     "Criterion",
     "Cubic",
     "Dormant",
     "Explicit",
+    "FirstMask",
+    "FirstWindow",
     "Fixed",
+    "FromZeros",
+    "LayerContext",
     "Linear",
     "Magnitude",
     "MaskLoRA",
     "MaskPolicy",
     "MaskUpdater",
+    "OneShot",
     "Pattern",
     "PerBlock",
+    "PruningConfig",
     "Random",
     "Regrow",
     "Schedule",
     "Solver",
     "SparseGPT",
     "SparseLinear",
+    "SparsityDistribution",
     "StraightThrough",
     "Uniform",
     "Unstructured",
@@ -59,3 +70,32 @@ __all__ = [
     "sparsify_like",
     "squash",
 ]
+
+if not TYPE_CHECKING:  # type checkers read the imports above
+    _MODULES = (
+        "criteria",
+        "distributions",
+        "layers.mask_lora",
+        "layers.masked_layer",
+        "layers.sparsify",
+        "oneshot",
+        "patterns",
+        "policies",
+        "pruning.config",
+        "pruning.update",
+        "pruning.updater",
+        "pruning.zeros",
+        "schedules",
+        "solvers",
+    )
+
+    def __getattr__(name: str) -> Any:
+        """The object of a public name, from the first module that has it."""
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        found = (vars(import_module(f"{__name__}.{module}")) for module in _MODULES)
+        globals()[name] = value = next(names[name] for names in found if name in names)
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

@@ -1,8 +1,10 @@
-"""Checks of arguments as users write them: numbers of other libraries, shares of weights, optional objects."""
+"""Arguments as users write them: checks, the words that describe them, and suggestions for mistyped ones."""
 
+import difflib
+import re
+from collections.abc import Iterable
+from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any, TypeVar
-
-import torch
 
 T = TypeVar("T")
 
@@ -19,11 +21,13 @@ def to_python_number(value: Any) -> Any:
     number = value.item()
     if not isinstance(number, float):
         return number
-    return _shortest_decimal(number, value.dtype) if isinstance(value, torch.Tensor) else float(str(value))
+    return _shortest_decimal(number, value.dtype) if type(value).__module__ == "torch" else float(str(value))
 
 
-def _shortest_decimal(number: float, dtype: torch.dtype) -> float:
+def _shortest_decimal(number: float, dtype: Any) -> float:
     """For bfloat16; numpy's ``str`` does this for the types of numpy."""
+    import torch  # not above: help pages do not wait for it
+
     decimals = (float(f"{number:.{digits}g}") for digits in range(1, 17))
     return next((each for each in decimals if torch.tensor(each, dtype=dtype, device="cpu").item() == number), number)
 
@@ -55,3 +59,35 @@ def require_type(name: str, value: T | None, default: T, base: type[Any] | tuple
         way_out = f" Write {value.__name__}()." if isinstance(value, type) and issubclass(value, base) else ""
         raise ValueError(f"{name} is an object such as {default!r}, got {value!r}.{way_out}")
     return given
+
+
+def describe(part: Any) -> str:
+    """A criterion, schedule, policy or solver in words: its class, and the arguments that are not the defaults.
+
+    The words are the same in each process: never a memory address, even if the class is not a dataclass.
+    """
+    if is_dataclass(part):
+        own = {field.name: to_python_number(getattr(part, field.name)) for field in fields(part) if field.init}
+        default = {field.name: _default(field) for field in fields(part)}
+        told = {name: value for name, value in own.items() if repr(value) != repr(default[name])}
+    elif any("__repr__" in vars(cls) for cls in type(part).__mro__[:-1]):
+        return repr(part)
+    else:
+        told = dict(sorted(vars(part).items()))
+    return f"{type(part).__name__}({', '.join(f'{name}={value!r}' for name, value in told.items())})"
+
+
+def _default(field: Field[Any]) -> Any:
+    return field.default if field.default_factory is MISSING else field.default_factory()
+
+
+def did_you_mean(word: str, candidates: Iterable[str], prefix: str = "") -> str:
+    """ " Did you mean ...?" or nothing, to append to an error; ``prefix`` is put before each candidate."""
+    close = difflib.get_close_matches(word, list(candidates), n=3, cutoff=0.5)
+    return f" Did you mean {' or '.join(repr(prefix + name) for name in close)}?" if close else ""
+
+
+def leave_out(names: Iterable[str]) -> str:
+    """How to leave out layers, and all others with the same last names."""
+    kinds = "|".join(re.escape(kind) for kind in dict.fromkeys(name.rpartition(".")[2] for name in names))
+    return rf"One expression leaves out all that are named alike: ignore=['re:(.*\.)?({kinds})$']."

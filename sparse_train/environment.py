@@ -1,28 +1,33 @@
-"""What a run ran on: versions and the kind of machine, without host names, user names or paths."""
+"""What a run ran on (versions, machine, memory) without host names, user names or paths; and its random states."""
 
+import ctypes
 import os
 import platform
+import random
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-_PACKAGES = ("torch", "lightning", "transformers", "datasets", "numpy", "deepspeed", "peft")
-_CPUINFO = Path("/proc/cpuinfo")
+_PACKAGES = ("sparse-train", "torch", "lightning", "transformers", "datasets", "numpy", "deepspeed", "peft")
+_CPUINFO, _STATUS, _CLEAR = Path("/proc/cpuinfo"), Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def versions() -> dict[str, str]:
-    """Versions of sparse-train, Python, and the installed packages that it works with."""
-    from sparse_train import __version__
-
-    found = {"sparse-train": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    """Versions of Python and of those installed packages that matter for a result."""
+    found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
-            found.setdefault(package, metadata.version(package))
+            found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return found | {"torch": str(torch.__version__)}  # with the kind of build
 
 
 def machine() -> dict[str, Any]:
@@ -46,3 +51,34 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor()
+
+
+def reset_peak() -> bool:
+    """Count the peak of memory anew. False if the system cannot (it is not Linux): it stays that of the process."""
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # so that memory freed by earlier work does not count
+        _CLEAR.write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def peak_bytes() -> int:
+    """Peak resident memory since ``reset_peak``, or since the process began if that had no effect."""
+    if _STATUS.exists():
+        line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, others kibibytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+@contextmanager
+def isolated_rng() -> Iterator[None]:
+    """Afterwards, the random states of Python, numpy and torch (on all CUDA devices) are restored."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(range(torch.cuda.device_count()), device_type="cuda"):
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)

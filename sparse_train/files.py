@@ -1,11 +1,54 @@
-"""Files and folders that are complete or absent."""
+"""Files and folders that are complete or absent; files of ``torch.save``, read without running code in them."""
 
+import io
 import os
+import re
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def load_plain(path: Path, *, part: bytes | None = None, mmap: bool = False) -> Any:
+    """What ``torch.save`` wrote to a file, on the CPU, if that is tensors and plain values; runs nothing in the file.
+
+    Args:
+        path: an existing file.
+        part: the bytes to read in its place, if ``torch.save`` wrote to a part of it.
+        mmap: leave tensors on disk until they are used.
+
+    Raises:
+        ValueError: the file names a class or a function, which reading it in full would call; or it is not complete,
+            or of another kind.
+    """
+    try:
+        source = path if part is None else io.BytesIO(part)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected pickle protocol")  # of files that are then refused
+            return torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:  # what is raised for bytes of any kind is not documented
+        if isinstance(error, (OSError, MemoryError)) or "memory" in str(error):
+            raise
+        if named := re.search(r"GLOBAL (\S+)", str(error)):
+            raise ValueError(calls(path, named[1])) from error
+        reason = str(error).rpartition("WeightsUnpickler error:")[2].strip().split("\n")[0].split(". ")[0]
+        raise ValueError(
+            f"{path} is not a checkpoint of a training run, or is not complete ({reason or 'it ends too early'})."
+        ) from error
+
+
+def calls(path: Path, name: str) -> str:
+    """The message for a file that would have to be trusted."""
+    return (
+        f"{path} holds more than tensors and plain values: reading it would call {name}, and such a call can run any "
+        "command. So it was not read. If the file is yours, allow what it names (torch.serialization.add_safe_globals) "
+        "and read it from Python, or write it again without that object."
+    )
 
 
 @contextmanager

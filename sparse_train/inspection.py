@@ -1,19 +1,24 @@
-"""Sparsity of a model, counted on its weights."""
+"""Sparsity of a model, counted on its weights, and 2:4 weights on the sparse tensor cores of GPUs.
+
+Shape suffixes: O out_features, I in_features, E experts.
+"""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparse_train.layers import masks
-from sparse_train.layers.blocks import fused_experts
-from sparse_train.layers.matrices import MASK_NAME, MaskedMatrix, is_conv1d
-from sparse_train.layers.semi_structured import why_not_weight
-from sparse_train.packed.tensors import packed_bytes
+from sparse_train.blocks import fused_experts, is_conv1d, is_linear
+from sparse_train.layers.state_dicts import folded_state_dict
 from sparse_train.patterns import detect_pattern
+
+DTYPES_2OF4 = (torch.float16, torch.bfloat16)
+"""Dtypes of weights and inputs in which this package uses 2:4 hardware."""
+BLOCK_2OF4 = 16
+"""Both dimensions of a weight must be multiples of this: cuSPARSELt's block size in these dtypes, as torch sets it."""
 
 
 @dataclass(frozen=True)
@@ -21,10 +26,15 @@ class LayerSparsity:
     """One weight matrix."""
 
     name: str
-    shape: tuple[int, ...]
+    shape: tuple[int, int]
+    """(out_features, in_features)."""
     zeros: int
     pattern: str
     """The tightest pattern that the zeros follow: "2:4", "4:8", "unstructured" or "dense"."""
+    dtype: torch.dtype | None = None
+    """None = not known."""
+    kind: str = "Linear"
+    """Class of the layer, or "experts" for fused ones."""
 
     @property
     def size(self) -> int:
@@ -35,35 +45,30 @@ class LayerSparsity:
     def sparsity(self) -> float:
         return self.zeros / self.size
 
-
-L = TypeVar("L", bound=LayerSparsity)
-
-
-@dataclass(frozen=True)
-class InspectedLayer(LayerSparsity):
-    """A weight matrix with its details."""
-
-    dtype: torch.dtype
-    kind: str
-    """Class of the layer, or "experts" for fused ones."""
-
     @property
     def dense_bytes(self) -> int:
         """Bytes in safetensors."""
+        assert self.dtype is not None
         return self.size * self.dtype.itemsize
 
     @property
-    def packed_bytes(self) -> int:
-        """Bytes in a packed file; those of the dense form if packing saves nothing."""
-        rows, columns = self.shape
-        return min(packed_bytes(rows, columns, self.size - self.zeros, self.dtype.itemsize), self.dense_bytes)
+    def misfit_2of4(self) -> str | None:
+        """Why 2:4 hardware could not compute with it in any dtype; None if it could."""
+        if self.kind not in ("Linear", "SparseLinear"):
+            return f"it is not a plain nn.Linear ({self.kind})"
+        if self.pattern not in ("1:4", "2:4"):
+            return f"its zeros are {self.pattern}, not 2:4" if self.pattern != "dense" else "it is dense"
+        if any(size % BLOCK_2OF4 for size in self.shape):
+            return f"its shape {' x '.join(map(str, self.shape))} is not in multiples of {BLOCK_2OF4}"
+        return None
 
     @property
     def why_not_2of4(self) -> str | None:
-        """Why it could not compute on 2:4 hardware if it were on such a GPU; None if it could."""
-        if self.kind not in ("Linear", "SparseLinear"):
-            return f"it is not a plain nn.Linear ({self.kind})"
-        return why_not_weight(self.shape, self.dtype, self.pattern)
+        """Why 2:4 hardware could not compute with it in its dtype; None if it could. The dtype is judged last."""
+        if self.misfit_2of4 is None and self.dtype not in DTYPES_2OF4:
+            dtype = str(self.dtype).removeprefix("torch.")
+            return f"its zeros are {self.pattern}, and its dtype is {dtype}; bfloat16 and float16 can be 2:4"
+        return self.misfit_2of4
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -72,44 +77,38 @@ class InspectedLayer(LayerSparsity):
             "dtype": str(self.dtype).removeprefix("torch."),
             "sparsity": self.sparsity,
             "dense_bytes": self.dense_bytes,
-            "packed_bytes": self.packed_bytes,
+            "fits_2of4": self.misfit_2of4 is None,
             "runs_on_2of4_hardware": self.why_not_2of4 is None,
             "why_not_2of4": self.why_not_2of4,
         }
 
 
-def layer_sparsities(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> list[InspectedLayer]:
+def layer_sparsities(model: nn.Module, state: Mapping[str, Any] | None = None) -> list[LayerSparsity]:
     """Each linear layer of ``model``, as its forward uses it: in masked layers, pruned weights are zeros.
 
     Fused experts are one layer, with their matrices stacked.
 
     Args:
         model: any module.
-        state: its whole state dict, if ``model`` itself is sharded; default: the model's own tensors.
+        state: its whole state dict, if ``model`` is sharded or is written in another dtype; default: its own.
     """
+    state = folded_state_dict(model, model.state_dict() if state is None else state)
     found = []
     for name, module in model.named_modules():
-        conv1d = is_conv1d(module)
-        if isinstance(module, nn.Linear) or conv1d:
-            key = f"{name}." if name else ""
-            weight = module.weight.detach() if state is None else state[f"{key}weight"]
-            weight_OI = weight.t() if conv1d else weight
-            if isinstance(module, MaskedMatrix):
-                weight_OI = (
-                    module.masked_weight() if state is None else masks.apply(weight_OI, state[f"{key}{MASK_NAME}"])
-                )
-            found.append(_measure(name, weight_OI, type(module).__name__))
+        if is_linear(module):
+            weight = state.get(f"{name}.weight".removeprefix("."), module.weight)  # parametrized layers compute theirs
+            found.append(_count(name, weight.t() if is_conv1d(module) else weight, type(module).__name__))
     for name, experts in fused_experts(model).items():
-        weights = experts.parameter.detach() if state is None else state[name]
-        matrices_EOI = weights.mT if experts.transposed else weights
-        found.append(_measure(name, matrices_EOI.reshape(-1, matrices_EOI.shape[-1]), "experts"))
+        matrices_EOI = state[name].mT if experts.transposed else state[name]
+        found.append(_count(name, matrices_EOI.flatten(0, 1), "experts"))
     return found
 
 
-def _measure(name: str, weight_OI: Tensor, kind: str) -> InspectedLayer:
-    nonzero_OI = weight_OI != 0
+def _count(name: str, weight_OI: Tensor, kind: str) -> LayerSparsity:
+    nonzero_OI = weight_OI.detach() != 0
     zeros = nonzero_OI.numel() - int(nonzero_OI.sum())
-    return InspectedLayer(name, tuple(weight_OI.shape), zeros, detect_pattern(nonzero_OI), weight_OI.dtype, kind)
+    rows, columns = weight_OI.shape
+    return LayerSparsity(name, (rows, columns), zeros, detect_pattern(nonzero_OI), weight_OI.dtype, kind)
 
 
 def overall_sparsity(layers: Sequence[LayerSparsity]) -> float:
@@ -118,14 +117,9 @@ def overall_sparsity(layers: Sequence[LayerSparsity]) -> float:
     return sum(layer.zeros for layer in layers) / size if size else 0.0
 
 
-def pruned(layers: Sequence[L]) -> list[L]:
+def pruned(layers: Sequence[LayerSparsity]) -> list[LayerSparsity]:
     """Those that were pruned: with at least a twentieth of zeros, as weights rounded to 4 bits have 0.01."""
     return [layer for layer in layers if layer.pattern != "dense" and layer.sparsity >= 0.05]
-
-
-def sizes(layers: Sequence[InspectedLayer]) -> tuple[int, int]:
-    """Bytes of ``layers``, dense and packed."""
-    return sum(layer.dense_bytes for layer in layers), sum(layer.packed_bytes for layer in layers)
 
 
 def by_projection(layers: Sequence[LayerSparsity]) -> list[tuple[str, str, str, str]]:
@@ -137,3 +131,44 @@ def by_projection(layers: Sequence[LayerSparsity]) -> list[tuple[str, str, str, 
         (name, str(len(own)), f"{overall_sparsity(own):.4f}", ", ".join(sorted({layer.pattern for layer in own})))
         for name, own in groups.items()
     ]
+
+
+def to_sparse_semi_structured(model: nn.Module) -> dict[str, str | None]:
+    """Let the 2:4 layers of a model compute on sparse tensor cores, for inference.
+
+    If hardware, dtype and shape allow it and zeros are 2:4, the weight of a plain ``nn.Linear`` is replaced by its
+    compressed form (``torch.sparse.to_sparse_semi_structured``), which takes 9/16 of the memory. The compressed form
+    has no gradient, and ``save_pretrained`` cannot write it, so convert a loaded model and keep the folder.
+
+    The conversion itself has never been run by its authors, who had no GPU: it follows the API of torch 2.13, and only
+    the refusals and the choice of layers are tested. Compare the model's outputs before and after.
+
+    Args:
+        model: on its GPU, in float16 or bfloat16, squashed.
+
+    Returns:
+        For each linear layer, None if it was converted, or the reason why it was not.
+    """
+    reasons = {layer.name: layer.why_not_2of4 for layer in layer_sparsities(model)}
+    for name in [name for name, reason in reasons.items() if reason is None]:
+        module = model.get_submodule(name)
+        if type(module) is not nn.Linear:
+            reasons[name] = f"it is a {type(module).__name__}, not a plain nn.Linear; squash a masked model first"
+            continue
+        reasons[name] = why_not_device(module.weight.device)
+        if reasons[name] is None:
+            compressed = torch.sparse.to_sparse_semi_structured(module.weight.detach().contiguous())
+            module.weight = nn.Parameter(compressed, requires_grad=False)
+    return reasons
+
+
+def why_not_device(device: torch.device) -> str | None:
+    """Why this device cannot compute 2:4; None if it can."""
+    if device.type != "cuda":
+        return f"it is on {device.type}, and 2:4 needs a CUDA GPU"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"the GPU has compute capability {major}.{minor}, and 2:4 needs 8.0 (Ampere) or later"
+    if not torch.backends.cusparselt.is_available():
+        return "this build of torch has no cuSPARSELt"
+    return None

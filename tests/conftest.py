@@ -13,7 +13,8 @@ from hypothesis import settings
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 settings.register_profile("untimed", deadline=None)  # machines are noisy: no test is timed
-settings.load_profile("untimed")
+settings.register_profile("thorough", deadline=None, max_examples=2000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "untimed"))
 
 VOCABULARY = 128
 

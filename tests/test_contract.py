@@ -3,12 +3,11 @@
 import pytest
 import torch
 
-from sparse_train.criteria import RIA, Criterion, Magnitude, Random, Wanda, WandaCumulative
+from sparse_train.criteria import RIA, Criterion, LayerContext, Magnitude, Random, Wanda, WandaCumulative
 from sparse_train.patterns import NM, Pattern, Unstructured
-from sparse_train.pipeline.policies import Dormant, Fixed, MaskPolicy, StraightThrough
-from sparse_train.pipeline.regrow import Regrow
-from sparse_train.pipeline.schedules import Constant, Cubic, Linear, Schedule
-from sparse_train.statistics.activations import ActivationNorm
+from sparse_train.policies import Dormant, Fixed, MaskPolicy, Regrow, StraightThrough
+from sparse_train.schedules import Constant, Cubic, Linear, Schedule
+from sparse_train.statistics import ActivationNorm
 
 CRITERIA = [Magnitude(), Wanda(), WandaCumulative(), RIA(), Random()]
 PATTERNS = [
@@ -26,7 +25,6 @@ POLICIES = [
     Dormant(),
     StraightThrough(),
     StraightThrough(srste_decay=0.01),
-    StraightThrough(0.01, 0.25, 0.75),
     Regrow(),
 ]
 SCHEDULES = [Constant(0.5), Linear(0.5), Cubic(0.6, 0.1)]
@@ -55,7 +53,7 @@ def stats():
 def test_scores_and_masks(criterion, pattern, sparsity, dtype, stats):
     weight = torch.randn(8, 32).to(dtype)
     before = weight.clone()
-    scores = criterion.scores(weight, stats)
+    scores = criterion.scores(LayerContext(weight, stats))
     assert scores.dtype == torch.float32
     assert scores.shape == weight.shape
     assert (scores >= 0).all()
@@ -75,7 +73,7 @@ def test_scores_and_masks(criterion, pattern, sparsity, dtype, stats):
     highest_pruned = scores.masked_fill(mask, -torch.inf).reshape(-1, size).max(1).values
     assert (lowest_kept >= highest_pruned).all()
     # pruning what is pruned changes nothing
-    again = criterion.scores(torch.where(mask, weight, 0), stats)
+    again = criterion.scores(LayerContext(torch.where(mask, weight, 0), stats))
     if (again[mask] > 0).all():
         assert torch.equal(pattern.mask(again, sparsity), mask)
 
@@ -86,9 +84,3 @@ def test_schedules_rise_to_their_final_sparsity(schedule):
     assert all(0 <= value < 1 for value in values)
     assert values == sorted(values)
     assert values[-1] == schedule.final_sparsity
-
-
-@pytest.mark.parametrize("policy", POLICIES, ids=repr)
-def test_policies_shrink_shadow_values_and_not_from_the_first_update_on(policy):
-    assert 0 < policy.shadow_decay(0.5, 10) <= 1
-    assert policy.shadow_decay(0.0, 10) == 1

@@ -1,7 +1,7 @@
 """Parts of a run in words: the same in each process, as resumed runs are compared by them."""
 
 from sparse_train import Criterion, Cubic, Wanda
-from sparse_train.description import describe
+from sparse_train.arguments import describe
 
 
 class _Scaled(Criterion):  # no dataclass

@@ -9,9 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from sparse_train import MaskUpdater
+from tests.conftest import VOCABULARY, tiny_llama
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
+PACKAGE = ROOT / "sparse_train"
 
 
 def build(out: Path, config: Path = ROOT / "mkdocs.yml") -> subprocess.CompletedProcess:
@@ -77,17 +82,61 @@ def test_what_pages_import_is_in_the_reference():
     for module, names in re.findall(r"^from (sparse_train[\w.]*) import ([\w, ]+)", text, re.M):
         imported |= {f"{module}.{name.strip()}" for name in names.split(",")}
     described = re.findall(r"^::: ([\w.]+)$", "\n".join(p.read_text() for p in (DOCS / "api").glob("*.md")), re.M)
-    assert len(imported) > 20
+    assert len(imported) > 15
     assert imported <= set(described)
 
 
+def section(page: str, title: str) -> str:
+    """The text of a page under a heading of the second level."""
+    return (DOCS / page).read_text().partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+
+
 def test_every_module_has_its_place_in_the_overview():
-    overview = (DOCS / "how_it_works.md").read_text().partition("\n## ")[0]
-    for path in (ROOT / "sparse_train").iterdir():
+    overview = section("contributing.md", "Where things are")
+    for path in PACKAGE.iterdir():
         if path.is_symlink() or path.name in ("__init__.py", "__pycache__", "py.typed"):
             continue
-        name = f"{path.name}/" if path.is_dir() else path.name
-        assert (f"`{name}`" in overview) or (f"`sparse_train/{name}`" in overview), name
+        assert (f"`{path.name}/`" if path.is_dir() else f"`{path.name}`") in overview, path.name
+
+
+def called() -> list[tuple[str, str]]:
+    """Functions of the package with their files, as a recorded step and the update after it call them."""
+    model, found = tiny_llama(), []
+    updater = MaskUpdater(model, "2:4", update_freq=2, window=1, total_steps=8)
+    optimizer = torch.optim.AdamW(model.parameters())
+
+    def note(frame, event, argument):
+        if event == "call" and frame.f_code.co_filename.startswith(f"{PACKAGE}{os.sep}"):
+            file = Path(frame.f_code.co_filename).relative_to(PACKAGE)
+            found.append((frame.f_code.co_qualname, file.as_posix()))
+
+    for step in range(1, 4):  # the first mask comes after step 1, an update after step 3
+        sys.setprofile(note if step == 3 else None)
+        try:
+            model(input_ids=torch.randint(3, VOCABULARY, (2, 8))).logits.square().mean().backward()
+            optimizer.step()
+            report = updater.step()
+        finally:
+            sys.setprofile(None)
+    assert report is not None and report.step == 3
+    return found
+
+
+def test_the_way_of_an_activation_is_the_way_it_takes():
+    page = section("how_it_works.md", "The way of an activation")
+    listed = re.findall(r"^\| \d+ \| `([\w.]+)` \| `([\w/.]+)` \|", page, re.M)
+    assert len(listed) > 20
+    calls = iter(called())
+    for each in listed:
+        assert each in calls, each  # after the one before: looking for it takes from the iterator
+
+
+def test_the_way_of_a_weight_names_functions_that_there_are():
+    page = section("how_it_works.md", "The way of a weight")
+    listed = re.findall(r"^\| \d+ \| `([\w.]+)`.*? \| `([\w/.]+)` \|", page, re.M)
+    assert len(listed) > 7
+    for function, file in listed:
+        assert f"def {function.rpartition('.')[2]}(" in (PACKAGE / file).read_text(), function
 
 
 def test_the_page_of_recipes_is_up_to_date():

@@ -1,12 +1,14 @@
 import json
+from dataclasses import replace
 
+import pytest
 import torch
 from torch import nn
 
 from sparse_train import Magnitude, prune
-from sparse_train.commands import cli
-from sparse_train.inspection import layer_sparsities
-from sparse_train.packed.tensors import save_packed
+from sparse_train.cli.main import main
+from sparse_train.inspection import BLOCK_2OF4, DTYPES_2OF4, LayerSparsity, to_sparse_semi_structured, why_not_device
+from sparse_train.patterns import NM
 from tests.conftest import tiny_llama
 
 
@@ -16,52 +18,122 @@ def pruned(dtype=torch.bfloat16):
     return model.to(dtype)
 
 
-def test_sizes_are_those_of_a_packed_file(tmp_path):
-    for dtype in (torch.bfloat16, torch.float32):
-        model = pruned(dtype)
-        report = save_packed(model, tmp_path / str(dtype))
-        layers = {layer.name: layer for layer in layer_sparsities(model)}
-        assert len(report.packed) == 18
-        for key, (dense, packed) in report.packed.items():
-            layer = layers[key.removesuffix(".weight")]
-            assert (layer.dense_bytes, layer.packed_bytes) == (dense, packed)
-        dense = layers["model.layers.0.mlp.down_proj"]
-        assert dense.packed_bytes == dense.dense_bytes == 32 * 64 * dtype.itemsize
+def two_of_four(out_features=32, in_features=64, dtype=torch.bfloat16):
+    layer = nn.Linear(in_features, out_features, bias=False)
+    with torch.no_grad():
+        layer.weight *= NM(2, 4).mask(layer.weight.abs(), 0.5)
+    return layer.to(dtype)
 
 
-def test_which_layers_could_run_on_hardware():
-    def reason(name, model):
-        return {layer.name: layer.why_not_2of4 for layer in layer_sparsities(model)}[name]
+@pytest.mark.parametrize(
+    ("changes", "fits", "reason"),
+    [
+        ({}, True, None),
+        ({"pattern": "1:4", "dtype": torch.float16}, True, None),
+        ({"kind": "SparseLinear"}, True, None),  # once it is squashed
+        ({"pattern": "dense"}, False, "it is dense"),
+        ({"pattern": "4:8"}, False, "its zeros are 4:8, not 2:4"),
+        ({"pattern": "unstructured", "dtype": torch.float32}, False, "its zeros are unstructured, not 2:4"),
+        ({"dtype": torch.float32}, True, "its zeros are 2:4, and its dtype is float32"),
+        ({"shape": (32, 72), "dtype": torch.float32}, False, "its shape 32 x 72 is not in multiples of 16"),
+        ({"shape": (20, 64)}, False, "its shape 20 x 64 is not in multiples of 16"),
+        ({"kind": "experts"}, False, "it is not a plain nn.Linear (experts)"),
+    ],
+)
+def test_the_pattern_is_judged_then_the_dtype(changes, fits, reason):
+    layer = replace(LayerSparsity("up", (32, 64), 1024, "2:4", torch.bfloat16), **changes)
+    assert (layer.misfit_2of4 is None) == fits
+    assert layer.why_not_2of4 == reason if reason is None else layer.why_not_2of4.startswith(reason)
 
-    assert reason("model.layers.0.mlp.up_proj", pruned()) is None
-    assert reason("model.layers.0.mlp.down_proj", pruned()) == "it is dense"
-    assert "float32" in reason("model.layers.0.mlp.up_proj", pruned(torch.float32))
-    masked = tiny_llama()
-    prune(masked, criterion=Magnitude(), squash=False)
-    assert reason("model.layers.0.mlp.up_proj", masked.bfloat16()) is None  # once it is squashed
 
-    class Own(nn.Linear):
-        pass
-
-    assert layer_sparsities(Own(16, 16))[0].why_not_2of4 == "it is not a plain nn.Linear (Own)"
+def test_blocks_and_dtypes_are_those_of_this_torch():
+    limits = torch.sparse.SparseSemiStructuredTensorCUSPARSELT._DTYPE_SHAPE_CONSTRAINTS
+    for dtype in DTYPES_2OF4:
+        assert (limits[dtype].sparse_min_rows, limits[dtype].sparse_min_cols) == (BLOCK_2OF4, BLOCK_2OF4)
+    assert torch.float32 not in limits
 
 
 def test_the_command_counts_in_the_dtype_on_disk(tmp_path, capsys, monkeypatch):
-    model = pruned()
-    model.save_pretrained(tmp_path / "model")
-    cli.main(["inspect", str(tmp_path / "model"), "--json"])
+    pruned().save_pretrained(tmp_path / "model")
+    main(["inspect", str(tmp_path / "model"), "--json"])
     found = json.loads(capsys.readouterr().out)  # one object and nothing else
     layers = {row["name"]: row for row in found["layers"]}
-    assert found["packed_bytes"] == sum(row["packed_bytes"] for row in layers.values()) < found["dense_bytes"]
     up, down = layers["model.layers.0.mlp.up_proj"], layers["model.layers.0.mlp.down_proj"]
     assert (up["shape"], up["pattern"], up["sparsity"], up["dtype"]) == ([64, 32], "2:4", 0.5, "bfloat16")
-    assert (up["dense_bytes"], up["packed_bytes"]) == (4096, 2048 + 256)
-    assert (up["runs_on_2of4_hardware"], up["why_not_2of4"]) == (True, None)
-    assert (down["runs_on_2of4_hardware"], down["why_not_2of4"]) == (False, "it is dense")
+    assert (up["dense_bytes"], up["runs_on_2of4_hardware"], up["why_not_2of4"]) == (4096, True, None)
+    assert (down["fits_2of4"], down["runs_on_2of4_hardware"], down["why_not_2of4"]) == (False, False, "it is dense")
+    assert found["dense_bytes"] == sum(row["dense_bytes"] for row in layers.values())
 
     monkeypatch.setenv("COLUMNS", "80")
-    cli.main(["inspect", str(tmp_path / "model")])
+    main(["inspect", str(tmp_path / "model")])
     shown = capsys.readouterr().out
     assert "18/22" in shown
     assert "not on a 2:4 GPU, it is dense: model.layers.0.mlp.down_proj" in shown
     assert "…" not in shown
+
+
+# --- conversion for sparse tensor cores ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("capability", "built", "reason"),
+    [
+        ((7, 5), True, "compute capability 7.5"),
+        ((8, 0), True, None),
+        ((8, 6), False, "no cuSPARSELt"),
+    ],
+)
+def test_devices(monkeypatch, capability, built, reason):
+    assert why_not_device(torch.device("cpu")) == "it is on cpu, and 2:4 needs a CUDA GPU"
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
+    monkeypatch.setattr("torch.backends.cusparselt.is_available", lambda: built)
+    found = why_not_device(torch.device("cuda", 0))
+    assert found is None if reason is None else reason in found
+
+
+def test_a_model_on_a_cpu_is_left_as_it_is_and_every_layer_has_its_reason():
+    model = pruned()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    reasons = to_sparse_semi_structured(model)
+    assert len(reasons) == 22
+    assert reasons["model.layers.0.mlp.up_proj"].startswith("it is on cpu")
+    assert reasons["model.layers.0.mlp.down_proj"] == "it is dense"
+    assert reasons["lm_head"] == "its zeros are unstructured, not 2:4"  # the embedding of padding
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+def test_layers_that_can_are_converted_and_the_others_are_not(monkeypatch):
+    """The compressing itself needs a GPU: here a stand-in shows what is given to it, and where its result goes."""
+    given = []
+
+    def compress(weight):
+        given.append(weight)
+        return weight.to_sparse_csr() * 1
+
+    class Linear(nn.Linear):  # of another library
+        pass
+
+    monkeypatch.setattr("sparse_train.inspection.why_not_device", lambda device: None)
+    monkeypatch.setattr("torch.sparse.to_sparse_semi_structured", compress)
+    masked, other = two_of_four(), Linear(16, 16).bfloat16()
+    prune(nn.Sequential(masked), criterion=Magnitude(), targets=["0"], squash=False)
+    other.weight.data[:, ::2] = 0
+    model = nn.Sequential(two_of_four(), two_of_four(20, 32), two_of_four(dtype=torch.float32), masked, other)
+    reasons = to_sparse_semi_structured(model)
+    assert [name for name, reason in reasons.items() if reason is None] == ["0"]
+    assert "squash a masked model first" in reasons["3"] and "it is a Linear" in reasons["4"]
+    assert len(given) == 1 and given[0].is_contiguous() and not given[0].requires_grad
+    assert model[0].weight.layout == torch.sparse_csr and not model[0].weight.requires_grad
+    assert isinstance(model[0].weight, nn.Parameter)
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or why_not_device(torch.device("cuda")) is not None, reason="needs a GPU with 2:4"
+)
+def test_outputs_on_a_gpu():
+    layer = two_of_four(128, 256).cuda()
+    x = torch.randn(64, 256, device="cuda", dtype=torch.bfloat16)
+    expected = layer(x)
+    assert to_sparse_semi_structured(layer) == {"": None}
+    torch.testing.assert_close(layer(x), expected, rtol=2e-2, atol=2e-2)

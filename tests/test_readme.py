@@ -13,6 +13,7 @@ import shlex
 import shutil
 import sys
 from dataclasses import dataclass
+from importlib import import_module
 from itertools import pairwise, takewhile
 from pathlib import Path
 
@@ -24,9 +25,8 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from sparse_train import Criterion, Magnitude, MaskUpdater, prune
-from sparse_train.commands import cli
-from sparse_train.commands.model_commands import COMMANDS, run_command
-from sparse_train.commands.parsers import EXAMPLES
+from sparse_train.cli.commands import COMMANDS
+from sparse_train.cli.main import main, run
 from sparse_train.evaluation import WANDA7
 from tests.conftest import VOCABULARY, tiny_llama
 from tests.test_recipes import BASE, WithoutObjects, lightning_cli
@@ -58,7 +58,7 @@ BLOCKS = [
     for page in PAGES
     for match in re.findall(r"(?:<!-- ((?:needs|file): \S+) -->\n)?```(\w+)\n(.*?)```", page.read_text(), re.S)
 ]
-COMMAND_LINES = {line: "" for lines in EXAMPLES.values() for line in lines.splitlines()} | {
+COMMAND_LINES = {line: "" for command in COMMANDS.values() for line in command.examples} | {
     line: block.mark
     for block in BLOCKS
     if block.language == "bash"
@@ -159,7 +159,7 @@ def test_yaml_blocks_are_overlays(block, elsewhere, tmp_path):
 
 
 def test_there_are_commands_and_few_are_not_run():
-    assert {line.split()[1] for line in COMMAND_LINES} == set(EXAMPLES) == {"fit", "validate", *COMMANDS}
+    assert {line.split()[1] for line in COMMAND_LINES} == set(COMMANDS)
     marked = [mark for mark in COMMAND_LINES.values() if mark]
     assert {block.mark for block in BLOCKS} <= {"", "needs: hub", "needs: gpu", "needs: nodes", "file: my_scores.py"}
     assert 4 * len(marked) <= len(COMMAND_LINES)
@@ -179,14 +179,14 @@ def test_other_commands_are_known():
 
 @pytest.mark.parametrize("line", COMMAND_LINES)
 def test_command_lines_parse(line, elsewhere, monkeypatch):
-    monkeypatch.chdir(ROOT)
+    Path("my_text.txt").write_text("")
     _, command, *options = shlex.split(line)
-    if command in ("fit", "validate"):
+    if command in ("fit", "validate", "test"):
         lightning_cli.run([command, *options], WithoutObjects)
         return
-    called = {}
-    monkeypatch.setitem(COMMANDS, command, (_recording(COMMANDS[command][0], called), COMMANDS[command][1]))
-    run_command(command, options)
+    called, module = {}, import_module(f"sparse_train.cli.{command}")
+    monkeypatch.setattr(module, command, _recording(getattr(module, command), called))
+    run(command, options)
     assert called
 
 
@@ -231,31 +231,27 @@ def left_behind(tmp_path_factory, model_folder, text_file) -> Path:
         patch.setattr("sys.argv", ["sparse-train"])
         _without_pictures(patch)
         small = _small("fit", [], model_folder, text_file)
-        cli.main(["fit", "--config=recipes/smollm2_2of4.yaml", *small, "--export=model"])
-        cli.main(["pack", "model", "packed"])
+        main(["fit", "--config=recipes/smollm2_2of4.yaml", *small, "--export=model"])
     (folder / "runs" / "smollm2_2of4" / "version_0").rename(folder / "run")
     return folder
 
 
 def _without_pictures(patch):
     """Of the report that fit leaves: they take longer than the run, and lines with "report" draw them."""
-    patch.setattr("sparse_train.report.write_run_report", lambda runs: "not drawn")
+    patch.setattr("sparse_train.cli.lightning_cli.write_run_report", lambda runs: "not drawn")
 
 
 def _prepare(command, options, left_behind, text_file):
     """Put the files that a command reads where it looks for them."""
     positional = list(takewhile(lambda option: not option.startswith("-"), options))
-    read = {"pack": positional[:1], "unpack": positional[:1]}.get(command, positional)
-    kind = {"evaluate": "model", "inspect": "model", "pack": "model", "unpack": "packed", "report": "run"}.get(command)
-    for path in read if kind else ():
+    kind = {"evaluate": "model", "inspect": "model", "report": "run"}.get(command)
+    for path in positional if kind else ():
         shutil.copytree(left_behind / kind, path)
     checkpoints = [path for path in options if path.endswith(".ckpt")]
     for path in map(Path, checkpoints):
         path.parent.mkdir(parents=True)
         shutil.copy(next(left_behind.rglob("*.ckpt")), path)
     shutil.copy(text_file, "my_text.txt")
-    theirs = "{sparsity: 0.5, mask_structure: '2:4', ignore: [lm_head]}"
-    Path("theirs.yaml").write_text(f"prune_stage: {{pruning_modifiers: {{WandaPruningModifier: {theirs}}}}}")
     items = [line for block in BLOCKS if block.language == "json" for line in block.text.splitlines()]
     question, rte, winogrande = items
     passage = json.dumps({"query": "Passage: A ruler.\nQuestion: is it long?", "choices": ["no", "yes"], "gold": 1})
@@ -269,7 +265,7 @@ def _small(command, options, model_folder, text_file) -> list[str]:
     """Options behind those of a page that leave its command as it is, on a tiny model and a few tokens."""
     text = json.dumps({"class_path": "TextFiles", "init_args": {split: [str(text_file)] for split in SPLITS}})
     short = ["--window=32", "--max_tokens=640"]
-    if command in ("fit", "validate"):
+    if command in ("fit", "validate", "test"):
         measured = [f"--trainer.callbacks.text={text}", "--trainer.callbacks.window=32"]
         return [
             f"--model.model={model_folder}",
@@ -282,12 +278,11 @@ def _small(command, options, model_folder, text_file) -> list[str]:
             *(measured if "Evaluation" in options else ()),
         ]
     if command == "prune":
-        own_text = () if "TextFiles" in options else (f"--text={text}",)
-        count = "--nsamples=4" if "--nsamples" in options else "--num_calibration_samples=4"
+        own_text = () if "--text" in options else (f"--text={text}",)
         measured = (f"--perplexity={text}", *short) if "--seeds" in options else ()
-        return [f"--model={model_folder}", *own_text, count, "--max_seq_length=32", *measured]
+        return [f"--model={model_folder}", *own_text, "--num_calibration_samples=4", "--max_seq_length=32", *measured]
     if command == "evaluate" and "--task_data" not in options:
-        return [*short, *(() if "TextFiles" in options else (f"--text={text}",))]
+        return [*short, *(() if "--text" in options else (f"--text={text}",))]
     return []
 
 
@@ -299,10 +294,12 @@ def test_command_lines_run(line, elsewhere, left_behind, model_folder, text_file
     if command == "fit" and not FULL:
         _without_pictures(monkeypatch)
     before = _files()
-    cli.main([command, *options, *(() if FULL else _small(command, options, model_folder, text_file))])
+    main([command, *options, *(() if FULL else _small(command, options, model_folder, text_file))])
+    places = COMMANDS[command].positional if options[0][0] != "-" else ()
     out = [folder for name, folder in pairwise(options) if name in ("--out", "--export")]
+    out += [folder for name, folder in zip(places, options, strict=False) if name == "out"]
     assert all(any(Path(folder) in path.parents for path in _files() - before) for folder in out)
-    assert command in ("inspect", "evaluate", "validate") or _files() - before
+    assert command in ("inspect", "evaluate", "validate", "test") or _files() - before
 
 
 def _files() -> set[Path]:
@@ -315,7 +312,7 @@ def test_a_criterion_in_ten_lines(elsewhere, model_folder, text_file):
     lines = [line for line in block.text.splitlines() if line.strip()]
     assert len(lines) <= 10
     options = ["--criterion=my_scores.SoftWanda", "--criterion.power=0", "--out=out", "--mask_structure=2:4"]
-    cli.main(["prune", *options, *_small("prune", options, model_folder, text_file)])
+    main(["prune", *options, *_small("prune", options, model_folder, text_file)])
     by_magnitude = tiny_llama()
     prune(by_magnitude, criterion=Magnitude())  # to the power of 0, inputs do not count
     found = AutoModelForCausalLM.from_pretrained("out")

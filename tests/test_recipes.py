@@ -8,12 +8,12 @@ import yaml
 
 from sparse_train import NM, OWL, Cubic, Magnitude, MaskLoRA, Regrow, SparseGPT, Wanda
 from sparse_train.callbacks import DynamicPruning, Evaluation
-from sparse_train.commands import lightning_cli
-from sparse_train.commands.model_commands import parser_of
-from sparse_train.data.conversations import ConversationFiles, PackagedQuestions
-from sparse_train.data.texts import HubText, PackagedWikipedia, PythonStandardLibrary
+from sparse_train.cli import lightning_cli
+from sparse_train.cli.parser import parser_of
+from sparse_train.cli.prune import prune
+from sparse_train.data.texts import HubText, PackagedQuestions, PackagedWikipedia, PythonStandardLibrary, TextFiles
+from sparse_train.models.causal_lm import CausalLM
 from sparse_train.models.lora import LoRA
-from sparse_train.models.module import CausalLM
 from sparse_train.models.sources import PackagedSmolLM2, Pretrained
 
 ROOT = Path(__file__).parent.parent
@@ -100,14 +100,14 @@ def test_recipes_of_other_texts():
         cli = parse_fit(f"--config={ROOT / 'recipes' / f'smollm2_2of4_{name}.yaml'}")
         assert cli.datamodule.text == text
         assert (cli.model.distillation is not None) == (name == "instruct")
-    cli = parse_fit(f"--config={BASE}", "--data.text=ConversationFiles", "--data.text.train=[a.jsonl]")
-    assert isinstance(cli.datamodule.text, ConversationFiles)
-    assert list(cli.datamodule.text.train) == ["a.jsonl"]
+    files = ["--data.text=TextFiles", "--data.text.train=[a.jsonl]", "--data.text.column=messages"]
+    text = parse_fit(f"--config={BASE}", *files).datamodule.text
+    assert isinstance(text, TextFiles) and (text.train, text.column) == (["a.jsonl"], "messages")
 
 
 @pytest.mark.parametrize("path", PRUNE, ids=lambda p: p.stem)
 def test_pruning_recipes(path):
-    parser = parser_of("prune")
+    parser = parser_of("prune", prune)
     arguments = parser.instantiate(parser.parse_args([f"--config={path}"]))
     assert isinstance(arguments.model, PackagedSmolLM2)
     assert isinstance(arguments.text, PackagedWikipedia)
@@ -116,7 +116,7 @@ def test_pruning_recipes(path):
 
 @pytest.mark.parametrize("path", FOR_PRUNE, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_overlays_of_prune(path):
-    parser = parser_of("prune")
+    parser = parser_of("prune", prune)
     recipe = ROOT / "recipes" / "oneshot_wanda_2of4.yaml"
     arguments = parser.instantiate(parser.parse_args([f"--config={recipe}", f"--config={path}"]))
     for key, value in yaml.safe_load(path.read_text()).items():
@@ -165,34 +165,31 @@ def test_the_small_ways_to_name_things():
     assert cli.trainer.max_steps == 50
     assert cli.model.source == Pretrained("org/some-model") == cli.datamodule.tokenizer_source
     pruning = next(c for c in cli.trainer.callbacks if isinstance(c, DynamicPruning))
-    assert pruning._settings.mask_structure == NM(1, 4)
-    assert pruning._settings.criterion == Magnitude()
-    assert pruning._settings.schedule == Cubic(0.75)
+    assert pruning.config.pattern == NM(1, 4)
+    assert pruning.config.criterion == Magnitude()
+    assert pruning.config.schedule == Cubic(0.75)
 
 
 def test_every_variant_of_updates_can_be_named():
     pruning = "--trainer.callbacks.init_args"
     for name, given, expected in (
-        ("memory", "0.9", 0.9),
-        ("memory", "1", 1),
-        ("memory", "frozen", "frozen"),
-        ("noise_margin", "1", 1),
-        ("flip_agreement", "true", True),
-        ("hysteresis", "0.5", 0.5),
-        ("hysteresis", ".inf", float("inf")),
+        ("norm_decay", "0.9", 0.9),
+        ("norm_decay", "1", 1),
+        ("norm_decay", "frozen", "frozen"),
+        ("window", "4", 4),
     ):
         cli = parse_fit(f"--config={BASE}", f"{pruning}.{name}={given}")
         pruned = next(c for c in cli.trainer.callbacks if isinstance(c, DynamicPruning))
-        assert getattr(pruned._settings, name) == expected
+        assert getattr(pruned.config, name) == expected
     cli = parse_fit(
         f"--config={BASE}",
         *(f"{pruning}.mask_structure=unstructured", f"{pruning}.sparsity=0.7"),
-        *(f"{pruning}.allocation=OWL", f"{pruning}.allocation.owl_lmbda=0.1"),
+        *(f"{pruning}.distribution=OWL", f"{pruning}.distribution.owl_lmbda=0.1"),
     )
     pruned = next(c for c in cli.trainer.callbacks if isinstance(c, DynamicPruning))
-    assert pruned._settings.allocation == OWL(owl_lmbda=0.1)
+    assert pruned.config.distribution == OWL(owl_lmbda=0.1)
     cli = parse_fit(f"--config={BASE}", f"{pruning}.policy=Regrow", f"{pruning}.policy.drop_fraction=0.2")
-    assert next(c for c in cli.trainer.callbacks if isinstance(c, DynamicPruning))._settings.policy == Regrow(0.2)
+    assert next(c for c in cli.trainer.callbacks if isinstance(c, DynamicPruning)).config.policy == Regrow(0.2)
 
 
 def test_arms_of_the_benchmark_are_runs_of_their_own(monkeypatch):
@@ -209,7 +206,7 @@ def test_arms_of_the_benchmark_are_runs_of_their_own(monkeypatch):
         found += [arm.start, type(cli.datamodule.text), type(cli.datamodule.calibration_text)]
         for each in cli.trainer.callbacks:
             if isinstance(each, DynamicPruning):
-                found += [each._settings, each._initial_criterion, each._mask_lora]
+                found += [each.config, each._mask_lora]
             elif type(each).__module__ == "variants":
                 found += [type(each), vars(each)]
         assert str(found) not in settings.values(), name
@@ -263,7 +260,7 @@ def test_evaluation_joins_a_recipe_by_its_name():
     )
     evaluation = next(c for c in cli.trainer.callbacks if isinstance(c, Evaluation))
     assert evaluation._text == PackagedWikipedia()
-    assert evaluation._tasks == ["boolq", "rte"]
+    assert evaluation._arguments["zero_shot"]["tasks"] == ["boolq", "rte"]
     assert any(isinstance(c, DynamicPruning) for c in cli.trainer.callbacks)
 
 
@@ -296,4 +293,4 @@ def test_a_pattern_needs_no_quotes(tmp_path):
     path = tmp_path / "quotes.yaml"
     path.write_text(BASE.read_text().replace('"2:4"', "2:4"))
     cli = parse_fit(f"--config={path}")
-    assert next(c for c in cli.trainer.callbacks if isinstance(c, DynamicPruning))._settings.mask_structure == NM(2, 4)
+    assert next(c for c in cli.trainer.callbacks if isinstance(c, DynamicPruning)).config.pattern == NM(2, 4)

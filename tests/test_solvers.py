@@ -6,7 +6,7 @@ from torch import nn
 
 from sparse_train import NM, SparseGPT, Unstructured, Wanda, prune, sparse_layers
 from sparse_train.patterns import group_label
-from sparse_train.statistics.activations import ActivationGram
+from sparse_train.statistics import ActivationGram
 from tests import reference
 from tests.conftest import tiny_llama
 

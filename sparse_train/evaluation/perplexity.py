@@ -4,10 +4,12 @@ Two protocols are mixed in the literature (LLaMA-2-7B has 5.12 with windows of 4
 without its window says little. ``perplexity`` always means token perplexity, as in the tables of papers on pruning.
 Word perplexity, exp of the same losses per word, can be compared between tokenizers and is always called that.
 
-Shape suffixes: W windows, L tokens per window, P tokens in front of a window.
+Shape suffixes: T tokens of the text, W windows, L tokens per window, P tokens in front of a window, B windows of a
+batch, V vocabulary.
 """
 
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,19 +18,23 @@ import torch
 from torch import Tensor, nn
 
 from sparse_train.arguments import check_positive
-from sparse_train.data.special_tokens import beginning
-from sparse_train.evaluation.undisturbed import check_autocast, undisturbed
-from sparse_train.layers.blocks import vocabulary_of
-from sparse_train.models.losses import mean_over_tokens, next_token_loss, perplexity
-from sparse_train.terminal.progress import bar
+from sparse_train.blocks import vocabulary_of
+from sparse_train.data.blocks import beginning
+from sparse_train.evaluation.undisturbed import check_autocast, computed_in, undisturbed
+from sparse_train.models.losses import IGNORED, mean_over_tokens, next_token_loss, perplexity
+from sparse_train.terminal import bar
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class PerplexityProtocol:
-    """How a perplexity was measured."""
+class PerplexityResult:
+    """A perplexity and how it was measured."""
 
+    perplexity: float
+    """Token perplexity: exp of the sum of all losses over ``tokens``."""
+    word_perplexity: float | None
+    """exp of the same sum over ``words``; None if words were not counted, or none begins in the scored tokens."""
     model: str
     data: str
     split: str
@@ -43,10 +49,12 @@ class PerplexityProtocol:
     """Tokens in front of each window, such as a beginning-of-text token; no other number here includes them."""
     computed_in: str
     """Dtype of the forward, from autocast or the weights; the loss is always float32."""
-    words: int | None = None
+    words: int | None
     """Words that begin in tokens with a loss (see ``word_starts``); None = not counted."""
 
-    def __str__(self) -> str:
+    @property
+    def protocol(self) -> str:
+        """How it was measured, in a sentence."""
         return (
             f"token perplexity of {self.model} on {self.data}, {self.split}: {self.tokens} tokens scored, "
             f"windows of {self.window}, stride {self.stride}, "
@@ -55,31 +63,26 @@ class PerplexityProtocol:
             f"computed in {self.computed_in}, loss in float32"
         )
 
-
-@dataclass(frozen=True)
-class PerplexityResult:
-    """A perplexity and how it was measured."""
-
-    perplexity: float
-    """Token perplexity: exp of the sum of all losses over ``protocol.tokens``."""
-    protocol: PerplexityProtocol
-    word_perplexity: float | None = None
-    """exp of the same sum over ``protocol.words``; None if words were not counted."""
+    @property
+    def metrics(self) -> dict[str, float]:
+        """For loggers."""
+        return {"evaluation/perplexity": self.perplexity}
 
     def as_dict(self) -> dict[str, Any]:
-        return {"perplexity": self.perplexity, "word_perplexity": self.word_perplexity, **asdict(self.protocol)}
+        """For JSON."""
+        return asdict(self)
 
     def lines(self) -> list[str]:
         """The lines to print, one for each perplexity."""
         shown = [f"{self.perplexity:.2f}  {self.protocol}"]
         if self.word_perplexity is not None:
-            words = f"{self.protocol.words} words that begin in the scored tokens"
+            words = f"{self.words} words that begin in the scored tokens"
             shown.append(f"{self.word_perplexity:.2f}  word perplexity: the same losses over {words}")
         return shown
 
 
 def token_ids(documents: list[str], tokenizer: Any, separator: str = "\n\n") -> Tensor:
-    """Documents joined by ``separator`` and tokenised as one text, with its special tokens in front: (tokens,).
+    """Documents joined by ``separator`` and tokenised as one text, with its special tokens in front: int64 (T,).
 
     As in the scripts of Wanda and SparseGPT: if the tokenizer puts a token in front of a text, it is there once, and
     later windows begin in the middle of the text. ``evaluate_perplexity(prefix=...)`` puts it in front of all windows.
@@ -88,34 +91,28 @@ def token_ids(documents: list[str], tokenizer: Any, separator: str = "\n\n") -> 
     return torch.cat([torch.tensor(beginning(tokenizer), dtype=torch.int64), ids["input_ids"][0]])
 
 
-def check_window(model: nn.Module, window: int, prefix: int = 0, name: str = "window") -> None:
-    """Raise ValueError if windows are longer than the number of learned position embeddings.
+def word_starts(documents: list[str], tokenizer: Any, separator: str = "\n\n") -> Tensor | None:
+    """How many words begin in each token that ``token_ids`` returns for the same arguments.
 
-    If positions are computed (rotary), longer windows work, but at lengths that the model was not trained on: a
-    warning.
+    A word is a run of characters other than white space, as in lm-eval's ``word_perplexity``. It begins in the token
+    with its first character; if several tokens hold parts of that character, in the first of them. The sum over all
+    tokens is the number of words.
 
-    Args:
-        model: its weights are not looked at.
-        window: tokens per window.
-        prefix: tokens in front of each window, which take positions, too.
-        name: of the user's argument.
+    Returns:
+        Counts, int64 (T,); None for a slow tokenizer (in Python), which does not know where its tokens are in the text.
     """
-    config = getattr(model, "config", None)
-    positions = getattr(config.get_text_config() if config is not None else None, "max_position_embeddings", None)
-    if positions is None or window + prefix <= positions:
-        return
-    named = {name.rpartition(".")[2]: m for name, m in model.named_modules() if isinstance(m, nn.Embedding)}
-    if any("position" in name or name == "wpe" for name in named):
-        raise ValueError(
-            f"{name} is {window} tokens{f' after {prefix} in front of each' if prefix else ''}, and "
-            f"{type(model).__name__} has {positions} positions. Use {name}={positions - prefix}."
-        )
-    _log.warning(
-        "Windows of %d tokens are longer than the %d positions that %s says it was made for (max_position_embeddings).",
-        window + prefix,
-        positions,
-        type(model).__name__,
-    )
+    if not getattr(tokenizer, "is_fast", False):
+        return None
+    text = separator.join(documents)
+    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    counts_T = torch.zeros(len(beginning(tokenizer)) + len(found["offset_mapping"]), dtype=torch.int64)
+    if len(found["offset_mapping"]):
+        ends = torch.tensor([end for _, end in found["offset_mapping"]])
+        starts = torch.tensor([match.start() for match in re.finditer(r"\S+", text)], dtype=torch.int64)
+        # the first token that ends after the character; a character that the tokenizer drops counts with the next token
+        tokens = torch.searchsorted(ends.cummax(0).values, starts, right=True).clamp(max=len(ends) - 1)
+        counts_T[-len(ends) :] = torch.bincount(tokens, minlength=len(ends))
+    return counts_T
 
 
 def check_length(ids: Tensor, window: int) -> None:
@@ -126,13 +123,22 @@ def check_length(ids: Tensor, window: int) -> None:
         raise ValueError(f"The text has {len(ids)} tokens, fewer than one window of {window}. Use a smaller window.")
 
 
-def _check_ids(model: nn.Module, ids: Tensor) -> None:
-    known, largest = vocabulary_of(model), int(ids.max())
-    if known is not None and largest >= known:
-        raise ValueError(
-            f"The text has token ids up to {largest}, and {type(model).__name__} has embeddings for 0 to {known - 1}. "
-            "Is the tokenizer that of another model?"
-        )
+def check_window(model: nn.Module, window: int, prefix: int = 0, name: str = "window") -> None:
+    """Raise ValueError if windows are longer than the number of learned position embeddings.
+
+    If positions are computed (rotary), longer windows work, but at lengths that the model was not trained on: a
+    warning. The weights of the model are not looked at; ``name`` is that of the user's argument.
+    """
+    config = getattr(model, "config", None)
+    positions = getattr(config and config.get_text_config(), "max_position_embeddings", None)
+    if positions is None or window + prefix <= positions:
+        return
+    found = f"{name} is {window} tokens{f' after {prefix} in front of each' if prefix else ''}, and "
+    found += f"{type(model).__name__} has {positions} positions"
+    embeddings = [path for path, module in model.named_modules() if isinstance(module, nn.Embedding)]
+    if any(re.search(r"position[^.]*$|\bwpe$", path) for path in embeddings):
+        raise ValueError(f"{found}. Use {name}={positions - prefix}.")
+    _log.warning("%s: it was not made for windows of this length.", found)
 
 
 def evaluate_perplexity(
@@ -159,8 +165,8 @@ def evaluate_perplexity(
 
     Args:
         model: returns ``.logits`` (B, L, V).
-        ids: token ids of the whole text, (tokens,).
-        words: number of words that begin in each token, from ``word_starts``, (tokens,); None = no word perplexity.
+        ids: token ids of the whole text, int64 (T,).
+        words: number of words that begin in each token, from ``word_starts``, (T,); None = no word perplexity.
         window: tokens per window.
         stride: tokens between starts of windows; default ``window``.
         prefix: token ids put in front of each window, without a loss and in addition to its tokens, for models that
@@ -177,6 +183,7 @@ def evaluate_perplexity(
             autocast does not know.
     """
     stride = window if stride is None else stride
+    # at the door: what a forward cannot work with, or would silently measure otherwise
     if not 1 <= stride <= window:
         raise ValueError(f"stride must be from 1 to window, which is {window}, got {stride}.")
     check_positive("batch_size", batch_size)
@@ -191,43 +198,45 @@ def evaluate_perplexity(
     check_window(model, window, len(prefix))
     ids = ids[:max_tokens]
     check_length(ids, window)
-    _check_ids(model, ids)
+    known, largest = vocabulary_of(model), int(ids.max())
+    if known is not None and largest >= known:
+        raise ValueError(
+            f"The text has token ids up to {largest}, and {type(model).__name__} has embeddings for 0 to {known - 1}. "
+            "Is the tokenizer that of another model?"
+        )
     windows_WL = ids.unfold(0, window, stride)
-    labels_WL = windows_WL.clone()
-    labels_WL[1:, : window - stride] = -100
-    labels_WL[:, 0] = -100  # it has no text in front of it
-    begun = 0  # the first token of a window has no loss
-    if words is not None:
-        words_WL = words[:max_tokens].unfold(0, window, stride)
-        begun = int(words_WL[:, 1:][labels_WL[:, 1:] != -100].sum())
-    front_P = torch.tensor(prefix, dtype=windows_WL.dtype).expand(len(windows_WL), -1)
-    windows_WL = torch.cat([front_P, windows_WL], 1)
-    labels_WL = torch.cat([torch.full_like(front_P, -100), labels_WL], 1)
+    scored_WL = torch.ones_like(windows_WL, dtype=torch.bool)
+    scored_WL[1:, : window - stride] = False
+    scored_WL[:, 0] = False  # it has no text in front of it
+    tokens = int(scored_WL.sum())
+    begun = None if words is None else int(words[:max_tokens].unfold(0, window, stride)[scored_WL].sum())
+
+    front_WP = torch.tensor(prefix, dtype=windows_WL.dtype).expand(len(windows_WL), -1)
+    inputs = torch.cat([front_WP, windows_WL], 1)
+    labels = torch.cat([torch.full_like(front_WP, IGNORED), windows_WL.masked_fill(~scored_WL, IGNORED)], 1)
+    batches = list(zip(inputs.split(batch_size), labels.split(batch_size), strict=True))
     device = next(model.parameters()).device
-    # other processes may not be measuring, and waiting for them would hang
-    metric, tokens = mean_over_tokens(device, sync=False), 0
-    batches = list(zip(windows_WL.split(batch_size), labels_WL.split(batch_size), strict=True))
+    metric = mean_over_tokens(device, sync=False)  # other processes may not be measuring: waiting for them would hang
     with undisturbed(model), bar("perplexity", shown=progress) as drawn:
-        drawn.set_total(len(batches))
+        drawn.total = len(batches)
         for ids_BL, labels_BL in batches:
             with torch.autocast(device.type, autocast, enabled=autocast is not None):
                 logits_BLV = model(input_ids=ids_BL.to(device), use_cache=False).logits
             loss, count = next_token_loss(logits_BLV, labels_BL.to(device))
             metric.update(loss, weight=count)
-            tokens += int(count)
-            drawn.advance()
-    dtype = str(autocast or next(model.parameters()).dtype).removeprefix("torch.")
-    protocol = PerplexityProtocol(
-        model_name,
-        data_name,
-        split,
-        tokenizer_name or model_name,
-        window,
-        stride,
-        tokens,
-        len(prefix),
-        dtype,
-        None if words is None else begun,
-    )
+            drawn.update()
     loss = metric.compute().double()
-    return PerplexityResult(perplexity(loss), protocol, perplexity(loss * tokens / begun) if begun else None)
+    return PerplexityResult(
+        perplexity=perplexity(loss),
+        word_perplexity=perplexity(loss * tokens / begun) if begun else None,
+        model=model_name,
+        data=data_name,
+        split=split,
+        tokenizer=tokenizer_name or model_name,
+        window=window,
+        stride=stride,
+        tokens=tokens,
+        prefix=len(prefix),
+        computed_in=computed_in(model, autocast),
+        words=begun,
+    )

@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
-from sparse_train.layers.sparse_linear import sparse_layers
-from sparse_train.rng import isolated_rng
+from sparse_train.environment import isolated_rng
+from sparse_train.layers.masked_layer import sparse_layers
 
 
 def check_autocast(dtype: torch.dtype | None) -> None:
@@ -17,6 +18,11 @@ def check_autocast(dtype: torch.dtype | None) -> None:
             f"autocast computes in bfloat16 or float16, got {str(dtype).removeprefix('torch.')}: the weights decide "
             "about others. Load them in it: --model Pretrained --model.path FOLDER --model.dtype float32."
         )
+
+
+def computed_in(model: nn.Module, autocast: torch.dtype | None) -> str:
+    """The dtype of a forward, from autocast or the weights."""
+    return str(autocast or next(model.parameters()).dtype).removeprefix("torch.")
 
 
 @contextmanager
@@ -29,7 +35,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     them.
     """
     training = [module for module in model.modules() if module.training]
-    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    configs: dict[int, Any] = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
     caching = [config for config in configs.values() if getattr(config, "use_cache", False)]
     reached = {layer: layer.reached for layer in sparse_layers(model).values()}
     with torch.no_grad(), isolated_rng():

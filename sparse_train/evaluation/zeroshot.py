@@ -26,41 +26,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from sparse_train.arguments import check_positive
+from sparse_train.arguments import check_positive, did_you_mean
+from sparse_train.environment import isolated_rng
 from sparse_train.evaluation.task_data import TASKS_FOLDER, WANDA7, task_file
-from sparse_train.evaluation.undisturbed import check_autocast, undisturbed
-from sparse_train.rng import isolated_rng
-from sparse_train.suggestions import did_you_mean
+from sparse_train.evaluation.undisturbed import check_autocast, computed_in, undisturbed
 
 _METRICS = ("acc", "acc_norm", "exact_match")
 """Metrics that count as accuracy; the first one that a task reports is used."""
-
-
-@dataclass(frozen=True)
-class ZeroShotProtocol:
-    """How zero-shot accuracies were measured."""
-
-    model: str
-    data: str
-    num_fewshot: int
-    """Solved examples in the prompt."""
-    limit: int | None
-    """Number of items per task, its first ones; None = all."""
-    max_length: int
-    """Maximum number of tokens that the model sees; of a longer prompt, the last ones."""
-    batch_size: int
-    computed_in: str
-    """Dtype of the forward, from autocast or the weights."""
-    lm_eval: str
-    """Version of lm-eval."""
-
-    def __str__(self) -> str:
-        items = "all items" if self.limit is None else f"the first {self.limit} items of each task"
-        return (
-            f"zero-shot accuracy of {self.model}, {items}, data: {self.data}, {self.num_fewshot} examples in the "
-            f"prompt, at most {self.max_length} tokens, batches of {self.batch_size}, computed in {self.computed_in}, "
-            f"log-likelihoods in float32, lm-eval {self.lm_eval}"
-        )
 
 
 @dataclass(frozen=True)
@@ -88,7 +60,29 @@ class ZeroShotResult:
     """Accuracies and how they were measured."""
 
     tasks: tuple[TaskAccuracy, ...]
-    protocol: ZeroShotProtocol
+    model: str
+    data: str
+    num_fewshot: int
+    """Solved examples in the prompt."""
+    limit: int | None
+    """Number of items per task, its first ones; None = all."""
+    max_length: int
+    """Maximum number of tokens that the model sees; of a longer prompt, the last ones."""
+    batch_size: int
+    computed_in: str
+    """Dtype of the forward, from autocast or the weights."""
+    lm_eval: str
+    """Version of lm-eval."""
+
+    @property
+    def protocol(self) -> str:
+        """How they were measured, in a sentence."""
+        items = "all items" if self.limit is None else f"the first {self.limit} items of each task"
+        return (
+            f"zero-shot accuracy of {self.model}, {items}, data: {self.data}, {self.num_fewshot} examples in the "
+            f"prompt, at most {self.max_length} tokens, batches of {self.batch_size}, computed in {self.computed_in}, "
+            f"log-likelihoods in float32, lm-eval {self.lm_eval}"
+        )
 
     @property
     def mean(self) -> float:
@@ -101,9 +95,18 @@ class ZeroShotResult:
         errors = [task.stderr for task in self.tasks if task.stderr is not None]
         return math.hypot(*errors) / len(errors) if len(errors) == len(self.tasks) else None
 
+    @property
+    def metrics(self) -> dict[str, float]:
+        """For loggers: each task, and the mean if there are several."""
+        found = {f"zero_shot/{task.task}": task.accuracy for task in self.tasks}
+        return found | ({"zero_shot/mean": self.mean} if len(found) > 1 else {})
+
     def as_dict(self) -> dict[str, Any]:
-        tasks = [{key: value for key, value in asdict(task).items() if key != "items"} for task in self.tasks]
-        return {"mean": self.mean, "mean_stderr": self.mean_stderr, "tasks": tasks, **asdict(self.protocol)}
+        """For JSON."""
+        found = {"mean": self.mean, "mean_stderr": self.mean_stderr, **asdict(self)}
+        for task in found["tasks"]:
+            del task["items"]
+        return found
 
 
 def evaluate_zero_shot(
@@ -136,16 +139,15 @@ def evaluate_zero_shot(
 
     Raises:
         ValueError: lm-eval is missing; an unknown task, or one that reports no accuracy; a missing file, or items that
-            do not fit; no data from the hub; a limit or batch size below 1; a dtype that autocast does not know; or an
-            answer that is longer than the model's positions.
+            do not fit; no data from the hub; a limit or batch size below 1; or a dtype that autocast does not know.
     """
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit is a count of items for each task, at least 1, got {limit}.")
+    if limit is not None:
+        check_positive("limit", limit)
     check_positive("batch_size", batch_size)
     check_autocast(autocast)
-    _need_lm_eval()
     names = task_names(tasks)
     with undisturbed(model), _quiet(progress):
+        _need_lm_eval()
         # The same as lm-eval's simple_evaluate, in the same order: some tasks shuffle their choices when they are
         # loaded. simple_evaluate would also query nvidia-smi, pip and git at every call.
         from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
@@ -172,27 +174,20 @@ def evaluate_zero_shot(
         # standard errors of accuracies have a closed form; two bootstrap draws for others, which are not reported
         try:
             found = evaluate(lm=lm, task_dict=selected, limit=limit, log_samples=True, bootstrap_iters=2)
-        except AssertionError as error:
-            if str(error):
-                raise
-            raise ValueError(  # lm-eval says nothing
-                f"lm-eval stopped at one of its checks, most likely because an answer alone has more than the "
-                f"{lm.max_length} tokens that the model reads. Shorten or remove such items, or leave the task out; "
-                "--debug shows the check."
-            ) from error
-    local = [name for name in loaded if task_data is not None and name in WANDA7]
-    protocol = ZeroShotProtocol(
+        except AssertionError as error:  # most say nothing
+            likely = f"most likely an answer alone has more than the {lm.max_length} tokens that the model reads"
+            raise ValueError(f"lm-eval stopped at one of its checks: {str(error) or likely}.") from error
+    return ZeroShotResult(
+        tasks=tuple(_accuracy(name, found["results"][name], found["samples"].get(name, [])) for name in loaded),
         model=model_name,
-        data=_data(local, [name for name in loaded if name not in local], task_data),
+        data=_data(list(loaded), task_data),
         num_fewshot=0,
         limit=limit,
         max_length=lm.max_length,
         batch_size=batch_size,
-        computed_in=str(autocast or next(model.parameters()).dtype).removeprefix("torch."),
+        computed_in=computed_in(model, autocast),
         lm_eval=version("lm_eval"),
     )
-    rows = [_accuracy(name, found["results"][name], found["samples"].get(name, [])) for name in loaded]
-    return ZeroShotResult(tuple(rows), protocol)
 
 
 def task_names(tasks: Sequence[str]) -> list[str]:
@@ -220,25 +215,27 @@ def check_tasks(names: Sequence[str], task_data: str | Path | None = None, *, pr
 def _load_tasks(names: Sequence[str], task_data: str | Path | None) -> dict[str, Any]:
     """lm-eval's tasks, or groups of tasks with a common mean, by name; a tag is replaced by its tasks."""
     _need_lm_eval()
-    local = [name for name in names if task_data is not None and name in WANDA7]
-    for name in local:  # first, before other tasks are read
-        task_file(str(task_data), name)
-    if not local and task_data is not None:
+    if task_data is not None and not set(names) & set(WANDA7):
         raise ValueError(f"--task_data holds items of the tasks {', '.join(WANDA7)}, and none of them is in --tasks.")
-    known = _lm_eval_tasks().task_index if len(local) < len(names) else {}
-    for name in names:
-        if name not in known and name not in local:
-            close = did_you_mean(name, {*known, "wanda7", "perplexity"} - {name})
-            raise ValueError(f"lm-eval has no task {name!r}.{close} lm_eval ls tasks shows all.")
     loaded: dict[str, Any] = {}
     for name in names:
-        loaded |= _load(name, str(task_data) if name in local else None)
-    for name, task in loaded.items():
-        members = task.get_all_tasks() if hasattr(task, "get_all_tasks") else [task]
-        for member in members:
-            if not set(_METRICS) & set(member.aggregation()):
+        manager = _task_manager(str(task_data) if task_data is not None and name in WANDA7 else None)
+        if name not in manager.task_index:
+            close = did_you_mean(name, {*manager.task_index, "wanda7", "perplexity"})
+            raise ValueError(f"lm-eval has no task {name!r}.{close} lm_eval ls tasks shows all.")
+        try:
+            found = manager.load([name])
+        except (OSError, RuntimeError) as error:  # the hub cannot be reached, or no longer has the data set
+            raise ValueError(
+                f"Cannot get the data of {name}: {error}. Without a hub there are the tasks {', '.join(WANDA7)}, from "
+                "files in --task_data (docs/evaluation.md)."
+            ) from error
+        group = found["groups"].get(name)
+        loaded |= {name: group} if group is not None and group.has_aggregation else found["tasks"]
+        for task in found["tasks"].values():
+            if not set(_METRICS) & set(task.aggregation()):
                 raise ValueError(
-                    f"{name} reports {', '.join(member.aggregation())}, and none of {', '.join(_METRICS)}: that is no "
+                    f"{name} reports {', '.join(task.aggregation())}, and none of {', '.join(_METRICS)}: that is no "
                     "accuracy. Leave it out; lm_eval itself runs it."
                 )
     return loaded
@@ -249,32 +246,14 @@ def _need_lm_eval() -> None:
         raise ValueError("Zero-shot accuracy needs lm-eval. Run: pip install 'sparse-train[eval]'")
 
 
-def _load(name: str, task_data: str | None) -> dict[str, Any]:
-    try:
-        found = (_lm_eval_tasks() if task_data is None else _local_tasks(task_data)).load([name])
-    except (OSError, RuntimeError) as error:  # the hub cannot be reached, or no longer has the data set
-        instead = (
-            f"Without a hub, give a folder that holds {name}.jsonl as --task_data (docs/evaluation.md)."
-            if name in WANDA7
-            else f"Without a hub there are the tasks {', '.join(WANDA7)}, from files in --task_data."
-        )
-        raise ValueError(f"Cannot get the data of {name}: {error}. {instead}") from error
-    group = found["groups"].get(name)
-    return {name: group} if group is not None and group.has_aggregation else dict(found["tasks"])
-
-
 @cache  # lm-eval has more than ten thousand definitions, and reading them takes ten seconds
-def _lm_eval_tasks() -> Any:
+def _task_manager(task_data: str | None) -> Any:
+    """The tasks of lm-eval, or the seven whose items are in the folder ``task_data``."""
     from lm_eval.tasks import TaskManager
 
-    return TaskManager()
-
-
-def _local_tasks(task_data: str) -> Any:
-    from lm_eval.tasks import TaskManager
-
-    metadata: dict[str, Any] = {"task_data": task_data}
-    return TaskManager(include_defaults=False, include_path=str(TASKS_FOLDER), metadata=metadata)
+    if task_data is None:
+        return TaskManager()
+    return TaskManager(include_defaults=False, include_path=str(TASKS_FOLDER), metadata={"task_data": task_data})
 
 
 def _accuracy(name: str, found: dict[str, Any], samples: list[dict[str, Any]]) -> TaskAccuracy:
@@ -283,22 +262,21 @@ def _accuracy(name: str, found: dict[str, Any], samples: list[dict[str, Any]]) -
     chosen = next(key for metric in _METRICS for key in keys if key.startswith(f"{metric},"))
     metric, _, pipeline = chosen.partition(",")
     stderr = found.get(f"{metric}_stderr,{pipeline}")
-    others = {key.removesuffix(",none"): float(found[key]) for key in keys if key != chosen}
     return TaskAccuracy(
         task=name,
         accuracy=float(found[chosen]),
         stderr=float(stderr) if isinstance(stderr, (int, float)) else None,
         n=int(found["sample_len"]),
         metric=chosen.removesuffix(",none"),
-        others=others,
+        others={key.removesuffix(",none"): float(found[key]) for key in keys if key != chosen},
         items=tuple(float(sample[metric]) for sample in samples if sample["filter"] == pipeline),
     )
 
 
-def _data(local: Sequence[str], others: Sequence[str], task_data: str | Path | None) -> str:
-    files = ", ".join(task_file(task_data, name).name for name in local) if task_data is not None else ""
-    parts = [f"{files} of {task_data}"] if local else []
-    return " and ".join([*parts, "lm-eval's data sets"] if others else parts)
+def _data(names: Sequence[str], task_data: str | Path | None) -> str:
+    files = [task_file(task_data, name).name for name in names if name in WANDA7] if task_data is not None else []
+    parts = [f"{', '.join(files)} of {task_data}"] if files else []
+    return " and ".join(parts if len(files) == len(names) else [*parts, "lm-eval's data sets"])
 
 
 @contextmanager

@@ -6,8 +6,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from sparse_train.allocation import Uniform
-from sparse_train.description import describe
 from sparse_train.inspection import LayerSparsity, by_projection, overall_sparsity, pruned
 
 FILE_NAME = "README.md"
@@ -15,10 +13,10 @@ FILE_NAME = "README.md"
 _LIMITS = """\
 ## What it is not
 
-- Not smaller: these are dense safetensors with zeros in them. `sparse-train pack` makes a smaller file of them, for
-  storing and sending.
+- Not smaller: these are dense safetensors with zeros in them. Any compressor makes a smaller file of them, for storing
+  and sending.
 - Not faster on a CPU: plain PyTorch multiplies zeros like other numbers. On GPUs with 2:4 sparse tensor cores, layers
-  that are 2:4 can be converted (`sparse_train.layers.semi_structured`); no claim is made about the speed.
+  that are 2:4 can be converted (`sparse_train.inspection.to_sparse_semi_structured`); no claim is made about the speed.
 - Not a sparse checkpoint for vLLM or compressed-tensors, which no longer load those. They load it as a dense model.
 """
 
@@ -33,26 +31,24 @@ class ModelCard:
     """Its id on the Hugging Face hub, so that the hub can link to it."""
     license: str | None = None
     """The hub's identifier, such as "apache-2.0"; only if it is known."""
-    made: Mapping[str, str] = field(default_factory=dict)
-    """How the model was made: rows of the card's table, such as method, criterion, calibration."""
+    made: Mapping[str, Any] = field(default_factory=dict)
+    """How the model was made, as data: settings of a run, nested as in a recipe. Each entry is a row of the table; an
+    object of a class is a mapping with its name under "class"; None and what is empty are left out."""
     perplexity: str | None = None
     """Perplexity, with its protocol."""
     recipe: str | None = None
     """YAML with which the model can be made again."""
-    pruned_alone: bool = False
-    """Whether ``text`` gets only the pruned layers, as for a model that does not fit in memory."""
 
     def text(self, layers: Sequence[LayerSparsity]) -> str:
         """The card as Markdown, with the front matter that the hub reads.
 
         Args:
-            layers: the linear layers of the model, counted.
+            layers: the linear layers of the model, counted; of one that does not fit in memory, only the pruned ones.
         """
         from huggingface_hub import ModelCardData
 
         found = pruned(layers)
         patterns = sorted({layer.pattern for layer in found})
-        name = self.base_model or "A language model"
         front = ModelCardData(
             base_model=self.hub_id,
             library_name="transformers",
@@ -60,20 +56,20 @@ class ModelCard:
             pipeline_tag="text-generation",
             tags=["sparse-train", "sparse", "pruned", *patterns],
         )
-        whole = "" if self.pruned_alone else f", {overall_sparsity(layers):.4f} of all linear layers'"
+        whole = f", {overall_sparsity(layers):.4f} of all linear layers'" if len(layers) > len(found) else ""
         rows = {
-            **({"base model": self.base_model} if self.base_model else {}),
+            "base model": self.base_model,
             **self.made,
-            "sparsity": f"{overall_sparsity(found):.4f} of the {len(found)} pruned layers' weights{whole}, counted "
-            "on the weights that are written here",
-            **({"perplexity": self.perplexity} if self.perplexity else {}),
-            "made with": f"sparse-train {version('sparse-train')}, torch {version('torch')}, "
-            f"transformers {version('transformers')}",
+            "counted sparsity": f"{overall_sparsity(found):.4f} of the {len(found)} pruned layers' weights{whole}, "
+            "counted on the weights that are written here",
+            "perplexity": self.perplexity,
+            "made with": [f"{name} {version(name)}" for name in ("sparse-train", "torch", "transformers")],
         }
+        table = [(name, _shown(value).replace("|", "\\|").replace("\n", " ")) for name, value in rows.items()]
         parts = [
             f"---\n{front.to_yaml()}\n---\n",
-            f"# {name}, {', '.join(patterns) or 'dense'}\n",
-            _table(("", ""), [(row, _cell(value)) for row, value in rows.items()]),
+            f"# {self.base_model or 'A language model'}, {', '.join(patterns) or 'dense'}\n",
+            _table(("", ""), [row for row in table if row[1]]),
             "Plain `AutoModelForCausalLM.from_pretrained` reads it: pruned weights are exact zeros in ordinary layers. "
             "N:M counts N kept of every M consecutive inputs.\n",
             "## By projection\n",
@@ -90,47 +86,21 @@ def write_card(folder: Path, card: ModelCard, layers: Sequence[LayerSparsity]) -
     (folder / FILE_NAME).write_text(card.text(layers), encoding="utf-8")
 
 
-_UNIFORM = describe(Uniform())
-
-
-def training_rows(settings: Mapping[str, str], timing: Mapping[str, Any], steps: int) -> dict[str, str]:
-    """How a run of ``MaskUpdater`` made a model, from its ``settings``, ``timing`` and number of steps."""
-    adapters, policy = settings.get("mask_lora"), settings["policy"]
-    comes_back = settings.get("comes_back") != "never"
-    how = "with re-pruning" if comes_back else "with masks in which no weight comes back"
-    allocation = settings.get("allocation", _UNIFORM)
-    looked_at = "recomputed" if comes_back else "changed only if the schedule asks for more zeros,"
+def training_rows(settings: Mapping[str, Any], timing: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    """How a run of ``MaskUpdater`` made a model, from its settings, its resolved timing and its number of steps."""
     return {
-        "method": f"trained sparse {how}, {settings['criterion']}, {settings['mask_structure']}, "
-        f"{settings['schedule']}, {policy}" + ("" if allocation == _UNIFORM else f", divided by {allocation}"),
-        "masks": f"{looked_at} every {timing['update_freq']} steps from step {timing['start_step']} to "
+        "method": "trained sparse",
+        **{name: value for name, value in settings.items() if name not in timing},
+        "masks": f"updated every {timing['update_freq']} steps from step {timing['start_step']} to "
         f"{timing['end_step']}, then frozen; {steps} steps in all",
-        **_scoring_row(settings, timing),
-        **({"trained": f"low-rank adapters inside the masks, merged: {adapters}"} if adapters else {}),
+        "window": timing["window"],
     }
 
 
-def _scoring_row(settings: Mapping[str, str], timing: Mapping[str, Any]) -> dict[str, str]:
-    if settings.get("statistics", "none") == "none":
-        return {}
-    margin = "" if settings["margin"] == "none" else f", {settings['margin']}"
-    return {"norms": f"of the {timing['window']} steps before an update, memory {settings['memory']}{margin}"}
-
-
-def oneshot_rows(details: Mapping[str, Any]) -> dict[str, str]:
+def oneshot_rows(details: Mapping[str, Any]) -> dict[str, Any]:
     """How one-shot pruning made a model, from its ``pruning.json``."""
-    rows = {}
-    for index, stage in enumerate(details["stages"]):
-        allocation = "" if stage["allocation"] == _UNIFORM else f", {stage['allocation']}"
-        rows["method" if index == 0 else f"stage {index + 1}"] = (
-            f"pruned in one shot, without training: {stage['criterion']}, {stage['mask_structure']}{allocation}"
-        )
-    if data := details["calibration"]:
-        rows["calibration"] = (
-            f"{data['num_calibration_samples']} x {data['max_seq_length']} tokens of {data['text']} "
-            f"({data['sampling']}), seed {data['seed']}"
-        )
-    return rows
+    stage, calibration = details["stages"][0], details["calibration"]
+    return {"method": "pruned in one shot, without training", **stage, "calibration": calibration}
 
 
 def perplexity_line(found: Mapping[str, Any]) -> str:
@@ -139,10 +109,17 @@ def perplexity_line(found: Mapping[str, Any]) -> str:
     return f"{found['perplexity']:.2f}: token perplexity of {where}"
 
 
+def _shown(value: Any) -> str:
+    """Data as text: ``Cubic(final_sparsity 0.5)``, ``text c4, seed 0``, ``a, b``; "" for None and what is empty."""
+    if isinstance(value, Mapping):
+        entries = ", ".join(f"{key} {_shown(each)}" for key, each in value.items() if key != "class" and _shown(each))
+        name = value.get("class", "")
+        return f"{name}({entries})" if name and entries else name or entries
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_shown, value))
+    return f"{value:g}" if isinstance(value, float) else "" if value is None else str(value)
+
+
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")

@@ -1,24 +1,38 @@
 """Export: a Hugging Face folder with true zeros, readable by plain ``AutoModelForCausalLM.from_pretrained``."""
 
+import copy
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from sparse_train.distributed import rank
+import torch
+
+from sparse_train.distributed.collectives import rank
+from sparse_train.distributed.engines import layout_of, whole_state_dict
 from sparse_train.export.card import ModelCard, training_rows, write_card
 from sparse_train.files import written_whole
 from sparse_train.inspection import layer_sparsities
-from sparse_train.layers.sharding import is_dtensor, is_zero3, whole_state_dict
+from sparse_train.layers.masked_layer import sparse_layers
 from sparse_train.layers.sparsify import sparsify_like, squash
+from sparse_train.layers.state_dicts import folded_state_dict
 from sparse_train.models import lora
 from sparse_train.models.checkpoints import PRUNING_STATE, read_checkpoint
+from sparse_train.models.sources import PackagedSmolLM2, Pretrained
 
 _log = logging.getLogger(__name__)
 
 
-def export_model(model: Any, tokenizer: Any | None, out: str | Path, card: ModelCard | None = None) -> Path:
+def export_model(
+    model: Any,
+    tokenizer: Any | None,
+    out: str | Path,
+    card: ModelCard | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Path:
     """Write a transformers model with its masks folded in, its tokenizer and its model card to a folder.
 
     For a peft model, the base is written with its original names, and the adapter to ``adapter/`` inside the folder,
@@ -26,31 +40,74 @@ def export_model(model: Any, tokenizer: Any | None, out: str | Path, card: Model
 
     The folder is first written under another name and then renamed, so ``out`` is complete or absent. ``model`` itself
     is not changed. With several processes, rank 0 writes; a model that is sharded over them (FSDP2, ZeRO-3) is
-    gathered, and all of them must call. ``card`` has what cannot be counted on the weights.
+    gathered, and all of them must call.
+
+    Args:
+        model: a model of transformers, masked or squashed, or a ``PeftModel`` around one.
+        tokenizer: saved with the model; None = the folder has none.
+        out: folder to write.
+        card: what cannot be counted on the weights.
+        dtype: of the weights that are written (adapters keep theirs). Default: that of the files that the model was
+            loaded from, if it has 16 bits and the model more, as in training; otherwise weights stay as they are.
 
     Raises:
-        ValueError: ``out`` exists and is not an empty folder.
+        ValueError: ``out`` exists and is not an empty folder, or weights are too large for ``dtype``.
     """
     out = Path(out)
-    sharded = any(is_dtensor(parameter) or is_zero3(parameter) for parameter in model.parameters())
-    state = whole_state_dict(model) if sharded else None
+    sharded = any(layout_of(parameter).is_sharded for parameter in model.parameters())
+    state = whole_state_dict(model) if sharded else model.state_dict()
     if rank() != 0:
         return out
-    card = card or ModelCard()
+    card, dtype = card or ModelCard(), dtype or _narrower_dtype_of_files(model)
+    if any(layer.adapted for layer in sparse_layers(model).values()):
+        state = folded_state_dict(model, state)  # before the conversion: factors are summed in their own precision
+    written = state if dtype is None else _in_dtype(state, dtype)
     with written_whole(out) as beside:
         # layers first: save_pretrained takes tied names out of the state dict
         if lora.is_peft(model):
-            base_state, layers = lora.base_of(model, state)
+            base = model.get_base_model()
+            base_state, layers = lora.base_of(model, written)
             card = replace(card, made={**card.made, "adapter": lora.card_row(model)})
-            model.get_base_model().save_pretrained(beside, state_dict=base_state)
+            base.save_pretrained(beside, state_dict=base_state)
             _save_adapter(model, beside / lora.FOLDER, state, out)
         else:
-            layers = layer_sparsities(model, state)
-            model.save_pretrained(beside, state_dict=state)  # for a sparsified model, pruned weights become zeros
+            base, layers = model, layer_sparsities(model, written)
+            model.save_pretrained(beside, state_dict=written)  # for a sparsified model, pruned weights become zeros
+        if dtype is not None:  # save_pretrained has written that of the model in memory
+            config = copy.deepcopy(base.config)
+            config.dtype = dtype
+            config.save_pretrained(beside)
         if tokenizer is not None:
             tokenizer.save_pretrained(beside)
         write_card(beside, card, layers)
     return out
+
+
+def _narrower_dtype_of_files(model: Any) -> torch.dtype | None:
+    """The dtype of the files that a model was loaded from, if it has 16 bits and the model has more; otherwise None."""
+    from transformers import AutoConfig
+
+    if not model.name_or_path or model.dtype.itemsize <= 2:
+        return None
+    try:
+        stored = AutoConfig.from_pretrained(model.name_or_path, local_files_only=True, trust_remote_code=False).dtype
+    except (OSError, ValueError):  # they are no longer here, or never were
+        return None
+    return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(str(stored).removeprefix("torch."))
+
+
+def _in_dtype(state: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """A state dict with its float tensors in ``dtype``; tied weights stay tied."""
+    found, converted = dict(state), {}
+    for name, tensor in state.items():
+        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.dtype != dtype:
+            place = (tensor.data_ptr(), tensor.shape)  # save_pretrained recognises tied weights by their memory
+            if place not in converted:
+                converted[place] = tensor.to(dtype)
+            found[name] = converted[place]
+            if not found[name].isfinite().all() and tensor.isfinite().all():
+                raise ValueError(f"{name} has weights that are too large for {dtype}. Export with dtype=torch.float32.")
+    return found
 
 
 def _save_adapter(model: Any, folder: Path, state: Any, base: Path) -> None:
@@ -63,13 +120,16 @@ def _save_adapter(model: Any, folder: Path, state: Any, base: Path) -> None:
         config.base_model_name_or_path = before
 
 
-def export_checkpoint(checkpoint: str | Path, out: str | Path, tokenizer: Any | None = None) -> Path:
+def export_checkpoint(
+    checkpoint: str | Path, out: str | Path, tokenizer: Any | None = None, *, dtype: torch.dtype | None = None
+) -> Path:
     """Export the model of a Lightning checkpoint that ``CausalLM`` wrote, masks folded in.
 
     Args:
         checkpoint: a file, or a folder that FSDP2 or DeepSpeed wrote, see ``sparse_train.models.checkpoints``.
         out: folder to write.
-        tokenizer: saved with the model.
+        tokenizer: saved with the model; default: that of the model that the run began with, if it can be read here.
+        dtype: as for ``export_model``; the model's files are those that the run began with.
 
     Raises:
         ValueError: no such checkpoint, or one of another LightningModule.
@@ -82,7 +142,7 @@ def export_checkpoint(checkpoint: str | Path, out: str | Path, tokenizer: Any | 
             f"{checkpoint} was not written by sparse_train's CausalLM, so its architecture is not known. Load it into "
             "your module, call sparse_train.squash(module), and save it like a dense model."
         )
-    settings = dict(content["model_config"])
+    settings, source = dict(content["model_config"]), content.get("model_source", {})
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     state = {k.removeprefix("model."): v for k, v in content["state_dict"].items() if k.startswith("model.")}
     model = AutoModelForCausalLM.from_config(config)
@@ -94,22 +154,37 @@ def export_checkpoint(checkpoint: str | Path, out: str | Path, tokenizer: Any | 
     model.load_state_dict(state)
     squash(model)  # before weights are converted to their dtype: factors of adapters may have a higher precision
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
-        if name in state and tensor.dtype != state[name].dtype:
+        if name in state:
             tensor.data = tensor.data.to(state[name].dtype)
-    return export_model(model, tokenizer, out, _card_of(content))
+    model.name_or_path = source.get("name", "")
+    return export_model(model, tokenizer or _tokenizer_of(source), out, _card_of(content), dtype=dtype)
 
 
-def _card_of(content: dict[str, Any]) -> ModelCard:
-    state = content.get("callbacks", {}).get(PRUNING_STATE)
-    rises = state and not state["settings"]["schedule"].startswith("Constant")
-    if rises and state["steps"] < state["timing"]["end_step"]:
+def _tokenizer_of(source: Mapping[str, Any]) -> Any | None:
+    """The tokenizer of the model that a run began with; None, with a warning, if it cannot be read here."""
+    name = source.get("name", "")
+    try:
+        if name == PackagedSmolLM2().name:
+            return PackagedSmolLM2().tokenizer()
+        if name.endswith(".gguf"):
+            return Pretrained(str(Path(name).parent), gguf_file=Path(name).name).tokenizer()
+        return Pretrained(name).tokenizer()
+    except (OSError, ValueError) as error:
+        _log.warning("The exported folder has no tokenizer, because that of %s cannot be read here: %s", name, error)
+        return None
+
+
+def _card_of(content: Mapping[str, Any]) -> ModelCard:
+    """From what ``CausalLM`` and ``DynamicPruning`` have stored; warns if the sparsity was still rising."""
+    source, state = content.get("model_source", {}), content.get("callbacks", {}).get(PRUNING_STATE)
+    made = training_rows(state["settings"], state["timing"], state["steps"]) if state else {}
+    final = made.get("sparsity")
+    if state and isinstance(final, float) and (state["sparsity"] or 0.0) < final:
         _log.warning(
-            "The checkpoint was written after %d steps, at a sparsity of %g: its schedule is %s and ends at step %d.",
+            "The checkpoint was written after %d steps, at a sparsity of %g: it rises to %g until step %d.",
             state["steps"],
-            state["target"] or 0.0,
-            state["settings"]["schedule"],
+            state["sparsity"] or 0.0,
+            final,
             state["timing"]["end_step"],
         )
-    made = training_rows(state["settings"], state["timing"], state["steps"]) if state else {}
-    source = content.get("model_source", {})
     return ModelCard(source.get("name"), source.get("hub_id"), source.get("license"), made=made)

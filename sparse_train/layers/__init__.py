@@ -1,1 +1,1 @@
-"""The masked layer: parameter, packed mask, product, low-rank factors inside the mask, shards; the parts of models."""
+"""The masked layer: parameter, packed mask, product, low-rank factors inside the mask; whole models."""

@@ -1,15 +1,14 @@
 """``SparseConv1D``: the masked form of transformers' ``Conv1D``, the linear layer of GPT-2. Imports transformers."""
 
-from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from sparse_train.layers.matrices import MaskedLayer
+from sparse_train.layers.masked_layer import MaskedLayer
 
 
 class SparseConv1D(MaskedLayer, Conv1D):  # type: ignore[misc]
     """A ``Conv1D`` whose forward uses only kept weights; the parameter stays (I, O), masks and scores are (O, I)."""
 
-    weight: Tensor
+    is_transposed = True
     nf: int
     nx: int
 
@@ -20,7 +19,3 @@ class SparseConv1D(MaskedLayer, Conv1D):  # type: ignore[misc]
     @property
     def out_features(self) -> int:  # type: ignore[override]
         return self.nf
-
-    @property
-    def weight_OI(self) -> Tensor:
-        return self.weight.t()

@@ -1,21 +1,27 @@
-"""``masked_linear``: the product with ``where(mask, weight, 0)`` and its gradient.
+"""``masked_linear``: the product with ``where(mask, weight, 0)``, or ``where(mask, W + s B A, 0)``, and its gradients.
 
-Shape suffixes: T tokens, O out_features, I in_features, J packed mask bytes = ceil(I / 8).
+Shape suffixes: T tokens, O out_features, I in_features, R rank, J packed mask bytes = ceil(I / 8).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from sparse_train.layers import masks
 
 
+def low_rank_sum(weight_OI: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float) -> Tensor:
+    """``W + scale * B A`` (O, I), a new tensor of the weight's dtype, summed in the wider of the two dtypes."""
+    dtype = torch.promote_types(weight_OI.dtype, a_RI.dtype)
+    total_OI = torch.addmm(weight_OI.to(dtype), b_OR.to(dtype), a_RI.to(dtype), alpha=scale)
+    return total_OI.to(weight_OI.dtype)
+
+
 class _MaskedLinear(torch.autograd.Function):
-    """``F.linear(x, where(mask, weight, 0), bias)`` that saves weight, packed mask and, if the weight is trained,
-    x, but no masked copy.
+    """Saves weight, factors, packed mask and, if weight or factors are trained, x, but no masked copy.
 
     The masked weight is recomputed in backward: saving it would hold a second model between forward and backward
     (under FSDP2 or ZeRO-3, the whole gathered one).
@@ -23,42 +29,93 @@ class _MaskedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight_OI: Tensor, mask_OJ: Tensor, bias_O: Tensor | None, straight_through: bool
+        ctx: Any,
+        x: Tensor,
+        weight_OI: Tensor,
+        mask_OJ: Tensor,
+        bias_O: Tensor | None,
+        a_RI: Tensor | None,
+        b_OR: Tensor | None,
+        scale: float,
+        straight_through: bool,
     ) -> Tensor:
         device = x.device.type
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
         if not autocast and x.dtype != weight_OI.dtype:
             raise RuntimeError(f"input is {x.dtype} and weight is {weight_OI.dtype}; they must have the same dtype")
-        ctx.x_dtype, ctx.straight_through, ctx.has_bias = x.dtype, straight_through, bias_O is not None
-        ctx.device_type, ctx.dtype = device, dtype
+        ctx.x_dtype, ctx.has_bias, ctx.device_type, ctx.dtype = x.dtype, bias_O is not None, device, dtype
+        ctx.scale, ctx.straight_through = scale, straight_through
         x = x.to(dtype)
         # of a frozen weight, the gradient does not need the input, which a dense layer would not hold either
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight_OI, mask_OJ)
-        with torch.autocast(device, enabled=False):
-            return F.linear(x, masks.apply(weight_OI, mask_OJ, dtype), None if bias_O is None else bias_O.to(dtype))
+        trained = ctx.needs_input_grad[1] or ctx.needs_input_grad[4] or ctx.needs_input_grad[5]
+        ctx.save_for_backward(x if trained else None, weight_OI, mask_OJ, a_RI, b_OR)
+        with torch.autocast(device, enabled=False):  # factors are summed in full precision, as a merge sums them
+            total_OI = weight_OI if a_RI is None or b_OR is None else low_rank_sum(weight_OI, a_RI, b_OR, scale)
+            return F.linear(x, masks.apply(total_OI, mask_OJ, dtype), None if bias_O is None else bias_O.to(dtype))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight_OI, mask_OJ = ctx.saved_tensors
-        grad_x = grad_weight_OI = grad_bias_O = None
+        x, weight_OI, mask_OJ, a_RI, b_OR = ctx.saved_tensors
+        wants_x, wants_weight, _, wants_bias, wants_a, wants_b, _, _ = ctx.needs_input_grad
+        grad_x = grad_weight_OI = grad_bias_O = grad_a_RI = grad_b_OR = None
+        masked: Callable[..., Tensor] = masks.apply
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # a second derivative will be asked for
+            if ctx.x_dtype != ctx.dtype or a_RI is not None:
+                raise RuntimeError(
+                    "Second derivatives (create_graph=True) pass through masked layers outside autocast and without "
+                    "mask_lora only. Disable autocast around the forward of the gradient penalty."
+                )
+            masked = _masked_straight_through if ctx.straight_through else _masked_differentiably
         with torch.autocast(ctx.device_type, enabled=False):  # in case the caller runs backward inside autocast
             grad = grad.to(ctx.dtype)
             grad_TO = grad.reshape(-1, grad.shape[-1])
-            if ctx.needs_input_grad[0]:
-                grad_x = grad.matmul(masks.apply(weight_OI, mask_OJ, ctx.dtype)).to(ctx.x_dtype)
-            if ctx.needs_input_grad[1]:
+            if wants_x:
+                total_OI = weight_OI if a_RI is None else low_rank_sum(weight_OI, a_RI, b_OR, ctx.scale)
+                grad_x = grad.matmul(masked(total_OI, mask_OJ, ctx.dtype)).to(ctx.x_dtype)
+            if wants_weight:
                 grad_weight_OI = grad_TO.t().mm(x.reshape(-1, x.shape[-1])).to(weight_OI.dtype)
                 if not ctx.straight_through:
-                    grad_weight_OI = masks.apply(grad_weight_OI, mask_OJ)
-            if ctx.has_bias and ctx.needs_input_grad[3]:
+                    grad_weight_OI = masked(grad_weight_OI, mask_OJ)
+            if wants_a or wants_b:
+                grad_a_RI, grad_b_OR = _grad_of_factors(ctx, grad_TO, x.reshape(-1, x.shape[-1]), mask_OJ, a_RI, b_OR)
+            if ctx.has_bias and wants_bias:
                 grad_bias_O = grad_TO.sum(0)
-        return grad_x, grad_weight_OI, None, grad_bias_O, None
+        return grad_x, grad_weight_OI, None, grad_bias_O, grad_a_RI, grad_b_OR, None, None
+
+
+def _grad_of_factors(
+    ctx: Any, grad_TO: Tensor, x_TI: Tensor, mask_OJ: Tensor, a_RI: Tensor, b_OR: Tensor
+) -> tuple[Tensor, Tensor]:
+    if ctx.straight_through:  # the gradient of the sum is a product that never has to be computed as a whole
+        grad_a_RI = grad_TO.mm(b_OR.to(x_TI.dtype)).t().mm(x_TI).to(a_RI.dtype)
+        grad_b_OR = grad_TO.t().mm(x_TI.mm(a_RI.to(x_TI.dtype).t())).to(b_OR.dtype)
+    else:
+        sum_OI = masks.apply(grad_TO.t().mm(x_TI), mask_OJ).to(a_RI.dtype)
+        grad_a_RI, grad_b_OR = b_OR.t().mm(sum_OI), sum_OI.mm(a_RI.t())
+    return ctx.scale * grad_a_RI, ctx.scale * grad_b_OR
+
+
+def _masked_differentiably(values_OI: Tensor, mask_OJ: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """``masks.apply``, which works on bits, for autograd: pruned values get no gradient."""
+    return torch.where(masks.unpack(mask_OJ, values_OI.shape[1]), values_OI.to(dtype or values_OI.dtype), 0)
+
+
+def _masked_straight_through(values_OI: Tensor, mask_OJ: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """``masks.apply`` for autograd: pruned values get the gradient of their masked self."""
+    values_OI = values_OI.to(dtype or values_OI.dtype)
+    return values_OI + (masks.apply(values_OI.detach(), mask_OJ) - values_OI.detach())
 
 
 def masked_linear(
-    x: Tensor, weight_OI: Tensor, mask_OJ: Tensor, bias_O: Tensor | None = None, *, straight_through: bool = True
+    x: Tensor,
+    weight_OI: Tensor,
+    mask_OJ: Tensor,
+    bias_O: Tensor | None = None,
+    factors: tuple[Tensor, Tensor] | None = None,
+    *,
+    scale: float = 1.0,
+    straight_through: bool = True,
 ) -> Tensor:
     """``F.linear(x, where(mask, weight, 0), bias)``, with a choice of gradient for pruned weights.
 
@@ -67,10 +124,17 @@ def masked_linear(
         weight_OI: dense parameter, kept and shadow values.
         mask_OJ: packed mask, see ``sparse_train.layers.masks``.
         bias_O: (O,) or None.
+        factors: A (R, I) and B (O, R), both of the same dtype, of a low-rank adapter inside the mask: the weight is
+            ``W + scale * B A``, where A and B learn and W, which must be frozen, does not.
+        scale: multiplies the product of the factors.
         straight_through: pruned weights get the gradient of their masked self (Bengio et al., arXiv 1308.3432;
-            Zhou et al., arXiv 2102.04010, section 3), or, if False, zero.
+            Zhou et al., arXiv 2102.04010, section 3), or, if False, zero. Factors then learn from the gradient of the
+            whole masked sum, or, if False, from that of kept entries: the exact gradient of the loss.
 
     Under autocast, computes in the autocast dtype, forward and backward; otherwise all dtypes must agree.
     """
-    output: Tensor = _MaskedLinear.apply(x, weight_OI, mask_OJ, bias_O, straight_through)  # type: ignore[no-untyped-call]
+    a_RI, b_OR = factors or (None, None)
+    output: Tensor = _MaskedLinear.apply(  # type: ignore[no-untyped-call]
+        x, weight_OI, mask_OJ, bias_O, a_RI, b_OR, scale, straight_through
+    )
     return output

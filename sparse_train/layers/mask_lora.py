@@ -11,11 +11,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from sparse_train.layers import sharding
-from sparse_train.layers.low_rank import low_rank_sum, masked_low_rank_linear
-from sparse_train.layers.matrices import FACTOR_NAMES, MaskedLayer
-from sparse_train.layers.sparse_linear import SparseLinear, sparse_layers
-from sparse_train.suggestions import did_you_mean
+from sparse_train.arguments import did_you_mean
+from sparse_train.distributed.engines import layout_of
+from sparse_train.layers.functional import low_rank_sum, masked_linear
+from sparse_train.layers.masked_layer import MaskedLayer, SparseLinear, sparse_layers
+from sparse_train.layers.masks import FACTOR_NAMES
 
 ALL_LINEAR = "all-linear"
 
@@ -74,13 +74,12 @@ class MaskLoRALinear(SparseLinear):
         return self.lora_alpha / self.mask_lora_A.shape[0]
 
     def product(self, x: Tensor) -> Tensor:
-        return masked_low_rank_linear(
+        return masked_linear(
             x,
             self.weight,
             self.weight_mask,
-            self.mask_lora_A,
-            self.mask_lora_B,
             self.bias,
+            (self.mask_lora_A, self.mask_lora_B),
             scale=self.scale,
             straight_through=self.straight_through and not self.exact_gradient,
         )
@@ -161,7 +160,7 @@ def add_mask_lora(model: nn.Module, lora: MaskLoRA | None = None) -> list[nn.Par
     for layer in _wanted(model, lora).values():
         if not layer.adapted:
             attach_factors(layer, lora.r, lora.lora_alpha, lora.exact_gradient)
-    adapted = [layer for layer in sparse_layers(model).values() if isinstance(layer, MaskLoRALinear)]
+    adapted = [layer for layer in sparse_layers(model).values() if layer.adapted]
     factors = [getattr(layer, name) for layer in adapted for name in FACTOR_NAMES]
     for factor in factors:
         factor.requires_grad_(True)
@@ -181,6 +180,16 @@ def merge_mask_lora(model: nn.Module) -> None:
     """
     for layer in sparse_layers(model).values():
         layer.merge()
+
+
+def check_whole(name: str, layer: MaskedLayer) -> None:
+    """Raise ValueError if an engine divides the weight of a layer, or the factors of its adapter."""
+    held = [layout_of(getattr(layer, each)) for each in ("weight", *(FACTOR_NAMES if layer.adapted else ()))]
+    if any(layout.is_sharded for layout in held) or (layer.adapted and held[1].has_masters):
+        raise ValueError(
+            f"{name} has a mask_lora adapter, and its parameters are divided among processes (FSDP2, DeepSpeed), where "
+            "the sum of the two cannot be masked. Train in one process or with DDP, or without mask_lora."
+        )
 
 
 def attach_factors(layer: MaskedLayer, rank: int, lora_alpha: int, exact_gradient: bool) -> None:
@@ -230,7 +239,6 @@ def _check_layer(name: str, layer: MaskedLayer, lora: MaskLoRA) -> None:
                 "as that of the checkpoint, or call merge_mask_lora(model) first."
             )
         return
-    if sharding.is_sharded(layer):
-        raise ValueError(sharding.NO_ADAPTERS.format(name))
+    check_whole(name, layer)
     if type(layer) is not SparseLinear:
         raise ValueError(f"{name} is a {type(layer).__name__}; mask_lora adapts nn.Linear layers. Leave it out.")

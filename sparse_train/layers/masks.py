@@ -7,14 +7,25 @@ takes 1/8 byte per weight. Layers store it, checkpoints hold it and ranks exchan
 """
 
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+MASK_NAME = "weight_mask"
+"""Name of the packed mask buffer next to ``weight`` in a state dict."""
+FACTOR_NAMES = ("mask_lora_A", "mask_lora_B")
+"""Names of the factors next to ``weight`` in a layer with a low-rank adapter, see ``layers.mask_lora``."""
 INTEGER_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """The integer dtype of the same size, as which the bits of a dtype are viewed."""
+
+
+def masked_modules(module: nn.Module, prefix: str = "") -> dict[str, Any]:
+    """The masked layers of a module by the prefix of their keys in its state dict, under each of their names."""
+    named = module.named_modules(remove_duplicate=False)
+    return {f"{prefix}{n}." if n else prefix: each for n, each in named if MASK_NAME in each._buffers}
 
 
 def packed_width(in_features: int) -> int:
@@ -103,6 +114,11 @@ def fingerprint(packed_OJ: Tensor) -> Tensor:
     odd = torch.arange(1, 2 * len(words), 2, device=flat.device) * 0x5851F42D4C957F2D
     total = (words * odd).sum() * 0x2545F4914F6CDD1D
     return ((total ^ (total >> 32)) >> torch.arange(32, device=flat.device)).bitwise_and(1).bool()
+
+
+def fingerprint_number(packed_OJ: Tensor) -> int:
+    """``fingerprint`` as a number, for checkpoints."""
+    return sum(bit << place for place, bit in enumerate(fingerprint(packed_OJ).tolist()))
 
 
 @cache

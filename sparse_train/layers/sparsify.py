@@ -1,5 +1,6 @@
 """Whole models: linear layers become masked ones and, at the end, plain ones with zeros."""
 
+import functools
 import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -7,13 +8,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparse_train.layers import sharding
-from sparse_train.layers.adapters import guard_adapters
-from sparse_train.layers.matrices import FACTOR_NAMES, MASK_NAME, MaskedLayer
-from sparse_train.layers.sparse_linear import dense_class, sparse_class, sparse_layers
+from sparse_train.blocks import CONV1D, class_path
+from sparse_train.distributed.fsdp2 import reshard
+from sparse_train.layers.adapters import check_adapters, note_adapters
+from sparse_train.layers.mask_lora import attach_factors, settings_of
+from sparse_train.layers.masked_layer import FALCON_LINEAR, MaskedLayer, SparseLinear, sparse_layers
+from sparse_train.layers.masks import FACTOR_NAMES, MASK_NAME
 from sparse_train.layers.state_dicts import EXTRA_STATE, is_mask, refusals, refuse_dense, teach_save_pretrained
 
 _log = logging.getLogger(__name__)
+
+_DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"  # torch's name; its setter would drop earlier entries
 
 
 def sparsify(model: nn.Module, layers: Iterable[nn.Module]) -> None:
@@ -25,16 +30,15 @@ def sparsify(model: nn.Module, layers: Iterable[nn.Module]) -> None:
     transformers model writes pruned weights as zeros.
     """
     for layer in layers:
-        if isinstance(layer, MaskedLayer):
-            continue
-        layer.__class__ = sparse_class(type(layer))  # type: ignore[arg-type]
-        assert isinstance(layer, MaskedLayer) and isinstance(layer, nn.Module)
-        layer.start_masking()
+        if not isinstance(layer, MaskedLayer):
+            layer.__class__ = sparse_class(type(layer))  # type: ignore[arg-type]
+            assert isinstance(layer, MaskedLayer)
+            layer.start_masking()
     if not refusals(model):
         model.register_load_state_dict_pre_hook(refuse_dense)
     _keep_from_ddp(model)
+    note_adapters(model)
     teach_save_pretrained()
-    guard_adapters()
 
 
 def squash(model: nn.Module) -> None:
@@ -45,6 +49,9 @@ def squash(model: nn.Module) -> None:
 
     Args:
         model: with masked layers anywhere in it.
+
+    Raises:
+        ValueError: an adapter of peft was merged into a masked layer, or reads the weights it prunes.
     """
     layers = sparse_layers(model)
     if layers and all(layer.keeps_all() for layer in layers.values()):
@@ -54,18 +61,17 @@ def squash(model: nn.Module) -> None:
             "that prune(..., squash=False) has set.",
             len(layers),
         )
-    fold(model)
+    check_adapters(model)
+    unmask(model)
 
 
 @torch.no_grad()
-def fold(model: nn.Module, only: Iterable[MaskedLayer] | None = None) -> None:
-    """``squash`` without the warning about masks that prune nothing, and for some layers only (default: all)."""
-    sharding.reshard(model)
+def unmask(model: nn.Module, only: Iterable[MaskedLayer] | None = None) -> None:
+    """``squash`` without its checks, and for some layers only (default: all)."""
+    reshard(model)
     for layer in sparse_layers(model).values() if only is None else list(only):
-        assert isinstance(layer, MaskedLayer)
-        assert isinstance(layer, nn.Module)
         layer.merge()
-        sharding.write_zeros(layer)
+        layer.write_zeros()
         layer.stop_masking()
         layer.__class__ = dense_class(type(layer))  # type: ignore[arg-type]
     if sparse_layers(model):
@@ -87,9 +93,6 @@ def _keep_from_ddp(model: nn.Module) -> None:
         setattr(model, _DDP_IGNORES, [*others, *names])
 
 
-_DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"  # torch's name; its setter would drop earlier entries
-
-
 def sparsify_like(module: nn.Module, state_dict: Mapping[str, Any], prefix: str = "") -> None:
     """Sparsify the layers of ``module`` whose masks are in ``state_dict``, so that the state can be loaded.
 
@@ -102,9 +105,36 @@ def sparsify_like(module: nn.Module, state_dict: Mapping[str, Any], prefix: str 
     if new:
         sparsify(module, new)
     for name, layer in zip(names, layers, strict=True):
+        assert isinstance(layer, MaskedLayer)
         factor = state_dict.get(f"{prefix}{name}.{FACTOR_NAMES[0]}")
         if factor is not None and not layer.adapted:
-            from sparse_train.layers.mask_lora import attach_factors, settings_of
-
-            assert isinstance(layer, MaskedLayer)
             attach_factors(layer, factor.shape[0], *settings_of(state_dict[f"{prefix}{name}.{EXTRA_STATE}"]))
+
+
+# --- classes ---------------------------------------------------------------------------------------------------------
+
+SPARSE_CONV1D = "sparse_train.layers.conv1d.SparseConv1D"
+
+
+@functools.cache
+def sparse_class(cls: Any) -> type:
+    """The masked form of a plain linear class."""
+    if cls is nn.Linear or class_path(cls) == FALCON_LINEAR:  # FalconLinear becomes an nn.Linear after squash
+        return SparseLinear
+    if class_path(cls) == CONV1D:
+        from sparse_train.layers.conv1d import SparseConv1D
+
+        return SparseConv1D
+    # fully_shard has created a class FSDPLinear(FSDPModule, Linear) for this module; it must stay an FSDPModule.
+    assert cls.__bases__[-1] is nn.Linear and len(cls.__bases__) == 2, cls
+    return type(f"{cls.__name__}Sparse", (cls.__bases__[0], SparseLinear), dict(cls.__dict__))
+
+
+@functools.cache
+def dense_class(cls: Any) -> type:
+    """The plain form of a masked class."""
+    if cls is SparseLinear:
+        return nn.Linear
+    if class_path(cls) == SPARSE_CONV1D:
+        return next(base for base in cls.__bases__ if base is not MaskedLayer)  # type: ignore[no-any-return]
+    return type(cls.__name__.removesuffix("Sparse"), (cls.__bases__[0], nn.Linear), dict(cls.__dict__))

@@ -1,4 +1,7 @@
-"""State dicts of models with masked layers: without masks, for saving; and which ones may be loaded."""
+"""State dicts of models with masked layers: folded, for saving; and which ones may be loaded.
+
+This module knows masks by their names in state dicts and in modules, and not the masked layer, which is built on it.
+"""
 
 import functools
 import inspect
@@ -9,9 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_train.layers import masks, sharding
-from sparse_train.layers.matrices import FACTOR_NAMES, MASK_NAME, MaskedLayer, is_conv1d
-from sparse_train.layers.sparse_linear import sparse_layers
+from sparse_train.blocks import is_conv1d
+from sparse_train.distributed.engines import layout_of
+from sparse_train.layers import masks
+from sparse_train.layers.adapters import check_adapters
+from sparse_train.layers.masks import FACTOR_NAMES, MASK_NAME, masked_modules
+
+EXTRA_STATE = "_extra_state"  # torch's
+
+
+def is_mask(key: str) -> bool:
+    """Whether a key of a state dict names a mask."""
+    return key == MASK_NAME or key.endswith(f".{MASK_NAME}")
+
+
+# --- saving ----------------------------------------------------------------------------------------------------------
 
 
 def squashed_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -32,29 +47,25 @@ def folded_state_dict(
     """
     folded = {key: value for key, value in state.items() if not is_mask(key)}
     for key, mask_OJ in _masks_for(model, state).items():
-        if is_mask(key):
-            name = key.removesuffix(MASK_NAME)
-            weight = state[f"{name}weight"].detach()
-            layer: Any = model.get_submodule(name.removesuffix("."))
-            if getattr(layer, "adapted", False):
-                weight = layer.summed(weight, *(folded.pop(name + factor).detach() for factor in FACTOR_NAMES))
-                folded.pop(name + EXTRA_STATE, None)
-            if is_conv1d(layer):
-                weight = masks.apply(weight.t(), mask_OJ).t().contiguous()
-            else:
-                weight = masks.apply(weight, mask_OJ)
-            folded[f"{name}weight"] = weight if device is None else weight.to(device)
+        name = key.removesuffix(MASK_NAME)
+        weight = state[f"{name}weight"].detach()
+        layer: Any = model.get_submodule(name.removesuffix("."))
+        if getattr(layer, "adapted", False) and name + FACTOR_NAMES[0] in folded:  # or the state is folded already
+            weight = layer.summed(weight, *(folded.pop(name + factor).detach() for factor in FACTOR_NAMES))
+            folded.pop(name + EXTRA_STATE, None)
+        is_stored_OI = not is_conv1d(layer)
+        weight = masks.apply(weight, mask_OJ) if is_stored_OI else masks.apply(weight.t(), mask_OJ).t().contiguous()
+        folded[f"{name}weight"] = weight if device is None else weight.to(device)
     return folded
 
 
 def _masks_for(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     found = {key: value for key, value in state.items() if is_mask(key)}
-    for name, layer in model.named_modules(remove_duplicate=False):
-        weight, mask = (".".join(filter(None, (name, part))) for part in ("weight", MASK_NAME))
-        if not isinstance(layer, MaskedLayer) or weight not in state or mask in found:
+    for name, layer in masked_modules(model).items():
+        weight, mask = f"{name}weight", f"{name}{MASK_NAME}"
+        if weight not in state or mask in found:
             continue
-        assert isinstance(layer, nn.Module)
-        if state[weight].shape != layer.get_parameter("weight").shape or sharding.is_sharded(layer):
+        if state[weight].shape != layer.weight.shape or layout_of(layer.weight).is_sharded:
             raise ValueError(
                 f"The state dict has {weight} and not {mask}, and the model's own mask does not fit it, so pruned "
                 "weights cannot be told from kept ones. Use a state dict with masks, such as model.state_dict()."
@@ -63,18 +74,11 @@ def _masks_for(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tenso
     return found
 
 
-EXTRA_STATE = "_extra_state"  # torch's
-
-
-def is_mask(key: str) -> bool:
-    return key == MASK_NAME or key.endswith(f".{MASK_NAME}")
-
-
 def teach_save_pretrained() -> None:
     """Make ``PreTrainedModel.save_pretrained`` fold masks; done once, for all models.
 
     The class is patched and not the model, because the saved model may be one around the sparsified model, or a copy,
-    and trainers pass their own state dict.
+    and trainers pass their own state dict. There is no public way to be asked by it.
     """
     modeling = sys.modules.get("transformers.modeling_utils")
     if modeling is None or getattr(modeling.PreTrainedModel.save_pretrained, "folds_masks", False):
@@ -84,12 +88,13 @@ def teach_save_pretrained() -> None:
 
     @functools.wraps(original)
     def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
-        layers = sparse_layers(self)
+        layers = masked_modules(self)
         if not layers:
             return original(self, *args, **kwargs)
+        check_adapters(self)
         bound = signature.bind(self, *args, **kwargs)
         state = bound.arguments.get("state_dict")
-        if state is None and any(map(sharding.is_sharded, layers.values())):
+        if state is None and any(layout_of(layer.weight).is_sharded for layer in layers.values()):
             raise ValueError(
                 "The weights of this model are divided among processes, so save_pretrained would not write it whole. "
                 "Call sparse_train.export.export_model(model, tokenizer, folder) in every process."
@@ -101,33 +106,34 @@ def teach_save_pretrained() -> None:
     modeling.PreTrainedModel.save_pretrained = save_pretrained
 
 
+# --- loading ---------------------------------------------------------------------------------------------------------
+
+
 def refuse_dense(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
     """A hook that refuses weights without masks, unless they are zero wherever the model's masks prune."""
-    _add_own_masks(module, state_dict, prefix)
-    found = [f"{prefix}{name}." if name else prefix for name in sparse_layers(module)]
+    layers = masked_modules(module, prefix)
+    _add_own_masks(layers, state_dict)
     # a state dict without the weights of these layers, such as a file of adapters, needs no masks either
-    keys = [name + MASK_NAME for name in found if f"{name}weight" in state_dict]
+    keys = [name + MASK_NAME for name in layers if f"{name}weight" in state_dict]
     if keys and not any(key in state_dict for key in keys):
         raise ValueError(
             f"The model is sparsified, but this checkpoint holds no masks (no {keys[0]}): it "
             "was saved from a dense or a squashed model. To start sparse training from it, load it into the model "
             "before sparsifying, and leave ckpt_path out; to continue a sparse run, use a checkpoint that it wrote."
         )
-    for name, layer in sparse_layers(module).items():
-        here = f"{prefix}{name}." if name else prefix
-        in_file = here + FACTOR_NAMES[0] in state_dict
-        if f"{here}weight" in state_dict and in_file != layer.adapted:
+    for name, layer in layers.items():
+        in_file = name + FACTOR_NAMES[0] in state_dict
+        if f"{name}weight" in state_dict and in_file != layer.adapted:
             with_adapters, without = ("checkpoint", "model") if in_file else ("model", "checkpoint")
             raise ValueError(
-                f"{name}: the {with_adapters} has a mask_lora adapter, and the {without} has none. Resume with the "
-                "mask_lora that the checkpoint was written with; to start a new run from it, export it (squash merges)."
+                f"{name.removesuffix('.')}: the {with_adapters} has a mask_lora adapter, and the {without} has none. "
+                "Resume with the mask_lora that the checkpoint was written with; to start a new run from it, export it "
+                "(squash merges)."
             )
 
 
-def _add_own_masks(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
+def _add_own_masks(layers: Mapping[str, Any], state_dict: dict[str, Any]) -> None:
     """Complete a state dict that ``save_pretrained`` has written from this model, or from one with the same masks."""
-    named = module.named_modules(remove_duplicate=False)  # a state dict has both names of a shared layer
-    layers = {f"{prefix}{n}." if n else prefix: each for n, each in named if isinstance(each, MaskedLayer)}
     stored = {n: each for n, each in layers.items() if f"{n}weight" in state_dict and n + MASK_NAME not in state_dict}
     if any(layer.weight_mask.is_meta or state_dict[f"{n}weight"].is_meta for n, layer in stored.items()):
         return  # there is nothing to compare
@@ -138,16 +144,15 @@ def _add_own_masks(module: nn.Module, state_dict: dict[str, Any], prefix: str) -
             state_dict[name + MASK_NAME] = layer.weight_mask
 
 
-def _has_zeros_of(layer: MaskedLayer, weight: Any) -> bool:
+def _has_zeros_of(layer: Any, weight: Any) -> bool:
     """Whether a stored weight is zero wherever the layer's mask prunes; False with an adapter, or if sharded."""
-    assert isinstance(layer, nn.Module)
-    if layer.adapted or sharding.is_sharded(layer) or weight.shape != layer.get_parameter("weight").shape:
+    if layer.adapted or layer.layout.is_sharded or weight.shape != layer.weight.shape:
         return False
-    weight_OI = weight.t() if is_conv1d(layer) else weight
     pruned_OI = ~layer.unpacked_mask().to(weight.device)
-    return not bool((weight_OI[pruned_OI] != 0).any())
+    return not bool((layer.stored(weight)[pruned_OI] != 0).any())
 
 
 def refusals(module: nn.Module) -> list[int]:
+    """Keys of the ``refuse_dense`` hooks of a module."""
     hooks = module._load_state_dict_pre_hooks.items()
     return [key for key, hook in hooks if getattr(hook, "hook", hook) is refuse_dense]

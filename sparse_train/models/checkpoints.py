@@ -2,12 +2,14 @@
 
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+from zipfile import is_zipfile
 
 import torch
 from torch import Tensor
 
-from sparse_train.layers.matrices import MASK_NAME
+from sparse_train.files import calls, load_plain
+from sparse_train.layers.masks import MASK_NAME
 
 PRUNING_STATE = "DynamicPruning"
 """Key of the state of ``DynamicPruning``, and of its subclasses, in the callbacks of a checkpoint."""
@@ -27,16 +29,11 @@ def read_checkpoint(checkpoint: str | Path) -> dict[str, Any]:
             float32 masters are read, and for which the package deepspeed is needed).
 
     Raises:
-        ValueError: nothing there, or a folder of another kind.
+        ValueError: nothing there, a folder of another kind, or a file that would have to be trusted (``load_plain``).
     """
     path = Path(checkpoint)
     if path.is_file():
-        try:
-            found: Any = torch.load(path, map_location="cpu", weights_only=False)
-        except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
-                raise  # memory, for example
-            raise ValueError(f"{path} is not a checkpoint of a training run, or is not complete: {error}.") from error
+        found = load_plain(path)
         if isinstance(found, dict) and "state_dict" in found:
             return found
         raise ValueError(
@@ -44,7 +41,7 @@ def read_checkpoint(checkpoint: str | Path) -> dict[str, Any]:
             "folder, give that folder; a folder with a model is read by evaluate, inspect and prune."
         )
     if (path / _FSDP2_METADATA).is_file():
-        content: dict[str, Any] = torch.load(path / _LIGHTNING_METADATA, map_location="cpu", weights_only=False)
+        content: dict[str, Any] = load_plain(path / _LIGHTNING_METADATA)
         return content | {"state_dict": _read_fsdp2(path)}
     if (path / _DEEPSPEED_TAG).is_dir():
         return _read_deepspeed(path)
@@ -66,19 +63,96 @@ def check_engine(checkpoint: str | Path, strategy: Any) -> None:
             )
 
 
+def check_plain(checkpoint: str | Path) -> None:
+    """Raise ValueError if resuming from a checkpoint of any engine would run code that is in it.
+
+    The engines themselves unpickle what they find, even where tensors and numbers are all that they have written.
+    """
+    path = Path(checkpoint)
+    if path.is_file():
+        load_plain(path, mmap=is_zipfile(path))
+    for file in sorted(path.rglob("*.pt")):
+        with torch.serialization.safe_globals(_deepspeed_classes()):
+            load_plain(file, mmap=is_zipfile(file))
+    if (path / _FSDP2_METADATA).is_file():
+        _check_fsdp2_values(path)
+
+
+def _read_fsdp2_metadata(path: Path) -> Any:
+    """Reads a file that torch pickles and, unlike other files, unpickles freely."""
+    file = path / _FSDP2_METADATA
+    with file.open("rb") as opened:
+        try:
+            return _MetadataUnpickler(opened, file).load()
+        except (pickle.UnpicklingError, EOFError) as error:
+            raise ValueError(f"{file} is not complete, so the checkpoint cannot be read: {error}.") from error
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Refuses all but what torch writes to the metadata of a distributed checkpoint."""
+
+    def __init__(self, opened: BinaryIO, file: Path) -> None:
+        super().__init__(opened)
+        self._file = file
+
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if not is_dtype and name not in _IN_METADATA.get(module, ()):
+            raise ValueError(calls(self._file, f"{module}.{name}"))
+        return super().find_class(module, name)
+
+
+_IN_METADATA = {
+    "torch.distributed.checkpoint.metadata": {
+        *("Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "ChunkStorageMetadata"),
+        *("BytesStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING"),
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size"},
+    "collections": {"OrderedDict"},
+    "pathlib": {"PosixPath", "WindowsPath"},
+    "pathlib._local": {"PosixPath", "WindowsPath"},  # Python 3.13
+}
+"""Names by module. Not whole modules: a name such as os.system would also be found in one that imports os."""
+
+
+def _check_fsdp2_values(path: Path) -> None:
+    """Check the values beside tensors, such as learning rates: each is a file of ``torch.save`` inside a larger one."""
+    from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+
+    metadata = _read_fsdp2_metadata(path)
+    for index, where in metadata.storage_data.items():
+        if isinstance(metadata.state_dict_metadata.get(index.fqn), BytesStorageMetadata):
+            with (path / where.relative_path).open("rb") as opened:
+                opened.seek(where.offset)
+                load_plain(path / where.relative_path, part=opened.read(where.length))
+
+
+def _deepspeed_classes() -> list[Any]:
+    """What DeepSpeed stores besides tensors and plain values; nothing without DeepSpeed."""
+    try:
+        from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+        from deepspeed.runtime.zero.config import ZeroStageEnum
+        from deepspeed.utils.tensor_fragment import fragment_address
+    except ImportError:
+        return []
+    return [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+
+
 def _read_fsdp2(path: Path) -> dict[str, Tensor]:
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
     from torch.distributed.checkpoint.state_dict_loader import load
 
-    reader, prefix = FileSystemReader(path), "state_dict."
-    found = reader.read_metadata().state_dict_metadata
+    prefix = "state_dict."
+    found = _read_fsdp2_metadata(path).state_dict_metadata
     weights = {  # without the optimizer's state, which is twice as large
         key: torch.empty(entry.size, dtype=entry.properties.dtype)
         for key, entry in found.items()
         if key.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
     }
-    load(weights, storage_reader=reader, no_dist=True)
+    load(weights, storage_reader=FileSystemReader(path), no_dist=True)
     return {key.removeprefix(prefix): tensor for key, tensor in weights.items()}
 
 
@@ -91,7 +165,8 @@ def _read_deepspeed(path: Path) -> dict[str, Any]:
         ) from error
     # every rank has written a file; apart from the model's state, they are the same
     states = sorted((path / _DEEPSPEED_TAG).glob("*model_states.pt"))[0]
-    content = torch.load(states, map_location="cpu", weights_only=False)
+    content = load_plain(states)
+    check_plain(path)  # DeepSpeed would unpickle anything
     client = {key: content[key] for key in _CLIENT_KEYS if key in content}
     state = get_fp32_state_dict_from_zero_checkpoint(str(path), tag=_DEEPSPEED_TAG)
     for key in state:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_train.models.distillation_losses import logit_losses, squarehead_loss
+from sparse_train.models.losses import logit_losses, squarehead_loss
 from sparse_train.models.sources import ModelSource, as_model_source
 
 _log = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ class Distillation:
         return self.hardness["squarehead"] > 0
 
     def load_teacher(self, source: ModelSource, student: Any) -> Teacher:
-        """The teacher, on the CPU and in the dtype of its source.
+        """The teacher, on the CPU and in the dtype of its source; a warning says if it is sparse itself.
 
         Args:
             source: that of the student, used if ``teacher`` is None.
@@ -101,21 +101,16 @@ class Distillation:
         chosen = self.teacher or source
         teacher = chosen.load()
         theirs, own = teacher.config.get_text_config(), student.config.get_text_config()
-        if theirs.vocab_size != own.vocab_size:
-            raise ValueError(
-                f"The teacher {chosen.name} has a vocabulary of {theirs.vocab_size} tokens and the student "
-                f"{source.name} one of {own.vocab_size}, and they are compared token by token. Choose a teacher with "
-                "the student's tokenizer, or none: the default is the student's dense model."
-            )
-        shapes = [(config.num_hidden_layers, config.hidden_size) for config in (theirs, own)]
-        if self.uses_hidden_states and shapes[0] != shapes[1]:
-            raise ValueError(
-                f"SquareHead compares hidden states layer by layer, but the teacher {chosen.name} has {shapes[0][0]} "
-                f"layers of width {shapes[0][1]} and the student {source.name} {shapes[1][0]} of {shapes[1][1]}. "
-                "Choose a teacher of the student's shape, or set hardness_squarehead to 0 and distil by hardness_kldiv."
-            )
-        zeros = _share_of_zeros(teacher)
-        if zeros > 0.2:
+        for name in ("vocab_size", "num_hidden_layers", "hidden_size") if self.uses_hidden_states else ("vocab_size",):
+            if getattr(theirs, name) != getattr(own, name):
+                raise ValueError(
+                    f"The teacher {chosen.name} has a {name} of {getattr(theirs, name)} and the student {source.name} "
+                    f"one of {getattr(own, name)}. Logits are compared token by token, and hidden states (SquareHead) "
+                    "layer by layer. Choose a teacher that fits, or none: the default is the student's dense model."
+                )
+        weights = [module.weight for module in teacher.modules() if isinstance(module, nn.Linear)]
+        zeros = 1 - sum(int(each.count_nonzero()) for each in weights) / max(1, sum(each.numel() for each in weights))
+        if weights and zeros > 0.2:
             _log.warning(
                 "The teacher %s is sparse itself: %.0f %% of the weights of its linear layers are zero. To learn from "
                 "the dense model, name that as the distillation's teacher.",
@@ -146,10 +141,3 @@ class Distillation:
         """The loss to train on, from the result of ``losses``."""
         weighted = [self.hardness[name] * loss for name, loss in losses.items() if self.hardness[name] > 0]
         return torch.stack(weighted).sum()
-
-
-def _share_of_zeros(model: nn.Module) -> float:
-    weights = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
-    nonzero = sum(int(weight.count_nonzero()) for weight in weights)
-    size = sum(weight.numel() for weight in weights)
-    return 1 - nonzero / size if size else 0.0

@@ -1,9 +1,10 @@
-"""``LoRA``: a model source that puts peft's adapters on a frozen base, and the export of such a model.
+"""``LoRA``: a model source that puts peft's adapters on a frozen base, and the parts that such a model is exported in.
 
 Imports peft only when it is used.
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,16 +12,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sparse_train.inspection import InspectedLayer, layer_sparsities
-from sparse_train.layers.adapters import guard_adapters
+from sparse_train.inspection import LayerSparsity, layer_sparsities
 from sparse_train.layers.state_dicts import folded_state_dict
+from sparse_train.layers.targets import adapter_names
 from sparse_train.models.sources import ModelSource, as_model_source
-from sparse_train.targets.maskable import adapter_names
 
 FOLDER = "adapter"
 """Subfolder of the adapter, in the folder of its base."""
-_BASE_LAYER = "base_layer."  # peft's name for the layer that an adapter wraps
-_WRAPPED = "base_model.model."  # peft's prefix for names of the wrapped model
 
 
 @dataclass
@@ -54,50 +52,24 @@ class LoRA(ModelSource):
     adapter: str | None = None
 
     def __post_init__(self) -> None:
-        self.base = as_model_source(self.base)
-        if self.r < 1 or not 0 <= self.lora_dropout < 1:
-            raise ValueError(
-                f"r must be at least 1, and lora_dropout at least 0 and below 1, got {self.r} and {self.lora_dropout}."
-            )
-
-    @property
-    def _base(self) -> ModelSource:
-        return as_model_source(self.base)
-
-    @property
-    def name(self) -> str:
-        return f"{self._base.name} with {self.adapter or f'LoRA of rank {self.r}'}"
-
-    @property
-    def hub_id(self) -> str | None:
-        return self._base.hub_id
-
-    @property
-    def license(self) -> str | None:
-        return self._base.license
-
-    def load(self) -> Any:
-        model = self._wrapped()
-        guard_adapters()  # needed here because the base may be a sparse folder, without masks
-        return model
-
-    def _wrapped(self) -> Any:
-        peft = _peft()
-        if self.adapter is not None:
-            if not (Path(self.adapter) / "adapter_config.json").is_file():
-                raise ValueError(f"There is no adapter of peft in {self.adapter!r}: it has no adapter_config.json.")
-            return peft.PeftModel.from_pretrained(self._base.load(), self.adapter, is_trainable=True)
-        config = peft.LoraConfig(
-            r=self.r,
-            lora_alpha=self.lora_alpha,
-            lora_dropout=self.lora_dropout,
-            target_modules=list(self.target_modules),
-            task_type="CAUSAL_LM",
-        )
-        return peft.get_peft_model(self._base.load(), config)
+        self._base = as_model_source(self.base)
+        self.name = f"{self._base.name} with {self.adapter or f'LoRA of rank {self.r}'}"
+        self.hub_id, self.license = self._base.hub_id, self._base.license
 
     def tokenizer(self) -> Any:
         return self._base.tokenizer()
+
+    def load(self) -> Any:
+        peft, base = _peft(), self._base.load()
+        if self.adapter is not None:
+            if not (Path(self.adapter) / "adapter_config.json").is_file():  # peft would ask the hub
+                raise ValueError(f"There is no adapter of peft in {self.adapter!r}: it has no adapter_config.json.")
+            model = peft.PeftModel.from_pretrained(base, self.adapter, is_trainable=True)
+        else:
+            own = {name: getattr(self, name) for name in ("r", "lora_alpha", "lora_dropout")}
+            config = peft.LoraConfig(**own, target_modules=list(self.target_modules), task_type="CAUSAL_LM")
+            model = peft.get_peft_model(base, config)
+        return model
 
 
 def is_peft(model: Any) -> bool:
@@ -110,34 +82,24 @@ def adapter_config(model: Any) -> str | None:
     return json.dumps(active_config(model).to_dict(), default=sorted) if is_peft(model) else None
 
 
-def active_config(model: Any) -> Any:
-    """The settings of the only adapter of a ``PeftModel``, which must be a LoRA.
-
-    Raises:
-        ValueError: it has several adapters, or one of another type.
-    """
-    names = list(model.peft_config)
-    if len(names) > 1:
-        raise ValueError(
-            f"The model has several adapters ({', '.join(names)}), and only one can be saved with its base. Delete the "
-            "others (model.delete_adapter), or save the model yourself: model.save_pretrained."
-        )
-    config = model.peft_config[names[0]]
-    if getattr(config, "r", None) is None:
-        raise ValueError(
-            f"The adapter is {type(config).__name__}, and only LoRA is exported. Save the model yourself: "
-            "model.save_pretrained."
-        )
-    return config
-
-
 def wrap(model: nn.Module, config: str) -> Any:
     """A model with a new adapter of these settings."""
     peft = _peft()
     return peft.get_peft_model(model, peft.PeftConfig.from_peft_type(**json.loads(config)))
 
 
-def base_of(model: Any, state: Mapping[str, Tensor] | None = None) -> tuple[dict[str, Tensor], list[InspectedLayer]]:
+def active_config(model: Any) -> Any:
+    """The settings of the only adapter of a ``PeftModel``, a LoRA; ValueError if it has others, which would be lost."""
+    config, *others = model.peft_config.values()
+    if others or getattr(config, "r", None) is None:
+        raise ValueError(
+            f"The model has the adapters {', '.join(model.peft_config)}, and a single LoRA is what can be saved with "
+            "its base. Delete the others (model.delete_adapter), or save the model yourself: model.save_pretrained."
+        )
+    return config
+
+
+def base_of(model: Any, state: Mapping[str, Tensor] | None = None) -> tuple[dict[str, Tensor], list[LayerSparsity]]:
     """The state dict of a peft model's base, masks folded in, with the names of the bare model; and its layers.
 
     Args:
@@ -148,19 +110,17 @@ def base_of(model: Any, state: Mapping[str, Tensor] | None = None) -> tuple[dict
         ValueError: peft keeps copies of whole modules (``modules_to_save``), so that the base is not one model.
     """
     base = model.get_base_model()
-    own = base.state_dict() if state is None else {k.removeprefix(_WRAPPED): value for k, value in state.items()}
-    copied = next((name for name in own if ".modules_to_save." in name), None)
-    if copied is not None:
+    own = None if state is None else {name.removeprefix("base_model.model."): value for name, value in state.items()}
+    adapters = tuple(f"{name}." for name in adapter_names(base))
+    if copied := next((name for name, _ in base.named_modules() if name.endswith(".modules_to_save")), None):
         raise ValueError(
             f"The adapter holds a copy of a whole module ({copied}, peft's modules_to_save), which is not "
             "exported. Leave modules_to_save out, or save the model yourself: model.save_pretrained, model.unload."
         )
-    adapters = tuple(f"{name}." for name in adapter_names(base))
-    folded = {_plain(k): v for k, v in folded_state_dict(base, own).items() if not k.startswith(adapters)}
-    layers = layer_sparsities(base, None if state is None else own)
-    return folded, [
-        replace(layer, name=_plain(layer.name + ".").rstrip("."))
-        for layer in layers
+    folded = folded_state_dict(base, base.state_dict() if own is None else own)
+    return {_bare(name): value for name, value in folded.items() if not name.startswith(adapters)}, [
+        replace(layer, name=_bare(layer.name))
+        for layer in layer_sparsities(base, own)
         if not f"{layer.name}.".startswith(adapters)
     ]
 
@@ -176,8 +136,9 @@ def card_row(model: Any) -> str:
     )
 
 
-def _plain(name: str) -> str:
-    return name.replace(_BASE_LAYER, "")
+def _bare(name: str) -> str:
+    """The name in the bare model of what peft has put inside an adapter."""
+    return re.sub(r"\.base_layer\b", "", name)
 
 
 def _peft() -> Any:

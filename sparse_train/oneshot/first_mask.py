@@ -1,86 +1,56 @@
 """The first mask of a training run, in any trainer: one-shot pruning that keeps pruned weights as shadow values."""
 
+import itertools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from sparse_train.allocation import Outliers
-from sparse_train.arguments import require_type
-from sparse_train.criteria import Criterion, Wanda
-from sparse_train.distributed import rank, take_from_rank_0, world_size
-from sparse_train.layers import masks
+from sparse_train.distributed.collectives import rank, take_from_rank_0, world_size
+from sparse_train.distributed.fsdp2 import reshard
+from sparse_train.distributions import LayerSparsities, Outliers
+from sparse_train.environment import isolated_rng
 from sparse_train.layers.mask_lora import MaskLoRA
-from sparse_train.layers.matrices import MaskedLayer
-from sparse_train.layers.sharding import has_masters, is_sharded, reshard
-from sparse_train.layers.sparse_linear import sparse_layers
-from sparse_train.oneshot.engine import Method, Undo
-from sparse_train.oneshot.forwards import Batch, raised_in_forward
-from sparse_train.oneshot.pruning import set_initial_masks
-from sparse_train.oneshot.training_data import causal_lm
-from sparse_train.patterns import Pattern
-from sparse_train.pipeline.existing_zeros import read_division, warn_of_filled_zeros
-from sparse_train.pipeline.pruner import check_masks
-from sparse_train.pipeline.run_settings import RunSettings
-from sparse_train.solvers import Solver, SparseGPT
+from sparse_train.layers.masked_layer import MaskedLayer
+from sparse_train.oneshot.forwards import Batch
+from sparse_train.oneshot.walk import MemoryShelf, Plan, walk
+from sparse_train.pruning.config import FirstWindow, OneShot, PruningConfig
+from sparse_train.pruning.update import check_masks, shapes_of
+from sparse_train.solvers import Solver
 
 _log = logging.getLogger(__name__)
-_OF_BATCHES = (LookupError, AttributeError, TypeError, RuntimeError)
-_OUT_OF_MEMORY = (
-    "out of memory",  # CUDA, ROCm, XPU, MPS
-    "can't allocate memory",  # CPU
-    "Allocation failed",  # HPU
-    "STATUS_ALLOC_FAILED",  # cuBLAS, cuDNN
-    "CUDNN_STATUS_NOT_SUPPORTED",  # cuDNN also says this if its workspace does not fit
-)
-"""Parts of error messages, because not every backend raises ``torch.OutOfMemoryError``."""
-_NO_MODEL = "the targets are not in one transformers model, whose blocks could be calibrated one by one"
-_NO_BATCHES = (
-    "no batches could be taken from the training data for calibration, because it is a stream, has a sampler of its "
-    "own, or its batches are neither tensors of token ids nor dicts with input_ids. To start with a mask, prune the "
-    "model before the run: sparse_train.prune(model, batches, ..., squash=False)"
-)
 
 
-def check_initial(method: Method | None, pattern: Pattern, mask_lora: MaskLoRA | None = None) -> None:
-    """Raise ValueError unless an ``initial_criterion`` can make a first mask; None can."""
-    require_type("initial_criterion", method, Wanda(), (Criterion, Solver))
-    if not isinstance(method, Solver):
-        return
-    method.check_pattern(pattern)
-    if isinstance(method, SparseGPT) and method.preserve_sparsity_mask:
+def check_solver(config: PruningConfig, mask_lora: MaskLoRA | None) -> None:
+    """Raise ValueError if the first mask would move weights that ``mask_lora`` freezes."""
+    first = config.first_mask
+    if mask_lora is not None and isinstance(first, OneShot) and isinstance(first.criterion, Solver):
         raise ValueError(
-            "SparseGPT(preserve_sparsity_mask=True) keeps fewer weights than the pattern if there are more "
-            "zeros already, and masks in training keep its count exactly. Leave preserve_sparsity_mask out."
-        )
-    if mask_lora is not None:
-        raise ValueError(
-            f"initial_criterion is {method}, which moves weights, and mask_lora trains adapters of weights that do not "
-            f"change. Prune the model before the run (sparse_train.prune with criterion={type(method).__name__}()), or "
-            "use a criterion."
+            f"first_mask is {first}, whose {type(first.criterion).__name__} moves weights, and mask_lora trains "
+            "adapters of weights that do not change. Prune the model before the run (sparse_train.prune with "
+            f"criterion={type(first.criterion).__name__}()), or use a criterion."
         )
 
 
 def set_first_mask(
     root: nn.Module,
-    settings: RunSettings,
-    method: Method | None,
-    count: int,
+    layers: Mapping[str, MaskedLayer],
+    config: PruningConfig,
     batches: Callable[[int], Sequence[Batch] | None],
     autocast: AbstractContextManager[Any],
     progress: bool,
 ) -> Outliers | None:
-    """Set the masks that a run starts with; does nothing if they have to come from the first window of steps.
+    """Set the masks that a run starts with, if ``first_mask`` is ``OneShot()``; ``MaskUpdater`` makes all others.
 
     Args:
-        root: holds the model; sparsified.
-        settings: of the run.
-        method: ``initial_criterion``: scores for these masks, or a solver of weights and masks; None = the criterion
-            of the run.
-        count: batches of training data to calibrate on, over all ranks.
+        root: holds the model.
+        layers: those of the run; not all masked ones, since a copy of the model, as a reference for a loss, may have
+            masks that keep everything.
+        config: of the run.
         batches: returns this many batches, the same ones on each rank; None if a model could not use any.
         autocast: the context under which the run's forwards are computed.
         progress: show a progress bar.
@@ -89,64 +59,45 @@ def set_first_mask(
         The outliers that one-shot pruning has measured, for ``MaskUpdater``; None if it has measured none.
 
     Raises:
-        ValueError: there is a ``method``, but one-shot pruning makes no first mask here; a solver would move weights
-            that must not move or would be moved back; the errors of ``set_initial_masks``; or masks that do not follow
+        ValueError: ``OneShot`` has a criterion, and no mask can be made with it here; a solver would move weights
+            that must not move or would be moved back; what ``walk`` raises; or masks of a solver that do not follow
             the pattern. The model is then unchanged.
     """
-    # not all masked layers: a copy of the model, as a reference for a loss, has masks that keep everything
-    layers, pattern, sparsity = settings.sparsify(root), settings.mask_structure, settings.first_sparsity
+    first = config.first_mask
+    dense = config.first_sparsity > 0 and all(layer.keeps_all() for layer in layers.values())
+    if isinstance(first, FirstWindow) and dense and config.criterion.needs_activations:
+        _log_dense_start("first_mask is FirstWindow()")
+    if not isinstance(first, OneShot):
+        return None
+    method = first.criterion or config.criterion
     if isinstance(method, Solver):
         _check_movable(method, layers)
-    found = None
-    if _is_one_shot_wanted(method, settings.criterion, layers, sparsity):
-        reshard(root)
-        if any(map(is_sharded, layers.values())):
-            _say_dense_start("the model is sharded, so its blocks cannot be calibrated one by one")
-        elif not count:
-            _say_dense_start("calibration_batches is 0")
-        else:
-            found = _model_and_batches(root, layers, count, batches)
-    if found is not None:
-        model, own = found
-        with autocast:
-            outliers = _prune(root, layers, model, own, method or settings.criterion, settings, progress)
-        warn_of_filled_zeros(layers, pattern, sparsity)
-        if isinstance(method, Solver):  # linear algebra may round differently on other hardware
-            take_from_rank_0([t for each in layers.values() for t in (each.weight_OI.detach(), each.weight_mask)])
-        return outliers
-    if method is not None:
+    # without activations, the first update makes the same mask
+    if dense and (first.criterion is not None or config.criterion.needs_activations):
+        found = _model_and_batches(root, layers, first.batches, batches)
+        if found is not None:
+            plan = Plan(method, config.pattern, config.first_sparsity, config.distribution, config.sparsity_at(1.0))
+            with autocast:
+                return _prune(root, layers, plan, *found, progress)
+    if first.criterion is not None:
         raise ValueError(
-            f"initial_criterion is {method}, but no one-shot pruning makes the first mask here: it does at start_step "
-            "0, with calibration_batches above 0, for a transformers model that is not sharded and has no masks yet, "
-            "from data that is not a stream and has no custom sampler, and if there is something to prune. Leave "
-            "initial_criterion out, or prune the model before the run (sparse_train.prune)."
+            f"first_mask is {first}, but no one-shot pruning makes the first mask here: it does at start_step 0, for a "
+            "transformers model that is not sharded and has no masks yet, from data that is not a stream and has no "
+            "custom sampler, and if there is something to prune. Leave the criterion out of OneShot, or prune the "
+            "model before the run (sparse_train.prune)."
         )
     return None
 
 
-def _is_one_shot_wanted(
-    method: Method | None, criterion: Criterion, layers: Mapping[str, MaskedLayer], sparsity: float
-) -> bool:
-    """Whether layers that should be sparse keep everything, and one-shot pruning does better than the first update.
-
-    Args:
-        method: ``initial_criterion``; None = ``criterion``.
-        criterion: that of updates.
-        layers: of the model.
-        sparsity: at step 0.
-    """
-    updates_do = method is None and not criterion.needs_activations
-    return not updates_do and sparsity > 0 and all(layer.keeps_all() for layer in layers.values())
-
-
-def _say_dense_start(reason: str, level: int = logging.INFO) -> None:
-    if rank() == 0:
-        _log.log(
-            level,
-            "The first steps run dense, and their activations give the first mask: %s. (A model that was pruned before "
-            "starts with its zeros, if they follow the pattern.)",
-            reason,
-        )
+def _check_movable(solver: Solver, layers: Mapping[str, MaskedLayer]) -> None:
+    for name, layer in layers.items():
+        masters = "DeepSpeed would bring the old ones back: it holds float32 masters of them"
+        why = masters if layer.layout.has_masters else None if layer.weight.requires_grad else "they are frozen"
+        if why is not None:
+            raise ValueError(
+                f"The first mask is made by {solver}, which moves weights, and those of {name} cannot be moved: {why}. "
+                "Prune the model before the run and before it gets adapters (sparse-train prune), or use a criterion."
+            )
 
 
 def _model_and_batches(
@@ -156,103 +107,114 @@ def _model_and_batches(
     batches: Callable[[int], Sequence[Batch] | None],
 ) -> tuple[nn.Module, Sequence[Batch]] | None:
     """The model to calibrate, and this rank's batches for it; None if there is no such model, or too few batches."""
-    model, ranks = causal_lm(root, layers), world_size()
-    found = None if model is None else batches(-(-count // ranks) * ranks)  # the same number for each rank
-    if model is None or found is None or len(found) < ranks:
-        if model is None:
-            _say_dense_start(_NO_MODEL)
-        else:  # which is a surprise
-            _say_dense_start(_NO_BATCHES, logging.WARNING)
-        return None
-    return model, found[rank() :: ranks]
+    reshard(root)
+    model, ranks, level = causal_lm(root, layers.values()), world_size(), logging.INFO
+    if any(layer.layout.is_sharded for layer in layers.values()):
+        reason = "the model is sharded, so its blocks cannot be calibrated one by one"
+    elif model is None:
+        reason = "the targets are not in one transformers model, whose blocks could be calibrated one by one"
+    else:
+        found = batches(-(-count // ranks) * ranks)  # the same number for each rank
+        if found is not None and len(found) >= ranks:
+            return model, found[rank() :: ranks]
+        level = logging.WARNING  # because it is a surprise
+        reason = (
+            "no batches could be taken from the training data for calibration, because it is a stream, has a sampler "
+            "of its own, or its batches are neither tensors of token ids nor dicts with input_ids. To start with a "
+            "mask, prune the model before the run: sparse_train.prune(model, batches, ..., squash=False)"
+        )
+    _log_dense_start(reason, level)
+    return None
+
+
+def _log_dense_start(reason: str, level: int = logging.INFO) -> None:
+    if rank() == 0:
+        _log.log(level, "The first steps run dense, and their activations give the first mask: %s.", reason)
 
 
 def _prune(
     root: nn.Module,
-    named: Mapping[str, MaskedLayer],
+    layers: Mapping[str, MaskedLayer],
+    plan: Plan,
     model: nn.Module,
     batches: Sequence[Batch],
-    method: Method,
-    settings: RunSettings,
     progress: bool,
 ) -> Outliers | None:
-    """Set the masks of a model whose masks keep everything; restores the model if that fails.
-
-    Args:
-        root: holds the model.
-        named: the targets, which are in the model, by their names in ``root``.
-        model: takes batches.
-        batches, method, settings, progress: see ``set_first_mask``.
-    """
-    targets, undo, sparsity = set(named.values()), Undo(), settings.first_sparsity
-    layers = {name: layer for name, layer in sparse_layers(model).items() if layer in targets}
-    division = settings.divided_sparsity(root, named)
-    read_division(named, settings.mask_structure, sparsity, division)
-    wanted = _renamed(division.at(sparsity), named, layers) if division.known else sparsity
+    """Set the masks of a model in ``root``."""
+    assert plan.sparsity is not None and plan.final is not None
+    shelf = MemoryShelf(model, layers, together=plan.pattern.model_wide)
     try:
-        report = set_initial_masks(
-            model,
-            layers,
-            batches,
-            criterion=method,
-            pattern=settings.mask_structure,
-            sparsity=wanted,
-            allocation=settings.allocation,
-            final=settings.sparsity_at(1.0),
-            progress=progress,
-            save=undo.save,
+        with shelf.restored_on_failure():
+            outliers = walk(shelf, plan, batches, progress).outliers or None
+            division = LayerSparsities(plan.distribution, shapes_of(root, layers), plan.pattern, plan.final, outliers)
+            check_masks(layers, plan.pattern, division.at(plan.sparsity))  # of a user's own solver
+    except Exception as error:
+        error.add_note(
+            "This happened while one-shot pruning made the first mask from batches of the training data. With "
+            "first_mask=FirstWindow(), it comes from the first steps of training instead, which run dense; a "
+            "calibration_dataloader of the data module gives other batches."
         )
-        if not division.known:
-            division = settings.divided_sparsity(root, named, report.outliers)
-        check_masks(named, settings.mask_structure, division.at(sparsity))  # of a user-defined solver
-    except BaseException as error:
-        undo.restore()
-        for layer in layers.values():
-            masks.fill_full(layer.weight_mask, layer.in_features)
-        if _is_of_batches(error):
-            raise ValueError(
-                f"One-shot pruning makes the first mask from batches of the training data, and {type(model).__name__} "
-                f"did not accept one of them: {error}. With calibration_batches=0 the first mask comes from the "
-                "first steps of training instead, which run dense; a calibration_dataloader of the data module gives "
-                "other batches."
-            ) from error
         raise
-    return report.outliers or None
+    if isinstance(plan.method, Solver):  # linear algebra may round differently on other hardware
+        take_from_rank_0([t for each in layers.values() for t in (each.weight_OI.detach(), each.weight_mask)])
+    return outliers
 
 
-def _renamed(
-    sparsities: float | Mapping[str, float], named: Mapping[str, MaskedLayer], layers: Mapping[str, MaskedLayer]
-) -> float | Mapping[str, float]:
-    """Sparsities by the names that layers have in a part of the model."""
-    if not isinstance(sparsities, Mapping):
-        return sparsities
-    own = {layer: sparsities[name] for name, layer in named.items()}
-    return {name: own[layer] for name, layer in layers.items()}
+# --- the model and the batches in a trainer --------------------------------------------------------------------------
 
 
-def _is_of_batches(error: BaseException) -> bool:
-    """Whether a model has raised this because of the content of its batches.
+def causal_lm(root: nn.Module, layers: Iterable[MaskedLayer]) -> nn.Module | None:
+    """The transformers model in ``root`` that holds all of ``layers``, if there is one."""
+    wanted = set(layers)
+    for module in root.modules():
+        if any(cls.__name__ == "PreTrainedModel" for cls in type(module).__mro__) and wanted <= set(module.modules()):
+            return module
+    return None
 
-    Not if memory ran out: a Trainer that searches for a batch size has to see that error unchanged.
+
+def random_batches(
+    dataset: Dataset[Any], batch_size: int, collate_fn: Callable[[list[Any]], Any] | None, count: int
+) -> list[Batch] | None:
+    """Random batches of a data set, always the same; None if a model could not use any.
+
+    They come from a separate loader: another iterator of the training loader would advance its generators, and the
+    position of a stateful one.
     """
-    return isinstance(error, _OF_BATCHES) and raised_in_forward(error) and not _is_out_of_memory(error)
+    if isinstance(dataset, IterableDataset):
+        return None  # reading a stream would take its first batches from training
+    own = DataLoader(
+        dataset,
+        batch_size=batch_size,
+        shuffle=True,
+        generator=torch.Generator().manual_seed(0),
+        collate_fn=collate_fn,
+    )
+    with isolated_rng():  # a data set may draw random numbers
+        batches = list(itertools.islice(own, count))
+    return batches if _usable(batches) else None
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(part in str(error) for part in _OUT_OF_MEMORY)
+def first_batches(loader: Iterable[Any], count: int) -> list[Batch]:
+    """The first batches of a loader for calibration, the same in each process; random states are restored.
 
-
-def _check_movable(solver: Solver, layers: Mapping[str, MaskedLayer]) -> None:
-    if any(map(has_masters, layers.values())):
+    Raises:
+        ValueError: it has no batches, or none that a model could use.
+    """
+    with isolated_rng():
+        torch.manual_seed(0)
+        batches = list(itertools.islice(loader, count))
+    if not _usable(batches):
+        given = f"a {type(batches[0]).__name__} with something else" if batches else "none at all"
         raise ValueError(
-            f"initial_criterion is {solver}, which moves weights, and DeepSpeed would bring the old ones back: it "
-            "holds float32 masters of them. Use strategy='ddp', or prune before the run (sparse-train prune)."
+            'Batches for a first mask are tensors of token ids (B, L), or dicts of model inputs with "input_ids"; '
+            f"calibration_dataloader gave {given}."
         )
-    frozen = next((name for name, layer in layers.items() if not layer.weight_OI.requires_grad), None)
-    if frozen is not None:
-        raise ValueError(
-            f"initial_criterion is {solver}, which moves weights, and {frozen} is frozen. Prune the model before it "
-            "gets adapters (sparse-train prune), or use a criterion."
-        )
+    return batches
+
+
+def _usable(batches: Sequence[Any]) -> bool:
+    return bool(batches) and all(_are_ids(b.get("input_ids") if isinstance(b, Mapping) else b) for b in batches)
+
+
+def _are_ids(batch: Any) -> bool:
+    return isinstance(batch, Tensor) and not (batch.is_floating_point() or batch.is_complex())

@@ -1,30 +1,27 @@
-"""Forwards of a model in calibration: in eval mode, without autograd, with the forward of some modules replaced."""
+"""Forwards of a model in calibration: in eval mode, without autograd, with the forwards of its blocks replaced."""
 
-import traceback
-from collections.abc import Callable, Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparse_train.layers.matrices import MaskedLayer
-
 Batch = Tensor | Mapping[str, Any]
 """Token ids (B, L), or the model's keyword arguments."""
 
 
-@contextmanager
-def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    before = module.__dict__.get("forward")
-    module.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.__dict__["forward"]
-        else:
-            module.__dict__["forward"] = before
+class Stop(Exception):
+    """Ends a forward early, and carries a value out of it."""
+
+    def __init__(self, value: Any) -> None:
+        super().__init__()
+        self.value = value
+
+
+def call(model: nn.Module, batch: Batch) -> Any:
+    return model(**batch) if isinstance(batch, Mapping) else model(batch)
 
 
 @contextmanager
@@ -48,14 +45,19 @@ def inference(model: nn.Module) -> Iterator[None]:
             setattr(config, key, value)
 
 
-def call(model: nn.Module, batch: Batch) -> Any:
-    return model(**batch) if isinstance(batch, Mapping) else model(batch)
-
-
-def raised_in_forward(error: BaseException) -> bool:
-    """Whether an error was raised in a forward of the model, and not in the processing of its activations."""
-    codes = {frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)}
-    return call.__code__ in codes and MaskedLayer._record.__code__ not in codes
+@contextmanager
+def answering(blocks: Iterable[nn.Module], answer: Callable[..., Any]) -> Iterator[None]:
+    """Inside, block ``i`` returns ``answer(i, its own forward, *args, **kwargs)``."""
+    before = [(block, block.__dict__.get("forward"), block.forward) for block in blocks]
+    for number, (block, _, forward) in enumerate(before):
+        block.__dict__["forward"] = functools.partial(answer, number, forward)
+    try:
+        yield
+    finally:
+        for block, own, _ in before:
+            block.__dict__.pop("forward", None)
+            if own is not None:
+                block.__dict__["forward"] = own
 
 
 def one_sample(batch: Batch) -> Batch:
@@ -64,5 +66,4 @@ def one_sample(batch: Batch) -> Batch:
         return batch[:1]
     size = len(batch["input_ids"]) if "input_ids" in batch else 0
     tensors = {key: each for key, each in batch.items() if isinstance(each, Tensor) and each.dim()}
-    cut = {key: each[:1] for key, each in tensors.items() if len(each) == size}
-    return {**batch, **cut}
+    return {**batch, **{key: each[:1] for key, each in tensors.items() if len(each) == size}}

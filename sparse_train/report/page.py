@@ -1,12 +1,13 @@
-"""One page from plain blocks: self-contained HTML, and Markdown with pictures as separate files."""
+"""One self-contained HTML page from plain blocks: paragraphs, tables, pictures, code."""
 
-import base64
 import html
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
+
+from sparse_train.files import replacing
 
 
 @dataclass(frozen=True)
@@ -21,15 +22,12 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG, drawn for light and for dark pages; Markdown and print use the light one."""
+    """A drawing in SVG, in which "currentColor" is the colour of the page's text."""
 
-    name: str
-    """Name of its file, without suffix."""
     caption: str
     alt: str
     """What it shows, for readers who cannot see it."""
-    light: bytes
-    dark: bytes
+    svg: str
 
 
 @dataclass(frozen=True)
@@ -37,129 +35,56 @@ class Code:
     """Preformatted text."""
 
     text: str
-    language: str = ""
 
 
 Block = str | Table | Picture | Code
 """A string is a paragraph."""
 
-_PICTURES = "report_pictures"
-"""Folder next to the page."""
 
-
-@dataclass(frozen=True)
-class Section:
-    """A heading and its blocks."""
-
-    title: str
-    blocks: Sequence[Block]
-
-
-@dataclass(frozen=True)
-class Page:
-    """A report: ``lead`` is between the title and the sections."""
-
-    title: str
-    lead: Sequence[Block]
-    sections: Sequence[Section]
-
-
-def write_page(page: Page, folder: Path) -> Path:
-    """Write ``report.html``, ``report.md`` and the pictures of the latter to ``folder``; returns the HTML file."""
-    (folder / _PICTURES).mkdir(parents=True, exist_ok=True)
-    for block in [*page.lead, *(block for section in page.sections for block in section.blocks)]:
-        if isinstance(block, Picture):
-            (folder / _PICTURES / f"{block.name}.png").write_bytes(block.light)
-    (folder / "report.md").write_text(to_markdown(page), encoding="utf-8")
-    path = folder / "report.html"
-    path.write_text(to_html(page), encoding="utf-8")
+def write_page(path: Path, title: str, lead: Sequence[Block], sections: Mapping[str, Sequence[Block]]) -> Path:
+    """Write the page: ``lead``, then the sections by title, except empty ones. Returns ``path``."""
+    links, parts = [], []
+    for heading, blocks in sections.items():
+        if blocks:
+            anchor, name = re.sub(r"\W+", "-", heading.lower()), html.escape(heading)
+            links.append(f'<a href="#{anchor}">{name}</a>')
+            parts += [f'<h2 id="{anchor}">{name}</h2>', *map(_block, blocks)]
+    text = _TEMPLATE.substitute(
+        title=html.escape(title),
+        style=_STYLE,
+        lead="\n".join(map(_block, lead)),
+        links=" &middot; ".join(links),
+        sections="\n".join(parts),
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as beside:
+        beside.write_text(text, encoding="utf-8")
     return path
 
 
-# --- Markdown --------------------------------------------------------------------------------------------------------
-
-
-def to_markdown(page: Page) -> str:
-    """The page as Markdown; pictures are separate files."""
-    parts = [f"# {page.title}", *map(_markdown_block, page.lead)]
-    for section in page.sections:
-        parts += [f"## {section.title}", *map(_markdown_block, section.blocks)]
-    return "\n\n".join(parts) + "\n"
-
-
-def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in GitHub's Markdown."""
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
-def _markdown_block(block: Block) -> str:
+def _block(block: Block) -> str:
     match block:
         case Table():
-            return markdown_table(block.columns, block.rows)
+            return _table(block)
         case Picture():
-            return f"![{block.alt}]({_PICTURES}/{block.name}.png)\n\n*{block.caption}*"
-        case Code():
-            return f"```{block.language}\n{block.text.strip()}\n```"
-        case _:
-            return block
-
-
-# --- HTML ------------------------------------------------------------------------------------------------------------
-
-
-def to_html(page: Page) -> str:
-    """The page as one HTML file that loads nothing from elsewhere and runs no script."""
-    anchors = [re.sub(r"\W+", "-", section.title.lower()) for section in page.sections]
-    links = " &middot; ".join(
-        f'<a href="#{anchor}">{html.escape(section.title)}</a>'
-        for anchor, section in zip(anchors, page.sections, strict=True)
-    )
-    sections = "\n".join(
-        f'<section id="{anchor}">\n<h2>{html.escape(section.title)}</h2>\n{_html_blocks(section.blocks)}\n</section>'
-        for anchor, section in zip(anchors, page.sections, strict=True)
-    )
-    return _TEMPLATE.substitute(
-        title=html.escape(page.title), style=_STYLE, lead=_html_blocks(page.lead), links=links, sections=sections
-    )
-
-
-def _html_blocks(blocks: Sequence[Block]) -> str:
-    return "\n".join(map(_html_block, blocks))
-
-
-def _html_block(block: Block) -> str:
-    match block:
-        case Table():
-            return _html_table(block)
-        case Picture():
-            return (
-                f'<figure><picture><source media="(prefers-color-scheme: dark)" srcset="{_data(block.dark)}">'
-                f'<img alt="{html.escape(block.alt)}" src="{_data(block.light)}"></picture>'
-                f"<figcaption>{html.escape(block.caption)}</figcaption></figure>"
-            )
+            drawing = f'<div role="img" aria-label="{html.escape(block.alt)}">{block.svg}</div>'
+            return f"<figure>{drawing}<figcaption>{html.escape(block.caption)}</figcaption></figure>"
         case Code():
             return f"<pre>{html.escape(block.text.strip())}</pre>"
         case _:
             return f"<p>{html.escape(block)}</p>"
 
 
-def _html_table(table: Table) -> str:
-    def cell(column: int, text: str, scope: str) -> str:
-        side = ' class="words"' if column < table.words else ""
-        tag, scope = ("th", f' scope="{scope}"') if scope == "col" or column == 0 else ("td", "")
-        return f"<{tag}{scope}{side}>{html.escape(text)}</{tag}>"
+def _table(table: Table) -> str:
+    def row(tag: str, texts: Sequence[str]) -> str:
+        cells = [
+            f"<{tag}{' class=words' if column < table.words else ''}>{html.escape(text)}</{tag}>"
+            for column, text in enumerate(texts)
+        ]
+        return f"<tr>{''.join(cells)}</tr>"
 
-    def row(texts: Sequence[str], scope: str) -> str:
-        return "<tr>" + "".join(cell(column, text, scope) for column, text in enumerate(texts)) + "</tr>"
-
-    body = "\n".join(row(texts, "row") for texts in table.rows)
-    head = row(table.columns, "col")
+    head, body = row("th", table.columns), "\n".join(row("td", texts) for texts in table.rows)
     return f'<div class="wide"><table>\n<thead>{head}</thead>\n<tbody>\n{body}\n</tbody></table></div>'
-
-
-def _data(picture: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(picture).decode()}"
 
 
 _TEMPLATE = Template("""\
@@ -188,7 +113,7 @@ $sections
 
 _STYLE = """\
 :root { --ink: #1d1d1f; --soft: #5f6368; --line: #d9dbde; --paper: #ffffff; --code: #f5f6f7; --link: #0b5cad; }
-@media (prefers-color-scheme: dark) {
+@media screen and (prefers-color-scheme: dark) {
   :root { --ink: #e4e4e6; --soft: #a0a4a9; --line: #3a3d41; --paper: #16181b; --code: #1f2226; --link: #7db7f5; }
 }
 body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--paper);
@@ -201,26 +126,12 @@ a { color: var(--link); text-decoration: none; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; margin: 1rem 0; }
 th, td { padding: .35rem .9rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; }
-th:first-child { padding-left: 0; }
+th:first-child, td:first-child { padding-left: 0; }
 .words { text-align: left; }
-thead th { color: var(--soft); font-weight: 600; }
-tbody th { font-weight: normal; }
-figure { margin: 1.4rem 0; }
-img { max-width: 100%; height: auto; display: block; }
+th { color: var(--soft); font-weight: 600; }
+figure { margin: 1.4rem 0; break-inside: avoid; }
+svg { width: 100%; height: auto; display: block; }
 figcaption { font-size: .88rem; color: var(--soft); margin-top: .4rem; }
 pre { font: .8rem/1.5 ui-monospace, monospace; background: var(--code); padding: .9rem 1rem; overflow-x: auto; }
-@media (max-width: 40rem) {
-  body { padding: 1.2rem .8rem 2rem; }
-  th, td { padding: .3rem .5rem; }
-}
-@media print {
-  :root { --ink: #000; --soft: #444; --line: #bbb; --paper: #fff; --code: #fff; --link: #000; }
-  @page { margin: 1.6cm; }
-  body { max-width: none; padding: 0; font-size: 11pt; }
-  nav { display: none; }
-  td { overflow-wrap: anywhere; }
-  figure, table, tr { break-inside: avoid; }
-  h2 { break-after: avoid; }
-  pre { white-space: pre-wrap; border: 1px solid var(--line); }
-}
+@media print { nav { display: none; } body { max-width: none; padding: 0; } pre { white-space: pre-wrap; } }
 """

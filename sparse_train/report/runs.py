@@ -1,247 +1,245 @@
-"""The report of one training run, or of several side by side, from their records."""
+"""Reads runs: ``run.json`` of the callback ``RunRecord``, and beside it ``metrics.csv`` of Lightning's CSVLogger."""
 
+import csv
+import json
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparse_train.report import facts, figures
-from sparse_train.report.collect import Record, Run, collect
-from sparse_train.report.page import Block, Page, Section, Table, write_page
+RECORD, METRICS = "run.json", "metrics.csv"
+
+Points = list[tuple[int, float]]
+"""(optimizer steps done, value), in the order of steps."""
+
+_OWN = ("sparsity/", "layers/", "evaluation/", "zero_shot/")
+"""Metrics that this package logs at the number of steps done. Lightning logs others at that number minus 1."""
 
 
-def write_run_report(folders: Sequence[str | Path], out: str | Path | None = None) -> Path:
-    """Write ``report.html``, ``report.md`` and its pictures; returns the HTML file.
+@dataclass(frozen=True)
+class State:
+    """The model at one point of a run. None = not measured."""
+
+    name: str
+    """"dense" ("without masks", if it had been pruned before), "after the first mask", "at the end", or "latest"."""
+    step: int
+    perplexity: float | None
+    loss: float | None
+    sparsity: float | None
+    """Share of zeros among the targeted weights, counted on the weights."""
+    part: str | None = None
+    """Of the validation data that was used, as "2 of 4 batches"; None = all."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run."""
+
+    name: str
+    folder: Path
+    facts: Mapping[str, Any]
+    """What is not a metric; ``RunRecord`` lists it."""
+    metrics: Sequence[Mapping[str, float]]
+    """Rows of ``metrics.csv``, with the optimizer steps done as "step"."""
+    recipe: str | None
+    """Resolved YAML; None if there is none beside the metrics."""
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps up to the last record."""
+        logged = [] if self.facts["finished"] else [row["step"] for row in self.metrics]
+        return int(max([self.facts["step"], *logged]))
+
+    @property
+    def sparsity(self) -> float | None:
+        """Share of zeros among the targeted weights, counted on them; None for a dense run."""
+        counted: float | None = self.facts["sparsity"]
+        return self.last("sparsity/").get("actual") if counted is None else counted
+
+    def curve(self, name: str | None) -> Points:
+        """All values of one metric."""
+        return [(int(row["step"]), row[name]) for row in self.metrics if name is not None and name in row]
+
+    def last(self, prefix: str) -> dict[str, float]:
+        """The last value of each metric whose name begins with ``prefix``, by the rest of its name."""
+        return {
+            name.removeprefix(prefix): value
+            for row in self.metrics
+            for name, value in row.items()
+            if name.startswith(prefix)
+        }
+
+    def training_loss(self) -> Points:
+        """The loss that is trained on."""
+        return self.curve(named("loss", [n for n in self.last("") if not n.startswith(("val", "test", *_OWN))]))
+
+    def validation(self, word: str) -> Points:
+        """Perplexity or loss in validation, from the first mask on."""
+        before = [state for state in self.before() if not state.part and getattr(state, word) is not None]
+        points = self.curve(named(word, [name for name in self.last("") if name.startswith("val")]))
+        return [*((state.step, getattr(state, word)) for state in before[-1:]), *points]
+
+    def flips(self) -> Points:
+        """Flip rates of the updates after the first mask."""
+        return self._after_first_mask("sparsity/flip_rate")
+
+    def flips_by_layer(self) -> dict[str, float]:
+        """Flips of each layer over these updates, as a share of its weights, if layers were logged; may exceed 1."""
+        prefix = "layers/flip_rate/"
+        return {name: sum(v for _, v in self._after_first_mask(prefix + name)) for name in self.last(prefix)}
+
+    def _after_first_mask(self, name: str) -> Points:
+        masked = self.curve("sparsity/actual")
+        return [(step, value) for step, value in self.curve(name) if step > masked[0][0]]
+
+    def sparsity_by_layer(self) -> dict[str, float]:
+        """Share of zeros of each layer: counted at the end, or at the last update if layers were logged."""
+        if zeros := self.facts["zeros"]:
+            return {name: zeros[name] / size for name, size in self.facts["pruning"]["layers"].items()}
+        return self.last("layers/sparsity/")
+
+    def before(self) -> list[State]:
+        """The model before training: dense, after the first mask."""
+        return [State(**state) for state in self.facts["states"]]
+
+    def now(self) -> State:
+        """The model at the end, or at the latest validation of a run that has not ended."""
+        perplexity, loss = self.validation("perplexity"), self.validation("loss")
+        if self.facts["finished"]:
+            name, step, sparsity = "at the end", self.steps, self.sparsity
+        else:
+            step = max((points[-1][0] for points in (perplexity, loss) if points), default=self.steps)
+            actual = [value for at, value in self.curve("sparsity/actual") if at <= step]
+            name, sparsity = "latest", actual[-1] if actual else None
+        # Lightning logs a step too high after the resume of a run that had ended
+        values = [points[-1][1] if points and points[-1][0] >= step else None for points in (perplexity, loss)]
+        return State(name, step, values[0], values[1], sparsity)
+
+
+def closing(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of the summary of runs: dense, after the first mask, at the end; without empty columns."""
+    columns: dict[str, list[str]] = {}
+    for run in runs:
+        for state in [*run.before(), run.now()]:
+            flips = sum(value for step, value in run.flips() if step <= state.step)
+            cells = {
+                **({"run": run.name} if len(runs) > 1 else {}),
+                "state": state.name,
+                "step": f"{state.step:,}",
+                "perplexity": number(state.perplexity, ".2f"),
+                "loss": number(state.loss, ".4f"),
+                "sparsity": number(state.sparsity, ".4f"),
+                "flips so far": "" if run.sparsity is None else f"{flips:.2%}",
+            }
+            for name, cell in cells.items():
+                columns.setdefault(name, []).append(cell)
+    known = {name: cells for name, cells in columns.items() if any(cells)}
+    return list(known), [list(row) for row in zip(*known.values(), strict=True)]
+
+
+def headline(run: Run) -> dict[str, Any]:
+    """The main results of one run, for JSON; docs/terminal.md explains them. None = not measured."""
+    before = {state.name: state.perplexity for state in run.before()}
+    flips, evaluated = run.flips(), {name: run.curve(name)[-1][1] for name in evaluations(run)}
+    return {
+        "name": run.name,
+        "folder": str(run.folder),
+        "finished": run.facts["finished"],
+        "steps": run.steps,
+        "seconds": run.facts["seconds"],
+        "tokens": run.facts["tokens"],
+        "sparsity": run.sparsity,
+        "flip_rate": flips[-1][1] if flips else None,
+        "initial_flip_rate": run.last("sparsity/").get("initial_flip_rate"),
+        "perplexity": run.now().perplexity,
+        "perplexity_first_mask": before.get("after the first mask"),
+        "perplexity_dense": before.get("dense"),
+        "evaluation": evaluated,
+    }
+
+
+def evaluations(run: Run) -> list[str]:
+    """The metrics of ``Evaluation`` callbacks."""
+    return [name for name in run.last("") if name.startswith(("evaluation/", "zero_shot/"))]
+
+
+def named(word: str, names: Sequence[str]) -> str | None:
+    """The first name that is ``word`` behind its stage ("val/loss", rather than its term "val/loss_ce"), or has it."""
+    found = [name for name in names if word in name]
+    return next((name for name in found if name.rpartition("/")[2] == word), found[0] if found else None)
+
+
+def number(value: float | None, form: str) -> str:
+    """``value`` formatted with ``form``; nothing if it was not measured."""
+    return "" if value is None else format(value, form)
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def collect(folders: Sequence[str | Path]) -> list[Run]:
+    """Read runs.
 
     Args:
-        folders: of the runs, see ``collect``.
-        out: folder to write to; default: that of the run; for several runs, ``report`` in the current folder.
+        folders: for each run, the folder with its ``run.json``, or one above it that holds no other run.
 
     Raises:
-        ValueError: a folder without the records of a run, see ``collect``.
+        ValueError: no folder, one without a run or with several, or one given twice.
     """
-    runs = collect(folders)
-    if out is None:
-        out = runs[0].folder if len(runs) == 1 else "report"
-    return write_page(run_page(runs), Path(out))
+    if not folders:
+        raise ValueError("There is no run to report. Name the folder of one, such as runs/smollm2_2of4/version_0.")
+    found = [_find(Path(folder)) for folder in folders]
+    paths = [folder.resolve() for folder in found]
+    names = [(path.parent if path.name.startswith("version_") else path).name for path in paths]
+    for folder, path in zip(found, paths, strict=True):
+        if paths.count(path) > 1:
+            raise ValueError(f"The run in {folder} is named twice. Name each run once.")
+    if len(set(names)) < len(names):
+        names = [str(folder) for folder in found]
+    return [_read(folder, name) for folder, name in zip(found, names, strict=True)]
 
 
-def run_page(runs: Sequence[Run]) -> Page:
-    """The page about ``runs``."""
-    title = f"Sparse training: {runs[0].name}" if len(runs) == 1 else f"Sparse training: {len(runs)} runs"
-    sections = [
-        Section("Perplexity and loss", _curves(runs)),
-        *([Section("Evaluation", evaluated)] if (evaluated := facts.evaluations(runs)) else []),
-        Section("Masks", _masks(runs)),
-        Section("Sparsity by layer", _layers(runs)),
-        Section("One mask before and after", _crops(runs)),
-        Section("Time and memory", facts.costs(runs)),
-        Section("Settings", [facts.settings(runs)]),
-        Section("Environment", [facts.environment(runs)]),
-        Section("Recipe", facts.recipes(runs)),
-    ]
-    return Page(title, _lead(runs), sections)
-
-
-# --- results ---------------------------------------------------------------------------------------------------------
-
-
-def _lead(runs: Sequence[Run]) -> list[Block]:
-    rows = [row for run in runs for row in _states(run)]
-    columns = ["run", "state", "step", "sparsity", "perplexity", "loss"]
-    several = len(runs) > 1
-    notes = [
-        "Perplexity and loss are those on the run's validation text, as its module logs them; sparsity is the "
-        "share of zeros among the targeted weights, counted on the weights."
-    ]
-    for run in runs:
-        of = f" of {run.name}" if several else ""
-        partial = [b for b in run.baselines.values() if b["batches"] != b["of_batches"]]
-        if partial:
-            notes.append(
-                f"The rows before training{of} were measured on {partial[0]['batches']} of "
-                f"{facts.or_unknown(partial[0]['of_batches'])} validation batches, and cannot be compared with the "
-                "others. trainer.num_sanity_val_steps=-1 uses all batches."
-            )
-        if not run.baselines:
-            notes.append(
-                f"The model{of} was not evaluated before training: num_sanity_val_steps is 0, or there is no "
-                "validation text."
-            )
-        if run.updates and run.updates[0]["step"] > 0:
-            notes.append(
-                f"The first mask{of} came at step {run.updates[0]['step']:,}, so there is no row for it untrained."
-            )
-        if run.end is None:
-            notes.append(f"The run{of} has not ended, or was cut off: its last record is of step {run.steps:,}.")
-    table = Table(columns, rows, words=2) if several else Table(columns[1:], [row[1:] for row in rows])
-    return [table, *notes]
-
-
-def _states(run: Run) -> list[list[str]]:
-    """Rows of the headline table: dense, one-shot, trained."""
-    rows = []
-    dense, masked = run.baselines.get("dense"), run.baselines.get("first mask")
-    if dense:
-        zeros = dense.get("sparsity")
-        # a model that was pruned before the run is not dense, whatever its masks
-        state = "untrained, without masks" if zeros and zeros > 0.01 else "dense, untrained"
-        rows.append(_state(run, state, dense, zeros))
-    if masked:
-        rows.append(_state(run, "one-shot mask, untrained", masked, masked.get("sparsity")))
-    last: Record = run.validations[-1] if run.validations else {"step": run.steps, "metrics": {}}
-    now = "trained" if run.end is not None and last["step"] == run.steps else "latest validation"
-    return [*rows, _state(run, now, last, _sparsity_at(run, last["step"]))]
-
-
-def _state(run: Run, state: str, record: Record, sparsity: float | None) -> list[str]:
-    perplexity, loss = (_pick(record["metrics"], word) for word in ("perplexity", "loss"))
-    return [
-        run.name,
-        state,
-        f"{record['step']:,}",
-        facts.number(sparsity, ".4f"),
-        facts.number(perplexity, ".2f"),
-        facts.number(loss, ".4f"),
-    ]
-
-
-def _sparsity_at(run: Run, step: int) -> float | None:
-    if step >= run.steps and run.sparsity is not None:
-        return run.sparsity
-    before = [update for update in run.updates if update["step"] <= step]
-    return float(before[-1]["sparsity"]) if before else None
-
-
-def _curves(runs: Sequence[Run]) -> list[Block]:
-    end = _end(runs)
-    perplexity = {run.name: {"": _validated(run, "perplexity")} for run in runs}
-    loss = {
-        run.name: {
-            "training": [(r["step"], v) for r in run.losses if (v := _pick(r["metrics"], "loss")) is not None],
-            "validation": _validated(run, "loss"),
-        }
-        for run in runs
-    }
-    pictures = [
-        figures.curves(
-            "perplexity",
-            "Perplexity on the validation text; at step 0, that of the first mask, or of the dense model if the run "
-            "began without a mask.",
-            perplexity,
-            "perplexity",
-            levels=_dense_levels(runs),
-            log=True,
-            end=end,
-        ),
-        figures.curves("loss", "Loss in training (one batch each) and in validation.", loss, "loss", end=end),
-    ]
-    return _shown(pictures, "No loss and no perplexity were recorded.")
-
-
-def _validated(run: Run, word: str) -> list[tuple[float, float]]:
-    start = run.baselines.get("first mask", run.baselines.get("dense"))
-    whole = [start] if start and start["batches"] == start["of_batches"] else []
-    records = [*whole, *run.validations]
-    return [(r["step"], value) for r in records if (value := _pick(r["metrics"], word)) is not None]
-
-
-def _dense_levels(runs: Sequence[Run]) -> dict[str, float]:
-    """Perplexity of the models that the runs began with; one line if it is the same for all, otherwise by run."""
-    levels = {}
-    for run in runs:
-        dense = run.baselines.get("dense")
-        if dense and dense["batches"] == dense["of_batches"]:
-            value = _pick(dense["metrics"], "perplexity")
-            if value is not None:
-                levels[run.name] = value
-    if len(set(levels.values())) == 1:
-        return {"untrained, without masks": next(iter(levels.values()))}
-    return {f"{name}, untrained, without masks": value for name, value in levels.items()}
-
-
-def _masks(runs: Sequence[Run]) -> list[Block]:
-    sparse = [run for run in runs if run.updates]
-    flips = {run.name: {"": [(u["step"], 100 * u["flip_rate"]) for u in run.changes()]} for run in sparse}
-    since = {run.name: {"": [(u["step"], 100 * u["initial_flip_rate"]) for u in run.updates]} for run in sparse}
-    sparsity = {
-        run.name: {
-            "target": [(u["step"], 100 * u["target"]) for u in run.updates],
-            "counted on the weights": [(u["step"], 100 * u["sparsity"]) for u in run.updates],
-        }
-        for run in sparse
-    }
-    gradual = any(len({update["target"] for update in run.updates}) > 1 for run in sparse)
-    end = _end(runs)
-    pictures = [
-        figures.curves(
-            "flip_rate",
-            "Flip rate: share of mask entries that an update changed. The first mask is left out.",
-            flips,
-            "flip rate, %",
-            end=end,
-        ),
-        figures.curves(
-            "initial_flip_rate",
-            "Initial flip rate: share of mask entries that differ from the first mask (measured on every 128th row).",
-            since,
-            "initial flip rate, %",
-            end=end,
-        ),
-        figures.curves("sparsity", "Sparsity over the run.", sparsity, "sparsity, %", end=end) if gradual else None,
-    ]
-    dense = [run.name for run in runs if not run.updates]
-    notes: list[Block] = [f"No mask was recorded in {', '.join(dense)}."] if dense else []
-    single = [run.name for run in sparse if not run.changes()]
-    if single:
-        notes.append(f"No update followed the first mask of {', '.join(single)}, so there is no flip rate.")
-    return [*(picture for picture in pictures if picture), *notes]
-
-
-def _layers(runs: Sequence[Run]) -> list[Block]:
-    pictures = [
-        figures.heat_maps(
-            f"layers_{number}",
-            facts.of(run, runs)
-            + "Zeros of each layer, counted on the weights, at the end; and mask entries that changed, "
-            "summed over all updates after the first mask, as a share of the layer's weights.",
-            {"zeros, %": run.sparsity_by_layer(), "flips over the run, %": run.flips_by_layer()},
+def _find(folder: Path) -> Path:
+    if not folder.is_dir():
+        raise ValueError(f"There is no folder {folder}.")
+    found = [folder] if (folder / RECORD).exists() else sorted(path.parent for path in folder.glob(f"**/{RECORD}"))
+    if len(found) > 1:
+        raise ValueError(f"{folder} holds {len(found)} runs: {', '.join(map(str, found))}. Name those to report.")
+    if not found:
+        raise ValueError(
+            f"{folder} has no {RECORD}, so no run was recorded there. sparse-train fit writes one into the folder of "
+            "its logger (such as version_0); your own trainer does with the callback sparse_train.callbacks.RunRecord."
         )
-        for number, run in enumerate(runs, 1)
-    ]
-    return _shown(pictures, "No layer was masked.")
+    return found[0]
 
 
-def _crops(runs: Sequence[Run]) -> list[Block]:
-    pictures = []
-    for number, run in enumerate(runs, 1):
-        if run.pruning is not None and run.changes():
-            first, last = run.updates[0], run.updates[-1]
-            shape = run.pruning["crop"]
-            pictures.append(
-                figures.mask_change(
-                    f"mask_{number}",
-                    facts.of(run, runs) + f"{shape['layer']}, first {shape['outputs']} outputs and {shape['inputs']} "
-                    "inputs. The layer is the middle one of the model.",
-                    run.crop(first),
-                    run.crop(last),
-                    (first["step"], last["step"]),
-                )
-            )
-    return _shown(pictures, "No mask was updated after the first.")
+def _read(folder: Path, name: str) -> Run:
+    metrics = [row | {"step": row["step"] + (not _is_own(row))} for row in read_metrics(folder / METRICS)]
+    recipe = folder / "config.yaml"
+    return Run(
+        name=name,
+        folder=folder,
+        facts=json.loads((folder / RECORD).read_text(encoding="utf-8")),
+        metrics=sorted(metrics, key=lambda row: row["step"]),
+        recipe=without_homes(recipe.read_text(encoding="utf-8")) if recipe.exists() else None,
+    )
 
 
-# --- parts -----------------------------------------------------------------------------------------------------------
+def _is_own(row: Mapping[str, float]) -> bool:
+    return any(name.startswith(_OWN) for name in row)
 
 
-def _shown(pictures: Sequence[Any], otherwise: str) -> list[Block]:
-    return [picture for picture in pictures if picture is not None] or [otherwise]
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """Rows of a file of Lightning's CSVLogger in the order of its steps, without empty cells; none without a file."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        rows = [{name: float(cell) for name, cell in row.items() if cell} for row in csv.DictReader(file)]
+    return sorted(rows, key=lambda row: row["step"])
 
 
-def _end(runs: Sequence[Run]) -> int:
-    return max(run.steps for run in runs)
-
-
-def _pick(metrics: Mapping[str, float], word: str) -> float | None:
-    found = {name: value for name, value in metrics.items() if word in name}
-    own = [value for name, value in found.items() if name.rpartition("/")[2] == word]  # not one of its terms
-    return next(iter([*own, *found.values()]), None)
+def without_homes(text: str) -> str:
+    """``text`` with "~" in place of home folders, which contain user names."""
+    own = re.escape(str(Path.home()))
+    return re.sub(rf"(?<![\w.~])(?:{own}|/(?:home|Users)/[^/\s'\"]+)(?![\w.-])", "~", text)

@@ -36,7 +36,17 @@ def test_tables_on_training_are_made_from_the_rows(page, made):
 def test_every_arm_has_a_place_in_a_table():
     tables = [each for name, each in vars(quality_labels).items() if name.isupper() and isinstance(each, dict)]
     labelled = {arm for table in tables for arm in table}
-    assert labelled == {"none", *arms.ARMS, *arms.ONESHOT}
+    assert labelled == {"none", *arms.ARMS, *arms.ONESHOT, *quality_labels.REMOVED}
+    assert not arms.ARMS.keys() & set(quality_labels.REMOVED)
+
+
+def test_runs_with_other_sizes_of_a_step_are_apart(tmp_path):
+    columns = "arm,seed,steps,lr,tuning,validation,heldout,wikitext2,c4,sparsity,tokens_a_step"
+    rows = ["dynamic,1,100,0.1,False,9,9,9,9,0.5,2048", "dynamic,1,100,0.1,False,8,8,8,8,0.5,512"]
+    path = tmp_path / "rows.csv"
+    path.write_text("\n".join([columns, *rows]) + "\n")
+    assert quality_tables.Runs(path).values("dynamic", "heldout") == {1: 9.0}
+    assert quality_tables.Runs(path, 512).values("dynamic", "heldout") == {1: 8.0}
 
 
 def test_an_arm_is_reported_at_its_best_learning_rate_and_on_seeds_that_chose_nothing(tmp_path):

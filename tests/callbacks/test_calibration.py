@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler, SubsetRandomSampler
 
+from sparse_train import FirstWindow
 from sparse_train.callbacks import DynamicPruning
-from sparse_train.oneshot.training_data import first_batches, random_batches
+from sparse_train.oneshot.first_mask import first_batches, random_batches
 from tests.callbacks.runs import InInit, Tokens, loader, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -92,7 +93,7 @@ def test_its_random_numbers_are_its_own(tmp_path):
     trainer(tmp_path, DynamicPruning("2:4"), max_steps=1).fit(InInit(), With(calibration))
     after = torch.get_rng_state()
     torch.set_rng_state(state)
-    trainer(tmp_path, DynamicPruning("2:4", calibration_batches=0), max_steps=1).fit(InInit(), With(None))
+    trainer(tmp_path, DynamicPruning("2:4", first_mask=FirstWindow()), max_steps=1).fit(InInit(), With(None))
     assert torch.equal(torch.get_rng_state(), after)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from sparse_train import Dormant, Magnitude, sparse_layers, sparsify_like
+from sparse_train import Dormant, FirstWindow, Magnitude, OneShot, sparse_layers, sparsify_like
 from sparse_train.callbacks import DynamicPruning
 from sparse_train.models.checkpoints import PRUNING_STATE
 from tests.callbacks.runs import (
@@ -26,19 +26,23 @@ from tests.conftest import tiny_llama
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
 
-@pytest.mark.parametrize("module", [InInit, InConfigureModel])
-@pytest.mark.parametrize("at", [6, 8], ids=["in a window", "at an update"])
-@pytest.mark.parametrize("calibration_batches", [8, 0], ids=["calibrated", "from a window"])
-@pytest.mark.parametrize("saved_by", ["a callback behind", "a callback before"])
-def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, module, at, calibration_batches, saved_by):
+@pytest.mark.parametrize(
+    ("module", "at", "first_mask", "saved_by"),
+    [
+        (InInit, 6, OneShot(), "a callback behind"),  # in a window
+        (InInit, 6, FirstWindow(), "a callback before"),
+        (InInit, 8, OneShot(), "a callback before"),  # at an update
+        (InConfigureModel, 6, OneShot(), "a callback before"),
+        (InConfigureModel, 8, FirstWindow(), "a callback behind"),
+    ],
+)
+def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, module, at, first_mask, saved_by):
     class Pruning(DynamicPruning):
         def on_train_end(self, trainer, pl_module):
             self.at_end = copy.deepcopy(self.state_dict())
 
     def pruning():
-        return Pruning(
-            "2:4", update_freq=4, window=3, end_step=100, calibration_batches=calibration_batches, squash=False
-        )
+        return Pruning("2:4", update_freq=4, window=3, end_step=100, first_mask=first_mask, squash=False)
 
     def interrupted(pruning, interrupt):
         callbacks = [pruning, interrupt] if saved_by == "a callback behind" else [interrupt, pruning]
@@ -60,13 +64,13 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, module, at, calibrat
     assert all(torch.equal(a[key], b[key]) for key in a)
     assert any(key.endswith("weight_mask") for key in a)
     left, right = whole_pruning.at_end, resumed_pruning.at_end
-    assert any(int(s["tokens"]) for s in left["statistics_by_rank"][0].values())
+    assert any(int(s["tokens"]) for s in left["norms"]["norms_by_rank"][0].values())
     assert left["steps"] == right["steps"] == 14
     assert left["timing"] == right["timing"]
     for name, rows in left["first_rows"].items():
         assert torch.equal(rows, right["first_rows"][name])
-    for name, statistics in left["statistics_by_rank"][0].items():
-        assert torch.equal(statistics["sum_squares"], right["statistics_by_rank"][0][name]["sum_squares"])
+    for name, statistics in left["norms"]["norms_by_rank"][0].items():
+        assert torch.equal(statistics["sum_squares"], right["norms"]["norms_by_rank"][0][name]["sum_squares"])
 
 
 def test_the_last_checkpoint_holds_shadow_values_after_a_squashed_fit(tmp_path):
@@ -124,7 +128,11 @@ def test_a_subclass_keeps_its_state_where_the_class_does(tmp_path):
 
 @pytest.mark.parametrize(
     ("settings", "at"),
-    [({"start_step": 6}, 16), ({"start_step": 8, "end_step": 16}, 15), ({"calibration_batches": 0, "window": 4}, 17)],
+    [
+        ({"start_step": 6}, 16),
+        ({"start_step": 8, "end_step": 16}, 15),
+        ({"first_mask": FirstWindow(), "window": 4}, 17),
+    ],
 )
 def test_a_run_resumes_late_on_the_steps_of_the_whole_run(tmp_path, settings, at):
     path = tmp_path / "late.ckpt"
@@ -201,7 +209,7 @@ def test_a_run_that_is_at_its_end_already_is_looked_at_too(tmp_path):
     path = tmp_path / "end.ckpt"
     with pytest.raises(SystemExit):
         trainer(tmp_path, DynamicPruning("2:4", update_freq=4), Interrupt(12, path)).fit(InInit(), loader())
-    others = [{"mask_structure": "1:4"}, {"update_freq": 5}, {"criterion": Magnitude()}, {"hysteresis": 0.1}]
+    others = [{"mask_structure": "1:4"}, {"update_freq": 5}, {"criterion": Magnitude()}, {"norm_decay": 0.5}]
     for other in [*others, {"end_step": 8}, {"start_step": 1}, {"window": 1}]:
         pruning = DynamicPruning(**({"mask_structure": "2:4", "update_freq": 4} | other))
         with pytest.raises(ValueError, match="The checkpoint was written with"):
@@ -272,10 +280,10 @@ def test_a_dense_checkpoint_can_be_validated_with_the_callback_in_place(tmp_path
     assert run.validate(InInit(), DataLoader(Tokens()), ckpt_path=path, verbose=False, weights_only=False)
 
 
-@pytest.mark.parametrize("memory", [0.0, 1.0, "frozen"])
-def test_a_checkpoint_after_a_fit_remembers_what_the_fit_has_seen(tmp_path, memory):
+@pytest.mark.parametrize("decay", [0.0, 1.0, "frozen"])
+def test_a_checkpoint_after_a_fit_remembers_what_the_fit_has_seen(tmp_path, decay):
     def callback():
-        return DynamicPruning("2:4", end_step=100, update_freq=4, memory=memory, squash=False)
+        return DynamicPruning("2:4", end_step=100, update_freq=4, norm_decay=decay, squash=False)
 
     before, after = Norms(), Norms()
     run = trainer(tmp_path, callback(), before, max_steps=10)
@@ -341,16 +349,38 @@ def test_layers_made_in_setup_are_pruned_and_resumed(early, tmp_path):
     assert zeros(model) == 0.5
 
 
-def test_layers_with_one_input_share_one_statistic_after_a_checkpoint_that_was_written_ahead(tmp_path):
+class DropsFrozen(InInit):
+    """Its checkpoints hold what is trained, and no buffers; so masks are missing from them."""
+
+    def __init__(self):
+        super().__init__()
+        self.strict_loading = False
+
+    def on_save_checkpoint(self, checkpoint):
+        trained = {name for name, each in self.named_parameters() if each.requires_grad}
+        checkpoint["state_dict"] = {key: value for key, value in checkpoint["state_dict"].items() if key in trained}
+
+
+@pytest.mark.parametrize("at", [6, 12], ids=["in the run", "at its end"])
+def test_a_checkpoint_without_masks_does_not_end_dense(tmp_path, at):
     path = tmp_path / "middle.ckpt"
     with pytest.raises(SystemExit):
-        trainer(tmp_path, Interrupt(6, path), DynamicPruning("2:4", update_freq=4)).fit(InInit(), loader())
+        trainer(tmp_path, DynamicPruning("2:4", update_freq=4), Interrupt(at, path)).fit(DropsFrozen(), loader())
+    again = trainer(tmp_path, DynamicPruning("2:4", update_freq=4))
+    with pytest.raises(ValueError, match="no masks|is not the one it had"):
+        again.fit(DropsFrozen(), loader(), ckpt_path=path, weights_only=False)
 
-    class Counts(L.Callback):
-        def on_train_end(self, trainer, pl_module):
-            self.distinct = len({id(layer.statistics) for layer in sparse_layers(pl_module).values()})
 
-    counts = Counts()
-    pruning = DynamicPruning("2:4", update_freq=4)
-    trainer(tmp_path, counts, pruning).fit(InInit(), loader(), ckpt_path=path, weights_only=False)
-    assert counts.distinct == 3 * 4  # q/k/v, o, gate/up, down
+@pytest.mark.parametrize("at", [6, 12], ids=["in the run", "at its end"])
+def test_a_checkpoint_whose_masks_keep_everything_does_not_end_dense(tmp_path, at):
+    path = tmp_path / "middle.ckpt"
+    with pytest.raises(SystemExit):
+        trainer(tmp_path, DynamicPruning("2:4", update_freq=4), Interrupt(at, path)).fit(InInit(), loader())
+    content = torch.load(path, weights_only=False)
+    for key, value in content["state_dict"].items():
+        if key.endswith("weight_mask"):
+            value.fill_(255)
+    torch.save(content, path)
+    again = trainer(tmp_path, DynamicPruning("2:4", update_freq=4))
+    with pytest.raises(ValueError, match="no masks|is not the one it had"):
+        again.fit(InInit(), loader(), ckpt_path=path, weights_only=False)

@@ -11,8 +11,8 @@ from transformers import Trainer, TrainingArguments
 
 from sparse_train import Cubic
 from sparse_train.callbacks import DynamicPruning
-from sparse_train.callbacks.checks import check_strategy
-from sparse_train.trainer import SparseTrainerCallback
+from sparse_train.callbacks.checks import check_fit
+from sparse_train.integrations.transformers import SparseTrainerCallback
 from tests.callbacks.runs import InInit, loader, trainer, zeros
 from tests.conftest import tiny_llama
 
@@ -39,7 +39,7 @@ class ByHand(InInit):
 def test_a_callback_of_another_trainer_is_refused(tmp_path):
     with pytest.raises(ValueError, match="For Lightning use sparse_train.callbacks.DynamicPruning"):
         trainer(tmp_path, SparseTrainerCallback("2:4")).fit(InInit(), loader())
-    with pytest.raises(ValueError, match="For transformers.Trainer use sparse_train.trainer.SparseTrainerCallback"):
+    with pytest.raises(ValueError, match="For transformers.Trainer use .*SparseTrainerCallback"):
         Trainer(tiny_llama(), TrainingArguments(str(tmp_path), use_cpu=True), callbacks=[DynamicPruning("2:4")])
 
 
@@ -83,9 +83,9 @@ def test_a_best_checkpoint_that_may_be_a_denser_one_is_said(tmp_path, recwarn):
 
 
 def test_flat_shards_are_refused():
+    flat, pruning = SimpleNamespace(strategy=FSDPStrategy(), callbacks=[]), DynamicPruning("2:4")
     with pytest.raises(ValueError, match='strategy="fsdp" is FSDP1.*ModelParallelStrategy'):
-        check_strategy(SimpleNamespace(strategy=FSDPStrategy()), squash=True)
-    check_strategy(L.Trainer(logger=False, accelerator="cpu"), squash=False)
+        check_fit(flat, InInit(), pruning, pruning.config, squash=True)
 
 
 def test_masks_that_processes_would_not_bring_back_are_refused(tmp_path):

@@ -1,6 +1,9 @@
 """``DynamicPruning`` in Lightning's trainer: exact masks after every step, in any module, under any setting."""
 
+import csv
+import json
 import logging
+from pathlib import Path
 
 import lightning as L
 import pytest
@@ -10,8 +13,9 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from transformers import T5Config, T5ForConditionalGeneration
 
-from sparse_train import Cubic, Fixed, sparse_layers
-from sparse_train.callbacks import DynamicPruning
+from sparse_train import Cubic, FirstWindow, Fixed, OneShot, sparse_layers
+from sparse_train.callbacks import DynamicPruning, RunRecord
+from sparse_train.report.runs import RECORD
 from tests.callbacks.runs import (
     Classifier,
     ExactAfterEveryStep,
@@ -123,35 +127,18 @@ def test_statistics_under_accumulation_padding_and_gradient_checkpointing(tmp_pa
     model = InInit()
     if checkpointing:
         model.net.gradient_checkpointing_enable({"use_reentrant": False})
-    pruning = DynamicPruning("2:4", update_freq=100, window=1.0, end_step=200, memory=0.0)
+    pruning = DynamicPruning("2:4", update_freq=100, window=1.0, end_step=200, norm_decay=0.0)
     counted = []
 
     class Watch(L.Callback):
         def on_train_end(self, trainer, pl_module):
-            counted.extend(int(s["tokens"]) for s in pruning.state_dict()["statistics_by_rank"][0].values())
+            counted.extend(int(s["tokens"]) for s in pruning.state_dict()["norms"]["norms_by_rank"][0].values())
 
     trainer(tmp_path, pruning, Watch(), max_steps=3, accumulate_grad_batches=2, max_epochs=-1, limit_val_batches=2).fit(
         model, loader(padded=True), DataLoader(Tokens(), batch_size=4)
     )
     # three steps of two micro-batches of two sequences with twelve real tokens each; validation does not count
     assert set(counted) == {3 * 2 * 2 * 12}
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"mask_structure": "2:4", "sparsity": 0.7}, "in conflict with 0.7"),
-        ({"mask_structure": "unstructured"}, "needs a sparsity"),
-        ({"mask_structure": "unstructured", "sparsity": 1.5}, "at least 0 and below 1"),
-        ({"update_freq": 0}, "at least 1, got 0"),
-        ({"criterion": "Wanda"}, "criterion is an object such as Wanda.., got 'Wanda'"),
-        ({"policy": Fixed}, "policy is an object such as StraightThrough"),
-        ({"calibration_batches": -1}, "at least 0, got -1"),
-    ],
-)
-def test_mistakes_are_found_at_construction(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        DynamicPruning(**arguments)
 
 
 def test_mistakes_that_need_the_model_are_found_before_the_first_step(tmp_path):
@@ -193,9 +180,9 @@ def test_a_mask_that_does_not_fit_warns_once(tmp_path, caplog):
 
 @pytest.mark.parametrize("steps", [1, 3])
 def test_a_trial_of_a_few_steps_ends_sparse(tmp_path, steps):
-    for calibration_batches in (0, 8):
+    for first_mask in (FirstWindow(), OneShot()):
         model = InInit()
-        pruning = DynamicPruning("2:4", calibration_batches=calibration_batches)
+        pruning = DynamicPruning("2:4", first_mask=first_mask)
         trainer(tmp_path, pruning, max_steps=steps).fit(model, loader())
         assert zeros(model) == 0.5
 
@@ -228,19 +215,6 @@ def test_a_batch_that_steps_two_optimizers_is_one_step(tmp_path):
     trainer(tmp_path, pruning, max_steps=16).fit(model, loader())
     assert pruning.updater.steps == 8
     assert zeros(model) == 0.5
-
-
-def test_a_sampler_that_leaves_data_out_is_respected(tmp_path):
-    touched = []
-
-    class Watched(Tokens):
-        def __getitem__(self, i):
-            touched.append(i)
-            return super().__getitem__(i)
-
-    data = DataLoader(Watched(), batch_size=2, sampler=torch.utils.data.SubsetRandomSampler(range(20)))
-    trainer(tmp_path, DynamicPruning("2:4"), max_steps=8).fit(InInit(), data)
-    assert max(touched) < 20
 
 
 def test_a_learning_rate_finder_in_front_changes_nothing(tmp_path):
@@ -294,7 +268,7 @@ class Validations(L.Callback):
             self.seen.append(tuple(map(trainer.callback_metrics.get, names)))
 
 
-@pytest.mark.parametrize("settings", [{}, {"calibration_batches": 0}, {"start_step": 6}])
+@pytest.mark.parametrize("settings", [{}, {"first_mask": FirstWindow()}, {"start_step": 6}])
 def test_metrics_are_there_for_other_callbacks_ahead_of_the_first_update(tmp_path, settings):
     early, seen = EarlyStopping("sparsity/flip_rate", mode="min", patience=99), Validations()
     pruning = DynamicPruning("2:4", update_freq=5, **settings)
@@ -351,3 +325,22 @@ def test_the_padding_of_an_encoders_text_is_not_that_of_the_decoders(tmp_path, c
     pruning = DynamicPruning("2:4", update_freq=4, window=4, end_step=4, targets=["net.model"], squash=False)
     trainer(tmp_path, pruning, Look(), max_steps=4).fit(NextToAJudge(), loader(padded=True))
     assert {count for name, count in counted.items() if name.startswith("net.model")} == {(8 + 3) * 2 * 12}
+
+
+def test_of_several_optimizers_all_callbacks_count_batches_as_loggers_do(tmp_path):
+    class Logs(TwoOptimizers):
+        def training_step(self, batch, batch_idx):
+            super().training_step(batch, batch_idx)
+            self.log("loss", 1.0 * batch_idx)
+
+    logger = L.pytorch.loggers.CSVLogger(tmp_path)
+    record = RunRecord()
+    pruning = DynamicPruning("2:4", update_freq=2, window=1, end_step=8)
+    run = trainer(tmp_path, pruning, record, max_steps=16, logger=logger, log_every_n_steps=1)
+    run.fit(Logs(), loader())
+    rows = list(csv.DictReader((Path(logger.log_dir) / "metrics.csv").open()))
+    losses = [int(row["step"]) for row in rows if row["loss"]]
+    updates = [int(row["step"]) for row in rows if row["sparsity/flip_rate"]]
+    assert losses == list(range(8))
+    assert updates[-4:] == [2, 4, 6, 8]
+    assert json.loads((record.folder / RECORD).read_text())["step"] == 8

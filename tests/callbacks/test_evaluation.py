@@ -13,13 +13,12 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
 
-from sparse_train.callbacks import DynamicPruning, Evaluation, RunHistory
+from sparse_train.callbacks import DynamicPruning, Evaluation, RunRecord
 from sparse_train.data.texts import TextFiles
 from sparse_train.evaluation import evaluate_perplexity, evaluate_zero_shot, token_ids
-from sparse_train.models.module import CausalLM
+from sparse_train.models.causal_lm import CausalLM
 from sparse_train.models.sources import Pretrained
-from sparse_train.report import read_metrics, write_run_report
-from sparse_train.report.collect import collect
+from sparse_train.report import collect, headline, read_metrics, write_run_report
 from tests.callbacks.runs import InInit, loader
 from tests.conftest import tiny_llama, tiny_tokenizer
 
@@ -193,16 +192,16 @@ def test_other_processes_get_what_the_first_has_measured(monkeypatch):
 def test_what_was_measured_stops_runs_and_stands_in_the_report(model_folder, text_file, tmp_path, behind):
     text = TextFiles(validation=[str(text_file)])
     evaluation = Evaluation(text, every_n_steps=2, window=16, max_tokens=64, tokenizer=str(model_folder))
-    history = RunHistory()
-    callbacks = [evaluation, history] if behind else [history, evaluation]
+    record = RunRecord()
+    callbacks = [evaluation, record] if behind else [record, evaluation]
     stop = EarlyStopping("evaluation/perplexity", mode="max", stopping_threshold=1.0, check_on_train_epoch_end=True)
     module = fit(*callbacks, stop, steps=30, default_root_dir=tmp_path, limit_train_batches=8)
     assert 4 <= module.trainer.global_step < 30
     (run,) = collect([tmp_path])
-    assert [record["step"] for record in run.evaluations] == [each["step"] for each in evaluation.results]
-    last = evaluation.results[-1]
-    assert run.evaluated() == {"evaluation/perplexity": (last["metrics"]["evaluation/perplexity"], last["step"])}
-    page = write_run_report([tmp_path]).with_suffix(".md").read_text()
+    name, last = "evaluation/perplexity", evaluation.results[-1]
+    assert run.curve(name) == [(each["step"], each["metrics"][name]) for each in evaluation.results]
+    assert headline(run)["evaluation"] == last["metrics"]
+    page = write_run_report([tmp_path]).read_text()
     assert f"{last['metrics']['evaluation/perplexity']:.4f} at step {last['step']}" in page
     assert "windows of 16" in page
 

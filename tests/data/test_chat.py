@@ -8,15 +8,17 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from sparse_train import FirstWindow
 from sparse_train.callbacks import DynamicPruning
-from sparse_train.commands import cli
-from sparse_train.data.chat import conversation_blocks, encoded
-from sparse_train.data.conversations import Conversations
+from sparse_train.cli import main as cli
+from sparse_train.data.blocks import blocks_of, calibration_batches
+from sparse_train.data.chat import encoded
 from sparse_train.data.text_blocks import TextBlocks
-from sparse_train.models.module import CausalLM
+from sparse_train.data.texts import TextSource
+from sparse_train.models.causal_lm import CausalLM
 from sparse_train.models.sources import PackagedSmolLM2, Pretrained
 from tests.conftest import tiny_llama, tiny_tokenizer
-from tests.data.test_text_blocks import Seen, quiet_trainer
+from tests.data.test_blocks import Seen, quiet_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
@@ -100,7 +102,7 @@ def test_the_packaged_model_learns_to_end_its_turn():
 def test_packed_blocks_hold_whole_conversations():
     tokenizer = chat_tokenizer()
     conversations = [chat("a", "b"), chat("c", "d"), chat("e", "f" * 20), chat("g", "h")]
-    rows = conversation_blocks(conversations, tokenizer, 48, pack=True)[:]
+    rows = blocks_of(conversations, tokenizer, 48, pack=True)[:]
     assert [words(tokenizer, ids) for ids in rows["input_ids"]] == [
         "user:a$\nassistant:b$\nuser:c$\nassistant:d$\n" + "_" * 6,
         "user:e$\nassistant:" + "f" * 20 + "$\n" + "_" * 8,
@@ -113,34 +115,45 @@ def test_packed_blocks_hold_whole_conversations():
 def test_long_conversations_are_cut_and_those_without_a_loss_left_out(caplog):
     tokenizer = chat_tokenizer()
     conversations = [chat("a", "b" * 9), chat("c" * 30, "d"), chat("e", "f")]
-    rows = conversation_blocks(conversations, tokenizer, 20, pack=False)[:]
+    rows = blocks_of(conversations, tokenizer, 20, pack=False)[:]
     assert [words(tokenizer, labels) for labels in rows["labels"]] == ["." * 18 + "bb", "." * 18 + "f$"]
     assert "3 of 3 conversations are longer than block_size=20 and were cut there; 1 had no token" in caplog.text
-    assert len(conversation_blocks([], tokenizer, 20)) == 0
+    assert len(blocks_of([], tokenizer, 20)) == 0
 
 
 def test_conversations_that_cannot_be_read():
     tokenizer = chat_tokenizer()
-    for bad, message in (
-        ([{"role": "user", "content": "a"}], r"Number 1 .* has the roles \['user'\]"),
-        ([{"role": "assistant", "content": "a"}], r"has the roles \['assistant'\]"),
-        ([{"role": "assistant"}], r"Number 1 \(from 0\) is \[\{'role': 'assistant'\}\]"),
-        ([{"role": "assistant", "content": [{"type": "image"}]}], "is a list of"),
-        ("text", "Number 1 .* is text"),
+    for bad in (
+        [{"role": "user"}],
+        [{"role": "user", "content": [{"type": "image"}]}],
+        [{"from": "a", "content": "b"}],
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=r"Number 1 \(from 0\) is"):
             encoded([chat("a", "b"), bad], tokenizer)
-    with pytest.raises(ValueError, match="has no chat template"):
+    with pytest.raises(ValueError, match="chat_template is not set"):
         encoded([chat("a", "b")], tiny_tokenizer())
     only_last = "{% for m in messages %}{{ m.role + ':' + (m.content if loop.last else '') }}{% endfor %}"
     with pytest.raises(ValueError, match="first 2 messages of a conversation differently when more follows"):
         encoded([chat("a", "b", "c", "d")], chat_tokenizer(only_last))
 
 
-class Talks(Conversations):
+def test_conversations_without_an_answer_are_left_out_and_counted(caplog):
+    rows = blocks_of([chat("a"), chat("b", "c"), chat("d", roles=("assistant",))], chat_tokenizer(), 64)
+    assert len(rows) == 1
+    assert "0 of 3 conversations are longer than block_size=64 and were cut there; 2 had no token" in caplog.text
+
+
+def test_padding_of_conversations_is_marked_for_calibration():
+    batches = calibration_batches(Talks(), chat_tokenizer(), num_calibration_samples=5, max_seq_length=96, batch_size=2)
+    assert [batch["input_ids"].shape for batch in batches] == [(2, 96), (2, 96), (1, 96)]
+    for batch in batches:
+        assert torch.equal(batch["attention_mask"] == 0, batch["input_ids"] == chat_tokenizer().pad_token_id)
+
+
+class Talks(TextSource):
     name = "talks"
 
-    def conversations(self, split):
+    def documents(self, split):
         number = {"train": 40, "validation": 3, "test": 0}[split]
         return [chat(f"question {i}", f"answer {i} " * (i % 5)) for i in range(number)]
 
@@ -180,7 +193,7 @@ def test_padding_does_not_count_in_activation_statistics(chat_folder):
             )
 
     data = TextBlocks(str(chat_folder), Talks(), block_size=96, batch_size=2, pack=False)
-    pruning = Counting("2:4", update_freq=10, end_step=100, calibration_batches=0)
+    pruning = Counting("2:4", update_freq=10, end_step=100, first_mask=FirstWindow())
     quiet_trainer(max_steps=11, callbacks=[pruning]).fit(CausalLM(Pretrained(str(chat_folder))), data)
     (first, real, all_of_them), (second, more, _), *_ = counted
     assert (first, second) == (real, real + more)
@@ -188,7 +201,7 @@ def test_padding_does_not_count_in_activation_statistics(chat_folder):
 
 
 def test_the_loss_is_the_mean_over_the_assistants_tokens(chat_folder):
-    rows = conversation_blocks(Talks().conversations("train")[:6], chat_tokenizer(), 96)[:]
+    rows = blocks_of(Talks().documents("train")[:6], chat_tokenizer(), 96)[:]
     model = tiny_llama().double()
     log_p = model(rows["input_ids"], attention_mask=rows["attention_mask"]).logits.log_softmax(-1)
     expected = [
@@ -208,11 +221,12 @@ def test_the_recipe_of_instruction_tuning(chat_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     files = {split: f"{split}.jsonl" for split in ("train", "validation")}
     for split, path in files.items():
-        rows = [json.dumps({"messages": messages}) + "\n" for messages in Talks().conversations(split)]
+        rows = [json.dumps({"messages": messages}) + "\n" for messages in Talks().documents(split)]
         Path(path).write_text("".join(rows))
     options = [
         f"--model.model={chat_folder}",
-        "--data.text=ConversationFiles",
+        "--data.text=TextFiles",
+        "--data.text.column=messages",
         *(f"--data.text.{split}=[{path}]" for split, path in files.items()),
         "--data.block_size=96",
         "--trainer.max_steps=3",

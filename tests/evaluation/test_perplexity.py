@@ -33,7 +33,7 @@ def test_equals_a_loop_in_float64(window, stride):
     result = evaluate_perplexity(model, ids, window=window, stride=stride, batch_size=3)
     perplexity, tokens = reference(model, ids, window, stride or window)
     assert result.perplexity == pytest.approx(perplexity, rel=1e-5)
-    assert result.protocol.tokens == tokens
+    assert result.tokens == tokens
     assert model.training
 
 
@@ -70,7 +70,7 @@ def test_word_perplexity_equals_a_loop_in_float64(stride, merged_tokenizer, text
         for place in range(1 if index == 0 else max(1, 32 - stride), 32):
             total += losses[place - 1, part[place]].item()
             tokens, count = tokens + 1, count + begun[start + place]
-    assert (found.protocol.tokens, found.protocol.words) == (tokens, count)
+    assert (found.tokens, found.words) == (tokens, count)
     assert found.perplexity == pytest.approx(math.exp(total / tokens), rel=1e-5)
     assert found.word_perplexity == pytest.approx(math.exp(total / count), rel=1e-4)
     assert count < tokens and found.word_perplexity > found.perplexity
@@ -95,18 +95,15 @@ def test_the_two_perplexities_have_names_of_their_own():
     ids, documents = torch.randint(3, VOCABULARY, (40,)), ["aa b"]
     tokenizer = tiny_tokenizer()
     without = evaluate_perplexity(tiny_llama(), ids, window=20)
-    assert without.word_perplexity is None and without.protocol.words is None and len(without.lines()) == 1
+    assert without.word_perplexity is None and without.words is None and len(without.lines()) == 1
     ids, words = token_ids(documents, tokenizer), word_starts(documents, tokenizer)
     found = evaluate_perplexity(tiny_llama(), ids, words=words, window=4)
     assert found.as_dict()["perplexity"] == found.perplexity
     assert found.as_dict()["word_perplexity"] == pytest.approx(found.perplexity**3)
-    assert [line.split("  ")[1].split(" of ")[0].split(":")[0] for line in found.lines()] == [
-        "token perplexity",
-        "word perplexity",
-    ]
-    assert found.lines()[1].endswith("the same losses over 1 words that begin in the scored tokens")
+    token, word = found.lines()
+    assert "token perplexity" in token and "word perplexity" in word
     none = evaluate_perplexity(tiny_llama(), ids, words=torch.zeros_like(ids), window=4)
-    assert none.word_perplexity is None and none.protocol.words == 0
+    assert none.word_perplexity is None and none.words == 0
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
@@ -162,7 +159,7 @@ def test_the_protocol_says_everything():
         tokenizer_name="K",
         autocast=torch.bfloat16,
     )
-    assert str(result.protocol) == (
+    assert result.protocol == (
         "token perplexity of M on D, test: 30 tokens scored, windows of 16, stride 16, tokenizer of K, "
         "computed in bfloat16, loss in float32"
     )
@@ -205,15 +202,6 @@ def test_ids_of_another_tokenizer_are_refused():
         evaluate_perplexity(tiny_llama(), torch.tensor([3, 200] * 20), window=8)
 
 
-def test_a_model_that_does_not_tell_its_embeddings_is_evaluated(monkeypatch):
-    def unknown(self):
-        raise NotImplementedError
-
-    model = tiny_llama()
-    monkeypatch.setattr(type(model), "get_input_embeddings", unknown)
-    assert evaluate_perplexity(model, torch.randint(3, VOCABULARY, (70,)), window=8).perplexity > 1
-
-
 def test_windows_longer_than_the_model_was_made_for(caplog):
     ids = torch.randint(3, VOCABULARY, (70,))
     learned = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=VOCABULARY, n_positions=16))
@@ -224,7 +212,7 @@ def test_windows_longer_than_the_model_was_made_for(caplog):
     evaluate_perplexity(learned, ids, window=16)
     assert "positions" not in caplog.text
     evaluate_perplexity(tiny_llama(max_position_embeddings=16), ids, window=32)
-    assert "Windows of 32 tokens are longer than the 16 positions" in caplog.text
+    assert "window is 32 tokens, and LlamaForCausalLM has 16 positions" in caplog.text
 
 
 def test_token_ids():
@@ -247,8 +235,8 @@ def test_a_prefix_stands_in_front_of_each_window_and_the_same_tokens_are_scored(
         log_p = model(input_ids=part[None]).logits[0].double().log_softmax(-1)
         first = 1 if index == 0 else max(1, 10 - stride)
         losses += [-log_p[place + 1, part[place + 2]].item() for place in range(first, 10)]
-    assert found.protocol.tokens == without.protocol.tokens == len(losses)
+    assert found.tokens == without.tokens == len(losses)
     assert found.perplexity == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
     assert found.perplexity != without.perplexity
-    assert "2 special token(s) in front of each" in str(found.protocol)
-    assert "special token" not in str(without.protocol)
+    assert "2 special token(s) in front of each" in found.protocol
+    assert "special token" not in without.protocol

@@ -1,10 +1,8 @@
-from dataclasses import asdict
-
 import pytest
 import torch
 from huggingface_hub import ModelCard as HubCard
 
-from sparse_train import RIA, Fixed, Magnitude, MaskUpdater, __version__, prune
+from sparse_train import Magnitude, MaskUpdater, __version__, prune
 from sparse_train.export import export_model
 from sparse_train.export.card import ModelCard, oneshot_rows, perplexity_line, training_rows
 from sparse_train.inspection import layer_sparsities
@@ -81,46 +79,46 @@ def test_sparsity_is_counted_on_what_is_written(tmp_path):
     assert layer_sparsities(model, whole) == expected
 
 
-def test_how_runs_made_a_model():
-    updater = MaskUpdater(tiny_llama(), "2:4", update_freq=5, total_steps=40)
-    state = updater.state_dict()
-    rows = training_rows(state["settings"], state["timing"], 40)
-    assert "Wanda()" in rows["method"] and " 2:4, " in rows["method"]
-    assert rows["masks"].startswith("recomputed every 5 steps from step 3 to 30, then frozen; 40 steps")
-    assert "trained" not in rows
-    adapted = training_rows(state["settings"] | {"mask_lora": "r=8 on 6 of 21 layers"}, state["timing"], 40)
-    assert adapted["trained"].endswith("merged: r=8 on 6 of 21 layers")
-    divided = training_rows(state["settings"] | {"allocation": "OWL(owl_m=5.0)"}, state["timing"], 40)
-    assert divided["method"].endswith(", divided by OWL(owl_m=5.0)")
-    stage = {"criterion": "SparseGPT()", "mask_structure": "2:4", "allocation": "OWL()"}
-    calibration = {
-        "text": "c4",
-        "num_calibration_samples": 8,
-        "max_seq_length": 64,
-        "sampling": "packed",
-        "seed": 3,
+def test_settings_are_rows_whatever_they_hold(pruned):
+    settings = {
+        "mask_structure": "2:4",
+        "sparsity": 0.5,
+        "criterion": {"class": "Wanda"},
+        "schedule": {"class": "Cubic", "final_sparsity": 0.5, "init_sparsity": 0.0},
+        "distribution": {"class": "OWL", "owl_m": 5.0, "inner": {"class": "Uniform"}},
+        "targets": None,
+        "ignore": [],
+        "update_freq": 5,
+        "start_step": 0.05,
     }
-    rows = oneshot_rows({"stages": [stage, stage], "calibration": calibration})
-    assert rows["stage 2"].endswith("SparseGPT(), 2:4, OWL()")
-    assert rows["calibration"] == "8 x 64 tokens of c4 (packed), seed 3"
+    timing = {"update_freq": 5, "start_step": 3, "end_step": 30, "window": 2}
+    text = ModelCard(made=training_rows(settings, timing, 40)).text(layer_sparsities(pruned))
+    for row in (
+        "| method | trained sparse |",
+        "| mask_structure | 2:4 |",
+        "| sparsity | 0.5 |",
+        "| criterion | Wanda |",
+        "| schedule | Cubic(final_sparsity 0.5, init_sparsity 0) |",
+        "| distribution | OWL(owl_m 5, inner Uniform) |",
+        "| masks | updated every 5 steps from step 3 to 30, then frozen; 40 steps in all |",
+        "| counted sparsity | 0.5000 of the 18 pruned layers' weights",
+    ):
+        assert row in text
+    assert all(f"| {name} |" not in text for name in ("targets", "ignore", "start_step"))
+
+
+def test_a_run_and_one_shot_pruning_say_how_they_made_a_model(pruned):
+    state = MaskUpdater(tiny_llama(), "2:4", update_freq=5, total_steps=40).state_dict()
+    text = ModelCard(made=training_rows(state["settings"], state["timing"], 40)).text(layer_sparsities(pruned))
+    assert "| criterion | Wanda" in text and "| masks | updated every 5 steps from step 3 to 30," in text
+    stage = {"criterion": "SparseGPT()", "mask_structure": "2:4", "allocation": "OWL()"}
+    calibration = {"text": "c4", "num_calibration_samples": 8, "seed": 0}
+    made = oneshot_rows({"stages": [stage], "calibration": calibration})
+    text = ModelCard(made=made).text(layer_sparsities(pruned))
+    assert "| criterion | SparseGPT() |" in text
+    assert "| calibration | text c4, num_calibration_samples 8, seed 0 |" in text
     line = perplexity_line({"perplexity": 8.765, "data": "wikitext", "split": "test", "window": 2048})
     assert line == "8.77: token perplexity of wikitext, test, windows of 2048"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "how", "norms"),
-    [
-        ({"criterion": RIA()}, "with re-pruning, RIA", "of the 2 steps before an update, memory 1.0"),
-        ({"hysteresis": 0.05}, "with re-pruning, Wanda", "of the 2 steps before an update, memory 1.0, Margin(hyst"),
-        ({"criterion": Magnitude()}, "with re-pruning, Magnitude", None),
-        ({"policy": Fixed()}, "with masks in which no weight comes back", "of the 2 steps"),
-    ],
-)
-def test_what_scored_and_what_came_back_is_said(arguments, how, norms):
-    updater = MaskUpdater(tiny_llama(), "2:4", update_freq=5, window=2, total_steps=40, **arguments)
-    rows = training_rows(updater.settings(), asdict(updater.timing), 40)
-    assert how in rows["method"]
-    assert rows["norms"].startswith(norms) if norms else "norms" not in rows
 
 
 def test_a_local_folder_is_no_id_of_the_hub(model_folder):

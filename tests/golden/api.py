@@ -11,11 +11,14 @@ from sparse_train import (
     Cubic,
     Dormant,
     Explicit,
+    FirstWindow,
     Fixed,
+    FromZeros,
     Linear,
     Magnitude,
     MaskLoRA,
     MaskUpdater,
+    OneShot,
     PerBlock,
     Regrow,
     SparseGPT,
@@ -28,10 +31,10 @@ from sparse_train import (
     squash,
 )
 from sparse_train.callbacks import DynamicPruning
-from sparse_train.distributed import rank
-from sparse_train.layers.sharding import whole_state_dict
-from sparse_train.oneshot.streaming import prune_checkpoint
-from sparse_train.trainer import SparseTrainerCallback
+from sparse_train.distributed.collectives import rank
+from sparse_train.distributed.engines import whole_state_dict
+from sparse_train.integrations.transformers import SparseTrainerCallback
+from sparse_train.oneshot.prune import prune_checkpoint
 
 __all__ = [
     "OWL",
@@ -76,52 +79,52 @@ Arguments = dict[str, Any]
 
 def one_shot(method: Any = None, batches: int = 8) -> Arguments:
     """Arguments of a callback: the first mask from one-shot pruning by ``method``; None = the criterion of the run."""
-    return {"calibration_batches": batches, "initial_criterion": method}
+    return {"first_mask": OneShot(method, batches)}
 
 
 def first_window() -> Arguments:
     """Arguments of a callback: the first mask from the activations of the first steps, which run dense."""
-    return {"calibration_batches": 0}
+    return {"first_mask": FirstWindow()}
 
 
 def from_zeros() -> Arguments:
     """Arguments of a callback: the first mask is where the model has zeros."""
-    return {"calibration_batches": 0}
+    return {"first_mask": FromZeros()}
 
 
 def existing_masks() -> Arguments:
     """Arguments of a callback: the model has masks already."""
-    return {}
+    return {"first_mask": None}
 
 
 def loop_first_window() -> Arguments:
     """``first_window`` for ``MaskUpdater``."""
-    return {}
+    return first_window()
 
 
 def loop_from_zeros() -> Arguments:
     """``from_zeros`` for ``MaskUpdater``."""
-    return {}
+    return from_zeros()
 
 
 def loop_existing_masks() -> Arguments:
     """``existing_masks`` for ``MaskUpdater``."""
-    return {}
+    return existing_masks()
 
 
 def norm_decay(factor: float | str) -> Arguments:
     """Arguments of a callback or of ``MaskUpdater``: how much the norms of earlier windows count."""
-    return {"memory": factor}
+    return {"norm_decay": factor}
 
 
 def distribution(of_layers: Any) -> Arguments:
     """Arguments of a callback, of ``MaskUpdater`` or of ``prune``: how the sparsity is divided among layers."""
-    return {"allocation": of_layers}
+    return {"distribution": of_layers}
 
 
 def srste(rate: float) -> StraightThrough:
     """The straight-through policy whose pruned weights shrink by ``rate`` per step, from the first step on."""
-    return StraightThrough(srste_decay=rate, ramp=0.0)
+    return StraightThrough(srste_decay=rate)
 
 
 def masks_of(model: nn.Module) -> dict[str, Tensor]:

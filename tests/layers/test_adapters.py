@@ -1,20 +1,17 @@
-import copy
 import subprocess
 import sys
-import warnings
 
 import lightning as L
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import nn
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from sparse_train import Magnitude, prune, sparse_layers, sparsify, squash
+from sparse_train import Magnitude, MaskUpdater, prune, sparse_layers, squash
 from sparse_train.callbacks import DynamicPruning
 from sparse_train.export import export_model
-from sparse_train.trainer import SparseTrainerCallback
+from sparse_train.integrations.transformers import SparseTrainerCallback
 from tests.callbacks.runs import ExactAfterEveryStep, Tokens
 from tests.callbacks.runs import trainer as lightning_trainer
 from tests.conftest import tiny_llama
@@ -81,8 +78,7 @@ def test_base_and_adapters_are_saved_apart_and_come_back(tmp_path, ids):
 
 
 @pytest.mark.parametrize("adapters_first", [True, False])
-@pytest.mark.parametrize("merge", ["merge_and_unload", "merge_adapter"])
-def test_merging_into_masked_layers_is_refused(adapters_first, merge, ids):
+def test_an_adapter_merged_into_masked_layers_is_found_before_anything_is_written(adapters_first, ids, tmp_path):
     if adapters_first:
         model = with_adapters(tiny_llama())
         prune(model, criterion=Magnitude(), squash=False)
@@ -90,62 +86,37 @@ def test_merging_into_masked_layers_is_refused(adapters_first, merge, ids):
         base = tiny_llama()
         prune(base, criterion=Magnitude(), squash=False)
         model = with_adapters(base)
-    before = copy.deepcopy(model.state_dict())
     expected = model(input_ids=ids[0]).logits
-    with pytest.raises(ValueError, match="would prune the sum") as error:
-        getattr(model, merge)()
-    assert "squash" in str(error.value)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="merged into a masked layer") as error:
+        squash(model)
+    assert "unmerge" in str(error.value)
+    with pytest.raises(ValueError, match="merged into a masked layer"):
+        model.get_base_model().save_pretrained(tmp_path / "lost")
+    model.unmerge_adapter()
     squash(model)
-    with pytest.warns(UserWarning, match="Merging an adapter into a sparse layer.* dense"):
-        merged = model.merge_and_unload()
+    merged = model.merge_and_unload()
     torch.testing.assert_close(merged(input_ids=ids[0]).logits, expected, rtol=1e-4, atol=1e-4)  # what was trained
     assert merged.model.layers[0].self_attn.q_proj.weight.count_nonzero() > 0.9 * 32 * 32  # and dense
 
 
-def test_merging_of_ordinary_layers_is_as_before(ids):
-    prune(with_adapters(tiny_llama()), criterion=Magnitude(), squash=False)  # the class of adapters is guarded now
+def test_an_adapter_that_is_merged_and_gone_in_the_middle_of_a_run_stops_it(ids):
     model = with_adapters(tiny_llama())
-    expected = model(input_ids=ids[0]).logits
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        merged = model.merge_and_unload()
-    torch.testing.assert_close(merged(input_ids=ids[0]).logits, expected, rtol=1e-4, atol=1e-4)
+    updater = MaskUpdater(model, "2:4", update_freq=2, total_steps=8)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    for _ in range(2):
+        model(input_ids=ids[0], labels=ids[0]).loss.backward()
+        optimizer.step()
+        updater.step()
+    merged = model.merge_and_unload()
+    with pytest.raises(ValueError, match="merged into a masked layer"):
+        squash(merged)
 
 
-def test_merging_into_a_sparse_folder_that_LoRA_has_loaded_warns(tmp_path):
-    base = tiny_llama()
-    prune(base, criterion=Magnitude())
-    export_model(base, None, tmp_path / "base")
-    script = (  # another process: nothing there has ever been masked
-        "import sys, warnings; from sparse_train.models.lora import LoRA; warnings.simplefilter('always');"
-        "LoRA(sys.argv[1]).load().merge_and_unload()"
-    )
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "base")], capture_output=True, text=True)
-    assert "UserWarning: Merging an adapter into a sparse layer" in done.stderr
-
-
-class Own(nn.Module):
-    """An adapter that is none of peft's."""
-
-    def __init__(self):
-        super().__init__()
-        self.base_layer = nn.Linear(8, 8)
-
-    def merge(self):
-        return "merged"
-
-
-def test_the_guard_leaves_other_adapters_alone():
-    layer = nn.Linear(8, 8)
-    sparsify(layer, [layer])
-    assert Own().merge() == "merged"
-
-
-def test_the_guard_needs_no_peft(tmp_path):
+def test_checks_need_no_peft(tmp_path):
     script = (
         "import sys, torch, sparse_train; layer = torch.nn.Linear(8, 8); sparse_train.sparsify(layer, [layer]);"
-        "print('peft' in sys.modules)"
+        "sparse_train.squash(layer); print('peft' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
@@ -190,30 +161,13 @@ def masked():
     return model
 
 
-@pytest.mark.parametrize("init", ["pissa", "olora"])
-def test_adapters_that_begin_by_moving_weights_are_refused_on_a_masked_base(init):
-    model = masked()
-    layer = model.model.layers[0].self_attn.q_proj
-    before = layer.weight.clone()
-    with pytest.raises(ValueError, match="init_lora_weights=True"):
-        get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights=init))
-    assert torch.equal(layer.weight, before)
-
-
-def test_they_warn_on_a_sparse_base_whose_zeros_they_fill():
-    model = masked()
-    squash(model)
-    with pytest.warns(UserWarning, match="filled its zeros"):
-        get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights="pissa"))
-    with warnings.catch_warnings():  # a dense one may be written
-        warnings.filterwarnings("error", "This initialisation")
-        get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"], init_lora_weights="pissa"))
-
-
-def test_dora_whose_norms_include_pruned_weights_is_refused_in_either_order():
+def test_dora_whose_norms_include_pruned_weights_is_refused_in_either_order(tmp_path):
     dora = LoraConfig(target_modules=["q_proj"], use_dora=True)
+    model = get_peft_model(masked(), dora)
     with pytest.raises(ValueError, match="DoRA divides by the norms"):
-        get_peft_model(masked(), dora)
+        squash(model)
+    with pytest.raises(ValueError, match="DoRA divides by the norms"):
+        model.get_base_model().save_pretrained(tmp_path / "lost")
     model = get_peft_model(tiny_llama(), dora)
     with pytest.raises(ValueError, match="DoRA divides by the norms"):
         prune(model, None, "2:4", criterion=Magnitude(), squash=False)
@@ -223,20 +177,12 @@ def test_dora_whose_norms_include_pruned_weights_is_refused_in_either_order():
     get_peft_model(model, dora)  # pruned weights are zeros, and the base is frozen
 
 
-def test_a_model_that_is_unpickled_in_a_new_process_is_guarded_there(tmp_path):
+def test_a_model_that_is_unpickled_in_a_new_process_saves_zeros_there(tmp_path):
     torch.save(masked(), tmp_path / "model.pt")
     code = f"""
 import torch
-from peft import LoraConfig, get_peft_model
 model = torch.load({str(tmp_path / "model.pt")!r}, weights_only=False)
 model.save_pretrained({str(tmp_path / "out")!r})
-wrapped = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
-try:
-    wrapped.merge_and_unload()
-except ValueError as error:
-    assert "would prune the sum" in str(error)
-else:
-    raise SystemExit("merged")
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
@@ -245,7 +191,6 @@ else:
 
 
 def test_adapters_on_weights_of_8_bits_are_left_alone():
-    sparsify(nn.Sequential(nn.Linear(4, 4)), [])  # sets the guards
     model = tiny_llama()
     for name, parameter in model.named_parameters():
         if name.endswith("q_proj.weight"):

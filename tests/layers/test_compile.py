@@ -18,7 +18,7 @@ def model_and_updater(num_hidden_layers: int, checkpointing: bool) -> tuple:
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
-    return model, MaskUpdater(model, "2:4", update_freq=4, window=2, memory=0.0, total_steps=100)
+    return model, MaskUpdater(model, "2:4", update_freq=4, window=2, norm_decay=0.0, total_steps=100)
 
 
 def train(compiled: bool, checkpointing: bool = False, steps: int = 20) -> tuple:
@@ -37,7 +37,7 @@ def train(compiled: bool, checkpointing: bool = False, steps: int = 20) -> tuple
         updater.step()
         graphs.append(counters["stats"]["unique_graphs"])
         if step == 16:
-            statistics = updater.state_dict()["statistics_by_rank"][0]
+            statistics = updater.state_dict()["norms"]["norms_by_rank"][0]
     return statistics, {name: layer.weight_mask for name, layer in sparse_layers(model).items()}, graphs
 
 
@@ -58,12 +58,12 @@ def test_a_compiled_model_makes_the_masks_of_an_eager_one(checkpointing):
 def test_no_graph_break_in_a_masked_layer():
     torch._dynamo.reset()
     model = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 8), nn.Linear(8, 4))
-    updater = MaskUpdater(model, "2:4", update_freq=4, window=4, memory=0.0, total_steps=20)
+    updater = MaskUpdater(model, "2:4", update_freq=4, window=4, norm_decay=0.0, total_steps=20)
     forward = torch.compile(model, backend="aot_eager", fullgraph=True)
     for _ in range(9):
         forward(torch.randn(5, 16)).sum().backward()
         updater.step()
-    assert {int(s["tokens"]) for s in updater.state_dict()["statistics_by_rank"][0].values()} == {5}
+    assert {int(s["tokens"]) for s in updater.state_dict()["norms"]["norms_by_rank"][0].values()} == {5}
     with torch.no_grad():
         x = torch.randn(3, 16)
         assert torch.allclose(forward(x), model(x))

@@ -5,10 +5,14 @@ import torch
 from torch.nn import functional as F
 
 from sparse_train.layers import masks
-from sparse_train.layers.low_rank import low_rank_sum, masked_low_rank_linear
+from sparse_train.layers.functional import low_rank_sum, masked_linear
 from tests.layers.test_sparse_linear import saved_bytes
 
 SCALE = 1.5
+
+
+def low_rank(x, weight, mask, a, b, bias=None, **options):
+    return masked_linear(x, weight, mask, bias, (a, b), **options)
 
 
 def tensors(dtype=torch.float64, in_features=12, out_features=6, rank=3):
@@ -39,9 +43,7 @@ def test_forward_and_gradients_are_those_of_the_plain_formula(straight_through, 
         expected_out = F.linear(x, masked, bias)
         expected = list(torch.autograd.grad(loss_of(expected_out), (x, a, b)))
     expected_bias = torch.autograd.grad(loss_of(F.linear(x, masked.detach(), bias)), bias)[0]
-    out = masked_low_rank_linear(
-        x, weight, masks.pack(mask), a, b, bias, scale=SCALE, straight_through=straight_through
-    )
+    out = low_rank(x, weight, masks.pack(mask), a, b, bias, scale=SCALE, straight_through=straight_through)
     torch.testing.assert_close(out, expected_out)
     for found, wanted in zip(torch.autograd.grad(loss_of(out), learned), [*expected, expected_bias], strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
@@ -50,9 +52,9 @@ def test_forward_and_gradients_are_those_of_the_plain_formula(straight_through, 
 def test_the_two_gradients_differ():
     weight, mask, (x, a, b, _) = tensors()
     found = [
-        torch.autograd.grad(
-            loss_of(masked_low_rank_linear(x, weight, masks.pack(mask), a, b, scale=1.0, straight_through=each)), a
-        )[0]
+        torch.autograd.grad(loss_of(low_rank(x, weight, masks.pack(mask), a, b, scale=1.0, straight_through=each)), a)[
+            0
+        ]
         for each in (True, False)
     ]
     assert not torch.allclose(*found)
@@ -63,7 +65,7 @@ def test_nothing_of_the_size_of_the_weight_is_held_but_the_weight_and_its_mask(s
     weight, mask, (x, a, b, bias) = tensors(torch.float32, in_features=64, out_features=48, rank=2)
     packed = masks.pack(mask)
     held, _ = saved_bytes(
-        lambda: masked_low_rank_linear(x, weight, packed, a, b, bias, scale=SCALE, straight_through=straight_through)
+        lambda: low_rank(x, weight, packed, a, b, bias, scale=SCALE, straight_through=straight_through)
     )
     assert held == sum(each.untyped_storage().nbytes() for each in (x, weight, packed, a, b))
 
@@ -73,9 +75,7 @@ def test_autocast_computes_with_the_rounded_sum(straight_through):
     weight, mask, (x, a, b, bias) = tensors(torch.float32)
     masked = torch.where(mask, weight + SCALE * b @ a, 0).detach().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
-        out = masked_low_rank_linear(
-            x, weight, masks.pack(mask), a, b, bias, scale=SCALE, straight_through=straight_through
-        )
+        out = low_rank(x, weight, masks.pack(mask), a, b, bias, scale=SCALE, straight_through=straight_through)
         expected = F.linear(x, masked, bias)
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out, expected)
@@ -91,7 +91,7 @@ def test_autocast_computes_with_the_rounded_sum(straight_through):
 def test_mixed_dtypes_without_autocast_are_refused():
     weight, mask, (x, a, b, _) = tensors(torch.float32)
     with pytest.raises(RuntimeError, match="same dtype"):
-        masked_low_rank_linear(x.bfloat16(), weight, masks.pack(mask), a, b, scale=1.0, straight_through=True)
+        low_rank(x.bfloat16(), weight, masks.pack(mask), a, b, scale=1.0, straight_through=True)
 
 
 def test_a_weight_in_half_precision_is_summed_in_that_of_its_factors():

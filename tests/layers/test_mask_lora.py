@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from sparse_train import (
+    FirstWindow,
     Fixed,
     Magnitude,
     MaskLoRA,
@@ -27,11 +28,11 @@ from sparse_train import (
 from sparse_train.callbacks import DynamicPruning
 from sparse_train.export import export_checkpoint, export_model
 from sparse_train.inspection import layer_sparsities
+from sparse_train.integrations.transformers import SparseTrainerCallback
 from sparse_train.layers.mask_lora import MaskLoRALinear, check_mask_lora
 from sparse_train.layers.state_dicts import squashed_state_dict
-from sparse_train.models.module import CausalLM
+from sparse_train.models.causal_lm import CausalLM
 from sparse_train.models.sources import Pretrained
-from sparse_train.trainer import SparseTrainerCallback
 from tests.callbacks.runs import ExactAfterEveryStep, InConfigureModel, InInit, Interrupt, loader, trainer
 from tests.conftest import tiny_llama
 
@@ -342,7 +343,7 @@ def test_a_checkpoint_of_causal_lm_validates_and_exports(tmp_path, model_folder)
 
 def test_a_checkpoint_in_half_precision_exports_what_was_trained(tmp_path, model_folder):
     module = CausalLM(Pretrained(str(model_folder), dtype="bfloat16"), lr=1e-2)
-    pruning = DynamicPruning("2:4", mask_lora=ALL, calibration_batches=0, squash=False)
+    pruning = DynamicPruning("2:4", mask_lora=ALL, first_mask=FirstWindow(), squash=False)
     run = trainer(tmp_path, pruning, max_steps=2)
     run.fit(module, loader())
     run.save_checkpoint(tmp_path / "half.ckpt")

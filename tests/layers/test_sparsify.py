@@ -1,9 +1,14 @@
+import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from sparse_train.layers.sparse_linear import SparseLinear, sparse_layers
+from sparse_train.layers.masked_layer import SparseLinear, sparse_layers
 from sparse_train.layers.sparsify import sparsify, sparsify_like, squash
 from sparse_train.layers.state_dicts import squashed_state_dict
+from sparse_train.layers.targets import select
+from sparse_train.patterns import NM
 from tests.conftest import tiny_llama
 from tests.layers.test_sparse_linear import sparse_linear
 from tests.layers.test_state_dicts import masked_llama
@@ -56,3 +61,24 @@ def test_sparsify_and_squash_are_idempotent():
     squash(layer)
     assert type(layer) is nn.Linear
     assert torch.equal(layer.weight != 0, mask)
+
+
+@pytest.fixture
+def _one_rank(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("_one_rank")
+def test_a_layer_that_fully_shard_has_taken_stays_fsdps():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    mesh = torch.distributed.init_device_mesh("cpu", (1,))
+    fully_shard(model[0], mesh=mesh)
+    sparsify(model, select(model, NM(2, 4), targets=["0"]).layers.values())
+    assert isinstance(model[0], FSDPModule)
+    assert isinstance(model[0], SparseLinear)
+    out = model(torch.randn(3, 8))
+    out.sum().backward()
+    assert model[0].weight.grad is not None
+    assert "weight_mask" in dict(model[0].named_buffers())

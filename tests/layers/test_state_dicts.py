@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from sparse_train.layers.sparse_linear import sparse_layers
+from sparse_train.layers.masked_layer import sparse_layers
 from sparse_train.layers.sparsify import sparsify, squash
 from sparse_train.layers.state_dicts import squashed_state_dict
 from tests.conftest import tiny_llama

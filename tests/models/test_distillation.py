@@ -12,8 +12,8 @@ from sparse_train import sparse_layers
 from sparse_train.callbacks import DynamicPruning
 from sparse_train.data.text_blocks import TextBlocks
 from sparse_train.data.texts import TextFiles
+from sparse_train.models.causal_lm import CausalLM
 from sparse_train.models.distillation import Distillation, Teacher
-from sparse_train.models.module import CausalLM
 from sparse_train.models.sources import Pretrained
 from tests.conftest import tiny_llama, tiny_tokenizer
 from tests.reference import distillation_losses
@@ -161,7 +161,7 @@ def test_activations_of_the_teacher_do_not_count(model_folder, data):
     fit(
         module,
         data(),
-        DynamicPruning("2:4", update_freq=100, window=100, end_step=100, memory=0.0),
+        DynamicPruning("2:4", update_freq=100, window=100, end_step=100, norm_decay=0.0),
         watch,
         Count(),
         max_steps=3,
@@ -279,9 +279,13 @@ def test_a_learning_rate_finder_in_front_has_the_teacher_too(model_folder, data)
 @pytest.mark.parametrize(
     ("changes", "arguments", "message"),
     [
-        ({"vocab_size": 160}, {}, "a vocabulary of 160 tokens and the student .* one of 128"),
-        ({"num_hidden_layers": 4}, {"hardness_squarehead": 1.0}, "has 4 layers of width 32 and the student .* 3 of 32"),
-        ({"hidden_size": 64}, {"hardness_squarehead": 1.0}, "set hardness_squarehead to 0 and distil by"),
+        ({"vocab_size": 160}, {}, "a vocab_size of 160 and the student .* one of 128"),
+        (
+            {"num_hidden_layers": 4},
+            {"hardness_squarehead": 1.0},
+            "num_hidden_layers of 4 and the .* one of 3",
+        ),
+        ({"hidden_size": 64}, {"hardness_squarehead": 1.0}, "a hidden_size of 64 and the student .* one of 32"),
     ],
 )
 def test_a_teacher_that_does_not_fit_is_refused_before_the_first_step(

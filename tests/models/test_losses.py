@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparse_train.models import chunked_sums as module
-from sparse_train.models.distillation_losses import logit_losses, squarehead_loss
-from sparse_train.models.losses import next_token_loss
+from sparse_train.models import losses as module
+from sparse_train.models.losses import logit_losses, next_token_loss, squarehead_loss
 from tests.reference import distillation_losses, squarehead
 
 pytestmark = pytest.mark.filterwarnings("ignore")

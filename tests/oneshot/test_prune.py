@@ -9,6 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sparse_train import (
     NM,
+    OWL,
     Magnitude,
     MaskUpdater,
     SparseGPT,
@@ -19,9 +20,9 @@ from sparse_train import (
     sparse_layers,
     squash,
 )
-from sparse_train.layers.blocks import block_lists
+from sparse_train.blocks import block_lists
 from sparse_train.layers.state_dicts import squashed_state_dict
-from sparse_train.statistics.activations import ActivationNorm
+from sparse_train.statistics import ActivationNorm
 from tests.conftest import VOCABULARY, tiny_llama
 from tests.reference import nm_mask, row_mask
 
@@ -400,3 +401,11 @@ def test_layers_without_a_weight_left_are_said(ids, caplog):
             block.mlp.down_proj.weight *= 1e-6
     prune(model, ids, Unstructured("model"), 0.4, criterion=Magnitude())
     assert "All weights of model.layers.0.mlp.down_proj and of 2 more layers are zero" in caplog.text
+
+
+def test_a_progress_bar_changes_nothing_and_is_for_terminals(ids, capsys):
+    shown, plain = tiny_llama(), tiny_llama()
+    prune(shown, ids, "unstructured", 0.6, distribution=OWL(owl_m=2.0), progress=True)
+    prune(plain, ids, "unstructured", 0.6, distribution=OWL(owl_m=2.0))
+    assert all(map(torch.equal, shown.parameters(), plain.parameters()))
+    assert capsys.readouterr().err == ""

@@ -19,9 +19,8 @@ from sparse_train.evaluation import evaluate_perplexity
 from sparse_train.inspection import layer_sparsities
 from sparse_train.layers.mask_lora import MaskLoRA, add_mask_lora
 from sparse_train.layers.state_dicts import squashed_state_dict
-from sparse_train.models.distillation_losses import logit_losses, squarehead_loss
-from sparse_train.models.losses import next_token_loss
-from sparse_train.oneshot.streaming import prune_checkpoint
+from sparse_train.models.losses import logit_losses, next_token_loss, squarehead_loss
+from sparse_train.oneshot.prune import prune_checkpoint
 from tests.callbacks.runs import InInit, loader, trainer
 from tests.conftest import VOCABULARY, tiny_llama
 from tests.oneshot.test_prune import tiny

@@ -11,6 +11,7 @@ from sparse_train import (
     RIA,
     Cubic,
     Dormant,
+    FirstWindow,
     Fixed,
     Magnitude,
     Regrow,
@@ -18,8 +19,8 @@ from sparse_train import (
     StraightThrough,
     Unstructured,
     Wanda,
+    WandaCumulative,
 )
-from sparse_train.criteria import WandaCumulative
 from tests.other_device import device, flows
 from tests.ranks.launch import run
 
@@ -33,14 +34,13 @@ TRAINING = {
     "moved late": {"late": True},
     "Conv1D": {"kind": "gpt2"},
     "adapters": {"lora": True},
-    "margins": {"noise_margin": 1.0, "hysteresis": 0.1, "flip_agreement": True},
-    "memory": {"memory": 0.5},
-    "frozen norms": {"memory": "frozen"},
+    "decayed norms": {"norm_decay": 0.5},
+    "frozen norms": {"norm_decay": "frozen"},
     "decay": {"policy": StraightThrough(srste_decay=0.01)},
     "dormant": {"policy": Dormant()},
     "regrow": {"policy": Regrow()},
     "gradual": {"mask_structure": "unstructured", "policy": Fixed(), "schedule": Cubic(0.6, 0.1)},
-    "owl": {"mask_structure": "unstructured", "sparsity": 0.6, "allocation": OWL(owl_m=2)},
+    "owl": {"mask_structure": "unstructured", "sparsity": 0.6, "distribution": OWL(owl_m=2)},
     "model-wide": {"mask_structure": Unstructured("model"), "sparsity": 0.5},
     "cumulative": {"mask_structure": "unstructured", "sparsity": 0.5, "criterion": WandaCumulative()},
     "magnitude": {"criterion": Magnitude()},
@@ -80,7 +80,7 @@ def test_oneshot_of_conv1d(method):
     assert differing(*both("oneshot", kind="gpt2", criterion=method)) == 0
 
 
-@pytest.mark.parametrize("settings", [{}, {"calibration_batches": 0}], ids=["calibrated", "first window"])
+@pytest.mark.parametrize("settings", [{}, {"first_mask": FirstWindow()}], ids=["calibrated", "first window"])
 def test_the_callback(settings):
     cpu, other = both("lightning", **settings)
     assert differing(cpu, other) < 0.002 * sum(mask.numel() for mask in cpu.values())

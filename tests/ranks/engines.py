@@ -10,8 +10,9 @@ from torch.utils.data import Dataset, DistributedSampler, Subset
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
-from sparse_train.distributed import rank, world_size
-from sparse_train.layers.sharding import shard_blocks, whole_first
+from sparse_train.distributed.collectives import rank, world_size
+from sparse_train.distributed.fsdp2 import shard_blocks
+from sparse_train.distributed.zero import whole_first
 from tests.conftest import VOCABULARY, tiny_llama
 
 ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")

@@ -11,12 +11,13 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 from transformers import AutoModelForCausalLM
 
+from sparse_train import FirstWindow
 from sparse_train.callbacks import DynamicPruning
-from sparse_train.distributed import rank, world_size
+from sparse_train.distributed.collectives import rank, world_size
+from sparse_train.distributed.engines import whole_state_dict
 from sparse_train.export import export_checkpoint
-from sparse_train.layers.sharding import whole_state_dict
-from sparse_train.models.checkpoints import check_engine
-from sparse_train.models.module import CausalLM
+from sparse_train.models.causal_lm import CausalLM
+from sparse_train.models.checkpoints import check_engine, check_plain
 from tests.ranks import engines, launch
 
 ONE_FILE = "fsdp2 in one file"
@@ -53,7 +54,7 @@ class Keep(L.Callback):
 
 
 def train(engine: str, folder: Path, module: Any, *callbacks: L.Callback, ckpt_path: Path | None = None) -> Keep:
-    pruning = DynamicPruning("2:4", update_freq=5, window=3, end_step=100, calibration_batches=0)
+    pruning = DynamicPruning("2:4", update_freq=5, window=3, end_step=100, first_mask=FirstWindow())
     keep = Keep(pruning)
     settings: dict[str, Any] = {"accumulate_grad_batches": 2 // world_size()}
     if engine == ONE_FILE:
@@ -88,12 +89,13 @@ def test_resumed_on_as_many_ranks_equals_uninterrupted_and_exports_without_them(
     whole = launch.run(whole_and_interrupted, engine, tmp_path, model_folder)
     again = launch.run(resumed, engine, tmp_path, model_folder)
     for before, (start, after) in zip(whole, again, strict=True):
-        by_rank = start["statistics_by_rank"]
+        by_rank = start["norms"]["norms_by_rank"]
         assert len(by_rank) == 2
         assert not same(by_rank[0], by_rank[1])  # each rank has its own back
         assert start["steps"] == MIDDLE
         assert same(before, after)
 
+    check_plain(tmp_path / "middle.ckpt")
     export_checkpoint(tmp_path / "middle.ckpt", tmp_path / "model")
     if engine in ("fsdp2", "zero2"):
         with pytest.raises(ValueError, match="cannot resume from it. Use the same strategy"):
@@ -113,11 +115,11 @@ def test_resumed_on_as_many_ranks_equals_uninterrupted_and_exports_without_them(
 def test_resumed_on_another_number_of_ranks_no_token_is_lost(tmp_path, model_folder, engine, ranks):
     launch.run(whole_and_interrupted, engine, tmp_path, model_folder, ranks=ranks[0])
     callbacks = torch.load(tmp_path / "middle.ckpt/meta.pt" if engine == "fsdp2" else tmp_path / "middle.ckpt")
-    saved = callbacks["callbacks"]["DynamicPruning"]["statistics_by_rank"]
+    saved = callbacks["callbacks"]["DynamicPruning"]["norms"]["norms_by_rank"]
     for start, end in launch.run(resumed_elsewhere, engine, tmp_path, model_folder, ranks=ranks[1]):
         for name in saved[0]:
             for key in ("tokens", "sum_squares"):
-                found = sum(each[name][key] for each in start["statistics_by_rank"])
+                found = sum(each[name][key] for each in start["norms"]["norms_by_rank"])
                 assert torch.equal(found, sum(each[name][key] for each in saved)), name
             assert int(found.sum()) > 0
         assert end["callback"]["steps"] == 20

@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from sparse_train.commands import cli, lightning_cli
+from sparse_train.cli import lightning_cli
+from sparse_train.cli.main import main
 from tests.ranks import launch
 
 STRATEGIES = {
@@ -33,29 +34,27 @@ def read(text: Path) -> str:
 def fit(engine: str, folder: Path, model: Path, text: Path) -> Any:
     """The stage of ZeRO that ran, or the name of another strategy."""
     os.chdir(folder)
-    options = cli._find_shipped(
-        [
-            "fit",
-            "--config=recipes/smollm2_2of4.yaml",
-            "--config=configs/precision/bf16_mixed.yaml",
-            *STRATEGIES[engine],
-            "--trainer.accelerator=cpu",
-            "--trainer.devices=2",
-            f"--model.model={model}",
-            f"--data.text={read(text)}",
-            "--data.block_size=32",
-            "--data.batch_size=2",
-            "--data.max_validation_blocks=4",
-            "--trainer.max_steps=12",
-            "--trainer.val_check_interval=6",
-            "--trainer.logger.init_args.save_dir=run",
-            "--trainer.default_root_dir=run",
-            "--trainer.enable_model_summary=false",
-            "--trainer.enable_progress_bar=false",
-            "--trainer.callbacks.init_args.update_freq=4",
-            "--export=exported",
-        ]
-    )
+    options = [
+        "fit",
+        "--config=recipes/smollm2_2of4.yaml",
+        "--config=configs/precision/bf16_mixed.yaml",
+        *STRATEGIES[engine],
+        "--trainer.accelerator=cpu",
+        "--trainer.devices=2",
+        f"--model.model={model}",
+        f"--data.text={read(text)}",
+        "--data.block_size=32",
+        "--data.batch_size=2",
+        "--data.max_validation_blocks=4",
+        "--trainer.max_steps=12",
+        "--trainer.val_check_interval=6",
+        "--trainer.logger.init_args.save_dir=run",
+        "--trainer.default_root_dir=run",
+        "--trainer.enable_model_summary=false",
+        "--trainer.enable_progress_bar=false",
+        "--trainer.callbacks.init_args.update_freq=4",
+        "--export=exported",
+    ]
     strategy = lightning_cli.run(options).trainer.strategy
     return getattr(strategy, "config", {}).get("zero_optimization", {}).get("stage", type(strategy).__name__)
 
@@ -76,7 +75,7 @@ def test_from_a_recipe_to_an_exported_model(tmp_path, model_folder, text_file, e
     assert (next(tmp_path.rglob("report.html"))).stat().st_size > 10_000
 
     checkpoint = next((tmp_path / "run").rglob("*.ckpt"))
-    cli.main(["export", str(checkpoint), str(tmp_path / "from_checkpoint")])
+    main(["export", str(checkpoint), str(tmp_path / "from_checkpoint")])
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "from_checkpoint").state_dict()
     for key, value in model.state_dict().items():
         assert torch.equal(again[key] == 0, value == 0), key
@@ -85,7 +84,7 @@ def test_from_a_recipe_to_an_exported_model(tmp_path, model_folder, text_file, e
 
 def prune(folder: Path, model: Path, text: Path, *options: str) -> None:
     os.chdir(folder)
-    cli.main(
+    main(
         [
             "prune",
             f"--model={model}",

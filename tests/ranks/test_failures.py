@@ -14,10 +14,10 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.device_mesh import init_device_mesh
 
-from sparse_train import MaskUpdater, sparse_layers
+from sparse_train import FirstWindow, Fixed, Magnitude, MaskUpdater, sparse_layers
 from sparse_train.callbacks import DynamicPruning
-from sparse_train.distributed import rank, world_size
-from sparse_train.layers.sharding import shard_blocks
+from sparse_train.distributed.collectives import rank, world_size
+from sparse_train.distributed.fsdp2 import shard_blocks
 from tests.ranks import engines, launch
 
 
@@ -49,7 +49,7 @@ def die(pl_module: Any) -> None:
 
 def train(engine: str, folder: Path, step: int, act: Any, **settings: Any) -> str:
     """The error that a rank stops with, and the step at which it does."""
-    pruning = DynamicPruning("2:4", update_freq=5, window=3, calibration_batches=0)
+    pruning = DynamicPruning("2:4", update_freq=5, window=3, first_mask=FirstWindow())
     trainer = engines.trainer(engine, folder, pruning, AtStep(step, act), **settings)
     try:
         trainer.fit(engines.Module(), engines.loader())
@@ -74,8 +74,6 @@ def test_masks_that_cannot_change_are_compared_too(tmp_path):
 
 
 def train_fixed(folder: Path) -> str:
-    from sparse_train import Fixed, Magnitude
-
     pruning = DynamicPruning("2:4", update_freq=5, policy=Fixed(), criterion=Magnitude())
     trainer = engines.trainer("ddp", folder, pruning, AtStep(7, corrupt))
     try:
@@ -134,7 +132,7 @@ class OverTheWholeMesh(engines.Module):
 def mistaken(folder: Path, module: Any, data_parallel_size: int) -> str:
     sizes = {"data_parallel_size": data_parallel_size, "tensor_parallel_size": world_size() // data_parallel_size}
     trainer = engines.trainer(
-        "fsdp2", folder, DynamicPruning("2:4", calibration_batches=0), strategy=ModelParallelStrategy(**sizes)
+        "fsdp2", folder, DynamicPruning("2:4", first_mask=FirstWindow()), strategy=ModelParallelStrategy(**sizes)
     )
     try:
         trainer.fit(module(), engines.loader())

@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import nn
 
-from sparse_train import MaskUpdater, StraightThrough, sparse_layers, squash
+from sparse_train import FirstWindow, MaskUpdater, StraightThrough, sparse_layers, squash
 from sparse_train.callbacks import DynamicPruning
-from sparse_train.distributed import rank, world_size
-from sparse_train.layers.sharding import is_sharded, shard_blocks, weights, whole_state_dict
-from sparse_train.models.module import CausalLM
+from sparse_train.distributed.collectives import rank, world_size
+from sparse_train.distributed.engines import whole_state_dict
+from sparse_train.distributed.fsdp2 import shard_blocks
+from sparse_train.models.causal_lm import CausalLM
 from tests.conftest import tiny_llama
 from tests.ranks import engines, launch
 
@@ -39,12 +40,12 @@ class Check(L.Callback):
                 self.kept |= set(layer.unpacked_mask().view(-1, 4).sum(1).tolist())
                 self.dtypes.add(layer.weight.dtype)
         if step == 12 and not self.tokens:
-            state = self.pruning.updater.state_dict()["statistics_by_rank"][rank()]
+            state = self.pruning.updater.state_dict()["norms"]["norms_by_rank"][rank()]
             self.tokens |= {int(each["tokens"]) for each in state.values()}
 
 
 def train(engine: str, folder: Path, module: Any, accumulate: int = 1, **settings: Any) -> Any:
-    pruning = DynamicPruning("2:4", update_freq=5, window=3, calibration_batches=0, memory=0.0)
+    pruning = DynamicPruning("2:4", update_freq=5, window=3, first_mask=FirstWindow(), norm_decay=0.0)
     check = Check(pruning)
     trainer = engines.trainer(engine, folder, pruning, check, accumulate_grad_batches=accumulate, **settings)
     trainer.fit(module, engines.loader())
@@ -141,7 +142,7 @@ def plain_loop() -> Any:
     shard_blocks(model, torch.distributed.init_device_mesh("cpu", (world_size(),)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     updater = MaskUpdater(model, "2:4", update_freq=4, total_steps=12)
-    assert all(map(is_sharded, updater.layers.values()))
+    assert all(layer.layout.is_sharded for layer in updater.layers.values())
     flips = []
     for batch, _ in zip(engines.loader(), range(12), strict=False):
         model(**batch).loss.backward()
@@ -149,7 +150,7 @@ def plain_loop() -> Any:
         optimizer.zero_grad()
         if report := updater.step():
             flips.append(report.flip_rate)
-            with weights(updater.layers["model.layers.0.mlp.up_proj"], by_rows=True) as (own, rows):
+            with updater.layers["model.layers.0.mlp.up_proj"].read(by_rows=True) as (own, rows):
                 assert own.shape == (32, 32)
                 assert rows == slice(32 * rank(), 32 * rank() + 32)
     squash(model)
@@ -167,7 +168,7 @@ def test_a_model_that_is_sharded_already_in_a_plain_loop():
 def train_alone(engine: str, folder: Path) -> float:
     """Nothing but DynamicPruning looks at the model: share of zeros that a fit leaves."""
     module = engines.Module()
-    pruning = DynamicPruning("2:4", update_freq=5, calibration_batches=0)
+    pruning = DynamicPruning("2:4", update_freq=5, first_mask=FirstWindow())
     engines.trainer(engine, folder, pruning, max_steps=8).fit(module, engines.loader())
     found = [w for name, w in whole_state_dict(module.model).items() if "proj" in name]
     return sum(int((w == 0).sum()) for w in found) / max(1, sum(w.numel() for w in found))
@@ -188,7 +189,7 @@ class InRoot(Plain):
 def train_root(folder: Path) -> float:
     module = InRoot("configure_model")
     pruning = DynamicPruning(
-        "2:4", update_freq=2, targets=["net.head"], calibration_batches=0, policy=StraightThrough(srste_decay=0.3)
+        "2:4", update_freq=2, targets=["net.head"], first_mask=FirstWindow(), policy=StraightThrough(srste_decay=0.3)
     )
     trainer = engines.trainer("fsdp2", folder, pruning, max_steps=8, val_check_interval=1, limit_val_batches=1)
     trainer.fit(module, engines.loader(), engines.loader())

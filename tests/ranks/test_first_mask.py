@@ -7,9 +7,9 @@ import lightning as L
 import pytest
 import torch
 
-from sparse_train import SparseGPT, sparse_layers
+from sparse_train import OneShot, SparseGPT, sparse_layers
 from sparse_train.callbacks import DynamicPruning
-from sparse_train.distributed import rank, take_from_rank_0
+from sparse_train.distributed.collectives import rank, take_from_rank_0
 from tests.conftest import tiny_llama
 from tests.ranks import engines, launch
 
@@ -36,7 +36,7 @@ class Start(L.Callback):
 def start(engine: str, folder: Path) -> Any:
     """What the run starts with, or the error with which it does not."""
     # as many samples, in batches of 2 of each rank or of both
-    pruning = DynamicPruning("2:4", initial_criterion=_RoundsByRank(), calibration_batches=8)
+    pruning = DynamicPruning("2:4", first_mask=OneShot(_RoundsByRank(), batches=8))
     seen = Start()
     try:
         engines.trainer(engine, folder, seen, pruning, max_steps=1).fit(engines.Module(), engines.loader())

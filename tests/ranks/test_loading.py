@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 
-from sparse_train.distributed import rank, world_size
-from sparse_train.layers.sharding import is_dtensor, whole_state_dict
-from sparse_train.models.loading import load_sharded
-from sparse_train.models.sources import Pretrained
+from sparse_train.distributed.collectives import rank, world_size
+from sparse_train.distributed.engines import whole_state_dict
+from sparse_train.models.sources import Pretrained, load_sharded
 from tests.conftest import tiny_llama
 from tests.ranks import launch
 
@@ -23,7 +23,7 @@ class ReadOnce(Pretrained):
 def load(folder: Path) -> Any:
     mesh = torch.distributed.init_device_mesh("cpu", (world_size(),))
     model = load_sharded(ReadOnce(str(folder)), mesh)
-    assert all(is_dtensor(parameter) for parameter in model.parameters())
+    assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
     assert model.lm_head.weight is model.model.embed_tokens.weight or not model.config.tie_word_embeddings
     logits = model(input_ids=torch.arange(3, 19)[None]).logits
     return logits.detach(), whole_state_dict(model), model.generation_config.eos_token_id

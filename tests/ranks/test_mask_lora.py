@@ -7,7 +7,7 @@ import torch
 
 from sparse_train import MaskLoRA
 from sparse_train.callbacks import DynamicPruning
-from sparse_train.distributed import rank
+from sparse_train.distributed.collectives import rank
 from tests.ranks import engines, launch
 
 

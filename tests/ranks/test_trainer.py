@@ -8,12 +8,12 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from sparse_train import sparse_layers
-from sparse_train.distributed import world_size
-from sparse_train.trainer import SparseTrainerCallback
+from sparse_train.distributed.collectives import world_size
+from sparse_train.integrations.transformers import SparseTrainerCallback
 from tests.conftest import tiny_llama
+from tests.integrations.runs import Tokens
+from tests.integrations.test_callback import ExactAfterEveryStep
 from tests.ranks import launch
-from tests.trainer.runs import Tokens
-from tests.trainer.test_callback import ExactAfterEveryStep
 
 
 def train(folder: Path, resume: bool = False) -> dict[str, Any]:

@@ -1,26 +1,25 @@
 """``sparse-train report`` on real runs of the command line: a sparse one, and a dense one beside it."""
 
-import base64
-import io
+import csv
 import json
 import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
-from PIL import Image
+from lightning.pytorch.loggers import CSVLogger
 
-from sparse_train.commands import cli
-from sparse_train.report import collect, markdown_table, run_page
-from sparse_train.report.page import Table, to_html
+from sparse_train.cli.main import main
+from sparse_train.report import collect, headline, read_metrics, write_run_report
+from sparse_train.report.runs import without_homes
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SECTIONS = [
     "Perplexity and loss",
     "Masks",
     "Sparsity by layer",
-    "One mask before and after",
     "Time and memory",
     "Settings",
     "Environment",
@@ -30,15 +29,20 @@ BROWSERS = ("chromium", "chromium-browser", "chromium-headless-shell", "google-c
 
 
 class Page(HTMLParser):
-    """Elements in order, tables as lists of rows, and what would be loaded."""
+    """Elements in order, tables as lists of rows, descriptions of pictures, and what would be loaded."""
 
-    VOID = ("meta", "img", "source", "br")
+    VOID = ("meta", "img", "br")
 
-    def __init__(self, text):
+    def __init__(self, path):
         super().__init__()
-        self.open, self.headings, self.tables, self.pictures, self.loads = [], [], [], [], []
-        self.feed(text)
+        self.open, self.headings, self.tables, self.pictures, self.loads, self.text = [], [], [], [], [], ""
+        self.feed(path.read_text())
         assert not self.open, f"never closed: {self.open}"
+
+    def handle_startendtag(self, tag, attributes):  # in pictures
+        self.handle_starttag(tag, attributes)
+        if tag not in self.VOID:
+            self.handle_endtag(tag)
 
     def handle_starttag(self, tag, attributes):
         if tag not in self.VOID:
@@ -52,9 +56,9 @@ class Page(HTMLParser):
             self.tables[-1][-1].append("")
         elif tag == "h2":
             self.headings.append("")
-        elif tag == "img":
-            self.pictures.append(attributes)
-        self.loads += [attributes[key] for key in ("src", "srcset", "href", "data") if key in attributes]
+        elif attributes.get("role") == "img":
+            self.pictures.append(attributes["aria-label"])
+        self.loads += [attributes[key] for key in ("src", "srcset", "href", "xlink:href", "data") if key in attributes]
         assert tag not in ("script", "link", "iframe", "object")
         assert not any(key.startswith("on") for key in attributes)
 
@@ -62,6 +66,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
+        self.text += data
         if self.open and self.open[-1] in ("td", "th"):
             self.tables[-1][-1][-1] += data
         elif self.open and self.open[-1] == "h2":
@@ -70,7 +75,7 @@ class Page(HTMLParser):
 
 def fit(root, recipe, model_folder, text_file, *options):
     files = {"train": [str(text_file)], "validation": [str(text_file)], "test": [str(text_file)]}
-    cli.main(
+    main(
         [
             "fit",
             f"--config=recipes/{recipe}.yaml",
@@ -78,7 +83,7 @@ def fit(root, recipe, model_folder, text_file, *options):
             f"--model.model={model_folder}",
             f"--data.text={json.dumps({'class_path': 'TextFiles', 'init_args': files})}",
             "--data.block_size=32",
-            "--trainer.max_steps=8",
+            "--trainer.max_steps=10",
             "--trainer.val_check_interval=4",
             f"--trainer.logger.init_args.save_dir={root / recipe}",
             f"--trainer.default_root_dir={root / recipe}",
@@ -109,177 +114,195 @@ def sparse(root):
 
 
 @pytest.fixture
-def records(sparse):
-    return [json.loads(line) for line in (sparse / "sparse_train_history.jsonl").read_text().splitlines()]
+def facts(sparse):
+    return json.loads((sparse / "run.json").read_text())
 
 
-def check_pictures(page, count):
-    assert len(page.pictures) == count
-    data = [re.fullmatch(r"data:image/png;base64,(.*)", address) for address in page.loads if address[0] != "#"]
-    assert len(data) == 2 * count  # for light pages, and for dark ones
-    for match in data:
-        with Image.open(io.BytesIO(base64.b64decode(match[1]))) as picture:
-            picture.load()
-            assert picture.format == "PNG" and picture.width > 700 and picture.height > 150
-            assert len(picture.convert("L").getcolors(256)) > 5  # something is drawn
-    assert all(len(picture["alt"]) > 30 for picture in page.pictures)
+@pytest.fixture
+def rows(sparse):
+    """What Lightning wrote, as it stands."""
+    return list(csv.DictReader((sparse / "metrics.csv").open()))
 
 
-def test_fit_leaves_a_page_of_the_run(sparse, records):
-    text = (sparse / "report.html").read_text()
-    page = Page(text)
+def leave(folder, facts, rows=()):
+    """A run in ``folder``, written by the logger that writes those of Lightning."""
+    logger = CSVLogger(folder, name="", version="")
+    for row in rows:
+        logger.log_metrics({key: float(value) for key, value in row.items() if value}, int(row["step"]))
+    logger.save()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "run.json").write_text(json.dumps(facts))
+    return folder
+
+
+def test_fit_leaves_a_page_of_the_run(sparse, facts, rows):
+    page = Page(sparse / "report.html")
     assert page.headings == SECTIONS
-    check_pictures(page, 6)
-    assert "http" not in text and "@import" not in text and "url(" not in text
-    assert "prefers-color-scheme: dark" in text and "@media print" in text
+    assert len(page.pictures) == 5
+    assert all(address.startswith(("#", "data:image/png;base64,")) for address in page.loads)
+    dense, first = facts["states"]
+    last = [row for row in rows if row["val/loss"]][-1]
+    flips = sum(float(row["sparsity/flip_rate"]) for row in rows if row["sparsity/flip_rate"] and int(row["step"]) > 0)
 
-    baselines = {record["state"]: record["metrics"] for record in records if record["kind"] == "baseline"}
-    last = [record for record in records if record["kind"] == "validation"][-1]
-
-    def row(state, step, sparsity, metrics):
-        return [state, step, sparsity, f"{metrics['val/perplexity']:.2f}", f"{metrics['val/loss']:.4f}"]
+    def row(name, step, sparsity, perplexity, loss, flips):
+        return [name, step, f"{float(perplexity):.2f}", f"{float(loss):.4f}", sparsity, f"{flips:.2%}"]
 
     assert page.tables[0] == [
-        ["state", "step", "sparsity", "perplexity", "loss"],
-        row("dense, untrained", "0", "0.0000", baselines["dense"]),
-        row("one-shot mask, untrained", "0", "0.5000", baselines["first mask"]),
-        row("trained", "8", "0.5000", last["metrics"]),
+        ["state", "step", "perplexity", "loss", "sparsity", "flips so far"],
+        row("dense", "0", "0.0000", dense["perplexity"], dense["loss"], 0),
+        row("after the first mask", "0", "0.5000", first["perplexity"], first["loss"], 0),
+        row("at the end", "10", "0.5000", last["val/perplexity"], last["val/loss"], flips),
     ]
-    facts = {row[0]: row[1] for table in page.tables[1:] for row in table}
-    end, updates = records[-1], [record for record in records if record["kind"] == "update"]
-    assert facts["tokens trained on"] == f"{end['tokens']:,}" == f"{8 * 4 * 32:,}"
-    assert facts["peak memory of the process"] == f"{end['peak_bytes'] / 2**30:.2f} GiB"
-    took = sum(update["took"] for update in updates if update["step"] > 0)
-    assert facts["in mask updates"] == f"{took:,.1f} s ({took / end['seconds']:.1%})"
-    assert facts["updates after the first mask"] == str(len(updates) - 1) == "3"
-    assert facts["seed"] == "0"
-    assert facts["mask_structure"] == "2:4"
-    assert facts["torch"] == records[0]["versions"]["torch"]
-    assert "update_freq: 2" in text
+    shown = {row[0]: row[1] for table in page.tables[1:] for row in table}
+    assert shown["tokens trained on"] == f"{facts['tokens']:,}" == f"{10 * 4 * 32:,}"
+    assert shown["peak memory of the process"] == f"{facts['peak_bytes'] / 2**30:.2f} GiB"
+    took = sum(float(r["sparsity/update_seconds"]) for r in rows if r["sparsity/flip_rate"] and int(r["step"]) > 0)
+    assert shown["in mask updates"] == f"{took:,.1f} s ({took / facts['seconds']:.1%})"
+    assert shown["updates after the first mask"] == "4"
+    assert shown["seed"] == "0"
+    assert shown["mask_structure"] == "2:4"
+    assert shown["torch"] == facts["sessions"][0]["versions"]["torch"]
+    assert "update_freq: 2" in page.text
 
 
-def test_numbers_of_the_pictures_are_those_of_the_records(sparse, records):
-    alts = " ".join(picture["alt"] for picture in Page((sparse / "report.html").read_text()).pictures)
-    updates = [record for record in records if record["kind"] == "update"]
-    first, last = 100 * updates[1]["flip_rate"], 100 * updates[-1]["flip_rate"]
-    assert f"{first:.4g} at step 2 to {last:.4g} at step 6" in alts
+def test_numbers_of_the_pictures_are_those_of_the_logs(sparse, facts, rows):
+    alts = " ".join(Page(sparse / "report.html").pictures)
+    flips = [100 * float(row["sparsity/flip_rate"]) for row in rows if row["sparsity/flip_rate"]][1:]
+    assert f"{flips[0]:.4g} at step 2 to {flips[-1]:.4g} at step 7" in alts
     assert "zeros, %: 50.00 to 50.00" in alts
-    sizes = list(records[0]["pruning"]["layers"].values())
-    totals = [sum(update["flips"][i] for update in updates[1:]) / size for i, size in enumerate(sizes)]
-    assert f"flips over the run, %: {100 * min(totals):.2f} to {100 * max(totals):.2f}" in alts
-    run = collect([sparse])[0]
-    before, after = run.crop(run.updates[0]), run.crop(run.updates[-1])
-    assert before.reshape(-1, 4).sum(1).tolist() == [2] * (before.size // 4)
-    assert f"{(before & ~after).sum()} went, {(after & ~before).sum()} came back" in alts
-    assert (before != after).any()
-
-
-def test_the_markdown_twin_has_the_same_tables_and_pictures(sparse):
-    page, twin = Page((sparse / "report.html").read_text()), (sparse / "report.md").read_text()
-    for head, *rows in page.tables:
-        assert markdown_table(head, rows) in twin
-    assert re.findall(r"^## (.*)", twin, re.M) == SECTIONS
-    pictures = re.findall(r"\]\((.*?\.png)\)", twin)
-    assert len(pictures) == len(page.pictures)
-    for name in pictures:
-        with Image.open(sparse / name) as picture:
-            assert picture.size[0] > 700
+    # Lightning counts the steps of what it logs from 0
+    losses = [(int(row["step"]) + 1, float(row["val/loss"])) for row in rows if row["val/loss"]]
+    assert [step for step, _ in losses] == [4, 8, 10]
+    assert f"validation {facts['states'][1]['loss']:.4g} at step 0 to {losses[-1][1]:.4g} at step 10" in alts
 
 
 def test_runs_side_by_side(root, sparse, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     dense = root / "smollm2_dense"  # the folder above the only version
-    cli.main(["report", str(sparse), str(dense)])
+    main(["report", str(sparse), str(dense)])
     assert "report: report/report.html" in capsys.readouterr().out
-    page = Page((tmp_path / "report" / "report.html").read_text())
+    page = Page(tmp_path / "report" / "report.html")
     assert page.headings == SECTIONS
     states = [row[:2] for row in page.tables[0][1:]]
     assert states == [
-        ["smollm2_2of4", "dense, untrained"],
-        ["smollm2_2of4", "one-shot mask, untrained"],
-        ["smollm2_2of4", "trained"],
-        ["smollm2_dense", "dense, untrained"],
-        ["smollm2_dense", "trained"],
+        ["smollm2_2of4", "dense"],
+        ["smollm2_2of4", "after the first mask"],
+        ["smollm2_2of4", "at the end"],
+        ["smollm2_dense", "dense"],
+        ["smollm2_dense", "at the end"],
     ]
-    assert page.tables[0][1][4:] == page.tables[0][4][4:]  # the same model on the same text
-    assert page.tables[0][3][4:] != page.tables[0][5][4:]
+    assert page.tables[0][1][3:5] == page.tables[0][4][3:5]  # the same model on the same text
+    assert page.tables[0][3][3:5] != page.tables[0][5][3:5]
     for table in page.tables[1:]:
         assert table[0] == ["", "smollm2_2of4", "smollm2_dense"]
-    curves = next(picture["alt"] for picture in page.pictures if picture["alt"].startswith("perplexity"))
-    assert "smollm2_2of4: " in curves and "smollm2_dense: " in curves
-    assert "No mask was recorded in smollm2_dense." in (tmp_path / "report" / "report.md").read_text()
+    perplexity = next(alt for alt in page.pictures if alt.startswith("perplexity"))
+    assert "smollm2_2of4 " in perplexity and "smollm2_dense " in perplexity
 
-    cli.main(["report", str(dense), "--out", "alone"])
-    alone = Page((tmp_path / "alone" / "report.html").read_text())
-    assert alone.headings == SECTIONS
-    check_pictures(alone, 2)
-
-
-def test_a_run_that_was_cut_off_says_so(sparse, records, tmp_path):
-    lines = [json.dumps(r) for r in records if r["kind"] != "end" and r["step"] < 5 and r["kind"] != "baseline"]
-    (tmp_path / "sparse_train_history.jsonl").write_text("\n".join(lines) + '\n{"kind": "trai')
-    (run,) = collect([tmp_path])
-    page = run_page([run])
-    text = to_html(page)
-    assert "has not ended, or was cut off: its last record is of step 4." in text
-    assert "was not evaluated before training" in text
-    assert "Not started by sparse-train fit" in text
-    table = page.lead[0]
-    assert isinstance(table, Table)
-    assert [row[:3] for row in table.rows] == [["latest validation", "4", "0.5000"]]
+    main(["report", str(dense), "--out", "alone"])
+    alone = Page(tmp_path / "alone" / "report.html")
+    assert alone.headings == [title for title in SECTIONS if title not in ("Masks", "Sparsity by layer")]
+    assert len(alone.pictures) == 2
 
 
-def test_a_run_with_a_first_mask_only(sparse, records, tmp_path):
-    lines = [json.dumps(r) for r in records if r["kind"] == "start" or (r["kind"] == "update" and r["step"] == 0)]
-    (tmp_path / "sparse_train_history.jsonl").write_text("\n".join(lines) + "\n")
-    text = to_html(run_page(collect([tmp_path])))
-    assert "there is no flip rate" in text
-    assert "No mask was updated after the first." in text
-    assert "No loss and no perplexity were recorded." in text
-    check_pictures(Page(text), 2)
+def test_a_run_that_was_cut_off_says_so(facts, rows, tmp_path):
+    cut = facts | {"finished": False, "step": 4, "sparsity": None, "zeros": None, "states": []}
+    run = leave(tmp_path / "run", cut, [row for row in rows if int(row["step"]) < 5])
+    page = Page(write_run_report([run]))
+    assert "not ended, or cut off: the last record is of step 5." in page.text
+    assert [row[:2] for row in page.tables[0][1:]] == [["latest", "4"]]
+    assert page.tables[0][1][4] == "0.5000"
+    assert headline(collect([run])[0])["finished"] is False
 
 
-def test_a_mask_that_comes_later_is_said(sparse, records, tmp_path):
-    late = [r for r in records if r.get("state") != "first mask" and not (r["kind"] == "update" and r["step"] == 0)]
-    (tmp_path / "sparse_train_history.jsonl").write_text("".join(json.dumps(record) + "\n" for record in late))
-    page = run_page(collect([tmp_path]))
-    assert "The first mask came at step 2, so there is no row for it untrained." in page.lead
-    assert [row[0] for row in page.lead[0].rows] == ["dense, untrained", "trained"]
+def test_a_run_without_metrics_has_a_page_too(facts, tmp_path):
+    run = leave(tmp_path, facts | {"finished": False, "step": 0, "sparsity": None, "zeros": None, "states": []})
+    assert Page(write_run_report([run])).headings == ["Time and memory", "Settings", "Environment"]
 
 
-def test_a_partial_sanity_check_does_not_pass_for_the_whole(sparse, records, tmp_path):
-    changed = [
-        record | {"batches": 2, "of_batches": 4} if record["kind"] == "baseline" else record for record in records
-    ]
-    (tmp_path / "sparse_train_history.jsonl").write_text("".join(json.dumps(record) + "\n" for record in changed))
-    page = run_page(collect([tmp_path]))
-    text = to_html(page)
-    assert "measured on 2 of 4 validation batches, and cannot be compared" in text
-    perplexity = next(picture["alt"] for picture in Page(text).pictures if picture["alt"].startswith("perplexity"))
+def test_a_partial_sanity_check_does_not_pass_for_the_whole(facts, rows, tmp_path):
+    states = [state | {"part": "2 of 4 batches"} for state in facts["states"]]
+    page = Page(write_run_report([leave(tmp_path, facts | {"states": states}, rows)]))
+    assert "dense was measured on 2 of 4 batches of the validation, and cannot be compared" in page.text
+    perplexity = next(alt for alt in page.pictures if alt.startswith("perplexity"))
     assert "at step 4 to" in perplexity  # the curve begins with the first whole validation
 
 
-def test_without_records_there_is_a_clear_error(tmp_path):
-    with pytest.raises(SystemExit, match="has no sparse_train_history.jsonl, so nothing was recorded"):
-        cli.main(["report", str(tmp_path)])
-    with pytest.raises(SystemExit, match="There is no folder nowhere"):
-        cli.main(["report", "nowhere"])
+def test_flips_by_layer_are_shown_if_layers_were_logged(facts, rows, tmp_path):
+    names = ["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"]
+    logged = [
+        {"step": str(step), f"layers/flip_rate/{name}": str(0.01 * step), f"layers/sparsity/{name}": "0.5"}
+        for step in (0, 2, 4)
+        for name in names
+    ]
+    without_count = facts | {"finished": False, "zeros": None}
+    rows = [{name: value for name, value in row.items() if not name.startswith("layers/")} for row in rows]
+    run = leave(tmp_path, without_count, [*rows, *logged])
+    (read,) = collect([run])
+    assert read.flips_by_layer() == pytest.approx(dict.fromkeys(names, 0.06))  # without the first mask
+    assert read.sparsity_by_layer() == dict.fromkeys(names, 0.5)
+    assert "flips, %: 6.00 to 6.00" in " ".join(Page(write_run_report([run])).pictures)
+
+
+def test_a_script_puts_its_own_table_first(sparse, tmp_path):
+    page = Page(write_run_report([sparse], tmp_path, title="A & B", lead=["measured <here>"]))
+    assert page.text.count("A & B") == 2
+    assert page.text.index("measured <here>") < page.text.index("after the first mask")
+
+
+def test_names_tell_runs_apart(facts, tmp_path):
+    a, b, again = (leave(tmp_path / name, facts) for name in ("a/version_0", "b/version_0", "a/version_1"))
+    assert [run.name for run in collect([a, b])] == ["a", "b"]
+    assert [run.name for run in collect([a, again])] == [str(a), str(again)]
+
+
+def test_the_folder_above_will_do_where_it_holds_one_run(facts, tmp_path):
+    run = leave(tmp_path / "run" / "version_0", facts)
+    assert collect([tmp_path / "run"])[0].folder == run
+    assert collect([tmp_path])[0].folder == run
+    leave(tmp_path / "run" / "version_1", facts)
+    with pytest.raises(ValueError, match="holds 2 runs"):
+        collect([tmp_path / "run"])
+
+
+@pytest.mark.parametrize(
+    ("folders", "message"),
+    [
+        ([], "There is no run to report"),
+        (["missing"], "There is no folder"),
+        (["empty"], "has no run.json"),
+        (["good", "good"], "is named twice"),
+    ],
+)
+def test_what_cannot_be_read_is_said(folders, message, facts, tmp_path):
+    (tmp_path / "empty").mkdir()
+    leave(tmp_path / "good", facts)
+    with pytest.raises(ValueError, match=message):
+        collect([tmp_path / folder for folder in folders])
+
+
+def test_metrics_are_sorted_and_without_empty_cells(tmp_path):
+    (tmp_path / "metrics.csv").write_text("step,val/loss,sparsity/flip_rate\n20,8.0,\n10,,0.02\n10,9.5,\n")
+    assert read_metrics(tmp_path / "metrics.csv") == [
+        {"step": 10, "sparsity/flip_rate": 0.02},
+        {"step": 10, "val/loss": 9.5},
+        {"step": 20, "val/loss": 8.0},
+    ]
+    assert read_metrics(tmp_path / "none.csv") == []
+
+
+def test_home_folders_are_not_shown():
+    assert without_homes(f"path: {Path.home()}/data/a.txt") == "path: ~/data/a.txt"
+    assert without_homes("- /home/jane/runs\n- '/Users/joe/x'\n") == "- ~/runs\n- '~/x'\n"
+    assert without_homes("runs/home/jane: /data/home") == "runs/home/jane: /data/home"
 
 
 @pytest.mark.skipif(not any(map(shutil.which, BROWSERS)), reason=f"none of {', '.join(BROWSERS)} is installed")
 def test_a_browser_shows_it(sparse, tmp_path):
     browser = next(path for path in map(shutil.which, BROWSERS) if path)
-    count = len(Page((sparse / "report.html").read_text()).pictures)
-    probe = (
-        (sparse / "report.html")
-        .read_text()
-        .replace(
-            "</body>",
-            "<script>addEventListener('load', () => { document.title = [...document.images]"
-            ".filter(image => image.complete && image.naturalWidth > 700).length })</script></body>",
-        )
-    )
-    (tmp_path / "probe.html").write_text(probe)
+    count = len(Page(sparse / "report.html").pictures)
+    wide = "[...document.querySelectorAll('figure svg')].filter(svg => svg.getBoundingClientRect().width > 500).length"
+    script = f"<script>addEventListener('load', () => {{ document.title = {wide} }})</script></body>"
+    (tmp_path / "probe.html").write_text((sparse / "report.html").read_text().replace("</body>", script))
     done = subprocess.run(
         [
             browser,
@@ -287,6 +310,7 @@ def test_a_browser_shows_it(sparse, tmp_path):
             "--no-sandbox",
             "--disable-gpu",
             "--enable-logging=stderr",
+            "--window-size=1000,2000",
             f"--user-data-dir={tmp_path / 'profile'}",
             "--dump-dom",
             (tmp_path / "probe.html").as_uri(),
@@ -296,5 +320,5 @@ def test_a_browser_shows_it(sparse, tmp_path):
         check=True,
         timeout=120,
     )
-    assert f"<title>{count}</title>" in done.stdout
+    assert re.search(r"<title>(\d+)</title>", done.stdout)[1] == str(count)
     assert "CONSOLE" not in done.stderr

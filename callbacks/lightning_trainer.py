@@ -1,0 +1,157 @@
+"""What callbacks need from Lightning's trainer: its steps, batches for calibration, and when modules have layers."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, RandomSampler, SequentialSampler
+from torchdata.stateful_dataloader.sampler import BatchSampler as StatefulBatchSampler
+from torchdata.stateful_dataloader.sampler import RandomSampler as StatefulRandomSampler
+from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
+
+from sparse_train.layers.masked_layer import sparse_layers
+from sparse_train.layers.masks import MASK_NAME
+from sparse_train.layers.sparsify import sparsify_like, unmask
+from sparse_train.oneshot.first_mask import first_batches, random_batches
+from sparse_train.oneshot.forwards import Batch
+
+_HOOKS = ("configure_model", "setup")  # the later one first; a callback's setup runs before both
+_PLAIN = (BatchSampler, StatefulBatchSampler)
+_WHOLE_DATA_SAMPLERS = (
+    *(SequentialSampler, RandomSampler, StatefulRandomSampler),
+    *(DistributedSampler, StatefulDistributedSampler),  # the latter is that of ``TextBlocks``
+)
+
+
+def steps_done(trainer: L.Trainer, *, in_batch: bool = True) -> int:
+    """The step at which Lightning's own logs of this batch are, counted from 1.
+
+    ``trainer.global_step``, unless the module optimizes by hand: it then counts the steps of every optimizer, and
+    Lightning's loggers count batches.
+
+    Args:
+        in_batch: whether the caller is in ``on_train_batch_end``, before Lightning has counted the batch.
+    """
+    if trainer.lightning_module.automatic_optimization:
+        return trainer.global_step
+    return trainer.fit_loop.epoch_loop._batches_that_stepped + in_batch
+
+
+def calibration_batches(trainer: L.Trainer, count: int) -> list[Batch] | None:
+    """Random training batches, without changing the state of the loader; None if a model could not use any.
+
+    If the data module has a method ``calibration_dataloader`` that returns a loader, its first batches are used.
+
+    Raises:
+        ValueError: the loader of ``calibration_dataloader`` has no batches that a model could use.
+    """
+    trainer.fit_loop.setup_data()
+    ask = getattr(getattr(trainer, "datamodule", None), "calibration_dataloader", None)
+    own = ask() if ask is not None else None
+    if own is not None:
+        return first_batches(own, count)
+    loader: Any = trainer.train_dataloader
+    batches: Any = loader.batch_sampler if isinstance(loader, DataLoader) else None
+    # another sampler may be there to keep validation data out
+    if type(batches) not in _PLAIN or type(batches.sampler) not in _WHOLE_DATA_SAMPLERS:
+        return None
+    return random_batches(loader.dataset, batches.batch_size, loader.collate_fn, count)
+
+
+# --- when layers exist -----------------------------------------------------------------------------------------------
+
+
+def call_when_built(pl_module: L.LightningModule, act: Callable[[L.LightningModule], None]) -> None:
+    """Call ``act`` after the last hook in which the module may create layers; now, if it has no such hook."""
+    for hook in _HOOKS:
+        if is_overridden(hook, pl_module):
+            pl_module.__dict__[hook] = functools.partial(_call, hook, pl_module, act)
+            return
+    act(pl_module)
+
+
+def _call(
+    hook: str, pl_module: L.LightningModule, act: Callable[[L.LightningModule], None], *args: Any, **arguments: Any
+) -> None:
+    del pl_module.__dict__[hook]
+    getattr(pl_module, hook)(*args, **arguments)
+    act(pl_module)
+
+
+def forget(pl_module: L.LightningModule) -> None:
+    """Cancel a call that has not happened yet."""
+    for hook in _HOOKS:
+        pl_module.__dict__.pop(hook, None)
+
+
+def masks_as_loaded(pl_module: L.LightningModule) -> Callable[[], None]:
+    """Mask the layers that have a mask in a state dict which the module loads. Returns a function that ends this.
+
+    It makes a module that was dense dense again, with the zeros of the loaded masks.
+    """
+    was_dense = not sparse_layers(pl_module)
+    drop_hooks(pl_module)
+    hook = pl_module.register_load_state_dict_pre_hook(_sparsify_as_loaded)  # type: ignore[no-untyped-call]
+
+    def end() -> None:
+        hook.remove()
+        if was_dense and sparse_layers(pl_module):
+            unmask(pl_module)
+
+    return end
+
+
+def refuse_other_masks(pl_module: L.LightningModule) -> Callable[[], None]:
+    """Refuse state dicts with masks of other layers than the module's. Returns a function that ends this."""
+    drop_hooks(pl_module)
+    hook = pl_module.register_load_state_dict_pre_hook(_check_masks)  # type: ignore[no-untyped-call]
+    return hook.remove  # type: ignore[no-any-return]
+
+
+def drop_hooks(pl_module: L.LightningModule) -> None:
+    """Remove hooks that a failed stage, of this callback or another one, has left."""
+    hooks = pl_module._load_state_dict_pre_hooks
+    ours = (_check_masks, _sparsify_as_loaded)
+    for key in [key for key, each in hooks.items() if getattr(each, "hook", each) in ours]:
+        del hooks[key]
+
+
+def _check_masks(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    ending = f".{MASK_NAME}"
+    theirs = {key.removeprefix(prefix) for key in state_dict if key.endswith(ending)}
+    own = {key for key in module.state_dict() if key.endswith(ending)}
+    if theirs and theirs != own:
+        raise ValueError(
+            f"The run of the checkpoint pruned {len(theirs)} layers, and this one prunes {len(own)}; "
+            f"{min(theirs ^ own).removesuffix(ending)} is in only one of them. Resume with the same targets and "
+            "ignore, or export the checkpoint and start a new run from that."
+        )
+
+
+def _sparsify_as_loaded(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    sparsify_like(module, state_dict, prefix)
+
+
+# --- averaged models -------------------------------------------------------------------------------------------------
+
+
+def averaging(trainer: L.Trainer) -> list[WeightAveraging]:
+    """The callbacks that average weights."""
+    return [each for each in trainer.callbacks if isinstance(each, WeightAveraging)]  # type: ignore[attr-defined]
+
+
+def mask_averages(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    """Give averaged models the masks of the module; call after masks have changed.
+
+    They copy masks only together with weights, which may begin late and happen seldom. Until then they would be dense,
+    or have the masks of an earlier update, in validation, in checkpoints, and at the end of training.
+    """
+    for callback in averaging(trainer):
+        if callback._average_model is not None:
+            averaged = sparse_layers(callback._average_model.module)
+            for name, layer in sparse_layers(pl_module).items():
+                averaged[name].weight_mask.copy_(layer.weight_mask)

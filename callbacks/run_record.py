@@ -1,0 +1,239 @@
+"""``RunRecord``: what is not a metric of a training run, in ``run.json`` beside Lightning's ``metrics.csv``.
+
+sessions              one, and one more each time the run is resumed: date, step, versions, machine, seed,
+                      precision, ranks, length of the run, seconds of preparation
+pruning               settings of ``DynamicPruning``, and the size of each targeted layer; null for a dense run
+states                validation before training, of "dense" and "first mask": step, metrics, counted sparsity, and
+                      on which part of the validation batches, if not on all
+step, seconds, ...    optimizer steps done, training time and that of validations, tokens, peak memory, so far
+finished              whether the run came to its end; then also sparsity and zeros, as counted on the weights
+protocols             what ``Evaluation`` callbacks measured
+"""
+
+import json
+import os
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from sparse_train import environment
+from sparse_train.callbacks.dynamic_pruning import DynamicPruning
+from sparse_train.callbacks.evaluation import Evaluation
+from sparse_train.callbacks.lightning_trainer import steps_done
+from sparse_train.files import replacing
+from sparse_train.layers.masked_layer import MaskedLayer
+from sparse_train.pruning.updater import MaskUpdater
+from sparse_train.report.runs import METRICS, RECORD, State, named, read_metrics
+
+
+class RunRecord(L.Callback):
+    """Record a run for ``sparse-train report``, and validate its final weights.
+
+    ::
+
+        trainer = L.Trainer(callbacks=[DynamicPruning("2:4"), RunRecord()])
+
+    ``sparse-train fit`` adds this callback automatically. Metrics are in the ``metrics.csv`` of Lightning's
+    ``CSVLogger``, which is added to a trainer that has none. The sanity check before training gives the baselines: its
+    result is that of the first mask, and the same batches are run a second time with all weights kept, for the dense
+    model (unless a solver has made the first mask, which also moves the weights that it keeps).
+    ``num_sanity_val_steps=-1`` uses the whole validation set for this.
+
+    Checkpoints contain the record and the metrics so far. A run that was killed and resumed, in the same folder or in
+    another, thus has one history; what came after the checkpoint is dropped. Only rank 0 writes.
+    """
+
+    def __init__(self) -> None:
+        self.folder: Path | None = None
+        """The run's folder, with ``run.json`` and ``metrics.csv``; None if it has not begun, or was a fast_dev_run."""
+        self._facts: dict[str, Any] = {}
+        self._earlier: list[dict[str, float]] = []  # metrics, from a checkpoint
+        self._logger: CSVLogger | None = None
+        self._pruning: DynamicPruning | None = None
+        self._setup_began = self._began = self._counted = self._validation_began = 0.0
+
+    # --- before training ---------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        self._setup_began, self._began, self.folder = time.perf_counter(), 0.0, None
+        self._pruning = next((each for each in _callbacks(trainer) if isinstance(each, DynamicPruning)), None)
+        if trainer.global_step == 0:  # a checkpoint, if there is one, is loaded later
+            counts = dict.fromkeys(("step", "tokens", "seconds", "validation_seconds"), 0)
+            self._facts, self._earlier = {**counts, "sessions": [], "states": [], "protocols": []}, []
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        trial = trainer.fast_dev_run or any(isinstance(logger, DummyLogger) for logger in trainer.loggers)  # type: ignore[attr-defined]
+        # here, after the setup of ModelCheckpoint, whose folder depends on whether there is a logger
+        logger = None if trial else _csv_logger(trainer)
+        self._logger = logger if trainer.is_global_zero else None
+
+    def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.global_step > 0:  # a second fit of this trainer: the weights are already trained
+            return
+        updater = self._updater()
+        masked = updater is not None and bool(updater.sparsity)
+        self._add_state(trainer, "after the first mask" if masked else "dense")
+        if updater and masked and self._pruning and not self._pruning.config.first_mask_moves_weights:
+            rank_zero_info("RunRecord: validating once more with all weights kept, for the report.")
+            with _opened(list(updater.layers.values())):
+                trainer.fit_loop.epoch_loop.val_loop.run()  # still a sanity check: not logged, triggers no checkpoint
+                self._add_state(trainer, "dense")
+
+    def _add_state(self, trainer: L.Trainer, name: str) -> None:
+        values = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val")}
+        perplexity, loss = (values.get(named(word, list(values)) or "") for word in ("perplexity", "loss"))
+        updater = self._updater()
+        sparsity = updater.report().sparsity if updater and updater.sparsity else None
+        if name == "dense" and sparsity and sparsity > 0.01:
+            name = "without masks"  # the model was pruned before the run
+        batches, of_all = sum(trainer.num_sanity_val_batches), sum(trainer.num_val_batches)
+        part = None if batches == of_all else f"{batches} of {of_all} batches"
+        self._facts["states"].insert(0, asdict(State(name, 0, perplexity, loss, sparsity, part)))
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._began, self._counted = time.perf_counter(), self._facts["seconds"]
+        if self._logger is not None:
+            self.folder = Path(self._logger.log_dir)
+            for row in self._earlier:
+                self._logger.experiment.log_metrics(row, int(row["step"]))
+        self._earlier = []
+        steps = trainer.estimated_stepping_batches
+        self._facts["sessions"] = [
+            *self._facts["sessions"],
+            {
+                "date": datetime.now(UTC).isoformat(timespec="seconds"),
+                "step": steps_done(trainer, in_batch=False),
+                "versions": environment.versions(),
+                "machine": environment.machine(),
+                "seed": int(os.environ["PL_GLOBAL_SEED"]) if "PL_GLOBAL_SEED" in os.environ else None,
+                "precision": str(trainer.precision),
+                "ranks": trainer.world_size,
+                "total_steps": None if steps == float("inf") else int(steps),
+                "prepare_seconds": self._began - self._setup_began,
+            },
+        ]
+        self._facts |= {"finished": False, "sparsity": None, "zeros": None, "pruning": self._pruning_facts()}
+        self._write(steps_done(trainer, in_batch=False))
+
+    def _pruning_facts(self) -> dict[str, Any] | None:
+        updater = self._updater()
+        if updater is None or self._pruning is None:
+            return None
+        settings = {**updater.settings(), **asdict(updater.timing)}
+        layers = {name: layer.in_features * layer.out_features for name, layer in updater.layers.items()}
+        return {"settings": settings, "layers": layers}
+
+    # --- in training -------------------------------------------------------------------------------------------------
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._facts["tokens"] += _tokens(batch) * trainer.world_size
+        last_epoch = trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
+        if last_epoch or 0 < trainer.max_steps <= trainer.global_step:
+            trainer.should_stop = True  # as it will; and before it stops, Lightning then validates
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._validation_began = time.perf_counter()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._facts["validation_seconds"] += time.perf_counter() - self._validation_began
+            self._write(steps_done(trainer))
+
+    # --- after training, and checkpoints -----------------------------------------------------------------------------
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        updater = self._updater()
+        if updater is not None and updater.sparsity is not None:
+            report = updater.report()  # counted now: after this, masks may be folded into the weights
+            zeros = {name: layer.zeros for name, layer in report.layers.items()}
+            self._facts |= {"sparsity": report.sparsity, "zeros": zeros}
+        self._facts["finished"] = True
+        self._write(steps_done(trainer, in_batch=False))
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        evaluations = [each for each in _callbacks(trainer) if isinstance(each, Evaluation)]
+        protocols = [result["protocol"] for each in evaluations for result in each.results]
+        self._facts["protocols"] = list(dict.fromkeys([*self._facts["protocols"], *protocols]))
+        if self.folder is not None:
+            self._write(self._facts["step"])
+        self._pruning = None  # also releases the model
+
+    def state_dict(self) -> dict[str, Any]:
+        if self.folder is None or self._logger is None:
+            return {"facts": self._facts, "metrics": self._earlier}
+        self._logger.save()
+        return {"facts": {**self._facts, "seconds": self._seconds()}, "metrics": read_metrics(self.folder / METRICS)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._facts, self._earlier = dict(state_dict["facts"]), list(state_dict["metrics"])
+
+    # --- parts -------------------------------------------------------------------------------------------------------
+
+    def _seconds(self) -> float:
+        return self._counted + time.perf_counter() - self._began if self._began else self._facts["seconds"]
+
+    def _write(self, step: int) -> None:
+        peaks = environment.peak_bytes(), torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+        self._facts |= {"step": step, "seconds": self._seconds(), "peak_bytes": peaks[0], "peak_device_bytes": peaks[1]}
+        if self.folder is not None and self._logger is not None:
+            self._logger.save()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with replacing(self.folder / RECORD) as beside:
+                beside.write_text(json.dumps(self._facts, indent=1), encoding="utf-8")
+
+    def _updater(self) -> MaskUpdater | None:
+        return None if self._pruning is None else self._pruning.updater
+
+
+def _callbacks(trainer: L.Trainer) -> list[L.Callback]:
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return callbacks
+
+
+def _csv_logger(trainer: L.Trainer) -> CSVLogger:
+    """The trainer's; or one that is added to it, in the folder of the run."""
+    for logger in trainer.loggers:
+        if isinstance(logger, CSVLogger):
+            return logger
+    folder = trainer.log_dir or trainer.default_root_dir  # collective: on all ranks
+    logger = CSVLogger(folder, name="", version="")
+    trainer.loggers = [*trainer.loggers, logger]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is not empty")  # it deletes nothing but an older metrics.csv
+        _ = logger.experiment
+    return logger
+
+
+@contextmanager
+def _opened(layers: Sequence[MaskedLayer]) -> Iterator[None]:
+    """Inside, all weights are kept, as in the dense model; the masks are restored afterwards."""
+    kept = [layer.weight_mask.clone() for layer in layers]
+    try:
+        for layer in layers:
+            layer.keep_all()
+        yield
+    finally:
+        for layer, mask in zip(layers, kept, strict=True):
+            layer.weight_mask.copy_(mask)
+
+
+def _tokens(batch: Any) -> int:
+    """Tokens of a batch, including padding; 0 if it is not a batch of token ids."""
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else batch
+    return ids.numel() if isinstance(ids, Tensor) and ids.dim() == 2 and not ids.is_floating_point() else 0

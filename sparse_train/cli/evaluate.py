@@ -1,0 +1,99 @@
+"""``sparse-train evaluate``: perplexity and zero-shot accuracy of a model."""
+
+from typing import Any
+
+from sparse_train.cli.measurement import chosen_device, perplexity_on
+from sparse_train.data.texts import PackagedWikipedia, Split, TextSource
+from sparse_train.models.sources import ModelSource, as_model_source, float_dtype
+from sparse_train.terminal import bars_are_seen
+
+
+def evaluate(
+    model: ModelSource | str,
+    tasks: str | None = None,
+    task_data: str | None = None,
+    limit: int | None = None,
+    text: TextSource | None = None,
+    split: Split = "test",
+    window: int = 512,
+    stride: int | None = None,
+    bos: bool = False,
+    batch_size: int = 4,
+    max_tokens: int | None = None,
+    autocast: str | None = None,
+    device: str | None = None,
+    json: bool = False,
+) -> dict[str, Any]:
+    """Token and word perplexity of a model, or its accuracy on tasks, printed with the protocol.
+
+    Args:
+        model: Hugging Face id or local folder, whose weights keep their dtype; or a model source.
+        tasks: what to measure, separated by commas: perplexity, wanda7 (the seven zero-shot tasks of the Wanda paper),
+            or any task of lm-eval; default: perplexity.
+        task_data: folder with JSONL files of wanda7's items, see docs/evaluation.md; default: from the hub.
+        limit: use only the first items of each zero-shot task.
+        text: for perplexity: files or folders of .txt and .jsonl, or a text source; default: the packaged Wikipedia
+            text.
+        split: train, validation or test.
+        window: tokens per window.
+        stride: tokens between starts of windows; default: no overlap.
+        bos: put the tokens that the tokenizer puts in front of a text (such as <bos>) in front of every window, and not
+            only at the start of the text. Models such as Gemma need this.
+        batch_size: windows, or zero-shot requests, per forward pass.
+        max_tokens: use only the first tokens of the split.
+        autocast: compute in this dtype, such as "bfloat16"; the loss stays float32.
+        device: where to compute, such as "cpu" or "cuda"; default: a GPU if there is one.
+        json: print one JSON object instead of text.
+    """
+    from sparse_train.cli.tables import show_zero_shot
+    from sparse_train.evaluation import evaluate_zero_shot
+    from sparse_train.evaluation.undisturbed import check_autocast
+    from sparse_train.evaluation.zeroshot import check_tasks, task_names
+
+    device = chosen_device(device)
+    dtype = None if autocast is None else float_dtype(autocast)
+    check_autocast(dtype)
+    names = ["perplexity"] if tasks is None else task_names([name.strip() for name in tasks.split(",")])
+    zero_shot = [name for name in names if name != "perplexity"]
+    if not zero_shot and (task_data is not None or limit is not None):
+        raise ValueError("--task_data and --limit are for zero-shot tasks. Name those in --tasks, such as wanda7.")
+    if "perplexity" not in names and (max_tokens is not None or stride is not None or bos):
+        raise ValueError("--max_tokens, --stride and --bos are for perplexity. Add it to --tasks: perplexity,wanda7.")
+    if zero_shot:
+        check_tasks(zero_shot, task_data, progress=bars_are_seen())
+    source, measure = as_model_source(model, dtype="auto"), None
+    if "perplexity" in names:
+        measure = perplexity_on(
+            source,
+            text or PackagedWikipedia(),
+            split,
+            window=window,
+            max_tokens=max_tokens,
+            bos=bos,
+            stride=stride,
+            batch_size=batch_size,
+            autocast=dtype,
+        )
+    loaded = source.load().to(device)
+    found: dict[str, Any] = {}
+    if measure is not None:
+        perplexity = measure(loaded)
+        found["perplexity"] = perplexity.as_dict()
+        if not json:  # now: a task may fail
+            print("\n".join(perplexity.lines()), flush=True)
+    if zero_shot:
+        accuracy = evaluate_zero_shot(
+            loaded,
+            source.tokenizer(),
+            zero_shot,
+            task_data=task_data,
+            limit=limit,
+            batch_size=batch_size,
+            model_name=source.name,
+            autocast=dtype,
+            progress=bars_are_seen(),
+        )
+        found["zero_shot"] = accuracy.as_dict()
+        if not json:
+            show_zero_shot(accuracy)
+    return dict(found["perplexity"]) if tasks is None else found

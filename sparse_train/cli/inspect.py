@@ -1,0 +1,32 @@
+"""``sparse-train inspect``: sparsity by layer."""
+
+from typing import Any
+
+from sparse_train.models.sources import ModelSource, as_model_source
+
+
+def inspect(model: ModelSource | str, json: bool = False) -> dict[str, Any]:
+    """Sparsity and pattern of each linear layer, its size on disk, and whether 2:4 hardware could run it.
+
+    All numbers are counted on the weights, in the dtype that they have on disk.
+
+    Args:
+        model: Hugging Face id, local folder, or a model source (whose dtype is then used).
+        json: print one JSON object instead of a table.
+    """
+    from sparse_train.cli.tables import show_inspection
+    from sparse_train.inspection import layer_sparsities, overall_sparsity
+
+    source = as_model_source(model, dtype="auto")
+    loaded = source.load()
+    layers = layer_sparsities(loaded)
+    model_bytes = sum(parameter.numel() * parameter.dtype.itemsize for parameter in loaded.parameters())
+    if not json:
+        show_inspection(source.name, layers, model_bytes)
+    return {
+        "model": source.name,
+        "sparsity": overall_sparsity(layers),
+        "dense_bytes": sum(layer.dense_bytes for layer in layers),
+        "model_bytes": model_bytes,
+        "layers": [layer.as_dict() for layer in layers],
+    }

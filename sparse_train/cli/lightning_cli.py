@@ -1,0 +1,225 @@
+"""LightningCLI over ``CausalLM`` and ``TextBlocks``, with a report and an export after ``fit``."""
+
+import functools
+import logging
+import signal
+import sys
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NoReturn
+
+import lightning as L
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from sparse_train.callbacks import DynamicPruning, RunRecord
+from sparse_train.cli.parser import Parser, settings, shipped, spelt_out
+from sparse_train.cli.progress import TrainingLines
+from sparse_train.cli.streams import stdout_for_json, take_json
+from sparse_train.cli.tables import show_run
+from sparse_train.data.text_blocks import TextBlocks
+from sparse_train.export.card import ModelCard, training_rows
+from sparse_train.models.causal_lm import CausalLM
+from sparse_train.report import collect, headline, write_run_report
+from sparse_train.terminal import bars_are_seen
+
+_log = logging.getLogger(__name__)
+_COMMANDS = ("fit", "validate", "test")
+
+
+class _Parser(Parser, LightningArgumentParser):
+    """Lightning's parser, with short errors."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        super().error(message.replace('"data.tokenizer"', '"model.model"'), ex)  # the two are linked
+
+
+class SparseTrainCLI(LightningCLI):
+    """LightningCLI in which the tokenizer follows the model, and a finished ``fit`` writes a report and can export."""
+
+    result: dict[str, Any] | None = None
+    """The results, for JSON; None in all processes except the first."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name in _COMMANDS}
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Lightning's, except that help begins with what is ours, and the trainer comes last."""
+        parser.add_lightning_class_args(CausalLM, "model")
+        parser.add_lightning_class_args(TextBlocks, "data")
+        parser.add_lightning_class_args(L.Trainer, "trainer")
+        parser.set_defaults({"trainer.num_sanity_val_steps": self.trainer_defaults["num_sanity_val_steps"]})
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--export", type=str | None, default=None, help="Folder for the trained sparse model.")
+        parser.add_argument("--json", type=bool, default=False, help="Print only one JSON object, at the end.")
+        parser.link_arguments("model.model", "data.tokenizer")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Refuses a checkpoint that would run code, before Lightning or an engine reads it."""
+        from sparse_train.models.checkpoints import check_plain
+
+        super().parse_arguments(parser, args)
+        options = self.config[self.config.subcommand]
+        if options.ckpt_path:
+            check_plain(options.ckpt_path)
+            if options.get("weights_only", True) is None:  # where this is not set, Lightning trusts what it downloads
+                options.weights_only = True
+
+    def before_instantiate_classes(self) -> None:
+        trainer = self.config[self.config.subcommand].trainer
+        arguments = getattr(trainer.strategy, "init_args", None)
+        if arguments is not None and isinstance(arguments.get("config"), str):
+            arguments.config = shipped(arguments.config)  # DeepSpeed's JSON file
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Adds progress that suits the terminal, unless the recipe sets something else."""
+        own = self.config_init[self.subcommand].trainer
+        given = own.callbacks if isinstance(own.callbacks, list) else [own.callbacks] if own.callbacks else []
+        if own.enable_progress_bar is None and not any(isinstance(callback, ProgressBar) for callback in given):
+            kwargs["enable_progress_bar"] = bars_are_seen()
+            bar = RichProgressBar(console_kwargs={"stderr": True}) if bars_are_seen() else TrainingLines()
+            kwargs["callbacks"] = [*given, bar]
+        if own.enable_model_summary is None:
+            kwargs["enable_model_summary"] = sys.stdout.isatty()
+        trainer = super().instantiate_trainer(**kwargs)
+        if all(isinstance(logger, CSVLogger) for logger in trainer.loggers):  # others would show hundreds of curves
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, DynamicPruning):
+                    callback.log_layers = True  # for the report
+        return trainer
+
+    def before_fit(self) -> None:
+        from sparse_train.files import check_free
+        from sparse_train.models.checkpoints import check_engine
+
+        if self.config.fit.ckpt_path:
+            check_engine(self.config.fit.ckpt_path, self.trainer.strategy)
+        if (out := self.config.fit.export) and self.trainer.is_global_zero:
+            check_free(Path(out))
+
+    def after_fit(self) -> None:
+        from sparse_train.export import export_model
+
+        out = self.config.fit.export
+        try:
+            if self.trainer.is_global_zero:
+                self.result = self._report(out)
+        finally:  # neither is lost if the other fails
+            if out:
+                export_model(self.model.model, self.model.source.tokenizer(), out, self._card())
+
+    def _report(self, out: str | None) -> dict[str, Any]:
+        """Write the report of the run. Returns the results, for JSON."""
+        found: dict[str, Any] = {"export": out, "report": None, "checkpoint": None}
+        for callback in self.trainer.checkpoint_callbacks:
+            own = getattr(callback, "best_model_path", "") or getattr(callback, "last_model_path", "")
+            found["checkpoint"] = found["checkpoint"] or own or None
+        if not (out or found["checkpoint"] or self.config.fit.ckpt_path) and self.trainer.checkpoint_callbacks:
+            _log.warning(
+                "The run ended before its first checkpoint, so the trained model is not kept. Give --export FOLDER, or "
+                "write checkpoints earlier (trainer.val_check_interval, or every_n_train_steps of ModelCheckpoint)."
+            )
+        folder = self.trainer_defaults["callbacks"].folder
+        if folder is not None:
+            found["report"] = str(write_run_report([folder]))
+            found |= headline(collect([folder])[0])
+        return found
+
+    def _card(self) -> ModelCard:
+        source, made = self.model.source, {"method": "trained without re-pruning"}
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, DynamicPruning) and (updater := callback.updater):
+                made = training_rows(updater.settings(), asdict(updater.timing), updater.steps)
+            elif isinstance(callback, DynamicPruning) and (state := callback.state_dict()):  # the state at the end
+                made = training_rows(state["settings"], state["timing"], state["steps"])
+        if (distillation := self.model.distillation) is not None:
+            teacher = (distillation.teacher or source).name
+            made["teacher"] = f"{teacher}, dense" if distillation.teacher is None else teacher
+        found = self.trainer.callback_metrics.get("val/perplexity")
+        text, size = self.datamodule.text.name, self.datamodule.block_size
+        return ModelCard(
+            source.name,
+            source.hub_id,
+            source.license,
+            made,
+            f"{found:.2f} at the last validation of the run: {text}, blocks of {size}" if found is not None else None,
+            # named skip_unset from jsonargparse 4.49 on; like Lightning, use the name that all versions know
+            self._parser(self.subcommand).dump(self.config.fit, skip_none=False),
+        )
+
+    def validate(self, **arguments: Any) -> None:
+        """``Trainer.validate`` without its own table, which has frames even outside a terminal."""
+        self._measure(self.trainer.validate, arguments)
+
+    def test(self, **arguments: Any) -> None:
+        """``Trainer.test``, likewise."""
+        self._measure(self.trainer.test, arguments)
+
+    def _measure(self, run: Any, arguments: dict[str, Any]) -> None:
+        run(**arguments | {"verbose": False})
+        if self.trainer.is_global_zero:
+            self.result = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+
+
+def run(args: list[str], cli: type[SparseTrainCLI] = SparseTrainCLI, debug: bool = False) -> SparseTrainCLI:
+    """Parse ``args`` (``["fit", "--config", ...]``), create the objects that they name, and run them."""
+    json, args = take_json(args)
+    command, *options = args
+    args = [command, *spelt_out(options, (), "--data.text", *_SPLITS[command])]
+    with stdout_for_json(json) as write, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "LightningCLI's args parameter")  # main has removed the command from sys.argv
+        for message in ("'set_vital' is deprecated", r"`isinstance\(treespec"):  # from torchdata, Lightning and torch
+            warnings.filterwarnings("ignore", message)
+        make = functools.partial(
+            cli,
+            CausalLM,
+            TextBlocks,
+            args=args,
+            seed_everything_default=0,
+            # the sanity check reads the whole validation text: it gives the report's dense and one-shot rows
+            trainer_defaults={"callbacks": RunRecord(), "num_sanity_val_steps": -1},
+            save_config_kwargs={"overwrite": True},
+            auto_configure_optimizers=False,
+            parser_class=_Parser,
+            parser_kwargs={"prog": "sparse-train", "allow_abbrev": False, "exit_on_error": not debug}
+            | {name: settings(name, debug) for name in _COMMANDS},
+        )
+        try:
+            made = make()
+        except SIGTERMException:  # its own exit status is that of a finished run
+            print(f"sparse-train {command}: ended by SIGTERM, before the run was complete.", file=sys.stderr)
+            sys.exit(128 + signal.SIGTERM)
+        if made.result is not None:
+            write(made.result)
+            if not json:
+                _show(command, made.result)
+    return made
+
+
+_SPLITS = {"fit": ("train",), "validate": ("validation",), "test": ("test",)}
+"""The split that the files of ``--text`` are. What is trained on is not measured."""
+
+
+def print_help(command: str, kind: str) -> None:
+    """Print the options of one kind, "model", "data", "pruning" or "trainer", with their full names."""
+    classes = {"model": CausalLM, "data": TextBlocks, "pruning": DynamicPruning, "trainer": L.Trainer}
+    parser = Parser(prog=f"sparse-train {command}", **settings(command) | {"epilog": None})
+    key = "trainer.callbacks.init_args" if kind == "pruning" else kind
+    parser.add_class_arguments(classes[kind], key, fail_untyped=False, skip={"tokenizer"})  # that of the model
+    parser.print_help()
+
+
+def _show(command: str, result: dict[str, Any]) -> None:
+    if command == "fit":
+        if result["report"]:
+            show_run(collect([result["folder"]])[0])
+        named = {"checkpoint": "checkpoint:", "export": "exported to", "report": "report:"}
+        lines = [f"{said} {result[name]}" for name, said in named.items() if result[name]]
+    else:
+        lines = [f"{name}  {value:.4f}" for name, value in result.items()]
+    print("\n".join(lines))

@@ -1,0 +1,79 @@
+"""Entry point of ``sparse-train``.
+
+The function of a command is in the module of the same name beside this one, and is imported when it is called: a help
+page should not wait for Lightning. ``fit``, ``validate`` and ``test`` share ``sparse_train.cli.fit``.
+"""
+
+import sys
+from importlib import import_module
+from pathlib import Path
+
+from sparse_train.arguments import did_you_mean
+from sparse_train.cli.commands import COMMANDS
+
+_USAGE = """\
+usage: sparse-train COMMAND [options]
+
+Keep a language model at a target sparsity while it trains.
+
+commands:
+{commands}
+"sparse-train COMMAND --help" lists a command's options. --json prints the result as one JSON object; --debug shows
+where an error came from. --config also finds the recipes/ and configs/ that come with the package, from any folder, and
+may be given several times; later files win.
+"""
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run a command line; ``args`` default to that of the process.
+
+    Raises:
+        SystemExit: 1 for a value, file or package that does not do, 2 for a command line or recipe that cannot be read.
+    """
+    args = sys.argv[1:] if args is None else args
+    debug = "--debug" in args
+    args = [argument for argument in args if argument != "--debug"]
+    if not args or args[0] in ("-h", "--help"):
+        width = max(map(len, COMMANDS)) + 2
+        rows = (f"  {name:{width}}{command.summary:36}{command.examples[0]}\n" for name, command in COMMANDS.items())
+        print(_USAGE.format(commands="".join(rows)), end="")
+        return
+    name, *options = args
+    if name not in COMMANDS:
+        similar = did_you_mean(name, COMMANDS) or f" There are {', '.join(COMMANDS)}."
+        sys.stderr.write(f"sparse-train: there is no command {name!r}.{similar}\n")
+        sys.stderr.write("sparse-train --help says what each does.\n")
+        sys.exit(2)
+    sys.path.append(str(Path.cwd()))  # recipes may name classes of local modules; last, so that these hide nothing
+    try:
+        run(name, options, debug)
+    except Exception as error:
+        if debug or not _is_the_users(error):
+            raise
+        from sparse_train.cli.mistakes import explain
+
+        wrapped = "Union subtypes" in str(error)  # jsonargparse has wrapped the error of a class that it created
+        sys.exit(f"sparse-train {name}: {explain(str(error), []) if wrapped else error}")
+
+
+def run(name: str, options: list[str], debug: bool = False) -> None:
+    """Run one command, without the messages of libraries that do not help its user."""
+    from sparse_train.cli.streams import quiet_libraries
+
+    with quiet_libraries():
+        if name in ("fit", "validate", "test"):
+            import_module("sparse_train.cli.fit").fit(name, options, debug)
+        else:
+            call = import_module("sparse_train.cli.parser").call
+            call(name, getattr(import_module(f"sparse_train.cli.{name}"), name), options, debug)
+
+
+def _is_the_users(error: Exception) -> bool:
+    """Whether the message is enough: a wrong value, a missing file or package, or something Lightning cannot do."""
+    of_lightning = ("more than one stateful callback", "Early stopping conditioned on metric")  # RuntimeErrors
+    expected = isinstance(error, (ValueError, OSError, ImportError)) or any(each in str(error) for each in of_lightning)
+    return expected or type(error).__name__ == "MisconfigurationException"  # importing it would take seconds
+
+
+if __name__ == "__main__":
+    main()

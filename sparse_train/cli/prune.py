@@ -1,0 +1,303 @@
+"""``sparse-train prune``: one model to one folder, or the spread over calibration seeds."""
+
+import functools
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from json import dumps
+from pathlib import Path
+from typing import Any, Literal
+
+from sparse_train.arguments import describe
+from sparse_train.cli.measurement import chosen_device, perplexity_on
+from sparse_train.criteria import Criterion
+from sparse_train.data.texts import PackagedWikipedia, TextSource
+from sparse_train.distributed.collectives import joined, rank, world_size
+from sparse_train.distributions import SparsityDistribution
+from sparse_train.export import export_model
+from sparse_train.export.card import ModelCard, oneshot_rows, perplexity_line, write_card
+from sparse_train.files import check_free, check_space
+from sparse_train.inspection import LayerSparsity, layer_sparsities
+from sparse_train.models.sources import ModelSource, Pretrained, as_model_source
+from sparse_train.oneshot import Batch, OneshotReport, Plan, prune_checkpoint
+from sparse_train.oneshot import prune as prune_model
+from sparse_train.oneshot.disk import Checkpoint, copy_others, model_without_weights
+from sparse_train.patterns import Pattern, group_label
+from sparse_train.solvers import Solver
+
+Details = dict[str, Any]
+"""The record of a pruning, as stored in pruning.json or seeds.json."""
+
+
+def prune(
+    model: ModelSource | str,
+    out: str,
+    text: TextSource | None = None,
+    mask_structure: str | Pattern = "2:4",
+    sparsity: float | None = None,
+    criterion: Criterion | Solver | None = None,
+    distribution: SparsityDistribution | None = None,
+    targets: list[str] | None = None,
+    ignore: list[str] = [],  # noqa: B006  (not changed)
+    num_calibration_samples: int = 32,
+    max_seq_length: int = 512,
+    sampling: Literal["packed", "documents"] = "packed",
+    batch_size: int = 4,
+    seed: int = 0,
+    seeds: str | None = None,
+    perplexity: TextSource | None = None,
+    window: int = 2048,
+    max_tokens: int | None = None,
+    bos: bool = False,
+    device: str | None = None,
+    streaming: bool = False,
+    activations: Literal["memory", "disk"] = "memory",
+    json: bool = False,
+) -> Details | None:
+    """Prune a model in one shot and write it as a Hugging Face folder with true zeros.
+
+    Args:
+        model: Hugging Face id or local folder, whose weights keep their dtype; or a model source.
+        out: folder to write; must not exist.
+        text: calibration text: files or folders of .txt and .jsonl, or a text source; default: the packaged Wikipedia
+            text.
+        mask_structure: "unstructured", "N:M" with N kept of every M consecutive inputs, or a pattern class.
+        sparsity: share of weights that are zero; implied by N:M.
+        criterion: Wanda (default), WandaCumulative, RIA, Magnitude, Random, or SparseGPT.
+        distribution: how the sparsity is divided among layers: Uniform (default), OWL, Explicit or PerBlock.
+        targets: layers by name, class name or "re:" expression; default: the linear layers of the decoder blocks.
+        ignore: layers to leave dense.
+        num_calibration_samples: number of samples of text.
+        max_seq_length: tokens per sample.
+        sampling: "packed" cuts joined documents into samples; "documents" uses a random part of one long document for
+            each sample, as in the Wanda paper.
+        batch_size: samples per forward pass.
+        seed: of the choice of samples.
+        seeds: prune once with each of these seeds, as in 0..4 or 0,2,7, and print mean and standard deviation of the
+            perplexity; writes out/seeds.json and no model.
+        perplexity: text on which to measure perplexity afterwards (its test split); default with seeds: text.
+        window: tokens per window of this text.
+        max_tokens: use only the first tokens of this text.
+        bos: put the tokens that the tokenizer puts in front of a text (such as <bos>) in front of every window of this
+            text, and not only at its start. Models such as Gemma need this.
+        device: where the model computes, such as "cpu" or "cuda"; default: a GPU if there is one.
+        streaming: never hold the whole model in memory: process its safetensors block by block, in their dtype. If a
+            run is interrupted, the same command continues it.
+        activations: with streaming, where the outputs of a block are kept for the next one.
+        json: print one JSON object instead of tables.
+
+    Under ``torchrun``, each process uses its part of the calibration data, with two reduces per block; rank 0 writes.
+    """
+    from sparse_train.cli.tables import show_pruning, show_seeds
+
+    method: dict[str, Any] = {
+        "mask_structure": mask_structure,
+        "sparsity": sparsity,
+        "criterion": criterion,
+        "distribution": distribution,
+        "targets": targets,
+        "ignore": ignore,
+    }
+    calibration: dict[str, Any] = {
+        "num_calibration_samples": num_calibration_samples,
+        "max_seq_length": max_seq_length,
+        "sampling": sampling,
+    }
+    _plan(method)  # mistakes in the pattern are told before anything is loaded
+    if (max_tokens is not None or bos) and perplexity is None and seeds is None:
+        name = "bos" if bos else "max_tokens"
+        raise ValueError(f"--{name} is for the perplexity afterwards. Give --perplexity a text, or leave it out.")
+    if seeds is not None and streaming:
+        raise ValueError("seeds needs the model in memory; with streaming, call prune once with each --seed.")
+    check_free(Path(out))
+    source, text = as_model_source(model, dtype="auto"), text or PackagedWikipedia()
+    test, measure = perplexity or (text if seeds is not None else None), None
+    with joined(chosen_device(device)) as own_device:
+        if streaming and world_size() > 1:
+            raise ValueError("streaming runs in one process. Start it without torchrun, or leave it out.")
+        if test is not None:
+            measure = perplexity_on(source, test, window=window, max_tokens=max_tokens, bos=bos, batch_size=1)
+        job = _Job(source, method, text, calibration, batch_size, own_device, measure)
+        if seeds is not None:
+            details, layers = _over_seeds(job, _seeds(seeds), Path(out)), None
+        else:
+            details, layers = _once(job, seed, Path(out), activations if streaming else None)
+    if rank() != 0:  # all ranks have the same model
+        return None
+    if not json and layers is None:
+        show_seeds(details, Path(out))
+    elif not json and layers is not None:
+        show_pruning(details, layers, Path(out))
+    return {"out": out, **details}
+
+
+def _plan(method: Mapping[str, Any]) -> Plan:
+    return Plan.of(*(method[name] for name in ("mask_structure", "sparsity", "criterion", "distribution")))
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A model, how it is pruned, and what is measured afterwards."""
+
+    source: ModelSource
+    method: dict[str, Any]
+    """Arguments of ``sparse_train.prune``."""
+    text: TextSource
+    calibration: dict[str, Any]
+    """Arguments of ``calibration_batches``."""
+    batch_size: int
+    device: str
+    measure: functools.partial[Any] | None
+    """``evaluate_perplexity`` on a text."""
+
+    @property
+    def needs_data(self) -> bool:
+        plan = _plan(self.method)
+        return plan.distribution.needs_outliers or plan.statistics is not None
+
+    def check(self, model: Any, out: Path | None = None) -> None:
+        """Raise ValueError for what would fail after the pruning or in it; weights of the model are not looked at."""
+        from sparse_train.evaluation.perplexity import check_window
+
+        if self.needs_data:
+            check_window(model, self.calibration["max_seq_length"], name="max_seq_length")
+        if self.measure is not None:
+            check_window(model, self.measure.keywords["window"], len(self.measure.keywords["prefix"]))
+        if out is not None:
+            check_space(out, sum(weight.numel() * weight.element_size() for weight in model.parameters()))
+
+    def batches(self, seed: int) -> list[Batch] | None:
+        """Calibration data, of this process; None for a method without."""
+        from sparse_train.data.blocks import calibration_batches
+
+        if not self.needs_data:
+            return None
+        settings = {**self.calibration, "batch_size": self.batch_size, "seed": seed}
+        found: list[Batch] = list(calibration_batches(self.text, self.source.tokenizer(), **settings))
+        if len(found) < world_size():
+            raise ValueError(
+                f"There are {len(found)} calibration batches for {world_size()} processes. Give a smaller batch_size "
+                "or more num_calibration_samples, or start fewer processes."
+            )
+        return found[rank() :: world_size()]
+
+    def run(self, seed: int, out: Path | None = None) -> tuple[Any, OneshotReport]:
+        """The pruned model in memory, and what was done."""
+        model = self.source.load().to(self.device)
+        self.check(model, out)
+        return model, prune_model(model, self.batches(seed), **self.method, progress=rank() == 0)
+
+    def stream(self, seed: int, out: Path, activations: Literal["memory", "disk"]) -> OneshotReport:
+        """Prune a checkpoint block by block, from folder to folder."""
+        if not isinstance(self.source, Pretrained) or self.source.gguf_file:
+            raise ValueError(f"streaming walks a folder or a hub model with safetensors, not {self.source.name}.")
+        folder = self.source.folder()
+        self.check(model_without_weights(folder, Checkpoint(folder)), out)
+        options: dict[str, Any] = {"device": self.device, "activations": activations, "progress": True}
+        return prune_checkpoint(folder, out, self.batches(seed), **self.method, **options)
+
+    def details(self, seed: int | list[int], report: OneshotReport) -> Details:
+        plan = _plan(self.method)
+        stage = {
+            "criterion": describe(plan.method),
+            "mask_structure": group_label(plan.pattern),
+            "wanted_sparsity": plan.sparsity,
+            "sparsity": report.sparsity,
+            "distribution": describe(plan.distribution),
+            "targets": self.method["targets"],
+            "ignore": self.method["ignore"],
+        }
+        calibration = {"text": self.text.name, **self.calibration, "seed": seed, "processes": world_size()}
+        return {
+            "model": self.source.name,
+            "stages": [stage],
+            "sparsity": report.sparsity,
+            "calibration": calibration if self.needs_data else None,
+            "device": self.device,
+            "seconds": {"forwards": report.forward_seconds, "pruning": report.pruning_seconds},
+            "layers": {name: update.zeros / update.size for name, update in report.layers.items()},
+            "versions": {name: version(name) for name in ("torch", "transformers", "sparse-train")},
+        }
+
+
+def _once(
+    job: _Job, seed: int, out: Path, streaming: Literal["memory", "disk"] | None
+) -> tuple[Details, Sequence[LayerSparsity]]:
+    """The record of the pruning, and the layers that were counted; rank 0 writes.
+
+    Args:
+        streaming: where activations wait, if the model is never in memory; then only pruned layers are counted.
+    """
+    began, source = time.perf_counter(), job.source
+    model, report = job.run(seed, out) if streaming is None else (None, job.stream(seed, out, streaming))
+    details = job.details(seed, report) | {"streaming": model is None}
+    if rank() != 0:
+        return details, []
+    made = oneshot_rows(details)
+    card = ModelCard(source.name, source.hub_id, source.license, made)
+    layers: Sequence[LayerSparsity]
+    if model is None:
+        layers = _counted(details, report)
+        write_card(out, card, layers)
+    else:
+        layers = layer_sparsities(model)
+        export_model(model, source.tokenizer(), out, card)
+        if isinstance(source, Pretrained):
+            copy_others(Path(source.path), out)
+    details["seconds"]["all"] = time.perf_counter() - began
+    _write(out / "pruning.json", details)
+    if job.measure is not None:
+        model = model or Pretrained(str(out), dtype="auto").load().to(job.device)
+        details["perplexity"] = job.measure(model).as_dict()
+        _write(out / "pruning.json", details)
+        write_card(out, replace(card, perplexity=perplexity_line(details["perplexity"])), layers)
+    return details, layers
+
+
+def _write(path: Path, details: Details) -> None:
+    path.write_text(dumps(details, indent=2) + "\n")
+
+
+def _counted(details: Details, report: OneshotReport) -> list[LayerSparsity]:
+    label = details["stages"][0]["mask_structure"]
+    counts: dict[str, tuple[int, int]] = {}
+    for name, update in report.layers.items():  # fused experts, name[0], name[1], ..., are one row
+        size, zeros = counts.get(name.partition("[")[0], (0, 0))
+        counts[name.partition("[")[0]] = size + update.size, zeros + update.zeros
+    return [LayerSparsity(name, (1, size), zeros, label) for name, (size, zeros) in counts.items()]
+
+
+def _seeds(text: str) -> list[int]:
+    first, several, last = text.partition("..")
+    try:
+        found = list(range(int(first), int(last) + 1)) if several else [int(seed) for seed in text.split(",")]
+    except ValueError:
+        found = []
+    if len(found) < 2:
+        raise ValueError(f"seeds are two or more, written 0..4 or 0,2,7, got {text!r}. For one seed there is --seed.")
+    return found
+
+
+def _over_seeds(job: _Job, seeds: list[int], out: Path) -> Details:
+    if not job.needs_data:
+        raise ValueError("This method reads no calibration data, so seeds change nothing. Leave them out.")
+    assert job.measure is not None
+    rows = []
+    for seed in seeds:
+        model, report = job.run(seed)
+        if rank() == 0:
+            rows.append({"seed": seed, "sparsity": report.sparsity, **job.measure(model).as_dict()})
+        del model  # before the next one is loaded
+    details = job.details(seeds, report)
+    if rank() == 0:
+        values = [row["perplexity"] for row in rows]
+        details |= {
+            "seeds": rows,
+            "mean": statistics.mean(values),
+            "standard_deviation": statistics.stdev(values),  # of a sample: divided by n - 1
+        }
+        out.mkdir(parents=True, exist_ok=True)
+        _write(out / "seeds.json", details)
+    return details

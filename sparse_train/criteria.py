@@ -1,0 +1,194 @@
+"""What a weight is worth: ``Criterion.scores``; larger = keep.
+
+Shape suffixes: O out_features (under FSDP2, the rows that a process holds), I in_features, J packed mask bytes.
+"""
+
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from sparse_train.layers import masks
+from sparse_train.patterns import Group
+from sparse_train.statistics import Statistics
+
+
+@dataclass(frozen=True)
+class LayerContext:
+    """What criteria and policies can look at in one layer.
+
+    Attributes:
+        weight_OI: the weights, shadow values included, any float dtype.
+        stats: norms of the layer's input over the tokens seen; None if the criterion needs no activations.
+        name: of the layer.
+        mask_OJ: the packed mask so far; None for a criterion alone.
+        optimizer_state: what the optimizer holds for these weights, such as Adam's ``exp_avg`` (O, I); empty before the
+            first step, outside training, and for engines that hold it in another shape (DeepSpeed).
+        column_sums_I: ``Criterion.column_sums`` of all rows, if the rows here are only some of them.
+    """
+
+    weight_OI: Tensor
+    stats: Statistics | None = None
+    name: str = ""
+    mask_OJ: Tensor | None = None
+    optimizer_state: Mapping[str, Tensor] = field(default_factory=dict)
+    column_sums_I: Tensor | None = None
+
+    @property
+    def norm_I(self) -> Tensor:
+        """``||X_j||_2`` of each input feature, float32 (I,)."""
+        assert self.stats is not None, f"{self.name}: needs activation statistics"
+        return self.stats.norm_I
+
+    @property
+    def keep_OI(self) -> Tensor:
+        """The mask so far, bool (O, I), True = kept."""
+        assert self.mask_OJ is not None, f"{self.name}: has no mask"
+        return masks.unpack(self.mask_OJ, self.weight_OI.shape[1])
+
+
+class Criterion(ABC):
+    """Gives every weight of one layer a score.
+
+    A new criterion is a subclass with this one method. Recipes name it by its class; there is no registry.
+    """
+
+    needs_activations: ClassVar[bool] = False
+    """Whether ``scores`` reads ``layer.stats``; if not, none are gathered."""
+    rowwise: ClassVar[bool] = False
+    """Whether the scores of a row need nothing from other rows except ``column_sums``. Each process can then score the
+    rows that it holds (FSDP2)."""
+    group: ClassVar[Group] = "row"
+    """The group in which "unstructured" compares weights under this criterion; ``Unstructured(group=...)`` sets it."""
+
+    @abstractmethod
+    def scores(self, layer: LayerContext) -> Tensor:
+        """Score one layer.
+
+        Args:
+            layer: weights (O, I), and what is known about them.
+
+        Returns:
+            float32 scores (O, I), larger = keep.
+        """
+
+    def column_sums(self, weight_OI: Tensor) -> Tensor | None:
+        """What ``scores`` needs from all rows, summed over the rows given: float32 (I,); None = nothing."""
+        return None
+
+
+@dataclass(frozen=True)
+class Wanda(Criterion):
+    """``|W_ij| * ||X_j||_2``: weight magnitude times the norm of its input feature over all tokens.
+
+    Source: Sun et al., "A Simple and Effective Pruning Approach for Large Language Models", arXiv 2306.11695,
+    section 3, equation 1. The paper compares within an output row: use it with ``Unstructured(group="row")``,
+    the default, or with N:M.
+    """
+
+    needs_activations: ClassVar[bool] = True
+    rowwise: ClassVar[bool] = True
+
+    def scores(self, layer: LayerContext) -> Tensor:
+        return torch.mul(layer.weight_OI.abs().float(), layer.norm_I)
+
+
+@dataclass(frozen=True)
+class WandaCumulative(Criterion):
+    """The share of a row's summed Wanda score that is lost if this weight and all lower ones in the row are pruned.
+
+    The variant of Wanda in the paper's code (``use_variant``): every row of a layer loses weights until the same share
+    of its summed score is gone, so rows end with different counts. The paper's code finds the share by bisection. Here
+    the shares are compared over the whole layer, ``Unstructured(group="layer")``, so the count is exact. Within one
+    row, and in N:M, the order is Wanda's.
+    """
+
+    needs_activations: ClassVar[bool] = True
+    rowwise: ClassVar[bool] = True
+    group: ClassVar[Group] = "layer"
+
+    def scores(self, layer: LayerContext) -> Tensor:
+        scores_OI = Wanda().scores(layer)
+        sorted_OI, order_OI = scores_OI.sort(dim=1, stable=True)
+        # float64: with thousands of inputs, a float32 running sum would make neighbours equal that Wanda distinguishes
+        share_OI = _running_sum(sorted_OI.double())
+        share_OI /= share_OI[:, -1:].clamp_min(torch.finfo(torch.float64).tiny)
+        return torch.empty_like(scores_OI).scatter_(1, order_OI, share_OI.float())
+
+
+def _running_sum(values_OI: Tensor) -> Tensor:
+    """Running sum along the inputs, in place. With deterministic algorithms, on the CPU: GPUs may round differently."""
+    if values_OI.device.type != "cpu" and torch.are_deterministic_algorithms_enabled():
+        return values_OI.cpu().cumsum_(1).to(values_OI.device)
+    return values_OI.cumsum_(1)
+
+
+@dataclass(frozen=True)
+class RIA(Criterion):
+    """``(|W_ij| / sum_i |W_ij| + |W_ij| / sum_j |W_ij|) * ||X_j||_2 ** a``.
+
+    A weight counts by its share of its row and of its column, so that no row or column is emptied.
+    Source: Zhang et al., "Plug-and-Play: An Efficient Post-training Pruning Method for Large Language Models",
+    ICLR 2024, section 3 (its channel permutation is not part of this). Its code compares within a layer unless told
+    otherwise: ``Unstructured(group="layer")``.
+
+    Args:
+        a: exponent of the activation norm.
+    """
+
+    a: float = 0.5
+    needs_activations: ClassVar[bool] = True
+    rowwise: ClassVar[bool] = True
+
+    def column_sums(self, weight_OI: Tensor) -> Tensor:
+        return weight_OI.abs().float().sum(0)
+
+    def scores(self, layer: LayerContext) -> Tensor:
+        column_sums_I = layer.column_sums_I
+        if column_sums_I is None:
+            column_sums_I = self.column_sums(layer.weight_OI)
+        size_OI = layer.weight_OI.abs().float()
+        tiny = torch.finfo(torch.float32).tiny  # an empty row or column gives a share of 0, not 0 / 0
+        share_OI = size_OI / column_sums_I.clamp_min(tiny)
+        share_OI += size_OI / size_OI.sum(1, keepdim=True).clamp_min(tiny)
+        return share_OI.mul_(layer.norm_I**self.a)
+
+
+@dataclass(frozen=True)
+class Magnitude(Criterion):
+    """``|W_ij|``: the classic score (Han et al., arXiv 1506.02626, section 3.1).
+
+    The magnitude baseline of the Wanda paper compares within a layer: ``Unstructured(group="layer")``.
+    """
+
+    rowwise: ClassVar[bool] = True
+
+    def scores(self, layer: LayerContext) -> Tensor:
+        return layer.weight_OI.abs().float()
+
+
+@dataclass(frozen=True)
+class Random(Criterion):
+    """Uniform random scores: the baseline that a method has to beat.
+
+    Weights that are zero are pruned first, so pruning twice gives the same result as pruning once.
+
+    Args:
+        seed: the same seed and weights give the same scores. Layers with different weights differ, and so do those of
+            one layer before and after an optimizer step: with a policy by which weights come back, each update draws a
+            new mask. ``Fixed()`` keeps the first one.
+    """
+
+    seed: int = 0
+
+    def scores(self, layer: LayerContext) -> Tensor:
+        # The first row of the layer distinguishes layers of equal shape, without a state that has to be kept or saved.
+        weight_OI = layer.weight_OI
+        row = weight_OI[0].detach().float().cpu().numpy().tobytes()
+        generator = torch.Generator().manual_seed(zlib.crc32(row, self.seed))
+        scores_OI = torch.rand(weight_OI.shape, generator=generator, dtype=torch.float32).to(weight_OI.device)
+        return torch.where(weight_OI != 0, scores_OI + torch.finfo(torch.float32).tiny, 0)

@@ -1,0 +1,169 @@
+"""Documents as blocks of tokens of one length, for training, evaluation and calibration.
+
+Shape suffixes: L tokens of a block.
+"""
+
+import logging
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from sparse_train.arguments import check_positive
+from sparse_train.data.chat import encoded
+from sparse_train.data.texts import Conversation, TextSource
+from sparse_train.models.losses import IGNORED
+
+_log = logging.getLogger(__name__)
+_Row = tuple[list[int], list[int]]  # token ids and labels
+
+
+def blocks_of(
+    documents: Iterable[str | Conversation],
+    tokenizer: Any,
+    block_size: int,
+    *,
+    pack: bool = True,
+    drop_rest: bool = True,
+) -> Any:
+    """A ``datasets.Dataset`` of torch rows with ``input_ids``, ``attention_mask`` and ``labels``, each (L,).
+
+    Each text starts with the tokens that the tokenizer puts in front of a text and ends with an end-of-text token.
+    Conversations are written by the tokenizer's chat template, and only what the assistant says has labels, see
+    ``encoded``; a conversation longer than a block is cut at the end, and is left out, with a warning, if no token with
+    a loss is left. Padding has an ``attention_mask`` of 0 and, like all that has no loss, labels of -100.
+
+    Args:
+        documents: all of them texts or all conversations.
+        tokenizer: with an end-of-text token; for conversations, with a chat template.
+        block_size: L.
+        pack: fill blocks: texts are joined and cut, and as many whole conversations as fit are put into a block, in
+            their order. A token attends to everything before it in its block. False gives each document its own block.
+        drop_rest: leave out the last block of joined texts if it is not full.
+
+    Raises:
+        ValueError: the tokenizer has no end-of-text token, or see ``encoded``.
+    """
+    from datasets import Dataset
+
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"The tokenizer ({type(tokenizer).__name__}, {tokenizer.name_or_path or 'without a name'}) has no "
+            "end-of-text token, which separates the documents of a block. Set its eos_token, in "
+            "tokenizer_config.json or by tokenizer.eos_token = ..."
+        )
+    documents = list(documents)
+    if documents and not isinstance(documents[0], str):
+        rows = _of_conversations(documents, tokenizer, block_size, pack)
+    else:
+        rows = _of_texts(documents, tokenizer, block_size, pack, drop_rest)
+    padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    blanks = [block_size - len(ids) for ids, _ in rows]
+    columns = {
+        "input_ids": [ids + [padding] * blank for (ids, _), blank in zip(rows, blanks, strict=True)],
+        "attention_mask": [[1] * len(ids) + [0] * blank for (ids, _), blank in zip(rows, blanks, strict=True)],
+        "labels": [labels + [IGNORED] * blank for (_, labels), blank in zip(rows, blanks, strict=True)],
+    }
+    return Dataset.from_dict(columns).with_format("torch")
+
+
+def _of_texts(texts: list[Any], tokenizer: Any, block_size: int, pack: bool, drop_rest: bool) -> list[_Row]:
+    begin, end = beginning(tokenizer), tokenizer.eos_token_id
+    tokens = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    sequences = [[*begin, *ids, end] for ids in tokens]
+    if pack:
+        joined = list(chain.from_iterable(sequences))
+        stop = len(joined) - len(joined) % block_size if drop_rest else len(joined)
+        sequences = [joined[start : start + block_size] for start in range(0, stop, block_size)]
+    return [(ids[:block_size], ids[:block_size]) for ids in sequences]
+
+
+def _of_conversations(conversations: list[Any], tokenizer: Any, block_size: int, pack: bool) -> list[_Row]:
+    rows: list[_Row] = []
+    cut = without_loss = 0
+    for ids, labels in encoded(conversations, tokenizer):
+        cut += len(ids) > block_size
+        ids, labels = ids[:block_size], labels[:block_size]
+        if all(label == IGNORED for label in labels[1:]):  # the first token is never predicted
+            without_loss += 1
+        elif pack and rows and len(rows[-1][0]) + len(ids) <= block_size:
+            rows[-1] = rows[-1][0] + ids, rows[-1][1] + labels
+        else:
+            rows.append((ids, labels))
+    if cut or without_loss:
+        _log.warning(
+            "%d of %d conversations are longer than block_size=%d and were cut there; %d had no token of the "
+            "assistant left and were left out.",
+            *(cut, len(conversations), block_size, without_loss),
+        )
+    return rows
+
+
+def beginning(tokenizer: Any) -> list[int]:
+    """The tokens that the tokenizer puts in front of a text, such as Llama's beginning-of-text token; often none."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    with_special: list[int] = tokenizer("a")["input_ids"]
+    for start in range(len(with_special)):
+        if with_special[start : start + len(plain)] == plain:
+            return with_special[:start]
+    return []
+
+
+def calibration_batches(
+    text: TextSource,
+    tokenizer: Any,
+    *,
+    num_calibration_samples: int = 32,
+    max_seq_length: int = 512,
+    batch_size: int = 4,
+    seed: int = 0,
+    sampling: Literal["packed", "documents"] = "packed",
+) -> list[dict[str, Tensor]]:
+    """Random samples of the training split, in the form that ``prune`` needs.
+
+    Args:
+        text, tokenizer: the text, and how it is tokenised.
+        num_calibration_samples: number of samples.
+        max_seq_length: L, tokens per sample.
+        batch_size: samples per batch.
+        seed: of the choice of samples.
+        sampling: "packed" joins all documents and cuts them into samples; "documents" uses, for each sample, a random
+            part of a document that is longer than a sample (as in the Wanda and SparseGPT scripts).
+
+    Raises:
+        ValueError: the text is too short for the samples; fewer than asked for are an error too.
+    """
+    check_positive("num_calibration_samples", num_calibration_samples)
+    check_positive("max_seq_length", max_seq_length)
+    check_positive("batch_size", batch_size)
+    documents, generator = text.documents("train"), torch.Generator().manual_seed(seed)
+    if sampling == "documents":
+        samples = list(islice(_parts(documents, tokenizer, max_seq_length, generator), num_calibration_samples))
+        what = f"documents that are longer than max_seq_length={max_seq_length} tokens"
+    else:
+        blocks = blocks_of(documents, tokenizer, max_seq_length)
+        order = torch.randperm(len(blocks), generator=generator)[:num_calibration_samples]
+        samples = list(blocks.select(order.tolist()).remove_columns("labels"))
+        what = f"calibration samples of {max_seq_length} tokens"
+        if all(sample["attention_mask"].all() for sample in samples):  # only conversations are padded
+            samples = [{"input_ids": sample["input_ids"]} for sample in samples]
+    if len(samples) < num_calibration_samples:
+        raise ValueError(
+            f"The training split of {text.name} gives {len(samples)} {what}, fewer than "
+            f"num_calibration_samples={num_calibration_samples}. Give more text, or ask for fewer or shorter samples"
+            + ("." if sampling == "packed" else ', or for sampling="packed".')
+        )
+    return [default_collate(samples[start : start + batch_size]) for start in range(0, len(samples), batch_size)]
+
+
+def _parts(texts: list[str], tokenizer: Any, length: int, generator: torch.Generator) -> Iterator[dict[str, Tensor]]:
+    """A random part of each text that is longer than ``length`` tokens, in random order."""
+    begin = beginning(tokenizer)
+    for index in torch.randperm(len(texts), generator=generator).tolist():
+        ids = torch.tensor(begin + tokenizer(texts[index], add_special_tokens=False, verbose=False)["input_ids"])
+        if len(ids) > length:
+            start = int(torch.randint(len(ids) - length, (), generator=generator))
+            yield {"input_ids": ids[start : start + length]}

@@ -1,0 +1,533 @@
+"""How a model-wide sparsity is divided among layers: ``SparsityDistribution``; and whole counts that meet it.
+
+Shape suffixes: O out_features, I in_features.
+"""
+
+import math
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from sparse_train.arguments import check_sparsity, describe, did_you_mean
+from sparse_train.patterns import NM, Pattern, Unstructured
+
+_AGREEMENT = 1e-3  # allowed difference from the mean of the layers' sparsities, which are written with few digits
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Where a targeted layer is, and its size.
+
+    Args:
+        block: index of the decoder block it is in; None outside the blocks.
+        rows: out_features.
+        columns: in_features.
+    """
+
+    block: int | None
+    rows: int
+    columns: int
+
+    @property
+    def size(self) -> int:
+        """Number of weights, ``rows * columns``."""
+        return self.rows * self.columns
+
+
+Shapes = Mapping[str, LayerShape]
+"""The targeted layers by name."""
+Outliers = Mapping[int, float]
+"""``outlier_share`` of each decoder block that has a targeted layer, by the block's index."""
+
+
+class SparsityDistribution(ABC):
+    """Divides the sparsity of a model among its targeted layers."""
+
+    needs_outliers: ClassVar[bool] = False
+    """Whether ``sparsities`` reads ``outliers``, which need a dense pass over the calibration data before pruning."""
+
+    @abstractmethod
+    def sparsities(self, shapes: Shapes, sparsity: float | None, outliers: Outliers) -> dict[str, float]:
+        """The sparsity of each layer. Over all weights it is ``sparsity``, before rounding to counts.
+
+        Args:
+            shapes: the targeted layers.
+            sparsity: share of zeros over all of them; None if the distribution itself determines it.
+            outliers: empty unless ``needs_outliers``.
+
+        Raises:
+            ValueError: a sparsity outside [0, 1), missing, or in conflict with the distribution.
+        """
+
+
+def required(distribution: SparsityDistribution, sparsity: float | None) -> float:
+    """The sparsity, for distributions that need one."""
+    if sparsity is None:
+        raise ValueError(
+            f"{type(distribution).__name__} divides a sparsity: give one, the share of weights that are zero, such as "
+            "sparsity=0.5."
+        )
+    check_sparsity("sparsity", sparsity)
+    return sparsity
+
+
+def check_agreement(what: str, sparsity: float | None, mean: float) -> None:
+    """Raise ValueError if a model-wide sparsity is given that does not match those of the layers."""
+    if sparsity is None:
+        return
+    check_sparsity("sparsity", sparsity)
+    if abs(sparsity - mean) > _AGREEMENT:
+        raise ValueError(
+            f"The sparsities of {what} give {mean:.4g} over all weights, in conflict with sparsity={sparsity:g}. Leave "
+            "sparsity out, or change the others."
+        )
+
+
+def mean_sparsity(shapes: Shapes, sparsities: Mapping[str, float]) -> float:
+    """The sparsity over all weights."""
+    return sum(shapes[n].size * s for n, s in sparsities.items()) / sum(shape.size for shape in shapes.values())
+
+
+@dataclass(frozen=True)
+class Uniform(SparsityDistribution):
+    """The same sparsity in every layer."""
+
+    def sparsities(self, shapes: Shapes, sparsity: float | None, outliers: Outliers) -> dict[str, float]:
+        return dict.fromkeys(shapes, required(self, sparsity))
+
+
+@dataclass(frozen=True)
+class PerBlock(SparsityDistribution):
+    """One sparsity per decoder block, in their order, like the list of llm-compressor.
+
+    Args:
+        blocks: sparsities of all blocks up to the last one with a targeted layer.
+    """
+
+    blocks: list[float]
+
+    def __post_init__(self) -> None:
+        for index, value in enumerate(self.blocks):
+            check_sparsity(f"blocks[{index}]", value)
+
+    def sparsities(self, shapes: Shapes, sparsity: float | None, outliers: Outliers) -> dict[str, float]:
+        inside = {name: shape.block for name, shape in shapes.items() if shape.block is not None}
+        outside = [name for name in shapes if name not in inside]
+        if outside:
+            raise ValueError(
+                f"PerBlock has no sparsity for layers outside the decoder blocks: {', '.join(outside[:3])}"
+                f"{', ...' if len(outside) > 3 else ''}. Leave them dense with ignore={outside[:3]!r}, or use Explicit."
+            )
+        count = max(inside.values(), default=-1) + 1
+        if len(self.blocks) != count:
+            raise ValueError(
+                f"PerBlock has {len(self.blocks)} sparsities, but the targeted layers are in {count} decoder blocks. "
+                "Give one for each block, in their order."
+            )
+        found = {name: self.blocks[block] for name, block in inside.items()}
+        check_agreement("the blocks", sparsity, mean_sparsity(shapes, found))
+        return found
+
+
+@dataclass(frozen=True)
+class Explicit(SparsityDistribution):
+    """Sparsities by name; layers that are not named share what is left of the model-wide sparsity.
+
+    Args:
+        layers: sparsity by target: a layer's full name, the name of a module around it ("model.layers.0"), the last
+            part or parts of its name ("down_proj", "mlp.down_proj"), or "re:" and a regular expression matched from
+            the start of the name.
+    """
+
+    layers: dict[str, float]
+
+    def __post_init__(self) -> None:
+        for target, value in self.layers.items():
+            check_sparsity(f"The sparsity of {target!r}", value)
+
+    def sparsities(self, shapes: Shapes, sparsity: float | None, outliers: Outliers) -> dict[str, float]:
+        named = self._named(shapes)
+        unnamed = [name for name in shapes if name not in named]
+        if not unnamed:
+            check_agreement("the layers", sparsity, mean_sparsity(shapes, named))
+            return {name: named[name] for name in shapes}
+        if sparsity is None:
+            raise ValueError(
+                f"{len(unnamed)} of {len(shapes)} layers are not given a sparsity ({unnamed[0]} is the first), so "
+                "the model-wide sparsity is needed: give it, or name every layer."
+            )
+        check_sparsity("sparsity", sparsity)
+        total = sum(shape.size for shape in shapes.values())
+        share = sum(shapes[name].size * value for name, value in named.items()) / total
+        rest = (sparsity - share) * total / sum(shapes[name].size for name in unnamed)
+        if not -1e-12 <= rest < 1:
+            raise ValueError(
+                f"A sparsity of {sparsity:g} cannot be met: the named layers' zeros are {share:.4g} of all weights, so "
+                f"the other {len(unnamed)} layers would need a sparsity of {rest:.4g} (at least 0 and below 1). Change "
+                "the sparsity or those of the named layers."
+            )
+        return {name: named.get(name, max(0.0, rest)) for name in shapes}
+
+    def _named(self, shapes: Shapes) -> dict[str, float]:
+        said_by: dict[str, str] = {}
+        for target, value in self.layers.items():
+            hits = [name for name in shapes if _names(target, name)]
+            if not hits:
+                parts = {tail for name in shapes for tail in _heads_and_tails(name)}
+                raise ValueError(
+                    f"{target!r} is not the name of a targeted layer." + did_you_mean(target, sorted(parts))
+                )
+            for name in hits:
+                other = said_by.setdefault(name, target)
+                if self.layers[other] != value:
+                    raise ValueError(
+                        f"{name} is given two sparsities: {self.layers[other]:g} by {other!r} and {value:g} by "
+                        f"{target!r}. Narrow one of them, for example to the full name or with re:."
+                    )
+        return {name: self.layers[target] for name, target in said_by.items()}
+
+
+def _names(target: str, name: str) -> bool:
+    if target.startswith("re:"):
+        try:
+            return re.match(target[3:], name) is not None
+        except re.error as error:
+            raise ValueError(f"{target!r} is not a regular expression: {error}.") from error
+    return target in _heads_and_tails(name)
+
+
+def _heads_and_tails(name: str) -> list[str]:
+    """The names that match a layer: its full name, and for each dot in it the part before and the part after."""
+    parts = name.partition("[")[0].split(".")  # the number of a fused expert is not part of its layer's name
+    cuts = range(1, len(parts))
+    return [name, ".".join(parts), *(".".join(parts[:i]) for i in cuts), *(".".join(parts[i:]) for i in cuts)]
+
+
+@dataclass(frozen=True)
+class OWL(SparsityDistribution):
+    """Blocks with more outliers are denser: densities are linear in ``outlier_share``.
+
+    The shares are scaled to [0, 2 * owl_lmbda] and shifted so that the density over all weights is 1 - sparsity. If all
+    blocks have the same size, this is the paper's formula; otherwise the paper's plain mean would miss the sparsity.
+    Layers outside the blocks get the model-wide sparsity.
+    Source: Yin et al., "Outlier Weighed Layerwise Sparsity", arXiv 2310.05175, section 3.2; code luuyin/OWL.
+
+    Args:
+        owl_m: scores above this multiple of their mean are outliers (the paper's M).
+        owl_lmbda: half the distance between the densest and the sparsest block (the paper's lambda).
+    """
+
+    owl_m: float = 5.0
+    owl_lmbda: float = 0.08
+    needs_outliers: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.owl_m < math.inf:
+            raise ValueError(f"owl_m multiplies the mean score, so it must be above 0, got {self.owl_m}.")
+        if not 0 <= self.owl_lmbda < 1:
+            raise ValueError(f"owl_lmbda is a share of weights, at least 0 and below 1, got {self.owl_lmbda}.")
+
+    def sparsities(self, shapes: Shapes, sparsity: float | None, outliers: Outliers) -> dict[str, float]:
+        model_wide = required(self, sparsity)
+        sizes: dict[int, int] = {}
+        for shape in shapes.values():
+            if shape.block is not None:
+                sizes[shape.block] = sizes.get(shape.block, 0) + shape.size
+        if not sizes:
+            raise ValueError("OWL compares decoder blocks, but no targeted layer is in one. Use Uniform or Explicit.")
+        assert sizes.keys() <= outliers.keys(), (sizes, outliers)
+        blocks = self._blocks(sizes, model_wide, outliers)
+        return {name: model_wide if s.block is None else blocks[s.block] for name, s in shapes.items()}
+
+    def _blocks(self, sizes: Mapping[int, int], sparsity: float, outliers: Outliers) -> dict[int, float]:
+        low, high = min(outliers[block] for block in sizes), max(outliers[block] for block in sizes)
+        if low == high:
+            return dict.fromkeys(sizes, sparsity)
+        scaled = {block: 2 * (outliers[block] - low) / (high - low) for block in sizes}  # in units of owl_lmbda
+        mean = sum(scaled[block] * size for block, size in sizes.items()) / sum(sizes.values())
+        found = {block: sparsity - self.owl_lmbda * (scaled[block] - mean) for block in sizes}
+        if min(found.values()) < -1e-12 or max(found.values()) >= 1:
+            # the densest block may be fully dense, the sparsest must keep something
+            bound = min(sparsity / (2 - mean), (1 - sparsity) / mean * (1 - 1e-6))
+            raise ValueError(
+                f"owl_lmbda={self.owl_lmbda:g} at a sparsity of {sparsity:g} would give blocks sparsities from "
+                f"{min(found.values()):.4g} to {max(found.values()):.4g}; all must be at least 0 and below 1. Make "
+                f"owl_lmbda at most {math.floor(bound * 1e4) / 1e4:g}."
+            )
+        return {block: max(0.0, value) for block, value in found.items()}
+
+
+def outlier_share(scores: Iterable[Callable[[], Tensor]], owl_m: float) -> float:
+    """The share of a block's scores above ``owl_m`` times their mean, over all weights of its layers together.
+
+    Args:
+        scores: for each targeted layer of the block, a function that returns its Wanda scores (O, I), float32. Each is
+            called twice, so that only the scores of one layer are held at a time. Without layers the share is 0.
+        owl_m: see ``OWL``.
+
+    Raises:
+        ValueError: scores that are infinite or NaN.
+    """
+    layers = list(scores)
+    total, size = 0.0, 0
+    for layer in layers:
+        scores_OI = layer()
+        total += float(scores_OI.sum(dtype=torch.float64))
+        size += scores_OI.numel()
+    if not math.isfinite(total):
+        raise ValueError(f"The sum of a block's scores is {total}: its weights or its inputs are infinite or NaN.")
+    threshold = owl_m * total / max(size, 1)
+    return sum(int((layer() > threshold).sum()) for layer in layers) / max(size, 1)
+
+
+# --- whole counts ----------------------------------------------------------------------------------------------------
+
+_ROUNDING = 1e-6  # of a count: differences below this are float rounding
+
+
+def divide(
+    distribution: SparsityDistribution,
+    pattern: Pattern,
+    shapes: Shapes,
+    sparsity: float | None,
+    outliers: Outliers,
+    final: float | None = None,
+) -> dict[str, float]:
+    """The sparsity to pass to ``pattern.mask`` for each layer; arguments and errors as in ``sparsities``.
+
+    Uniform sparsities stay unchanged: rows prune ``int(I * sparsity)``, as in the Wanda reference. Others are rounded
+    so that the sparsity over all weights is met, see ``fit_counts``.
+
+    Args:
+        final: for masks on the way to this sparsity: it is what the distribution divides, see ``scale``.
+    """
+    check_pattern(distribution, pattern)
+    if isinstance(distribution, Uniform):
+        return distribution.sparsities(shapes, sparsity, outliers)
+    if final is not None and sparsity is not None:
+        return scale(shapes, distribution.sparsities(shapes, final, outliers), pattern, sparsity, final)
+    found = distribution.sparsities(shapes, sparsity, outliers)
+    return fit_counts(shapes, found, pattern, mean_sparsity(shapes, found) if sparsity is None else sparsity)
+
+
+def scale(
+    shapes: Shapes,
+    sparsities: Mapping[str, float],
+    pattern: Pattern,
+    sparsity: float,
+    final: float,
+    least: Mapping[str, float] = MappingProxyType({}),
+) -> dict[str, float]:
+    """Layers' sparsities when the model is at ``sparsity``, in proportion to those at ``final``; then ``fit_counts``.
+
+    A distribution that is asked for each sparsity on the way might not be able to divide it: the range of OWL is
+    fixed, so its densest block would need a sparsity below zero.
+    """
+    if sparsity > final:
+        raise ValueError(f"The final sparsity, {final:g}, is what is divided: {sparsity:g} must not be above it.")
+    if not final:
+        return dict.fromkeys(sparsities, 0.0)
+    scaled = sparsities if sparsity == final else {name: value * sparsity / final for name, value in sparsities.items()}
+    return fit_counts(shapes, scaled, pattern, sparsity, least)
+
+
+def check_pattern(distribution: SparsityDistribution, pattern: Pattern) -> None:
+    """Raise ValueError if the pattern leaves a distribution nothing to divide."""
+    if isinstance(distribution, Uniform) or not (pattern.model_wide or isinstance(pattern, NM)):
+        return
+    if isinstance(pattern, NM):
+        reason = f"{pattern.n}:{pattern.m} has one sparsity, {pattern.sparsity:g}, in every layer"
+    else:
+        reason = f"{pattern} compares over the whole model, so it already divides the sparsity"
+    raise ValueError(
+        f"{reason}: {type(distribution).__name__} cannot change that. Use Unstructured() or "
+        'Unstructured(group="layer"), or the distribution Uniform().'
+    )
+
+
+def fit_counts(
+    shapes: Shapes,
+    sparsities: Mapping[str, float],
+    pattern: Pattern,
+    sparsity: float,
+    least: Mapping[str, float] = MappingProxyType({}),
+) -> dict[str, float]:
+    """Round sparsities to whole counts so that the zeros of all layers are as near to ``sparsity`` as counts allow.
+
+    Rounding down in every group, as patterns do, would miss the model-wide sparsity by up to one weight per row. So
+    each layer prunes, in all its rows, either the count below its sparsity or the one above; layers that lose most by
+    rounding down are rounded up first. A layer whose sparsity is a whole count keeps it, as does one at 0.
+
+    Args:
+        least: sparsities that layers must not fall below. Layers that an earlier rounding has left with more than their
+            share then keep it, and if that is too much for the model, others wait for theirs: they stay between
+            ``least`` and the count below their sparsity.
+
+    Returns:
+        ``(count + 0.5) / members``, for which ``int(members * that)`` is always the count. A user-defined pattern
+        rounds by its own rules, and gets the sparsities unchanged.
+    """
+    if not isinstance(pattern, Unstructured) or pattern.model_wide:
+        return dict(sparsities)
+    members: dict[str, int] = {}  # weights per group
+    steps: dict[str, int] = {}  # weights of the layer that are pruned by one more in each group
+    counts: dict[str, int] = {}
+    remainders: dict[str, float] = {}  # for layers that can be rounded up
+    lowest: dict[str, int] = {}
+    surplus = 0.0  # weights that layers have pruned beyond their share and must not give back
+    for name, shape in shapes.items():
+        members[name], steps[name] = (shape.columns, shape.rows) if pattern.group == "row" else (shape.size, 1)
+        exact = members[name] * sparsities[name]
+        counts[name] = min(int(exact + _ROUNDING), members[name] - 1)
+        lowest[name] = int(members[name] * least.get(name, 0.0) + _ROUNDING)
+        if lowest[name] > counts[name]:
+            counts[name] = lowest[name]
+            surplus += max(0.0, lowest[name] - exact) * steps[name]
+        elif exact - counts[name] > _ROUNDING and counts[name] + 1 < members[name]:
+            remainders[name] = exact - counts[name]
+    missing = sparsity * sum(shape.size for shape in shapes.values())
+    missing -= sum(counts[name] * steps[name] for name in shapes)
+
+    while min(surplus, -missing) > max(steps.values()) / 2:
+        rising = [name for name in shapes if counts[name] > lowest[name]]
+        if not rising:
+            break
+        name = min(rising, key=lambda name: abs(missing + steps[name]))
+        counts[name] -= 1
+        missing += steps[name]
+        surplus -= steps[name]
+
+    raised: set[str] = set()
+    order = sorted(remainders, key=lambda name: -remainders[name])
+    for name in order:
+        if abs(missing - steps[name]) < abs(missing):
+            raised.add(name)
+            missing -= steps[name]
+    while order:  # until changing no single layer comes nearer
+        change, name = min(
+            ((-steps[n] if n in raised else steps[n], n) for n in order), key=lambda c: abs(missing - c[0])
+        )
+        if abs(missing - change) >= abs(missing):
+            break
+        raised ^= {name}
+        missing -= change
+    counts |= {name: counts[name] + 1 for name in raised}
+    return {name: (count + 0.5) / members[name] if count else 0.0 for name, count in counts.items()}
+
+
+# --- over a run ------------------------------------------------------------------------------------------------------
+
+_NEAR = 5e-3  # by how much the zeros of a model that was pruned before may miss a sparsity
+
+
+class LayerSparsities:
+    """The sparsity of each layer, at every sparsity of the model.
+
+    The distribution divides the final sparsity, once; on the way to it, layers have theirs in proportion. If it needs
+    outliers, they are given, or measured when the first masks are made (``divide_by``). A model that has masks already
+    keeps the division that they have (``read``), and a resumed run that of its checkpoint.
+
+    Args:
+        distribution: how sparsity is divided.
+        shapes: of the targeted layers.
+        pattern: selects within a layer.
+        final: sparsity of the model at the end.
+        outliers: ``outlier_share`` of each block of the dense model, if known.
+
+    Raises:
+        ValueError: what the distribution refuses.
+    """
+
+    def __init__(
+        self,
+        distribution: SparsityDistribution,
+        shapes: Shapes,
+        pattern: Pattern,
+        final: float,
+        outliers: Outliers | None = None,
+    ) -> None:
+        self._distribution, self._shapes, self._pattern, self._final = distribution, shapes, pattern, final
+        self.final_shares: dict[str, float] | None = None
+        """The sparsity of each layer at the end; None if all are equal, or not known before the first masks."""
+        self._uniform = isinstance(distribution, Uniform)
+        if self._uniform:
+            return
+        if outliers is not None or not distribution.needs_outliers:
+            self.divide_by(outliers or {})
+        elif all(shape.block is None for shape in shapes.values()):
+            self.divide_by({})  # which the distribution refuses, and says so
+
+    @property
+    def known(self) -> bool:
+        """False if the division has to wait for outliers, or for masks."""
+        return self._uniform or self.final_shares is not None
+
+    def divide_by(self, outliers: Outliers) -> None:
+        """Divide by these outliers of dense layers."""
+        self.final_shares = self._distribution.sparsities(self._shapes, self._final, outliers)
+
+    def at(self, sparsity: float, least: Mapping[str, float] = MappingProxyType({})) -> float | dict[str, float]:
+        """The sparsity of each layer, at least ``least``, when that of the model is this; one number if all equal."""
+        if self._uniform or not sparsity:
+            return sparsity
+        assert self.final_shares is not None, "the division is not known yet"
+        return scale(self._shapes, self.final_shares, self._pattern, sparsity, self._final, least)
+
+    def after(self, shares: Callable[[], Mapping[str, float]], sparsity: float) -> float | dict[str, float]:
+        """The same for an update of masks at these sparsities: no layer gets denser while the model does not."""
+        if self._uniform or not sparsity:
+            return sparsity
+        masks = shares()
+        size = sum(shape.size for shape in self._shapes.values())
+        rounding = max(shape.rows for shape in self._shapes.values()) / size  # one weight more in each row
+        return self.at(sparsity, masks if mean_sparsity(self._shapes, masks) <= sparsity + rounding else {})
+
+    def read(self, masks: Mapping[str, float], sparsity: float) -> None:
+        """If the division is not known, take that of masks at these sparsities, of a model at this one.
+
+        Raises:
+            ValueError: the masks are at another sparsity, or the division cannot be kept up to the final one.
+        """
+        if self.known or not sparsity:
+            return
+        now = dict(masks)
+        mean = mean_sparsity(self._shapes, now)
+        rounding = 1 / min(shape.columns for shape in self._shapes.values())  # rows prune whole counts
+        if abs(mean - sparsity) > max(_NEAR, rounding):
+            raise ValueError(
+                f"The masks of the model are at a sparsity of {mean:.4g}, and this run starts at {sparsity:g}. Squash "
+                "the model first to begin with new masks."
+            )
+        if self._final != sparsity:
+            now = {name: share * self._final / sparsity for name, share in now.items()}
+        highest = max(now, key=lambda name: now[name])
+        if now[highest] >= 1:
+            raise ValueError(
+                f"The masks of the model, at a sparsity of {sparsity:g}, are divided so that {highest} would need one "
+                f"of {now[highest]:.4g} at {self._final:g}, and it must be below 1. Give MaskUpdater the outliers "
+                "(OneshotReport.outliers), or start at the final sparsity."
+            )
+        self.final_shares = now
+
+    def in_words(self) -> str:
+        """How layers differ; nothing if they do not."""
+        if self._uniform:
+            return ""
+        if self.final_shares is None:
+            return f"divided by {describe(self._distribution)} with the first masks"
+        return f"{min(self.final_shares.values()):.3f} to {max(self.final_shares.values()):.3f} by layer"
+
+    def state_dict(self) -> dict[str, float] | None:
+        """What does not follow from the settings."""
+        return self.final_shares if self._distribution.needs_outliers else None
+
+    def load_state_dict(self, state: Mapping[str, float] | None) -> None:
+        """Continue from ``state_dict``."""
+        if state is not None:
+            self.final_shares = dict(state)

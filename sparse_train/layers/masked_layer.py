@@ -1,0 +1,280 @@
+"""The masked layer: it keeps its dense parameter and computes with ``where(mask, weight, 0)``.
+
+Shape suffixes: O out_features, I in_features, J packed mask bytes = ceil(I / 8).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from sparse_train.blocks import CONV1D, class_path
+from sparse_train.distributed.engines import layout_of
+from sparse_train.distributed.layout import Elementwise, Layout
+from sparse_train.layers import masks
+from sparse_train.layers.functional import masked_linear
+from sparse_train.layers.masks import MASK_NAME
+from sparse_train.layers.state_dicts import teach_save_pretrained
+from sparse_train.statistics import LastSums, Statistics, fits
+
+FALCON_LINEAR = "transformers.models.falcon.modeling_falcon.FalconLinear"
+"""A subclass of ``nn.Linear`` that computes what ``nn.Linear`` does."""
+
+
+@dataclass
+class Recorder:
+    """State that all masked layers of a model share while activations are recorded."""
+
+    when: Literal["never", "training", "always"] = "never"
+    """"training" skips evaluation: forwards in eval mode with autograd off. Calibration uses "always"."""
+    token_mask: Tensor | None = None
+    """Which tokens of the current batch count (B, L); None = all."""
+    last: LastSums = field(default_factory=LastSums)
+    """Reused by layers that read the same tensor."""
+    mask_misfit: str | None = None
+    """Shape of the first input that the token mask did not fit, for a single warning."""
+    warned: bool = False
+    is_paused: bool = False
+
+    def wants(self, training: bool) -> bool:
+        if self.is_paused:
+            return False
+        return self.when == "always" or (self.when == "training" and (training or torch.is_grad_enabled()))
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside this context, nothing is recorded."""
+        before, self.is_paused = self.is_paused, True
+        try:
+            yield
+        finally:
+            self.is_paused = before
+
+
+class MaskedMatrix:
+    """A weight matrix with a packed mask and statistics of its input; subclasses say where the weights are.
+
+    Attributes:
+        weight_mask: packed mask, uint8 (O, ceil(I / 8)), see ``sparse_train.layers.masks``.
+        statistics: of the input; None if nothing needs them.
+        reached: whether a forward has used the matrix since the last mask update.
+        in_features, out_features: I and O.
+        adapted: whether a low-rank adapter is part of the weight, see ``sparse_train.layers.mask_lora``.
+    """
+
+    adapted: bool = False
+    weight_mask: Tensor
+    statistics: Statistics | None
+    recorder: Recorder | None = None
+    reached: bool
+    in_features: int
+    out_features: int
+
+    @property
+    def weight_OI(self) -> Tensor:
+        """Kept and shadow values (O, I): the parameter, or a view of it that can be written to."""
+        raise AssertionError(f"{type(self).__name__} does not say where its weights are")
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return self.in_features * self.out_features
+
+    def unmasked_weight(self) -> Tensor:
+        """What is masked and scored (O, I): ``weight_OI``, or its sum with an adapter; read only."""
+        return self.weight_OI.detach()
+
+    def masked_weight(self) -> Tensor:
+        """``where(mask, weight, 0)``, a new tensor (O, I)."""
+        return masks.apply(self.unmasked_weight(), self.weight_mask)
+
+    @contextmanager
+    def read(self, by_rows: bool = False) -> Iterator[tuple[Tensor, slice]]:
+        """``unmasked_weight``, and which of its rows these are: all, or, if ``by_rows``, those of this process."""
+        yield self.unmasked_weight(), slice(0, self.out_features)
+
+    def write_zeros(self) -> None:
+        """Make pruned weights exact zeros."""
+        self.weight_OI.copy_(self.masked_weight())
+
+    def unpacked_mask(self) -> Tensor:
+        """The bool mask (O, I), True = kept."""
+        return masks.unpack(self.weight_mask, self.in_features)
+
+    def keeps_all(self) -> bool:
+        """Whether the mask prunes nothing."""
+        return masks.count(self.weight_mask) == self.size
+
+    def keep_all(self) -> None:
+        """Make the mask prune nothing, in place."""
+        masks.fill_full(self.weight_mask, self.in_features)
+
+    def set_mask(self, mask_OI: Tensor) -> None:
+        """Replace the mask in place."""
+        self.weight_mask.copy_(masks.pack(mask_OI))
+
+
+class MaskedLayer(MaskedMatrix):
+    """The forward of masked layers, a mixin for their original layer class.
+
+    Attributes:
+        straight_through: whether pruned weights get the gradient of their masked self, or none.
+        frozen: whether it belongs to a module that is frozen beside others in training; a forward of it under
+            ``no_grad``, such as a teacher's, is then not recorded.
+        recorder: the model's common switch and token mask.
+        reached_eager, reached_compiled: the two parts of ``reached``. A compiled forward sets a tensor, uint8 (),
+            because setting an attribute under activation checkpointing breaks the graph of the whole block.
+        had_adapter: whether an adapter of peft has been seen around the layer, see ``layers.adapters``.
+    """
+
+    is_transposed = False
+    """Whether the parameter is stored (I, O)."""
+    had_adapter = False
+    frozen = False
+    weight: Tensor
+    bias: Any
+    straight_through: bool
+    reached_eager: bool
+    reached_compiled: Tensor
+    training: bool
+
+    # --- the parameter, under any engine -----------------------------------------------------------------------------
+
+    @property
+    def layout(self) -> Layout:
+        """What this process holds of the parameter."""
+        return layout_of(self.weight)
+
+    @property
+    def weight_OI(self) -> Tensor:
+        return self.stored(self.weight)
+
+    def stored(self, matrix: Tensor) -> Tensor:
+        """A matrix (O, I) in the orientation of the parameter, or the other way round."""
+        return matrix.t() if self.is_transposed else matrix
+
+    @contextmanager
+    def read(self, by_rows: bool = False) -> Iterator[tuple[Tensor, slice]]:
+        """As ``MaskedMatrix.read``; one layer at a time, since sharded weights are gathered on entry unless by rows."""
+        layout, device = self.layout, self.weight_mask.device
+        own = layout.own_rows() if by_rows and not self.is_transposed else None
+        if own is not None:
+            yield own[0].to(device), own[1]  # shards may be in main memory (CPUOffloadPolicy)
+        elif layout.is_sharded:
+            with layout.gathered() as whole:
+                yield self.stored(whole.detach()).to(device), slice(0, self.out_features)
+        else:
+            yield self.unmasked_weight(), slice(0, self.out_features)
+
+    def rewrite(self, function: Elementwise) -> None:
+        """Replace the weights by ``function(weights, mask)``, elementwise, with the engine's masters."""
+        self.layout.rewrite(function, self.stored(self.unpacked_mask()))
+
+    def write_zeros(self) -> None:
+        if self.layout.is_sharded or self.layout.has_masters:
+            self.rewrite(lambda weight, keep: torch.where(keep, weight, 0))
+        else:
+            super().write_zeros()  # the same result, without a bool per weight
+
+    def merge(self) -> None:
+        """Fold an adapter inside the mask into the weight; does nothing if there is none."""
+
+    # --- masking -----------------------------------------------------------------------------------------------------
+
+    def start_masking(self) -> None:
+        """Get a mask that keeps everything, and whatever else a masked layer has; the class has just been changed."""
+        assert isinstance(self, nn.Module)
+        self.register_buffer(MASK_NAME, masks.full(self.out_features, self.in_features, self.weight_OI.device))
+        self.straight_through, self.statistics, self.recorder = True, None, None
+        self.reached = False
+
+    def stop_masking(self) -> None:
+        """Lose all that ``start_masking`` has given; the class is about to be changed back."""
+        for name in (MASK_NAME, "straight_through", "statistics", "recorder", "reached_eager", "reached_compiled"):
+            delattr(self, name)
+        for name in ("had_adapter", "frozen"):
+            self.__dict__.pop(name, None)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[misc]
+        teach_save_pretrained()  # as sparsify does: a pickled model may be loaded by a process that has not called it
+
+    # --- forward -----------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            self.reached_compiled.fill_(1)
+        else:
+            self.reached_eager = True
+        recorder = self.recorder
+        if recorder is not None and self.statistics is not None and recorder.wants(self.training and not self.frozen):
+            self._record(x, recorder, self.statistics)
+        return self.product(x)
+
+    def product(self, x: Tensor) -> Tensor:
+        """The layer's output (..., O), without recording."""
+        return masked_linear(x, self.weight_OI, self.weight_mask, self.bias, straight_through=self.straight_through)
+
+    def _record(self, x: Tensor, recorder: Recorder, statistics: Statistics) -> None:
+        mask = recorder.token_mask
+        if mask is not None and mask.device != x.device:
+            mask = recorder.token_mask = mask.to(x.device)
+        if mask is not None and recorder.mask_misfit is None and not fits(mask, x):
+            recorder.mask_misfit = f"{tuple(x.shape)}"
+        statistics.add(x, mask, recorder.last)
+
+    @property
+    def reached(self) -> bool:
+        return self.reached_eager or bool(self.reached_compiled)
+
+    @reached.setter
+    def reached(self, reached: bool) -> None:
+        self.reached_eager = reached
+        with torch.inference_mode(False):  # an evaluation may set it, and training writes to it afterwards
+            self.reached_compiled = torch.zeros((), dtype=torch.uint8, device=self.weight_mask.device)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        applied = super()._apply(fn, recurse)  # type: ignore[misc]  # for .to() and the like; this has moved the mask
+        if self.reached_compiled.device != self.weight_mask.device:
+            # a tensor created on the meta device has no value to move
+            self.reached = not self.reached_compiled.is_meta and self.reached
+        if self.statistics is not None and self.statistics.tokens.device != self.weight_mask.device:
+            self.statistics.move(self.weight_mask.device)
+        return applied
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, {MASK_NAME}"
+
+
+class SparseLinear(MaskedLayer, nn.Linear):
+    """A linear layer whose forward uses only kept weights.
+
+    ``sparsify`` makes it from an ``nn.Linear`` in place. The parameter objects and their names stay, so optimizers,
+    sharding engines and checkpoints are not affected. ``weight`` (O, I) holds kept and shadow values together;
+    ``weight_mask`` (O, ceil(I / 8)) uint8 is the packed mask, see ``sparse_train.layers.masks``.
+    """
+
+    def reset_parameters(self) -> None:
+        # Also called after ``to_empty`` of a layer created on the meta device, when the buffer's bytes are garbage.
+        super().reset_parameters()
+        if MASK_NAME in self._buffers:
+            self.keep_all()
+
+
+def sparse_layers(model: nn.Module) -> dict[str, MaskedLayer]:
+    """The masked layers of a model by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, MaskedLayer)}
+
+
+def is_plain_linear(cls: type) -> bool:
+    """Whether a class computes what ``nn.Linear`` does, so that it has a masked form, or is one."""
+    if cls is nn.Linear or issubclass(cls, MaskedLayer) or class_path(cls) in (CONV1D, FALCON_LINEAR):
+        return True
+    # fully_shard generates a class: FSDPLinear(FSDPModule, Linear)
+    first, *others = cls.__bases__
+    return (
+        first.__name__ == "FSDPModule" and first.__module__.startswith("torch.distributed.") and others == [nn.Linear]
+    )

@@ -1,0 +1,269 @@
+"""Calibration: run batches through a model, block by block, so that each block sees the outputs of pruned blocks.
+
+This does not depend on the architecture; blocks must run one after the other, once each, which is checked. To run block
+i alone, the whole model is called, with blocks 0 to i - 1 answering with the cached output of block i - 1. The model's
+own code then passes block i its other inputs (masks, position embeddings), and the call is cut off after block i.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from sparse_train.blocks import ONE_OF_TWO_TEXTS, reads_two_texts, vocabulary_of
+from sparse_train.layers.masked_layer import MaskedMatrix, Recorder
+from sparse_train.oneshot.experts import ExpertMatrix, ExpertRecorder
+from sparse_train.oneshot.forwards import Batch, Stop, answering, call, inference, one_sample
+from sparse_train.pruning.recording import attach, warn_of_padding
+from sparse_train.statistics import LastSums, Statistics
+
+_log = logging.getLogger(__name__)
+
+WAY_OUT = (
+    'Use Unstructured(group="model"), which calibrates the whole model in one pass; in training, '
+    "first_mask=FirstWindow() makes the first mask from the first steps."
+)
+_MISSING = (LookupError, AttributeError, TypeError)
+"""What code raises that looks for something an earlier block has left, and finds nothing."""
+
+
+class CalibrationPass:
+    """Runs calibration batches through a model or through one block of it at a time, recording activations.
+
+    Args:
+        model: in any mode, which is restored after each pass.
+        blocks: of the model, in their order.
+        batches: token tensors or dicts; ``labels`` are dropped, an ``attention_mask`` (B, L) marks padding.
+        device: where the model computes.
+        keep: the device or folder where the outputs of a block are kept for the next one.
+
+    Raises:
+        ValueError: there is no batch, or one that the model could not use.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[nn.Module],
+        batches: Iterable[Batch],
+        device: torch.device,
+        keep: torch.device | Path,
+    ) -> None:
+        self._model, self._blocks, self._device, self._keep = model, blocks, device, keep
+        self._batches = [_checked(batch, model, device) for batch in batches]
+        if not self._batches:
+            raise ValueError("There is no calibration data: the iterable of batches is empty.")
+        self._recorder = Recorder()
+        self._kept: list[Any] = [None] * len(self._batches)
+        self._checked: set[int] = set()
+        self.seconds = 0.0
+        """Time spent in forward passes."""
+
+    def record(
+        self, layers: Mapping[str, MaskedMatrix], statistics: type[Statistics], block: int | None, *, keep: bool = False
+    ) -> None:
+        """Give layers fresh statistics, and record one forward per batch.
+
+        Args:
+            layers: masked layers and experts by name.
+            statistics: what to record.
+            block: run this block alone, on the kept outputs of the block before it; None = the whole model.
+            keep: keep the outputs for the next block.
+
+        Raises:
+            ValueError: the blocks of the model cannot run one by one.
+        """
+        self._check(block)
+        recorder, experts = self._recorder, [layer for layer in layers.values() if isinstance(layer, ExpertMatrix)]
+        attach(layers.values(), recorder, statistics)
+        paddings = [batch.get("attention_mask") if isinstance(batch, Mapping) else None for batch in self._batches]
+        given = [mask for mask in paddings if mask is not None]
+        if given and reads_two_texts(self._model, layers.values()):
+            recorder.mask_misfit, paddings = ONE_OF_TWO_TEXTS, [None] * len(self._batches)
+        elif experts and not all(bool(mask.all()) for mask in given):
+            recorder.mask_misfit = "(tokens that are routed to experts, I)"
+        recorder.when = "always"
+        try:
+            with ExpertRecorder(experts) if experts else nullcontext():
+                self._forwards(block, keep, paddings)
+        finally:
+            recorder.when, recorder.token_mask, recorder.last = "never", None, LastSums()
+        warn_of_padding(recorder)
+
+    def pass_on(self, block: int) -> None:
+        """Run one block, and keep its outputs for the next."""
+        self._check(block)
+        self._forwards(block, True, [None] * len(self._batches))
+
+    def _forwards(self, block: int | None, keep: bool, paddings: Sequence[Tensor | None]) -> None:
+        with inference(self._model):
+            for index, batch in enumerate(self._batches):
+                began = time.perf_counter()
+                self._recorder.token_mask = paddings[index]
+                output = call(self._model, batch) if block is None else self._at_block(block, index, _run)
+                if self._device.type == "cuda":
+                    torch.cuda.synchronize(self._device)  # otherwise the time is counted where the result is needed
+                self.seconds += time.perf_counter() - began
+                if keep:
+                    self._store(index, output)
+
+    def _at_block(
+        self, block: int, index: int, act: Callable[..., Any], change: Callable[[Tensor], Tensor] = Tensor.clone
+    ) -> Any:
+        """Call the model, with the kept output of the block before in place of all blocks before.
+
+        Args:
+            block: where the call ends.
+            index: of the batch.
+            act: is called with the block's own forward and its arguments, and gives the result.
+            change: of the outputs of blocks before the last one, which should change nothing.
+        """
+        called: list[int] = []
+        kept = self._stored(index) if block else None
+        others = tree_map_only(Tensor, change, kept)
+
+        def answer(number: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            called.append(number)
+            assert called == list(range(number + 1)), called  # as in the sample that was checked
+            if number == block:
+                raise Stop(act(forward, *args, **kwargs))
+            # a copy, since the block and what runs before it may write into their input
+            return tree_map_only(Tensor, Tensor.clone, kept) if number == block - 1 else others
+
+        try:
+            with answering(self._blocks[: block + 1], answer):
+                call(self._model, self._batches[index])
+        except Stop as stop:
+            return stop.value
+        except _MISSING as error:
+            raise (self._needs_more(block, f"{type(error).__name__}: {error}") if block else error) from error
+        raise ValueError(
+            f"Block {block} of {type(self._model).__name__} was not reached by a forward of the calibration data, so "
+            "its layers cannot be calibrated. Are these the blocks that the model runs?"
+        )
+
+    # --- whether blocks can be calibrated one by one -----------------------------------------------------------------
+
+    def _check(self, block: int | None) -> None:
+        """Before a block runs for the first time: raise ValueError if blocks do not run one after the other."""
+        if block is None or block in self._checked:
+            return
+        with inference(self._model):
+            if not self._checked:
+                self._check_order()
+            if block > 1:
+                self._check_input(block)
+        self._checked.add(block)
+
+    def _check_order(self) -> None:
+        """Raise ValueError unless each block runs once; the first one runs, and all others answer with its output."""
+        called: list[int] = []
+        outputs: list[Any] = []
+
+        def answer(number: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            called.append(number)
+            if not outputs:
+                outputs.append(forward(*args, **kwargs))
+            return tree_map_only(Tensor, Tensor.clone, outputs[0])
+
+        try:
+            with answering(self._blocks, answer):
+                call(self._model, one_sample(self._batches[0]))
+        except (*_MISSING, RuntimeError) as error:  # if a block itself fails, it will raise when its turn comes
+            # otherwise it failed before the blocks, as it will again; or after them: a head that is not loaded yet
+            if called and called != list(range(len(self._blocks))):
+                _log.warning(
+                    "Whether the blocks of %s run once each could not be told (%s: %s); in a model that loops over "
+                    "them, masks would be wrong.",
+                    type(self._model).__name__,
+                    type(error).__name__,
+                    error,
+                )
+        if called != list(range(len(called))):
+            raise ValueError(
+                f"The blocks of {type(self._model).__name__} do not run one after the other, once each (came "
+                f"{called}), so they cannot be calibrated one by one. {WAY_OUT}"
+            )
+
+    def _check_input(self, block: int) -> None:
+        """Raise ValueError if the input of a block changes with the outputs of blocks before the last one."""
+        one, other = (self._at_block(block, 0, _tensors, change) for change in (Tensor.clone, _reordered))
+        if not all(map(torch.equal, one, other)):
+            raise self._needs_more(block, "its input changes with the outputs of earlier ones")
+
+    def _needs_more(self, block: int, why: str) -> ValueError:
+        return ValueError(
+            f"Block {block} of {type(self._model).__name__} does not run on the output of the block before it alone "
+            f"({why}): it takes more from earlier ones, such as a skip connection or shared keys and values, so blocks "
+            f"cannot be calibrated one by one. {WAY_OUT}"
+        )
+
+    # --- the outputs of one block, replaced one by one by those of the next ------------------------------------------
+
+    def _store(self, index: int, output: Any) -> None:
+        if not isinstance(self._keep, Path):
+            self._kept[index] = _moved(output, self._keep)
+            return
+        try:
+            torch.save(_moved(output, torch.device("cpu")), self._keep / f"{index}.pt")
+        except RuntimeError as error:  # torch raises this for a failed write
+            raise OSError(f"Cannot write activations to {self._keep}: {error}. Is the disk full?") from error
+
+    def _stored(self, index: int) -> Any:
+        if isinstance(self._keep, Path):
+            return torch.load(self._keep / f"{index}.pt", map_location=self._device, weights_only=True)
+        return _moved(self._kept[index], self._device)
+
+
+def _run(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return forward(*args, **kwargs)
+
+
+def _tensors(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Tensor]:
+    """The tensors among the arguments of a forward, without NaN, which no comparison calls equal."""
+    return [each.nan_to_num() for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+
+
+def _reordered(tensor: Tensor) -> Tensor:
+    return tensor.roll(1) if tensor.is_floating_point() else tensor.clone()
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    return tree_map_only(Tensor, lambda tensor: tensor.detach().to(device), value)
+
+
+def _checked(batch: Batch, model: nn.Module, device: torch.device) -> Batch:
+    """A batch as the model is called with it, on the device."""
+    if not isinstance(batch, (Tensor, Mapping)):
+        raise ValueError(
+            f"A calibration batch is a tensor of token ids (B, L) or a dict of model inputs, got a "
+            f"{type(batch).__name__}."
+        )
+    config = getattr(model, "config", None)
+    if isinstance(batch, Mapping):
+        needs_labels = getattr(config, "is_encoder_decoder", False)  # which makes inputs of them; no loss is needed
+        named = {key: value for key, value in batch.items() if key != "labels" or needs_labels}
+        batch = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in named.items()}
+    else:
+        batch = batch.to(device)
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else batch
+    if config is not None and isinstance(ids, Tensor) and ids.dim() == 1:
+        raise ValueError(
+            "A calibration batch is a tensor of token ids (B, L) or a dict of model inputs, got ids of shape "
+            f"({len(ids)},): one sample. Put a batch dimension in front (ids[None]), or use a DataLoader."
+        )
+    known = vocabulary_of(model)
+    if known is None or not isinstance(ids, Tensor) or ids.is_floating_point() or not ids.numel():
+        return batch
+    if not 0 <= int(ids.min()) <= int(ids.max()) < known:
+        raise ValueError(
+            f"Calibration ids go from {int(ids.min())} to {int(ids.max())}, and {type(model).__name__} has embeddings "
+            f"for 0 to {known - 1}. Are they from the tokenizer of another model?"
+        )
+    return batch

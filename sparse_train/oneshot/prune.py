@@ -1,0 +1,175 @@
+"""``prune``, for a model in memory, and ``prune_checkpoint``, for one that need not fit in memory."""
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+
+from sparse_train.arguments import describe
+from sparse_train.distributed.collectives import rank
+from sparse_train.distributions import SparsityDistribution
+from sparse_train.layers.masked_layer import MaskedLayer
+from sparse_train.layers.sparsify import sparsify, unmask
+from sparse_train.layers.targets import select
+from sparse_train.oneshot.experts import expert_matrices
+from sparse_train.oneshot.first_mask import causal_lm
+from sparse_train.oneshot.forwards import Batch
+from sparse_train.oneshot.walk import MemoryShelf, Method, OneshotReport, Plan, walk
+from sparse_train.patterns import Pattern
+from sparse_train.solvers import Solver
+
+_log = logging.getLogger(__name__)
+
+
+def prune(
+    model: nn.Module,
+    batches: Iterable[Batch] | None = None,
+    mask_structure: str | Pattern = "2:4",
+    sparsity: float | None = None,
+    *,
+    criterion: Method | None = None,
+    distribution: SparsityDistribution | None = None,
+    targets: Sequence[str] | None = None,
+    ignore: Sequence[str] = (),
+    squash: bool = True,
+    progress: bool = False,
+) -> OneshotReport:
+    """Prune a model in one shot, in place.
+
+    Decoder blocks are calibrated one after the other, each on the outputs of the blocks before it, which are already
+    pruned (arXiv 2306.11695, section 3; SparseGPT does the same). Other models, and ``Unstructured(group="model")``,
+    are calibrated in one pass with dense activations. With a ``Solver`` or fused experts, weights change during the
+    walk; the original values are kept in main memory until the end, so that a failure leaves the model unchanged
+    (``prune_checkpoint`` needs no such copy).
+
+    Args:
+        model: any ``nn.Module`` with linear layers; on any device, of any float dtype. For a LightningModule without
+            its own forward, the transformers model in it is called.
+        batches: calibration data: token ids (B, L) or dicts of model inputs. Not needed by ``Magnitude``.
+        mask_structure: "unstructured", "N:M" with N **kept** of every M consecutive inputs, or a ``Pattern``. With
+            "unstructured", weights are compared in ``criterion.group``: an output row, or a layer for
+            ``WandaCumulative`` and ``SparseGPT``.
+        sparsity: share of zeros over all targeted weights; implied by N:M.
+        criterion: a ``Criterion``, or a ``Solver`` such as ``SparseGPT()``; default ``Wanda()``.
+        distribution: how the sparsity is divided among layers; default ``Uniform()``.
+        targets, ignore: which layers, see ``sparse_train.layers.targets.select``. Fused experts of Mixture-of-Experts
+            blocks are pruned too.
+        squash: leave plain linear layers with true zeros. False keeps masks and shadow values, for training; fused
+            experts, which cannot be masked in training, then stay dense.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: no calibration data for a method that needs it, non-finite activations, a layer that no token
+            reached, or anything that ``select``, the pattern or the distribution refuse. The model is then unchanged.
+    """
+    plan = Plan.of(mask_structure, sparsity, criterion, distribution)
+    selection = select(model, plan.pattern, targets, ignore, experts=squash)
+    dense = [layer for layer in selection.layers.values() if not isinstance(layer, MaskedLayer)]
+    try:
+        sparsify(model, dense)
+        masked = {name: layer for name, layer in selection.layers.items() if isinstance(layer, MaskedLayer)}
+        adapted = next((name for name, layer in masked.items() if layer.adapted), None)
+        if adapted is not None and isinstance(plan.method, Solver):
+            raise ValueError(
+                f"{adapted} has a mask_lora adapter, and {plan.method} would write its frozen weight. Call "
+                "merge_mask_lora(model) first."
+            )
+        layers = {**masked, **expert_matrices(selection.experts)}
+        shelf = MemoryShelf(_called(model, masked), layers, together=plan.pattern.model_wide)
+        with shelf.restored_on_failure():
+            report = walk(shelf, plan, batches, progress)
+    except BaseException:
+        unmask(model, [layer for layer in dense if isinstance(layer, MaskedLayer)])  # whose masks keep everything
+        raise
+    if rank() == 0:
+        _warn_of_surprises(report, plan.sparsity)
+    if squash:
+        unmask(model)
+    return report
+
+
+def _called(model: nn.Module, layers: Mapping[str, MaskedLayer]) -> nn.Module:
+    """The module that is called with calibration batches."""
+    lightning = next((cls for cls in type(model).__mro__ if cls.__name__ == "LightningModule"), None)
+    if lightning is None or type(model).forward is not vars(lightning).get("forward"):
+        return model
+    return causal_lm(model, layers.values()) or model
+
+
+def _warn_of_surprises(report: OneshotReport, wanted: float | None) -> None:
+    empty = [name for name, layer in report.layers.items() if layer.zeros == layer.size]
+    if empty:
+        _log.warning(
+            "All weights of %s%s are zero, so no information passes there. If they were not zero before, compare "
+            "weights within rows and not in larger groups.",
+            empty[0],
+            f" and of {len(empty) - 1} more layers" if len(empty) > 1 else "",
+        )
+    if wanted is not None and report.sparsity > wanted + 0.01:
+        _log.warning(
+            "The model has a sparsity of %.4f, more than the %g that was asked for: it had zeros before, and they "
+            "stay zeros.",
+            report.sparsity,
+            wanted,
+        )
+
+
+def prune_checkpoint(
+    path: str | Path,
+    out: str | Path,
+    batches: Iterable[Batch] | None = None,
+    mask_structure: str | Pattern = "2:4",
+    sparsity: float | None = None,
+    *,
+    criterion: Method | None = None,
+    distribution: SparsityDistribution | None = None,
+    targets: Sequence[str] | None = None,
+    ignore: Sequence[str] = (),
+    device: str | torch.device = "cpu",
+    activations: Literal["memory", "disk"] = "memory",
+    progress: bool = False,
+) -> OneshotReport:
+    """Prune a checkpoint of a decoder-only transformers model; the result is the same as that of ``prune``.
+
+    Memory holds one decoder block, the embeddings, and the activations between two blocks.
+
+    Args:
+        path: folder with config.json and safetensors; only read.
+        out: folder to write, readable by ``from_pretrained``; must not exist. Until it is complete, finished blocks are
+            in a folder next to it (``.NAME.partial``), and after an interruption the same call continues after them.
+        batches: calibration data, see ``prune``; not needed by ``Magnitude``.
+        mask_structure, sparsity, criterion, distribution, targets, ignore: see ``prune``; targets outside the decoder
+            blocks and groups over the whole model need the whole model.
+        device: where blocks compute, one at a time.
+        activations: where the outputs of a block are kept for the next one, "memory" or "disk".
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: what ``prune`` refuses, an incomplete checkpoint, one that is not stored block by block, an
+            unfinished run with other settings at ``out``, or one in another process.
+        OSError: a file cannot be written. Finished blocks are kept.
+    """
+    from sparse_train.oneshot import disk  # needs safetensors
+
+    path, out = Path(path), Path(out)
+    if activations not in ("memory", "disk"):
+        raise ValueError(f'activations wait in "memory" or on "disk", got {activations!r}.')
+    plan = Plan.of(mask_structure, sparsity, criterion, distribution)
+    if plan.pattern.model_wide:
+        raise ValueError(f"{plan.pattern} compares over the whole model, which is never in memory here. Use prune.")
+    checkpoint = disk.Checkpoint(path)
+    batches = list(batches) if plan.needs_data and batches is not None else None
+    parts = (plan.pattern, plan.sparsity, plan.method, plan.distribution, targets, list(ignore or ()))
+    settings = [*map(describe, parts), checkpoint.fingerprint, disk.fingerprint(batches or [])]
+    with disk.unfinished(out, settings) as work:
+        model = disk.model_without_weights(path, checkpoint)
+        selection = select(model, plan.pattern, targets, ignore, experts=True)
+        shelf = disk.DiskShelf(model, checkpoint, selection, work, torch.device(device), activations == "disk")
+        shelf.load_rest()
+        report = walk(shelf, plan, batches, progress)
+        disk.write_index(work, shelf.shards)
+        disk.copy_companions(path, work)
+    return report

@@ -1,0 +1,351 @@
+"""``walk``: one-shot pruning of a model, one decoder block after the other, from the ``Shelf`` that holds its blocks.
+
+A block is loaded, calibrated on the outputs of the block before it, pruned, run again for the next one, and freed.
+"""
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparse_train.arguments import require_type
+from sparse_train.blocks import blocks_of, shape_OI
+from sparse_train.criteria import Criterion, Wanda
+from sparse_train.distributions import LayerShape, Outliers, SparsityDistribution, Uniform, check_pattern, divide
+from sparse_train.layers import masks
+from sparse_train.layers.masked_layer import MaskedMatrix
+from sparse_train.oneshot.calibration import WAY_OUT, CalibrationPass
+from sparse_train.oneshot.experts import ExpertMatrix, fall_back
+from sparse_train.oneshot.forwards import Batch
+from sparse_train.patterns import Pattern, parse_pattern, parse_word
+from sparse_train.pruning.recording import check_nothing_dropped, check_statistics, reduce_statistics
+from sparse_train.pruning.update import LayerUpdate, Rules, replace_mask, share_of_outliers, sparsity_of, update_masks
+from sparse_train.solvers import Solver
+from sparse_train.statistics import ActivationGram, ActivationNorm, Statistics, in_float32
+
+Method = Criterion | Solver
+"""How to prune: by scores that select weights, or by a solver that also moves the weights it keeps."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a model is pruned in one shot.
+
+    Attributes:
+        method: how weights are chosen, and whether they move.
+        pattern: where zeros may be.
+        sparsity: over all targets; None if ``distribution`` gives all of them.
+        distribution: how the sparsity is divided among layers.
+        final: the sparsity that ``distribution`` divides, if ``sparsity`` is on the way to it.
+    """
+
+    method: Method
+    pattern: Pattern
+    sparsity: float | None
+    distribution: SparsityDistribution = field(default_factory=Uniform)
+    final: float | None = None
+
+    @classmethod
+    def of(
+        cls,
+        mask_structure: str | Pattern,
+        sparsity: float | None,
+        criterion: Method | None,
+        distribution: SparsityDistribution | None,
+    ) -> "Plan":
+        """The plan of what users write; Wanda and Uniform by default. Raises ValueError for what cannot be combined."""
+        method = (
+            criterion if isinstance(criterion, Solver) else require_type("criterion", criterion, Wanda(), Criterion)
+        )
+        distribution = require_type("distribution", distribution, Uniform(), SparsityDistribution)
+        if sparsity is None and not isinstance(distribution, Uniform):
+            pattern = parse_word(mask_structure, method.group)
+        else:
+            pattern, sparsity = parse_pattern(mask_structure, sparsity, method.group)
+        check_pattern(distribution, pattern)
+        if isinstance(method, Solver):
+            method.check_pattern(pattern)
+        return cls(method, pattern, sparsity, distribution)
+
+    @property
+    def statistics(self) -> type[Statistics] | None:
+        """The statistics of inputs that the method needs; None = none."""
+        if isinstance(self.method, Solver):
+            return ActivationGram
+        return ActivationNorm if self.method.needs_activations else None
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether it calibrates."""
+        return self.statistics is not None or self.distribution.needs_outliers
+
+
+@dataclass(frozen=True)
+class OneshotReport:
+    """What one-shot pruning did."""
+
+    layers: Mapping[str, LayerUpdate] = field(repr=False)
+    forward_seconds: float
+    """Time in forward passes of calibration data."""
+    pruning_seconds: float
+    """Time for the rest: scores, selection, masks, and, for a checkpoint, its files."""
+    outliers: Outliers = field(default_factory=dict)
+    """``outlier_share`` of each decoder block, by its index, if the distribution needs them."""
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros among the targeted weights, counted on the weights."""
+        return sparsity_of(self.layers)
+
+
+# --- shelves ---------------------------------------------------------------------------------------------------------
+
+
+class Shelf(ABC):
+    """Holds the decoder blocks of a model, in memory or on disk, and what is known of those that are done.
+
+    Args:
+        model: is called with calibration batches.
+        targets: what is to be pruned, by name: linear layers, masked or not, and experts.
+        device: where the model computes.
+        together: calibrate all targets in one pass of the model, as if it had no blocks.
+
+    Attributes:
+        blocks: of the model, in their order.
+        shapes: size of each target, and the block that it is in.
+        keep: the device or folder where the outputs of a block are kept for the next one.
+        updates: of the targets that are done.
+        outliers: of each block, once they are measured.
+
+    Raises:
+        ValueError: a target is part of two blocks.
+    """
+
+    def __init__(
+        self, model: Any, targets: Mapping[str, nn.Module | ExpertMatrix], device: torch.device, together: bool = False
+    ) -> None:
+        self.model, self.device = model, device
+        self.keep: torch.device | Path = device
+        self.shapes: dict[str, LayerShape] = {}
+        self.updates: dict[str, LayerUpdate] = {}
+        self.outliers: dict[int, float] = {}
+        parts = {n: each.experts.parameter if isinstance(each, ExpertMatrix) else each for n, each in targets.items()}
+        self.blocks = [] if together else blocks_of(model, parts.values())
+        places: dict[int, list[int]] = {}
+        for index, block in enumerate(self.blocks):
+            for part in (*block.modules(), *block.parameters()):
+                places.setdefault(id(part), []).append(index)
+        for name, each in targets.items():
+            found = places.get(id(parts[name]), [])
+            if len(found) > 1:
+                raise ValueError(
+                    f"{name} is part of blocks {found[0]} and {found[1]}, which are calibrated one after the "
+                    f"other: each would prune it for itself. Leave it out with ignore=[{name!r}]. {WAY_OUT}"
+                )
+            size_OI = each.experts.shape_OI if isinstance(each, ExpertMatrix) else shape_OI(each)
+            self.shapes[name] = LayerShape(found[0] if found else None, *size_OI)
+
+    @property
+    def last(self) -> int:
+        """The last block with a target; -1 if there is none."""
+        return max((shape.block for shape in self.shapes.values() if shape.block is not None), default=-1)
+
+    def names(self, block: int | None) -> list[str]:
+        """The targets in a block; None: those outside the blocks."""
+        return [name for name, shape in self.shapes.items() if shape.block == block]
+
+    @abstractmethod
+    def load(self, block: int | None) -> dict[str, MaskedMatrix]:
+        """Bring a block to memory, and give its targets masks that keep everything; returns those, by name."""
+
+    def free(self, block: int) -> None:
+        """Release the memory of a block."""
+
+    def is_done(self, block: int) -> bool:
+        """Whether an earlier run has pruned the block; ``load`` then brings it pruned, without masks."""
+        return False
+
+    def save(self, layer: MaskedMatrix) -> None:
+        """Called before the weights of a layer change."""
+
+    def finish(self, block: int | None, updates: Mapping[str, LayerUpdate]) -> None:
+        """Called when the targets of a block are pruned."""
+        self.updates |= updates
+
+
+class MemoryShelf(Shelf):
+    """A model in memory.
+
+    Args:
+        model, together: see ``Shelf``.
+        layers: masked layers, and experts.
+    """
+
+    def __init__(self, model: nn.Module, layers: Mapping[str, Any], together: bool = False) -> None:
+        super().__init__(model, layers, next(model.parameters()).device, together)
+        self._layers: Mapping[str, MaskedMatrix] = layers
+        self._weights: list[tuple[MaskedMatrix, Tensor]] = []
+
+    @contextmanager
+    def restored_on_failure(self) -> Iterator[None]:
+        """Begin with masks that keep everything; if anything inside fails, weights and masks are as before."""
+        before = [(layer, layer.weight_mask.clone()) for layer in self._layers.values()]
+        for layer in self._layers.values():
+            layer.keep_all()
+            layer.statistics, layer.reached = None, False
+        try:
+            yield
+        except BaseException:
+            with torch.no_grad():
+                for layer, weight_OI in self._weights:
+                    layer.weight_OI.copy_(weight_OI)
+            for layer, mask_OJ in before:
+                layer.weight_mask.copy_(mask_OJ)
+            raise
+        finally:
+            _release(self._layers)
+
+    def load(self, block: int | None) -> dict[str, MaskedMatrix]:
+        return {name: self._layers[name] for name in self.names(block)}
+
+    def save(self, layer: MaskedMatrix) -> None:
+        self._weights.append((layer, layer.weight_OI.detach().to("cpu", copy=True)))
+
+
+# --- the walk --------------------------------------------------------------------------------------------------------
+
+
+def walk(shelf: Shelf, plan: Plan, batches: Iterable[Batch] | None, progress: bool = False) -> OneshotReport:
+    """Prune the targets of a shelf: those in blocks one block after the other, then the others, all together.
+
+    Args:
+        shelf: its masks are set; weights change only with a ``Solver``, and experts get their zeros.
+        plan: how to prune.
+        batches: calibration data, if the plan needs it.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: no calibration data, or data that the model could not use; blocks that do not run one by one;
+            activations that are not finite, or a layer that no token reached; what distribution or solver refuse.
+    """
+    began, calibration = time.perf_counter(), None
+    if plan.needs_data:
+        if batches is None:
+            raise ValueError(
+                f"{plan.method} with {plan.distribution} needs calibration data: pass batches, an iterable of token "
+                "tensors (B, L) or of dicts of model inputs (in a recipe: a data section). Magnitude() needs none."
+            )
+        calibration = CalibrationPass(shelf.model, shelf.blocks, batches, shelf.device, shelf.keep)
+        if plan.distribution.needs_outliers and not shelf.outliers:
+            shelf.outliers = _measure_outliers(shelf, plan.distribution, calibration, progress)
+    sparsity: float | dict[str, float] | None = plan.sparsity
+    if not isinstance(plan.distribution, Uniform):
+        sparsity = divide(plan.distribution, plan.pattern, shelf.shapes, plan.sparsity, shelf.outliers, plan.final)
+    assert sparsity is not None
+
+    def prune(block: int | None) -> None:
+        layers = shelf.load(block)
+        if layers and calibration is not None and plan.statistics is not None:
+            calibration.record(layers, plan.statistics, block)
+        shelf.finish(block, _prune_layers(layers, plan, sparsity, shelf.save) if layers else {})
+
+    for block in _shown(range(len(shelf.blocks)), "pruning", progress and calibration is not None):
+        if shelf.is_done(block):
+            shelf.load(block)
+        else:
+            prune(block)
+        if calibration is not None and plan.statistics is not None and block < shelf.last:
+            calibration.pass_on(block)
+        shelf.free(block)
+    if shelf.names(None):  # such as a named lm_head: calibrated with the blocks pruned
+        prune(None)
+    forwards = 0.0 if calibration is None else calibration.seconds
+    return OneshotReport(shelf.updates, forwards, time.perf_counter() - began - forwards, shelf.outliers)
+
+
+def _shown(blocks: range, label: str, progress: bool) -> Iterator[int]:
+    """The numbers of the blocks, with a progress bar in a terminal, and with a line a minute elsewhere."""
+    if not progress:
+        yield from blocks
+        return
+    from sparse_train.terminal import bar  # tqdm is not needed to prune
+
+    with bar(label, shown=True) as shown:
+        shown.total = len(blocks)
+        for block in blocks:
+            yield block
+            shown.update()
+
+
+def _measure_outliers(
+    shelf: Shelf, distribution: SparsityDistribution, calibration: CalibrationPass, progress: bool
+) -> dict[int, float]:
+    """The share of outliers of each block, from a walk over dense blocks."""
+    found = {}
+    for block in _shown(range(shelf.last + 1), "measuring outliers", progress):
+        layers = shelf.load(block)
+        calibration.record(layers, ActivationNorm, block, keep=block < shelf.last)
+        if layers:
+            reduce_statistics(layers.values())
+            found[block] = share_of_outliers(layers.values(), distribution)
+        _release(layers)
+        shelf.free(block)
+    return found
+
+
+@torch.no_grad()
+def _prune_layers(
+    layers: Mapping[str, MaskedMatrix],
+    plan: Plan,
+    sparsity: float | Mapping[str, float],
+    save: Callable[[MaskedMatrix], None],
+) -> dict[str, LayerUpdate]:
+    """Set the masks of calibrated layers, and their weights if the method is a ``Solver``, and write experts' zeros."""
+    if plan.statistics is not None:
+        reduce_statistics(layers.values())
+        check_nothing_dropped(layers)
+        fall_back(layers)
+    if isinstance(plan.method, Solver):
+        check_statistics(layers)
+        updates = {}
+        for name, layer in layers.items():
+            own = sparsity[name] if isinstance(sparsity, Mapping) else sparsity
+            save(layer)
+            updates[name] = _solve(name, layer, plan.method, plan.pattern, own)
+    else:
+        updates = update_masks(layers, Rules(plan.method, plan.pattern, sparsity))
+    for layer in layers.values():
+        if isinstance(layer, ExpertMatrix):
+            if not isinstance(plan.method, Solver):  # for which it is saved
+                save(layer)
+            layer.write_zeros()
+    _release(layers)
+    return updates
+
+
+def _solve(name: str, layer: MaskedMatrix, solver: Solver, pattern: Pattern, sparsity: float) -> LayerUpdate:
+    assert isinstance(layer.statistics, ActivationGram)
+    try:
+        with in_float32(layer.weight_OI.device.type):
+            weight_OI, mask_OI = solver.solve(layer.weight_OI, layer.statistics.gram_II, pattern, sparsity)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    if not bool(weight_OI.isfinite().all()):
+        raise ValueError(f"{name}: the solved weights are not finite; a larger dampening_frac makes it more stable.")
+    layer.weight_OI.copy_(weight_OI)
+    keep_OJ = masks.pack(mask_OI)
+    return replace_mask(layer, keep_OJ, masks.count(masks.pack(weight_OI != 0) & keep_OJ))
+
+
+def _release(layers: Mapping[str, MaskedMatrix]) -> None:
+    """Stop recording, and drop statistics except norms, which are small and remembered in training."""
+    for layer in layers.values():
+        if isinstance(layer.statistics, ActivationGram):
+            layer.statistics = layer.statistics.norm()
+        layer.recorder = None

@@ -1,1 +1,0 @@
-"""Schedule -> scores -> masks -> policy: one pass over a model, the same over a training run, and what is recorded."""

@@ -1,0 +1,348 @@
+"""What pruned weights do between mask updates, and how they come back: ``MaskPolicy``.
+
+Shape suffixes: O out_features, I in_features, J packed mask bytes.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from sparse_train.blocks import class_path
+from sparse_train.criteria import Criterion, LayerContext
+from sparse_train.layers import masks
+from sparse_train.layers.masked_layer import MaskedLayer
+from sparse_train.patterns import Pattern, Unstructured
+
+
+class Optimizers:
+    """The optimizers that train the layers of a run, and what they hold for each weight."""
+
+    def __init__(self) -> None:
+        self.known: list[Optimizer] = []
+
+    def watch(self, optimizer: Any) -> Optimizer:
+        """Remember an optimizer, and return it without accelerate's wrapper."""
+        wrapped = class_path(type(optimizer)) == "accelerate.optimizer.AcceleratedOptimizer"
+        own: Optimizer = optimizer.optimizer if wrapped else optimizer
+        if all(own is not known for known in self.known):
+            self.known.append(own)
+        return own
+
+    def state_of(self, layer: MaskedLayer, by_rows: bool = False) -> dict[str, Tensor]:
+        """What is held for a layer's weights, such as Adam's moments, oriented (O, I); this process's rows ``by_rows``.
+
+        Without ``by_rows``, nothing if the weight is sharded.
+        """
+        layout, found = layer.layout, {}
+        if not layout.is_sharded or (by_rows and not layer.is_transposed):
+            for optimizer in self.known:
+                for name, value in optimizer.state.get(layer.weight, {}).items():
+                    if isinstance(value, Tensor) and value.shape == layer.weight.shape:
+                        rows = layout.state_rows(value)
+                        if rows is not None:
+                            found[name] = layer.stored(rows)
+        return found
+
+
+def only_kept(scores: Tensor, keep: Tensor) -> Tensor:
+    """Scores that place every pruned weight below every kept one, even a kept one with a score of -inf."""
+    return torch.where(keep, scores.clamp_min(torch.finfo(scores.dtype).min), -torch.inf)
+
+
+class MaskPolicy:  # no dataclass itself: jsonargparse would take that for a group of fields, and not for a base class
+    """What pruned weights do between updates, and how they come back. The base class acts as ``Fixed``.
+
+    A run works on its own copy, which may keep state. It calls the methods below in their order; each does nothing, or
+    what is said there, unless it is overridden.
+    """
+
+    straight_through: ClassVar[bool] = False
+    """Whether pruned weights get the straight-through gradient."""
+    regrowth: ClassVar[Literal["never", "by score", "from zero"]] = "never"
+    """Whether pruned weights come back at an update: never, with their shadow value if their score is high, or from
+    zero, as ``select`` says."""
+
+    def begin(
+        self, layers: Mapping[str, MaskedLayer], criterion: Criterion, optimizers: Optimizers, update_freq: int
+    ) -> None:
+        """Called once, before the first mask. Raises ValueError if the policy does not work with these."""
+        self.layers, self.optimizers = layers, optimizers
+
+    def check(self) -> None:
+        """Raise ValueError if the policy does not work with the layers as they are now; before the first mask, and at
+        each update, since adapters may have been added."""
+
+    def before_step(self, progress: float | None) -> None:
+        """Before the forwards of a step; ``progress`` is that of the update after it, None if there is none."""
+
+    def before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """After backward, before clipping and the optimizer's step."""
+
+    def before_update(self, steps: int) -> None:
+        """Before weights are scored, ``steps`` optimizer steps after the last update."""
+
+    def scores(self, scores_OI: Tensor, layer: LayerContext) -> Tensor:
+        """By what weights are selected, from the criterion's scores (O, I); -inf = pruned first."""
+        return scores_OI if self.regrowth == "by score" else only_kept(scores_OI, layer.keep_OI)
+
+    def select(self, scores: Tensor, names: Iterable[str], pattern: Pattern, sparsity: float) -> Tensor:
+        """The new mask, with the pattern's exact counts, from the scores of a layer (O, I), or of all as one row."""
+        return pattern.mask(scores, sparsity)
+
+    def after_update(self, before: Mapping[str, Tensor]) -> None:
+        """After masks have changed; ``before`` holds the packed ones that were replaced."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has to survive a checkpoint; on every rank."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from ``state_dict``."""
+
+
+@dataclass
+class Fixed(MaskPolicy):
+    """Pruned weights get no gradient and stay pruned; masks change only when the schedule asks for more zeros."""
+
+
+@dataclass
+class Dormant(MaskPolicy):
+    """Pruned weights get no gradient. When their score is high, they come back with about the value that they had.
+
+    The gradient is that of ``Fixed``. What optimizers do to weights without a gradient still happens: weight decay, and
+    the momentum of weights that were just pruned, which under AdamW moves them by a few times the learning rate. Lion,
+    which uses signs, and Muon, which mixes a matrix, move pruned weights as far as others.
+
+    Under ``StraightThrough``, in contrast, a pruned weight keeps moving by a gradient that was computed without it. At
+    a large learning rate it moves far, and comes back with a value that the model has never used.
+    """
+
+    regrowth: ClassVar[Literal["by score"]] = "by score"
+
+
+@dataclass
+class StraightThrough(MaskPolicy):
+    """Pruned weights keep learning from the gradient of their masked self, and come back when their score is high.
+
+    The gradient is that of SR-STE (Zhou et al., arXiv 2102.04010). Its decay of pruned weights is decoupled here. It is
+    not part of the backward pass, where it would scale with micro-batches and loss scale, be clipped, and be
+    renormalised by Adam. Instead, shadow values are multiplied by ``(1 - srste_decay) ** steps`` before an update.
+
+    Args:
+        srste_decay: share by which a shadow value shrinks per optimizer step; 0 = none.
+    """
+
+    srste_decay: float = 0.0
+
+    straight_through: ClassVar[bool] = True
+    regrowth: ClassVar[Literal["by score"]] = "by score"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.srste_decay < 1:
+            raise ValueError(f"srste_decay is a share per step, at least 0 and below 1, got {self.srste_decay}.")
+
+    def check(self) -> None:
+        for name, layer in self.layers.items():
+            if self.srste_decay and (layer.adapted or not layer.weight.requires_grad):
+                why = "has a mask_lora adapter, so its weight is frozen" if layer.adapted else "is frozen"
+                raise ValueError(
+                    f"{name} {why}, and {self} would shrink its pruned weights. Set srste_decay to 0, or leave the "
+                    "layer out (ignore)."
+                )
+
+    def begin(
+        self, layers: Mapping[str, MaskedLayer], criterion: Criterion, optimizers: Optimizers, update_freq: int
+    ) -> None:
+        super().begin(layers, criterion, optimizers, update_freq)
+        shrunk = 1 - (1 - self.srste_decay) ** update_freq
+        for name, layer in layers.items() if shrunk else ():
+            # DeepSpeed's masters, of ZeRO-3 too, shrink in float32
+            in_float32 = layer.layout.has_masters or hasattr(layer.weight, "ds_id")
+            if shrunk < torch.finfo(layer.weight.dtype).eps / 2 and not in_float32:
+                raise ValueError(
+                    f"srste_decay={self.srste_decay:g} shrinks pruned weights by {100 * shrunk:.2g} % per update, "
+                    f"which is lost when {name} is rounded to {layer.weight.dtype}. Train in mixed precision (weights "
+                    "in float32), update less often, or raise srste_decay."
+                )
+
+    def before_update(self, steps: int) -> None:
+        factor = (1 - self.srste_decay) ** steps
+        for layer in self.layers.values() if factor != 1 else ():
+            layer.rewrite(lambda weight, keep: torch.where(keep, weight, weight * factor))
+
+
+@dataclass
+class Regrow(MaskPolicy):
+    """Pruned weights get no gradient between updates. At an update, some kept weights are dropped, and as many grown.
+
+    The kept weights with the lowest scores are dropped. Of all weights that are then pruned, those with the largest
+    gradients are grown, from zero. This is RigL (Evci et al., arXiv 1911.11134, section 3), with the criterion's score
+    instead of magnitude. A dropped weight with a large enough gradient is grown again and keeps its value. The moments
+    that the optimizer has for weights that were dropped or grown are cleared.
+
+    Weights are dropped and grown within the pattern's group: a row, a layer or the model. N:M drops within rows, and
+    grows in each group of M as many as that group has lost. Only the backward of the step before an update computes
+    gradients of pruned weights; until the update they are held in addition to ``grad``.
+
+    Needs whole weights in every process (one process, DDP), and torch's ``AdamW``, ``Adam`` or ``SGD``. In a custom
+    training loop, call ``MaskUpdater.before_optimizer_step``. A layer without a gradient in that step, or with one that
+    is not finite (a step that a loss scaler skips), keeps its mask, except for what the schedule asks.
+
+    Args:
+        drop_fraction: share of kept weights that are dropped at the first update; falls along a cosine to 0 at the
+            last.
+        times_norm: multiply a gradient by the norm of its input feature, as Wanda multiplies a weight.
+    """
+
+    drop_fraction: float = 0.3
+    times_norm: bool = False
+    fraction: float = field(default=0.0, init=False, repr=False, compare=False)
+    """Share of kept weights that the update after the running step will drop; 0 = no gradients are needed."""
+    gradients: dict[str, Tensor | None] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """Gradients of the running step, in the layout of the parameter; None = there was none, or not finite."""
+
+    regrowth: ClassVar[Literal["from zero"]] = "from zero"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.drop_fraction <= 1:
+            raise ValueError(
+                f"drop_fraction is the share of kept weights that an update replaces, above 0 and at most 1, got "
+                f"{self.drop_fraction}. Masks that lose weights only: Fixed()."
+            )
+
+    def begin(
+        self, layers: Mapping[str, MaskedLayer], criterion: Criterion, optimizers: Optimizers, update_freq: int
+    ) -> None:
+        super().begin(layers, criterion, optimizers, update_freq)
+        if self.times_norm and not criterion.needs_activations:
+            raise ValueError(f"{self} multiplies gradients by activation norms, and {criterion} gathers none.")
+        for name, layer in layers.items():
+            if layer.layout.is_sharded or layer.layout.has_masters:
+                raise ValueError(
+                    f"{name} is divided among processes, or DeepSpeed's optimizer holds copies of it. {self} needs "
+                    "whole gradients and an optimizer that it can clear, in every process: train with DDP, or use "
+                    "StraightThrough()."
+                )
+
+    def check(self) -> None:
+        for optimizer in self.optimizers.known:
+            _moments(optimizer)
+        name = next((name for name, layer in self.layers.items() if layer.adapted), None)
+        if name is not None:
+            raise ValueError(
+                f"{name} has a mask_lora adapter, so its weight is frozen, and {self} would write into it: weights "
+                "come back from zero. Use Fixed() or StraightThrough(), or train without mask_lora."
+            )
+
+    def before_step(self, progress: float | None) -> None:
+        # arXiv 1911.11134, section 3, update schedule
+        self.fraction = 0.0 if progress is None else self.drop_fraction / 2 * (1 + math.cos(math.pi * progress))
+        for layer in self.layers.values():
+            layer.straight_through = self.fraction > 0
+
+    @torch.no_grad()
+    def before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Store the gradients of the optimizer's weights, and leave it only those of kept weights."""
+        _moments(optimizer)
+        if not self.fraction:
+            return
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for name, layer in self.layers.items():
+            gradient = layer.weight.grad
+            if id(layer.weight) in held:
+                finite = gradient is not None and bool(gradient.isfinite().all())
+                self.gradients[name] = gradient.clone() if gradient is not None and finite else None
+                if gradient is not None:
+                    gradient.masked_fill_(layer.stored(~layer.unpacked_mask()), 0)
+
+    def before_update(self, steps: int) -> None:
+        missing = [name for name in self.layers if name not in self.gradients]
+        if self.fraction and missing:
+            frozen = not self.layers[missing[0]].weight.requires_grad
+            raise ValueError(
+                f"{missing[0]}: {self} grows weights by their gradient, but none was seen in the step before "
+                "this update. "
+                + (
+                    "It is frozen: leave layers that do not train out with ignore, or use another policy."
+                    if frozen
+                    else "Call updater.before_optimizer_step(optimizer) after loss.backward(), before clipping and "
+                    "optimizer.step(), in every step (DynamicPruning does); leave layers that no optimizer holds out "
+                    "with ignore."
+                )
+            )
+
+    def select(self, scores: Tensor, names: Iterable[str], pattern: Pattern, sparsity: float) -> Tensor:
+        gains = [self._gain(name) for name in names]
+        if any(gain is None for gain in gains):  # nothing is known about one of the layers that are compared
+            return pattern.mask(scores, sparsity)
+        gain = torch.cat([gain.reshape(-1) for gain in gains if gain is not None]).view_as(scores)
+        return regrow(scores, gain, pattern, sparsity, self.fraction)
+
+    def _gain(self, name: str) -> Tensor | None:
+        gradient = self.gradients.get(name) if self.fraction else None
+        if gradient is None:
+            return None
+        layer = self.layers[name]
+        gain_OI = layer.stored(gradient).float().abs()
+        if self.times_norm:
+            assert layer.statistics is not None
+            gain_OI = gain_OI * layer.statistics.norm_I
+        return gain_OI
+
+    @torch.no_grad()
+    def after_update(self, before: Mapping[str, Tensor]) -> None:
+        """Set grown weights to zero, clear the moments of changed weights, and drop the gradients."""
+        for name, layer in self.layers.items():
+            old_OI, new_OI = masks.unpack(before[name], layer.in_features), layer.unpacked_mask()
+            layer.weight_OI.masked_fill_(new_OI & ~old_OI, 0)
+            changed = layer.stored(old_OI ^ new_OI)
+            for optimizer in self.optimizers.known:
+                state = optimizer.state.get(layer.weight, {})
+                for moment in _moments(optimizer):
+                    if state.get(moment) is not None:
+                        state[moment].masked_fill_(changed, 0)
+        self.gradients.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Gradients, if the state is taken between the optimizer's step and the update; otherwise nothing."""
+        return {name: None if each is None else each.cpu() for name, each in self.gradients.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.gradients = {
+            name: None if each is None else each.to(self.layers[name].weight.device, copy=True)
+            for name, each in state.items()
+        }
+
+
+def regrow(scores_OI: Tensor, gain_OI: Tensor, pattern: Pattern, sparsity: float, fraction: float) -> Tensor:
+    """The next mask (O, I), with the pattern's exact counts.
+
+    Args:
+        scores_OI: of kept weights; -inf = pruned.
+        gain_OI: of growing each weight, at least 0 and finite.
+        pattern, sparsity: where zeros may be, and how many.
+        fraction: share to drop of the weights that the pattern keeps at this sparsity.
+    """
+    kept_OI = pattern.mask(scores_OI, sparsity)
+    group = pattern if isinstance(pattern, Unstructured) else Unstructured("row")
+    density = float(kept_OI.double().mean()) * (1 - fraction)  # from the count that is kept, which N:M rounds up
+    ranked_OI = torch.where(kept_OI, scores_OI, -torch.inf)
+    survivors_OI = kept_OI & group.mask(ranked_OI, 1 - density + 1e-9)  # 1 - 0.4 * 0.5 is a little below 0.8
+    return pattern.mask(torch.where(survivors_OI, torch.inf, gain_OI), sparsity)
+
+
+def _moments(optimizer: Optimizer) -> tuple[str, ...]:
+    """Names of the values that an optimizer stores per weight."""
+    if isinstance(optimizer, (Adam, AdamW)):
+        return "exp_avg", "exp_avg_sq", "max_exp_avg_sq"
+    if isinstance(optimizer, SGD):
+        return ("momentum_buffer",)
+    raise ValueError(
+        f"{type(optimizer).__name__}: Regrow clears what the optimizer remembers of weights that are dropped or grown, "
+        "and can do that for torch's AdamW, Adam and SGD. Use one of these, or StraightThrough()."
+    )

@@ -1,0 +1,214 @@
+"""``PruningConfig``: the arguments of a run with re-pruning, in any kind of trainer; and the types of first masks."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, Literal
+
+from sparse_train.arguments import check_positive, describe, require_type, to_python_number
+from sparse_train.criteria import Criterion, Wanda
+from sparse_train.distributions import SparsityDistribution, Uniform, check_pattern
+from sparse_train.patterns import Pattern, group_label
+from sparse_train.policies import MaskPolicy, StraightThrough
+from sparse_train.schedules import Cubic, Schedule, Timing, check_update_freq, resolve_target
+from sparse_train.solvers import Solver, SparseGPT
+
+NormDecay = float | Literal["frozen"]
+"""How much the norms of earlier windows count: a factor per update, or "frozen" = the first ones, forever."""
+
+
+class FirstMask:
+    """Where the first mask of a run comes from, if the model has none.
+
+    Layers that are masked already, as ``prune(..., squash=False)`` leaves them, begin with their masks in any case.
+    """
+
+
+@dataclass(frozen=True)
+class OneShot(FirstMask):
+    """One-shot pruning at step 0, block by block, calibrated on batches of the training data.
+
+    It needs a transformers model that is not sharded, batches that are dicts or tensors of token ids, and data that is
+    neither a stream nor read by a sampler of its own. Otherwise the mask comes from the first window, and the log says
+    why. So it does in a plain loop, where there is no data to be found: call ``prune(..., squash=False)`` before.
+
+    Args:
+        criterion: scores for this mask; default: the criterion of the run. Or a ``Solver`` such as ``SparseGPT()``,
+            which also moves the weights that it keeps; pruned weights keep their values in the shadow. If it is given,
+            a first mask that cannot be made so is an error.
+        batches: number of batches, over all ranks: from the training data, or, in Lightning, from the loader that a
+            data module's ``calibration_dataloader()`` returns.
+    """
+
+    criterion: Criterion | Solver | None = None
+    batches: int = 8
+
+    def __post_init__(self) -> None:
+        check_positive("OneShot.batches", self.batches)
+        require_type("OneShot.criterion", self.criterion, Wanda(), (Criterion, Solver))
+        if isinstance(self.criterion, SparseGPT) and self.criterion.preserve_sparsity_mask:
+            raise ValueError(
+                "SparseGPT(preserve_sparsity_mask=True) keeps fewer weights than the pattern if there are more "
+                "zeros already, and masks in training keep its count exactly. Leave preserve_sparsity_mask out."
+            )
+
+
+@dataclass(frozen=True)
+class FirstWindow(FirstMask):
+    """The activations of the first ``window`` steps, which run dense."""
+
+
+@dataclass(frozen=True)
+class FromZeros(FirstMask):
+    """The zeros of a model that was pruned before, which must follow the pattern at the first sparsity."""
+
+
+@dataclass(frozen=True)
+class PruningConfig:
+    """The settings of a run with re-pruning: checked here, and nowhere else.
+
+    Args:
+        mask_structure: "unstructured", "N:M" with N **kept** of every M consecutive inputs, or a ``Pattern``.
+        sparsity: share of targeted weights that are zero, in [0, 1); implied by N:M and by ``schedule``.
+        update_freq: k, optimizer steps between updates (never micro-batches).
+        criterion: scores weights. Its ``group`` is the group that "unstructured" compares in.
+        policy: what pruned weights do between updates.
+        schedule: sparsity between ``start_step`` and ``end_step``; default constant.
+        distribution: how the final sparsity is divided among layers, such as ``OWL()``. Each layer then keeps its own.
+            Before, layers have theirs in proportion. If the model has masks or zeros already, ``OWL`` keeps the
+            division that they have. "unstructured" only.
+        targets, ignore: layers by name, class name, or "re:" regular expression. Default: the linear layers of the
+            decoder blocks; in a model without such blocks, all but the last. See ``layers.targets.select``.
+        start_step: first update; int = steps, float = share of the run. If the first mask needs activations and there
+            is none yet, it comes at the earliest ``window`` steps into the run; until then the model is dense.
+        end_step: the step after which masks are frozen; int = steps, float = share of the run. With manual
+            optimization, both must be whole numbers; a batch in which any optimizer steps counts as one step.
+        window: steps before an update over which activations are recorded; float = share of ``update_freq``.
+        norm_decay: factor per update with which activations of earlier windows count. 0 = only the last window; 1 = all
+            windows, including the calibration of the first mask: the default, which trained best (docs/results.md);
+            "frozen" = the norms of the first mask, forever.
+        first_mask: where the first mask comes from: ``OneShot()``, ``FirstWindow()``, ``FromZeros()``; None = the model
+            must have masks already.
+
+    Raises:
+        ValueError: arguments are out of range, or in conflict with each other.
+    """
+
+    mask_structure: str | Pattern = "2:4"
+    sparsity: float | None = None
+    update_freq: int = 10
+    criterion: Criterion = field(default_factory=Wanda)
+    policy: MaskPolicy = field(default_factory=StraightThrough)
+    schedule: Schedule | None = None
+    distribution: SparsityDistribution = field(default_factory=Uniform)
+    targets: Sequence[str] | None = None
+    ignore: Sequence[str] = ()
+    start_step: int | float = 0
+    end_step: int | float = 0.75
+    window: int | float = 0.5
+    norm_decay: NormDecay = 1.0
+    first_mask: FirstMask | None = field(default_factory=OneShot)
+
+    pattern: Pattern = field(init=False, repr=False, compare=False)
+    """Of ``mask_structure``."""
+    target: Schedule = field(init=False, repr=False, compare=False)
+    """``schedule``, or the constant ``sparsity``."""
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            if each.init:
+                self._set(each.name, to_python_number(getattr(self, each.name)))
+        self._set("update_freq", check_update_freq(self.update_freq))
+        if isinstance(self.criterion, Solver):
+            raise ValueError(
+                f"criterion is {self.criterion}, which moves weights and has no scores for re-pruning. Give it as "
+                "first_mask=OneShot(...), or prune the model with it before the run; for updates, give a Criterion, "
+                "such as Wanda()."
+            )
+        self._set("criterion", require_type("criterion", self.criterion, Wanda(), Criterion))
+        self._set("policy", require_type("policy", self.policy, StraightThrough(), MaskPolicy))
+        self._set("distribution", require_type("distribution", self.distribution, Uniform(), SparsityDistribution))
+        require_type("schedule", self.schedule, Cubic(0.5), Schedule)
+        require_type("first_mask", self.first_mask, OneShot(), FirstMask)
+        pattern, target = resolve_target(self.mask_structure, self.sparsity, self.schedule, self.criterion.group)
+        self._set("pattern", pattern)
+        self._set("target", target)
+        if isinstance(self.first_mask, OneShot) and isinstance(self.first_mask.criterion, Solver):
+            self.first_mask.criterion.check_pattern(pattern)
+        check_pattern(self.distribution, pattern)
+        if self.distribution.needs_outliers and not self.criterion.needs_activations:
+            raise ValueError(
+                f"{self.distribution} reads activations, and {self.criterion} does not, so that none are recorded. Use "
+                "Wanda(), or a distribution by name, Explicit or PerBlock."
+            )
+        decay = self.norm_decay
+        if decay != "frozen" and not (isinstance(decay, (int, float)) and 0 <= decay <= 1):
+            raise ValueError(
+                "norm_decay is the factor with which norms of earlier windows count at an update, from 0 (only the "
+                f'last window) to 1 (all equally), or "frozen" (norms of the first mask, forever), got {decay!r}.'
+            )
+        if self.norm_decay == "frozen" and not self.criterion.needs_activations:
+            raise ValueError(f"{self.criterion} reads no activations, so that norm_decay='frozen' has nothing to keep.")
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)  # the class is frozen for everyone else
+
+    @property
+    def first_sparsity(self) -> float:
+        """Sparsity of the masks at step 0."""
+        return self.sparsity_at(0.0) if self.start_step == 0 else 0.0
+
+    @property
+    def first_mask_moves_weights(self) -> bool:
+        """Whether the first mask comes with other values of the kept weights, from a ``Solver``."""
+        return isinstance(self.first_mask, OneShot) and isinstance(self.first_mask.criterion, Solver)
+
+    def sparsity_at(self, progress: float) -> float:
+        """Sparsity of the schedule at ``progress``, always as a Python number."""
+        return float(to_python_number(self.target.sparsity(progress)))
+
+    def timing(self, total_steps: int | float | None, has_masks: bool) -> Timing:
+        """When masks change in a run of this length, which starts with masks or makes its first ones.
+
+        Raises:
+            ValueError: the length is needed but unknown, or steps are in conflict with it or with each other.
+        """
+        return Timing.resolve(
+            start_step=self.start_step,
+            end_step=self.end_step,
+            update_freq=self.update_freq,
+            window=self.window,
+            total_steps=to_python_number(total_steps),
+            first_from_window=self.criterion.needs_activations and not has_masks,
+        )
+
+    def as_data(self) -> dict[str, Any]:
+        """The settings as plain data, for checkpoints, cards and reports; parts name their class."""
+        found = {each.name: as_data(getattr(self, each.name)) for each in fields(self) if each.init}
+        return {**found, "mask_structure": group_label(self.pattern), "sparsity": self.sparsity_at(1.0)}
+
+
+def as_data(part: Any) -> Any:
+    """An argument as plain data: the class of an object, and its arguments."""
+    if is_dataclass(part) and not isinstance(part, type):
+        own = {each.name: as_data(getattr(part, each.name)) for each in fields(part) if each.init}
+        return {"class": type(part).__name__, **own}
+    if isinstance(part, Mapping):
+        return {key: as_data(value) for key, value in part.items()}
+    if isinstance(part, (list, tuple)):
+        return [as_data(value) for value in part]
+    part = to_python_number(part)
+    return part if part is None or isinstance(part, (str, int, float)) else describe(part)
+
+
+_FREE = ("targets", "ignore", "first_mask")
+"""What a resumed run may write in other words: the layers themselves are compared, and the first mask is made."""
+
+
+def check_same(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Raise ValueError if a saved run had other settings (``as_data``) than these."""
+    for name, now in own.items():
+        if name not in _FREE and saved.get(name) != now:
+            raise ValueError(
+                f"The checkpoint was written with {name} = {saved.get(name)}, and this run has {now}. Resume with the "
+                "same setting, or start a new run from the exported model."
+            )

@@ -1,0 +1,273 @@
+"""Statistics between mask updates: attached to layers, summed over ranks, checked; and ``RunningNorms`` over a run."""
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_train.arguments import leave_out
+from sparse_train.criteria import Criterion
+from sparse_train.distributed.collectives import gather_objects, rank, sum_over_ranks, world_size
+from sparse_train.layers import masks
+from sparse_train.layers.masked_layer import MaskedLayer, MaskedMatrix, Recorder
+from sparse_train.pruning.config import NormDecay
+from sparse_train.statistics import ActivationNorm, Statistics
+
+_log = logging.getLogger(__name__)
+
+
+def attach(layers: Iterable[MaskedMatrix], recorder: Recorder, statistics: type[Statistics] | None) -> None:
+    """Give layers a common recorder and fresh statistics of this kind; None = none."""
+    for layer in layers:
+        layer.recorder = recorder
+        layer.statistics = None if statistics is None else statistics(layer.in_features, layer.weight_mask.device)
+
+
+def norms_of(layers: Mapping[str, MaskedMatrix]) -> dict[str, ActivationNorm]:
+    """The norms of the layers that have some."""
+    return {name: layer.statistics for name, layer in layers.items() if isinstance(layer.statistics, ActivationNorm)}
+
+
+# --- over ranks ------------------------------------------------------------------------------------------------------
+
+
+def reduce_statistics(layers: Iterable[MaskedMatrix]) -> None:
+    """Sum the statistics of ``layers`` over ranks."""
+    sum_over_ranks(
+        [tensor for layer in layers if layer.statistics is not None for tensor in layer.statistics.tensors()]
+    )
+
+
+def exchange(layers: Mapping[str, MaskedMatrix]) -> None:
+    """``reduce_statistics`` and ``check_agreement`` in the same reduce.
+
+    A target counts as reached if a forward on any rank has used it.
+    """
+    if world_size() == 1:
+        return
+    bits = _fingerprints(layers)
+    reached = torch.tensor([int(layer.reached) for layer in layers.values()], device=bits.device)
+    sums = [tensor for norm in norms_of(layers).values() for tensor in norm.tensors()]
+    sum_over_ranks([*sums, bits, reached])
+    for layer, count in zip(layers.values(), reached.tolist(), strict=True):
+        layer.reached = count > 0
+    _compare(layers, bits)
+
+
+def check_agreement(layers: Mapping[str, MaskedMatrix]) -> None:
+    """Raise ValueError, on every rank, if ranks hold different masks; costs one small reduce."""
+    if world_size() > 1:
+        bits = _fingerprints(layers)
+        sum_over_ranks([bits])
+        _compare(layers, bits)
+
+
+def _fingerprints(layers: Mapping[str, MaskedMatrix]) -> Tensor:
+    """Fingerprint of each mask as zeros and ones, one row per layer, to be summed over ranks."""
+    return torch.stack([masks.fingerprint(layer.weight_mask) for layer in layers.values()]).long()
+
+
+def _compare(layers: Mapping[str, MaskedMatrix], bits: Tensor) -> None:
+    differing = ((bits > 0) & (bits < world_size())).any(1).tolist()  # ranks agree on a bit if its sum is 0 or all
+    for name, differs in zip(layers, differing, strict=True):
+        if differs:
+            raise ValueError(
+                f"{name}: the masks of the {world_size()} processes are not the same, so they have been training "
+                "different models since the last update. Masks were changed in one of them, or its memory is faulty; "
+                "resume from a checkpoint, and leave masks to the updates."
+            )
+
+
+# --- checks ----------------------------------------------------------------------------------------------------------
+
+
+def check_reached(layers: Mapping[str, MaskedMatrix], criterion: Criterion) -> None:
+    """Raise ValueError if a target was not used in any forward since the last update."""
+    if criterion.needs_activations:
+        check_statistics(layers)
+        return
+    unreached = [name for name, layer in layers.items() if not layer.reached]
+    if unreached and len(unreached) < len(layers):  # none reached: there has been no forward yet
+        raise ValueError(
+            f"{unreached[0]} is a target, but no forward reached it since the last mask update, so its mask has no "
+            f"effect; masks were not changed. Leave it out with ignore=[{unreached[0]!r}]."
+        )
+
+
+def check_statistics(layers: Mapping[str, MaskedMatrix]) -> None:
+    """Raise ValueError if a layer has seen no token, or sums that are not finite."""
+    seen = {name: layer.statistics for name, layer in layers.items()}
+    unreached = [name for name, stats in seen.items() if stats is None or int(stats.tokens) == 0]
+    if unreached:
+        name, others = unreached[0], len(unreached) - 1
+        more = f" The same is true of {others} more. {leave_out(unreached)}" if others else ""
+        raise ValueError(
+            f"{name} is a target, but no token reached it since the last mask update, so it has no activations to "
+            f"score with. If the model does not use it, leave it out with ignore=[{name!r}]; if forwards happen under "
+            "no_grad, and the model is in eval mode or frozen, they are not training and are not recorded; if few "
+            "tokens reach it, such as an expert, let earlier windows count (norm_decay above 0), with a first mask "
+            "from calibration on enough tokens." + more
+        )
+    for name, stats in seen.items():
+        if stats is not None and not bool(stats.sum_squares_I.isfinite().all()):
+            feature = int((~stats.sum_squares_I.isfinite()).nonzero()[0])
+            raise not_finite(f"{name} (first at feature {feature} of {len(stats.sum_squares_I)})")
+
+
+def check_nothing_dropped(layers: Mapping[str, MaskedMatrix]) -> None:
+    """Raise ValueError if an input was not finite: in calibration, where all of the data should count."""
+    for name, layer in layers.items():
+        if layer.statistics is not None and int(layer.statistics.dropped):
+            raise not_finite(name)
+
+
+def not_finite(where: str) -> ValueError:
+    """The error for activations that are not finite."""
+    return ValueError(
+        f"{where}: the input activations are not finite, so Wanda scores cannot be computed; masks were not changed. "
+        "Look for NaN in the data, a learning rate that is too high, or an overflow of float16."
+    )
+
+
+def warn_of_padding(recorder: Recorder) -> None:
+    """Warn once that a token mask did not fit an input, so that padding counts in its statistics."""
+    if recorder.mask_misfit is not None and not recorder.warned:
+        recorder.warned = True
+        _log.warning(
+            "The batch's attention_mask does not fit a layer's input of shape %s, so padding counts in its activation "
+            "statistics. Override DynamicPruning.token_mask, or set MaskUpdater.token_mask, to say which tokens count; "
+            "in one-shot pruning calibrate on samples without padding.",
+            recorder.mask_misfit,
+        )
+
+
+# --- over a run ------------------------------------------------------------------------------------------------------
+
+
+class RunningNorms:
+    """Records activations in the steps before an update, and keeps the norms of earlier windows.
+
+    Args:
+        layers: masked layers by name, which get statistics; norms left there by a first mask are kept aside.
+        criterion: reads the statistics, if it needs any.
+        norm_decay: how much earlier windows count.
+    """
+
+    def __init__(self, layers: Mapping[str, MaskedLayer], criterion: Criterion, norm_decay: NormDecay) -> None:
+        self._layers, self._wanted, self._decay = layers, criterion.needs_activations, norm_decay
+        # norms of a layer with a recorder are those of an earlier run, and complete only on rank 0
+        self._of_first_mask = norms_of({name: layer for name, layer in layers.items() if layer.recorder is None})
+        self.recorder = Recorder()
+        """The recorder of all layers."""
+        attach(layers.values(), self.recorder, ActivationNorm if self._wanted else None)
+        self.final = False
+        """Whether norms are frozen."""
+        self._tokens: dict[str, int] = {}  # after the last update
+        self._warned = False
+
+    def check_own(self) -> None:
+        """Raise ValueError if layers now record for another run, or are no longer masked."""
+        lost = [n for n, layer in self._layers.items() if getattr(layer, "recorder", None) is not self.recorder]
+        if lost:
+            raise ValueError(
+                f"{lost[0]} is no longer this updater's: another MaskUpdater or callback prunes it too, or it was "
+                "squashed. Only one of them may prune a layer; give several of them targets that do not overlap."
+            )
+
+    def begin_with_first_masks(self) -> None:
+        """Count the norms of the first masks, summed over ranks, as a window that an update has just used.
+
+        Does nothing if nothing is remembered, or if a layer has no norms because the mask came from elsewhere.
+        """
+        first, self._of_first_mask = self._of_first_mask, {}
+        own = norms_of(self._layers)
+        if self._decay and all(name in first and int(first[name].tokens) for name in own):
+            for name, norm in own.items():
+                norm.merge(first[name])
+            self.fade()
+
+    def record(self, wanted: bool) -> None:
+        """Set whether the next step is recorded, if the criterion needs activations and they are not frozen."""
+        self.recorder.when = "training" if wanted and self._wanted and not self.final else "never"
+
+    def check_new(self) -> None:
+        """Warn of targets that have nothing new since ``fade``, or whose inputs were sometimes not finite.
+
+        Raises:
+            ValueError: no input of a target was finite, and nothing is remembered.
+        """
+        norms = norms_of(self._layers)
+        tokens = {name: int(norm.tokens) for name, norm in norms.items()}
+        dropped = {name: count for name, norm in norms.items() if (count := int(norm.dropped))}
+        empty = next((name for name in dropped if tokens[name] == 0), None)
+        if empty is not None:
+            raise not_finite(empty)
+        old = [name for name in norms if tokens[name] <= self._tokens.get(name, -1) and name not in dropped]
+        if old and not self._warned and rank() == 0:
+            _log.warning(
+                "No token reached %s%s since the last mask update: masks there use the norms of earlier windows. If "
+                "the model no longer uses it, leave it out with ignore=[%r].",
+                old[0],
+                f" and {len(old) - 1} other targets" if len(old) > 1 else "",
+                old[0],
+            )
+        self._warned = self._warned or bool(old)
+        if dropped and rank() == 0:
+            name, count = next(iter(dropped.items()))
+            _log.warning(
+                "%s: in %d forwards since the last mask update, the input activations were not finite%s. They do not "
+                "count in the statistics. This is normal for a step that a loss scaler skips.",
+                name,
+                count,
+                f", nor were those of {len(dropped) - 1} other targets" if len(dropped) > 1 else "",
+            )
+
+    def fade(self) -> None:
+        """After an update: reduce the weight of the norms, or reset them.
+
+        They are already sums over ranks, so only rank 0 continues with them: the next sum over ranks is then exact, and
+        checkpoints hold them once.
+        """
+        norms, factor = norms_of(self._layers), 1.0 if self._decay == "frozen" else self._decay
+        for norm in norms.values():
+            if factor:
+                norm.fade(factor)
+            else:
+                norm.reset()
+        self.final = self._decay == "frozen"
+        if factor and not self.final:
+            self._tokens = {name: int(norm.tokens) for name, norm in norms.items()}
+        if rank() != 0:
+            for norm in norms.values():
+                norm.reset()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of all ranks; all of them must call."""
+        own = {name: norm.state_dict() for name, norm in norms_of(self._layers).items()}
+        return {"norms_by_rank": gather_objects(own), "tokens": self._tokens, "final": self.final}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Each rank gets its own norms back; if the number of ranks has changed, rank 0 gets their sum.
+
+        Raises:
+            ValueError: the state has norms of layers that do not exist here.
+        """
+        by_rank: Sequence[Mapping[str, dict[str, Tensor]]] = state["norms_by_rank"]
+        check_known(set().union(*by_rank), self._layers)
+        self._tokens, self.final = dict(state["tokens"]), state["final"]
+        own, same_ranks = norms_of(self._layers), len(by_rank) == world_size()
+        for norm in own.values():
+            norm.reset()
+        for process, saved in enumerate(by_rank):
+            if rank() == (process if same_ranks else 0):
+                for name, sums in saved.items():
+                    own[name].merge_state_dict(sums)
+
+
+def check_known(saved: set[str], layers: Mapping[str, MaskedLayer]) -> None:
+    """Raise ValueError if a checkpoint names layers that are not targets."""
+    unknown = sorted(saved - set(layers))
+    if unknown:
+        raise ValueError(f"The checkpoint pruned layers that are not targets of this run, such as {unknown[0]}.")

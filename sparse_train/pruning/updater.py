@@ -1,0 +1,453 @@
+"""``MaskUpdater``: re-pruning over a training run, schedule -> scores -> masks -> policy; needs only torch."""
+
+import copy
+import logging
+import time
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sparse_train.blocks import ONE_OF_TWO_TEXTS, frozen_linears, reads_two_texts
+from sparse_train.distributed.collectives import rank
+from sparse_train.distributed.fsdp2 import reshard
+from sparse_train.distributions import LayerSparsities, Outliers
+from sparse_train.layers import masks
+from sparse_train.layers.adapters import check_adapters
+from sparse_train.layers.mask_lora import check_whole, describe_adapters
+from sparse_train.layers.masked_layer import MaskedLayer, sparse_layers
+from sparse_train.layers.sparsify import sparsify, unmask
+from sparse_train.layers.targets import select
+from sparse_train.patterns import Pattern
+from sparse_train.policies import Optimizers
+from sparse_train.pruning.config import FromZeros, PruningConfig, check_same
+from sparse_train.pruning.recording import (
+    RunningNorms,
+    check_agreement,
+    check_known,
+    check_statistics,
+    exchange,
+    warn_of_padding,
+)
+from sparse_train.pruning.update import (
+    LayerUpdate,
+    Rules,
+    UpdateReport,
+    check_masks,
+    mask_shares,
+    measure,
+    measure_outliers,
+    shapes_of,
+    update_masks,
+)
+from sparse_train.pruning.zeros import masks_from_zeros, warn_of_filled_zeros
+from sparse_train.schedules import Timing
+
+_log = logging.getLogger(__name__)
+_STRIDE = 128  # whole first masks would double the memory of masks
+
+
+def mask_targets(model: nn.Module, config: PruningConfig) -> dict[str, MaskedLayer]:
+    """Give the targets of a run masks that keep everything, unless they are masked already; returns them by name.
+
+    Raises:
+        ValueError: nothing to prune, or a target that cannot be masked. The model is then unchanged.
+    """
+    layers = select(model, config.pattern, config.targets, config.ignore).layers
+    sparsify(model, layers.values())
+    return {name: layer for name, layer in layers.items() if isinstance(layer, MaskedLayer)}
+
+
+def check_restored_masks(saved: Mapping[str, int], layers: Mapping[str, MaskedLayer], sparsity: float | None) -> None:
+    """Raise ValueError if the masks of layers are not those of a state, given as fingerprints (``state["masks"]``)."""
+    own = {name: masks.fingerprint_number(layer.weight_mask) for name, layer in layers.items()}
+    wrong = next((name for name, number in saved.items() if own.get(name) != number), None)
+    if wrong is not None:
+        dense = sum(layer.keeps_all() for layer in layers.values())
+        raise ValueError(
+            f"The resumed run was at a sparsity of {sparsity}, and the mask of {wrong} is not the one it had "
+            f"({dense} of {len(layers)} layers are dense). The masks are in the model's state dict, as "
+            "buffers named weight_mask: load the model of the same checkpoint (strict_loading=False and "
+            "on_save_checkpoint may leave them out), or start a new run."
+        )
+
+
+class MaskUpdater:
+    """Keeps a model at its target sparsity over a training run; needs only torch.
+
+    ::
+
+        updater = MaskUpdater(model, "2:4", update_freq=10, total_steps=1000)
+        for batch in batches:
+            loss = model(**batch).loss
+            loss.backward(); optimizer.step(); optimizer.zero_grad()
+            updater.step()
+        updater.finish()  # warns if the loop ended before the final sparsity
+        squash(model)
+
+    Args:
+        model: sparsified in place, see ``sparse_train.sparsify``. If it already has masks, the run starts with them.
+        mask_structure, sparsity, settings: of a ``PruningConfig``, where they are explained.
+        config: the settings as one object, instead.
+        layers: the masked layers to prune, by name, instead of those that ``targets`` and ``ignore`` choose.
+        total_steps: optimizer steps of the run; needed if steps are given as a share of it.
+        outliers: share of outliers of each block, for a distribution that needs them, if one-shot pruning has made the
+            first masks (``OneshotReport.outliers``). Default: measured with the first masks; or masks that exist tell.
+        state: ``state_dict`` of the run to resume; the model must have that run's masks, or load them later. Update
+            steps stay those of the interrupted run, even if the resumed one is longer. If the number of ranks has
+            changed, rank 0 gets the sum of their norms, which gives the same updates.
+
+    Raises:
+        ValueError: an argument is out of range or in conflict with another, there is nothing to prune, a target cannot
+            be masked, or the model has masks that do not belong to this run.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        mask_structure: str | Pattern = "2:4",
+        sparsity: float | None = None,
+        *,
+        config: PruningConfig | None = None,
+        layers: Mapping[str, MaskedLayer] | None = None,
+        total_steps: int | float | None = None,
+        outliers: Outliers | None = None,
+        state: Mapping[str, Any] | None = None,
+        **settings: Any,
+    ) -> None:
+        self.config = config or PruningConfig(mask_structure, sparsity, **settings)
+        """The settings."""
+        self._model = model
+        before = {id(layer) for layer in sparse_layers(model).values()}  # masked by one-shot pruning or another updater
+        self.layers = mask_targets(model, self.config) if layers is None else dict(layers)
+        try:
+            self._begin(total_steps, outliers, state)
+        except BaseException:
+            new = [layer for layer in self.layers.values() if id(layer) not in before]
+            unmask(model, [layer for layer in new if layer.keeps_all()])  # back to plain layers
+            raise
+
+    def _begin(
+        self, total_steps: int | float | None, outliers: Outliers | None, state: Mapping[str, Any] | None
+    ) -> None:
+        """Checks settings, masks and state before anything in the layers changes."""
+        config = self.config
+        for name, layer in self.layers.items():
+            if layer.adapted:
+                check_whole(name, layer)
+        self._adapters = describe_adapters(self.layers)
+        self._shapes = shapes_of(self._model, self.layers)
+        self._division = LayerSparsities(
+            config.distribution, self._shapes, config.pattern, config.sparsity_at(1.0), outliers
+        )
+        self._optimizers, self.policy = Optimizers(), copy.deepcopy(config.policy)
+        self.policy.begin(self.layers, config.criterion, self._optimizers, config.update_freq)
+        self.policy.check()
+        has_masks = state is None and self._has_masks()
+        if state is None:
+            self.timing = config.timing(total_steps, has_masks)
+        else:
+            self._check_state(state)
+        self.norms = RunningNorms(self.layers, config.criterion, config.norm_decay)
+        """The activations for the next update."""
+        frozen = frozen_linears(self._model)
+        for name, layer in self.layers.items():
+            layer.straight_through, layer.frozen = self.policy.straight_through, name in frozen
+        self.steps = self._last_update = 0
+        self.sparsity: float | None = None
+        """Target sparsity of the current masks; None before the first."""
+        self._first_rows: dict[str, Tensor] = {}  # every 128th row of the first masks, packed
+        self._restored_masks: dict[str, int] = {}  # fingerprints, until the first step after a resume
+        self._prunes = False  # whether masks pruned anything when they were last changed or checked
+        self._idle = self._unreached = False
+        self._two_texts = reads_two_texts(self._model, self.layers.values())
+        if state is not None:
+            self._restore(state)
+        elif has_masks:
+            self.sparsity, self._prunes = config.sparsity_at(0.0), not self._all_kept()
+            self.norms.begin_with_first_masks()
+            self._keep_first_rows()
+        elif self.timing.is_update(0):
+            self.update()
+        if state is None:
+            warn_of_filled_zeros(self.layers, config.pattern, self.sparsity or 0.0)
+        self._prepare_step()
+
+    def _has_masks(self) -> bool:
+        """Whether the run starts with masks, from zeros if the settings say so; ValueError if they do not fit."""
+        first, config = self.config.sparsity_at(0.0), self.config
+        dense = self._all_kept()
+        if dense and isinstance(config.first_mask, FromZeros):
+            masks_from_zeros(self.layers, config.pattern, first, self._division)
+            return True
+        if dense and config.first_mask is None:
+            raise ValueError(
+                "first_mask is None, so the model must have masks already, and none of its targets has a pruned "
+                "weight. Prune it first (prune(..., squash=False)), or let the run make its mask: first_mask=OneShot()."
+            )
+        if dense and first:
+            return False
+        if not self._division.known:  # if nothing is to be pruned yet, masks that keep everything are right
+            self._division.read(mask_shares(self.layers, config.pattern), first)
+        check_masks(self.layers, config.pattern, self._division.at(first))
+        return True
+
+    # --- in each step ------------------------------------------------------------------------------------------------
+
+    @property
+    def token_mask(self) -> Tensor | None:
+        """Which tokens of the current batch count, (B, L) bool or integer, 0 = padding; None = all."""
+        return self.norms.recorder.token_mask
+
+    @token_mask.setter
+    def token_mask(self, mask: Tensor | None) -> None:
+        self.norms.recorder.token_mask = mask
+
+    def padding_of(self, batch: Any) -> Tensor | None:
+        """What trainers set ``token_mask`` to by default: ``batch["attention_mask"]``, if there is one.
+
+        None for an encoder-decoder model, which reads two texts: the mask belongs to one of them. Warns once that the
+        padding of both counts. The same for a mask inside a nested batch: it is not known which inputs it is for.
+        """
+        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        parts = batch if isinstance(batch, (list, tuple)) else batch.values() if isinstance(batch, Mapping) else ()
+        if any(isinstance(part, Mapping) and "attention_mask" in part for part in parts):
+            self.norms.recorder.mask_misfit = self.norms.recorder.mask_misfit or "(a part of a nested batch)"
+        if not isinstance(mask, Tensor):
+            return None
+        if self._two_texts:
+            self.norms.recorder.mask_misfit = self.norms.recorder.mask_misfit or ONE_OF_TWO_TEXTS
+            return None
+        return mask
+
+    def paused(self) -> AbstractContextManager[None]:
+        """A context in which forwards do not count in statistics, for forwards that are not training on data.
+
+        For example generation in train mode, or a reference pass on other text. A forward in eval mode under
+        ``no_grad`` never counts, nor one of a frozen module under ``no_grad``.
+        """
+        return self.norms.recorder.paused()
+
+    def watch(self, optimizers: Iterable[Optimizer]) -> None:
+        """Pass the optimizers that train the layers, for policies and criteria that look at their state."""
+        for optimizer in optimizers:
+            self._optimizers.watch(optimizer)
+        self.policy.check()
+
+    def before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Call after backward, before clipping and ``optimizer.step()``, for policies that look at gradients."""
+        self.policy.before_optimizer_step(self._optimizers.watch(optimizer))
+
+    def step(self) -> UpdateReport | None:
+        """Call after every optimizer step, before the next forward. Returns a report at update steps.
+
+        Raises:
+            ValueError: another updater or callback has taken over a layer, the model was squashed, or an update fails.
+        """
+        self.norms.check_own()
+        self._check_restored_masks()
+        self.steps += 1
+        warn_of_padding(self.norms.recorder)
+        report = None
+        if self.timing.is_update(self.steps):
+            self._warn_if_idle()
+            if self._would_change(self.steps):
+                report = self.update()
+            else:
+                check_agreement(self.layers)
+                self._warn_of_unreached()
+                report = self.report()
+        elif self.timing.is_frozen(self.steps) and (self.steps - self.timing.end_step) % self.timing.update_freq == 0:
+            check_agreement(self.layers)
+        self._prepare_step()
+        return report
+
+    def _check_restored_masks(self) -> None:
+        """After a resume, once: raise ValueError if the masks are not those that the state belongs to."""
+        saved, self._restored_masks = self._restored_masks, {}
+        if saved:
+            check_restored_masks(saved, self.layers, self.sparsity)
+            self._prunes = self._prunes or not self._all_kept()
+
+    def _all_kept(self) -> bool:
+        return all(layer.keeps_all() for layer in self.layers.values())
+
+    def _prepare_step(self) -> None:
+        update = self.timing.next_update(self.steps)
+        follows = self.sparsity is not None and self.timing.is_update(self.steps + 1)
+        self.policy.before_step(self.timing.progress(self.steps + 1) if follows else None)
+        self.norms.record(update is not None and self.timing.is_recorded(self.steps) and self._would_change(update))
+
+    def _would_change(self, step: int) -> bool:
+        if self.sparsity is None or self.policy.regrowth != "never":
+            return True
+        return self.config.sparsity_at(self.timing.progress(step)) != self.sparsity
+
+    # --- at an update ------------------------------------------------------------------------------------------------
+
+    def update(self) -> UpdateReport:
+        """Replace the masks now, from the activations recorded so far, which then fade according to ``norm_decay``."""
+        began = time.perf_counter()
+        reshard(self._model)
+        target = self.config.sparsity_at(self.timing.progress(self.steps))
+        exchange(self.layers)
+        self.norms.check_new()
+        check_adapters(self._model)
+        self.policy.check()
+        self.policy.before_update(0 if self.sparsity is None else self.steps - self._last_update)
+        if target and not self._division.known:
+            check_statistics(self.layers)
+            self._division.divide_by(measure_outliers(self._shapes, self.layers, self.config.distribution))
+        before = {name: layer.weight_mask.clone() for name, layer in self.layers.items()}
+        rules = Rules(
+            self.config.criterion,
+            self.config.pattern,
+            self._division.after(lambda: mask_shares(self.layers, self.config.pattern), target),
+            self.policy,
+            self._optimizers,
+        )
+        changes = update_masks(self.layers, rules)
+        self.policy.after_update(before)
+        self.norms.fade()
+        self.sparsity, self._last_update, self._prunes = target, self.steps, not self._all_kept()
+        return self._report(changes, began)
+
+    def report(self) -> UpdateReport:
+        """A report on the current masks, unchanged: sparsity counted on the weights, flip rate 0."""
+        began = time.perf_counter()
+        reshard(self._model)
+        return self._report(measure(self.layers), began)
+
+    def _report(self, changes: dict[str, LayerUpdate], began: float) -> UpdateReport:
+        self._keep_first_rows()
+        differing = 0.0
+        for name, rows_SJ in self._sampled_rows().items():
+            scale = self.layers[name].out_features / len(rows_SJ)
+            differing += masks.count_differing(rows_SJ, self._first_rows[name].to(rows_SJ.device)) * scale
+        share = differing / sum(layer.size for layer in self.layers.values())
+        return UpdateReport(self.steps, self.sparsity or 0.0, changes, share, time.perf_counter() - began)
+
+    def _keep_first_rows(self) -> None:
+        if not self._first_rows:
+            self._first_rows = {name: rows_SJ.clone() for name, rows_SJ in self._sampled_rows().items()}
+
+    def _sampled_rows(self) -> dict[str, Tensor]:
+        """Every 128th row of each mask, but at least four rows per layer, packed (S, J)."""
+        strides = {name: max(1, min(_STRIDE, layer.out_features // 4)) for name, layer in self.layers.items()}
+        return {name: layer.weight_mask[:: strides[name]] for name, layer in self.layers.items()}
+
+    def _warn_if_idle(self) -> None:
+        """Warn once if no forward has used any of the layers since the last update; running norms notice themselves."""
+        notices = self.config.criterion.needs_activations and self.config.norm_decay != "frozen"
+        if notices or self._idle or any(layer.reached for layer in self.layers.values()):
+            return
+        self._idle = True
+        if rank() == 0:
+            _log.warning(
+                "No forward has used any of the %d masked layers since the last mask update. If a copy of the model is "
+                "trained in its place, its masks do not change: build the MaskUpdater on the model that is trained.",
+                len(self.layers),
+            )
+
+    def _warn_of_unreached(self) -> None:
+        """Warn once of a target that no forward has reached, if others were reached."""
+        unreached = [name for name, layer in self.layers.items() if not layer.reached]
+        if self._unreached or not unreached or len(unreached) == len(self.layers):
+            return
+        self._unreached = True
+        if rank() == 0:
+            _log.warning(
+                "%s is a target, and no forward has reached it so far: if its weight is used in another way, its mask "
+                "has no effect until it is folded in at the end. Leave it out with ignore=[%r].",
+                unreached[0],
+                unreached[0],
+            )
+
+    def finish(self) -> None:
+        """Call once before ``squash``, for a last check that all ranks hold the same masks.
+
+        Warns if the run ended before its masks reached their final sparsity, or before they were frozen.
+
+        Raises:
+            ValueError: ranks hold different masks, or the masks are not those of this run.
+        """
+        check_agreement(self.layers)
+        self._check_restored_masks()
+        if self._prunes and self._all_kept():  # at a low sparsity, rows may lose less than one weight each
+            raise ValueError(
+                f"The run is at a sparsity of {self.sparsity:g}, and no mask prunes anything: masks were replaced "
+                "since the last update, such as by loading another model. Resume from a checkpoint with masks."
+            )
+        final = self.config.sparsity_at(1.0)
+        if rank() != 0 or not self.steps:
+            return
+        if self.sparsity != final:
+            _log.warning(
+                "The run ended after %d steps, before its masks reached the final sparsity of %g: they are at %s. "
+                "end_step is %d.",
+                self.steps,
+                final,
+                self.sparsity,
+                self.timing.end_step,
+            )
+        elif self.policy.regrowth != "never" and self.steps < self.timing.end_step:
+            _log.warning(
+                "The run ended after %d steps, but masks were to change until step %d (end_step), so there were no "
+                "last steps with fixed masks.",
+                self.steps,
+                self.timing.end_step,
+            )
+
+    # --- checkpoints -------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that decides later masks and is not in the model: counters, timing, norms, settings.
+
+        With several ranks, all of them must call; each gets the norms of all ranks.
+        """
+        return {
+            "steps": self.steps,
+            "sparsity": self.sparsity,
+            "last_update": self._last_update,
+            "timing": asdict(self.timing),
+            "settings": self.settings(),
+            "norms": self.norms.state_dict(),
+            "policy": self.policy.state_dict(),
+            "masks": {name: masks.fingerprint_number(layer.weight_mask) for name, layer in self.layers.items()},
+            "first_rows": {name: rows_SJ.cpu() for name, rows_SJ in self._first_rows.items()},
+            "layer_sparsities": self._division.state_dict(),
+        }
+
+    def _check_state(self, state: Mapping[str, Any]) -> None:
+        lacking = sorted({"settings", "norms", "policy", "masks", "first_rows", "layer_sparsities"} - state.keys())
+        if lacking:
+            raise ValueError(
+                f"The state of the run to resume has no {lacking[0]}: another version of sparse-train wrote it, or it "
+                "is not one of MaskUpdater. Finish the run with that version, or export it and start anew from that."
+            )
+        check_same(state["settings"], self.settings())
+        check_known(set(state["first_rows"]), self.layers)
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        self.norms.load_state_dict(state["norms"])
+        self.steps, self.sparsity, self._last_update = state["steps"], state["sparsity"], state["last_update"]
+        self.timing = Timing(**state["timing"])  # of the whole run, including the part that is done
+        device = next(iter(self.layers.values())).weight_mask.device
+        self._first_rows = {name: rows_SJ.to(device) for name, rows_SJ in state["first_rows"].items()}
+        self._restored_masks = dict(state["masks"])
+        self._division.load_state_dict(state["layer_sparsities"])
+        self.policy.load_state_dict(state["policy"])
+
+    def settings(self) -> dict[str, Any]:
+        """The settings as data; a run and one that continues it must share them, up to ``_FREE`` ones."""
+        self._adapters = describe_adapters(self.layers) or self._adapters  # after a merge, those from before
+        return {**self.config.as_data(), "mask_lora": self._adapters, "layers": len(self.layers)}
+
+    def plan(self) -> str:
+        """How layers differ in sparsity, if they do, and when masks change, in words."""
+        changes = any(self._would_change(step) for step in (self.timing.start_step, self.timing.end_step))
+        by_layer = self._division.in_words()
+        return (f"{by_layer}; " if by_layer else "") + (self.timing.in_words() if changes else "masks do not change")

@@ -1,0 +1,131 @@
+"""A model that was pruned before: its zeros as masks, for training alone (``keep_zeros``) and as a run's first mask."""
+
+import logging
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from sparse_train.criteria import Magnitude
+from sparse_train.distributed.collectives import all_ranks, rank
+from sparse_train.distributions import LayerSparsities
+from sparse_train.layers import masks
+from sparse_train.layers.masked_layer import MaskedLayer, sparse_layers
+from sparse_train.layers.sparsify import sparsify, unmask
+from sparse_train.layers.targets import select
+from sparse_train.patterns import Pattern, Unstructured, group_label
+from sparse_train.pruning.update import Rules, mask_shares, measure, sparsity_of, update_masks
+
+_log = logging.getLogger(__name__)
+
+_A_FEW = 0.005  # weights of 4 bits have 0.0003
+_TO_KEEP_THEM = (
+    "To train with the existing zeros, leave DynamicPruning or MaskUpdater out: call sparse_train.keep_zeros(model) "
+    "before training, and squash(model) after it."
+)
+
+
+@torch.no_grad()
+def keep_zeros(model: nn.Module, targets: Sequence[str] | None = None, ignore: Sequence[str] = ()) -> float:
+    """Mask the zeros of a model that was pruned before, wherever they are, so that training keeps all of them.
+
+    ::
+
+        model = AutoModelForCausalLM.from_pretrained("pruned")
+        keep_zeros(model)
+        ...  # train in any loop or trainer, without DynamicPruning or MaskUpdater
+        squash(model)
+
+    Pruned weights get no gradient, and masks do not change. This keeps zeros that follow no pattern, such as those of
+    unstructured SparseGPT or of groups larger than a row; for zeros that do follow one, ``DynamicPruning`` with
+    ``first_mask=FromZeros()`` and the policy ``Fixed()`` keeps them, too.
+
+    Args:
+        model: changed in place.
+        targets, ignore: which layers, see ``sparse_train.layers.targets.select``.
+
+    Returns:
+        The share of zeros among the targeted weights.
+
+    Raises:
+        ValueError: no weight of the targets is zero, or the model has masks already. It is then unchanged.
+    """
+    if sparse_layers(model):
+        raise ValueError("The model has masks already, which keep its zeros. Squash it first to make new ones.")
+    sparsify(model, select(model, Unstructured(), targets, ignore).layers.values())
+    masked = sparse_layers(model)
+    for layer in masked.values():
+        layer.straight_through = False
+        _mask_zeros(layer)
+    if all(layer.keeps_all() for layer in masked.values()):
+        unmask(model)
+        raise ValueError(
+            "No weight of the targeted layers is zero, so there is nothing to keep: prune the model first."
+        )
+    return sparsity_of(measure(masked))
+
+
+def masks_from_zeros(
+    layers: Mapping[str, MaskedLayer], pattern: Pattern, sparsity: float, division: LayerSparsities
+) -> None:
+    """Make the first masks of a run from the zeros of a model that was pruned before.
+
+    Args:
+        layers: with masks that keep everything.
+        pattern, sparsity: what the masks must follow.
+        division: how the sparsity is divided; if that is not known, it is read from the zeros.
+
+    Raises:
+        ValueError: the zeros do not follow the pattern, on some rank. Masks then keep everything.
+    """
+    dense = measure(layers)
+    try:
+        if not division.known:
+            for layer in layers.values():
+                _mask_zeros(layer)
+            division.read(mask_shares(layers, pattern), sparsity)
+        # by magnitude, masks prune zeros first: if the zeros follow the pattern, nothing else
+        found = update_masks(layers, Rules(Magnitude(), pattern, division.at(sparsity)))
+        follow = all(found[name].zeros == dense[name].zeros for name in layers)
+        if not all_ranks(follow, next(iter(layers.values())).weight_mask.device):
+            raise ValueError(
+                f"first_mask is FromZeros(), and {100 * sparsity_of(dense):.1f} % of the targeted weights are zeros, "
+                f"but not where {group_label(pattern)} at {sparsity:g} has them. {_TO_KEEP_THEM} Or make a new first "
+                "mask: first_mask=OneShot()."
+            )
+    except BaseException:
+        for layer in layers.values():
+            layer.keep_all()
+        raise
+    if rank() == 0:
+        _log.info(
+            "First mask from the zeros of the model: %.4f of the targeted weights, %s.",
+            sparsity_of(dense),
+            group_label(pattern),
+        )
+
+
+def warn_of_filled_zeros(layers: Mapping[str, MaskedLayer], pattern: Pattern, sparsity: float) -> None:
+    """Warn if the masks of layers keep zeros of a model that was pruned before, so that training fills them."""
+    kept = sum(masks.count(layer.weight_mask) for layer in layers.values())
+    counts = measure(layers).values()
+    size = sum(each.size for each in counts)
+    zeros = sum(each.zeros for each in counts if each.zeros < each.size)  # new layers may begin at zero
+    share = (zeros - (size - kept)) / size
+    if share <= _A_FEW or rank() != 0:
+        return
+    mask = (
+        f"the first mask ({group_label(pattern)} at {sparsity:g}) keeps" if kept < size else "are not masked at first"
+    )
+    _log.warning(
+        "The model was pruned before: %.1f %% of its weights are zeros that %s, so training fills them. A run that "
+        "starts at step 0 masks zeros that follow its pattern with first_mask=FromZeros(). %s",
+        100 * share,
+        mask,
+        _TO_KEEP_THEM,
+    )
+
+
+def _mask_zeros(layer: MaskedLayer) -> None:
+    with layer.read() as (weight_OI, _):
+        layer.set_mask(weight_OI != 0)

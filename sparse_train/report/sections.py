@@ -1,0 +1,200 @@
+"""What the page about training runs says: results, curves, masks, costs, and everything needed to repeat the runs."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from sparse_train.report.figures import curves, heat_maps
+from sparse_train.report.page import Block, Code, Picture, Table, write_page
+from sparse_train.report.runs import Run, closing, collect, evaluations, number
+
+
+def write_run_report(
+    folders: Sequence[str | Path],
+    out: str | Path | None = None,
+    *,
+    title: str | None = None,
+    lead: Sequence[Block] = (),
+) -> Path:
+    """Write ``report.html``, which loads nothing and runs no script; returns it.
+
+    Args:
+        folders: of the runs, see ``collect``.
+        out: folder to write to; default: that of the run; for several runs, ``report`` in the current folder.
+        title: of the page; default: the names of the runs.
+        lead: what stands first, such as a script's own table.
+
+    Raises:
+        ValueError: a folder without a run, see ``collect``.
+    """
+    runs = collect(folders)
+    if out is None:
+        out = runs[0].folder if len(runs) == 1 else "report"
+    title = title or f"Sparse training: {runs[0].name if len(runs) == 1 else f'{len(runs)} runs'}"
+    return write_page(Path(out) / "report.html", title, [*lead, *_summary(runs)], sections(runs))
+
+
+def sections(runs: Sequence[Run]) -> dict[str, list[Block]]:
+    """The sections of the page, by title."""
+    recipes: list[Block] = [block for run in runs if run.recipe for block in (run.name, Code(run.recipe))]
+    return {
+        "Perplexity and loss": _learning(runs),
+        "Evaluation": _evaluation(runs),
+        "Masks": _masks(runs),
+        "Sparsity by layer": _layers(runs),
+        "Time and memory": [_side_by_side(runs, _costs), _COSTS],
+        "Settings": [_side_by_side(runs, _settings)],
+        "Environment": [_side_by_side(runs, _environment)],
+        "Recipe": recipes,
+    }
+
+
+# --- results ---------------------------------------------------------------------------------------------------------
+
+
+def _summary(runs: Sequence[Run]) -> list[Block]:
+    columns, rows = closing(runs)
+    notes = [
+        "Perplexity and loss are those on the run's validation text. Sparsity is the share of zeros among the targeted "
+        "weights, counted on the weights. Flips are mask entries that updates changed since the first mask."
+    ]
+    for run in runs:
+        for state in run.before():
+            if state.part:
+                notes.append(
+                    f"{_of(run, runs)}{state.name} was measured on {state.part} of the validation, and cannot be "
+                    "compared with the others. trainer.num_sanity_val_steps=-1 uses all."
+                )
+        if not run.facts["finished"]:
+            notes.append(f"{_of(run, runs)}not ended, or cut off: the last record is of step {run.steps:,}.")
+    return [Table(columns, rows, words=min(len(runs), 2)), *notes]
+
+
+def _learning(runs: Sequence[Run]) -> list[Block]:
+    perplexity = {run.name: {"": run.validation("perplexity")} for run in runs}
+    loss = {run.name: {"training": run.training_loss(), "validation": run.validation("loss")} for run in runs}
+    levels: dict[float, str] = {}
+    for run in runs:
+        for state in run.before()[:1]:
+            if state.perplexity is not None and not state.part:
+                levels.setdefault(state.perplexity, _of(run, runs) + state.name)
+    text = "Perplexity on the validation text; at step 0, after the first mask."
+    return _drawn(
+        curves(text, perplexity, "perplexity", levels=levels, log=True),
+        curves("Loss in training (one batch each) and in validation.", loss, "loss"),
+    )
+
+
+def _evaluation(runs: Sequence[Run]) -> list[Block]:
+    def last(run: Run) -> dict[str, str]:
+        found = {name: run.curve(name)[-1] for name in evaluations(run)}
+        return {name: f"{value:.4f} at step {step:,}" for name, (step, value) in found.items()}
+
+    protocols = dict.fromkeys(protocol for run in runs for protocol in run.facts["protocols"])
+    return [_side_by_side(runs, last), *protocols] if any(map(last, runs)) else []
+
+
+def _masks(runs: Sequence[Run]) -> list[Block]:
+    flips = {run.name: {"": run.flips()} for run in runs}
+    since_first = {run.name: {"": run.curve("sparsity/initial_flip_rate")} for run in runs}
+    sparsity = {
+        run.name: {"target": run.curve("sparsity/target"), "counted": run.curve("sparsity/actual")} for run in runs
+    }
+    gradual = any(len({value for _, value in kinds["target"]}) > 1 for kinds in sparsity.values())
+    text = "Mask entries that an update changed, as a share of the targeted weights; without the first mask."
+    return _drawn(
+        curves(text, flips, "flip rate, %"),
+        curves("Mask entries that differ from the first mask.", since_first, "initial flip rate, %"),
+        curves("Sparsity over the run.", sparsity, "sparsity, %") if gradual else None,
+    )
+
+
+def _layers(runs: Sequence[Run]) -> list[Block]:
+    text = "Zeros, counted on the weights; and flips over the run as a share of the weights, if layers were logged."
+    panels = [(run, {"zeros, %": run.sparsity_by_layer(), "flips, %": run.flips_by_layer()}) for run in runs]
+    return _drawn(*(heat_maps(_of(run, runs) + text, values) for run, values in panels))
+
+
+# --- facts -----------------------------------------------------------------------------------------------------------
+
+_COSTS = (
+    "An update scores weights and selects masks; recording activations for it counts as part of the training steps. "
+    "Tokens include padding. Memory is that of the first process."
+)
+
+
+def _costs(run: Run) -> dict[str, str]:
+    facts, total = run.facts, run.facts["seconds"]
+
+    def share(seconds: float) -> str:
+        return f"{seconds:,.1f} s ({seconds / total:.1%})" if total else ""
+
+    updating = sum(value for step, value in run.curve("sparsity/update_seconds") if step > 0)
+    return {
+        "training, wall time": f"{total:,.1f} s",
+        "in training steps": share(total - updating - facts["validation_seconds"]),
+        "in validations": share(facts["validation_seconds"]),
+        "in mask updates": share(updating),
+        "before: model, first mask, baselines": f"{facts['sessions'][0]['prepare_seconds']:,.1f} s",
+        "tokens trained on": f"{facts['tokens']:,}",
+        "tokens per second, all included": f"{facts['tokens'] / total:,.0f}" if total else "",
+        "peak memory of the process": _gib(facts["peak_bytes"]),
+        "peak memory of the accelerator": _gib(facts["peak_device_bytes"]),
+    }
+
+
+def _settings(run: Run) -> dict[str, str]:
+    pruning, start = run.facts["pruning"], run.facts["sessions"][-1]
+    total = start["total_steps"]
+    found = {}
+    if pruning is not None:
+        sizes = pruning["layers"].values()
+        found = {name: str(value) for name, value in pruning["settings"].items()} | {
+            "targeted layers": f"{len(sizes):,}",
+            "targeted weights": f"{sum(sizes):,}",
+            "updates after the first mask": f"{len(run.flips()):,}",
+        }
+    return found | {
+        "steps": f"{run.steps:,}" + ("" if total is None else f" of {total:,}"),
+        "precision": start["precision"],
+        "processes": str(start["ranks"]),
+        "seed": number(start["seed"], "d"),
+    }
+
+
+def _environment(run: Run) -> dict[str, str]:
+    sessions = run.facts["sessions"]
+    machine = sessions[-1]["machine"]
+    return {
+        "begun (UTC)": sessions[0]["date"].replace("T", " ").removesuffix("+00:00"),
+        "resumed at steps": ", ".join(f"{session['step']:,}" for session in sessions[1:]),
+        "system": machine["system"],
+        "processor": machine["processor"],
+        "cores, threads": f"{machine['cores']}, {machine['threads']}",
+        "memory": _gib(machine.get("memory_bytes")),
+        "accelerators": ", ".join(machine.get("accelerators", [])) or "none",
+        **sessions[-1]["versions"],
+    }
+
+
+# --- parts -----------------------------------------------------------------------------------------------------------
+
+
+def _side_by_side(runs: Sequence[Run], facts: Callable[[Run], Mapping[str, str]]) -> Table:
+    """A row per fact and a column per run; facts that no run has are left out."""
+    found = [facts(run) for run in runs]
+    names = dict.fromkeys(name for each in found for name, text in each.items() if text)
+    columns = ["", *(run.name for run in runs)] if len(runs) > 1 else ["", "value"]
+    return Table(columns, [[name, *(each.get(name, "") for each in found)] for name in names], words=len(columns))
+
+
+def _of(run: Run, runs: Sequence[Run]) -> str:
+    """The beginning of what is about one of several runs."""
+    return f"{run.name}: " if len(runs) > 1 else ""
+
+
+def _drawn(*pictures: Picture | None) -> list[Block]:
+    return [picture for picture in pictures if picture is not None]
+
+
+def _gib(size: int | None) -> str:
+    return "" if size is None else f"{size / 2**30:.2f} GiB"

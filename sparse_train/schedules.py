@@ -1,0 +1,239 @@
+"""Sparsity over time (``Schedule``), and the optimizer steps at which masks change (``Timing``).
+
+A schedule is over progress: 0 at ``start_step``, 1 at ``end_step``. Optimizer steps belong to ``Timing``.
+"""
+
+import math
+import operator
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from sparse_train.arguments import check_sparsity, to_python_number
+from sparse_train.patterns import Group, Pattern, parse_pattern
+
+_ROUNDING = 1e-9
+"""0.58 * 100 is 57.99999999999999: shares are meant in decimals."""
+
+
+def _check_rise(init_sparsity: float, final_sparsity: float, ramp: float) -> None:
+    check_sparsity("init_sparsity", init_sparsity)
+    check_sparsity("final_sparsity", final_sparsity)
+    if init_sparsity > final_sparsity:
+        raise ValueError(f"Sparsity rises: init_sparsity ({init_sparsity}) must not be above {final_sparsity}.")
+    if not 0 < ramp <= 1:
+        raise ValueError(f"ramp is the share of the way on which sparsity rises, above 0 and at most 1, got {ramp}.")
+
+
+class Schedule(ABC):
+    """Sparsity as a function of progress."""
+
+    @abstractmethod
+    def sparsity(self, progress: float) -> float:
+        """Target sparsity in [0, 1) at ``progress`` in [0, 1]."""
+
+
+@dataclass(frozen=True)
+class Constant(Schedule):
+    """The same sparsity from the first update on."""
+
+    final_sparsity: float
+
+    def __post_init__(self) -> None:
+        check_sparsity("final_sparsity", self.final_sparsity)
+
+    def sparsity(self, progress: float) -> float:
+        return self.final_sparsity
+
+
+@dataclass(frozen=True)
+class Linear(Schedule):
+    """From ``init_sparsity`` to ``final_sparsity`` in a straight line, then constant.
+
+    Args:
+        final_sparsity, init_sparsity: shares of zeros.
+        ramp: share of the way from first to last update over which sparsity rises; afterwards masks are re-pruned at
+            ``final_sparsity``. N:M counts round down, so an N:M pattern is only complete at the end of the ramp.
+    """
+
+    final_sparsity: float
+    init_sparsity: float = 0.0
+    ramp: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_rise(self.init_sparsity, self.final_sparsity, self.ramp)
+
+    def sparsity(self, progress: float) -> float:
+        risen = min(1.0, progress / self.ramp)
+        sparsity = self.init_sparsity * (1 - risen) + self.final_sparsity * risen  # exact at both ends
+        return min(sparsity, self.final_sparsity)  # 0.6 * 6 / 7 + 0.6 / 7 is a little more than 0.6
+
+
+@dataclass(frozen=True)
+class Cubic(Schedule):
+    """``s_f + (s_i - s_f) (1 - progress / ramp)^3``: fast at first, slow near the end of the ramp, then ``s_f``.
+
+    Source: Zhu and Gupta, "To prune, or not to prune", arXiv 1710.01878, equation 1.
+
+    Args:
+        final_sparsity, init_sparsity: shares of zeros.
+        ramp: share of the way from first to last update over which sparsity rises; afterwards masks are re-pruned at
+            ``final_sparsity``. N:M counts round down, so an N:M pattern is only complete at the end of the ramp.
+    """
+
+    final_sparsity: float
+    init_sparsity: float = 0.0
+    ramp: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_rise(self.init_sparsity, self.final_sparsity, self.ramp)
+
+    def sparsity(self, progress: float) -> float:
+        left = 1 - min(1.0, progress / self.ramp)
+        return self.final_sparsity + (self.init_sparsity - self.final_sparsity) * left**3
+
+
+def resolve_target(
+    mask_structure: str | Pattern, sparsity: float | None, schedule: Schedule | None, group: Group = "row"
+) -> tuple[Pattern, Schedule]:
+    """Pattern and schedule from what users write; raises ValueError if they contradict each other.
+
+    ``group`` is the group in which "unstructured" compares weights.
+    """
+    if schedule is None:
+        pattern, sparsity = parse_pattern(mask_structure, sparsity, group)
+        return pattern, Constant(sparsity)
+    final = to_python_number(schedule.sparsity(1.0))
+    if sparsity is not None and to_python_number(sparsity) != final:
+        raise ValueError(f"sparsity={sparsity} is in conflict with the schedule, which ends at {final}: give one.")
+    pattern, _ = parse_pattern(mask_structure, final, group)
+    return pattern, schedule
+
+
+# --- steps -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Updates at ``start_step``, then every ``update_freq`` steps, and at ``end_step``; frozen afterwards.
+
+    All in optimizer steps completed, never micro-batches: an update "at step s" happens after the s-th optimizer
+    step (s = 0: before training) and before the next forward.
+
+    Attributes:
+        start_step: first update.
+        end_step: last update.
+        update_freq: k, steps between updates.
+        window: steps before an update over which activations are recorded, at most ``update_freq``.
+    """
+
+    start_step: int
+    end_step: int
+    update_freq: int
+    window: int
+
+    @staticmethod
+    def resolve(
+        *,
+        start_step: int | float,
+        end_step: int | float,
+        update_freq: int,
+        window: int | float,
+        total_steps: int | float | None,
+        first_from_window: bool,
+    ) -> "Timing":
+        """Turn what users write (int = steps, float = share) into steps.
+
+        Args:
+            start_step, end_step: int = steps, float = share of ``total_steps``.
+            update_freq: steps between updates.
+            window: int = steps, float = share of ``update_freq``.
+            total_steps: length of the run; needed if steps are given as a share of it.
+            first_from_window: whether the first mask needs recorded activations; ``start_step`` then waits for them.
+
+        Raises:
+            ValueError: a count or share outside its range, a share of an unknown length, an end before the start.
+        """
+        update_freq = check_update_freq(update_freq)
+        if total_steps is not None and total_steps < 1:
+            raise ValueError(f"total_steps is the number of optimizer steps of the run, at least 1, got {total_steps}.")
+        if isinstance(window, float):
+            if not 0 < window <= 1:
+                raise ValueError(f"window as a share of update_freq must be above 0 and at most 1, got {window}.")
+            window = math.ceil(window * update_freq - _ROUNDING)
+        if not 1 <= window <= update_freq:
+            raise ValueError(f"window must be from 1 to update_freq ({update_freq}) steps, got {window}.")
+        start = _steps("start_step", start_step, total_steps)
+        end = _steps("end_step", end_step, total_steps)
+        if end < start:
+            raise ValueError(f"end_step ({end}) must not lie before the first update, start_step ({start}).")
+        if total_steps is not None and start > total_steps:
+            raise ValueError(f"start_step ({start}) lies after the end of the run ({total_steps:g} steps).")
+        if first_from_window:
+            # a run shorter than the window (a trial of a few steps) still ends sparse
+            start = max(start, int(min(window, total_steps or window)))
+            if isinstance(end_step, float):  # a share is only approximate
+                end = max(start, end)
+            if end < start:
+                raise ValueError(
+                    f"end_step ({end}) lies before the first mask can be made: it needs {window} steps of activations. "
+                    "Use a smaller window or a later end_step."
+                )
+        return Timing(start, end, update_freq, window)
+
+    def in_words(self) -> str:
+        """When masks change, as text."""
+        if self.start_step == self.end_step:
+            return f"masks change only at step {self.end_step}"
+        every = f"every {self.update_freq} steps from step {self.start_step} on and at step {self.end_step}"
+        return f"masks change {every}, and are frozen afterwards"
+
+    def is_update(self, step: int) -> bool:
+        """Whether masks change after optimizer step ``step``."""
+        on_grid = (step - self.start_step) % self.update_freq == 0
+        return self.start_step <= step <= self.end_step and (on_grid or step == self.end_step)
+
+    def is_frozen(self, step: int) -> bool:
+        """Whether the last update lies before this step."""
+        return step > self.end_step
+
+    def next_update(self, step: int) -> int | None:
+        """The first update after ``step``; None when masks are frozen."""
+        if step < self.start_step:
+            return self.start_step
+        if step >= self.end_step:
+            return None
+        return min(self.end_step, step + self.update_freq - (step - self.start_step) % self.update_freq)
+
+    def is_recorded(self, step: int) -> bool:
+        """Whether the forwards between steps ``step`` and ``step + 1`` count for the next update."""
+        update = self.next_update(step)
+        return update is not None and step >= update - self.window
+
+    def progress(self, step: int) -> float:
+        """0 at the first update, 1 at the last."""
+        span = self.end_step - self.start_step
+        return min(1.0, max(0.0, (step - self.start_step) / span)) if span else 1.0
+
+
+def check_update_freq(steps: int) -> int:
+    """The steps between updates as an int, also from a numpy integer; ValueError for anything else."""
+    if isinstance(steps, (bool, float)) or not hasattr(steps, "__index__"):
+        raise ValueError(f"update_freq is the number of steps between mask updates, a whole number, got {steps!r}.")
+    if steps < 1:
+        raise ValueError(f"update_freq is the number of steps between mask updates, at least 1, got {steps}.")
+    return operator.index(steps)
+
+
+def _steps(name: str, value: int | float, total_steps: int | float | None) -> int:
+    if isinstance(value, int):
+        if value < 0:
+            raise ValueError(f"{name} as a number of steps must be at least 0, got {value}.")
+        return value
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} as a share of the run must be from 0 to 1, got {value}; whole steps are an int.")
+    if total_steps is None or not math.isfinite(total_steps) or total_steps < 0:
+        raise ValueError(
+            f"{name}={value} is a share of the run, whose length is not known. Give a number of steps, or limit the "
+            "run (max_steps, max_epochs with a data set of known length; total_steps in a custom loop)."
+        )
+    return int(value * total_steps + _ROUNDING)

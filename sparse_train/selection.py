@@ -1,0 +1,152 @@
+"""Keep the highest scores of every group, exactly and fast. Among equal scores the lower index is pruned first.
+
+Shape suffixes: G groups, M members of a group.
+
+On the CPU, numpy processes the matrix in threads, in blocks of rows that fit the cache: at 4096 x 11008 that is more
+than ten times faster than sorting rows (``benchmarks/selection.py``). Other devices use torch.
+"""
+
+import functools
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+_BLOCK = 1 << 18  # scores per block: 1 MiB of float32
+_PAIRWISE_UP_TO = 16  # for larger M, a partition costs less than M (M - 1) / 2 comparisons
+
+
+def keep_highest(scores_GM: Tensor, kept: int) -> Tensor:
+    """Bool mask (G, M) with exactly ``kept`` True in each row.
+
+    Args:
+        scores_GM: float32, no NaN; infinities are ordered.
+        kept: how many of each row stay, 0 to M.
+    """
+    members = scores_GM.shape[1]
+    assert 0 <= kept <= members, (kept, members)
+    if kept in (0, members) or not len(scores_GM):  # a process may have no rows
+        return torch.full_like(scores_GM, kept > 0, dtype=torch.bool)
+    pairwise = members <= _PAIRWISE_UP_TO
+    if scores_GM.device.type != "cpu":
+        return (by_comparison if pairwise else by_threshold)(scores_GM, kept)
+    return _in_blocks(_comparison_block if pairwise else _threshold_block, scores_GM, kept)
+
+
+def by_threshold(scores_GM: Tensor, kept: int) -> Tensor:
+    """``keep_highest`` by the threshold of each row; ties at the threshold are resolved by index."""
+    with _not_deterministic():  # on some GPUs and versions its indices are not deterministic; they are not used
+        threshold_G1 = scores_GM.kthvalue(scores_GM.shape[1] - kept, dim=1, keepdim=True).values
+    keep_GM = scores_GM > threshold_G1
+    missing_G1 = kept - keep_GM.sum(1, keepdim=True)
+    if missing_G1.any():
+        tied_GM = scores_GM == threshold_G1
+        first_kept_G1 = tied_GM.sum(1, keepdim=True) - missing_G1
+        keep_GM |= tied_GM & (tied_GM.cumsum(1) > first_kept_G1)
+    return keep_GM
+
+
+@contextmanager
+def _not_deterministic() -> Iterator[None]:
+    """Allow operations that ``use_deterministic_algorithms`` refuses."""
+    before, warn_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    if not before:  # do not set it without need: the compiler reads the setting too
+        yield
+        return
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
+
+
+def by_comparison(scores_GM: Tensor, kept: int) -> Tensor:
+    """``keep_highest`` by comparing every pair: the rank of a member is the number of members that it beats."""
+    groups, members = scores_GM.shape
+    ranks = [torch.zeros(groups, dtype=torch.uint8, device=scores_GM.device) for _ in range(members)]
+    for low in range(members):
+        for high in range(low + 1, members):
+            high_wins = scores_GM[:, low] <= scores_GM[:, high]  # the higher index wins a tie
+            ranks[high] += high_wins
+            ranks[low] += ~high_wins
+    return torch.stack([rank >= members - kept for rank in ranks], dim=1)
+
+
+# --- CPU: the same two methods, on numpy blocks ----------------------------------------------------------------------
+
+_Array = np.ndarray  # short, and mypy accepts the bare name
+_BlockSelection = Callable[[_Array, _Array, int], None]
+
+
+def _in_blocks(select: _BlockSelection, scores_GM: Tensor, kept: int) -> Tensor:
+    scores = scores_GM.detach().contiguous().numpy()
+    keep = np.empty(scores.shape, dtype=bool)
+    threads = torch.get_num_threads()
+    blocks = -(-scores.size // _BLOCK)
+    blocks = -(-blocks // threads) * threads  # the same number for every thread
+    rows = max(1, -(-len(scores) // blocks))
+    starts = range(0, len(scores), rows)
+    in_threads(lambda i: select(scores[i : i + rows], keep[i : i + rows], kept), starts)
+    return torch.from_numpy(keep)
+
+
+def in_threads(function: Callable[[Any], T], parts: Iterable[Any]) -> list[T]:
+    """``function`` of each part, in as many threads as torch uses; errors of the threads are raised.
+
+    numpy releases the interpreter lock inside its loops, so parts really run in parallel.
+    """
+    return list(_pool(torch.get_num_threads()).map(function, parts))
+
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="sparse_train")
+
+
+os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked child has the pool, but none of its threads
+
+
+def _threshold_block(scores: _Array, keep: _Array, kept: int) -> None:
+    pruned = scores.shape[1] - kept
+    scores = _ordered_integers(scores)
+    threshold = np.partition(scores, pruned - 1, axis=1)[:, pruned - 1 : pruned]
+    np.greater(scores, threshold, out=keep)
+    missing = kept - keep.view(np.uint8).sum(axis=1, dtype=np.int64)
+    rows = np.flatnonzero(missing)
+    if len(rows):
+        tied = scores[rows] == threshold[rows]
+        first_kept = np.count_nonzero(tied, axis=1) - missing[rows]
+        keep[rows] |= tied & (np.cumsum(tied, axis=1) > first_kept[:, None])
+
+
+def _ordered_integers(scores: _Array) -> _Array:
+    """int32 in the same order: numpy partitions these faster than floats, which may be NaN."""
+    bits = scores.view(np.int32)
+    if bits.min() >= 0:
+        return bits
+    bits = (scores + np.float32(0)).view(np.int32)  # turns -0.0 into 0.0, which is equal
+    ordered: _Array = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return ordered
+
+
+def _comparison_block(scores: _Array, keep: _Array, kept: int) -> None:
+    members = scores.shape[1]
+    columns = [np.ascontiguousarray(scores[:, i]) for i in range(members)]
+    ranks = np.zeros((members, len(scores)), dtype=np.uint8)
+    for low in range(members):
+        for high in range(low + 1, members):
+            high_wins = (columns[low] <= columns[high]).view(np.uint8)
+            ranks[high] += high_wins
+            ranks[low] += high_wins ^ 1
+    for i in range(members):
+        np.greater_equal(ranks[i], members - kept, out=keep[:, i])

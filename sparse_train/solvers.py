@@ -1,0 +1,174 @@
+"""Methods that choose a mask and new values for the kept weights: ``Solver.solve``, and SparseGPT.
+
+Shape suffixes: O out_features, I in_features, B columns per block.
+"""
+
+import logging
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from sparse_train.patterns import NM, Group, Pattern
+
+_log = logging.getLogger(__name__)
+
+
+class Solver(ABC):
+    """Prunes one layer and updates the kept weights to compensate, from second moments of the layer's input."""
+
+    group: ClassVar[Group] = "row"
+    """The group in which "unstructured" compares weights under this solver; ``Unstructured(group=...)`` sets it."""
+
+    def check_pattern(self, pattern: Pattern) -> None:
+        """Raise ValueError if the solver cannot prune to this pattern."""
+
+    @abstractmethod
+    def solve(self, weight_OI: Tensor, gram_II: Tensor, pattern: Pattern, sparsity: float) -> tuple[Tensor, Tensor]:
+        """Prune one layer.
+
+        Args:
+            weight_OI: the layer's weights, any float dtype; not changed.
+            gram_II: float32 or better, the sum of x x^T over the layer's inputs x (I,).
+            pattern: where zeros may be.
+            sparsity: share of zeros over each of its groups.
+
+        Returns:
+            weight_OI: float32, kept weights updated; pruned ones have their former value, as shadow values.
+            mask_OI: bool, True = kept.
+        """
+
+
+@dataclass(frozen=True)
+class SparseGPT(Solver):
+    """Optimal brain surgeon over whole rows: columns are pruned from left to right, and the columns to the right of a
+    pruned one are updated to compensate for its error.
+
+    Source: Frantar and Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot",
+    arXiv 2301.00774, algorithm 1. Scores are ``w^2 / [H^-1]_jj^2`` of the weights as updated so far; unstructured masks
+    are chosen for a block of columns of all rows at once, N:M masks one group at a time.
+
+    Args:
+        block_size: number of columns whose mask is chosen together, and whose updates to the rest are applied together.
+        dampening_frac: share of the mean diagonal of H that is added to the diagonal.
+        preserve_sparsity_mask: weights that are zero stay zero; groups with more zeros than asked for keep them.
+    """
+
+    block_size: int = 128
+    dampening_frac: float = 0.01
+    preserve_sparsity_mask: bool = False
+    group: ClassVar[Group] = "layer"
+
+    def __post_init__(self) -> None:
+        if self.block_size < 1:
+            raise ValueError(f"block_size must be at least 1, got {self.block_size}.")
+        if not self.dampening_frac > 0:
+            raise ValueError(f"dampening_frac must be above 0, got {self.dampening_frac}.")
+
+    def check_pattern(self, pattern: Pattern) -> None:
+        if pattern.model_wide:
+            raise ValueError(
+                "SparseGPT chooses masks column block by column block, so it cannot compare over the whole model. Use "
+                'Unstructured(group="layer") or "row", or N:M.'
+            )
+        if isinstance(pattern, NM) and self.block_size % pattern.m:
+            raise ValueError(
+                f"SparseGPT at {pattern.n}:{pattern.m} needs a block_size divisible by {pattern.m}, got "
+                f"{self.block_size}."
+            )
+
+    def solve(self, weight_OI: Tensor, gram_II: Tensor, pattern: Pattern, sparsity: float) -> tuple[Tensor, Tensor]:
+        self.check_pattern(pattern)
+        before_OI = weight_OI.detach().float()
+        dead_I = gram_II.diagonal() == 0  # inputs that are always zero: their weights are pruned first
+        work_OI = before_OI.clone()
+        fixed_OI = before_OI == 0 if self.preserve_sparsity_mask else None
+        factor_II = _inverse_factor(gram_II, dead_I, self.dampening_frac)
+        mask_OI = torch.ones_like(work_OI, dtype=torch.bool)
+        inputs = work_OI.shape[1]
+        for start in range(0, inputs, self.block_size):
+            stop = min(start + self.block_size, inputs)
+            block = slice(start, stop)
+            fixed_OB = None if fixed_OI is None else fixed_OI[:, block]
+            dead_B = dead_I[block] if bool(dead_I[block].any()) else None
+            errors_OB = _prune_block(
+                work_OI[:, block],
+                mask_OI[:, block],
+                factor_II[block, block],
+                fixed_OB,
+                dead_B,
+                pattern,
+                _block_sparsity(pattern, sparsity, work_OI.shape[0], start, stop),
+            )
+            work_OI[:, stop:] -= errors_OB @ factor_II[block, stop:]
+        return torch.where(mask_OI, work_OI, before_OI), mask_OI
+
+
+def _inverse_factor(gram_II: Tensor, dead_I: Tensor, dampening_frac: float) -> Tensor:
+    """Upper Cholesky factor of the inverse of the dampened Gram matrix, float32 (I, I)."""
+    hessian_II = gram_II.clone()
+    diagonal_I = hessian_II.diagonal()
+    diagonal_I[dead_I] = 1
+    mean = diagonal_I.mean()
+    damping = dampening_frac * mean
+    for attempt in range(4):
+        if attempt:
+            _log.warning("SparseGPT: no Cholesky factor; the dampening grows to %g of the mean.", damping / mean)
+        diagonal_I += damping
+        factor_II, info = torch.linalg.cholesky_ex(hessian_II)
+        if int(info) == 0:
+            inverse_II = torch.cholesky_inverse(factor_II)
+            factor_II, info = torch.linalg.cholesky_ex(inverse_II, upper=True)
+            if int(info) == 0:
+                found: Tensor = factor_II.float()
+                return found
+        damping *= 10  # with few samples, rounding in float32 can make the matrix indefinite
+    raise ValueError(
+        f"SparseGPT: the {len(gram_II)} x {len(gram_II)} matrix of second moments has no Cholesky factor at "
+        f"dampening_frac={dampening_frac}. Give more calibration samples, or a larger dampening_frac."
+    )
+
+
+def _block_sparsity(pattern: Pattern, sparsity: float, rows: int, start: int, stop: int) -> float:
+    """The sparsity of a block for which the counts of all blocks add up to that of the whole group."""
+    if isinstance(pattern, NM):
+        return sparsity
+    per_column = rows if getattr(pattern, "group", "row") == "layer" else 1
+    members = per_column * (stop - start)
+    count = int(per_column * stop * sparsity) - int(per_column * start * sparsity)
+    return min((count + 0.5) / members, 1.0)  # half a weight more, so that int(members * this) is always count
+
+
+def _prune_block(
+    work_OB: Tensor,
+    mask_OB: Tensor,
+    factor_BB: Tensor,
+    fixed_OB: Tensor | None,
+    dead_B: Tensor | None,
+    pattern: Pattern,
+    sparsity: float,
+) -> Tensor:
+    """Prune a block of columns in place; returns the errors (O, B) that the columns after it have to compensate."""
+    diagonal_B = factor_BB.diagonal()
+    step = pattern.m if isinstance(pattern, NM) else work_OB.shape[1]
+    errors_OB = torch.zeros_like(work_OB)
+    for column in range(work_OB.shape[1]):
+        if column % step == 0:
+            part = slice(column, column + step)
+            scores_OB = (work_OB[:, part] / diagonal_B[part]).square()
+            if dead_B is not None:
+                scores_OB[:, dead_B[part]] = 0
+                scores_OB[work_OB[:, part] == 0] = -torch.inf  # zeros are pruned before other weights with score 0
+            if fixed_OB is not None:
+                scores_OB[fixed_OB[:, part]] = -torch.inf
+            mask_OB[:, part] = pattern.mask(scores_OB, sparsity)
+            if fixed_OB is not None:
+                mask_OB[:, part] &= ~fixed_OB[:, part]
+        value_O = work_OB[:, column].clone()
+        error_O = torch.where(mask_OB[:, column], 0.0, value_O) / diagonal_B[column]
+        work_OB[:, column:] -= torch.outer(error_O, factor_BB[column, column:])
+        work_OB[:, column] = torch.where(mask_OB[:, column], value_O, 0.0)
+        errors_OB[:, column] = error_O
+    return errors_OB

@@ -1,0 +1,314 @@
+"""Running sums over the inputs of layers: ``ActivationNorm`` for scores, ``ActivationGram`` for solvers.
+
+Shape suffixes: T tokens, I in_features.
+"""
+
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparse_train.selection import in_threads
+
+_PART = 2**24  # elements, 64 MiB in float32: large enough to keep a GPU busy
+_CHUNK = 128  # rows
+_WORTH_THREADS = 2**21  # elements; below this, starting threads takes longer than the work
+
+
+# --- one batch -------------------------------------------------------------------------------------------------------
+
+
+def batch_sums(x: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """What one batch adds to an ``ActivationNorm``; nothing but 1 to ``dropped`` if the batch is not finite.
+
+    Args:
+        x: (..., I), any float dtype.
+        token_mask: bool or integer (...), 0 = padding; None counts every token.
+
+    Returns:
+        sum of squares, float32 (I,); number of tokens and of dropped batches, int64 scalars.
+    """
+    x_TI = x.reshape(-1, x.shape[-1])
+    kept_T = None if token_mask is None else token_mask.reshape(-1).bool()
+    # in parts: a float32 copy of a whole long batch would raise the peak memory of the run, in recorded steps
+    rows = max(1, _PART // max(1, x_TI.shape[1]))
+    sums_I = torch.zeros(x_TI.shape[1], dtype=torch.float32, device=x.device)
+    for start in range(0, len(x_TI), rows):
+        part_TI = x_TI[start : start + rows]
+        if kept_T is not None:
+            # ``where`` and not a product: padding may hold infinities or NaN
+            part_TI = torch.where(kept_T[start : start + rows, None], part_TI.float(), 0)
+        sums_I += sum_of_squares(part_TI)
+    # decided on the device, because asking for the answer here would make every forward wait for it
+    finite = sums_I.isfinite().all()
+    tokens = finite * (len(x_TI) if kept_T is None else kept_T.sum())
+    return torch.where(finite, sums_I, 0), tokens, (~finite).long()
+
+
+def sum_of_squares(x_TI: Tensor) -> Tensor:
+    """Sum over tokens, float32 (I,). On the CPU by numpy in threads, in chunks of rows that fit the cache.
+
+    Sums of 128 rows are added up in float32, which keeps relative errors around 1e-7; one sum over all rows would not.
+    """
+    if x_TI.device.type != "cpu" or x_TI.dtype == torch.float64:
+        return x_TI.float().square().sum(0)
+    threads = torch.get_num_threads()
+    if threads == 1 or x_TI.numel() < _WORTH_THREADS:
+        return torch.from_numpy(_sum_of_squares(x_TI.float().numpy()))
+    parts = x_TI.split(-(-len(x_TI) // threads))
+    return torch.from_numpy(sum(in_threads(lambda part: _sum_of_squares(part.float().numpy()), parts)))
+
+
+def _sum_of_squares(x: np.ndarray) -> np.ndarray:
+    whole = len(x) // _CHUNK * _CHUNK
+    chunks = x[:whole].reshape(-1, _CHUNK, x.shape[1])
+    found: np.ndarray = np.einsum("cti,cti->ci", chunks, chunks).sum(0)
+    found += np.einsum("ti,ti->i", x[whole:], x[whole:])
+    return found
+
+
+@torch.library.custom_op("sparse_train::accumulate", mutates_args=("sum_squares_I", "tokens", "dropped"))
+def _accumulate(x: Tensor, token_mask: Tensor | None, sum_squares_I: Tensor, tokens: Tensor, dropped: Tensor) -> None:
+    # One opaque operator, so that a compiled forward keeps it and checks at run time whether it is recomputed.
+    if not recomputing():
+        _add_to((sum_squares_I, tokens, dropped), batch_sums(x, token_mask))
+
+
+@_accumulate.register_fake
+def _(x: Tensor, token_mask: Tensor | None, sum_squares_I: Tensor, tokens: Tensor, dropped: Tensor) -> None:
+    return None
+
+
+def _add_to(sums: tuple[Tensor, ...], batch: tuple[Tensor, ...]) -> None:
+    for total, new in zip(sums, batch, strict=True):
+        total += new
+
+
+def recomputing() -> bool:
+    """Whether this forward runs inside a backward, like the second forward of activation checkpointing.
+
+    Its tokens were counted in the first forward.
+    """
+    return torch._C._current_graph_task_id() != -1
+
+
+class LastSums:
+    """The sums of the tensor that was summed last, for other layers that read the very same tensor (q/k/v, gate/up)."""
+
+    def __init__(self) -> None:
+        self._x: Any = lambda: None  # a weak reference: the sums must not keep an input alive
+        self._version = 0
+        self._token_mask: Tensor | None = None
+        self._sums: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def of(self, x: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """``batch_sums(x, token_mask)``, computed once as long as the tensor lives and is not changed."""
+        version = 0 if x.is_inference() else x._version  # a tensor that was changed in place is another input
+        same = self._x() is x and self._version == version and self._token_mask is token_mask
+        if self._sums is None or not same:
+            self._x, self._version, self._token_mask = weakref.ref(x), version, token_mask
+            self._sums = batch_sums(x.detach(), token_mask)
+        return self._sums
+
+    # Copies and pickles of a model start without the sums of a finished forward.
+    def __deepcopy__(self, memo: dict[int, Any]) -> "LastSums":
+        return LastSums()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return LastSums, ()
+
+
+def fits(token_mask: Tensor, x: Tensor) -> bool:
+    """Whether a mask (B, L) has an entry for every token of ``x``, which is (B, L, I) or (B * L, I)."""
+    return token_mask.shape == x.shape[:-1] or (x.dim() == 2 and token_mask.numel() == len(x))
+
+
+# --- running sums ----------------------------------------------------------------------------------------------------
+
+
+class Statistics(ABC):
+    """Sums over the tokens that reach a layer's input.
+
+    Attributes:
+        tokens: int64 scalar, tokens counted.
+        dropped: int64 scalar, forwards since the last ``fade`` or ``reset`` that were left out because an input was
+            not finite, as in a step that overflows float16 and that a loss scaler then skips.
+    """
+
+    tokens: Tensor
+    dropped: Tensor
+
+    @abstractmethod
+    def __init__(self, in_features: int, device: torch.device | str | None = None) -> None:
+        """Empty statistics for an input with this many features."""
+
+    @abstractmethod
+    def add(self, x: Tensor, token_mask: Tensor | None = None, last: LastSums | None = None) -> None:
+        """Count one batch of inputs; a recomputed forward does not count.
+
+        Args:
+            x: (..., I), any float dtype.
+            token_mask: bool or integer (...), 0 = padding; None, or a shape that does not fit, counts every token.
+            last: sums that can be reused if another layer has read the same tensor.
+        """
+
+    @abstractmethod
+    def tensors(self) -> list[Tensor]:
+        """All sums, as tensors that can be summed over ranks in place."""
+
+    @abstractmethod
+    def move(self, device: torch.device) -> None:
+        """Move to the device of the layer's input."""
+
+    @property
+    @abstractmethod
+    def sum_squares_I(self) -> Tensor:
+        """Sum of squares of each feature, float32 (I,)."""
+
+    @property
+    def norm_I(self) -> Tensor:
+        """``||X_j||_2`` over all tokens seen (arXiv 2306.11695, equation 1), float32 (I,)."""
+        return self.sum_squares_I.sqrt()
+
+    def reset(self) -> None:
+        """Forget everything seen, in place."""
+        for tensor in self.tensors():
+            tensor.zero_()
+
+    def fade(self, factor: float) -> None:
+        """Multiply what was seen by ``factor``, above 0 and at most 1, in place; token counts are rounded up."""
+        self.dropped.zero_()
+        if factor == 1:
+            return
+        for tensor in self.tensors():
+            tensor.copy_(tensor * factor if tensor.is_floating_point() else (tensor.double() * factor).ceil())
+
+
+class ActivationNorm(Statistics):
+    """Sum of squares of each input feature over the tokens seen, and the number of tokens.
+
+    Plain tensors and not buffers: casting a model to bfloat16 must not cast its statistics.
+    """
+
+    def __init__(self, in_features: int, device: torch.device | str | None = None) -> None:
+        self._sum_squares_I = torch.zeros(in_features, dtype=torch.float32, device=device)
+        self.tokens = torch.zeros((), dtype=torch.int64, device=device)
+        self.dropped = torch.zeros_like(self.tokens)
+
+    @property
+    def sum_squares_I(self) -> Tensor:
+        return self._sum_squares_I
+
+    def tensors(self) -> list[Tensor]:
+        return [self._sum_squares_I, self.tokens, self.dropped]
+
+    def move(self, device: torch.device) -> None:
+        self._sum_squares_I, self.tokens, self.dropped = (tensor.to(device) for tensor in self.tensors())
+
+    @torch.no_grad()
+    def add(self, x: Tensor, token_mask: Tensor | None = None, last: LastSums | None = None) -> None:
+        if token_mask is not None and not fits(token_mask, x):
+            token_mask = None
+        if torch.compiler.is_compiling():
+            _accumulate(x.detach(), token_mask, *self.tensors())
+        elif not recomputing():
+            _add_to(tuple(self.tensors()), (last or LastSums()).of(x, token_mask))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        sums = {"sum_squares": self.sum_squares_I, "tokens": self.tokens, "dropped": self.dropped}
+        return {name: tensor.cpu().clone() for name, tensor in sums.items()}
+
+    def merge_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Add what another one has seen; the result is the same as of one that has seen both."""
+        for tensor, name in zip(self.tensors(), ("sum_squares", "tokens", "dropped"), strict=True):
+            if name in state:
+                tensor += state[name].to(tensor.device)
+
+    def merge(self, other: "ActivationNorm") -> None:
+        """Add what another ``ActivationNorm`` has seen."""
+        self.merge_state_dict(other.state_dict())
+
+
+class ActivationGram(Statistics):
+    """Sum of ``x x^T`` over the tokens seen: second moments of the input, for methods that move weights.
+
+    Only for calibration: takes I * I floats, does not detect recomputed forwards, and drops nothing.
+
+    Attributes:
+        gram_II: float32 (I, I).
+    """
+
+    def __init__(self, in_features: int, device: torch.device | str | None = None) -> None:
+        self.gram_II = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+        self.tokens = torch.zeros((), dtype=torch.int64, device=device)
+        self.dropped = torch.zeros_like(self.tokens)
+
+    @property
+    def sum_squares_I(self) -> Tensor:
+        return self.gram_II.diagonal()
+
+    def tensors(self) -> list[Tensor]:
+        return [self.gram_II, self.tokens]
+
+    def move(self, device: torch.device) -> None:
+        self.gram_II, self.tokens = self.gram_II.to(device), self.tokens.to(device)
+
+    def add(self, x: Tensor, token_mask: Tensor | None = None, last: LastSums | None = None) -> None:
+        x_TI = x.detach().reshape(-1, x.shape[-1]).float()
+        if token_mask is not None and fits(token_mask, x):
+            x_TI = x_TI[token_mask.reshape(-1).bool()]
+        with in_float32(x_TI.device.type):
+            self.gram_II.addmm_(x_TI.t(), x_TI)
+        self.tokens += len(x_TI)
+
+    def norm(self) -> ActivationNorm:
+        """The norms of the features: a copy of the diagonal."""
+        norm = ActivationNorm(len(self.gram_II), self.gram_II.device)
+        norm.merge_state_dict({"sum_squares": self.sum_squares_I, "tokens": self.tokens})
+        return norm
+
+
+# --- precision -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def in_float32(device_type: str) -> Iterator[None]:
+    """Inside, float32 matrix products are computed in full float32, whatever autocast and TF32 settings say."""
+    restore = _no_tf32()
+    try:
+        with torch.autocast(device_type, enabled=False):
+            yield
+    finally:
+        restore()
+
+
+def _no_tf32() -> Callable[[], None]:
+    """Turn TF32 off through the same API that set it: torch has two, and raises if they are mixed."""
+    backends = torch.backends.cuda, torch.backends.mkldnn
+    own = [backend.matmul for backend in backends if hasattr(backend, "matmul")]  # mkldnn's since torch 2.9
+    precisions = [getattr(each, "fp32_precision", None) for each in own]  # since torch 2.9
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:  # it was set by fp32_precision of torch.backends or a backend, as by transformers' tf32=True
+        before = None
+    if before is not None:
+        torch.set_float32_matmul_precision("highest")
+    else:
+        for each in own:
+            each.fp32_precision = "ieee"
+
+    def restore() -> None:
+        if before is not None:
+            torch.set_float32_matmul_precision(before)  # this sets fp32_precision to "ieee" even if it was not set
+        for each, precision in zip(own, precisions, strict=True):
+            if precision is not None:
+                each.fp32_precision = "none"  # follow torch.backends again
+                if each.fp32_precision != precision:
+                    each.fp32_precision = precision
+
+    return restore

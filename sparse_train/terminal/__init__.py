@@ -1,1 +1,0 @@
-"""Output of commands in the terminal: bars, lines, tables."""

@@ -1,0 +1,206 @@
+"""Mistakes as users make them, through the real parsers: a short answer with what, where and the way out."""
+
+from pathlib import Path
+
+import pytest
+
+from sparse_train.cli import main as cli
+from sparse_train.cli.mistakes import explain
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+ROOT = Path(__file__).parents[2]
+FIT = ["fit", "--config", "recipes/smollm2_2of4.yaml"]
+PRUNE = ["prune", "--model", "x", "--out", "y"]
+PRUNING = "--trainer.callbacks.init_args"
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["sparse-train"])
+
+
+def answer(arguments, capsys) -> str:
+    with pytest.raises(SystemExit) as error:
+        cli.main(list(map(str, arguments)))
+    assert error.value.code == 2
+    said, way_out = capsys.readouterr().err.splitlines()  # two lines, whatever was wrong
+    assert way_out == f"sparse-train {arguments[0]} --help lists all options, with examples."
+    return said.removeprefix(f"sparse-train {arguments[0]}: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        # options; an abbreviation is none, or a typo would run
+        (
+            [*FIT, "--trainer.max_step", "5"],
+            "there is no option --trainer.max_step. Did you mean '--trainer.max_steps'",
+        ),
+        (
+            [*FIT, "--trainer.callback+=Evaluation"],
+            "there is no option --trainer.callback. Did you mean '--trainer.callbacks'",
+        ),
+        ([*FIT, "--model.learning_rate=1"], "there is no option --model.learning_rate. model has model, lr, "),
+        (["validate", "--ckpt", "x"], "there is no option --ckpt. Did you mean '--ckpt_path'"),
+        ([*PRUNE, "--mask_struct", "2:4"], "there is no option --mask_struct. Did you mean '--mask_structure'?"),
+        (["evaluate", "x", "--windw", "3"], "there is no option --windw. Did you mean '--window'"),
+        (["export", "x", "y", "--tokeniser=z"], "there is no option --tokeniser. Did you mean '--tokenizer'"),
+        (["inspect", "x", "--jsn"], "there is no option --jsn. Did you mean '--json'?"),
+        (["report", "x", "--ot", "y"], "there is no option --ot. Did you mean '--out'"),
+        (["fit", "--max_steps", "4"], "there is no option --max_steps. Did you mean '--trainer.max_steps'?"),
+        (["evaluate", "x", "y"], "unexpected argument 'y'."),
+        # arguments of classes
+        ([*FIT, f"{PRUNING}.update_frq=5"], "trainer.callbacks: DynamicPruning has no argument 'update_frq'. Did you"),
+        (
+            [*FIT, "--model.distillation.temprature=3"],
+            "Distillation has no argument 'temprature'. Did you mean 'temper",
+        ),
+        (
+            [*FIT, f"{PRUNING}.schedule=Cubic", f"{PRUNING}.schedule.final_sparsty=1"],
+            "trainer.callbacks.schedule: Cubic has no argument 'final_sparsty'. Did you mean 'final_sparsity'",
+        ),
+        (
+            [*PRUNE, "--criterion=SparseGPT", "--criterion.dampening=1"],
+            "no argument 'dampening'. Did you mean 'dampening_fr",
+        ),
+        ([*PRUNE, "--criterion=RIA", "--criterion.alpha=1"], "criterion: RIA has no argument 'alpha'. It has a."),
+        (
+            [*PRUNE, "--text", "TextFiles", "--text.trian+", "x"],
+            "TextFiles has no argument 'trian'. Did you mean 'train'?",
+        ),
+        (
+            [*PRUNE, "--criterion.a", "1"],
+            "criterion: say which class these arguments are for. There are Magnitude, ",
+        ),
+        # classes
+        (
+            [*FIT, f"{PRUNING}.criterion=Wonda"],
+            "trainer.callbacks.criterion: there is no class 'Wonda'. Did you mean 'Wanda",
+        ),
+        ([*FIT, "--trainer.callbacks+=Evaluaton"], "there is no class 'Evaluaton'. Did you mean 'Evaluation'"),
+        ([*FIT, "--data.text=PackagedWikipdia"], "data.text: there is no class 'PackagedWikipdia'. Did you mean"),
+        ([*PRUNE, "--criterion=nowhere.Score"], "criterion: there is no class 'nowhere.Score'. There are Magnitude, "),
+        ([*PRUNE, "--criterion=sparse_train.Wonda"], "there is no class 'sparse_train.Wonda'. Did you mean 'Wanda'"),
+        # values
+        ([*FIT, f"{PRUNING}.update_freq=often"], "trainer.callbacks.update_freq: takes int, got 'often'."),
+        ([*FIT, f"{PRUNING}.end_step=late"], "trainer.callbacks.end_step: takes int or float, got 'late'."),
+        ([*FIT, "--trainer.precision=bf17"], ", bf16, got 'bf17'. Did you mean 'bf16'?"),
+        ([*PRUNE, "--sampling=packd"], "sampling: takes one of packed, documents, got 'packd'. Did you mean 'packed'?"),
+        ([*PRUNE, "--ignore=[a"], "ignore: takes list, got '[a'."),
+        (
+            ["fit", "--model", "x"],
+            "model: takes a YAML file, got 'x'. Its keys are also options: --model.model, --model.lr",
+        ),
+        # what is missing
+        (["fit"], "model.model must be given, by --model.model or in a --config."),
+        (["inspect"], "the following arguments are required: model"),
+        (["fit", "--config", "nowhere.yaml"], "nowhere.yaml"),
+    ],
+)
+def test_on_the_command_line(arguments, said, capsys):
+    assert said in answer(arguments, capsys)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "right", "wrong", "said"),
+    [
+        (
+            "smollm2_2of4",
+            "update_freq:",
+            "update_frq:",
+            "DynamicPruning has no argument 'update_frq'. Did you mean 'update_freq'",
+        ),
+        (
+            "smollm2_2of4",
+            "max_steps:",
+            "max_step:",
+            "there is no key trainer.max_step. Did you mean 'trainer.max_steps'",
+        ),
+        (
+            "smollm2_2of4",
+            "  init_args:\n        mask",
+            "  init_arg:\n        mask",
+            "'init_arg.mask_structure'. Did you mean 'init_args'",
+        ),
+        ("smollm2_2of4", "class_path: Dynamic", "clas_path: Dynamic", "or by a mapping with class_path and init_args."),
+        (
+            "smollm2_2of4",
+            "seed_everything: 0",
+            "max_step: 5",
+            "there is no key max_step. Did you mean 'trainer.max_steps'",
+        ),
+        ("smollm2_2of4", "seed_everything: 0", "txt: x", "there is no key txt. Did you mean 'data.text'"),
+        ("smollm2_2of4", "trainer:", "traner:", "there is no key traner. Did you mean 'trainer'"),
+        (
+            "smollm2_2of4",
+            "DynamicPruning",
+            "DynamicPrunning",
+            "no class 'DynamicPrunning'. Did you mean 'DynamicPruning'",
+        ),
+        (
+            "oneshot_wanda_50",
+            "num_calibration",
+            "num_calib",
+            "num_calib_samples. Did you mean 'num_calibration_samples'",
+        ),
+        ("oneshot_owl_60", "OWL", "OWLs", "distribution: there is no class 'OWLs'. Did you mean 'OWL'?"),
+    ],
+)
+def test_in_a_recipe(recipe, right, wrong, said, capsys):
+    text = (ROOT / "recipes" / f"{recipe}.yaml").read_text()
+    command = "fit" if "\ntrainer:" in text else "prune"
+    Path("own.yaml").write_text(replaced_outside_comments(text, right, wrong))
+    assert said in answer([command, "--config", "own.yaml"], capsys)
+
+
+def replaced_outside_comments(text, right, wrong):
+    body = text[text.index("\n", text.rindex("\n#") + 1) :]
+    assert right in body
+    return body.replace(right, wrong)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([f"{PRUNING}.mask_structure=2;4"], 'must be "unstructured" or "N:M"'),
+        ([f"{PRUNING}.update_freq=0"], "update_freq is the number of steps between mask updates"),
+        ([f"{PRUNING}.schedule=Cubic", f"{PRUNING}.schedule.final_sparsity=1.5"], "final_sparsity must be at least 0"),
+    ],
+)
+def test_mistakes_that_classes_find(options, said):
+    """Their own message alone, although jsonargparse wraps it as it makes them."""
+    with pytest.raises(SystemExit) as error:
+        cli.main([*FIT, *options])
+    message = str(error.value)
+    assert message.startswith("sparse-train fit: ")
+    assert said in message
+    assert "\n" not in message
+    assert "Callback" not in message
+
+
+def test_a_model_that_was_meant_to_be_a_class(monkeypatch):
+    with pytest.raises(SystemExit, match="Did you mean 'PackagedSmolLM2'"):
+        cli.main(["inspect", "PackagedSmolLM"])
+
+
+def test_a_mistyped_recipe():
+    for command in ("fit", "prune"):
+        with pytest.raises(SystemExit, match="Did you mean 'recipes/oneshot_wanda_50.yaml'"):
+            cli.main([command, "--config", "recipes/oneshot_wnda_50.yaml"])
+
+
+def test_devices_that_are_not_there():
+    for command in (["evaluate", "x"], [*PRUNE]):
+        with pytest.raises(SystemExit, match="torch cannot compute on device='gpu' here"):
+            cli.main([*command, "--device=gpu"])
+
+
+def test_debug_gives_all_of_it():
+    for command in ([*PRUNE, "--criterion=Wonda"], [*FIT, f"{PRUNING}.criterion=Wonda"]):
+        with pytest.raises(Exception, match="Does not validate against any of the Union subtypes"):
+            cli.main([*command, "--debug"])
+
+
+def test_unknown_messages_stay_as_they_are():
+    assert explain("the parser said something new", ["--model"]) == "the parser said something new"

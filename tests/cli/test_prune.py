@@ -1,0 +1,180 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
+
+from sparse_train.cli import main as cli
+from sparse_train.evaluation import evaluate_perplexity, token_ids
+from tests.conftest import tiny_llama, tiny_tokenizer
+
+
+@pytest.fixture
+def model_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny_llama().save_pretrained("model")
+    tiny_tokenizer().save_pretrained("model")
+    return "model"
+
+
+@pytest.fixture
+def run(model_folder, text_file):
+    files = {"train": [str(text_file)], "test": [str(text_file)]}
+    text = json.dumps({"class_path": "TextFiles", "init_args": files})
+
+    def run(*options, out="out"):
+        small = ["--num_calibration_samples=4", "--max_seq_length=32"]
+        cli.main(["prune", f"--model={model_folder}", f"--text={text}", *small, f"--out={out}", *options])
+        path = Path(out)
+        if not (path / "config.json").is_file():
+            return None, json.loads((path / "seeds.json").read_text())
+        return AutoModelForCausalLM.from_pretrained(out), json.loads((path / "pruning.json").read_text())
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--criterion=SparseGPT", "--mask_structure=unstructured", "--sparsity=0.5"],
+        ["--criterion=SparseGPT", "--criterion.dampening_frac=0.1"],
+        ["--criterion=RIA", "--criterion.a=1.0"],
+        ["--criterion=WandaCumulative", "--mask_structure=unstructured", "--sparsity=0.5"],
+        ["--criterion=Random"],
+        ["--mask_structure=unstructured", "--sparsity=0.5", "--distribution=OWL", "--distribution.owl_m=3"],
+        [
+            "--mask_structure=unstructured",
+            "--sparsity=0.5",
+            '--distribution={"class_path":"Explicit","init_args":{"layers":{"down_proj":0.3}}}',
+        ],
+    ],
+    ids=lambda options: options[0] + (options[2] if len(options) > 2 else ""),
+)
+def test_methods_and_distributions(run, options, capsys):
+    _, details = run(*options)
+    assert details["sparsity"] == pytest.approx(0.5, abs=2e-3)
+    assert "sparsity of the targeted weights 0.5" in capsys.readouterr().out.replace("0.499", "0.5")
+
+
+def test_streaming_gives_the_same_model(run, capsys):
+    whole, _ = run(out="whole")
+    streamed, details = run("--streaming=true", "--activations=disk", out="streamed")
+    assert details["streaming"] is True
+    for (name, a), (_, b) in zip(whole.named_parameters(), streamed.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+    assert sorted(path.name for path in Path().iterdir()) == ["model", "streamed", "whole"]
+
+
+def test_a_card_tells_no_share_of_layers_that_were_not_counted(run):
+    run("--ignore=['re:.*down_proj']", out="whole")
+    run("--ignore=['re:.*down_proj']", "--streaming=true", out="streamed")
+    whole, streamed = (Path(folder, "README.md").read_text() for folder in ("whole", "streamed"))
+    share = "0.5000 of the 18 pruned layers' weights"
+    assert f"{share}, 0.3" in whole and "of all linear layers'" in whole
+    assert f"{share}, counted on" in streamed and "of all" not in streamed
+
+
+def test_seeds_print_mean_and_standard_deviation(run, capsys):
+    _, details = run("--seeds=0..2", "--window=32", "--max_tokens=320")
+    values = [row["perplexity"] for row in details["seeds"]]
+    assert [row["seed"] for row in details["seeds"]] == [0, 1, 2] and len(set(values)) == 3
+    assert details["mean"] == pytest.approx(sum(values) / 3)
+    expected = torch.tensor(values, dtype=torch.float64).std().item()
+    assert details["standard_deviation"] == pytest.approx(expected)
+    printed = capsys.readouterr().out
+    assert f"{details['standard_deviation']:.3f}" in printed and "windows of 32" in printed
+
+
+def test_perplexity_is_measured_on_request(run, text_file):
+    text = json.dumps({"class_path": "TextFiles", "init_args": {"test": [str(text_file)]}})
+    _, details = run(f"--perplexity={text}", "--window=32", "--max_tokens=320")
+    found = details["perplexity"]
+    assert found["window"] == 32 and found["tokens"] == 310
+    assert 0 < found["words"] < 310 and found["word_perplexity"] > found["perplexity"]
+
+
+@pytest.mark.parametrize("how", ["--seeds=0..1", "--streaming=true", "--seed=1"])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--window=1"], "window must be at least 2 tokens, got 1"),
+        (["--window=100000"], "fewer than one window of 100000"),
+        (["--window=32", "--max_tokens=-5"], "max_tokens must be at least 1, got -5"),
+        (["--window=65"], "window is 65 tokens, and GPT2LMHeadModel has 64 positions. Use window=64"),
+        (["--window=32", "--max_seq_length=80"], "max_seq_length is 80 tokens, and GPT2LMHeadModel has 64 positions"),
+    ],
+)
+def test_a_measurement_that_cannot_be_made_is_said_before_the_pruning(run, text_file, how, options, message, capsys):
+    config = GPT2Config(vocab_size=128, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    GPT2LMHeadModel(config).save_pretrained("model")
+    text = json.dumps({"class_path": "TextFiles", "init_args": {"test": [str(text_file)]}})
+    given = [how] if "seeds" in how and "streaming" not in how else [how, f"--perplexity={text}"]
+    with pytest.raises(SystemExit) as error:
+        run(*given, *options)
+    assert message in f"{error.value}{capsys.readouterr().err}"
+    assert [path.name for path in Path().iterdir()] == ["model"]
+
+
+def test_perplexity_with_the_beginning_of_text_in_front_of_each_window(run, text_file, model_folder):
+    tokenizer = tiny_tokenizer()
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.save_pretrained(model_folder)
+    text = json.dumps({"class_path": "TextFiles", "init_args": {"test": [str(text_file)]}})
+    _, without = run(f"--perplexity={text}", "--window=32", "--max_tokens=320")
+    pruned, details = run(f"--perplexity={text}", "--window=32", "--max_tokens=320", "--bos=true", out="with")
+    assert (details["perplexity"]["prefix"], without["perplexity"]["prefix"]) == (1, 0)
+    ids = token_ids([text_file.read_text()], tokenizer)[1:]
+    alone = evaluate_perplexity(pruned, ids, window=32, max_tokens=320, prefix=[1], batch_size=1)
+    assert details["perplexity"]["perplexity"] == alone.perplexity != without["perplexity"]["perplexity"]
+
+
+def test_what_a_folder_holds_beside_the_model_is_kept(run, model_folder):
+    for name in ("LICENSE", "preprocessor_config.json", "trainer_state.json"):
+        Path(model_folder, name).write_text("{}")
+    run()
+    assert Path("out", "LICENSE").is_file() and Path("out", "preprocessor_config.json").is_file()
+    assert not Path("out", "trainer_state.json").exists()
+
+
+def test_a_full_disk_is_said_before_the_pruning_and_after_it(run, monkeypatch):
+    free = shutil.disk_usage(".")._replace(free=1000)
+    with monkeypatch.context() as full:
+        full.setattr(shutil, "disk_usage", lambda path: free)
+        with pytest.raises(SystemExit, match="out needs about 0.0 GB, and 0.0 GB are free"):
+            run()
+
+    def fill(*args, **kwargs):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", fill)
+    with pytest.raises(SystemExit, match="out could not be written: I/O error: No space left"):
+        run()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--device=cuda:99x"], "torch cannot compute on device='cuda:99x' here"),
+        (["--max_tokens=9"], "--max_tokens is for the perplexity afterwards. Give --perplexity a text"),
+        (["--bos=true"], "--bos is for the perplexity afterwards. Give --perplexity a text"),
+        (["--seeds=five"], "seeds are two or more, written 0..4 or 0,2,7, got 'five'"),
+        (["--seeds=3..3"], "seeds are two or more"),
+        (["--seeds=0..1", "--criterion=Magnitude"], "seeds change nothing"),
+        (["--seeds=0..1", "--streaming=true"], "seeds needs the model in memory"),
+        (["--distribution=OWL"], "2:4 has one sparsity"),
+        (["--num_calibration_samples=100000"], "fewer than num_calibration_samples=100000"),
+        (["--num_calibration_samples=0"], "num_calibration_samples must be at least 1"),
+        (["--sampling=documents", "--max_seq_length=100000"], "are longer than max_seq_length=100000"),
+        (["--batch_size=0"], "batch_size must be at least 1, got 0"),
+        (["--device=meta"], "torch cannot compute on device='meta' here"),
+    ],
+)
+def test_mistakes_are_answered_and_nothing_is_left_behind(run, options, message, capsys):
+    with pytest.raises(SystemExit) as error:
+        run(*options)
+    assert message in f"{error.value}{capsys.readouterr().err}"
+    assert [path.name for path in Path().iterdir()] == ["model"]

@@ -1,0 +1,140 @@
+"""Distributions that need no data: by name, by block, and the same everywhere."""
+
+import pytest
+import torch
+
+from sparse_train.distributions import Explicit, PerBlock, Uniform, divide
+from sparse_train.patterns import NM, Unstructured
+from tests.distributions.shapes import HEAD, decoder, over_all, short
+from tests.reference import row_mask
+
+
+@pytest.mark.parametrize(
+    ("target", "hits"),
+    [
+        ("model.layers.0.mlp.up_proj", ["0.mlp.up_proj"]),
+        ("model.layers.1", ["1.self_attn.q_proj", "1.mlp.up_proj", "1.mlp.down_proj"]),
+        ("model.layers.1.mlp", ["1.mlp.up_proj", "1.mlp.down_proj"]),
+        ("down_proj", ["0.mlp.down_proj", "1.mlp.down_proj"]),
+        ("mlp.down_proj", ["0.mlp.down_proj", "1.mlp.down_proj"]),
+        (r"re:.*\.1\..*_proj", ["1.self_attn.q_proj", "1.mlp.up_proj", "1.mlp.down_proj"]),
+        (r"re:model\.layers\.0\.mlp", ["0.mlp.up_proj", "0.mlp.down_proj"]),
+    ],
+)
+def test_explicit_forms_of_a_name(target, hits):
+    shapes = decoder(12)  # "model.layers.1" is not "model.layers.11"
+    found = short(Explicit({target: 0.0}).sparsities(shapes, 0.1, {}))
+    if target.endswith("down_proj"):
+        hits = [f"{block}.mlp.down_proj" for block in range(12)]
+    assert [name for name, value in found.items() if value == 0] == hits
+
+
+def test_explicit_by_hand():
+    # up_proj is 192 of 512 weights; 0.5 of all is 256, of which it gives 144: 112 of the other 320 remain
+    found = Explicit({"up_proj": 0.75}).sparsities(decoder(), 0.5, {})
+    assert short(found) == {
+        "0.self_attn.q_proj": 0.35,
+        "0.mlp.up_proj": 0.75,
+        "0.mlp.down_proj": 0.35,
+        "1.self_attn.q_proj": 0.35,
+        "1.mlp.up_proj": 0.75,
+        "1.mlp.down_proj": 0.35,
+    }
+    assert over_all(decoder(), found) == pytest.approx(0.5, abs=1e-12)
+
+
+def test_explicit_may_leave_nothing_and_may_repeat_itself():
+    found = Explicit({"up_proj": 0.8, "model.layers.0.mlp.up_proj": 0.8}).sparsities(decoder(), 0.3, {})
+    assert short(found)["0.mlp.down_proj"] == 0.0
+    assert set(Explicit({}).sparsities(decoder(), 0.3, {}).values()) == {0.3}
+
+
+def test_explicit_with_every_layer_named():
+    everything = Explicit({"model.layers.0": 0.4, "model.layers.1": 0.6})
+    for sparsity in (None, 0.5, 0.5009):
+        found = everything.sparsities(decoder(), sparsity, {})
+        assert list(found) == list(decoder()) and list(found.values()) == [0.4] * 3 + [0.6] * 3
+
+
+@pytest.mark.parametrize(
+    ("layers", "sparsity", "message"),
+    [
+        ({"up_proj": 0.9}, 0.3, "named layers' zeros are 0.3375 of all weights.*need a sparsity of -0.06"),
+        ({"up_proj": 0.1}, 0.9, "named layers' zeros are 0.0375 of all weights.*need a sparsity of 1.38"),
+        (
+            {"up_proj": 0.5},
+            None,
+            "4 of 6 layers are not given.*q_proj is the first.*model-wide sparsity is needed",
+        ),
+        ({"up_proj": 0.5}, 1.0, "at least 0 and below 1"),
+        ({"model": 0.5}, 0.502, "give 0.5 over all weights, in conflict with sparsity=0.502. Leave sparsity out"),
+        ({"up_prj": 0.5}, 0.5, "'up_prj' is not the name of a targeted layer. Did you mean .*'up_proj'"),
+        ({"layers.0": 0.5}, 0.5, "'layers.0' is not the name of a targeted layer. Did you mean .*'model.layers.0'"),
+        ({"mlp": 0.5}, 0.5, "'mlp' is not the name"),
+        ({"roj": 0.5}, 0.5, "'roj' is not the name"),
+        ({"re:layers": 0.5}, 0.5, "'re:layers' is not the name"),
+        ({"re:(": 0.5}, 0.5, "'re:\\(' is not a regular expression"),
+        (
+            {"up_proj": 0.5, "model.layers.1": 0.25},
+            0.5,
+            "layers.1.mlp.up_proj is given two sparsities: 0.5 by 'up_proj' and 0.25 by 'model.layers.1'",
+        ),
+    ],
+)
+def test_explicit_refuses(layers, sparsity, message):
+    with pytest.raises(ValueError, match=message):
+        Explicit(layers).sparsities(decoder(), sparsity, {})
+
+
+def test_values_outside_the_range_are_refused_at_once():
+    with pytest.raises(ValueError, match="The sparsity of 'up_proj' must be at least 0 and below 1.*got 1"):
+        Explicit({"q_proj": 0.5, "up_proj": 1.0})
+    with pytest.raises(ValueError, match=r"blocks\[1\] must be at least 0.*For 50 % write 0.5"):
+        PerBlock([0.5, 50])
+    with pytest.raises(ValueError, match="got nan"):
+        PerBlock([float("nan")])
+
+
+def test_per_block():
+    for sparsity in (None, 0.4, 0.4009):
+        found = PerBlock([0.3, 0.5]).sparsities(decoder(), sparsity, {})
+        assert list(found) == list(decoder()) and list(found.values()) == [0.3] * 3 + [0.5] * 3
+
+
+def test_per_block_values_go_by_index():
+    shapes = {name: shape for name, shape in decoder(3).items() if shape.block != 1}
+    assert list(PerBlock([0.1, 0.2, 0.3]).sparsities(shapes, None, {}).values()) == [0.1] * 3 + [0.3] * 3
+
+
+@pytest.mark.parametrize(
+    ("blocks", "shapes", "sparsity", "message"),
+    [
+        ([0.5], decoder(), None, "PerBlock has 1 sparsities, but the targeted layers are in 2 decoder blocks"),
+        ([0.5] * 3, decoder(), None, "has 3 sparsities, but .* in 2 decoder"),
+        ([0.5] * 2, decoder() | HEAD, None, r"outside the decoder blocks: lm_head. Leave them .* ignore=\['lm_head'\]"),
+        (
+            [0.4, 0.6],
+            decoder(),
+            0.6,
+            "sparsities of the blocks give 0.5 over all weights, in conflict with sparsity=0.6",
+        ),
+        ([0.4, 0.6], decoder(), -0.5, "at least 0 and below 1"),
+    ],
+)
+def test_per_block_refuses(blocks, shapes, sparsity, message):
+    with pytest.raises(ValueError, match=message):
+        PerBlock(blocks).sparsities(shapes, sparsity, {})
+
+
+def test_uniform_rows_prune_what_the_wanda_reference_prunes():
+    shapes = decoder() | HEAD
+    found = divide(Uniform(), Unstructured(), shapes, 0.3, {})
+    assert found == dict.fromkeys(shapes, 0.3)
+    for name, shape in shapes.items():
+        scores = torch.rand(shape.rows, shape.columns)
+        assert torch.equal(Unstructured().mask(scores, found[name]), row_mask(scores, 0.3))
+
+
+def test_uniform_goes_with_every_pattern():
+    for pattern, sparsity in ((NM(2, 4), 0.5), (Unstructured("model"), 0.6), (Unstructured("layer"), 0.6)):
+        assert divide(Uniform(), pattern, HEAD, sparsity, {}) == {"lm_head": sparsity}

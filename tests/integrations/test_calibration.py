@@ -1,0 +1,109 @@
+"""Which data a first mask reads."""
+
+import itertools
+
+import pytest
+from accelerate.data_loader import BatchSamplerShard, SkipBatchSampler
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, SubsetRandomSampler
+from transformers import Trainer, TrainingArguments, default_data_collator
+
+from sparse_train.integrations.transformers import calibration_batches
+from tests.conftest import tiny_llama
+from tests.integrations.runs import Tokens, pruning, trainer
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+
+
+class FirstHalf(Trainer):
+    def _get_train_sampler(self, *args, **kwargs):
+        return SubsetRandomSampler(range(4))
+
+
+class OwnLoader(Trainer):
+    def get_train_dataloader(self):
+        return [default_data_collator([Tokens()[0], Tokens()[1]])] * 12
+
+
+class Watched(Tokens):
+    def __init__(self):
+        super().__init__()
+        self.read = set()
+
+    def __getitem__(self, i):
+        self.read.add(i)
+        return super().__getitem__(i)
+
+
+@pytest.mark.parametrize("kind", [FirstHalf, OwnLoader])
+def test_a_first_mask_reads_nothing_that_a_loader_leaves_out(tmp_path, caplog, kind):
+    data = Watched()
+    settings = TrainingArguments(str(tmp_path), max_steps=6, report_to=[], use_cpu=True, save_strategy="no")
+    run = kind(model=tiny_llama(), args=settings, train_dataset=data, callbacks=[pruning(update_freq=2)])
+    run.train()
+    assert data.read <= set(range(4))
+    reader = "SubsetRandomSampler" if kind is FirstHalf else "list"
+    assert f"is read by a {reader}, which may leave some of it out" in caplog.text
+    assert ((run.model.model.layers[0].mlp.up_proj.weight.reshape(-1, 4) == 0).sum(1) == 2).all()
+
+
+@pytest.mark.parametrize("strategy", ["random", "sequential", "group_by_length", "batch_rebalance"])
+def test_the_trainers_own_samplers_read_everything(tmp_path, strategy):
+    began = pruning()
+    trainer(tmp_path, began, max_steps=1, train_sampling_strategy=strategy).train()
+    assert began.updater.timing.start_step == 0
+
+
+class FirstBatches(BatchSampler):
+    """Two of all batches."""
+
+    def __iter__(self):
+        return itertools.islice(super().__iter__(), 2)
+
+    def __len__(self):
+        return 2
+
+
+class Skipping:
+    """Of the user's own, around a batch sampler that reads everything."""
+
+    def __init__(self, batch_sampler):
+        self.batch_sampler = batch_sampler
+
+    def __iter__(self):
+        return itertools.islice(self.batch_sampler, 2)
+
+    def __len__(self):
+        return 2
+
+
+def whole(data, kind=BatchSampler):
+    return kind(SequentialSampler(data), batch_size=2, drop_last=False)
+
+
+@pytest.mark.parametrize(
+    "batches_of",
+    [lambda data: whole(data, FirstBatches), lambda data: Skipping(whole(data))],
+    ids=["a subclass", "a wrapper"],
+)
+def test_a_first_mask_reads_nothing_that_a_batch_sampler_leaves_out(tmp_path, caplog, batches_of):
+    class OwnBatches(Trainer):
+        def get_train_dataloader(self):
+            data = self.train_dataset
+            loader = DataLoader(data, batch_sampler=batches_of(data), collate_fn=default_data_collator)
+            return self.accelerator.prepare(loader)
+
+    data = Watched()
+    settings = TrainingArguments(str(tmp_path), max_steps=4, report_to=[], use_cpu=True, save_strategy="no")
+    OwnBatches(model=tiny_llama(), args=settings, train_dataset=data, callbacks=[pruning(update_freq=2)]).train()
+    assert data.read <= set(range(4))
+    assert f"is read by a {type(batches_of(data)).__name__}, which may leave some of it out" in caplog.text
+
+
+def test_only_wrappers_that_leave_nothing_out_are_looked_into():
+    data = Tokens()
+    share = BatchSamplerShard(whole(data), num_processes=2, process_index=1)
+    found = calibration_batches(DataLoader(data, batch_sampler=share), 2, 3)
+    assert [len(batch["input_ids"]) for batch in found] == [2, 2, 2]
+    rest = SkipBatchSampler(whole(data), skip_batches=5)
+    assert calibration_batches(DataLoader(data, batch_sampler=rest), 2, 3) is None
+    assert calibration_batches(DataLoader(data, batch_sampler=BatchSamplerShard(rest)), 2, 3) is None

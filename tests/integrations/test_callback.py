@@ -1,0 +1,202 @@
+import logging
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+)
+
+from sparse_train import (
+    OWL,
+    Cubic,
+    FirstWindow,
+    FromZeros,
+    MaskUpdater,
+    OneShot,
+    SparseGPT,
+    SparseLinear,
+    prune,
+    sparse_layers,
+)
+from sparse_train.integrations.transformers import SparseTrainerCallback
+from sparse_train.oneshot.first_mask import random_batches
+from tests.conftest import tiny_llama
+from tests.integrations.runs import Tokens, pruning, trainer
+from tests.pruning.test_policies import Moments
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+
+
+class ExactAfterEveryStep(TrainerCallback):
+    """Asserts inside the run that every group of four keeps two."""
+
+    def __init__(self):
+        self.checked = 0
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        layers = sparse_layers(model)
+        assert len(layers) == 21
+        for layer in layers.values():
+            assert (layer.unpacked_mask().reshape(-1, 4).sum(1) == 2).all()
+        self.checked += 1
+
+
+def test_exact_after_every_step_and_true_zeros_at_the_end(tmp_path):
+    exact, pruning = ExactAfterEveryStep(), SparseTrainerCallback("2:4", update_freq=4)
+    run = trainer(tmp_path / "run", pruning, exact, gradient_accumulation_steps=2)
+    assert all(isinstance(layer, SparseLinear) for layer in sparse_layers(run.model).values())  # before the optimizer
+    run.train()
+    assert exact.checked == pruning.updater.steps == 12
+    assert not sparse_layers(run.model)
+    run.save_model(tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert set(loaded.state_dict()) == set(tiny_llama().state_dict())
+    assert ((loaded.model.layers[0].mlp.up_proj.weight.reshape(-1, 4) == 0).sum(1) == 2).all()
+    assert loaded.lm_head.weight.count_nonzero() == loaded.lm_head.weight.numel()
+
+
+@pytest.mark.parametrize("padded", [0, 5])
+def test_masks_are_those_of_a_plain_loop_on_the_same_batches(tmp_path, padded):
+    seen = []
+
+    class Seeing(SparseTrainerCallback):
+        def token_mask(self, inputs):
+            seen.append({name: value.clone() for name, value in inputs.items() if isinstance(value, torch.Tensor)})
+            return super().token_mask(inputs)
+
+    pruning = Seeing("2:4", update_freq=4, first_mask=FirstWindow(), squash=False)
+    run = trainer(
+        tmp_path, pruning, data=Tokens(padded), gradient_accumulation_steps=2, max_steps=8, optim="sgd", max_grad_norm=0
+    )
+    run.train()
+    assert len(seen) == 16
+
+    model = tiny_llama()
+    updater = MaskUpdater(model, "2:4", update_freq=4, total_steps=8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=3e-3)
+    model.train()
+    for first, second in zip(seen[::2], seen[1::2], strict=True):
+        for batch in (first, second):
+            updater.token_mask = batch["attention_mask"]
+            model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        updater.step()
+    expected = sparse_layers(model)
+    for name, layer in sparse_layers(run.model).items():
+        assert torch.equal(layer.weight_mask, expected[name].weight_mask), name
+        torch.testing.assert_close(layer.weight, expected[name].weight)
+    assert updater.steps == pruning.updater.steps == 8
+    assert updater.report().initial_flip_rate > 0
+
+
+def test_padding_changes_masks(tmp_path):
+    found = []
+    for padded in (0, 8):
+        run = trainer(tmp_path, SparseTrainerCallback("2:4", update_freq=2, squash=False), data=Tokens(padded))
+        run.train()
+        found.append({name: layer.weight_mask for name, layer in sparse_layers(run.model).items()})
+    assert any(not torch.equal(mask, found[1][name]) for name, mask in found[0].items())
+
+
+def test_the_best_model_comes_back_sparse(tmp_path):
+    settings = {
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "eval_strategy": "steps",
+        "eval_steps": 3,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "loss",
+        "greater_is_better": True,  # the worst: not the last
+    }
+    run = trainer(tmp_path, pruning(), **settings)
+    run.train()
+    assert run.state.best_global_step < 12
+    stored = AutoModelForCausalLM.from_pretrained(run.state.best_model_checkpoint).state_dict()
+    last = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-12").state_dict()
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert not torch.equal(stored[name] != 0, last[name] != 0)
+    for key, value in run.model.state_dict().items():
+        assert torch.equal(value, stored[key]), key
+
+
+def test_a_model_init_and_a_second_run(tmp_path):
+    exact = ExactAfterEveryStep()
+    run = Trainer(
+        model_init=lambda: tiny_llama(),
+        args=TrainingArguments(str(tmp_path), max_steps=4, report_to=[], use_cpu=True, save_strategy="no"),
+        train_dataset=Tokens(),
+        callbacks=[pruning(update_freq=2), exact],
+    )
+    run.train()
+    run.train()
+    assert exact.checked == 8
+    assert ((run.model.model.layers[0].mlp.up_proj.weight.reshape(-1, 4) == 0).sum(1) == 2).all()
+
+
+class Stops(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == 2
+
+
+def test_a_run_that_ends_early_says_so(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, logger="sparse_train"):
+        early = SparseTrainerCallback(schedule=Cubic(final_sparsity=0.5), update_freq=2)
+        trainer(tmp_path, early, Stops(), max_steps=20).train()
+        assert "ended after 2 steps, before its masks reached the final sparsity of 0.5" in caplog.text
+        caplog.clear()
+        rounded = SparseTrainerCallback("unstructured", 0.7, update_freq=2)  # 22 zeros in a row of 32
+        trainer(tmp_path, rounded, max_steps=4).train()
+    assert "its best checkpoint was written" not in caplog.text and "ended after" not in caplog.text
+
+
+def test_a_solver_sets_masks_and_weights_and_leaves_pruned_ones_in_the_shadow(tmp_path):
+    class Start(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 0:
+                layers = sparse_layers(model)
+                self.layers = {n: (each.weight.detach().clone(), each.unpacked_mask()) for n, each in layers.items()}
+
+    pruning, start = SparseTrainerCallback("2:4", update_freq=4, first_mask=OneShot(SparseGPT())), Start()
+    trainer(tmp_path, pruning, start, max_steps=1).train()
+    model, dense = tiny_llama(), dict(tiny_llama().named_modules())
+    prune(model, random_batches(Tokens(), 2, default_data_collator, 8), "2:4", criterion=SparseGPT())
+    pruned = dict(model.named_modules())
+    assert len(start.layers) == 21
+    for name, (weight_OI, mask_OI) in start.layers.items():
+        assert torch.equal(pruned[name].weight, weight_OI * mask_OI)
+        assert torch.equal(dense[name].weight[~mask_OI], weight_OI[~mask_OI])
+
+
+@pytest.mark.parametrize("pruned_before", [False, True])
+def test_layers_keep_sparsities_of_their_own(tmp_path, pruned_before):
+    def zeros(model):
+        return {n: int((m.weight == 0).sum()) for n, m in model.named_modules() if n.endswith("proj")}
+
+    owl, model, first = OWL(owl_m=2), tiny_llama(), FromZeros() if pruned_before else OneShot()
+    prune(model, random_batches(Tokens(), 2, default_data_collator, 8), "unstructured", 0.6, distribution=owl)
+    callback = SparseTrainerCallback("unstructured", 0.6, update_freq=4, distribution=owl, first_mask=first)
+    run = trainer(tmp_path, callback, model=model if pruned_before else None, max_steps=9)
+    run.train()
+    assert zeros(run.model) == zeros(model)
+    assert len({zeros(model)[f"model.layers.{block}.self_attn.q_proj"] for block in range(3)}) > 1
+
+
+def test_a_criterion_sees_what_the_optimizer_remembers(tmp_path):
+    seen, moments = [], {}
+
+    class Adam(TrainerCallback):
+        def on_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+            if state.global_step == 3:  # of the fourth step, after which masks change
+                for name, layer in sparse_layers(model).items():
+                    moments[name] = optimizer.state[layer.weight]["exp_avg"].clone()
+
+    own = pruning(criterion=Moments(seen), squash=False)
+    trainer(tmp_path, own, Adam(), max_steps=5).train()
+    assert all(momentum is None for _, momentum in seen[:21])
+    assert len(moments) == 21
+    assert all(torch.equal(momentum, moments[name]) for name, momentum in seen[21:42])

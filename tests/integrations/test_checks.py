@@ -1,0 +1,88 @@
+"""What a ``Trainer`` is refused."""
+
+import pytest
+
+from sparse_train import Cubic, FirstWindow, OneShot, Regrow, SparseGPT, sparse_layers
+from sparse_train.integrations.transformers import SparseTrainerCallback
+from tests.integrations.runs import pruning, trainer
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"schedule": Cubic(final_sparsity=0.5)}, {"start_step": 4}], ids=["gradual", "later start"]
+)
+def test_the_best_model_is_refused_where_it_would_be_a_denser_one(tmp_path, changes):
+    settings = {"save_strategy": "steps", "eval_strategy": "steps", "eval_steps": 4, "save_steps": 4}
+    with pytest.raises(ValueError, match="from before the final sparsity"):
+        trainer(tmp_path, pruning(**changes), load_best_model_at_end=True, **settings)
+
+
+def test_the_best_model_is_refused_where_the_first_steps_run_dense(tmp_path):
+    settings = {"save_strategy": "steps", "eval_strategy": "steps", "eval_steps": 4, "save_steps": 4}
+    run = trainer(tmp_path, pruning(first_mask=FirstWindow()), load_best_model_at_end=True, **settings)
+    with pytest.raises(ValueError, match="would bring one of those back"):
+        run.train()
+
+
+def test_engines_whose_checkpoints_it_cannot_follow_are_refused(tmp_path, monkeypatch):
+    run = trainer(tmp_path)
+    with monkeypatch.context() as launched:
+        launched.setenv("ACCELERATE_USE_FSDP", "true")
+        with pytest.raises(ValueError, match="runs on FSDP"):
+            pruning().on_init_end(run.args, run.state, run.control, model=run.model)
+    monkeypatch.setattr(run.args, "deepspeed_plugin", object())
+    with pytest.raises(ValueError, match="runs on DeepSpeed"):
+        pruning().on_init_end(run.args, run.state, run.control, model=run.model)
+    monkeypatch.setattr(run.args, "deepspeed_plugin", None)
+    run.args._n_gpu = 2
+    with pytest.raises(ValueError, match="DataParallel"):
+        pruning().on_init_end(run.args, run.state, run.control, model=run.model)
+
+
+def test_a_second_callback_is_refused(tmp_path):
+    run = trainer(tmp_path, pruning(targets=["re:.*self_attn.*"]))
+    run.add_callback(pruning(targets=["re:.*mlp.*"]))
+    with pytest.raises(ValueError, match="has 2 SparseTrainerCallbacks"):
+        run.train()
+
+
+def test_a_policy_that_reads_gradients_is_refused():
+    with pytest.raises(ValueError, match="before clipping, where the Trainer has no hook for "):
+        SparseTrainerCallback("2:4", policy=Regrow())
+
+
+def test_a_first_mask_that_cannot_be_made_is_refused(tmp_path):
+    pruning = SparseTrainerCallback("2:4", first_mask=OneShot(SparseGPT()), start_step=2)
+    with pytest.raises(ValueError, match="no one-shot pruning makes the first mask here"):
+        trainer(tmp_path, pruning).train()
+
+
+def test_checkpoints_that_callbacks_are_not_told_of_are_refused(tmp_path):
+    run = trainer(tmp_path)
+    run.args.enable_jit_checkpoint = True  # as an argument it would handle SIGTERM from here on
+    with pytest.raises(ValueError, match='enable_jit_checkpoint.*Leave it out, and save .* save_strategy="steps"'):
+        pruning().on_init_end(run.args, run.state, run.control, model=run.model)
+
+
+def test_what_is_refused_is_also_refused_of_a_callback_that_is_added_later(tmp_path, monkeypatch):
+    run = trainer(tmp_path)
+    run.add_callback(pruning())
+    with monkeypatch.context() as launched:
+        launched.setenv("ACCELERATE_USE_FSDP", "true")
+        with pytest.raises(ValueError, match="runs on FSDP"):
+            run.train()
+    settings = {"save_strategy": "steps", "eval_strategy": "steps", "eval_steps": 4, "save_steps": 4}
+    best = trainer(tmp_path, load_best_model_at_end=True, **settings)
+    best.add_callback(pruning(start_step=4))
+    with pytest.raises(ValueError, match="from before the final sparsity"):
+        best.train()
+
+
+def test_a_callback_that_is_added_later_prunes(tmp_path):
+    run = trainer(tmp_path)
+    run.add_callback(pruning(squash=False))
+    run.train()
+    assert len(sparse_layers(run.model)) == 21
+    for layer in sparse_layers(run.model).values():
+        assert (layer.unpacked_mask().reshape(-1, 4).sum(1) == 2).all()

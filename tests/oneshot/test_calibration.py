@@ -1,0 +1,199 @@
+"""Models whose blocks do not run one after the other, once each: refused, and never pruned wrong."""
+
+import copy
+import logging
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from sparse_train import SparseGPT, Unstructured, prune, sparse_layers
+from tests.conftest import tiny_llama
+from tests.reference import nm_mask
+
+
+def test_blocks_that_do_not_run_one_after_the_other_are_refused():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return x + self.linear(x)
+
+    class Backwards(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList([Block(), Block(), Block()])
+
+        def forward(self, x):
+            return self.blocks[1](self.blocks[2](self.blocks[0](x)))
+
+    with pytest.raises(ValueError, match="do not run one after the other"):
+        prune(Backwards(), [torch.randn(2, 8)], "2:4")
+    prune(Backwards(), [torch.randn(2, 8)], Unstructured("model"), sparsity=0.5)
+
+
+class InPlace(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x):
+        x += self.linear(x)
+        return x
+
+
+class Blocks(nn.Module):
+    """Runs its blocks as often as it is told."""
+
+    def __init__(self, loops=1):
+        super().__init__()
+        self.loops, self.first = loops, nn.Linear(8, 8)
+        self.blocks = nn.ModuleList([InPlace(), InPlace(), InPlace()])
+
+    def forward(self, x):
+        x = self.first(x)
+        for _ in range(self.loops):
+            for block in self.blocks:
+                x = block(x)
+        return x
+
+
+def test_blocks_that_run_several_times_are_refused():
+    model, x = Blocks(loops=2), [torch.randn(2, 8)]
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"once each \(came \[0, 1, 2, 0, 1, 2\]\).*first_mask=FirstWindow"):
+        prune(model, x, "2:4")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    prune(model, x, Unstructured("model"), sparsity=0.5)
+
+
+def test_blocks_may_write_into_their_input():
+    model, x = Blocks(), torch.randn(5, 8)
+    expected = copy.deepcopy(model)
+    prune(model, [x[:2], x[2:]], "2:4")
+    hidden = expected.first(x).detach()
+    for block in expected.blocks:
+        mask_OI = nm_mask(block.linear.weight.detach().abs().double() * hidden.double().norm(dim=0), 2, 4)
+        with torch.no_grad():
+            block.linear.weight.mul_(mask_OI)
+            hidden = hidden + block.linear(hidden)
+    for block, reference in zip(model.blocks, expected.blocks, strict=True):
+        assert torch.equal(block.linear.weight, reference.linear.weight)
+
+
+def test_blocks_that_take_more_of_each_other_than_the_output_are_refused():
+    class Sideways(Blocks):
+        def forward(self, x):
+            x, self.left = self.first(x), {}
+            for number, block in enumerate(self.blocks):
+                x = block(x, self.left, number)
+            return x
+
+    class Leaves(InPlace):
+        def forward(self, x, left, number):
+            left[number] = self.linear(x)
+            return x + (left[number - 1] if number else left[number])
+
+    model = Sideways()
+    model.blocks = nn.ModuleList([Leaves(), Leaves(), Leaves()])
+    with pytest.raises(ValueError, match="Block 1 of Sideways does not run on the output .*KeyError: 0.*shared keys"):
+        prune(model, [torch.randn(2, 8)], "2:4")
+
+
+def test_a_skip_from_an_earlier_block_is_refused():
+    class Skips(Blocks):
+        def forward(self, x):
+            x, outputs = self.first(x), []
+            for number, block in enumerate(self.blocks):
+                x = block(x if number < 2 else x + outputs[0].tanh())
+                outputs.append(x)
+            return x
+
+    model, x = Skips(), [torch.randn(2, 8)]
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"Block 2 of Skips .* alone .*outputs of earlier ones.*skip connection"):
+        prune(model, x, "2:4", criterion=SparseGPT())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    prune(Skips(), [torch.randn(2, 8)], Unstructured("model"), sparsity=0.5)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_what_happens_between_blocks_is_no_skip(inference, caplog):
+    class Between(Blocks):
+        def forward(self, x):
+            x, depth = self.first(x), 0.0
+            for block in self.blocks:
+                x = block(x)
+                x *= 1.5  # in place
+                depth = depth + x.mean()  # which no block reads
+                self.seen = x.numpy().max()  # not of a tensor that autograd traces
+            return x + depth
+
+    model, x = Between(), torch.randn(2, 8)
+    with torch.inference_mode(inference):
+        report = prune(model, [x], "2:4", squash=False)
+    assert report.sparsity == 0.5
+    assert not caplog.records
+    assert torch.is_grad_enabled()
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    seen = {}
+    for name, layer in sparse_layers(model).items():
+        layer.register_forward_pre_hook(lambda _, inputs, name=name: seen.setdefault(name, inputs[0].detach().clone()))
+    with torch.no_grad():
+        model(x)
+    for name, layer in sparse_layers(model).items():
+        torch.testing.assert_close(layer.statistics.norm_I, seen[name].norm(dim=0))
+
+
+def test_a_layer_of_two_blocks_is_refused():
+    model = Blocks()
+    model.blocks[2].linear = model.blocks[0].linear
+    with pytest.raises(ValueError, match=r"blocks.0.linear is part of blocks 0 and 2.*ignore=\['blocks.0.linear'\]"):
+        prune(model, [torch.randn(2, 8)], "2:4")
+    prune(model, [torch.randn(2, 8)], "2:4", ignore=["blocks.0.linear"])
+
+
+def test_ids_that_the_model_does_not_know_are_refused(caplog):
+    with pytest.raises(ValueError, match=r"ids go from 5 to 200, and LlamaForCausalLM has embeddings for 0 to 127"):
+        prune(tiny_llama(), [torch.tensor([[5, 200]])], "2:4")
+    assert not caplog.records
+
+
+def test_layers_that_no_token_reaches_are_named_together():
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.dt_in, self.x_in = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.up(x) @ self.dt_in.weight.T @ self.x_in.weight.T
+
+    model = nn.Sequential(nn.Linear(8, 8), nn.ModuleList([Reads(), Reads()]))
+    model.forward = lambda x: model[1][1](model[1][0](model[0](x)))
+    with pytest.raises(
+        ValueError, match=r"1.0.dt_in is a target.*The same is true of 1 more.*\(dt_in\|x_in\)"
+    ) as error:
+        prune(model, [torch.randn(2, 8)], "2:4")
+    prune(model, [torch.randn(2, 8)], "2:4", ignore=[re.search(r"ignore=\['(re:.*)'\]", str(error.value))[1]])
+
+
+def test_what_could_not_be_told_is_said(caplog):
+    class Headless(Blocks):  # as a head that is not loaded yet does on a GPU
+        def forward(self, x):
+            super().forward(x)
+            raise RuntimeError("no head")
+
+    class Fails(Blocks):
+        def forward(self, x):
+            self.blocks[0](x)
+            raise RuntimeError("no second block")
+
+    prune(Blocks(), [torch.randn(2, 8)], "2:4")
+    prune(Headless(), [torch.randn(2, 8)], "2:4", targets=["re:blocks.*"])
+    assert "could not be told" not in caplog.text
+    with caplog.at_level(logging.WARNING), pytest.raises(RuntimeError, match="no second block"):
+        prune(Fails(), [torch.randn(2, 8)], "2:4", targets=["re:blocks.*"])
+    assert "the blocks of Fails run once each could not be told (RuntimeError: no second block)" in caplog.text

@@ -1,0 +1,206 @@
+"""First masks of a run, without a trainer: the same as those of ``prune``, or none."""
+
+import contextlib
+import copy
+import logging
+
+import pytest
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from sparse_train import (
+    OWL,
+    Cubic,
+    Explicit,
+    FirstWindow,
+    FromZeros,
+    Magnitude,
+    MaskLoRA,
+    MaskUpdater,
+    OneShot,
+    PruningConfig,
+    SparseGPT,
+    Unstructured,
+    Wanda,
+    prune,
+    sparse_layers,
+)
+from sparse_train.oneshot.first_mask import check_solver, set_first_mask
+from sparse_train.pruning.updater import mask_targets
+from tests.conftest import VOCABULARY, tiny_llama
+
+
+class Root(nn.Module):
+    """A model in a module that is trained."""
+
+    def __init__(self, net=None):
+        super().__init__()
+        self.net = net or tiny_llama()
+        self.other = nn.Linear(4, 4)
+
+
+def begin(root, ids, *args, **settings):
+    config = PruningConfig(*args, **settings)
+    layers = mask_targets(root, config)
+    return config, set_first_mask(root, layers, config, lambda count: ids[:count], contextlib.nullcontext(), False)
+
+
+def kept(model):
+    return {name: layer.unpacked_mask() for name, layer in sparse_layers(model).items()}
+
+
+CASES = [
+    ("2:4", None, {}),
+    ("unstructured", 0.6, {"distribution": OWL(owl_m=2.0)}),
+    ("unstructured", 0.5, {"distribution": Explicit({"down_proj": 0.25})}),
+    (Unstructured("model"), 0.5, {}),
+]
+
+
+@pytest.mark.parametrize(("structure", "sparsity", "how"), CASES, ids=["2:4", "OWL", "by name", "model"])
+def test_it_is_that_of_prune_with_its_norms_and_a_run_begins_with_it(structure, sparsity, how, ids):
+    root, alone = Root(), tiny_llama()
+    config, outliers = begin(root, ids, structure, sparsity, **how)
+    report = prune(alone, ids, structure, sparsity, squash=False, **how)
+    assert (outliers or {}) == report.outliers
+    expected, found = kept(alone), kept(root.net)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], mask) for name, mask in expected.items())
+    norms = {name: layer.statistics.norm_I.clone() for name, layer in sparse_layers(alone).items()}
+    MaskUpdater(root, config=config, total_steps=100, outliers=outliers)
+    assert all(torch.equal(kept(root.net)[name], mask) for name, mask in expected.items())
+    for name, layer in sparse_layers(root.net).items():  # norm_decay is 1
+        assert torch.equal(layer.statistics.norm_I, norms[name])
+
+
+def test_on_the_way_to_a_sparsity_layers_have_theirs_in_proportion(ids):
+    root = Root()
+    config, outliers = begin(root, ids, "unstructured", schedule=Cubic(0.6, 0.3), distribution=OWL(owl_m=2.0))
+    assert outliers
+    masks = kept(root.net).values()
+    pruned = sum(int((~mask).sum()) for mask in masks) / sum(mask.numel() for mask in masks)
+    assert pruned == pytest.approx(0.3, abs=2e-3)
+    assert MaskUpdater(root, config=config, total_steps=100, outliers=outliers).sparsity == pytest.approx(0.3)
+
+
+def test_a_solver_sets_masks_and_weights_and_leaves_pruned_ones_in_the_shadow(ids):
+    root, alone, dense = Root(), tiny_llama(), dict(tiny_llama().named_modules())
+    begin(root, ids, "2:4", first_mask=OneShot(SparseGPT()))
+    prune(alone, ids, "2:4", criterion=SparseGPT())
+    pruned = dict(alone.named_modules())
+    for name, layer in sparse_layers(root.net).items():
+        keep = layer.unpacked_mask()
+        assert torch.equal(pruned[name].weight, torch.where(keep, layer.weight, 0))
+        assert torch.equal(layer.weight[~keep], dense[name].weight[~keep])
+        assert not torch.equal(layer.weight[keep], dense[name].weight[keep])
+
+
+class _KeepsTooFew(SparseGPT):
+    """Of the user's own, and wrong: one weight of a row too few."""
+
+    def solve(self, weight_OI, gram_II, pattern, sparsity):
+        weight_OI, mask_OI = super().solve(weight_OI, gram_II, pattern, sparsity)
+        mask_OI[0, :4] = False
+        return weight_OI, mask_OI
+
+
+@pytest.mark.parametrize("damage", ["nan", "mask"])
+def test_a_failure_leaves_weights_as_they_were_and_masks_that_keep_all(damage, ids):
+    root = Root()
+    if damage == "nan":
+        root.net.model.layers[1].input_layernorm.weight.data[3] = torch.nan  # found in the second block
+    before = copy.deepcopy(root.state_dict())
+    method = SparseGPT() if damage == "nan" else _KeepsTooFew()
+    with pytest.raises(ValueError, match="not finite" if damage == "nan" else "are not NM"):
+        begin(root, ids, "2:4", first_mask=OneShot(method))
+    after = root.state_dict()
+    assert all(torch.equal(value.nan_to_num(7), after[key].nan_to_num(7)) for key, value in before.items())
+    assert all(layer.keeps_all() for layer in sparse_layers(root).values())
+
+
+def test_weights_that_cannot_move_are_not_solved_for(ids):
+    root = Root()
+    root.requires_grad_(False)
+    with pytest.raises(ValueError, match="cannot be moved: they are frozen"):
+        begin(root, ids, "2:4", first_mask=OneShot(SparseGPT()))
+    config = PruningConfig("2:4", first_mask=OneShot(SparseGPT()))
+    with pytest.raises(ValueError, match="mask_lora trains adapters of weights that do not change"):
+        check_solver(config, MaskLoRA())
+    check_solver(config, None)
+    check_solver(PruningConfig("2:4", first_mask=OneShot(Wanda())), MaskLoRA())
+
+
+@pytest.mark.parametrize(
+    ("settings", "logged"),
+    [
+        ({"first_mask": FirstWindow()}, "first_mask is FirstWindow"),
+        ({"first_mask": FromZeros()}, None),
+        ({"first_mask": None}, None),
+        ({"start_step": 4}, None),
+        ({"criterion": Magnitude()}, None),  # the first update does the same without data
+    ],
+)
+def test_masks_that_are_made_elsewhere_keep_all_here(settings, logged, ids, caplog):
+    caplog.set_level(logging.INFO)
+    root = Root()
+    assert begin(root, ids, "2:4", **settings)[1] is None
+    assert len(sparse_layers(root)) == 21
+    assert all(layer.keeps_all() for layer in sparse_layers(root).values())
+    assert ("The first steps run dense" in caplog.text) == (logged is not None)
+    assert (logged or "") in caplog.text
+
+
+def test_existing_masks_stay(ids, caplog):
+    caplog.set_level(logging.INFO)
+    root = Root()
+    prune(root.net, ids, "4:8", squash=False)
+    before = kept(root)
+    assert begin(root, ids, "2:4")[1] is None
+    assert all(torch.equal(mask, before[name]) for name, mask in kept(root).items())
+    with pytest.raises(ValueError, match="no one-shot pruning makes the first mask here"):
+        begin(root, ids, "2:4", first_mask=OneShot(Wanda()))
+    begin(root, ids, "2:4", first_mask=FirstWindow())
+    assert "run dense" not in caplog.text
+
+
+class Plain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+
+
+@pytest.mark.parametrize("criterion", [None, Wanda()])
+@pytest.mark.parametrize(
+    ("make", "batches", "reason"),
+    [(Plain, [], "not in one transformers model"), (Root, None, "no batches could be taken")],
+)
+def test_without_a_model_or_data_the_first_steps_run_dense_unless_a_criterion_is_given(
+    criterion, make, batches, reason, caplog
+):
+    caplog.set_level(logging.INFO)
+    config = PruningConfig("2:4", first_mask=OneShot(criterion))
+    expected = contextlib.nullcontext() if criterion is None else pytest.raises(ValueError, match="Leave the criterion")
+    with expected:
+        root = make()
+        layers = mask_targets(root, config)
+        assert set_first_mask(root, layers, config, lambda count: batches, contextlib.nullcontext(), False) is None
+    assert "The first steps run dense" in caplog.text and reason in caplog.text
+
+
+def test_an_error_of_a_batch_is_raised_as_it_is_and_says_where_it_comes_from():
+    root = Root(GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=VOCABULARY, n_positions=16)))
+    with pytest.raises(IndexError) as caught:  # not another class: a trainer may look for one
+        begin(root, [torch.randint(3, VOCABULARY, (2, 17))], "2:4")
+    assert "first_mask=FirstWindow()" in caught.value.__notes__[0]
+    assert all(layer.keeps_all() for layer in sparse_layers(root).values())
+
+
+def test_a_copy_of_the_model_as_a_reference_stays_dense(ids):
+    root = Root()
+    config = PruningConfig("2:4")
+    layers = mask_targets(root, config)
+    root.reference = copy.deepcopy(root.net).requires_grad_(False)  # with masks that keep all
+    set_first_mask(root, layers, config, lambda count: ids[:count], contextlib.nullcontext(), False)
+    assert all(layer.keeps_all() for layer in sparse_layers(root.reference).values())
+    assert not any(layer.keeps_all() for layer in sparse_layers(root.net).values())

@@ -1,0 +1,332 @@
+"""``MaskUpdater`` over a run."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from sparse_train import Fixed, Magnitude, MaskUpdater, StraightThrough, Wanda, prune, sparse_layers, squash
+from sparse_train.layers.masked_layer import Recorder, SparseLinear
+from sparse_train.schedules import Cubic, Linear
+from tests.conftest import VOCABULARY, tiny_llama
+from tests.pruning.loops import train
+from tests.reference import row_mask
+
+
+@pytest.mark.parametrize(
+    ("structure", "sparsity"), [("2:4", None), ("1:4", None), ("4:8", None), ("unstructured", 0.6)]
+)
+def test_dynamic_masks_change_and_stay_exact(structure, sparsity):
+    model = tiny_llama()
+    updater = MaskUpdater(model, structure, sparsity=sparsity, update_freq=4, total_steps=20)
+    reports = train(model, updater, 20)
+    assert [report.step for report in reports] == [2, 6, 10, 14, 15]
+    assert all(report.flip_rate > 0 for report in reports)
+    assert reports[0].initial_flip_rate == 0
+    assert reports[-1].initial_flip_rate > 0
+    for report in reports:
+        weights = [layer.masked_weight() for layer in sparse_layers(model).values()]
+        counted = sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
+        assert report.sparsity == pytest.approx(counted)
+    frozen = {n: m.weight_mask.clone() for n, m in sparse_layers(model).items()}
+    assert train(model, updater, 10) == []
+    assert all(torch.equal(frozen[n], m.weight_mask) for n, m in sparse_layers(model).items())
+
+
+def test_masks_are_the_papers_on_the_recorded_activations():
+    model = tiny_llama(num_hidden_layers=1)
+    seen: dict[str, list] = {}
+    for name, module in model.named_modules():
+        if name.endswith("proj"):
+            module.register_forward_pre_hook(lambda m, args, name=name: seen.setdefault(name, []).append(args[0]))
+    updater = MaskUpdater(model, "unstructured", sparsity=0.5, update_freq=4, window=2, start_step=4, end_step=8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for step in range(1, 5):
+        batch = torch.randint(3, VOCABULARY, (2, 16))
+        model(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        report = updater.step()
+        assert (report is not None) == (step == 4)
+    for name, layer in sparse_layers(model).items():
+        inputs = torch.cat([x.detach().reshape(-1, layer.in_features) for x in seen[name][-2:]])  # the window: 2 steps
+        scores = layer.weight.detach().abs() * inputs.square().sum(0).sqrt()
+        assert torch.equal(layer.unpacked_mask(), row_mask(scores, 0.5))
+
+
+def test_fixed_with_a_constant_schedule_never_changes():
+    model = tiny_llama()
+    updater = MaskUpdater(model, "2:4", policy=Fixed(), criterion=Magnitude(), update_freq=2, total_steps=20)
+    before = {n: m.weight_mask.clone() for n, m in sparse_layers(model).items()}
+    shadow = {n: m.weight.detach()[~m.unpacked_mask()].clone() for n, m in sparse_layers(model).items()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0)
+    reports = train(model, updater, 20, optimizer)
+    assert [report.step for report in reports] == [2, 4, 6, 8, 10, 12, 14, 15]
+    assert {report.flip_rate for report in reports} == {report.initial_flip_rate for report in reports} == {0}
+    for name, layer in sparse_layers(model).items():
+        assert torch.equal(layer.weight_mask, before[name])
+        assert torch.equal(layer.weight.detach()[~layer.unpacked_mask()], shadow[name])  # and no gradient came
+
+
+@pytest.mark.parametrize("criterion", [Wanda(), Magnitude()])
+def test_fixed_with_a_rising_schedule_only_loses_weights(criterion):
+    model = tiny_llama()
+    updater = MaskUpdater(
+        model, "unstructured", policy=Fixed(), schedule=Cubic(0.7), criterion=criterion, update_freq=3, total_steps=20
+    )
+    pruned = {n: ~m.unpacked_mask() for n, m in sparse_layers(model).items()}
+    rates = []
+    for _ in range(20):
+        reports = train(model, updater, 1)
+        rates += [report.sparsity for report in reports]
+        for name, layer in sparse_layers(model).items():
+            now = ~layer.unpacked_mask()
+            assert (now | ~pruned[name]).all()
+            pruned[name] = now
+    assert rates == sorted(rates)
+    assert rates[0] < 0.6 < rates[-1]
+
+
+def test_a_rising_n_of_m_schedule_steps_through_kept_counts():
+    model = tiny_llama()
+    updater = MaskUpdater(model, "2:4", schedule=Linear(0.5), update_freq=2, total_steps=20, end_step=1.0)
+    sparsities = [report.sparsity for report in train(model, updater, 20)]
+    assert sorted(set(sparsities)) == [0.0, 0.25, 0.5]
+    assert sparsities == sorted(sparsities)
+    with pytest.raises(ValueError, match="2:4 is a sparsity of 0.5, in conflict with 0.6"):
+        MaskUpdater(tiny_llama(), "2:4", schedule=Linear(0.6), total_steps=20)
+
+
+def test_scores_come_from_shadow_values():
+    model = tiny_llama()
+    updater = MaskUpdater(model, "2:4", criterion=Magnitude(), update_freq=1, total_steps=10)
+    layer = sparse_layers(model)["model.layers.0.mlp.up_proj"]
+    row, column = (~layer.unpacked_mask()).nonzero()[0].tolist()
+    with torch.no_grad():
+        layer.weight[row, column] = 100.0
+    assert layer.masked_weight()[row, column] == 0
+    updater.step()
+    assert layer.masked_weight()[row, column] == 100
+
+
+def test_what_runs_while_paused_does_not_count(ids):
+    model = tiny_llama()
+    updater = MaskUpdater(model, "2:4", update_freq=4, window=4, total_steps=20)
+    model(input_ids=ids[0])
+    tokens = [int(layer.statistics.tokens) for layer in updater.layers.values()]
+    with updater.paused():
+        model(input_ids=ids[1])
+        with torch.no_grad():
+            model.generate(ids[1], max_new_tokens=4, pad_token_id=0)  # in train mode, as it is
+    assert model.training
+    assert [int(layer.statistics.tokens) for layer in updater.layers.values()] == tokens
+    model(input_ids=ids[2])
+    assert all(int(layer.statistics.tokens) == 2 * tokens[0] for layer in updater.layers.values())
+
+
+def test_a_pause_outlasts_a_step_that_starts_recording():
+    recorder = Recorder()
+    with recorder.paused():
+        recorder.when = "training"
+        assert not recorder.wants(training=True)
+    assert recorder.wants(training=True)
+
+
+def test_non_finite_activations_and_unreached_targets_stop_at_the_update_and_change_nothing():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.unused = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.b(self.a(x))
+
+    def run(x, **arguments):
+        model = Model()
+        updater = MaskUpdater(model, "2:4", update_freq=1, total_steps=10, **arguments)
+        model(x).sum().backward()
+        with pytest.raises(ValueError) as error:
+            updater.step()
+        assert all(layer.unpacked_mask().all() for layer in sparse_layers(model).values())
+        return str(error.value)
+
+    assert "unused is a target, but no token reached it" in run(torch.randn(2, 8), targets=["Linear"])
+    x = torch.randn(2, 8)
+    x[1, 3] = torch.inf
+    message = run(x, targets=["a", "b"])
+    assert "a: the input activations are not finite" in message
+
+
+def test_a_step_that_a_loss_scaler_skips_does_not_count(caplog):
+    torch.manual_seed(0)
+    batches = [torch.randn(8, 32) for _ in range(12)]
+    batches[5] = batches[5] * 1e6  # the second layer's input overflows float16
+
+    def run(batches, **settings):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))
+        optimizer, scaler = torch.optim.SGD(model.parameters(), lr=1e-3), torch.amp.GradScaler("cpu", init_scale=2.0)
+        settings = {"update_freq": 4, "window": 4} | settings
+        updater = MaskUpdater(model, "2:4", total_steps=40, targets=["2"], **settings)
+        for batch in batches:
+            with torch.autocast("cpu", torch.float16):
+                loss = model(batch).float().square().mean()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            updater.step()
+        return updater
+
+    skipped = run(batches)
+    message = "2: in 1 forwards since the last mask update, the input activations were not finite. They do not count"
+    assert [record.message[: len(message)] for record in caplog.records] == [message]
+    # as if the batch had not been there, but for the steps that updates are counted in
+    assert int(skipped.layers["2"].statistics.tokens) == 8 * 11
+    with pytest.raises(ValueError, match="2: the input activations are not finite"):
+        run(batches[:4] + [batches[5]] * 4, norm_decay=0.0)  # there is nothing to score with
+    assert run(batches, update_freq=1, window=1).steps == 12  # earlier windows are remembered
+
+
+def test_a_non_finite_weight_is_named():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[0].weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="0: scores are not finite"):
+        MaskUpdater(model, "2:4", criterion=Magnitude(), total_steps=10)
+
+
+def test_layers_that_read_the_same_input_have_equal_norms_of_their_own():
+    model = tiny_llama()
+    updater = MaskUpdater(model, "2:4", update_freq=2, window=1.0, total_steps=20)
+    train(model, updater, 1)
+    assert len({id(layer.statistics) for layer in updater.layers.values()}) == 21
+    norms = [tuple(layer.statistics.norm_I.tolist()) for layer in updater.layers.values()]
+    assert len(set(norms)) == 3 * 4  # q/k/v, o, gate/up, down
+
+
+def test_squash_after_a_loop_too_short_for_a_mask_says_that_the_model_is_dense(caplog):
+    model = tiny_llama()
+    updater = MaskUpdater(model, "2:4", update_freq=10, total_steps=20)
+    train(model, updater, 3)
+    squash(model)
+    assert "None of the 21 masked layers has a pruned weight, so squash leaves a dense model" in caplog.text
+    caplog.clear()
+    prune(model, [torch.randint(3, VOCABULARY, (2, 8))], "2:4", squash=False)
+    squash(model)
+    assert not caplog.text
+
+
+def test_squash_after_a_run():
+    model = tiny_llama()
+    updater = MaskUpdater(model, "2:4", update_freq=4, total_steps=8)
+    train(model, updater, 8)
+    squash(model)
+    assert not any(isinstance(module, SparseLinear) for module in model.modules())
+    weight = model.model.layers[0].mlp.up_proj.weight
+    assert ((weight.reshape(-1, 4) == 0).sum(1) == 2).all()
+
+
+def test_decay_counts_the_steps_since_the_last_update():
+    model = tiny_llama()
+    updater = MaskUpdater(
+        model,
+        "2:4",
+        criterion=Magnitude(),
+        policy=StraightThrough(srste_decay=0.1),
+        update_freq=10,
+        end_step=15,
+        total_steps=20,
+    )
+    layer = sparse_layers(model)["model.layers.0.mlp.up_proj"]
+    before, mask = layer.weight.detach().clone(), layer.unpacked_mask()
+    for _ in range(20):
+        updater.step()
+    torch.testing.assert_close(layer.weight.detach(), before * torch.where(mask, 1.0, 0.9**15))
+
+
+def test_an_error_in_the_middle_changes_no_mask_and_no_kept_weight():
+    model = tiny_llama()
+    policy = StraightThrough(srste_decay=0.1)
+    updater = MaskUpdater(model, "2:4", criterion=Magnitude(), policy=policy, update_freq=2, total_steps=20)
+    updater.step()
+    layers = list(sparse_layers(model).values())
+    with torch.no_grad():
+        layers[0].weight.mul_(-2)
+        layers[10].weight[0, 0] = torch.nan
+
+    def kept():
+        return [(layer.weight_mask.clone(), layer.masked_weight().nan_to_num(7)) for layer in layers]
+
+    before = kept()
+    with pytest.raises(ValueError, match="scores are not finite"):
+        updater.step()
+    for (mask, weight), (new_mask, new_weight) in zip(before, kept(), strict=True):
+        assert torch.equal(mask, new_mask) and torch.equal(weight, new_weight)
+
+    dense = tiny_llama()
+    dense.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="scores are not finite"):
+        MaskUpdater(dense, "2:4", criterion=Magnitude(), total_steps=20)
+    assert not sparse_layers(dense)
+
+
+def test_a_target_whose_forward_is_bypassed_is_found_without_activations_too():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.last = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+
+        def forward(self, x):
+            return self.last(self.b(x @ self.a.weight.T))
+
+    model = Model()
+    updater = MaskUpdater(model, "2:4", criterion=Magnitude(), update_freq=1, total_steps=10)
+    model(torch.randn(2, 8))
+    with pytest.raises(ValueError, match="a is a target, but no forward reached it"):
+        updater.step()
+
+
+def test_padding_that_cannot_be_told_apart_is_said_once(caplog):
+    model = tiny_llama()
+    updater = MaskUpdater(model, "2:4", update_freq=2, window=1.0, total_steps=20)
+    for _ in range(3):
+        updater.token_mask = torch.ones(5)
+        batch = torch.randint(3, VOCABULARY, (2, 16))
+        model(input_ids=batch, labels=batch).loss.backward()
+        updater.step()
+    assert caplog.text.count("does not fit a layer's input of shape (2, 16, 32)") == 1
+
+
+def test_fixed_masks_that_no_forward_sees_are_said_once(caplog):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.last = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.last(nn.functional.linear(self.a(x), self.b.weight))
+
+    model = Model()
+    updater = MaskUpdater(model, "2:4", criterion=Magnitude(), policy=Fixed(), update_freq=1, total_steps=10)
+    for _ in range(3):
+        model(torch.randn(2, 8))
+        updater.step()
+    assert caplog.text.count("b is a target, and no forward has reached it so far") == 1
+
+
+def test_training_a_copy_in_place_of_the_model_is_said_once(caplog):
+    model = tiny_llama()
+    updater = MaskUpdater(model, "2:4", criterion=Magnitude(), update_freq=2, total_steps=10)
+    train(model, updater, 2)
+    assert not caplog.records
+    train(copy.deepcopy(model), updater, 6)
+    assert caplog.text.count("No forward has used any of the 21 masked layers since the last mask update") == 1
+
+
+def test_a_run_may_end_at_a_sparsity_of_less_than_a_weight_per_group():
+    model = tiny_llama()
+    updater = MaskUpdater(model, "2:4", schedule=Cubic(0.5), update_freq=2, total_steps=40)
+    train(model, updater, 3)
+    assert 0 < updater.sparsity < 0.25 and all(layer.keeps_all() for layer in updater.layers.values())
+    updater.finish()

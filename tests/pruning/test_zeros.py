@@ -1,0 +1,149 @@
+"""Training of a model that was pruned before: its zeros stay, or a warning says that they do not."""
+
+import pytest
+import torch
+
+from sparse_train import (
+    Cubic,
+    Fixed,
+    FromZeros,
+    Magnitude,
+    MaskUpdater,
+    SparseGPT,
+    StraightThrough,
+    Unstructured,
+    keep_zeros,
+    prune,
+    sparse_layers,
+    squash,
+)
+from tests.conftest import VOCABULARY, tiny_llama
+
+
+def train(model, updater=None, steps=12):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(steps):
+        ids = torch.randint(3, VOCABULARY, (2, 16))
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if updater is not None:
+            updater.step()
+    squash(model)
+
+
+def nonzero(model):
+    return {name: weight != 0 for name, weight in model.named_parameters() if "proj" in name}
+
+
+@pytest.mark.parametrize(("structure", "sparsity"), [("2:4", None), ("unstructured", 0.6)])
+def test_a_run_starts_with_the_zeros_of_its_model_if_it_is_told_to(ids, structure, sparsity):
+    def pruned():
+        model = tiny_llama()
+        prune(model, ids, structure, sparsity)
+        return model
+
+    def run(model, policy):
+        updater = MaskUpdater(
+            model, structure, sparsity, policy=policy, first_mask=FromZeros(), update_freq=4, total_steps=12
+        )
+        assert updater.sparsity is not None  # from the first step on, not from the first window on
+        masked = {name: layer.unpacked_mask() for name, layer in sparse_layers(model).items()}
+        assert all(torch.equal(mask, before[f"{name}.weight"]) for name, mask in masked.items())
+        train(model, updater)
+        return nonzero(model)
+
+    before = nonzero(pruned())
+    assert all(torch.equal(mask, before[name]) for name, mask in run(pruned(), Fixed()).items())
+    assert not all(torch.equal(mask, before[name]) for name, mask in run(pruned(), StraightThrough()).items())
+
+
+def test_nothing_is_guessed_from_zeros(ids, caplog):
+    model = tiny_llama()
+    prune(model, ids, "2:4")
+    updater = MaskUpdater(model, "2:4", update_freq=4, total_steps=12)
+    assert updater.sparsity is None and all(layer.keeps_all() for layer in sparse_layers(model).values())
+    assert "50.0 % of its weights are zeros that are not masked at first" in caplog.text
+    assert "first_mask=FromZeros()" in caplog.text
+
+
+def test_zeros_that_do_not_follow_the_pattern_are_no_first_mask(ids, caplog):
+    model = tiny_llama()
+    prune(model, ids, Unstructured("layer"), 0.5)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"50.0 % of the targeted weights are zeros,\s+but not where unstructured"):
+        MaskUpdater(model, "unstructured", 0.5, first_mask=FromZeros(), total_steps=12)
+    assert not sparse_layers(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with pytest.raises(ValueError, match="0.0 % of the targeted weights are zeros"):
+        MaskUpdater(tiny_llama(), "2:4", first_mask=FromZeros(), total_steps=12)
+    MaskUpdater(tiny_llama(), "2:4", total_steps=12)
+    assert not caplog.records
+
+
+def test_without_a_first_mask_the_model_must_have_one(ids):
+    with pytest.raises(ValueError, match="first_mask is None, so the model must have masks already"):
+        MaskUpdater(tiny_llama(), "2:4", first_mask=None, total_steps=12)
+    model = tiny_llama()
+    prune(model, ids, "2:4", squash=False)
+    assert MaskUpdater(model, "2:4", first_mask=None, total_steps=12).sparsity == 0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            {"sparsity": 0.5, "criterion": Magnitude()},
+            "25.0 % of its weights are zeros that the first mask (unstructured at 0.5) keeps",
+        ),
+        ({"sparsity": 0.75, "start_step": 3}, "75.0 % of its weights are zeros that are not masked at first"),
+        ({"schedule": Cubic(0.75)}, "75.0 % of its weights are zeros that are not masked at first"),
+    ],
+)
+def test_zeros_that_a_run_fills_are_said_to_be_lost(ids, caplog, options, said):
+    model = tiny_llama()
+    prune(model, ids, "unstructured", 0.75)
+    MaskUpdater(model, "unstructured", policy=Fixed(), update_freq=4, total_steps=12, **options)
+    assert said in caplog.text
+
+
+@pytest.mark.parametrize("features", [1, 2, 8])
+def test_a_narrow_layer_is_not_taken_for_a_pruned_one(features, caplog):
+    model = torch.nn.Sequential(torch.nn.Linear(features, 64), torch.nn.Linear(64, 64))
+    MaskUpdater(model, "unstructured", 0.1, targets=["Linear"], total_steps=12)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("pruned", ["by SparseGPT", "within layers"])
+def test_zeros_are_kept_wherever_they_are(ids, pruned):
+    model = tiny_llama()
+    if pruned == "by SparseGPT":
+        prune(model, ids, "unstructured", 0.5, criterion=SparseGPT())
+    else:
+        prune(model, ids, Unstructured("layer"), 0.5)
+    before = {name: mask.clone() for name, mask in nonzero(model).items()}
+    weights = [parameter.detach().clone() for parameter in model.parameters()]
+    assert keep_zeros(model) == pytest.approx(0.5, abs=0.02)
+    assert len(sparse_layers(model)) == 21
+    train(model)
+    assert not sparse_layers(model)
+    for name, mask in nonzero(model).items():
+        assert not (mask & ~before[name]).any(), name
+    assert not all(map(torch.equal, weights, model.parameters()))
+
+
+def test_what_has_no_zeros_to_keep_is_refused():
+    model = tiny_llama()
+    with pytest.raises(ValueError, match="No weight of the targeted layers is zero"):
+        keep_zeros(model)
+    assert not sparse_layers(model)
+    prune(model, mask_structure="2:4", criterion=Magnitude(), squash=False)
+    with pytest.raises(ValueError, match="has masks already"):
+        keep_zeros(model)
+
+
+def test_a_layer_that_begins_at_zero_was_not_pruned(caplog):
+    model = tiny_llama()
+    torch.nn.init.zeros_(model.model.layers[2].mlp.down_proj.weight)
+    MaskUpdater(model, "2:4", start_step=4, total_steps=12)
+    assert not caplog.records

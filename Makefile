@@ -4,7 +4,7 @@
 # make golden  masks and weights of tiny runs against their recorded digests
 
 PYTHON ?= python3
-STEPS ?= 20
+STEPS ?= 100
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready

@@ -165,7 +165,6 @@ def _train(
                 f"--config={arm.recipe}",
                 *first_mask,  # before the changes, which may add another callback
                 *arm.changes,
-                "--trainer.callbacks+=variants.FusedAdamW",
                 *([] if arm.start is None else [f"--model.model={start}"]),
                 *([] if teacher is None else [f"--model.distillation.teacher={teacher}"]),
                 *([] if export is None else [f"--export={export}"]),

@@ -219,15 +219,6 @@ def _pairs(layer: LayerContext, group_size: int) -> tuple[Tensor, Tensor, Tensor
 # --- what a run does besides -----------------------------------------------------------------------------------------
 
 
-class FusedAdamW(L.Callback):
-    """AdamW in one pass over the weights, with the same result up to rounding: a sixth of the time on CPUs."""
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        for optimizer in trainer.optimizers:
-            for group in optimizer.param_groups:
-                group["fused"] = True
-
-
 class DenseNorms(L.Callback):
     """Norms of dense forwards, with all weights including shadow values, on the batches before an update.
 

@@ -16,7 +16,7 @@ from tests.conftest import tiny_llama
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from variants import CoupledDecay, DenseNorms, EvidenceSwaps, FusedAdamW, RisingDecay, SlowShadows, least_ratio, swapped
+from variants import CoupledDecay, DenseNorms, EvidenceSwaps, RisingDecay, SlowShadows, least_ratio, swapped
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
@@ -137,18 +137,6 @@ def test_slow_shadows_move_by_a_share_of_the_optimizers_step_and_kept_weights_by
 
     trainer(tmp_path, pruning, Plain(), max_steps=6).fit(Descent(), loader())
     assert len(compared) == 5 * len(pruning.updater.layers) and all(compared)
-
-
-def test_the_fused_optimizer_trains_alike(tmp_path):
-    trained = []
-    for others in ([], [FusedAdamW()]):
-        module, run = Module(), trainer(tmp_path, DynamicPruning("2:4", update_freq=4), *others, max_steps=6)
-        run.fit(module, loader())
-        trained.append(module.state_dict())
-        assert bool(run.optimizers[0].param_groups[0]["fused"]) == bool(others)
-    plain, fused = trained
-    for name, value in plain.items():
-        torch.testing.assert_close(fused[name], value, atol=1e-5, rtol=1e-3)
 
 
 def swaps(structure="2:4", sparsity=None, **arguments):

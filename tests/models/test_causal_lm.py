@@ -65,6 +65,22 @@ def test_learning_rate_warms_up_and_decays_to_zero(model_folder, data):
     assert 0 < rates[-1] < 1e-4
 
 
+def test_the_fused_optimizer_clips_and_trains_like_the_plain_one(model_folder, data):
+    class Plain(L.Callback):
+        def on_train_start(self, trainer, pl_module):
+            for group in trainer.optimizers[0].param_groups:
+                assert group["fused"]
+                group["fused"] = False
+
+    trained = []
+    for callbacks in ([], [Plain()]):
+        module = CausalLM(str(model_folder), lr=1e-3)
+        fit(module, data, DynamicPruning("2:4", update_freq=4), *callbacks, precision="bf16-mixed", gradient_clip_val=1)
+        trained.append(module.model.state_dict())
+    for name, value in trained[0].items():
+        torch.testing.assert_close(value, trained[1][name], atol=1e-4, rtol=1e-2)
+
+
 def test_validation_perplexity_is_over_tokens(model_folder, data):
     module = CausalLM(str(model_folder))
     trainer = fit(module, data, max_steps=2)

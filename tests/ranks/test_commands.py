@@ -59,7 +59,7 @@ def fit(engine: str, folder: Path, model: Path, text: Path) -> Any:
     return getattr(strategy, "config", {}).get("zero_optimization", {}).get("stage", type(strategy).__name__)
 
 
-@pytest.mark.parametrize("engine", STRATEGIES)
+@pytest.mark.parametrize("engine", ["fsdp2", "zero2", "zero3"])
 def test_from_a_recipe_to_an_exported_model(tmp_path, model_folder, text_file, engine):
     ran = {"ddp": "DDPStrategy", "fsdp2": "ModelParallelStrategy", "zero1": 1, "zero2": 2, "zero3": 3}
     assert launch.run(fit, engine, tmp_path, model_folder, text_file) == [ran[engine]] * 2

@@ -66,8 +66,8 @@ def train_lm(engine: str, folder: Path, model: Path, precision: str, checkpointi
     return train(engine, folder, lm, accumulate=2, precision=precision, gradient_clip_val=0.5)
 
 
-PRECISIONS = [("ddp", "bf16-mixed"), ("fsdp2", "32-true"), ("fsdp2", "bf16-mixed"), ("fsdp2", "bf16-true")]
-PRECISIONS += [("zero1", "bf16-true"), ("zero2", "bf16-mixed"), ("zero3", "32-true"), ("zero3", "bf16-true")]
+PRECISIONS = [("ddp", "bf16-mixed"), ("fsdp2", "bf16-mixed"), ("fsdp2", "bf16-true")]
+PRECISIONS += [("zero2", "bf16-mixed"), ("zero3", "bf16-true")]
 
 
 @pytest.mark.parametrize(("engine", "precision"), PRECISIONS)
@@ -125,8 +125,7 @@ def train_plain(engine: str, folder: Path, where: str) -> Any:
     return found[0], found[1]
 
 
-BUILT = [("ddp", "__init__"), ("zero2", "__init__"), ("zero3", "__init__"), ("ddp", "configure_model")]
-BUILT += [("zero3", "configure_model"), ("fsdp2", "configure_model"), ("fsdp2", "meta")]
+BUILT = [("ddp", "__init__"), ("zero3", "__init__"), ("zero3", "configure_model"), ("fsdp2", "meta")]
 
 
 @pytest.mark.parametrize(("engine", "where"), BUILT)
@@ -174,7 +173,7 @@ def train_alone(engine: str, folder: Path) -> float:
     return sum(int((w == 0).sum()) for w in found) / max(1, sum(w.numel() for w in found))
 
 
-@pytest.mark.parametrize("engine", engines.ENGINES)
+@pytest.mark.parametrize("engine", ["fsdp2", "zero2", "zero3"])
 def test_a_fit_leaves_zeros_whoever_looks(tmp_path, engine):
     assert launch.run(train_alone, engine, tmp_path)[0] == 0.5  # ZeRO-3 keeps all of so small a model gathered
 

@@ -19,24 +19,20 @@ from sparse_train.statistics import Statistics
 
 @dataclass(frozen=True)
 class LayerContext:
-    """What criteria and policies can look at in one layer.
-
-    Attributes:
-        weight_OI: the weights, shadow values included, any float dtype.
-        stats: norms of the layer's input over the tokens seen; None if the criterion needs no activations.
-        name: of the layer.
-        mask_OJ: the packed mask so far; None for a criterion alone.
-        optimizer_state: what the optimizer holds for these weights, such as Adam's ``exp_avg`` (O, I); empty before the
-            first step, outside training, and for engines that hold it in another shape (DeepSpeed).
-        column_sums_I: ``Criterion.column_sums`` of all rows, if the rows here are only some of them.
-    """
+    """What criteria and policies can look at in one layer."""
 
     weight_OI: Tensor
+    """The weights, shadow values included, any float dtype."""
     stats: Statistics | None = None
+    """Norms of the layer's input over the tokens seen; None if the criterion needs no activations."""
     name: str = ""
     mask_OJ: Tensor | None = None
+    """The packed mask so far; None for a criterion alone."""
     optimizer_state: Mapping[str, Tensor] = field(default_factory=dict)
+    """What the optimizer holds for these weights, such as Adam's ``exp_avg`` (O, I); empty before the first step,
+    outside training, and for engines that hold it in another shape (DeepSpeed)."""
     column_sums_I: Tensor | None = None
+    """``Criterion.column_sums`` of all rows, if the rows here are only some of them."""
 
     @property
     def norm_I(self) -> Tensor:
@@ -67,14 +63,7 @@ class Criterion(ABC):
 
     @abstractmethod
     def scores(self, layer: LayerContext) -> Tensor:
-        """Score one layer.
-
-        Args:
-            layer: weights (O, I), and what is known about them.
-
-        Returns:
-            float32 scores (O, I), larger = keep.
-        """
+        """float32 scores of a layer's weights (O, I), larger = keep."""
 
     def column_sums(self, weight_OI: Tensor) -> Tensor | None:
         """What ``scores`` needs from all rows, summed over the rows given: float32 (I,); None = nothing."""
@@ -102,9 +91,8 @@ class WandaCumulative(Criterion):
     """The share of a row's summed Wanda score that is lost if this weight and all lower ones in the row are pruned.
 
     The variant of Wanda in the paper's code (``use_variant``): every row of a layer loses weights until the same share
-    of its summed score is gone, so rows end with different counts. The paper's code finds the share by bisection. Here
-    the shares are compared over the whole layer, ``Unstructured(group="layer")``, so the count is exact. Within one
-    row, and in N:M, the order is Wanda's.
+    of its summed score is gone, so rows end with different counts. The paper's code finds the share by bisection; here
+    shares are compared over the layer, ``Unstructured(group="layer")``, so the count is exact.
     """
 
     needs_activations: ClassVar[bool] = True
@@ -115,16 +103,12 @@ class WandaCumulative(Criterion):
         scores_OI = Wanda().scores(layer)
         sorted_OI, order_OI = scores_OI.sort(dim=1, stable=True)
         # float64: with thousands of inputs, a float32 running sum would make neighbours equal that Wanda distinguishes
-        share_OI = _running_sum(sorted_OI.double())
+        share_OI = sorted_OI.double()
+        # on the CPU with deterministic algorithms: GPUs may round differently
+        cpu = torch.are_deterministic_algorithms_enabled()
+        share_OI = (share_OI.cpu() if cpu else share_OI).cumsum_(1).to(scores_OI.device)
         share_OI /= share_OI[:, -1:].clamp_min(torch.finfo(torch.float64).tiny)
         return torch.empty_like(scores_OI).scatter_(1, order_OI, share_OI.float())
-
-
-def _running_sum(values_OI: Tensor) -> Tensor:
-    """Running sum along the inputs, in place. With deterministic algorithms, on the CPU: GPUs may round differently."""
-    if values_OI.device.type != "cpu" and torch.are_deterministic_algorithms_enabled():
-        return values_OI.cpu().cumsum_(1).to(values_OI.device)
-    return values_OI.cumsum_(1)
 
 
 @dataclass(frozen=True)
@@ -133,8 +117,8 @@ class RIA(Criterion):
 
     A weight counts by its share of its row and of its column, so that no row or column is emptied.
     Source: Zhang et al., "Plug-and-Play: An Efficient Post-training Pruning Method for Large Language Models",
-    ICLR 2024, section 3 (its channel permutation is not part of this). Its code compares within a layer unless told
-    otherwise: ``Unstructured(group="layer")``.
+    ICLR 2024, section 3 (without its channel permutation). Its code compares within a layer:
+    ``Unstructured(group="layer")``.
 
     Args:
         a: exponent of the activation norm.
@@ -173,14 +157,11 @@ class Magnitude(Criterion):
 
 @dataclass(frozen=True)
 class Random(Criterion):
-    """Uniform random scores: the baseline that a method has to beat.
-
-    Weights that are zero are pruned first, so pruning twice gives the same result as pruning once.
+    """Uniform random scores: the baseline that a method has to beat. Weights that are zero are pruned first.
 
     Args:
-        seed: the same seed and weights give the same scores. Layers with different weights differ, and so do those of
-            one layer before and after an optimizer step: with a policy by which weights come back, each update draws a
-            new mask. ``Fixed()`` keeps the first one.
+        seed: the same seed and weights give the same scores; so with a policy by which weights come back, each update
+            draws a new mask. ``Fixed()`` keeps the first one.
     """
 
     seed: int = 0

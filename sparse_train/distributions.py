@@ -22,21 +22,15 @@ _AGREEMENT = 1e-3  # allowed difference from the mean of the layers' sparsities,
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Where a targeted layer is, and its size.
-
-    Args:
-        block: index of the decoder block it is in; None outside the blocks.
-        rows: out_features.
-        columns: in_features.
-    """
+    """Where a targeted layer is, and its size."""
 
     block: int | None
+    """Index of the decoder block it is in; None outside the blocks."""
     rows: int
     columns: int
 
     @property
     def size(self) -> int:
-        """Number of weights, ``rows * columns``."""
         return self.rows * self.columns
 
 
@@ -44,6 +38,8 @@ Shapes = Mapping[str, LayerShape]
 """The targeted layers by name."""
 Outliers = Mapping[int, float]
 """``outlier_share`` of each decoder block that has a targeted layer, by the block's index."""
+Shares = Mapping[str, float]
+"""The sparsity of each layer."""
 
 
 class SparsityDistribution(ABC):
@@ -60,36 +56,28 @@ class SparsityDistribution(ABC):
             shapes: the targeted layers.
             sparsity: share of zeros over all of them; None if the distribution itself determines it.
             outliers: empty unless ``needs_outliers``.
-
-        Raises:
-            ValueError: a sparsity outside [0, 1), missing, or in conflict with the distribution.
         """
 
 
 def required(distribution: SparsityDistribution, sparsity: float | None) -> float:
     """The sparsity, for distributions that need one."""
     if sparsity is None:
-        raise ValueError(
-            f"{type(distribution).__name__} divides a sparsity: give one, the share of weights that are zero, such as "
-            "sparsity=0.5."
-        )
+        raise ValueError(f"{type(distribution).__name__} divides a sparsity: give one, such as sparsity=0.5.")
     check_sparsity("sparsity", sparsity)
     return sparsity
 
 
 def check_agreement(what: str, sparsity: float | None, mean: float) -> None:
     """Raise ValueError if a model-wide sparsity is given that does not match those of the layers."""
-    if sparsity is None:
-        return
-    check_sparsity("sparsity", sparsity)
-    if abs(sparsity - mean) > _AGREEMENT:
+    if sparsity is not None and abs(sparsity - mean) > _AGREEMENT:
+        check_sparsity("sparsity", sparsity)
         raise ValueError(
             f"The sparsities of {what} give {mean:.4g} over all weights, in conflict with sparsity={sparsity:g}. Leave "
             "sparsity out, or change the others."
         )
 
 
-def mean_sparsity(shapes: Shapes, sparsities: Mapping[str, float]) -> float:
+def mean_sparsity(shapes: Shapes, sparsities: Shares) -> float:
     """The sparsity over all weights."""
     return sum(shapes[n].size * s for n, s in sparsities.items()) / sum(shape.size for shape in shapes.values())
 
@@ -121,14 +109,13 @@ class PerBlock(SparsityDistribution):
         outside = [name for name in shapes if name not in inside]
         if outside:
             raise ValueError(
-                f"PerBlock has no sparsity for layers outside the decoder blocks: {', '.join(outside[:3])}"
-                f"{', ...' if len(outside) > 3 else ''}. Leave them dense with ignore={outside[:3]!r}, or use Explicit."
+                f"PerBlock has no sparsity for layers outside the decoder blocks: {', '.join(outside)}. Leave them "
+                f"dense with ignore={outside!r}, or use Explicit."
             )
         count = max(inside.values(), default=-1) + 1
         if len(self.blocks) != count:
             raise ValueError(
-                f"PerBlock has {len(self.blocks)} sparsities, but the targeted layers are in {count} decoder blocks. "
-                "Give one for each block, in their order."
+                f"PerBlock has {len(self.blocks)} sparsities, but the targeted layers are in {count} decoder blocks."
             )
         found = {name: self.blocks[block] for name, block in inside.items()}
         check_agreement("the blocks", sparsity, mean_sparsity(shapes, found))
@@ -142,7 +129,7 @@ class Explicit(SparsityDistribution):
     Args:
         layers: sparsity by target: a layer's full name, the name of a module around it ("model.layers.0"), the last
             part or parts of its name ("down_proj", "mlp.down_proj"), or "re:" and a regular expression matched from
-            the start of the name.
+            the start of the name. If several match, the last one counts.
     """
 
     layers: dict[str, float]
@@ -159,8 +146,8 @@ class Explicit(SparsityDistribution):
             return {name: named[name] for name in shapes}
         if sparsity is None:
             raise ValueError(
-                f"{len(unnamed)} of {len(shapes)} layers are not given a sparsity ({unnamed[0]} is the first), so "
-                "the model-wide sparsity is needed: give it, or name every layer."
+                f"{len(unnamed)} of {len(shapes)} layers are not given a sparsity ({unnamed[0]} is the first), so the "
+                "model-wide sparsity is needed: give it, or name every layer."
             )
         check_sparsity("sparsity", sparsity)
         total = sum(shape.size for shape in shapes.values())
@@ -169,37 +156,22 @@ class Explicit(SparsityDistribution):
         if not -1e-12 <= rest < 1:
             raise ValueError(
                 f"A sparsity of {sparsity:g} cannot be met: the named layers' zeros are {share:.4g} of all weights, so "
-                f"the other {len(unnamed)} layers would need a sparsity of {rest:.4g} (at least 0 and below 1). Change "
-                "the sparsity or those of the named layers."
+                f"the others would need a sparsity of {rest:.4g}. Change the sparsity or those of the named layers."
             )
         return {name: named.get(name, max(0.0, rest)) for name in shapes}
 
     def _named(self, shapes: Shapes) -> dict[str, float]:
-        said_by: dict[str, str] = {}
+        found: dict[str, float] = {}
         for target, value in self.layers.items():
-            hits = [name for name in shapes if _names(target, name)]
+            if target.startswith("re:"):
+                hits = [name for name in shapes if re.match(target[3:], name)]
+            else:
+                hits = [name for name in shapes if target in _heads_and_tails(name)]
             if not hits:
-                parts = {tail for name in shapes for tail in _heads_and_tails(name)}
-                raise ValueError(
-                    f"{target!r} is not the name of a targeted layer." + did_you_mean(target, sorted(parts))
-                )
-            for name in hits:
-                other = said_by.setdefault(name, target)
-                if self.layers[other] != value:
-                    raise ValueError(
-                        f"{name} is given two sparsities: {self.layers[other]:g} by {other!r} and {value:g} by "
-                        f"{target!r}. Narrow one of them, for example to the full name or with re:."
-                    )
-        return {name: self.layers[target] for name, target in said_by.items()}
-
-
-def _names(target: str, name: str) -> bool:
-    if target.startswith("re:"):
-        try:
-            return re.match(target[3:], name) is not None
-        except re.error as error:
-            raise ValueError(f"{target!r} is not a regular expression: {error}.") from error
-    return target in _heads_and_tails(name)
+                parts = sorted({part for name in shapes for part in _heads_and_tails(name)})
+                raise ValueError(f"{target!r} is not the name of a targeted layer." + did_you_mean(target, parts))
+            found |= dict.fromkeys(hits, value)
+        return found
 
 
 def _heads_and_tails(name: str) -> list[str]:
@@ -213,9 +185,8 @@ def _heads_and_tails(name: str) -> list[str]:
 class OWL(SparsityDistribution):
     """Blocks with more outliers are denser: densities are linear in ``outlier_share``.
 
-    The shares are scaled to [0, 2 * owl_lmbda] and shifted so that the density over all weights is 1 - sparsity. If all
-    blocks have the same size, this is the paper's formula; otherwise the paper's plain mean would miss the sparsity.
-    Layers outside the blocks get the model-wide sparsity.
+    The shares are scaled to [0, 2 * owl_lmbda] and shifted so that the density over all weights is 1 - sparsity: the
+    paper's formula if all blocks have the same size. Layers outside the blocks get the model-wide sparsity.
     Source: Yin et al., "Outlier Weighed Layerwise Sparsity", arXiv 2310.05175, section 3.2; code luuyin/OWL.
 
     Args:
@@ -229,7 +200,7 @@ class OWL(SparsityDistribution):
 
     def __post_init__(self) -> None:
         if not 0 < self.owl_m < math.inf:
-            raise ValueError(f"owl_m multiplies the mean score, so it must be above 0, got {self.owl_m}.")
+            raise ValueError(f"owl_m multiplies the mean score and must be above 0, got {self.owl_m}.")
         if not 0 <= self.owl_lmbda < 1:
             raise ValueError(f"owl_lmbda is a share of weights, at least 0 and below 1, got {self.owl_lmbda}.")
 
@@ -257,8 +228,8 @@ class OWL(SparsityDistribution):
             bound = min(sparsity / (2 - mean), (1 - sparsity) / mean * (1 - 1e-6))
             raise ValueError(
                 f"owl_lmbda={self.owl_lmbda:g} at a sparsity of {sparsity:g} would give blocks sparsities from "
-                f"{min(found.values()):.4g} to {max(found.values()):.4g}; all must be at least 0 and below 1. Make "
-                f"owl_lmbda at most {math.floor(bound * 1e4) / 1e4:g}."
+                f"{min(found.values()):.4g} to {max(found.values()):.4g}. Make owl_lmbda at most "
+                f"{math.floor(bound * 1e4) / 1e4:g}."
             )
         return {block: max(0.0, value) for block, value in found.items()}
 
@@ -270,12 +241,8 @@ def outlier_share(scores: Iterable[Callable[[], Tensor]], owl_m: float) -> float
         scores: for each targeted layer of the block, a function that returns its Wanda scores (O, I), float32. Each is
             called twice, so that only the scores of one layer are held at a time. Without layers the share is 0.
         owl_m: see ``OWL``.
-
-    Raises:
-        ValueError: scores that are infinite or NaN.
     """
-    layers = list(scores)
-    total, size = 0.0, 0
+    layers, total, size = list(scores), 0.0, 0
     for layer in layers:
         scores_OI = layer()
         total += float(scores_OI.sum(dtype=torch.float64))
@@ -291,52 +258,6 @@ def outlier_share(scores: Iterable[Callable[[], Tensor]], owl_m: float) -> float
 _ROUNDING = 1e-6  # of a count: differences below this are float rounding
 
 
-def divide(
-    distribution: SparsityDistribution,
-    pattern: Pattern,
-    shapes: Shapes,
-    sparsity: float | None,
-    outliers: Outliers,
-    final: float | None = None,
-) -> dict[str, float]:
-    """The sparsity to pass to ``pattern.mask`` for each layer; arguments and errors as in ``sparsities``.
-
-    Uniform sparsities stay unchanged: rows prune ``int(I * sparsity)``, as in the Wanda reference. Others are rounded
-    so that the sparsity over all weights is met, see ``fit_counts``.
-
-    Args:
-        final: for masks on the way to this sparsity: it is what the distribution divides, see ``scale``.
-    """
-    check_pattern(distribution, pattern)
-    if isinstance(distribution, Uniform):
-        return distribution.sparsities(shapes, sparsity, outliers)
-    if final is not None and sparsity is not None:
-        return scale(shapes, distribution.sparsities(shapes, final, outliers), pattern, sparsity, final)
-    found = distribution.sparsities(shapes, sparsity, outliers)
-    return fit_counts(shapes, found, pattern, mean_sparsity(shapes, found) if sparsity is None else sparsity)
-
-
-def scale(
-    shapes: Shapes,
-    sparsities: Mapping[str, float],
-    pattern: Pattern,
-    sparsity: float,
-    final: float,
-    least: Mapping[str, float] = MappingProxyType({}),
-) -> dict[str, float]:
-    """Layers' sparsities when the model is at ``sparsity``, in proportion to those at ``final``; then ``fit_counts``.
-
-    A distribution that is asked for each sparsity on the way might not be able to divide it: the range of OWL is
-    fixed, so its densest block would need a sparsity below zero.
-    """
-    if sparsity > final:
-        raise ValueError(f"The final sparsity, {final:g}, is what is divided: {sparsity:g} must not be above it.")
-    if not final:
-        return dict.fromkeys(sparsities, 0.0)
-    scaled = sparsities if sparsity == final else {name: value * sparsity / final for name, value in sparsities.items()}
-    return fit_counts(shapes, scaled, pattern, sparsity, least)
-
-
 def check_pattern(distribution: SparsityDistribution, pattern: Pattern) -> None:
     """Raise ValueError if the pattern leaves a distribution nothing to divide."""
     if isinstance(distribution, Uniform) or not (pattern.model_wide or isinstance(pattern, NM)):
@@ -346,28 +267,21 @@ def check_pattern(distribution: SparsityDistribution, pattern: Pattern) -> None:
     else:
         reason = f"{pattern} compares over the whole model, so it already divides the sparsity"
     raise ValueError(
-        f"{reason}: {type(distribution).__name__} cannot change that. Use Unstructured() or "
-        'Unstructured(group="layer"), or the distribution Uniform().'
+        f"{reason}: {type(distribution).__name__} cannot change that. Use Unstructured(), or Uniform() to divide it."
     )
 
 
 def fit_counts(
-    shapes: Shapes,
-    sparsities: Mapping[str, float],
-    pattern: Pattern,
-    sparsity: float,
-    least: Mapping[str, float] = MappingProxyType({}),
+    shapes: Shapes, sparsities: Shares, pattern: Pattern, sparsity: float, least: Shares = MappingProxyType({})
 ) -> dict[str, float]:
     """Round sparsities to whole counts so that the zeros of all layers are as near to ``sparsity`` as counts allow.
 
-    Rounding down in every group, as patterns do, would miss the model-wide sparsity by up to one weight per row. So
-    each layer prunes, in all its rows, either the count below its sparsity or the one above; layers that lose most by
-    rounding down are rounded up first. A layer whose sparsity is a whole count keeps it, as does one at 0.
+    Each layer prunes, in all its groups, either the count below its sparsity or the one above; layers that lose most by
+    rounding down are rounded up first. A layer whose sparsity is a whole count keeps it.
 
     Args:
         least: sparsities that layers must not fall below. Layers that an earlier rounding has left with more than their
-            share then keep it, and if that is too much for the model, others wait for theirs: they stay between
-            ``least`` and the count below their sparsity.
+            share keep it, and if that is too much for the model, others wait between ``least`` and their share.
 
     Returns:
         ``(count + 0.5) / members``, for which ``int(members * that)`` is always the count. A user-defined pattern
@@ -427,21 +341,13 @@ _NEAR = 5e-3  # by how much the zeros of a model that was pruned before may miss
 
 
 class LayerSparsities:
-    """The sparsity of each layer, at every sparsity of the model.
+    """The sparsity to pass to ``pattern.mask`` for each layer, at every sparsity of the model.
 
-    The distribution divides the final sparsity, once; on the way to it, layers have theirs in proportion. If it needs
-    outliers, they are given, or measured when the first masks are made (``divide_by``). A model that has masks already
-    keeps the division that they have (``read``), and a resumed run that of its checkpoint.
-
-    Args:
-        distribution: how sparsity is divided.
-        shapes: of the targeted layers.
-        pattern: selects within a layer.
-        final: sparsity of the model at the end.
-        outliers: ``outlier_share`` of each block of the dense model, if known.
-
-    Raises:
-        ValueError: what the distribution refuses.
+    Uniform sparsities are one number: rows prune ``int(I * sparsity)``, as in the Wanda reference. Others are rounded
+    so that the sparsity over all weights is met (``fit_counts``). The distribution divides the final sparsity, once
+    (OWL, whose range is fixed, might not be able to divide a lower one); on the way to it, layers have theirs in
+    proportion. If it needs outliers, they are given, or measured when the first masks are made. A model that has masks
+    already keeps the division that they have (``read``), and a resumed run that of its checkpoint.
     """
 
     def __init__(
@@ -449,19 +355,16 @@ class LayerSparsities:
         distribution: SparsityDistribution,
         shapes: Shapes,
         pattern: Pattern,
-        final: float,
+        final: float | None,
         outliers: Outliers | None = None,
     ) -> None:
         self._distribution, self._shapes, self._pattern, self._final = distribution, shapes, pattern, final
         self.final_shares: dict[str, float] | None = None
         """The sparsity of each layer at the end; None if all are equal, or not known before the first masks."""
         self._uniform = isinstance(distribution, Uniform)
-        if self._uniform:
-            return
-        if outliers is not None or not distribution.needs_outliers:
+        in_blocks = any(shape.block is not None for shape in shapes.values())  # otherwise what needs outliers refuses
+        if not self._uniform and (outliers is not None or not distribution.needs_outliers or not in_blocks):
             self.divide_by(outliers or {})
-        elif all(shape.block is None for shape in shapes.values()):
-            self.divide_by({})  # which the distribution refuses, and says so
 
     @property
     def known(self) -> bool:
@@ -472,14 +375,23 @@ class LayerSparsities:
         """Divide by these outliers of dense layers."""
         self.final_shares = self._distribution.sparsities(self._shapes, self._final, outliers)
 
-    def at(self, sparsity: float, least: Mapping[str, float] = MappingProxyType({})) -> float | dict[str, float]:
-        """The sparsity of each layer, at least ``least``, when that of the model is this; one number if all equal."""
-        if self._uniform or not sparsity:
-            return sparsity
+    def at(self, sparsity: float | None, least: Shares = MappingProxyType({})) -> float | dict[str, float]:
+        """The sparsity of each layer, at least ``least``, when that of the model is this; None = the final one."""
+        if self._uniform:
+            return required(self._distribution, sparsity)
+        if sparsity == 0:
+            return 0.0
         assert self.final_shares is not None, "the division is not known yet"
-        return scale(self._shapes, self.final_shares, self._pattern, sparsity, self._final, least)
+        final = mean_sparsity(self._shapes, self.final_shares) if self._final is None else self._final
+        sparsity = final if sparsity is None else sparsity
+        if sparsity > final:
+            raise ValueError(f"The final sparsity, {final:g}, is what is divided: {sparsity:g} must not be above it.")
+        shares = self.final_shares
+        if sparsity != final:
+            shares = {name: value * sparsity / final for name, value in shares.items()}
+        return fit_counts(self._shapes, shares, self._pattern, sparsity, least)
 
-    def after(self, shares: Callable[[], Mapping[str, float]], sparsity: float) -> float | dict[str, float]:
+    def after(self, shares: Callable[[], Shares], sparsity: float) -> float | dict[str, float]:
         """The same for an update of masks at these sparsities: no layer gets denser while the model does not."""
         if self._uniform or not sparsity:
             return sparsity
@@ -488,24 +400,19 @@ class LayerSparsities:
         rounding = max(shape.rows for shape in self._shapes.values()) / size  # one weight more in each row
         return self.at(sparsity, masks if mean_sparsity(self._shapes, masks) <= sparsity + rounding else {})
 
-    def read(self, masks: Mapping[str, float], sparsity: float) -> None:
-        """If the division is not known, take that of masks at these sparsities, of a model at this one.
-
-        Raises:
-            ValueError: the masks are at another sparsity, or the division cannot be kept up to the final one.
-        """
+    def read(self, masks: Shares, sparsity: float) -> None:
+        """If the division is not known, take that of masks at these sparsities, of a model at this one."""
         if self.known or not sparsity:
             return
-        now = dict(masks)
-        mean = mean_sparsity(self._shapes, now)
+        mean = mean_sparsity(self._shapes, masks)
         rounding = 1 / min(shape.columns for shape in self._shapes.values())  # rows prune whole counts
         if abs(mean - sparsity) > max(_NEAR, rounding):
             raise ValueError(
                 f"The masks of the model are at a sparsity of {mean:.4g}, and this run starts at {sparsity:g}. Squash "
                 "the model first to begin with new masks."
             )
-        if self._final != sparsity:
-            now = {name: share * self._final / sparsity for name, share in now.items()}
+        assert self._final is not None
+        now = {n: share if self._final == sparsity else share * self._final / sparsity for n, share in masks.items()}
         highest = max(now, key=lambda name: now[name])
         if now[highest] >= 1:
             raise ValueError(
@@ -527,7 +434,7 @@ class LayerSparsities:
         """What does not follow from the settings."""
         return self.final_shares if self._distribution.needs_outliers else None
 
-    def load_state_dict(self, state: Mapping[str, float] | None) -> None:
+    def load_state_dict(self, state: Shares | None) -> None:
         """Continue from ``state_dict``."""
         if state is not None:
             self.final_shares = dict(state)

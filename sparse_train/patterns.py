@@ -49,14 +49,11 @@ class NM(Pattern):
 
     n: int
     m: int
-
     rowwise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 1 <= self.n <= self.m or self.m < 2:
-            raise ValueError(
-                f"N:M keeps N of every M weights, so 1 <= N <= M and M >= 2 must hold, got {self.n}:{self.m}."
-            )
+            raise ValueError(f"N:M keeps N of every M weights: 1 <= N <= M and M >= 2, got {self.n}:{self.m}.")
 
     @property
     def sparsity(self) -> float:
@@ -86,10 +83,7 @@ class NM(Pattern):
 
 @dataclass(frozen=True)
 class Unstructured(Pattern):
-    """Zeros anywhere, compared within each output ``row`` (Wanda's group), the ``layer`` or the whole ``model``.
-
-    Prunes ``int(n * sparsity)`` of a group of n, as the Wanda reference does in its rows.
-    """
+    """Zeros anywhere, ``int(n * sparsity)`` of n: in each ``row`` (Wanda's group), each ``layer``, or the ``model``."""
 
     group: Group = "row"
 
@@ -114,9 +108,6 @@ def parse_pattern(mask_structure: str | Pattern, sparsity: float | None, group: 
         mask_structure: "unstructured", "N:M" with N **kept** (as in "2:4"), or a ``Pattern``.
         sparsity: share of zeros; required for unstructured patterns, implied by N:M.
         group: the group in which "unstructured" compares weights.
-
-    Raises:
-        ValueError: not a known word or N:M; a sparsity that is outside [0, 1), missing, or in conflict with N:M.
     """
     pattern = parse_word(mask_structure, group)
     if sparsity is not None:
@@ -137,14 +128,11 @@ def parse_word(word: str | Pattern, group: Group) -> Pattern:
         return Unstructured(group)
     if match := re.fullmatch(r"(\d+):(\d+)", str(word)):
         return NM(int(match[1]), int(match[2]))
+    shown = repr(word) if isinstance(word, (str, int, float)) else f"a {type(word).__name__}"
     raise ValueError(
-        f'mask_structure must be "unstructured" or "N:M" with N kept of every M (such as "2:4"), got {_shown(word)}.'
+        f'mask_structure must be "unstructured" or "N:M" with N kept of every M (such as "2:4"), got {shown}.'
         + (" In YAML put quotes around it: 2:4 without them is a number in base 60." if isinstance(word, int) else "")
     )
-
-
-def _shown(word: object) -> str:
-    return repr(word) if isinstance(word, (str, int, float)) else f"a {type(word).__name__}"
 
 
 def group_label(pattern: Pattern) -> str:

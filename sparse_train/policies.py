@@ -34,10 +34,7 @@ class Optimizers:
         return own
 
     def state_of(self, layer: MaskedLayer, by_rows: bool = False) -> dict[str, Tensor]:
-        """What is held for a layer's weights, such as Adam's moments, oriented (O, I); this process's rows ``by_rows``.
-
-        Without ``by_rows``, nothing if the weight is sharded.
-        """
+        """What is held for a layer's weights, such as Adam's moments (O, I); of a sharded one, only ``by_rows``."""
         layout, found = layer.layout, {}
         if not layout.is_sharded or (by_rows and not layer.is_transposed):
             for optimizer in self.known:
@@ -57,8 +54,7 @@ def only_kept(scores: Tensor, keep: Tensor) -> Tensor:
 class MaskPolicy:  # no dataclass itself: jsonargparse would take that for a group of fields, and not for a base class
     """What pruned weights do between updates, and how they come back. The base class acts as ``Fixed``.
 
-    A run works on its own copy, which may keep state. It calls the methods below in their order; each does nothing, or
-    what is said there, unless it is overridden.
+    A run works on its own copy, which may keep state, and calls the methods below in their order.
     """
 
     straight_through: ClassVar[bool] = False
@@ -70,12 +66,11 @@ class MaskPolicy:  # no dataclass itself: jsonargparse would take that for a gro
     def begin(
         self, layers: Mapping[str, MaskedLayer], criterion: Criterion, optimizers: Optimizers, update_freq: int
     ) -> None:
-        """Called once, before the first mask. Raises ValueError if the policy does not work with these."""
-        self.layers, self.optimizers = layers, optimizers
+        """Called once, before the first mask."""
+        self.layers, self.criterion, self.optimizers, self.update_freq = layers, criterion, optimizers, update_freq
 
     def check(self) -> None:
-        """Raise ValueError if the policy does not work with the layers as they are now; before the first mask, and at
-        each update, since adapters may have been added."""
+        """Raise ValueError if the policy does not work with the layers as they are: after ``begin``, at each update."""
 
     def before_step(self, progress: float | None) -> None:
         """Before the forwards of a step; ``progress`` is that of the update after it, None if there is none."""
@@ -114,12 +109,10 @@ class Fixed(MaskPolicy):
 class Dormant(MaskPolicy):
     """Pruned weights get no gradient. When their score is high, they come back with about the value that they had.
 
-    The gradient is that of ``Fixed``. What optimizers do to weights without a gradient still happens: weight decay, and
-    the momentum of weights that were just pruned, which under AdamW moves them by a few times the learning rate. Lion,
-    which uses signs, and Muon, which mixes a matrix, move pruned weights as far as others.
-
-    Under ``StraightThrough``, in contrast, a pruned weight keeps moving by a gradient that was computed without it. At
-    a large learning rate it moves far, and comes back with a value that the model has never used.
+    What optimizers do to weights without a gradient still happens: weight decay, and the momentum of weights that were
+    just pruned, under AdamW a few times the learning rate. Lion and Muon move pruned weights as far as others. Under
+    ``StraightThrough``, in contrast, a pruned weight keeps moving by a gradient that was computed without it. At a
+    large learning rate it moves far, and comes back with a value that the model has never used.
     """
 
     regrowth: ClassVar[Literal["by score"]] = "by score"
@@ -129,9 +122,9 @@ class Dormant(MaskPolicy):
 class StraightThrough(MaskPolicy):
     """Pruned weights keep learning from the gradient of their masked self, and come back when their score is high.
 
-    The gradient is that of SR-STE (Zhou et al., arXiv 2102.04010). Its decay of pruned weights is decoupled here. It is
-    not part of the backward pass, where it would scale with micro-batches and loss scale, be clipped, and be
-    renormalised by Adam. Instead, shadow values are multiplied by ``(1 - srste_decay) ** steps`` before an update.
+    The gradient is that of SR-STE (Zhou et al., arXiv 2102.04010). Its decay of pruned weights is decoupled here: in
+    the backward pass it would scale with micro-batches and loss scale, be clipped, and be renormalised by Adam.
+    Instead, shadow values are multiplied by ``(1 - srste_decay) ** steps`` before an update.
 
     Args:
         srste_decay: share by which a shadow value shrinks per optimizer step; 0 = none.
@@ -147,27 +140,20 @@ class StraightThrough(MaskPolicy):
             raise ValueError(f"srste_decay is a share per step, at least 0 and below 1, got {self.srste_decay}.")
 
     def check(self) -> None:
-        for name, layer in self.layers.items():
-            if self.srste_decay and (layer.adapted or not layer.weight.requires_grad):
-                why = "has a mask_lora adapter, so its weight is frozen" if layer.adapted else "is frozen"
+        shrunk = 1 - (1 - self.srste_decay) ** self.update_freq
+        for name, layer in self.layers.items() if self.srste_decay else ():
+            if layer.adapted or not layer.weight.requires_grad:
                 raise ValueError(
-                    f"{name} {why}, and {self} would shrink its pruned weights. Set srste_decay to 0, or leave the "
-                    "layer out (ignore)."
+                    f"{name} is frozen{' by mask_lora' if layer.adapted else ''}, and {self} would shrink its pruned "
+                    "weights. Set srste_decay to 0, or leave the layer out (ignore)."
                 )
-
-    def begin(
-        self, layers: Mapping[str, MaskedLayer], criterion: Criterion, optimizers: Optimizers, update_freq: int
-    ) -> None:
-        super().begin(layers, criterion, optimizers, update_freq)
-        shrunk = 1 - (1 - self.srste_decay) ** update_freq
-        for name, layer in layers.items() if shrunk else ():
             # DeepSpeed's masters, of ZeRO-3 too, shrink in float32
             in_float32 = layer.layout.has_masters or hasattr(layer.weight, "ds_id")
             if shrunk < torch.finfo(layer.weight.dtype).eps / 2 and not in_float32:
                 raise ValueError(
                     f"srste_decay={self.srste_decay:g} shrinks pruned weights by {100 * shrunk:.2g} % per update, "
-                    f"which is lost when {name} is rounded to {layer.weight.dtype}. Train in mixed precision (weights "
-                    "in float32), update less often, or raise srste_decay."
+                    f"which is lost when {name} is rounded to {layer.weight.dtype}. Train in mixed precision, update "
+                    "less often, or raise srste_decay."
                 )
 
     def before_update(self, steps: int) -> None:
@@ -185,9 +171,9 @@ class Regrow(MaskPolicy):
     instead of magnitude. A dropped weight with a large enough gradient is grown again and keeps its value. The moments
     that the optimizer has for weights that were dropped or grown are cleared.
 
-    Weights are dropped and grown within the pattern's group: a row, a layer or the model. N:M drops within rows, and
-    grows in each group of M as many as that group has lost. Only the backward of the step before an update computes
-    gradients of pruned weights; until the update they are held in addition to ``grad``.
+    Weights are dropped and grown within the pattern's group; N:M drops within rows, and grows in each group of M as
+    many as that group has lost. Only the step before an update computes gradients of pruned weights; until the update
+    they are held in addition to ``grad``.
 
     Needs whole weights in every process (one process, DDP), and torch's ``AdamW``, ``Adam`` or ``SGD``. In a custom
     training loop, call ``MaskUpdater.before_optimizer_step``. A layer without a gradient in that step, or with one that
@@ -211,33 +197,25 @@ class Regrow(MaskPolicy):
     def __post_init__(self) -> None:
         if not 0 < self.drop_fraction <= 1:
             raise ValueError(
-                f"drop_fraction is the share of kept weights that an update replaces, above 0 and at most 1, got "
-                f"{self.drop_fraction}. Masks that lose weights only: Fixed()."
+                f"drop_fraction is the share of kept weights that change, in (0, 1]: {self.drop_fraction}."
             )
-
-    def begin(
-        self, layers: Mapping[str, MaskedLayer], criterion: Criterion, optimizers: Optimizers, update_freq: int
-    ) -> None:
-        super().begin(layers, criterion, optimizers, update_freq)
-        if self.times_norm and not criterion.needs_activations:
-            raise ValueError(f"{self} multiplies gradients by activation norms, and {criterion} gathers none.")
-        for name, layer in layers.items():
-            if layer.layout.is_sharded or layer.layout.has_masters:
-                raise ValueError(
-                    f"{name} is divided among processes, or DeepSpeed's optimizer holds copies of it. {self} needs "
-                    "whole gradients and an optimizer that it can clear, in every process: train with DDP, or use "
-                    "StraightThrough()."
-                )
 
     def check(self) -> None:
         for optimizer in self.optimizers.known:
             _moments(optimizer)
-        name = next((name for name, layer in self.layers.items() if layer.adapted), None)
-        if name is not None:
-            raise ValueError(
-                f"{name} has a mask_lora adapter, so its weight is frozen, and {self} would write into it: weights "
-                "come back from zero. Use Fixed() or StraightThrough(), or train without mask_lora."
-            )
+        if self.times_norm and not self.criterion.needs_activations:
+            raise ValueError(f"{self} multiplies gradients by activation norms, and {self.criterion} gathers none.")
+        for name, layer in self.layers.items():
+            if layer.layout.is_sharded or layer.layout.has_masters:
+                raise ValueError(
+                    f"{name} is divided among processes, or DeepSpeed holds copies of it. {self} needs whole gradients "
+                    "and an optimizer that it can clear: train with DDP, or use StraightThrough()."
+                )
+            if layer.adapted:
+                raise ValueError(
+                    f"{name} is frozen by mask_lora, and {self} would write into it: weights come back from zero. Use "
+                    "Fixed() or StraightThrough(), or train without mask_lora."
+                )
 
     def before_step(self, progress: float | None) -> None:
         # arXiv 1911.11134, section 3, update schedule
@@ -261,27 +239,24 @@ class Regrow(MaskPolicy):
                     gradient.masked_fill_(layer.stored(~layer.unpacked_mask()), 0)
 
     def before_update(self, steps: int) -> None:
-        missing = [name for name in self.layers if name not in self.gradients]
-        if self.fraction and missing:
-            frozen = not self.layers[missing[0]].weight.requires_grad
+        missing = next((name for name in self.layers if name not in self.gradients), None)
+        if self.fraction and missing is not None:
             raise ValueError(
-                f"{missing[0]}: {self} grows weights by their gradient, but none was seen in the step before "
-                "this update. "
+                f"{missing}: {self} grows weights by their gradient, but none was seen in the step before this update. "
                 + (
-                    "It is frozen: leave layers that do not train out with ignore, or use another policy."
-                    if frozen
-                    else "Call updater.before_optimizer_step(optimizer) after loss.backward(), before clipping and "
-                    "optimizer.step(), in every step (DynamicPruning does); leave layers that no optimizer holds out "
-                    "with ignore."
+                    "Call updater.before_optimizer_step(optimizer) between backward and clipping, in every step "
+                    "(DynamicPruning does); leave layers that no optimizer holds out with ignore."
+                    if self.layers[missing].weight.requires_grad
+                    else "It is frozen: leave layers that do not train out with ignore, or use another policy."
                 )
             )
 
     def select(self, scores: Tensor, names: Iterable[str], pattern: Pattern, sparsity: float) -> Tensor:
-        gains = [self._gain(name) for name in names]
-        if any(gain is None for gain in gains):  # nothing is known about one of the layers that are compared
+        gains = [gain.reshape(-1) for name in names if (gain := self._gain(name)) is not None]
+        gain = torch.cat(gains) if gains else scores.new_empty(0)
+        if gain.numel() < scores.numel():  # nothing is known about one of the layers that are compared
             return pattern.mask(scores, sparsity)
-        gain = torch.cat([gain.reshape(-1) for gain in gains if gain is not None]).view_as(scores)
-        return regrow(scores, gain, pattern, sparsity, self.fraction)
+        return regrow(scores, gain.view_as(scores), pattern, sparsity, self.fraction)
 
     def _gain(self, name: str) -> Tensor | None:
         gradient = self.gradients.get(name) if self.fraction else None
@@ -343,6 +318,6 @@ def _moments(optimizer: Optimizer) -> tuple[str, ...]:
     if isinstance(optimizer, SGD):
         return ("momentum_buffer",)
     raise ValueError(
-        f"{type(optimizer).__name__}: Regrow clears what the optimizer remembers of weights that are dropped or grown, "
-        "and can do that for torch's AdamW, Adam and SGD. Use one of these, or StraightThrough()."
+        f"{type(optimizer).__name__}: Regrow clears what the optimizer remembers of changed weights, and can do that "
+        "for torch's AdamW, Adam and SGD. Use one of these, or StraightThrough()."
     )

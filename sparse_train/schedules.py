@@ -15,15 +15,6 @@ _ROUNDING = 1e-9
 """0.58 * 100 is 57.99999999999999: shares are meant in decimals."""
 
 
-def _check_rise(init_sparsity: float, final_sparsity: float, ramp: float) -> None:
-    check_sparsity("init_sparsity", init_sparsity)
-    check_sparsity("final_sparsity", final_sparsity)
-    if init_sparsity > final_sparsity:
-        raise ValueError(f"Sparsity rises: init_sparsity ({init_sparsity}) must not be above {final_sparsity}.")
-    if not 0 < ramp <= 1:
-        raise ValueError(f"ramp is the share of the way on which sparsity rises, above 0 and at most 1, got {ramp}.")
-
-
 class Schedule(ABC):
     """Sparsity as a function of progress."""
 
@@ -46,8 +37,8 @@ class Constant(Schedule):
 
 
 @dataclass(frozen=True)
-class Linear(Schedule):
-    """From ``init_sparsity`` to ``final_sparsity`` in a straight line, then constant.
+class Ramp(Schedule):
+    """From ``init_sparsity`` to ``final_sparsity``, then constant.
 
     Args:
         final_sparsity, init_sparsity: shares of zeros.
@@ -60,45 +51,45 @@ class Linear(Schedule):
     ramp: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_rise(self.init_sparsity, self.final_sparsity, self.ramp)
+        check_sparsity("init_sparsity", self.init_sparsity)
+        check_sparsity("final_sparsity", self.final_sparsity)
+        if self.init_sparsity > self.final_sparsity:
+            raise ValueError(
+                f"Sparsity rises: init_sparsity ({self.init_sparsity}) must not be above {self.final_sparsity}."
+            )
+        if not 0 < self.ramp <= 1:
+            raise ValueError(f"ramp is the share of the way on which sparsity rises, in (0, 1], got {self.ramp}.")
+
+    def risen(self, progress: float) -> float:
+        """The share of the ramp that is done."""
+        return min(1.0, progress / self.ramp)
+
+
+@dataclass(frozen=True)
+class Linear(Ramp):
+    """From ``init_sparsity`` to ``final_sparsity`` in a straight line, then constant; arguments as in ``Ramp``."""
 
     def sparsity(self, progress: float) -> float:
-        risen = min(1.0, progress / self.ramp)
+        risen = self.risen(progress)
         sparsity = self.init_sparsity * (1 - risen) + self.final_sparsity * risen  # exact at both ends
         return min(sparsity, self.final_sparsity)  # 0.6 * 6 / 7 + 0.6 / 7 is a little more than 0.6
 
 
 @dataclass(frozen=True)
-class Cubic(Schedule):
-    """``s_f + (s_i - s_f) (1 - progress / ramp)^3``: fast at first, slow near the end of the ramp, then ``s_f``.
+class Cubic(Ramp):
+    """``s_f + (s_i - s_f) (1 - progress / ramp)^3``: fast at first, slow near the end; arguments as in ``Ramp``.
 
     Source: Zhu and Gupta, "To prune, or not to prune", arXiv 1710.01878, equation 1.
-
-    Args:
-        final_sparsity, init_sparsity: shares of zeros.
-        ramp: share of the way from first to last update over which sparsity rises; afterwards masks are re-pruned at
-            ``final_sparsity``. N:M counts round down, so an N:M pattern is only complete at the end of the ramp.
     """
 
-    final_sparsity: float
-    init_sparsity: float = 0.0
-    ramp: float = 1.0
-
-    def __post_init__(self) -> None:
-        _check_rise(self.init_sparsity, self.final_sparsity, self.ramp)
-
     def sparsity(self, progress: float) -> float:
-        left = 1 - min(1.0, progress / self.ramp)
-        return self.final_sparsity + (self.init_sparsity - self.final_sparsity) * left**3
+        return self.final_sparsity + (self.init_sparsity - self.final_sparsity) * (1 - self.risen(progress)) ** 3
 
 
 def resolve_target(
     mask_structure: str | Pattern, sparsity: float | None, schedule: Schedule | None, group: Group = "row"
 ) -> tuple[Pattern, Schedule]:
-    """Pattern and schedule from what users write; raises ValueError if they contradict each other.
-
-    ``group`` is the group in which "unstructured" compares weights.
-    """
+    """Pattern and schedule from what users write; ValueError if they contradict each other."""
     if schedule is None:
         pattern, sparsity = parse_pattern(mask_structure, sparsity, group)
         return pattern, Constant(sparsity)
@@ -118,18 +109,13 @@ class Timing:
 
     All in optimizer steps completed, never micro-batches: an update "at step s" happens after the s-th optimizer
     step (s = 0: before training) and before the next forward.
-
-    Attributes:
-        start_step: first update.
-        end_step: last update.
-        update_freq: k, steps between updates.
-        window: steps before an update over which activations are recorded, at most ``update_freq``.
     """
 
     start_step: int
     end_step: int
     update_freq: int
     window: int
+    """Steps before an update over which activations are recorded, at most ``update_freq``."""
 
     @staticmethod
     def resolve(
@@ -144,14 +130,11 @@ class Timing:
         """Turn what users write (int = steps, float = share) into steps.
 
         Args:
-            start_step, end_step: int = steps, float = share of ``total_steps``.
+            start_step, end_step: float = share of ``total_steps``.
             update_freq: steps between updates.
-            window: int = steps, float = share of ``update_freq``.
+            window: float = share of ``update_freq``.
             total_steps: length of the run; needed if steps are given as a share of it.
             first_from_window: whether the first mask needs recorded activations; ``start_step`` then waits for them.
-
-        Raises:
-            ValueError: a count or share outside its range, a share of an unknown length, an end before the start.
         """
         update_freq = check_update_freq(update_freq)
         if total_steps is not None and total_steps < 1:
@@ -174,14 +157,10 @@ class Timing:
             if isinstance(end_step, float):  # a share is only approximate
                 end = max(start, end)
             if end < start:
-                raise ValueError(
-                    f"end_step ({end}) lies before the first mask can be made: it needs {window} steps of activations. "
-                    "Use a smaller window or a later end_step."
-                )
+                raise ValueError(f"end_step ({end}) is before the first mask: it needs {window} steps of activations.")
         return Timing(start, end, update_freq, window)
 
     def in_words(self) -> str:
-        """When masks change, as text."""
         if self.start_step == self.end_step:
             return f"masks change only at step {self.end_step}"
         every = f"every {self.update_freq} steps from step {self.start_step} on and at step {self.end_step}"
@@ -189,8 +168,7 @@ class Timing:
 
     def is_update(self, step: int) -> bool:
         """Whether masks change after optimizer step ``step``."""
-        on_grid = (step - self.start_step) % self.update_freq == 0
-        return self.start_step <= step <= self.end_step and (on_grid or step == self.end_step)
+        return self.next_update(step - 1) == step
 
     def is_frozen(self, step: int) -> bool:
         """Whether the last update lies before this step."""
@@ -217,10 +195,8 @@ class Timing:
 
 def check_update_freq(steps: int) -> int:
     """The steps between updates as an int, also from a numpy integer; ValueError for anything else."""
-    if isinstance(steps, (bool, float)) or not hasattr(steps, "__index__"):
-        raise ValueError(f"update_freq is the number of steps between mask updates, a whole number, got {steps!r}.")
-    if steps < 1:
-        raise ValueError(f"update_freq is the number of steps between mask updates, at least 1, got {steps}.")
+    if isinstance(steps, (bool, float)) or not hasattr(steps, "__index__") or steps < 1:
+        raise ValueError(f"update_freq is the number of steps between mask updates, at least 1, got {steps!r}.")
     return operator.index(steps)
 
 
@@ -231,7 +207,7 @@ def _steps(name: str, value: int | float, total_steps: int | float | None) -> in
         return value
     if not 0 <= value <= 1:
         raise ValueError(f"{name} as a share of the run must be from 0 to 1, got {value}; whole steps are an int.")
-    if total_steps is None or not math.isfinite(total_steps) or total_steps < 0:
+    if total_steps is None or not math.isfinite(total_steps):
         raise ValueError(
             f"{name}={value} is a share of the run, whose length is not known. Give a number of steps, or limit the "
             "run (max_steps, max_epochs with a data set of known length; total_steps in a custom loop)."

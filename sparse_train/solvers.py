@@ -70,37 +70,30 @@ class SparseGPT(Solver):
     def check_pattern(self, pattern: Pattern) -> None:
         if pattern.model_wide:
             raise ValueError(
-                "SparseGPT chooses masks column block by column block, so it cannot compare over the whole model. Use "
-                'Unstructured(group="layer") or "row", or N:M.'
+                'SparseGPT cannot compare over the whole model. Use Unstructured(group="layer") or "row", or N:M.'
             )
         if isinstance(pattern, NM) and self.block_size % pattern.m:
-            raise ValueError(
-                f"SparseGPT at {pattern.n}:{pattern.m} needs a block_size divisible by {pattern.m}, got "
-                f"{self.block_size}."
-            )
+            raise ValueError(f"SparseGPT needs a block_size divisible by {pattern.m}, got {self.block_size}.")
 
     def solve(self, weight_OI: Tensor, gram_II: Tensor, pattern: Pattern, sparsity: float) -> tuple[Tensor, Tensor]:
         self.check_pattern(pattern)
         before_OI = weight_OI.detach().float()
+        work_OI, mask_OI = before_OI.clone(), torch.ones_like(before_OI, dtype=torch.bool)
         dead_I = gram_II.diagonal() == 0  # inputs that are always zero: their weights are pruned first
-        work_OI = before_OI.clone()
-        fixed_OI = before_OI == 0 if self.preserve_sparsity_mask else None
         factor_II = _inverse_factor(gram_II, dead_I, self.dampening_frac)
-        mask_OI = torch.ones_like(work_OI, dtype=torch.bool)
-        inputs = work_OI.shape[1]
+        diagonal_I = factor_II.diagonal().masked_fill(dead_I, torch.inf)  # for scores, and errors, of zero
+        rows, inputs = work_OI.shape
         for start in range(0, inputs, self.block_size):
             stop = min(start + self.block_size, inputs)
             block = slice(start, stop)
-            fixed_OB = None if fixed_OI is None else fixed_OI[:, block]
-            dead_B = dead_I[block] if bool(dead_I[block].any()) else None
             errors_OB = _prune_block(
                 work_OI[:, block],
                 mask_OI[:, block],
                 factor_II[block, block],
-                fixed_OB,
-                dead_B,
+                diagonal_I[block],
+                before_OI[:, block] == 0 if self.preserve_sparsity_mask else None,
                 pattern,
-                _block_sparsity(pattern, sparsity, work_OI.shape[0], start, stop),
+                _block_sparsity(pattern, sparsity, rows, start, stop),
             )
             work_OI[:, stop:] -= errors_OB @ factor_II[block, stop:]
         return torch.where(mask_OI, work_OI, before_OI), mask_OI
@@ -126,8 +119,8 @@ def _inverse_factor(gram_II: Tensor, dead_I: Tensor, dampening_frac: float) -> T
                 return found
         damping *= 10  # with few samples, rounding in float32 can make the matrix indefinite
     raise ValueError(
-        f"SparseGPT: the {len(gram_II)} x {len(gram_II)} matrix of second moments has no Cholesky factor at "
-        f"dampening_frac={dampening_frac}. Give more calibration samples, or a larger dampening_frac."
+        f"SparseGPT: the matrix of second moments has no Cholesky factor at dampening_frac={dampening_frac}. Give more "
+        "calibration samples, or a larger dampening_frac."
     )
 
 
@@ -145,22 +138,18 @@ def _prune_block(
     work_OB: Tensor,
     mask_OB: Tensor,
     factor_BB: Tensor,
+    diagonal_B: Tensor,
     fixed_OB: Tensor | None,
-    dead_B: Tensor | None,
     pattern: Pattern,
     sparsity: float,
 ) -> Tensor:
     """Prune a block of columns in place; returns the errors (O, B) that the columns after it have to compensate."""
-    diagonal_B = factor_BB.diagonal()
     step = pattern.m if isinstance(pattern, NM) else work_OB.shape[1]
     errors_OB = torch.zeros_like(work_OB)
     for column in range(work_OB.shape[1]):
         if column % step == 0:
             part = slice(column, column + step)
             scores_OB = (work_OB[:, part] / diagonal_B[part]).square()
-            if dead_B is not None:
-                scores_OB[:, dead_B[part]] = 0
-                scores_OB[work_OB[:, part] == 0] = -torch.inf  # zeros are pruned before other weights with score 0
             if fixed_OB is not None:
                 scores_OB[fixed_OB[:, part]] = -torch.inf
             mask_OB[:, part] = pattern.mask(scores_OB, sparsity)

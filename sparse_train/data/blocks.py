@@ -31,29 +31,26 @@ def blocks_of(
 ) -> Any:
     """A ``datasets.Dataset`` of torch rows with ``input_ids``, ``attention_mask`` and ``labels``, each (L,).
 
-    Each text starts with the tokens that the tokenizer puts in front of a text and ends with an end-of-text token.
-    Conversations are written by the tokenizer's chat template, and only what the assistant says has labels, see
-    ``encoded``; a conversation longer than a block is cut at the end, and is left out, with a warning, if no token with
-    a loss is left. Padding has an ``attention_mask`` of 0 and, like all that has no loss, labels of -100.
+    Each text starts with the tokens that the tokenizer puts in front of a text (Llama and Gemma: a beginning-of-text
+    token) and ends with an end-of-text token. Conversations are written by the tokenizer's chat template, and only what
+    the assistant says has labels, see ``encoded``; one that is longer than a block is cut at its end, or left out if no
+    token with a loss is left, with a warning. Padding has an ``attention_mask`` of 0 and, like all that has no loss,
+    labels of -100. In a packed block, a token attends to everything before it.
 
     Args:
         documents: all of them texts or all conversations.
         tokenizer: with an end-of-text token; for conversations, with a chat template.
         block_size: L.
         pack: fill blocks: texts are joined and cut, and as many whole conversations as fit are put into a block, in
-            their order. A token attends to everything before it in its block. False gives each document its own block.
+            their order. False gives each document its own block.
         drop_rest: leave out the last block of joined texts if it is not full.
-
-    Raises:
-        ValueError: the tokenizer has no end-of-text token, or see ``encoded``.
     """
     from datasets import Dataset
 
     if tokenizer.eos_token_id is None:
         raise ValueError(
-            f"The tokenizer ({type(tokenizer).__name__}, {tokenizer.name_or_path or 'without a name'}) has no "
-            "end-of-text token, which separates the documents of a block. Set its eos_token, in "
-            "tokenizer_config.json or by tokenizer.eos_token = ..."
+            f"The tokenizer {tokenizer.name_or_path!r} has no end-of-text token, which separates the documents of a "
+            "block. Set its eos_token, in tokenizer_config.json or by tokenizer.eos_token = ..."
         )
     documents = list(documents)
     if documents and not isinstance(documents[0], str):
@@ -61,11 +58,14 @@ def blocks_of(
     else:
         rows = _of_texts(documents, tokenizer, block_size, pack, drop_rest)
     padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    blanks = [block_size - len(ids) for ids, _ in rows]
+
+    def padded(values: list[int], filler: int) -> list[int]:
+        return values + [filler] * (block_size - len(values))
+
     columns = {
-        "input_ids": [ids + [padding] * blank for (ids, _), blank in zip(rows, blanks, strict=True)],
-        "attention_mask": [[1] * len(ids) + [0] * blank for (ids, _), blank in zip(rows, blanks, strict=True)],
-        "labels": [labels + [IGNORED] * blank for (_, labels), blank in zip(rows, blanks, strict=True)],
+        "input_ids": [padded(ids, padding) for ids, _ in rows],
+        "attention_mask": [padded([1] * len(ids), 0) for ids, _ in rows],
+        "labels": [padded(labels, IGNORED) for _, labels in rows],
     }
     return Dataset.from_dict(columns).with_format("torch")
 
@@ -132,9 +132,6 @@ def calibration_batches(
         seed: of the choice of samples.
         sampling: "packed" joins all documents and cuts them into samples; "documents" uses, for each sample, a random
             part of a document that is longer than a sample (as in the Wanda and SparseGPT scripts).
-
-    Raises:
-        ValueError: the text is too short for the samples; fewer than asked for are an error too.
     """
     check_positive("num_calibration_samples", num_calibration_samples)
     check_positive("max_seq_length", max_seq_length)

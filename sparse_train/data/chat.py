@@ -17,10 +17,6 @@ def encoded(conversations: Sequence[Conversation], tokenizer: Any) -> list[tuple
     assistant's part is what the template writes for its message after the generation prompt, up to the token that ends
     the turn. A token that begins before this part has no loss, nor has a message of the assistant at the start of a
     conversation.
-
-    Raises:
-        ValueError: the tokenizer has no chat template; a message has no role and text; the template writes the
-            beginning of a conversation differently when more follows, so that the assistant's part cannot be found.
     """
     marked = _GENERATION.search(tokenizer.get_chat_template())
     for number, conversation in enumerate(conversations):
@@ -31,22 +27,19 @@ def encoded(conversations: Sequence[Conversation], tokenizer: Any) -> list[tuple
                 f"Number {number} (from 0) is {str(conversation)[:200]}."
             )
     if marked:
-        return [_marked(conversation, tokenizer) for conversation in conversations]
+        settings = {"return_dict": True, "return_assistant_tokens_mask": True}
+        found = [tokenizer.apply_chat_template(conversation, **settings) for conversation in conversations]
+        pairs = [(each["input_ids"], each["assistant_masks"]) for each in found]
+        return [(ids, [i if own else IGNORED for i, own in zip(ids, mask, strict=True)]) for ids, mask in pairs]
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     ends = tuple(special | set(tokenizer.all_special_tokens))
     texts, answers = zip(*(_written(conversation, tokenizer, ends) for conversation in conversations), strict=True)
     # templates write all special tokens
     tokens = tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     return [
-        (ids, [token if _inside(at, spans) else IGNORED for token, at in zip(ids, offsets, strict=True)])
+        (ids, [i if any(a <= at < b for a, b in spans) else IGNORED for i, (at, _) in zip(ids, offsets, strict=True)])
         for ids, offsets, spans in zip(tokens["input_ids"], tokens["offset_mapping"], answers, strict=True)
     ]
-
-
-def _marked(conversation: Conversation, tokenizer: Any) -> tuple[list[int], list[int]]:
-    found = tokenizer.apply_chat_template(conversation, return_dict=True, return_assistant_tokens_mask=True)
-    ids = found["input_ids"]
-    return ids, [token if own else IGNORED for token, own in zip(ids, found["assistant_masks"], strict=True)]
 
 
 def _written(conversation: Conversation, tokenizer: Any, ends: tuple[str, ...]) -> tuple[str, list[tuple[int, int]]]:
@@ -65,14 +58,9 @@ def _written(conversation: Conversation, tokenizer: Any, ends: tuple[str, ...]) 
         if not (whole.startswith(after) and after.startswith(before)):
             raise ValueError(
                 f"The chat template of {tokenizer.name_or_path!r} writes the first {index + 1} messages of a "
-                "conversation differently when more follows, or when an answer is asked for, so that the "
-                "assistant's tokens cannot be found. Give the tokenizer a template that marks them with "
-                "{% generation %} and {% endgeneration %}, or train on conversations of one answer."
+                "conversation differently when more follows, so that the assistant's tokens cannot be found. Mark them "
+                "in it with {% generation %} and {% endgeneration %}, or train on conversations of one answer."
             )
         spoken = after.rstrip()
         spans.append((len(before), len(spoken) if spoken.endswith(ends) else len(after)))
     return whole, spans
-
-
-def _inside(token: tuple[int, int], spans: list[tuple[int, int]]) -> bool:
-    return any(start <= token[0] < stop for start, stop in spans)

@@ -19,15 +19,9 @@ from sparse_train.models.sources import ModelSource, as_model_source
 class TextBlocks(L.LightningDataModule):
     """Batches of ``{"input_ids", "attention_mask", "labels"}``, each (B, L).
 
-    Each document starts with the tokens that the tokenizer puts in front of a text (Llama and Gemma: a
-    beginning-of-text token) and ends with an end-of-text token. Documents are joined and cut into blocks of
-    ``block_size`` tokens. The rest at the end of a split is dropped in training and padded in evaluation; padding has
-    an ``attention_mask`` of 0 and no loss. The training loader is stateful: a run resumed in the middle of an epoch
-    continues with the next batch.
-
-    Conversations, instead of texts, are written by the tokenizer's chat template, and only what the assistant says
-    has a loss (and a perplexity). They are packed whole, so training blocks also have padding. In a packed block, every
-    token attends to all tokens before it, including those of earlier documents or conversations.
+    Documents become blocks of ``block_size`` tokens as ``sparse_train.data.blocks_of`` says. The rest at the end of a
+    split is dropped in training and padded in evaluation. The training loader is stateful: a run resumed in the middle
+    of an epoch continues with the next batch.
 
     Args:
         tokenizer: a model source, or a Hugging Face id or folder with a tokenizer.
@@ -37,9 +31,8 @@ class TextBlocks(L.LightningDataModule):
         pack: False gives each document or conversation its own block, cut or padded to ``block_size``.
         seed: of the order of training blocks.
         max_validation_blocks: evaluate only the first ones; None = all.
-        calibration_text: documents whose training split is used to calibrate the first mask of ``DynamicPruning``;
-            default: ``text``. General text, such as C4 in the papers, shows which weights matter for what the model
-            knew before.
+        calibration_text: documents whose training split calibrates the first mask of ``DynamicPruning``; default:
+            ``text``. General text, such as C4 in the papers, shows which weights matter for what the model knew before.
     """
 
     def __init__(
@@ -71,12 +64,12 @@ class TextBlocks(L.LightningDataModule):
                 self._blocks[split] = self._read(self.text, split, tokenizer, self.pack)
 
     def _read(self, text: TextSource, split: Split, tokenizer: Any, pack: bool) -> Any:
-        train = split == "train"
+        train, ranks = split == "train", 1 if self.trainer is None else self.trainer.world_size
         blocks = blocks_of(text.documents(split), tokenizer, self.block_size, pack=pack, drop_rest=train)
-        if train and len(blocks) < self.batch_size:
+        if train and len(blocks) < self.batch_size * ranks:
             raise ValueError(
                 f"The training split of {text.name} gives {len(blocks)} blocks of {self.block_size} tokens, fewer than "
-                f"one batch of {self.batch_size}. Use a smaller block_size, or more text."
+                f"one batch of {self.batch_size} for each of {ranks} processes. Use a smaller block_size, or more text."
             )
         if split == "validation" and self.max_validation_blocks is not None:
             blocks = blocks.select(range(min(len(blocks), self.max_validation_blocks)))
@@ -94,11 +87,6 @@ class TextBlocks(L.LightningDataModule):
         blocks, world_size, rank = self._blocks["train"], 1, 0
         if self.trainer is not None:
             world_size, rank = self.trainer.world_size, self.trainer.global_rank
-        if len(blocks) < self.batch_size * world_size:
-            raise ValueError(
-                f"The training split of {self.text.name} gives {len(blocks)} blocks, fewer than a batch of "
-                f"{self.batch_size} for each of {world_size} processes. Use a smaller block_size, or more text."
-            )
         # Its order depends only on seed and epoch, so that epochs after a resumed one are also the same.
         sampler = StatefulDistributedSampler(blocks, world_size, rank, shuffle=True, seed=self.seed, drop_last=True)
         return StatefulDataLoader(blocks, batch_size=self.batch_size, sampler=sampler, drop_last=True)

@@ -67,22 +67,18 @@ _QUESTIONS = (
 class PackagedQuestions(TextSource):
     """A question about each article of ``PackagedWikipedia``, in one of four wordings; its lead section is the answer.
 
-    The text is real, the dialogue is not; enough to run instruction tuning without a hub. A hash of the title decides
-    the wording. The split is that of the articles: those held out there are held out here.
+    The text is real, the dialogue is not; enough to run instruction tuning without a hub.
     """
 
     name = f"Questions about {PackagedWikipedia.name}"
 
     def documents(self, split: Split) -> list[Conversation]:
-        return [
-            [{"role": "user", "content": _question(title)}, {"role": "assistant", "content": answer}]
-            for title, answer in PackagedWikipedia().articles(split)
-        ]
-
-
-def _question(title: str) -> str:
-    # not the bytes that decide the split; otherwise each split would have only some of the wordings
-    return _QUESTIONS[hashlib.sha256(title.encode()).digest()[4] % len(_QUESTIONS)].format(title=title)
+        found: list[Conversation] = []
+        for title, answer in PackagedWikipedia().articles(split):
+            # not the bytes that decide the split; otherwise each split would have only some of the wordings
+            question = _QUESTIONS[hashlib.sha256(title.encode()).digest()[4] % len(_QUESTIONS)].format(title=title)
+            found.append([{"role": "user", "content": question}, {"role": "assistant", "content": answer}])
+        return found
 
 
 @dataclass
@@ -98,10 +94,14 @@ class PythonStandardLibrary(TextSource):
     def documents(self, split: Split) -> list[str]:
         root = Path(sysconfig.get_paths()["stdlib"])
         names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
-        chosen = [name for name in names if _is_library(name) and split_of(name) == split]
-        if not chosen:
+        found = []
+        for name in names:
+            if _is_library(name) and split_of(name) == split:
+                with tokenize.open(root / name) as file:  # in the encoding that the file declares
+                    found.append(file.read())
+        if not found:
             raise ValueError(f"This Python has no sources of its standard library in {root}. Use another text.")
-        return [_source_code(root / name) for name in chosen]
+        return found
 
 
 def _is_library(name: str) -> bool:
@@ -110,11 +110,6 @@ def _is_library(name: str) -> bool:
     # the list of modules excludes site-packages and build files, which hold paths of the machine that built Python
     known = top in sys.stdlib_module_names and top not in ("encodings", "pydoc_data")
     return known and not {"test", "tests", "idle_test"} & set(folders)
-
-
-def _source_code(path: Path) -> str:
-    with tokenize.open(path) as file:  # in the encoding that the file declares
-        return file.read()
 
 
 @dataclass
@@ -185,8 +180,7 @@ class TextFiles(TextSource):
         if kind in (".csv", ".tsv", ".json"):
             raise ValueError(
                 f"{path}: TextFiles reads plain text and .jsonl, and {kind} would be read as if it were text. Write "
-                'one JSON object with a field "text" per line to a .jsonl file, for example with '
-                "datasets.load_dataset(...).to_json(path), or use HubText with a local folder."
+                "it to a .jsonl file (datasets.load_dataset(...).to_json(path)), or use HubText with a local folder."
             )
         try:
             text = path.read_text(encoding="utf-8")
@@ -194,10 +188,8 @@ class TextFiles(TextSource):
                 return [text]
             # not splitlines(): JSON may contain U+2028 and other characters at which splitlines() breaks lines
             rows = [json.loads(line) for line in text.split("\n") if line.strip()]
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} has a line that is not JSON ({error.msg}): {error.doc[:80]}") from error
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not text in UTF-8: {error}. Convert it, for example with iconv.") from error
+        except ValueError as error:
+            raise ValueError(f"{path} is not text in UTF-8, or has a line that is not JSON: {error}.") from error
         return _column(rows, self.column, str(path))
 
 

@@ -31,9 +31,8 @@ class CausalLM(L.LightningModule):
     means: if they differ in the number of labels, as in conversations, a token of a batch with few labels counts more.
 
     Logs ``train/loss`` at every step, and ``val/loss`` and ``val/perplexity`` (token perplexity, exp of the mean loss
-    over tokens; the loss in float32) at every validation. With distillation, ``train/loss`` is the weighted sum that is
-    trained on, and its terms are also logged, unweighted: ``train/loss_ce``, ``train/loss_kldiv`` and, if it has a
-    weight, ``train/loss_squarehead``. Validation uses only the text.
+    over tokens) at every validation. With distillation, ``train/loss`` is the weighted sum that is trained on, and its
+    terms are also logged, unweighted: ``train/loss_ce``, ``train/loss_kldiv``, ``train/loss_squarehead``.
 
     Args:
         model: a model source, or a Hugging Face id or local folder.
@@ -42,12 +41,10 @@ class CausalLM(L.LightningModule):
         betas: of AdamW.
         warmup: share of the run over which the learning rate rises.
         gradient_checkpointing: recompute activations in backward, to save memory.
-        compile_blocks: compile the decoder blocks, also of the teacher (``torch.compile``, which needs a C++ compiler
-            on the CPU). Layers that share an input then each record it separately. Tested in one process.
+        compile_blocks: compile the decoder blocks, also of the teacher (``torch.compile``). Tested in one process.
         distillation: learn also from a teacher; default: only from the text.
-        optimizer: another optimizer than AdamW, called with the trained parameters; in a recipe, its class and
-            arguments. It does not use lr, weight_decay and betas.
-        lr_scheduler: another schedule of the learning rate, called with the optimizer and stepped with it.
+        optimizer: another optimizer than AdamW, which then does not use lr, weight_decay and betas.
+        lr_scheduler: another schedule of the learning rate, stepped with the optimizer.
     """
 
     def __init__(
@@ -91,10 +88,7 @@ class CausalLM(L.LightningModule):
             with whole_first():
                 return self.source.load()
         if isinstance(self.source, LoRA):
-            raise ValueError(
-                "LoRA of peft is not supported under ModelParallelStrategy (FSDP2), which shards the model as it "
-                'is loaded, without adapters. Use strategy="ddp".'
-            )
+            raise ValueError('LoRA of peft is not supported under ModelParallelStrategy (FSDP2). Use strategy="ddp".')
         bfloat16 = self.trainer.precision == "bf16-mixed"
         return load_sharded(self.source, self.device_mesh["data_parallel"], bfloat16=bfloat16)
 
@@ -211,9 +205,8 @@ class CausalLM(L.LightningModule):
             without_callback = not before and checkpoint.get("callbacks", {}).get(PRUNING_STATE)
         if without_callback:
             raise ValueError(
-                "The checkpoint is of a sparse run, and this run has no DynamicPruning callback: its masks would never "
-                "change and never be folded in, or its shadow values be taken for weights. Add the callback, or export "
-                "the checkpoint (sparse-train export) and go on with the result."
+                "The checkpoint is of a sparse run, and this run has no DynamicPruning callback: its masks would be "
+                "lost, or never change. Add the callback, or export the checkpoint (sparse-train export) first."
             )
 
 

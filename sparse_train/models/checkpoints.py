@@ -1,8 +1,9 @@
 """Reads checkpoints of training runs in one process, from any engine, without starting that engine."""
 
 import pickle
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 from zipfile import is_zipfile
 
 import torch
@@ -27,9 +28,6 @@ def read_checkpoint(checkpoint: str | Path) -> dict[str, Any]:
     Args:
         checkpoint: a file (one process, DDP, FSDP2 consolidated), or a folder (FSDP2; DeepSpeed, any stage, whose
             float32 masters are read, and for which the package deepspeed is needed).
-
-    Raises:
-        ValueError: nothing there, a folder of another kind, or a file that would have to be trusted (``load_plain``).
     """
     path = Path(checkpoint)
     if path.is_file():
@@ -38,7 +36,7 @@ def read_checkpoint(checkpoint: str | Path) -> dict[str, Any]:
             return found
         raise ValueError(
             f"{path} is not a checkpoint of a training run, which has a state_dict. If it is part of a checkpoint "
-            "folder, give that folder; a folder with a model is read by evaluate, inspect and prune."
+            "folder, give that folder."
         )
     if (path / _FSDP2_METADATA).is_file():
         content: dict[str, Any] = load_plain(path / _LIGHTNING_METADATA)
@@ -46,9 +44,7 @@ def read_checkpoint(checkpoint: str | Path) -> dict[str, Any]:
     if (path / _DEEPSPEED_TAG).is_dir():
         return _read_deepspeed(path)
     kind = "is a folder that neither FSDP2 nor DeepSpeed wrote" if path.is_dir() else "does not exist"
-    beside = [each.name for each in sorted(path.parent.glob("*.ckpt"))]
-    there_are = f" There are {', '.join(beside[:5])} in {path.parent}." if beside and path.name not in beside else ""
-    raise ValueError(f"There is no checkpoint at {path}: it {kind}.{there_are}")
+    raise ValueError(f"There is no checkpoint at {path}: it {kind}.")
 
 
 def check_engine(checkpoint: str | Path, strategy: Any) -> None:
@@ -59,7 +55,7 @@ def check_engine(checkpoint: str | Path, strategy: Any) -> None:
         if sign.exists() and all(cls.__name__ != engine for cls in type(strategy).__mro__):
             raise ValueError(
                 f"{path} was written under {engine}, and this run has {name}, which cannot resume from it. Use the "
-                "same strategy, or export the checkpoint (sparse-train export) and start a run from that folder."
+                "same strategy, or start a run from what sparse-train export makes of it."
             )
 
 
@@ -83,7 +79,7 @@ def _read_fsdp2_metadata(path: Path) -> Any:
     file = path / _FSDP2_METADATA
     with file.open("rb") as opened:
         try:
-            return _MetadataUnpickler(opened, file).load()
+            return _MetadataUnpickler(opened).load()
         except (pickle.UnpicklingError, EOFError) as error:
             raise ValueError(f"{file} is not complete, so the checkpoint cannot be read: {error}.") from error
 
@@ -91,9 +87,9 @@ def _read_fsdp2_metadata(path: Path) -> Any:
 class _MetadataUnpickler(pickle.Unpickler):
     """Refuses all but what torch writes to the metadata of a distributed checkpoint."""
 
-    def __init__(self, opened: BinaryIO, file: Path) -> None:
+    def __init__(self, opened: BufferedReader) -> None:
         super().__init__(opened)
-        self._file = file
+        self._file = Path(opened.name)
 
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)

@@ -3,28 +3,22 @@
 Shape suffixes: B batch, L sequence length, V vocabulary, H hidden width.
 """
 
-import logging
 import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparse_train.models.losses import logit_losses, squarehead_loss
 from sparse_train.models.sources import ModelSource, as_model_source
 
-_log = logging.getLogger(__name__)
-
 
 class Teacher:
-    """A frozen model in eval mode.
+    """A transformers model, frozen in place, in eval mode.
 
     Not an ``nn.Module``, so that a module that holds a teacher does not have its weights among its parameters, in its
     state dict or in checkpoints, and pruning, optimizers and sharding engines do not find them.
-
-    Args:
-        model: a transformers causal language model; frozen in place.
     """
 
     def __init__(self, model: Any) -> None:
@@ -43,22 +37,18 @@ class Distillation:
     2:4 with changing masks, weights CE and KL 1 to 2 at temperature 2, and found KL alone better than distances of
     hidden states; SquareHead's authors (arXiv 2310.06927) train with CE and SquareHead 1 to 1, without KL.
 
-    A teacher that has not seen the run's kind of text can end up worse at it than a student that has, and hold it back.
-    In that case, train the dense model on the same text first and use that as the teacher, or lower ``hardness_kldiv``.
+    A teacher that has not seen the run's kind of text can end up worse at it than the student, and hold it back. Then
+    train the dense model on the same text first and use that as the teacher, or lower ``hardness_kldiv``.
 
     Args:
         teacher: a model source, or a Hugging Face id or local folder, with the student's tokenizer. Default: the
             student's own source, that is the model before it was pruned. Every device holds the whole teacher, in the
-            dtype that its source gives (under true half precision, in that of the run). It adds one forward pass per
-            batch.
+            dtype that its source gives (under true half precision, in that of the run).
         hardness_ce: weight of cross-entropy on the text.
         hardness_kldiv: weight of the KL divergence from the teacher's next-token distribution.
         hardness_squarehead: weight of the normalised distance of the hidden states of each layer, over all tokens
             except padding, including those without a label. Needs a teacher with the student's depth and width.
         temperature: of both distributions in the divergence.
-
-    Raises:
-        ValueError: a weight is negative, nothing is learnt from the teacher, or the temperature is not above 0.
     """
 
     def __init__(
@@ -89,14 +79,11 @@ class Distillation:
         return self.hardness["squarehead"] > 0
 
     def load_teacher(self, source: ModelSource, student: Any) -> Teacher:
-        """The teacher, on the CPU and in the dtype of its source; a warning says if it is sparse itself.
+        """The teacher, on the CPU and in the dtype of its source.
 
         Args:
             source: that of the student, used if ``teacher`` is None.
             student: the transformers model to be trained, which the teacher has to match.
-
-        Raises:
-            ValueError: the vocabulary differs from the student's; or, with SquareHead, the depth or the width.
         """
         chosen = self.teacher or source
         teacher = chosen.load()
@@ -105,30 +92,18 @@ class Distillation:
             if getattr(theirs, name) != getattr(own, name):
                 raise ValueError(
                     f"The teacher {chosen.name} has a {name} of {getattr(theirs, name)} and the student {source.name} "
-                    f"one of {getattr(own, name)}. Logits are compared token by token, and hidden states (SquareHead) "
-                    "layer by layer. Choose a teacher that fits, or none: the default is the student's dense model."
+                    f"one of {getattr(own, name)}. Choose a teacher that fits, or none: the default is the student's "
+                    "dense model."
                 )
-        weights = [module.weight for module in teacher.modules() if isinstance(module, nn.Linear)]
-        zeros = 1 - sum(int(each.count_nonzero()) for each in weights) / max(1, sum(each.numel() for each in weights))
-        if weights and zeros > 0.2:
-            _log.warning(
-                "The teacher %s is sparse itself: %.0f %% of the weights of its linear layers are zero. To learn from "
-                "the dense model, name that as the distillation's teacher.",
-                chosen.name,
-                100 * zeros,
-            )
         return Teacher(teacher)
 
     def losses(self, student: Any, teacher: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The losses of one batch: "ce", "kldiv" and, if it has a weight, "squarehead".
+        """The unweighted losses of one batch: "ce", "kldiv" and, if it has a weight, "squarehead".
 
         Args:
             student, teacher: outputs of transformers models for ``batch``, with ``logits`` (B, L, V) and, if
                 ``uses_hidden_states``, ``hidden_states``.
             batch: with ``labels`` and ``attention_mask``, each (B, L).
-
-        Returns:
-            Unweighted float32 scalars.
         """
         ce, kldiv = logit_losses(student.logits, teacher.logits, batch["labels"], self.temperature)
         losses = {"ce": ce, "kldiv": kldiv}

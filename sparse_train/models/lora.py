@@ -30,9 +30,8 @@ class LoRA(ModelSource):
     with ``policy: Fixed`` its first mask does not either.
 
     ``fit --export`` writes the base with its zeros to the folder, and the adapter to ``adapter/`` inside it:
-    ``PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), f"{folder}/adapter")``. They stay
-    separate, because **merging them loses the zeros**: the product of two dense factors has none. For an adapter that
-    can be merged, train with ``DynamicPruning(mask_lora=MaskLoRA())`` and without ``LoRA``.
+    ``PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), f"{folder}/adapter")``. **Merging them
+    loses the zeros**. For an adapter that can be merged, train with ``DynamicPruning(mask_lora=MaskLoRA())``.
 
     Args:
         base: a model source, or a Hugging Face id or local folder.
@@ -94,7 +93,7 @@ def active_config(model: Any) -> Any:
     if others or getattr(config, "r", None) is None:
         raise ValueError(
             f"The model has the adapters {', '.join(model.peft_config)}, and a single LoRA is what can be saved with "
-            "its base. Delete the others (model.delete_adapter), or save the model yourself: model.save_pretrained."
+            "its base. Delete the others (model.delete_adapter), or save it yourself: model.save_pretrained."
         )
     return config
 
@@ -102,12 +101,7 @@ def active_config(model: Any) -> Any:
 def base_of(model: Any, state: Mapping[str, Tensor] | None = None) -> tuple[dict[str, Tensor], list[LayerSparsity]]:
     """The state dict of a peft model's base, masks folded in, with the names of the bare model; and its layers.
 
-    Args:
-        model: a ``PeftModel``.
-        state: its whole state dict, if it is sharded.
-
-    Raises:
-        ValueError: peft keeps copies of whole modules (``modules_to_save``), so that the base is not one model.
+    ``state`` is the model's whole state dict, if it is sharded.
     """
     base = model.get_base_model()
     own = None if state is None else {name.removeprefix("base_model.model."): value for name, value in state.items()}
@@ -115,7 +109,7 @@ def base_of(model: Any, state: Mapping[str, Tensor] | None = None) -> tuple[dict
     if copied := next((name for name, _ in base.named_modules() if name.endswith(".modules_to_save")), None):
         raise ValueError(
             f"The adapter holds a copy of a whole module ({copied}, peft's modules_to_save), which is not "
-            "exported. Leave modules_to_save out, or save the model yourself: model.save_pretrained, model.unload."
+            "exported. Leave modules_to_save out, or save the model yourself: model.save_pretrained."
         )
     folded = folded_state_dict(base, base.state_dict() if own is None else own)
     return {_bare(name): value for name, value in folded.items() if not name.startswith(adapters)}, [

@@ -20,6 +20,7 @@ from sparse_train.distributed.collectives import rank
 from sparse_train.distributed.fsdp2 import shard_blocks
 
 _log = logging.getLogger(__name__)
+_FOLDERS = "Of a checkpoint of a training run, make a folder by: sparse-train export CHECKPOINT FOLDER."
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
@@ -76,8 +77,8 @@ class Pretrained(ModelSource):
         )
         if getattr(model, "_hf_peft_config_loaded", False):
             raise ValueError(
-                f"{self.path} holds an adapter of peft, apart from its model. Merge it into the model and save that "
-                "(merge_and_unload, save_pretrained), or train and evaluate with it by the source LoRA."
+                f"{self.path} holds an adapter of peft, apart from its model. Merge it and save the result, or train "
+                "and evaluate with it by the source LoRA."
             )
         if self.gguf_file:  # the weights are dense now, but the model is still marked as quantised and refuses to save
             model.config.__dict__.pop("quantization_config", None)
@@ -106,30 +107,21 @@ class Pretrained(ModelSource):
         own = {"gguf_file": self.gguf_file, "trust_remote_code": self.trust_remote_code}
         try:
             return kind.from_pretrained(self.path, **own, **arguments)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             sources = [source.__name__ for source in ModelSource.__subclasses__()]
-            raise ValueError(f"Cannot load {self.path!r}.{did_you_mean(self.path, sources)} {error}") from error
+            raise ValueError(
+                f"Cannot load {self.path!r}.{did_you_mean(self.path, sources)} {error} {_FOLDERS}"
+            ) from error
 
     def _check_path(self) -> None:
         """Raise ValueError at once for what is no folder and no id of a hub, which would be asked in vain."""
         path = Path(self.path)
-        if path.is_file():
-            raise ValueError(
-                f"{path} is a file, and models are loaded from folders that have a config.json. A checkpoint of a "
-                f"training run becomes one by sparse-train export {path} FOLDER, and a GGUF file is named apart: "
-                f"--model Pretrained --model.path {path.parent} --model.gguf_file {path.name}."
-            )
-        checkpoints = sorted([*path.glob("*.ckpt"), *path.glob("checkpoints/*.ckpt")], key=os.path.getmtime)
-        if checkpoints and not self.gguf_file and not (path / "config.json").is_file():
-            raise ValueError(
-                f"{path} is the folder of a training run. Make a model: sparse-train export {checkpoints[-1]} FOLDER."
-            )
         local = path.parent != Path() and path.parent.is_dir()
-        if not path.is_dir() and (local or not _HUB_ID.fullmatch(self.path)):
-            beside = [str(each) for each in path.parent.iterdir()] if local else []
+        if not path.is_dir() and (local or path.exists() or not _HUB_ID.fullmatch(self.path)):
+            beside = did_you_mean(str(path), map(str, path.parent.iterdir()) if local else [])
             raise ValueError(
-                f"There is no folder {path}.{did_you_mean(str(path), beside)} The hub is asked only for NAME, or for "
-                "OWNER/NAME where there is no folder OWNER."
+                f"There is no folder {path}.{beside} The hub is asked only for NAME or OWNER/NAME. {_FOLDERS} A GGUF "
+                f"file is named apart: --model Pretrained --model.path {path.parent} --model.gguf_file {path.name}."
             )
 
     def _check_whole(self, model: Any, missing: list[str], unread: list[str]) -> None:
@@ -147,10 +139,7 @@ class Pretrained(ModelSource):
         if unread or type(config) is not type(model.config):
             _log.warning(
                 "%s holds a %s, and what is loaded of it is a %s: the rest (%s) is neither read nor written.",
-                self.path,
-                stored,
-                loaded,
-                f"{unread[0]}, ..." if unread else "what is not for text",
+                *(self.path, stored, loaded, f"{unread[0]}, ..." if unread else "what is not for text"),
             )
 
 
@@ -182,9 +171,6 @@ class FromScratch(ModelSource):
         tokenizer_source: the source whose tokenizer to use; the model gets its vocabulary size.
         config: arguments of the architecture's configuration, such as hidden_size.
         seed: of the random weights.
-
-    Raises:
-        ValueError: at ``load``, for an architecture or a key of ``config`` that transformers does not know.
     """
 
     architecture: str
@@ -218,23 +204,8 @@ class FromScratch(ModelSource):
 
 
 def as_model_source(model: ModelSource | str | os.PathLike[str], dtype: str = "float32") -> ModelSource:
-    """A source for a Hugging Face id or a local folder; a source is returned unchanged.
-
-    Args:
-        model: the source, id or folder.
-        dtype: of the weights if a new source is made, see ``Pretrained``. Use float32 for training.
-
-    Raises:
-        ValueError: it is none of these; for example a model or a tokenizer itself.
-    """
-    if isinstance(model, ModelSource):
-        return model
-    if not isinstance(model, (str, os.PathLike)):
-        raise ValueError(
-            f"Expected a model source, a Hugging Face id or a local folder, got a {type(model).__name__}. A model "
-            "that you have built goes into your LightningModule, or into a subclass of ModelSource."
-        )
-    return Pretrained(os.fspath(model), dtype=dtype)
+    """A source for a Hugging Face id or a local folder, of weights in ``dtype``; a source is returned unchanged."""
+    return model if isinstance(model, ModelSource) else Pretrained(os.fspath(model), dtype=dtype)
 
 
 def float_dtype(name: str) -> torch.dtype:
@@ -255,13 +226,7 @@ def packaged_file(package: str, pattern: str) -> Path:
 
 
 def load_sharded(source: ModelSource, mesh: Any, *, bfloat16: bool = False) -> Any:
-    """The model of ``source``, sharded by FSDP2 over ``mesh``; only rank 0 holds it whole, in main memory, at first.
-
-    Args:
-        source: gives a transformers model; read only by rank 0.
-        mesh: a ``DeviceMesh`` of one dimension over all processes.
-        bfloat16: see ``shard_blocks``.
-    """
+    """The model of ``source``, sharded by FSDP2 over ``mesh``; only rank 0 holds it whole, in main memory, at first."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
     from transformers import AutoModelForCausalLM
 

@@ -29,8 +29,7 @@ WAY_OUT = (
     'Use Unstructured(group="model"), which calibrates the whole model in one pass; in training, '
     "first_mask=FirstWindow() makes the first mask from the first steps."
 )
-_MISSING = (LookupError, AttributeError, TypeError)
-"""What code raises that looks for something an earlier block has left, and finds nothing."""
+_MISSING = (LookupError, AttributeError, TypeError)  # raised by code that finds nothing left by an earlier block
 
 
 class CalibrationPass:
@@ -42,9 +41,6 @@ class CalibrationPass:
         batches: token tensors or dicts; ``labels`` are dropped, an ``attention_mask`` (B, L) marks padding.
         device: where the model computes.
         keep: the device or folder where the outputs of a block are kept for the next one.
-
-    Raises:
-        ValueError: there is no batch, or one that the model could not use.
     """
 
     def __init__(
@@ -75,9 +71,6 @@ class CalibrationPass:
             statistics: what to record.
             block: run this block alone, on the kept outputs of the block before it; None = the whole model.
             keep: keep the outputs for the next block.
-
-        Raises:
-            ValueError: the blocks of the model cannot run one by one.
         """
         self._check(block)
         recorder, experts = self._recorder, [layer for layer in layers.values() if isinstance(layer, ExpertMatrix)]
@@ -106,26 +99,34 @@ class CalibrationPass:
             for index, batch in enumerate(self._batches):
                 began = time.perf_counter()
                 self._recorder.token_mask = paddings[index]
-                output = call(self._model, batch) if block is None else self._at_block(block, index, _run)
+                if block is None:
+                    output = call(self._model, batch)
+                else:
+                    output = self._at_block(block, index, lambda forward, *args, **kwargs: forward(*args, **kwargs))
                 if self._device.type == "cuda":
                     torch.cuda.synchronize(self._device)  # otherwise the time is counted where the result is needed
                 self.seconds += time.perf_counter() - began
                 if keep:
-                    self._store(index, output)
+                    if isinstance(self._keep, Path):
+                        torch.save(output, self._keep / f"{index}.pt")
+                    else:
+                        self._kept[index] = _moved(output, self._keep)
 
     def _at_block(
         self, block: int, index: int, act: Callable[..., Any], change: Callable[[Tensor], Tensor] = Tensor.clone
     ) -> Any:
-        """Call the model, with the kept output of the block before in place of all blocks before.
+        """Call the model on a batch up to a block, with the kept output of the block before in place of all before.
 
         Args:
-            block: where the call ends.
-            index: of the batch.
             act: is called with the block's own forward and its arguments, and gives the result.
             change: of the outputs of blocks before the last one, which should change nothing.
         """
         called: list[int] = []
-        kept = self._stored(index) if block else None
+        kept: Any = None
+        if block and isinstance(self._keep, Path):
+            kept = torch.load(self._keep / f"{index}.pt", map_location=self._device, weights_only=True)
+        elif block:
+            kept = _moved(self._kept[index], self._device)
         others = tree_map_only(Tensor, change, kept)
 
         def answer(number: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -148,8 +149,6 @@ class CalibrationPass:
             "its layers cannot be calibrated. Are these the blocks that the model runs?"
         )
 
-    # --- whether blocks can be calibrated one by one -----------------------------------------------------------------
-
     def _check(self, block: int | None) -> None:
         """Before a block runs for the first time: raise ValueError if blocks do not run one after the other."""
         if block is None or block in self._checked:
@@ -158,7 +157,10 @@ class CalibrationPass:
             if not self._checked:
                 self._check_order()
             if block > 1:
-                self._check_input(block)
+                changes: list[Callable[[Tensor], Tensor]] = [Tensor.clone, _reordered]
+                one, other = (self._at_block(block, 0, _tensors, change) for change in changes)
+                if not all(map(torch.equal, one, other)):
+                    raise self._needs_more(block, "its input changes with the outputs of earlier ones")
         self._checked.add(block)
 
     def _check_order(self) -> None:
@@ -178,12 +180,11 @@ class CalibrationPass:
         except (*_MISSING, RuntimeError) as error:  # if a block itself fails, it will raise when its turn comes
             # otherwise it failed before the blocks, as it will again; or after them: a head that is not loaded yet
             if called and called != list(range(len(self._blocks))):
+                model, why = type(self._model).__name__, f"{type(error).__name__}: {error}"
                 _log.warning(
-                    "Whether the blocks of %s run once each could not be told (%s: %s); in a model that loops over "
-                    "them, masks would be wrong.",
-                    type(self._model).__name__,
-                    type(error).__name__,
-                    error,
+                    "Whether the blocks of %s run once each could not be told (%s); in a model that loops over them, "
+                    "masks would be wrong.",
+                    *(model, why),
                 )
         if called != list(range(len(called))):
             raise ValueError(
@@ -191,38 +192,12 @@ class CalibrationPass:
                 f"{called}), so they cannot be calibrated one by one. {WAY_OUT}"
             )
 
-    def _check_input(self, block: int) -> None:
-        """Raise ValueError if the input of a block changes with the outputs of blocks before the last one."""
-        one, other = (self._at_block(block, 0, _tensors, change) for change in (Tensor.clone, _reordered))
-        if not all(map(torch.equal, one, other)):
-            raise self._needs_more(block, "its input changes with the outputs of earlier ones")
-
     def _needs_more(self, block: int, why: str) -> ValueError:
         return ValueError(
             f"Block {block} of {type(self._model).__name__} does not run on the output of the block before it alone "
             f"({why}): it takes more from earlier ones, such as a skip connection or shared keys and values, so blocks "
             f"cannot be calibrated one by one. {WAY_OUT}"
         )
-
-    # --- the outputs of one block, replaced one by one by those of the next ------------------------------------------
-
-    def _store(self, index: int, output: Any) -> None:
-        if not isinstance(self._keep, Path):
-            self._kept[index] = _moved(output, self._keep)
-            return
-        try:
-            torch.save(_moved(output, torch.device("cpu")), self._keep / f"{index}.pt")
-        except RuntimeError as error:  # torch raises this for a failed write
-            raise OSError(f"Cannot write activations to {self._keep}: {error}. Is the disk full?") from error
-
-    def _stored(self, index: int) -> Any:
-        if isinstance(self._keep, Path):
-            return torch.load(self._keep / f"{index}.pt", map_location=self._device, weights_only=True)
-        return _moved(self._kept[index], self._device)
-
-
-def _run(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return forward(*args, **kwargs)
 
 
 def _tensors(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Tensor]:
@@ -240,23 +215,21 @@ def _moved(value: Any, device: torch.device) -> Any:
 
 def _checked(batch: Batch, model: nn.Module, device: torch.device) -> Batch:
     """A batch as the model is called with it, on the device."""
-    if not isinstance(batch, (Tensor, Mapping)):
-        raise ValueError(
-            f"A calibration batch is a tensor of token ids (B, L) or a dict of model inputs, got a "
-            f"{type(batch).__name__}."
-        )
     config = getattr(model, "config", None)
+    what = "A calibration batch is a tensor of token ids (B, L) or a dict of model inputs, got"
     if isinstance(batch, Mapping):
         needs_labels = getattr(config, "is_encoder_decoder", False)  # which makes inputs of them; no loss is needed
         named = {key: value for key, value in batch.items() if key != "labels" or needs_labels}
         batch = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in named.items()}
-    else:
+    elif isinstance(batch, Tensor):
         batch = batch.to(device)
+    else:
+        raise ValueError(f"{what} a {type(batch).__name__}.")
     ids = batch.get("input_ids") if isinstance(batch, Mapping) else batch
     if config is not None and isinstance(ids, Tensor) and ids.dim() == 1:
         raise ValueError(
-            "A calibration batch is a tensor of token ids (B, L) or a dict of model inputs, got ids of shape "
-            f"({len(ids)},): one sample. Put a batch dimension in front (ids[None]), or use a DataLoader."
+            f"{what} ids of shape ({len(ids)},): one sample. Put a batch dimension in front "
+            "(ids[None]), or use a DataLoader."
         )
     known = vocabulary_of(model)
     if known is None or not isinstance(ids, Tensor) or ids.is_floating_point() or not ids.numel():

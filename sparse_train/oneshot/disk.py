@@ -7,19 +7,19 @@ experts separately that the model fuses.
 import fcntl
 import json
 import logging
-import math
 import os
 import shutil
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path, PurePath
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 
 from sparse_train.blocks import fused_experts
@@ -35,30 +35,19 @@ from sparse_train.pruning.update import LayerUpdate
 _log = logging.getLogger(__name__)
 
 INDEX = "model.safetensors.index.json"
-_TEMPLATES = "additional_chat_templates"  # transformers' folder for those besides chat_template.jinja
-_SHARD_BYTES = 1 << 28  # of files for tensors outside the blocks; a larger tensor gets its own file
 _PROGRESS, _LOCK, _ACTIVATIONS = "progress.json", ".lock", "activations"
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_DTYPES = _FLOATS | {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16}
-"""Of the names in safetensors; all others have one byte."""
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
-
-
-class Stored(NamedTuple):
-    """Where a tensor is, its size in bytes, and its dtype in the words of safetensors."""
-
-    file: Path
-    bytes: int
-    dtype: str
 
 
 class Checkpoint:
     """A folder with safetensors files, plain or with an index, opened for reading only.
 
     Attributes:
-        tensors: by key, in the order of the files.
+        files: where each tensor is, in the order of the files.
+        dtypes: of the tensors, in the words of safetensors.
         fingerprint: identifies this checkpoint, so that another or a changed one is recognised.
 
     Raises:
@@ -67,26 +56,30 @@ class Checkpoint:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
+        self.files: dict[str, Path] = {}
+        self.dtypes: dict[str, str] = {}
         files = _weight_files(self.folder)
-        self.tensors = {key: stored for file in files for key, stored in _contents(file).items()}
+        for file in files:
+            try:
+                with safe_open(file, framework="pt") as opened:
+                    for key in opened.keys():  # noqa: SIM118  (not a dict)
+                        self.files[key], self.dtypes[key] = file, opened.get_slice(key).get_dtype()
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{file} is not a complete safetensors file ({error}). Download it again.") from error
         self.fingerprint = repr([(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files])
 
     def read(self, keys: Iterable[str]) -> dict[str, Tensor]:
         """These tensors, copied to memory, so that changes to them do not reach the files."""
-        by_file: dict[Path, list[str]] = {}
-        for key in keys:
-            by_file.setdefault(self.tensors[key].file, []).append(key)
-        found = {}
-        for file, own in by_file.items():
+        wanted, found = set(keys), dict[str, Tensor]()
+        for file in {self.files[key]: None for key in wanted}:
             with safe_open(file, framework="pt") as opened:
-                for key in own:
-                    found[key] = opened.get_tensor(key).clone()
+                found |= {k: opened.get_tensor(k).clone() for k in opened.keys() if k in wanted}  # noqa: SIM118
         return found
 
     def dtype(self) -> torch.dtype:
         """The float dtype of most tensors, for configurations that do not say it."""
-        found = [_FLOATS[each.dtype] for each in self.tensors.values() if each.dtype in _FLOATS]
-        return max(set(found), key=found.count, default=torch.float32)
+        found = Counter(_FLOATS[name] for name in self.dtypes.values() if name in _FLOATS)
+        return found.most_common(1)[0][0] if found else torch.float32
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -95,37 +88,19 @@ def _weight_files(folder: Path) -> list[Path]:
         return [single]
     if not index.is_file():
         raise ValueError(
-            f"{folder} is not a folder with model.safetensors or {INDEX}; only safetensors can be read block by "
-            "block. Load the model in memory instead (streaming=False), or save it with save_pretrained first."
+            f"{folder} has no model.safetensors or {INDEX}, and only safetensors can be read block by block. Load the "
+            "model in memory instead (streaming=False), or save it with save_pretrained first."
         )
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        strays = [name for name in names if PurePath(name).is_absolute() or ".." in PurePath(name).parts]
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(
-            f'{index} is not the index of a checkpoint, which has a "weight_map" from tensors to files '
-            f"({type(error).__name__}: {error}). Copy or download it again."
-        ) from error
-    if strays:
-        raise ValueError(f"{index} names {strays[0]}, which is outside its folder. Download the checkpoint again.")
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
-        raise ValueError(f"{index} names {missing[0]}, which is not there. Complete the checkpoint first.")
-    return [folder / name for name in names]
-
-
-def _contents(file: Path) -> dict[str, Stored]:
-    found = {}
-    try:
-        with safe_open(file, framework="pt") as opened:
-            for key in opened.keys():  # noqa: SIM118  (not a dict)
-                part = opened.get_slice(key)
-                dtype = part.get_dtype()
-                width = _DTYPES[dtype].itemsize if dtype in _DTYPES else 1
-                found[key] = Stored(file, width * math.prod(part.get_shape()), dtype)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is not a complete safetensors file ({error}). Copy or download it again.") from error
-    return found
+        files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is not the index of a checkpoint ({error!r}). Download it again.") from error
+    for file in files:
+        if file.parent != folder:
+            raise ValueError(f"{index} names {file}, which is outside its folder. Download the checkpoint again.")
+        if not file.is_file():
+            raise ValueError(f"{index} names {file.name}, which is not there. Complete the checkpoint first.")
+    return files
 
 
 @contextmanager
@@ -135,62 +110,57 @@ def _writing(path: Path) -> Iterator[Path]:
         with replacing(path) as beside:
             yield beside
     except (SafetensorError, OSError) as error:
-        free = shutil.disk_usage(path.parent).free
         raise OSError(
-            f"Cannot write {path}: {error}. {free / 2**20:.0f} MiB are free there. Blocks that were finished are kept; "
-            "the same command continues after them."
+            f"Cannot write {path}: {error}. {shutil.disk_usage(path.parent).free / 2**20:.0f} MiB are free there. "
+            "Blocks that were finished are kept; the same command continues after them."
         ) from error
 
 
-def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write one file of a checkpoint, whole or not at all."""
+def _write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
     with _writing(path) as beside:
         save_file({key: value.contiguous().cpu() for key, value in tensors.items()}, beside, metadata={"format": "pt"})
 
 
 def write_index(folder: Path, shards: Iterable[str]) -> None:
     """Write the index with which ``from_pretrained`` reads shards as one checkpoint."""
-    weight_map, total = {}, 0
+    weight_map: dict[str, str] = {}
     for name in shards:
-        for key, stored in _contents(folder / name).items():
-            weight_map[key], total = name, total + stored.bytes
-    text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
-    (folder / INDEX).write_text(text + "\n")
+        with safe_open(folder / name, framework="pt") as opened:
+            weight_map |= dict.fromkeys(opened.keys(), name)
+    total = sum((folder / name).stat().st_size for name in set(weight_map.values()))
+    _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    with _writing(path) as beside:
+        beside.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def copy_others(source: Path, out: Path) -> None:
     """Copy what a model folder has beside the model and ``save_pretrained`` does not write: processors, licenses."""
     for pattern in ("*processor_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*"):
         for file in source.glob(pattern):
-            if not (out / file.name).exists():
-                _copy(file, source, out)
+            _copy(file, source, out)
 
 
 def copy_companions(source: Path, out: Path) -> None:
-    """Copy the other files next to the weights: configuration and tokenizer."""
-    for file in source.iterdir():
+    """Copy the other files next to the weights: configuration and tokenizer, with all its chat templates."""
+    for file in [*source.iterdir(), *source.glob("additional_chat_templates/*")]:
         weights = file.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
         if not weights and not file.name.startswith(".") and not file.name.endswith(".index.json"):
             _copy(file, source, out)
-    for file in (source / _TEMPLATES).glob("*"):
-        _copy(file, source, out)
 
 
 def _copy(file: Path, source: Path, out: Path) -> None:
-    """Copy a file of a model folder, unless it is a link out of the folder: the copy may be published."""
-    folder, real = source.resolve(), file.resolve()
-    own = [folder]
-    if folder.parent.name == "snapshots":  # of the hub's cache, where all files are links to its blobs
-        own.append(folder.parent.parent / "blobs")
-    if not any(real.is_relative_to(each) for each in own):
+    """Copy a file of a model folder, unless it is there, or a link out of the folder: the copy may be published."""
+    own, target = [source.resolve()], out / file.relative_to(source)
+    if own[0].parent.name == "snapshots":  # of the hub's cache, where all files are links to its blobs
+        own.append(own[0].parent.parent / "blobs")
+    if not any(file.resolve().is_relative_to(each) for each in own):
         _log.warning("%s is a link to a file outside its folder, and is not copied.", file)
-    elif real.is_file():
-        target = out / file.relative_to(source)
+    elif file.is_file() and not target.exists():
         target.parent.mkdir(exist_ok=True)
-        shutil.copyfile(real, target)
-
-
-# --- a model without weights -----------------------------------------------------------------------------------------
+        shutil.copyfile(file, target)
 
 
 def model_without_weights(path: Path, checkpoint: Checkpoint) -> Any:
@@ -222,9 +192,6 @@ class DiskShelf(Shelf):
         work: folder of finished shards, from ``unfinished``.
         device: where a loaded block computes.
         on_disk: keep the activations between two blocks on disk, too, not in main memory.
-
-    Raises:
-        ValueError: a model without blocks, or targets or weights that are not stored block by block.
     """
 
     def __init__(
@@ -238,36 +205,40 @@ class DiskShelf(Shelf):
     ) -> None:
         super().__init__(model, {**selection.layers, **expert_matrices(selection.experts)}, device)
         self.checkpoint, self.work = checkpoint, work
-        self.keep = torch.device("cpu")
-        if on_disk:
-            self.keep = work / _ACTIVATIONS
+        self.keep = work / _ACTIVATIONS if on_disk else torch.device("cpu")
+        if isinstance(self.keep, Path):
             self.keep.mkdir(exist_ok=True)
         self._progress = json.loads((work / _PROGRESS).read_text())
         self.outliers = {int(block): share for block, share in self._progress["outliers"].items()}
         self.updates = {name: LayerUpdate(**each) for name, each in self._progress["updates"].items()}
-        _check_readable(model, checkpoint)
-        outside = self.names(None)
-        if outside:
+        narrow = any(dtype.startswith("F8") for dtype in checkpoint.dtypes.values())
+        if narrow or getattr(model.config, "quantization_config", None) is not None:
+            raise ValueError(
+                f"{checkpoint.folder} is quantised, and scores need the weights themselves. Dequantise it first: load "
+                "it, and save it in 16 or 32 bits."
+            )
+        if outside := self.names(None):
             raise ValueError(
                 f"{outside[0]} is outside the decoder blocks, which are walked one by one. Load the model and use "
                 "prune, or leave it dense with ignore."
             )
         names = {id(module): name for name, module in model.named_modules()}
         self._prefix = names[id(self.blocks[0])].rpartition(".")[0]
-        full = {key: self._full_name(key) for key in checkpoint.tensors}
+        full = {key: self._full_name(key) for key in checkpoint.files}
         self._keys = [
             [key for key, name in full.items() if name.startswith(f"{self._prefix}.{block}.")]
             for block in range(len(self.blocks))
         ]
+        rest: dict[Path, list[str]] = {}
         inside = {key for keys in self._keys for key in keys}
-        self._rest = _in_parts({key: each.bytes for key, each in checkpoint.tensors.items() if key not in inside})
+        for key in full:
+            if key not in inside:
+                rest.setdefault(checkpoint.files[key], []).append(key)
+        self._rest = list(rest.values())
         count = len(self._rest) + len(self.blocks)
         self.shards = [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
-        done = sum(map(self.is_done, range(len(self.blocks))))
-        if done:
+        if done := sum(map(self.is_done, range(len(self.blocks)))):
             _log.warning("Continuing after %d finished blocks of %d; times are for the rest.", done, len(self.blocks))
-
-    # --- one block ---------------------------------------------------------------------------------------------------
 
     def is_done(self, block: int) -> bool:
         return self._shard(block).is_file()
@@ -276,21 +247,15 @@ class DiskShelf(Shelf):
         assert block is not None
         done = self.is_done(block)
         self._put(load_file(self._shard(block)) if done else self.checkpoint.read(self._keys[block]))
-        missing = [name for name, p in self.blocks[block].named_parameters() if p.is_meta]
-        if missing:
-            raise ValueError(
-                f"{self.checkpoint.folder} has no weights for {self._prefix}.{block}.{missing[0]}. Complete the "
-                "checkpoint first, or load the model and use prune."
-            )
+        self._check_loaded((f"{self._prefix}.{block}.{n}", p) for n, p in self.blocks[block].named_parameters())
         if done:
             return {}
         own = [name.partition("[")[0] for name in self.names(block)]
         modules = dict(self.model.named_modules())
-        layers = {name: modules[name] for name in own if name in modules}
-        sparsify(self.blocks[block], layers.values())
+        sparsify(self.blocks[block], [modules[name] for name in own if name in modules])
         # looked up again, since every load creates new parameter objects
         experts = {name: each for name, each in fused_experts(self.model).items() if name in own}
-        masked = {name: layer for name, layer in layers.items() if isinstance(layer, MaskedLayer)}
+        masked = {name: layer for name in own if isinstance(layer := modules.get(name), MaskedLayer)}
         return {**masked, **expert_matrices(experts)}
 
     def finish(self, block: int | None, updates: Mapping[str, LayerUpdate]) -> None:
@@ -299,13 +264,11 @@ class DiskShelf(Shelf):
         done = {name: asdict(update) for name, update in self.updates.items()}
         _write_json(self.work / _PROGRESS, {**self._progress, "outliers": self.outliers, "updates": done})
         unmask(self.blocks[block])
-        write_shard(self._shard(block), self._tensors(block))
+        _write_shard(self._shard(block), self._tensors(block))
 
     def free(self, block: int) -> None:
         unmask(self.blocks[block])
         _move_weights(self.blocks[block], torch.device("meta"))
-
-    # --- the rest of the model ---------------------------------------------------------------------------------------
 
     def load_rest(self) -> None:
         """Copy what is outside the blocks, and load the part that a forward up to a block needs."""
@@ -315,14 +278,17 @@ class DiskShelf(Shelf):
         for shard, keys in zip(self.shards, self._rest, strict=False):
             tensors = self.checkpoint.read(keys)
             if not (self.work / shard).is_file():
-                write_shard(self.work / shard, tensors)
+                _write_shard(self.work / shard, tensors)
             self._put({key: value for key, value in tensors.items() if not self._full_name(key).startswith(unneeded)})
-        for name, parameter in self.model.named_parameters():
-            if parameter.is_meta and not name.startswith((f"{self._prefix}.", *of_head)):
-                raise ValueError(f"{self.checkpoint.folder} has no weights for {name}. Complete the checkpoint first.")
+        others = (f"{self._prefix}.", *of_head)
+        self._check_loaded((n, p) for n, p in self.model.named_parameters() if not n.startswith(others))
         for module in self.model.modules():
             for name, buffer in module._buffers.items():
                 module._buffers[name] = None if buffer is None else buffer.to(self.device)
+
+    def _check_loaded(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+        if missing := next((name for name, parameter in parameters if parameter.is_meta), None):
+            raise ValueError(f"{self.checkpoint.folder} has no weights for {missing}. Complete the checkpoint first.")
 
     # --- tensors under the names of the checkpoint -------------------------------------------------------------------
 
@@ -335,10 +301,10 @@ class DiskShelf(Shelf):
 
         if not tensors:
             return
-        mapping = get_model_conversion_mapping(self.model)
         shown = transformers_logging.is_progress_bar_enabled()
         transformers_logging.disable_progress_bar()
         try:
+            mapping = get_model_conversion_mapping(self.model)
             settings = LoadStateDictConfig(weight_mapping=mapping, dtype=self.model.dtype)
             convert_and_load_state_dict_in_model(self.model, tensors, settings)
         finally:
@@ -350,10 +316,9 @@ class DiskShelf(Shelf):
         """A block's state with the keys that the checkpoint has."""
         from transformers.core_model_loading import revert_weight_conversion
 
-        prefix = f"{self._prefix}.{block}."
+        prefix, base = f"{self._prefix}.{block}.", f"{self.model.base_model_prefix}."
         state = {prefix + name: value.detach() for name, value in self.blocks[block].state_dict().items()}
         reverted: dict[str, Tensor] = revert_weight_conversion(self.model, state)
-        base = f"{self.model.base_model_prefix}."
         wanted = set(self._keys[block])
         named = {(k if k in wanted else k.removeprefix(base)): value for k, value in reverted.items()}
         stray, unknown = sorted(set(named) - wanted), sorted(wanted - set(named))
@@ -379,28 +344,6 @@ def _move_weights(module: nn.Module, device: torch.device) -> None:
         for name, parameter in each._parameters.items():
             if parameter is not None and not parameter.is_meta and parameter.device != device:
                 each._parameters[name] = nn.Parameter(parameter.detach().to(device), requires_grad=False)
-
-
-def _in_parts(sizes: Mapping[str, int]) -> list[list[str]]:
-    """Keys that go into one file each, together."""
-    parts: list[list[str]] = []
-    filled = 0
-    for key, size in sizes.items():
-        if not parts or filled + size > _SHARD_BYTES:
-            parts.append([])
-            filled = 0
-        parts[-1].append(key)
-        filled += size
-    return parts
-
-
-def _check_readable(model: Any, checkpoint: Checkpoint) -> None:
-    narrow = any(stored.dtype.startswith("F8") for stored in checkpoint.tensors.values())
-    if getattr(model.config, "quantization_config", None) is not None or narrow:
-        raise ValueError(
-            f"{checkpoint.folder} is quantised, and scores need the weights themselves. Dequantise it first: load it, "
-            "and save it in 16 or 32 bits."
-        )
 
 
 # --- unfinished runs -------------------------------------------------------------------------------------------------
@@ -438,14 +381,16 @@ def unfinished(out: Path, settings: Sequence[str]) -> Iterator[Path]:
 def _locked(work: Path) -> Iterator[None]:
     """Hold the lock of a folder; the system releases it if the process dies."""
     path = work / _LOCK
-    busy = ValueError(f"Another process is writing {work}. Wait until it has finished, or choose another folder.")
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise busy from error
-        if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
-            raise busy  # the other one has finished, or failed, between the two lines above
+            # the other process may have finished, or failed, between the two lines above
+            if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                raise BlockingIOError
+        except (BlockingIOError, FileNotFoundError) as error:
+            raise ValueError(
+                f"Another process is writing {work}. Wait until it has finished, or choose another folder."
+            ) from error
         yield
 
 
@@ -454,16 +399,12 @@ def _open(work: Path, settings: list[str]) -> None:
     if progress.is_file() and _has_begun(work):
         before = json.loads(progress.read_text())["settings"]
         if before != settings:
-            changed = next((pair for pair in zip(before, settings, strict=False) if pair[0] != pair[1]), ("", ""))
             raise ValueError(
-                f"{work} holds an unfinished run with other settings ({changed[0]}, now {changed[1]}). Finish that one "
-                "with its own settings, or remove the folder."
+                f"{work} holds an unfinished run with other settings ({', '.join(set(before) - set(settings))}). "
+                "Finish that one with its own settings, or remove the folder."
             )
         return
-    shards = list(work.glob("model-*.safetensors"))
-    if shards and not progress.is_file():
-        raise ValueError(f"{work} holds files of a run that is not known. Remove the folder.")
-    for shard in shards:  # of a run that had finished no block, whatever its settings were
+    for shard in work.glob("model-*.safetensors"):  # of a run that had finished no block, whatever its settings were
         shard.unlink()
     _write_json(progress, {"settings": settings, "outliers": {}, "updates": {}})
 
@@ -473,19 +414,10 @@ def _has_begun(work: Path) -> bool:
     return bool(json.loads((work / _PROGRESS).read_text())["updates"])
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    with _writing(path) as beside:
-        beside.write_text(json.dumps(content, indent=1))
-
-
 def fingerprint(batches: Iterable[Batch]) -> str:
     """Identifies calibration data, so that an unfinished run continues on the same."""
     found = 0
     for batch in batches:
-        named = batch if isinstance(batch, Mapping) else {"": batch}
-        for name, value in named.items():
-            if isinstance(value, Tensor):
-                found = zlib.crc32(f"{name} {tuple(value.shape)} {value.dtype}".encode(), found)
-                flat = value.detach().cpu().reshape(-1).contiguous()
-                found = zlib.crc32(flat.view(torch.uint8).numpy().tobytes(), found)
+        named = batch if isinstance(batch, Mapping) else {"input_ids": batch}
+        found = zlib.crc32(save({n: v.cpu().clone() for n, v in named.items() if isinstance(v, Tensor)}), found)
     return f"calibration data {found}"

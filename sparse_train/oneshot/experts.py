@@ -1,8 +1,7 @@
 """Fused experts of Mixture-of-Experts blocks: each expert is a separate matrix, pruned without a masked layer.
 
 The weights of all experts are one parameter (E, O, I), which a masked layer cannot replace. During calibration, every
-matrix product of the forward pass is examined, and if its weight is a slice of such a parameter, its input is
-recorded. This does not depend on the architecture.
+matrix product is examined, and if its weight is a slice of such a parameter, its input is recorded.
 
 Shape suffixes: E experts, T tokens, O out_features, I in_features.
 """
@@ -19,7 +18,6 @@ from torch.overrides import TorchFunctionMode
 from sparse_train.blocks import FusedExperts
 from sparse_train.layers import masks
 from sparse_train.layers.masked_layer import MaskedMatrix
-from sparse_train.statistics import ActivationGram, ActivationNorm
 
 _log = logging.getLogger(__name__)
 
@@ -74,21 +72,22 @@ class ExpertRecorder(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _INPUT_AXIS:
-            self._watch(*_operands(args, kwargs), _INPUT_AXIS[func])
+            named = (kwargs[name] for name in ("input", "weight", "other", "mat2") if name in kwargs)
+            x, weight = (*args, *named, None, None)[:2]
+            if isinstance(x, Tensor) and isinstance(weight, Tensor) and weight.dim() in (2, 3):
+                self._watch(x, weight, _INPUT_AXIS[func])
         return func(*args, **kwargs)
 
-    def _watch(self, x: Any, weight: Any, input_axis: int) -> None:
-        if not isinstance(weight, Tensor) or not isinstance(x, Tensor) or weight.dim() not in (2, 3):
-            return
+    def _watch(self, x: Tensor, weight: Tensor, input_axis: int) -> None:
         first = self._matrices.get(_place(weight))
         if first is None:
             return
         stored_transposed = weight.stride(input_axis) != 1
         if stored_transposed != first.experts.transposed:
             raise ValueError(
-                f"A fused expert weight of shape {tuple(first.experts.parameter.shape)} is used as if it were stored "
-                f"{'(E, I, O)' if stored_transposed else '(E, O, I)'}, but its module does not say so (is_transposed), "
-                "so its rows cannot be told from its columns. Leave the experts dense with ignore."
+                f"A fused expert weight {tuple(first.experts.parameter.shape)} is used as if it were stored "
+                f"{'(E, I, O)' if stored_transposed else '(E, O, I)'}, and its module (is_transposed) says otherwise. "
+                "Leave the experts dense with ignore."
             )
         if weight.dim() == 2:
             _add(first, x)
@@ -107,51 +106,27 @@ def _place(weight: Tensor) -> tuple[int, int]:
     return weight.untyped_storage().data_ptr(), int(weight.storage_offset())
 
 
-def _operands(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    values = [*args, *(kwargs[name] for name in ("input", "weight", "other", "mat2") if name in kwargs)]
-    return (values[0], values[1]) if len(values) > 1 else (None, None)
-
-
-# --- experts that saw few tokens -------------------------------------------------------------------------------------
-
-
 def fall_back(matrices: Mapping[str, MaskedMatrix]) -> None:
-    """Give experts that saw few tokens uniform statistics, and warn of them.
-
-    Raises:
-        ValueError: no expert of a fused parameter saw a token, so it was not calibrated.
-    """
+    """Give experts that saw few tokens uniform statistics, and warn; ValueError if none of a parameter saw one."""
     experts = {name: matrix for name, matrix in matrices.items() if isinstance(matrix, ExpertMatrix)}
     tokens = {name: int(matrix.statistics.tokens) for name, matrix in experts.items() if matrix.statistics is not None}
     reached = {id(matrix.experts) for name, matrix in experts.items() if tokens[name]}
     for name, matrix in experts.items():
         if id(matrix.experts) not in reached:
             raise ValueError(
-                f"{name}: no product with this expert, or with any other of its block, was seen in the forwards of the "
-                "calibration data, so there is nothing to score with. Leave them dense with "
-                f"ignore=[{name.split('[')[0]!r}]."
+                f"{name}: no product with this expert, or with any other of its block, was seen in calibration, so "
+                f"there is nothing to score with. Leave them dense with ignore=[{name.split('[')[0]!r}]."
             )
     few = [name for name in experts if tokens[name] < FEW_TOKENS]
     for name in few:
-        _make_uniform(experts[name])
+        stats = experts[name].statistics
+        assert stats is not None
+        stats.reset()
+        stats.sum_squares_I.fill_(1)
+        stats.tokens += 1
     if few:
         _log.warning(
             "%d of %d expert matrices saw fewer than %d calibration tokens and were scored as if all their inputs were "
             "equally strong, such as %s. More calibration samples reach more experts.",
-            len(few),
-            len(experts),
-            FEW_TOKENS,
-            few[0],
+            *(len(few), len(experts), FEW_TOKENS, few[0]),
         )
-
-
-def _make_uniform(matrix: ExpertMatrix) -> None:
-    stats = matrix.statistics
-    assert stats is not None
-    stats.reset()
-    if isinstance(stats, ActivationGram):
-        stats.gram_II.fill_diagonal_(1)
-        stats.tokens += 1
-    else:
-        assert isinstance(stats, ActivationNorm)
-        stats.merge_state_dict({"sum_squares": torch.ones(matrix.in_features), "tokens": torch.tensor(1)})

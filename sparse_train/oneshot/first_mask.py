@@ -23,16 +23,18 @@ from sparse_train.pruning.update import check_masks, shapes_of
 from sparse_train.solvers import Solver
 
 _log = logging.getLogger(__name__)
+_NEEDED = (
+    "a transformers model that is not sharded, and training data that is not a stream, has no sampler of its own, "
+    "and has batches of token ids or dicts with input_ids"
+)
 
 
 def check_solver(config: PruningConfig, mask_lora: MaskLoRA | None) -> None:
     """Raise ValueError if the first mask would move weights that ``mask_lora`` freezes."""
-    first = config.first_mask
-    if mask_lora is not None and isinstance(first, OneShot) and isinstance(first.criterion, Solver):
+    if mask_lora is not None and config.first_mask_moves_weights:
         raise ValueError(
-            f"first_mask is {first}, whose {type(first.criterion).__name__} moves weights, and mask_lora trains "
-            "adapters of weights that do not change. Prune the model before the run (sparse_train.prune with "
-            f"criterion={type(first.criterion).__name__}()), or use a criterion."
+            f"first_mask is {config.first_mask}, whose solver moves weights, and mask_lora trains adapters of weights "
+            "that do not change. Prune the model before the run (sparse_train.prune), or use a criterion."
         )
 
 
@@ -60,8 +62,8 @@ def set_first_mask(
 
     Raises:
         ValueError: ``OneShot`` has a criterion, and no mask can be made with it here; a solver would move weights
-            that must not move or would be moved back; what ``walk`` raises; or masks of a solver that do not follow
-            the pattern. The model is then unchanged.
+            that must not move; what ``walk`` raises; or masks of a solver that do not follow the pattern. The model is
+            then unchanged.
     """
     first = config.first_mask
     dense = config.first_sparsity > 0 and all(layer.keeps_all() for layer in layers.values())
@@ -70,8 +72,14 @@ def set_first_mask(
     if not isinstance(first, OneShot):
         return None
     method = first.criterion or config.criterion
-    if isinstance(method, Solver):
-        _check_movable(method, layers)
+    for name, layer in layers.items() if isinstance(method, Solver) else ():
+        if layer.layout.has_masters or not layer.weight.requires_grad:
+            masters = "DeepSpeed's float32 masters would bring the old ones back"
+            raise ValueError(
+                f"The first mask is made by {method}, which moves weights, and those of {name} cannot be moved: "
+                f"{masters if layer.layout.has_masters else 'they are frozen'}. Prune the model before the run and "
+                "before it gets adapters (sparse-train prune), or use a criterion."
+            )
     # without activations, the first update makes the same mask
     if dense and (first.criterion is not None or config.criterion.needs_activations):
         found = _model_and_batches(root, layers, first.batches, batches)
@@ -81,23 +89,11 @@ def set_first_mask(
                 return _prune(root, layers, plan, *found, progress)
     if first.criterion is not None:
         raise ValueError(
-            f"first_mask is {first}, but no one-shot pruning makes the first mask here: it does at start_step 0, for a "
-            "transformers model that is not sharded and has no masks yet, from data that is not a stream and has no "
-            "custom sampler, and if there is something to prune. Leave the criterion out of OneShot, or prune the "
-            "model before the run (sparse_train.prune)."
+            f"first_mask is {first}, but no one-shot pruning makes the first mask here: it does at start_step 0, if "
+            f"there is something to prune and there are no masks yet, and needs {_NEEDED}. Leave the criterion out of "
+            "OneShot, or prune the model before the run (sparse_train.prune)."
         )
     return None
-
-
-def _check_movable(solver: Solver, layers: Mapping[str, MaskedLayer]) -> None:
-    for name, layer in layers.items():
-        masters = "DeepSpeed would bring the old ones back: it holds float32 masters of them"
-        why = masters if layer.layout.has_masters else None if layer.weight.requires_grad else "they are frozen"
-        if why is not None:
-            raise ValueError(
-                f"The first mask is made by {solver}, which moves weights, and those of {name} cannot be moved: {why}. "
-                "Prune the model before the run and before it gets adapters (sparse-train prune), or use a criterion."
-            )
 
 
 def _model_and_batches(
@@ -108,22 +104,13 @@ def _model_and_batches(
 ) -> tuple[nn.Module, Sequence[Batch]] | None:
     """The model to calibrate, and this rank's batches for it; None if there is no such model, or too few batches."""
     reshard(root)
-    model, ranks, level = causal_lm(root, layers.values()), world_size(), logging.INFO
-    if any(layer.layout.is_sharded for layer in layers.values()):
-        reason = "the model is sharded, so its blocks cannot be calibrated one by one"
-    elif model is None:
-        reason = "the targets are not in one transformers model, whose blocks could be calibrated one by one"
-    else:
-        found = batches(-(-count // ranks) * ranks)  # the same number for each rank
-        if found is not None and len(found) >= ranks:
-            return model, found[rank() :: ranks]
-        level = logging.WARNING  # because it is a surprise
-        reason = (
-            "no batches could be taken from the training data for calibration, because it is a stream, has a sampler "
-            "of its own, or its batches are neither tensors of token ids nor dicts with input_ids. To start with a "
-            "mask, prune the model before the run: sparse_train.prune(model, batches, ..., squash=False)"
-        )
-    _log_dense_start(reason, level)
+    model, ranks = causal_lm(root, layers.values()), world_size()
+    walks = model is not None and not any(layer.layout.is_sharded for layer in layers.values())
+    found = batches(-(-count // ranks) * ranks) if walks else None  # the same number for each rank
+    if model is not None and found is not None and len(found) >= ranks:
+        return model, found[rank() :: ranks]
+    # missing batches are a surprise
+    _log_dense_start(f"one-shot pruning needs {_NEEDED}", logging.WARNING if walks else logging.INFO)
     return None
 
 
@@ -160,9 +147,6 @@ def _prune(
     return outliers
 
 
-# --- the model and the batches in a trainer --------------------------------------------------------------------------
-
-
 def causal_lm(root: nn.Module, layers: Iterable[MaskedLayer]) -> nn.Module | None:
     """The transformers model in ``root`` that holds all of ``layers``, if there is one."""
     wanted = set(layers)
@@ -182,24 +166,15 @@ def random_batches(
     """
     if isinstance(dataset, IterableDataset):
         return None  # reading a stream would take its first batches from training
-    own = DataLoader(
-        dataset,
-        batch_size=batch_size,
-        shuffle=True,
-        generator=torch.Generator().manual_seed(0),
-        collate_fn=collate_fn,
-    )
+    generator = torch.Generator().manual_seed(0)
+    own = DataLoader(dataset, batch_size=batch_size, shuffle=True, generator=generator, collate_fn=collate_fn)
     with isolated_rng():  # a data set may draw random numbers
         batches = list(itertools.islice(own, count))
     return batches if _usable(batches) else None
 
 
 def first_batches(loader: Iterable[Any], count: int) -> list[Batch]:
-    """The first batches of a loader for calibration, the same in each process; random states are restored.
-
-    Raises:
-        ValueError: it has no batches, or none that a model could use.
-    """
+    """The first batches of a loader for calibration, the same in each process; random states are restored."""
     with isolated_rng():
         torch.manual_seed(0)
         batches = list(itertools.islice(loader, count))
@@ -213,8 +188,5 @@ def first_batches(loader: Iterable[Any], count: int) -> list[Batch]:
 
 
 def _usable(batches: Sequence[Any]) -> bool:
-    return bool(batches) and all(_are_ids(b.get("input_ids") if isinstance(b, Mapping) else b) for b in batches)
-
-
-def _are_ids(batch: Any) -> bool:
-    return isinstance(batch, Tensor) and not (batch.is_floating_point() or batch.is_complex())
+    ids = [batch.get("input_ids") if isinstance(batch, Mapping) else batch for batch in batches]
+    return bool(ids) and all(isinstance(b, Tensor) and not (b.is_floating_point() or b.is_complex()) for b in ids)

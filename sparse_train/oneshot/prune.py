@@ -1,7 +1,7 @@
 """``prune``, for a model in memory, and ``prune_checkpoint``, for one that need not fit in memory."""
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +15,6 @@ from sparse_train.layers.masked_layer import MaskedLayer
 from sparse_train.layers.sparsify import sparsify, unmask
 from sparse_train.layers.targets import select
 from sparse_train.oneshot.experts import expert_matrices
-from sparse_train.oneshot.first_mask import causal_lm
 from sparse_train.oneshot.forwards import Batch
 from sparse_train.oneshot.walk import MemoryShelf, Method, OneshotReport, Plan, walk
 from sparse_train.patterns import Pattern
@@ -41,13 +40,11 @@ def prune(
 
     Decoder blocks are calibrated one after the other, each on the outputs of the blocks before it, which are already
     pruned (arXiv 2306.11695, section 3; SparseGPT does the same). Other models, and ``Unstructured(group="model")``,
-    are calibrated in one pass with dense activations. With a ``Solver`` or fused experts, weights change during the
-    walk; the original values are kept in main memory until the end, so that a failure leaves the model unchanged
-    (``prune_checkpoint`` needs no such copy).
+    are calibrated in one pass with dense activations. A failure leaves the model unchanged; for that, a ``Solver`` and
+    fused experts keep the original values in main memory until the end (``prune_checkpoint`` does not).
 
     Args:
-        model: any ``nn.Module`` with linear layers; on any device, of any float dtype. For a LightningModule without
-            its own forward, the transformers model in it is called.
+        model: any ``nn.Module`` with linear layers, which is called with the batches.
         batches: calibration data: token ids (B, L) or dicts of model inputs. Not needed by ``Magnitude``.
         mask_structure: "unstructured", "N:M" with N **kept** of every M consecutive inputs, or a ``Pattern``. With
             "unstructured", weights are compared in ``criterion.group``: an output row, or a layer for
@@ -60,10 +57,6 @@ def prune(
         squash: leave plain linear layers with true zeros. False keeps masks and shadow values, for training; fused
             experts, which cannot be masked in training, then stay dense.
         progress: show a progress bar.
-
-    Raises:
-        ValueError: no calibration data for a method that needs it, non-finite activations, a layer that no token
-            reached, or anything that ``select``, the pattern or the distribution refuse. The model is then unchanged.
     """
     plan = Plan.of(mask_structure, sparsity, criterion, distribution)
     selection = select(model, plan.pattern, targets, ignore, experts=squash)
@@ -78,7 +71,7 @@ def prune(
                 "merge_mask_lora(model) first."
             )
         layers = {**masked, **expert_matrices(selection.experts)}
-        shelf = MemoryShelf(_called(model, masked), layers, together=plan.pattern.model_wide)
+        shelf = MemoryShelf(model, layers, together=plan.pattern.model_wide)
         with shelf.restored_on_failure():
             report = walk(shelf, plan, batches, progress)
     except BaseException:
@@ -91,17 +84,8 @@ def prune(
     return report
 
 
-def _called(model: nn.Module, layers: Mapping[str, MaskedLayer]) -> nn.Module:
-    """The module that is called with calibration batches."""
-    lightning = next((cls for cls in type(model).__mro__ if cls.__name__ == "LightningModule"), None)
-    if lightning is None or type(model).forward is not vars(lightning).get("forward"):
-        return model
-    return causal_lm(model, layers.values()) or model
-
-
 def _warn_of_surprises(report: OneshotReport, wanted: float | None) -> None:
-    empty = [name for name, layer in report.layers.items() if layer.zeros == layer.size]
-    if empty:
+    if empty := [name for name, layer in report.layers.items() if layer.zeros == layer.size]:
         _log.warning(
             "All weights of %s%s are zero, so no information passes there. If they were not zero before, compare "
             "weights within rows and not in larger groups.",
@@ -110,10 +94,8 @@ def _warn_of_surprises(report: OneshotReport, wanted: float | None) -> None:
         )
     if wanted is not None and report.sparsity > wanted + 0.01:
         _log.warning(
-            "The model has a sparsity of %.4f, more than the %g that was asked for: it had zeros before, and they "
-            "stay zeros.",
-            report.sparsity,
-            wanted,
+            "The model has a sparsity of %.4f, more than the %g that was asked for: zeros that it had stay zeros.",
+            *(report.sparsity, wanted),
         )
 
 
@@ -141,16 +123,10 @@ def prune_checkpoint(
         out: folder to write, readable by ``from_pretrained``; must not exist. Until it is complete, finished blocks are
             in a folder next to it (``.NAME.partial``), and after an interruption the same call continues after them.
         batches: calibration data, see ``prune``; not needed by ``Magnitude``.
-        mask_structure, sparsity, criterion, distribution, targets, ignore: see ``prune``; targets outside the decoder
-            blocks and groups over the whole model need the whole model.
+        mask_structure, sparsity, criterion, distribution, targets, ignore, progress: see ``prune``; targets outside the
+            decoder blocks and groups over the whole model need the whole model.
         device: where blocks compute, one at a time.
         activations: where the outputs of a block are kept for the next one, "memory" or "disk".
-        progress: show a progress bar.
-
-    Raises:
-        ValueError: what ``prune`` refuses, an incomplete checkpoint, one that is not stored block by block, an
-            unfinished run with other settings at ``out``, or one in another process.
-        OSError: a file cannot be written. Finished blocks are kept.
     """
     from sparse_train.oneshot import disk  # needs safetensors
 

@@ -1,7 +1,4 @@
-"""``walk``: one-shot pruning of a model, one decoder block after the other, from the ``Shelf`` that holds its blocks.
-
-A block is loaded, calibrated on the outputs of the block before it, pruned, run again for the next one, and freed.
-"""
+"""``walk``: one-shot pruning, one decoder block after the other, from the ``Shelf`` that holds the blocks."""
 
 import time
 from abc import ABC, abstractmethod
@@ -17,7 +14,14 @@ from torch import Tensor, nn
 from sparse_train.arguments import require_type
 from sparse_train.blocks import blocks_of, shape_OI
 from sparse_train.criteria import Criterion, Wanda
-from sparse_train.distributions import LayerShape, Outliers, SparsityDistribution, Uniform, check_pattern, divide
+from sparse_train.distributions import (
+    LayerShape,
+    LayerSparsities,
+    Outliers,
+    SparsityDistribution,
+    Uniform,
+    check_pattern,
+)
 from sparse_train.layers import masks
 from sparse_train.layers.masked_layer import MaskedMatrix
 from sparse_train.oneshot.calibration import WAY_OUT, CalibrationPass
@@ -35,21 +39,15 @@ Method = Criterion | Solver
 
 @dataclass(frozen=True)
 class Plan:
-    """How a model is pruned in one shot.
-
-    Attributes:
-        method: how weights are chosen, and whether they move.
-        pattern: where zeros may be.
-        sparsity: over all targets; None if ``distribution`` gives all of them.
-        distribution: how the sparsity is divided among layers.
-        final: the sparsity that ``distribution`` divides, if ``sparsity`` is on the way to it.
-    """
+    """How a model is pruned in one shot."""
 
     method: Method
     pattern: Pattern
     sparsity: float | None
+    """Over all targets; None if ``distribution`` gives all of them."""
     distribution: SparsityDistribution = field(default_factory=Uniform)
     final: float | None = None
+    """What ``distribution`` divides, if ``sparsity`` is on the way to it."""
 
     @classmethod
     def of(
@@ -82,7 +80,6 @@ class Plan:
 
     @property
     def needs_data(self) -> bool:
-        """Whether it calibrates."""
         return self.statistics is not None or self.distribution.needs_outliers
 
 
@@ -115,16 +112,6 @@ class Shelf(ABC):
         targets: what is to be pruned, by name: linear layers, masked or not, and experts.
         device: where the model computes.
         together: calibrate all targets in one pass of the model, as if it had no blocks.
-
-    Attributes:
-        blocks: of the model, in their order.
-        shapes: size of each target, and the block that it is in.
-        keep: the device or folder where the outputs of a block are kept for the next one.
-        updates: of the targets that are done.
-        outliers: of each block, once they are measured.
-
-    Raises:
-        ValueError: a target is part of two blocks.
     """
 
     def __init__(
@@ -132,8 +119,10 @@ class Shelf(ABC):
     ) -> None:
         self.model, self.device = model, device
         self.keep: torch.device | Path = device
+        """Where the outputs of a block are kept for the next one."""
         self.shapes: dict[str, LayerShape] = {}
         self.updates: dict[str, LayerUpdate] = {}
+        """Of the targets that are done."""
         self.outliers: dict[int, float] = {}
         parts = {n: each.experts.parameter if isinstance(each, ExpertMatrix) else each for n, each in targets.items()}
         self.blocks = [] if together else blocks_of(model, parts.values())
@@ -145,8 +134,8 @@ class Shelf(ABC):
             found = places.get(id(parts[name]), [])
             if len(found) > 1:
                 raise ValueError(
-                    f"{name} is part of blocks {found[0]} and {found[1]}, which are calibrated one after the "
-                    f"other: each would prune it for itself. Leave it out with ignore=[{name!r}]. {WAY_OUT}"
+                    f"{name} is part of blocks {found[0]} and {found[1]}, and each would prune it for itself. Leave it "
+                    f"out with ignore=[{name!r}]. {WAY_OUT}"
                 )
             size_OI = each.experts.shape_OI if isinstance(each, ExpertMatrix) else shape_OI(each)
             self.shapes[name] = LayerShape(found[0] if found else None, *size_OI)
@@ -180,12 +169,7 @@ class Shelf(ABC):
 
 
 class MemoryShelf(Shelf):
-    """A model in memory.
-
-    Args:
-        model, together: see ``Shelf``.
-        layers: masked layers, and experts.
-    """
+    """A model in memory, and its masked layers and experts."""
 
     def __init__(self, model: nn.Module, layers: Mapping[str, Any], together: bool = False) -> None:
         super().__init__(model, layers, next(model.parameters()).device, together)
@@ -224,11 +208,8 @@ class MemoryShelf(Shelf):
 def walk(shelf: Shelf, plan: Plan, batches: Iterable[Batch] | None, progress: bool = False) -> OneshotReport:
     """Prune the targets of a shelf: those in blocks one block after the other, then the others, all together.
 
-    Args:
-        shelf: its masks are set; weights change only with a ``Solver``, and experts get their zeros.
-        plan: how to prune.
-        batches: calibration data, if the plan needs it.
-        progress: show a progress bar.
+    A block is loaded, calibrated on the outputs of the block before it, pruned, run again for the next one, and freed.
+    Masks are set; weights change only with a ``Solver``, and experts get their zeros.
 
     Raises:
         ValueError: no calibration data, or data that the model could not use; blocks that do not run one by one;
@@ -244,10 +225,9 @@ def walk(shelf: Shelf, plan: Plan, batches: Iterable[Batch] | None, progress: bo
         calibration = CalibrationPass(shelf.model, shelf.blocks, batches, shelf.device, shelf.keep)
         if plan.distribution.needs_outliers and not shelf.outliers:
             shelf.outliers = _measure_outliers(shelf, plan.distribution, calibration, progress)
-    sparsity: float | dict[str, float] | None = plan.sparsity
-    if not isinstance(plan.distribution, Uniform):
-        sparsity = divide(plan.distribution, plan.pattern, shelf.shapes, plan.sparsity, shelf.outliers, plan.final)
-    assert sparsity is not None
+    final = plan.sparsity if plan.final is None else plan.final
+    division = LayerSparsities(plan.distribution, shelf.shapes, plan.pattern, final, shelf.outliers)
+    sparsity = division.at(plan.sparsity)
 
     def prune(block: int | None) -> None:
         layers = shelf.load(block)
@@ -270,11 +250,11 @@ def walk(shelf: Shelf, plan: Plan, batches: Iterable[Batch] | None, progress: bo
 
 
 def _shown(blocks: range, label: str, progress: bool) -> Iterator[int]:
-    """The numbers of the blocks, with a progress bar in a terminal, and with a line a minute elsewhere."""
-    if not progress:
+    """The numbers of the blocks, with a progress bar."""
+    if not progress:  # tqdm is not needed to prune
         yield from blocks
         return
-    from sparse_train.terminal import bar  # tqdm is not needed to prune
+    from sparse_train.terminal import bar
 
     with bar(label, shown=True) as shown:
         shown.total = len(blocks)
@@ -315,8 +295,8 @@ def _prune_layers(
         check_statistics(layers)
         updates = {}
         for name, layer in layers.items():
-            own = sparsity[name] if isinstance(sparsity, Mapping) else sparsity
             save(layer)
+            own = sparsity[name] if isinstance(sparsity, Mapping) else sparsity
             updates[name] = _solve(name, layer, plan.method, plan.pattern, own)
     else:
         updates = update_masks(layers, Rules(plan.method, plan.pattern, sparsity))

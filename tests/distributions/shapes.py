@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from sparse_train.distributions import LayerShape
+from sparse_train.distributions import LayerShape, LayerSparsities
 
 
 def decoder(blocks=2, hidden=8, inner=12):
@@ -17,6 +17,10 @@ def decoder(blocks=2, hidden=8, inner=12):
 
 HEAD = {"lm_head": LayerShape(None, 20, 8)}
 TOTAL = 2 * (64 + 96 + 96)  # weights of decoder()
+
+
+def divide(distribution, pattern, shapes, sparsity, outliers):
+    return LayerSparsities(distribution, shapes, pattern, sparsity, outliers).at(sparsity)
 
 
 def short(found):

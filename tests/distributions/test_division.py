@@ -3,9 +3,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparse_train.distributions import OWL, Explicit, LayerShape, PerBlock, check_pattern, divide, fit_counts
+from sparse_train.distributions import OWL, Explicit, LayerShape, PerBlock, check_pattern, fit_counts
 from sparse_train.patterns import NM, Pattern, Unstructured
-from tests.distributions.shapes import HEAD, TOTAL, decoder, over_all, zeros
+from tests.distributions.shapes import HEAD, TOTAL, decoder, divide, over_all, zeros
 
 ROWS, LAYER = Unstructured("row"), Unstructured("layer")
 
@@ -118,8 +118,8 @@ def test_a_pattern_of_ones_own_gets_its_sparsities():
 def test_patterns_that_leave_nothing_to_divide(distribution):
     name = type(distribution).__name__
     with pytest.raises(ValueError, match=f"2:4 has one sparsity, 0.5, in every layer: {name} cannot change that"):
-        divide(distribution, NM(2, 4), decoder(), 0.5, {0: 0.1, 1: 0.2})
+        check_pattern(distribution, NM(2, 4))
     with pytest.raises(ValueError, match=f"already divides the sparsity: {name} cannot.*Use Unstructured"):
-        divide(distribution, Unstructured("model"), decoder(), 0.5, {0: 0.1, 1: 0.2})
+        check_pattern(distribution, Unstructured("model"))
     check_pattern(distribution, ROWS)
     check_pattern(distribution, LAYER)

@@ -1,7 +1,6 @@
 """Runs with a teacher beside a model being pruned."""
 
 import copy
-import logging
 import math
 
 import lightning as L
@@ -307,17 +306,3 @@ def test_logits_need_no_teacher_of_the_same_shape(model_folder, data, tmp_path):
     module, watch = CausalLM(str(model_folder), distillation=Distillation(str(tmp_path / "larger"))), Watch()
     fit(module, data(), watch, max_steps=2)
     assert watch.metrics[-1]["train/loss_kldiv"] > 0
-
-
-def test_a_sparse_teacher_is_pointed_out(tmp_path, caplog, model_folder):
-    pruned = tiny_llama()
-    for layer in pruned.model.layers:
-        layer.mlp.up_proj.weight.data[:, ::2] = 0
-        layer.mlp.gate_proj.weight.data[:, ::2] = 0
-        layer.mlp.down_proj.weight.data[:, ::2] = 0
-    pruned.save_pretrained(tmp_path / "pruned")
-    with caplog.at_level(logging.WARNING):
-        Distillation().load_teacher(Pretrained(str(model_folder)), tiny_llama())
-        assert not caplog.text
-        Distillation().load_teacher(Pretrained(str(tmp_path / "pruned")), tiny_llama())
-    assert "is sparse itself" in caplog.text

@@ -1,6 +1,5 @@
 import copy
 
-import lightning as L
 import pytest
 import torch
 from torch import nn
@@ -228,24 +227,6 @@ def test_any_module_with_linear_layers():
     prune(model, batches, "2:4")
     assert torch.equal(model[0].weight != 0, expected)
     assert (model[4].weight != 0).all()
-
-
-def test_of_a_lightning_module_the_model_in_it_is_called(ids):
-    class Module(L.LightningModule):  # without a forward
-        def __init__(self):
-            super().__init__()
-            self.model = tiny_llama()
-
-    class Doubled(Module):  # with one, which is not the model's
-        def forward(self, text):
-            return self.model(inputs_embeds=2 * self.model.get_input_embeddings()(text))
-
-    module, alone, doubled = Module(), tiny_llama(), Doubled()
-    prune(module, ids)
-    prune(alone, ids)
-    prune(doubled, [{"text": each} for each in ids])
-    assert all(map(torch.equal, module.parameters(), alone.parameters()))
-    assert not all(map(torch.equal, doubled.parameters(), alone.parameters()))
 
 
 def test_named_layers_outside_the_blocks_come_last(ids):

@@ -6,6 +6,7 @@ Shape suffixes: O out_features, I in_features.
 import math
 import re
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -206,32 +207,28 @@ class OWL(SparsityDistribution):
 
     def sparsities(self, shapes: Shapes, sparsity: float | None, outliers: Outliers) -> dict[str, float]:
         model_wide = required(self, sparsity)
-        sizes: dict[int, int] = {}
+        sizes: Counter[int] = Counter()
         for shape in shapes.values():
             if shape.block is not None:
-                sizes[shape.block] = sizes.get(shape.block, 0) + shape.size
+                sizes[shape.block] += shape.size
         if not sizes:
             raise ValueError("OWL compares decoder blocks, but no targeted layer is in one. Use Uniform or Explicit.")
         assert sizes.keys() <= outliers.keys(), (sizes, outliers)
-        blocks = self._blocks(sizes, model_wide, outliers)
-        return {name: model_wide if s.block is None else blocks[s.block] for name, s in shapes.items()}
-
-    def _blocks(self, sizes: Mapping[int, int], sparsity: float, outliers: Outliers) -> dict[int, float]:
         low, high = min(outliers[block] for block in sizes), max(outliers[block] for block in sizes)
         if low == high:
-            return dict.fromkeys(sizes, sparsity)
+            return dict.fromkeys(shapes, model_wide)
         scaled = {block: 2 * (outliers[block] - low) / (high - low) for block in sizes}  # in units of owl_lmbda
         mean = sum(scaled[block] * size for block, size in sizes.items()) / sum(sizes.values())
-        found = {block: sparsity - self.owl_lmbda * (scaled[block] - mean) for block in sizes}
+        found = {block: model_wide - self.owl_lmbda * (scaled[block] - mean) for block in sizes}
         if min(found.values()) < -1e-12 or max(found.values()) >= 1:
             # the densest block may be fully dense, the sparsest must keep something
-            bound = min(sparsity / (2 - mean), (1 - sparsity) / mean * (1 - 1e-6))
+            bound = min(model_wide / (2 - mean), (1 - model_wide) / mean * (1 - 1e-6))
             raise ValueError(
-                f"owl_lmbda={self.owl_lmbda:g} at a sparsity of {sparsity:g} would give blocks sparsities from "
+                f"owl_lmbda={self.owl_lmbda:g} at a sparsity of {model_wide:g} would give blocks sparsities from "
                 f"{min(found.values()):.4g} to {max(found.values()):.4g}. Make owl_lmbda at most "
                 f"{math.floor(bound * 1e4) / 1e4:g}."
             )
-        return {block: max(0.0, value) for block, value in found.items()}
+        return {n: model_wide if s.block is None else max(0.0, found[s.block]) for n, s in shapes.items()}
 
 
 def outlier_share(scores: Iterable[Callable[[], Tensor]], owl_m: float) -> float:

@@ -127,16 +127,10 @@ class Timing:
         total_steps: int | float | None,
         first_from_window: bool,
     ) -> "Timing":
-        """Turn what users write (int = steps, float = share) into steps.
+        """Turn what users write into steps; arguments as in ``PruningConfig``.
 
-        Args:
-            start_step, end_step: float = share of ``total_steps``.
-            update_freq: steps between updates.
-            window: float = share of ``update_freq``.
-            total_steps: length of the run; needed if steps are given as a share of it.
-            first_from_window: whether the first mask needs recorded activations; ``start_step`` then waits for them.
+        If ``first_from_window``, the first mask needs recorded activations, and ``start_step`` waits for them.
         """
-        update_freq = check_update_freq(update_freq)
         if total_steps is not None and total_steps < 1:
             raise ValueError(f"total_steps is the number of optimizer steps of the run, at least 1, got {total_steps}.")
         if isinstance(window, float):

@@ -145,11 +145,13 @@ def _prune_block(
 ) -> Tensor:
     """Prune a block of columns in place; returns the errors (O, B) that the columns after it have to compensate."""
     step = pattern.m if isinstance(pattern, NM) else work_OB.shape[1]
-    errors_OB = torch.zeros_like(work_OB)
+    errors_OB, has_dead = torch.zeros_like(work_OB), bool(diagonal_B.isinf().any())
     for column in range(work_OB.shape[1]):
         if column % step == 0:
             part = slice(column, column + step)
             scores_OB = (work_OB[:, part] / diagonal_B[part]).square()
+            if has_dead:
+                scores_OB[work_OB[:, part] == 0] = -torch.inf  # zeros are pruned before other weights with score 0
             if fixed_OB is not None:
                 scores_OB[fixed_OB[:, part]] = -torch.inf
             mask_OB[:, part] = pattern.mask(scores_OB, sparsity)

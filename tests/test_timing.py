@@ -1,6 +1,5 @@
 import math
 
-import numpy as np
 import pytest
 
 from sparse_train.schedules import Cubic, Linear, Timing
@@ -62,17 +61,9 @@ def test_next_update_and_progress():
     assert timing(end_step=0).progress(0) == 1
 
 
-def test_whole_numbers_of_numpy_are_whole_numbers():
-    found = timing(update_freq=np.int64(50), end_step=1.0)
-    assert updates(found) == [0, 50, 100] and type(found.update_freq) is int
-    with pytest.raises(ValueError, match=r"update_freq .* got 10\.0"):
-        timing(update_freq=10.0)
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"update_freq": 0}, "update_freq is the number of steps"),
         ({"window": 11}, "window must be from 1 to update_freq"),
         ({"window": 0.0}, "window as a share"),
         ({"start_step": -1}, "start_step as a number of steps"),

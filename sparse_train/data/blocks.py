@@ -139,19 +139,16 @@ def calibration_batches(
     documents, generator = text.documents("train"), torch.Generator().manual_seed(seed)
     if sampling == "documents":
         samples = list(islice(_parts(documents, tokenizer, max_seq_length, generator), num_calibration_samples))
-        what = f"documents that are longer than max_seq_length={max_seq_length} tokens"
     else:
         blocks = blocks_of(documents, tokenizer, max_seq_length)
         order = torch.randperm(len(blocks), generator=generator)[:num_calibration_samples]
         samples = list(blocks.select(order.tolist()).remove_columns("labels"))
-        what = f"calibration samples of {max_seq_length} tokens"
         if all(sample["attention_mask"].all() for sample in samples):  # only conversations are padded
             samples = [{"input_ids": sample["input_ids"]} for sample in samples]
     if len(samples) < num_calibration_samples:
         raise ValueError(
-            f"The training split of {text.name} gives {len(samples)} {what}, fewer than "
-            f"num_calibration_samples={num_calibration_samples}. Give more text, or ask for fewer or shorter samples"
-            + ("." if sampling == "packed" else ', or for sampling="packed".')
+            f"The training split of {text.name} gives {len(samples)} calibration samples of {max_seq_length} tokens, "
+            f"fewer than num_calibration_samples={num_calibration_samples}. Give more text, or ask for less."
         )
     return [default_collate(samples[start : start + batch_size]) for start in range(0, len(samples), batch_size)]
 

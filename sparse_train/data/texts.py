@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from sparse_train.arguments import did_you_mean
 from sparse_train.models.sources import packaged_file
@@ -129,9 +129,7 @@ class HubText(TextSource):
     path: str
     subset: str | None = None
     column: str = "text"
-    splits: dict[Split, str] = field(
-        default_factory=lambda: {"train": "train", "validation": "validation", "test": "test"}
-    )
+    splits: dict[Split, str] = field(default_factory=lambda: {split: split for split in get_args(Split)})
     max_documents: int | None = None
     separator: str = "\n\n"
     revision: str | None = None

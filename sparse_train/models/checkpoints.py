@@ -153,12 +153,8 @@ def _read_fsdp2(path: Path) -> dict[str, Tensor]:
 
 
 def _read_deepspeed(path: Path) -> dict[str, Any]:
-    try:
-        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-    except ImportError as error:
-        raise ValueError(
-            f"{path} was written by DeepSpeed, and reading it needs the package: pip install 'sparse-train[deepspeed]'."
-        ) from error
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
     # every rank has written a file; apart from the model's state, they are the same
     states = sorted((path / _DEEPSPEED_TAG).glob("*model_states.pt"))[0]
     content = load_plain(states)

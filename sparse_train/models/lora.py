@@ -59,16 +59,16 @@ class LoRA(ModelSource):
         return self._base.tokenizer()
 
     def load(self) -> Any:
-        peft, base = _peft(), self._base.load()
+        import peft
+
+        base = self._base.load()
         if self.adapter is not None:
             if not (Path(self.adapter) / "adapter_config.json").is_file():  # peft would ask the hub
                 raise ValueError(f"There is no adapter of peft in {self.adapter!r}: it has no adapter_config.json.")
-            model = peft.PeftModel.from_pretrained(base, self.adapter, is_trainable=True)
-        else:
-            own = {name: getattr(self, name) for name in ("r", "lora_alpha", "lora_dropout")}
-            config = peft.LoraConfig(**own, target_modules=list(self.target_modules), task_type="CAUSAL_LM")
-            model = peft.get_peft_model(base, config)
-        return model
+            return peft.PeftModel.from_pretrained(base, self.adapter, is_trainable=True)
+        own = {name: getattr(self, name) for name in ("r", "lora_alpha", "lora_dropout")}
+        config = peft.LoraConfig(**own, target_modules=list(self.target_modules), task_type="CAUSAL_LM")
+        return peft.get_peft_model(base, config)
 
 
 def is_peft(model: Any) -> bool:
@@ -83,7 +83,8 @@ def adapter_config(model: Any) -> str | None:
 
 def wrap(model: nn.Module, config: str) -> Any:
     """A model with a new adapter of these settings."""
-    peft = _peft()
+    import peft
+
     return peft.get_peft_model(model, peft.PeftConfig.from_peft_type(**json.loads(config)))
 
 
@@ -106,14 +107,18 @@ def base_of(model: Any, state: Mapping[str, Tensor] | None = None) -> tuple[dict
     base = model.get_base_model()
     own = None if state is None else {name.removeprefix("base_model.model."): value for name, value in state.items()}
     adapters = tuple(f"{name}." for name in adapter_names(base))
+
+    def bare(name: str) -> str:  # in the model that peft has put inside its own
+        return re.sub(r"\.base_layer\b", "", name)
+
     if copied := next((name for name, _ in base.named_modules() if name.endswith(".modules_to_save")), None):
         raise ValueError(
             f"The adapter holds a copy of a whole module ({copied}, peft's modules_to_save), which is not "
             "exported. Leave modules_to_save out, or save the model yourself: model.save_pretrained."
         )
     folded = folded_state_dict(base, base.state_dict() if own is None else own)
-    return {_bare(name): value for name, value in folded.items() if not name.startswith(adapters)}, [
-        replace(layer, name=_bare(layer.name))
+    return {bare(name): value for name, value in folded.items() if not name.startswith(adapters)}, [
+        replace(layer, name=bare(layer.name))
         for layer in layer_sparsities(base, own)
         if not f"{layer.name}.".startswith(adapters)
     ]
@@ -128,16 +133,3 @@ def card_row(model: Any) -> str:
         f"`PeftModel.from_pretrained(model, '<this folder>/{FOLDER}')`; not included in the weights counted here, and "
         "merging it into them loses their zeros"
     )
-
-
-def _bare(name: str) -> str:
-    """The name in the bare model of what peft has put inside an adapter."""
-    return re.sub(r"\.base_layer\b", "", name)
-
-
-def _peft() -> Any:
-    try:
-        import peft
-    except ImportError as error:
-        raise ValueError("LoRA needs the package peft: pip install 'sparse-train[peft]'.") from error
-    return peft

@@ -92,15 +92,9 @@ def _weight_files(folder: Path) -> list[Path]:
             "model in memory instead (streaming=False), or save it with save_pretrained first."
         )
     try:
-        files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+        return sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{index} is not the index of a checkpoint ({error!r}). Download it again.") from error
-    for file in files:
-        if file.parent != folder:
-            raise ValueError(f"{index} names {file}, which is outside its folder. Download the checkpoint again.")
-        if not file.is_file():
-            raise ValueError(f"{index} names {file.name}, which is not there. Complete the checkpoint first.")
-    return files
 
 
 @contextmanager

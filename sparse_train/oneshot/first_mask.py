@@ -19,7 +19,7 @@ from sparse_train.layers.masked_layer import MaskedLayer
 from sparse_train.oneshot.forwards import Batch
 from sparse_train.oneshot.walk import MemoryShelf, Plan, walk
 from sparse_train.pruning.config import FirstWindow, OneShot, PruningConfig
-from sparse_train.pruning.update import check_masks, shapes_of
+from sparse_train.pruning.update import check_masks
 from sparse_train.solvers import Solver
 
 _log = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ def set_first_mask(
         if found is not None:
             plan = Plan(method, config.pattern, config.first_sparsity, config.distribution, config.sparsity_at(1.0))
             with autocast:
-                return _prune(root, layers, plan, *found, progress)
+                return _prune(layers, plan, *found, progress)
     if first.criterion is not None:
         raise ValueError(
             f"first_mask is {first}, but no one-shot pruning makes the first mask here: it does at start_step 0, if "
@@ -97,10 +97,7 @@ def set_first_mask(
 
 
 def _model_and_batches(
-    root: nn.Module,
-    layers: Mapping[str, MaskedLayer],
-    count: int,
-    batches: Callable[[int], Sequence[Batch] | None],
+    root: nn.Module, layers: Mapping[str, MaskedLayer], count: int, batches: Callable[[int], Sequence[Batch] | None]
 ) -> tuple[nn.Module, Sequence[Batch]] | None:
     """The model to calibrate, and this rank's batches for it; None if there is no such model, or too few batches."""
     reshard(root)
@@ -120,20 +117,15 @@ def _log_dense_start(reason: str, level: int = logging.INFO) -> None:
 
 
 def _prune(
-    root: nn.Module,
-    layers: Mapping[str, MaskedLayer],
-    plan: Plan,
-    model: nn.Module,
-    batches: Sequence[Batch],
-    progress: bool,
+    layers: Mapping[str, MaskedLayer], plan: Plan, model: nn.Module, batches: Sequence[Batch], progress: bool
 ) -> Outliers | None:
-    """Set the masks of a model in ``root``."""
+    """Set the masks of a model in the module that is trained."""
     assert plan.sparsity is not None and plan.final is not None
     shelf = MemoryShelf(model, layers, together=plan.pattern.model_wide)
     try:
         with shelf.restored_on_failure():
             outliers = walk(shelf, plan, batches, progress).outliers or None
-            division = LayerSparsities(plan.distribution, shapes_of(root, layers), plan.pattern, plan.final, outliers)
+            division = LayerSparsities(plan.distribution, shelf.shapes, plan.pattern, plan.final, outliers)
             check_masks(layers, plan.pattern, division.at(plan.sparsity))  # of a user's own solver
     except Exception as error:
         error.add_note(

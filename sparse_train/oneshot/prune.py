@@ -131,8 +131,6 @@ def prune_checkpoint(
     from sparse_train.oneshot import disk  # needs safetensors
 
     path, out = Path(path), Path(out)
-    if activations not in ("memory", "disk"):
-        raise ValueError(f'activations wait in "memory" or on "disk", got {activations!r}.')
     plan = Plan.of(mask_structure, sparsity, criterion, distribution)
     if plan.pattern.model_wide:
         raise ValueError(f"{plan.pattern} compares over the whole model, which is never in memory here. Use prune.")

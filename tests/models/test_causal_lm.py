@@ -33,33 +33,33 @@ def data(model_folder, text_file):
     )
 
 
-def fit(module, data, *callbacks, **settings):
-    trainer = L.Trainer(
-        **(
-            {
-                "max_steps": 10,
-                "logger": False,
-                "enable_progress_bar": False,
-                "accelerator": "cpu",
-                "enable_model_summary": False,
-                "enable_checkpointing": False,
-            }
-            | settings
-        ),
-        callbacks=list(callbacks),
-    )
-    trainer.fit(module, data)
+def fit(module, data, *callbacks, ckpt_path=None, **settings):
+    settings = {
+        "max_steps": 10,
+        "logger": False,
+        "enable_progress_bar": False,
+        "accelerator": "cpu",
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    } | settings
+    trainer = L.Trainer(**settings, callbacks=list(callbacks))
+    trainer.fit(module, data, ckpt_path=ckpt_path, weights_only=False)
     return trainer
+
+
+class Rates(L.Callback):
+    """The learning rate of each step."""
+
+    def __init__(self, rates):
+        self.rates = rates
+
+    def on_train_batch_start(self, trainer, *args):
+        self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
 
 
 def test_learning_rate_warms_up_and_decays_to_zero(model_folder, data):
     rates = []
-
-    class Watch(L.Callback):
-        def on_train_batch_start(self, trainer, *args):
-            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
-
-    fit(CausalLM(str(model_folder), lr=1e-3, warmup=0.3), data, Watch())
+    fit(CausalLM(str(model_folder), lr=1e-3, warmup=0.3), data, Rates(rates))
     assert rates[:4] == pytest.approx([1e-3 / 3, 2e-3 / 3, 1e-3, 1e-3])
     assert rates[4:] == sorted(rates[4:], reverse=True)
     assert 0 < rates[-1] < 1e-4
@@ -97,12 +97,7 @@ def test_validation_perplexity_is_over_tokens(model_folder, data):
 
 def test_a_second_fit_has_a_whole_schedule_of_its_own(model_folder, data):
     module, rates = CausalLM(str(model_folder), lr=1e-3, warmup=0.3), []
-
-    class Watch(L.Callback):
-        def on_train_batch_start(self, trainer, *args):
-            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
-
-    trainer = fit(module, data, Watch(), max_steps=5)
+    trainer = fit(module, data, Rates(rates), max_steps=5)
     trainer.fit_loop.epoch_loop.max_steps = 10
     trainer.fit(module, data)
     assert rates[5:] == pytest.approx(rates[:5])
@@ -110,34 +105,24 @@ def test_a_second_fit_has_a_whole_schedule_of_its_own(model_folder, data):
 
 def test_a_resumed_fit_keeps_the_schedule_of_the_whole_run(model_folder, data, tmp_path):
     rates = []
-
-    class Watch(L.Callback):
-        def on_train_batch_start(self, trainer, *args):
-            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
-
-    fit(CausalLM(str(model_folder), lr=1e-3), data, Watch())
+    fit(CausalLM(str(model_folder), lr=1e-3), data, Rates(rates))
     saver = L.pytorch.callbacks.ModelCheckpoint(tmp_path, every_n_train_steps=5, save_top_k=-1, filename="{step}")
     module = CausalLM(str(model_folder), lr=1e-3)
-    trainer = fit(module, data, Watch(), saver, max_steps=10, enable_checkpointing=True)
+    trainer = fit(module, data, Rates(rates), saver, max_steps=10, enable_checkpointing=True)
     trainer.fit(module, data, ckpt_path=tmp_path / "step=5.ckpt", weights_only=False)  # in the same trainer
     assert rates[20:] == pytest.approx(rates[5:10])
 
 
 def test_a_resumed_second_fit_keeps_its_schedule(model_folder, data, tmp_path):
     rates = []
-
-    class Watch(L.Callback):
-        def on_train_batch_start(self, trainer, *args):
-            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
-
     saver = L.pytorch.callbacks.ModelCheckpoint(tmp_path, every_n_train_steps=5, save_top_k=-1, filename="{step}")
     module = CausalLM(str(model_folder), lr=1e-3)
-    trainer = fit(module, data, Watch(), saver, max_steps=5, enable_checkpointing=True)
+    trainer = fit(module, data, Rates(rates), saver, max_steps=5, enable_checkpointing=True)
     trainer.fit_loop.epoch_loop.max_steps = 15
     trainer.fit(module, data)
     path = tmp_path / "step=10.ckpt"
     again = {"max_steps": 15, "logger": False, "accelerator": "cpu", "enable_progress_bar": False}
-    resumed = L.Trainer(**again, enable_checkpointing=False, callbacks=[Watch()])
+    resumed = L.Trainer(**again, enable_checkpointing=False, callbacks=[Rates(rates)])
     resumed.fit(CausalLM(str(model_folder), lr=1e-3), data, ckpt_path=path, weights_only=False)
     assert len(rates) == 20
     assert rates[15:] == pytest.approx(rates[10:15])
@@ -166,10 +151,11 @@ def test_validation_sums_are_float32_in_true_half_precision(model_folder, data, 
     assert logged["val/loss"] == pytest.approx(once["val/loss"], rel=1e-5)
 
 
-def test_gradient_checkpointing_changes_nothing(model_folder, data):
+@pytest.mark.parametrize("distillation", [None, Distillation(hardness_squarehead=1.0)])
+def test_gradient_checkpointing_changes_nothing(model_folder, data, distillation):
     states = []
     for checkpointing in (False, True):
-        module = CausalLM(str(model_folder), gradient_checkpointing=checkpointing)
+        module = CausalLM(str(model_folder), gradient_checkpointing=checkpointing, distillation=distillation)
         fit(module, data, DynamicPruning("2:4", update_freq=4))
         states.append(module.state_dict())
     assert all(torch.allclose(states[0][key], states[1][key], atol=1e-6) for key in states[0])
@@ -193,12 +179,7 @@ def test_another_optimizer_and_schedule_are_named_by_their_classes(model_folder,
     parser.add_lightning_class_args(CausalLM, "model")
     arguments = parser.parse_args([f"--config={recipe}", f"--model.model={model_folder}"])
     module, rates = parser.instantiate_classes(arguments).model, []
-
-    class Watch(L.Callback):
-        def on_train_batch_start(self, trainer, *args):
-            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
-
-    trainer = fit(module, data, Watch(), max_steps=3)
+    trainer = fit(module, data, Rates(rates), max_steps=3)
     assert rates == [0.5, 0.25, 0.125]
     (group,) = trainer.optimizers[0].param_groups
     assert type(trainer.optimizers[0]) is torch.optim.SGD and group["momentum"] == 0.9

@@ -15,6 +15,7 @@ from sparse_train.models.causal_lm import CausalLM
 from sparse_train.models.distillation import Distillation, Teacher
 from sparse_train.models.sources import Pretrained
 from tests.conftest import tiny_llama, tiny_tokenizer
+from tests.models.test_causal_lm import fit
 from tests.reference import distillation_losses
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -65,20 +66,6 @@ def data(model_folder, text_file):
         batch_size=4,
         max_validation_blocks=6,
     )
-
-
-def fit(module, data, *callbacks, ckpt_path=None, **settings):
-    settings = {
-        "max_steps": 10,
-        "logger": False,
-        "enable_progress_bar": False,
-        "accelerator": "cpu",
-        "enable_model_summary": False,
-        "enable_checkpointing": False,
-    } | settings
-    trainer = L.Trainer(**settings, callbacks=list(callbacks))
-    trainer.fit(module, data, ckpt_path=ckpt_path, weights_only=False)
-    return trainer
 
 
 class Watch(L.Callback):
@@ -253,19 +240,6 @@ def test_another_teacher_is_named_by_its_source(model_folder, data, tmp_path):
     expected = distillation_losses(student, teacher, watch.batch["labels"], 2.0)
     logged = [watch.metrics[0][f"train/loss_{name}"] for name in ("ce", "kldiv")]
     assert logged == pytest.approx([loss.item() for loss in expected], rel=1e-4)
-
-
-def test_gradient_checkpointing_changes_nothing(model_folder, data):
-    states = []
-    for checkpointing in (False, True):
-        module = CausalLM(
-            str(model_folder),
-            gradient_checkpointing=checkpointing,
-            distillation=Distillation(hardness_squarehead=1.0),
-        )
-        fit(module, data(), DynamicPruning("2:4", update_freq=4))
-        states.append(module.state_dict())
-    assert all(torch.allclose(states[0][key], states[1][key], atol=1e-6) for key in states[0])
 
 
 def test_a_learning_rate_finder_in_front_has_the_teacher_too(model_folder, data):

@@ -67,7 +67,7 @@ class Ramp(Schedule):
 
 @dataclass(frozen=True)
 class Linear(Ramp):
-    """From ``init_sparsity`` to ``final_sparsity`` in a straight line, then constant; arguments as in ``Ramp``."""
+    """A straight line from ``init_sparsity`` to ``final_sparsity`` at the share ``ramp`` of the way, then constant."""
 
     def sparsity(self, progress: float) -> float:
         risen = self.risen(progress)
@@ -77,7 +77,7 @@ class Linear(Ramp):
 
 @dataclass(frozen=True)
 class Cubic(Ramp):
-    """``s_f + (s_i - s_f) (1 - progress / ramp)^3``: fast at first, slow near the end; arguments as in ``Ramp``.
+    """``s_f + (s_i - s_f) (1 - progress / ramp)^3``: fast at first, slow near the end of the ramp, then ``s_f``.
 
     Source: Zhu and Gupta, "To prune, or not to prune", arXiv 1710.01878, equation 1.
     """

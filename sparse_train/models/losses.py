@@ -31,7 +31,7 @@ def next_token_loss(logits_BLV: Tensor, labels_BL: Tensor) -> tuple[Tensor, Tens
         Mean loss (float32 scalar, nats per token) and the number of tokens in it (int64 scalar).
     """
     labels_T = _shifted(labels_BL)
-    (loss,) = _chunked_sums(_text_sums, None, logits_BLV.flatten(0, 1), labels_T)
+    (loss,) = _chunked_sums(_text_sums, _text_gradient, None, logits_BLV.flatten(0, 1), labels_T)
     tokens = (labels_T != IGNORED).sum()
     return loss / tokens.clamp(min=1), tokens
 
@@ -54,8 +54,9 @@ def logit_losses(
     """
     labels_T = _shifted(labels_BL)
     tokens_N = (labels_T != IGNORED).nonzero().squeeze(1)
-    operands_T = student_BLV.flatten(0, 1), teacher_BLV.flatten(0, 1), labels_T
-    ce, kldiv = _chunked_sums(partial(_logit_sums, temperature), tokens_N, *operands_T) / max(1, len(tokens_N))
+    sums, gradient = (partial(each, temperature=temperature) for each in (_logit_sums, _logit_gradient))
+    sums_K = _chunked_sums(sums, gradient, tokens_N, student_BLV.flatten(0, 1), teacher_BLV.flatten(0, 1), labels_T)
+    ce, kldiv = sums_K / max(1, len(tokens_N))
     return ce, kldiv
 
 
@@ -76,7 +77,7 @@ def squarehead_loss(
     for student_BLH, teacher_BLH in zip(student_states, teacher_states, strict=True):
         operands_TH = student_BLH.flatten(0, 1), teacher_BLH.flatten(0, 1)
         # sums instead of means: the numbers of tokens and features cancel out
-        distance, size = _chunked_sums(_squared_sums, tokens_N, *operands_TH)
+        distance, size = _chunked_sums(_squared_sums, _squared_gradient, tokens_N, *operands_TH)
         losses.append(distance / size.clamp(min=torch.finfo(size.dtype).tiny))
     return torch.stack(losses).sum()
 
@@ -99,23 +100,43 @@ def _shifted(labels_BL: Tensor) -> Tensor:
     return F.pad(labels_BL[:, 1:], (0, 1), value=IGNORED).flatten()
 
 
-# --- sums over the tokens of a chunk ---------------------------------------------------------------------------------
+# --- sums over the tokens of a chunk, and their gradients for the student's rows --------------------------------------
+# Gradients by hand: 1.4 to 1.8 times as fast as autograd's, over a vocabulary of 49,152 on a CPU.
 
 
 def _text_sums(logits_CV: Tensor, labels_C: Tensor) -> Tensor:
-    # filled, since a NaN in a row without a loss would still reach its gradient
-    logits_CV = logits_CV.float().masked_fill((labels_C == IGNORED)[:, None], 0)
-    return F.cross_entropy(logits_CV, labels_C, ignore_index=IGNORED, reduction="sum")[None]
+    return F.cross_entropy(logits_CV.float(), labels_C, ignore_index=IGNORED, reduction="sum")[None]
 
 
-def _logit_sums(temperature: float, student_CV: Tensor, teacher_CV: Tensor, labels_C: Tensor) -> Tensor:
+def _text_gradient(grad_K: Tensor, logits_CV: Tensor, labels_C: Tensor) -> Tensor:
+    # softmax(logits) - one_hot(label)
+    ignored_C = labels_C == IGNORED
+    grad_CV = F.softmax(logits_CV.float(), dim=-1)
+    grad_CV.scatter_add_(1, labels_C.masked_fill(ignored_C, 0)[:, None], -torch.ones_like(grad_CV[:, :1]))
+    return grad_CV.mul_(grad_K).masked_fill_(ignored_C[:, None], 0)
+
+
+def _logit_sums(student_CV: Tensor, teacher_CV: Tensor, labels_C: Tensor, temperature: float) -> Tensor:
     student_CV, teacher_CV = student_CV.float(), teacher_CV.float()
     ce = F.cross_entropy(student_CV, labels_C, reduction="sum")
     log_q_CV = F.log_softmax(student_CV / temperature, dim=-1)
     log_p_CV = F.log_softmax(teacher_CV / temperature, dim=-1)
     kldiv = F.kl_div(log_q_CV, log_p_CV, reduction="none", log_target=True)
-    kldiv = kldiv.masked_fill(log_p_CV == -torch.inf, 0).sum()  # 0 * log(0) = 0: tokens that the teacher rules out
+    kldiv = kldiv.masked_fill_(log_p_CV == -torch.inf, 0).sum()  # 0 * log(0) = 0: tokens that the teacher rules out
     return torch.stack([ce, temperature**2 * kldiv])
+
+
+def _logit_gradient(
+    grad_K: Tensor, student_CV: Tensor, teacher_CV: Tensor, labels_C: Tensor, temperature: float
+) -> Tensor:
+    # cross-entropy: softmax(student) - one_hot(label); divergence: t * (q - p), p and q at temperature t
+    ce, kldiv = grad_K
+    student_CV, teacher_CV = student_CV.float(), teacher_CV.float()
+    grad_CV = F.softmax(student_CV, dim=-1).mul_(ce)
+    grad_CV.scatter_add_(1, labels_C[:, None], -ce.expand(len(labels_C), 1))
+    q_CV = F.softmax(student_CV / temperature, dim=-1)
+    p_CV = F.softmax(teacher_CV / temperature, dim=-1)
+    return grad_CV.add_(q_CV.sub_(p_CV).mul_(temperature * kldiv))
 
 
 def _squared_sums(student_CH: Tensor, teacher_CH: Tensor) -> Tensor:
@@ -123,9 +144,15 @@ def _squared_sums(student_CH: Tensor, teacher_CH: Tensor) -> Tensor:
     return torch.stack([(student_CH - teacher_CH).square().sum(), teacher_CH.square().sum()])
 
 
-def _chunked_sums(sums: Callable[..., Tensor], tokens_N: Tensor | None, *operands_T: Tensor) -> Tensor:
-    """``sums(*operands)`` (K,) over the rows ``tokens_N`` (None = all); the first operand gets a gradient."""
-    found_K: Tensor = _ChunkedSums.apply(sums, tokens_N, *operands_T)  # type: ignore[no-untyped-call]
+def _squared_gradient(grad_K: Tensor, student_CH: Tensor, teacher_CH: Tensor) -> Tensor:
+    return (student_CH.float() - teacher_CH.float()).mul_(2 * grad_K[0])
+
+
+def _chunked_sums(
+    sums: Callable[..., Tensor], gradient: Callable[..., Tensor], tokens_N: Tensor | None, *operands_T: Tensor
+) -> Tensor:
+    """``sums(*operands)`` (K,) over the rows ``tokens_N`` (None = all); the first operand gets ``gradient``."""
+    found_K: Tensor = _ChunkedSums.apply(sums, gradient, tokens_N, *operands_T)  # type: ignore[no-untyped-call]
     return found_K
 
 
@@ -133,8 +160,10 @@ class _ChunkedSums(torch.autograd.Function):
     """Holds only the operands until backward, which computes each chunk again: one at a time exists in float32."""
 
     @staticmethod
-    def forward(ctx: Any, sums: Callable[..., Tensor], tokens_N: Tensor | None, *rows_T: Tensor) -> Tensor:
-        ctx.sums = sums
+    def forward(
+        ctx: Any, sums: Callable[..., Tensor], gradient: Callable[..., Tensor], tokens_N: Tensor | None, *rows_T: Tensor
+    ) -> Tensor:
+        ctx.gradient = gradient
         ctx.save_for_backward(tokens_N, *rows_T)
         return torch.stack([sums(*(each[chunk] for each in rows_T)) for chunk in _chunks(tokens_N, rows_T[0])]).sum(0)
 
@@ -144,11 +173,9 @@ class _ChunkedSums(torch.autograd.Function):
         tokens_N, student_TX, *constants_T = ctx.saved_tensors
         grad_TX = torch.zeros_like(student_TX)
         for chunk in _chunks(tokens_N, student_TX):
-            student_CX = student_TX[chunk].detach().requires_grad_()
-            with torch.enable_grad():
-                sums_K = ctx.sums(student_CX, *(each[chunk] for each in constants_T))
-            (grad_TX[chunk],) = torch.autograd.grad(sums_K, student_CX, grad_K)
-        return None, None, grad_TX, *(None for _ in constants_T)
+            grad_CX = ctx.gradient(grad_K, student_TX[chunk], *(each[chunk] for each in constants_T))
+            grad_TX[chunk] = grad_CX.to(grad_TX.dtype)
+        return None, None, None, grad_TX, *(None for _ in constants_T)
 
 
 def _chunks(tokens_N: Tensor | None, student_TX: Tensor) -> Iterator[Tensor | slice]:

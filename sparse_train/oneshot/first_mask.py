@@ -74,7 +74,7 @@ def set_first_mask(
     method = first.criterion or config.criterion
     for name, layer in layers.items() if isinstance(method, Solver) else ():
         if layer.layout.has_masters or not layer.weight.requires_grad:
-            masters = "DeepSpeed's float32 masters would bring the old ones back"
+            masters = "DeepSpeed would bring the old ones back from its float32 masters"
             raise ValueError(
                 f"The first mask is made by {method}, which moves weights, and those of {name} cannot be moved: "
                 f"{masters if layer.layout.has_masters else 'they are frozen'}. Prune the model before the run and "
@@ -130,8 +130,7 @@ def _prune(
     except Exception as error:
         error.add_note(
             "This happened while one-shot pruning made the first mask from batches of the training data. With "
-            "first_mask=FirstWindow(), it comes from the first steps of training instead, which run dense; a "
-            "calibration_dataloader of the data module gives other batches."
+            "first_mask=FirstWindow(), it comes from the first steps; a calibration_dataloader gives other batches."
         )
         raise
     if isinstance(plan.method, Solver):  # linear algebra may round differently on other hardware

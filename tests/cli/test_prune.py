@@ -168,7 +168,7 @@ def test_a_full_disk_is_said_before_the_pruning_and_after_it(run, monkeypatch):
         (["--distribution=OWL"], "2:4 has one sparsity"),
         (["--num_calibration_samples=100000"], "fewer than num_calibration_samples=100000"),
         (["--num_calibration_samples=0"], "num_calibration_samples must be at least 1"),
-        (["--sampling=documents", "--max_seq_length=100000"], "are longer than max_seq_length=100000"),
+        (["--sampling=documents", "--max_seq_length=100000"], "calibration samples of 100000 tokens, fewer than"),
         (["--batch_size=0"], "batch_size must be at least 1, got 0"),
         (["--device=meta"], "torch cannot compute on device='meta' here"),
     ],

@@ -92,7 +92,8 @@ def _weight_files(folder: Path) -> list[Path]:
             "model in memory instead (streaming=False), or save it with save_pretrained first."
         )
     try:
-        return sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+        names = json.loads(index.read_text())["weight_map"].values()
+        return sorted({folder / Path(name).name for name in names})  # never one outside the folder
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{index} is not the index of a checkpoint ({error!r}). Download it again.") from error
 

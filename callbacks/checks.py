@@ -13,16 +13,6 @@ from sparse_train.layers.masks import FACTOR_NAMES
 from sparse_train.pruning.config import PruningConfig
 
 
-def check_module(pl_module: object) -> None:
-    """Raise ValueError for a module of ``pytorch_lightning``."""
-    if not isinstance(pl_module, L.LightningModule):
-        raise ValueError(
-            f"{type(pl_module).__name__} is not a lightning.LightningModule. Modules and trainers of "
-            "pytorch_lightning are different classes: write `import lightning as L` instead of "
-            "`import pytorch_lightning as pl`, for both."
-        )
-
-
 def check_fit(
     trainer: L.Trainer, pl_module: L.LightningModule, pruning: L.Callback, config: PruningConfig, squash: bool
 ) -> None:
@@ -32,20 +22,12 @@ def check_fit(
         raise ValueError(
             "squash=False keeps masks after fit, but the strategy trains in processes that it starts itself (spawn, "
             "fork, notebook) and brings only the module's weights back, so the masks would be lost. Leave squash out, "
-            'or start the processes with torchrun, or use strategy="ddp".'
+            'or use strategy="ddp".'
         )
     if isinstance(trainer.strategy, FSDPStrategy):
         raise ValueError(
             'strategy="fsdp" is FSDP1, which flattens weights into shards. Masks need whole rows, which those do not '
             "keep. Use ModelParallelStrategy (FSDP2, configs/strategy/fsdp2.yaml) or DeepSpeed."
-        )
-    shares = {"start_step": config.start_step, "end_step": config.end_step}
-    name = next((name for name, each in shares.items() if isinstance(each, float)), None)
-    if name is not None and not pl_module.automatic_optimization:
-        raise ValueError(
-            f"{name} is {shares[name]}, a share of the run, and {type(pl_module).__name__} uses manual optimization, "
-            f"so that the length of the run is not known. Give DynamicPruning a whole number: {name}=1000 means after "
-            "1000 batches in which an optimizer stepped."
         )
     for callback in averaging(trainer):
         if callback._use_buffers:

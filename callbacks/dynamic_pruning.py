@@ -26,7 +26,7 @@ from torch import Tensor
 
 from sparse_train.arguments import require_type
 from sparse_train.callbacks import lightning_trainer as lightning
-from sparse_train.callbacks.checks import check_built, check_fit, check_module
+from sparse_train.callbacks.checks import check_built, check_fit
 from sparse_train.layers.mask_lora import MaskLoRA, add_mask_lora, check_mask_lora
 from sparse_train.layers.masked_layer import MaskedLayer, sparse_layers
 from sparse_train.layers.sparsify import unmask
@@ -54,20 +54,17 @@ class DynamicPruning(L.Callback):
     generation) uses the sparse model. After ``fit``, pruned weights are true zeros, so ``save_pretrained`` and
     ``state_dict`` export a sparse model.
 
-    Each update scores weights by ``criterion`` (Wanda: ``|W_ij| * ||X_j||_2``, arXiv 2306.11695) from activations that
-    are measured in the training forwards, those just before it and, as ``norm_decay`` says, earlier ones. It logs to
-    all loggers ``sparsity/target``, ``sparsity/actual`` (zeros counted on the weights), ``sparsity/flip_rate`` (share
-    of mask entries that changed), ``sparsity/initial_flip_rate`` (share that differs from the first mask, measured on
-    every 128th row) and ``sparsity/update_seconds``. The same is logged for a first mask at step 0, and at update
-    steps that need not change the masks.
+    Each update logs to all loggers ``sparsity/target``, ``sparsity/actual`` (zeros counted on the weights),
+    ``sparsity/flip_rate`` (share of mask entries that changed), ``sparsity/initial_flip_rate`` (share that differs from
+    the first mask, measured on every 128th row) and ``sparsity/update_seconds``. So do a first mask at step 0, and
+    update steps that need not change the masks.
 
     A trainer can have one such callback. For several patterns in one model, use several ``MaskUpdater``, with targets
     that do not overlap, in a callback of your own or in a custom loop.
 
     Checkpoints hold shadow values and masks in the model's state dict, and norms and counters in the callback's
     state. A resumed run continues bit for bit, except for random numbers that Lightning does not save, such as those of
-    dropout. To resume in the middle of an epoch, the data loader must be stateful, as that of ``TextBlocks`` is:
-    Lightning starts a plain loader again at its beginning.
+    dropout. To resume in the middle of an epoch, the data loader must be stateful, as that of ``TextBlocks`` is.
 
     Args:
         mask_structure, sparsity, settings: of a ``PruningConfig``, where they are explained.
@@ -80,8 +77,7 @@ class DynamicPruning(L.Callback):
     Raises:
         ValueError: at construction or at ``fit``, if arguments are out of range or in conflict, if there is nothing to
             prune, or if the mask of a layer would have no effect; at an update, if a layer has seen no token with
-            finite activations, neither in the window nor, with ``norm_decay``, before; at resume, if pattern, schedule,
-            criterion or timing differ.
+            finite activations; at resume, if pattern, schedule, criterion or timing differ.
     """
 
     def __init__(
@@ -103,7 +99,6 @@ class DynamicPruning(L.Callback):
         self.log_layers = log_layers
         self._layers: dict[str, MaskedLayer] = {}  # chosen in setup: other callbacks may freeze layers since
         self._restored: dict[str, Any] | None = None  # of a checkpoint, until the run begins
-        self._ended: dict[str, Any] | None = None  # at the end of a fit that keeps its masks
         self._global_step = 0
         self._metrics: dict[str, float] = {}  # of the latest update, also if an earlier process made it
         self._logged = False
@@ -117,13 +112,6 @@ class DynamicPruning(L.Callback):
     def state_key(self) -> str:
         return PRUNING_STATE  # the same for subclasses: code that loads or exports checkpoints looks for this key
 
-    def on_init_end(self, *args: Any, **kwargs: Any) -> None:
-        """Called by ``transformers.Trainer`` if it is given this callback, which is one of Lightning's."""
-        raise ValueError(
-            "DynamicPruning is a Lightning callback. For transformers.Trainer use "
-            "sparse_train.integrations.transformers.SparseTrainerCallback, with the same arguments."
-        )
-
     def token_mask(self, batch: Any) -> Tensor | None:
         """Which tokens of a batch count in activation statistics: (B, L), 0 = padding; None = all.
 
@@ -136,7 +124,6 @@ class DynamicPruning(L.Callback):
     # --- before training ---------------------------------------------------------------------------------------------
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        check_module(pl_module)
         if stage != "fit":
             # evaluates the module unchanged, or a checkpoint: of a sparse run, with masks, or of a dense one
             self._undo_loading = lightning.masks_as_loaded(pl_module)
@@ -145,20 +132,9 @@ class DynamicPruning(L.Callback):
                 lightning.call_when_built(pl_module, self._mask)
             return
         check_fit(trainer, pl_module, self, self.config, self._squash)
-        self._restored = self._state_to_continue(trainer, pl_module)
-        self.updater = None
-        self._undo_loading = lightning.refuse_other_masks(pl_module)
+        self.updater = self._restored = None
+        lightning.drop_hooks(pl_module)
         lightning.call_when_built(pl_module, self._mask)
-
-    def _state_to_continue(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any] | None:
-        """The state of an earlier fit of this trainer, if its masks are still there; None: this is a new run."""
-        if trainer.global_step == 0 or not sparse_layers(pl_module):
-            return None
-        if self.updater is not None:
-            return self._ended or self.state_dict()
-        if self._restored is not None:  # validate or test has loaded a checkpoint since, with its weights and masks
-            return {**self._restored, "global_step": trainer.global_step}
-        return None
 
     def _mask(self, pl_module: L.LightningModule) -> None:
         self._layers = mask_targets(pl_module, self.config)
@@ -210,7 +186,7 @@ class DynamicPruning(L.Callback):
         lightning.mask_averages(trainer, pl_module)
         if state is None and self.updater.sparsity is not None:
             self._log_update(trainer, self.updater.report(), lightning.steps_done(trainer, in_batch=False))
-        self._restored = self._ended = None
+        self._restored = None
 
     # --- in training -------------------------------------------------------------------------------------------------
 
@@ -280,10 +256,8 @@ class DynamicPruning(L.Callback):
             rank_zero_warn("The run had no step, so nothing was pruned.")
         if self._squash:
             unmask(pl_module)
-        else:
-            self._ended = self.state_dict()  # includes norms, so that another fit can continue from here
-            for layer in sparse_layers(pl_module).values():
-                layer.recorder = layer.statistics = None
+        elif self.updater is not None:
+            self.updater.norms.record(False)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         if self.updater is None:
@@ -298,8 +272,8 @@ class DynamicPruning(L.Callback):
             self._undo_loading = None
 
     def state_dict(self) -> dict[str, Any]:
-        if self.updater is None or self._ended is not None:
-            return self._ended or self._restored or {}
+        if self.updater is None:
+            return self._restored or {}
         if not all(isinstance(layer, MaskedLayer) for layer in self.updater.layers.values()):
             return {}  # squashed: a checkpoint of this model is that of a dense model with zeros
         # seconds differ between processes, and would make two equal states differ
@@ -314,7 +288,7 @@ class DynamicPruning(L.Callback):
                 "The checkpoint was written with mask_lora, and this run has none, so it would train other weights. "
                 "Give DynamicPruning the mask_lora that it had, or export the checkpoint and start from that."
             )
-        self.updater = self._restored = self._ended = None  # also after a tuner has trained a little and restores
+        self.updater = self._restored = None  # also after a tuner has trained a little and restores
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict or None

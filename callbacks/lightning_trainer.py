@@ -14,7 +14,6 @@ from torchdata.stateful_dataloader.sampler import RandomSampler as StatefulRando
 from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
 from sparse_train.layers.masked_layer import sparse_layers
-from sparse_train.layers.masks import MASK_NAME
 from sparse_train.layers.sparsify import sparsify_like, unmask
 from sparse_train.oneshot.first_mask import first_batches, random_batches
 from sparse_train.oneshot.forwards import Batch
@@ -105,31 +104,11 @@ def masks_as_loaded(pl_module: L.LightningModule) -> Callable[[], None]:
     return end
 
 
-def refuse_other_masks(pl_module: L.LightningModule) -> Callable[[], None]:
-    """Refuse state dicts with masks of other layers than the module's. Returns a function that ends this."""
-    drop_hooks(pl_module)
-    hook = pl_module.register_load_state_dict_pre_hook(_check_masks)  # type: ignore[no-untyped-call]
-    return hook.remove  # type: ignore[no-any-return]
-
-
 def drop_hooks(pl_module: L.LightningModule) -> None:
     """Remove hooks that a failed stage, of this callback or another one, has left."""
     hooks = pl_module._load_state_dict_pre_hooks
-    ours = (_check_masks, _sparsify_as_loaded)
-    for key in [key for key, each in hooks.items() if getattr(each, "hook", each) in ours]:
+    for key in [key for key, each in hooks.items() if getattr(each, "hook", each) is _sparsify_as_loaded]:
         del hooks[key]
-
-
-def _check_masks(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-    ending = f".{MASK_NAME}"
-    theirs = {key.removeprefix(prefix) for key in state_dict if key.endswith(ending)}
-    own = {key for key in module.state_dict() if key.endswith(ending)}
-    if theirs and theirs != own:
-        raise ValueError(
-            f"The run of the checkpoint pruned {len(theirs)} layers, and this one prunes {len(own)}; "
-            f"{min(theirs ^ own).removesuffix(ending)} is in only one of them. Resume with the same targets and "
-            "ignore, or export the checkpoint and start a new run from that."
-        )
 
 
 def _sparsify_as_loaded(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

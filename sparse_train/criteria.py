@@ -37,7 +37,7 @@ class LayerContext:
     @property
     def norm_I(self) -> Tensor:
         """``||X_j||_2`` of each input feature, float32 (I,)."""
-        assert self.stats is not None, f"{self.name}: needs activation statistics"
+        assert self.stats is not None, f"{self.name}: no norms; the criterion needs needs_activations = True"
         return self.stats.norm_I
 
     @property
@@ -83,7 +83,7 @@ class Wanda(Criterion):
     rowwise: ClassVar[bool] = True
 
     def scores(self, layer: LayerContext) -> Tensor:
-        return torch.mul(layer.weight_OI.abs().float(), layer.norm_I)
+        return layer.weight_OI.abs().float().mul_(layer.norm_I)
 
 
 @dataclass(frozen=True)

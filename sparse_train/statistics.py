@@ -5,7 +5,7 @@ Shape suffixes: T tokens, I in_features.
 
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -123,11 +123,6 @@ class LastSums:
         return LastSums, ()
 
 
-def fits(token_mask: Tensor, x: Tensor) -> bool:
-    """Whether a mask (B, L) has an entry for every token of ``x``, which is (B, L, I) or (B * L, I)."""
-    return token_mask.shape == x.shape[:-1] or (x.dim() == 2 and token_mask.numel() == len(x))
-
-
 # --- running sums ----------------------------------------------------------------------------------------------------
 
 
@@ -153,7 +148,7 @@ class Statistics(ABC):
 
         Args:
             x: (..., I), any float dtype.
-            token_mask: bool or integer (...), 0 = padding; None, or a shape that does not fit, counts every token.
+            token_mask: bool or integer, an entry per token, 0 = padding; None counts every token.
             last: sums that can be reused if another layer has read the same tensor.
         """
 
@@ -212,8 +207,6 @@ class ActivationNorm(Statistics):
 
     @torch.no_grad()
     def add(self, x: Tensor, token_mask: Tensor | None = None, last: LastSums | None = None) -> None:
-        if token_mask is not None and not fits(token_mask, x):
-            token_mask = None
         if torch.compiler.is_compiling():
             _accumulate(x.detach(), token_mask, *self.tensors())
         elif not recomputing():
@@ -260,7 +253,7 @@ class ActivationGram(Statistics):
 
     def add(self, x: Tensor, token_mask: Tensor | None = None, last: LastSums | None = None) -> None:
         x_TI = x.detach().reshape(-1, x.shape[-1]).float()
-        if token_mask is not None and fits(token_mask, x):
+        if token_mask is not None:
             x_TI = x_TI[token_mask.reshape(-1).bool()]
         with in_float32(x_TI.device.type):
             self.gram_II.addmm_(x_TI.t(), x_TI)
@@ -278,31 +271,24 @@ class ActivationGram(Statistics):
 
 @contextmanager
 def in_float32(device_type: str) -> Iterator[None]:
-    """Inside, float32 matrix products are computed in full float32, whatever autocast and TF32 settings say."""
-    restore = _no_tf32()
-    try:
-        with torch.autocast(device_type, enabled=False):
-            yield
-    finally:
-        restore()
+    """Inside, float32 matrix products are computed in full float32, whatever autocast and TF32 settings say.
 
-
-def _no_tf32() -> Callable[[], None]:
-    """Turn TF32 off through the same API that set it: torch has two, and raises if they are mixed."""
+    TF32 is turned off through the same API that set it: torch has two, and raises if they are mixed.
+    """
     backends = torch.backends.cuda, torch.backends.mkldnn
     own = [backend.matmul for backend in backends if hasattr(backend, "matmul")]  # mkldnn's since torch 2.9
     precisions = [getattr(each, "fp32_precision", None) for each in own]  # since torch 2.9
     try:
         before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
     except RuntimeError:  # it was set by fp32_precision of torch.backends or a backend, as by transformers' tf32=True
         before = None
-    if before is not None:
-        torch.set_float32_matmul_precision("highest")
-    else:
         for each in own:
             each.fp32_precision = "ieee"
-
-    def restore() -> None:
+    try:
+        with torch.autocast(device_type, enabled=False):
+            yield
+    finally:
         if before is not None:
             torch.set_float32_matmul_precision(before)  # this sets fp32_precision to "ieee" even if it was not set
         for each, precision in zip(own, precisions, strict=True):
@@ -310,5 +296,3 @@ def _no_tf32() -> Callable[[], None]:
                 each.fp32_precision = "none"  # follow torch.backends again
                 if each.fp32_precision != precision:
                     each.fp32_precision = precision
-
-    return restore

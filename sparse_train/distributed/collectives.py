@@ -65,13 +65,6 @@ def sum_over_ranks(tensors: Sequence[Tensor]) -> None:
                 tensor.copy_(total.view_as(tensor))
 
 
-def all_ranks(answer: bool, device: torch.device) -> bool:
-    """Whether the answer is yes on every rank."""
-    count = torch.tensor([int(answer)], device=device)
-    sum_over_ranks([count])
-    return int(count) == world_size()
-
-
 def take_from_rank_0(tensors: Sequence[Tensor]) -> None:
     """Replace each tensor by rank 0's, in place."""
     if world_size() > 1:

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from sparse_train.environment import isolated_rng
-from sparse_train.layers.masked_layer import sparse_layers
 
 
 def check_autocast(dtype: torch.dtype | None) -> None:
@@ -29,15 +28,13 @@ def computed_in(model: nn.Module, autocast: torch.dtype | None) -> str:
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Inside, evaluation mode without gradients; afterwards, the state of the model and of random numbers is restored.
 
-    Restored are the training mode of every module, all random states, and whether training has reached a masked layer.
-    Activation statistics record nothing inside, because forwards in evaluation mode without gradients do not count as
-    training. Keys and values are only cached by forwards that ask for it (such as ``generate``); scoring does not need
-    them.
+    Restored are the training mode of every module and all random states. Activation statistics record nothing inside,
+    because forwards in evaluation mode without gradients do not count as training. Keys and values are only cached by
+    forwards that ask for it (such as ``generate``); scoring does not need them.
     """
     training = [module for module in model.modules() if module.training]
     configs: dict[int, Any] = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
     caching = [config for config in configs.values() if getattr(config, "use_cache", False)]
-    reached = {layer: layer.reached for layer in sparse_layers(model).values()}
     with torch.no_grad(), isolated_rng():
         try:
             model.eval()
@@ -47,7 +44,5 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         finally:
             for module in training:
                 module.training = True
-            for layer, was_reached in reached.items():
-                layer.reached = was_reached
             for config in caching:
                 config.use_cache = True

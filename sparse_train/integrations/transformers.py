@@ -7,7 +7,7 @@ What happens when, in the Trainer's order:
     on_train_begin    the first mask, or masks, shadow values and state of the checkpoint
     (forward)         the recorder gets the batch's padding; activations are recorded in the window before an update
     on_step_end       after an optimizer step: update; before log, evaluation and checkpoint
-    (model is saved)  what a checkpoint with zeros does not hold is written next to it
+    (checkpoint)      what a model with zeros does not hold is written first, next to it
     on_train_end      squash, after the last checkpoint was written and the best one loaded
 
 Shape suffixes: O out_features, I in_features, J packed mask bytes.
@@ -17,7 +17,7 @@ import copy
 import functools
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +41,16 @@ from sparse_train.oneshot.forwards import Batch
 from sparse_train.patterns import Pattern, group_label
 from sparse_train.policies import MaskPolicy
 from sparse_train.pruning.config import PruningConfig
-from sparse_train.pruning.update import measure, sparsity_of
-from sparse_train.pruning.updater import MaskUpdater, mask_targets
+from sparse_train.pruning.updater import MaskUpdater, check_same_layers, mask_targets
 
 _log = logging.getLogger(__name__)
 
 STATE_FILE = "sparse_training_state.pt"
 """What a checkpoint with true zeros lacks: masks, shadow values of pruned weights, and the updater's state."""
+_LIGHTNING = (
+    "Train on one device or with DDP (torchrun), or use Lightning with sparse_train.callbacks.DynamicPruning, which "
+    "supports FSDP2, DeepSpeed and mask_lora."
+)
 _WHOLE_DATA_SAMPLERS = {
     "torch.utils.data.sampler.SequentialSampler",
     "torch.utils.data.sampler.RandomSampler",
@@ -68,9 +71,8 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
         trainer.train()
         trainer.save_model("sparse")  # pruned weights are zeros
 
-    The metrics of an update are logged with the next training loss, as often as ``logging_steps`` says. If there are
-    several updates between two rows of the log, the metrics of the last one are logged; those of the last update after
-    the last row are in the summary at the end of the run.
+    The metrics of the last update are logged with the next training loss, as often as ``logging_steps`` says; those of
+    the last update after the last row are in the summary at the end of the run.
 
     Each checkpoint folder of a transformers model holds the sparse model, with zeros, and next to it
     ``sparse_training_state.pt`` with masks, shadow values and norms, so that a resumed run continues bit for bit.
@@ -109,22 +111,10 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
         self._hooks: list[Any] = []
         self._unlogged: dict[str, float] = {}
         self._resumed: Path | None = None
-        self._saved: Path | None = None  # the checkpoint whose state has been written, until on_save
-        self._first: _FirstMasks | None = None  # of this train(), which auto_find_batch_size may retry
+        self._first: dict[str, Any] | None = None  # masks and norms of this train(), which may be tried again
+        self._outliers: Outliers | None = None
         self.updater: MaskUpdater | None = None
         """The running updater; None before the run has begun."""
-
-    state_key = "SparseTrainerCallback"  # Lightning asks for it before it calls setup
-
-    def setup(self, *args: Any, **kwargs: Any) -> None:
-        """Called by Lightning's trainer if it is given this callback, which is one of transformers."""
-        raise ValueError(
-            "SparseTrainerCallback is a transformers callback. For Lightning use "
-            "sparse_train.callbacks.DynamicPruning, with the same arguments."
-        )
-
-    def on_exception(self, *args: Any, **kwargs: Any) -> None:
-        """Also called by Lightning's trainer, which can then report what ``setup`` raised."""
 
     def token_mask(self, inputs: Mapping[str, Any]) -> Tensor | None:
         """Which tokens of a forward's keyword arguments count in activation statistics, (B, L), 0 = padding.
@@ -148,53 +138,38 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
         before.move_to_end(loading.id, last=False)  # must run before the hook that refuses dense state dicts
         self._hooks = [loading, model.register_forward_pre_hook(self._before_forward, with_kwargs=True)]
         layers = mask_targets(model, self.config)
-        check_layers(layers)
+        for name, layer in layers.items():
+            if layer.layout.is_sharded or layer.adapted:
+                raise ValueError(
+                    f"{name} is divided among processes or has a mask_lora adapter, and a checkpoint of the Trainer "
+                    f"would not hold it whole. {_LIGHTNING}"
+                )
         return layers
 
     def on_train_begin(
-        self,
-        args: Any,
-        state: Any,
-        control: Any,
-        *,
-        model: nn.Module,
-        train_dataloader: Any,
-        optimizer: Any,
-        **kwargs: Any,
+        self, args: Any, state: Any, control: Any, *, model: nn.Module, train_dataloader: Any, optimizer: Any, **_: Any
     ) -> None:
-        check_trainer(args, model, self.config)  # again, because Trainer.add_callback comes after on_init_end
-        layers = self._prepare(model)  # again: model_init makes a new model, and that of a second run is squashed
+        # again: Trainer.add_callback comes after on_init_end, model_init makes a new model, a second run is squashed
+        check_trainer(args, model, self.config)
+        layers = self._prepare(model)
         restored: dict[str, Any] | None = None
-        outliers: Outliers | None = None
-        if state.global_step > 0:
-            if self._first is not None:
-                raise ValueError(
-                    "auto_find_batch_size starts again after memory ran out, but does not load the checkpoint again, "
-                    "so that the steps trained since would stay. Resume with a smaller per_device_train_batch_size and "
-                    "without auto_find_batch_size."
-                )
-            self._first = _FirstMasks({}, None)
-            restored = restore_state(self._resumed or _folder_of(args, state), layers, state.global_step)
-        elif self._first is not None:
-            outliers = self._first.bring_back(layers)
+        if state.global_step == 0:
+            self._set_first_masks(args, state, model, layers, train_dataloader)
+        elif self._first is None and self._resumed is not None:
+            self._first = {}
+            restored = restore_state(self._resumed, layers, state.global_step)
         else:
-            size = state.train_batch_size or args.per_device_train_batch_size
-            dtype = torch.float16 if args.fp16 else torch.bfloat16
-            outliers = set_first_mask(
-                model,
-                layers,
-                self.config,
-                lambda count: calibration_batches(train_dataloader, size, count),
-                torch.autocast(args.device.type, dtype, enabled=args.fp16 or args.bf16),
-                progress=not args.disable_tqdm and rank() == 0,
+            raise ValueError(
+                "auto_find_batch_size starts again after memory ran out, but does not load the checkpoint again, so "
+                "that the steps trained since would stay. Resume with a smaller per_device_train_batch_size and "
+                "without auto_find_batch_size."
             )
-            self._first = _FirstMasks(layers, outliers) if args.auto_find_batch_size else None
         self.updater = MaskUpdater(
             model,
             config=self.config,
             layers=layers,
             total_steps=state.max_steps,
-            outliers=outliers,
+            outliers=self._outliers,
             state=restored,
         )
         self.updater.watch([optimizer])
@@ -212,11 +187,35 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
                 "load_best_model_at_end would bring one of those back, as denser models have the lower loss. Leave it "
                 "out, or prune the model before the run: sparse_train.prune(model, batches, ..., squash=False)."
             )
-        self._unlogged = {}
-        if restored is not None:
-            self._unlogged = restored.get("metrics", {})
-        elif self.updater.sparsity is not None:
-            self._unlogged = self.updater.report().metrics()
+        first = {} if self.updater.sparsity is None else self.updater.report().metrics()
+        self._unlogged = first if restored is None else restored["metrics"]
+
+    def _set_first_masks(
+        self, args: Any, state: Any, model: nn.Module, layers: Mapping[str, MaskedLayer], loader: Any
+    ) -> None:
+        """Make the first masks. If ``auto_find_batch_size`` tries again, bring them back: a solver has already moved
+        the weights for them, and would move them again."""
+        if self._first is not None:
+            for name, (mask_OJ, statistics) in self._first.items():
+                layers[name].weight_mask.copy_(mask_OJ)
+                layers[name].recorder, layers[name].statistics = None, copy.deepcopy(statistics)
+            return
+        size = state.train_batch_size or args.per_device_train_batch_size
+        dtype = torch.float16 if args.fp16 else torch.bfloat16
+        self._outliers = set_first_mask(
+            model,
+            layers,
+            self.config,
+            lambda count: calibration_batches(loader, size, count),
+            torch.autocast(args.device.type, dtype, enabled=args.fp16 or args.bf16),
+            progress=not args.disable_tqdm and rank() == 0,
+        )
+        # norms that an updater still records are not those of calibration
+        self._first = {
+            name: (each.weight_mask.clone(), copy.deepcopy(each.statistics) if each.recorder is None else None)
+            for name, each in layers.items()
+            if args.auto_find_batch_size
+        }
 
     # --- in training -------------------------------------------------------------------------------------------------
 
@@ -232,91 +231,39 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
 
     # --- checkpoints, and after training -----------------------------------------------------------------------------
 
-    def save_state(self, args: Any, state: Any, folder: Path) -> None:
-        """Called after the Trainer has written the model of a checkpoint, in every process."""
+    def save_state(self, args: Any, state: Any) -> None:
+        """Write what the model of a checkpoint will lack; called in every process."""
         assert self.updater is not None
         if args.save_only_model or state.is_hyper_param_search:
             return  # such a run is not resumed
         updater_state = {**self.updater.state_dict(), "metrics": self._unlogged}  # norms of all ranks
         if args.should_save:
-            content = {
-                "layers": {name: _shadow(layer) for name, layer in self.updater.layers.items()},
-                "updater": updater_state,
-            }
+            layers = {name: _shadow(layer) for name, layer in self.updater.layers.items()}
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            folder.mkdir(parents=True, exist_ok=True)
             with replacing(folder / STATE_FILE) as temporary:
-                torch.save(content, temporary)
-        self._saved = folder
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._saved != _folder_of(args, state):  # a subclass of Trainer saves models in a way of its own
-            self.save_state(args, state, _folder_of(args, state))
-        self._saved = None  # another run may write to the same folder
+                torch.save({"layers": layers, "updater": updater_state}, temporary)
 
     def on_train_end(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
         assert self.updater is not None
         self.updater.finish()
         self._first = None
-        final, actual = self.config.sparsity_at(1.0), sparsity_of(measure(self.updater.layers))
-        rounding = 1 / min(layer.in_features for layer in self.updater.layers.values())  # rows prune whole counts
-        if self.updater.sparsity == final and actual < 0.99 * (final - rounding):
-            _log.warning(
-                "The model is at a sparsity of %.4f instead of %g: its best checkpoint was written before the masks "
-                "reached the final sparsity.",
-                actual,
-                final,
-            )
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
         if self._squash:
             unmask(model)
         else:
-            for layer in self.updater.layers.values():
-                layer.recorder = layer.statistics = None
-
-
-class _FirstMasks:
-    """Masks and norms from right after the first mask was made, for a retry of ``auto_find_batch_size``.
-
-    A retry does not make a new first mask: a solver has already moved the weights for this one, and would move them
-    again. So no copy of weights is needed. The Trainer itself also keeps what was trained before the failure.
-    """
-
-    def __init__(self, layers: Mapping[str, MaskedLayer], outliers: Outliers | None) -> None:
-        self._outliers = outliers
-        self._layers = {
-            # norms that an updater still records are not those of calibration
-            name: (layer.weight_mask.clone(), copy.deepcopy(layer.statistics) if layer.recorder is None else None)
-            for name, layer in layers.items()
-        }
-
-    def bring_back(self, layers: Mapping[str, MaskedLayer]) -> Outliers | None:
-        for name, (mask_OJ, statistics) in self._layers.items():
-            layers[name].weight_mask.copy_(mask_OJ)
-            layers[name].recorder, layers[name].statistics = None, copy.deepcopy(statistics)
-        return self._outliers
-
-
-# --- the door --------------------------------------------------------------------------------------------------------
+            self.updater.norms.record(False)
 
 
 def check_trainer(args: Any, model: nn.Module, config: PruningConfig) -> None:
     """Raise ValueError for arguments of the Trainer under which masks, norms or checkpoints would be lost."""
-    engines = {
-        "FSDP": os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-        or getattr(args, "fsdp_plugin_args", None) is not None
-        or bool(args.fsdp),
-        "DeepSpeed": args.deepspeed_plugin is not None,
-    }
-    for engine in (name for name, runs in engines.items() if runs):
+    fsdp = bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if fsdp or args.deepspeed_plugin is not None or args.n_gpu > 1:
         raise ValueError(
-            f"The Trainer runs on {engine}, whose checkpoints this callback does not support. Train on one device or "
-            "with DDP, or use Lightning with sparse_train.callbacks.DynamicPruning, which supports FSDP2 and DeepSpeed."
-        )
-    if args.n_gpu > 1:
-        raise ValueError(
-            f"The Trainer would copy the model to {args.n_gpu} GPUs in each step (DataParallel), and activations "
-            "recorded in copies are lost. Start it with torchrun, or let it use one GPU with CUDA_VISIBLE_DEVICES."
+            "The Trainer runs on FSDP or DeepSpeed, whose checkpoints this callback does not support, or on "
+            f"DataParallel, which loses the activations recorded in its copies of the model. {_LIGHTNING}"
         )
     if getattr(args, "enable_jit_checkpoint", False):  # not in all versions
         raise ValueError(
@@ -336,25 +283,6 @@ def check_trainer(args: Any, model: nn.Module, config: PruningConfig) -> None:
             "load_best_model_at_end brings the adapters of an earlier step back, but not the masks of their base. "
             "Leave it out for models of peft."
         )
-
-
-def check_layers(layers: Mapping[str, MaskedLayer]) -> None:
-    """Raise ValueError for layers that a checkpoint of the Trainer would not hold whole."""
-    for name, layer in layers.items():
-        if layer.layout.is_sharded:
-            raise ValueError(
-                f"{name} is divided among processes, and checkpoints of the Trainer would not be whole. Load the model "
-                "without distributed_config and train with DDP, or use Lightning with "
-                "sparse_train.callbacks.DynamicPruning, which supports FSDP2 and DeepSpeed."
-            )
-        if layer.adapted:
-            raise ValueError(
-                "The model has mask_lora adapters, which a checkpoint of the Trainer would merge, so that it could not "
-                "be resumed. Train with Lightning, DynamicPruning(mask_lora=...), or a custom loop."
-            )
-
-
-# --- data for the first mask -----------------------------------------------------------------------------------------
 
 
 def calibration_batches(loader: Any, batch_size: int, count: int) -> list[Batch] | None:
@@ -381,11 +309,7 @@ def calibration_batches(loader: Any, batch_size: int, count: int) -> list[Batch]
     return random_batches(loader.dataset, batch_size, loader.collate_fn, count)
 
 
-# --- checkpoints -----------------------------------------------------------------------------------------------------
-
-
-def _folder_of(args: Any, state: Any) -> Path:
-    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+# --- checkpoints ----------------------------------------------------------------------------------------------------
 
 
 def _zeros_to_masks(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -412,35 +336,20 @@ def _fingerprint(weight_OI: Tensor) -> Tensor:
 
 @torch.no_grad()
 def restore_state(folder: Path, layers: Mapping[str, MaskedLayer], step: int) -> dict[str, Any]:
-    """Restore the masks and shadow values of layers whose kept weights come from a checkpoint.
+    """Restore the masks and shadow values of layers whose kept weights come from a checkpoint at this step.
 
-    Args:
-        folder: of the checkpoint.
-        layers: by name.
-        step: of the checkpoint.
-
-    Returns:
-        The updater's state.
-
-    Raises:
-        ValueError: there is no state, or the kept weights or the step are not those of the checkpoint that it was
-            written for. Then nothing is changed.
+    Returns the updater's state. Raises ValueError, and changes nothing, if there is no state, or if the kept weights
+    or the step are not those of the checkpoint that it was written for.
     """
     path = folder / STATE_FILE
     if not path.is_file():
         raise ValueError(
             f"There is no {STATE_FILE} in {folder}, so there is no sparse run to resume: the checkpoint was "
-            "written without SparseTrainerCallback, or with save_only_model, or before the callback could add its "
-            "file. Resume from an earlier checkpoint, or load this one as a model and start a new run."
+            "written without SparseTrainerCallback, or with save_only_model. Load it as a model and start a new run."
         )
     content: dict[str, Any] = load_plain(path)
     saved: dict[str, dict[str, Tensor]] = content["layers"]
-    if saved.keys() != layers.keys():
-        name = sorted(saved.keys() ^ layers.keys())[0]
-        raise ValueError(
-            f"{path} is of a run that pruned {len(saved)} layers, and this one prunes {len(layers)}; {name} is only in "
-            "one of them. Resume with the same targets and ignore."
-        )
+    check_same_layers(saved, layers)
     if content["updater"]["steps"] != step:
         raise ValueError(
             f"{path} was written after {content['updater']['steps']} steps, and the checkpoint after {step}: they do "
@@ -464,30 +373,29 @@ def restore_state(folder: Path, layers: Mapping[str, MaskedLayer], step: int) ->
 # --- what the callback API lacks -------------------------------------------------------------------------------------
 
 
-def _patch(method: str, around: Any) -> None:
-    """Replace a method of the class ``Trainer``, once; Trainers without this callback behave as before.
+def _around(method: str) -> Callable[[Any], Any]:
+    """Wrap a method of the class ``Trainer``, which has no hook there; without this callback it does what it did.
 
     To undo it: ``setattr(Trainer, method, getattr(Trainer, method).__wrapped__)``.
     """
-    original = getattr(Trainer, method)
-    if getattr(original, "serves_sparse_train", False):
-        return
 
-    @functools.wraps(original)
-    def patched(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return around(original, self, *args, **kwargs)
+    def wrap(around: Any) -> Any:
+        original = getattr(Trainer, method)
 
-    patched.serves_sparse_train = True  # type: ignore[attr-defined]
-    setattr(Trainer, method, patched)
+        @functools.wraps(original)
+        def patched(self: Any, *args: Any, **kwargs: Any) -> Any:
+            found = [each for each in self.callback_handler.callbacks if isinstance(each, SparseTrainerCallback)]
+            return around(found, original, self, *args, **kwargs)
+
+        setattr(Trainer, method, patched)
+        return around
+
+    return wrap
 
 
-def _callbacks_of(trainer: Any) -> list[SparseTrainerCallback]:
-    return [each for each in trainer.callback_handler.callbacks if isinstance(each, SparseTrainerCallback)]
-
-
-def _train(train: Any, self: Any, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+@_around("train")
+def _train(found: Any, train: Any, self: Any, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
     # the Trainer tells its callbacks which step it resumes, but not from which folder
-    found = _callbacks_of(self)
     if len(found) > 1:
         raise ValueError(
             f"The Trainer has {len(found)} SparseTrainerCallbacks, and can use one: they would write the same file. "
@@ -495,28 +403,24 @@ def _train(train: Any, self: Any, resume_from_checkpoint: Any = None, *args: Any
         )
     folder = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
     for callback in found:
-        callback._resumed, callback._first = Path(folder) if folder else None, None
+        callback._resumed, callback._first, callback._outliers = Path(folder) if folder else None, None, None
     return train(self, resume_from_checkpoint, *args, **kwargs)
 
 
-def _log_with_metrics(log: Any, self: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> Any:
+@_around("log")
+def _log_with_metrics(found: Any, log: Any, self: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> Any:
     # Reporters (TensorBoard, W&B) come before a user's callbacks, so that nothing added in on_log would reach them.
     # Rows of evaluations stay unchanged: ``evaluate`` returns them, and the Trainer writes them into model cards.
     if "loss" in logs or "train_loss" in logs:
-        for callback in _callbacks_of(self):
+        for callback in found:
             logs.update(callback._unlogged)
             callback._unlogged = {}
     return log(self, logs, *args, **kwargs)
 
 
-def _save_with_state(save_model: Any, self: Any, output_dir: Any = None, _internal_call: bool = False) -> Any:
-    # In on_save it would be too late: the Trainer has deleted older checkpoints by then, and may have begun to upload.
-    saved = save_model(self, output_dir, _internal_call)
-    if _internal_call and output_dir is not None:
-        for callback in _callbacks_of(self):
-            callback.save_state(self.args, self.state, Path(output_dir))
-    return saved
-
-
-for _method, _around in (("train", _train), ("log", _log_with_metrics), ("save_model", _save_with_state)):
-    _patch(_method, _around)
+@_around("_save_checkpoint")
+def _save_with_state(found: Any, save: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    # in on_save it would be too late: the Trainer has deleted older checkpoints by then, and may have begun to upload
+    for callback in found:
+        callback.save_state(self.args, self.state)
+    return save(self, *args, **kwargs)

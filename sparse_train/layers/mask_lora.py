@@ -11,7 +11,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from sparse_train.arguments import did_you_mean
 from sparse_train.distributed.engines import layout_of
 from sparse_train.layers.functional import low_rank_sum, masked_linear
 from sparse_train.layers.masked_layer import MaskedLayer, SparseLinear, sparse_layers
@@ -210,24 +209,15 @@ def attach_factors(layer: MaskedLayer, rank: int, lora_alpha: int, exact_gradien
 
 def _wanted(model: nn.Module, lora: MaskLoRA) -> dict[str, MaskedLayer]:
     layers = sparse_layers(model)
-    if not layers:
+    ends = [""] if lora.target_modules == ALL_LINEAR else [f".{end}" for end in lora.target_modules]
+    found = [{name: layer for name, layer in layers.items() if f".{name}".endswith(end)} for end in ends]
+    if not all(found):
+        known = sorted({name.rpartition(".")[2] for name in layers})
         raise ValueError(
-            "mask_lora puts adapters inside masks, and this model has none. Build the MaskUpdater first, or prune with "
-            "squash=False; with DynamicPruning, pass it mask_lora."
+            f"mask_lora puts adapters inside masks, and the masked layers, {known}, lack one of "
+            f"{lora.target_modules}. In a loop of your own, build the MaskUpdater first, or prune with squash=False."
         )
-    if lora.target_modules == ALL_LINEAR:
-        return layers
-    found: dict[str, MaskedLayer] = {}
-    for wanted in lora.target_modules:
-        own = {name: each for name, each in layers.items() if name == wanted or name.endswith(f".{wanted}")}
-        if not own:
-            known = sorted({name.rsplit(".", 1)[-1] for name in layers})
-            raise ValueError(
-                f"target_modules: {wanted!r} is not a masked layer, and mask_lora adapts only those; there are "
-                f"{', '.join(known)}.{did_you_mean(wanted, known)}"
-            )
-        found |= own
-    return found
+    return {name: layer for own in found for name, layer in own.items()}
 
 
 def _check_layer(name: str, layer: MaskedLayer, lora: MaskLoRA) -> None:

@@ -18,7 +18,7 @@ from sparse_train.layers import masks
 from sparse_train.layers.functional import masked_linear
 from sparse_train.layers.masks import MASK_NAME
 from sparse_train.layers.state_dicts import teach_save_pretrained
-from sparse_train.statistics import LastSums, Statistics, fits
+from sparse_train.statistics import LastSums, Statistics
 
 FALCON_LINEAR = "transformers.models.falcon.modeling_falcon.FalconLinear"
 """A subclass of ``nn.Linear`` that computes what ``nn.Linear`` does."""
@@ -40,9 +40,22 @@ class Recorder:
     is_paused: bool = False
 
     def wants(self, training: bool) -> bool:
-        if self.is_paused:
-            return False
-        return self.when == "always" or (self.when == "training" and (training or torch.is_grad_enabled()))
+        """Whether a forward of a layer in this mode is recorded."""
+        in_training = self.when == "training" and (training or torch.is_grad_enabled())
+        return not self.is_paused and (in_training or self.when == "always")
+
+    def mask_for(self, x: Tensor) -> Tensor | None:
+        """The token mask of an input (..., I); None if there is none, or if it does not fit."""
+        mask = self.token_mask
+        if mask is None:
+            return None
+        # an entry for every token of (B, L, I) or (B * L, I)
+        if mask.shape != x.shape[:-1] and (x.dim() != 2 or mask.numel() != len(x)):
+            self.mask_misfit = self.mask_misfit or f"{tuple(x.shape)}"
+            return None
+        if mask.device != x.device:
+            mask = self.token_mask = mask.to(x.device)
+        return mask
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -60,7 +73,6 @@ class MaskedMatrix:
     Attributes:
         weight_mask: packed mask, uint8 (O, ceil(I / 8)), see ``sparse_train.layers.masks``.
         statistics: of the input; None if nothing needs them.
-        reached: whether a forward has used the matrix since the last mask update.
         in_features, out_features: I and O.
         adapted: whether a low-rank adapter is part of the weight, see ``sparse_train.layers.mask_lora``.
     """
@@ -69,7 +81,6 @@ class MaskedMatrix:
     weight_mask: Tensor
     statistics: Statistics | None
     recorder: Recorder | None = None
-    reached: bool
     in_features: int
     out_features: int
 
@@ -125,8 +136,6 @@ class MaskedLayer(MaskedMatrix):
         frozen: whether it belongs to a module that is frozen beside others in training; a forward of it under
             ``no_grad``, such as a teacher's, is then not recorded.
         recorder: the model's common switch and token mask.
-        reached_eager, reached_compiled: the two parts of ``reached``. A compiled forward sets a tensor, uint8 (),
-            because setting an attribute under activation checkpointing breaks the graph of the whole block.
         had_adapter: whether an adapter of peft has been seen around the layer, see ``layers.adapters``.
     """
 
@@ -137,8 +146,6 @@ class MaskedLayer(MaskedMatrix):
     weight: Tensor
     bias: Any
     straight_through: bool
-    reached_eager: bool
-    reached_compiled: Tensor
     training: bool
 
     # --- the parameter, under any engine -----------------------------------------------------------------------------
@@ -189,11 +196,10 @@ class MaskedLayer(MaskedMatrix):
         assert isinstance(self, nn.Module)
         self.register_buffer(MASK_NAME, masks.full(self.out_features, self.in_features, self.weight_OI.device))
         self.straight_through, self.statistics, self.recorder = True, None, None
-        self.reached = False
 
     def stop_masking(self) -> None:
         """Lose all that ``start_masking`` has given; the class is about to be changed back."""
-        for name in (MASK_NAME, "straight_through", "statistics", "recorder", "reached_eager", "reached_compiled"):
+        for name in (MASK_NAME, "straight_through", "statistics", "recorder"):
             delattr(self, name)
         for name in ("had_adapter", "frozen"):
             self.__dict__.pop(name, None)
@@ -205,42 +211,17 @@ class MaskedLayer(MaskedMatrix):
     # --- forward -----------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
-            self.reached_compiled.fill_(1)
-        else:
-            self.reached_eager = True
         recorder = self.recorder
         if recorder is not None and self.statistics is not None and recorder.wants(self.training and not self.frozen):
-            self._record(x, recorder, self.statistics)
+            self.statistics.add(x, recorder.mask_for(x), recorder.last)
         return self.product(x)
 
     def product(self, x: Tensor) -> Tensor:
         """The layer's output (..., O), without recording."""
         return masked_linear(x, self.weight_OI, self.weight_mask, self.bias, straight_through=self.straight_through)
 
-    def _record(self, x: Tensor, recorder: Recorder, statistics: Statistics) -> None:
-        mask = recorder.token_mask
-        if mask is not None and mask.device != x.device:
-            mask = recorder.token_mask = mask.to(x.device)
-        if mask is not None and recorder.mask_misfit is None and not fits(mask, x):
-            recorder.mask_misfit = f"{tuple(x.shape)}"
-        statistics.add(x, mask, recorder.last)
-
-    @property
-    def reached(self) -> bool:
-        return self.reached_eager or bool(self.reached_compiled)
-
-    @reached.setter
-    def reached(self, reached: bool) -> None:
-        self.reached_eager = reached
-        with torch.inference_mode(False):  # an evaluation may set it, and training writes to it afterwards
-            self.reached_compiled = torch.zeros((), dtype=torch.uint8, device=self.weight_mask.device)
-
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         applied = super()._apply(fn, recurse)  # type: ignore[misc]  # for .to() and the like; this has moved the mask
-        if self.reached_compiled.device != self.weight_mask.device:
-            # a tensor created on the meta device has no value to move
-            self.reached = not self.reached_compiled.is_meta and self.reached
         if self.statistics is not None and self.statistics.tokens.device != self.weight_mask.device:
             self.statistics.move(self.weight_mask.device)
         return applied

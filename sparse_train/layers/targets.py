@@ -1,6 +1,5 @@
 """Which layers are pruned: the linear layers of the decoder blocks unless told otherwise; and which can be masked."""
 
-import difflib
 import logging
 import posixpath
 import re
@@ -68,83 +67,86 @@ def select(
         ValueError: nothing chosen, a name that matches nothing, or a chosen layer that cannot be masked (see
             ``check_maskable``) or does not fit the pattern.
     """
-    linears = [name for name, module in model.named_modules() if is_linear(module)]
-    frozen: set[str] = set()
-    adapters = adapter_names(model)
-    tied = tied_names(model)
-    blocks = unambiguous_blocks(model) if targets is None else None
+    adapters, tied = adapter_names(model), tied_names(model)
     fused = fused_experts(model) if experts else {}
     ignored = set(_match(model, ignore, "ignore", fused))
-    lenient = False
+    blocks = unambiguous_blocks(model) if targets is None else None
     if targets is not None:
+        # an expression may match adapters by accident; only a full name of one is an error
         matched = _match(model, targets, "targets", fused)
-        # a pattern may match adapters by accident; only a full name of one is an error
-        chosen = [name for name in matched if name not in ignored and (name not in adapters or name in targets)]
+        chosen = [name for name in matched if name not in adapters or name in targets]
     elif blocks is not None:
-        inside = set(model.get_submodule(blocks).modules())  # a block may also have another name, which comes first
-        everything = [name for name in linears if model.get_submodule(name) in inside]
-        everything += [name for name in fused if name.startswith(f"{blocks}.")]
-        routers = router_names(model, blocks)
-        own_use = read_directly(model, blocks) - ignored
-        dense = ignored | adapters | routers | own_use
-        chosen = [name for name in everything if name not in dense]
-        _warn_of_routers(model, routers - ignored)
-        if own_use:
-            _log.info("%d layers stay dense, whose weight the block reads itself: %s, ...", len(own_use), min(own_use))
+        chosen = [name for name in _in_blocks(model, blocks, fused, ignored) if name not in adapters]
     else:
-        frozen = frozen_linears(model)
-        candidates = [name for name in linears if name not in adapters | tied | frozen]
-        # if mask_lora has been added already, it has frozen the last layer
-        last = {name for name in candidates[-1:] if not getattr(model.get_submodule(name), "adapted", False)}
-        chosen = [name for name in candidates if name not in last | ignored]
-        lenient = True
-        if frozen and chosen:
-            _log.info("%d linear layers stay dense, which are frozen beside others: %s, ...", len(frozen), min(frozen))
+        chosen = _without_blocks(model, pattern, adapters | tied)
+    chosen = [name for name in chosen if name not in ignored]
+    if not chosen:
+        linears, frozen = [name for name, module in model.named_modules() if is_linear(module)], frozen_linears(model)
+        free = sorted(set(linears) - ignored - adapters - tied, key=lambda name: (name in frozen, linears.index(name)))
+        raise ValueError(
+            f"Nothing to prune: no linear layer was targeted (targets={targets}, ignore={ignore}, {len(linears)} "
+            f"nn.Linear in {type(model).__name__}, {len(frozen)} of them frozen beside others in training). A model "
+            "that is built in configure_model does not exist before it has run."
+            + (f" Name layers with targets, such as targets=[{free[0]!r}]." if free else "")
+        )
 
-    layers: dict[str, nn.Module] = {}
+    layers = {name: model.get_submodule(name) for name in chosen if name not in fused}
     misfits: dict[str, ValueError] = {}
     for name in chosen:
-        if name in fused:
-            continue
-        module = model.get_submodule(name)
-        check_maskable(model, name, module, adapters, tied)
+        if name in layers:
+            check_maskable(model, name, layers[name], adapters, tied)
         try:
-            pattern.check_layer(name, shape_OI(module)[1])
+            pattern.check_layer(name, (shape_OI(layers[name]) if name in layers else fused[name].shape_OI)[1])
         except ValueError as error:
-            if not lenient:
-                misfits[name] = error
-            else:
-                _log.warning("%s stays dense: %s", name, error)
-            continue
-        layers[name] = module
-    if len(misfits) > 1 and not layers:  # leaving them out would leave nothing to prune
-        raise ValueError(f"{next(iter(misfits.values()))} None of the {len(misfits)} targets fits.")
+            misfits[name] = error
     if misfits:
-        raise _misfit(misfits)
-    chosen_experts = {name: fused[name] for name in chosen if name in fused}
-    for name, expert in chosen_experts.items():
-        pattern.check_layer(name, expert.shape_OI[1])
-    if not layers and not chosen_experts:
-        free = [name for name in linears if name not in ignored | adapters | tied]
-        free.sort(key=lambda name: name in frozen)  # those in training first
-        of_these = f", {len(frozen)} of them frozen beside others in training" if frozen else ""
-        raise ValueError(
-            "Nothing to prune: no linear layer was targeted "
-            f"(targets={list(targets) if targets is not None else None}, ignore={list(ignore)}, "
-            f"{len(linears)} nn.Linear in {type(model).__name__}{of_these}). "
-            + (
-                "A model that is built in configure_model does not exist before it has run."
-                if not linears
-                else f"Name layers with targets, such as targets=[{free[0]!r}]."
-                if free
-                else "All of them are ignored, adapters, or tied."
-            )
+        first, others = next(iter(misfits.values())), len(misfits) - 1
+        raise ValueError(f"{first} The same is true of {others} more. {leave_out(misfits)}" if others else str(first))
+    _log.info("Pruning %s.", named(chosen))
+    if blocks is not None:
+        _warn_of_dense(model, blocks, fused)
+    return Selection(layers, {name: fused[name] for name in chosen if name in fused})
+
+
+def _in_blocks(model: nn.Module, blocks: str, fused: Mapping[str, FusedExperts], ignored: set[str]) -> list[str]:
+    """Linear layers and fused experts of the decoder blocks, but for those that decide which experts run."""
+    inside = set(model.get_submodule(blocks).modules())  # a block may also have another name, which comes first
+    routers, own_use = router_names(model, blocks), read_directly(model, blocks)
+    weights = sum(numel(each) for name in routers - ignored for each in model.get_submodule(name).parameters())
+    share = weights / max(1, sum(map(numel, model.parameters())))
+    if share > _ROUTERS:
+        _log.warning(
+            "%d linear layers, such as %s, are taken for routers or gates of experts and stay dense (%.1f %% of the "
+            "model's parameters). Where they are none, name what is to be pruned: targets=['Linear'] is all linear "
+            "layers.",
+            len(routers - ignored),
+            min(routers - ignored),
+            100 * share,
         )
-    _log.info("Pruning %s.", named([*layers, *chosen_experts]))
-    untargetable = _untargetable(model, blocks, fused) if blocks else {}
-    if untargetable:
-        _warn_of_dense(model, untargetable)
-    return Selection(layers, chosen_experts)
+    if own_use - ignored:
+        _log.info("%d layers stay dense, whose weight the block reads itself: %s, ...", len(own_use), min(own_use))
+    found = [name for name, module in model.named_modules() if is_linear(module) and module in inside]
+    found += [name for name in fused if name.startswith(f"{blocks}.")]
+    return [name for name in found if name not in routers | own_use]
+
+
+def _without_blocks(model: nn.Module, pattern: Pattern, never: set[str]) -> list[str]:
+    """All linear layers but the last one, those that are frozen beside others, and those that the pattern misfits."""
+    frozen = frozen_linears(model)
+    found = [name for name, module in model.named_modules() if is_linear(module) and name not in never | frozen]
+    # if mask_lora has been added already, it has frozen the last layer
+    if found and not getattr(model.get_submodule(found[-1]), "adapted", False):
+        del found[-1]
+    if frozen and found:
+        _log.info("%d linear layers stay dense, which are frozen beside others: %s, ...", len(frozen), min(frozen))
+    fitting = []
+    for name in found:
+        try:
+            pattern.check_layer(name, shape_OI(model.get_submodule(name))[1])
+            fitting.append(name)
+        except ValueError as error:
+            _log.warning("%s stays dense: %s", name, error)
+    return fitting
 
 
 def named(layers: Iterable[str]) -> str:
@@ -157,10 +159,8 @@ def named(layers: Iterable[str]) -> str:
 
 
 def _match(model: nn.Module, patterns: Sequence[str], argument: str, fused: Mapping[str, FusedExperts]) -> list[str]:
-    if patterns is None:
-        raise ValueError(f"{argument} is a list of names, got null; leave it out, or write [].")
-    if isinstance(patterns, str):
-        raise ValueError(f"{argument} is a list of names, got the text {patterns!r}; write [{patterns!r}].")
+    if patterns is None or isinstance(patterns, str):
+        raise ValueError(f"{argument} is a list of names, got {patterns!r}; write [{patterns or ''!r}].")
     modules = dict(model.named_modules())
     layers = [*(name for name, module in modules.items() if is_linear(module)), *fused]
     matched: set[str] = set()
@@ -178,60 +178,32 @@ def _match(model: nn.Module, patterns: Sequence[str], argument: str, fused: Mapp
             hits |= set(fused) if text == "Linear" else {text} & set(fused)  # an expert is also a linear map
             names = {n for n in layers if any(n == hit or n.startswith(f"{hit}.") for hit in hits)} or hits
         if not names:
+            kinds = sorted({name.rpartition(".")[2] for name in layers})
+            meant = did_you_mean(text, layers) or did_you_mean(text.strip("re:.*$"), kinds, "re:.*")
             raise ValueError(
-                f"{argument}: {text!r} matches no layer of {type(model).__name__}." + _in_full(text, layers)
+                f"{argument}: {text!r} matches no layer of {type(model).__name__}. Names are matched from their "
+                f"start; for their end write 're:.*q_proj$'.{meant}"
             )
         matched |= names
     return [name for name in [*modules, *fused] if name in matched]
 
 
-def _in_full(text: str, layers: Sequence[str]) -> str:
-    """A suggestion for a text that is only the end, or another part, of names."""
-    part = text.removeprefix("re:").lstrip("^")
-    try:
-        found = [name for name in layers if re.search(rf"(^|\.)({part})(\.|$)", name)]
-    except re.error:
-        found = []
+def _warn_of_dense(model: nn.Module, blocks: str, fused: Mapping[str, FusedExperts]) -> None:
+    """Warn of weights of the blocks that no mask can reach."""
+    found: dict[str, nn.Parameter] = {}
+    for name, module in model.get_submodule(blocks).named_modules(prefix=blocks):
+        if not (is_linear(module) or is_router(module) or isinstance(module, nn.Embedding)):
+            own = {f"{name}.{each}": parameter for each, parameter in module.named_parameters(recurse=False)}
+            found |= {full: each for full, each in own.items() if dimensions(each) >= 2 and full not in fused}
     if not found:
-        kinds = sorted({name.rpartition(".")[2] for name in layers})
-        close = difflib.get_close_matches(part.strip("*.$"), kinds, n=1, cutoff=0.6)
-        return did_you_mean(text, layers) or (f" Did you mean 're:.*{close[0]}$'?" if close else "")
-    end = "$" if any(re.search(rf"({part})$", name) for name in found) else r"\."
-    return rf" Names are matched from their start, such as {found[0]}: write 're:(.*\.)?({part}){end}'."
-
-
-def _misfit(errors: dict[str, ValueError]) -> ValueError:
-    """The first of these errors; if there are several, with their number and a shorter fix."""
-    first, *others = errors
-    if not others:
-        return errors[first]
-    return ValueError(
-        f"{errors[first]} The same is true of {len(others)} more, such as {others[0]}. {leave_out(errors)}"
-    )
-
-
-def _untargetable(model: nn.Module, prefix: str, fused: Mapping[str, FusedExperts]) -> dict[str, int]:
-    found: dict[str, int] = {}
-    for name, module in model.get_submodule(prefix).named_modules():
-        if is_linear(module) or isinstance(module, nn.Embedding):
-            continue
-        for parameter_name, parameter in module.named_parameters(recurse=False):
-            full = f"{prefix}.{name}.{parameter_name}"
-            if dimensions(parameter) >= 2 and full not in fused and not is_router(module):
-                found[full] = numel(parameter)
-    return found
-
-
-def _warn_of_dense(model: nn.Module, untargetable: dict[str, int]) -> None:
-    total = sum(map(numel, model.parameters()))
+        return
     _log.warning(
         "%d block weights cannot be masked and stay dense (%.1f %% of the model's parameters): %s",
-        len(untargetable),
-        100 * sum(untargetable.values()) / total,
-        ", ".join(list(untargetable)[:3]) + (", ..." if len(untargetable) > 3 else ""),
+        len(found),
+        100 * sum(map(numel, found.values())) / sum(map(numel, model.parameters())),
+        ", ".join(list(found)[:3]) + (", ..." if len(found) > 3 else ""),
     )
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    sparse = [name for name in untargetable if _share_of_zeros(parameters[name]) > 0.01]
+    sparse = [name for name, parameter in found.items() if _has_zeros(parameter)]
     if sparse:
         _log.warning(
             "%s has zeros, as left by one-shot pruning, but no mask that would keep them: training fills them. "
@@ -240,26 +212,11 @@ def _warn_of_dense(model: nn.Module, untargetable: dict[str, int]) -> None:
         )
 
 
-def _warn_of_routers(model: nn.Module, routers: set[str]) -> None:
-    weights = sum(numel(parameter) for name in routers for parameter in model.get_submodule(name).parameters())
-    share = weights / max(1, sum(map(numel, model.parameters())))
-    if share > _ROUTERS:
-        name = min(routers)
-        _log.warning(
-            "%d linear layers, such as %s, are taken for routers or gates of experts and stay dense (%.1f %% of the "
-            "model's parameters). Where they are none, name what is to be pruned: targets=['Linear'] is all linear "
-            "layers.",
-            len(routers),
-            name,
-            100 * share,
-        )
-
-
-def _share_of_zeros(parameter: nn.Parameter) -> float:
+def _has_zeros(parameter: nn.Parameter) -> bool:
     if parameter.is_meta or not parameter.numel() or not parameter.requires_grad:
-        return 0.0
+        return False
     part = parameter.detach()[:1]
-    return 1 - int(part.count_nonzero()) / part.numel()
+    return int(part.count_nonzero()) < 0.99 * part.numel()
 
 
 # --- what a mask can reach -------------------------------------------------------------------------------------------
@@ -270,7 +227,8 @@ def check_maskable(model: nn.Module, name: str, module: nn.Module, adapters: set
     way_out = f"Leave it dense with ignore=[{name!r}]"
     if not is_linear(module):
         raise ValueError(f"{name} is a {type(module).__name__}; only nn.Linear layers can be masked. {way_out}.")
-    for outer in _ancestors(model, name):
+    parts = name.split(".")
+    for outer in (model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts))):
         if isinstance(outer, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
             raise ValueError(
                 f"{name} is inside a {type(outer).__name__}, whose fast path reads the weight directly and would "
@@ -282,7 +240,8 @@ def check_maskable(model: nn.Module, name: str, module: nn.Module, adapters: set
             f"{name} is a {type(module).__name__}, a subclass of nn.Linear with its own computation, which a mask "
             f"would replace. {way_out}, or load the model without it (for example not in 4 bits)."
         )
-    if "weight" not in module._parameters:
+    weight = module._parameters.get("weight")
+    if weight is None:
         raise ValueError(
             f"The weight of {name} is computed (weight_norm, a parametrization), so zeros in it would not last. Remove "
             f"the parametrization first. {way_out}."
@@ -295,19 +254,13 @@ def check_maskable(model: nn.Module, name: str, module: nn.Module, adapters: set
         )
     if name.endswith(".base_layer"):
         check_reads(model.get_submodule(name.removesuffix(".base_layer")))
-    dtype = module._parameters["weight"].dtype  # type: ignore[union-attr]
-    if dtype.itemsize < 2:
-        raise ValueError(f"The weight of {name} is {dtype}: masks are for 16 bits or more. {way_out}.")
-    layout_of(module._parameters["weight"]).check(name)
+    if weight.dtype.itemsize < 2:
+        raise ValueError(f"The weight of {name} is {weight.dtype}: masks are for 16 bits or more. {way_out}.")
+    layout_of(weight).check(name)
     if name in adapters:
         raise ValueError(f"{name} belongs to a peft adapter; adapters are never pruned. {way_out}.")
     if name in tied:
         raise ValueError(f"{name} shares its weight with another module; its mask would prune that too. {way_out}.")
-
-
-def _ancestors(model: nn.Module, name: str) -> list[nn.Module]:
-    parts = name.split(".")
-    return [model.get_submodule(".".join(parts[:i])) for i in range(len(parts))]
 
 
 def adapter_names(model: nn.Module) -> set[str]:

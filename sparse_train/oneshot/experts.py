@@ -32,7 +32,7 @@ class ExpertMatrix(MaskedMatrix):
         self.experts, self.index = experts, index
         self.out_features, self.in_features = experts.shape_OI
         self.weight_mask = masks.full(self.out_features, self.in_features, experts.parameter.device)
-        self.statistics, self.reached = None, False
+        self.statistics = None
 
     @property
     def weight_OI(self) -> Tensor:
@@ -99,7 +99,6 @@ class ExpertRecorder(TorchFunctionMode):
 def _add(matrix: ExpertMatrix, x: Tensor) -> None:
     if matrix.statistics is not None:
         matrix.statistics.add(x)
-        matrix.reached = True
 
 
 def _place(weight: Tensor) -> tuple[int, int]:

@@ -182,7 +182,7 @@ class MemoryShelf(Shelf):
         before = [(layer, layer.weight_mask.clone()) for layer in self._layers.values()]
         for layer in self._layers.values():
             layer.keep_all()
-            layer.statistics, layer.reached = None, False
+            layer.statistics = None
         try:
             yield
         except BaseException:

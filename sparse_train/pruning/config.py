@@ -10,7 +10,7 @@ from sparse_train.distributions import SparsityDistribution, Uniform, check_patt
 from sparse_train.patterns import Pattern, group_label
 from sparse_train.policies import MaskPolicy, StraightThrough
 from sparse_train.schedules import Cubic, Schedule, Timing, check_update_freq, resolve_target
-from sparse_train.solvers import Solver, SparseGPT
+from sparse_train.solvers import Solver
 
 NormDecay = float | Literal["frozen"]
 """How much the norms of earlier windows count: a factor per update, or "frozen" = the first ones, forever."""
@@ -45,11 +45,6 @@ class OneShot(FirstMask):
     def __post_init__(self) -> None:
         check_positive("OneShot.batches", self.batches)
         require_type("OneShot.criterion", self.criterion, Wanda(), (Criterion, Solver))
-        if isinstance(self.criterion, SparseGPT) and self.criterion.preserve_sparsity_mask:
-            raise ValueError(
-                "SparseGPT(preserve_sparsity_mask=True) keeps fewer weights than the pattern if there are more "
-                "zeros already, and masks in training keep its count exactly. Leave preserve_sparsity_mask out."
-            )
 
 
 @dataclass(frozen=True)
@@ -121,8 +116,7 @@ class PruningConfig:
         if isinstance(self.criterion, Solver):
             raise ValueError(
                 f"criterion is {self.criterion}, which moves weights and has no scores for re-pruning. Give it as "
-                "first_mask=OneShot(...), or prune the model with it before the run; for updates, give a Criterion, "
-                "such as Wanda()."
+                "first_mask=OneShot(...), and for updates a Criterion, such as Wanda()."
             )
         self._set("criterion", require_type("criterion", self.criterion, Wanda(), Criterion))
         self._set("policy", require_type("policy", self.policy, StraightThrough(), MaskPolicy))
@@ -142,12 +136,7 @@ class PruningConfig:
             )
         decay = self.norm_decay
         if decay != "frozen" and not (isinstance(decay, (int, float)) and 0 <= decay <= 1):
-            raise ValueError(
-                "norm_decay is the factor with which norms of earlier windows count at an update, from 0 (only the "
-                f'last window) to 1 (all equally), or "frozen" (norms of the first mask, forever), got {decay!r}.'
-            )
-        if self.norm_decay == "frozen" and not self.criterion.needs_activations:
-            raise ValueError(f"{self.criterion} reads no activations, so that norm_decay='frozen' has nothing to keep.")
+            raise ValueError(f'norm_decay is the factor of earlier norms, from 0 to 1, or "frozen", got {decay!r}.')
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)  # the class is frozen for everyone else

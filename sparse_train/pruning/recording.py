@@ -12,6 +12,7 @@ from sparse_train.criteria import Criterion
 from sparse_train.distributed.collectives import gather_objects, rank, sum_over_ranks, world_size
 from sparse_train.layers import masks
 from sparse_train.layers.masked_layer import MaskedLayer, MaskedMatrix, Recorder
+from sparse_train.layers.targets import named
 from sparse_train.pruning.config import NormDecay
 from sparse_train.statistics import ActivationNorm, Statistics
 
@@ -41,19 +42,11 @@ def reduce_statistics(layers: Iterable[MaskedMatrix]) -> None:
 
 
 def exchange(layers: Mapping[str, MaskedMatrix]) -> None:
-    """``reduce_statistics`` and ``check_agreement`` in the same reduce.
-
-    A target counts as reached if a forward on any rank has used it.
-    """
-    if world_size() == 1:
-        return
-    bits = _fingerprints(layers)
-    reached = torch.tensor([int(layer.reached) for layer in layers.values()], device=bits.device)
-    sums = [tensor for norm in norms_of(layers).values() for tensor in norm.tensors()]
-    sum_over_ranks([*sums, bits, reached])
-    for layer, count in zip(layers.values(), reached.tolist(), strict=True):
-        layer.reached = count > 0
-    _compare(layers, bits)
+    """``reduce_statistics`` and ``check_agreement`` in the same reduce."""
+    if world_size() > 1:
+        bits = _fingerprints(layers)
+        sum_over_ranks([*(tensor for norm in norms_of(layers).values() for tensor in norm.tensors()), bits])
+        _compare(layers, bits)
 
 
 def check_agreement(layers: Mapping[str, MaskedMatrix]) -> None:
@@ -83,37 +76,21 @@ def _compare(layers: Mapping[str, MaskedMatrix], bits: Tensor) -> None:
 # --- checks ----------------------------------------------------------------------------------------------------------
 
 
-def check_reached(layers: Mapping[str, MaskedMatrix], criterion: Criterion) -> None:
-    """Raise ValueError if a target was not used in any forward since the last update."""
-    if criterion.needs_activations:
-        check_statistics(layers)
-        return
-    unreached = [name for name, layer in layers.items() if not layer.reached]
-    if unreached and len(unreached) < len(layers):  # none reached: there has been no forward yet
-        raise ValueError(
-            f"{unreached[0]} is a target, but no forward reached it since the last mask update, so its mask has no "
-            f"effect; masks were not changed. Leave it out with ignore=[{unreached[0]!r}]."
-        )
-
-
 def check_statistics(layers: Mapping[str, MaskedMatrix]) -> None:
     """Raise ValueError if a layer has seen no token, or sums that are not finite."""
     seen = {name: layer.statistics for name, layer in layers.items()}
     unreached = [name for name, stats in seen.items() if stats is None or int(stats.tokens) == 0]
     if unreached:
-        name, others = unreached[0], len(unreached) - 1
-        more = f" The same is true of {others} more. {leave_out(unreached)}" if others else ""
         raise ValueError(
-            f"{name} is a target, but no token reached it since the last mask update, so it has no activations to "
-            f"score with. If the model does not use it, leave it out with ignore=[{name!r}]; if forwards happen under "
-            "no_grad, and the model is in eval mode or frozen, they are not training and are not recorded; if few "
-            "tokens reach it, such as an expert, let earlier windows count (norm_decay above 0), with a first mask "
-            "from calibration on enough tokens." + more
+            f"{unreached[0]} is a target, but no token reached it since the last mask update, so it has no activations "
+            f"to score with; the same is true of {len(unreached) - 1} more. If the model does not use it, leave it out "
+            "with ignore; if forwards happen under no_grad, and the model is in eval mode or frozen, they are not "
+            "training and are not recorded; if few tokens reach it, such as an expert, let earlier windows count "
+            "(norm_decay above 0), with a first mask from calibration on enough tokens. " + leave_out(unreached)
         )
     for name, stats in seen.items():
         if stats is not None and not bool(stats.sum_squares_I.isfinite().all()):
-            feature = int((~stats.sum_squares_I.isfinite()).nonzero()[0])
-            raise not_finite(f"{name} (first at feature {feature} of {len(stats.sum_squares_I)})")
+            raise not_finite(name)
 
 
 def check_nothing_dropped(layers: Mapping[str, MaskedMatrix]) -> None:
@@ -200,28 +177,25 @@ class RunningNorms:
         """
         norms = norms_of(self._layers)
         tokens = {name: int(norm.tokens) for name, norm in norms.items()}
-        dropped = {name: count for name, norm in norms.items() if (count := int(norm.dropped))}
-        empty = next((name for name in dropped if tokens[name] == 0), None)
-        if empty is not None:
-            raise not_finite(empty)
+        dropped = [name for name, norm in norms.items() if int(norm.dropped)]
+        for name in dropped:
+            if tokens[name] == 0:
+                raise not_finite(name)
         old = [name for name in norms if tokens[name] <= self._tokens.get(name, -1) and name not in dropped]
         if old and not self._warned and rank() == 0:
+            self._warned = True
             _log.warning(
-                "No token reached %s%s since the last mask update: masks there use the norms of earlier windows. If "
-                "the model no longer uses it, leave it out with ignore=[%r].",
-                old[0],
-                f" and {len(old) - 1} other targets" if len(old) > 1 else "",
+                "No token reached %s since the last mask update: masks there use the norms of earlier windows. If the "
+                "model no longer uses it, leave it out with ignore=[%r].",
+                named(old),
                 old[0],
             )
-        self._warned = self._warned or bool(old)
         if dropped and rank() == 0:
-            name, count = next(iter(dropped.items()))
             _log.warning(
-                "%s: in %d forwards since the last mask update, the input activations were not finite%s. They do not "
+                "%s: in %d forwards since the last mask update, the input activations were not finite. They do not "
                 "count in the statistics. This is normal for a step that a loss scaler skips.",
-                name,
-                count,
-                f", nor were those of {len(dropped) - 1} other targets" if len(dropped) > 1 else "",
+                named(dropped),
+                int(norms[dropped[0]].dropped),
             )
 
     def fade(self) -> None:
@@ -249,13 +223,8 @@ class RunningNorms:
         return {"norms_by_rank": gather_objects(own), "tokens": self._tokens, "final": self.final}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Each rank gets its own norms back; if the number of ranks has changed, rank 0 gets their sum.
-
-        Raises:
-            ValueError: the state has norms of layers that do not exist here.
-        """
+        """Each rank gets its own norms back; if the number of ranks has changed, rank 0 gets their sum."""
         by_rank: Sequence[Mapping[str, dict[str, Tensor]]] = state["norms_by_rank"]
-        check_known(set().union(*by_rank), self._layers)
         self._tokens, self.final = dict(state["tokens"]), state["final"]
         own, same_ranks = norms_of(self._layers), len(by_rank) == world_size()
         for norm in own.values():
@@ -264,10 +233,3 @@ class RunningNorms:
             if rank() == (process if same_ranks else 0):
                 for name, sums in saved.items():
                     own[name].merge_state_dict(sums)
-
-
-def check_known(saved: set[str], layers: Mapping[str, MaskedLayer]) -> None:
-    """Raise ValueError if a checkpoint names layers that are not targets."""
-    unknown = sorted(saved - set(layers))
-    if unknown:
-        raise ValueError(f"The checkpoint pruned layers that are not targets of this run, such as {unknown[0]}.")

@@ -20,7 +20,7 @@ from sparse_train.layers import masks
 from sparse_train.layers.masked_layer import MaskedLayer, MaskedMatrix
 from sparse_train.patterns import Pattern, Unstructured
 from sparse_train.policies import MaskPolicy, Optimizers, StraightThrough
-from sparse_train.pruning.recording import check_reached
+from sparse_train.pruning.recording import check_statistics
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,8 @@ def update_masks(layers: Mapping[str, MaskedMatrix], rules: Rules) -> dict[str, 
     Raises:
         ValueError: a layer without activations, or with non-finite activations or weights.
     """
-    check_reached(layers, rules.criterion)
+    if rules.criterion.needs_activations:
+        check_statistics(layers)
     chosen = (_choose_model_wide if rules.pattern.model_wide else _choose_by_layer)(layers, rules)
     for name, choice in chosen.items():
         if not choice.finite:
@@ -137,7 +138,6 @@ def replace_mask(layer: MaskedMatrix, packed_OJ: Tensor, nonzero: int) -> LayerU
     """Replace a mask by a packed one under which ``nonzero`` weights are not zero."""
     flips = masks.count_differing(layer.weight_mask, packed_OJ)
     layer.weight_mask.copy_(packed_OJ)
-    layer.reached = False
     return LayerUpdate(layer.size, layer.size - nonzero, flips)
 
 
@@ -194,8 +194,14 @@ def _score(
     some_rows = len(weight_OI) < layer.out_features
     state = rules.optimizers.state_of(layer, some_rows) if isinstance(layer, MaskedLayer) else {}
     context = LayerContext(weight_OI, stats, name, layer.weight_mask[rows], state, column_sums_I)
-    scores_OI = _scores_of(rules.criterion, context)
-    finite = _all_finite(scores_OI)
+    scores_OI = rules.criterion.scores(context).float()
+    if scores_OI.shape != weight_OI.shape:
+        raise ValueError(
+            f"{rules.criterion} gave scores of shape {tuple(scores_OI.shape)} for a weight of shape "
+            f"{tuple(weight_OI.shape)}: a criterion returns a score for each weight (Criterion.scores)."
+        )
+    # if the sum is finite, all scores are, and it is ten times faster to check; it may overflow with finite scores
+    finite = bool(scores_OI.sum().isfinite()) or bool(scores_OI.isfinite().all())
     if stats is not None and bool((stats.sum_squares_I == 0).any()):
         # A feature that is always zero makes its scores 0. Weights that are already zero are then pruned first, so that
         # pruning twice gives the same result as pruning once.
@@ -205,30 +211,6 @@ def _score(
     if rules.policy.regrowth == "from zero":
         nonzero_OI &= context.keep_OI
     return scores_OI, masks.pack(nonzero_OI), finite
-
-
-def _scores_of(criterion: Criterion, context: LayerContext) -> Tensor:
-    try:
-        scores_OI = criterion.scores(context)
-    except (AttributeError, AssertionError, TypeError) as error:
-        if context.stats is None:
-            raise ValueError(
-                f"{criterion} failed, and was given stats=None: {error}. A criterion that reads activation norms says "
-                "so with needs_activations = True in its class."
-            ) from error
-        raise
-    if not isinstance(scores_OI, Tensor) or scores_OI.shape != context.weight_OI.shape:
-        given = f"shape {tuple(scores_OI.shape)}" if isinstance(scores_OI, Tensor) else type(scores_OI).__name__
-        raise ValueError(
-            f"{criterion} gave {given} as scores of a weight of shape {tuple(context.weight_OI.shape)}: a criterion "
-            "returns a float32 score for each weight (Criterion.scores)."
-        )
-    return scores_OI.float()
-
-
-def _all_finite(scores_OI: Tensor) -> bool:
-    # if the sum is finite, all scores are, and it is ten times faster to check; it may overflow with finite scores
-    return bool(scores_OI.sum().isfinite()) or bool(scores_OI.isfinite().all())
 
 
 # --- rows of several processes (FSDP2) -------------------------------------------------------------------------------

@@ -27,7 +27,6 @@ from sparse_train.pruning.config import FromZeros, PruningConfig, check_same
 from sparse_train.pruning.recording import (
     RunningNorms,
     check_agreement,
-    check_known,
     check_statistics,
     exchange,
     warn_of_padding,
@@ -61,10 +60,21 @@ def mask_targets(model: nn.Module, config: PruningConfig) -> dict[str, MaskedLay
     return {name: layer for name, layer in layers.items() if isinstance(layer, MaskedLayer)}
 
 
+def check_same_layers(saved: Iterable[str], layers: Iterable[str]) -> None:
+    """Raise ValueError if the run of a checkpoint pruned other layers than this one."""
+    differing = sorted({*saved} ^ {*layers})
+    if differing:
+        raise ValueError(
+            f"The run of the checkpoint did not prune the same layers as this one; {differing[0]} is in only one of "
+            "them. Resume with the same targets and ignore, or export the checkpoint and start a new run from that."
+        )
+
+
 def check_restored_masks(saved: Mapping[str, int], layers: Mapping[str, MaskedLayer], sparsity: float | None) -> None:
     """Raise ValueError if the masks of layers are not those of a state, given as fingerprints (``state["masks"]``)."""
+    check_same_layers(saved, layers)
     own = {name: masks.fingerprint_number(layer.weight_mask) for name, layer in layers.items()}
-    wrong = next((name for name, number in saved.items() if own.get(name) != number), None)
+    wrong = next((name for name, number in saved.items() if own[name] != number), None)
     if wrong is not None:
         dense = sum(layer.keeps_all() for layer in layers.values())
         raise ValueError(
@@ -150,7 +160,8 @@ class MaskUpdater:
         if state is None:
             self.timing = config.timing(total_steps, has_masks)
         else:
-            self._check_state(state)
+            check_same(state["settings"], self.settings())
+            check_same_layers(state["masks"], self.layers)
         self.norms = RunningNorms(self.layers, config.criterion, config.norm_decay)
         """The activations for the next update."""
         frozen = frozen_linears(self._model)
@@ -162,7 +173,6 @@ class MaskUpdater:
         self._first_rows: dict[str, Tensor] = {}  # every 128th row of the first masks, packed
         self._restored_masks: dict[str, int] = {}  # fingerprints, until the first step after a resume
         self._prunes = False  # whether masks pruned anything when they were last changed or checked
-        self._idle = self._unreached = False
         self._two_texts = reads_two_texts(self._model, self.layers.values())
         if state is not None:
             self._restore(state)
@@ -173,7 +183,7 @@ class MaskUpdater:
         elif self.timing.is_update(0):
             self.update()
         if state is None:
-            warn_of_filled_zeros(self.layers, config.pattern, self.sparsity or 0.0)
+            warn_of_filled_zeros(self.layers)
         self._prepare_step()
 
     def _has_masks(self) -> bool:
@@ -253,12 +263,10 @@ class MaskUpdater:
         warn_of_padding(self.norms.recorder)
         report = None
         if self.timing.is_update(self.steps):
-            self._warn_if_idle()
             if self._would_change(self.steps):
                 report = self.update()
             else:
                 check_agreement(self.layers)
-                self._warn_of_unreached()
                 report = self.report()
         elif self.timing.is_frozen(self.steps) and (self.steps - self.timing.end_step) % self.timing.update_freq == 0:
             check_agreement(self.layers)
@@ -339,37 +347,10 @@ class MaskUpdater:
         strides = {name: max(1, min(_STRIDE, layer.out_features // 4)) for name, layer in self.layers.items()}
         return {name: layer.weight_mask[:: strides[name]] for name, layer in self.layers.items()}
 
-    def _warn_if_idle(self) -> None:
-        """Warn once if no forward has used any of the layers since the last update; running norms notice themselves."""
-        notices = self.config.criterion.needs_activations and self.config.norm_decay != "frozen"
-        if notices or self._idle or any(layer.reached for layer in self.layers.values()):
-            return
-        self._idle = True
-        if rank() == 0:
-            _log.warning(
-                "No forward has used any of the %d masked layers since the last mask update. If a copy of the model is "
-                "trained in its place, its masks do not change: build the MaskUpdater on the model that is trained.",
-                len(self.layers),
-            )
-
-    def _warn_of_unreached(self) -> None:
-        """Warn once of a target that no forward has reached, if others were reached."""
-        unreached = [name for name, layer in self.layers.items() if not layer.reached]
-        if self._unreached or not unreached or len(unreached) == len(self.layers):
-            return
-        self._unreached = True
-        if rank() == 0:
-            _log.warning(
-                "%s is a target, and no forward has reached it so far: if its weight is used in another way, its mask "
-                "has no effect until it is folded in at the end. Leave it out with ignore=[%r].",
-                unreached[0],
-                unreached[0],
-            )
-
     def finish(self) -> None:
         """Call once before ``squash``, for a last check that all ranks hold the same masks.
 
-        Warns if the run ended before its masks reached their final sparsity, or before they were frozen.
+        Warns if the run ended before its masks reached their final sparsity.
 
         Raises:
             ValueError: ranks hold different masks, or the masks are not those of this run.
@@ -382,22 +363,13 @@ class MaskUpdater:
                 "since the last update, such as by loading another model. Resume from a checkpoint with masks."
             )
         final = self.config.sparsity_at(1.0)
-        if rank() != 0 or not self.steps:
-            return
-        if self.sparsity != final:
+        if rank() == 0 and self.steps and self.sparsity != final:
             _log.warning(
                 "The run ended after %d steps, before its masks reached the final sparsity of %g: they are at %s. "
                 "end_step is %d.",
                 self.steps,
                 final,
                 self.sparsity,
-                self.timing.end_step,
-            )
-        elif self.policy.regrowth != "never" and self.steps < self.timing.end_step:
-            _log.warning(
-                "The run ended after %d steps, but masks were to change until step %d (end_step), so there were no "
-                "last steps with fixed masks.",
-                self.steps,
                 self.timing.end_step,
             )
 
@@ -421,16 +393,6 @@ class MaskUpdater:
             "layer_sparsities": self._division.state_dict(),
         }
 
-    def _check_state(self, state: Mapping[str, Any]) -> None:
-        lacking = sorted({"settings", "norms", "policy", "masks", "first_rows", "layer_sparsities"} - state.keys())
-        if lacking:
-            raise ValueError(
-                f"The state of the run to resume has no {lacking[0]}: another version of sparse-train wrote it, or it "
-                "is not one of MaskUpdater. Finish the run with that version, or export it and start anew from that."
-            )
-        check_same(state["settings"], self.settings())
-        check_known(set(state["first_rows"]), self.layers)
-
     def _restore(self, state: Mapping[str, Any]) -> None:
         self.norms.load_state_dict(state["norms"])
         self.steps, self.sparsity, self._last_update = state["steps"], state["sparsity"], state["last_update"]
@@ -444,7 +406,7 @@ class MaskUpdater:
     def settings(self) -> dict[str, Any]:
         """The settings as data; a run and one that continues it must share them, up to ``_FREE`` ones."""
         self._adapters = describe_adapters(self.layers) or self._adapters  # after a merge, those from before
-        return {**self.config.as_data(), "mask_lora": self._adapters, "layers": len(self.layers)}
+        return {**self.config.as_data(), "mask_lora": self._adapters}
 
     def plan(self) -> str:
         """How layers differ in sparsity, if they do, and when masks change, in words."""

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from sparse_train.criteria import Magnitude
-from sparse_train.distributed.collectives import all_ranks, rank
+from sparse_train.distributed.collectives import rank
 from sparse_train.distributions import LayerSparsities
 from sparse_train.layers import masks
 from sparse_train.layers.masked_layer import MaskedLayer, sparse_layers
@@ -76,7 +76,7 @@ def masks_from_zeros(
         division: how the sparsity is divided; if that is not known, it is read from the zeros.
 
     Raises:
-        ValueError: the zeros do not follow the pattern, on some rank. Masks then keep everything.
+        ValueError: the zeros do not follow the pattern. Masks then keep everything.
     """
     dense = measure(layers)
     try:
@@ -86,8 +86,7 @@ def masks_from_zeros(
             division.read(mask_shares(layers, pattern), sparsity)
         # by magnitude, masks prune zeros first: if the zeros follow the pattern, nothing else
         found = update_masks(layers, Rules(Magnitude(), pattern, division.at(sparsity)))
-        follow = all(found[name].zeros == dense[name].zeros for name in layers)
-        if not all_ranks(follow, next(iter(layers.values())).weight_mask.device):
+        if any(found[name].zeros != dense[name].zeros for name in layers):
             raise ValueError(
                 f"first_mask is FromZeros(), and {100 * sparsity_of(dense):.1f} % of the targeted weights are zeros, "
                 f"but not where {group_label(pattern)} at {sparsity:g} has them. {_TO_KEEP_THEM} Or make a new first "
@@ -97,33 +96,22 @@ def masks_from_zeros(
         for layer in layers.values():
             layer.keep_all()
         raise
-    if rank() == 0:
-        _log.info(
-            "First mask from the zeros of the model: %.4f of the targeted weights, %s.",
-            sparsity_of(dense),
-            group_label(pattern),
-        )
 
 
-def warn_of_filled_zeros(layers: Mapping[str, MaskedLayer], pattern: Pattern, sparsity: float) -> None:
+def warn_of_filled_zeros(layers: Mapping[str, MaskedLayer]) -> None:
     """Warn if the masks of layers keep zeros of a model that was pruned before, so that training fills them."""
-    kept = sum(masks.count(layer.weight_mask) for layer in layers.values())
-    counts = measure(layers).values()
-    size = sum(each.size for each in counts)
-    zeros = sum(each.zeros for each in counts if each.zeros < each.size)  # new layers may begin at zero
-    share = (zeros - (size - kept)) / size
-    if share <= _A_FEW or rank() != 0:
-        return
-    mask = (
-        f"the first mask ({group_label(pattern)} at {sparsity:g}) keeps" if kept < size else "are not masked at first"
-    )
-    _log.warning(
-        "The model was pruned before: %.1f %% of its weights are zeros that %s, so training fills them. A run that "
-        "starts at step 0 masks zeros that follow its pattern with first_mask=FromZeros(). %s",
-        100 * share,
-        mask,
-        _TO_KEEP_THEM,
-    )
+    counts = measure(layers)
+    pruned = sum(layer.size - masks.count(layer.weight_mask) for layer in layers.values())
+    zeros = sum(each.zeros for each in counts.values() if each.zeros < each.size)  # new layers may begin at zero
+    share = (zeros - pruned) / sum(each.size for each in counts.values())
+    if share > _A_FEW and rank() == 0:
+        _log.warning(
+            "The model was pruned before: %.1f %% of its weights are zeros that the first masks keep, so training "
+            "fills them. A run that starts at step 0 masks zeros that follow its pattern with first_mask=FromZeros(). "
+            "%s",
+            100 * share,
+            _TO_KEEP_THEM,
+        )
 
 
 def _mask_zeros(layer: MaskedLayer) -> None:

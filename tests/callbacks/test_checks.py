@@ -7,14 +7,11 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, ModelPruning
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
-from transformers import Trainer, TrainingArguments
 
 from sparse_train import Cubic
 from sparse_train.callbacks import DynamicPruning
 from sparse_train.callbacks.checks import check_fit
-from sparse_train.integrations.transformers import SparseTrainerCallback
 from tests.callbacks.runs import InInit, loader, trainer, zeros
-from tests.conftest import tiny_llama
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*does not have many workers.*")
 
@@ -36,13 +33,6 @@ class ByHand(InInit):
         return torch.optim.SGD(self.parameters(), lr=0.01)
 
 
-def test_a_callback_of_another_trainer_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="For Lightning use sparse_train.callbacks.DynamicPruning"):
-        trainer(tmp_path, SparseTrainerCallback("2:4")).fit(InInit(), loader())
-    with pytest.raises(ValueError, match="For transformers.Trainer use .*SparseTrainerCallback"):
-        Trainer(tiny_llama(), TrainingArguments(str(tmp_path), use_cpu=True), callbacks=[DynamicPruning("2:4")])
-
-
 def test_another_callback_that_masks_is_refused(tmp_path):
     other = ModelPruning("l1_unstructured", amount=0.5)
     with pytest.raises(ValueError, match="ModelPruning adds a second set of masks"):
@@ -52,7 +42,7 @@ def test_another_callback_that_masks_is_refused(tmp_path):
 @pytest.mark.parametrize("settings", [{}, {"start_step": 0.5, "end_step": 10}])
 def test_shares_of_a_run_that_is_optimized_by_hand_are_refused(settings, tmp_path):
     name = "start_step" if settings else "end_step"
-    with pytest.raises(ValueError, match=f"{name} is 0.*ByHand uses manual optimization.*{name}=1000"):
+    with pytest.raises(ValueError, match=f"{name}=0.*is a share of the run, whose length is not known"):
         trainer(tmp_path, DynamicPruning("2:4", **settings)).fit(ByHand(), loader())
 
 

@@ -158,11 +158,6 @@ def test_an_endless_run_needs_whole_steps(tmp_path):
         trainer(tmp_path, DynamicPruning("2:4"), max_steps=-1, max_epochs=-1).fit(InInit(), loader())
 
 
-def test_modules_of_another_lightning_are_refused():
-    with pytest.raises(ValueError, match="Sequential is not a lightning.LightningModule.*pytorch_lightning"):
-        DynamicPruning().setup(L.Trainer(accelerator="cpu", logger=False), torch.nn.Sequential(), "fit")
-
-
 def test_a_mask_that_does_not_fit_warns_once(tmp_path, caplog):
     class Flattens(InInit):
         def __init__(self):

@@ -121,14 +121,12 @@ def test_training_goes_on_as_if_nothing_had_happened():
     updater = MaskUpdater(model, "2:4", update_freq=2, window=1.0, total_steps=8)
     model(input_ids=ids, labels=ids).loss.backward()
     layer = model.model.layers[0].mlp.up_proj
-    layer.reached = False
     recorded, chance = layer.statistics.sum_squares_I.clone(), torch.get_rng_state()
     assert layer.recorder.when == "training"
     assert recorded.sum() > 0
     result = evaluate_perplexity(model, ids.flatten(), window=16)
     assert torch.equal(layer.statistics.sum_squares_I, recorded)
     assert torch.equal(torch.get_rng_state(), chance)
-    assert not layer.reached
     assert model.training
     assert evaluate_perplexity(model.eval(), ids.flatten(), window=16) == result  # without dropout
     assert updater.steps == 0

@@ -280,7 +280,6 @@ def test_nothing_is_left_of_an_evaluation(seven):
     ids = torch.randint(3, 100, (2, 16))
     model(input_ids=ids, labels=ids).loss.backward()
     layers = sparse_train.sparse_layers(model)
-    layers["model.layers.0.mlp.up_proj"].reached = False
     assert layers["model.layers.0.mlp.up_proj"].recorder.when == "training"
     random.seed(7), np.random.seed(7)
 
@@ -290,7 +289,6 @@ def test_nothing_is_left_of_an_evaluation(seven):
                 "modes": {name: module.training for name, module in model.named_modules()},
                 "parameters": [(id(p), p.clone(), p.grad.clone()) for p in model.parameters()],
                 "statistics": copy.deepcopy(updater.state_dict()),
-                "reached": [layer.reached for layer in layers.values()],
                 "chance": (random.getstate(), np.random.get_state(), torch.get_rng_state()),
                 "tokenizer": tokenizer.pad_token,
                 "log": logging.getLogger("lm_eval").level,

@@ -29,10 +29,10 @@ def test_engines_whose_checkpoints_it_cannot_follow_are_refused(tmp_path, monkey
     run = trainer(tmp_path)
     with monkeypatch.context() as launched:
         launched.setenv("ACCELERATE_USE_FSDP", "true")
-        with pytest.raises(ValueError, match="runs on FSDP"):
+        with pytest.raises(ValueError, match="runs on FSDP or DeepSpeed"):
             pruning().on_init_end(run.args, run.state, run.control, model=run.model)
     monkeypatch.setattr(run.args, "deepspeed_plugin", object())
-    with pytest.raises(ValueError, match="runs on DeepSpeed"):
+    with pytest.raises(ValueError, match="FSDP or DeepSpeed"):
         pruning().on_init_end(run.args, run.state, run.control, model=run.model)
     monkeypatch.setattr(run.args, "deepspeed_plugin", None)
     run.args._n_gpu = 2
@@ -70,7 +70,7 @@ def test_what_is_refused_is_also_refused_of_a_callback_that_is_added_later(tmp_p
     run.add_callback(pruning())
     with monkeypatch.context() as launched:
         launched.setenv("ACCELERATE_USE_FSDP", "true")
-        with pytest.raises(ValueError, match="runs on FSDP"):
+        with pytest.raises(ValueError, match="runs on FSDP or DeepSpeed"):
             run.train()
     settings = {"save_strategy": "steps", "eval_strategy": "steps", "eval_steps": 4, "save_steps": 4}
     best = trainer(tmp_path, load_best_model_at_end=True, **settings)

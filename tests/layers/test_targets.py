@@ -81,26 +81,8 @@ def test_a_mistyped_part_of_a_name_is_told_what_it_may_have_meant(llama, argumen
 
 
 def test_where_nothing_is_left_no_layer_is_offered_that_was_left_out(llama):
-    with pytest.raises(ValueError, match="All of them are ignored, adapters, or tied"):
+    with pytest.raises(ValueError, match=r"before it has run\.$"):
         names(llama, ignore=["re:.*"])
-    with pytest.raises(ValueError, match="divisible by 3.* None of the 21 targets fits"):
-        select(llama, NM(1, 3))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "written"),
-    [
-        ({"targets": ["q_proj"]}, "such as model.layers.0.self_attn.q_proj: write 're:(.*\\.)?(q_proj)$'."),
-        ({"ignore": ["re:(gate|up)_proj"]}, "write 're:(.*\\.)?((gate|up)_proj)$'."),
-        ({"ignore": ["layers.0"]}, "write 're:(.*\\.)?(layers.0)\\.'."),
-    ],
-)
-def test_a_part_of_a_name_is_told_what_to_write(llama, arguments, written):
-    with pytest.raises(ValueError) as error:
-        names(llama, **arguments)
-    assert written in str(error.value)
-    argument = next(iter(arguments))
-    assert names(llama, **{argument: [written.split("'")[1]]})  # and that is right
 
 
 class MyAttention(nn.Module):
@@ -152,7 +134,7 @@ class FalconLinear(nn.Linear):  # the name of a class of transformers, and nothi
         (
             tiny_llama(intermediate_size=30),
             {},
-            r"by 4.*2 more, such as model.layers.1.mlp.down_proj. .*\(down_proj\)",
+            r"by 4.*2 more. .*\(down_proj\)",
         ),
         (tiny_llama(), {"targets": ["lm_head"]}, "shares its weight"),
     ],

@@ -70,7 +70,6 @@ def test_the_first_sparsity_is_none_if_masks_come_later():
         ({"update_freq": 2.5}, "update_freq .* got 2.5"),
         ({"norm_decay": 1.5}, "norm_decay is the factor"),
         ({"norm_decay": None}, "norm_decay is the factor"),
-        ({"norm_decay": "frozen", "criterion": Magnitude()}, "nothing to keep"),
         ({"criterion": SparseGPT()}, "has no scores for re-pruning. Give it as first_mask="),
         ({"criterion": Wanda}, r"Write Wanda\(\)"),
         ({"policy": Regrow}, r"Write Regrow\(\)"),
@@ -92,8 +91,6 @@ def test_mistakes_are_found_at_construction(settings, message):
 def test_mistakes_in_a_first_mask_are_found_at_construction():
     with pytest.raises(ValueError, match="OneShot.batches must be at least 1, got 0"):
         OneShot(batches=0)
-    with pytest.raises(ValueError, match="Leave preserve_sparsity_mask out"):
-        OneShot(SparseGPT(preserve_sparsity_mask=True))
     with pytest.raises(ValueError, match=r"Write SparseGPT\(\)"):
         OneShot(SparseGPT)
 

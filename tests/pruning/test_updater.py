@@ -1,7 +1,5 @@
 """``MaskUpdater`` over a run."""
 
-import copy
-
 import pytest
 import torch
 from torch import nn
@@ -271,22 +269,6 @@ def test_an_error_in_the_middle_changes_no_mask_and_no_kept_weight():
     assert not sparse_layers(dense)
 
 
-def test_a_target_whose_forward_is_bypassed_is_found_without_activations_too():
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b, self.last = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2)
-
-        def forward(self, x):
-            return self.last(self.b(x @ self.a.weight.T))
-
-    model = Model()
-    updater = MaskUpdater(model, "2:4", criterion=Magnitude(), update_freq=1, total_steps=10)
-    model(torch.randn(2, 8))
-    with pytest.raises(ValueError, match="a is a target, but no forward reached it"):
-        updater.step()
-
-
 def test_padding_that_cannot_be_told_apart_is_said_once(caplog):
     model = tiny_llama()
     updater = MaskUpdater(model, "2:4", update_freq=2, window=1.0, total_steps=20)
@@ -296,32 +278,6 @@ def test_padding_that_cannot_be_told_apart_is_said_once(caplog):
         model(input_ids=batch, labels=batch).loss.backward()
         updater.step()
     assert caplog.text.count("does not fit a layer's input of shape (2, 16, 32)") == 1
-
-
-def test_fixed_masks_that_no_forward_sees_are_said_once(caplog):
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b, self.last = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
-
-        def forward(self, x):
-            return self.last(nn.functional.linear(self.a(x), self.b.weight))
-
-    model = Model()
-    updater = MaskUpdater(model, "2:4", criterion=Magnitude(), policy=Fixed(), update_freq=1, total_steps=10)
-    for _ in range(3):
-        model(torch.randn(2, 8))
-        updater.step()
-    assert caplog.text.count("b is a target, and no forward has reached it so far") == 1
-
-
-def test_training_a_copy_in_place_of_the_model_is_said_once(caplog):
-    model = tiny_llama()
-    updater = MaskUpdater(model, "2:4", criterion=Magnitude(), update_freq=2, total_steps=10)
-    train(model, updater, 2)
-    assert not caplog.records
-    train(copy.deepcopy(model), updater, 6)
-    assert caplog.text.count("No forward has used any of the 21 masked layers since the last mask update") == 1
 
 
 def test_a_run_may_end_at_a_sparsity_of_less_than_a_weight_per_group():

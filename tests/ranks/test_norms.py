@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from sparse_train import FromZeros, Magnitude, MaskUpdater, prune, sparse_layers
+from sparse_train import MaskUpdater
 from sparse_train.distributed.collectives import gather_objects, rank
 from tests.ranks import launch
 
@@ -42,20 +42,3 @@ def test_norms_of_each_layer_are_summed_over_ranks_whatever_each_has_used():
     first, second = launch.run(train)
     assert first == ({"a": 30, "b": 40}, True)
     assert second[0] == {"a": 0, "b": 0}
-
-
-def begin() -> tuple[str, int]:
-    torch.manual_seed(rank())
-    model = Branches()
-    if rank() == 0:  # only here was a pruned model loaded; DDP would send it to the other rank
-        prune(model, mask_structure="2:4", criterion=Magnitude(), targets=["a", "b"])
-    try:
-        MaskUpdater(model, "2:4", update_freq=4, total_steps=40, targets=["a", "b"], first_mask=FromZeros())
-    except ValueError as error:
-        return str(error), len(sparse_layers(model))
-    return "no error", 0
-
-
-def test_zeros_are_a_first_mask_only_if_all_ranks_have_them():
-    for message, masked in launch.run(begin):
-        assert message.startswith("first_mask is FromZeros()") and masked == 0

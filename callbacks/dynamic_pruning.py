@@ -33,7 +33,7 @@ from sparse_train.layers.sparsify import unmask
 from sparse_train.layers.targets import named
 from sparse_train.models.checkpoints import PRUNING_STATE
 from sparse_train.oneshot.first_mask import check_solver, set_first_mask
-from sparse_train.patterns import Pattern, group_label
+from sparse_train.patterns import Pattern
 from sparse_train.pruning.config import PruningConfig, check_same
 from sparse_train.pruning.update import UpdateReport
 from sparse_train.pruning.updater import MaskUpdater, check_restored_masks, mask_targets
@@ -133,7 +133,6 @@ class DynamicPruning(L.Callback):
             return
         check_fit(trainer, pl_module, self, self.config, self._squash)
         self.updater = self._restored = None
-        lightning.drop_hooks(pl_module)
         lightning.call_when_built(pl_module, self._mask)
 
     def _mask(self, pl_module: L.LightningModule) -> None:
@@ -176,10 +175,7 @@ class DynamicPruning(L.Callback):
             outliers=outliers,
             state=state,
         )
-        rank_zero_info(
-            f"DynamicPruning: {named(self._layers)} at {group_label(self.config.pattern)}, final "
-            f"sparsity {self.config.sparsity_at(1.0):g}; {self.updater.plan()}."
-        )
+        rank_zero_info(f"DynamicPruning: {self.updater.plan()}.")
         self._global_step = trainer.global_step if state is None else state["global_step"]
         self._metrics = {} if state is None else state.get("metrics", {})
         self._logged = False
@@ -237,16 +233,12 @@ class DynamicPruning(L.Callback):
     # --- after training, and checkpoints -----------------------------------------------------------------------------
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self.updater is not None and self.updater.steps == 0:
-            by_hand = (
-                " Under manual optimization, call step() on what self.optimizers() returns, which Lightning counts; do "
-                "not use use_pl_optimizer=False."
-            )
-            rank_zero_warn(
-                "No optimizer step was seen, so masks never changed."
-                + ("" if pl_module.automatic_optimization else by_hand)
-            )
         if self.updater is not None:
+            if self.updater.steps == 0:
+                rank_zero_warn(
+                    "No optimizer step was seen, so masks never changed. Under manual optimization, call step() on "
+                    "what self.optimizers() returns, which Lightning counts; do not use use_pl_optimizer=False."
+                )
             self.updater.finish()
         elif self._restored is not None:
             check_same(self._restored["settings"], self.config.as_data())  # no updater has checked them
@@ -263,7 +255,6 @@ class DynamicPruning(L.Callback):
         if self.updater is None:
             self._restored = None  # of a checkpoint that this run could not resume
         self.teardown(trainer, pl_module, "")  # Lightning calls none after an exception
-        lightning.drop_hooks(pl_module)  # of another callback
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         lightning.forget(pl_module)

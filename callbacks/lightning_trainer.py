@@ -8,22 +8,13 @@ import lightning as L
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
-from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, RandomSampler, SequentialSampler
-from torchdata.stateful_dataloader.sampler import BatchSampler as StatefulBatchSampler
-from torchdata.stateful_dataloader.sampler import RandomSampler as StatefulRandomSampler
-from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
 from sparse_train.layers.masked_layer import sparse_layers
 from sparse_train.layers.sparsify import sparsify_like, unmask
-from sparse_train.oneshot.first_mask import first_batches, random_batches
+from sparse_train.oneshot.first_mask import first_batches, training_batches
 from sparse_train.oneshot.forwards import Batch
 
 _HOOKS = ("configure_model", "setup")  # the later one first; a callback's setup runs before both
-_PLAIN = (BatchSampler, StatefulBatchSampler)
-_WHOLE_DATA_SAMPLERS = (
-    *(SequentialSampler, RandomSampler, StatefulRandomSampler),
-    *(DistributedSampler, StatefulDistributedSampler),  # the latter is that of ``TextBlocks``
-)
 
 
 def steps_done(trainer: L.Trainer, *, in_batch: bool = True) -> int:
@@ -53,12 +44,7 @@ def calibration_batches(trainer: L.Trainer, count: int) -> list[Batch] | None:
     own = ask() if ask is not None else None
     if own is not None:
         return first_batches(own, count)
-    loader: Any = trainer.train_dataloader
-    batches: Any = loader.batch_sampler if isinstance(loader, DataLoader) else None
-    # another sampler may be there to keep validation data out
-    if type(batches) not in _PLAIN or type(batches.sampler) not in _WHOLE_DATA_SAMPLERS:
-        return None
-    return random_batches(loader.dataset, batches.batch_size, loader.collate_fn, count)
+    return training_batches(trainer.train_dataloader, count)
 
 
 # --- when layers exist -----------------------------------------------------------------------------------------------
@@ -93,7 +79,6 @@ def masks_as_loaded(pl_module: L.LightningModule) -> Callable[[], None]:
     It makes a module that was dense dense again, with the zeros of the loaded masks.
     """
     was_dense = not sparse_layers(pl_module)
-    drop_hooks(pl_module)
     hook = pl_module.register_load_state_dict_pre_hook(_sparsify_as_loaded)  # type: ignore[no-untyped-call]
 
     def end() -> None:
@@ -102,13 +87,6 @@ def masks_as_loaded(pl_module: L.LightningModule) -> Callable[[], None]:
             unmask(pl_module)
 
     return end
-
-
-def drop_hooks(pl_module: L.LightningModule) -> None:
-    """Remove hooks that a failed stage, of this callback or another one, has left."""
-    hooks = pl_module._load_state_dict_pre_hooks
-    for key in [key for key, each in hooks.items() if getattr(each, "hook", each) is _sparsify_as_loaded]:
-        del hooks[key]
 
 
 def _sparsify_as_loaded(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -35,10 +34,8 @@ from sparse_train.layers import masks
 from sparse_train.layers.masked_layer import MaskedLayer, sparse_layers
 from sparse_train.layers.masks import MASK_NAME
 from sparse_train.layers.sparsify import unmask
-from sparse_train.layers.targets import named
-from sparse_train.oneshot.first_mask import random_batches, set_first_mask
-from sparse_train.oneshot.forwards import Batch
-from sparse_train.patterns import Pattern, group_label
+from sparse_train.oneshot.first_mask import set_first_mask, training_batches
+from sparse_train.patterns import Pattern
 from sparse_train.policies import MaskPolicy
 from sparse_train.pruning.config import PruningConfig
 from sparse_train.pruning.updater import MaskUpdater, check_same_layers, mask_targets
@@ -51,15 +48,6 @@ _LIGHTNING = (
     "Train on one device or with DDP (torchrun), or use Lightning with sparse_train.callbacks.DynamicPruning, which "
     "supports FSDP2, DeepSpeed and mask_lora."
 )
-_WHOLE_DATA_SAMPLERS = {
-    "torch.utils.data.sampler.SequentialSampler",
-    "torch.utils.data.sampler.RandomSampler",
-    "torch.utils.data.distributed.DistributedSampler",
-    "accelerate.data_loader.SeedableRandomSampler",
-    "transformers.trainer_pt_utils.LengthGroupedSampler",
-    "transformers.trainer_pt_utils.BatchRebalanceSampler",
-}
-"""By name, because not all versions have all of them; and exact classes, because a subclass may leave data out."""
 
 
 class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
@@ -174,13 +162,7 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
         )
         self.updater.watch([optimizer])
         if rank() == 0:
-            _log.info(
-                "SparseTrainerCallback: %s at %s, final sparsity %g; %s.",
-                named(layers),
-                group_label(self.config.pattern),
-                self.config.sparsity_at(1.0),
-                self.updater.plan(),
-            )
+            _log.info("SparseTrainerCallback: %s.", self.updater.plan())
         if args.load_best_model_at_end and self.updater.sparsity is None:
             raise ValueError(
                 "The first mask comes from the activations of the first steps, which run dense, and "
@@ -206,7 +188,7 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
             model,
             layers,
             self.config,
-            lambda count: calibration_batches(loader, size, count),
+            lambda count: training_batches(loader, count, size),
             torch.autocast(args.device.type, dtype, enabled=args.fp16 or args.bf16),
             progress=not args.disable_tqdm and rank() == 0,
         )
@@ -285,31 +267,7 @@ def check_trainer(args: Any, model: nn.Module, config: PruningConfig) -> None:
         )
 
 
-def calibration_batches(loader: Any, batch_size: int, count: int) -> list[Batch] | None:
-    """Random training batches, without changing the state of the loader; None if a model could not use any.
-
-    Args:
-        loader: that of the Trainer, as prepared by accelerate, or a custom one.
-        batch_size: samples per batch.
-        count: number of batches.
-    """
-    if isinstance(getattr(loader, "dataset", None), IterableDataset):
-        return None
-    sampler: Any = getattr(loader, "batch_sampler", None)  # what chooses the indices, inside known wrappers
-    if class_path(type(sampler)) == "accelerate.data_loader.BatchSamplerShard":
-        sampler = sampler.batch_sampler
-    if class_path(type(sampler)) == "torch.utils.data.sampler.BatchSampler":
-        sampler = sampler.sampler
-    if class_path(type(sampler)) not in _WHOLE_DATA_SAMPLERS:
-        _log.warning(
-            "Training data is read by a %s, which may leave some of it out, so none is read for calibration.",
-            type(loader if sampler is None else sampler).__name__,
-        )
-        return None
-    return random_batches(loader.dataset, batch_size, loader.collate_fn, count)
-
-
-# --- checkpoints ----------------------------------------------------------------------------------------------------
+# --- checkpoints -----------------------------------------------------------------------------------------------------
 
 
 def _zeros_to_masks(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

@@ -75,9 +75,11 @@ class MaskedMatrix:
         statistics: of the input; None if nothing needs them.
         in_features, out_features: I and O.
         adapted: whether a low-rank adapter is part of the weight, see ``sparse_train.layers.mask_lora``.
+        has_rows: whether each process holds some rows (FSDP2), which it can score and select alone.
     """
 
     adapted: bool = False
+    has_rows: bool = False
     weight_mask: Tensor
     statistics: Statistics | None
     recorder: Recorder | None = None
@@ -154,6 +156,10 @@ class MaskedLayer(MaskedMatrix):
     def layout(self) -> Layout:
         """What this process holds of the parameter."""
         return layout_of(self.weight)
+
+    @property
+    def has_rows(self) -> bool:  # type: ignore[override]
+        return not self.is_transposed and self.layout.own_rows() is not None
 
     @property
     def weight_OI(self) -> Tensor:

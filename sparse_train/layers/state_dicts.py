@@ -111,42 +111,35 @@ def teach_save_pretrained() -> None:
 
 def refuse_dense(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
     """A hook that refuses weights without masks, unless they are zero wherever the model's masks prune."""
-    layers = masked_modules(module, prefix)
-    _add_own_masks(layers, state_dict)
     # a state dict without the weights of these layers, such as a file of adapters, needs no masks either
-    keys = [name + MASK_NAME for name in layers if f"{name}weight" in state_dict]
-    if keys and not any(key in state_dict for key in keys):
-        raise ValueError(
-            f"The model is sparsified, but this checkpoint holds no masks (no {keys[0]}): it "
-            "was saved from a dense or a squashed model. To start sparse training from it, load it into the model "
-            "before sparsifying, and leave ckpt_path out; to continue a sparse run, use a checkpoint that it wrote."
-        )
+    layers = {name: each for name, each in masked_modules(module, prefix).items() if f"{name}weight" in state_dict}
     for name, layer in layers.items():
         in_file = name + FACTOR_NAMES[0] in state_dict
-        if f"{name}weight" in state_dict and in_file != layer.adapted:
+        if in_file != layer.adapted:
             with_adapters, without = ("checkpoint", "model") if in_file else ("model", "checkpoint")
             raise ValueError(
                 f"{name.removesuffix('.')}: the {with_adapters} has a mask_lora adapter, and the {without} has none. "
                 "Resume with the mask_lora that the checkpoint was written with; to start a new run from it, export it "
                 "(squash merges)."
             )
-
-
-def _add_own_masks(layers: Mapping[str, Any], state_dict: dict[str, Any]) -> None:
-    """Complete a state dict that ``save_pretrained`` has written from this model, or from one with the same masks."""
-    stored = {n: each for n, each in layers.items() if f"{n}weight" in state_dict and n + MASK_NAME not in state_dict}
-    if any(layer.weight_mask.is_meta or state_dict[f"{n}weight"].is_meta for n, layer in stored.items()):
-        return  # there is nothing to compare
-    if all(layer.keeps_all() for layer in stored.values()):  # any weights would do, those of a dense model, too
-        return
-    if all(_has_zeros_of(layer, state_dict[f"{name}weight"]) for name, layer in stored.items()):
-        for name, layer in stored.items():
-            state_dict[name + MASK_NAME] = layer.weight_mask
+    bare = {name: each for name, each in layers.items() if name + MASK_NAME not in state_dict}
+    if all(_has_zeros_of(each, state_dict[f"{name}weight"]) for name, each in bare.items()) and not all(
+        each.weight_mask.is_meta or each.keeps_all() for each in bare.values()
+    ):  # ``save_pretrained`` has written them from this model, or from one with the same masks
+        state_dict.update({name + MASK_NAME: each.weight_mask for name, each in bare.items()})
+    elif bare and bare.keys() == layers.keys():
+        raise ValueError(
+            f"The model is sparsified, but this checkpoint holds no masks (no {next(iter(bare))}{MASK_NAME}): it "
+            "was saved from a dense or a squashed model. To start sparse training from it, load it into the model "
+            "before sparsifying, and leave ckpt_path out; to continue a sparse run, use a checkpoint that it wrote."
+        )
 
 
 def _has_zeros_of(layer: Any, weight: Any) -> bool:
     """Whether a stored weight is zero wherever the layer's mask prunes; False with an adapter, or if sharded."""
     if layer.adapted or layer.layout.is_sharded or weight.shape != layer.weight.shape:
+        return False
+    if layer.weight_mask.is_meta or weight.is_meta:  # there is nothing to compare
         return False
     pruned_OI = ~layer.unpacked_mask().to(weight.device)
     return not bool((layer.stored(weight)[pruned_OI] != 0).any())

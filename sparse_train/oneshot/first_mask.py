@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from sparse_train.blocks import class_path
 from sparse_train.distributed.collectives import rank, take_from_rank_0, world_size
 from sparse_train.distributed.fsdp2 import reshard
 from sparse_train.distributions import LayerSparsities, Outliers
@@ -145,6 +146,41 @@ def causal_lm(root: nn.Module, layers: Iterable[MaskedLayer]) -> nn.Module | Non
         if any(cls.__name__ == "PreTrainedModel" for cls in type(module).__mro__) and wanted <= set(module.modules()):
             return module
     return None
+
+
+_BATCH_SAMPLERS = {
+    "torch.utils.data.sampler.BatchSampler",
+    "torchdata.stateful_dataloader.sampler.BatchSampler",
+}
+_WHOLE_DATA_SAMPLERS = {
+    "torch.utils.data.sampler.SequentialSampler",
+    "torch.utils.data.sampler.RandomSampler",
+    "torch.utils.data.distributed.DistributedSampler",
+    "torchdata.stateful_dataloader.sampler.RandomSampler",
+    "torchdata.stateful_dataloader.sampler.StatefulDistributedSampler",  # of ``TextBlocks``
+    "accelerate.data_loader.SeedableRandomSampler",
+    "transformers.trainer_pt_utils.LengthGroupedSampler",
+    "transformers.trainer_pt_utils.BatchRebalanceSampler",
+}
+"""By name, because libraries may be absent; and exact classes, because a subclass may leave validation data out."""
+
+
+def training_batches(loader: Any, count: int, batch_size: int | None = None) -> list[Batch] | None:
+    """Random batches of what a training loader reads, without changing its state; None if that is not known.
+
+    Args:
+        loader: a ``DataLoader``, also one that accelerate has prepared; of others nothing is known.
+        count: number of batches.
+        batch_size: samples per batch; default: that of the loader.
+    """
+    sampler: Any = getattr(loader, "batch_sampler", None)
+    if class_path(type(sampler)) == "accelerate.data_loader.BatchSamplerShard":
+        sampler = sampler.batch_sampler
+    if class_path(type(sampler)) in _BATCH_SAMPLERS:
+        batch_size, sampler = batch_size or sampler.batch_size, sampler.sampler
+    if class_path(type(sampler)) not in _WHOLE_DATA_SAMPLERS:
+        return None
+    return random_batches(loader.dataset, batch_size or 1, loader.collate_fn, count)
 
 
 def random_batches(

@@ -12,7 +12,6 @@ from sparse_train.criteria import Criterion
 from sparse_train.distributed.collectives import gather_objects, rank, sum_over_ranks, world_size
 from sparse_train.layers import masks
 from sparse_train.layers.masked_layer import MaskedLayer, MaskedMatrix, Recorder
-from sparse_train.layers.targets import named
 from sparse_train.pruning.config import NormDecay
 from sparse_train.statistics import ActivationNorm, Statistics
 
@@ -185,17 +184,19 @@ class RunningNorms:
         if old and not self._warned and rank() == 0:
             self._warned = True
             _log.warning(
-                "No token reached %s since the last mask update: masks there use the norms of earlier windows. If the "
-                "model no longer uses it, leave it out with ignore=[%r].",
-                named(old),
+                "No token reached %d targets since the last mask update, such as %s: masks there use the norms of "
+                "earlier windows. If the model no longer uses it, leave it out with ignore=[%r].",
+                len(old),
+                old[0],
                 old[0],
             )
         if dropped and rank() == 0:
             _log.warning(
-                "%s: in %d forwards since the last mask update, the input activations were not finite. They do not "
-                "count in the statistics. This is normal for a step that a loss scaler skips.",
-                named(dropped),
+                "%s: in %d forwards since the last mask update, the input activations were not finite, nor were those "
+                "of %d more. They do not count in the statistics. This is normal for a step that a loss scaler skips.",
+                dropped[0],
                 int(norms[dropped[0]].dropped),
+                len(dropped) - 1,
             )
 
     def fade(self) -> None:

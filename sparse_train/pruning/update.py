@@ -146,9 +146,7 @@ def replace_mask(layer: MaskedMatrix, packed_OJ: Tensor, nonzero: int) -> LayerU
 
 def _choose_by_layer(layers: Mapping[str, MaskedMatrix], rules: Rules) -> dict[str, _Choice]:
     by_rows = rules.criterion.rowwise and rules.pattern.rowwise
-    sharded = {
-        name: layer for name, layer in layers.items() if by_rows and isinstance(layer, MaskedLayer) and _has_rows(layer)
-    }
+    sharded = {name: layer for name, layer in layers.items() if by_rows and layer.has_rows}
     sums = _column_sums(sharded, rules.criterion)
     chosen = {}
     for name, layer in layers.items():
@@ -216,11 +214,7 @@ def _score(
 # --- rows of several processes (FSDP2) -------------------------------------------------------------------------------
 
 
-def _has_rows(layer: MaskedLayer) -> bool:
-    return layer.layout.is_sharded and not layer.is_transposed and layer.layout.own_rows() is not None
-
-
-def _column_sums(layers: Mapping[str, MaskedLayer], criterion: Criterion) -> dict[str, Tensor]:
+def _column_sums(layers: Mapping[str, MaskedMatrix], criterion: Criterion) -> dict[str, Tensor]:
     """What scores need from the rows of other processes, for all layers in one reduce."""
     found = {}
     for name, layer in layers.items():
@@ -233,7 +227,7 @@ def _column_sums(layers: Mapping[str, MaskedLayer], criterion: Criterion) -> dic
     return found
 
 
-def _gather_rows(chosen: Mapping[str, _Choice], layers: Mapping[str, MaskedLayer]) -> None:
+def _gather_rows(chosen: Mapping[str, _Choice], layers: Mapping[str, MaskedMatrix]) -> None:
     """Combine the rows that processes have chosen: one gather of mask bits, with a count for each layer."""
     if not layers:
         return
@@ -267,7 +261,7 @@ def measure(layers: Mapping[str, MaskedMatrix]) -> dict[str, LayerUpdate]:
     for layer in layers.values():
         with layer.read(by_rows=True) as (weight_OI, rows):
             counts.append(masks.count(masks.pack(weight_OI != 0) & layer.weight_mask[rows]))
-        sharded.append(isinstance(layer, MaskedLayer) and _has_rows(layer))
+        sharded.append(layer.has_rows)
     if any(sharded):
         device = next(iter(layers.values())).weight_mask.device
         mine = [n if part or rank() == 0 else 0 for n, part in zip(counts, sharded, strict=True)]

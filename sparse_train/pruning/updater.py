@@ -20,8 +20,8 @@ from sparse_train.layers.adapters import check_adapters
 from sparse_train.layers.mask_lora import check_whole, describe_adapters
 from sparse_train.layers.masked_layer import MaskedLayer, sparse_layers
 from sparse_train.layers.sparsify import sparsify, unmask
-from sparse_train.layers.targets import select
-from sparse_train.patterns import Pattern
+from sparse_train.layers.targets import named, select
+from sparse_train.patterns import Pattern, group_label
 from sparse_train.policies import Optimizers
 from sparse_train.pruning.config import FromZeros, PruningConfig, check_same
 from sparse_train.pruning.recording import (
@@ -409,7 +409,12 @@ class MaskUpdater:
         return {**self.config.as_data(), "mask_lora": self._adapters}
 
     def plan(self) -> str:
-        """How layers differ in sparsity, if they do, and when masks change, in words."""
+        """Which layers are pruned and how far, how they differ in sparsity, and when masks change, in words."""
         changes = any(self._would_change(step) for step in (self.timing.start_step, self.timing.end_step))
-        by_layer = self._division.in_words()
-        return (f"{by_layer}; " if by_layer else "") + (self.timing.in_words() if changes else "masks do not change")
+        parts = (
+            f"{named(self.layers)} at {group_label(self.config.pattern)}",
+            f"final sparsity {self.config.sparsity_at(1.0):g}",
+            self._division.in_words(),
+            self.timing.in_words() if changes else "masks do not change",
+        )
+        return "; ".join(part for part in parts if part)

@@ -57,8 +57,7 @@ def test_a_retry_goes_back_to_masks_that_were_there(tmp_path):
     assert seen == [True] * 4
 
 
-@pytest.mark.parametrize("criterion", [None, SparseGPT()], ids=["scores", "solver"])
-def test_a_retry_begins_with_the_masks_and_weights_of_a_run_without_one(tmp_path, criterion):
+def test_a_retry_begins_with_the_masks_and_weights_of_a_run_without_one(tmp_path):
     class Starts(TrainerCallback):
         def __init__(self):
             self.states = []
@@ -69,7 +68,7 @@ def test_a_retry_begins_with_the_masks_and_weights_of_a_run_without_one(tmp_path
     def run(tries):
         starts, failing = Starts(), OutOfMemory(steps=0, tries=tries)
         settings = {"auto_find_batch_size": True, "per_device_train_batch_size": 4, "max_steps": 1}
-        trainer(tmp_path, pruning(first_mask=OneShot(criterion)), failing, starts, **settings).train()
+        trainer(tmp_path, pruning(first_mask=OneShot(SparseGPT())), failing, starts, **settings).train()
         return starts.states
 
     (expected,) = run(tries=0)
@@ -80,19 +79,10 @@ def test_a_retry_begins_with_the_masks_and_weights_of_a_run_without_one(tmp_path
 
 
 @pytest.mark.parametrize("criterion", [None, SparseGPT()], ids=["scores", "solver"])
-@pytest.mark.parametrize(
-    "message",
-    [
-        "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes.",
-        "CUDA out of memory. Tried to allocate 2.00 GiB.",
-        "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear if you passed in a non-contiguous input.",
-    ],
-    ids=["CPU", "CUDA", "cuDNN"],
-)
-def test_a_smaller_batch_is_tried_where_memory_runs_out_in_calibration(tmp_path, message, criterion):
+def test_a_smaller_batch_is_tried_where_memory_runs_out_in_calibration(tmp_path, criterion):
     def refuse_more_than_two(module, args, kwargs):
         if len(kwargs["input_ids"]) > 2:
-            raise RuntimeError(message)
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     model = tiny_llama()
     model.register_forward_pre_hook(refuse_more_than_two, with_kwargs=True)

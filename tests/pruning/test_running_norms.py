@@ -202,7 +202,7 @@ def test_a_target_that_is_left_out_later_goes_by_what_is_remembered_and_is_named
     assert [advance() is not None for _ in range(4)] == [True, False, False, True]
     said = [record.message for record in caplog.records if "No token reached" in record.message]
     assert len(said) == 1  # once a run
-    assert said[0].startswith("No token reached b since the last mask update") and "ignore=['b']" in said[0]
+    assert said[0].startswith("No token reached 1 targets") and "ignore=['b']" in said[0]
     assert (updater.layers["b"].unpacked_mask().view(-1, 4).sum(1) == 2).all()
 
 
@@ -214,4 +214,6 @@ def test_a_target_left_out_from_the_first_mask_on_is_named_where_norms_are_count
     model.both = False
     model(torch.randn(3, 8)).square().mean().backward()
     assert updater.step() is not None
-    assert ("No token reached b" in caplog.text) == (decay == 1.0)  # frozen norms say all that there is to know
+    assert ("such as b: masks there use the norms of" in caplog.text) == (
+        decay == 1.0
+    )  # frozen norms say all that there is to know

@@ -129,18 +129,28 @@ class LastSums:
 class Statistics(ABC):
     """Sums over the tokens that reach a layer's input.
 
+    Plain tensors and not buffers: casting a model to bfloat16 must not cast its statistics.
+
+    Args:
+        in_features: I.
+        device: of the input; ``move`` changes it.
+
     Attributes:
+        sums: float32, of the shape that ``shape`` says.
         tokens: int64 scalar, tokens counted.
         dropped: int64 scalar, forwards since the last ``fade`` or ``reset`` that were left out because an input was
             not finite, as in a step that overflows float16 and that a loss scaler then skips.
     """
 
-    tokens: Tensor
-    dropped: Tensor
-
-    @abstractmethod
     def __init__(self, in_features: int, device: torch.device | str | None = None) -> None:
-        """Empty statistics for an input with this many features."""
+        self.sums = torch.zeros(self.shape(in_features), dtype=torch.float32, device=device)
+        self.tokens = torch.zeros((), dtype=torch.int64, device=device)
+        self.dropped = torch.zeros_like(self.tokens)
+
+    @staticmethod
+    @abstractmethod
+    def shape(in_features: int) -> tuple[int, ...]:
+        """The shape of ``sums``."""
 
     @abstractmethod
     def add(self, x: Tensor, token_mask: Tensor | None = None, last: LastSums | None = None) -> None:
@@ -152,14 +162,6 @@ class Statistics(ABC):
             last: sums that can be reused if another layer has read the same tensor.
         """
 
-    @abstractmethod
-    def tensors(self) -> list[Tensor]:
-        """All sums, as tensors that can be summed over ranks in place."""
-
-    @abstractmethod
-    def move(self, device: torch.device) -> None:
-        """Move to the device of the layer's input."""
-
     @property
     @abstractmethod
     def sum_squares_I(self) -> Tensor:
@@ -170,40 +172,30 @@ class Statistics(ABC):
         """``||X_j||_2`` over all tokens seen (arXiv 2306.11695, equation 1), float32 (I,)."""
         return self.sum_squares_I.sqrt()
 
+    def tensors(self) -> list[Tensor]:
+        """Everything counted, as tensors that can be summed over ranks in place."""
+        return [self.sums, self.tokens, self.dropped]
+
+    def move(self, device: torch.device) -> None:
+        """Move to the device of the layer's input."""
+        self.sums, self.tokens, self.dropped = (tensor.to(device) for tensor in self.tensors())
+
     def reset(self) -> None:
         """Forget everything seen, in place."""
         for tensor in self.tensors():
             tensor.zero_()
 
-    def fade(self, factor: float) -> None:
-        """Multiply what was seen by ``factor``, above 0 and at most 1, in place; token counts are rounded up."""
-        self.dropped.zero_()
-        if factor == 1:
-            return
-        for tensor in self.tensors():
-            tensor.copy_(tensor * factor if tensor.is_floating_point() else (tensor.double() * factor).ceil())
-
 
 class ActivationNorm(Statistics):
-    """Sum of squares of each input feature over the tokens seen, and the number of tokens.
+    """Sum of squares of each input feature over the tokens seen, and the number of tokens."""
 
-    Plain tensors and not buffers: casting a model to bfloat16 must not cast its statistics.
-    """
-
-    def __init__(self, in_features: int, device: torch.device | str | None = None) -> None:
-        self._sum_squares_I = torch.zeros(in_features, dtype=torch.float32, device=device)
-        self.tokens = torch.zeros((), dtype=torch.int64, device=device)
-        self.dropped = torch.zeros_like(self.tokens)
+    @staticmethod
+    def shape(in_features: int) -> tuple[int, ...]:
+        return (in_features,)
 
     @property
     def sum_squares_I(self) -> Tensor:
-        return self._sum_squares_I
-
-    def tensors(self) -> list[Tensor]:
-        return [self._sum_squares_I, self.tokens, self.dropped]
-
-    def move(self, device: torch.device) -> None:
-        self._sum_squares_I, self.tokens, self.dropped = (tensor.to(device) for tensor in self.tensors())
+        return self.sums
 
     @torch.no_grad()
     def add(self, x: Tensor, token_mask: Tensor | None = None, last: LastSums | None = None) -> None:
@@ -211,6 +203,13 @@ class ActivationNorm(Statistics):
             _accumulate(x.detach(), token_mask, *self.tensors())
         elif not recomputing():
             _add_to(tuple(self.tensors()), (last or LastSums()).of(x, token_mask))
+
+    def fade(self, factor: float) -> None:
+        """Multiply what was seen by ``factor``, above 0 and at most 1, in place; token counts are rounded up."""
+        self.dropped.zero_()
+        if factor != 1:
+            self.sums *= factor
+            self.tokens.copy_((self.tokens.double() * factor).ceil())
 
     def state_dict(self) -> dict[str, Tensor]:
         sums = {"sum_squares": self.sum_squares_I, "tokens": self.tokens, "dropped": self.dropped}
@@ -222,34 +221,25 @@ class ActivationNorm(Statistics):
             if name in state:
                 tensor += state[name].to(tensor.device)
 
-    def merge(self, other: "ActivationNorm") -> None:
-        """Add what another ``ActivationNorm`` has seen."""
-        self.merge_state_dict(other.state_dict())
-
 
 class ActivationGram(Statistics):
     """Sum of ``x x^T`` over the tokens seen: second moments of the input, for methods that move weights.
 
     Only for calibration: takes I * I floats, does not detect recomputed forwards, and drops nothing.
-
-    Attributes:
-        gram_II: float32 (I, I).
     """
 
-    def __init__(self, in_features: int, device: torch.device | str | None = None) -> None:
-        self.gram_II = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
-        self.tokens = torch.zeros((), dtype=torch.int64, device=device)
-        self.dropped = torch.zeros_like(self.tokens)
+    @staticmethod
+    def shape(in_features: int) -> tuple[int, ...]:
+        return in_features, in_features
+
+    @property
+    def gram_II(self) -> Tensor:
+        """The sum, float32 (I, I)."""
+        return self.sums
 
     @property
     def sum_squares_I(self) -> Tensor:
         return self.gram_II.diagonal()
-
-    def tensors(self) -> list[Tensor]:
-        return [self.gram_II, self.tokens]
-
-    def move(self, device: torch.device) -> None:
-        self.gram_II, self.tokens = self.gram_II.to(device), self.tokens.to(device)
 
     def add(self, x: Tensor, token_mask: Tensor | None = None, last: LastSums | None = None) -> None:
         x_TI = x.detach().reshape(-1, x.shape[-1]).float()

@@ -164,12 +164,8 @@ def test_statistics_survive_a_cast_of_the_model():
 
 
 def test_a_token_mask_follows_the_input():
-    layer = nn.Linear(4, 4)
-    sparsify(layer, [layer])
-    recorder = Recorder(when="always")
-    attach([layer], recorder, ActivationNorm)
-    recorder.token_mask = torch.ones(2, 3)
-    layer.to("meta")._record(torch.ones(2, 3, 4, device="meta"), recorder, layer.statistics)
+    recorder = Recorder(token_mask=torch.ones(2, 3))
+    assert recorder.mask_for(torch.ones(2, 3, 4, device="meta")) is recorder.token_mask
     assert recorder.token_mask.device.type == "meta"
 
 

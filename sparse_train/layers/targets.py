@@ -78,7 +78,7 @@ def select(
     elif blocks is not None:
         chosen = [name for name in _in_blocks(model, blocks, fused, ignored) if name not in adapters]
     else:
-        chosen = _without_blocks(model, pattern, adapters | tied)
+        chosen = _without_blocks(model, pattern, adapters | tied, ignored)
     chosen = [name for name in chosen if name not in ignored]
     if not chosen:
         linears, frozen = [name for name, module in model.named_modules() if is_linear(module)], frozen_linears(model)
@@ -130,7 +130,7 @@ def _in_blocks(model: nn.Module, blocks: str, fused: Mapping[str, FusedExperts],
     return [name for name in found if name not in routers | own_use]
 
 
-def _without_blocks(model: nn.Module, pattern: Pattern, never: set[str]) -> list[str]:
+def _without_blocks(model: nn.Module, pattern: Pattern, never: set[str], ignored: set[str]) -> list[str]:
     """All linear layers but the last one, those that are frozen beside others, and those that the pattern misfits."""
     frozen = frozen_linears(model)
     found = [name for name, module in model.named_modules() if is_linear(module) and name not in never | frozen]
@@ -140,7 +140,7 @@ def _without_blocks(model: nn.Module, pattern: Pattern, never: set[str]) -> list
     if frozen and found:
         _log.info("%d linear layers stay dense, which are frozen beside others: %s, ...", len(frozen), min(frozen))
     fitting = []
-    for name in found:
+    for name in (name for name in found if name not in ignored):
         try:
             pattern.check_layer(name, shape_OI(model.get_submodule(name))[1])
             fitting.append(name)

@@ -161,7 +161,7 @@ class RunningNorms:
         own = norms_of(self._layers)
         if self._decay and all(name in first and int(first[name].tokens) for name in own):
             for name, norm in own.items():
-                norm.merge(first[name])
+                norm.merge_state_dict(first[name].state_dict())
             self.fade()
 
     def record(self, wanted: bool) -> None:

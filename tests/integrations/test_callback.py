@@ -17,7 +17,6 @@ from sparse_train import (
     FromZeros,
     MaskUpdater,
     OneShot,
-    SparseGPT,
     SparseLinear,
     prune,
     sparse_layers,
@@ -152,24 +151,6 @@ def test_a_run_that_ends_early_says_so(tmp_path, caplog):
         rounded = SparseTrainerCallback("unstructured", 0.7, update_freq=2)  # 22 zeros in a row of 32
         trainer(tmp_path, rounded, max_steps=4).train()
     assert "ended after" not in caplog.text
-
-
-def test_a_solver_sets_masks_and_weights_and_leaves_pruned_ones_in_the_shadow(tmp_path):
-    class Start(TrainerCallback):
-        def on_step_begin(self, args, state, control, model=None, **kwargs):
-            if state.global_step == 0:
-                layers = sparse_layers(model)
-                self.layers = {n: (each.weight.detach().clone(), each.unpacked_mask()) for n, each in layers.items()}
-
-    pruning, start = SparseTrainerCallback("2:4", update_freq=4, first_mask=OneShot(SparseGPT())), Start()
-    trainer(tmp_path, pruning, start, max_steps=1).train()
-    model, dense = tiny_llama(), dict(tiny_llama().named_modules())
-    prune(model, random_batches(Tokens(), 2, default_data_collator, 8), "2:4", criterion=SparseGPT())
-    pruned = dict(model.named_modules())
-    assert len(start.layers) == 21
-    for name, (weight_OI, mask_OI) in start.layers.items():
-        assert torch.equal(pruned[name].weight, weight_OI * mask_OI)
-        assert torch.equal(dense[name].weight[~mask_OI], weight_OI[~mask_OI])
 
 
 @pytest.mark.parametrize("pruned_before", [False, True])

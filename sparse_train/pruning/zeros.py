@@ -70,13 +70,8 @@ def masks_from_zeros(
 ) -> None:
     """Make the first masks of a run from the zeros of a model that was pruned before.
 
-    Args:
-        layers: with masks that keep everything.
-        pattern, sparsity: what the masks must follow.
-        division: how the sparsity is divided; if that is not known, it is read from the zeros.
-
-    Raises:
-        ValueError: the zeros do not follow the pattern. Masks then keep everything.
+    Raises ValueError, and masks keep everything as before, if the zeros do not follow pattern and sparsity. How the
+    sparsity is divided among layers is read from the zeros if it is not known.
     """
     dense = measure(layers)
     try:

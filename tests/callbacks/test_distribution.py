@@ -8,10 +8,7 @@ from sparse_train import (
     Cubic,
     Explicit,
     FirstWindow,
-    Fixed,
-    FromZeros,
     OneShot,
-    StraightThrough,
     prune,
     sparse_layers,
 )
@@ -63,20 +60,6 @@ def test_a_gradual_run_ends_at_what_the_outliers_say(tmp_path):
     assert all(abs(ours[name] - theirs[name]) <= rows[name] for name in rows)  # the last count is rounding
 
 
-@pytest.mark.parametrize("policy", [StraightThrough(), Fixed()], ids=["straight-through", "fixed"])
-def test_a_model_that_owl_has_pruned_keeps_its_sparsities(tmp_path, policy, caplog):
-    model = InInit()
-    prune(model.net, random_batches(Tokens(), 2, None, 8), "unstructured", 0.6, distribution=OWL(owl_m=2))
-    before, nonzero = zeros(model.net), {n: m.weight != 0 for n, m in model.net.named_modules() if n.endswith("proj")}
-    callback = pruning(policy=policy, first_mask=FromZeros())
-    for _ in range(2):  # the second fit starts from the zeros of the first
-        trainer(tmp_path, callback).fit(model, loader())
-        assert zeros(model.net) == before
-    same = [torch.equal(mask, dict(model.net.named_modules())[name].weight != 0) for name, mask in nonzero.items()]
-    assert policy != Fixed() or all(same)
-    assert "pruned before" not in caplog.text
-
-
 @pytest.mark.parametrize("first_mask", [OneShot(), FirstWindow()], ids=["calibrated", "from a window"])
 def test_names_are_those_of_the_module(tmp_path, first_mask):
     model = InInit()
@@ -113,13 +96,3 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, schedule, first_ma
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
     layers = sparse_layers(whole.net)
     assert len({(~layers[f"model.layers.{b}.self_attn.q_proj"].unpacked_mask()).sum().item() for b in range(3)}) > 1
-
-
-def test_another_distribution_is_refused_at_a_resume(tmp_path):
-    path = tmp_path / "middle.ckpt"
-    with pytest.raises(SystemExit):
-        trainer(tmp_path, pruning(), Interrupt(6, path), max_steps=14).fit(InInit(), loader())
-    with pytest.raises(ValueError, match=r"written with distribution = .*owl_m': 2.*and this run has .*owl_m': 3"):
-        trainer(tmp_path, pruning(OWL(owl_m=3)), max_steps=14).fit(
-            InInit(), loader(), ckpt_path=path, weights_only=False
-        )

@@ -1,16 +1,12 @@
 """Variants of updates in a Lightning run: exact in every step, and resumed bit for bit."""
 
-import itertools
-
 import lightning as L
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
-from sparse_train import Cubic, FirstWindow, Magnitude, OneShot, Random, Regrow, Wanda, prune, sparse_layers
+from sparse_train import Cubic, FirstWindow, Magnitude, OneShot, Random, Regrow, Wanda, sparse_layers
 from sparse_train.callbacks import DynamicPruning
-from tests.callbacks.runs import ExactAfterEveryStep, InInit, Interrupt, Tokens, loader, trainer
-from tests.conftest import tiny_llama
+from tests.callbacks.runs import ExactAfterEveryStep, InInit, Interrupt, loader, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
@@ -127,43 +123,6 @@ def test_the_first_mask_can_come_from_another_score(tmp_path):
     assert all(torch.equal(found[name], magnitude[name]) for name in magnitude)
     random = first_masks(tmp_path, criterion=Magnitude(), first_mask=OneShot(Random()))
     assert all(0.3 < (random[name] == magnitude[name]).float().mean() < 0.8 for name in magnitude)
-
-
-class CalibratesElsewhere(L.LightningDataModule):
-    def __init__(self, elsewhere):
-        super().__init__()
-        self.elsewhere = elsewhere
-
-    def train_dataloader(self):
-        return loader()
-
-    def calibration_dataloader(self):
-        return self.elsewhere
-
-
-class NarrowTokens(Tokens):
-    def __init__(self):
-        super().__init__()
-        self.ids = 3 + self.ids % 4
-
-
-def masks_of_data(folder, data, **settings):
-    seen = FirstMasks()
-    trainer(folder, seen, DynamicPruning("2:4", update_freq=4, **settings), max_steps=5).fit(InInit(), data)
-    return seen.masks
-
-
-def test_the_first_mask_can_be_calibrated_on_other_data_than_it_trains_on(tmp_path):
-    elsewhere = DataLoader(NarrowTokens(), batch_size=2)
-    found = masks_of_data(tmp_path, CalibratesElsewhere(elsewhere))
-    model = tiny_llama()
-    prune(model, itertools.islice(elsewhere, 8), "2:4")  # as they come
-    layers = {f"net.{name}": layer for name, layer in model.named_modules() if f"net.{name}" in found}
-    assert all(torch.equal(found[name], layers[name].weight != 0) for name in found)
-    on_training_data = masks_of_data(tmp_path, loader())
-    assert any(not torch.equal(found[name], on_training_data[name]) for name in found)
-    none = masks_of_data(tmp_path, CalibratesElsewhere(None))
-    assert all(torch.equal(none[name], on_training_data[name]) for name in found)
 
 
 @pytest.mark.parametrize(

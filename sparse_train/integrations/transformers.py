@@ -73,9 +73,8 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
         squash: leave plain layers with true zeros after ``train``; False keeps the training state.
 
     Raises:
-        ValueError: for what ``DynamicPruning`` refuses; for a Trainer that shards the model (FSDP, DeepSpeed) or copies
-            it in each step (``DataParallel``); for ``load_best_model_at_end`` if the best model might not be a sparse
-            one; and at a resume, for a checkpoint that was written without this callback.
+        ValueError: for what ``DynamicPruning`` refuses; for a Trainer that ``check_trainer`` refuses; and at a resume,
+            for a checkpoint that was written without this callback.
     """
 
     def __init__(
@@ -105,10 +104,7 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
         """The running updater; None before the run has begun."""
 
     def token_mask(self, inputs: Mapping[str, Any]) -> Tensor | None:
-        """Which tokens of a forward's keyword arguments count in activation statistics, (B, L), 0 = padding.
-
-        All tokens of an encoder-decoder model, which reads two texts.
-        """
+        """Which tokens of a forward's keyword arguments count in activation statistics, (B, L), 0 = padding."""
         assert self.updater is not None
         return self.updater.padding_of(inputs)
 
@@ -249,9 +245,8 @@ def check_trainer(args: Any, model: nn.Module, config: PruningConfig) -> None:
         )
     if getattr(args, "enable_jit_checkpoint", False):  # not in all versions
         raise ValueError(
-            "enable_jit_checkpoint=True writes checkpoints without telling callbacks, so that masks and shadow values "
-            "would be missing from them and they could not be resumed. Leave it out, and save as often as you can "
-            'afford to lose steps: save_strategy="steps" with a small save_steps.'
+            "enable_jit_checkpoint=True writes checkpoints without telling callbacks, and they would lack masks and "
+            'shadow values. Leave it out, and save often: save_strategy="steps" with a small save_steps.'
         )
     if not args.load_best_model_at_end:
         return

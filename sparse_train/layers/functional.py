@@ -3,6 +3,7 @@
 Shape suffixes: T tokens, O out_features, I in_features, R rank, J packed mask bytes = ceil(I / 8).
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -66,7 +67,7 @@ class _MaskedLinear(torch.autograd.Function):
                     "Second derivatives (create_graph=True) pass through masked layers outside autocast and without "
                     "mask_lora only. Disable autocast around the forward of the gradient penalty."
                 )
-            masked = _masked_straight_through if ctx.straight_through else _masked_differentiably
+            masked = functools.partial(_masked_for_autograd, straight_through=ctx.straight_through)
         with torch.autocast(ctx.device_type, enabled=False):  # in case the caller runs backward inside autocast
             grad = grad.to(ctx.dtype)
             grad_TO = grad.reshape(-1, grad.shape[-1])
@@ -96,15 +97,14 @@ def _grad_of_factors(
     return ctx.scale * grad_a_RI, ctx.scale * grad_b_OR
 
 
-def _masked_differentiably(values_OI: Tensor, mask_OJ: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """``masks.apply``, which works on bits, for autograd: pruned values get no gradient."""
-    return torch.where(masks.unpack(mask_OJ, values_OI.shape[1]), values_OI.to(dtype or values_OI.dtype), 0)
-
-
-def _masked_straight_through(values_OI: Tensor, mask_OJ: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """``masks.apply`` for autograd: pruned values get the gradient of their masked self."""
+def _masked_for_autograd(
+    values_OI: Tensor, mask_OJ: Tensor, dtype: torch.dtype | None = None, *, straight_through: bool
+) -> Tensor:
+    """``masks.apply`` for autograd: pruned values get the gradient of their masked self, or none."""
     values_OI = values_OI.to(dtype or values_OI.dtype)
-    return values_OI + (masks.apply(values_OI.detach(), mask_OJ) - values_OI.detach())
+    if straight_through:
+        return values_OI + (masks.apply(values_OI.detach(), mask_OJ) - values_OI.detach())
+    return torch.where(masks.unpack(mask_OJ, values_OI.shape[1]), values_OI, 0)
 
 
 def masked_linear(

@@ -44,14 +44,8 @@ def sparsify(model: nn.Module, layers: Iterable[nn.Module]) -> None:
 def squash(model: nn.Module) -> None:
     """Fold masks into weights: pruned weights become exact zeros, and plain linear layers remain.
 
-    Adapters inside masks (``layers.mask_lora``) are folded in as well. Warns if no mask prunes anything, for example
-    because a loop ended before ``MaskUpdater`` had recorded enough for a first mask.
-
-    Args:
-        model: with masked layers anywhere in it.
-
-    Raises:
-        ValueError: an adapter of peft was merged into a masked layer, or reads the weights it prunes.
+    Adapters inside masks (``layers.mask_lora``) are folded in as well. Warns if no mask prunes anything. Raises
+    ValueError if an adapter of peft was merged into a masked layer, or reads the weights it prunes.
     """
     layers = sparse_layers(model)
     if layers and all(layer.keeps_all() for layer in layers.values()):

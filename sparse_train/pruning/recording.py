@@ -42,27 +42,17 @@ def reduce_statistics(layers: Iterable[MaskedMatrix]) -> None:
 
 def exchange(layers: Mapping[str, MaskedMatrix]) -> None:
     """``reduce_statistics`` and ``check_agreement`` in the same reduce."""
-    if world_size() > 1:
-        bits = _fingerprints(layers)
-        sum_over_ranks([*(tensor for norm in norms_of(layers).values() for tensor in norm.tensors()), bits])
-        _compare(layers, bits)
+    check_agreement(layers, [tensor for norm in norms_of(layers).values() for tensor in norm.tensors()])
 
 
-def check_agreement(layers: Mapping[str, MaskedMatrix]) -> None:
+def check_agreement(layers: Mapping[str, MaskedMatrix], also_sum: Iterable[Tensor] = ()) -> None:
     """Raise ValueError, on every rank, if ranks hold different masks; costs one small reduce."""
-    if world_size() > 1:
-        bits = _fingerprints(layers)
-        sum_over_ranks([bits])
-        _compare(layers, bits)
-
-
-def _fingerprints(layers: Mapping[str, MaskedMatrix]) -> Tensor:
-    """Fingerprint of each mask as zeros and ones, one row per layer, to be summed over ranks."""
-    return torch.stack([masks.fingerprint(layer.weight_mask) for layer in layers.values()]).long()
-
-
-def _compare(layers: Mapping[str, MaskedMatrix], bits: Tensor) -> None:
-    differing = ((bits > 0) & (bits < world_size())).any(1).tolist()  # ranks agree on a bit if its sum is 0 or all
+    if world_size() == 1:
+        return
+    # a row for each mask: its fingerprint as zeros and ones; ranks agree on a bit if its sum is 0 or all
+    bits = torch.stack([masks.fingerprint(layer.weight_mask) for layer in layers.values()]).long()
+    sum_over_ranks([*also_sum, bits])
+    differing = ((bits > 0) & (bits < world_size())).any(1).tolist()
     for name, differs in zip(layers, differing, strict=True):
         if differs:
             raise ValueError(

@@ -32,7 +32,8 @@ from sparse_train.inspection import layer_sparsities, overall_sparsity
 from sparse_train.models.sources import ModelSource, PackagedSmolLM2, Pretrained
 from sparse_train.oneshot.prune import prune
 from sparse_train.report import read_metrics, write_run_report
-from sparse_train.report.page import Table as PageTable
+from sparse_train.report.page import paragraph
+from sparse_train.report.page import table as html_table
 
 WINDOW, BATCH = 512, 4
 CONSOLE = Console()
@@ -222,7 +223,9 @@ def _write(folder: Path, arms: list[Arm], steps: int, exported: Path, packaged: 
     for run in runs if packaged else ():  # name the model that was copied to the folder that is gone
         recipe = (run / "config.yaml").read_text()
         (run / "config.yaml").write_text(recipe.replace(f"model: {folder / 'dense'}\n", "model: PackagedSmolLM2\n"))
-    return write_run_report(runs, folder, title="sparse-train demo", lead=[PageTable(columns, rows), *notes])
+    return write_run_report(
+        runs, folder, title="sparse-train demo", lead=[html_table(columns, rows), *map(paragraph, notes)]
+    )
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ Points = list[tuple[int, float]]
 """(optimizer steps done, value), in the order of steps."""
 
 _OWN = ("sparsity/", "layers/", "evaluation/", "zero_shot/")
-"""Metrics that this package logs at the number of steps done. Lightning logs others at that number minus 1."""
+"""Metrics that this package logs, at the number of steps done."""
 
 
 @dataclass(frozen=True)
@@ -185,37 +185,35 @@ def collect(folders: Sequence[str | Path]) -> list[Run]:
         folders: for each run, the folder with its ``run.json``, or one above it that holds no other run.
 
     Raises:
-        ValueError: no folder, one without a run or with several, or one given twice.
+        ValueError: no folder, or one without a run or with several.
     """
     if not folders:
         raise ValueError("There is no run to report. Name the folder of one, such as runs/smollm2_2of4/version_0.")
     found = [_find(Path(folder)) for folder in folders]
     paths = [folder.resolve() for folder in found]
     names = [(path.parent if path.name.startswith("version_") else path).name for path in paths]
-    for folder, path in zip(found, paths, strict=True):
-        if paths.count(path) > 1:
-            raise ValueError(f"The run in {folder} is named twice. Name each run once.")
     if len(set(names)) < len(names):
         names = [str(folder) for folder in found]
     return [_read(folder, name) for folder, name in zip(found, names, strict=True)]
 
 
 def _find(folder: Path) -> Path:
-    if not folder.is_dir():
-        raise ValueError(f"There is no folder {folder}.")
     found = [folder] if (folder / RECORD).exists() else sorted(path.parent for path in folder.glob(f"**/{RECORD}"))
     if len(found) > 1:
         raise ValueError(f"{folder} holds {len(found)} runs: {', '.join(map(str, found))}. Name those to report.")
     if not found:
         raise ValueError(
-            f"{folder} has no {RECORD}, so no run was recorded there. sparse-train fit writes one into the folder of "
-            "its logger (such as version_0); your own trainer does with the callback sparse_train.callbacks.RunRecord."
+            f"{folder} has no {RECORD}: no run was recorded there. sparse-train fit writes one into the folder of its "
+            "logger (such as version_0); your own trainer does with the callback sparse_train.callbacks.RunRecord."
         )
     return found[0]
 
 
 def _read(folder: Path, name: str) -> Run:
-    metrics = [row | {"step": row["step"] + (not _is_own(row))} for row in read_metrics(folder / METRICS)]
+    metrics = [  # Lightning's are at the number of steps done, minus 1
+        row | {"step": row["step"] + (not any(name.startswith(_OWN) for name in row))}
+        for row in read_metrics(folder / METRICS)
+    ]
     recipe = folder / "config.yaml"
     return Run(
         name=name,
@@ -224,10 +222,6 @@ def _read(folder: Path, name: str) -> Run:
         metrics=sorted(metrics, key=lambda row: row["step"]),
         recipe=without_homes(recipe.read_text(encoding="utf-8")) if recipe.exists() else None,
     )
-
-
-def _is_own(row: Mapping[str, float]) -> bool:
-    return any(name.startswith(_OWN) for name in row)
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

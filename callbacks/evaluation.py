@@ -93,7 +93,6 @@ class Evaluation(L.Callback):
         for name, count in counts.items():
             if count is not None:
                 check_positive(name, count)
-        names = tasks.split(",") if isinstance(tasks, str) else tasks or []
         self._text = text
         self._source = None if tokenizer is None else as_model_source(tokenizer)
         self._every: dict[str, int | None] = {}
@@ -104,10 +103,14 @@ class Evaluation(L.Callback):
         if text is not None:
             self._every["perplexity"] = every_n_steps
             self._arguments["perplexity"] = {"window": window, "max_tokens": max_tokens, "split": split, **common}
-        if names:
-            chosen = task_names([name.strip() for name in names])
+        if tasks:
             self._every["zero_shot"] = tasks_every_n_steps
-            self._arguments["zero_shot"] = {"tasks": chosen, "task_data": task_data, "limit": limit, **common}
+            self._arguments["zero_shot"] = {
+                "tasks": task_names(tasks),
+                "task_data": task_data,
+                "limit": limit,
+                **common,
+            }
         self._step = 0
         self._measured: dict[str, int] = {}
         """Step of the last measurement of each kind."""
@@ -140,7 +143,7 @@ class Evaluation(L.Callback):
                 own = self._arguments["perplexity"]
                 own |= {"data_name": text.name, "tokenizer_name": source.name}
                 own["ids"] = token_ids(text.documents(own["split"]), tokenizer, text.separator)
-                check_length(own["ids"], own["window"])
+                check_length(own["ids"], own["window"], own["max_tokens"])
             if own := self._arguments.get("zero_shot", {}):
                 own["tokenizer"] = tokenizer
                 check_tasks(own["tasks"], own["task_data"])

@@ -22,7 +22,6 @@ def evaluate(
     max_tokens: int | None = None,
     autocast: str | None = None,
     device: str | None = None,
-    json: bool = False,
 ) -> dict[str, Any]:
     """Token and word perplexity of a model, or its accuracy on tasks, printed with the protocol.
 
@@ -43,7 +42,6 @@ def evaluate(
         max_tokens: use only the first tokens of the split.
         autocast: compute in this dtype, such as "bfloat16"; the loss stays float32.
         device: where to compute, such as "cpu" or "cuda"; default: a GPU if there is one.
-        json: print one JSON object instead of text.
     """
     from sparse_train.cli.tables import show_zero_shot
     from sparse_train.evaluation import evaluate_zero_shot
@@ -53,47 +51,24 @@ def evaluate(
     device = chosen_device(device)
     dtype = None if autocast is None else float_dtype(autocast)
     check_autocast(dtype)
-    names = ["perplexity"] if tasks is None else task_names([name.strip() for name in tasks.split(",")])
+    names = ["perplexity"] if tasks is None else task_names(tasks)
     zero_shot = [name for name in names if name != "perplexity"]
-    if not zero_shot and (task_data is not None or limit is not None):
-        raise ValueError("--task_data and --limit are for zero-shot tasks. Name those in --tasks, such as wanda7.")
-    if "perplexity" not in names and (max_tokens is not None or stride is not None or bos):
-        raise ValueError("--max_tokens, --stride and --bos are for perplexity. Add it to --tasks: perplexity,wanda7.")
     if zero_shot:
         check_tasks(zero_shot, task_data, progress=bars_are_seen())
     source, measure = as_model_source(model, dtype="auto"), None
+    common: dict[str, Any] = {"batch_size": batch_size, "autocast": dtype}
     if "perplexity" in names:
-        measure = perplexity_on(
-            source,
-            text or PackagedWikipedia(),
-            split,
-            window=window,
-            max_tokens=max_tokens,
-            bos=bos,
-            stride=stride,
-            batch_size=batch_size,
-            autocast=dtype,
-        )
+        options: dict[str, Any] = {"window": window, "max_tokens": max_tokens, "bos": bos, "stride": stride}
+        measure = perplexity_on(source, text or PackagedWikipedia(), split, **options, **common)
     loaded = source.load().to(device)
     found: dict[str, Any] = {}
     if measure is not None:
         perplexity = measure(loaded)
         found["perplexity"] = perplexity.as_dict()
-        if not json:  # now: a task may fail
-            print("\n".join(perplexity.lines()), flush=True)
+        print("\n".join(perplexity.lines()), flush=True)  # now: a task may fail
     if zero_shot:
-        accuracy = evaluate_zero_shot(
-            loaded,
-            source.tokenizer(),
-            zero_shot,
-            task_data=task_data,
-            limit=limit,
-            batch_size=batch_size,
-            model_name=source.name,
-            autocast=dtype,
-            progress=bars_are_seen(),
-        )
+        common |= {"task_data": task_data, "limit": limit, "model_name": source.name, "progress": bars_are_seen()}
+        accuracy = evaluate_zero_shot(loaded, source.tokenizer(), zero_shot, **common)
         found["zero_shot"] = accuracy.as_dict()
-        if not json:
-            show_zero_shot(accuracy)
+        show_zero_shot(accuracy)
     return dict(found["perplexity"]) if tasks is None else found

@@ -1,5 +1,7 @@
 """``sparse-train fit``, ``validate`` and ``test``: their help, without what they run (``lightning_cli``)."""
 
+from typing import Any
+
 from sparse_train.cli.commands import COMMANDS
 
 _HELP = """\
@@ -33,8 +35,8 @@ examples:
 {examples}"""
 
 
-def fit(command: str, options: list[str], debug: bool = False) -> None:
-    """Run ``fit``, ``validate`` or ``test``, or print their help."""
+def fit(command: str, options: list[str], debug: bool = False) -> dict[str, Any] | None:
+    """Run ``fit``, ``validate`` or ``test``, and return its result for JSON; or print their help."""
     asked = next((index for index, option in enumerate(options) if option in ("-h", "--help")), None)
     kind = "all" if asked is None else next(iter(options[asked + 1 :]), "")
     if kind in ("model", "data", "pruning", "trainer"):
@@ -44,8 +46,9 @@ def fit(command: str, options: list[str], debug: bool = False) -> None:
     elif kind == "all":
         from sparse_train.cli.lightning_cli import run
 
-        run([command, *(options if asked is None else ["--help"])], debug=debug)
+        return run([command, *(options if asked is None else ["--help"])], debug=debug).result
     else:
         summary = COMMANDS[command].summary
         examples = "".join(f"  {line}\n" for line in COMMANDS[command].examples)
         print(_HELP.format(command=command, summary=summary[0].upper() + summary[1:], examples=examples), end="")
+    return None

@@ -1,10 +1,8 @@
 """LightningCLI over ``CausalLM`` and ``TextBlocks``, with a report and an export after ``fit``."""
 
-import functools
 import logging
 import signal
 import sys
-import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,7 +16,6 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from sparse_train.callbacks import DynamicPruning, RunRecord
 from sparse_train.cli.parser import Parser, settings, shipped, spelt_out
 from sparse_train.cli.progress import TrainingLines
-from sparse_train.cli.streams import stdout_for_json, take_json
 from sparse_train.cli.tables import show_run
 from sparse_train.data.text_blocks import TextBlocks
 from sparse_train.export.card import ModelCard, training_rows
@@ -27,7 +24,8 @@ from sparse_train.report import collect, headline, write_run_report
 from sparse_train.terminal import bars_are_seen
 
 _log = logging.getLogger(__name__)
-_COMMANDS = ("fit", "validate", "test")
+_SPLITS = {"fit": ("train",), "validate": ("validation",), "test": ("test",)}
+"""The split that the files of ``--text`` are, by command. What is trained on is not measured."""
 
 
 class _Parser(Parser, LightningArgumentParser):
@@ -45,7 +43,7 @@ class SparseTrainCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name in _COMMANDS}
+        return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name in _SPLITS}
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Lightning's, except that help begins with what is ours, and the trainer comes last."""
@@ -56,7 +54,6 @@ class SparseTrainCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--export", type=str | None, default=None, help="Folder for the trained sparse model.")
-        parser.add_argument("--json", type=bool, default=False, help="Print only one JSON object, at the end.")
         parser.link_arguments("model.model", "data.tokenizer")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -154,32 +151,27 @@ class SparseTrainCLI(LightningCLI):
 
     def validate(self, **arguments: Any) -> None:
         """``Trainer.validate`` without its own table, which has frames even outside a terminal."""
-        self._measure(self.trainer.validate, arguments)
+        self.trainer.validate(**arguments | {"verbose": False})
+        self._keep_metrics()
 
     def test(self, **arguments: Any) -> None:
         """``Trainer.test``, likewise."""
-        self._measure(self.trainer.test, arguments)
+        self.trainer.test(**arguments | {"verbose": False})
+        self._keep_metrics()
 
-    def _measure(self, run: Any, arguments: dict[str, Any]) -> None:
-        run(**arguments | {"verbose": False})
+    def _keep_metrics(self) -> None:
         if self.trainer.is_global_zero:
             self.result = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
 
 
 def run(args: list[str], cli: type[SparseTrainCLI] = SparseTrainCLI, debug: bool = False) -> SparseTrainCLI:
     """Parse ``args`` (``["fit", "--config", ...]``), create the objects that they name, and run them."""
-    json, args = take_json(args)
     command, *options = args
-    args = [command, *spelt_out(options, (), "--data.text", *_SPLITS[command])]
-    with stdout_for_json(json) as write, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "LightningCLI's args parameter")  # main has removed the command from sys.argv
-        for message in ("'set_vital' is deprecated", r"`isinstance\(treespec"):  # from torchdata, Lightning and torch
-            warnings.filterwarnings("ignore", message)
-        make = functools.partial(
-            cli,
+    try:
+        made = cli(
             CausalLM,
             TextBlocks,
-            args=args,
+            args=[command, *spelt_out(options, (), "--data.text", *_SPLITS[command])],
             seed_everything_default=0,
             # the sanity check reads the whole validation text: it gives the report's dense and one-shot rows
             trainer_defaults={"callbacks": RunRecord(), "num_sanity_val_steps": -1},
@@ -187,22 +179,14 @@ def run(args: list[str], cli: type[SparseTrainCLI] = SparseTrainCLI, debug: bool
             auto_configure_optimizers=False,
             parser_class=_Parser,
             parser_kwargs={"prog": "sparse-train", "allow_abbrev": False, "exit_on_error": not debug}
-            | {name: settings(name, debug) for name in _COMMANDS},
+            | {name: settings(name, debug) for name in _SPLITS},
         )
-        try:
-            made = make()
-        except SIGTERMException:  # its own exit status is that of a finished run
-            print(f"sparse-train {command}: ended by SIGTERM, before the run was complete.", file=sys.stderr)
-            sys.exit(128 + signal.SIGTERM)
-        if made.result is not None:
-            write(made.result)
-            if not json:
-                _show(command, made.result)
+    except SIGTERMException:  # its own exit status is that of a finished run
+        print(f"sparse-train {command}: ended by SIGTERM, before the run was complete.", file=sys.stderr)
+        sys.exit(128 + signal.SIGTERM)
+    if made.result is not None:
+        _show(command, made.result)
     return made
-
-
-_SPLITS = {"fit": ("train",), "validate": ("validation",), "test": ("test",)}
-"""The split that the files of ``--text`` are. What is trained on is not measured."""
 
 
 def print_help(command: str, kind: str) -> None:

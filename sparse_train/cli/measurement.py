@@ -5,18 +5,13 @@ from typing import Any
 
 import torch
 
-from sparse_train.arguments import check_positive
 from sparse_train.data.blocks import beginning
 from sparse_train.data.texts import Split, TextSource
 from sparse_train.models.sources import ModelSource
 
 
 def chosen_device(device: str | None) -> str:
-    """The device that a command computes on: the one that was named; otherwise a GPU if there is one.
-
-    Raises:
-        ValueError: torch cannot compute there.
-    """
+    """The device that was named; otherwise a GPU if there is one. Raises ValueError if torch cannot compute there."""
     if device is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -41,10 +36,8 @@ def perplexity_on(
     Args:
         source: of the tokenizer.
         text, split: what is read.
-        window: tokens per window.
-        max_tokens: use only the first tokens; None = all.
         bos: put the tokens with which the text begins in front of every window.
-        options: further arguments of ``evaluate_perplexity``.
+        window, max_tokens, options: further arguments of ``evaluate_perplexity``.
 
     Raises:
         ValueError: there is no text in this split, or less than one window of it.
@@ -52,19 +45,17 @@ def perplexity_on(
     from sparse_train.evaluation import evaluate_perplexity, token_ids, word_starts
     from sparse_train.evaluation.perplexity import check_length
 
-    if max_tokens is not None:
-        check_positive("max_tokens", max_tokens)
     documents, tokenizer = text.documents(split), source.tokenizer()
     if not documents:
         raise ValueError(f"{text.name} has no text in its {split} split; give a text that has one.")
-    ids, words = token_ids(documents, tokenizer, text.separator), word_starts(documents, tokenizer, text.separator)
     prefix = beginning(tokenizer) if bos else []
-    own = len(prefix)  # the text begins with it, too
-    check_length(ids[own:max_tokens], window)
+    ids = token_ids(documents, tokenizer, text.separator)[len(prefix) :]  # the text begins with it, too
+    words = word_starts(documents, tokenizer, text.separator)
+    check_length(ids, window, max_tokens)
     return functools.partial(
         evaluate_perplexity,
-        ids=ids[own:],
-        words=None if words is None else words[own:],
+        ids=ids,
+        words=None if words is None else words[len(prefix) :],
         window=window,
         prefix=prefix,
         max_tokens=max_tokens,

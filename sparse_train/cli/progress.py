@@ -16,10 +16,6 @@ class TrainingLines(L.Callback):
     "step 25/100, 0:01:20 left, train/loss 3.245, val/perplexity 25.17, sparsity/actual 0.5, ..."
     """
 
-    def __init__(self) -> None:
-        self._began = self._last = 0.0
-        self._first_step = 0
-
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._began = self._last = time.monotonic()
         self._first_step = trainer.global_step
@@ -37,7 +33,7 @@ class TrainingLines(L.Callback):
     def _line(self, trainer: L.Trainer) -> None:
         self._last = time.monotonic()
         step, total = trainer.global_step, trainer.estimated_stepping_batches
-        parts = [f"step {step}" if total == float("inf") else f"step {step}/{total}"]
+        parts = [f"step {step}/{total}"]
         if total != float("inf") and step > self._first_step:
             seconds = (self._last - self._began) / (step - self._first_step) * (total - step)
             parts.append(f"{timedelta(seconds=round(seconds))} left")

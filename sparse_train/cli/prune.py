@@ -3,7 +3,8 @@
 import functools
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from json import dumps
@@ -54,7 +55,6 @@ def prune(
     device: str | None = None,
     streaming: bool = False,
     activations: Literal["memory", "disk"] = "memory",
-    json: bool = False,
 ) -> Details | None:
     """Prune a model in one shot and write it as a Hugging Face folder with true zeros.
 
@@ -86,7 +86,6 @@ def prune(
         streaming: never hold the whole model in memory: process its safetensors block by block, in their dtype. If a
             run is interrupted, the same command continues it.
         activations: with streaming, where the outputs of a block are kept for the next one.
-        json: print one JSON object instead of tables.
 
     Under ``torchrun``, each process uses its part of the calibration data, with two reduces per block; rank 0 writes.
     """
@@ -106,9 +105,6 @@ def prune(
         "sampling": sampling,
     }
     _plan(method)  # mistakes in the pattern are told before anything is loaded
-    if (max_tokens is not None or bos) and perplexity is None and seeds is None:
-        name = "bos" if bos else "max_tokens"
-        raise ValueError(f"--{name} is for the perplexity afterwards. Give --perplexity a text, or leave it out.")
     if seeds is not None and streaming:
         raise ValueError("seeds needs the model in memory; with streaming, call prune once with each --seed.")
     check_free(Path(out))
@@ -120,16 +116,16 @@ def prune(
         if test is not None:
             measure = perplexity_on(source, test, window=window, max_tokens=max_tokens, bos=bos, batch_size=1)
         job = _Job(source, method, text, calibration, batch_size, own_device, measure)
-        if seeds is not None:
-            details, layers = _over_seeds(job, _seeds(seeds), Path(out)), None
-        else:
+        if seeds is None:
             details, layers = _once(job, seed, Path(out), activations if streaming else None)
+        else:
+            details = _over_seeds(job, _seeds(seeds), Path(out))
     if rank() != 0:  # all ranks have the same model
         return None
-    if not json and layers is None:
-        show_seeds(details, Path(out))
-    elif not json and layers is not None:
+    if seeds is None:
         show_pruning(details, layers, Path(out))
+    else:
+        show_seeds(details, Path(out))
     return {"out": out, **details}
 
 
@@ -177,10 +173,7 @@ class _Job:
         settings = {**self.calibration, "batch_size": self.batch_size, "seed": seed}
         found: list[Batch] = list(calibration_batches(self.text, self.source.tokenizer(), **settings))
         if len(found) < world_size():
-            raise ValueError(
-                f"There are {len(found)} calibration batches for {world_size()} processes. Give a smaller batch_size "
-                "or more num_calibration_samples, or start fewer processes."
-            )
+            raise ValueError(f"{len(found)} calibration batches are too few for {world_size()} processes.")
         return found[rank() :: world_size()]
 
     def run(self, seed: int, out: Path | None = None) -> tuple[Any, OneshotReport]:
@@ -224,7 +217,7 @@ class _Job:
 
 def _once(
     job: _Job, seed: int, out: Path, streaming: Literal["memory", "disk"] | None
-) -> tuple[Details, Sequence[LayerSparsity]]:
+) -> tuple[Details, list[LayerSparsity]]:
     """The record of the pruning, and the layers that were counted; rank 0 writes.
 
     Args:
@@ -235,9 +228,7 @@ def _once(
     details = job.details(seed, report) | {"streaming": model is None}
     if rank() != 0:
         return details, []
-    made = oneshot_rows(details)
-    card = ModelCard(source.name, source.hub_id, source.license, made)
-    layers: Sequence[LayerSparsity]
+    card = ModelCard(source.name, source.hub_id, source.license, oneshot_rows(details))
     if model is None:
         layers = _counted(details, report)
         write_card(out, card, layers)
@@ -261,12 +252,12 @@ def _write(path: Path, details: Details) -> None:
 
 
 def _counted(details: Details, report: OneshotReport) -> list[LayerSparsity]:
-    label = details["stages"][0]["mask_structure"]
-    counts: dict[str, tuple[int, int]] = {}
+    counts: dict[str, list[tuple[int, int]]] = defaultdict(list)
     for name, update in report.layers.items():  # fused experts, name[0], name[1], ..., are one row
-        size, zeros = counts.get(name.partition("[")[0], (0, 0))
-        counts[name.partition("[")[0]] = size + update.size, zeros + update.zeros
-    return [LayerSparsity(name, (1, size), zeros, label) for name, (size, zeros) in counts.items()]
+        counts[name.partition("[")[0]].append((update.size, update.zeros))
+    label = details["stages"][0]["mask_structure"]
+    sums = {name: [sum(each) for each in zip(*counted, strict=True)] for name, counted in counts.items()}
+    return [LayerSparsity(name, (1, size), zeros, label) for name, (size, zeros) in sums.items()]
 
 
 def _seeds(text: str) -> list[int]:

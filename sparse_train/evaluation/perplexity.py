@@ -115,12 +115,16 @@ def word_starts(documents: list[str], tokenizer: Any, separator: str = "\n\n") -
     return counts_T
 
 
-def check_length(ids: Tensor, window: int) -> None:
-    """Raise ValueError if a window is too short to have a loss, or longer than the text."""
+def check_length(ids: Tensor, window: int, max_tokens: int | None = None) -> Tensor:
+    """The first ``max_tokens`` of a text. Raises ValueError if that is no whole window, or one too short for a loss."""
+    if max_tokens is not None:
+        check_positive("max_tokens", max_tokens)
     if window < 2:
         raise ValueError(f"window must be at least 2 tokens, got {window}: the first one has no loss.")
+    ids = ids[:max_tokens]
     if len(ids) < window:
         raise ValueError(f"The text has {len(ids)} tokens, fewer than one window of {window}. Use a smaller window.")
+    return ids
 
 
 def check_window(model: nn.Module, window: int, prefix: int = 0, name: str = "window") -> None:
@@ -187,8 +191,6 @@ def evaluate_perplexity(
     if not 1 <= stride <= window:
         raise ValueError(f"stride must be from 1 to window, which is {window}, got {stride}.")
     check_positive("batch_size", batch_size)
-    if max_tokens is not None:
-        check_positive("max_tokens", max_tokens)
     if words is not None and words.shape != ids.shape:
         raise ValueError(
             f"words must have a count for each token of ids, {tuple(ids.shape)}, got {tuple(words.shape)}. "
@@ -196,8 +198,7 @@ def evaluate_perplexity(
         )
     check_autocast(autocast)
     check_window(model, window, len(prefix))
-    ids = ids[:max_tokens]
-    check_length(ids, window)
+    ids = check_length(ids, window, max_tokens)
     known, largest = vocabulary_of(model), int(ids.max())
     if known is not None and largest >= known:
         raise ValueError(

@@ -43,7 +43,7 @@ class TaskAccuracy:
     accuracy: float
     """Share of the items, 0 to 1."""
     stderr: float | None
-    """Standard error of the accuracy over items; None if lm-eval has none, as for a single item."""
+    """Of the accuracy, over items; None if lm-eval has none, as for a single item."""
     n: int
     """Number of items."""
     metric: str
@@ -153,7 +153,6 @@ def evaluate_zero_shot(
         from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
         from lm_eval.evaluator import evaluate
         from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
 
         random.seed(DEFAULT_RANDOM_SEED)
         np.random.seed(DEFAULT_OTHER_SEED)
@@ -166,21 +165,20 @@ def evaluate_zero_shot(
             mixed_precision_dtype=autocast,
             softmax_dtype=torch.float32,  # in bfloat16, sums of different choices can become equal
         )
-        loaded = _load_tasks(names, task_data)
-        selected = TaskManager(include_defaults=False).load(list(loaded.values()))
-        for task in selected["tasks"].values():
+        loaded, reported = _load_tasks(names, task_data)
+        for task in loaded["tasks"].values():
             task.set_config("num_fewshot", 0)
             task.set_fewshot_seed(DEFAULT_OTHER_SEED)
         # standard errors of accuracies have a closed form; two bootstrap draws for others, which are not reported
         try:
-            found = evaluate(lm=lm, task_dict=selected, limit=limit, log_samples=True, bootstrap_iters=2)
+            found = evaluate(lm=lm, task_dict=loaded, limit=limit, log_samples=True, bootstrap_iters=2)
         except AssertionError as error:  # most say nothing
             likely = f"most likely an answer alone has more than the {lm.max_length} tokens that the model reads"
             raise ValueError(f"lm-eval stopped at one of its checks: {str(error) or likely}.") from error
     return ZeroShotResult(
-        tasks=tuple(_accuracy(name, found["results"][name], found["samples"].get(name, [])) for name in loaded),
+        tasks=tuple(_accuracy(name, found["results"][name], found["samples"].get(name, [])) for name in reported),
         model=model_name,
-        data=_data(list(loaded), task_data),
+        data=_data(reported, task_data),
         num_fewshot=0,
         limit=limit,
         max_length=lm.max_length,
@@ -190,13 +188,14 @@ def evaluate_zero_shot(
     )
 
 
-def task_names(tasks: Sequence[str]) -> list[str]:
-    """The tasks in their order, each once, with "wanda7" replaced by its seven tasks.
+def task_names(tasks: str | Sequence[str]) -> list[str]:
+    """The tasks of a list or a comma-separated text, each once, with "wanda7" replaced by its seven.
 
     Raises:
         ValueError: no task is named.
     """
-    names = [name for task in tasks for name in (WANDA7 if task == "wanda7" else (task,)) if name]
+    given = [task.strip() for task in (tasks.split(",") if isinstance(tasks, str) else tasks)]
+    names = [name for task in given for name in (WANDA7 if task == "wanda7" else (task,)) if name]
     if not names:
         raise ValueError("tasks names no task. There is wanda7, and every task of lm-eval, separated by commas.")
     return list(dict.fromkeys(names))
@@ -212,14 +211,15 @@ def check_tasks(names: Sequence[str], task_data: str | Path | None = None, *, pr
         _load_tasks(names, task_data)
 
 
-def _load_tasks(names: Sequence[str], task_data: str | Path | None) -> dict[str, Any]:
-    """lm-eval's tasks, or groups of tasks with a common mean, by name; a tag is replaced by its tasks."""
+def _load_tasks(names: Sequence[str], task_data: str | Path | None) -> tuple[dict[str, Any], list[str]]:
+    """lm-eval's tasks, and what it reports of them: tasks, those of tags, and groups with a common mean."""
     _need_lm_eval()
     if task_data is not None and not set(names) & set(WANDA7):
         raise ValueError(f"--task_data holds items of the tasks {', '.join(WANDA7)}, and none of them is in --tasks.")
-    loaded: dict[str, Any] = {}
+    manager = _task_manager(None if task_data is None else str(task_data), set(names) <= set(WANDA7))
+    loaded: dict[str, dict[str, Any]] = {"tasks": {}, "groups": {}}
+    reported = []
     for name in names:
-        manager = _task_manager(str(task_data) if task_data is not None and name in WANDA7 else None)
         if name not in manager.task_index:
             close = did_you_mean(name, {*manager.task_index, "wanda7", "perplexity"})
             raise ValueError(f"lm-eval has no task {name!r}.{close} lm_eval ls tasks shows all.")
@@ -231,14 +231,16 @@ def _load_tasks(names: Sequence[str], task_data: str | Path | None) -> dict[str,
                 "files in --task_data (docs/evaluation.md)."
             ) from error
         group = found["groups"].get(name)
-        loaded |= {name: group} if group is not None and group.has_aggregation else found["tasks"]
-        for task in found["tasks"].values():
-            if not set(_METRICS) & set(task.aggregation()):
-                raise ValueError(
-                    f"{name} reports {', '.join(task.aggregation())}, and none of {', '.join(_METRICS)}: that is no "
-                    "accuracy. Leave it out; lm_eval itself runs it."
-                )
-    return loaded
+        reported += [name] if group is not None and group.has_aggregation else found["tasks"]
+        for kind, own in loaded.items():
+            own |= found[kind]
+    for name, task in loaded["tasks"].items():
+        if not set(_METRICS) & set(task.aggregation()):
+            raise ValueError(
+                f"{name} reports {', '.join(task.aggregation())}, and none of {', '.join(_METRICS)}: that is no "
+                "accuracy. Leave it out; lm_eval itself runs it."
+            )
+    return loaded, list(dict.fromkeys(reported))
 
 
 def _need_lm_eval() -> None:
@@ -247,13 +249,14 @@ def _need_lm_eval() -> None:
 
 
 @cache  # lm-eval has more than ten thousand definitions, and reading them takes ten seconds
-def _task_manager(task_data: str | None) -> Any:
-    """The tasks of lm-eval, or the seven whose items are in the folder ``task_data``."""
+def _task_manager(task_data: str | None, only_wanda7: bool) -> Any:
+    """The tasks of lm-eval; with a folder ``task_data``, its seven are replaced by those that read it."""
     from lm_eval.tasks import TaskManager
 
     if task_data is None:
         return TaskManager()
-    return TaskManager(include_defaults=False, include_path=str(TASKS_FOLDER), metadata={"task_data": task_data})
+    metadata = {"task_data": task_data}
+    return TaskManager(include_defaults=not only_wanda7, include_path=str(TASKS_FOLDER), metadata=metadata)
 
 
 def _accuracy(name: str, found: dict[str, Any], samples: list[dict[str, Any]]) -> TaskAccuracy:

@@ -72,7 +72,7 @@ def curves(
         )
     for value, name in (levels or {}).items():
         axes.axhline(value, color=_INK, linestyle=":", linewidth=1, label=name)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     if log:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(LogFormatter())

@@ -58,7 +58,7 @@ BLOCKS = [
     for page in PAGES
     for match in re.findall(r"(?:<!-- ((?:needs|file): \S+) -->\n)?```(\w+)\n(.*?)```", page.read_text(), re.S)
 ]
-COMMAND_LINES = {line: "" for command in COMMANDS.values() for line in command.examples} | {
+COMMAND_LINES = {command.example: "" for command in COMMANDS.values()} | {
     line: block.mark
     for block in BLOCKS
     if block.language == "bash"

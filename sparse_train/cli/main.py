@@ -37,7 +37,7 @@ def main(args: list[str] | None = None) -> None:
     args = [argument for argument in args if argument != "--debug"]
     if not args or args[0] in ("-h", "--help"):
         width = max(map(len, COMMANDS)) + 2
-        rows = (f"  {name:{width}}{command.summary:36}{command.examples[0]}\n" for name, command in COMMANDS.items())
+        rows = (f"  {name:{width}}{command.summary:36}{command.example}\n" for name, command in COMMANDS.items())
         print(_USAGE.format(commands="".join(rows)), end="")
         return
     name, *options = args

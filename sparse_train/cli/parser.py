@@ -45,17 +45,16 @@ class Parser(ArgumentParser):
         parser = getattr(ex, "subcommand_parser", None) or self
         command = parser.prog.replace(" [options]", "")
         said = explain(message, parser._option_string_actions)
-        sys.stderr.write(f"{command}: {said}\n{command} --help lists all options, with examples.\n")
+        sys.stderr.write(f"{command}: {said}\n{command} --help lists all options.\n")
         sys.exit(2)
 
 
 def settings(name: str, debug: bool = False) -> dict[str, Any]:
     """Arguments of the parser of a command."""
-    examples = "".join(f"  {line}\n" for line in COMMANDS[name].examples)
     places = "".join(f"{place.upper()} " for place in COMMANDS[name].positional)
     return {
         "usage": f"sparse-train {name} {places}[options]",
-        "epilog": f"examples:\n{examples}",
+        "epilog": f"example:\n  {COMMANDS[name].example}",
         "formatter_class": _Formatter,
         "allow_abbrev": False,  # or a mistyped option would run
         "exit_on_error": not debug,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sparse_train.arguments import describe
-from sparse_train.cli.measurement import chosen_device, perplexity_on
+from sparse_train.cli.evaluate import chosen_device, perplexity_on
 from sparse_train.criteria import Criterion
 from sparse_train.data.texts import PackagedWikipedia, TextSource
 from sparse_train.distributed.collectives import joined, rank, world_size
@@ -119,7 +119,7 @@ def prune(
         if seeds is None:
             details, layers = _once(job, seed, Path(out), activations if streaming else None)
         else:
-            details = _over_seeds(job, _seeds(seeds), Path(out))
+            details = _over_seeds(job, seeds, Path(out))
     if rank() != 0:  # all ranks have the same model
         return None
     if seeds is None:
@@ -153,7 +153,7 @@ class _Job:
         plan = _plan(self.method)
         return plan.distribution.needs_outliers or plan.statistics is not None
 
-    def check(self, model: Any, out: Path | None = None) -> None:
+    def check(self, model: Any, out: Path | None) -> None:
         """Raise ValueError for what would fail after the pruning or in it; weights of the model are not looked at."""
         from sparse_train.evaluation.perplexity import check_window
 
@@ -248,6 +248,7 @@ def _once(
 
 
 def _write(path: Path, details: Details) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(dumps(details, indent=2) + "\n")
 
 
@@ -260,18 +261,15 @@ def _counted(details: Details, report: OneshotReport) -> list[LayerSparsity]:
     return [LayerSparsity(name, (1, size), zeros, label) for name, (size, zeros) in sums.items()]
 
 
-def _seeds(text: str) -> list[int]:
+def _over_seeds(job: _Job, text: str, out: Path) -> Details:
+    """The record of one pruning for each of several seeds, written as "0..4" or "0,2,7"."""
     first, several, last = text.partition("..")
     try:
-        found = list(range(int(first), int(last) + 1)) if several else [int(seed) for seed in text.split(",")]
+        seeds = list(range(int(first), int(last) + 1)) if several else [int(seed) for seed in text.split(",")]
     except ValueError:
-        found = []
-    if len(found) < 2:
+        seeds = []
+    if len(seeds) < 2:
         raise ValueError(f"seeds are two or more, written 0..4 or 0,2,7, got {text!r}. For one seed there is --seed.")
-    return found
-
-
-def _over_seeds(job: _Job, seeds: list[int], out: Path) -> Details:
     if not job.needs_data:
         raise ValueError("This method reads no calibration data, so seeds change nothing. Leave them out.")
     assert job.measure is not None
@@ -284,11 +282,7 @@ def _over_seeds(job: _Job, seeds: list[int], out: Path) -> Details:
     details = job.details(seeds, report)
     if rank() == 0:
         values = [row["perplexity"] for row in rows]
-        details |= {
-            "seeds": rows,
-            "mean": statistics.mean(values),
-            "standard_deviation": statistics.stdev(values),  # of a sample: divided by n - 1
-        }
-        out.mkdir(parents=True, exist_ok=True)
+        spread = statistics.stdev(values)  # of a sample: divided by n - 1
+        details |= {"seeds": rows, "mean": statistics.mean(values), "standard_deviation": spread}
         _write(out / "seeds.json", details)
     return details

@@ -1,10 +1,8 @@
 """Zero-shot accuracy of a model in memory by lm-eval, with its masks, and with the protocol of each measurement.
 
-The metric that counts as accuracy is lm-eval's ``acc``, the choice with the largest log-likelihood, if a task reports
-it, as all seven tasks of the paper do. Wanda's code (arXiv 2306.11695) prints all metrics of lm-eval and does not say
-which one counts, but its tables hold ``acc``: they have 34 % on OpenBookQA and 57 % on HellaSwag for dense LLaMA-7B,
-for which ``acc_norm``, which divides a log-likelihood by the length of its choice, gives 44 % and 76 %. Other metrics
-that a task reports are kept as well.
+The accuracy is lm-eval's ``acc``, the choice with the largest log-likelihood, if a task reports it, as all seven tasks
+of the paper do. Wanda's code does not say which metric counts, but its tables hold ``acc``: dense LLaMA-7B has 34 % on
+OpenBookQA there, and 44 % by ``acc_norm``.
 """
 
 import copy
@@ -51,8 +49,7 @@ class TaskAccuracy:
     others: dict[str, float]
     """Other metrics that lm-eval reports, by name."""
     items: tuple[float, ...] = ()
-    """The metric of each item, in the order of the data, 1 = right, for comparing models item by item; empty for a
-    group of tasks. Not in ``ZeroShotResult.as_dict``."""
+    """The metric of each item, 1 = right, for comparing models item by item; empty for a group. Not in ``as_dict``."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +60,6 @@ class ZeroShotResult:
     model: str
     data: str
     num_fewshot: int
-    """Solved examples in the prompt."""
     limit: int | None
     """Number of items per task, its first ones; None = all."""
     max_length: int
@@ -91,7 +87,7 @@ class ZeroShotResult:
 
     @property
     def mean_stderr(self) -> float | None:
-        """Standard error of the mean, over items, for a fixed set of tasks: sqrt(sum of squares) / tasks."""
+        """Standard error of the mean, over items, for a fixed set of tasks."""
         errors = [task.stderr for task in self.tasks if task.stderr is not None]
         return math.hypot(*errors) / len(errors) if len(errors) == len(self.tasks) else None
 
@@ -129,8 +125,7 @@ def evaluate_zero_shot(
         model: a transformers causal language model.
         tokenizer: its tokenizer.
         tasks: names of lm-eval's tasks, groups or tags; "wanda7" stands for the seven tasks of the Wanda paper.
-        task_data: folder with the items of those seven in JSONL files, see docs/evaluation.md; None = lm-eval's data
-            sets, from the hub. Other tasks always come from the hub.
+        task_data: folder with the items of those seven in JSONL files, see docs/evaluation.md; None = from the hub.
         limit: use only the first items of each task.
         batch_size: requests per forward pass.
         model_name: for the protocol.
@@ -138,8 +133,7 @@ def evaluate_zero_shot(
         progress: show lm-eval's progress bars.
 
     Raises:
-        ValueError: lm-eval is missing; an unknown task, or one that reports no accuracy; a missing file, or items that
-            do not fit; no data from the hub; a limit or batch size below 1; or a dtype that autocast does not know.
+        ValueError: lm-eval is missing, a task or its items are not there or do not fit, or an argument is out of range.
     """
     if limit is not None:
         check_positive("limit", limit)
@@ -189,11 +183,7 @@ def evaluate_zero_shot(
 
 
 def task_names(tasks: str | Sequence[str]) -> list[str]:
-    """The tasks of a list or a comma-separated text, each once, with "wanda7" replaced by its seven.
-
-    Raises:
-        ValueError: no task is named.
-    """
+    """The tasks of a list or a comma-separated text, each once, with "wanda7" replaced by its seven."""
     given = [task.strip() for task in (tasks.split(",") if isinstance(tasks, str) else tasks)]
     names = [name for task in given for name in (WANDA7 if task == "wanda7" else (task,)) if name]
     if not names:
@@ -202,11 +192,7 @@ def task_names(tasks: str | Sequence[str]) -> list[str]:
 
 
 def check_tasks(names: Sequence[str], task_data: str | Path | None = None, *, progress: bool = False) -> None:
-    """Check before a long run that ``evaluate_zero_shot`` can load its tasks; downloads them from the hub.
-
-    Raises:
-        ValueError: as ``evaluate_zero_shot``.
-    """
+    """Check before a long run that ``evaluate_zero_shot`` can load its tasks; downloads them from the hub."""
     with isolated_rng(), _quiet(progress):
         _load_tasks(names, task_data)
 
@@ -216,9 +202,10 @@ def _load_tasks(names: Sequence[str], task_data: str | Path | None) -> tuple[dic
     _need_lm_eval()
     if task_data is not None and not set(names) & set(WANDA7):
         raise ValueError(f"--task_data holds items of the tasks {', '.join(WANDA7)}, and none of them is in --tasks.")
-    manager = _task_manager(None if task_data is None else str(task_data), set(names) <= set(WANDA7))
+    others = task_data is None or not set(names) <= set(WANDA7)
+    manager = _task_manager(None if task_data is None else str(task_data), others)
     loaded: dict[str, dict[str, Any]] = {"tasks": {}, "groups": {}}
-    reported = []
+    reported: list[str] = []
     for name in names:
         if name not in manager.task_index:
             close = did_you_mean(name, {*manager.task_index, "wanda7", "perplexity"})
@@ -249,14 +236,12 @@ def _need_lm_eval() -> None:
 
 
 @cache  # lm-eval has more than ten thousand definitions, and reading them takes ten seconds
-def _task_manager(task_data: str | None, only_wanda7: bool) -> Any:
-    """The tasks of lm-eval; with a folder ``task_data``, its seven are replaced by those that read it."""
+def _task_manager(task_data: str | None, others: bool) -> Any:
+    """The tasks of lm-eval, if ``others`` are wanted; in front of them, those that read the folder ``task_data``."""
     from lm_eval.tasks import TaskManager
 
-    if task_data is None:
-        return TaskManager()
-    metadata = {"task_data": task_data}
-    return TaskManager(include_defaults=not only_wanda7, include_path=str(TASKS_FOLDER), metadata=metadata)
+    own = {"include_path": str(TASKS_FOLDER), "metadata": {"task_data": task_data}}
+    return TaskManager(include_defaults=others, **(own if task_data is not None else {}))
 
 
 def _accuracy(name: str, found: dict[str, Any], samples: list[dict[str, Any]]) -> TaskAccuracy:

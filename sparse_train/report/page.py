@@ -4,10 +4,11 @@ import html
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from string import Template
+from typing import Any
 
 from sparse_train.files import replacing
 from sparse_train.report.figures import curves, heat_maps
-from sparse_train.report.runs import Run, closing, collect, evaluations, number
+from sparse_train.report.runs import Run, closing, collect, evaluations
 
 
 def write_run_report(
@@ -149,36 +150,29 @@ def _costs(run: Run) -> dict[str, str]:
 
 def _settings(run: Run) -> dict[str, str]:
     pruning, start = run.facts["pruning"], run.facts["sessions"][-1]
-    total = start["total_steps"]
     found = {}
     if pruning is not None:
         sizes = pruning["layers"].values()
-        found = {name: str(value) for name, value in pruning["settings"].items()} | {
+        found = pruning["settings"] | {
             "targeted layers": f"{len(sizes):,}",
             "targeted weights": f"{sum(sizes):,}",
             "updates after the first mask": f"{len(run.flips()):,}",
         }
-    return found | {
-        "steps": f"{run.steps:,}" + ("" if total is None else f" of {total:,}"),
-        "precision": start["precision"],
-        "processes": str(start["ranks"]),
-        "seed": number(start["seed"], "d"),
-    }
+    steps = f"{run.steps:,} of {start['total_steps'] or 'any number'}"
+    return _texts({**found, "steps": steps, **{name: start[name] for name in ("precision", "ranks", "seed")}})
 
 
 def _environment(run: Run) -> dict[str, str]:
-    sessions = run.facts["sessions"]
-    machine = sessions[-1]["machine"]
-    return {
-        "begun (UTC)": sessions[0]["date"].replace("T", " ").removesuffix("+00:00"),
-        "resumed at steps": ", ".join(f"{session['step']:,}" for session in sessions[1:]),
-        "system": machine["system"],
-        "processor": machine["processor"],
-        "cores, threads": f"{machine['cores']}, {machine['threads']}",
-        "memory": _gib(machine.get("memory_bytes")),
-        "accelerators": ", ".join(machine.get("accelerators", [])) or "none",
-        **sessions[-1]["versions"],
-    }
+    first, *resumed = run.facts["sessions"]
+    last = (resumed or [first])[-1]
+    steps = [session["step"] for session in resumed]
+    begun = {"begun": first["date"], "resumed at steps": steps}
+    return _texts({**begun, **last["machine"], **last["versions"]})
+
+
+def _texts(facts: Mapping[str, Any]) -> dict[str, str]:
+    lists = {name: ", ".join(map(str, fact)) if isinstance(fact, list) else fact for name, fact in facts.items()}
+    return {name: str(fact) for name, fact in lists.items() if fact is not None}
 
 
 # --- HTML ------------------------------------------------------------------------------------------------------------

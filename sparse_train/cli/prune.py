@@ -18,7 +18,7 @@ from sparse_train.data.texts import PackagedWikipedia, TextSource
 from sparse_train.distributed.collectives import joined, rank, world_size
 from sparse_train.distributions import SparsityDistribution
 from sparse_train.export import export_model
-from sparse_train.export.card import ModelCard, oneshot_rows, perplexity_line, write_card
+from sparse_train.export.card import ModelCard, oneshot_rows, write_card
 from sparse_train.files import check_free, check_space
 from sparse_train.inspection import LayerSparsity, layer_sparsities
 from sparse_train.models.sources import ModelSource, Pretrained, as_model_source
@@ -241,9 +241,10 @@ def _once(
     _write(out / "pruning.json", details)
     if job.measure is not None:
         model = model or Pretrained(str(out), dtype="auto").load().to(job.device)
-        details["perplexity"] = job.measure(model).as_dict()
+        perplexity = job.measure(model)
+        details["perplexity"] = perplexity.as_dict()
         _write(out / "pruning.json", details)
-        write_card(out, replace(card, perplexity=perplexity_line(details["perplexity"])), layers)
+        write_card(out, replace(card, perplexity=perplexity.lines()[0]), layers)
     return details, layers
 
 

@@ -4,16 +4,14 @@ from collections import defaultdict
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 
+from sparse_train.evaluation import PerplexityResult, ZeroShotResult
 from sparse_train.inspection import LayerSparsity, by_projection, overall_sparsity, pruned
 from sparse_train.report import Run, closing
 from sparse_train.terminal import print_table
-
-if TYPE_CHECKING:
-    from sparse_train.evaluation import ZeroShotResult
 
 
 def show_pruning(details: dict[str, Any], layers: Sequence[LayerSparsity], folder: Path) -> None:
@@ -23,7 +21,7 @@ def show_pruning(details: dict[str, Any], layers: Sequence[LayerSparsity], folde
     seconds = ", ".join(f"{name} {value:.1f} s" for name, value in details["seconds"].items())
     print(f"sparsity of the targeted weights {details['sparsity']:.6f}; {seconds}, on {details['device']}")
     if found := details.get("perplexity"):
-        print(f"token perplexity {found['perplexity']:.2f}: {found['data']}, windows of {found['window']}")
+        print("\n".join(PerplexityResult(**found).lines()))
     print_table(["projection", "layers", "sparsity", "pattern"], by_projection(layers), words=(0, 3))
 
 
@@ -92,7 +90,7 @@ def show_run(run: Run) -> None:
     print(f"{took} of training, peak memory {peak / 2**30:.2f} GiB")
 
 
-def show_zero_shot(result: "ZeroShotResult") -> None:
+def show_zero_shot(result: ZeroShotResult) -> None:
     """Accuracy on each task, in percent with its standard error, and the mean."""
 
     def percent(share: float | None) -> str:

@@ -102,12 +102,6 @@ def oneshot_rows(details: Mapping[str, Any]) -> dict[str, Any]:
     return {"method": "pruned in one shot, without training", **stage, "calibration": calibration}
 
 
-def perplexity_line(found: Mapping[str, Any]) -> str:
-    """A perplexity with the details needed to compare it, from ``PerplexityResult.as_dict()``."""
-    where = f"{found['data']}, {found['split']}, windows of {found['window']}"
-    return f"{found['perplexity']:.2f}: token perplexity of {where}"
-
-
 def _shown(value: Any) -> str:
     """Data as text: ``Cubic(final_sparsity 0.5)``, ``text c4, seed 0``, ``a, b``; "" for None and what is empty."""
     if isinstance(value, Mapping):

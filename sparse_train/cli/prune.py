@@ -4,7 +4,6 @@ import functools
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from json import dumps
@@ -13,10 +12,13 @@ from typing import Any, Literal
 
 from sparse_train.arguments import describe
 from sparse_train.cli.evaluate import chosen_device, perplexity_on
+from sparse_train.cli.tables import show_pruning, show_seeds
 from sparse_train.criteria import Criterion
+from sparse_train.data.blocks import calibration_batches
 from sparse_train.data.texts import PackagedWikipedia, TextSource
 from sparse_train.distributed.collectives import joined, rank, world_size
 from sparse_train.distributions import SparsityDistribution
+from sparse_train.evaluation.perplexity import check_window
 from sparse_train.export import export_model
 from sparse_train.export.card import ModelCard, oneshot_rows, write_card
 from sparse_train.files import check_free, check_space
@@ -89,8 +91,6 @@ def prune(
 
     Under ``torchrun``, each process uses its part of the calibration data, with two reduces per block; rank 0 writes.
     """
-    from sparse_train.cli.tables import show_pruning, show_seeds
-
     method: dict[str, Any] = {
         "mask_structure": mask_structure,
         "sparsity": sparsity,
@@ -103,8 +103,9 @@ def prune(
         "num_calibration_samples": num_calibration_samples,
         "max_seq_length": max_seq_length,
         "sampling": sampling,
+        "batch_size": batch_size,
     }
-    _plan(method)  # mistakes in the pattern are told before anything is loaded
+    plan = Plan.of(mask_structure, sparsity, criterion, distribution)  # mistakes are told before anything is loaded
     if seeds is not None and streaming:
         raise ValueError("seeds needs the model in memory; with streaming, call prune once with each --seed.")
     check_free(Path(out))
@@ -115,7 +116,7 @@ def prune(
             raise ValueError("streaming runs in one process. Start it without torchrun, or leave it out.")
         if test is not None:
             measure = perplexity_on(source, test, window=window, max_tokens=max_tokens, bos=bos, batch_size=1)
-        job = _Job(source, method, text, calibration, batch_size, own_device, measure)
+        job = _Job(source, plan, method, text, calibration, own_device, measure)
         if seeds is None:
             details, layers = _once(job, seed, Path(out), activations if streaming else None)
         else:
@@ -129,34 +130,27 @@ def prune(
     return {"out": out, **details}
 
 
-def _plan(method: Mapping[str, Any]) -> Plan:
-    return Plan.of(*(method[name] for name in ("mask_structure", "sparsity", "criterion", "distribution")))
-
-
 @dataclass(frozen=True)
 class _Job:
     """A model, how it is pruned, and what is measured afterwards."""
 
     source: ModelSource
+    plan: Plan
     method: dict[str, Any]
-    """Arguments of ``sparse_train.prune``."""
+    """The same as arguments of ``sparse_train.prune``."""
     text: TextSource
     calibration: dict[str, Any]
     """Arguments of ``calibration_batches``."""
-    batch_size: int
     device: str
     measure: functools.partial[Any] | None
     """``evaluate_perplexity`` on a text."""
 
     @property
     def needs_data(self) -> bool:
-        plan = _plan(self.method)
-        return plan.distribution.needs_outliers or plan.statistics is not None
+        return self.plan.distribution.needs_outliers or self.plan.statistics is not None
 
     def check(self, model: Any, out: Path | None) -> None:
         """Raise ValueError for what would fail after the pruning or in it; weights of the model are not looked at."""
-        from sparse_train.evaluation.perplexity import check_window
-
         if self.needs_data:
             check_window(model, self.calibration["max_seq_length"], name="max_seq_length")
         if self.measure is not None:
@@ -166,12 +160,10 @@ class _Job:
 
     def batches(self, seed: int) -> list[Batch] | None:
         """Calibration data, of this process; None for a method without."""
-        from sparse_train.data.blocks import calibration_batches
-
         if not self.needs_data:
             return None
-        settings = {**self.calibration, "batch_size": self.batch_size, "seed": seed}
-        found: list[Batch] = list(calibration_batches(self.text, self.source.tokenizer(), **settings))
+        tokenizer = self.source.tokenizer()
+        found: list[Batch] = list(calibration_batches(self.text, tokenizer, **self.calibration, seed=seed))
         if len(found) < world_size():
             raise ValueError(f"{len(found)} calibration batches are too few for {world_size()} processes.")
         return found[rank() :: world_size()]
@@ -192,13 +184,12 @@ class _Job:
         return prune_checkpoint(folder, out, self.batches(seed), **self.method, **options)
 
     def details(self, seed: int | list[int], report: OneshotReport) -> Details:
-        plan = _plan(self.method)
         stage = {
-            "criterion": describe(plan.method),
-            "mask_structure": group_label(plan.pattern),
-            "wanted_sparsity": plan.sparsity,
+            "criterion": describe(self.plan.method),
+            "mask_structure": group_label(self.plan.pattern),
+            "wanted_sparsity": self.plan.sparsity,
             "sparsity": report.sparsity,
-            "distribution": describe(plan.distribution),
+            "distribution": describe(self.plan.distribution),
             "targets": self.method["targets"],
             "ignore": self.method["ignore"],
         }

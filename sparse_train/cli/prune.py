@@ -165,7 +165,8 @@ class _Job:
         tokenizer = self.source.tokenizer()
         found: list[Batch] = list(calibration_batches(self.text, tokenizer, **self.calibration, seed=seed))
         if len(found) < world_size():
-            raise ValueError(f"{len(found)} calibration batches are too few for {world_size()} processes.")
+            given = f"There are {len(found)} calibration batches for {world_size()} processes."
+            raise ValueError(f"{given} Give a smaller batch_size, or start fewer processes.")
         return found[rank() :: world_size()]
 
     def run(self, seed: int, out: Path | None = None) -> tuple[Any, OneshotReport]:

@@ -11,6 +11,7 @@ re-pruned one), report.html, table.csv, and a folder per training run with its m
 import copy
 import csv
 import logging
+import re
 import shutil
 import time
 import warnings
@@ -28,7 +29,7 @@ from rich.table import Table
 
 from sparse_train import Fixed, MaskPolicy, StraightThrough, prune
 from sparse_train.callbacks import DynamicPruning, RunRecord
-from sparse_train.cli.progress import TrainingLines
+from sparse_train.cli.lightning_cli import TrainingLines
 from sparse_train.data.text_blocks import TextBlocks
 from sparse_train.data.texts import PackagedWikipedia, TextSource
 from sparse_train.evaluation import PerplexityResult, evaluate_perplexity, token_ids
@@ -38,7 +39,8 @@ from sparse_train.models.causal_lm import CausalLM
 from sparse_train.models.sources import ModelSource, PackagedSmolLM2
 from sparse_train.oneshot.first_mask import random_batches
 from sparse_train.report import write_run_report
-from sparse_train.report.page import Table as PageTable
+from sparse_train.report.page import paragraph
+from sparse_train.report.page import table as page_table
 
 CONSOLE = Console(width=80)
 BLOCKS = "model.layers."
@@ -180,16 +182,16 @@ def _write(folder: Path, arms: list[Arm], setting: str) -> None:
         table.add_row(*row)
     CONSOLE.print(table)
     CONSOLE.print(setting, highlight=False)
-    notes = [
-        setting,
-        f"Table: {arms[0].result.protocol}. Curves are on validation articles, the table on held-out ones.",
-    ]
-    write_run_report(
+    notes = f"Table: {arms[0].result.protocol}. Curves are on validation articles, the table on held-out ones."
+    page = write_run_report(
         [folder / "static", folder / "repruned"],
         folder,
         title="sparse-train demo",
-        lead=[PageTable(columns, rows), *notes],
+        lead=[page_table(columns, rows), paragraph(setting), paragraph(notes)],
     )
+    curves = re.search(r"<svg.*?</svg>", page.read_text(), re.DOTALL)
+    if curves:  # README's picture, in a grey for light and dark pages
+        (folder / "perplexity.svg").write_text(curves[0].replace("currentColor", "#777"))
 
 
 if __name__ == "__main__":

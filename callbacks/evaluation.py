@@ -1,12 +1,4 @@
-"""``Evaluation``: perplexity and zero-shot accuracy of the model that Lightning trains, while it trains.
-
-What happens when, in Lightning's order:
-
-    setup                  strategies that shard the model are refused
-    on_fit_start           text is tokenised and tasks are looked up, so that mistakes show before the first step
-    on_train_batch_end     after an optimizer step: the evaluations that are due
-    on_train_end           what the last step has not measured already; masks are still on, nothing is squashed yet
-"""
+"""``Evaluation``: perplexity and zero-shot accuracy of the model that Lightning trains, while it trains."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -43,14 +35,10 @@ class Evaluation(L.Callback):
         Evaluation(PackagedWikipedia(), every_n_steps=100, tasks="wanda7", task_data="data/zeroshot", limit=200)
 
     Logs ``evaluation/perplexity`` every ``every_n_steps`` optimizer steps and at the end; ``zero_shot/TASK`` (accuracy,
-    0 to 1) and, if there are several tasks, ``zero_shot/mean`` every ``tasks_every_n_steps`` steps and at the end. The
-    protocol is printed with the first measurement of each kind. A run with this callback ends with the same weights
-    and masks as one without: training modes, random states, gradients and activation statistics stay untouched.
-
-    The model is measured with its masks on. If this callback comes after ``DynamicPruning`` in the list, an update step
-    is measured with the new masks; if it comes before, with the old ones. With several processes (DDP), the first one
-    measures and the others wait. Callbacks that monitor a metric (``EarlyStopping``, ``ModelCheckpoint``) can use these
-    once they have been measured, and ``RunRecord`` puts them into the report.
+    0 to 1) and, if there are several tasks, ``zero_shot/mean`` every ``tasks_every_n_steps`` steps and at the end. A
+    run with this callback ends with the same weights and masks as one without. The model is measured with its masks
+    on: at an update, with the new ones if this callback comes after ``DynamicPruning`` in the list. With several
+    processes (DDP), the first one measures and the others wait.
 
     Args:
         text: the text on which perplexity is measured; None = no perplexity.
@@ -67,9 +55,8 @@ class Evaluation(L.Callback):
             ``CausalLM``.
 
     Raises:
-        ValueError: at construction, if there is nothing to measure or a number is below 1; at ``fit``, if the strategy
-            is neither a single device nor DDP, if there is no transformers model, no tokenizer or too little text, or
-            if tasks are missing.
+        ValueError: there is nothing to measure, or a number is below 1; at ``fit``, the model is sharded or not one of
+            transformers, or its tokenizer, text or tasks are missing.
     """
 
     def __init__(
@@ -91,9 +78,7 @@ class Evaluation(L.Callback):
             raise ValueError("Evaluation needs something to measure: a text for perplexity, or tasks, such as wanda7.")
         counts = {"every_n_steps": every_n_steps, "tasks_every_n_steps": tasks_every_n_steps, "limit": limit}
         for name, count in counts.items():
-            if count is not None:
-                check_positive(name, count)
-        names = tasks.split(",") if isinstance(tasks, str) else tasks or []
+            check_positive(name, 1 if count is None else count)
         self._text = text
         self._source = None if tokenizer is None else as_model_source(tokenizer)
         self._every: dict[str, int | None] = {}
@@ -104,10 +89,14 @@ class Evaluation(L.Callback):
         if text is not None:
             self._every["perplexity"] = every_n_steps
             self._arguments["perplexity"] = {"window": window, "max_tokens": max_tokens, "split": split, **common}
-        if names:
-            chosen = task_names([name.strip() for name in names])
+        if tasks:
             self._every["zero_shot"] = tasks_every_n_steps
-            self._arguments["zero_shot"] = {"tasks": chosen, "task_data": task_data, "limit": limit, **common}
+            self._arguments["zero_shot"] = {
+                "tasks": task_names(tasks),
+                "task_data": task_data,
+                "limit": limit,
+                **common,
+            }
         self._step = 0
         self._measured: dict[str, int] = {}
         """Step of the last measurement of each kind."""
@@ -140,7 +129,7 @@ class Evaluation(L.Callback):
                 own = self._arguments["perplexity"]
                 own |= {"data_name": text.name, "tokenizer_name": source.name}
                 own["ids"] = token_ids(text.documents(own["split"]), tokenizer, text.separator)
-                check_length(own["ids"], own["window"])
+                check_length(own["ids"], own["window"], own["max_tokens"])
             if own := self._arguments.get("zero_shot", {}):
                 own["tokenizer"] = tokenizer
                 check_tasks(own["tasks"], own["task_data"])

@@ -1,10 +1,8 @@
 """``RunRecord``: what is not a metric of a training run, in ``run.json`` beside Lightning's ``metrics.csv``.
 
-sessions              one, and one more each time the run is resumed: date, step, versions, machine, seed,
-                      precision, ranks, length of the run, seconds of preparation
+sessions              one, and one more each time the run is resumed
 pruning               settings of ``DynamicPruning``, and the size of each targeted layer; null for a dense run
-states                validation before training, of "dense" and "first mask": step, metrics, counted sparsity, and
-                      on which part of the validation batches, if not on all
+states                validations before training, of "dense" and "after the first mask", as ``report.runs.State``
 step, seconds, ...    optimizer steps done, training time and that of validations, tokens, peak memory, so far
 finished              whether the run came to its end; then also sparsity and zeros, as counted on the weights
 protocols             what ``Evaluation`` callbacks measured
@@ -14,8 +12,7 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,7 +30,6 @@ from sparse_train.callbacks.dynamic_pruning import DynamicPruning
 from sparse_train.callbacks.evaluation import Evaluation
 from sparse_train.callbacks.lightning_trainer import steps_done
 from sparse_train.files import replacing
-from sparse_train.layers.masked_layer import MaskedLayer
 from sparse_train.pruning.updater import MaskUpdater
 from sparse_train.report.runs import METRICS, RECORD, State, named, read_metrics
 
@@ -45,14 +41,13 @@ class RunRecord(L.Callback):
 
         trainer = L.Trainer(callbacks=[DynamicPruning("2:4"), RunRecord()])
 
-    ``sparse-train fit`` adds this callback automatically. Metrics are in the ``metrics.csv`` of Lightning's
-    ``CSVLogger``, which is added to a trainer that has none. The sanity check before training gives the baselines: its
-    result is that of the first mask, and the same batches are run a second time with all weights kept, for the dense
-    model (unless a solver has made the first mask, which also moves the weights that it keeps).
-    ``num_sanity_val_steps=-1`` uses the whole validation set for this.
+    ``sparse-train fit`` adds this callback. Metrics are in the ``metrics.csv`` of Lightning's ``CSVLogger``, which is
+    added to a trainer that has none. The sanity check before training gives the baselines: its result is that of the
+    first mask, and the same batches are run once more with all weights kept, for the dense model (unless a solver has
+    made the first mask and moved weights). ``num_sanity_val_steps=-1`` uses the whole validation set for this.
 
-    Checkpoints contain the record and the metrics so far. A run that was killed and resumed, in the same folder or in
-    another, thus has one history; what came after the checkpoint is dropped. Only rank 0 writes.
+    Checkpoints contain the record and the metrics so far, so a run that was killed and resumed, in the same folder or
+    in another, has one history. Only rank 0 writes.
     """
 
     def __init__(self) -> None:
@@ -89,9 +84,13 @@ class RunRecord(L.Callback):
         self._add_state(trainer, "after the first mask" if masked else "dense")
         if updater and masked and self._pruning and not self._pruning.config.first_mask_moves_weights:
             rank_zero_info("RunRecord: validating once more with all weights kept, for the report.")
-            with _opened(list(updater.layers.values())):
-                trainer.fit_loop.epoch_loop.val_loop.run()  # still a sanity check: not logged, triggers no checkpoint
-                self._add_state(trainer, "dense")
+            masks = {layer: layer.weight_mask.clone() for layer in updater.layers.values()}
+            for layer in masks:
+                layer.keep_all()
+            trainer.fit_loop.epoch_loop.val_loop.run()  # still a sanity check: not logged, triggers no checkpoint
+            self._add_state(trainer, "dense")
+            for layer, mask in masks.items():
+                layer.weight_mask.copy_(mask)
 
     def _add_state(self, trainer: L.Trainer, name: str) -> None:
         values = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val")}
@@ -112,30 +111,24 @@ class RunRecord(L.Callback):
                 self._logger.experiment.log_metrics(row, int(row["step"]))
         self._earlier = []
         steps = trainer.estimated_stepping_batches
-        self._facts["sessions"] = [
-            *self._facts["sessions"],
-            {
-                "date": datetime.now(UTC).isoformat(timespec="seconds"),
-                "step": steps_done(trainer, in_batch=False),
-                "versions": environment.versions(),
-                "machine": environment.machine(),
-                "seed": int(os.environ["PL_GLOBAL_SEED"]) if "PL_GLOBAL_SEED" in os.environ else None,
-                "precision": str(trainer.precision),
-                "ranks": trainer.world_size,
-                "total_steps": None if steps == float("inf") else int(steps),
-                "prepare_seconds": self._began - self._setup_began,
-            },
-        ]
-        self._facts |= {"finished": False, "sparsity": None, "zeros": None, "pruning": self._pruning_facts()}
+        session = {
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "step": steps_done(trainer, in_batch=False),
+            "versions": environment.versions(),
+            "machine": environment.machine(),
+            "seed": int(os.environ["PL_GLOBAL_SEED"]) if "PL_GLOBAL_SEED" in os.environ else None,
+            "precision": str(trainer.precision),
+            "ranks": trainer.world_size,
+            "total_steps": None if steps == float("inf") else int(steps),
+            "prepare_seconds": self._began - self._setup_began,
+        }
+        self._facts["sessions"] = [*self._facts["sessions"], session]
+        pruning = None
+        if (updater := self._updater()) is not None:
+            layers = {name: layer.in_features * layer.out_features for name, layer in updater.layers.items()}
+            pruning = {"settings": {**updater.settings(), **asdict(updater.timing)}, "layers": layers}
+        self._facts |= {"finished": False, "sparsity": None, "zeros": None, "pruning": pruning}
         self._write(steps_done(trainer, in_batch=False))
-
-    def _pruning_facts(self) -> dict[str, Any] | None:
-        updater = self._updater()
-        if updater is None or self._pruning is None:
-            return None
-        settings = {**updater.settings(), **asdict(updater.timing)}
-        layers = {name: layer.in_features * layer.out_features for name, layer in updater.layers.items()}
-        return {"settings": settings, "layers": layers}
 
     # --- in training -------------------------------------------------------------------------------------------------
 
@@ -170,8 +163,7 @@ class RunRecord(L.Callback):
         evaluations = [each for each in _callbacks(trainer) if isinstance(each, Evaluation)]
         protocols = [result["protocol"] for each in evaluations for result in each.results]
         self._facts["protocols"] = list(dict.fromkeys([*self._facts["protocols"], *protocols]))
-        if self.folder is not None:
-            self._write(self._facts["step"])
+        self._write(self._facts["step"])
         self._pruning = None  # also releases the model
 
     def state_dict(self) -> dict[str, Any]:
@@ -218,19 +210,6 @@ def _csv_logger(trainer: L.Trainer) -> CSVLogger:
         warnings.filterwarnings("ignore", ".*is not empty")  # it deletes nothing but an older metrics.csv
         _ = logger.experiment
     return logger
-
-
-@contextmanager
-def _opened(layers: Sequence[MaskedLayer]) -> Iterator[None]:
-    """Inside, all weights are kept, as in the dense model; the masks are restored afterwards."""
-    kept = [layer.weight_mask.clone() for layer in layers]
-    try:
-        for layer in layers:
-            layer.keep_all()
-        yield
-    finally:
-        for layer, mask in zip(layers, kept, strict=True):
-            layer.weight_mask.copy_(mask)
 
 
 def _tokens(batch: Any) -> int:

@@ -21,15 +21,10 @@ def to_python_number(value: Any) -> Any:
     number = value.item()
     if not isinstance(number, float):
         return number
-    return _shortest_decimal(number, value.dtype) if type(value).__module__ == "torch" else float(str(value))
-
-
-def _shortest_decimal(number: float, dtype: Any) -> float:
-    """For bfloat16; numpy's ``str`` does this for the types of numpy."""
-    import torch  # not above: help pages do not wait for it
-
+    if type(value).__module__ != "torch":
+        return float(str(value))  # numpy's ``str`` is the shortest decimal
     decimals = (float(f"{number:.{digits}g}") for digits in range(1, 17))
-    return next((each for each in decimals if torch.tensor(each, dtype=dtype, device="cpu").item() == number), number)
+    return next((each for each in decimals if value.new_tensor(each).item() == number), number)
 
 
 def check_sparsity(name: str, value: float) -> None:

@@ -1,9 +1,9 @@
 """What a run ran on (versions, machine, memory) without host names, user names or paths; and its random states."""
 
-import ctypes
 import os
 import platform
 import random
+import re
 import resource
 import sys
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 _PACKAGES = ("sparse-train", "torch", "lightning", "transformers", "datasets", "numpy", "deepspeed", "peft")
-_CPUINFO, _STATUS, _CLEAR = Path("/proc/cpuinfo"), Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_CPUINFO, _STATUS = Path("/proc/cpuinfo"), Path("/proc/self/status")
 
 
 def versions() -> dict[str, str]:
@@ -31,40 +31,26 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> dict[str, Any]:
-    """System, processor, cores, torch threads, memory in bytes, and names of accelerators."""
+    """System, processor, cores, torch threads, memory, and names of accelerators."""
+    processor = platform.processor()
+    if _CPUINFO.exists():
+        names = re.findall(r"^model name\s*: (.*)", _CPUINFO.read_text(), re.MULTILINE)
+        processor = names[0] if names else processor
     found: dict[str, Any] = {
         "system": f"{platform.system()} {platform.machine()}",
-        "processor": _processor(),
+        "processor": processor,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
     }
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        found["memory_bytes"] = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
+        found["memory"] = f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.1f} GiB"
     if torch.cuda.is_available():
         found["accelerators"] = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return found
 
 
-def _processor() -> str:
-    if _CPUINFO.exists():
-        for line in _CPUINFO.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor()
-
-
-def reset_peak() -> bool:
-    """Count the peak of memory anew. False if the system cannot (it is not Linux): it stays that of the process."""
-    try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # so that memory freed by earlier work does not count
-        _CLEAR.write_text("5")
-    except OSError:
-        return False
-    return True
-
-
 def peak_bytes() -> int:
-    """Peak resident memory since ``reset_peak``, or since the process began if that had no effect."""
+    """Peak resident memory of this process."""
     if _STATUS.exists():
         line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024

@@ -23,8 +23,7 @@ def load_plain(path: Path, *, part: bytes | None = None, mmap: bool = False) -> 
         mmap: leave tensors on disk until they are used.
 
     Raises:
-        ValueError: the file names a class or a function, which reading it in full would call; or it is not complete,
-            or of another kind.
+        ValueError: reading it would call something, it is not complete, or it is of another kind.
     """
     try:
         source = path if part is None else io.BytesIO(part)
@@ -98,14 +97,10 @@ def check_space(out: Path, needed: int) -> None:
 
 
 def check_free(out: Path) -> None:
-    """Raise ValueError if ``out`` would be overwritten; to be called before the work."""
+    """Raise ValueError if ``out`` would be overwritten or cannot be made; to be called before the work."""
     if out.parts[:1] == ("~",):  # it would become a folder of that name, and removing that is dangerous
         raise ValueError(f"~ in {out} was not replaced by a shell. Write the folder out: {out.expanduser()}.")
-    if out.is_symlink() or out.is_mount():
-        raise ValueError(
-            f"{out} is a link or a mount point, which no finished folder can be renamed to. Choose another."
-        )
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.is_symlink() or (out.exists() and (out.is_mount() or not out.is_dir() or any(out.iterdir()))):
         raise ValueError(f"{out} exists already and is not an empty folder. Choose another, or remove it first.")
     above = next(parent for parent in out.absolute().parents if parent.exists())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):

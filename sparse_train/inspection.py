@@ -3,6 +3,7 @@
 Shape suffixes: O out_features, I in_features, E experts.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -18,7 +19,7 @@ from sparse_train.patterns import detect_pattern
 DTYPES_2OF4 = (torch.float16, torch.bfloat16)
 """Dtypes of weights and inputs in which this package uses 2:4 hardware."""
 BLOCK_2OF4 = 16
-"""Both dimensions of a weight must be multiples of this: cuSPARSELt's block size in these dtypes, as torch sets it."""
+"""Both dimensions of a weight must be multiples of this, cuSPARSELt's block size in these dtypes."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,7 @@ class LayerSparsity:
 
     @property
     def size(self) -> int:
-        out_features, in_features = self.shape
-        return out_features * in_features
+        return math.prod(self.shape)
 
     @property
     def sparsity(self) -> float:
@@ -84,13 +84,9 @@ class LayerSparsity:
 
 
 def layer_sparsities(model: nn.Module, state: Mapping[str, Any] | None = None) -> list[LayerSparsity]:
-    """Each linear layer of ``model``, as its forward uses it: in masked layers, pruned weights are zeros.
+    """Each linear layer of ``model``, as its forward uses it; fused experts are one, with their matrices stacked.
 
-    Fused experts are one layer, with their matrices stacked.
-
-    Args:
-        model: any module.
-        state: its whole state dict, if ``model`` is sharded or is written in another dtype; default: its own.
+    ``state`` is its whole state dict, if ``model`` is sharded or is written in another dtype; default: its own.
     """
     state = folded_state_dict(model, model.state_dict() if state is None else state)
     found = []
@@ -106,8 +102,8 @@ def layer_sparsities(model: nn.Module, state: Mapping[str, Any] | None = None) -
 
 def _count(name: str, weight_OI: Tensor, kind: str) -> LayerSparsity:
     nonzero_OI = weight_OI.detach() != 0
-    zeros = nonzero_OI.numel() - int(nonzero_OI.sum())
     rows, columns = weight_OI.shape
+    zeros = rows * columns - int(nonzero_OI.sum())
     return LayerSparsity(name, (rows, columns), zeros, detect_pattern(nonzero_OI), weight_OI.dtype, kind)
 
 
@@ -137,11 +133,11 @@ def to_sparse_semi_structured(model: nn.Module) -> dict[str, str | None]:
     """Let the 2:4 layers of a model compute on sparse tensor cores, for inference.
 
     If hardware, dtype and shape allow it and zeros are 2:4, the weight of a plain ``nn.Linear`` is replaced by its
-    compressed form (``torch.sparse.to_sparse_semi_structured``), which takes 9/16 of the memory. The compressed form
-    has no gradient, and ``save_pretrained`` cannot write it, so convert a loaded model and keep the folder.
+    compressed form (``torch.sparse.to_sparse_semi_structured``), which takes 9/16 of the memory. It has no gradient,
+    and ``save_pretrained`` cannot write it, so convert a loaded model and keep the folder.
 
-    The conversion itself has never been run by its authors, who had no GPU: it follows the API of torch 2.13, and only
-    the refusals and the choice of layers are tested. Compare the model's outputs before and after.
+    The conversion itself has never been run by its authors, who had no GPU. Compare the model's outputs before and
+    after.
 
     Args:
         model: on its GPU, in float16 or bfloat16, squashed.
@@ -154,9 +150,9 @@ def to_sparse_semi_structured(model: nn.Module) -> dict[str, str | None]:
         module = model.get_submodule(name)
         if type(module) is not nn.Linear:
             reasons[name] = f"it is a {type(module).__name__}, not a plain nn.Linear; squash a masked model first"
-            continue
-        reasons[name] = why_not_device(module.weight.device)
-        if reasons[name] is None:
+        elif (reason := why_not_device(module.weight.device)) is not None:
+            reasons[name] = reason
+        else:
             compressed = torch.sparse.to_sparse_semi_structured(module.weight.detach().contiguous())
             module.weight = nn.Parameter(compressed, requires_grad=False)
     return reasons

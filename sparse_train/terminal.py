@@ -1,11 +1,10 @@
 """Bars and tables: drawn in a terminal, plain lines of text in files and pipes."""
 
+import io
 import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
-
-from tqdm import tqdm
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,26 +22,22 @@ def bar(label: str, *, shown: bool) -> Any:
 
     Its total is set by the work: ``bar.total = 120``.
     """
+    from tqdm import tqdm
+
     if bars_are_seen():
         return tqdm(desc=label, disable=not shown, leave=False, dynamic_ncols=True)
-    return _Lines(
-        desc=label,
-        disable=not shown,
-        leave=False,
-        delay=_SECONDS_BETWEEN_LINES,
-        mininterval=_SECONDS_BETWEEN_LINES,
-        miniters=1,
-        bar_format="{desc}: {n_fmt}/{total_fmt}, {remaining} left{postfix}",
-    )
+    every, form = _SECONDS_BETWEEN_LINES, "{desc}: {n_fmt}/{total_fmt}, {remaining} left{postfix}"
+    often = {"delay": every, "mininterval": every, "miniters": 1}
+    return tqdm(desc=label, disable=not shown, leave=False, file=_Lines(), bar_format=form, **often)
 
 
-class _Lines(tqdm):  # type: ignore[misc]
-    """A bar whose every state is a line of its own, without carriage returns."""
+class _Lines(io.StringIO):
+    """A file that makes a line on stderr of every state of a bar."""
 
-    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
-        if msg is None:  # "" wipes the bar
-            print(self, file=sys.stderr, flush=True)
-        return False
+    def write(self, text: str) -> int:
+        if text.strip():  # without carriage returns, and not what wipes the bar
+            print(text.strip(), file=sys.stderr, flush=True)
+        return len(text)
 
 
 def print_table(

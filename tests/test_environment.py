@@ -14,7 +14,7 @@ def test_the_machine_is_a_kind_and_no_name(monkeypatch):
     found = environment.machine()
     assert found["cores"] >= 1
     assert found["threads"] == torch.get_num_threads()
-    assert set(found) <= {"system", "processor", "cores", "threads", "memory_bytes", "accelerators"}
+    assert set(found) <= {"system", "processor", "cores", "threads", "memory", "accelerators"}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")

@@ -1,9 +1,16 @@
 """``sparse-train evaluate``: perplexity and zero-shot accuracy of a model."""
 
+import functools
 from typing import Any
 
-from sparse_train.cli.measurement import chosen_device, perplexity_on
+import torch
+
+from sparse_train.data.blocks import beginning
 from sparse_train.data.texts import PackagedWikipedia, Split, TextSource
+from sparse_train.evaluation import evaluate_perplexity, evaluate_zero_shot, token_ids, word_starts
+from sparse_train.evaluation.perplexity import check_length
+from sparse_train.evaluation.undisturbed import check_autocast
+from sparse_train.evaluation.zeroshot import check_tasks, task_names
 from sparse_train.models.sources import ModelSource, as_model_source, float_dtype
 from sparse_train.terminal import bars_are_seen
 
@@ -22,7 +29,6 @@ def evaluate(
     max_tokens: int | None = None,
     autocast: str | None = None,
     device: str | None = None,
-    json: bool = False,
 ) -> dict[str, Any]:
     """Token and word perplexity of a model, or its accuracy on tasks, printed with the protocol.
 
@@ -43,57 +49,84 @@ def evaluate(
         max_tokens: use only the first tokens of the split.
         autocast: compute in this dtype, such as "bfloat16"; the loss stays float32.
         device: where to compute, such as "cpu" or "cuda"; default: a GPU if there is one.
-        json: print one JSON object instead of text.
     """
     from sparse_train.cli.tables import show_zero_shot
-    from sparse_train.evaluation import evaluate_zero_shot
-    from sparse_train.evaluation.undisturbed import check_autocast
-    from sparse_train.evaluation.zeroshot import check_tasks, task_names
 
     device = chosen_device(device)
     dtype = None if autocast is None else float_dtype(autocast)
     check_autocast(dtype)
-    names = ["perplexity"] if tasks is None else task_names([name.strip() for name in tasks.split(",")])
+    names = ["perplexity"] if tasks is None else task_names(tasks)
     zero_shot = [name for name in names if name != "perplexity"]
-    if not zero_shot and (task_data is not None or limit is not None):
-        raise ValueError("--task_data and --limit are for zero-shot tasks. Name those in --tasks, such as wanda7.")
-    if "perplexity" not in names and (max_tokens is not None or stride is not None or bos):
-        raise ValueError("--max_tokens, --stride and --bos are for perplexity. Add it to --tasks: perplexity,wanda7.")
     if zero_shot:
         check_tasks(zero_shot, task_data, progress=bars_are_seen())
     source, measure = as_model_source(model, dtype="auto"), None
+    common: dict[str, Any] = {"batch_size": batch_size, "autocast": dtype}
     if "perplexity" in names:
-        measure = perplexity_on(
-            source,
-            text or PackagedWikipedia(),
-            split,
-            window=window,
-            max_tokens=max_tokens,
-            bos=bos,
-            stride=stride,
-            batch_size=batch_size,
-            autocast=dtype,
-        )
+        options: dict[str, Any] = {"window": window, "max_tokens": max_tokens, "bos": bos, "stride": stride}
+        measure = perplexity_on(source, text or PackagedWikipedia(), split, **options, **common)
     loaded = source.load().to(device)
     found: dict[str, Any] = {}
     if measure is not None:
         perplexity = measure(loaded)
         found["perplexity"] = perplexity.as_dict()
-        if not json:  # now: a task may fail
-            print("\n".join(perplexity.lines()), flush=True)
+        print("\n".join(perplexity.lines()), flush=True)  # now: a task may fail
     if zero_shot:
-        accuracy = evaluate_zero_shot(
-            loaded,
-            source.tokenizer(),
-            zero_shot,
-            task_data=task_data,
-            limit=limit,
-            batch_size=batch_size,
-            model_name=source.name,
-            autocast=dtype,
-            progress=bars_are_seen(),
-        )
+        common |= {"task_data": task_data, "limit": limit, "model_name": source.name, "progress": bars_are_seen()}
+        accuracy = evaluate_zero_shot(loaded, source.tokenizer(), zero_shot, **common)
         found["zero_shot"] = accuracy.as_dict()
-        if not json:
-            show_zero_shot(accuracy)
+        show_zero_shot(accuracy)
     return dict(found["perplexity"]) if tasks is None else found
+
+
+def chosen_device(device: str | None) -> str:
+    """The device that was named; otherwise a GPU if there is one. Raises ValueError if torch cannot compute there."""
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.ones(1, device=device).item()
+    except (RuntimeError, NotImplementedError, AssertionError) as error:
+        raise ValueError(f"torch cannot compute on device={device!r} here ({error}). Use cpu or cuda.") from error
+    return device
+
+
+def perplexity_on(
+    source: ModelSource,
+    text: TextSource,
+    split: Split = "test",
+    *,
+    window: int,
+    max_tokens: int | None,
+    bos: bool,
+    **options: Any,
+) -> functools.partial[Any]:
+    """``evaluate_perplexity`` as a function of a model. The text is read and tokenised now, before a command's work.
+
+    Args:
+        source: of the tokenizer.
+        text, split: what is read.
+        bos: put the tokens with which the text begins in front of every window.
+        window, max_tokens, options: further arguments of ``evaluate_perplexity``.
+
+    Raises:
+        ValueError: there is no text in this split, or less than one window of it.
+    """
+    documents, tokenizer = text.documents(split), source.tokenizer()
+    if not documents:
+        raise ValueError(f"{text.name} has no text in its {split} split; give a text that has one.")
+    prefix = beginning(tokenizer) if bos else []
+    ids = token_ids(documents, tokenizer, text.separator)[len(prefix) :]  # the text begins with it, too
+    words = word_starts(documents, tokenizer, text.separator)
+    check_length(ids, window, max_tokens)
+    return functools.partial(
+        evaluate_perplexity,
+        ids=ids,
+        words=None if words is None else words[len(prefix) :],
+        window=window,
+        prefix=prefix,
+        max_tokens=max_tokens,
+        model_name=source.name,
+        data_name=text.name,
+        split=split,
+        progress=True,  # a line a minute where bars are not seen
+        **options,
+    )

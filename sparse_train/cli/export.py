@@ -5,19 +5,17 @@ from typing import Any
 from sparse_train.models.sources import ModelSource, as_model_source
 
 
-def export(checkpoint: str, out: str, tokenizer: ModelSource | str | None = None, json: bool = False) -> dict[str, Any]:
+def export(checkpoint: str, out: str, tokenizer: ModelSource | str | None = None) -> dict[str, Any]:
     """Write the model of a training checkpoint as a Hugging Face folder with true zeros.
 
     Args:
         checkpoint: file, or folder of FSDP2 or DeepSpeed, that ``sparse-train fit`` wrote.
         out: folder to write; must not exist.
         tokenizer: model source, Hugging Face id or folder whose tokenizer is saved with the model.
-        json: print one JSON object instead of text.
     """
     from sparse_train.export import export_checkpoint
 
     loaded = None if tokenizer is None else as_model_source(tokenizer).tokenizer()
     folder = export_checkpoint(checkpoint, out, loaded)
-    if not json:
-        print(f"exported to {folder}")
+    print(f"exported to {folder}")
     return {"out": str(folder), "checkpoint": checkpoint}

@@ -1,5 +1,7 @@
 """``sparse-train fit``, ``validate`` and ``test``: their help, without what they run (``lightning_cli``)."""
 
+from typing import Any
+
 from sparse_train.cli.commands import COMMANDS
 
 _HELP = """\
@@ -22,30 +24,23 @@ usage: sparse-train {command} --config FILE [--config FILE ...] [options]
   --print_config                print the recipe that results, and stop
   --json                        print one JSON object at the end, and nothing else
 
-all options of one kind:
-  sparse-train {command} --help model      the model, its optimizer, distillation
-  sparse-train {command} --help data       text, blocks and batches
-  sparse-train {command} --help pruning    DynamicPruning, the callback that keeps the model sparse
-  sparse-train {command} --help trainer    Lightning's Trainer
-  sparse-train {command} --help all        everything on one page
+all options:
+  sparse-train {command} --help all                                of model, text and Lightning's Trainer
+  sparse-train {command} --trainer.callbacks.help DynamicPruning   of the callback that keeps the model sparse
 
-examples:
-{examples}"""
+example:
+  {example}
+"""
 
 
-def fit(command: str, options: list[str], debug: bool = False) -> None:
-    """Run ``fit``, ``validate`` or ``test``, or print their help."""
-    asked = next((index for index, option in enumerate(options) if option in ("-h", "--help")), None)
-    kind = "all" if asked is None else next(iter(options[asked + 1 :]), "")
-    if kind in ("model", "data", "pruning", "trainer"):
-        from sparse_train.cli.lightning_cli import print_help
-
-        print_help(command, kind)
-    elif kind == "all":
+def fit(command: str, options: list[str], debug: bool = False) -> dict[str, Any] | None:
+    """Run ``fit``, ``validate`` or ``test``, and return its result for JSON; or print their help."""
+    if "--help" not in options[-1:] and "-h" not in options[-1:]:
         from sparse_train.cli.lightning_cli import run
 
-        run([command, *(options if asked is None else ["--help"])], debug=debug)
-    else:
-        summary = COMMANDS[command].summary
-        examples = "".join(f"  {line}\n" for line in COMMANDS[command].examples)
-        print(_HELP.format(command=command, summary=summary[0].upper() + summary[1:], examples=examples), end="")
+        options = ["--help"] if options[-2:] == ["--help", "all"] else options
+        return run([command, *options], debug=debug).result
+    about = COMMANDS[command]
+    summary = about.summary[0].upper() + about.summary[1:]
+    print(_HELP.format(command=command, summary=summary, example=about.example), end="")
+    return None

@@ -5,14 +5,13 @@ from typing import Any
 from sparse_train.models.sources import ModelSource, as_model_source
 
 
-def inspect(model: ModelSource | str, json: bool = False) -> dict[str, Any]:
+def inspect(model: ModelSource | str) -> dict[str, Any]:
     """Sparsity and pattern of each linear layer, its size on disk, and whether 2:4 hardware could run it.
 
     All numbers are counted on the weights, in the dtype that they have on disk.
 
     Args:
         model: Hugging Face id, local folder, or a model source (whose dtype is then used).
-        json: print one JSON object instead of a table.
     """
     from sparse_train.cli.tables import show_inspection
     from sparse_train.inspection import layer_sparsities, overall_sparsity
@@ -21,8 +20,7 @@ def inspect(model: ModelSource | str, json: bool = False) -> dict[str, Any]:
     loaded = source.load()
     layers = layer_sparsities(loaded)
     model_bytes = sum(parameter.numel() * parameter.dtype.itemsize for parameter in loaded.parameters())
-    if not json:
-        show_inspection(source.name, layers, model_bytes)
+    show_inspection(source.name, layers, model_bytes)
     return {
         "model": source.name,
         "sparsity": overall_sparsity(layers),

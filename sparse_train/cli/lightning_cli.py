@@ -1,11 +1,11 @@
 """LightningCLI over ``CausalLM`` and ``TextBlocks``, with a report and an export after ``fit``."""
 
-import functools
 import logging
 import signal
 import sys
-import warnings
+import time
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,17 +17,21 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from sparse_train.callbacks import DynamicPruning, RunRecord
 from sparse_train.cli.parser import Parser, settings, shipped, spelt_out
-from sparse_train.cli.progress import TrainingLines
-from sparse_train.cli.streams import stdout_for_json, take_json
 from sparse_train.cli.tables import show_run
 from sparse_train.data.text_blocks import TextBlocks
-from sparse_train.export.card import ModelCard, training_rows
+from sparse_train.export import ModelCard, export_model
+from sparse_train.export.card import training_rows
+from sparse_train.files import check_free
 from sparse_train.models.causal_lm import CausalLM
+from sparse_train.models.checkpoints import check_engine, check_plain
 from sparse_train.report import collect, headline, write_run_report
 from sparse_train.terminal import bars_are_seen
 
 _log = logging.getLogger(__name__)
-_COMMANDS = ("fit", "validate", "test")
+_SPLITS = {"fit": ("train",), "validate": ("validation",), "test": ("test",)}
+"""The split that the files of ``--text`` are, by command. What is trained on is not measured."""
+
+_SECONDS_BETWEEN_LINES = 60.0
 
 
 class _Parser(Parser, LightningArgumentParser):
@@ -45,24 +49,14 @@ class SparseTrainCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name in _COMMANDS}
-
-    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Lightning's, except that help begins with what is ours, and the trainer comes last."""
-        parser.add_lightning_class_args(CausalLM, "model")
-        parser.add_lightning_class_args(TextBlocks, "data")
-        parser.add_lightning_class_args(L.Trainer, "trainer")
-        parser.set_defaults({"trainer.num_sanity_val_steps": self.trainer_defaults["num_sanity_val_steps"]})
+        return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name in _SPLITS}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--export", type=str | None, default=None, help="Folder for the trained sparse model.")
-        parser.add_argument("--json", type=bool, default=False, help="Print only one JSON object, at the end.")
         parser.link_arguments("model.model", "data.tokenizer")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Refuses a checkpoint that would run code, before Lightning or an engine reads it."""
-        from sparse_train.models.checkpoints import check_plain
-
         super().parse_arguments(parser, args)
         options = self.config[self.config.subcommand]
         if options.ckpt_path:
@@ -78,12 +72,11 @@ class SparseTrainCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Adds progress that suits the terminal, unless the recipe sets something else."""
-        own = self.config_init[self.subcommand].trainer
+        own, seen = self.config_init[self.subcommand].trainer, bars_are_seen()
         given = own.callbacks if isinstance(own.callbacks, list) else [own.callbacks] if own.callbacks else []
         if own.enable_progress_bar is None and not any(isinstance(callback, ProgressBar) for callback in given):
-            kwargs["enable_progress_bar"] = bars_are_seen()
-            bar = RichProgressBar(console_kwargs={"stderr": True}) if bars_are_seen() else TrainingLines()
-            kwargs["callbacks"] = [*given, bar]
+            bar = RichProgressBar(console_kwargs={"stderr": True}) if seen else TrainingLines()
+            kwargs |= {"enable_progress_bar": seen, "callbacks": [*given, bar]}
         if own.enable_model_summary is None:
             kwargs["enable_model_summary"] = sys.stdout.isatty()
         trainer = super().instantiate_trainer(**kwargs)
@@ -94,17 +87,12 @@ class SparseTrainCLI(LightningCLI):
         return trainer
 
     def before_fit(self) -> None:
-        from sparse_train.files import check_free
-        from sparse_train.models.checkpoints import check_engine
-
         if self.config.fit.ckpt_path:
             check_engine(self.config.fit.ckpt_path, self.trainer.strategy)
         if (out := self.config.fit.export) and self.trainer.is_global_zero:
             check_free(Path(out))
 
     def after_fit(self) -> None:
-        from sparse_train.export import export_model
-
         out = self.config.fit.export
         try:
             if self.trainer.is_global_zero:
@@ -138,48 +126,39 @@ class SparseTrainCLI(LightningCLI):
             elif isinstance(callback, DynamicPruning) and (state := callback.state_dict()):  # the state at the end
                 made = training_rows(state["settings"], state["timing"], state["steps"])
         if (distillation := self.model.distillation) is not None:
-            teacher = (distillation.teacher or source).name
-            made["teacher"] = f"{teacher}, dense" if distillation.teacher is None else teacher
-        found = self.trainer.callback_metrics.get("val/perplexity")
-        text, size = self.datamodule.text.name, self.datamodule.block_size
-        return ModelCard(
-            source.name,
-            source.hub_id,
-            source.license,
-            made,
-            f"{found:.2f} at the last validation of the run: {text}, blocks of {size}" if found is not None else None,
-            # named skip_unset from jsonargparse 4.49 on; like Lightning, use the name that all versions know
-            self._parser(self.subcommand).dump(self.config.fit, skip_none=False),
-        )
+            teacher = distillation.teacher
+            made["teacher"] = f"{source.name}, dense" if teacher is None else teacher.name
+        found, perplexity = self.trainer.callback_metrics.get("val/perplexity"), None
+        if found is not None:
+            text = f"{self.datamodule.text.name}, blocks of {self.datamodule.block_size}"
+            perplexity = f"{found:.2f} at the last validation of the run: {text}"
+        # named skip_unset from jsonargparse 4.49 on; like Lightning, use the name that all versions know
+        recipe = self._parser(self.subcommand).dump(self.config.fit, skip_none=False)
+        return ModelCard(source.name, source.hub_id, source.license, made, perplexity, recipe)
 
     def validate(self, **arguments: Any) -> None:
         """``Trainer.validate`` without its own table, which has frames even outside a terminal."""
-        self._measure(self.trainer.validate, arguments)
+        self.trainer.validate(**arguments | {"verbose": False})
+        self._keep_metrics()
 
     def test(self, **arguments: Any) -> None:
         """``Trainer.test``, likewise."""
-        self._measure(self.trainer.test, arguments)
+        self.trainer.test(**arguments | {"verbose": False})
+        self._keep_metrics()
 
-    def _measure(self, run: Any, arguments: dict[str, Any]) -> None:
-        run(**arguments | {"verbose": False})
+    def _keep_metrics(self) -> None:
         if self.trainer.is_global_zero:
             self.result = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
 
 
 def run(args: list[str], cli: type[SparseTrainCLI] = SparseTrainCLI, debug: bool = False) -> SparseTrainCLI:
     """Parse ``args`` (``["fit", "--config", ...]``), create the objects that they name, and run them."""
-    json, args = take_json(args)
     command, *options = args
-    args = [command, *spelt_out(options, (), "--data.text", *_SPLITS[command])]
-    with stdout_for_json(json) as write, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "LightningCLI's args parameter")  # main has removed the command from sys.argv
-        for message in ("'set_vital' is deprecated", r"`isinstance\(treespec"):  # from torchdata, Lightning and torch
-            warnings.filterwarnings("ignore", message)
-        make = functools.partial(
-            cli,
+    try:
+        made = cli(
             CausalLM,
             TextBlocks,
-            args=args,
+            args=[command, *spelt_out(options, (), "--data.text", *_SPLITS[command])],
             seed_everything_default=0,
             # the sanity check reads the whole validation text: it gives the report's dense and one-shot rows
             trainer_defaults={"callbacks": RunRecord(), "num_sanity_val_steps": -1},
@@ -187,31 +166,14 @@ def run(args: list[str], cli: type[SparseTrainCLI] = SparseTrainCLI, debug: bool
             auto_configure_optimizers=False,
             parser_class=_Parser,
             parser_kwargs={"prog": "sparse-train", "allow_abbrev": False, "exit_on_error": not debug}
-            | {name: settings(name, debug) for name in _COMMANDS},
+            | {name: settings(name, debug) for name in _SPLITS},
         )
-        try:
-            made = make()
-        except SIGTERMException:  # its own exit status is that of a finished run
-            print(f"sparse-train {command}: ended by SIGTERM, before the run was complete.", file=sys.stderr)
-            sys.exit(128 + signal.SIGTERM)
-        if made.result is not None:
-            write(made.result)
-            if not json:
-                _show(command, made.result)
+    except SIGTERMException:  # its own exit status is that of a finished run
+        print(f"sparse-train {command}: ended by SIGTERM, before the run was complete.", file=sys.stderr)
+        sys.exit(128 + signal.SIGTERM)
+    if made.result is not None:
+        _show(command, made.result)
     return made
-
-
-_SPLITS = {"fit": ("train",), "validate": ("validation",), "test": ("test",)}
-"""The split that the files of ``--text`` are. What is trained on is not measured."""
-
-
-def print_help(command: str, kind: str) -> None:
-    """Print the options of one kind, "model", "data", "pruning" or "trainer", with their full names."""
-    classes = {"model": CausalLM, "data": TextBlocks, "pruning": DynamicPruning, "trainer": L.Trainer}
-    parser = Parser(prog=f"sparse-train {command}", **settings(command) | {"epilog": None})
-    key = "trainer.callbacks.init_args" if kind == "pruning" else kind
-    parser.add_class_arguments(classes[kind], key, fail_untyped=False, skip={"tokenizer"})  # that of the model
-    parser.print_help()
 
 
 def _show(command: str, result: dict[str, Any]) -> None:
@@ -223,3 +185,35 @@ def _show(command: str, result: dict[str, Any]) -> None:
     else:
         lines = [f"{name}  {value:.4f}" for name, value in result.items()]
     print("\n".join(lines))
+
+
+class TrainingLines(L.Callback):
+    """A line on stderr after each validation, and every minute in between, with what Lightning's bar shows.
+
+    "step 25/100, 0:01:20 left, train/loss 3.245, val/perplexity 25.17, sparsity/actual 0.5, ..."
+    """
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._began = self._last = time.monotonic()
+        self._first_step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if time.monotonic() - self._last >= _SECONDS_BETWEEN_LINES:
+            self._line(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._line(trainer)
+
+    def _line(self, trainer: L.Trainer) -> None:
+        self._last = time.monotonic()
+        step, total = trainer.global_step, trainer.estimated_stepping_batches
+        parts = [f"step {step}/{total}"]
+        if total != float("inf") and step > self._first_step:
+            seconds = (self._last - self._began) / (step - self._first_step) * (total - step)
+            parts.append(f"{timedelta(seconds=round(seconds))} left")
+        metrics = [f"{name} {float(value):.4g}" for name, value in trainer.progress_bar_metrics.items()]
+        if trainer.is_global_zero:
+            print(", ".join([*parts, *metrics]), file=sys.stderr, flush=True)

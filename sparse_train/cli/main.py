@@ -5,11 +5,13 @@ page should not wait for Lightning. ``fit``, ``validate`` and ``test`` share ``s
 """
 
 import sys
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 
 from sparse_train.arguments import did_you_mean
 from sparse_train.cli.commands import COMMANDS
+from sparse_train.cli.streams import dumps, nothing_on_stdout, quiet_libraries
 
 _USAGE = """\
 usage: sparse-train COMMAND [options]
@@ -35,14 +37,13 @@ def main(args: list[str] | None = None) -> None:
     args = [argument for argument in args if argument != "--debug"]
     if not args or args[0] in ("-h", "--help"):
         width = max(map(len, COMMANDS)) + 2
-        rows = (f"  {name:{width}}{command.summary:36}{command.examples[0]}\n" for name, command in COMMANDS.items())
+        rows = (f"  {name:{width}}{command.summary:36}{command.example}\n" for name, command in COMMANDS.items())
         print(_USAGE.format(commands="".join(rows)), end="")
         return
     name, *options = args
     if name not in COMMANDS:
         similar = did_you_mean(name, COMMANDS) or f" There are {', '.join(COMMANDS)}."
         sys.stderr.write(f"sparse-train: there is no command {name!r}.{similar}\n")
-        sys.stderr.write("sparse-train --help says what each does.\n")
         sys.exit(2)
     sys.path.append(str(Path.cwd()))  # recipes may name classes of local modules; last, so that these hide nothing
     try:
@@ -57,15 +58,17 @@ def main(args: list[str] | None = None) -> None:
 
 
 def run(name: str, options: list[str], debug: bool = False) -> None:
-    """Run one command, without the messages of libraries that do not help its user."""
-    from sparse_train.cli.streams import quiet_libraries
-
-    with quiet_libraries():
+    """Run one command, which prints its result; with ``--json``, print only that."""
+    as_json, options = "--json" in options, [option for option in options if option != "--json"]
+    quiet_libraries()
+    with nothing_on_stdout() if as_json else nullcontext():
         if name in ("fit", "validate", "test"):
-            import_module("sparse_train.cli.fit").fit(name, options, debug)
+            found = import_module("sparse_train.cli.fit").fit(name, options, debug)
         else:
             call = import_module("sparse_train.cli.parser").call
-            call(name, getattr(import_module(f"sparse_train.cli.{name}"), name), options, debug)
+            found = call(name, getattr(import_module(f"sparse_train.cli.{name}"), name), options, debug)
+    if as_json and found is not None:  # None in all processes except the first
+        print(dumps(found))
 
 
 def _is_the_users(error: Exception) -> bool:

@@ -7,18 +7,17 @@ in which the actual cause is easily missed. ``explain`` finds the first cause in
 import difflib
 import inspect
 import re
-from collections.abc import Iterable, Iterator, Sequence
+import sys
+from collections.abc import Iterable
 from importlib import import_module
-from typing import Any
+from itertools import accumulate
 
 from jsonargparse import ArgumentParser
 
-import sparse_train
 from sparse_train.arguments import did_you_mean
 
 _LONG = 4000  # characters; a longer text is the content of a file, or of a model
 _KEY = re.compile(r'Parser key "([^"]+)"')
-_TYPES = re.compile(r"Subtypes: \[(.*)\]$", re.MULTILINE)
 _CAUSE = re.compile(
     r"""
       (?:[Uu]nrecognized\ arguments:\ |does\ not\ accept\ option\ ['"]|^Option\ ['"])(?P<option>[^\s'"=]+)
@@ -54,20 +53,23 @@ def explain(message: str, options: Iterable[str]) -> str:
     found = _CAUSE.search(message)
     if found is None:
         return message if len(message) < _LONG else message[:_LONG] + " ..."
-    keys = [option.lstrip("-") for option in options if not option.endswith((".help", "+"))]
-    before = message[: found.start()]
-    where = ".".join(_KEY.findall(before))
+    where = ".".join(_KEY.findall(message[: found.start()]))
     if found["option"]:
-        return _no_option(found["option"].rstrip("+"), keys, "--" if "nrecognized" in found[0] else "")
+        return _no_option(found["option"].rstrip("+"), options, "--" if "nrecognized" in found[0] else "")
     if found["argument"]:
-        said = _no_argument(found["owner"], found["argument"].rstrip("+"))
+        module, _, owner = found["owner"].rpartition(".")
+        # jsonargparse also finds the arguments that a class hands on as ``**settings``
+        accepted = ArgumentParser().add_class_arguments(getattr(import_module(module), owner), fail_untyped=False)
+        name = found["argument"].rstrip("+")
+        similar = did_you_mean(name.partition(".")[0], [*accepted, "init_args"]) or f" It has {', '.join(accepted)}."
+        said = f"{owner} has no argument {name!r}.{similar}"
     elif name := found["name"] or found["missing"]:
-        said = f"there is no class {name!r}.{_classes(name, before)}"
+        similar = did_you_mean(name.rpartition(".")[2], _classes())
+        said = f"there is no class {name!r}.{similar or ' Name your own as MODULE.CLASS.'}"
     elif found["abstract"]:
-        said = f"say which class these arguments are for.{_classes('', before)}"
+        said = "say which class these arguments are for, by its name."
     elif found["group"]:
-        own = ", ".join(f"--{key}" for key in keys if key.startswith(f"{where}."))
-        said = f"takes a YAML file, got {found['group']!r}. Its keys are also options: {own}."
+        said = f"takes a YAML file, got {found['group']!r}. Its keys are also options, such as --{where}.KEY."
     elif found["own"]:
         said = found["own"]
     elif "None" in (found["value"], found["given"]):
@@ -77,42 +79,23 @@ def explain(message: str, options: Iterable[str]) -> str:
     return f"{where}: {said}" if where else said
 
 
-def _no_option(name: str, keys: Sequence[str], dashes: str) -> str:
+def _no_option(name: str, options: Iterable[str], dashes: str) -> str:
     if dashes and not name.startswith("-"):
         return f"unexpected argument {name!r}."
-    parts = name.lstrip("-").split(".")
-    for depth, part in enumerate(parts):  # the shortest beginning that does not exist
-        group = "".join(f"{outer}." for outer in parts[:depth])
-        there = list(dict.fromkeys(key.removeprefix(group).split(".")[0] for key in keys if key.startswith(group)))
-        if part not in there:
-            break
-    similar = did_you_mean(part, there, prefix=dashes + group)
-    if not similar:  # users leave out sections
-        lasts = {key.rpartition(".")[2]: key for key in reversed(keys)}
-        close = difflib.get_close_matches(parts[-1], lasts, n=1)
-        similar = f" Did you mean {dashes + lasts[close[0]]!r}?" if close else ""
-    few = f" {group[:-1]} has {', '.join(there)}." if group and len(there) < 15 else ""
-    return f"there is no {'option' if dashes else 'key'} {dashes}{group}{part}.{similar or few}"
+    keys = [option.lstrip("-").split(".") for option in options if not option.endswith((".help", "+"))]
+    known = [".".join(key[: depth + 1]) for key in keys for depth in range(len(key))]
+    beginnings = accumulate(name.lstrip("-").split("."), "{}.{}".format)
+    name = next((each for each in beginnings if each not in known), name)  # the shortest that does not exist
+    lasts = {each.rpartition(".")[2]: each for each in reversed(known)}  # users leave out sections
+    close = difflib.get_close_matches(name.rpartition(".")[2], lasts, n=1)
+    similar = f" Did you mean {dashes + lasts[close[0]]!r}?" if close else ""
+    return f"there is no {'option' if dashes else 'key'} {dashes}{name}.{similar}"
 
 
-def _no_argument(owner: str, name: str) -> str:
-    owned = _imported(owner)
-    # jsonargparse also finds the arguments that a class hands on as ``**settings``
-    accepted = ArgumentParser().add_class_arguments(owned, fail_untyped=False) if owned else []
-    similar = did_you_mean(name.partition(".")[0], [*accepted, "init_args"])
-    return f"{owner.rpartition('.')[2]} has no argument {name!r}." + (similar or f" It has {', '.join(accepted)}.")
-
-
-def _classes(name: str, before: str) -> str:
-    """What to write instead of the name of a class: a similar one, or all that the last types in a message allow."""
-    types = _TYPES.findall(before)
-    paths = re.findall(r"[\w.]+\.\w+", types[-1] if types else before)
-    bases = [base for base in map(_imported, paths) if inspect.isclass(base)]
-    known = sorted({each.__name__ for base in bases for each in _subclasses(base)})
-    module, _, last = name.rpartition(".")
-    ours = () if module else sparse_train.__all__  # some messages name no type
-    similar = did_you_mean(last, known) or did_you_mean(last, ours)
-    return similar or f" There are {', '.join(known)}; name your own as MODULE.CLASS."
+def _classes() -> set[str]:
+    """Names of the classes of this package."""
+    modules = [module for name, module in sys.modules.items() if name.startswith("sparse_train")]
+    return {name for module in modules for name, each in vars(module).items() if inspect.isclass(each)}
 
 
 def _wrong_value(types: str, value: str) -> str:
@@ -122,19 +105,3 @@ def _wrong_value(types: str, value: str) -> str:
     takes = f"one of {', '.join(choices)}" if choices else plain.replace(", ", " or ")
     way_out = " A class is given by its name, or by a mapping with class_path and init_args." if "{" in value else ""
     return f"takes {takes}, got {value!r}.{did_you_mean(value, choices) or way_out}"
-
-
-def _subclasses(base: type) -> Iterator[type]:
-    if not inspect.isabstract(base) and not base.__name__.startswith("_"):
-        yield base
-    subclasses: list[type] = base.__subclasses__()
-    for subclass in subclasses:
-        yield from _subclasses(subclass)
-
-
-def _imported(path: str) -> Any:
-    module, _, name = path.rpartition(".")
-    try:
-        return getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError):
-        return None

@@ -15,7 +15,6 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, get_loader, set_l
 from sparse_train.arguments import did_you_mean
 from sparse_train.cli.commands import COMMANDS
 from sparse_train.cli.mistakes import explain
-from sparse_train.cli.streams import stdout_for_json, take_json
 
 # --- YAML: 2:4 without quotes, which YAML 1.1 reads as 124, a number in base 60 ---------------------------------------
 
@@ -46,17 +45,16 @@ class Parser(ArgumentParser):
         parser = getattr(ex, "subcommand_parser", None) or self
         command = parser.prog.replace(" [options]", "")
         said = explain(message, parser._option_string_actions)
-        sys.stderr.write(f"{command}: {said}\n{command} --help lists all options, with examples.\n")
+        sys.stderr.write(f"{command}: {said}\n{command} --help lists all options.\n")
         sys.exit(2)
 
 
 def settings(name: str, debug: bool = False) -> dict[str, Any]:
     """Arguments of the parser of a command."""
-    examples = "".join(f"  {line}\n" for line in COMMANDS[name].examples)
     places = "".join(f"{place.upper()} " for place in COMMANDS[name].positional)
     return {
         "usage": f"sparse-train {name} {places}[options]",
-        "epilog": f"examples:\n{examples}",
+        "epilog": f"example:\n  {COMMANDS[name].example}",
         "formatter_class": _Formatter,
         "allow_abbrev": False,  # or a mistyped option would run
         "exit_on_error": not debug,
@@ -68,22 +66,16 @@ def parser_of(name: str, function: Callable[..., Any], debug: bool = False) -> P
     description = (function.__doc__ or "").split("\n\n")[0]
     parser = Parser(prog=f"sparse-train {name}", description=description, **settings(name, debug))
     parser.add_argument("--config", action="config", help="YAML file with any of these arguments.")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.add_function_arguments(function)
     return parser
 
 
-def call(name: str, function: Callable[..., Any], options: Sequence[str], debug: bool = False) -> None:
-    """Parse the options of a command that is a function, and call it. It shows its result, or returns it for JSON."""
-    as_json, options = take_json(options)
+def call(name: str, function: Callable[..., Any], options: Sequence[str], debug: bool = False) -> Any:
+    """Parse the options of a command that is a function, and call it. Returns its result, for JSON."""
     parser = parser_of(name, function, debug)
-    options = spelt_out(options, COMMANDS[name].positional)
-    config: Any = parser.parse_args([*options, *(["--json=true"] if as_json else [])])
-    with stdout_for_json(bool(config.json)) as write:
-        arguments = parser.instantiate(config)
-        arguments.pop("config", None)
-        found = function(**arguments)
-        if found is not None:  # None in all processes except the first
-            write(found)
+    arguments = parser.instantiate(parser.parse_args(spelt_out(options, COMMANDS[name].positional)))
+    return function(**{key: value for key, value in arguments.items() if key not in ("config", "json")})
 
 
 # --- what users may write shorter -------------------------------------------------------------------------------------
@@ -100,26 +92,29 @@ def spelt_out(options: Sequence[str], positional: Sequence[str] = (), text: str 
         text: the option that ``--text`` stands for.
         splits: those that the files of ``--text`` are; default: all.
     """
-    rest, found, places = list(options), [], list(positional)
-    while rest and places and not rest[0].startswith("-"):
-        several = places[0].endswith("...")
-        name = f"{places[0].removesuffix('...')}+" if several else places.pop(0)
-        found.append(f"--{name}={rest.pop(0)}")
-    while rest:
-        name, equals, value = rest.pop(0).partition("=")
-        values = [value] if equals else []
-        if name in ("--config", "-c", "--text", "--perplexity"):
-            while rest and not equals and not rest[0].startswith("-"):
-                values.append(rest.pop(0))
-        if name in ("--config", "-c"):
-            values = [shipped(value) for value in values]
-        elif name in ("--text", "--perplexity"):
+    groups: list[list[str]] = [[]]  # an option and its words; first those before all options
+    for word in options:
+        if word.startswith("-"):
+            groups.append([])
+        groups[-1].append(word)
+    places, (first, *rest) = list(positional), groups
+    if places[-1:] == ["runs..."]:
+        places = ["runs+"] * len(first)
+    found = [f"--{name}={word}" for name, word in zip(places, first, strict=False)] + first[len(places) :]
+    for option, *words in rest:
+        name, equals, value = option.partition("=")
+        values = [value, *words] if equals else words
+        if name in ("--config", "-c") and values:
+            found += [f"{name}={shipped(values[0])}", *values[1:]]
+        elif name in ("--text", "--perplexity") and values:
             name = text if name == "--text" else name
-            if values and all(map(_is_path, values)):
+            if all(map(_is_path, values)):
                 files = [str(file) for each in values for file in _files(Path(each))]
                 arguments = dict.fromkeys(splits or ("train", "validation", "test"), files)
                 values = [json.dumps({"class_path": "TextFiles", "init_args": arguments})]
-        found += [f"{name}={values[0]}", *values[1:]] if values else [name]
+            found += [f"{name}={values[0]}", *values[1:]]
+        else:
+            found += [option, *words]
     return found
 
 
@@ -147,9 +142,7 @@ def _is_path(value: str) -> bool:
 
 def _files(path: Path) -> list[Path]:
     """The text files that a path of ``--text`` means, for a folder all .txt and .jsonl in it."""
-    if path.is_file():
-        return [path]
-    found = sorted(file for file in path.rglob("*") if file.suffix in (".txt", ".jsonl"))
+    found = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix in (".txt", ".jsonl"))
     if not found:
         raise ValueError(f"There is no text at {path}. Give files, or a folder that has .txt or .jsonl files.")
     return found

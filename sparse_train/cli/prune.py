@@ -3,7 +3,7 @@
 import functools
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from json import dumps
@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sparse_train.arguments import describe
-from sparse_train.cli.measurement import chosen_device, perplexity_on
+from sparse_train.cli.evaluate import chosen_device, perplexity_on
+from sparse_train.cli.tables import show_pruning, show_seeds
 from sparse_train.criteria import Criterion
+from sparse_train.data.blocks import calibration_batches
 from sparse_train.data.texts import PackagedWikipedia, TextSource
 from sparse_train.distributed.collectives import joined, rank, world_size
 from sparse_train.distributions import SparsityDistribution
+from sparse_train.evaluation.perplexity import check_window
 from sparse_train.export import export_model
-from sparse_train.export.card import ModelCard, oneshot_rows, perplexity_line, write_card
+from sparse_train.export.card import ModelCard, oneshot_rows, write_card
 from sparse_train.files import check_free, check_space
 from sparse_train.inspection import LayerSparsity, layer_sparsities
 from sparse_train.models.sources import ModelSource, Pretrained, as_model_source
@@ -54,7 +57,6 @@ def prune(
     device: str | None = None,
     streaming: bool = False,
     activations: Literal["memory", "disk"] = "memory",
-    json: bool = False,
 ) -> Details | None:
     """Prune a model in one shot and write it as a Hugging Face folder with true zeros.
 
@@ -86,12 +88,9 @@ def prune(
         streaming: never hold the whole model in memory: process its safetensors block by block, in their dtype. If a
             run is interrupted, the same command continues it.
         activations: with streaming, where the outputs of a block are kept for the next one.
-        json: print one JSON object instead of tables.
 
     Under ``torchrun``, each process uses its part of the calibration data, with two reduces per block; rank 0 writes.
     """
-    from sparse_train.cli.tables import show_pruning, show_seeds
-
     method: dict[str, Any] = {
         "mask_structure": mask_structure,
         "sparsity": sparsity,
@@ -104,11 +103,9 @@ def prune(
         "num_calibration_samples": num_calibration_samples,
         "max_seq_length": max_seq_length,
         "sampling": sampling,
+        "batch_size": batch_size,
     }
-    _plan(method)  # mistakes in the pattern are told before anything is loaded
-    if (max_tokens is not None or bos) and perplexity is None and seeds is None:
-        name = "bos" if bos else "max_tokens"
-        raise ValueError(f"--{name} is for the perplexity afterwards. Give --perplexity a text, or leave it out.")
+    plan = Plan.of(mask_structure, sparsity, criterion, distribution)  # mistakes are told before anything is loaded
     if seeds is not None and streaming:
         raise ValueError("seeds needs the model in memory; with streaming, call prune once with each --seed.")
     check_free(Path(out))
@@ -119,22 +116,18 @@ def prune(
             raise ValueError("streaming runs in one process. Start it without torchrun, or leave it out.")
         if test is not None:
             measure = perplexity_on(source, test, window=window, max_tokens=max_tokens, bos=bos, batch_size=1)
-        job = _Job(source, method, text, calibration, batch_size, own_device, measure)
-        if seeds is not None:
-            details, layers = _over_seeds(job, _seeds(seeds), Path(out)), None
-        else:
+        job = _Job(source, plan, method, text, calibration, own_device, measure)
+        if seeds is None:
             details, layers = _once(job, seed, Path(out), activations if streaming else None)
+        else:
+            details = _over_seeds(job, seeds, Path(out))
     if rank() != 0:  # all ranks have the same model
         return None
-    if not json and layers is None:
-        show_seeds(details, Path(out))
-    elif not json and layers is not None:
+    if seeds is None:
         show_pruning(details, layers, Path(out))
+    else:
+        show_seeds(details, Path(out))
     return {"out": out, **details}
-
-
-def _plan(method: Mapping[str, Any]) -> Plan:
-    return Plan.of(*(method[name] for name in ("mask_structure", "sparsity", "criterion", "distribution")))
 
 
 @dataclass(frozen=True)
@@ -142,25 +135,22 @@ class _Job:
     """A model, how it is pruned, and what is measured afterwards."""
 
     source: ModelSource
+    plan: Plan
     method: dict[str, Any]
-    """Arguments of ``sparse_train.prune``."""
+    """The same as arguments of ``sparse_train.prune``."""
     text: TextSource
     calibration: dict[str, Any]
     """Arguments of ``calibration_batches``."""
-    batch_size: int
     device: str
     measure: functools.partial[Any] | None
     """``evaluate_perplexity`` on a text."""
 
     @property
     def needs_data(self) -> bool:
-        plan = _plan(self.method)
-        return plan.distribution.needs_outliers or plan.statistics is not None
+        return self.plan.distribution.needs_outliers or self.plan.statistics is not None
 
-    def check(self, model: Any, out: Path | None = None) -> None:
+    def check(self, model: Any, out: Path | None) -> None:
         """Raise ValueError for what would fail after the pruning or in it; weights of the model are not looked at."""
-        from sparse_train.evaluation.perplexity import check_window
-
         if self.needs_data:
             check_window(model, self.calibration["max_seq_length"], name="max_seq_length")
         if self.measure is not None:
@@ -170,17 +160,13 @@ class _Job:
 
     def batches(self, seed: int) -> list[Batch] | None:
         """Calibration data, of this process; None for a method without."""
-        from sparse_train.data.blocks import calibration_batches
-
         if not self.needs_data:
             return None
-        settings = {**self.calibration, "batch_size": self.batch_size, "seed": seed}
-        found: list[Batch] = list(calibration_batches(self.text, self.source.tokenizer(), **settings))
+        tokenizer = self.source.tokenizer()
+        found: list[Batch] = list(calibration_batches(self.text, tokenizer, **self.calibration, seed=seed))
         if len(found) < world_size():
-            raise ValueError(
-                f"There are {len(found)} calibration batches for {world_size()} processes. Give a smaller batch_size "
-                "or more num_calibration_samples, or start fewer processes."
-            )
+            given = f"There are {len(found)} calibration batches for {world_size()} processes."
+            raise ValueError(f"{given} Give a smaller batch_size, or start fewer processes.")
         return found[rank() :: world_size()]
 
     def run(self, seed: int, out: Path | None = None) -> tuple[Any, OneshotReport]:
@@ -199,13 +185,12 @@ class _Job:
         return prune_checkpoint(folder, out, self.batches(seed), **self.method, **options)
 
     def details(self, seed: int | list[int], report: OneshotReport) -> Details:
-        plan = _plan(self.method)
         stage = {
-            "criterion": describe(plan.method),
-            "mask_structure": group_label(plan.pattern),
-            "wanted_sparsity": plan.sparsity,
+            "criterion": describe(self.plan.method),
+            "mask_structure": group_label(self.plan.pattern),
+            "wanted_sparsity": self.plan.sparsity,
             "sparsity": report.sparsity,
-            "distribution": describe(plan.distribution),
+            "distribution": describe(self.plan.distribution),
             "targets": self.method["targets"],
             "ignore": self.method["ignore"],
         }
@@ -224,7 +209,7 @@ class _Job:
 
 def _once(
     job: _Job, seed: int, out: Path, streaming: Literal["memory", "disk"] | None
-) -> tuple[Details, Sequence[LayerSparsity]]:
+) -> tuple[Details, list[LayerSparsity]]:
     """The record of the pruning, and the layers that were counted; rank 0 writes.
 
     Args:
@@ -235,9 +220,7 @@ def _once(
     details = job.details(seed, report) | {"streaming": model is None}
     if rank() != 0:
         return details, []
-    made = oneshot_rows(details)
-    card = ModelCard(source.name, source.hub_id, source.license, made)
-    layers: Sequence[LayerSparsity]
+    card = ModelCard(source.name, source.hub_id, source.license, oneshot_rows(details))
     if model is None:
         layers = _counted(details, report)
         write_card(out, card, layers)
@@ -250,37 +233,36 @@ def _once(
     _write(out / "pruning.json", details)
     if job.measure is not None:
         model = model or Pretrained(str(out), dtype="auto").load().to(job.device)
-        details["perplexity"] = job.measure(model).as_dict()
+        perplexity = job.measure(model)
+        details["perplexity"] = perplexity.as_dict()
         _write(out / "pruning.json", details)
-        write_card(out, replace(card, perplexity=perplexity_line(details["perplexity"])), layers)
+        write_card(out, replace(card, perplexity=perplexity.lines()[0]), layers)
     return details, layers
 
 
 def _write(path: Path, details: Details) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(dumps(details, indent=2) + "\n")
 
 
 def _counted(details: Details, report: OneshotReport) -> list[LayerSparsity]:
-    label = details["stages"][0]["mask_structure"]
-    counts: dict[str, tuple[int, int]] = {}
+    counts: dict[str, list[tuple[int, int]]] = defaultdict(list)
     for name, update in report.layers.items():  # fused experts, name[0], name[1], ..., are one row
-        size, zeros = counts.get(name.partition("[")[0], (0, 0))
-        counts[name.partition("[")[0]] = size + update.size, zeros + update.zeros
-    return [LayerSparsity(name, (1, size), zeros, label) for name, (size, zeros) in counts.items()]
+        counts[name.partition("[")[0]].append((update.size, update.zeros))
+    label = details["stages"][0]["mask_structure"]
+    sums = {name: [sum(each) for each in zip(*counted, strict=True)] for name, counted in counts.items()}
+    return [LayerSparsity(name, (1, size), zeros, label) for name, (size, zeros) in sums.items()]
 
 
-def _seeds(text: str) -> list[int]:
+def _over_seeds(job: _Job, text: str, out: Path) -> Details:
+    """The record of one pruning for each of several seeds, written as "0..4" or "0,2,7"."""
     first, several, last = text.partition("..")
     try:
-        found = list(range(int(first), int(last) + 1)) if several else [int(seed) for seed in text.split(",")]
+        seeds = list(range(int(first), int(last) + 1)) if several else [int(seed) for seed in text.split(",")]
     except ValueError:
-        found = []
-    if len(found) < 2:
+        seeds = []
+    if len(seeds) < 2:
         raise ValueError(f"seeds are two or more, written 0..4 or 0,2,7, got {text!r}. For one seed there is --seed.")
-    return found
-
-
-def _over_seeds(job: _Job, seeds: list[int], out: Path) -> Details:
     if not job.needs_data:
         raise ValueError("This method reads no calibration data, so seeds change nothing. Leave them out.")
     assert job.measure is not None
@@ -293,11 +275,7 @@ def _over_seeds(job: _Job, seeds: list[int], out: Path) -> Details:
     details = job.details(seeds, report)
     if rank() == 0:
         values = [row["perplexity"] for row in rows]
-        details |= {
-            "seeds": rows,
-            "mean": statistics.mean(values),
-            "standard_deviation": statistics.stdev(values),  # of a sample: divided by n - 1
-        }
-        out.mkdir(parents=True, exist_ok=True)
+        spread = statistics.stdev(values)  # of a sample: divided by n - 1
+        details |= {"seeds": rows, "mean": statistics.mean(values), "standard_deviation": spread}
         _write(out / "seeds.json", details)
     return details

@@ -1,8 +1,7 @@
 """Token and word perplexity of a causal language model on running text, with the protocol of each measurement.
 
-Two protocols are mixed in the literature (LLaMA-2-7B has 5.12 with windows of 4096 and 5.47 with 2048), so a perplexity
-without its window says little. ``perplexity`` always means token perplexity, as in the tables of papers on pruning.
-Word perplexity, exp of the same losses per word, can be compared between tokenizers and is always called that.
+A perplexity says little without its window: LLaMA-2-7B has 5.12 with 4096 tokens and 5.47 with 2048.
+``perplexity`` always means token perplexity, as in the tables of papers on pruning.
 
 Shape suffixes: T tokens of the text, W windows, L tokens per window, P tokens in front of a window, B windows of a
 batch, V vocabulary.
@@ -84,22 +83,18 @@ class PerplexityResult:
 def token_ids(documents: list[str], tokenizer: Any, separator: str = "\n\n") -> Tensor:
     """Documents joined by ``separator`` and tokenised as one text, with its special tokens in front: int64 (T,).
 
-    As in the scripts of Wanda and SparseGPT: if the tokenizer puts a token in front of a text, it is there once, and
-    later windows begin in the middle of the text. ``evaluate_perplexity(prefix=...)`` puts it in front of all windows.
+    As in the scripts of Wanda and SparseGPT, a token that the tokenizer puts in front of a text is there once.
+    ``evaluate_perplexity(prefix=...)`` puts it in front of all windows.
     """
     ids = tokenizer(separator.join(documents), add_special_tokens=False, return_tensors="pt", verbose=False)
     return torch.cat([torch.tensor(beginning(tokenizer), dtype=torch.int64), ids["input_ids"][0]])
 
 
 def word_starts(documents: list[str], tokenizer: Any, separator: str = "\n\n") -> Tensor | None:
-    """How many words begin in each token that ``token_ids`` returns for the same arguments.
+    """How many words begin in each token that ``token_ids`` returns for the same arguments: int64 (T,).
 
-    A word is a run of characters other than white space, as in lm-eval's ``word_perplexity``. It begins in the token
-    with its first character; if several tokens hold parts of that character, in the first of them. The sum over all
-    tokens is the number of words.
-
-    Returns:
-        Counts, int64 (T,); None for a slow tokenizer (in Python), which does not know where its tokens are in the text.
+    A word is a run of characters other than white space, as in lm-eval's ``word_perplexity``; it begins in the first
+    token that holds a part of its first character. None for a slow tokenizer, which knows no places in the text.
     """
     if not getattr(tokenizer, "is_fast", False):
         return None
@@ -115,19 +110,23 @@ def word_starts(documents: list[str], tokenizer: Any, separator: str = "\n\n") -
     return counts_T
 
 
-def check_length(ids: Tensor, window: int) -> None:
-    """Raise ValueError if a window is too short to have a loss, or longer than the text."""
+def check_length(ids: Tensor, window: int, max_tokens: int | None = None) -> Tensor:
+    """The first ``max_tokens`` of a text. Raises ValueError if that is no whole window, or one too short for a loss."""
+    if max_tokens is not None:
+        check_positive("max_tokens", max_tokens)
     if window < 2:
         raise ValueError(f"window must be at least 2 tokens, got {window}: the first one has no loss.")
+    ids = ids[:max_tokens]
     if len(ids) < window:
         raise ValueError(f"The text has {len(ids)} tokens, fewer than one window of {window}. Use a smaller window.")
+    return ids
 
 
 def check_window(model: nn.Module, window: int, prefix: int = 0, name: str = "window") -> None:
     """Raise ValueError if windows are longer than the number of learned position embeddings.
 
-    If positions are computed (rotary), longer windows work, but at lengths that the model was not trained on: a
-    warning. The weights of the model are not looked at; ``name`` is that of the user's argument.
+    Computed positions (rotary) go on, at lengths that the model was not trained on: a warning. The weights of the
+    model are not looked at; ``name`` is that of the user's argument.
     """
     config = getattr(model, "config", None)
     positions = getattr(config and config.get_text_config(), "max_position_embeddings", None)
@@ -170,7 +169,7 @@ def evaluate_perplexity(
         window: tokens per window.
         stride: tokens between starts of windows; default ``window``.
         prefix: token ids put in front of each window, without a loss and in addition to its tokens, for models that
-            need a beginning-of-text token, such as Gemma. The same tokens are scored with and without it.
+            need a beginning-of-text token, such as Gemma.
         batch_size: windows per forward pass.
         max_tokens: use only the first tokens; None = all.
         model_name, data_name, split, tokenizer_name: for the protocol.
@@ -178,26 +177,18 @@ def evaluate_perplexity(
         progress: show a progress bar.
 
     Raises:
-        ValueError: a window below 2 or longer than the model's learned positions, a stride outside 1 to window, less
-            text than one window, words of another text, ids that the model has no embeddings for, or a dtype that
-            autocast does not know.
+        ValueError: an argument is out of range, the text is too short, or model, ids and words do not fit together.
     """
     stride = window if stride is None else stride
-    # at the door: what a forward cannot work with, or would silently measure otherwise
     if not 1 <= stride <= window:
         raise ValueError(f"stride must be from 1 to window, which is {window}, got {stride}.")
     check_positive("batch_size", batch_size)
-    if max_tokens is not None:
-        check_positive("max_tokens", max_tokens)
     if words is not None and words.shape != ids.shape:
-        raise ValueError(
-            f"words must have a count for each token of ids, {tuple(ids.shape)}, got {tuple(words.shape)}. "
-            "Call word_starts with the documents, tokenizer and separator of token_ids."
-        )
+        shapes = f"{tuple(ids.shape)}, got {tuple(words.shape)}"
+        raise ValueError(f"words must have a count for each token of ids, {shapes}: word_starts of the same text.")
     check_autocast(autocast)
     check_window(model, window, len(prefix))
-    ids = ids[:max_tokens]
-    check_length(ids, window)
+    ids = check_length(ids, window, max_tokens)
     known, largest = vocabulary_of(model), int(ids.max())
     if known is not None and largest >= known:
         raise ValueError(

@@ -21,33 +21,22 @@ _BEGINNINGS = {"boolq": "Passage: ", "arc_easy": "Question: ", "arc_challenge": 
 
 
 def task_file(folder: str | Path, task: str) -> Path:
-    """The file of a task: ``TASK.jsonl``, or a sample of its items, named with their number: ``TASK1000.jsonl``.
-
-    Raises:
-        ValueError: there is no file, or only several samples.
-    """
-    folder = Path(folder)
-    whole = folder / f"{task}.jsonl"
-    if whole.is_file():
-        return whole
-    samples = sorted(path for path in folder.glob(f"{task}*.jsonl") if re.fullmatch(rf"{task}\d+", path.stem))
-    if len(samples) > 1:
+    """The file of a task: ``TASK.jsonl``, or a sample of its items, named with their number: ``TASK1000.jsonl``."""
+    whole = Path(folder) / f"{task}.jsonl"
+    samples = sorted(path for path in whole.parent.glob(f"{task}*.jsonl") if re.fullmatch(rf"{task}\d+", path.stem))
+    if whole.is_file() or len(samples) == 1:
+        return whole if whole.is_file() else samples[0]
+    if samples:
         names = ", ".join(path.name for path in samples)
         raise ValueError(f"{folder} has several samples of {task} ({names}). Leave one, or add {whole.name}.")
-    if not samples:
-        raise ValueError(
-            f"{task} expects its items in {whole} (or a sample of N of them in {task}N.jsonl), and there is no such "
-            "file. Its format: docs/evaluation.md."
-        )
-    return samples[0]
+    raise ValueError(
+        f"{task} expects its items in {whole} (or a sample of N of them in {task}N.jsonl), and there is no such file. "
+        "Its format: docs/evaluation.md."
+    )
 
 
 def read(folder: str | Path, task: str) -> list[dict[str, Any]]:
-    """The items of a task, checked, because lm-eval counts many mistakes in silence as wrong answers.
-
-    Raises:
-        ValueError: no file, no items, or an item that lacks what its task needs; the message has file and line.
-    """
+    """The items of a task, checked, because lm-eval counts many mistakes in silence as wrong answers."""
     path, items = task_file(folder, task), []
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if line.strip():
@@ -82,13 +71,7 @@ def _check(task: str, item: Any) -> None:
 
 
 def load(*, task: str, task_data: str, **_: Any) -> dict[str, Any]:
-    """The data set of a task, in the form of lm-eval's ``custom_dataset``; used by the definitions in ``tasks/``.
-
-    Args:
-        task: from the definition.
-        task_data: folder with the files, from the metadata of lm-eval's ``TaskManager``.
-        _: other metadata of lm-eval, not used here.
-    """
+    """The data set of a task for the definitions in ``tasks/``; ``task_data`` is in lm-eval's metadata."""
     from datasets import Dataset
 
     names = [*_FIELDS[task], "gold"]

@@ -26,11 +26,10 @@ def computed_in(model: nn.Module, autocast: torch.dtype | None) -> str:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Inside, evaluation mode without gradients; afterwards, the state of the model and of random numbers is restored.
+    """Inside, evaluation mode without gradients; afterwards, model and random numbers are as they were.
 
-    Restored are the training mode of every module and all random states. Activation statistics record nothing inside,
-    because forwards in evaluation mode without gradients do not count as training. Keys and values are only cached by
-    forwards that ask for it (such as ``generate``); scoring does not need them.
+    Activation statistics record nothing inside. Keys and values are only cached by forwards that ask for it, such as
+    ``generate``.
     """
     training = [module for module in model.modules() if module.training]
     configs: dict[int, Any] = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}

@@ -1,10 +1,8 @@
 """Zero-shot accuracy of a model in memory by lm-eval, with its masks, and with the protocol of each measurement.
 
-The metric that counts as accuracy is lm-eval's ``acc``, the choice with the largest log-likelihood, if a task reports
-it, as all seven tasks of the paper do. Wanda's code (arXiv 2306.11695) prints all metrics of lm-eval and does not say
-which one counts, but its tables hold ``acc``: they have 34 % on OpenBookQA and 57 % on HellaSwag for dense LLaMA-7B,
-for which ``acc_norm``, which divides a log-likelihood by the length of its choice, gives 44 % and 76 %. Other metrics
-that a task reports are kept as well.
+The accuracy is lm-eval's ``acc``, the choice with the largest log-likelihood, if a task reports it, as all seven tasks
+of the paper do. Wanda's code does not say which metric counts, but its tables hold ``acc``: dense LLaMA-7B has 34 % on
+OpenBookQA there, and 44 % by ``acc_norm``.
 """
 
 import copy
@@ -43,7 +41,7 @@ class TaskAccuracy:
     accuracy: float
     """Share of the items, 0 to 1."""
     stderr: float | None
-    """Standard error of the accuracy over items; None if lm-eval has none, as for a single item."""
+    """Of the accuracy, over items; None if lm-eval has none, as for a single item."""
     n: int
     """Number of items."""
     metric: str
@@ -51,8 +49,7 @@ class TaskAccuracy:
     others: dict[str, float]
     """Other metrics that lm-eval reports, by name."""
     items: tuple[float, ...] = ()
-    """The metric of each item, in the order of the data, 1 = right, for comparing models item by item; empty for a
-    group of tasks. Not in ``ZeroShotResult.as_dict``."""
+    """The metric of each item, 1 = right, for comparing models item by item; empty for a group. Not in ``as_dict``."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +60,6 @@ class ZeroShotResult:
     model: str
     data: str
     num_fewshot: int
-    """Solved examples in the prompt."""
     limit: int | None
     """Number of items per task, its first ones; None = all."""
     max_length: int
@@ -91,7 +87,7 @@ class ZeroShotResult:
 
     @property
     def mean_stderr(self) -> float | None:
-        """Standard error of the mean, over items, for a fixed set of tasks: sqrt(sum of squares) / tasks."""
+        """Standard error of the mean, over items, for a fixed set of tasks."""
         errors = [task.stderr for task in self.tasks if task.stderr is not None]
         return math.hypot(*errors) / len(errors) if len(errors) == len(self.tasks) else None
 
@@ -129,8 +125,7 @@ def evaluate_zero_shot(
         model: a transformers causal language model.
         tokenizer: its tokenizer.
         tasks: names of lm-eval's tasks, groups or tags; "wanda7" stands for the seven tasks of the Wanda paper.
-        task_data: folder with the items of those seven in JSONL files, see docs/evaluation.md; None = lm-eval's data
-            sets, from the hub. Other tasks always come from the hub.
+        task_data: folder with the items of those seven in JSONL files, see docs/evaluation.md; None = from the hub.
         limit: use only the first items of each task.
         batch_size: requests per forward pass.
         model_name: for the protocol.
@@ -138,8 +133,7 @@ def evaluate_zero_shot(
         progress: show lm-eval's progress bars.
 
     Raises:
-        ValueError: lm-eval is missing; an unknown task, or one that reports no accuracy; a missing file, or items that
-            do not fit; no data from the hub; a limit or batch size below 1; or a dtype that autocast does not know.
+        ValueError: lm-eval is missing, a task or its items are not there or do not fit, or an argument is out of range.
     """
     if limit is not None:
         check_positive("limit", limit)
@@ -153,7 +147,6 @@ def evaluate_zero_shot(
         from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
         from lm_eval.evaluator import evaluate
         from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
 
         random.seed(DEFAULT_RANDOM_SEED)
         np.random.seed(DEFAULT_OTHER_SEED)
@@ -166,21 +159,20 @@ def evaluate_zero_shot(
             mixed_precision_dtype=autocast,
             softmax_dtype=torch.float32,  # in bfloat16, sums of different choices can become equal
         )
-        loaded = _load_tasks(names, task_data)
-        selected = TaskManager(include_defaults=False).load(list(loaded.values()))
-        for task in selected["tasks"].values():
+        loaded, reported = _load_tasks(names, task_data)
+        for task in loaded["tasks"].values():
             task.set_config("num_fewshot", 0)
             task.set_fewshot_seed(DEFAULT_OTHER_SEED)
         # standard errors of accuracies have a closed form; two bootstrap draws for others, which are not reported
         try:
-            found = evaluate(lm=lm, task_dict=selected, limit=limit, log_samples=True, bootstrap_iters=2)
+            found = evaluate(lm=lm, task_dict=loaded, limit=limit, log_samples=True, bootstrap_iters=2)
         except AssertionError as error:  # most say nothing
             likely = f"most likely an answer alone has more than the {lm.max_length} tokens that the model reads"
             raise ValueError(f"lm-eval stopped at one of its checks: {str(error) or likely}.") from error
     return ZeroShotResult(
-        tasks=tuple(_accuracy(name, found["results"][name], found["samples"].get(name, [])) for name in loaded),
+        tasks=tuple(_accuracy(name, found["results"][name], found["samples"].get(name, [])) for name in reported),
         model=model_name,
-        data=_data(list(loaded), task_data),
+        data=_data(reported, task_data),
         num_fewshot=0,
         limit=limit,
         max_length=lm.max_length,
@@ -190,36 +182,31 @@ def evaluate_zero_shot(
     )
 
 
-def task_names(tasks: Sequence[str]) -> list[str]:
-    """The tasks in their order, each once, with "wanda7" replaced by its seven tasks.
-
-    Raises:
-        ValueError: no task is named.
-    """
-    names = [name for task in tasks for name in (WANDA7 if task == "wanda7" else (task,)) if name]
+def task_names(tasks: str | Sequence[str]) -> list[str]:
+    """The tasks of a list or a comma-separated text, each once, with "wanda7" replaced by its seven."""
+    given = [task.strip() for task in (tasks.split(",") if isinstance(tasks, str) else tasks)]
+    names = [name for task in given for name in (WANDA7 if task == "wanda7" else (task,)) if name]
     if not names:
         raise ValueError("tasks names no task. There is wanda7, and every task of lm-eval, separated by commas.")
     return list(dict.fromkeys(names))
 
 
 def check_tasks(names: Sequence[str], task_data: str | Path | None = None, *, progress: bool = False) -> None:
-    """Check before a long run that ``evaluate_zero_shot`` can load its tasks; downloads them from the hub.
-
-    Raises:
-        ValueError: as ``evaluate_zero_shot``.
-    """
+    """Check before a long run that ``evaluate_zero_shot`` can load its tasks; downloads them from the hub."""
     with isolated_rng(), _quiet(progress):
         _load_tasks(names, task_data)
 
 
-def _load_tasks(names: Sequence[str], task_data: str | Path | None) -> dict[str, Any]:
-    """lm-eval's tasks, or groups of tasks with a common mean, by name; a tag is replaced by its tasks."""
+def _load_tasks(names: Sequence[str], task_data: str | Path | None) -> tuple[dict[str, Any], list[str]]:
+    """lm-eval's tasks, and what it reports of them: tasks, those of tags, and groups with a common mean."""
     _need_lm_eval()
     if task_data is not None and not set(names) & set(WANDA7):
         raise ValueError(f"--task_data holds items of the tasks {', '.join(WANDA7)}, and none of them is in --tasks.")
-    loaded: dict[str, Any] = {}
+    others = task_data is None or not set(names) <= set(WANDA7)
+    manager = _task_manager(None if task_data is None else str(task_data), others)
+    loaded: dict[str, dict[str, Any]] = {"tasks": {}, "groups": {}}
+    reported: list[str] = []
     for name in names:
-        manager = _task_manager(str(task_data) if task_data is not None and name in WANDA7 else None)
         if name not in manager.task_index:
             close = did_you_mean(name, {*manager.task_index, "wanda7", "perplexity"})
             raise ValueError(f"lm-eval has no task {name!r}.{close} lm_eval ls tasks shows all.")
@@ -231,14 +218,16 @@ def _load_tasks(names: Sequence[str], task_data: str | Path | None) -> dict[str,
                 "files in --task_data (docs/evaluation.md)."
             ) from error
         group = found["groups"].get(name)
-        loaded |= {name: group} if group is not None and group.has_aggregation else found["tasks"]
-        for task in found["tasks"].values():
-            if not set(_METRICS) & set(task.aggregation()):
-                raise ValueError(
-                    f"{name} reports {', '.join(task.aggregation())}, and none of {', '.join(_METRICS)}: that is no "
-                    "accuracy. Leave it out; lm_eval itself runs it."
-                )
-    return loaded
+        reported += [name] if group is not None and group.has_aggregation else found["tasks"]
+        for kind, own in loaded.items():
+            own |= found[kind]
+    for name, task in loaded["tasks"].items():
+        if not set(_METRICS) & set(task.aggregation()):
+            raise ValueError(
+                f"{name} reports {', '.join(task.aggregation())}, and none of {', '.join(_METRICS)}: that is no "
+                "accuracy. Leave it out; lm_eval itself runs it."
+            )
+    return loaded, list(dict.fromkeys(reported))
 
 
 def _need_lm_eval() -> None:
@@ -247,13 +236,12 @@ def _need_lm_eval() -> None:
 
 
 @cache  # lm-eval has more than ten thousand definitions, and reading them takes ten seconds
-def _task_manager(task_data: str | None) -> Any:
-    """The tasks of lm-eval, or the seven whose items are in the folder ``task_data``."""
+def _task_manager(task_data: str | None, others: bool) -> Any:
+    """The tasks of lm-eval, if ``others`` are wanted; in front of them, those that read the folder ``task_data``."""
     from lm_eval.tasks import TaskManager
 
-    if task_data is None:
-        return TaskManager()
-    return TaskManager(include_defaults=False, include_path=str(TASKS_FOLDER), metadata={"task_data": task_data})
+    own = {"include_path": str(TASKS_FOLDER), "metadata": {"task_data": task_data}}
+    return TaskManager(include_defaults=others, **(own if task_data is not None else {}))
 
 
 def _accuracy(name: str, found: dict[str, Any], samples: list[dict[str, Any]]) -> TaskAccuracy:

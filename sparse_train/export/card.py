@@ -32,8 +32,8 @@ class ModelCard:
     license: str | None = None
     """The hub's identifier, such as "apache-2.0"; only if it is known."""
     made: Mapping[str, Any] = field(default_factory=dict)
-    """How the model was made, as data: settings of a run, nested as in a recipe. Each entry is a row of the table; an
-    object of a class is a mapping with its name under "class"; None and what is empty are left out."""
+    """How the model was made: each entry is a row of the table, nested as in a recipe; an object of a class is a
+    mapping with its name under "class"."""
     perplexity: str | None = None
     """Perplexity, with its protocol."""
     recipe: str | None = None
@@ -42,8 +42,7 @@ class ModelCard:
     def text(self, layers: Sequence[LayerSparsity]) -> str:
         """The card as Markdown, with the front matter that the hub reads.
 
-        Args:
-            layers: the linear layers of the model, counted; of one that does not fit in memory, only the pruned ones.
+        ``layers`` are the counted linear layers; of a model that does not fit in memory, only the pruned ones.
         """
         from huggingface_hub import ModelCardData
 
@@ -101,12 +100,6 @@ def oneshot_rows(details: Mapping[str, Any]) -> dict[str, Any]:
     """How one-shot pruning made a model, from its ``pruning.json``."""
     stage, calibration = details["stages"][0], details["calibration"]
     return {"method": "pruned in one shot, without training", **stage, "calibration": calibration}
-
-
-def perplexity_line(found: Mapping[str, Any]) -> str:
-    """A perplexity with the details needed to compare it, from ``PerplexityResult.as_dict()``."""
-    where = f"{found['data']}, {found['split']}, windows of {found['window']}"
-    return f"{found['perplexity']:.2f}: token perplexity of {where}"
 
 
 def _shown(value: Any) -> str:

@@ -35,12 +35,9 @@ def export_model(
 ) -> Path:
     """Write a transformers model with its masks folded in, its tokenizer and its model card to a folder.
 
-    For a peft model, the base is written with its original names, and the adapter to ``adapter/`` inside the folder,
-    because their sum would be dense.
-
-    The folder is first written under another name and then renamed, so ``out`` is complete or absent. ``model`` itself
-    is not changed. With several processes, rank 0 writes; a model that is sharded over them (FSDP2, ZeRO-3) is
-    gathered, and all of them must call.
+    Of a peft model, the adapter goes to ``adapter/`` inside the folder, because its sum with the base would be dense.
+    ``out`` is complete or absent, and ``model`` is not changed. With several processes, rank 0 writes; a model that is
+    sharded over them (FSDP2, ZeRO-3) is gathered, and all of them must call.
 
     Args:
         model: a model of transformers, masked or squashed, or a ``PeftModel`` around one.
@@ -93,7 +90,7 @@ def _narrower_dtype_of_files(model: Any) -> torch.dtype | None:
         stored = AutoConfig.from_pretrained(model.name_or_path, local_files_only=True, trust_remote_code=False).dtype
     except (OSError, ValueError):  # they are no longer here, or never were
         return None
-    return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(str(stored).removeprefix("torch."))
+    return stored if stored in (torch.bfloat16, torch.float16) else None
 
 
 def _in_dtype(state: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
@@ -126,7 +123,7 @@ def export_checkpoint(
     """Export the model of a Lightning checkpoint that ``CausalLM`` wrote, masks folded in.
 
     Args:
-        checkpoint: a file, or a folder that FSDP2 or DeepSpeed wrote, see ``sparse_train.models.checkpoints``.
+        checkpoint: a file, or a folder that FSDP2 or DeepSpeed wrote.
         out: folder to write.
         tokenizer: saved with the model; default: that of the model that the run began with, if it can be read here.
         dtype: as for ``export_model``; the model's files are those that the run began with.

@@ -1,6 +1,6 @@
 """Reports of training runs: one self-contained HTML page, for one run or several side by side."""
 
+from sparse_train.report.page import write_run_report
 from sparse_train.report.runs import Run, closing, collect, headline, read_metrics
-from sparse_train.report.sections import write_run_report
 
 __all__ = ["Run", "closing", "collect", "headline", "read_metrics", "write_run_report"]

@@ -1,25 +1,31 @@
-"""Pictures of a report: curves over steps, and values by layer as heat maps.
+"""Pictures of a report: curves over steps, and values by layer as heat maps; "" if there is nothing to draw.
 
 Shape suffixes: R rows (blocks) and C columns (projections) of a heat map.
 """
 
+import html
 import io
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 from numpy.typing import NDArray
 
-from sparse_train.report.page import Picture
 from sparse_train.report.runs import Points
 
 # Colours of Okabe and Ito, which colour-blind readers can also distinguish, on light and on dark pages.
 _LINES = ("#2b8cc4", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _INK = "#123456"
 """Replaced by the colour of the page's text."""
+_COLOURED = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color")
+_STYLE: Any = {**dict.fromkeys(_COLOURED, _INK), "font.size": 9, "axes.titlesize": 9.5, "svg.fonttype": "none"}
 
 
+@rc_context(_STYLE)
 def curves(
     caption: str,
     runs: Mapping[str, Mapping[str, Points]],
@@ -27,8 +33,8 @@ def curves(
     *,
     levels: Mapping[float, str] | None = None,
     log: bool = False,
-) -> Picture | None:
-    """Values over optimizer steps, a colour per run and a dash style per kind; None if there are no points.
+) -> str:
+    """Values over optimizer steps, a colour per run and a dash style per kind.
 
     Args:
         caption: under the picture.
@@ -45,37 +51,38 @@ def curves(
         if (finite := [(step, scale * value) for step, value in points if np.isfinite(value)])
     ]
     if not lines:
-        return None
+        return ""
     names, kinds = list(runs), list(dict.fromkeys(kind for _, kind, _ in lines))
-
-    def draw(figure: Any) -> None:
-        axes = figure.subplots()
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", linewidth=0.5, alpha=0.3)
-        axes.set(xlabel="optimizer steps", ylabel=label)
-        for run, kind, points in lines:
-            index = names.index(run) if len(names) > 1 else kinds.index(kind)
-            axes.plot(
-                *zip(*points, strict=True),
-                ("-", "--", ":", "-.")[kinds.index(kind) % 4],
-                color=_LINES[index % len(_LINES)],
-                label=", ".join(filter(None, (run if len(names) > 1 else "", kind))) or label,
-                marker="o" if len(points) <= 30 else "",
-                markersize=3.5,
-                linewidth=1.5 if len(points) <= 30 else 0.8,
-            )
-        for value, name in (levels or {}).items():
-            axes.axhline(value, color=_INK, linestyle=":", linewidth=1, label=name)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        if log:
-            _label_log_axis(axes)
-        elif "%" in label:
-            axes.set_ylim(bottom=0)
-        if len(axes.lines) > 1:
-            figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=8.5)
-
+    figure = Figure(figsize=(7.4, 3.1), layout="constrained")
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", linewidth=0.5, alpha=0.3)
+    axes.set(xlabel="optimizer steps", ylabel=label)
+    for run, kind, points in lines:
+        index = names.index(run) if len(names) > 1 else kinds.index(kind)
+        few = len(points) <= 30
+        axes.plot(
+            *zip(*points, strict=True),
+            ("-", "--", ":", "-.")[kinds.index(kind) % 4],
+            color=_LINES[index % len(_LINES)],
+            label=", ".join(filter(None, (run if len(names) > 1 else "", kind))) or label,
+            marker="o" if few else "",
+            markersize=3.5,
+            linewidth=1.5 if few else 0.8,
+        )
+    for value, name in (levels or {}).items():
+        axes.axhline(value, color=_INK, linestyle=":", linewidth=1, label=name)
+    axes.locator_params(axis="x", integer=True)
+    if log:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(LogFormatter())
+        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))  # losses often stay in one decade
+    elif "%" in label:
+        axes.set_ylim(bottom=0)
+    if len(axes.lines) > 1:
+        figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=8.5)
     drawn = ", ".join(" ".join(filter(None, (run, kind, _ends(points)))) for run, kind, points in lines)
-    return Picture(caption, f"{label} over optimizer steps; {drawn}.", _svg(draw, height=3.1))
+    return _html(figure, caption, f"{label} over optimizer steps; {drawn}.")
 
 
 def _ends(points: Points) -> str:
@@ -83,21 +90,9 @@ def _ends(points: Points) -> str:
     return f"{first:.4g} at step {start} to {last:.4g} at step {end}"
 
 
-def _label_log_axis(axes: Any) -> None:
-    """Plain numbers, and enough of them within one decade, where losses and perplexities often stay."""
-    from matplotlib.ticker import LogLocator, NullLocator
-
-    low, high = axes.dataLim.y0, axes.dataLim.y1
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if high < 10 * low else (1, 2, 5), numticks=12))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_locator(NullLocator())
-    if high < 1.5 * low:  # so that one label is in sight
-        axes.set_ylim(low / 1.25, high * 1.25)
-
-
-def heat_maps(caption: str, panels: Mapping[str, Mapping[str, float]]) -> Picture | None:
-    """Values in percent by layer, one row per block and one column per projection; None without layers.
+@rc_context(_STYLE)
+def heat_maps(caption: str, panels: Mapping[str, Mapping[str, float]]) -> str:
+    """Values in percent by layer, one row per block and one column per projection.
 
     Args:
         caption: under the picture.
@@ -105,32 +100,24 @@ def heat_maps(caption: str, panels: Mapping[str, Mapping[str, float]]) -> Pictur
     """
     grids = {title: grid(values) for title, values in panels.items() if values}
     if not grids:
-        return None
+        return ""
     rows = max(len(blocks) for blocks, _, _ in grids.values())
-
-    def draw(figure: Any) -> None:
-        for axes, (title, (blocks, columns, values_RC)) in zip(
-            figure.subplots(1, len(grids), squeeze=False)[0], grids.items(), strict=True
-        ):
-            percent_RC = 100 * values_RC
-            low, high = float(np.nanmin(percent_RC)), float(np.nanmax(percent_RC))
-            room = max(0.0, 5 - (high - low) / 2)  # colours span ten points at least, so that noise stays pale
-            image = axes.imshow(percent_RC, aspect="auto", cmap="Blues", vmin=max(0.0, low - room), vmax=high + room)
-            figure.colorbar(image, ax=axes, fraction=0.05, pad=0.02).outline.set_visible(False)
-            every = -(-len(columns) // 20)  # as many labels as fit
-            axes.set_xticks(range(0, len(columns), every), columns[::every], rotation=90, fontsize=8)
-            every = -(-len(blocks) // 40)
-            axes.set_yticks(range(0, len(blocks), every), blocks[::every], fontsize=7.5)
-            axes.set(title=title, ylabel="block")
-            axes.tick_params(length=0)
-            axes.spines[:].set_visible(False)
-
-    spread = "; ".join(
-        f"{title}: {100 * np.nanmin(values_RC):.2f} to {100 * np.nanmax(values_RC):.2f}"
-        for title, (_, _, values_RC) in grids.items()
-    )
-    alt = f"Heat map by block and projection. {spread}."
-    return Picture(caption, alt, _svg(draw, height=min(9.0, 1.7 + 0.2 * rows)))
+    figure = Figure(figsize=(7.4, min(20.0, 1.7 + 0.2 * rows)), layout="constrained")
+    spread = []
+    for axes, (title, (blocks, columns, values_RC)) in zip(
+        figure.subplots(1, len(grids), squeeze=False)[0], grids.items(), strict=True
+    ):
+        percent_RC = 100 * values_RC
+        low, high = float(np.nanmin(percent_RC)), float(np.nanmax(percent_RC))
+        spread.append(f"{title}: {low:.2f} to {high:.2f}")
+        room = max(0.0, 5 - (high - low) / 2)  # colours span ten points at least, so that noise stays pale
+        image = axes.imshow(percent_RC, aspect="auto", cmap="Blues", vmin=max(0.0, low - room), vmax=high + room)
+        figure.colorbar(image, ax=axes, fraction=0.05, pad=0.02)
+        every = -(-len(columns) // 20)  # as many labels as fit
+        axes.set_xticks(range(0, len(columns), every), columns[::every], rotation=90)
+        axes.set_yticks(range(len(blocks)), blocks)
+        axes.set(title=title, ylabel="block")
+    return _html(figure, caption, f"Heat map by block and projection. {'; '.join(spread)}.")
 
 
 def grid(values: Mapping[str, float]) -> tuple[list[str], list[str], NDArray[np.float64]]:
@@ -150,18 +137,13 @@ def grid(values: Mapping[str, float]) -> tuple[list[str], list[str], NDArray[np.
     return ["-" if block < 0 else str(block) for block in blocks], labels, values_RC
 
 
-def _svg(draw: Callable[[Any], None], height: float) -> str:
-    """A drawing for a page of any colour; ``height`` in inches."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    coloured = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color")
-    style: Any = {**dict.fromkeys(coloured, _INK), "font.size": 9, "axes.titlesize": 9.5, "svg.fonttype": "none"}
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=(7.4, height), layout="constrained")
-        draw(figure)
-        buffer = io.StringIO()
-        about = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # left out
-        figure.savefig(buffer, format="svg", transparent=True, metadata=about)
-    text = buffer.getvalue().replace(_INK, "currentColor")
-    return text[text.index("<svg") :]
+def _html(figure: Figure, caption: str, alt: str) -> str:
+    """``alt`` is what the picture shows, for readers who cannot see it."""
+    buffer = io.StringIO()
+    about = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # left out
+    figure.savefig(buffer, format="svg", transparent=True, metadata=about)
+    svg = buffer.getvalue().replace(_INK, "currentColor")
+    return (
+        f'<figure><div role="img" aria-label="{html.escape(alt)}">{svg[svg.index("<svg") :]}</div>'
+        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+    )

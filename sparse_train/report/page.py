@@ -1,93 +1,218 @@
-"""One self-contained HTML page from plain blocks: paragraphs, tables, pictures, code."""
+"""The page about training runs: results, curves, masks, costs, and everything needed to repeat the runs."""
 
 import html
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from string import Template
+from typing import Any
 
 from sparse_train.files import replacing
+from sparse_train.report.figures import curves, heat_maps
+from sparse_train.report.runs import Run, closing, collect, evaluations
 
 
-@dataclass(frozen=True)
-class Table:
-    """The first column names the rows."""
+def write_run_report(
+    folders: Sequence[str | Path], out: str | Path | None = None, *, title: str | None = None, lead: Sequence[str] = ()
+) -> Path:
+    """Write ``report.html``, which loads nothing and runs no script; returns it.
 
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    words: int = 1
-    """Number of leading columns with words, aligned left; the others hold numbers."""
+    Args:
+        folders: of the runs, see ``collect``.
+        out: folder to write to; default: that of the run; for several runs, ``report`` in the current folder.
+        title: of the page; default: the names of the runs.
+        lead: HTML of what stands first, such as a script's own ``table``.
 
-
-@dataclass(frozen=True)
-class Picture:
-    """A drawing in SVG, in which "currentColor" is the colour of the page's text."""
-
-    caption: str
-    alt: str
-    """What it shows, for readers who cannot see it."""
-    svg: str
-
-
-@dataclass(frozen=True)
-class Code:
-    """Preformatted text."""
-
-    text: str
-
-
-Block = str | Table | Picture | Code
-"""A string is a paragraph."""
-
-
-def write_page(path: Path, title: str, lead: Sequence[Block], sections: Mapping[str, Sequence[Block]]) -> Path:
-    """Write the page: ``lead``, then the sections by title, except empty ones. Returns ``path``."""
-    links, parts = [], []
-    for heading, blocks in sections.items():
-        if blocks:
-            anchor, name = re.sub(r"\W+", "-", heading.lower()), html.escape(heading)
-            links.append(f'<a href="#{anchor}">{name}</a>')
-            parts += [f'<h2 id="{anchor}">{name}</h2>', *map(_block, blocks)]
-    text = _TEMPLATE.substitute(
-        title=html.escape(title),
-        style=_STYLE,
-        lead="\n".join(map(_block, lead)),
-        links=" &middot; ".join(links),
-        sections="\n".join(parts),
-    )
+    Raises:
+        ValueError: a folder without a run, see ``collect``.
+    """
+    runs = collect(folders)
+    if out is None:
+        out = runs[0].folder if len(runs) == 1 else "report"
+    title = title or f"Sparse training: {runs[0].name if len(runs) == 1 else f'{len(runs)} runs'}"
+    parts = [*lead, *_summary(runs)]
+    for heading, blocks in sections(runs).items():
+        if any(blocks):
+            parts += [f"<h2>{heading}</h2>", *filter(None, blocks)]
+    path = Path(out) / "report.html"
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as beside:
-        beside.write_text(text, encoding="utf-8")
+        beside.write_text(_PAGE.substitute(title=html.escape(title), body="\n".join(parts)), encoding="utf-8")
     return path
 
 
-def _block(block: Block) -> str:
-    match block:
-        case Table():
-            return _table(block)
-        case Picture():
-            drawing = f'<div role="img" aria-label="{html.escape(block.alt)}">{block.svg}</div>'
-            return f"<figure>{drawing}<figcaption>{html.escape(block.caption)}</figcaption></figure>"
-        case Code():
-            return f"<pre>{html.escape(block.text.strip())}</pre>"
-        case _:
-            return f"<p>{html.escape(block)}</p>"
+def sections(runs: Sequence[Run]) -> dict[str, Sequence[str]]:
+    """The sections of the page, by title; parts of them may be empty."""
+    recipes = [f"{paragraph(run.name)}<pre>{html.escape(run.recipe.strip())}</pre>" for run in runs if run.recipe]
+    return {
+        "Perplexity and loss": _learning(runs),
+        "Evaluation": _evaluation(runs),
+        "Masks": _masks(runs),
+        "Sparsity by layer": [_layers(run, runs) for run in runs],
+        "Time and memory": [_side_by_side(runs, _costs), paragraph(_COSTS)],
+        "Settings": [_side_by_side(runs, _settings)],
+        "Environment": [_side_by_side(runs, _environment)],
+        "Recipe": recipes,
+    }
 
 
-def _table(table: Table) -> str:
+# --- results ---------------------------------------------------------------------------------------------------------
+
+
+def _summary(runs: Sequence[Run]) -> list[str]:
+    notes = [
+        "Perplexity and loss are those on the run's validation text. Sparsity is the share of zeros among the targeted "
+        "weights, counted on the weights. Flips are mask entries that updates changed since the first mask."
+    ]
+    for run in runs:
+        for state in run.before():
+            if state.part:
+                notes.append(
+                    f"{_of(run, runs)}{state.name} was measured on {state.part} of the validation, and cannot be "
+                    "compared with the others. trainer.num_sanity_val_steps=-1 uses all."
+                )
+        if not run.facts["finished"]:
+            notes.append(f"{_of(run, runs)}not ended, or cut off: the last record is of step {run.steps:,}.")
+    return [table(*closing(runs), words=min(len(runs), 2)), *map(paragraph, notes)]
+
+
+def _learning(runs: Sequence[Run]) -> list[str]:
+    perplexity = {run.name: {"": run.validation("perplexity")} for run in runs}
+    loss = {run.name: {"training": run.training_loss(), "validation": run.validation("loss")} for run in runs}
+    levels: dict[float, str] = {}
+    for run in runs:
+        for state in run.before()[:1]:
+            if state.perplexity is not None and not state.part:
+                levels.setdefault(state.perplexity, _of(run, runs) + state.name)
+    text = "Perplexity on the validation text; at step 0, after the first mask."
+    return [
+        curves(text, perplexity, "perplexity", levels=levels, log=True),
+        curves("Loss in training (one batch each) and in validation.", loss, "loss"),
+    ]
+
+
+def _evaluation(runs: Sequence[Run]) -> list[str]:
+    def last(run: Run) -> dict[str, str]:
+        found = {name: run.curve(name)[-1] for name in evaluations(run)}
+        return {name: f"{value:.4f} at step {step:,}" for name, (step, value) in found.items()}
+
+    protocols = dict.fromkeys(protocol for run in runs for protocol in run.facts["protocols"])
+    return [_side_by_side(runs, last), *map(paragraph, protocols)] if any(map(last, runs)) else []
+
+
+def _masks(runs: Sequence[Run]) -> list[str]:
+    flips = {run.name: {"": run.flips()} for run in runs}
+    since_first = {run.name: {"": run.curve("sparsity/initial_flip_rate")} for run in runs}
+    sparsity = {
+        run.name: {"target": run.curve("sparsity/target"), "counted": run.curve("sparsity/actual")} for run in runs
+    }
+    gradual = any(len({value for _, value in kinds["target"]}) > 1 for kinds in sparsity.values())
+    text = "Mask entries that an update changed, as a share of the targeted weights; without the first mask."
+    return [
+        curves(text, flips, "flip rate, %"),
+        curves("Mask entries that differ from the first mask.", since_first, "initial flip rate, %"),
+        curves("Sparsity over the run.", sparsity, "sparsity, %") if gradual else "",
+    ]
+
+
+def _layers(run: Run, runs: Sequence[Run]) -> str:
+    text = "Zeros, counted on the weights; and flips over the run as a share of the weights, if layers were logged."
+    panels = {"zeros, %": run.sparsity_by_layer(), "flips, %": run.flips_by_layer()}
+    return heat_maps(_of(run, runs) + text, panels)
+
+
+# --- facts -----------------------------------------------------------------------------------------------------------
+
+_COSTS = (
+    "An update scores weights and selects masks; recording activations for it counts as part of the training steps. "
+    "Tokens include padding. Memory is that of the first process."
+)
+
+
+def _costs(run: Run) -> dict[str, str]:
+    facts, total = run.facts, run.facts["seconds"]
+
+    def share(seconds: float) -> str:
+        return f"{seconds:,.1f} s ({seconds / total:.1%})" if total else ""
+
+    updating = sum(value for step, value in run.curve("sparsity/update_seconds") if step > 0)
+    return {
+        "training, wall time": f"{total:,.1f} s",
+        "in training steps": share(total - updating - facts["validation_seconds"]),
+        "in validations": share(facts["validation_seconds"]),
+        "in mask updates": share(updating),
+        "before: model, first mask, baselines": f"{facts['sessions'][0]['prepare_seconds']:,.1f} s",
+        "tokens trained on": f"{facts['tokens']:,}",
+        "tokens per second, all included": f"{facts['tokens'] / total:,.0f}" if total else "",
+        "peak memory of the process": _gib(facts["peak_bytes"]),
+        "peak memory of the accelerator": _gib(facts["peak_device_bytes"]),
+    }
+
+
+def _settings(run: Run) -> dict[str, str]:
+    pruning, start = run.facts["pruning"], run.facts["sessions"][-1]
+    found = {}
+    if pruning is not None:
+        sizes = pruning["layers"].values()
+        found = pruning["settings"] | {
+            "targeted layers": f"{len(sizes):,}",
+            "targeted weights": f"{sum(sizes):,}",
+            "updates after the first mask": f"{len(run.flips()):,}",
+        }
+    steps = f"{run.steps:,} of {start['total_steps'] or 'any number'}"
+    return _texts({**found, "steps": steps, **{name: start[name] for name in ("precision", "ranks", "seed")}})
+
+
+def _environment(run: Run) -> dict[str, str]:
+    first, *resumed = run.facts["sessions"]
+    last = (resumed or [first])[-1]
+    steps = [session["step"] for session in resumed]
+    begun = {"begun": first["date"], "resumed at steps": steps}
+    return _texts({**begun, **last["machine"], **last["versions"]})
+
+
+def _texts(facts: Mapping[str, Any]) -> dict[str, str]:
+    lists = {name: ", ".join(map(str, fact)) if isinstance(fact, list) else fact for name, fact in facts.items()}
+    return {name: str(fact) for name, fact in lists.items() if fact is not None}
+
+
+# --- HTML ------------------------------------------------------------------------------------------------------------
+
+
+def paragraph(text: str) -> str:
+    """Of HTML."""
+    return f"<p>{html.escape(text)}</p>"
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> str:
+    """Of HTML; the first ``words`` columns are aligned left."""
+
     def row(tag: str, texts: Sequence[str]) -> str:
-        cells = [
-            f"<{tag}{' class=words' if column < table.words else ''}>{html.escape(text)}</{tag}>"
-            for column, text in enumerate(texts)
-        ]
-        return f"<tr>{''.join(cells)}</tr>"
+        kinds = [" class=words" if column < words else "" for column in range(len(texts))]
+        cells = [f"<{tag}{kind}>{html.escape(text)}</{tag}>" for kind, text in zip(kinds, texts, strict=True)]
+        return f"<tr>{''.join(cells)}</tr>\n"
 
-    head, body = row("th", table.columns), "\n".join(row("td", texts) for texts in table.rows)
-    return f'<div class="wide"><table>\n<thead>{head}</thead>\n<tbody>\n{body}\n</tbody></table></div>'
+    body = "".join(row("td", texts) for texts in rows)
+    return f'<div class="wide"><table>\n{row("th", columns)}{body}</table></div>'
 
 
-_TEMPLATE = Template("""\
+def _side_by_side(runs: Sequence[Run], facts: Callable[[Run], Mapping[str, str]]) -> str:
+    """A row per fact and a column per run; facts that no run has are left out."""
+    found = [facts(run) for run in runs]
+    names = dict.fromkeys(name for each in found for name, text in each.items() if text)
+    columns = ["", *(run.name for run in runs)] if len(runs) > 1 else ["", "value"]
+    return table(columns, [[name, *(each.get(name, "") for each in found)] for name in names], words=len(columns))
+
+
+def _of(run: Run, runs: Sequence[Run]) -> str:
+    """The beginning of what is about one of several runs."""
+    return f"{run.name}: " if len(runs) > 1 else ""
+
+
+def _gib(size: int | None) -> str:
+    return "" if size is None else f"{size / 2**30:.2f} GiB"
+
+
+_PAGE = Template("""\
 <!doctype html>
 <html lang="en">
 <head>
@@ -96,42 +221,21 @@ _TEMPLATE = Template("""\
 <meta name="color-scheme" content="light dark">
 <title>$title</title>
 <style>
-$style</style>
+body { font: 16px/1.55 system-ui, sans-serif; max-width: 52rem; margin: 2.5rem auto; padding: 0 1.25rem; }
+h2 { font-size: 1.2rem; margin-top: 2.6rem; padding-top: .8rem; border-top: 1px solid #8886; }
+table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .35rem 1.8rem .35rem 0; border-bottom: 1px solid #8886; text-align: right; vertical-align: top; }
+.words { text-align: left; }
+.wide, pre { overflow-x: auto; }
+figure { margin: 1.4rem 0; break-inside: avoid; }
+svg { width: 100%; height: auto; }
+figcaption { font-size: .88rem; opacity: .7; }
+pre { font-size: .8rem; background: #8882; padding: .9rem 1rem; }
+</style>
 </head>
 <body>
-<header>
 <h1>$title</h1>
-$lead
-<nav>$links</nav>
-</header>
-<main>
-$sections
-</main>
+$body
 </body>
 </html>
 """)
-
-_STYLE = """\
-:root { --ink: #1d1d1f; --soft: #5f6368; --line: #d9dbde; --paper: #ffffff; --code: #f5f6f7; --link: #0b5cad; }
-@media screen and (prefers-color-scheme: dark) {
-  :root { --ink: #e4e4e6; --soft: #a0a4a9; --line: #3a3d41; --paper: #16181b; --code: #1f2226; --link: #7db7f5; }
-}
-body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--paper);
-  max-width: 52rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
-h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .8rem; }
-h2 { font-size: 1.2rem; margin: 2.6rem 0 .8rem; padding-top: .8rem; border-top: 1px solid var(--line); }
-p { margin: .7rem 0; }
-nav { font-size: .9rem; margin-top: 1.2rem; }
-a { color: var(--link); text-decoration: none; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; margin: 1rem 0; }
-th, td { padding: .35rem .9rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; }
-th:first-child, td:first-child { padding-left: 0; }
-.words { text-align: left; }
-th { color: var(--soft); font-weight: 600; }
-figure { margin: 1.4rem 0; break-inside: avoid; }
-svg { width: 100%; height: auto; display: block; }
-figcaption { font-size: .88rem; color: var(--soft); margin-top: .4rem; }
-pre { font: .8rem/1.5 ui-monospace, monospace; background: var(--code); padding: .9rem 1rem; overflow-x: auto; }
-@media print { nav { display: none; } body { max-width: none; padding: 0; } pre { white-space: pre-wrap; } }
-"""

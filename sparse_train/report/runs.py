@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ Points = list[tuple[int, float]]
 """(optimizer steps done, value), in the order of steps."""
 
 _OWN = ("sparsity/", "layers/", "evaluation/", "zero_shot/")
-"""Metrics that this package logs at the number of steps done. Lightning logs others at that number minus 1."""
+"""Metrics that this package logs, at the number of steps done."""
 
 
 @dataclass(frozen=True)
@@ -80,18 +81,15 @@ class Run:
         points = self.curve(named(word, [name for name in self.last("") if name.startswith("val")]))
         return [*((state.step, getattr(state, word)) for state in before[-1:]), *points]
 
-    def flips(self) -> Points:
+    def flips(self, name: str = "sparsity/flip_rate") -> Points:
         """Flip rates of the updates after the first mask."""
-        return self._after_first_mask("sparsity/flip_rate")
+        masked = self.curve("sparsity/actual")
+        return [(step, rate) for step, rate in self.curve(name) if step > masked[0][0]]
 
     def flips_by_layer(self) -> dict[str, float]:
         """Flips of each layer over these updates, as a share of its weights, if layers were logged; may exceed 1."""
         prefix = "layers/flip_rate/"
-        return {name: sum(v for _, v in self._after_first_mask(prefix + name)) for name in self.last(prefix)}
-
-    def _after_first_mask(self, name: str) -> Points:
-        masked = self.curve("sparsity/actual")
-        return [(step, value) for step, value in self.curve(name) if step > masked[0][0]]
+        return {name: sum(rate for _, rate in self.flips(prefix + name)) for name in self.last(prefix)}
 
     def sparsity_by_layer(self) -> dict[str, float]:
         """Share of zeros of each layer: counted at the end, or at the last update if layers were logged."""
@@ -119,21 +117,17 @@ class Run:
 
 def closing(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     """Columns and rows of the summary of runs: dense, after the first mask, at the end; without empty columns."""
-    columns: dict[str, list[str]] = {}
+    columns: dict[str, list[str]] = defaultdict(list)
     for run in runs:
         for state in [*run.before(), run.now()]:
             flips = sum(value for step, value in run.flips() if step <= state.step)
-            cells = {
-                **({"run": run.name} if len(runs) > 1 else {}),
-                "state": state.name,
-                "step": f"{state.step:,}",
-                "perplexity": number(state.perplexity, ".2f"),
-                "loss": number(state.loss, ".4f"),
-                "sparsity": number(state.sparsity, ".4f"),
-                "flips so far": "" if run.sparsity is None else f"{flips:.2%}",
-            }
-            for name, cell in cells.items():
-                columns.setdefault(name, []).append(cell)
+            columns["run"].append(run.name if len(runs) > 1 else "")
+            columns["state"].append(state.name)
+            columns["step"].append(f"{state.step:,}")
+            columns["perplexity"].append(number(state.perplexity, ".2f"))
+            columns["loss"].append(number(state.loss, ".4f"))
+            columns["sparsity"].append(number(state.sparsity, ".4f"))
+            columns["flips so far"].append("" if run.sparsity is None else f"{flips:.2%}")
     known = {name: cells for name, cells in columns.items() if any(cells)}
     return list(known), [list(row) for row in zip(*known.values(), strict=True)]
 
@@ -179,43 +173,34 @@ def number(value: float | None, form: str) -> str:
 
 
 def collect(folders: Sequence[str | Path]) -> list[Run]:
-    """Read runs.
-
-    Args:
-        folders: for each run, the folder with its ``run.json``, or one above it that holds no other run.
-
-    Raises:
-        ValueError: no folder, one without a run or with several, or one given twice.
-    """
+    """Read runs: each from the folder with its ``run.json``, or one above it. ValueError for none or several there."""
     if not folders:
         raise ValueError("There is no run to report. Name the folder of one, such as runs/smollm2_2of4/version_0.")
     found = [_find(Path(folder)) for folder in folders]
     paths = [folder.resolve() for folder in found]
     names = [(path.parent if path.name.startswith("version_") else path).name for path in paths]
-    for folder, path in zip(found, paths, strict=True):
-        if paths.count(path) > 1:
-            raise ValueError(f"The run in {folder} is named twice. Name each run once.")
     if len(set(names)) < len(names):
         names = [str(folder) for folder in found]
     return [_read(folder, name) for folder, name in zip(found, names, strict=True)]
 
 
 def _find(folder: Path) -> Path:
-    if not folder.is_dir():
-        raise ValueError(f"There is no folder {folder}.")
     found = [folder] if (folder / RECORD).exists() else sorted(path.parent for path in folder.glob(f"**/{RECORD}"))
     if len(found) > 1:
         raise ValueError(f"{folder} holds {len(found)} runs: {', '.join(map(str, found))}. Name those to report.")
     if not found:
         raise ValueError(
-            f"{folder} has no {RECORD}, so no run was recorded there. sparse-train fit writes one into the folder of "
-            "its logger (such as version_0); your own trainer does with the callback sparse_train.callbacks.RunRecord."
+            f"{folder} has no {RECORD}: no run was recorded there. sparse-train fit writes one into the folder of its "
+            "logger (such as version_0); your own trainer does with the callback sparse_train.callbacks.RunRecord."
         )
     return found[0]
 
 
 def _read(folder: Path, name: str) -> Run:
-    metrics = [row | {"step": row["step"] + (not _is_own(row))} for row in read_metrics(folder / METRICS)]
+    metrics = [  # Lightning's are at the number of steps done, minus 1
+        row | {"step": row["step"] + (not any(name.startswith(_OWN) for name in row))}
+        for row in read_metrics(folder / METRICS)
+    ]
     recipe = folder / "config.yaml"
     return Run(
         name=name,
@@ -224,10 +209,6 @@ def _read(folder: Path, name: str) -> Run:
         metrics=sorted(metrics, key=lambda row: row["step"]),
         recipe=without_homes(recipe.read_text(encoding="utf-8")) if recipe.exists() else None,
     )
-
-
-def _is_own(row: Mapping[str, float]) -> bool:
-    return any(name.startswith(_OWN) for name in row)
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

@@ -17,9 +17,9 @@ FORKS = """
 import json, os, sys, traceback
 from sparse_train.cli import main as cli
 from sparse_train.cli.streams import quiet_libraries
-with quiet_libraries():  # as main imports them
-    import sparse_train.cli.lightning_cli, sparse_train.cli.prune, sparse_train.cli.evaluate
-    import transformers.utils.logging, datasets
+quiet_libraries()  # as main does, before it imports them
+import sparse_train.cli.lightning_cli, sparse_train.cli.prune, sparse_train.cli.evaluate
+import transformers.utils.logging, datasets
 
 for name, arguments in json.load(open("commands.json")).items():
     if os.fork() == 0:
@@ -64,7 +64,7 @@ def commands(model, text):
         "validate": ["validate", *run, f"--ckpt_path={checkpoint}", "--json"],
         "report": ["report", "run/version_0", "--json"],
         "export": ["export", checkpoint, "again", f"--tokenizer={model}", "--json"],
-        "prune": ["prune", f"--model={model}", *small, f"--perplexity={text}", *windows, "--out=pruned", "--json=true"],
+        "prune": ["prune", f"--model={model}", *small, f"--perplexity={text}", *windows, "--out=pruned", "--json"],
         "seeds": ["prune", f"--model={model}", *small, "--seeds=0,1", *windows, "--out=seeds", "--json"],
         "evaluate": ["evaluate", "pruned", f"--text={text}", *windows, "--json"],
         "inspect": ["inspect", "--json", "pruned"],

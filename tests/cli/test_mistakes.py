@@ -25,7 +25,7 @@ def answer(arguments, capsys) -> str:
         cli.main(list(map(str, arguments)))
     assert error.value.code == 2
     said, way_out = capsys.readouterr().err.splitlines()  # two lines, whatever was wrong
-    assert way_out == f"sparse-train {arguments[0]} --help lists all options, with examples."
+    assert way_out == f"sparse-train {arguments[0]} --help lists all options."
     return said.removeprefix(f"sparse-train {arguments[0]}: ")
 
 
@@ -41,7 +41,7 @@ def answer(arguments, capsys) -> str:
             [*FIT, "--trainer.callback+=Evaluation"],
             "there is no option --trainer.callback. Did you mean '--trainer.callbacks'",
         ),
-        ([*FIT, "--model.learning_rate=1"], "there is no option --model.learning_rate. model has model, lr, "),
+        ([*FIT, "--model.learning_rate=1"], "there is no option --model.learning_rate."),
         (["validate", "--ckpt", "x"], "there is no option --ckpt. Did you mean '--ckpt_path'"),
         ([*PRUNE, "--mask_struct", "2:4"], "there is no option --mask_struct. Did you mean '--mask_structure'?"),
         (["evaluate", "x", "--windw", "3"], "there is no option --windw. Did you mean '--window'"),
@@ -71,7 +71,7 @@ def answer(arguments, capsys) -> str:
         ),
         (
             [*PRUNE, "--criterion.a", "1"],
-            "criterion: say which class these arguments are for. There are Magnitude, ",
+            "criterion: say which class these arguments are for, by its name.",
         ),
         # classes
         (
@@ -80,7 +80,7 @@ def answer(arguments, capsys) -> str:
         ),
         ([*FIT, "--trainer.callbacks+=Evaluaton"], "there is no class 'Evaluaton'. Did you mean 'Evaluation'"),
         ([*FIT, "--data.text=PackagedWikipdia"], "data.text: there is no class 'PackagedWikipdia'. Did you mean"),
-        ([*PRUNE, "--criterion=nowhere.Score"], "criterion: there is no class 'nowhere.Score'. There are Magnitude, "),
+        ([*PRUNE, "--criterion=nowhere.Score"], "criterion: there is no class 'nowhere.Score'."),
         ([*PRUNE, "--criterion=sparse_train.Wonda"], "there is no class 'sparse_train.Wonda'. Did you mean 'Wanda'"),
         # values
         ([*FIT, f"{PRUNING}.update_freq=often"], "trainer.callbacks.update_freq: takes int, got 'often'."),
@@ -90,7 +90,7 @@ def answer(arguments, capsys) -> str:
         ([*PRUNE, "--ignore=[a"], "ignore: takes list, got '[a'."),
         (
             ["fit", "--model", "x"],
-            "model: takes a YAML file, got 'x'. Its keys are also options: --model.model, --model.lr",
+            "model: takes a YAML file, got 'x'. Its keys are also options, such as --model.KEY.",
         ),
         # what is missing
         (["fit"], "model.model must be given, by --model.model or in a --config."),

@@ -159,8 +159,6 @@ def test_a_full_disk_is_said_before_the_pruning_and_after_it(run, monkeypatch):
     ("options", "message"),
     [
         (["--device=cuda:99x"], "torch cannot compute on device='cuda:99x' here"),
-        (["--max_tokens=9"], "--max_tokens is for the perplexity afterwards. Give --perplexity a text"),
-        (["--bos=true"], "--bos is for the perplexity afterwards. Give --perplexity a text"),
         (["--seeds=five"], "seeds are two or more, written 0..4 or 0,2,7, got 'five'"),
         (["--seeds=3..3"], "seeds are two or more"),
         (["--seeds=0..1", "--criterion=Magnitude"], "seeds change nothing"),

@@ -209,7 +209,7 @@ def test_log_likelihoods_are_summed_in_float32(seven, monkeypatch):
 
 
 def test_tasks_of_lm_eval_by_name(hub, monkeypatch):
-    monkeypatch.setattr(zeroshot, "_task_manager", lambda task_data: hub)
+    monkeypatch.setattr(zeroshot, "_task_manager", lambda *_: hub)
     result = evaluate_zero_shot(tiny_llama(), tiny_tokenizer(), ["winogrande", "arc_easy", "winogrande"])
     assert [(row.task, row.n, row.stderr) for row in result.tasks] == [("winogrande", 1, None), ("arc_easy", 1, None)]
     assert result.mean_stderr is None
@@ -228,7 +228,7 @@ def test_a_group_with_a_mean_of_its_own_is_one_row(seven, tmp_path, monkeypatch)
     )
     manager = TaskManager(include_defaults=False, include_path=str(folder), metadata={"task_data": str(seven)})
     with monkeypatch.context() as patch:
-        patch.setattr(zeroshot, "_task_manager", lambda task_data: manager)
+        patch.setattr(zeroshot, "_task_manager", lambda *_: manager)
         both = evaluate_zero_shot(tiny_llama(), tiny_tokenizer(), ["both"]).tasks
     members = evaluate_zero_shot(tiny_llama(), tiny_tokenizer(), ["arc_easy", "rte"], task_data=seven)
     assert [(row.task, row.n) for row in both] == [("both", 18)]
@@ -348,7 +348,7 @@ def test_files_that_are_missing(tmp_path):
 
 def test_other_mistakes(monkeypatch):
     manager = TaskManager(include_defaults=False, include_path=[*STOCK_FOLDERS, STOCK / "wikitext", STOCK / "sciq"])
-    monkeypatch.setattr(zeroshot, "_task_manager", lambda task_data: manager)
+    monkeypatch.setattr(zeroshot, "_task_manager", lambda *_: manager)
     model, tokenizer = tiny_llama(), tiny_tokenizer()
     with pytest.raises(ValueError, match="no task 'arc_eazy'. Did you mean 'arc_easy'"):
         evaluate_zero_shot(model, tokenizer, ["arc_eazy"])

@@ -4,7 +4,7 @@ from huggingface_hub import ModelCard as HubCard
 
 from sparse_train import Magnitude, MaskUpdater, __version__, prune
 from sparse_train.export import export_model
-from sparse_train.export.card import ModelCard, oneshot_rows, perplexity_line, training_rows
+from sparse_train.export.card import ModelCard, oneshot_rows, training_rows
 from sparse_train.inspection import layer_sparsities
 from sparse_train.models.sources import PackagedSmolLM2, Pretrained
 from tests.conftest import tiny_llama, tiny_tokenizer
@@ -117,8 +117,6 @@ def test_a_run_and_one_shot_pruning_say_how_they_made_a_model(pruned):
     text = ModelCard(made=made).text(layer_sparsities(pruned))
     assert "| criterion | SparseGPT() |" in text
     assert "| calibration | text c4, num_calibration_samples 8, seed 0 |" in text
-    line = perplexity_line({"perplexity": 8.765, "data": "wikitext", "split": "test", "window": 2048})
-    assert line == "8.77: token perplexity of wikitext, test, windows of 2048"
 
 
 def test_a_local_folder_is_no_id_of_the_hub(model_folder):

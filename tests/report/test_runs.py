@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from sparse_train.cli.main import main
 from sparse_train.report import collect, headline, read_metrics, write_run_report
+from sparse_train.report.page import paragraph
 from sparse_train.report.runs import without_homes
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -244,7 +245,7 @@ def test_flips_by_layer_are_shown_if_layers_were_logged(facts, rows, tmp_path):
 
 
 def test_a_script_puts_its_own_table_first(sparse, tmp_path):
-    page = Page(write_run_report([sparse], tmp_path, title="A & B", lead=["measured <here>"]))
+    page = Page(write_run_report([sparse], tmp_path, title="A & B", lead=[paragraph("measured <here>")]))
     assert page.text.count("A & B") == 2
     assert page.text.index("measured <here>") < page.text.index("after the first mask")
 
@@ -268,9 +269,8 @@ def test_the_folder_above_will_do_where_it_holds_one_run(facts, tmp_path):
     ("folders", "message"),
     [
         ([], "There is no run to report"),
-        (["missing"], "There is no folder"),
+        (["missing"], "has no run.json"),
         (["empty"], "has no run.json"),
-        (["good", "good"], "is named twice"),
     ],
 )
 def test_what_cannot_be_read_is_said(folders, message, facts, tmp_path):

@@ -48,6 +48,8 @@ class SparsityDistribution(ABC):
 
     needs_outliers: ClassVar[bool] = False
     """Whether ``sparsities`` reads ``outliers``, which need a dense pass over the calibration data before pruning."""
+    owl_m: float = 5.0
+    """Scores above this multiple of their mean are outliers."""
 
     @abstractmethod
     def sparsities(self, shapes: Shapes, sparsity: float | None, outliers: Outliers) -> dict[str, float]:
@@ -392,16 +394,16 @@ class LayerSparsities:
         """The same for an update of masks at these sparsities: no layer gets denser while the model does not."""
         if self._uniform or not sparsity:
             return sparsity
-        masks = shares()
+        now = shares()
         size = sum(shape.size for shape in self._shapes.values())
         rounding = max(shape.rows for shape in self._shapes.values()) / size  # one weight more in each row
-        return self.at(sparsity, masks if mean_sparsity(self._shapes, masks) <= sparsity + rounding else {})
+        return self.at(sparsity, now if mean_sparsity(self._shapes, now) <= sparsity + rounding else {})
 
-    def read(self, masks: Shares, sparsity: float) -> None:
+    def read(self, shares: Shares, sparsity: float) -> None:
         """If the division is not known, take that of masks at these sparsities, of a model at this one."""
         if self.known or not sparsity:
             return
-        mean = mean_sparsity(self._shapes, masks)
+        mean = mean_sparsity(self._shapes, shares)
         rounding = 1 / min(shape.columns for shape in self._shapes.values())  # rows prune whole counts
         if abs(mean - sparsity) > max(_NEAR, rounding):
             raise ValueError(
@@ -409,7 +411,7 @@ class LayerSparsities:
                 "the model first to begin with new masks."
             )
         assert self._final is not None
-        now = {n: share if self._final == sparsity else share * self._final / sparsity for n, share in masks.items()}
+        now = {n: share if self._final == sparsity else share * self._final / sparsity for n, share in shares.items()}
         highest = max(now, key=lambda name: now[name])
         if now[highest] >= 1:
             raise ValueError(

@@ -89,8 +89,8 @@ class MaskPolicy:  # no dataclass itself: jsonargparse would take that for a gro
         """The new mask, with the pattern's exact counts, from the scores of a layer (O, I), or of all as one row."""
         return pattern.mask(scores, sparsity)
 
-    def after_update(self, before: Mapping[str, Tensor]) -> None:
-        """After masks have changed; ``before`` holds the packed ones that were replaced."""
+    def after_update(self) -> None:
+        """After masks have changed."""
 
     def state_dict(self) -> dict[str, Any]:
         """What has to survive a checkpoint; on every rank."""
@@ -239,6 +239,7 @@ class Regrow(MaskPolicy):
                     gradient.masked_fill_(layer.stored(~layer.unpacked_mask()), 0)
 
     def before_update(self, steps: int) -> None:
+        self.before = {name: layer.weight_mask.clone() for name, layer in self.layers.items()}
         missing = next((name for name in self.layers if name not in self.gradients), None)
         if self.fraction and missing is not None:
             raise ValueError(
@@ -270,10 +271,10 @@ class Regrow(MaskPolicy):
         return gain_OI
 
     @torch.no_grad()
-    def after_update(self, before: Mapping[str, Tensor]) -> None:
+    def after_update(self) -> None:
         """Set grown weights to zero, clear the moments of changed weights, and drop the gradients."""
         for name, layer in self.layers.items():
-            old_OI, new_OI = masks.unpack(before[name], layer.in_features), layer.unpacked_mask()
+            old_OI, new_OI = masks.unpack(self.before.pop(name), layer.in_features), layer.unpacked_mask()
             layer.weight_OI.masked_fill_(new_OI & ~old_OI, 0)
             changed = layer.stored(old_OI ^ new_OI)
             for optimizer in self.optimizers.known:

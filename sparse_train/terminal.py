@@ -26,7 +26,7 @@ def bar(label: str, *, shown: bool) -> Any:
 
     if bars_are_seen():
         return tqdm(desc=label, disable=not shown, leave=False, dynamic_ncols=True)
-    every, form = _SECONDS_BETWEEN_LINES, "{desc}: {n_fmt}/{total_fmt}, {remaining} left{postfix}"
+    every, form = _SECONDS_BETWEEN_LINES, "{desc}: {n_fmt}/{total_fmt}, {remaining} left"
     often = {"delay": every, "mininterval": every, "miniters": 1}
     return tqdm(desc=label, disable=not shown, leave=False, file=_Lines(), bar_format=form, **often)
 

@@ -115,4 +115,5 @@ def test_detect():
     assert detect_pattern(NM(2, 4).mask(SCORES, 0.5)) == "2:4"
     assert detect_pattern(NM(1, 4).mask(SCORES, 0.75)) == "1:4"
     assert detect_pattern(NM(4, 8).mask(SCORES, 0.5)) == "4:8"
+    assert detect_pattern(NM(8, 16).mask(torch.rand(8, 32), 0.5)) == "8:16"
     assert detect_pattern(Unstructured().mask(torch.rand(4, 12), 0.3)) == "unstructured"

@@ -179,7 +179,8 @@ def test_other_commands_are_known():
 
 @pytest.mark.parametrize("line", COMMAND_LINES)
 def test_command_lines_parse(line, elsewhere, monkeypatch):
-    Path("my_text.txt").write_text("")
+    for name in ("my_text.txt", "held_out.txt"):
+        Path(name).write_text("")
     _, command, *options = shlex.split(line)
     if command in ("fit", "validate", "test"):
         options = [option for option in options if option != "--json"]  # which main reads
@@ -252,7 +253,8 @@ def _prepare(command, options, left_behind, text_file):
     for path in map(Path, checkpoints):
         path.parent.mkdir(parents=True)
         shutil.copy(next(left_behind.rglob("*.ckpt")), path)
-    shutil.copy(text_file, "my_text.txt")
+    for name in ("my_text.txt", "held_out.txt"):
+        shutil.copy(text_file, name)
     items = [line for block in BLOCKS if block.language == "json" for line in block.text.splitlines()]
     question, rte, winogrande = items
     passage = json.dumps({"query": "Passage: A ruler.\nQuestion: is it long?", "choices": ["no", "yes"], "gold": 1})

@@ -76,6 +76,10 @@ class MaskedMatrix:
         in_features, out_features: I and O.
         adapted: whether a low-rank adapter is part of the weight, see ``sparse_train.layers.mask_lora``.
         has_rows: whether each process holds some rows (FSDP2), which it can score and select alone.
+
+    To score, ``read``: it works under every engine. To compute or count with what the forward uses, ``masked_weight``.
+    To change weights in training, ``MaskedLayer.rewrite``: it reaches shards and masters. ``weight_OI`` is the tensor
+    itself, for code that has refused engines that divide it.
     """
 
     adapted: bool = False

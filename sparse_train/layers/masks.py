@@ -104,7 +104,7 @@ def count_differing(a_OJ: Tensor, b_OJ: Tensor) -> int:
 
 
 def fingerprint(packed_OJ: Tensor) -> Tensor:
-    """32 bits, (32,) bool, that differ if two masks differ in one entry, and almost surely if they differ in more.
+    """32 bits, (32,) bool, that almost surely differ if two masks differ.
 
     Computed on the mask's device, so that no mask has to be copied from an accelerator.
     """

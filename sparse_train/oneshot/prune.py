@@ -80,7 +80,7 @@ def prune(
     if rank() == 0:
         _warn_of_surprises(report, plan.sparsity)
     if squash:
-        unmask(model)
+        unmask(model, masked.values())
     return report
 
 

@@ -152,7 +152,7 @@ def _choose_by_layer(layers: Mapping[str, MaskedMatrix], rules: Rules) -> dict[s
     for name, layer in layers.items():
         own = rules.sparsity[name] if isinstance(rules.sparsity, Mapping) else rules.sparsity
         with layer.read(by_rows) as (weight_OI, rows):
-            scores_OI, nonzero_OJ, finite = _score(name, layer, weight_OI, rows, rules, sums.get(name))
+            scores_OI, nonzero_OJ, finite = _score(name, layer, weight_OI, rows, rules, sums.get(name), name in sharded)
         keep_OJ = nonzero_OJ
         if finite:
             keep_OJ = masks.pack(rules.policy.select(scores_OI, [name], rules.pattern, own))
@@ -186,11 +186,11 @@ def _score(
     rows: slice,
     rules: Rules,
     column_sums_I: Tensor | None = None,
+    by_rows: bool = False,
 ) -> tuple[Tensor, Tensor, bool]:
     """Scores of these rows for selection; which weights would not be zero if kept, packed; if scores are finite."""
     stats = layer.statistics if rules.criterion.needs_activations else None
-    some_rows = len(weight_OI) < layer.out_features
-    state = rules.optimizers.state_of(layer, some_rows) if isinstance(layer, MaskedLayer) else {}
+    state = rules.optimizers.state_of(layer, by_rows) if isinstance(layer, MaskedLayer) else {}
     context = LayerContext(weight_OI, stats, name, layer.weight_mask[rows], state, column_sums_I)
     scores_OI = rules.criterion.scores(context).float()
     if scores_OI.shape != weight_OI.shape:
@@ -334,4 +334,4 @@ def share_of_outliers(layers: Iterable[MaskedMatrix], distribution: SparsityDist
             return Wanda().scores(LayerContext(weight_OI, layer.statistics))
 
     own_scores = [lambda layer=layer: scores_OI(layer) for layer in layers]
-    return outlier_share(own_scores, distribution.owl_m)  # type: ignore[attr-defined]
+    return outlier_share(own_scores, distribution.owl_m)

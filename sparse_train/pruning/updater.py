@@ -136,8 +136,7 @@ class MaskUpdater:
         try:
             self._begin(total_steps, outliers, state)
         except BaseException:
-            new = [layer for layer in self.layers.values() if id(layer) not in before]
-            unmask(model, [layer for layer in new if layer.keeps_all()])  # back to plain layers
+            unmask(model, [layer for layer in self.layers.values() if id(layer) not in before])  # to plain layers
             raise
 
     def _begin(
@@ -187,7 +186,11 @@ class MaskUpdater:
         self._prepare_step()
 
     def _has_masks(self) -> bool:
-        """Whether the run starts with masks, from zeros if the settings say so; ValueError if they do not fit."""
+        """Whether the run starts with masks, from zeros if the settings say so; ValueError if they do not fit.
+
+        Masks that prune something were set before: by the callbacks, which carry ``OneShot`` out before this, or by
+        ``prune(..., squash=False)``. Without them, a run that starts at a sparsity of 0 has masks, too: all ones.
+        """
         first, config = self.config.sparsity_at(0.0), self.config
         dense = self._all_kept()
         if dense and isinstance(config.first_mask, FromZeros):
@@ -309,7 +312,6 @@ class MaskUpdater:
         if target and not self._division.known:
             check_statistics(self.layers)
             self._division.divide_by(measure_outliers(self._shapes, self.layers, self.config.distribution))
-        before = {name: layer.weight_mask.clone() for name, layer in self.layers.items()}
         rules = Rules(
             self.config.criterion,
             self.config.pattern,
@@ -318,7 +320,7 @@ class MaskUpdater:
             self._optimizers,
         )
         changes = update_masks(self.layers, rules)
-        self.policy.after_update(before)
+        self.policy.after_update()
         self.norms.fade()
         self.sparsity, self._last_update, self._prunes = target, self.steps, not self._all_kept()
         return self._report(changes, began)
@@ -330,11 +332,12 @@ class MaskUpdater:
         return self._report(measure(self.layers), began)
 
     def _report(self, changes: dict[str, LayerUpdate], began: float) -> UpdateReport:
-        self._keep_first_rows()
-        differing = 0.0
-        for name, rows_SJ in self._sampled_rows().items():
-            scale = self.layers[name].out_features / len(rows_SJ)
-            differing += masks.count_differing(rows_SJ, self._first_rows[name].to(rows_SJ.device)) * scale
+        if self.sparsity is not None:
+            self._keep_first_rows()
+        differing, now = 0.0, self._sampled_rows()
+        for name, first_SJ in self._first_rows.items():
+            scale = self.layers[name].out_features / len(first_SJ)
+            differing += masks.count_differing(now[name], first_SJ.to(now[name].device)) * scale
         share = differing / sum(layer.size for layer in self.layers.values())
         return UpdateReport(self.steps, self.sparsity or 0.0, changes, share, time.perf_counter() - began)
 
@@ -353,9 +356,11 @@ class MaskUpdater:
         Warns if the run ended before its masks reached their final sparsity.
 
         Raises:
-            ValueError: ranks hold different masks, or the masks are not those of this run.
+            ValueError: ranks hold different masks, the masks are not those of this run, or an adapter of peft was
+                merged into a masked layer.
         """
         check_agreement(self.layers)
+        check_adapters(self._model)
         self._check_restored_masks()
         if self._prunes and self._all_kept():  # at a low sparsity, rows may lose less than one weight each
             raise ValueError(

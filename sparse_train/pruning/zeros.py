@@ -91,6 +91,8 @@ def masks_from_zeros(
         for layer in layers.values():
             layer.keep_all()
         raise
+    if rank() == 0:
+        _log.info("The model was pruned before: %.2f %% of the targeted weights are zeros.", 100 * sparsity_of(dense))
 
 
 def warn_of_filled_zeros(layers: Mapping[str, MaskedLayer]) -> None:

@@ -113,6 +113,14 @@ def test_an_adapter_that_is_merged_and_gone_in_the_middle_of_a_run_stops_it(ids)
         squash(merged)
 
 
+def test_an_adapter_that_is_merged_at_the_end_of_a_run_stops_it_before_it_is_squashed(ids):
+    model = with_adapters(tiny_llama())
+    updater = MaskUpdater(model, "2:4", criterion=Magnitude(), total_steps=20)
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="merged"):
+        updater.finish()
+
+
 def test_checks_need_no_peft(tmp_path):
     script = (
         "import sys, torch, sparse_train; layer = torch.nn.Linear(8, 8); sparse_train.sparsify(layer, [layer]);"

@@ -229,6 +229,14 @@ def test_any_module_with_linear_layers():
     assert (model[4].weight != 0).all()
 
 
+def test_other_masks_stay_as_they_are(ids):
+    model = tiny_llama()
+    prune(model, criterion=Magnitude(), targets=["re:.*mlp.*"], squash=False)
+    masked = set(sparse_layers(model))
+    prune(model, ids, targets=["re:.*self_attn.*"])
+    assert set(sparse_layers(model)) == masked and all("mlp" in name for name in masked)
+
+
 def test_named_layers_outside_the_blocks_come_last(ids):
     model = tiny_llama(tie_word_embeddings=False)
     report = prune(model, ids, "2:4", targets=["Linear"])

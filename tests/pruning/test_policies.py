@@ -45,14 +45,14 @@ def test_counts_are_exact_in_every_group_under_every_policy(policy, case, seed):
     layer.set_mask(old)
     layer.statistics = ActivationNorm(16)
     layer.statistics.add(torch.randn(5, 16))
-    policy, before = copy.deepcopy(policy), {"a": layer.weight_mask.clone()}
+    policy = copy.deepcopy(policy)
     policy.begin({"a": layer}, Wanda(), Optimizers(), 1)
     policy.before_step(0.0)
     if isinstance(policy, Regrow):
         policy.gradients = {"a": torch.randn(8, 16)}
     policy.before_update(1)
     update = update_masks({"a": layer}, Rules(Wanda(), pattern, sparsity, policy))["a"]
-    policy.after_update(before)
+    policy.after_update()
     new = layer.unpacked_mask()
     assert torch.equal(groups_of(pattern, new).sum(1), groups_of(pattern, old).sum(1))
     assert update.flips == int((old ^ new).sum())
@@ -188,14 +188,15 @@ class ByMomentum(MaskPolicy):
 
     def before_update(self, steps):
         self.told.append(f"update after {steps}")
+        self.before = {name: layer.weight_mask.clone() for name, layer in self.layers.items()}
 
     def scores(self, scores_OI, layer):
         variance = layer.optimizer_state.get("exp_avg_sq")
         return scores_OI if variance is None else torch.where(layer.keep_OI, scores_OI, variance.sqrt() * 1e3)
 
-    def after_update(self, before):
+    def after_update(self):
         for name, layer in self.layers.items():
-            self.changed += int((before[name] != layer.weight_mask).sum())
+            self.changed += int((self.before[name] != layer.weight_mask).sum())
 
     def state_dict(self):
         return {"changed": self.changed}

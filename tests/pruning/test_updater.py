@@ -32,6 +32,13 @@ def test_dynamic_masks_change_and_stay_exact(structure, sparsity):
     assert all(torch.equal(frozen[n], m.weight_mask) for n, m in sparse_layers(model).items())
 
 
+def test_a_report_before_the_first_mask_is_not_taken_for_it():
+    model = tiny_llama()
+    updater = MaskUpdater(model, "2:4", update_freq=4, total_steps=20)
+    assert updater.report().initial_flip_rate == 0
+    assert train(model, updater, 4)[0].initial_flip_rate == 0
+
+
 def test_masks_are_the_papers_on_the_recorded_activations():
     model = tiny_llama(num_hidden_layers=1)
     seen: dict[str, list] = {}

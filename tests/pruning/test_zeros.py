@@ -58,6 +58,14 @@ def test_a_run_starts_with_the_zeros_of_its_model_if_it_is_told_to(ids, structur
     assert not all(torch.equal(mask, before[name]) for name, mask in run(pruned(), StraightThrough()).items())
 
 
+def test_a_run_that_is_refused_leaves_the_layers_plain(ids):
+    model = tiny_llama()
+    prune(model, ids, "2:4")
+    with pytest.raises(ValueError, match="total_steps"):
+        MaskUpdater(model, "2:4", first_mask=FromZeros())
+    assert not sparse_layers(model)
+
+
 def test_nothing_is_guessed_from_zeros(ids, caplog):
     model = tiny_llama()
     prune(model, ids, "2:4")

@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import nn
 
 from sparse_train.environment import isolated_rng
+from sparse_train.oneshot.forwards import inference
 
 
 def check_autocast(dtype: torch.dtype | None) -> None:
@@ -31,17 +31,5 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     Activation statistics record nothing inside. Keys and values are only cached by forwards that ask for it, such as
     ``generate``.
     """
-    training = [module for module in model.modules() if module.training]
-    configs: dict[int, Any] = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
-    caching = [config for config in configs.values() if getattr(config, "use_cache", False)]
-    with torch.no_grad(), isolated_rng():
-        try:
-            model.eval()
-            for config in caching:
-                config.use_cache = False
-            yield
-        finally:
-            for module in training:
-                module.training = True
-            for config in caching:
-                config.use_cache = True
+    with isolated_rng(), inference(model, use_cache=False):
+        yield

@@ -95,7 +95,7 @@ class CalibrationPass:
         self._forwards(block, True, [None] * len(self._batches))
 
     def _forwards(self, block: int | None, keep: bool, paddings: Sequence[Tensor | None]) -> None:
-        with inference(self._model):
+        with inference(self._model, use_cache=False, _experts_implementation="eager"):  # experts one by one
             for index, batch in enumerate(self._batches):
                 began = time.perf_counter()
                 self._recorder.token_mask = paddings[index]
@@ -153,7 +153,7 @@ class CalibrationPass:
         """Before a block runs for the first time: raise ValueError if blocks do not run one after the other."""
         if block is None or block in self._checked:
             return
-        with inference(self._model):
+        with inference(self._model, use_cache=False, _experts_implementation="eager"):  # experts one by one
             if not self._checked:
                 self._check_order()
             if block > 1:

@@ -25,10 +25,9 @@ def call(model: nn.Module, batch: Batch) -> Any:
 
 
 @contextmanager
-def inference(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no autograd, no cache of keys and values, experts one by one; all is restored afterwards."""
+def inference(model: nn.Module, **wanted: Any) -> Iterator[None]:
+    """Eval mode, no autograd, and its configurations with the ``wanted`` values; all is restored afterwards."""
     training = [module for module in model.modules() if module.training]
-    wanted = {"use_cache": False, "_experts_implementation": "eager"}
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
     before = [(c, key, getattr(c, key)) for c in configs.values() for key in wanted if hasattr(c, key)]
     model.eval()

@@ -8,7 +8,7 @@ What happens when, in the Trainer's order:
     (forward)         the recorder gets the batch's padding; activations are recorded in the window before an update
     on_step_end       after an optimizer step: update; before log, evaluation and checkpoint
     (checkpoint)      what a model with zeros does not hold is written first, next to it
-    on_train_end      squash, after the last checkpoint was written and the best one loaded
+    on_train_end      after the last checkpoint and loading the best one: the base of adapters is saved; squash
 
 Shape suffixes: O out_features, I in_features, J packed mask bytes.
 """
@@ -34,6 +34,7 @@ from sparse_train.layers import masks
 from sparse_train.layers.masked_layer import MaskedLayer, sparse_layers
 from sparse_train.layers.masks import MASK_NAME
 from sparse_train.layers.sparsify import unmask
+from sparse_train.models import lora
 from sparse_train.oneshot.first_mask import set_first_mask, training_batches
 from sparse_train.patterns import Pattern
 from sparse_train.policies import MaskPolicy
@@ -229,6 +230,8 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        if lora.is_peft(model) and args.should_save:
+            _save_base(model, Path(args.output_dir) / "base")
         if self._squash:
             unmask(model)
         else:
@@ -260,6 +263,16 @@ def check_trainer(args: Any, model: nn.Module, config: PruningConfig) -> None:
             "load_best_model_at_end brings the adapters of an earlier step back, but not the masks of their base. "
             "Leave it out for models of peft."
         )
+
+
+def _save_base(model: Any, folder: Path) -> None:
+    """Write the sparse model below adapters of peft, since ``save_model`` writes adapters alone."""
+    try:
+        model.get_base_model().save_pretrained(folder, state_dict=lora.base_of(model)[0])
+    except (ValueError, OSError) as error:  # the adapter can still be saved
+        _log.error("The sparse model below the adapter was not saved, and save_model does not save it: %s", error)
+    else:
+        _log.warning("save_model writes the adapter alone. The sparse model that it belongs to is in %s.", folder)
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------

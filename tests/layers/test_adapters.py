@@ -159,6 +159,12 @@ def test_lora_in_a_trainer_resumes_with_its_masks(tmp_path):
     assert len(sparse_layers(again)) == 21
     for name, value in whole.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
+    again.save_pretrained(tmp_path / "adapter")  # adapters alone, as Trainer.save_model
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    assert ((base.model.layers[0].mlp.up_proj.weight.reshape(-1, 4) == 0).sum(1) == 2).all()
+    squash(again)
+    loaded, ids = PeftModel.from_pretrained(base, tmp_path / "adapter"), torch.arange(3, 19)[None]
+    torch.testing.assert_close(loaded(input_ids=ids).logits, again.eval()(input_ids=ids).logits)
     with pytest.raises(ValueError, match="but not the masks of their base"):
         run(max_steps=4, eval_strategy="steps", eval_steps=4, load_best_model_at_end=True)
 

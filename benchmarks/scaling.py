@@ -45,8 +45,8 @@ def llama_block(hidden: int, intermediate: int, key_value: int) -> list[Layer]:
 
 
 def reduce_bytes(layers: Sequence[Layer], blocks: int) -> tuple[int, int]:
-    """The two reduces per update: float32 sums of squares; int64, per layer 2 counts, 32 bits of its mask, 1 flag."""
-    return 4 * blocks * sum(layer.in_features for layer in layers), 8 * (2 + 32 + 1) * len(layers) * blocks
+    """The two reduces per update: float32 sums of squares; int64, per layer 2 counts and 32 bits of its mask."""
+    return 4 * blocks * sum(layer.in_features for layer in layers), 8 * (2 + 32) * len(layers) * blocks
 
 
 def gather_bytes(layers: Sequence[Layer], blocks: int, processes: int) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
@@ -31,6 +32,8 @@ class TextBlocks(L.LightningDataModule):
         pack: False gives each document or conversation its own block, cut or padded to ``block_size``.
         seed: of the order of training blocks.
         max_validation_blocks: evaluate only the first ones; None = all.
+        hold_out: if the text has no validation split, the share of its training blocks, the last ones, that a run is
+            validated on instead of training on them; 0 = none.
         calibration_text: documents whose training split calibrates the first mask of ``DynamicPruning``; default:
             ``text``. General text, such as C4 in the papers, shows which weights matter for what the model knew before.
     """
@@ -44,6 +47,7 @@ class TextBlocks(L.LightningDataModule):
         pack: bool = True,
         seed: int = 0,
         max_validation_blocks: int | None = None,
+        hold_out: float = 0.05,
         calibration_text: TextSource | None = None,
     ) -> None:
         super().__init__()
@@ -52,7 +56,7 @@ class TextBlocks(L.LightningDataModule):
         self.text = text or PackagedWikipedia()
         self.tokenizer_source = as_model_source(tokenizer)
         self.block_size, self.batch_size, self.pack, self.seed = block_size, batch_size, pack, seed
-        self.max_validation_blocks = max_validation_blocks
+        self.max_validation_blocks, self.hold_out = max_validation_blocks, hold_out
         self.calibration_text = calibration_text
         self._blocks: dict[Split, Any] = {}
 
@@ -62,6 +66,16 @@ class TextBlocks(L.LightningDataModule):
         for split in wanted.get(stage, ["validation"]):
             if split not in self._blocks:
                 self._blocks[split] = self._read(self.text, split, tokenizer, self.pack)
+        if stage == "fit" and not len(self._blocks["validation"]):
+            train = self._blocks["train"]
+            first = len(train) - int(self.hold_out * len(train))
+            if self.batch_size <= first < len(train):
+                rank_zero_info(
+                    f"The text has no validation split: its last {len(train) - first} of {len(train)} blocks are not "
+                    "trained on, but measured (data.hold_out)."
+                )
+                self._blocks["train"] = train.select(range(first))
+                self._blocks["validation"] = self._measured(train.select(range(first, len(train))))
 
     def _read(self, text: TextSource, split: Split, tokenizer: Any, pack: bool) -> Any:
         train, ranks = split == "train", 1 if self.trainer is None else self.trainer.world_size
@@ -71,9 +85,11 @@ class TextBlocks(L.LightningDataModule):
                 f"The training split of {text.name} gives {len(blocks)} blocks of {self.block_size} tokens, fewer than "
                 f"one batch of {self.batch_size} for each of {ranks} processes. Use a smaller block_size, or more text."
             )
-        if split == "validation" and self.max_validation_blocks is not None:
-            blocks = blocks.select(range(min(len(blocks), self.max_validation_blocks)))
-        return blocks
+        return self._measured(blocks) if split == "validation" else blocks
+
+    def _measured(self, blocks: Any) -> Any:
+        most = self.max_validation_blocks
+        return blocks if most is None else blocks.select(range(min(len(blocks), most)))
 
     def calibration_dataloader(self) -> Any:
         """Blocks for the first mask; None if they are those of training."""

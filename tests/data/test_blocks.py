@@ -91,7 +91,9 @@ def test_a_tokenizer_without_an_end_of_text_token_is_refused():
 
 @pytest.fixture
 def data(model_folder, text_file):
-    blocks = TextBlocks(str(model_folder), TextFiles(train=[str(text_file)]), block_size=64, batch_size=4, seed=3)
+    blocks = TextBlocks(
+        str(model_folder), TextFiles(train=[str(text_file)]), block_size=64, batch_size=4, seed=3, hold_out=0
+    )
     blocks.setup("fit")
     return blocks
 
@@ -104,9 +106,26 @@ def test_batches(data):
     assert data.val_dataloader() == []
 
 
+def test_a_text_without_validation_is_held_out_in_part(model_folder, text_file):
+    whole = TextBlocks(str(model_folder), TextFiles(train=[str(text_file)]), block_size=32, batch_size=4, hold_out=0)
+    part = TextBlocks(str(model_folder), TextFiles(train=[str(text_file)]), block_size=32, batch_size=4, hold_out=0.1)
+    for each in (whole, part):
+        each.setup("fit")
+    assert not whole.val_dataloader()
+    (all_blocks,), (trained, held) = (
+        [
+            [row["input_ids"].tolist() for row in loader.dataset]
+            for loader in (each.train_dataloader(), each.val_dataloader())
+            if loader
+        ]
+        for each in (whole, part)
+    )
+    assert len(held) == len(all_blocks) // 10 and trained + held == all_blocks
+
+
 def test_seed_decides_the_order(model_folder, text_file, data):
     def first(seed):
-        blocks = TextBlocks(str(model_folder), TextFiles(train=[str(text_file)]), block_size=64, seed=seed)
+        blocks = TextBlocks(str(model_folder), TextFiles(train=[str(text_file)]), block_size=64, seed=seed, hold_out=0)
         blocks.setup("fit")
         return next(iter(blocks.train_dataloader()))["input_ids"]
 

@@ -105,7 +105,7 @@ def test_a_trained_adapter_is_loaded_to_go_on_with_or_to_evaluate(tmp_path, spar
     again = source.load()
     torch.testing.assert_close(again.eval()(input_ids=ids[0]).logits, model.eval()(input_ids=ids[0]).logits)
     assert sum(p.requires_grad for p in again.parameters()) == 12
-    text = ["--text=TextFiles", f"--text.test=[{text_file}]", "--max_tokens=512", "--json=true"]
+    text = ["--text=TextFiles", f"--text.test=[{text_file}]", "--max_tokens=512", "--json"]
     found = []
     for arguments in ([str(out)], ["--model=LoRA", f"--model.base={out}", f"--model.adapter={out / 'adapter'}"]):
         main(["evaluate", *arguments, *text])

@@ -25,6 +25,9 @@ where an error came from. --config also finds the recipes/ and configs/ that com
 may be given several times; later files win.
 """
 
+_EXTRAS = {"accelerate": "trainer", "deepspeed": "deepspeed", "gguf": "gguf", "lm_eval": "eval", "peft": "peft"}
+"""Packages that ``pip install sparse-train`` leaves out, and the extra that has them."""
+
 
 def main(args: list[str] | None = None) -> None:
     """Run a command line; ``args`` default to that of the process.
@@ -53,8 +56,10 @@ def main(args: list[str] | None = None) -> None:
             raise
         from sparse_train.cli.mistakes import explain
 
+        extra = _EXTRAS.get((getattr(error, "name", None) or "").partition(".")[0])
+        install = f". Install it: pip install 'sparse-train[{extra}]'." if extra else ""
         wrapped = "Union subtypes" in str(error)  # jsonargparse has wrapped the error of a class that it created
-        sys.exit(f"sparse-train {name}: {explain(str(error), []) if wrapped else error}")
+        sys.exit(f"sparse-train {name}: {explain(str(error), []) if wrapped else error}{install}")
 
 
 def run(name: str, options: list[str], debug: bool = False) -> None:

@@ -5,7 +5,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Sequence
-from importlib import resources
+from importlib import import_module, resources
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -73,6 +73,7 @@ def parser_of(name: str, function: Callable[..., Any], debug: bool = False) -> P
 
 def call(name: str, function: Callable[..., Any], options: Sequence[str], debug: bool = False) -> Any:
     """Parse the options of a command that is a function, and call it. Returns its result, for JSON."""
+    import_module("sparse_train.models.lora")  # jsonargparse knows a class by its name alone only if it is imported
     parser = parser_of(name, function, debug)
     arguments = parser.instantiate(parser.parse_args(spelt_out(options, COMMANDS[name].positional)))
     return function(**{key: value for key, value in arguments.items() if key not in ("config", "json")})

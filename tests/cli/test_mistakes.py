@@ -1,5 +1,6 @@
 """Mistakes as users make them, through the real parsers: a short answer with what, where and the way out."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -204,3 +205,9 @@ def test_debug_gives_all_of_it():
 
 def test_unknown_messages_stay_as_they_are():
     assert explain("the parser said something new", ["--model"]) == "the parser said something new"
+
+
+def test_a_package_that_is_missing_is_named_with_its_extra(model_folder, text_file, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(SystemExit, match=r"peft.*. Install it: pip install 'sparse-train\[peft\]'"):
+        cli.main(["evaluate", "--model=LoRA", f"--model.base={model_folder}", f"--text={text_file}", "--window=32"])

@@ -2,19 +2,20 @@
 
 import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from sparse_train.distributed.collectives import rank
 from sparse_train.distributed.engines import layout_of, whole_state_dict
 from sparse_train.export.card import ModelCard, training_rows, write_card
 from sparse_train.files import written_whole
-from sparse_train.inspection import layer_sparsities
+from sparse_train.inspection import LayerSparsity, layer_sparsities
 from sparse_train.layers.masked_layer import sparse_layers
 from sparse_train.layers.sparsify import sparsify_like, squash
 from sparse_train.layers.state_dicts import folded_state_dict
@@ -48,7 +49,8 @@ def export_model(
             loaded from, if it has 16 bits and the model more, as in training; otherwise weights stay as they are.
 
     Raises:
-        ValueError: ``out`` exists and is not an empty folder, or weights are too large for ``dtype``.
+        ValueError: ``out`` exists and is not an empty folder, weights are too large for ``dtype``, or the files do not
+            hold the zeros of the model.
     """
     out = Path(out)
     sharded = any(layout_of(parameter).is_sharded for parameter in model.parameters())
@@ -70,6 +72,7 @@ def export_model(
         else:
             base, layers = model, layer_sparsities(model, written)
             model.save_pretrained(beside, state_dict=written)  # for a sparsified model, pruned weights become zeros
+        _check_written(beside, layers)
         if dtype is not None:  # save_pretrained has written that of the model in memory
             config = copy.deepcopy(base.config)
             config.dtype = dtype
@@ -78,6 +81,17 @@ def export_model(
             tokenizer.save_pretrained(beside)
         write_card(beside, card, layers)
     return out
+
+
+def _check_written(folder: Path, layers: Sequence[LayerSparsity]) -> None:
+    """Count the zeros of the files again; ValueError if they are not those that the card will state."""
+    counted = {f"{layer.name}.weight": layer.zeros for layer in layers}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            for key in counted.keys() & set(opened.keys()):  # tied weights and fused experts have other names there
+                weight = opened.get_tensor(key)
+                if (zeros := weight.numel() - int(weight.count_nonzero())) != counted[key]:
+                    raise ValueError(f"{key} has {zeros} zeros in {file.name}, and {counted[key]} in the model.")
 
 
 def _narrower_dtype_of_files(model: Any) -> torch.dtype | None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 
 from sparse_train.arguments import did_you_mean
 from sparse_train.distributed.collectives import rank
@@ -107,11 +108,10 @@ class Pretrained(ModelSource):
         own = {"gguf_file": self.gguf_file, "trust_remote_code": self.trust_remote_code}
         try:
             return kind.from_pretrained(self.path, **own, **arguments)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             sources = [source.__name__ for source in ModelSource.__subclasses__()]
-            raise ValueError(
-                f"Cannot load {self.path!r}.{did_you_mean(self.path, sources)} {error} {_FOLDERS}"
-            ) from error
+            hint = "" if Path(self.path, "config.json").is_file() else f" {_FOLDERS}"
+            raise ValueError(f"Cannot load {self.path!r}.{did_you_mean(self.path, sources)} {error}{hint}") from error
 
     def _check_path(self) -> None:
         """Raise ValueError at once for what is no folder and no id of a hub, which would be asked in vain."""

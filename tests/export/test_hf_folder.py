@@ -51,6 +51,15 @@ def test_a_model_is_written_in_the_dtype_of_its_files_or_another(bfloat16_folder
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+def test_files_without_the_zeros_of_the_model_are_not_left(tmp_path, monkeypatch):
+    model = tiny_llama()
+    prune(model, criterion=Magnitude(), squash=False)
+    monkeypatch.setattr(model, "save_pretrained", lambda folder, **_: tiny_llama().save_pretrained(folder))
+    with pytest.raises(ValueError, match=r"has 0 zeros in model.safetensors, and \d+ in the model"):
+        export_model(model, None, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 def test_zeros_that_rounding_makes_are_counted(tmp_path):
     model = tiny_llama()
     prune(model, criterion=Magnitude())

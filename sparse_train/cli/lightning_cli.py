@@ -66,6 +66,9 @@ class SparseTrainCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         trainer = self.config[self.config.subcommand].trainer
+        for name in ("accumulate_grad_batches", "val_check_interval", "check_val_every_n_epoch"):
+            if trainer.get(name) == 0:  # Lightning would divide by it in the middle of an epoch
+                raise ValueError(f"trainer.{name} counts steps, batches or epochs, and must be above 0.")
         arguments = getattr(trainer.strategy, "init_args", None)
         if arguments is not None and isinstance(arguments.get("config"), str):
             arguments.config = shipped(arguments.config)  # DeepSpeed's JSON file

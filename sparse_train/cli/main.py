@@ -78,8 +78,11 @@ def run(name: str, options: list[str], debug: bool = False) -> None:
 
 def _is_the_users(error: Exception) -> bool:
     """Whether the message is enough: a wrong value, a missing file or package, or something Lightning cannot do."""
-    of_lightning = ("more than one stateful callback", "Early stopping conditioned on metric")  # RuntimeErrors
-    expected = isinstance(error, (ValueError, OSError, ImportError)) or any(each in str(error) for each in of_lightning)
+    of_others = (  # RuntimeErrors
+        *("more than one stateful callback", "Early stopping conditioned on metric", "Error(s) in loading state_dict"),
+        "maximum recursion depth exceeded",  # a YAML file that contains itself
+    )
+    expected = isinstance(error, (ValueError, OSError, ImportError)) or any(each in str(error) for each in of_others)
     return expected or type(error).__name__ == "MisconfigurationException"  # importing it would take seconds
 
 

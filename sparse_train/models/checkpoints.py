@@ -66,7 +66,9 @@ def check_plain(checkpoint: str | Path) -> None:
     """
     path = Path(checkpoint)
     if path.is_file():
-        load_plain(path, mmap=is_zipfile(path))
+        found = load_plain(path, mmap=is_zipfile(path))
+        if not isinstance(found, dict) or "pytorch-lightning_version" not in found:
+            raise ValueError(f"{path} is not a checkpoint of a training run: Lightning did not write it.")
     for file in sorted(path.rglob("*.pt")):
         with torch.serialization.safe_globals(_deepspeed_classes()):
             load_plain(file, mmap=is_zipfile(file))

@@ -165,6 +165,7 @@ def replaced_outside_comments(text, right, wrong):
     ("options", "said"),
     [
         ([f"{PRUNING}.mask_structure=2;4"], 'must be "unstructured" or "N:M"'),
+        (["--trainer.accumulate_grad_batches=0"], "trainer.accumulate_grad_batches counts steps"),
         ([f"{PRUNING}.update_freq=0"], "update_freq is the number of steps between mask updates"),
         ([f"{PRUNING}.schedule=Cubic", f"{PRUNING}.schedule.final_sparsity=1.5"], "final_sparsity must be at least 0"),
     ],

@@ -60,11 +60,13 @@ class SparseTrainCLI(LightningCLI):
         parser.link_arguments("model.model", "data.tokenizer")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Refuses a checkpoint that would run code, before Lightning or an engine reads it."""
-        from sparse_train.models.checkpoints import check_plain
+        """Finds the "last" checkpoint, and refuses one that would run code, before Lightning or an engine reads it."""
+        from sparse_train.models.checkpoints import check_plain, newest_checkpoint
 
         super().parse_arguments(parser, args)
         options = self.config[self.config.subcommand]
+        if options.ckpt_path == "last":  # Lightning looks in the folder of this run, which is new, and trains anew
+            options.ckpt_path = str(newest_checkpoint(options.trainer.default_root_dir or "."))
         if options.ckpt_path:
             check_plain(options.ckpt_path)
             if options.get("weights_only", True) is None:  # where this is not set, Lightning trusts what it downloads

@@ -1,9 +1,11 @@
 """Checkpoints that are not there; those of each engine are read in tests/ranks."""
 
+import os
+
 import pytest
 import torch
 
-from sparse_train.models.checkpoints import read_checkpoint
+from sparse_train.models.checkpoints import newest_checkpoint, read_checkpoint
 
 
 def test_checkpoints_beside_one_that_is_not_there_are_named(tmp_path):
@@ -24,3 +26,16 @@ def test_files_that_are_no_checkpoints(tmp_path):
 def test_a_folder_that_no_engine_wrote(tmp_path):
     with pytest.raises(ValueError, match="is a folder that neither FSDP2 nor DeepSpeed wrote"):
         read_checkpoint(tmp_path)
+
+
+def test_the_newest_checkpoint_is_a_file_or_a_folder_anywhere_below(tmp_path):
+    with pytest.raises(ValueError, match=f"no last checkpoint: {tmp_path} .*no .*ckpt inside"):
+        newest_checkpoint(tmp_path)
+    for second, name in enumerate(["version_10/a.ckpt", "version_2/b.ckpt", "version_9/c.txt"]):
+        path = tmp_path / name
+        path.parent.mkdir()
+        path.mkdir() if second == 1 else path.touch()
+        os.utime(path, (second, second))
+    assert newest_checkpoint(tmp_path) == tmp_path / "version_2/b.ckpt"
+    os.utime(tmp_path / "version_10/a.ckpt", (5, 5))
+    assert newest_checkpoint(tmp_path) == tmp_path / "version_10/a.ckpt"

@@ -1,11 +1,13 @@
 """Checkpoints that are not there; those of each engine are read in tests/ranks."""
 
 import os
+import random
 
 import pytest
 import torch
 
-from sparse_train.models.checkpoints import newest_checkpoint, read_checkpoint
+from sparse_train.models.checkpoints import check_plain, newest_checkpoint, read_checkpoint
+from tests.conftest import tiny_llama
 
 
 def test_checkpoints_beside_one_that_is_not_there_are_named(tmp_path):
@@ -39,3 +41,15 @@ def test_the_newest_checkpoint_is_a_file_or_a_folder_anywhere_below(tmp_path):
     assert newest_checkpoint(tmp_path) == tmp_path / "version_2/b.ckpt"
     os.utime(tmp_path / "version_10/a.ckpt", (5, 5))
     assert newest_checkpoint(tmp_path) == tmp_path / "version_10/a.ckpt"
+
+
+def test_a_file_that_is_cut_off_anywhere_is_refused_by_name(tmp_path):
+    path = tmp_path / "epoch=0-step=4.ckpt"
+    torch.save({"state_dict": tiny_llama().state_dict(), "global_step": 4}, path)
+    check_plain(path)
+    whole = path.read_bytes()
+    for length in [0, 1, len(whole) - 1, *random.Random(0).sample(range(len(whole)), 97)]:
+        path.write_bytes(whole[:length])
+        for read in (check_plain, read_checkpoint):
+            with pytest.raises(ValueError, match="step=4.ckpt .*is not complete"):
+                read(path)

@@ -29,14 +29,15 @@ def main(trials: int = 100, seed: int = 0) -> int:
                 sent = harness.SIGNALS[number % len(harness.SIGNALS)]
                 outcome = harness.trial(job, reference, Path(folder) / "trial", sent, chance)
                 counts[sent][outcome.kind] += 1
+                counts[sent]["continued"] += outcome.continued
                 if outcome.kind == "lost":
                     lost.append(f"{job.name}, trial {number}: {outcome.why}")
                     print(lost[-1], file=sys.stderr, flush=True)
             for sent, found in counts.items():
-                kinds = [str(found[kind]) for kind in ("equal", "refused", "lost")]
-                rows.append([job.name, sent.name, str(found.total()), *kinds])
+                kinds = [found[kind] for kind in ("equal", "refused", "lost")]
+                rows.append([job.name, sent.name, *map(str, (sum(kinds), found["continued"], *kinds))])
                 print(" ".join(rows[-1]), file=sys.stderr, flush=True)
-    head = ["job", "signal", "trials", "equal", "refused", "lost"]
+    head = ["job", "signal", "trials", "continued", "equal", "refused", "lost"]
     print("\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows]))
     return 1 if lost else 0
 

@@ -40,12 +40,14 @@ class Job:
     Args:
         starts: of a folder, what may be run there next, the best first; none if the job has ended.
         result: of a folder in which the job has ended, the digests of what it has left, by name.
+        continues: what a start says that goes on with earlier work; a start that begins anew has the same result.
         is_command: of ``sparse-train``, which has to end an interruption with one line.
     """
 
     name: str
     starts: Callable[[Path], list[Start]]
     result: Callable[[Path], dict[str, str]]
+    continues: str | None = None
     is_command: bool = True
 
 
@@ -62,6 +64,8 @@ class Outcome(NamedTuple):
     kind: str
     """"equal" or "refused" (an incomplete checkpoint, by name, and then equal from the one before), or "lost"."""
     why: str = ""
+    continued: bool = False
+    """Whether earlier work was used: none is kept of a job that was interrupted at its beginning."""
 
 
 class Whole(NamedTuple):
@@ -160,11 +164,14 @@ def _fault_of_ending(ended: Ended, sent: signal.Signals) -> str:
 
 def go_on(job: Job, reference: Whole, folder: Path) -> Outcome:
     """Bring a job to its end that was interrupted."""
-    kind = "equal"
+    kind, continued = "equal", False
     starts = job.starts(folder)
     for start in starts:
         ended = run(start.work, folder)
         if ended.status == 0:
+            continued = job.continues is not None and job.continues in ended.said
+            if start.checkpoint is not None and not continued:
+                return Outcome("lost", f"it begins anew:\n{ended.said}")
             break
         named = start.checkpoint is not None and str(start.checkpoint.relative_to(folder)) in ended.said
         if not named or "not complete" not in ended.said:
@@ -177,4 +184,4 @@ def go_on(job: Job, reference: Whole, folder: Path) -> Outcome:
     different = [name for name in reference.digests if found.get(name) != reference.digests[name]]
     if different or found.keys() != reference.digests.keys():
         return Outcome("lost", f"{different or sorted(found.keys() ^ reference.digests.keys())} differ")
-    return Outcome(kind)
+    return Outcome(kind, continued=continued)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainerCallback
 
 from sparse_train.cli.main import main
 from sparse_train.integrations.transformers import STATE_FILE
@@ -43,10 +44,10 @@ def jobs(shared: Path) -> dict[str, Job]:
     assert ended.status == 0, ended.said
     export = ["export", str(checkpoints(fitted)[0]), "out"]
     found = [
-        Job("fit", partial(_fit_starts, fit), _fit_result),
-        Job("prune --streaming", partial(_same_starts, prune), _model_result),
+        Job("fit", partial(_fit_starts, fit), _fit_result, "Restored all states from the checkpoint"),
+        Job("prune --streaming", partial(_same_starts, prune), _model_result, "Continuing after"),
         Job("export", partial(_same_starts, export), _model_result),
-        Job("transformers.Trainer", _trainer_starts, _trainer_result, is_command=False),
+        Job("transformers.Trainer", _trainer_starts, _trainer_result, _Says.continues, is_command=False),
     ]
     return {job.name: job for job in found}
 
@@ -104,8 +105,16 @@ def _fit_result(folder: Path) -> dict[str, str]:
 # --- Trainer ---------------------------------------------------------------------------------------------------------
 
 
+class _Says(TrainerCallback):
+    continues = "It goes on after step"
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step > 0:
+            print(self.continues, state.global_step)
+
+
 def _train(folder: Path, checkpoint: Path | None) -> None:
-    run = trainer(folder, pruning(), max_steps=STEPS, save_strategy="steps", save_steps=2)
+    run = trainer(folder, pruning(), _Says(), max_steps=STEPS, save_strategy="steps", save_steps=2)
     run.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
 

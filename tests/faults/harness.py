@@ -111,6 +111,7 @@ def _work(work: Callable[[], Any], folder: Path, said: str, temporary: str, star
         os.dup2(file, stream)
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what runs in the background ignore it
     started.send(None)
     status: Any = 0
     try:  # as the interpreter would end
@@ -123,6 +124,7 @@ def _work(work: Callable[[], Any], folder: Path, said: str, temporary: str, star
     except BaseException:
         traceback.print_exc()
         status = 1
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status or 0)
@@ -157,7 +159,8 @@ def trial(job: Job, reference: Whole, folder: Path, sent: signal.Signals, chance
 def _fault_of_ending(ended: Ended, sent: signal.Signals) -> str:
     if "Traceback" in ended.said:
         return "a traceback"
-    if ended.status not in (0, 1, 128 + sent):  # 0: it had only the rest of its last step to do
+    finished = sent == signal.SIGTERM and ended.status == 0  # fit had only the rest of its last step to do
+    if not finished and ended.status not in (1, 128 + sent):
         return f"exit status {ended.status}"
     return ""
 

@@ -15,13 +15,13 @@ from tests.conftest import tiny_llama, tiny_tokenizer
 from tests.faults.harness import Job, Start, run
 from tests.integrations.runs import pruning, trainer
 
-STEPS = 12
+STEPS = 24
 
 
 def jobs(shared: Path) -> dict[str, Job]:
     """All jobs by name; a model, a text and a checkpoint for them are written to ``shared``."""
     model, text, fitted = shared / "model", shared / "text.txt", shared / "fitted"
-    tiny_llama().save_pretrained(model)
+    tiny_llama(num_hidden_layers=6).save_pretrained(model)
     tiny_tokenizer().save_pretrained(model)
     text.write_text(_prose())
     files = json.dumps(
@@ -30,7 +30,7 @@ def jobs(shared: Path) -> dict[str, Job]:
     fit = [
         *("fit", "--config=recipes/smollm2_2of4.yaml", "--config=configs/precision/float32.yaml"),
         *(f"--model.model={model}", f"--data.text={files}", "--data.block_size=32", "--data.batch_size=2"),
-        *("--data.max_validation_blocks=2", f"--trainer.max_steps={STEPS}", "--trainer.val_check_interval=6"),
+        *("--data.max_validation_blocks=2", f"--trainer.max_steps={STEPS}", "--trainer.val_check_interval=12"),
         *("--trainer.logger.init_args.save_dir=run", "--trainer.default_root_dir=run"),
         *("--trainer.callbacks.init_args.update_freq=4", "--trainer.callbacks+=ModelCheckpoint"),
         *("--trainer.callbacks.every_n_train_steps=2", "--export=out"),

@@ -159,8 +159,7 @@ def trial(job: Job, reference: Whole, folder: Path, sent: signal.Signals, chance
 def _fault_of_ending(ended: Ended, sent: signal.Signals) -> str:
     if "Traceback" in ended.said:
         return "a traceback"
-    finished = sent == signal.SIGTERM and ended.status == 0  # fit had only the rest of its last step to do
-    if not finished and ended.status not in (1, 128 + sent):
+    if ended.status not in (0, 1, 128 + sent):  # 0: it was at its end; its result is compared all the same
         return f"exit status {ended.status}"
     return ""
 

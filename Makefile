@@ -2,9 +2,11 @@
 # make setup  only the virtual environment         make bench  benchmarks of time
 # make docs   these pages as a site, in site/      make zeroshot  the table of zero-shot accuracy
 # make golden  masks and weights of tiny runs against their recorded digests
+# make faults  jobs that are killed or interrupted at TRIALS random moments each, against jobs that are not
 
 PYTHON ?= python3
 STEPS ?= 100
+TRIALS ?= 100
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -18,7 +20,7 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 export DS_ACCELERATOR = cpu
 export NO_MKDOCS_2_WARNING = 1
 
-.PHONY: setup demo test lint golden bench zeroshot docs clean
+.PHONY: setup demo test lint golden faults bench zeroshot docs clean
 
 setup: $(READY)
 
@@ -41,6 +43,9 @@ test: lint  # two workers of one thread each: on two cores, threads of both woul
 
 golden: $(READY)  # "$(BIN)/python -m tests.golden record" writes the digests anew
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.golden check
+
+faults: $(READY)  # the table of docs/reliability.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults $(TRIALS)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/selection.py

@@ -1,5 +1,6 @@
 """Files and folders that are complete or absent; files of ``torch.save``, read without running code in them."""
 
+import errno
 import io
 import os
 import re
@@ -31,7 +32,8 @@ def load_plain(path: Path, *, part: bytes | None = None, mmap: bool = False) -> 
             warnings.filterwarnings("ignore", "Detected pickle protocol")  # of files that are then refused
             return torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # what is raised for bytes of any kind is not documented
-        if isinstance(error, (OSError, MemoryError)) or "memory" in str(error):
+        cut_off = isinstance(error, OSError) and error.errno == errno.EINVAL  # torch seeks ahead of its beginning
+        if (isinstance(error, (OSError, MemoryError)) and not cut_off) or "memory" in str(error):
             raise
         if named := re.search(r"GLOBAL (\S+)", str(error)):
             raise ValueError(calls(path, named[1])) from error

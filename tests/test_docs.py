@@ -139,6 +139,14 @@ def test_the_way_of_a_weight_names_functions_that_there_are():
         assert f"def {function.rpartition('.')[2]}(" in (PACKAGE / file).read_text(), function
 
 
+def test_promises_name_tests_that_there_are():
+    promises = re.findall(r"^\| [A-Z].*", (DOCS / "reliability.md").read_text(), re.M)
+    assert len(promises) > 10
+    for promise in promises:
+        named = re.findall(r"`(tests/[\w/]+\.py)`", promise)
+        assert named and all((ROOT / name).is_file() for name in named), promise
+
+
 def test_the_page_of_recipes_is_up_to_date():
     sys.path.insert(0, str(DOCS))
     import recipe_page

@@ -19,7 +19,7 @@ usage: sparse-train {command} --config FILE [--config FILE ...] [options]
   --trainer.callbacks.init_args.update_freq K
                                 steps between mask updates
   --trainer.max_steps N         length of the run, in optimizer steps
-  --ckpt_path FILE              checkpoint to continue from, or to measure
+  --ckpt_path FILE              checkpoint to continue from, or to measure; "last": the newest under default_root_dir
   --export FOLDER               write the trained sparse model there (fit)
   --print_config                print the recipe that results, and stop
   --json                        print one JSON object at the end, and nothing else

@@ -23,7 +23,7 @@ from sparse_train.export import ModelCard, export_model
 from sparse_train.export.card import training_rows
 from sparse_train.files import check_free
 from sparse_train.models.causal_lm import CausalLM
-from sparse_train.models.checkpoints import check_engine, check_plain
+from sparse_train.models.checkpoints import check_engine, check_plain, newest_checkpoint
 from sparse_train.report import collect, headline, write_run_report
 from sparse_train.terminal import bars_are_seen
 
@@ -56,9 +56,11 @@ class SparseTrainCLI(LightningCLI):
         parser.link_arguments("model.model", "data.tokenizer")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Refuses a checkpoint that would run code, before Lightning or an engine reads it."""
+        """Finds the "last" checkpoint, and refuses one that would run code, before Lightning or an engine reads it."""
         super().parse_arguments(parser, args)
         options = self.config[self.config.subcommand]
+        if options.ckpt_path == "last":  # Lightning looks in the folder of this run, which is new, and trains anew
+            options.ckpt_path = str(newest_checkpoint(options.trainer.default_root_dir or "."))
         if options.ckpt_path:
             check_plain(options.ckpt_path)
             if options.get("weights_only", True) is None:  # where this is not set, Lightning trusts what it downloads

@@ -4,6 +4,7 @@ The function of a command is in the module of the same name beside this one, and
 page should not wait for Lightning. ``fit``, ``validate`` and ``test`` share ``sparse_train.cli.fit``.
 """
 
+import signal
 import sys
 from contextlib import nullcontext
 from importlib import import_module
@@ -33,7 +34,8 @@ def main(args: list[str] | None = None) -> None:
     """Run a command line; ``args`` default to that of the process.
 
     Raises:
-        SystemExit: 1 for a value, file or package that does not do, 2 for a command line or recipe that cannot be read.
+        SystemExit: 1 for a value, file or package that does not do, 2 for a command line or recipe that cannot be read,
+            130 for Ctrl-C.
     """
     args = sys.argv[1:] if args is None else args
     debug = "--debug" in args
@@ -51,6 +53,11 @@ def main(args: list[str] | None = None) -> None:
     sys.path.append(str(Path.cwd()))  # recipes may name classes of local modules; last, so that these hide nothing
     try:
         run(name, options, debug)
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print(f"sparse-train {name}: interrupted.", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except Exception as error:
         if debug or not _is_the_users(error):
             raise

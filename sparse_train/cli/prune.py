@@ -21,7 +21,7 @@ from sparse_train.distributions import SparsityDistribution
 from sparse_train.evaluation.perplexity import check_window
 from sparse_train.export import export_model
 from sparse_train.export.card import ModelCard, oneshot_rows, write_card
-from sparse_train.files import check_free, check_space
+from sparse_train.files import check_free, check_space, replacing
 from sparse_train.inspection import LayerSparsity, layer_sparsities
 from sparse_train.models.sources import ModelSource, Pretrained, as_model_source
 from sparse_train.oneshot import Batch, OneshotReport, Plan, prune_checkpoint
@@ -242,7 +242,8 @@ def _once(
 
 def _write(path: Path, details: Details) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(dumps(details, indent=2) + "\n")
+    with replacing(path) as beside:
+        beside.write_text(dumps(details, indent=2) + "\n")
 
 
 def _counted(details: Details, report: OneshotReport) -> list[LayerSparsity]:

@@ -15,6 +15,7 @@ Shape suffixes: O out_features, I in_features, J packed mask bytes.
 
 import copy
 import functools
+import json
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -24,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from sparse_train.blocks import class_path, is_conv1d
@@ -300,6 +302,23 @@ def _fingerprint(weight_OI: Tensor) -> Tensor:
     return masks.fingerprint(weight_OI.view(torch.uint8))
 
 
+def check_whole(folder: Path) -> None:
+    """Raise ValueError for a checkpoint folder that was not written to its end, or has lost files since.
+
+    Without the files of optimizer, schedule or random numbers, the Trainer would go on to another result.
+    """
+    missing = [name for name in ("optimizer.*", "scheduler.pt", "rng_state*.pth") if not any(folder.glob(name))]
+    try:
+        json.loads((folder / TRAINER_STATE_NAME).read_text())  # which the Trainer writes last
+    except (OSError, ValueError):
+        missing.append(TRAINER_STATE_NAME)
+    if missing:
+        raise ValueError(
+            f"{folder} is not complete: {', '.join(missing)} missing or cut off. The run was stopped while it wrote, "
+            "or files were lost. Resume from an earlier checkpoint."
+        )
+
+
 @torch.no_grad()
 def restore_state(folder: Path, layers: Mapping[str, MaskedLayer], step: int) -> dict[str, Any]:
     """Restore the masks and shadow values of layers whose kept weights come from a checkpoint at this step.
@@ -368,6 +387,8 @@ def _train(found: Any, train: Any, self: Any, resume_from_checkpoint: Any = None
             "For several patterns in one model, use several MaskUpdater in a callback of your own or in a custom loop."
         )
     folder = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
+    if found and folder:
+        check_whole(Path(folder))
     for callback in found:
         callback._resumed, callback._first, callback._outliers = Path(folder) if folder else None, None, None
     return train(self, resume_from_checkpoint, *args, **kwargs)

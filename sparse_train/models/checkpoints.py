@@ -47,6 +47,18 @@ def read_checkpoint(checkpoint: str | Path) -> dict[str, Any]:
     raise ValueError(f"There is no checkpoint at {path}: it {kind}.")
 
 
+def newest_checkpoint(folder: str | Path) -> Path:
+    """The checkpoint under a folder, a file or folder ``*.ckpt``, that was written last.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = list(Path(folder).rglob("*.ckpt"))
+    if not found:
+        raise ValueError(f"There is no last checkpoint: {folder} (trainer.default_root_dir) has no *.ckpt inside.")
+    return max(found, key=lambda path: path.stat().st_mtime_ns)
+
+
 def check_engine(checkpoint: str | Path, strategy: Any) -> None:
     """Raise ValueError if a Lightning strategy cannot resume from a checkpoint of another strategy."""
     path, name = Path(checkpoint), type(strategy).__name__

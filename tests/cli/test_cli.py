@@ -235,6 +235,32 @@ def test_a_run_that_is_terminated_has_not_succeeded(model_folder, text, monkeypa
     assert not Path("model").exists()
 
 
+def test_the_last_checkpoint_is_that_of_an_earlier_run_or_an_error(model_folder, text, monkeypatch):
+    step, trained = CausalLM.training_step, []
+    monkeypatch.setattr(CausalLM, "training_step", lambda *args: trained.append(1) or step(*args))
+    options = [f"--model.model={model_folder}", f"--data.text={text}", "--data.block_size=32"]
+    options += ["--trainer.logger.init_args.save_dir=run", "--trainer.default_root_dir=run"]
+    options += ["--data.max_validation_blocks=2"]
+    command = ["fit", "--config=recipes/smollm2_2of4.yaml", *options, "--trainer.val_check_interval=2"]
+    with pytest.raises(SystemExit, match="no last checkpoint: run .*default_root_dir"):
+        cli.main([*command, "--trainer.max_steps=2", "--ckpt_path=last"])
+    assert not trained
+    cli.main([*command, "--trainer.max_steps=2"])
+    cli.main([*command, "--trainer.max_steps=4", "--ckpt_path=last"])  # its own folder, version_1, has no checkpoint
+    assert len(trained) == 4
+    assert list(Path("run/version_1").rglob("*step=4.ckpt"))
+
+
+def test_an_interruption_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "run", lambda *args: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["inspect", "x"])
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "sparse-train inspect: interrupted.\n"
+    with pytest.raises(KeyboardInterrupt):
+        cli.main(["inspect", "x", "--debug"])
+
+
 @pytest.mark.parametrize("recipe", ["smollm2_dense", "smollm2_2of4_distill"])
 def test_short_fits(model_folder, text, recipe):
     cli.main(

@@ -81,6 +81,24 @@ def test_what_cannot_be_resumed_says_why(tmp_path):
         trainer(tmp_path, pruning(ignore=["re:.*down_proj"])).train(resume_from_checkpoint=True)
 
 
+def test_a_folder_that_has_lost_a_file_is_refused(tmp_path):
+    """Without some of them the Trainer would go on, to another result."""
+    trainer(tmp_path, pruning(), save_strategy="steps", save_steps=5, max_steps=5).train()
+    folder, run = tmp_path / "checkpoint-5", trainer(tmp_path, pruning())
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"):
+        content = (folder / name).read_bytes()
+        (folder / name).unlink()
+        with pytest.raises(ValueError, match=f"checkpoint-5 is not complete: {name[:9]}.* from an earlier"):
+            run.train(resume_from_checkpoint=True)
+        (folder / name).write_bytes(content)
+    (folder / name).write_bytes(content[:100])
+    with pytest.raises(ValueError, match="not complete: trainer_state.json missing or cut off"):
+        run.train(resume_from_checkpoint=True)
+    (folder / name).write_bytes(content)
+    run.train(resume_from_checkpoint=True)
+    assert run.state.global_step == 12
+
+
 def test_masks_that_are_set_after_a_run_that_failed_are_kept(tmp_path):
     settings = {"save_strategy": "steps", "eval_strategy": "steps", "eval_steps": 4, "save_steps": 4}
     run = trainer(tmp_path, pruning(first_mask=FirstWindow()), load_best_model_at_end=True, **settings)

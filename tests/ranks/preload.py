@@ -14,8 +14,13 @@ import transformers.models.llama.modeling_llama
 import transformers.trainer
 
 import sparse_train.callbacks
+import sparse_train.cli.export
+import sparse_train.cli.lightning_cli
+import sparse_train.cli.prune
+import sparse_train.integrations.transformers
 import sparse_train.oneshot
 import tests.conftest
+import tests.integrations.runs
 
 # On CPUs DeepSpeed would compile a faster reduce in shared memory first, for minutes, and fail without a compiler.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

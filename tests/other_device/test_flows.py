@@ -9,10 +9,7 @@ import torch
 from sparse_train import (
     OWL,
     RIA,
-    Cubic,
-    Dormant,
     FirstWindow,
-    Fixed,
     Magnitude,
     Regrow,
     SparseGPT,
@@ -28,22 +25,15 @@ pytestmark = pytest.mark.skipif(not device.SUPPORTED, reason="this torch has no 
 
 TRAINING = {
     "2:4": {},
-    "unstructured": {"mask_structure": "unstructured", "sparsity": 0.6},
     "bfloat16": {"dtype": torch.bfloat16},
-    "checkpointing": {"checkpointing": True},
     "moved late": {"late": True},
     "Conv1D": {"kind": "gpt2"},
     "adapters": {"lora": True},
-    "decayed norms": {"norm_decay": 0.5},
-    "frozen norms": {"norm_decay": "frozen"},
     "decay": {"policy": StraightThrough(srste_decay=0.01)},
-    "dormant": {"policy": Dormant()},
     "regrow": {"policy": Regrow()},
-    "gradual": {"mask_structure": "unstructured", "policy": Fixed(), "schedule": Cubic(0.6, 0.1)},
     "owl": {"mask_structure": "unstructured", "sparsity": 0.6, "distribution": OWL(owl_m=2)},
     "model-wide": {"mask_structure": Unstructured("model"), "sparsity": 0.5},
     "cumulative": {"mask_structure": "unstructured", "sparsity": 0.5, "criterion": WandaCumulative()},
-    "magnitude": {"criterion": Magnitude()},
 }
 
 

@@ -182,7 +182,7 @@ def _write(folder: Path, arms: list[Arm], setting: str) -> None:
         table.add_row(*row)
     CONSOLE.print(table)
     CONSOLE.print(setting, highlight=False)
-    notes = f"Table: held-out articles, {arms[0].result.protocol}. Curves are on validation articles, the table on held-out ones."
+    notes = f"Table: held-out articles, {arms[0].result.protocol}. Curves: validation articles."
     page = write_run_report(
         [folder / "static", folder / "repruned"],
         folder,

@@ -85,12 +85,14 @@ class RunRecord(L.Callback):
         if updater and masked and self._pruning and not self._pruning.config.first_mask_moves_weights:
             rank_zero_info("RunRecord: validating once more with all weights kept, for the report.")
             masks = {layer: layer.weight_mask.clone() for layer in updater.layers.values()}
-            for layer in masks:
-                layer.keep_all()
-            trainer.fit_loop.epoch_loop.val_loop.run()  # still a sanity check: not logged, triggers no checkpoint
-            self._add_state(trainer, "dense")
-            for layer, mask in masks.items():
-                layer.weight_mask.copy_(mask)
+            try:
+                for layer in masks:
+                    layer.keep_all()
+                trainer.fit_loop.epoch_loop.val_loop.run()  # still a sanity check: not logged, triggers no checkpoint
+                self._add_state(trainer, "dense")
+            finally:  # a checkpoint of the exception would hold masks that prune nothing
+                for layer, mask in masks.items():
+                    layer.weight_mask.copy_(mask)
 
     def _add_state(self, trainer: L.Trainer, name: str) -> None:
         values = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val")}

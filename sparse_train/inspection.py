@@ -56,7 +56,7 @@ class LayerSparsity:
         """Why 2:4 hardware could not compute with it in any dtype; None if it could."""
         if self.kind not in ("Linear", "SparseLinear"):
             return f"it is not a plain nn.Linear ({self.kind})"
-        if self.pattern not in ("1:4", "2:8", "2:4"):
+        if self.pattern not in ("1:4", "2:4"):
             return f"its zeros are {self.pattern}, not 2:4" if self.pattern != "dense" else "it is dense"
         if any(size % BLOCK_2OF4 for size in self.shape):
             return f"its shape {' x '.join(map(str, self.shape))} is not in multiples of {BLOCK_2OF4}"

@@ -148,7 +148,7 @@ def detect_pattern(nonzero_OI: Tensor) -> str:
     """The tightest common pattern that the zeros of a weight follow, such as "2:4"; or "unstructured", or "dense"."""
     if bool(nonzero_OI.all()):
         return "dense"
-    for n, m in ((1, 4), (2, 8), (4, 16), (2, 4), (4, 8), (8, 16), (3, 4)):
+    for n, m in ((1, 4), (2, 4), (4, 8), (8, 16), (3, 4)):
         if nonzero_OI.shape[1] % m == 0 and int(nonzero_OI.reshape(-1, m).sum(1, dtype=torch.int32).max()) <= n:
             return f"{n}:{m}"
     return "unstructured"

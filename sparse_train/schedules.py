@@ -203,7 +203,8 @@ def _steps(name: str, value: int | float, total_steps: int | float | None) -> in
         raise ValueError(f"{name} as a share of the run must be from 0 to 1, got {value}; whole steps are an int.")
     if total_steps is None or not math.isfinite(total_steps):
         raise ValueError(
-            f"{name}={value} is a share of the run, whose length is not known. Give a number of steps, or limit the "
-            "run (max_steps, max_epochs with a data set of known length; total_steps in a custom loop)."
+            f"{name}={value} is a share of the run, whose length is not known. Give a number of steps (the only way "
+            "under manual optimization), or limit the run (max_steps, max_epochs with a data set of known length; "
+            "total_steps in a custom loop)."
         )
     return int(value * total_steps + _ROUNDING)

@@ -53,6 +53,8 @@ class TextBlocks(L.LightningDataModule):
         super().__init__()
         if block_size < 2:
             raise ValueError(f"block_size must be at least 2, a token and the next one, got {block_size}.")
+        if not 0 <= hold_out < 1:
+            raise ValueError(f"hold_out is a share of the training blocks, at least 0 and below 1, got {hold_out}.")
         self.text = text or PackagedWikipedia()
         self.tokenizer_source = as_model_source(tokenizer)
         self.block_size, self.batch_size, self.pack, self.seed = block_size, batch_size, pack, seed
@@ -69,7 +71,8 @@ class TextBlocks(L.LightningDataModule):
         if stage == "fit" and not len(self._blocks["validation"]):
             train = self._blocks["train"]
             first = len(train) - int(self.hold_out * len(train))
-            if self.batch_size <= first < len(train):
+            ranks = self.trainer.world_size if self.trainer is not None else 1
+            if self.batch_size * ranks <= first < len(train):
                 rank_zero_info(
                     f"The text has no validation split: its last {len(train) - first} of {len(train)} blocks are not "
                     "trained on, but measured (data.hold_out)."

@@ -18,6 +18,7 @@ import functools
 import json
 import logging
 import os
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -161,7 +162,7 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
         )
         self.updater.watch([optimizer])
         if rank() == 0:
-            _log.info("SparseTrainerCallback: %s.", self.updater.plan())
+            print(f"SparseTrainerCallback: {self.updater.plan()}.", file=sys.stderr)  # as the Trainer prints its logs
         if args.load_best_model_at_end and self.updater.sparsity is None:
             raise ValueError(
                 "The first mask comes from the activations of the first steps, which run dense, and "
@@ -224,6 +225,10 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
             folder.mkdir(parents=True, exist_ok=True)
             with replacing(folder / STATE_FILE) as temporary:
                 torch.save({"layers": layers, "updater": updater_state}, temporary)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not (Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE_FILE).exists():
+            self.save_state(args, state)  # a Trainer that saves checkpoints in its own way
 
     def on_train_end(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
         assert self.updater is not None

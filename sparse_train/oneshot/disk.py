@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -93,9 +93,12 @@ def _weight_files(folder: Path) -> list[Path]:
         )
     try:
         names = json.loads(index.read_text())["weight_map"].values()
-        return sorted({folder / Path(name).name for name in names})  # never one outside the folder
+        strays = [name for name in names if PurePath(name).is_absolute() or ".." in PurePath(name).parts]
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{index} is not the index of a checkpoint ({error!r}). Download it again.") from error
+    if strays:
+        raise ValueError(f"{index} names {strays[0]}, which is outside its folder.")
+    return sorted({folder / name for name in names})
 
 
 @contextmanager
@@ -414,5 +417,7 @@ def fingerprint(batches: Iterable[Batch]) -> str:
     found = 0
     for batch in batches:
         named = batch if isinstance(batch, Mapping) else {"input_ids": batch}
-        found = zlib.crc32(save({n: v.cpu().clone() for n, v in named.items() if isinstance(v, Tensor)}), found)
+        found = zlib.crc32(
+            save({n: v.cpu().contiguous().clone() for n, v in named.items() if isinstance(v, Tensor)}), found
+        )
     return f"calibration data {found}"

@@ -131,7 +131,7 @@ class RunningNorms:
         self.final = False
         """Whether norms are frozen."""
         self._tokens: dict[str, int] = {}  # after the last update
-        self._warned = False
+        self._warned = self._watching = False
 
     def check_own(self) -> None:
         """Raise ValueError if layers now record for another run, or are no longer masked."""
@@ -156,7 +156,31 @@ class RunningNorms:
 
     def record(self, wanted: bool) -> None:
         """Set whether the next step is recorded, if the criterion needs activations and they are not frozen."""
-        self.recorder.when = "training" if wanted and self._wanted and not self.final else "never"
+        needed = wanted and self._wanted and not self.final
+        self.recorder.when = "training" if needed or self._watching else "never"
+
+    def watch(self) -> None:
+        """Record one step in a run that needs no norms, only to see which layers it reaches; see ``check_reached``."""
+        attach(self._layers.values(), self.recorder, ActivationNorm)
+        self._watching = True
+
+    def check_reached(self) -> None:
+        """Warn of layers that the step since ``watch`` has not reached: their masks may have no effect."""
+        if not self._watching:
+            return
+        self._watching = False
+        unreached = [name for name, norm in norms_of(self._layers).items() if not int(norm.tokens)]
+        if not self._wanted:
+            attach(self._layers.values(), self.recorder, None)
+        if unreached and rank() == 0:
+            _log.warning(
+                "The first step reached no forward of %d targets, such as %s. If the model reads their weight in "
+                "another way, or another model is trained, masks have no effect, and the pruned weights are lost at "
+                "the end. Leave such layers out with ignore=[%r].",
+                len(unreached),
+                unreached[0],
+                unreached[0],
+            )
 
     def check_new(self) -> None:
         """Warn of targets that have nothing new since ``fade``, or whose inputs were sometimes not finite.

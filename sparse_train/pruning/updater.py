@@ -159,6 +159,10 @@ class MaskUpdater:
         if state is None:
             self.timing = config.timing(total_steps, has_masks)
         else:
+            if lacking := {"settings", "masks", "norms", "timing", "steps", "policy"} - state.keys():
+                raise ValueError(
+                    f"The state of the run lacks {', '.join(sorted(lacking))}: it is no updater's, or damaged."
+                )
             check_same(state["settings"], self.settings())
             check_same_layers(state["masks"], self.layers)
         self.norms = RunningNorms(self.layers, config.criterion, config.norm_decay)
@@ -183,6 +187,8 @@ class MaskUpdater:
             self.update()
         if state is None:
             warn_of_filled_zeros(self.layers)
+            if not (config.criterion.needs_activations and self._masks_change()):
+                self.norms.watch()
         self._prepare_step()
 
     def _has_masks(self) -> bool:
@@ -261,6 +267,7 @@ class MaskUpdater:
             ValueError: another updater or callback has taken over a layer, the model was squashed, or an update fails.
         """
         self.norms.check_own()
+        self.norms.check_reached()
         self._check_restored_masks()
         self.steps += 1
         warn_of_padding(self.norms.recorder)
@@ -296,6 +303,10 @@ class MaskUpdater:
         if self.sparsity is None or self.policy.regrowth != "never":
             return True
         return self.config.sparsity_at(self.timing.progress(step)) != self.sparsity
+
+    def _masks_change(self) -> bool:
+        """Whether an update of the run can change masks."""
+        return any(self._would_change(step) for step in (self.timing.start_step, self.timing.end_step))
 
     # --- at an update ------------------------------------------------------------------------------------------------
 
@@ -415,11 +426,10 @@ class MaskUpdater:
 
     def plan(self) -> str:
         """Which layers are pruned and how far, how they differ in sparsity, and when masks change, in words."""
-        changes = any(self._would_change(step) for step in (self.timing.start_step, self.timing.end_step))
         parts = (
             f"{named(self.layers)} at {group_label(self.config.pattern)}",
             f"final sparsity {self.config.sparsity_at(1.0):g}",
             self._division.in_words(),
-            self.timing.in_words() if changes else "masks do not change",
+            self.timing.in_words() if self._masks_change() else "masks do not change",
         )
         return "; ".join(part for part in parts if part)

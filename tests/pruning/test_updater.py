@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparse_train import Fixed, Magnitude, MaskUpdater, StraightThrough, Wanda, prune, sparse_layers, squash
+from sparse_train import Fixed, FromZeros, Magnitude, MaskUpdater, StraightThrough, Wanda, prune, sparse_layers, squash
 from sparse_train.layers.masked_layer import Recorder, SparseLinear
 from sparse_train.schedules import Cubic, Linear
 from tests.conftest import VOCABULARY, tiny_llama
@@ -293,3 +293,29 @@ def test_a_run_may_end_at_a_sparsity_of_less_than_a_weight_per_group():
     train(model, updater, 3)
     assert 0 < updater.sparsity < 0.25 and all(layer.keeps_all() for layer in updater.layers.values())
     updater.finish()
+
+
+class ReadsItself(nn.Module):
+    """Its first layer's weight is read without that layer's forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.c(self.b(nn.functional.linear(x, self.a.weight)))
+
+
+@pytest.mark.parametrize("static", [True, False])
+def test_a_mask_without_effect_is_said(static, caplog):
+    model = ReadsItself()
+    settings = {"criterion": Magnitude()}
+    if static:
+        prune(model, criterion=Magnitude())
+        settings = {"policy": Fixed(), "first_mask": FromZeros()}
+    updater = MaskUpdater(model, "2:4", update_freq=4, total_steps=8, **settings)
+    for _ in range(8):
+        model(torch.randn(2, 8)).sum().backward()
+        updater.step()
+    assert caplog.text.count("reached no forward of 1 targets, such as a.") == 1
+    assert (updater.layers["a"].statistics is None) != static

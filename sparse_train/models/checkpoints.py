@@ -44,7 +44,8 @@ def read_checkpoint(checkpoint: str | Path) -> dict[str, Any]:
     if (path / _DEEPSPEED_TAG).is_dir():
         return _read_deepspeed(path)
     kind = "is a folder that neither FSDP2 nor DeepSpeed wrote" if path.is_dir() else "does not exist"
-    raise ValueError(f"There is no checkpoint at {path}: it {kind}.")
+    beside = ", ".join(sorted(each.name for each in path.parent.glob("*.ckpt") if each != path)[:5])
+    raise ValueError(f"There is no checkpoint at {path}: it {kind}." + (f" Beside it are {beside}." if beside else ""))
 
 
 def newest_checkpoint(folder: str | Path) -> Path:

@@ -110,8 +110,14 @@ class Pretrained(ModelSource):
             return kind.from_pretrained(self.path, **own, **arguments)
         except (OSError, ValueError, SafetensorError) as error:
             sources = [source.__name__ for source in ModelSource.__subclasses__()]
-            hint = "" if Path(self.path, "config.json").is_file() else f" {_FOLDERS}"
-            raise ValueError(f"Cannot load {self.path!r}.{did_you_mean(self.path, sources)} {error}{hint}") from error
+            similar, folder = did_you_mean(self.path, sources), Path(self.path)
+            if not folder.is_dir():
+                similar += " There is no folder of this name, so a hub was asked."
+            elif not (folder / "config.json").is_file():
+                similar += f" {_FOLDERS}"
+            elif "Tokenizer" in kind.__name__ and not any(folder.glob("*token*")):
+                similar += " The folder has no tokenizer: save it there (tokenizer.save_pretrained)."
+            raise ValueError(f"Cannot load {self.path!r}.{similar} {error}") from error
 
     def _check_path(self) -> None:
         """Raise ValueError at once for what is no folder and no id of a hub, which would be asked in vain."""

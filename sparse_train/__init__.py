@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sparse_train.criteria import RIA, Criterion, LayerContext, Magnitude, Random, Wanda, WandaCumulative
     from sparse_train.distributions import OWL, Explicit, PerBlock, SparsityDistribution, Uniform
+    from sparse_train.inspection import summary
     from sparse_train.layers.mask_lora import MaskLoRA, add_mask_lora, merge_mask_lora
     from sparse_train.layers.masked_layer import SparseLinear, sparse_layers
     from sparse_train.layers.sparsify import sparsify, sparsify_like, squash
@@ -69,12 +70,14 @@ __all__ = [
     "sparsify",
     "sparsify_like",
     "squash",
+    "summary",
 ]
 
 if not TYPE_CHECKING:  # type checkers read the imports above
     _MODULES = (
         "criteria",
         "distributions",
+        "inspection",
         "layers.mask_lora",
         "layers.masked_layer",
         "layers.sparsify",

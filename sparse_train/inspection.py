@@ -129,6 +129,27 @@ def by_projection(layers: Sequence[LayerSparsity]) -> list[tuple[str, str, str, 
     ]
 
 
+def summary(model: nn.Module) -> str:
+    """The pruned layers of a model, masked or squashed, by projection: count, sparsity, pattern; and their share of it.
+
+    ::
+
+        print(sparse_train.summary(model))
+
+    All numbers are counted on the weights, as the forward uses them.
+    """
+    layers = layer_sparsities(model)
+    found = pruned(layers)
+    rows = [f"{name:16}{count:>4}  {sparsity}  {patterns}" for name, count, sparsity, patterns in by_projection(found)]
+    size, parameters = sum(layer.size for layer in found), sum(each.numel() for each in model.parameters())
+    share = sum(layer.zeros for layer in found) / max(1, parameters)
+    rows.append(
+        f"{len(found)} of {len(layers)} linear layers are pruned: {overall_sparsity(found):.4f} of their {size:,} "
+        f"weights, {share:.4f} of all {parameters:,} parameters."
+    )
+    return "\n".join(rows)
+
+
 def to_sparse_semi_structured(model: nn.Module) -> dict[str, str | None]:
     """Let the 2:4 layers of a model compute on sparse tensor cores, for inference.
 

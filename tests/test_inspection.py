@@ -7,7 +7,14 @@ from torch import nn
 
 from sparse_train import Magnitude, prune
 from sparse_train.cli.main import main
-from sparse_train.inspection import BLOCK_2OF4, DTYPES_2OF4, LayerSparsity, to_sparse_semi_structured, why_not_device
+from sparse_train.inspection import (
+    BLOCK_2OF4,
+    DTYPES_2OF4,
+    LayerSparsity,
+    summary,
+    to_sparse_semi_structured,
+    why_not_device,
+)
 from sparse_train.patterns import NM
 from tests.conftest import tiny_llama
 
@@ -137,3 +144,15 @@ def test_outputs_on_a_gpu():
     expected = layer(x)
     assert to_sparse_semi_structured(layer) == {"": None}
     torch.testing.assert_close(layer(x), expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("squash", [True, False])
+def test_the_summary_of_a_model_fits_a_screen(squash):
+    model = tiny_llama()
+    prune(model, criterion=Magnitude(), squash=squash)
+    *rows, last = summary(model).splitlines()
+    assert len(rows) == 7 and all(len(row) <= 80 for row in rows)
+    assert "up_proj            3  0.5000  2:4" in rows
+    weights = sum(p.numel() for n, p in model.named_parameters() if "proj" in n)
+    share = weights / 2 / sum(p.numel() for p in model.parameters())
+    assert f"0.5000 of their {weights:,} weights, {share:.4f} of all" in last and last.startswith("21 of 22 linear")

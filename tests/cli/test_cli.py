@@ -262,13 +262,11 @@ def test_an_interruption_is_one_line(monkeypatch, capsys):
         cli.main(["inspect", "x", "--debug"])
 
 
-@pytest.mark.parametrize("recipe", ["smollm2_dense", "smollm2_2of4_distill"])
-def test_short_fits(model_folder, text, recipe):
+def short_fit(text, *options):
     cli.main(
         [
             "fit",
-            f"--config=recipes/{recipe}.yaml",
-            f"--model.model={model_folder}",
+            *options,
             f"--data.text={text}",
             "--data.block_size=32",
             "--trainer.max_steps=3",
@@ -279,6 +277,11 @@ def test_short_fits(model_folder, text, recipe):
             "--trainer.enable_progress_bar=false",
         ]
     )
+
+
+@pytest.mark.parametrize("recipe", ["smollm2_dense", "smollm2_2of4_distill"])
+def test_short_fits(model_folder, text, recipe):
+    short_fit(text, f"--config=recipes/{recipe}.yaml", f"--model.model={model_folder}")
     metrics = Path("run/version_0/metrics.csv").read_text()
     assert "val/perplexity" in metrics
     assert ("train/loss_kldiv" in metrics) == ("distill" in recipe)
@@ -286,22 +289,8 @@ def test_short_fits(model_folder, text, recipe):
 
 @pytest.mark.parametrize(("recipe", "base"), [("lora", "--model.model.base"), ("mask_lora", "--model.model")])
 def test_low_rank_fits_export_zeros(model_folder, text, recipe, base):
-    cli.main(
-        [
-            "fit",
-            f"--config=recipes/smollm2_2of4_{recipe}.yaml",
-            f"{base}={model_folder}",
-            f"--data.text={text}",
-            "--data.block_size=32",
-            "--trainer.max_steps=3",
-            "--trainer.val_check_interval=3",
-            "--trainer.logger.init_args.save_dir=run",
-            "--trainer.default_root_dir=run",
-            "--trainer.enable_checkpointing=false",
-            "--trainer.enable_progress_bar=false",
-            "--export=exported",
-        ]
-    )
+    options = f"--config=recipes/smollm2_2of4_{recipe}.yaml", f"{base}={model_folder}", "--export=exported"
+    short_fit(text, *options)
     model = AutoModelForCausalLM.from_pretrained("exported")
     for name, weight in model.state_dict().items():
         if name.endswith("proj.weight"):

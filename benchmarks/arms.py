@@ -135,7 +135,6 @@ ARMS: dict[str, Arm] = {
     "dynamic_distill_kl": _arm(
         "smollm2_2of4", "--model.distillation.hardness_ce=0", "--model.distillation.hardness_kldiv=1", distil=True
     ),
-    "dynamic_distill_squarehead": _arm("smollm2_2of4", "--model.distillation.hardness_squarehead=1", distil=True),
     "static_distill_tuned": _arm("smollm2_2of4_static", teacher=True),
     "dynamic_distill_tuned": _arm("smollm2_2of4", teacher=True),
     # weights swap places by what the optimizer's moments say of them

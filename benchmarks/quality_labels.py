@@ -3,7 +3,7 @@
 REMOVED = (
     *("dynamic_hysteresis5", "dynamic_hysteresis20", "dynamic_noise1"),
     *("dynamic_window_hysteresis5", "dynamic_window_hysteresis20", "dynamic_window_noise1", "dynamic_window_noise2"),
-    *("dynamic_decay_ramped", "dynamic_decay_annealed"),
+    *("dynamic_decay_ramped", "dynamic_decay_annealed", "dynamic_distill_squarehead"),
 )
 """Arms of settings that gained nothing and were removed: only old rows are left."""
 

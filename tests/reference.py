@@ -1,7 +1,7 @@
 """Plain references, written from the papers: slow, obvious, in float64 unless bits are compared."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def row_mask(scores_OI: Tensor, sparsity: float) -> Tensor:
@@ -87,12 +87,3 @@ def distillation_losses(student, teacher, labels, temperature):
             kldiv = kldiv + temperature**2 * (p * (p / q).log()).sum()
             count += 1
     return ce / count, kldiv / count
-
-
-def squarehead(student_states, teacher_states, mask):
-    """Layer by layer in float64: MSE(teacher, student) / MSE(teacher, 0) over the tokens that are no padding."""
-    total = 0.0
-    for student, teacher in zip(student_states, teacher_states, strict=True):
-        s, t = student.double()[mask.bool()], teacher.double()[mask.bool()]
-        total = total + nn.functional.mse_loss(s, t) / nn.functional.mse_loss(t, torch.zeros_like(t))
-    return total

@@ -224,12 +224,12 @@ def test_distillation_is_a_class_or_the_mapping_of_its_arguments(tmp_path):
             f"--config={BASE}", f"--config={path}", "--model.distillation.temperature=3"
         ).model.distillation
         assert found.teacher == Pretrained("org/finetuned", dtype=dtype)
-        assert found.hardness == {"ce": 1.0, "kldiv": 2.0, "squarehead": 0.0}
+        assert (found.hardness_ce, found.hardness_kldiv) == (1.0, 2.0)
         assert found.temperature == 3.0
     recipe = ROOT / "recipes" / "smollm2_2of4_distill.yaml"
-    found = parse_fit(f"--config={recipe}", "--model.distillation.hardness_squarehead=1").model.distillation
+    found = parse_fit(f"--config={recipe}", "--model.distillation.cache=runs/teacher").model.distillation
     assert found.teacher is None
-    assert found.hardness == {"ce": 0.33, "kldiv": 0.67, "squarehead": 1.0}
+    assert (found.hardness_ce, found.hardness_kldiv, found.cache) == (0.33, 0.67, "runs/teacher")
     assert parse_fit(f"--config={recipe}", "--model.distillation=null").model.distillation is None
 
 

@@ -22,10 +22,11 @@ def low_rank_sum(weight_OI: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float) ->
 
 
 class _MaskedLinear(torch.autograd.Function):
-    """Saves weight, factors, packed mask and, if weight or factors are trained, x, but no masked copy.
+    """Saves weight, factors, packed mask and, if weight or factors are trained, x.
 
-    The masked weight is recomputed in backward: saving it would hold a second model between forward and backward
-    (under FSDP2 or ZeRO-3, the whole gathered one).
+    The masked weight is saved where autocast has cast it, as a dense layer saves its cast weight. Otherwise it is
+    recomputed in backward: saving it would hold a second model between forward and backward (under FSDP2 or ZeRO-3, the
+    whole gathered one).
     """
 
     @staticmethod
@@ -50,14 +51,16 @@ class _MaskedLinear(torch.autograd.Function):
         x = x.to(dtype)
         # of a frozen weight, the gradient does not need the input, which a dense layer would not hold either
         trained = ctx.needs_input_grad[1] or ctx.needs_input_grad[4] or ctx.needs_input_grad[5]
-        ctx.save_for_backward(x if trained else None, weight_OI, mask_OJ, a_RI, b_OR)
         with torch.autocast(device, enabled=False):  # factors are summed in full precision, as a merge sums them
             total_OI = weight_OI if a_RI is None or b_OR is None else low_rank_sum(weight_OI, a_RI, b_OR, scale)
-            return F.linear(x, masks.apply(total_OI, mask_OJ, dtype), None if bias_O is None else bias_O.to(dtype))
+            masked_OI = masks.apply(total_OI, mask_OJ, dtype)
+            kept_OI = masked_OI if dtype != weight_OI.dtype and ctx.needs_input_grad[0] else None
+            ctx.save_for_backward(x if trained else None, weight_OI, mask_OJ, a_RI, b_OR, kept_OI)
+            return F.linear(x, masked_OI, None if bias_O is None else bias_O.to(dtype))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight_OI, mask_OJ, a_RI, b_OR = ctx.saved_tensors
+        x, weight_OI, mask_OJ, a_RI, b_OR, masked_OI = ctx.saved_tensors
         wants_x, wants_weight, _, wants_bias, wants_a, wants_b, _, _ = ctx.needs_input_grad
         grad_x = grad_weight_OI = grad_bias_O = grad_a_RI = grad_b_OR = None
         masked: Callable[..., Tensor] = masks.apply
@@ -68,12 +71,15 @@ class _MaskedLinear(torch.autograd.Function):
                     "mask_lora only. Disable autocast around the forward of the gradient penalty."
                 )
             masked = functools.partial(_masked_for_autograd, straight_through=ctx.straight_through)
+            masked_OI = None  # it has no graph
         with torch.autocast(ctx.device_type, enabled=False):  # in case the caller runs backward inside autocast
             grad = grad.to(ctx.dtype)
             grad_TO = grad.reshape(-1, grad.shape[-1])
             if wants_x:
-                total_OI = weight_OI if a_RI is None else low_rank_sum(weight_OI, a_RI, b_OR, ctx.scale)
-                grad_x = grad.matmul(masked(total_OI, mask_OJ, ctx.dtype)).to(ctx.x_dtype)
+                if masked_OI is None:
+                    total_OI = weight_OI if a_RI is None else low_rank_sum(weight_OI, a_RI, b_OR, ctx.scale)
+                    masked_OI = masked(total_OI, mask_OJ, ctx.dtype)
+                grad_x = grad.matmul(masked_OI).to(ctx.x_dtype)
             if wants_weight:
                 grad_weight_OI = grad_TO.t().mm(x.reshape(-1, x.shape[-1])).to(weight_OI.dtype)
                 if not ctx.straight_through:

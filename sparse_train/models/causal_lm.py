@@ -18,7 +18,7 @@ from sparse_train.distributed.zero import whole_first
 from sparse_train.layers.masked_layer import sparse_layers
 from sparse_train.layers.sparsify import sparsify_like
 from sparse_train.models.checkpoints import PRUNING_STATE
-from sparse_train.models.distillation import Distillation, Teacher
+from sparse_train.models.distillation import CachedTeacher, Distillation, Teacher, cast_linear
 from sparse_train.models.lora import LoRA, adapter_config
 from sparse_train.models.losses import mean_over_tokens, next_token_loss
 from sparse_train.models.sources import ModelSource, as_model_source, load_sharded
@@ -32,7 +32,7 @@ class CausalLM(L.LightningModule):
 
     Logs ``train/loss`` at every step, and ``val/loss`` and ``val/perplexity`` (token perplexity, exp of the mean loss
     over tokens) at every validation. With distillation, ``train/loss`` is the weighted sum that is trained on, and its
-    terms are also logged, unweighted: ``train/loss_ce``, ``train/loss_kldiv``, ``train/loss_squarehead``.
+    terms are also logged, unweighted: ``train/loss_ce`` and ``train/loss_kldiv``.
 
     Args:
         model: a model source, or a Hugging Face id or local folder.
@@ -69,7 +69,7 @@ class CausalLM(L.LightningModule):
         self.gradient_checkpointing, self.compile_blocks = gradient_checkpointing, compile_blocks
         self.distillation = distillation
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
-        self._teacher: Teacher | None = None
+        self._teacher: Teacher | CachedTeacher | None = None
         self._eval_loss: MeanMetric | None = None
         self._steps_before_fit = 0  # of an earlier fit of the same trainer, which still counts them
 
@@ -98,38 +98,45 @@ class CausalLM(L.LightningModule):
     def on_fit_start(self) -> None:
         self._load_teacher()
 
-    def _load_teacher(self) -> Teacher | None:
+    def _load_teacher(self) -> Teacher | CachedTeacher | None:
         """The teacher of the run, if it has one; loaded at the first call."""
         # Loaded from its source and not copied from the model, which is already masked and may hold weights of a
         # checkpoint; a resumed run thus has the same teacher.
         if self.distillation is not None and self._teacher is None:
-            teacher = self.distillation.load_teacher(self.source, self.model)
-            teacher.model = self.trainer.precision_plugin.convert_module(teacher.model).to(self.device)
-            if self.compile_blocks:
-                _compile_blocks(teacher.model)
-            self._teacher = teacher
+            precision = str(self.trainer.precision)
+            self._teacher = self.distillation.load_teacher(self.source, self.model, self._as_in_run, precision)
         return self._teacher
+
+    def _as_in_run(self, teacher: Any) -> Any:
+        """A teacher that computes where and as the model does."""
+        teacher = self.trainer.precision_plugin.convert_module(teacher).to(self.device)
+        autocast = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(str(self.trainer.precision))
+        if autocast is not None:
+            cast_linear(teacher, autocast)
+        if self.compile_blocks:
+            _compile_blocks(teacher)
+        return teacher
 
     def on_train_start(self) -> None:
         if self.compile_blocks:  # not earlier, because one-shot pruning for a first mask calls blocks in other ways
             _compile_blocks(self.model)
 
     def on_fit_end(self) -> None:
+        if self._teacher is not None:
+            self._teacher.close()
         self._teacher = None  # not part of this module, so nothing else would free its memory
         for block in _blocks(self.model):
             block._compiled_call_impl = None  # undo compile(), for export; torch has no public API for this
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
         teacher = self._load_teacher()  # here too, as a learning rate finder trains before on_fit_start
         if self.distillation is None or teacher is None:
             loss, _ = next_token_loss(self(**inputs).logits, batch["labels"])
         else:
-            inputs["output_hidden_states"] = self.distillation.uses_hidden_states
             taught = teacher(**inputs)  # first, before there are activations of the student
-            losses = self.distillation.losses(self(**inputs), taught, batch)
-            self.log_dict({f"train/loss_{name}": each for name, each in losses.items()})
-            loss = self.distillation.total(losses)
+            loss, ce, kldiv = self.distillation.loss(self(**inputs).logits, taught, batch["labels"])
+            self.log_dict({"train/loss_ce": ce, "train/loss_kldiv": kldiv})
         self.log("train/loss", loss, prog_bar=True)
         return loss
 

@@ -1,21 +1,28 @@
 """``Distillation``: train a student also on the outputs of a teacher, such as the dense model that it was pruned from.
 
-Shape suffixes: B batch, L sequence length, V vocabulary, H hidden width.
+Shape suffixes: B batch, L sequence length, K tokens kept of the vocabulary.
 """
 
+import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
-from sparse_train.models.losses import logit_losses, squarehead_loss
+from sparse_train.files import replacing
+from sparse_train.models.losses import TopK, distillation_loss, top_k
 from sparse_train.models.sources import ModelSource, as_model_source
+
+_BLOCKS_A_FILE = 64
 
 
 class Teacher:
-    """A transformers model, frozen in place, in eval mode.
+    """A transformers model, frozen in place, in eval mode; called with the inputs of a batch, it gives its logits.
 
     Not an ``nn.Module``, so that a module that holds a teacher does not have its weights among its parameters, in its
     state dict or in checkpoints, and pruning, optimizers and sharding engines do not find them.
@@ -25,17 +32,79 @@ class Teacher:
         self.model = model.requires_grad_(False).eval()
 
     @torch.no_grad()
-    def __call__(self, **inputs: Any) -> Any:
-        return self.model(use_cache=False, **inputs)
+    def __call__(self, **inputs: Tensor) -> Tensor:
+        logits_BLV: Tensor = self.model(use_cache=False, **inputs).logits
+        return logits_BLV
+
+    def close(self) -> None:
+        """Nothing is kept."""
+
+
+class CachedTeacher:
+    """What a teacher said about each block of tokens, in a folder; only for blocks that are not there it is asked.
+
+    Blocks are found by their content, so that their order, the batch size and the number of processes may change, and
+    several runs may share a folder. An entry is a ``TopK`` in a file of safetensors.
+
+    Args:
+        folder: of one teacher, temperature and K.
+        load: gives the teacher, at the first block that is not in the folder.
+        k, temperature: of ``top_k``.
+    """
+
+    def __init__(self, folder: Path, load: Callable[[], Teacher], k: int, temperature: float) -> None:
+        self.folder, self.load, self.k, self.temperature = folder, load, k, temperature
+        folder.mkdir(parents=True, exist_ok=True)
+        self._teacher: Teacher | None = None
+        self._unsaved: dict[str, TopK] = {}
+        self._saved: dict[str, Any] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            self._open(path)
+
+    def __call__(self, *, input_ids: Tensor, attention_mask: Tensor) -> TopK:
+        keys = [
+            hashlib.sha256(torch.stack([ids, mask]).numpy()).hexdigest()
+            for ids, mask in zip(input_ids.cpu(), attention_mask.to("cpu", input_ids.dtype), strict=True)
+        ]
+        new = [i for i, key in enumerate(keys) if key not in self._saved and key not in self._unsaved]
+        if new:
+            self._teacher = self._teacher or self.load()
+            logits_BLV = self._teacher(input_ids=input_ids[new], attention_mask=attention_mask[new])
+            found = (part.cpu() for part in top_k(logits_BLV, self.k, self.temperature))
+            self._unsaved |= {keys[i]: TopK(*parts) for i, parts in zip(new, zip(*found, strict=True), strict=True)}
+            if len(self._unsaved) >= _BLOCKS_A_FILE:
+                self.close()
+        entries = [self._unsaved[key] if key in self._unsaved else self._read(key) for key in keys]
+        return TopK(*(torch.stack(parts).to(input_ids.device) for parts in zip(*entries, strict=True)))
+
+    def close(self) -> None:
+        """Write the blocks that are not in the folder yet."""
+        if self._unsaved:
+            path = self.folder / f"{next(iter(self._unsaved))}.safetensors"
+            tensors = {
+                f"{key}.{part}": value
+                for key, entry in self._unsaved.items()
+                for part, value in entry._asdict().items()
+            }
+            with replacing(path) as beside:
+                save_file(tensors, beside)
+            self._open(path)
+            self._unsaved = {}
+
+    def _open(self, path: Path) -> None:
+        file = safe_open(path, framework="pt")
+        self._saved |= {name.partition(".")[0]: file for name in file.keys()}  # noqa: SIM118  no mapping
+
+    def _read(self, key: str) -> TopK:
+        return TopK(*(self._saved[key].get_tensor(f"{key}.{part}") for part in TopK._fields))
 
 
 class Distillation:
-    """Train on ``hardness_ce * CE + hardness_kldiv * KL + hardness_squarehead * SquareHead``, see the functions
-    ``logit_losses`` and ``squarehead_loss``.
+    """Train on ``hardness_ce * CE + hardness_kldiv * KL``, see ``distillation_loss``.
 
-    The defaults are the plain sum of the two most common terms. What others use: AST (Huang et al., arXiv 2407.20584),
-    2:4 with changing masks, weights CE and KL 1 to 2 at temperature 2, and found KL alone better than distances of
-    hidden states; SquareHead's authors (arXiv 2310.06927) train with CE and SquareHead 1 to 1, without KL.
+    The defaults are the plain sum. AST (Huang et al., arXiv 2407.20584), 2:4 with changing masks, weights CE and KL 1
+    to 2 at temperature 2, and found KL alone better than distances of hidden states; adding those did not help here
+    either (docs/results.md).
 
     A teacher that has not seen the run's kind of text can end up worse at it than the student, and hold it back. Then
     train the dense model on the same text first and use that as the teacher, or lower ``hardness_kldiv``.
@@ -44,11 +113,14 @@ class Distillation:
         teacher: a model source, or a Hugging Face id or local folder, with the student's tokenizer. Default: the
             student's own source, that is the model before it was pruned. Every device holds the whole teacher, in the
             dtype that its source gives (under true half precision, in that of the run).
-        hardness_ce: weight of cross-entropy on the text.
-        hardness_kldiv: weight of the KL divergence from the teacher's next-token distribution.
-        hardness_squarehead: weight of the normalised distance of the hidden states of each layer, over all tokens
-            except padding, including those without a label. Needs a teacher with the student's depth and width.
+        hardness_ce: weight of cross-entropy on the text, at least 0.
+        hardness_kldiv: weight of the KL divergence from the teacher's next-token distribution, above 0.
         temperature: of both distributions in the divergence.
+        cache: folder for the teacher's ``top_k`` most likely tokens at each position. What is there is read, and the
+            rest is added, so that a second run on the same blocks (another learning rate, seed or method) neither
+            computes nor holds the teacher. About 6 * top_k bytes a token. The divergence then counts all other tokens
+            as one.
+        top_k: K of the cache.
     """
 
     def __init__(
@@ -56,63 +128,68 @@ class Distillation:
         teacher: ModelSource | str | None = None,
         hardness_ce: float = 1.0,
         hardness_kldiv: float = 1.0,
-        hardness_squarehead: float = 0.0,
         temperature: float = 1.0,
+        cache: str | None = None,
+        top_k: int = 64,
     ) -> None:
-        self.hardness = {"ce": hardness_ce, "kldiv": hardness_kldiv, "squarehead": hardness_squarehead}
-        for name, value in self.hardness.items():
-            if not 0 <= value < math.inf:
-                raise ValueError(f"hardness_{name} is the weight of a loss, at least 0 and finite, got {value}.")
-        if hardness_kldiv == hardness_squarehead == 0:
+        if not 0 <= hardness_ce < math.inf:
+            raise ValueError(f"hardness_ce is the weight of a loss, at least 0 and finite, got {hardness_ce}.")
+        if not 0 < hardness_kldiv < math.inf:
             raise ValueError(
-                "hardness_kldiv and hardness_squarehead are both 0, so nothing would be learnt from the teacher. Raise "
-                "one of them, or leave distillation out to train only on cross-entropy."
+                f"hardness_kldiv is the weight of what is learnt from the teacher, above 0 and finite, got "
+                f"{hardness_kldiv}. Leave distillation out to train only on cross-entropy."
             )
         if not 0 < temperature < math.inf:
             raise ValueError(f"temperature divides logits, so it is above 0 and finite, got {temperature}.")
+        if top_k < 1:
+            raise ValueError(f"top_k is a number of tokens, at least 1, got {top_k}.")
         self.teacher = None if teacher is None else as_model_source(teacher)
-        self.temperature = temperature
+        self.hardness_ce, self.hardness_kldiv, self.temperature = hardness_ce, hardness_kldiv, temperature
+        self.cache, self.top_k = cache, top_k
 
-    @property
-    def uses_hidden_states(self) -> bool:
-        """Whether ``losses`` needs outputs with ``hidden_states``."""
-        return self.hardness["squarehead"] > 0
-
-    def load_teacher(self, source: ModelSource, student: Any) -> Teacher:
-        """The teacher, on the CPU and in the dtype of its source.
+    def load_teacher(
+        self, source: ModelSource, student: Any, prepared: Callable[[Any], Any], precision: str
+    ) -> Teacher | CachedTeacher:
+        """The teacher, or what is known of it.
 
         Args:
             source: that of the student, used if ``teacher`` is None.
             student: the transformers model to be trained, which the teacher has to match.
+            prepared: makes a model compute where and as the run does.
+            precision: of the run; what is cached depends on it.
         """
         chosen = self.teacher or source
-        teacher = chosen.load()
-        theirs, own = teacher.config.get_text_config(), student.config.get_text_config()
-        for name in ("vocab_size", "num_hidden_layers", "hidden_size") if self.uses_hidden_states else ("vocab_size",):
-            if getattr(theirs, name) != getattr(own, name):
-                raise ValueError(
-                    f"The teacher {chosen.name} has a {name} of {getattr(theirs, name)} and the student {source.name} "
-                    f"one of {getattr(own, name)}. Choose a teacher that fits, or none: the default is the student's "
-                    "dense model."
-                )
-        return Teacher(teacher)
+        model = chosen.load()
+        theirs, own = (each.config.get_text_config().vocab_size for each in (model, student))
+        if theirs != own:
+            raise ValueError(
+                f"The teacher {chosen.name} has a vocab_size of {theirs} and the student {source.name} one of {own}. "
+                "Choose a teacher that fits, or none: the default is the student's dense model."
+            )
+        if self.cache is None:
+            return Teacher(prepared(model))
+        key = f"{digest(model)[:16]}-{precision}-temperature{self.temperature:g}-top{self.top_k}"
+        return CachedTeacher(
+            Path(self.cache, key), lambda: Teacher(prepared(chosen.load())), self.top_k, self.temperature
+        )
 
-    def losses(self, student: Any, teacher: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The unweighted losses of one batch: "ce", "kldiv" and, if it has a weight, "squarehead".
+    def loss(self, student_BLV: Tensor, teacher_BLV: Tensor | TopK, labels_BL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``distillation_loss`` with these weights and this temperature."""
+        hardness = self.hardness_ce, self.hardness_kldiv
+        return distillation_loss(student_BLV, teacher_BLV, labels_BL, self.temperature, *hardness)
 
-        Args:
-            student, teacher: outputs of transformers models for ``batch``, with ``logits`` (B, L, V) and, if
-                ``uses_hidden_states``, ``hidden_states``.
-            batch: with ``labels`` and ``attention_mask``, each (B, L).
-        """
-        ce, kldiv = logit_losses(student.logits, teacher.logits, batch["labels"], self.temperature)
-        losses = {"ce": ce, "kldiv": kldiv}
-        if self.uses_hidden_states:  # the first ones are the embeddings, which are not pruned
-            states = student.hidden_states[1:], teacher.hidden_states[1:]
-            losses["squarehead"] = squarehead_loss(*states, batch["attention_mask"])
-        return losses
 
-    def total(self, losses: Mapping[str, Tensor]) -> Tensor:
-        """The loss to train on, from the result of ``losses``."""
-        weighted = [self.hardness[name] * loss for name, loss in losses.items() if self.hardness[name] > 0]
-        return torch.stack(weighted).sum()
+def digest(model: nn.Module) -> str:
+    """Of the names and bytes of all weights."""
+    found = hashlib.sha256()
+    for name, weight in model.state_dict().items():
+        found.update(name.encode())
+        found.update(weight.cpu().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+def cast_linear(model: nn.Module, dtype: torch.dtype) -> None:
+    """Hold the weights of linear layers as autocast would cast them at every forward; what they compute is the same."""
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):  # a new parameter, so that tied embeddings keep theirs
+            layer.weight = nn.Parameter(layer.weight.detach().to(dtype), requires_grad=False)

@@ -1,12 +1,12 @@
-"""The losses: next token, and distillation from a teacher's logits and hidden states. All sum in float32, by chunks.
+"""The losses: next token, and distillation from a teacher's next-token distributions. All sum in float32, by chunks.
 
-Shape suffixes: B batch, L sequence length, V vocabulary, H hidden width, T all tokens = B * L, N tokens that count,
-C tokens of one chunk, K sums, X vocabulary or width.
+Shape suffixes: B batch, L sequence length, V vocabulary, T all tokens = B * L, N tokens that count, C tokens of one
+chunk, K largest of the vocabulary, S sums.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,14 @@ _CHUNK_ELEMENTS = 2**22
 """Elements of a chunk of tokens in float32, 16 MiB: large enough to keep a GPU busy, small next to any logits."""
 
 
+class TopK(NamedTuple):
+    """The largest entries of next-token distributions, each with the probability of all others together."""
+
+    ids_BLK: Tensor
+    log_probs_BLK: Tensor
+    log_rest_BL: Tensor
+
+
 def next_token_loss(logits_BLV: Tensor, labels_BL: Tensor) -> tuple[Tensor, Tensor]:
     """Mean cross-entropy of each token given those before it.
 
@@ -31,55 +39,62 @@ def next_token_loss(logits_BLV: Tensor, labels_BL: Tensor) -> tuple[Tensor, Tens
         Mean loss (float32 scalar, nats per token) and the number of tokens in it (int64 scalar).
     """
     labels_T = _shifted(labels_BL)
-    (loss,) = _chunked_sums(_text_sums, _text_gradient, None, logits_BLV.flatten(0, 1), labels_T)
     tokens = (labels_T != IGNORED).sum()
+    (loss,) = _chunked_sums(_text, None, logits_BLV.flatten(0, 1), labels_T)
     return loss / tokens.clamp(min=1), tokens
 
 
-def logit_losses(
-    student_BLV: Tensor, teacher_BLV: Tensor, labels_BL: Tensor, temperature: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """Cross-entropy on the labels and KL divergence from the teacher, of each token given those before it.
+def distillation_loss(
+    student_BLV: Tensor,
+    teacher_BLV: Tensor | TopK,
+    labels_BL: Tensor,
+    temperature: float = 1.0,
+    hardness_ce: float = 1.0,
+    hardness_kldiv: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``hardness_ce * CE + hardness_kldiv * KL`` of each token given those before it, and the two terms.
 
-    The divergence is ``t**2 * KL(softmax(teacher / t) || softmax(student / t))`` with ``t`` the temperature; ``t**2``
-    keeps its gradient comparable to cross-entropy's (Hinton et al., arXiv 1503.02531, section 2).
+    CE is cross-entropy on the labels, and KL is ``t**2 * KL(softmax(teacher / t) || softmax(student / t))`` with ``t``
+    the temperature; ``t**2`` keeps its gradient comparable to cross-entropy's (Hinton et al., arXiv 1503.02531,
+    section 2). What a ``TopK`` leaves open, the probabilities of all others, is taken to be divided as the student
+    divides it: KL is then between distributions over the K ids and "another one", a lower bound of the whole one.
 
     Args:
-        student_BLV, teacher_BLV: logits in any float dtype; only the student's get a gradient.
+        student_BLV: logits in any float dtype; these get the gradient.
+        teacher_BLV: logits, or what ``top_k`` keeps of them, made at the same temperature.
         labels_BL: the token ids (they are shifted here), -100 for positions without either loss.
         temperature: ``t``, above 0; larger = more weight on tokens that the teacher finds unlikely.
+        hardness_ce, hardness_kldiv: weights of the terms.
 
     Returns:
-        Means over the labelled tokens (float32 scalars, nats per token; 0 if no token is labelled).
+        The weighted sum, to train on, and the terms without their weights or gradients: means over the labelled tokens
+        (float32 scalars, nats per token; 0 if no token is labelled).
     """
     labels_T = _shifted(labels_BL)
     tokens_N = (labels_T != IGNORED).nonzero().squeeze(1)
-    sums, gradient = (partial(each, temperature=temperature) for each in (_logit_sums, _logit_gradient))
-    sums_K = _chunked_sums(sums, gradient, tokens_N, student_BLV.flatten(0, 1), teacher_BLV.flatten(0, 1), labels_T)
-    ce, kldiv = sums_K / max(1, len(tokens_N))
-    return ce, kldiv
+    parts = teacher_BLV if isinstance(teacher_BLV, TopK) else (teacher_BLV,)
+    terms = partial(_distilled, temperature=temperature, hardness=(hardness_ce, hardness_kldiv))
+    operands_T = student_BLV.flatten(0, 1), labels_T, *(part.flatten(0, 1) for part in parts)
+    total, ce, kldiv = _chunked_sums(terms, tokens_N, *operands_T) / max(1, len(tokens_N))
+    return total, ce.detach(), kldiv.detach()
 
 
-def squarehead_loss(
-    student_states: Sequence[Tensor], teacher_states: Sequence[Tensor], attention_mask_BL: Tensor
-) -> Tensor:
-    """SquareHead: squared distance of hidden states, normalised by the teacher's size, summed over layers.
+def top_k(logits_BLV: Tensor, k: int, temperature: float = 1.0) -> TopK:
+    """The K = min(k, V) most likely tokens of each position, with log-probabilities in float16 at a temperature.
 
-    ``sum over layers of MSE(teacher, student) / MSE(teacher, 0)`` (Kurtic et al., arXiv 2310.06927, section 2): the
-    normalisation gives each layer the same weight, though states grow by orders of magnitude with depth.
-
-    Args:
-        student_states, teacher_states: one per layer, (B, L, H) in any float dtype; only the student's get a gradient.
-        attention_mask_BL: 0 = padding, which is left out.
+    The probability of all others together is stored in float32. In float16, log-probabilities down to -16 are off by
+    0.004 at most.
     """
-    tokens_N = attention_mask_BL.flatten().nonzero().squeeze(1)
-    losses = []
-    for student_BLH, teacher_BLH in zip(student_states, teacher_states, strict=True):
-        operands_TH = student_BLH.flatten(0, 1), teacher_BLH.flatten(0, 1)
-        # sums instead of means: the numbers of tokens and features cancel out
-        distance, size = _chunked_sums(_squared_sums, _squared_gradient, tokens_N, *operands_TH)
-        losses.append(distance / size.clamp(min=torch.finfo(size.dtype).tiny))
-    return torch.stack(losses).sum()
+    batch, length, vocabulary = logits_BLV.shape
+    k, found = min(k, vocabulary), []
+    for chunk in _chunks(None, logits_BLV.flatten(0, 1)):
+        log_p_CV = F.log_softmax(logits_BLV.flatten(0, 1)[chunk].float() / temperature, dim=-1)
+        log_p_CK, ids_CK = log_p_CV.topk(k)
+        rest_C = log_p_CV.exp_().scatter_(1, ids_CK, 0).sum(1)
+        found.append((ids_CK.int(), log_p_CK.half(), rest_C.log()))
+    ids_TK, log_p_TK, log_rest_T = (torch.cat(parts) for parts in zip(*found, strict=True))
+    shape = batch, length, k
+    return TopK(ids_TK.view(shape), log_p_TK.view(shape), log_rest_T.view(batch, length))
 
 
 def mean_over_tokens(device: torch.device, *, sync: bool = True) -> MeanMetric:
@@ -100,88 +115,97 @@ def _shifted(labels_BL: Tensor) -> Tensor:
     return F.pad(labels_BL[:, 1:], (0, 1), value=IGNORED).flatten()
 
 
-# --- sums over the tokens of a chunk, and their gradients for the student's rows --------------------------------------
-# Gradients by hand: 1.4 to 1.8 times as fast as autograd's, over a vocabulary of 49,152 on a CPU.
+# --- sums over the tokens of a chunk: the loss, then what is logged; and the gradient of the loss ---------------------
 
 
-def _text_sums(logits_CV: Tensor, labels_C: Tensor) -> Tensor:
-    return F.cross_entropy(logits_CV.float(), labels_C, ignore_index=IGNORED, reduction="sum")[None]
-
-
-def _text_gradient(grad_K: Tensor, logits_CV: Tensor, labels_C: Tensor) -> Tensor:
+def _text(logits_CV: Tensor, labels_C: Tensor, *, wants_grad: bool) -> tuple[Tensor, Tensor | None]:
+    log_q_CV = F.log_softmax(logits_CV, dim=-1)
+    loss = F.nll_loss(log_q_CV, labels_C, ignore_index=IGNORED, reduction="sum")
+    if not wants_grad:
+        return loss[None], None
     # softmax(logits) - one_hot(label)
-    ignored_C = labels_C == IGNORED
-    grad_CV = F.softmax(logits_CV.float(), dim=-1)
-    grad_CV.scatter_add_(1, labels_C.masked_fill(ignored_C, 0)[:, None], -torch.ones_like(grad_CV[:, :1]))
-    return grad_CV.mul_(grad_K).masked_fill_(ignored_C[:, None], 0)
+    ignored_C1 = (labels_C == IGNORED)[:, None]
+    grad_CV = log_q_CV.exp_()
+    grad_CV.scatter_add_(1, labels_C[:, None].masked_fill(ignored_C1, 0), -torch.ones_like(grad_CV[:, :1]))
+    return loss[None], grad_CV.masked_fill_(ignored_C1, 0)
 
 
-def _logit_sums(student_CV: Tensor, teacher_CV: Tensor, labels_C: Tensor, temperature: float) -> Tensor:
-    student_CV, teacher_CV = student_CV.float(), teacher_CV.float()
-    ce = F.cross_entropy(student_CV, labels_C, reduction="sum")
-    log_q_CV = F.log_softmax(student_CV / temperature, dim=-1)
-    log_p_CV = F.log_softmax(teacher_CV / temperature, dim=-1)
-    kldiv = F.kl_div(log_q_CV, log_p_CV, reduction="none", log_target=True)
-    kldiv = kldiv.masked_fill_(log_p_CV == -torch.inf, 0).sum()  # 0 * log(0) = 0: tokens that the teacher rules out
-    return torch.stack([ce, temperature**2 * kldiv])
+def _distilled(
+    student_CV: Tensor,
+    labels_C: Tensor,
+    *teacher_C: Tensor,
+    temperature: float,
+    hardness: tuple[float, float],
+    wants_grad: bool,
+) -> tuple[Tensor, Tensor | None]:
+    of_ce, of_kldiv = hardness
+    log_q1_CV = F.log_softmax(student_CV, dim=-1)
+    log_q_CV = log_q1_CV if temperature == 1 else F.log_softmax(student_CV / temperature, dim=-1)
+    ce = F.nll_loss(log_q1_CV, labels_C, reduction="sum")
+    log_p_CV = _log_probs(log_q_CV, temperature, *teacher_C)
+    p_CV = log_p_CV.exp()
+    # 0 * log(0) = 0: tokens that the teacher rules out
+    kldiv = temperature**2 * (log_p_CV - log_q_CV).mul_(p_CV).masked_fill_(p_CV == 0, 0).sum()
+    sums_S = torch.stack([of_ce * ce + of_kldiv * kldiv, ce, kldiv])
+    if not wants_grad:
+        return sums_S, None
+    # of CE: softmax(student) - one_hot(label); of KL: t * (q - p), q and p at temperature t
+    q1_CV = log_q1_CV.exp()
+    q_CV = q1_CV if temperature == 1 else log_q_CV.exp()
+    grad_CV = (q_CV - p_CV).mul_(temperature * of_kldiv).add_(q1_CV, alpha=of_ce)
+    return sums_S, grad_CV.scatter_add_(1, labels_C[:, None], torch.full_like(grad_CV[:, :1], -of_ce))
 
 
-def _logit_gradient(
-    grad_K: Tensor, student_CV: Tensor, teacher_CV: Tensor, labels_C: Tensor, temperature: float
-) -> Tensor:
-    # cross-entropy: softmax(student) - one_hot(label); divergence: t * (q - p), p and q at temperature t
-    ce, kldiv = grad_K
-    student_CV, teacher_CV = student_CV.float(), teacher_CV.float()
-    grad_CV = F.softmax(student_CV, dim=-1).mul_(ce)
-    grad_CV.scatter_add_(1, labels_C[:, None], -ce.expand(len(labels_C), 1))
-    q_CV = F.softmax(student_CV / temperature, dim=-1)
-    p_CV = F.softmax(teacher_CV / temperature, dim=-1)
-    return grad_CV.add_(q_CV.sub_(p_CV).mul_(temperature * kldiv))
+def _log_probs(log_q_CV: Tensor, temperature: float, *teacher_C: Tensor) -> Tensor:
+    """The teacher's log-probabilities: of logits, or of the parts of a ``TopK`` and the student's."""
+    if len(teacher_C) == 1:
+        return F.log_softmax(teacher_C[0].float() / temperature, dim=-1)
+    ids_CK, log_p_CK, log_rest_C = teacher_C
+    ids_CK = ids_CK.long()
+    others_C = log_q_CV.exp().scatter_(1, ids_CK, 0).sum(1)
+    return (log_q_CV + (log_rest_C - others_C.log())[:, None]).scatter_(1, ids_CK, log_p_CK.float())
 
 
-def _squared_sums(student_CH: Tensor, teacher_CH: Tensor) -> Tensor:
-    student_CH, teacher_CH = student_CH.float(), teacher_CH.float()
-    return torch.stack([(student_CH - teacher_CH).square().sum(), teacher_CH.square().sum()])
-
-
-def _squared_gradient(grad_K: Tensor, student_CH: Tensor, teacher_CH: Tensor) -> Tensor:
-    return (student_CH.float() - teacher_CH.float()).mul_(2 * grad_K[0])
-
-
-def _chunked_sums(
-    sums: Callable[..., Tensor], gradient: Callable[..., Tensor], tokens_N: Tensor | None, *operands_T: Tensor
-) -> Tensor:
-    """``sums(*operands)`` (K,) over the rows ``tokens_N`` (None = all); the first operand gets ``gradient``."""
-    found_K: Tensor = _ChunkedSums.apply(sums, gradient, tokens_N, *operands_T)  # type: ignore[no-untyped-call]
-    return found_K
+def _chunked_sums(terms: Callable[..., Any], tokens_N: Tensor | None, *operands_T: Tensor) -> Tensor:
+    """The sums of ``terms`` (S,) over the rows ``tokens_N`` (None = all); the first of them can be trained on."""
+    sums_S: Tensor = _ChunkedSums.apply(terms, tokens_N, *operands_T)  # type: ignore[no-untyped-call]
+    return sums_S
 
 
 class _ChunkedSums(torch.autograd.Function):
-    """Holds only the operands until backward, which computes each chunk again: one at a time exists in float32."""
+    """Computes the gradient in forward, where softmax is at hand; it holds that, in the logits' dtype, and no operand.
+
+    The gradient is held without the factor that backward brings (1 / tokens, a scale of the loss), so that it does not
+    underflow in float16.
+    """
 
     @staticmethod
-    def forward(
-        ctx: Any, sums: Callable[..., Tensor], gradient: Callable[..., Tensor], tokens_N: Tensor | None, *rows_T: Tensor
-    ) -> Tensor:
-        ctx.gradient = gradient
-        ctx.save_for_backward(tokens_N, *rows_T)
-        return torch.stack([sums(*(each[chunk] for each in rows_T)) for chunk in _chunks(tokens_N, rows_T[0])]).sum(0)
+    def forward(ctx: Any, terms: Callable[..., Any], tokens_N: Tensor | None, *operands_T: Tensor) -> Tensor:
+        logits_TV, *others_T = operands_T
+        wants_grad = ctx.needs_input_grad[2]
+        grad_TV = torch.zeros_like(logits_TV) if wants_grad else None
+        sums = []
+        for chunk in _chunks(tokens_N, logits_TV):
+            sums_S, grad_CV = terms(
+                logits_TV[chunk].float(), *(each[chunk] for each in others_T), wants_grad=wants_grad
+            )
+            sums.append(sums_S)
+            if grad_TV is not None:
+                grad_TV[chunk] = grad_CV.to(grad_TV.dtype)
+        ctx.save_for_backward(grad_TV)
+        return torch.stack(sums).sum(0)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_K: Tensor) -> tuple[Tensor | None, ...]:
-        tokens_N, student_TX, *constants_T = ctx.saved_tensors
-        grad_TX = torch.zeros_like(student_TX)
-        for chunk in _chunks(tokens_N, student_TX):
-            grad_CX = ctx.gradient(grad_K, student_TX[chunk], *(each[chunk] for each in constants_T))
-            grad_TX[chunk] = grad_CX.to(grad_TX.dtype)
-        return None, None, None, grad_TX, *(None for _ in constants_T)
+    def backward(ctx: Any, grad_S: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_TV,) = ctx.saved_tensors
+        return None, None, grad_TV * grad_S[0], *(None for _ in ctx.needs_input_grad[3:])
 
 
-def _chunks(tokens_N: Tensor | None, student_TX: Tensor) -> Iterator[Tensor | slice]:
+def _chunks(tokens_N: Tensor | None, logits_TV: Tensor) -> Iterator[Tensor | slice]:
     """Indices of rows; if all rows count, slices, which copy nothing."""
-    size = max(1, _CHUNK_ELEMENTS // student_TX.shape[-1])
+    size = max(1, _CHUNK_ELEMENTS // logits_TV.shape[-1])
     if tokens_N is not None:
         yield from tokens_N.split(size)
     else:
-        yield from (slice(start, start + size) for start in range(0, max(1, len(student_TX)), size))
+        yield from (slice(start, start + size) for start in range(0, max(1, len(logits_TV)), size))

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import partial
 
 import lightning as L
 import pytest
@@ -12,7 +13,8 @@ from sparse_train.callbacks import DynamicPruning
 from sparse_train.data.text_blocks import TextBlocks
 from sparse_train.data.texts import TextFiles
 from sparse_train.models.causal_lm import CausalLM
-from sparse_train.models.distillation import Distillation, Teacher
+from sparse_train.models.distillation import CachedTeacher, Distillation, Teacher
+from sparse_train.models.losses import top_k
 from sparse_train.models.sources import Pretrained
 from tests.conftest import tiny_llama, tiny_tokenizer
 from tests.models.test_causal_lm import fit
@@ -25,12 +27,10 @@ pytestmark = pytest.mark.filterwarnings("ignore")
     ("arguments", "message"),
     [
         ({"hardness_ce": -1}, "hardness_ce is the weight of a loss, at least 0 and finite, got -1"),
-        ({"hardness_kldiv": -0.5}, "hardness_kldiv is the weight"),
-        ({"hardness_squarehead": math.nan}, "hardness_squarehead is the weight"),
-        ({"hardness_ce": 0, "hardness_kldiv": 0}, "leave distillation out to train only on cross-entropy"),
-        ({"hardness_kldiv": 0}, "nothing would be learnt from the teacher"),
+        ({"hardness_kldiv": math.nan}, "hardness_kldiv is the weight of what is learnt from the teacher, .* got nan"),
+        ({"hardness_kldiv": 0}, "Leave distillation out to train only on cross-entropy"),
         ({"temperature": 0}, "temperature divides logits, so it is above 0 and finite, got 0"),
-        ({"temperature": -1}, "got -1"),
+        ({"cache": "x", "top_k": 0}, "top_k is a number of tokens, at least 1, got 0"),
     ],
 )
 def test_mistakes_are_found_at_construction(arguments, message):
@@ -38,16 +38,9 @@ def test_mistakes_are_found_at_construction(arguments, message):
         Distillation(**arguments)
 
 
-def test_the_total_is_the_weighted_sum():
-    losses = {"ce": torch.tensor(2.0), "kldiv": torch.tensor(3.0), "squarehead": torch.tensor(5.0)}
-    assert Distillation(hardness_squarehead=0.1).total(losses) == 5.5
-    assert Distillation(hardness_ce=0.0, hardness_kldiv=2.0).total(losses) == 6.0
-    assert math.isfinite(Distillation(hardness_ce=0.0).total({**losses, "ce": torch.tensor(math.inf)}))
-
-
 def test_a_teacher_is_frozen_and_in_eval_mode(ids):
     teacher = Teacher(tiny_llama(attention_dropout=0.5).train())
-    first, second = (teacher(input_ids=ids[0]).logits for _ in range(2))
+    first, second = (teacher(input_ids=ids[0]) for _ in range(2))
     assert torch.equal(first, second)
     assert not first.requires_grad
     assert not any(parameter.requires_grad for parameter in teacher.model.parameters())
@@ -72,10 +65,11 @@ class Watch(L.Callback):
     """Looks at a run from inside: the teacher and what is logged, at each step."""
 
     def __init__(self):
-        self.teachers, self.metrics, self.tokens = [], [], 0
+        self.teachers, self.metrics, self.batches, self.tokens = [], [], [], 0
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         self.batch = batch
+        self.batches.append(batch)
         self.tokens += int(batch["attention_mask"].sum())
 
     def on_train_batch_end(self, trainer, pl_module, *args):
@@ -100,9 +94,8 @@ class ExactAfterEveryStep(L.Callback):
         assert all((layer.unpacked_mask().reshape(-1, 4).sum(1) == 2).all() for layer in layers.values())
 
 
-@pytest.mark.parametrize("hardness_squarehead", [0.0, 0.5])
-def test_the_teacher_stays_the_dense_model_and_outside_the_student(model_folder, data, tmp_path, hardness_squarehead):
-    module = CausalLM(str(model_folder), lr=1e-2, distillation=Distillation(hardness_squarehead=hardness_squarehead))
+def test_the_teacher_stays_the_dense_model_and_outside_the_student(model_folder, data, tmp_path):
+    module = CausalLM(str(model_folder), lr=1e-2, distillation=Distillation())
     watch, pruning = Watch(), DynamicPruning("2:4", update_freq=4)
     inside = {}
 
@@ -143,7 +136,7 @@ def test_activations_of_the_teacher_do_not_count(model_folder, data):
             counted.append(max(int(layer.statistics.tokens) for layer in sparse_layers(pl_module).values()))
 
     watch = Watch()
-    module = CausalLM(str(model_folder), distillation=Distillation(hardness_squarehead=1.0))
+    module = CausalLM(str(model_folder), distillation=Distillation())
     fit(
         module,
         data(),
@@ -158,7 +151,7 @@ def test_activations_of_the_teacher_do_not_count(model_folder, data):
 @pytest.mark.parametrize("at", [6, 8], ids=["in a window", "at an update"])
 def test_resumed_equals_uninterrupted_bit_for_bit(model_folder, data, tmp_path, at):
     def run(*callbacks, **settings):
-        module = CausalLM(str(model_folder), lr=3e-3, distillation=Distillation(hardness_squarehead=0.5))
+        module = CausalLM(str(model_folder), lr=3e-3, distillation=Distillation())
         watch = Watch()
         fit(module, data(), DynamicPruning("2:4", update_freq=4, squash=False), watch, *callbacks, **settings)
         return module, watch
@@ -200,25 +193,24 @@ def test_a_run_after_an_interrupted_one_gets_a_teacher_of_its_own(model_folder, 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
 def test_the_teacher_computes_as_the_student_does(model_folder, data, precision):
-    module, watch = CausalLM(str(model_folder), distillation=Distillation(hardness_squarehead=1.0)), Watch()
+    module, watch = CausalLM(str(model_folder), distillation=Distillation()), Watch()
     fit(module, data(), watch, precision=precision, max_steps=2)
     first, second = watch.metrics
     assert first["train/loss_kldiv"] == pytest.approx(0, abs=1e-6)  # nothing is pruned or trained yet
-    assert first["train/loss_squarehead"] == 0
-    assert second["train/loss_squarehead"] > 0
-    dtypes = {p.dtype for p in watch.teachers[0].model.parameters()}
-    assert dtypes == {p.dtype for p in module.model.parameters()}
-    assert dtypes == {torch.bfloat16 if precision == "bf16-true" else torch.float32}
+    assert second["train/loss_kldiv"] > 1e-6
+    teacher = watch.teachers[0].model
+    assert teacher.model.layers[0].mlp.up_proj.weight.dtype == (torch.float32 if "32" in precision else torch.bfloat16)
+    assert teacher.model.norm.weight.dtype == (torch.bfloat16 if "true" in precision[4:] else torch.float32)
 
 
 def test_what_is_logged(model_folder, data):
-    weights = {"hardness_ce": 0.5, "hardness_kldiv": 2.0, "hardness_squarehead": 0.25, "temperature": 2.0}
+    weights = {"hardness_ce": 0.5, "hardness_kldiv": 2.0, "temperature": 2.0}
     module, watch = CausalLM(str(model_folder), distillation=Distillation(**weights)), Watch()
     trainer = fit(module, data(), DynamicPruning("2:4", update_freq=4), watch, max_steps=6)
     for metrics in watch.metrics:
-        terms = [metrics[f"train/loss_{name}"] for name in ("ce", "kldiv", "squarehead")]
+        terms = [metrics[f"train/loss_{name}"] for name in ("ce", "kldiv")]
         assert all(term > 0 for term in terms)
-        assert metrics["train/loss"] == pytest.approx(0.5 * terms[0] + 2.0 * terms[1] + 0.25 * terms[2], rel=1e-5)
+        assert metrics["train/loss"] == pytest.approx(0.5 * terms[0] + 2.0 * terms[1], rel=1e-5)
     plain = CausalLM(str(model_folder))
     plain.model = copy.deepcopy(module.model)
     expected = trainer.validate(plain, data(), verbose=False)[0]
@@ -249,28 +241,11 @@ def test_a_learning_rate_finder_in_front_has_the_teacher_too(model_folder, data)
     assert len(set(watch.teachers)) == 1
 
 
-@pytest.mark.parametrize(
-    ("changes", "arguments", "message"),
-    [
-        ({"vocab_size": 160}, {}, "a vocab_size of 160 and the student .* one of 128"),
-        (
-            {"num_hidden_layers": 4},
-            {"hardness_squarehead": 1.0},
-            "num_hidden_layers of 4 and the .* one of 3",
-        ),
-        ({"hidden_size": 64}, {"hardness_squarehead": 1.0}, "a hidden_size of 64 and the student .* one of 32"),
-    ],
-)
-def test_a_teacher_that_does_not_fit_is_refused_before_the_first_step(
-    model_folder, data, tmp_path, changes, arguments, message
-):
-    tiny_llama(**changes).save_pretrained(tmp_path / "other")
+def test_a_teacher_that_does_not_fit_is_refused_before_the_first_step(model_folder, data, tmp_path):
+    tiny_llama(vocab_size=160).save_pretrained(tmp_path / "other")
     tiny_tokenizer().save_pretrained(tmp_path / "other")
-    module, watch = (
-        CausalLM(str(model_folder), distillation=Distillation(str(tmp_path / "other"), **arguments)),
-        Watch(),
-    )
-    with pytest.raises(ValueError, match=message):
+    module, watch = CausalLM(str(model_folder), distillation=Distillation(str(tmp_path / "other"))), Watch()
+    with pytest.raises(ValueError, match="a vocab_size of 160 and the student .* one of 128"):
         fit(module, data(), watch)
     assert not watch.metrics
 
@@ -280,3 +255,73 @@ def test_logits_need_no_teacher_of_the_same_shape(model_folder, data, tmp_path):
     module, watch = CausalLM(str(model_folder), distillation=Distillation(str(tmp_path / "larger"))), Watch()
     fit(module, data(), watch, max_steps=2)
     assert watch.metrics[-1]["train/loss_kldiv"] > 0
+
+
+# --- Cached teachers -------------------------------------------------------------------------------------------------
+
+
+def cached_run(model_folder, data, tmp_path, monkeypatch, **settings):
+    """The losses of a run, and how many batches its teacher saw."""
+    asked = []
+    monkeypatch.setattr(Teacher, "__call__", counted(Teacher.__call__, asked))
+    distillation = Distillation(cache=str(tmp_path / "cache"), **{"top_k": 8, **settings})
+    module, watch = CausalLM(str(model_folder), lr=1e-2, distillation=distillation), Watch()
+    fit(module, data(), DynamicPruning("2:4", update_freq=4), watch, max_steps=6)
+    monkeypatch.undo()
+    return [step["train/loss"] for step in watch.metrics], asked, watch
+
+
+def counted(call, asked):
+    def counting(self, **inputs):
+        asked.append(len(inputs["input_ids"]))
+        return call(self, **inputs)
+
+    return counting
+
+
+def test_a_second_run_reads_what_the_first_one_asked(model_folder, data, tmp_path, monkeypatch):
+    run = partial(cached_run, model_folder, data, tmp_path, monkeypatch)
+    first, asked, watch = run()
+    assert sum(asked) == len({tuple(row.tolist()) for batch in watch.batches for row in batch["input_ids"]})
+    second, asked, watch = run()
+    assert second == first and not asked
+    assert watch.teachers[0]._teacher is None  # it is not in memory
+    _, asked, _ = run(temperature=2.0)
+    assert asked  # another temperature has entries of its own
+    other = tiny_llama()
+    other.model.norm.weight.data += 0.1
+    other.save_pretrained(model_folder)  # another model under the same name
+    third, asked, _ = run()
+    assert asked and third != first
+
+
+def test_with_all_tokens_a_cache_changes_nothing(model_folder, data, tmp_path, monkeypatch):
+    cached, _, _ = cached_run(model_folder, data, tmp_path, monkeypatch, top_k=128)
+    module, watch = CausalLM(str(model_folder), lr=1e-2, distillation=Distillation()), Watch()
+    fit(module, data(), DynamicPruning("2:4", update_freq=4), watch, max_steps=6)
+    assert cached == pytest.approx([step["train/loss"] for step in watch.metrics], rel=1e-3)
+
+
+def test_a_cache_is_found_by_content_and_padding(tmp_path, ids):
+    """In any order and batch size; the same tokens under another mask are another block."""
+    model, asked = tiny_llama(), []
+
+    def load():
+        asked.append(True)
+        return Teacher(model)
+
+    inputs, masks = torch.cat(list(ids)), torch.ones_like(torch.cat(list(ids)))
+    masks[0, -2:] = 0
+    cache = CachedTeacher(tmp_path, load, k=4, temperature=1.0)
+    whole = cache(input_ids=inputs, attention_mask=masks)
+    cache.close()
+    again = CachedTeacher(tmp_path, load, k=4, temperature=1.0)
+    rows = torch.arange(len(inputs)).flip(0)
+    for one, row in zip(rows.split(1), rows, strict=True):
+        found = again(input_ids=inputs[one], attention_mask=masks[one])
+        assert all(torch.equal(part[0], of_all[row]) for part, of_all in zip(found, whole, strict=True))
+    assert len(asked) == 1
+    again(input_ids=inputs[:1], attention_mask=torch.ones_like(masks[:1]))
+    assert len(asked) == 2
+    expected = top_k(Teacher(model)(input_ids=inputs, attention_mask=masks), 4)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(whole, expected, strict=True))

@@ -1,94 +1,120 @@
-"""Training with re-pruning against dense training: time per step, and bytes of masks; ratios from one run.
+"""What a training step costs: dense, re-pruned, and distilled with a live or cached teacher; ratios from one run.
 
     python benchmarks/overhead.py
-    python benchmarks/overhead.py --update_freq 10 --intervals 2 --rounds 2
+    python benchmarks/overhead.py --rounds 16 --batch_size 1
 
-Same Trainer, same model (SmolLM2-135M-Instruct, dequantised from Q4_1), same batches, bf16-mixed, default settings of
-DynamicPruning. Only whole intervals are timed, including updates: from after the first step of an interval to after the
-step of its last update. The first mask, made once per run, is left out. Dense and sparse runs alternate, and rounds are
-summed, so that disturbances of the machine affect both.
+Same model (SmolLM2-135M-Instruct, dequantised from Q4_1), same batches, bfloat16 autocast, AdamW of CausalLM, gradients
+clipped. The kinds of step take turns in one process, in an order that rotates, so that disturbances of the machine
+affect all of them. A round gives each ratio once; their medians and quartiles are printed. The update is timed apart,
+every step, and counted 1/k times.
 """
 
+import copy
+import itertools
+import json
 import os
+import tempfile
 import time
 import warnings
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median, quantiles
 from typing import Any
 
-import lightning as L
 import torch
 from jsonargparse import auto_cli
 from rich.console import Console
+from rich.table import Table
 
-from sparse_train import sparse_layers
-from sparse_train.callbacks import DynamicPruning
-from sparse_train.data.text_blocks import TextBlocks
-from sparse_train.models.causal_lm import CausalLM
+from sparse_train import MaskUpdater
+from sparse_train.data.blocks import blocks_of
+from sparse_train.data.texts import PackagedWikipedia
+from sparse_train.models.distillation import CachedTeacher, Distillation, Teacher, cast_linear
+from sparse_train.models.losses import next_token_loss
 from sparse_train.models.sources import PackagedSmolLM2
 
-
-class Clock(L.Callback):
-    """Seconds of optimizer steps ``first`` + 1 to ``last``, including callbacks."""
-
-    def __init__(self, first: int, last: int) -> None:
-        self.first, self.last, self.seconds, self.mask_bytes = first, last, 0.0, 0.0
-
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: object) -> None:
-        if trainer.global_step == self.first:
-            self.began = time.perf_counter()
-        if trainer.global_step == self.last:
-            self.seconds = time.perf_counter() - self.began
-            layers = sparse_layers(pl_module).values()
-            if layers:
-                weights = sum(layer.weight.numel() for layer in layers)
-                self.mask_bytes = sum(layer.weight_mask.nbytes for layer in layers) / weights
+FREQUENCIES = (1, 10)
+BLOCK_SIZE = 512
 
 
-def settings() -> dict[str, Any]:
-    """Settings of the trainers that are compared."""
-    return {
-        "precision": "bf16-mixed",
-        "logger": False,
-        "enable_checkpointing": False,
-        "limit_val_batches": 0,
-        "enable_model_summary": False,
-    }
+class Student:
+    """A model with its optimizer, and one step of training."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model.train()
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+
+    def step(self, batch: dict[str, torch.Tensor], teacher: Callable[..., Any] | None = None) -> None:
+        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+        with torch.autocast("cpu", torch.bfloat16):
+            taught = None if teacher is None else teacher(**inputs)
+            logits_BLV = self.model(use_cache=False, **inputs).logits
+            if taught is None:
+                loss, _ = next_token_loss(logits_BLV, batch["labels"])
+            else:
+                loss, _, _ = Distillation().loss(logits_BLV, taught, batch["labels"])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
 
-def train(first: int, steps: int, *callbacks: L.Callback) -> Clock:
-    L.seed_everything(0, verbose=False)
-    clock = Clock(first, first + steps)
-    # the clock comes last, so that its time includes updates
-    trainer = L.Trainer(max_steps=first + steps + 1, callbacks=[*callbacks, clock], **settings())
-    trainer.fit(CausalLM(PackagedSmolLM2()), TextBlocks(PackagedSmolLM2()))
-    return clock
+def seconds(run: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began
 
 
-def main(update_freq: int = 10, intervals: int = 2, rounds: int = 1) -> None:
-    """Print the ratio.
+def main(rounds: int = 8, batch_size: int = 4, out: str | None = None) -> None:
+    """Print the table.
 
     Args:
-        update_freq: k.
-        intervals: whole intervals that are timed.
-        rounds: dense and sparse runs, alternating.
+        rounds: of one step of each kind.
+        batch_size: blocks of 512 tokens of a step.
+        out: JSON file for the seconds.
     """
     warnings.filterwarnings("ignore")
-    steps = update_freq * intervals
-    dense = sparse = 0.0
-    for _ in range(rounds):
-        # timed: steps update_freq + 1 to update_freq * (intervals + 1), with an update after the last one of each
-        pruning = DynamicPruning("2:4", update_freq=update_freq, end_step=steps + 2 * update_freq)
-        clock = train(update_freq, steps, pruning)
-        sparse += clock.seconds
-        mask_bytes = clock.mask_bytes
-        dense += train(update_freq, steps).seconds
-    cores = os.cpu_count()
-    Console(width=120).print(
-        f"{rounds} x {steps} steps of 4 x 512 tokens, bf16-mixed, {cores} cores, torch {torch.__version__}\n"
-        f"dense {dense / rounds / steps:.3f} s per step, 2:4 re-pruned every {update_freq} steps "
-        f"{sparse / rounds / steps:.3f} s per step: ratio {sparse / dense:.3f} (target: at most 1.10)\n"
-        f"masks: {mask_bytes:.4f} byte per targeted weight (target: at most 0.13)",
-        highlight=False,
-    )
+    source = PackagedSmolLM2()
+    blocks = blocks_of(PackagedWikipedia().documents("validation"), source.tokenizer(), BLOCK_SIZE)
+    batches = [blocks[i : i + batch_size] for i in range(0, batch_size * (rounds + 1), batch_size)]
+    model = source.load()
+    dense, sparse, teacher = Student(model), Student(copy.deepcopy(model)), Teacher(copy.deepcopy(model))
+    cast_linear(teacher.model, torch.bfloat16)
+    updater = MaskUpdater(sparse.model, "2:4", update_freq=1, total_steps=2 * rounds + 2, end_step=1.0)
+    cache = CachedTeacher(Path(tempfile.mkdtemp()), lambda: teacher, k=64, temperature=1.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        for batch in batches:
+            cache(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    cache.close()
+    kinds: dict[str, Callable[[dict[str, torch.Tensor]], None]] = {
+        "dense": dense.step,
+        "re-pruned": sparse.step,
+        "distilled": lambda batch: dense.step(batch, teacher),
+        "cached teacher": lambda batch: dense.step(batch, cache),
+    }
+    found: dict[str, list[float]] = {name: [] for name in (*kinds, "update")}
+    for i, batch in enumerate(batches):
+        names = list(itertools.islice(itertools.cycle(kinds), i, i + len(kinds)))
+        for name in names:
+            found[name].append(seconds(lambda name=name, batch=batch: kinds[name](batch)))  # type: ignore[misc]
+            if name == "re-pruned":
+                found["update"].append(seconds(updater.step))
+    found = {name: times[1:] for name, times in found.items()}  # the first round warms up
+    if out is not None:
+        Path(out).write_text(json.dumps(found))
+    where = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    title = f"{rounds} rounds of {batch_size} x {BLOCK_SIZE} tokens, bfloat16 autocast, {where}"
+    table = Table("step", "seconds, median", "against dense, median", "quartiles", title=title)
+    rows = {name: found[name] for name in kinds}
+    for k in FREQUENCIES:
+        pairs = zip(found["re-pruned"], found["update"], strict=True)
+        rows[f"re-pruned, with 1/{k} of an update"] = [step + update / k for step, update in pairs]
+    for name, times in rows.items():
+        ratios = [own / of_dense for own, of_dense in zip(times, found["dense"], strict=True)]
+        low, _, high = quantiles(ratios, n=4)
+        table.add_row(name, f"{median(times):.3f}", f"{median(ratios):.3f}", f"{low:.3f} to {high:.3f}")
+    table.add_row("an update alone", f"{median(found['update']):.3f}", "", "")
+    Console(width=120).print(table)
 
 
 if __name__ == "__main__":

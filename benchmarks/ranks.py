@@ -3,10 +3,12 @@
     torchrun --nproc_per_node 2 benchmarks/ranks.py --engine ddp
     torchrun --nproc_per_node 2 benchmarks/ranks.py --engine fsdp2
 
-As in benchmarks/overhead.py: same Trainer, model (SmolLM2-135M-Instruct, dequantised from Q4_1) and batches,
-bf16-mixed, only whole intervals, including updates; dense and sparse runs alternate.
+Same Trainer, model (SmolLM2-135M-Instruct, dequantised from Q4_1) and batches, bf16-mixed. Only whole intervals are
+timed, including updates: from after the first step of an interval to after the step of its last update. Dense and
+sparse runs alternate.
 """
 
+import time
 import warnings
 from typing import Literal
 
@@ -14,7 +16,6 @@ import lightning as L
 import torch
 from jsonargparse import auto_cli
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
-from overhead import Clock, settings
 
 from sparse_train.callbacks import DynamicPruning
 from sparse_train.data.text_blocks import TextBlocks
@@ -22,6 +23,19 @@ from sparse_train.distributed.collectives import rank, world_size
 from sparse_train.layers.masked_layer import MaskedLayer
 from sparse_train.models.causal_lm import CausalLM
 from sparse_train.models.sources import PackagedSmolLM2
+
+
+class Clock(L.Callback):
+    """Seconds of optimizer steps ``first`` + 1 to ``last``, including callbacks."""
+
+    def __init__(self, first: int, last: int) -> None:
+        self.first, self.last, self.seconds = first, last, 0.0
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: object) -> None:
+        if trainer.global_step == self.first:
+            self.began = time.perf_counter()
+        if trainer.global_step == self.last:
+            self.seconds = time.perf_counter() - self.began
 
 
 class Kept(L.Callback):
@@ -50,7 +64,11 @@ def train(engine: str, first: int, steps: int, batch_size: int, *callbacks: L.Ca
         callbacks=[*callbacks, clock],  # the clock comes last, so that its time includes updates
         strategy=strategy,
         devices=world_size(),
-        **settings(),
+        precision="bf16-mixed",
+        logger=False,
+        enable_checkpointing=False,
+        limit_val_batches=0,
+        enable_model_summary=False,
     )
     trainer.fit(CausalLM(PackagedSmolLM2()), TextBlocks(PackagedSmolLM2(), batch_size=batch_size))
     return clock

@@ -80,21 +80,17 @@ def distillation_loss(
 
 
 def top_k(logits_BLV: Tensor, k: int, temperature: float = 1.0) -> TopK:
-    """The K = min(k, V) most likely tokens of each position, with log-probabilities in float16 at a temperature.
-
-    The probability of all others together is stored in float32. In float16, log-probabilities down to -16 are off by
-    0.004 at most.
-    """
-    batch, length, vocabulary = logits_BLV.shape
-    k, found = min(k, vocabulary), []
-    for chunk in _chunks(None, logits_BLV.flatten(0, 1)):
-        log_p_CV = F.log_softmax(logits_BLV.flatten(0, 1)[chunk].float() / temperature, dim=-1)
-        log_p_CK, ids_CK = log_p_CV.topk(k)
-        rest_C = log_p_CV.exp_().scatter_(1, ids_CK, 0).sum(1)
-        found.append((ids_CK.int(), log_p_CK.half(), rest_C.log()))
-    ids_TK, log_p_TK, log_rest_T = (torch.cat(parts) for parts in zip(*found, strict=True))
-    shape = batch, length, k
-    return TopK(ids_TK.view(shape), log_p_TK.view(shape), log_rest_T.view(batch, length))
+    """The K = min(k, V) most likely tokens of each position, with log-probabilities in float32 at a temperature."""
+    logits_TV = logits_BLV.flatten(0, 1)
+    ids_TK = logits_TV.new_empty((len(logits_TV), min(k, logits_TV.shape[1])), dtype=torch.int32)
+    log_p_TK, log_rest_T = ids_TK.to(torch.float32), logits_TV.new_empty(len(logits_TV), dtype=torch.float32)
+    for chunk in _chunks(None, logits_TV):
+        log_p_CV = F.log_softmax(logits_TV[chunk].float() / temperature, dim=-1)
+        log_p_TK[chunk], ids_CK = log_p_CV.topk(ids_TK.shape[1])
+        ids_TK[chunk] = ids_CK
+        log_rest_T[chunk] = log_p_CV.exp_().scatter_(1, ids_CK, 0).sum(1).log()
+    batch, length = logits_BLV.shape[:2]
+    return TopK(ids_TK.view(batch, length, -1), log_p_TK.view(batch, length, -1), log_rest_T.view(batch, length))
 
 
 def mean_over_tokens(device: torch.device, *, sync: bool = True) -> MeanMetric:

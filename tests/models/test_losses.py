@@ -51,10 +51,7 @@ def test_a_top_k_of_all_tokens_is_the_teacher_itself(logits, labels, temperature
     student, teacher = logits
     whole = distillation_loss(student, teacher, labels, temperature)
     kept = top_k(teacher, V, temperature)
-    exact = kept._replace(log_probs_BLK=(teacher / temperature).log_softmax(-1).gather(2, kept.ids_BLK.long()))
-    torch.testing.assert_close(distillation_loss(student, exact, labels, temperature), whole)
-    rounded = distillation_loss(student, kept, labels, temperature)
-    torch.testing.assert_close(rounded, whole, rtol=2e-3, atol=0)
+    torch.testing.assert_close(distillation_loss(student, kept, labels, temperature), whole)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
@@ -191,7 +188,7 @@ def test_no_more_than_a_chunk_is_ever_in_float32(loss, monkeypatch):
             if loss == "text":
                 total, _ = next_token_loss(student, labels)
             else:
-                taught = teacher if loss == "logits" else top_k(teacher, 4)
+                taught = teacher if loss == "logits" else top_k(teacher, 2)
                 total, _, _ = distillation_loss(student, taught, labels)
         total.backward()
     assert student.grad.any()

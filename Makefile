@@ -2,6 +2,7 @@
 # make setup  only the virtual environment         make bench  benchmarks of time
 # make docs   these pages as a site, in site/      make zeroshot  the table of zero-shot accuracy
 # make golden  masks and weights of tiny runs against their recorded digests
+# make gpu    tests and benchmarks on a GPU; nobody has run it yet
 # make faults  jobs that are killed or interrupted at TRIALS random moments each, against jobs that are not
 
 PYTHON ?= python3
@@ -20,7 +21,7 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 export DS_ACCELERATOR = cpu
 export NO_MKDOCS_2_WARNING = 1
 
-.PHONY: setup demo test lint golden faults bench zeroshot docs clean
+.PHONY: setup demo test lint golden gpu faults bench zeroshot docs clean
 
 setup: $(READY)
 
@@ -43,6 +44,11 @@ test: lint  # two workers of one thread each: on two cores, threads of both woul
 
 golden: $(READY)  # "$(BIN)/python -m tests.golden record" writes the digests anew
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.golden check
+
+gpu: $(READY)
+	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python benchmarks/selection.py --device cuda
+	$(BIN)/python benchmarks/overhead.py --device cuda
 
 faults: $(READY)  # the table of docs/reliability.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults $(TRIALS)

@@ -2,11 +2,12 @@
 
     python benchmarks/overhead.py
     python benchmarks/overhead.py --rounds 16 --batch_size 1
+    python benchmarks/overhead.py --device cuda --model HuggingFaceTB/SmolLM2-1.7B
 
-Same model (SmolLM2-135M-Instruct, dequantised from Q4_1), same batches, bfloat16 autocast, AdamW of CausalLM, gradients
-clipped. The kinds of step take turns in one process, in an order that rotates, so that disturbances of the machine
-affect all of them. A round gives each ratio once; their medians and quartiles are printed. The update is timed apart,
-every step, and counted 1/k times.
+Same model (SmolLM2-135M-Instruct, dequantised from Q4_1, or --model), same batches, bfloat16 autocast, AdamW of
+CausalLM, gradients clipped. The kinds of step take turns in one process, in an order that rotates, so that disturbances
+of the machine affect all of them. A round gives each ratio once; their medians and quartiles are printed. The update is
+timed apart, every step, and counted 1/k times.
 """
 
 import copy
@@ -31,7 +32,7 @@ from sparse_train.data.blocks import blocks_of
 from sparse_train.data.texts import PackagedWikipedia
 from sparse_train.models.distillation import CachedTeacher, Distillation, Teacher, cast_linear
 from sparse_train.models.losses import next_token_loss
-from sparse_train.models.sources import PackagedSmolLM2
+from sparse_train.models.sources import PackagedSmolLM2, as_model_source
 
 FREQUENCIES = (1, 10)
 BLOCK_SIZE = 512
@@ -41,12 +42,12 @@ class Student:
     """A model with its optimizer, and one step of training."""
 
     def __init__(self, model: Any) -> None:
-        self.model = model.train()
+        self.model, self.device = model.train(), next(model.parameters()).device.type
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
     def step(self, batch: dict[str, torch.Tensor], teacher: Callable[..., Any] | None = None) -> None:
         inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(self.device, torch.bfloat16):
             taught = None if teacher is None else teacher(**inputs)
             logits_BLV = self.model(use_cache=False, **inputs).logits
             if taught is None:
@@ -62,27 +63,36 @@ class Student:
 def seconds(run: Callable[[], object]) -> float:
     began = time.perf_counter()
     run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - began
 
 
-def main(rounds: int = 8, batch_size: int = 4, out: str | None = None) -> None:
+def main(
+    rounds: int = 8, batch_size: int = 4, device: str = "cpu", model: str = "PackagedSmolLM2", out: str | None = None
+) -> None:
     """Print the table.
 
     Args:
         rounds: of one step of each kind.
         batch_size: blocks of 512 tokens of a step.
+        device: cpu or cuda.
+        model: another model: a Hugging Face id or a local folder.
         out: JSON file for the seconds.
     """
     warnings.filterwarnings("ignore")
-    source = PackagedSmolLM2()
+    source = PackagedSmolLM2() if model == "PackagedSmolLM2" else as_model_source(model)
     blocks = blocks_of(PackagedWikipedia().documents("validation"), source.tokenizer(), BLOCK_SIZE)
-    batches = [blocks[i : i + batch_size] for i in range(0, batch_size * (rounds + 1), batch_size)]
-    model = source.load()
-    dense, sparse, teacher = Student(model), Student(copy.deepcopy(model)), Teacher(copy.deepcopy(model))
+    batches = [
+        {name: column.to(device) for name, column in blocks[i : i + batch_size].items()}
+        for i in range(0, batch_size * (rounds + 1), batch_size)
+    ]
+    first = source.load().to(device)
+    dense, sparse, teacher = Student(first), Student(copy.deepcopy(first)), Teacher(copy.deepcopy(first))
     cast_linear(teacher.model, torch.bfloat16)
     updater = MaskUpdater(sparse.model, "2:4", update_freq=1, total_steps=2 * rounds + 2, end_step=1.0)
     cache = CachedTeacher(Path(tempfile.mkdtemp()), lambda: teacher, k=64, temperature=1.0)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16):
         for batch in batches:
             cache(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
     cache.close()
@@ -102,8 +112,9 @@ def main(rounds: int = 8, batch_size: int = 4, out: str | None = None) -> None:
     found = {name: times[1:] for name, times in found.items()}  # the first round warms up
     if out is not None:
         Path(out).write_text(json.dumps(found))
-    where = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    title = f"{rounds} rounds of {batch_size} x {BLOCK_SIZE} tokens, bfloat16 autocast, {where}"
+    cores = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    where = torch.cuda.get_device_name() if device == "cuda" else cores
+    title = f"{source.name}, {batch_size} x {BLOCK_SIZE} tokens, bfloat16 autocast, {where}, torch {torch.__version__}"
     table = Table("step", "seconds, median", "against dense, median", "quartiles", title=title)
     rows = {name: found[name] for name in kinds}
     for k in FREQUENCIES:

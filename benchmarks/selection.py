@@ -39,26 +39,29 @@ def best_of(run: Callable[[], Tensor], repeats: int) -> tuple[float, Tensor]:
     for _ in range(repeats):
         began = time.perf_counter()
         result = run()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         times.append(1000 * (time.perf_counter() - began))
     return min(times), result
 
 
-def main(out_features: int = 4096, in_features: int = 11008, repeats: int = 3) -> None:
+def main(out_features: int = 4096, in_features: int = 11008, repeats: int = 3, device: str = "cpu") -> None:
     """Print the table.
 
     Args:
         out_features: rows.
         in_features: columns.
         repeats: number of runs of each measurement; the shortest counts.
+        device: cpu or cuda.
     """
     torch.manual_seed(0)
-    scores = torch.randn(out_features, in_features).abs() * (torch.rand(in_features) + 0.1)
+    scores = (torch.randn(out_features, in_features).abs() * (torch.rand(in_features) + 0.1)).to(device)
     cases: list[tuple[str, str, Callable[[], Tensor], Callable[[], Tensor]]] = [
         ("50 % per row", "at least 15", lambda: reference_rows(scores, 0.5), lambda: Unstructured().mask(scores, 0.5)),
         ("2:4", "at least 8", lambda: reference_groups(scores, 2, 4), lambda: NM(2, 4).mask(scores, 0.5)),
         ("4:8", "", lambda: reference_groups(scores, 4, 8), lambda: NM(4, 8).mask(scores, 0.5)),
     ]
-    threads = torch.get_num_threads()
+    where = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
     table = Table(
         "pattern",
         "reference, ms",
@@ -66,7 +69,7 @@ def main(out_features: int = 4096, in_features: int = 11008, repeats: int = 3) -
         "ratio",
         "wanted",
         "masks that differ",
-        title=f"{out_features} x {in_features}, float32, {threads} threads, torch {torch.__version__}",
+        title=f"{out_features} x {in_features}, float32, {where}, torch {torch.__version__}",
     )
     for name, wanted, reference, ours in cases:
         slow, expected = best_of(reference, repeats)

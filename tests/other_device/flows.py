@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from transformers import AutoModelForCausalLM
 
-from sparse_train import MaskUpdater, prune, sparse_layers, squash
+from sparse_train import NM, MaskUpdater, Unstructured, prune, sparse_layers, squash
 from sparse_train.callbacks import DynamicPruning
 from sparse_train.evaluation import evaluate_perplexity
 from sparse_train.inspection import layer_sparsities
@@ -155,6 +155,23 @@ def stream(device: str, **settings: Any) -> dict[str, Any]:
         tiny_llama(tie_word_embeddings=False).save_pretrained(start)
         prune_checkpoint(start, out, batches(4), device=device, **settings)
         return {n: p != 0 for n, p in AutoModelForCausalLM.from_pretrained(out).named_parameters()}
+
+
+def select(device: str) -> dict[str, torch.Tensor]:
+    """Masks of scores with many ties, infinities and both zeros."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randint(6, (64, 96), generator=generator).float() - 2
+    scores[scores == -2] = -torch.inf
+    scores[scores == 3] = torch.inf
+    scores[::2][scores[::2] == 0] = -0.0
+    patterns = {
+        "2:4": NM(2, 4),
+        "4:8": NM(4, 8),
+        "16:32": NM(16, 32),
+        "rows": Unstructured(),
+        "layer": Unstructured("layer"),
+    }
+    return {name: pattern.mask(scores.to(device), 0.5).cpu() for name, pattern in patterns.items()}
 
 
 def losses(device: str) -> dict[str, Any]:

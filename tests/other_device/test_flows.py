@@ -1,6 +1,6 @@
 """The same on a device that is not the CPU: tensors are moved where they are wanted, branches for GPUs do what CPUs do.
 
-No GPU is needed, see ``device.py``.
+No GPU is needed, see ``device.py``. Where there is one, ``pytest -m gpu`` runs the same on it.
 """
 
 import pytest
@@ -21,7 +21,8 @@ from sparse_train import (
 from tests.other_device import device, flows
 from tests.ranks.launch import run
 
-pytestmark = pytest.mark.skipif(not device.SUPPORTED, reason="this torch has no backends in Python")
+NO_BACKENDS = pytest.mark.skipif(not device.SUPPORTED, reason="this torch has no backends in Python")
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 TRAINING = {
     "2:4": {},
@@ -37,8 +38,14 @@ TRAINING = {
 }
 
 
-def both(flow, **arguments):
-    return [run(flows.on, name, flow, ranks=1, **arguments)[0] for name in ("cpu", device.NAME)]
+@pytest.fixture(params=[pytest.param(device.NAME, marks=NO_BACKENDS), pytest.param("cuda", marks=GPU)])
+def both(request):
+    """What a flow returns on the CPU, and on another device."""
+
+    def run_both(flow, **arguments):
+        return [run(flows.on, name, flow, ranks=1, **arguments)[0] for name in ("cpu", request.param)]
+
+    return run_both
 
 
 def differing(ours, theirs):
@@ -48,7 +55,7 @@ def differing(ours, theirs):
 
 
 @pytest.mark.parametrize("settings", TRAINING.values(), ids=TRAINING)
-def test_training(settings):
+def test_training(both, settings):
     cpu, other = both("train", **settings)
     assert cpu.pop("zeros") == other.pop("zeros")
     torch.testing.assert_close(cpu["flips"], other["flips"], atol=0.01, rtol=0.05)
@@ -59,32 +66,38 @@ def test_training(settings):
 
 @pytest.mark.parametrize("structure", ["2:4", "unstructured"])
 @pytest.mark.parametrize("method", [Wanda(), Magnitude(), RIA(), WandaCumulative(), SparseGPT(block_size=16)], ids=repr)
-def test_oneshot(method, structure):
+def test_oneshot(both, method, structure):
     cpu, other = both("oneshot", criterion=method, mask_structure=structure, sparsity=0.5)
     assert differing(cpu, other) == 0
     torch.testing.assert_close(cpu["perplexity"], other["perplexity"])
 
 
 @pytest.mark.parametrize("method", [Wanda(), SparseGPT(block_size=16)], ids=["wanda", "sparsegpt"])
-def test_oneshot_of_conv1d(method):
+def test_oneshot_of_conv1d(both, method):
     assert differing(*both("oneshot", kind="gpt2", criterion=method)) == 0
 
 
 @pytest.mark.parametrize("settings", [{}, {"first_mask": FirstWindow()}], ids=["calibrated", "first window"])
-def test_the_callback(settings):
+def test_the_callback(both, settings):
     cpu, other = both("lightning", **settings)
     assert differing(cpu, other) < 0.002 * sum(mask.numel() for mask in cpu.values())
 
 
-def test_streaming():
+def test_streaming(both):
     assert differing(*both("stream", criterion=Wanda())) == 0
 
 
-def test_losses():
+def test_losses(both):
     for ours, theirs in zip(*(found.values() for found in both("losses")), strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
+def test_selection_is_that_of_the_cpu_bit_by_bit(both):
+    cpu, other = both("select")
+    assert differing(cpu, other) == 0
+
+
+@NO_BACKENDS
 def test_the_device_refuses_tensors_of_the_cpu():
     refused = "Expected all tensors to be on the same device"
     assert [refused in told for told in run(_mixing, ranks=1)[0]] == [True, True, True, False, False]

@@ -195,5 +195,6 @@ def digest(model: nn.Module) -> str:
 def cast_linear(model: nn.Module, dtype: torch.dtype) -> None:
     """Hold the weights of linear layers as autocast would cast them at every forward; what they compute is the same."""
     for layer in model.modules():
-        if isinstance(layer, nn.Linear):  # a new parameter, so that tied embeddings keep theirs
+        if type(layer) is nn.Linear:  # subclasses may hold other things, such as quantised weights
+            # a new parameter, so that tied embeddings keep theirs
             layer.weight = nn.Parameter(layer.weight.detach().to(dtype), requires_grad=False)

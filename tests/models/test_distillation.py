@@ -13,7 +13,7 @@ from sparse_train.callbacks import DynamicPruning
 from sparse_train.data.text_blocks import TextBlocks
 from sparse_train.data.texts import TextFiles
 from sparse_train.models.causal_lm import CausalLM
-from sparse_train.models.distillation import CachedTeacher, Distillation, Teacher
+from sparse_train.models.distillation import CachedTeacher, Distillation, Teacher, cast_linear
 from sparse_train.models.losses import top_k
 from sparse_train.models.sources import Pretrained
 from tests.conftest import tiny_llama, tiny_tokenizer
@@ -44,6 +44,15 @@ def test_a_teacher_is_frozen_and_in_eval_mode(ids):
     assert torch.equal(first, second)
     assert not first.requires_grad
     assert not any(parameter.requires_grad for parameter in teacher.model.parameters())
+
+
+def test_weights_that_are_cast_ahead_compute_the_same_under_autocast(ids):
+    model = tiny_llama()  # its embeddings are tied
+    with torch.autocast("cpu", torch.bfloat16):
+        before = Teacher(model)(input_ids=ids[0])
+        cast_linear(model, torch.bfloat16)
+        assert torch.equal(Teacher(model)(input_ids=ids[0]), before)
+    assert model.lm_head.weight.dtype == torch.bfloat16 and model.model.embed_tokens.weight.dtype == torch.float32
 
 
 # --- Runs ------------------------------------------------------------------------------------------------------------

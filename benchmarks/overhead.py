@@ -36,6 +36,8 @@ from sparse_train.models.sources import PackagedSmolLM2, as_model_source
 
 FREQUENCIES = (1, 10)
 BLOCK_SIZE = 512
+DISTILLATION = Distillation(hardness_ce=0.33, hardness_kldiv=0.67, temperature=2.0)
+"""As in recipes/smollm2_2of4_distill.yaml."""
 
 
 class Student:
@@ -45,16 +47,17 @@ class Student:
         self.model, self.device = model.train(), next(model.parameters()).device.type
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
-    def step(self, batch: dict[str, torch.Tensor], teacher: Callable[..., Any] | None = None) -> None:
+    def losses(self, batch: dict[str, torch.Tensor], teacher: Callable[..., Any] | None = None) -> Any:
         inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
         with torch.autocast(self.device, torch.bfloat16):
             taught = None if teacher is None else teacher(**inputs)
             logits_BLV = self.model(use_cache=False, **inputs).logits
             if taught is None:
-                loss, _ = next_token_loss(logits_BLV, batch["labels"])
-            else:
-                loss, _, _ = Distillation().loss(logits_BLV, taught, batch["labels"])
-        loss.backward()
+                return next_token_loss(logits_BLV, batch["labels"])
+            return DISTILLATION.loss(logits_BLV, taught, batch["labels"])
+
+    def step(self, batch: dict[str, torch.Tensor], teacher: Callable[..., Any] | None = None) -> None:
+        self.losses(batch, teacher)[0].backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -91,7 +94,9 @@ def main(
     dense, sparse, teacher = Student(first), Student(copy.deepcopy(first)), Teacher(copy.deepcopy(first))
     cast_linear(teacher.model, torch.bfloat16)
     updater = MaskUpdater(sparse.model, "2:4", update_freq=1, total_steps=2 * rounds + 2, end_step=1.0)
-    cache = CachedTeacher(Path(tempfile.mkdtemp()), lambda: teacher, k=64, temperature=1.0)
+    cache = CachedTeacher(
+        Path(tempfile.mkdtemp()), lambda: teacher, k=DISTILLATION.top_k, temperature=DISTILLATION.temperature
+    )
     with torch.autocast(device, torch.bfloat16):
         for batch in batches:
             cache(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
@@ -126,6 +131,13 @@ def main(
         table.add_row(name, f"{median(times):.3f}", f"{median(ratios):.3f}", f"{low:.3f} to {high:.3f}")
     table.add_row("an update alone", f"{median(found['update']):.3f}", "", "")
     Console(width=120).print(table)
+    with torch.no_grad():
+        live, cached = ([float(sparse.losses(batch, each)[2]) for batch in batches] for each in (teacher, cache))
+    off = [ours / whole - 1 for ours, whole in zip(cached, live, strict=True)]
+    print(
+        f"divergence of the re-pruned model, {len(batches)} batches: {sum(live) / len(live):.4f} from the live teacher, "
+        f"{sum(cached) / len(cached):.4f} from the cache ({min(off):+.2%} to {max(off):+.2%} each)"
+    )
 
 
 if __name__ == "__main__":

@@ -135,7 +135,7 @@ def main(
         live, cached = ([float(sparse.losses(batch, each)[2]) for batch in batches] for each in (teacher, cache))
     off = [ours / whole - 1 for ours, whole in zip(cached, live, strict=True)]
     print(
-        f"divergence of the re-pruned model, {len(batches)} batches: {sum(live) / len(live):.4f} from the live teacher, "
+        f"divergence of the re-pruned model: {sum(live) / len(live):.4f} from the live teacher, "
         f"{sum(cached) / len(cached):.4f} from the cache ({min(off):+.2%} to {max(off):+.2%} each)"
     )
 

@@ -24,6 +24,7 @@ from sparse_train.export.card import training_rows
 from sparse_train.files import check_free
 from sparse_train.models.causal_lm import CausalLM
 from sparse_train.models.checkpoints import check_engine, check_plain, newest_checkpoint
+from sparse_train.models.sources import Dtype, float_dtype
 from sparse_train.report import collect, headline, write_run_report
 from sparse_train.terminal import bars_are_seen
 
@@ -52,7 +53,10 @@ class SparseTrainCLI(LightningCLI):
         return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name in _SPLITS}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--export", type=str | None, default=None, help="Folder for the trained sparse model.")
+        parser.add_argument("--export", type=str | None, default=None, help="folder for the trained sparse model")
+        parser.add_argument(
+            "--dtype", type=Dtype | None, default=None, help="of its weights; default: that of the model's files"
+        )
         parser.link_arguments("model.model", "data.tokenizer")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -104,7 +108,9 @@ class SparseTrainCLI(LightningCLI):
                 self.result = self._report(out)
         finally:  # neither is lost if the other fails
             if out:
-                export_model(self.model.model, self.model.source.tokenizer(), out, self._card())
+                source, dtype = self.model.source, self.config.fit.dtype
+                dtype = dtype and float_dtype(dtype)
+                export_model(self.model.model, source.tokenizer(), out, self._card(), dtype=dtype)
 
     def _report(self, out: str | None) -> dict[str, Any]:
         """Write the report of the run. Returns the results, for JSON."""

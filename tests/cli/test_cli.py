@@ -176,8 +176,19 @@ def test_fit_export_and_resume(model_folder, text, capsys):
     assert min(steps) == 0 and max(steps) == 15  # the history of the interrupted run is kept
 
     # a run that is at its end already trains nothing, and is what it was
-    cli.main([*options, "--trainer.logger.init_args.save_dir=end", f"--ckpt_path={checkpoint}", "--export=ended"])
+    cli.main(
+        [
+            *options,
+            "--trainer.logger.init_args.save_dir=end",
+            f"--ckpt_path={checkpoint}",
+            "--export=ended",
+            "--dtype=bfloat16",
+        ]
+    )
     assert "updated every 4 steps" in Path("ended/README.md").read_text()
+    cli.main(["export", str(checkpoint), "half", f"--tokenizer={model_folder}", "--dtype=bfloat16"])
+    for folder in ("ended", "half"):
+        assert AutoModelForCausalLM.from_pretrained(folder, dtype="auto").dtype == torch.bfloat16
     other = [*options, "--trainer.callbacks.init_args.mask_structure=1:4", f"--ckpt_path={checkpoint}"]
     with pytest.raises(SystemExit, match="The checkpoint was written with mask_structure"):
         cli.main([*other, "--trainer.logger.init_args.save_dir=other", "--export=other/model"])

@@ -15,6 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from sparse_train import terminal
 from sparse_train.callbacks import DynamicPruning, RunRecord
 from sparse_train.cli.parser import Parser, settings, shipped, spelt_out
 from sparse_train.cli.tables import show_run
@@ -26,13 +27,10 @@ from sparse_train.models.causal_lm import CausalLM
 from sparse_train.models.checkpoints import check_engine, check_plain, newest_checkpoint
 from sparse_train.models.sources import Dtype, float_dtype
 from sparse_train.report import collect, headline, write_run_report
-from sparse_train.terminal import bars_are_seen
 
 _log = logging.getLogger(__name__)
 _SPLITS = {"fit": ("train",), "validate": ("validation",), "test": ("test",)}
 """The split that the files of ``--text`` are, by command. What is trained on is not measured."""
-
-_SECONDS_BETWEEN_LINES = 60.0
 
 
 class _Parser(Parser, LightningArgumentParser):
@@ -51,6 +49,14 @@ class SparseTrainCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name in _SPLITS}
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Lightning's, with the page of its trainer last in help."""
+        parser.add_lightning_class_args(CausalLM, "model")
+        parser.add_lightning_class_args(TextBlocks, "data")
+        parser.add_lightning_class_args(self.trainer_class, "trainer")
+        # the sanity check reads the whole validation text: it gives the report's dense and one-shot rows
+        parser.set_defaults({"trainer.num_sanity_val_steps": -1})
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--export", type=str | None, default=None, help="folder for the trained sparse model")
@@ -81,11 +87,11 @@ class SparseTrainCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Adds progress that suits the terminal, unless the recipe sets something else."""
-        own, seen = self.config_init[self.subcommand].trainer, bars_are_seen()
+        own, seen = self.config_init[self.subcommand].trainer, terminal.bars_are_seen()
         given = own.callbacks if isinstance(own.callbacks, list) else [own.callbacks] if own.callbacks else []
         if own.enable_progress_bar is None and not any(isinstance(callback, ProgressBar) for callback in given):
             bar = RichProgressBar(console_kwargs={"stderr": True}) if seen else TrainingLines()
-            kwargs |= {"enable_progress_bar": seen, "callbacks": [*given, bar]}
+            kwargs["callbacks"] = [*given, bar]
         if own.enable_model_summary is None:
             kwargs["enable_model_summary"] = sys.stdout.isatty()
         trainer = super().instantiate_trainer(**kwargs)
@@ -171,8 +177,7 @@ def run(args: list[str], cli: type[SparseTrainCLI] = SparseTrainCLI, debug: bool
             TextBlocks,
             args=[command, *spelt_out(options, (), "--data.text", *_SPLITS[command])],
             seed_everything_default=0,
-            # the sanity check reads the whole validation text: it gives the report's dense and one-shot rows
-            trainer_defaults={"callbacks": RunRecord(), "num_sanity_val_steps": -1},
+            trainer_defaults={"callbacks": RunRecord()},
             save_config_kwargs={"overwrite": True},
             auto_configure_optimizers=False,
             parser_class=_Parser,
@@ -198,11 +203,18 @@ def _show(command: str, result: dict[str, Any]) -> None:
     print("\n".join(lines))
 
 
-class TrainingLines(L.Callback):
+class TrainingLines(ProgressBar):
     """A line on stderr after each validation, and every minute in between, with what Lightning's bar shows.
 
     "step 25/100, 0:01:20 left, train/loss 3.245, val/perplexity 25.17, sparsity/actual 0.5, ..."
     """
+
+    def disable(self) -> None:
+        """In all processes except the first, which is where ``_print`` prints."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        self._last = time.monotonic()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._began = self._last = time.monotonic()
@@ -211,20 +223,39 @@ class TrainingLines(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if time.monotonic() - self._last >= _SECONDS_BETWEEN_LINES:
+        if self._is_time():
             self._line(trainer)
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if self._is_time():
+            self.has_dataloader_changed(dataloader_idx)
+            self._print("validation: batch", f"{batch_idx + 1}/{self.total_val_batches_current_dataloader}")
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._line(trainer)
 
+    def _is_time(self) -> bool:
+        return time.monotonic() - self._last >= terminal.SECONDS_BETWEEN_LINES
+
     def _line(self, trainer: L.Trainer) -> None:
-        self._last = time.monotonic()
         step, total = trainer.global_step, trainer.estimated_stepping_batches
         parts = [f"step {step}/{total}"]
         if total != float("inf") and step > self._first_step:
-            seconds = (self._last - self._began) / (step - self._first_step) * (total - step)
+            seconds = (time.monotonic() - self._began) / (step - self._first_step) * (total - step)
             parts.append(f"{timedelta(seconds=round(seconds))} left")
         metrics = [f"{name} {float(value):.4g}" for name, value in trainer.progress_bar_metrics.items()]
-        if trainer.is_global_zero:
-            print(", ".join([*parts, *metrics]), file=sys.stderr, flush=True)
+        self._print(", ".join([*parts, *metrics]))
+
+    def _print(self, *words: str) -> None:
+        self._last = time.monotonic()
+        if self.trainer.is_global_zero:
+            print(*words, file=sys.stderr, flush=True)

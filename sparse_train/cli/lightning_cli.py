@@ -12,7 +12,6 @@ from typing import Any, NoReturn
 import lightning as L
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from sparse_train import terminal
@@ -94,12 +93,7 @@ class SparseTrainCLI(LightningCLI):
             kwargs["callbacks"] = [*given, bar]
         if own.enable_model_summary is None:
             kwargs["enable_model_summary"] = sys.stdout.isatty()
-        trainer = super().instantiate_trainer(**kwargs)
-        if all(isinstance(logger, CSVLogger) for logger in trainer.loggers):  # others would show hundreds of curves
-            for callback in trainer.callbacks:  # type: ignore[attr-defined]
-                if isinstance(callback, DynamicPruning):
-                    callback.log_layers = True  # for the report
-        return trainer
+        return super().instantiate_trainer(**kwargs)
 
     def before_fit(self) -> None:
         if self.config.fit.ckpt_path:

@@ -103,17 +103,10 @@ def perplexity_on(
     bos: bool,
     **options: Any,
 ) -> functools.partial[Any]:
-    """``evaluate_perplexity`` as a function of a model. The text is read and tokenised now, before a command's work.
+    """``evaluate_perplexity`` as a function of a model; its text is read and tokenised now, before a command's work.
 
-    Args:
-        source: of the model.
-        reader: of its tokenizer.
-        text, split: what is read.
-        bos: put the tokens with which the text begins in front of every window.
-        window, max_tokens, options: further arguments of ``evaluate_perplexity``.
-
-    Raises:
-        ValueError: there is no text in this split, or less than one window of it.
+    ``source`` is that of the model, ``reader`` that of its tokenizer. With ``bos``, the tokens with which the text
+    begins are in front of every window. Raises ValueError if the split has less than one window of text.
     """
     documents, tokenizer = text.documents(split), reader.tokenizer()
     if not documents:

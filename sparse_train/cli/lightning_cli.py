@@ -76,7 +76,10 @@ class SparseTrainCLI(LightningCLI):
                 options.weights_only = True
 
     def before_instantiate_classes(self) -> None:
-        trainer = self.config[self.config.subcommand].trainer
+        options = self.config[self.config.subcommand]
+        if "verbose" in options:  # validate and test: Lightning's table has frames, even outside a terminal
+            options.verbose = False
+        trainer = options.trainer
         for name in ("accumulate_grad_batches", "val_check_interval", "check_val_every_n_epoch"):
             if trainer.get(name) == 0:  # Lightning would divide by it in the middle of an epoch
                 raise ValueError(f"trainer.{name} counts steps, batches or epochs, and must be above 0.")
@@ -147,19 +150,11 @@ class SparseTrainCLI(LightningCLI):
         recipe = self._parser(self.subcommand).dump(self.config.fit, skip_none=False)
         return ModelCard(source.name, source.hub_id, source.license, made, perplexity, recipe)
 
-    def validate(self, **arguments: Any) -> None:
-        """``Trainer.validate`` without its own table, which has frames even outside a terminal."""
-        self.trainer.validate(**arguments | {"verbose": False})
-        self._keep_metrics()
-
-    def test(self, **arguments: Any) -> None:
-        """``Trainer.test``, likewise."""
-        self.trainer.test(**arguments | {"verbose": False})
-        self._keep_metrics()
-
-    def _keep_metrics(self) -> None:
+    def after_validate(self) -> None:
         if self.trainer.is_global_zero:
             self.result = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+
+    after_test = after_validate
 
 
 def run(args: list[str], cli: type[SparseTrainCLI] = SparseTrainCLI, debug: bool = False) -> SparseTrainCLI:

@@ -117,10 +117,9 @@ class SparseTrainCLI(LightningCLI):
 
     def _report(self, out: str | None) -> dict[str, Any]:
         """Write the report of the run. Returns the results, for JSON."""
-        found: dict[str, Any] = {"export": out, "report": None, "checkpoint": None}
-        for callback in self.trainer.checkpoint_callbacks:
-            own = getattr(callback, "best_model_path", "") or getattr(callback, "last_model_path", "")
-            found["checkpoint"] = found["checkpoint"] or own or None
+        kinds, callbacks = ("best_model_path", "last_model_path"), self.trainer.checkpoint_callbacks
+        paths = filter(None, (getattr(callback, kind, "") for callback in callbacks for kind in kinds))
+        found: dict[str, Any] = {"export": out, "report": None, "checkpoint": next(paths, None)}
         if not (out or found["checkpoint"] or self.config.fit.ckpt_path) and self.trainer.checkpoint_callbacks:
             _log.warning(
                 "The run ended before its first checkpoint, so the trained model is not kept. Give --export FOLDER, or "
@@ -209,20 +208,12 @@ class TrainingLines(ProgressBar):
         self._began = self._last = time.monotonic()
         self._first_step = trainer.global_step
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
         if self._is_time():
             self._line(trainer)
 
     def on_validation_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         if self._is_time():
             self.has_dataloader_changed(dataloader_idx)

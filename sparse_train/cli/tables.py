@@ -50,11 +50,7 @@ def show_inspection(
 ) -> None:
     """Sparsity and size of every layer, and whether its zeros and shape fit 2:4 hardware; then what its dtype means.
 
-    Args:
-        name: of the model.
-        layers: of the model.
-        model_bytes: bytes of all parameters, each counted once.
-        console: where to print; default: stdout.
+    ``model_bytes`` are those of all parameters, each counted once. Prints to stdout by default.
     """
 
     def row(label: str, shape: str, own: Sequence[LayerSparsity], pattern: str, able: str) -> list[str]:

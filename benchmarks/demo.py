@@ -130,15 +130,12 @@ def main(
             log_every_n_steps=1,
             logger=CSVLogger(folder, name="", version="static" if isinstance(policy, Fixed) else "repruned"),
             callbacks=[
-                DynamicPruning(
-                    "unstructured", sparsity=sparsity, update_freq=update_freq, policy=policy, log_layers=True
-                ),
+                DynamicPruning("unstructured", sparsity=sparsity, update_freq=update_freq, policy=policy),
                 RunRecord(),
                 TrainingLines(),
             ],
             enable_checkpointing=False,
             enable_model_summary=False,
-            enable_progress_bar=False,
         )
         trainer.fit(module, data)
         return module.model

@@ -4,7 +4,8 @@ sessions              one, and one more each time the run is resumed
 pruning               settings of ``DynamicPruning``, and the size of each targeted layer; null for a dense run
 states                validations before training, of "dense" and "after the first mask", as ``report.runs.State``
 step, seconds, ...    optimizer steps done, training time and that of validations, tokens, peak memory, so far
-finished              whether the run came to its end; then also sparsity and zeros, as counted on the weights
+zeros, flips          of each layer: zeros counted at the latest update, and mask entries changed since the first mask
+finished              whether the run came to its end; then also sparsity, as counted on the weights
 protocols             what ``Evaluation`` callbacks measured
 """
 
@@ -30,6 +31,7 @@ from sparse_train.callbacks.dynamic_pruning import DynamicPruning
 from sparse_train.callbacks.evaluation import Evaluation
 from sparse_train.callbacks.lightning_trainer import steps_done
 from sparse_train.files import replacing
+from sparse_train.pruning.update import UpdateReport
 from sparse_train.pruning.updater import MaskUpdater
 from sparse_train.report.runs import METRICS, RECORD, State, named, read_metrics
 
@@ -57,6 +59,7 @@ class RunRecord(L.Callback):
         self._earlier: list[dict[str, float]] = []  # metrics, from a checkpoint
         self._logger: CSVLogger | None = None
         self._pruning: DynamicPruning | None = None
+        self._noted: UpdateReport | None = None
         self._setup_began = self._began = self._counted = self._validation_began = 0.0
 
     # --- before training ---------------------------------------------------------------------------------------------
@@ -66,6 +69,7 @@ class RunRecord(L.Callback):
             return
         self._setup_began, self._began, self.folder = time.perf_counter(), 0.0, None
         self._pruning = next((each for each in _callbacks(trainer) if isinstance(each, DynamicPruning)), None)
+        self._noted = self._report()  # of an earlier fit
         if trainer.global_step == 0:  # a checkpoint, if there is one, is loaded later
             counts = dict.fromkeys(("step", "tokens", "seconds", "validation_seconds"), 0)
             self._facts, self._earlier = {**counts, "sessions": [], "states": [], "protocols": []}, []
@@ -129,7 +133,8 @@ class RunRecord(L.Callback):
         if (updater := self._updater()) is not None:
             layers = {name: layer.in_features * layer.out_features for name, layer in updater.layers.items()}
             pruning = {"settings": {**updater.settings(), **asdict(updater.timing)}, "layers": layers}
-        self._facts |= {"finished": False, "sparsity": None, "zeros": None, "pruning": pruning}
+        self._facts |= {"finished": False, "sparsity": None, "pruning": pruning}
+        self._note_update()
         self._write(steps_done(trainer, in_batch=False))
 
     # --- in training -------------------------------------------------------------------------------------------------
@@ -138,6 +143,7 @@ class RunRecord(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._facts["tokens"] += _tokens(batch) * trainer.world_size
+        self._note_update()
         last_epoch = trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
         if last_epoch or 0 < trainer.max_steps <= trainer.global_step:
             trainer.should_stop = True  # as it will; and before it stops, Lightning then validates
@@ -153,6 +159,7 @@ class RunRecord(L.Callback):
     # --- after training, and checkpoints -----------------------------------------------------------------------------
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._note_update()  # of the last step, if this callback comes before that of the masks
         updater = self._updater()
         if updater is not None and updater.sparsity is not None:
             report = updater.report()  # counted now: after this, masks may be folded into the weights
@@ -182,6 +189,16 @@ class RunRecord(L.Callback):
     def _seconds(self) -> float:
         return self._counted + time.perf_counter() - self._began if self._began else self._facts["seconds"]
 
+    def _note_update(self) -> None:
+        report = self._report()
+        if report is None or report is self._noted:
+            return
+        self._noted, before = report, self._facts.get("flips")
+        self._facts["zeros"] = {name: layer.zeros for name, layer in report.layers.items()}
+        self._facts["flips"] = {  # the first mask flips nothing
+            name: 0 if before is None else before.get(name, 0) + layer.flips for name, layer in report.layers.items()
+        }
+
     def _write(self, step: int) -> None:
         peaks = environment.peak_bytes(), torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
         self._facts |= {"step": step, "seconds": self._seconds(), "peak_bytes": peaks[0], "peak_device_bytes": peaks[1]}
@@ -190,6 +207,9 @@ class RunRecord(L.Callback):
             self.folder.mkdir(parents=True, exist_ok=True)
             with replacing(self.folder / RECORD) as beside:
                 beside.write_text(json.dumps(self._facts, indent=1), encoding="utf-8")
+
+    def _report(self) -> UpdateReport | None:
+        return None if self._pruning is None else self._pruning.last_report
 
     def _updater(self) -> MaskUpdater | None:
         return None if self._pruning is None else self._pruning.updater

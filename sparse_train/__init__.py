@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from sparse_train.layers.mask_lora import MaskLoRA, add_mask_lora, merge_mask_lora
     from sparse_train.layers.masked_layer import SparseLinear, sparse_layers
     from sparse_train.layers.sparsify import sparsify, sparsify_like, squash
+    from sparse_train.models.checkpoints import load_from_checkpoint
     from sparse_train.oneshot import prune
     from sparse_train.patterns import NM, Pattern, Unstructured
     from sparse_train.policies import Dormant, Fixed, MaskPolicy, Regrow, StraightThrough
@@ -64,6 +65,7 @@ __all__ = [
     "WandaCumulative",
     "add_mask_lora",
     "keep_zeros",
+    "load_from_checkpoint",
     "merge_mask_lora",
     "prune",
     "sparse_layers",
@@ -81,6 +83,7 @@ if not TYPE_CHECKING:  # type checkers read the imports above
         "layers.mask_lora",
         "layers.masked_layer",
         "layers.sparsify",
+        "models.checkpoints",
         "oneshot",
         "patterns",
         "policies",

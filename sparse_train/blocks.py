@@ -200,10 +200,13 @@ def router_names(model: nn.Module, blocks: str) -> set[str]:
     return found
 
 
-def read_directly(model: nn.Module, blocks: str) -> set[str]:
-    """Linear layers of Mamba blocks whose weight the block multiplies with itself, so that a mask has no effect."""
-    return {
-        name
-        for name, module in model.named_modules()
-        if name.startswith(f"{blocks}.") and name.endswith(".dt_proj") and is_linear(module)
+def read_directly(model: nn.Module) -> set[str]:
+    """Linear layers whose weight the module around them reads, so that a mask has no effect: in attention, Mamba."""
+    found = {
+        inner
+        for name, outer in model.named_modules()
+        if isinstance(outer, nn.MultiheadAttention)
+        for inner, module in outer.named_modules(prefix=name)
+        if is_linear(module)
     }
+    return found | {name for name, module in model.named_modules() if name.endswith(".dt_proj") and is_linear(module)}

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 
@@ -21,7 +22,7 @@ def load_plain(path: Path, *, part: bytes | None = None, mmap: bool = False) -> 
     Args:
         path: an existing file.
         part: the bytes to read in its place, if ``torch.save`` wrote to a part of it.
-        mmap: leave tensors on disk until they are used.
+        mmap: leave tensors on disk until they are used, where the format allows it.
 
     Raises:
         ValueError: reading it would call something, it is not complete, or it is of another kind.
@@ -30,7 +31,7 @@ def load_plain(path: Path, *, part: bytes | None = None, mmap: bool = False) -> 
         source = path if part is None else io.BytesIO(part)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Detected pickle protocol")  # of files that are then refused
-            return torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
+            return torch.load(source, map_location="cpu", weights_only=True, mmap=mmap and is_zipfile(path))
     except Exception as error:  # what is raised for bytes of any kind is not documented
         cut_off = isinstance(error, OSError) and error.errno == errno.EINVAL  # torch seeks ahead of its beginning
         if (isinstance(error, (OSError, MemoryError)) and not cut_off) or "memory" in str(error):

@@ -67,7 +67,7 @@ class LayerSparsity:
         """Why 2:4 hardware could not compute with it in its dtype; None if it could. The dtype is judged last."""
         if self.misfit_2of4 is None and self.dtype not in DTYPES_2OF4:
             dtype = str(self.dtype).removeprefix("torch.")
-            return f"its zeros are {self.pattern}, and its dtype is {dtype}; bfloat16 and float16 can be 2:4"
+            return f"it is {dtype}, and tensor cores compute 2:4 in bfloat16 or float16"
         return self.misfit_2of4
 
     def as_dict(self) -> dict[str, Any]:

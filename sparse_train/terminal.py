@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-_SECONDS_BETWEEN_LINES = 60.0
+SECONDS_BETWEEN_LINES = 60.0
 
 
 def bars_are_seen() -> bool:
@@ -26,7 +26,7 @@ def bar(label: str, *, shown: bool) -> Any:
 
     if bars_are_seen():
         return tqdm(desc=label, disable=not shown, leave=False, dynamic_ncols=True)
-    every, form = _SECONDS_BETWEEN_LINES, "{desc}: {n_fmt}/{total_fmt}, {remaining} left"
+    every, form = SECONDS_BETWEEN_LINES, "{desc}: {n_fmt}/{total_fmt}, {remaining} left"
     often = {"delay": every, "mininterval": every, "miniters": 1}
     return tqdm(desc=label, disable=not shown, leave=False, file=_Lines(), bar_format=form, **often)
 

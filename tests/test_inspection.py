@@ -41,7 +41,7 @@ def two_of_four(out_features=32, in_features=64, dtype=torch.bfloat16):
         ({"pattern": "dense"}, False, "it is dense"),
         ({"pattern": "4:8"}, False, "its zeros are 4:8, not 2:4"),
         ({"pattern": "unstructured", "dtype": torch.float32}, False, "its zeros are unstructured, not 2:4"),
-        ({"dtype": torch.float32}, True, "its zeros are 2:4, and its dtype is float32"),
+        ({"dtype": torch.float32}, True, "it is float32, and tensor cores"),
         ({"shape": (32, 72), "dtype": torch.float32}, False, "its shape 32 x 72 is not in multiples of 16"),
         ({"shape": (20, 64)}, False, "its shape 20 x 64 is not in multiples of 16"),
         ({"kind": "experts"}, False, "it is not a plain nn.Linear (experts)"),
@@ -72,11 +72,14 @@ def test_the_command_counts_in_the_dtype_on_disk(tmp_path, capsys, monkeypatch):
     assert found["dense_bytes"] == sum(row["dense_bytes"] for row in layers.values())
 
     monkeypatch.setenv("COLUMNS", "80")
-    main(["inspect", str(tmp_path / "model")])
-    shown = capsys.readouterr().out
-    assert "18/22" in shown
-    assert "not on a 2:4 GPU, it is dense: model.layers.0.mlp.down_proj" in shown
-    assert "…" not in shown
+    pruned(torch.float32).save_pretrained(tmp_path / "float32")
+    for folder in ("model", "float32"):
+        main(["inspect", str(tmp_path / folder)])
+        shown = capsys.readouterr().out
+        assert "18/22" in shown
+        assert "does not fit 2:4, it is dense: model.layers.0.mlp.down_proj" in shown
+        assert ("fits 2:4; it is float32, and tensor cores compute" in shown) == (folder == "float32")
+        assert "…" not in shown
 
 
 # --- conversion for sparse tensor cores ------------------------------------------------------------------------------

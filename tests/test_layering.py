@@ -17,8 +17,8 @@ ORDER = [  # those of one line know nothing of each other
     ["policies"],
     ["pruning"],
     ["oneshot", "inspection"],
-    [""],  # sparse_train/__init__.py, for users and not for what is above
     ["models"],
+    [""],  # sparse_train/__init__.py, for users and not for what is above
     ["data", "export", "report"],
     ["evaluation"],
     ["callbacks", "integrations"],

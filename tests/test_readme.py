@@ -101,6 +101,8 @@ class Module(lightning.LightningModule):
     def training_step(self, batch):
         return self.model(input_ids=batch, labels=batch).loss
 
+    test_step = training_step
+
     def configure_optimizers(self):
         return torch.optim.AdamW(self.parameters(), lr=1e-3)
 
@@ -118,13 +120,14 @@ def test_python_blocks_run(block, elsewhere, monkeypatch):
         "model": model,
         "batches": batches,
         "optimizer": torch.optim.AdamW(model.parameters(), lr=1e-3),
-        "make_module": lambda: model,
-        "load_checkpoint": _sparse_checkpoint,
+        "Lit": type("Lit", (Module,), {"__init__": lambda self: Module.__init__(self, model)}),
         "make_model": lambda: model,
         "saved": _saved_loop() if "saved[" in code else None,
         "args": TrainingArguments("run", max_steps=4, report_to=[], use_cpu=True, disable_tqdm=True),
         "dataset": [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, VOCABULARY, (12, 16))],
     }
+    if "best.ckpt" in code:
+        _save_checkpoint()
     exec(compile(code, "block", "exec"), names)
     if any(word in code for word in ("squash(", "prune(", "fit(")):
         weight = model.model.layers[0].mlp.up_proj.weight
@@ -146,10 +149,10 @@ def _saved_loop():
     return {"model": model.state_dict(), "updater": updater.state_dict()}
 
 
-def _sparse_checkpoint():
-    model = tiny_llama()
-    prune(model, criterion=Magnitude(), squash=False)
-    return {"state_dict": model.state_dict()}
+def _save_checkpoint():
+    module = Module(tiny_llama())
+    prune(module, criterion=Magnitude(), squash=False)
+    torch.save({"state_dict": module.state_dict(), "pytorch-lightning_version": lightning.__version__}, "best.ckpt")
 
 
 @pytest.mark.parametrize("block", named(block for block in BLOCKS if block.language == "yaml"))

@@ -43,7 +43,7 @@ def test_nothing_is_drawn_where_none_is_wanted(seen, capsys, ids, monkeypatch):
 def test_elsewhere_there_is_a_line_a_minute_without_carriage_returns(capsys, ids, monkeypatch):
     prune(tiny_llama(), ids, "2:4", progress=True)
     assert capsys.readouterr() == ("", "")  # it takes no minute
-    monkeypatch.setattr("sparse_train.terminal._SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr("sparse_train.terminal.SECONDS_BETWEEN_LINES", 0.0)
     prune(tiny_llama(), ids, "2:4", progress=True)
     out, err = capsys.readouterr()
     assert out == "" and "\r" not in err

@@ -19,6 +19,7 @@ def evaluate(
     model: ModelSource | str,
     tasks: str | None = None,
     task_data: str | None = None,
+    tokenizer: ModelSource | str | None = None,
     limit: int | None = None,
     text: TextSource | None = None,
     split: Split = "test",
@@ -37,6 +38,7 @@ def evaluate(
         tasks: what to measure, separated by commas: perplexity, wanda7 (the seven zero-shot tasks of the Wanda paper),
             or any task of lm-eval; default: perplexity.
         task_data: folder with JSONL files of wanda7's items, see docs/evaluation.md; default: from the hub.
+        tokenizer: model source, Hugging Face id or folder with the tokenizer; default: that of the model.
         limit: use only the first items of each zero-shot task.
         text: for perplexity: files or folders of .txt and .jsonl, or a text source; default: the packaged Wikipedia
             text.
@@ -60,10 +62,11 @@ def evaluate(
     if zero_shot:
         check_tasks(zero_shot, task_data, progress=bars_are_seen())
     source, measure = as_model_source(model, dtype="auto"), None
+    reader = source if tokenizer is None else as_model_source(tokenizer)
     common: dict[str, Any] = {"batch_size": batch_size, "autocast": dtype}
     if "perplexity" in names:
         options: dict[str, Any] = {"window": window, "max_tokens": max_tokens, "bos": bos, "stride": stride}
-        measure = perplexity_on(source, text or PackagedWikipedia(), split, **options, **common)
+        measure = perplexity_on(source, reader, text or PackagedWikipedia(), split, **options, **common)
     loaded = source.load().to(device)
     found: dict[str, Any] = {}
     if measure is not None:
@@ -72,7 +75,7 @@ def evaluate(
         print("\n".join(perplexity.lines()), flush=True)  # now: a task may fail
     if zero_shot:
         common |= {"task_data": task_data, "limit": limit, "model_name": source.name, "progress": bars_are_seen()}
-        accuracy = evaluate_zero_shot(loaded, source.tokenizer(), zero_shot, **common)
+        accuracy = evaluate_zero_shot(loaded, reader.tokenizer(), zero_shot, **common)
         found["zero_shot"] = accuracy.as_dict()
         show_zero_shot(accuracy)
     return dict(found["perplexity"]) if tasks is None else found
@@ -91,6 +94,7 @@ def chosen_device(device: str | None) -> str:
 
 def perplexity_on(
     source: ModelSource,
+    reader: ModelSource,
     text: TextSource,
     split: Split = "test",
     *,
@@ -99,18 +103,12 @@ def perplexity_on(
     bos: bool,
     **options: Any,
 ) -> functools.partial[Any]:
-    """``evaluate_perplexity`` as a function of a model. The text is read and tokenised now, before a command's work.
+    """``evaluate_perplexity`` as a function of a model; its text is read and tokenised now, before a command's work.
 
-    Args:
-        source: of the tokenizer.
-        text, split: what is read.
-        bos: put the tokens with which the text begins in front of every window.
-        window, max_tokens, options: further arguments of ``evaluate_perplexity``.
-
-    Raises:
-        ValueError: there is no text in this split, or less than one window of it.
+    ``source`` is that of the model, ``reader`` that of its tokenizer. With ``bos``, the tokens with which the text
+    begins are in front of every window. Raises ValueError if the split has less than one window of text.
     """
-    documents, tokenizer = text.documents(split), source.tokenizer()
+    documents, tokenizer = text.documents(split), reader.tokenizer()
     if not documents:
         raise ValueError(f"{text.name} has no text in its {split} split; give a text that has one.")
     prefix = beginning(tokenizer) if bos else []
@@ -125,6 +123,7 @@ def perplexity_on(
         prefix=prefix,
         max_tokens=max_tokens,
         model_name=source.name,
+        tokenizer_name=reader.name,
         data_name=text.name,
         split=split,
         progress=True,  # a line a minute where bars are not seen

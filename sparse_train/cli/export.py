@@ -2,20 +2,24 @@
 
 from typing import Any
 
-from sparse_train.models.sources import ModelSource, as_model_source
+from sparse_train.models.sources import Dtype, ModelSource, as_model_source, float_dtype
 
 
-def export(checkpoint: str, out: str, tokenizer: ModelSource | str | None = None) -> dict[str, Any]:
+def export(
+    checkpoint: str, out: str, tokenizer: ModelSource | str | None = None, dtype: Dtype | None = None
+) -> dict[str, Any]:
     """Write the model of a training checkpoint as a Hugging Face folder with true zeros.
 
     Args:
         checkpoint: file, or folder of FSDP2 or DeepSpeed, that ``sparse-train fit`` wrote.
         out: folder to write; must not exist.
-        tokenizer: model source, Hugging Face id or folder whose tokenizer is saved with the model.
+        tokenizer: model source, Hugging Face id or folder whose tokenizer is saved with the model; default: that of
+            the model that the run began with.
+        dtype: of the written weights; default: that of the files that the run began with.
     """
     from sparse_train.export import export_checkpoint
 
     loaded = None if tokenizer is None else as_model_source(tokenizer).tokenizer()
-    folder = export_checkpoint(checkpoint, out, loaded)
+    folder = export_checkpoint(checkpoint, out, loaded, dtype=dtype and float_dtype(dtype))
     print(f"exported to {folder}")
     return {"out": str(folder), "checkpoint": checkpoint}

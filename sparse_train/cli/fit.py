@@ -21,12 +21,13 @@ usage: sparse-train {command} --config FILE [--config FILE ...] [options]
   --trainer.max_steps N         length of the run, in optimizer steps
   --ckpt_path FILE              checkpoint to continue from, or to measure; "last": the newest under default_root_dir
   --export FOLDER               write the trained sparse model there (fit)
+  --dtype DTYPE                 dtype in which it is written; default: that of the model's files
   --print_config                print the recipe that results, and stop
   --json                        print one JSON object at the end, and nothing else
 
 all options:
-  sparse-train {command} --help all                                of model, text and Lightning's Trainer
-  sparse-train {command} --trainer.callbacks.help DynamicPruning   of the callback that keeps the model sparse
+  sparse-train {command} --help pruning   of the callback that keeps the model sparse
+  sparse-train {command} --help all       of model, text and Lightning's Trainer
 
 example:
   {example}
@@ -35,10 +36,11 @@ example:
 
 def fit(command: str, options: list[str], debug: bool = False) -> dict[str, Any] | None:
     """Run ``fit``, ``validate`` or ``test``, and return its result for JSON; or print their help."""
-    if "--help" not in options[-1:] and "-h" not in options[-1:]:
+    if options[-1:] not in (["--help"], ["-h"]):
         from sparse_train.cli.lightning_cli import run
 
-        options = ["--help"] if options[-2:] == ["--help", "all"] else options
+        more = {"all": ["--help"], "pruning": ["--trainer.callbacks.help", "DynamicPruning"]}
+        options = more.get(options[-1], options) if options[-2:-1] == ["--help"] else options
         return run([command, *options], debug=debug).result
     about = COMMANDS[command]
     summary = about.summary[0].upper() + about.summary[1:]

@@ -12,9 +12,9 @@ from typing import Any, NoReturn
 import lightning as L
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from sparse_train import terminal
 from sparse_train.callbacks import DynamicPruning, RunRecord
 from sparse_train.cli.parser import Parser, settings, shipped, spelt_out
 from sparse_train.cli.tables import show_run
@@ -24,14 +24,12 @@ from sparse_train.export.card import training_rows
 from sparse_train.files import check_free
 from sparse_train.models.causal_lm import CausalLM
 from sparse_train.models.checkpoints import check_engine, check_plain, newest_checkpoint
+from sparse_train.models.sources import Dtype, float_dtype
 from sparse_train.report import collect, headline, write_run_report
-from sparse_train.terminal import bars_are_seen
 
 _log = logging.getLogger(__name__)
 _SPLITS = {"fit": ("train",), "validate": ("validation",), "test": ("test",)}
 """The split that the files of ``--text`` are, by command. What is trained on is not measured."""
-
-_SECONDS_BETWEEN_LINES = 60.0
 
 
 class _Parser(Parser, LightningArgumentParser):
@@ -51,8 +49,19 @@ class SparseTrainCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name in _SPLITS}
 
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Lightning's, with the page of its trainer last in help."""
+        parser.add_lightning_class_args(CausalLM, "model")
+        parser.add_lightning_class_args(TextBlocks, "data")
+        parser.add_lightning_class_args(self.trainer_class, "trainer")
+        # the sanity check reads the whole validation text: it gives the report's dense and one-shot rows
+        parser.set_defaults({"trainer.num_sanity_val_steps": -1})
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--export", type=str | None, default=None, help="Folder for the trained sparse model.")
+        parser.add_argument("--export", type=str | None, default=None, help="folder for the trained sparse model")
+        parser.add_argument(
+            "--dtype", type=Dtype | None, default=None, help="of its weights; default: that of the model's files"
+        )
         parser.link_arguments("model.model", "data.tokenizer")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -67,7 +76,10 @@ class SparseTrainCLI(LightningCLI):
                 options.weights_only = True
 
     def before_instantiate_classes(self) -> None:
-        trainer = self.config[self.config.subcommand].trainer
+        options = self.config[self.config.subcommand]
+        if "verbose" in options:  # validate and test: Lightning's table has frames, even outside a terminal
+            options.verbose = False
+        trainer = options.trainer
         for name in ("accumulate_grad_batches", "val_check_interval", "check_val_every_n_epoch"):
             if trainer.get(name) == 0:  # Lightning would divide by it in the middle of an epoch
                 raise ValueError(f"trainer.{name} counts steps, batches or epochs, and must be above 0.")
@@ -77,19 +89,14 @@ class SparseTrainCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Adds progress that suits the terminal, unless the recipe sets something else."""
-        own, seen = self.config_init[self.subcommand].trainer, bars_are_seen()
+        own, seen = self.config_init[self.subcommand].trainer, terminal.bars_are_seen()
         given = own.callbacks if isinstance(own.callbacks, list) else [own.callbacks] if own.callbacks else []
         if own.enable_progress_bar is None and not any(isinstance(callback, ProgressBar) for callback in given):
             bar = RichProgressBar(console_kwargs={"stderr": True}) if seen else TrainingLines()
-            kwargs |= {"enable_progress_bar": seen, "callbacks": [*given, bar]}
+            kwargs["callbacks"] = [*given, bar]
         if own.enable_model_summary is None:
             kwargs["enable_model_summary"] = sys.stdout.isatty()
-        trainer = super().instantiate_trainer(**kwargs)
-        if all(isinstance(logger, CSVLogger) for logger in trainer.loggers):  # others would show hundreds of curves
-            for callback in trainer.callbacks:  # type: ignore[attr-defined]
-                if isinstance(callback, DynamicPruning):
-                    callback.log_layers = True  # for the report
-        return trainer
+        return super().instantiate_trainer(**kwargs)
 
     def before_fit(self) -> None:
         if self.config.fit.ckpt_path:
@@ -104,14 +111,15 @@ class SparseTrainCLI(LightningCLI):
                 self.result = self._report(out)
         finally:  # neither is lost if the other fails
             if out:
-                export_model(self.model.model, self.model.source.tokenizer(), out, self._card())
+                source, dtype = self.model.source, self.config.fit.dtype
+                dtype = dtype and float_dtype(dtype)
+                export_model(self.model.model, source.tokenizer(), out, self._card(), dtype=dtype)
 
     def _report(self, out: str | None) -> dict[str, Any]:
         """Write the report of the run. Returns the results, for JSON."""
-        found: dict[str, Any] = {"export": out, "report": None, "checkpoint": None}
-        for callback in self.trainer.checkpoint_callbacks:
-            own = getattr(callback, "best_model_path", "") or getattr(callback, "last_model_path", "")
-            found["checkpoint"] = found["checkpoint"] or own or None
+        kinds, callbacks = ("best_model_path", "last_model_path"), self.trainer.checkpoint_callbacks
+        paths = filter(None, (getattr(callback, kind, "") for callback in callbacks for kind in kinds))
+        found: dict[str, Any] = {"export": out, "report": None, "checkpoint": next(paths, None)}
         if not (out or found["checkpoint"] or self.config.fit.ckpt_path) and self.trainer.checkpoint_callbacks:
             _log.warning(
                 "The run ended before its first checkpoint, so the trained model is not kept. Give --export FOLDER, or "
@@ -141,19 +149,11 @@ class SparseTrainCLI(LightningCLI):
         recipe = self._parser(self.subcommand).dump(self.config.fit, skip_none=False)
         return ModelCard(source.name, source.hub_id, source.license, made, perplexity, recipe)
 
-    def validate(self, **arguments: Any) -> None:
-        """``Trainer.validate`` without its own table, which has frames even outside a terminal."""
-        self.trainer.validate(**arguments | {"verbose": False})
-        self._keep_metrics()
-
-    def test(self, **arguments: Any) -> None:
-        """``Trainer.test``, likewise."""
-        self.trainer.test(**arguments | {"verbose": False})
-        self._keep_metrics()
-
-    def _keep_metrics(self) -> None:
+    def after_validate(self) -> None:
         if self.trainer.is_global_zero:
             self.result = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+
+    after_test = after_validate
 
 
 def run(args: list[str], cli: type[SparseTrainCLI] = SparseTrainCLI, debug: bool = False) -> SparseTrainCLI:
@@ -165,8 +165,7 @@ def run(args: list[str], cli: type[SparseTrainCLI] = SparseTrainCLI, debug: bool
             TextBlocks,
             args=[command, *spelt_out(options, (), "--data.text", *_SPLITS[command])],
             seed_everything_default=0,
-            # the sanity check reads the whole validation text: it gives the report's dense and one-shot rows
-            trainer_defaults={"callbacks": RunRecord(), "num_sanity_val_steps": -1},
+            trainer_defaults={"callbacks": RunRecord()},
             save_config_kwargs={"overwrite": True},
             auto_configure_optimizers=False,
             parser_class=_Parser,
@@ -192,33 +191,51 @@ def _show(command: str, result: dict[str, Any]) -> None:
     print("\n".join(lines))
 
 
-class TrainingLines(L.Callback):
+class TrainingLines(ProgressBar):
     """A line on stderr after each validation, and every minute in between, with what Lightning's bar shows.
 
     "step 25/100, 0:01:20 left, train/loss 3.245, val/perplexity 25.17, sparsity/actual 0.5, ..."
     """
 
+    def disable(self) -> None:
+        """In all processes except the first, which is where ``_print`` prints."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        self._last = time.monotonic()
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._began = self._last = time.monotonic()
         self._first_step = trainer.global_step
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if time.monotonic() - self._last >= _SECONDS_BETWEEN_LINES:
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        if self._is_time():
             self._line(trainer)
+
+    def on_validation_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if self._is_time():
+            self.has_dataloader_changed(dataloader_idx)
+            self._print("validation: batch", f"{batch_idx + 1}/{self.total_val_batches_current_dataloader}")
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._line(trainer)
 
+    def _is_time(self) -> bool:
+        return time.monotonic() - self._last >= terminal.SECONDS_BETWEEN_LINES
+
     def _line(self, trainer: L.Trainer) -> None:
-        self._last = time.monotonic()
         step, total = trainer.global_step, trainer.estimated_stepping_batches
         parts = [f"step {step}/{total}"]
         if total != float("inf") and step > self._first_step:
-            seconds = (self._last - self._began) / (step - self._first_step) * (total - step)
+            seconds = (time.monotonic() - self._began) / (step - self._first_step) * (total - step)
             parts.append(f"{timedelta(seconds=round(seconds))} left")
         metrics = [f"{name} {float(value):.4g}" for name, value in trainer.progress_bar_metrics.items()]
-        if trainer.is_global_zero:
-            print(", ".join([*parts, *metrics]), file=sys.stderr, flush=True)
+        self._print(", ".join([*parts, *metrics]))
+
+    def _print(self, *words: str) -> None:
+        self._last = time.monotonic()
+        if self.trainer.is_global_zero:
+            print(*words, file=sys.stderr, flush=True)

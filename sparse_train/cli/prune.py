@@ -23,7 +23,7 @@ from sparse_train.export import export_model
 from sparse_train.export.card import ModelCard, oneshot_rows, write_card
 from sparse_train.files import check_free, check_space, replacing
 from sparse_train.inspection import LayerSparsity, layer_sparsities
-from sparse_train.models.sources import ModelSource, Pretrained, as_model_source
+from sparse_train.models.sources import Dtype, ModelSource, Pretrained, as_model_source, float_dtype
 from sparse_train.oneshot import Batch, OneshotReport, Plan, prune_checkpoint
 from sparse_train.oneshot import prune as prune_model
 from sparse_train.oneshot.disk import Checkpoint, copy_others, model_without_weights
@@ -44,6 +44,7 @@ def prune(
     distribution: SparsityDistribution | None = None,
     targets: list[str] | None = None,
     ignore: list[str] = [],  # noqa: B006  (not changed)
+    dtype: Dtype | None = None,
     num_calibration_samples: int = 32,
     max_seq_length: int = 512,
     sampling: Literal["packed", "documents"] = "packed",
@@ -71,6 +72,7 @@ def prune(
         distribution: how the sparsity is divided among layers: Uniform (default), OWL, Explicit or PerBlock.
         targets: layers by name, class name or "re:" expression; default: the linear layers of the decoder blocks.
         ignore: layers to leave dense.
+        dtype: of the written weights; default: that of the model.
         num_calibration_samples: number of samples of text.
         max_seq_length: tokens per sample.
         sampling: "packed" cuts joined documents into samples; "documents" uses a random part of one long document for
@@ -106,6 +108,8 @@ def prune(
         "batch_size": batch_size,
     }
     plan = Plan.of(mask_structure, sparsity, criterion, distribution)  # mistakes are told before anything is loaded
+    if dtype is not None and (streaming or seeds is not None):
+        raise ValueError("streaming keeps the dtype of each file, and seeds writes no model. Leave dtype out.")
     if seeds is not None and streaming:
         raise ValueError("seeds needs the model in memory; with streaming, call prune once with each --seed.")
     check_free(Path(out))
@@ -115,10 +119,11 @@ def prune(
         if streaming and world_size() > 1:
             raise ValueError("streaming runs in one process. Start it without torchrun, or leave it out.")
         if test is not None:
-            measure = perplexity_on(source, test, window=window, max_tokens=max_tokens, bos=bos, batch_size=1)
+            options: dict[str, Any] = {"window": window, "max_tokens": max_tokens, "bos": bos, "batch_size": 1}
+            measure = perplexity_on(source, source, test, **options)
         job = _Job(source, plan, method, text, calibration, own_device, measure)
         if seeds is None:
-            details, layers = _once(job, seed, Path(out), activations if streaming else None)
+            details, layers = _once(job, seed, Path(out), activations if streaming else None, dtype)
         else:
             details = _over_seeds(job, seeds, Path(out))
     if rank() != 0:  # all ranks have the same model
@@ -208,7 +213,7 @@ class _Job:
 
 
 def _once(
-    job: _Job, seed: int, out: Path, streaming: Literal["memory", "disk"] | None
+    job: _Job, seed: int, out: Path, streaming: Literal["memory", "disk"] | None, dtype: Dtype | None
 ) -> tuple[Details, list[LayerSparsity]]:
     """The record of the pruning, and the layers that were counted; rank 0 writes.
 
@@ -226,13 +231,14 @@ def _once(
         write_card(out, card, layers)
     else:
         layers = layer_sparsities(model)
-        export_model(model, source.tokenizer(), out, card)
+        export_model(model, source.tokenizer(), out, card, dtype=dtype and float_dtype(dtype))
         if isinstance(source, Pretrained):
             copy_others(Path(source.path), out)
     details["seconds"]["all"] = time.perf_counter() - began
     _write(out / "pruning.json", details)
     if job.measure is not None:
-        model = model or Pretrained(str(out), dtype="auto").load().to(job.device)
+        if model is None or dtype is not None:
+            model = Pretrained(str(out), dtype="auto").load().to(job.device)
         perplexity = job.measure(model)
         details["perplexity"] = perplexity.as_dict()
         _write(out / "pruning.json", details)

@@ -61,10 +61,7 @@ def _helps(record: logging.LogRecord) -> bool:
 
 
 def quiet_libraries() -> None:
-    """Leave out messages that help no user, and bars where they would fill a log. Comes before libraries are imported,
-
-    which read these variables then.
-    """
+    """Leave out messages that help no user, and bars where they would fill a log; before libraries are imported."""
     for message in _WARNINGS:
         warnings.filterwarnings("ignore", message)
     for name in _LOGGERS:

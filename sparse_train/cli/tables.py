@@ -48,13 +48,9 @@ def _print_method(details: dict[str, Any]) -> None:
 def show_inspection(
     name: str, layers: Sequence[LayerSparsity], model_bytes: int, console: Console | None = None
 ) -> None:
-    """Sparsity, size and 2:4 hardware of every layer.
+    """Sparsity and size of every layer, and whether its zeros and shape fit 2:4 hardware; then what its dtype means.
 
-    Args:
-        name: of the model.
-        layers: of the model.
-        model_bytes: bytes of all parameters, each counted once.
-        console: where to print; default: stdout.
+    ``model_bytes`` are those of all parameters, each counted once. Prints to stdout by default.
     """
 
     def row(label: str, shape: str, own: Sequence[LayerSparsity], pattern: str, able: str) -> list[str]:
@@ -62,24 +58,23 @@ def show_inspection(
         return [label, shape, f"{overall_sparsity(own):.4f}", pattern, f"{size / 1e6:.2f}", able]
 
     def total(label: str, own: Sequence[LayerSparsity]) -> list[str]:
-        return row(label, "", own, "", f"{sum(layer.why_not_2of4 is None for layer in own)}/{len(own)}")
+        return row(label, "", own, "", f"{sum(layer.misfit_2of4 is None for layer in own)}/{len(own)}")
 
     rows, reasons = [], defaultdict[str, list[str]](list)
     for layer in layers:
-        why_not = layer.why_not_2of4
         shape = " x ".join(map(str, layer.shape))
-        rows.append(row(layer.name, shape, [layer], layer.pattern, "yes" if why_not is None else "no"))
-        if why_not is not None:
-            reasons[why_not].append(layer.name)
+        rows.append(row(layer.name, shape, [layer], layer.pattern, "no" if layer.misfit_2of4 else "yes"))
+        if why_not := layer.why_not_2of4:
+            reasons[f"does not fit 2:4, {why_not}" if layer.misfit_2of4 else f"fits 2:4; {why_not}"].append(layer.name)
     found = pruned(layers)
     if 0 < len(found) < len(layers):
         rows.append(total(f"{len(found)} pruned layers", found))
     rows += [total("all linear layers", layers), ["the whole model", "", "", "", f"{model_bytes / 1e6:.2f}", ""]]
     console = console or Console()
-    print_table([name, "shape", "sparsity", "pattern", "MB", "2:4 GPU"], rows, words=(0, 1, 3), console=console)
+    print_table([name, "shape", "sparsity", "pattern", "MB", "fits 2:4"], rows, words=(0, 1, 3), console=console)
     for reason, names in reasons.items():
         some = ", ".join([*names[:3], f"and {len(names) - 3} more"] if len(names) > 4 else names)
-        console.print(f"not on a 2:4 GPU, {reason}: {some}", soft_wrap=True, highlight=False, markup=False)
+        console.print(f"{reason}: {some}", soft_wrap=True, highlight=False, markup=False)
 
 
 def show_run(run: Run) -> None:

@@ -151,9 +151,8 @@ def export_checkpoint(
     if "model_config" not in content:
         raise ValueError(
             f"{checkpoint} was not written by sparse_train's CausalLM, so its architecture is not known. In Python, "
-            "make your module, and call sparse_train.sparsify_like(module, checkpoint['state_dict']), "
-            "module.load_state_dict(checkpoint['state_dict']) and sparse_train.squash(module); then save it like a "
-            "dense model."
+            "load it with sparse_train.load_from_checkpoint(YourModule, checkpoint), call sparse_train.squash(module), "
+            "and save it like a dense model."
         )
     settings, source = dict(content["model_config"]), content.get("model_source", {})
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)

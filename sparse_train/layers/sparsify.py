@@ -90,8 +90,8 @@ def _keep_from_ddp(model: nn.Module) -> None:
 def sparsify_like(module: nn.Module, state_dict: Mapping[str, Any], prefix: str = "") -> None:
     """Sparsify the layers of ``module`` whose masks are in ``state_dict``, so that the state can be loaded.
 
-    To load the checkpoint of a sparse run into a dense module: ``sparsify_like(module, state)``, then
-    ``module.load_state_dict(state)``, and ``squash(module)`` for true zeros.
+    To load the state of a sparse model into a dense one: ``sparsify_like(module, state)``, then
+    ``module.load_state_dict(state)``, and ``squash(module)`` for true zeros. For Lightning, ``load_from_checkpoint``.
     """
     names = [key.removeprefix(prefix).removesuffix(f".{MASK_NAME}") for key in state_dict if is_mask(key)]
     layers = [module.get_submodule(name) for name in names]

@@ -59,7 +59,8 @@ def select(
         targets: names of modules, class names such as "Linear", or "re:" and a regular expression matched from the
             start of the name (as in llm-compressor). Default: the linear layers of the decoder blocks except routers
             and gates of experts; in a model without blocks, all linear layers except the last one and those with tied
-            weights. Where something is trained, frozen blocks and layers beside it are left out: those of a teacher.
+            weights. Left out are layers whose weight another module reads (``read_directly``) and, where something is
+            trained, frozen blocks and layers beside it: those of a teacher.
         ignore: layers to leave out, in the same three forms.
         experts: choose fused experts too (one-shot pruning); otherwise they count as weights that cannot be pruned.
 
@@ -67,7 +68,7 @@ def select(
         ValueError: nothing chosen, a name that matches nothing, or a chosen layer that cannot be masked (see
             ``check_maskable``) or does not fit the pattern.
     """
-    adapters, tied = adapter_names(model), tied_names(model)
+    adapters, tied, own_use = adapter_names(model), tied_names(model), read_directly(model)
     fused = fused_experts(model) if experts else {}
     ignored = set(_match(model, ignore, "ignore", fused))
     blocks = unambiguous_blocks(model) if targets is None else None
@@ -76,9 +77,9 @@ def select(
         matched = _match(model, targets, "targets", fused)
         chosen = [name for name in matched if name not in adapters or name in targets]
     elif blocks is not None:
-        chosen = [name for name in _in_blocks(model, blocks, fused, ignored) if name not in adapters]
+        chosen = [name for name in _in_blocks(model, blocks, fused, ignored) if name not in adapters | own_use]
     else:
-        chosen = _without_blocks(model, pattern, adapters | tied, ignored)
+        chosen = _without_blocks(model, pattern, adapters | tied | own_use, ignored)
     chosen = [name for name in chosen if name not in ignored]
     if not chosen:
         linears, frozen = [name for name, module in model.named_modules() if is_linear(module)], frozen_linears(model)
@@ -103,15 +104,15 @@ def select(
         first, others = next(iter(misfits.values())), len(misfits) - 1
         raise ValueError(f"{first} The same is true of {others} more. {leave_out(misfits)}" if others else str(first))
     _log.info("Pruning %s.", named(chosen))
-    if blocks is not None:
-        _warn_of_dense(model, blocks, fused)
+    if targets is None and (blocks is not None or own_use):
+        _warn_of_dense(model, blocks or "", fused, own_use)
     return Selection(layers, {name: fused[name] for name in chosen if name in fused})
 
 
 def _in_blocks(model: nn.Module, blocks: str, fused: Mapping[str, FusedExperts], ignored: set[str]) -> list[str]:
     """Linear layers and fused experts of the decoder blocks, but for those that decide which experts run."""
     inside = set(model.get_submodule(blocks).modules())  # a block may also have another name, which comes first
-    routers, own_use = router_names(model, blocks), read_directly(model, blocks)
+    routers = router_names(model, blocks)
     weights = sum(numel(each) for name in routers - ignored for each in model.get_submodule(name).parameters())
     share = weights / max(1, sum(map(numel, model.parameters())))
     if share > _ROUTERS:
@@ -123,11 +124,9 @@ def _in_blocks(model: nn.Module, blocks: str, fused: Mapping[str, FusedExperts],
             min(routers - ignored),
             100 * share,
         )
-    if own_use - ignored:
-        _log.info("%d layers stay dense, whose weight the block reads itself: %s, ...", len(own_use), min(own_use))
     found = [name for name, module in model.named_modules() if is_linear(module) and module in inside]
     found += [name for name in fused if name.startswith(f"{blocks}.")]
-    return [name for name in found if name not in routers | own_use]
+    return [name for name in found if name not in routers]
 
 
 def _without_blocks(model: nn.Module, pattern: Pattern, never: set[str], ignored: set[str]) -> list[str]:
@@ -188,17 +187,17 @@ def _match(model: nn.Module, patterns: Sequence[str], argument: str, fused: Mapp
     return [name for name in [*modules, *fused] if name in matched]
 
 
-def _warn_of_dense(model: nn.Module, blocks: str, fused: Mapping[str, FusedExperts]) -> None:
+def _warn_of_dense(model: nn.Module, blocks: str, fused: Mapping[str, FusedExperts], own_use: set[str]) -> None:
     """Warn of weights of the blocks that no mask can reach."""
     found: dict[str, nn.Parameter] = {}
     for name, module in model.get_submodule(blocks).named_modules(prefix=blocks):
-        if not (is_linear(module) or is_router(module) or isinstance(module, nn.Embedding)):
-            own = {f"{name}.{each}": parameter for each, parameter in module.named_parameters(recurse=False)}
+        if name in own_use or not (is_linear(module) or is_router(module) or isinstance(module, nn.Embedding)):
+            own = dict(module.named_parameters(prefix=name, recurse=False))
             found |= {full: each for full, each in own.items() if dimensions(each) >= 2 and full not in fused}
     if not found:
         return
     _log.warning(
-        "%d block weights cannot be masked and stay dense (%.1f %% of the model's parameters): %s",
+        "%d weights cannot be masked and stay dense (%.1f %% of the model's parameters): %s",
         len(found),
         100 * sum(map(numel, found.values())) / sum(map(numel, model.parameters())),
         ", ".join(list(found)[:3]) + (", ..." if len(found) > 3 else ""),
@@ -229,11 +228,11 @@ def check_maskable(model: nn.Module, name: str, module: nn.Module, adapters: set
         raise ValueError(f"{name} is a {type(module).__name__}; only nn.Linear layers can be masked. {way_out}.")
     parts = name.split(".")
     for outer in (model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts))):
-        if isinstance(outer, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
+        if isinstance(outer, nn.MultiheadAttention):
             raise ValueError(
-                f"{name} is inside a {type(outer).__name__}, whose fast path reads the weight directly and would "
-                f"bypass the mask. Leave all of these dense with ignore=[{type(outer).__name__!r}], or build the block "
-                "from nn.Linear layers."
+                f"{name} is inside a {type(outer).__name__}, which reads the weight itself, so that a mask would have "
+                f"no effect. Leave all of these dense with ignore=[{type(outer).__name__!r}], or build attention from "
+                "nn.Linear layers."
             )
     if not is_plain_linear(type(module)):
         raise ValueError(

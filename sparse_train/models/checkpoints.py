@@ -1,17 +1,21 @@
 """Reads checkpoints of training runs in one process, from any engine, without starting that engine."""
 
 import pickle
+from collections.abc import Mapping
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
-from zipfile import is_zipfile
+from typing import Any, TypeVar
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 from sparse_train.files import calls, load_plain
+from sparse_train.layers.masked_layer import sparse_layers
 from sparse_train.layers.masks import MASK_NAME
+from sparse_train.layers.sparsify import sparsify_like
 
+_Module = TypeVar("_Module")
 PRUNING_STATE = "DynamicPruning"
 """Key of the state of ``DynamicPruning``, and of its subclasses, in the callbacks of a checkpoint."""
 _FSDP2_METADATA = ".metadata"  # file of torch.distributed.checkpoint
@@ -31,7 +35,7 @@ def read_checkpoint(checkpoint: str | Path) -> dict[str, Any]:
     """
     path = Path(checkpoint)
     if path.is_file():
-        found = load_plain(path)
+        found = load_plain(path, mmap=True)
         if isinstance(found, dict) and "state_dict" in found:
             return found
         raise ValueError(
@@ -46,6 +50,44 @@ def read_checkpoint(checkpoint: str | Path) -> dict[str, Any]:
     kind = "is a folder that neither FSDP2 nor DeepSpeed wrote" if path.is_dir() else "does not exist"
     beside = ", ".join(sorted(each.name for each in path.parent.glob("*.ckpt") if each != path)[:5])
     raise ValueError(f"There is no checkpoint at {path}: it {kind}." + (f" Beside it are {beside}." if beside else ""))
+
+
+def load_from_checkpoint(cls: type[_Module], checkpoint: str | Path, **arguments: Any) -> _Module:
+    """The module of a Lightning checkpoint that a sparse run wrote, with its masks; it needs no callback.
+
+    ::
+
+        module = sparse_train.load_from_checkpoint(Lit, "best.ckpt")
+        trainer.test(module, data)  # or squash(module), for plain layers with true zeros
+
+    Lightning's own ``Lit.load_from_checkpoint`` refuses the masks ("Unexpected key").
+
+    Args:
+        cls: a class of ``LightningModule``.
+        checkpoint: a file; no code in it is run.
+        arguments: those of Lightning's method: hyperparameters, ``strict``, ``map_location``.
+
+    Raises:
+        ValueError: the file holds more than tensors and plain values, is a folder, or lacks the masks of its run.
+    """
+    path = Path(checkpoint)
+    if path.is_dir():
+        raise ValueError(
+            f"{path} is a folder. If FSDP2 wrote it, make a file of it: python -m "
+            f"lightning.pytorch.utilities.consolidate_checkpoint {path}."
+        )
+    of_sparse_run = read_checkpoint(path).get("callbacks", {}).get(PRUNING_STATE)
+    original: Any = cls.load_state_dict  # type: ignore[attr-defined]
+
+    def load(module: Any, state_dict: Mapping[str, Any], *args: Any, **options: Any) -> Any:
+        sparsify_like(module, state_dict)
+        if of_sparse_run and not sparse_layers(module):
+            raise ValueError(f"{path} is of a sparse run and holds no masks, so the module would be dense.")
+        return original(module, state_dict, *args, **options)
+
+    # Lightning creates the module and loads it in one call, and asks nobody in between
+    with mock.patch.object(cls, "load_state_dict", load):
+        return cls.load_from_checkpoint(path, weights_only=True, **arguments)  # type: ignore[attr-defined, no-any-return]
 
 
 def newest_checkpoint(folder: str | Path) -> Path:
@@ -79,12 +121,12 @@ def check_plain(checkpoint: str | Path) -> None:
     """
     path = Path(checkpoint)
     if path.is_file():
-        found = load_plain(path, mmap=is_zipfile(path))
+        found = load_plain(path, mmap=True)
         if not isinstance(found, dict) or "pytorch-lightning_version" not in found:
             raise ValueError(f"{path} is not a checkpoint of a training run: Lightning did not write it.")
     for file in sorted(path.rglob("*.pt")):
         with torch.serialization.safe_globals(_deepspeed_classes()):
-            load_plain(file, mmap=is_zipfile(file))
+            load_plain(file, mmap=True)
     if (path / _FSDP2_METADATA).is_file():
         _check_fsdp2_values(path)
 

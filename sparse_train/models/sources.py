@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -116,7 +116,10 @@ class Pretrained(ModelSource):
             elif not (folder / "config.json").is_file():
                 similar += f" {_FOLDERS}"
             elif "Tokenizer" in kind.__name__ and not any(folder.glob("*token*")):
-                similar += " The folder has no tokenizer: save it there (tokenizer.save_pretrained)."
+                raise ValueError(
+                    f"{folder} has no tokenizer. Save one there (tokenizer.save_pretrained(folder)); to evaluate, name "
+                    "a folder or id that has it: --tokenizer."
+                ) from error
             raise ValueError(f"Cannot load {self.path!r}.{similar} {error}") from error
 
     def _check_path(self) -> None:
@@ -214,6 +217,10 @@ class FromScratch(ModelSource):
 def as_model_source(model: ModelSource | str | os.PathLike[str], dtype: str = "float32") -> ModelSource:
     """A source for a Hugging Face id or a local folder, of weights in ``dtype``; a source is returned unchanged."""
     return model if isinstance(model, ModelSource) else Pretrained(os.fspath(model), dtype=dtype)
+
+
+Dtype = Literal["bfloat16", "float16", "float32"]
+"""Of weights that are written."""
 
 
 def float_dtype(name: str) -> torch.dtype:

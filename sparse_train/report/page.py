@@ -115,8 +115,8 @@ def _masks(runs: Sequence[Run]) -> list[str]:
 
 
 def _layers(run: Run, runs: Sequence[Run]) -> str:
-    text = "Zeros, counted on the weights; and flips over the run as a share of the weights, if layers were logged."
-    panels = {"zeros, %": run.sparsity_by_layer(), "flips, %": run.flips_by_layer()}
+    text = "Zeros, counted on the weights; and flips since the first mask, as a share of the weights."
+    panels = {"zeros, %": run.by_layer("zeros"), "flips, %": run.by_layer("flips")}
     return heat_maps(_of(run, runs) + text, panels)
 
 

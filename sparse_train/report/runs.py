@@ -81,21 +81,15 @@ class Run:
         points = self.curve(named(word, [name for name in self.last("") if name.startswith("val")]))
         return [*((state.step, getattr(state, word)) for state in before[-1:]), *points]
 
-    def flips(self, name: str = "sparsity/flip_rate") -> Points:
+    def flips(self) -> Points:
         """Flip rates of the updates after the first mask."""
         masked = self.curve("sparsity/actual")
-        return [(step, rate) for step, rate in self.curve(name) if step > masked[0][0]]
+        return [(step, rate) for step, rate in self.curve("sparsity/flip_rate") if step > masked[0][0]]
 
-    def flips_by_layer(self) -> dict[str, float]:
-        """Flips of each layer over these updates, as a share of its weights, if layers were logged; may exceed 1."""
-        prefix = "layers/flip_rate/"
-        return {name: sum(rate for _, rate in self.flips(prefix + name)) for name in self.last(prefix)}
-
-    def sparsity_by_layer(self) -> dict[str, float]:
-        """Share of zeros of each layer: counted at the end, or at the last update if layers were logged."""
-        if zeros := self.facts["zeros"]:
-            return {name: zeros[name] / size for name, size in self.facts["pruning"]["layers"].items()}
-        return self.last("layers/sparsity/")
+    def by_layer(self, fact: str) -> dict[str, float]:
+        """ "zeros" at the latest update, or "flips" since the first mask, which may exceed 1; as shares of a layer."""
+        sizes = self.facts["pruning"]["layers"] if self.facts["pruning"] else {}
+        return {name: count / sizes[name] for name, count in (self.facts.get(fact) or {}).items()}
 
     def before(self) -> list[State]:
         """The model before training: dense, after the first mask."""

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from sparse_train import Dormant, FirstWindow, Magnitude, OneShot, sparse_layers, sparsify_like
+import sparse_train
+from sparse_train import Dormant, FirstWindow, Magnitude, OneShot, sparse_layers, sparsify_like, squash
 from sparse_train.callbacks import DynamicPruning
 from sparse_train.models.checkpoints import PRUNING_STATE
 from tests.callbacks.runs import (
@@ -229,12 +230,45 @@ def test_a_dense_checkpoint_is_no_sparse_run(tmp_path, module):
         trainer(tmp_path, DynamicPruning("2:4")).fit(module(), loader(), ckpt_path=path, weights_only=False)
 
 
-def test_loading_a_sparse_checkpoint_without_the_callback_names_the_masks(tmp_path):
-    path = tmp_path / "sparse.ckpt"
-    with pytest.raises(SystemExit):
-        trainer(tmp_path, DynamicPruning("2:4"), Interrupt(2, path)).fit(InInit(), loader())
+def test_a_sparse_checkpoint_is_loaded_without_the_callback(tmp_path):
+    class Lit(InInit):
+        def __init__(self, width=1, scale=1.0):
+            super().__init__()
+            self.save_hyperparameters()
+            self.own = torch.nn.Parameter(torch.zeros(width))
+
+        def on_save_checkpoint(self, checkpoint):
+            checkpoint["state_dict"]["old"] = checkpoint["state_dict"].pop("own")
+
+        def on_load_checkpoint(self, checkpoint):
+            checkpoint["state_dict"]["own"] = checkpoint["state_dict"].pop("old")
+
+        def test_step(self, batch, batch_idx):
+            self.log("test", self.net(**batch).loss)
+
+    path, run, trained = tmp_path / "sparse.ckpt", trainer(tmp_path, DynamicPruning("2:4", squash=False)), Lit(width=3)
+    run.fit(trained, loader())
+    run.save_checkpoint(path)
     with pytest.raises(RuntimeError, match=r"Unexpected key.*up_proj.weight_mask"):
-        InInit.load_from_checkpoint(path, weights_only=False)
+        Lit.load_from_checkpoint(path)
+    loaded = sparse_train.load_from_checkpoint(Lit, path, scale=2.0)
+    assert (type(loaded), loaded.hparams) == (Lit, {"width": 3, "scale": 2.0})
+    pairs = zip(loaded.state_dict().items(), trained.state_dict().items(), strict=True)
+    assert all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs)
+    data = DataLoader(Tokens(), batch_size=4)
+    found, expected = (trainer(tmp_path).test(module, data, verbose=False) for module in (loaded, trained))
+    assert found == expected
+    squash(loaded)
+    assert zeros(loaded) == 0.5
+
+    content = torch.load(path, weights_only=True)
+    content["state_dict"] = {key: value for key, value in content["state_dict"].items() if "weight_mask" not in key}
+    torch.save(content, path)
+    with pytest.raises(ValueError, match="holds no masks"):
+        sparse_train.load_from_checkpoint(Lit, path)
+    torch.save({**content, "harmless": print}, path)
+    with pytest.raises(ValueError, match="more than tensors and plain values"):
+        sparse_train.load_from_checkpoint(Lit, path)
 
 
 def test_a_checkpoint_written_on_an_exception_loses_no_update(tmp_path):

@@ -76,6 +76,9 @@ def test_a_run_leaves_its_record(tmp_path):
     assert {name: weight.numel() for name, weight in weights.items()} == found["pruning"]["layers"]
     assert {name: int((weight == 0).sum()) for name, weight in weights.items()} == found["zeros"]
     assert found["sparsity"] == 0.5
+    _, *updates = collect([tmp_path])[0].curve("sparsity/flip_rate")
+    expected = sum(found["pruning"]["layers"].values()) * sum(rate for _, rate in updates)
+    assert sum(found["flips"].values()) == round(expected) > 0
 
     now = collect([tmp_path])[0].now()
     last = float(module.trainer.callback_metrics["val_loss"])
@@ -166,6 +169,7 @@ def test_a_killed_and_resumed_run_has_one_history(tmp_path):
         assert [session["step"] for session in found["sessions"]] == [0, 5]
         assert (found["tokens"], found["finished"]) == (12 * 2 * 16, True)
         assert run.before() == uninterrupted.before()
+        assert (found["flips"], found["zeros"]) == (facts(whole)["flips"], facts(whole)["zeros"])
         for name in ("sparsity/flip_rate", "sparsity/initial_flip_rate", "sparsity/actual", "loss", "val_loss"):
             assert run.curve(name) == uninterrupted.curve(name), name
 

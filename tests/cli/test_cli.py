@@ -176,8 +176,19 @@ def test_fit_export_and_resume(model_folder, text, capsys):
     assert min(steps) == 0 and max(steps) == 15  # the history of the interrupted run is kept
 
     # a run that is at its end already trains nothing, and is what it was
-    cli.main([*options, "--trainer.logger.init_args.save_dir=end", f"--ckpt_path={checkpoint}", "--export=ended"])
+    cli.main(
+        [
+            *options,
+            "--trainer.logger.init_args.save_dir=end",
+            f"--ckpt_path={checkpoint}",
+            "--export=ended",
+            "--dtype=bfloat16",
+        ]
+    )
     assert "updated every 4 steps" in Path("ended/README.md").read_text()
+    cli.main(["export", str(checkpoint), "half", f"--tokenizer={model_folder}", "--dtype=bfloat16"])
+    for folder in ("ended", "half"):
+        assert AutoModelForCausalLM.from_pretrained(folder, dtype="auto").dtype == torch.bfloat16
     other = [*options, "--trainer.callbacks.init_args.mask_structure=1:4", f"--ckpt_path={checkpoint}"]
     with pytest.raises(SystemExit, match="The checkpoint was written with mask_structure"):
         cli.main([*other, "--trainer.logger.init_args.save_dir=other", "--export=other/model"])
@@ -274,14 +285,18 @@ def short_fit(text, *options):
             "--trainer.logger.init_args.save_dir=run",
             "--trainer.default_root_dir=run",
             "--trainer.enable_checkpointing=false",
-            "--trainer.enable_progress_bar=false",
         ]
     )
 
 
 @pytest.mark.parametrize("recipe", ["smollm2_dense", "smollm2_2of4_distill"])
-def test_short_fits(model_folder, text, recipe):
+def test_short_fits(model_folder, text, recipe, monkeypatch, capsys):
+    monkeypatch.setattr("sparse_train.terminal.SECONDS_BETWEEN_LINES", 0.0)
     short_fit(text, f"--config=recipes/{recipe}.yaml", f"--model.model={model_folder}")
+    lines = capsys.readouterr().err.splitlines()  # no terminal: a line for what would be a state of a bar
+    assert any(re.fullmatch(r"validation: batch 1/\d+", line) for line in lines)
+    assert any(re.match(r"step 3/3, 0:00:00 left, .*val/perplexity \d", line) for line in lines)
+    assert ("pruning: 3/3, 00:00 left" in lines) == ("2of4" in recipe)
     metrics = Path("run/version_0/metrics.csv").read_text()
     assert "val/perplexity" in metrics
     assert ("train/loss_kldiv" in metrics) == ("distill" in recipe)
@@ -325,8 +340,9 @@ def test_help_of_fit_names_options_that_there_are(capsys):
     with pytest.raises(SystemExit):
         cli.main(["fit", "--help", "all"])
     listed = capsys.readouterr().out
+    assert listed.index("--model.lr ") < listed.index("--data.block_size ") < listed.index("--trainer.max_steps ")
     with pytest.raises(SystemExit):
-        cli.main(["fit", "--trainer.callbacks.help", "DynamicPruning"])
+        cli.main(["fit", "--help", "pruning"])
     listed += capsys.readouterr().out.replace("callbacks.", "callbacks.init_args.")
     assert own <= set(re.findall(r"--[\w.]+", listed))
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from sparse_train.cli import main as cli
+from tests.conftest import tiny_llama
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("elsewhere")]
 
@@ -27,6 +28,18 @@ def test_evaluate_on_tasks(model_folder, text, capsys):
     assert row.split()[2:] == ["0.00", "2", "acc"]
     assert "perplexity" not in table
     assert "zero-shot accuracy of" in table
+
+
+def test_a_folder_without_a_tokenizer_takes_that_of_another(model_folder, text, capsys):
+    tiny_llama().save_pretrained("bare")
+    options = [f"--text={text}", "--window=32", "--max_tokens=640", "--json"]
+    with pytest.raises(SystemExit, match=r"bare has no tokenizer. Save one there .* --tokenizer\.$"):
+        cli.main(["evaluate", "bare", *options])
+    cli.main(["evaluate", "bare", f"--tokenizer={model_folder}", *options])
+    bare = json.loads(capsys.readouterr().out)
+    cli.main(["evaluate", str(model_folder), *options])
+    whole = json.loads(capsys.readouterr().out)
+    assert (bare["tokenizer"], bare["perplexity"]) == (str(model_folder), whole["perplexity"])
 
 
 def test_what_is_measured_before_a_task_that_fails_is_printed(model_folder, text, capsys):

@@ -91,8 +91,9 @@ def test_seeds_print_mean_and_standard_deviation(run, capsys):
 
 def test_perplexity_is_measured_on_request(run, text_file):
     text = json.dumps({"class_path": "TextFiles", "init_args": {"test": [str(text_file)]}})
-    _, details = run(f"--perplexity={text}", "--window=32", "--max_tokens=320")
+    _, details = run(f"--perplexity={text}", "--window=32", "--max_tokens=320", "--dtype=bfloat16")
     found = details["perplexity"]
+    assert found["computed_in"] == "bfloat16"  # what was written is measured
     assert found["window"] == 32 and found["tokens"] == 310
     assert 0 < found["words"] < 310 and found["word_perplexity"] > found["perplexity"]
 
@@ -163,6 +164,7 @@ def test_a_full_disk_is_said_before_the_pruning_and_after_it(run, monkeypatch):
         (["--seeds=3..3"], "seeds are two or more"),
         (["--seeds=0..1", "--criterion=Magnitude"], "seeds change nothing"),
         (["--seeds=0..1", "--streaming=true"], "seeds needs the model in memory"),
+        (["--streaming=true", "--dtype=bfloat16"], "streaming keeps the dtype of each file"),
         (["--distribution=OWL"], "2:4 has one sparsity"),
         (["--num_calibration_samples=100000"], "fewer than num_calibration_samples=100000"),
         (["--num_calibration_samples=0"], "num_calibration_samples must be at least 1"),

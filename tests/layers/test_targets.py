@@ -1,4 +1,6 @@
+import copy
 import logging
+import pickle
 import re
 
 import pytest
@@ -92,6 +94,40 @@ class MyAttention(nn.Module):
         self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
 
 
+def test_attention_of_torch_stays_dense(caplog):
+    assert names(MyAttention()) == ["a"]
+    assert "2 weights cannot be masked and stay dense" in caplog.text
+    assert "attention.in_proj_weight, attention.out_proj.weight" in caplog.text
+
+
+def test_encoder_layers_of_torch_compute_with_their_masks_in_eval_mode_too():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2)
+    by_hand, x = copy.deepcopy(model), torch.randn(3, 5, 8)
+    padding = torch.arange(5) >= torch.tensor([[3], [5], [4]])
+    torch.backends.mha.set_fastpath_enabled(True)
+    chosen = select(model, PATTERN).layers
+    assert list(chosen) == [f"layers.{block}.linear{number}" for block in (0, 1) for number in (1, 2)]
+    sparsify(model, chosen.values())
+    for name, masked in chosen.items():
+        mask_OI = torch.rand(masked.out_features, masked.in_features) < 0.5
+        masked.set_mask(mask_OI)
+        by_hand.get_submodule(name).weight.data *= mask_OI
+
+    def check(module):
+        for training in (True, False):
+            for given in (None, padding):
+                with torch.no_grad():
+                    found = module.train(training)(x, src_key_padding_mask=given)
+                    expected = by_hand.train(training)(x, src_key_padding_mask=given)
+                torch.testing.assert_close(found[~padding], expected[~padding])
+
+    check(model)
+    stored = pickle.dumps(model)
+    torch.backends.mha.set_fastpath_enabled(True)  # as it is in another process
+    check(pickle.loads(stored))
+
+
 def overridden():
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     model[0].forward = lambda x: x
@@ -121,8 +157,7 @@ class FalconLinear(nn.Linear):  # the name of a class of transformers, and nothi
         (tied(), {"targets": ["0"]}, "shares its weight with another module"),
         (nn.Sequential(Quantized(8, 8), nn.Linear(8, 8)), {}, "a Quantized, a subclass of nn.Linear"),
         (nn.Sequential(FalconLinear(8, 8), nn.Linear(8, 8)), {}, "a FalconLinear, a subclass of nn.Linear"),
-        (MyAttention(), {}, "inside a MultiheadAttention, whose fast path"),
-        (nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16), 1), {}, "whose fast path reads the weight"),
+        (MyAttention(), {"targets": ["Linear"]}, "inside a MultiheadAttention, which reads the weight itself"),
         (nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 8)), {"targets": ["0"]}, "divisible by 4, but 0 has 6"),
         (nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8)), {"targets": ["0"]}, "0 is a LayerNorm; only nn.Linear"),
         (nn.Sequential(nn.Linear(8, 8)), {}, "Nothing to prune: no linear layer was targeted"),
@@ -160,7 +195,7 @@ def test_block_weights_out_of_reach_are_listed_with_their_share(caplog):
     with caplog.at_level(logging.WARNING):
         selection = select(model, PATTERN)
     assert list(selection.layers) == ["layers.0.linear", "layers.1.linear"]
-    assert "2 block weights cannot be masked and stay dense (78.0 % of" in caplog.text
+    assert "2 weights cannot be masked and stay dense (78.0 % of" in caplog.text
 
 
 class Pair(nn.Module):

@@ -148,7 +148,7 @@ def test_experts_can_be_named_ignored_and_are_left_to_training(ids, caplog):
     assert list(select(model, NM(2, 4), ["re:.*layers.0.*experts"], experts=True).experts) == names
     assert names[1] not in select(model, NM(2, 4), ignore=[names[1]], experts=True).experts
     assert not select(model, NM(2, 4)).experts
-    assert "4 block weights cannot be masked and stay dense" in caplog.text
+    assert "4 weights cannot be masked and stay dense" in caplog.text
     prune(model, ids, "2:4")
     caplog.clear()
     select(model, NM(2, 4))

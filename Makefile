@@ -10,6 +10,7 @@ TRIALS ?= 100
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+DOCS := .venv-docs
 
 # glibc gives large blocks back to the kernel after each use and takes them again, page by page: on CPU that
 # slows training steps down. These two keep them.
@@ -59,8 +60,15 @@ zeroshot: $(READY)  # the table of docs/results.md: LIMIT items a task, TASK_DAT
 		$(if $(LIMIT),--limit $(LIMIT)) $(if $(TASK_DATA),--task_data $(TASK_DATA))
 	$(BIN)/python benchmarks/zeroshot_tables.py --write
 
-docs: $(READY)
-	$(BIN)/mkdocs build --strict
+docs: $(DOCS)/.ready  # pages are made from the sources, without the packages that these import
+	$(DOCS)/bin/mkdocs build --strict
+
+$(DOCS)/.ready: pyproject.toml
+	test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -c "import tomllib; \
+		print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs'], sep='\n')" \
+		| $(DOCS)/bin/python -m pip install --quiet --requirement /dev/stdin
+	touch $@
 
 clean:
-	rm -rf $(VENV) build dist site *.egg-info runs
+	rm -rf $(VENV) $(DOCS) build dist site *.egg-info runs

@@ -1,6 +1,7 @@
 # make demo   the whole job on a real model        make test   style, types, tests
 # make setup  only the virtual environment         make bench  benchmarks of time
 # make docs   these pages as a site, in site/      make zeroshot  the table of zero-shot accuracy
+# make package  sdist and wheel in dist/, and the wheel in an environment with nothing else
 # make golden  masks and weights of tiny runs against their recorded digests
 # make gpu    tests and benchmarks on a GPU; nobody has run it yet
 # make faults  jobs that are killed or interrupted at TRIALS random moments each, against jobs that are not
@@ -11,6 +12,7 @@ TRIALS ?= 100
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+DOCS := .venv-docs
 
 # glibc gives large blocks back to the kernel after each use and takes them again, page by page: on CPU that
 # slows training steps down. These two keep them.
@@ -21,7 +23,7 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 export DS_ACCELERATOR = cpu
 export NO_MKDOCS_2_WARNING = 1
 
-.PHONY: setup demo test lint golden gpu faults bench zeroshot docs clean
+.PHONY: setup demo test lint golden gpu faults bench zeroshot docs package clean
 
 setup: $(READY)
 
@@ -65,8 +67,23 @@ zeroshot: $(READY)  # the table of docs/results.md: LIMIT items a task, TASK_DAT
 		$(if $(LIMIT),--limit $(LIMIT)) $(if $(TASK_DATA),--task_data $(TASK_DATA))
 	$(BIN)/python benchmarks/zeroshot_tables.py --write
 
-docs: $(READY)
-	$(BIN)/mkdocs build --strict
+docs: $(DOCS)/.ready  # pages are made from the sources, without the packages that these import
+	$(DOCS)/bin/mkdocs build --strict
+
+$(DOCS)/.ready: pyproject.toml
+	test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -c "import tomllib; \
+		print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs'], sep='\n')" \
+		| $(DOCS)/bin/python -m pip install --quiet --requirement /dev/stdin
+	touch $@
+
+package:  # build makes the wheel from the sdist; its parts are run from another folder than the sources
+	rm -rf build dist
+	$(PYTHON) -m venv build/empty
+	build/empty/bin/python -m pip install --quiet build
+	build/empty/bin/python -m build --outdir dist .
+	build/empty/bin/python -m pip install --quiet dist/*.whl
+	cd build && empty/bin/sparse-train fit --config recipes/smollm2_2of4.yaml --print_config > /dev/null
 
 clean:
-	rm -rf $(VENV) build dist site *.egg-info runs
+	rm -rf $(VENV) $(DOCS) build dist site *.egg-info runs

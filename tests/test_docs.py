@@ -51,6 +51,13 @@ def test_the_reference_is_made_from_docstrings(site):
     assert "<p>::</p>" not in page
 
 
+def test_an_option_stays_in_one_piece_where_commands_wrap(site):
+    page = (site / "index.html").read_text()
+    assert '<span class="option">--export</span>' in page
+    (style,) = re.findall(r'href="(wrap\.css)"', page)
+    assert ".option" in (site / style).read_text()
+
+
 def test_a_broken_link_fails_the_build(tmp_path):
     (tmp_path / "docs").mkdir()
     shutil.copy(DOCS / "hooks.py", tmp_path / "docs")

@@ -22,7 +22,7 @@ def run(*arguments, cwd, **environment):
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """Built from a copy without the links, as from a checkout on a system that has none."""
+    """Built from the sdist of a copy without the links, as from a checkout on a system that has none."""
     import shutil
 
     folder = tmp_path_factory.mktemp("wheel")
@@ -31,19 +31,10 @@ def wheel(tmp_path_factory):
     shutil.copytree(ROOT, source, symlinks=True, ignore=skip)
     for name in ("callbacks", "recipes", "configs"):
         (source / "sparse_train" / name).unlink()
-    run(
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        folder,
-        source,
-        cwd=folder,
-    )
+    run(sys.executable, "-c", f"from setuptools import build_meta; build_meta.build_sdist({str(folder)!r})", cwd=source)
+    (sdist,) = folder.glob("*.tar.gz")
+    options = ("--quiet", "--no-deps", "--no-build-isolation", "-w", folder)
+    run(sys.executable, "-m", "pip", "wheel", *options, sdist, cwd=folder)
     return next(folder.glob("*.whl"))
 
 

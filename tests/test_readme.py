@@ -172,7 +172,7 @@ def test_other_commands_are_known():
     """Lines of pages that no test runs: pip's and make's name what there is, and the rest is this."""
     bash = "\n".join(block.text for block in BLOCKS if block.language == "bash" and not block.mark)
     others = [line for line in bash.splitlines() if line and not line.startswith("sparse-train ")]
-    known = r"pip install|make \w|export MALLOC_|\. \.venv|python -m pytest tests/|ruff check|TASKS=|lm_eval "
+    known = r"pip install|make \w|export MALLOC_|\. \.v|python (-m pytest tests|examples)/|ruff check|TASKS=|lm_eval "
     assert not [line for line in others if not re.match(known, line) and line not in BENCHMARKS]
     targets = re.findall(r"^make (\w+)", bash, re.M)
     assert targets and set(targets) <= set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))

@@ -6,7 +6,11 @@ from sparse_train.models.sources import Dtype, ModelSource, as_model_source, flo
 
 
 def export(
-    checkpoint: str, out: str, tokenizer: ModelSource | str | None = None, dtype: Dtype | None = None
+    checkpoint: str,
+    out: str,
+    tokenizer: ModelSource | str | None = None,
+    dtype: Dtype | None = None,
+    push: str | None = None,
 ) -> dict[str, Any]:
     """Write the model of a training checkpoint as a Hugging Face folder with true zeros.
 
@@ -16,10 +20,19 @@ def export(
         tokenizer: model source, Hugging Face id or folder whose tokenizer is saved with the model; default: that of
             the model that the run began with.
         dtype: of the written weights; default: that of the files that the run began with.
+        push: repository of the Hugging Face hub (OWNER/NAME) to upload the folder to; if there is none, it is created,
+            and is private.
     """
     from sparse_train.export import export_checkpoint
 
     loaded = None if tokenizer is None else as_model_source(tokenizer).tokenizer()
     folder = export_checkpoint(checkpoint, out, loaded, dtype=dtype and float_dtype(dtype))
     print(f"exported to {folder}")
-    return {"out": str(folder), "checkpoint": checkpoint}
+    url = None
+    if push is not None:
+        from huggingface_hub import HfApi
+
+        url = HfApi().create_repo(push, private=True, exist_ok=True)
+        HfApi().upload_folder(repo_id=url.repo_id, folder_path=folder)
+        print(f"uploaded to {url}")
+    return {"out": str(folder), "checkpoint": checkpoint, "url": url}

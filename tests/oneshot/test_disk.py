@@ -114,7 +114,7 @@ prune_checkpoint("dense", "sparse", [torch.randint(3, 99, (2, 16))], "2:4")
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode != 0
-    assert "OSError: Cannot write" in done.stderr and "the same command continues after them" in done.stderr
+    assert "OSError: " in done.stderr and "could not be written" in done.stderr
     assert not (tmp_path / "sparse").exists()
     assert not list((tmp_path / ".sparse.partial").glob("*.writing"))
 

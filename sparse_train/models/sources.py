@@ -115,8 +115,6 @@ class Pretrained(ModelSource):
                 similar += " There is no folder of this name, so a hub was asked."
             elif not (folder / "config.json").is_file():
                 similar += f" {_FOLDERS}"
-            elif "Tokenizer" in kind.__name__ and not any(folder.glob("*token*")):
-                similar += " The folder has no tokenizer: save it there (tokenizer.save_pretrained)."
             raise ValueError(f"Cannot load {self.path!r}.{similar} {error}") from error
 
     def _check_path(self) -> None:

@@ -384,7 +384,7 @@ def test_what_is_missing_is_named():
         step(model, updater, optimizer, generator)
     backward(model, generator)
     updater.before_optimizer_step(optimizer)
-    with pytest.raises(ValueError, match="It is frozen: leave layers that do not train out with ignore"):
+    with pytest.raises(ValueError, match="Leave layers that are frozen"):
         updater.step()
     with pytest.raises(ValueError, match=r"RMSprop: Regrow clears .* can do that for torch's AdamW, Adam and SGD"):
         updater.before_optimizer_step(torch.optim.RMSprop(model.parameters()))

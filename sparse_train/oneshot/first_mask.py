@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from sparse_train.blocks import class_path
 from sparse_train.distributed.collectives import rank, take_from_rank_0, world_size
 from sparse_train.distributed.fsdp2 import reshard
 from sparse_train.distributions import LayerSparsities, Outliers
@@ -152,32 +151,25 @@ def causal_lm(root: nn.Module, layers: Iterable[MaskedLayer]) -> nn.Module | Non
     return None
 
 
-_BATCH_SAMPLERS = {
-    "torch.utils.data.sampler.BatchSampler",
-    "torchdata.stateful_dataloader.sampler.BatchSampler",
-}
-_WHOLE_DATA_SAMPLERS = {
-    "torch.utils.data.sampler.SequentialSampler",
-    "torch.utils.data.sampler.RandomSampler",
-    "torch.utils.data.distributed.DistributedSampler",
-    "torchdata.stateful_dataloader.sampler.RandomSampler",
-    "torchdata.stateful_dataloader.sampler.StatefulDistributedSampler",  # of ``TextBlocks``
-    "accelerate.data_loader.SeedableRandomSampler",
-    "transformers.trainer_pt_utils.LengthGroupedSampler",
-    "transformers.trainer_pt_utils.BatchRebalanceSampler",
-}
-"""By name, because libraries may be absent; and exact classes, because a subclass may leave validation data out."""
+_LIBRARIES = ("torch", "torchdata", "accelerate", "transformers")  # by name, because they may be absent
+_READ_ALL = {"SequentialSampler", "RandomSampler", "DistributedSampler", "StatefulDistributedSampler"}
+_READ_ALL |= {"SeedableRandomSampler", "LengthGroupedSampler", "BatchRebalanceSampler"}
+
+
+def _is(sampler: Any, *names: str) -> bool:
+    """Whether the class is exactly one of these: a subclass may leave validation data out."""
+    return type(sampler).__module__.partition(".")[0] in _LIBRARIES and type(sampler).__name__ in names
 
 
 def training_batches(loader: Any, count: int, batch_size: int | None = None) -> list[Batch] | None:
     """Random batches of what a training loader reads, without changing its state; None if that is not known, as of
     any but a ``DataLoader``, which accelerate may have prepared. ``batch_size`` is by default that of the loader."""
     sampler: Any = getattr(loader, "batch_sampler", None)
-    if class_path(type(sampler)) == "accelerate.data_loader.BatchSamplerShard":
+    if _is(sampler, "BatchSamplerShard"):
         sampler = sampler.batch_sampler
-    if class_path(type(sampler)) in _BATCH_SAMPLERS:
+    if _is(sampler, "BatchSampler"):
         batch_size, sampler = batch_size or sampler.batch_size, sampler.sampler
-    if class_path(type(sampler)) not in _WHOLE_DATA_SAMPLERS:
+    if not _is(sampler, *_READ_ALL):
         return None
     return random_batches(loader.dataset, batch_size or 1, loader.collate_fn, count)
 

@@ -379,7 +379,8 @@ class MaskUpdater:
         device = next(iter(self.layers.values())).weight_mask.device
         self._first_rows = {name: rows_SJ.to(device) for name, rows_SJ in state["first_rows"].items()}
         self._restored_masks = dict(state["masks"])
-        self._division.final_shares = state["layer_sparsities"]
+        if (shares := state["layer_sparsities"]) is not None:
+            self._division.final_shares = {name: shares[name] for name in self.layers}
         self.policy.load_state_dict(state["policy"])
 
     def settings(self) -> dict[str, Any]:

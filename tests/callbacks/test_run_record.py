@@ -113,6 +113,8 @@ def test_a_model_that_was_pruned_before_is_not_called_dense(tmp_path):
         max_steps=1,
         callbacks=[DynamicPruning("2:4", update_freq=3), RunRecord()],
         default_root_dir=tmp_path / "second",
+        num_sanity_val_steps=-1,
+        limit_val_batches=3,
         logger=False,
         enable_checkpointing=False,
         accelerator="cpu",

@@ -245,9 +245,15 @@ def test_zeros_of_another_sparsity_are_not_the_first_masks(ids):
     assert not sparse_layers(model)
 
 
-@pytest.mark.parametrize("policy", [StraightThrough(), Fixed()], ids=["straight-through", "fixed"])
-@pytest.mark.parametrize("distribution", [OWL(owl_m=2), EXPLICIT], ids=["OWL", "by name"])
-@pytest.mark.parametrize(("init_sparsity", "start_step"), [(0.1, 2), (0.0, 0), (0.0, 4)])
+@pytest.mark.parametrize(
+    ("distribution", "policy", "init_sparsity", "start_step"),
+    [
+        (OWL(owl_m=2), StraightThrough(), 0.1, 2),
+        (OWL(owl_m=2), Fixed(), 0.0, 4),
+        (EXPLICIT, StraightThrough(), 0.0, 4),
+        (EXPLICIT, Fixed(), 0.0, 0),
+    ],
+)
 def test_a_gradual_run_reaches_the_sparsities_in_proportion(distribution, policy, init_sparsity, start_step):
     model = tiny_llama()
     schedule = Cubic(0.6, init_sparsity=init_sparsity)

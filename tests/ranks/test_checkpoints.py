@@ -84,10 +84,20 @@ def same(a: Any, b: Any) -> bool:
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2", ONE_FILE, "zero2", "zero3"])
-def test_resumed_on_as_many_ranks_equals_uninterrupted_and_exports_without_them(tmp_path, model_folder, engine):
-    whole = launch.run(whole_and_interrupted, engine, tmp_path, model_folder)
-    again = launch.run(resumed, engine, tmp_path, model_folder)
+ENGINES = ("ddp", "fsdp2", ONE_FILE, "zero2", "zero3")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, model_folder):
+    """By engine: its folder, what uninterrupted runs end with, and what resumed ones begin and end with."""
+    cases = [(engine, tmp_path_factory.mktemp("run"), model_folder) for engine in ENGINES]
+    whole, again = launch.each(whole_and_interrupted, cases), launch.each(resumed, cases)
+    return {case[0]: (case[1], whole[case], again[case]) for case in cases}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_resumed_on_as_many_ranks_equals_uninterrupted_and_exports_without_them(runs, engine):
+    tmp_path, whole, again = runs[engine]
     for before, (start, after) in zip(whole, again, strict=True):
         by_rank = start["norms"]["norms_by_rank"]
         assert len(by_rank) == 2

@@ -50,9 +50,8 @@ def reduce_bytes(layers: Sequence[Layer], blocks: int) -> tuple[int, int]:
 
 
 def gather_bytes(layers: Sequence[Layer], blocks: int, processes: int) -> int:
-    """Bytes that a process sends in one gather per update under FSDP2: mask bits of its rows, and a count per layer."""
-    rows = sum(-(-layer.out_features // processes) * row_bytes(layer) for layer in layers)
-    return blocks * (rows + 8 * len(layers))
+    """Bytes of mask bits that a process sends per update under FSDP2: those of its rows, layer by layer."""
+    return blocks * sum(-(-layer.out_features // processes) * row_bytes(layer) for layer in layers)
 
 
 def zero3_bytes(layers: Sequence[Layer], blocks: int, bytes_a_weight: int) -> int:

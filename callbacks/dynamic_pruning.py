@@ -32,7 +32,7 @@ from sparse_train.layers.masked_layer import MaskedLayer, sparse_layers
 from sparse_train.layers.sparsify import unmask
 from sparse_train.layers.targets import named
 from sparse_train.models.checkpoints import PRUNING_STATE
-from sparse_train.oneshot.first_mask import check_solver, set_first_mask
+from sparse_train.oneshot.first_mask import begin_run
 from sparse_train.patterns import Pattern
 from sparse_train.pruning.config import PruningConfig, check_same
 from sparse_train.pruning.update import UpdateReport
@@ -94,7 +94,6 @@ class DynamicPruning(L.Callback):
         self.config = config or PruningConfig(mask_structure, sparsity, **settings)
         """The settings of the run."""
         require_type("mask_lora", mask_lora, MaskLoRA(), MaskLoRA)
-        check_solver(self.config, mask_lora)
         self._mask_lora, self._squash = mask_lora, squash
         self.log_layers = log_layers
         self._layers: dict[str, MaskedLayer] = {}  # chosen in setup: other callbacks may freeze layers since
@@ -153,27 +152,21 @@ class DynamicPruning(L.Callback):
     def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.updater is not None:
             return
-        state, outliers, total_steps = self._restored, None, None
+        state, total_steps = self._restored, None
         check_built(trainer, pl_module, state is not None)
         if state is None:
             rank_zero_info(f"DynamicPruning: preparing the first mask of {named(self._layers)}.")
-            outliers = set_first_mask(
-                pl_module,
-                self._layers,
-                self.config,
-                functools.partial(lightning.calibration_batches, trainer),
-                trainer.precision_plugin.forward_context(),
-                progress=trainer.is_global_zero and trainer.progress_bar_callback is not None,
-            )
         if pl_module.automatic_optimization:  # steps of this fit only: the trainer may have run an earlier fit
             total_steps = max(1, trainer.estimated_stepping_batches - trainer.global_step)  # 0 if the fit is over
-        self.updater = MaskUpdater(
+        self.updater = begin_run(
             pl_module,
-            config=self.config,
-            layers=self._layers,
+            self._layers,
+            self.config,
+            functools.partial(lightning.calibration_batches, trainer),
+            trainer.precision_plugin.forward_context(),
             total_steps=total_steps,
-            outliers=outliers,
             state=state,
+            progress=trainer.is_global_zero and trainer.progress_bar_callback is not None,
         )
         rank_zero_info(f"DynamicPruning: {self.updater.plan()}.")
         self._global_step = trainer.global_step if state is None else state["global_step"]

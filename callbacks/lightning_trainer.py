@@ -21,10 +21,7 @@ def steps_done(trainer: L.Trainer, *, in_batch: bool = True) -> int:
     """The step at which Lightning's own logs of this batch are, counted from 1.
 
     ``trainer.global_step``, unless the module optimizes by hand: it then counts the steps of every optimizer, and
-    Lightning's loggers count batches.
-
-    Args:
-        in_batch: whether the caller is in ``on_train_batch_end``, before Lightning has counted the batch.
+    Lightning's loggers count batches. ``in_batch``: in ``on_train_batch_end``, before Lightning has counted the batch.
     """
     if trainer.lightning_module.automatic_optimization:
         return trainer.global_step
@@ -35,9 +32,6 @@ def calibration_batches(trainer: L.Trainer, count: int) -> list[Batch] | None:
     """Random training batches, without changing the state of the loader; None if a model could not use any.
 
     If the data module has a method ``calibration_dataloader`` that returns a loader, its first batches are used.
-
-    Raises:
-        ValueError: the loader of ``calibration_dataloader`` has no batches that a model could use.
     """
     trainer.fit_loop.setup_data()
     ask = getattr(getattr(trainer, "datamodule", None), "calibration_dataloader", None)

@@ -5,7 +5,7 @@ pruning               settings of ``DynamicPruning``, and the size of each targe
 states                validations before training, of "dense" and "after the first mask", as ``report.runs.State``
 step, seconds, ...    optimizer steps done, training time and that of validations, tokens, peak memory, so far
 zeros, flips          of each layer: zeros counted at the latest update, and mask entries changed since the first mask
-finished              whether the run came to its end; then also sparsity, as counted on the weights
+finished              whether the run came to its end; then also zeros as they are in its final weights
 protocols             what ``Evaluation`` callbacks measured
 """
 
@@ -44,9 +44,10 @@ class RunRecord(L.Callback):
         trainer = L.Trainer(callbacks=[DynamicPruning("2:4"), RunRecord()])
 
     ``sparse-train fit`` adds this callback. Metrics are in the ``metrics.csv`` of Lightning's ``CSVLogger``, which is
-    added to a trainer that has none. The sanity check before training gives the baselines: its result is that of the
-    first mask, and the same batches are run once more with all weights kept, for the dense model (unless a solver has
-    made the first mask and moved weights). ``num_sanity_val_steps=-1`` uses the whole validation set for this.
+    added to a trainer that has none. With ``num_sanity_val_steps=-1``, the sanity check before training gives the
+    baselines: its result is that of the first mask, and the same batches are run once more with all weights kept, for
+    the dense model (unless a solver has made the first mask and moved weights). A check of fewer batches gives none,
+    since it could not be compared with later validations.
 
     Checkpoints contain the record and the metrics so far, so a run that was killed and resumed, in the same folder or
     in another, has one history. Only rank 0 writes.
@@ -72,7 +73,8 @@ class RunRecord(L.Callback):
         self._noted = self._report()  # of an earlier fit
         if trainer.global_step == 0:  # a checkpoint, if there is one, is loaded later
             counts = dict.fromkeys(("step", "tokens", "seconds", "validation_seconds"), 0)
-            self._facts, self._earlier = {**counts, "sessions": [], "states": [], "protocols": []}, []
+            noted: dict[str, Any] = {"zeros": None, "flips": None, "sessions": [], "states": [], "protocols": []}
+            self._facts, self._earlier = counts | noted, []
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         trial = trainer.fast_dev_run or any(isinstance(logger, DummyLogger) for logger in trainer.loggers)  # type: ignore[attr-defined]
@@ -81,7 +83,8 @@ class RunRecord(L.Callback):
         self._logger = logger if trainer.is_global_zero else None
 
     def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.global_step > 0:  # a second fit of this trainer: the weights are already trained
+        whole = trainer.num_sanity_val_batches == trainer.num_val_batches
+        if trainer.global_step > 0 or not whole:  # a second fit of this trainer: the weights are already trained
             return
         updater = self._updater()
         masked = updater is not None and bool(updater.sparsity)
@@ -105,9 +108,7 @@ class RunRecord(L.Callback):
         sparsity = updater.report().sparsity if updater and updater.sparsity else None
         if name == "dense" and sparsity and sparsity > 0.01:
             name = "without masks"  # the model was pruned before the run
-        batches, of_all = sum(trainer.num_sanity_val_batches), sum(trainer.num_val_batches)
-        part = None if batches == of_all else f"{batches} of {of_all} batches"
-        self._facts["states"].insert(0, asdict(State(name, 0, perplexity, loss, sparsity, part)))
+        self._facts["states"].insert(0, asdict(State(name, 0, perplexity, loss, sparsity)))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._began, self._counted = time.perf_counter(), self._facts["seconds"]
@@ -133,7 +134,7 @@ class RunRecord(L.Callback):
         if (updater := self._updater()) is not None:
             layers = {name: layer.in_features * layer.out_features for name, layer in updater.layers.items()}
             pruning = {"settings": {**updater.settings(), **asdict(updater.timing)}, "layers": layers}
-        self._facts |= {"finished": False, "sparsity": None, "pruning": pruning}
+        self._facts |= {"finished": False, "pruning": pruning}
         self._note_update()
         self._write(steps_done(trainer, in_batch=False))
 
@@ -162,9 +163,8 @@ class RunRecord(L.Callback):
         self._note_update()  # of the last step, if this callback comes before that of the masks
         updater = self._updater()
         if updater is not None and updater.sparsity is not None:
-            report = updater.report()  # counted now: after this, masks may be folded into the weights
-            zeros = {name: layer.zeros for name, layer in report.layers.items()}
-            self._facts |= {"sparsity": report.sparsity, "zeros": zeros}
+            # counted now: after this, masks may be folded into the weights
+            self._facts["zeros"] = {name: layer.zeros for name, layer in updater.report().layers.items()}
         self._facts["finished"] = True
         self._write(steps_done(trainer, in_batch=False))
 
@@ -193,7 +193,7 @@ class RunRecord(L.Callback):
         report = self._report()
         if report is None or report is self._noted:
             return
-        self._noted, before = report, self._facts.get("flips")
+        self._noted, before = report, self._facts["flips"]
         self._facts["zeros"] = {name: layer.zeros for name, layer in report.layers.items()}
         self._facts["flips"] = {  # the first mask flips nothing
             name: 0 if before is None else before.get(name, 0) + layer.flips for name, layer in report.layers.items()

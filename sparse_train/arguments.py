@@ -3,7 +3,6 @@
 import difflib
 import re
 from collections.abc import Iterable
-from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -57,23 +56,10 @@ def require_type(name: str, value: T | None, default: T, base: type[Any] | tuple
 
 
 def describe(part: Any) -> str:
-    """A criterion, schedule, policy or solver in words: its class, and the arguments that are not the defaults.
-
-    The words are the same in each process: never a memory address, even if the class is not a dataclass.
-    """
-    if is_dataclass(part):
-        own = {field.name: to_python_number(getattr(part, field.name)) for field in fields(part) if field.init}
-        default = {field.name: _default(field) for field in fields(part)}
-        told = {name: value for name, value in own.items() if repr(value) != repr(default[name])}
-    elif any("__repr__" in vars(cls) for cls in type(part).__mro__[:-1]):
+    """A criterion, schedule, policy or solver in words, never with a memory address: the same in each process."""
+    if any("__repr__" in vars(cls) for cls in type(part).__mro__[:-1]):
         return repr(part)
-    else:
-        told = dict(sorted(vars(part).items()))
-    return f"{type(part).__name__}({', '.join(f'{name}={value!r}' for name, value in told.items())})"
-
-
-def _default(field: Field[Any]) -> Any:
-    return field.default if field.default_factory is MISSING else field.default_factory()
+    return f"{type(part).__name__}({', '.join(f'{name}={value!r}' for name, value in sorted(vars(part).items()))})"
 
 
 def did_you_mean(word: str, candidates: Iterable[str], prefix: str = "") -> str:

@@ -31,8 +31,6 @@ class LayerContext:
     optimizer_state: Mapping[str, Tensor] = field(default_factory=dict)
     """What the optimizer holds for these weights, such as Adam's ``exp_avg`` (O, I); empty before the first step,
     outside training, and for engines that hold it in another shape (DeepSpeed)."""
-    column_sums_I: Tensor | None = None
-    """``Criterion.column_sums`` of all rows, if the rows here are only some of them."""
 
     @property
     def norm_I(self) -> Tensor:
@@ -56,18 +54,14 @@ class Criterion(ABC):
     needs_activations: ClassVar[bool] = False
     """Whether ``scores`` reads ``layer.stats``; if not, none are gathered."""
     rowwise: ClassVar[bool] = False
-    """Whether the scores of a row need nothing from other rows except ``column_sums``. Each process can then score the
-    rows that it holds (FSDP2)."""
+    """Whether the scores of a row need nothing from other rows. Each process can then score the rows that it holds
+    (FSDP2)."""
     group: ClassVar[Group] = "row"
     """The group in which "unstructured" compares weights under this criterion; ``Unstructured(group=...)`` sets it."""
 
     @abstractmethod
     def scores(self, layer: LayerContext) -> Tensor:
         """float32 scores of a layer's weights (O, I), larger = keep."""
-
-    def column_sums(self, weight_OI: Tensor) -> Tensor | None:
-        """What ``scores`` needs from all rows, summed over the rows given: float32 (I,); None = nothing."""
-        return None
 
 
 @dataclass(frozen=True)
@@ -126,18 +120,11 @@ class RIA(Criterion):
 
     a: float = 0.5
     needs_activations: ClassVar[bool] = True
-    rowwise: ClassVar[bool] = True
-
-    def column_sums(self, weight_OI: Tensor) -> Tensor:
-        return weight_OI.abs().float().sum(0)
 
     def scores(self, layer: LayerContext) -> Tensor:
-        column_sums_I = layer.column_sums_I
-        if column_sums_I is None:
-            column_sums_I = self.column_sums(layer.weight_OI)
         size_OI = layer.weight_OI.abs().float()
         tiny = torch.finfo(torch.float32).tiny  # an empty row or column gives a share of 0, not 0 / 0
-        share_OI = size_OI / column_sums_I.clamp_min(tiny)
+        share_OI = size_OI / size_OI.sum(0).clamp_min(tiny)
         share_OI += size_OI / size_OI.sum(1, keepdim=True).clamp_min(tiny)
         return share_OI.mul_(layer.norm_I**self.a)
 

@@ -7,13 +7,10 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import ClassVar
-
-import torch
-from torch import Tensor
 
 from sparse_train.arguments import check_sparsity, describe, did_you_mean
 from sparse_train.patterns import NM, Pattern, Unstructured
@@ -53,13 +50,8 @@ class SparsityDistribution(ABC):
 
     @abstractmethod
     def sparsities(self, shapes: Shapes, sparsity: float | None, outliers: Outliers) -> dict[str, float]:
-        """The sparsity of each layer. Over all weights it is ``sparsity``, before rounding to counts.
-
-        Args:
-            shapes: the targeted layers.
-            sparsity: share of zeros over all of them; None if the distribution itself determines it.
-            outliers: empty unless ``needs_outliers``.
-        """
+        """The sparsity of each layer. Over all weights it is ``sparsity``, before rounding to counts; None if the
+        distribution itself determines that. ``outliers`` is empty unless ``needs_outliers``."""
 
 
 def required(distribution: SparsityDistribution, sparsity: float | None) -> float:
@@ -68,16 +60,6 @@ def required(distribution: SparsityDistribution, sparsity: float | None) -> floa
         raise ValueError(f"{type(distribution).__name__} divides a sparsity: give one, such as sparsity=0.5.")
     check_sparsity("sparsity", sparsity)
     return sparsity
-
-
-def check_agreement(what: str, sparsity: float | None, mean: float) -> None:
-    """Raise ValueError if a model-wide sparsity is given that does not match those of the layers."""
-    if sparsity is not None and abs(sparsity - mean) > _AGREEMENT:
-        check_sparsity("sparsity", sparsity)
-        raise ValueError(
-            f"The sparsities of {what} give {mean:.4g} over all weights, in conflict with sparsity={sparsity:g}. Leave "
-            "sparsity out, or change the others."
-        )
 
 
 def mean_sparsity(shapes: Shapes, sparsities: Shares) -> float:
@@ -93,12 +75,42 @@ class Uniform(SparsityDistribution):
         return dict.fromkeys(shapes, required(self, sparsity))
 
 
+def _complete(shapes: Shapes, named: Shares, sparsity: float | None) -> dict[str, float]:
+    """The sparsities of named layers; the others share what is left of the model-wide one."""
+    if sparsity is not None:
+        check_sparsity("sparsity", sparsity)
+    unnamed = [name for name in shapes if name not in named]
+    if not unnamed:
+        mean = mean_sparsity(shapes, named)
+        if sparsity is not None and abs(sparsity - mean) > _AGREEMENT:
+            raise ValueError(
+                f"The sparsities of the layers give {mean:.4g} over all weights, in conflict with sparsity="
+                f"{sparsity:g}. Leave sparsity out, or change the others."
+            )
+        return {name: named[name] for name in shapes}
+    if sparsity is None:
+        raise ValueError(
+            f"{len(unnamed)} of {len(shapes)} layers are not given a sparsity ({unnamed[0]} is the first), so the "
+            "model-wide sparsity is needed: give it, or name every layer."
+        )
+    total = sum(shape.size for shape in shapes.values())
+    share = sum(shapes[name].size * value for name, value in named.items()) / total
+    rest = (sparsity - share) * total / sum(shapes[name].size for name in unnamed)
+    if not -1e-12 <= rest < 1:
+        raise ValueError(
+            f"A sparsity of {sparsity:g} cannot be met: the named layers' zeros are {share:.4g} of all weights, so "
+            f"the others would need a sparsity of {rest:.4g}. Change the sparsity or those of the named layers."
+        )
+    return {name: named.get(name, max(0.0, rest)) for name in shapes}
+
+
 @dataclass(frozen=True)
 class PerBlock(SparsityDistribution):
     """One sparsity per decoder block, in their order, like the list of llm-compressor.
 
     Args:
-        blocks: sparsities of all blocks up to the last one with a targeted layer.
+        blocks: sparsities of all blocks up to the last one with a targeted layer. Layers outside the blocks share what
+            is left of the model-wide sparsity.
     """
 
     blocks: list[float]
@@ -109,20 +121,12 @@ class PerBlock(SparsityDistribution):
 
     def sparsities(self, shapes: Shapes, sparsity: float | None, outliers: Outliers) -> dict[str, float]:
         inside = {name: shape.block for name, shape in shapes.items() if shape.block is not None}
-        outside = [name for name in shapes if name not in inside]
-        if outside:
-            raise ValueError(
-                f"PerBlock has no sparsity for layers outside the decoder blocks: {', '.join(outside)}. Leave them "
-                f"dense with ignore={outside!r}, or use Explicit."
-            )
         count = max(inside.values(), default=-1) + 1
         if len(self.blocks) != count:
             raise ValueError(
                 f"PerBlock has {len(self.blocks)} sparsities, but the targeted layers are in {count} decoder blocks."
             )
-        found = {name: self.blocks[block] for name, block in inside.items()}
-        check_agreement("the blocks", sparsity, mean_sparsity(shapes, found))
-        return found
+        return _complete(shapes, {name: self.blocks[block] for name, block in inside.items()}, sparsity)
 
 
 @dataclass(frozen=True)
@@ -142,26 +146,7 @@ class Explicit(SparsityDistribution):
             check_sparsity(f"The sparsity of {target!r}", value)
 
     def sparsities(self, shapes: Shapes, sparsity: float | None, outliers: Outliers) -> dict[str, float]:
-        named = self._named(shapes)
-        unnamed = [name for name in shapes if name not in named]
-        if not unnamed:
-            check_agreement("the layers", sparsity, mean_sparsity(shapes, named))
-            return {name: named[name] for name in shapes}
-        if sparsity is None:
-            raise ValueError(
-                f"{len(unnamed)} of {len(shapes)} layers are not given a sparsity ({unnamed[0]} is the first), so the "
-                "model-wide sparsity is needed: give it, or name every layer."
-            )
-        check_sparsity("sparsity", sparsity)
-        total = sum(shape.size for shape in shapes.values())
-        share = sum(shapes[name].size * value for name, value in named.items()) / total
-        rest = (sparsity - share) * total / sum(shapes[name].size for name in unnamed)
-        if not -1e-12 <= rest < 1:
-            raise ValueError(
-                f"A sparsity of {sparsity:g} cannot be met: the named layers' zeros are {share:.4g} of all weights, so "
-                f"the others would need a sparsity of {rest:.4g}. Change the sparsity or those of the named layers."
-            )
-        return {name: named.get(name, max(0.0, rest)) for name in shapes}
+        return _complete(shapes, self._named(shapes), sparsity)
 
     def _named(self, shapes: Shapes) -> dict[str, float]:
         found: dict[str, float] = {}
@@ -233,25 +218,6 @@ class OWL(SparsityDistribution):
         return {n: model_wide if s.block is None else max(0.0, found[s.block]) for n, s in shapes.items()}
 
 
-def outlier_share(scores: Iterable[Callable[[], Tensor]], owl_m: float) -> float:
-    """The share of a block's scores above ``owl_m`` times their mean, over all weights of its layers together.
-
-    Args:
-        scores: for each targeted layer of the block, a function that returns its Wanda scores (O, I), float32. Each is
-            called twice, so that only the scores of one layer are held at a time. Without layers the share is 0.
-        owl_m: see ``OWL``.
-    """
-    layers, total, size = list(scores), 0.0, 0
-    for layer in layers:
-        scores_OI = layer()
-        total += float(scores_OI.sum(dtype=torch.float64))
-        size += scores_OI.numel()
-    if not math.isfinite(total):
-        raise ValueError(f"The sum of a block's scores is {total}: its weights or its inputs are infinite or NaN.")
-    threshold = owl_m * total / max(size, 1)
-    return sum(int((layer() > threshold).sum()) for layer in layers) / max(size, 1)
-
-
 # --- whole counts ----------------------------------------------------------------------------------------------------
 
 _ROUNDING = 1e-6  # of a count: differences below this are float rounding
@@ -288,25 +254,15 @@ def fit_counts(
     """
     if not isinstance(pattern, Unstructured) or pattern.model_wide:
         return dict(sparsities)
-    members: dict[str, int] = {}  # weights per group
-    steps: dict[str, int] = {}  # weights of the layer that are pruned by one more in each group
-    counts: dict[str, int] = {}
-    remainders: dict[str, float] = {}  # for layers that can be rounded up
-    lowest: dict[str, int] = {}
-    surplus = 0.0  # weights that layers have pruned beyond their share and must not give back
-    for name, shape in shapes.items():
-        members[name], steps[name] = (shape.columns, shape.rows) if pattern.group == "row" else (shape.size, 1)
-        exact = members[name] * sparsities[name]
-        counts[name] = min(int(exact + _ROUNDING), members[name] - 1)
-        lowest[name] = int(members[name] * least.get(name, 0.0) + _ROUNDING)
-        if lowest[name] > counts[name]:
-            counts[name] = lowest[name]
-            surplus += max(0.0, lowest[name] - exact) * steps[name]
-        elif exact - counts[name] > _ROUNDING and counts[name] + 1 < members[name]:
-            remainders[name] = exact - counts[name]
+    by_row = pattern.group == "row"
+    members = {name: shape.columns if by_row else shape.size for name, shape in shapes.items()}  # weights per group
+    steps = {name: shape.rows if by_row else 1 for name, shape in shapes.items()}  # weights of one more in each group
+    exact = {name: members[name] * sparsities[name] for name in shapes}
+    lowest = {name: int(members[name] * least.get(name, 0.0) + _ROUNDING) for name in shapes}
+    counts = {name: max(lowest[name], min(int(exact[name] + _ROUNDING), members[name] - 1)) for name in shapes}
     missing = sparsity * sum(shape.size for shape in shapes.values())
     missing -= sum(counts[name] * steps[name] for name in shapes)
-
+    surplus = sum(max(0.0, counts[name] - exact[name]) * steps[name] for name in shapes)  # must not be given back
     while min(surplus, -missing) > max(steps.values()) / 2:
         rising = [name for name in shapes if counts[name] > lowest[name]]
         if not rising:
@@ -315,22 +271,22 @@ def fit_counts(
         counts[name] -= 1
         missing += steps[name]
         surplus -= steps[name]
+    between = [n for n in shapes if _ROUNDING < exact[n] - counts[n] < 1 and counts[n] + 1 < members[n]]
+    changes = {name: steps[name] for name in sorted(between, key=lambda name: counts[name] - exact[name])}
 
-    raised: set[str] = set()
-    order = sorted(remainders, key=lambda name: -remainders[name])
-    for name in order:
-        if abs(missing - steps[name]) < abs(missing):
-            raised.add(name)
-            missing -= steps[name]
-    while order:  # until changing no single layer comes nearer
-        change, name = min(
-            ((-steps[n] if n in raised else steps[n], n) for n in order), key=lambda c: abs(missing - c[0])
-        )
-        if abs(missing - change) >= abs(missing):
-            break
-        raised ^= {name}
-        missing -= change
-    counts |= {name: counts[name] + 1 for name in raised}
+    def change(name: str) -> bool:
+        """Round a layer up, or down again, if that comes nearer."""
+        nonlocal missing
+        if nearer := abs(missing - changes[name]) < abs(missing):
+            missing -= changes[name]
+            counts[name] += 1 if changes[name] > 0 else -1
+            changes[name] = -changes[name]
+        return nearer
+
+    for name in changes:
+        change(name)
+    while changes and change(min(changes, key=lambda name: abs(missing - changes[name]))):
+        pass
     return {name: (count + 0.5) / members[name] if count else 0.0 for name, count in counts.items()}
 
 
@@ -340,13 +296,13 @@ _NEAR = 5e-3  # by how much the zeros of a model that was pruned before may miss
 
 
 class LayerSparsities:
-    """The sparsity to pass to ``pattern.mask`` for each layer, at every sparsity of the model.
+    """The sparsity of each layer, at every sparsity of the model.
 
-    Uniform sparsities are one number: rows prune ``int(I * sparsity)``, as in the Wanda reference. Others are rounded
-    so that the sparsity over all weights is met (``fit_counts``). The distribution divides the final sparsity, once
-    (OWL, whose range is fixed, might not be able to divide a lower one); on the way to it, layers have theirs in
-    proportion. If it needs outliers, they are given, or measured when the first masks are made. A model that has masks
-    already keeps the division that they have (``read``), and a resumed run that of its checkpoint.
+    Uniform ones are passed on: rows prune ``int(I * sparsity)``, as in the Wanda reference. Others are rounded so that
+    the sparsity over all weights is met (``fit_counts``). The distribution divides the final sparsity, once (OWL, whose
+    range is fixed, might not be able to divide a lower one); on the way to it, layers have theirs in proportion. If it
+    needs outliers, they are given, or measured when the first masks are made. A model that has masks already keeps the
+    division that they have (``read``), and a resumed run that of its checkpoint.
     """
 
     def __init__(
@@ -374,12 +330,14 @@ class LayerSparsities:
         """Divide by these outliers of dense layers."""
         self.final_shares = self._distribution.sparsities(self._shapes, self._final, outliers)
 
-    def at(self, sparsity: float | None, least: Shares = MappingProxyType({})) -> float | dict[str, float]:
-        """The sparsity of each layer, at least ``least``, when that of the model is this; None = the final one."""
-        if self._uniform:
-            return required(self._distribution, sparsity)
-        if sparsity == 0:
-            return 0.0
+    def at(self, sparsity: float | None, masks: Shares | None = None) -> dict[str, float]:
+        """The sparsity of each layer when that of the model is this; None = the final one.
+
+        Args:
+            masks: sparsities of the layers so far: no layer gets denser while the model does not.
+        """
+        if self._uniform or sparsity == 0:
+            return dict.fromkeys(self._shapes, required(self._distribution, sparsity))
         assert self.final_shares is not None, "the division is not known yet"
         final = mean_sparsity(self._shapes, self.final_shares) if self._final is None else self._final
         sparsity = final if sparsity is None else sparsity
@@ -388,22 +346,17 @@ class LayerSparsities:
         shares = self.final_shares
         if sparsity != final:
             shares = {name: value * sparsity / final for name, value in shares.items()}
-        return fit_counts(self._shapes, shares, self._pattern, sparsity, least)
+        if masks is not None:
+            size = sum(shape.size for shape in self._shapes.values())
+            rounding = max(shape.rows for shape in self._shapes.values()) / size  # one weight more in each row
+            masks = masks if mean_sparsity(self._shapes, masks) <= sparsity + rounding else None
+        return fit_counts(self._shapes, shares, self._pattern, sparsity, masks or {})
 
-    def after(self, shares: Callable[[], Shares], sparsity: float) -> float | dict[str, float]:
-        """The same for an update of masks at these sparsities: no layer gets denser while the model does not."""
-        if self._uniform or not sparsity:
-            return sparsity
-        now = shares()
-        size = sum(shape.size for shape in self._shapes.values())
-        rounding = max(shape.rows for shape in self._shapes.values()) / size  # one weight more in each row
-        return self.at(sparsity, now if mean_sparsity(self._shapes, now) <= sparsity + rounding else {})
-
-    def read(self, shares: Shares, sparsity: float) -> None:
+    def read(self, masks: Shares, sparsity: float) -> None:
         """If the division is not known, take that of masks at these sparsities, of a model at this one."""
         if self.known or not sparsity:
             return
-        mean = mean_sparsity(self._shapes, shares)
+        mean = mean_sparsity(self._shapes, masks)
         rounding = 1 / min(shape.columns for shape in self._shapes.values())  # rows prune whole counts
         if abs(mean - sparsity) > max(_NEAR, rounding):
             raise ValueError(
@@ -411,7 +364,7 @@ class LayerSparsities:
                 "the model first to begin with new masks."
             )
         assert self._final is not None
-        now = {n: share if self._final == sparsity else share * self._final / sparsity for n, share in shares.items()}
+        now = {n: share if self._final == sparsity else share * self._final / sparsity for n, share in masks.items()}
         highest = max(now, key=lambda name: now[name])
         if now[highest] >= 1:
             raise ValueError(
@@ -428,12 +381,3 @@ class LayerSparsities:
         if self.final_shares is None:
             return f"divided by {describe(self._distribution)} with the first masks"
         return f"{min(self.final_shares.values()):.3f} to {max(self.final_shares.values()):.3f} by layer"
-
-    def state_dict(self) -> dict[str, float] | None:
-        """What does not follow from the settings."""
-        return self.final_shares if self._distribution.needs_outliers else None
-
-    def load_state_dict(self, state: Shares | None) -> None:
-        """Continue from ``state_dict``."""
-        if state is not None:
-            self.final_shares = dict(state)

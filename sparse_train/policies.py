@@ -244,12 +244,8 @@ class Regrow(MaskPolicy):
         if self.fraction and missing is not None:
             raise ValueError(
                 f"{missing}: {self} grows weights by their gradient, but none was seen in the step before this update. "
-                + (
-                    "Call updater.before_optimizer_step(optimizer) between backward and clipping, in every step "
-                    "(DynamicPruning does); leave layers that no optimizer holds out with ignore."
-                    if self.layers[missing].weight.requires_grad
-                    else "It is frozen: leave layers that do not train out with ignore, or use another policy."
-                )
+                "Leave layers that are frozen, or that no optimizer holds, out with ignore. In a custom loop, call "
+                "updater.before_optimizer_step(optimizer) between backward and clipping, in every step."
             )
 
     def select(self, scores: Tensor, names: Iterable[str], pattern: Pattern, sparsity: float) -> Tensor:

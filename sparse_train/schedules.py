@@ -4,14 +4,13 @@ A schedule is over progress: 0 at ``start_step``, 1 at ``end_step``. Optimizer s
 """
 
 import math
-import operator
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 from sparse_train.arguments import check_sparsity, to_python_number
 from sparse_train.patterns import Group, Pattern, parse_pattern
 
-_ROUNDING = 1e-9
+ROUNDING = 1e-9
 """0.58 * 100 is 57.99999999999999: shares are meant in decimals."""
 
 
@@ -117,43 +116,6 @@ class Timing:
     window: int
     """Steps before an update over which activations are recorded, at most ``update_freq``."""
 
-    @staticmethod
-    def resolve(
-        *,
-        start_step: int | float,
-        end_step: int | float,
-        update_freq: int,
-        window: int | float,
-        total_steps: int | float | None,
-        first_from_window: bool,
-    ) -> "Timing":
-        """Turn what users write into steps; arguments as in ``PruningConfig``.
-
-        If ``first_from_window``, the first mask needs recorded activations, and ``start_step`` waits for them.
-        """
-        if total_steps is not None and total_steps < 1:
-            raise ValueError(f"total_steps is the number of optimizer steps of the run, at least 1, got {total_steps}.")
-        if isinstance(window, float):
-            if not 0 < window <= 1:
-                raise ValueError(f"window as a share of update_freq must be above 0 and at most 1, got {window}.")
-            window = math.ceil(window * update_freq - _ROUNDING)
-        if not 1 <= window <= update_freq:
-            raise ValueError(f"window must be from 1 to update_freq ({update_freq}) steps, got {window}.")
-        start = _steps("start_step", start_step, total_steps)
-        end = _steps("end_step", end_step, total_steps)
-        if end < start:
-            raise ValueError(f"end_step ({end}) must not lie before the first update, start_step ({start}).")
-        if total_steps is not None and start > total_steps:
-            raise ValueError(f"start_step ({start}) lies after the end of the run ({total_steps:g} steps).")
-        if first_from_window:
-            # a run shorter than the window (a trial of a few steps) still ends sparse
-            start = max(start, int(min(window, total_steps or window)))
-            if isinstance(end_step, float):  # a share is only approximate
-                end = max(start, end)
-            if end < start:
-                raise ValueError(f"end_step ({end}) is before the first mask: it needs {window} steps of activations.")
-        return Timing(start, end, update_freq, window)
-
     def in_words(self) -> str:
         if self.start_step == self.end_step:
             return f"masks change only at step {self.end_step}"
@@ -163,10 +125,6 @@ class Timing:
     def is_update(self, step: int) -> bool:
         """Whether masks change after optimizer step ``step``."""
         return self.next_update(step - 1) == step
-
-    def is_frozen(self, step: int) -> bool:
-        """Whether the last update lies before this step."""
-        return step > self.end_step
 
     def next_update(self, step: int) -> int | None:
         """The first update after ``step``; None when masks are frozen."""
@@ -187,14 +145,8 @@ class Timing:
         return min(1.0, max(0.0, (step - self.start_step) / span)) if span else 1.0
 
 
-def check_update_freq(steps: int) -> int:
-    """The steps between updates as an int, also from a numpy integer; ValueError for anything else."""
-    if isinstance(steps, (bool, float)) or not hasattr(steps, "__index__") or steps < 1:
-        raise ValueError(f"update_freq is the number of steps between mask updates, at least 1, got {steps!r}.")
-    return operator.index(steps)
-
-
-def _steps(name: str, value: int | float, total_steps: int | float | None) -> int:
+def whole_steps(name: str, value: int | float, total_steps: int | float | None) -> int:
+    """A number of steps, or a share of ``total_steps``, as a number of steps."""
     if isinstance(value, int):
         if value < 0:
             raise ValueError(f"{name} as a number of steps must be at least 0, got {value}.")
@@ -207,4 +159,4 @@ def _steps(name: str, value: int | float, total_steps: int | float | None) -> in
             "under manual optimization), or limit the run (max_steps, max_epochs with a data set of known length; "
             "total_steps in a custom loop)."
         )
-    return int(value * total_steps + _ROUNDING)
+    return int(value * total_steps + ROUNDING)

@@ -27,13 +27,11 @@ class Solver(ABC):
 
     @abstractmethod
     def solve(self, weight_OI: Tensor, gram_II: Tensor, pattern: Pattern, sparsity: float) -> tuple[Tensor, Tensor]:
-        """Prune one layer.
+        """Prune one layer, to this sparsity over each group of the pattern.
 
         Args:
             weight_OI: the layer's weights, any float dtype; not changed.
             gram_II: float32 or better, the sum of x x^T over the layer's inputs x (I,).
-            pattern: where zeros may be.
-            sparsity: share of zeros over each of its groups.
 
         Returns:
             weight_OI: float32, kept weights updated; pruned ones have their former value, as shadow values.

@@ -24,15 +24,8 @@ _WORTH_THREADS = 2**21  # elements; below this, starting threads takes longer th
 
 
 def batch_sums(x: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """What one batch adds to an ``ActivationNorm``; nothing but 1 to ``dropped`` if the batch is not finite.
-
-    Args:
-        x: (..., I), any float dtype.
-        token_mask: bool or integer (...), 0 = padding; None counts every token.
-
-    Returns:
-        sum of squares, float32 (I,); number of tokens and of dropped batches, int64 scalars.
-    """
+    """What one batch (..., I) adds to an ``ActivationNorm``: sum of squares, float32 (I,); number of tokens and of
+    dropped batches, int64 scalars. If the batch is not finite, nothing but 1 to the last. See ``Statistics.add``."""
     x_TI = x.reshape(-1, x.shape[-1])
     kept_T = None if token_mask is None else token_mask.reshape(-1).bool()
     # in parts: a float32 copy of a whole long batch would raise the peak memory of the run, in recorded steps
@@ -130,22 +123,15 @@ class Statistics(ABC):
     """Sums over the tokens that reach a layer's input.
 
     Plain tensors and not buffers: casting a model to bfloat16 must not cast its statistics.
-
-    Args:
-        in_features: I.
-        device: of the input; ``move`` changes it.
-
-    Attributes:
-        sums: float32, of the shape that ``shape`` says.
-        tokens: int64 scalar, tokens counted.
-        dropped: int64 scalar, forwards since the last ``fade`` or ``reset`` that were left out because an input was
-            not finite, as in a step that overflows float16 and that a loss scaler then skips.
     """
 
     def __init__(self, in_features: int, device: torch.device | str | None = None) -> None:
         self.sums = torch.zeros(self.shape(in_features), dtype=torch.float32, device=device)
         self.tokens = torch.zeros((), dtype=torch.int64, device=device)
+        """Tokens counted."""
         self.dropped = torch.zeros_like(self.tokens)
+        """Forwards since the last ``fade`` or ``reset`` that were left out because an input was not finite, as in a
+        step that overflows float16 and that a loss scaler then skips."""
 
     @staticmethod
     @abstractmethod

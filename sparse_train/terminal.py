@@ -3,12 +3,13 @@
 import io
 import os
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Iterable, Sequence
+from typing import TYPE_CHECKING, TypeVar, cast
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+T = TypeVar("T")
 SECONDS_BETWEEN_LINES = 60.0
 
 
@@ -17,18 +18,20 @@ def bars_are_seen() -> bool:
     return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
 
-def bar(label: str, *, shown: bool) -> Any:
-    """tqdm's bar on stderr, wiped away at its end; where that would fill a log, a line of text every minute.
+def with_bar(items: Collection[T], label: str, *, shown: bool) -> Iterable[T]:
+    """The items, with tqdm's bar on stderr while they are gone through, which is wiped away at the end.
 
-    Its total is set by the work: ``bar.total = 120``.
+    Where a bar would fill a log, there is a line of text every minute.
     """
+    if not shown:  # tqdm is not needed
+        return items
     from tqdm import tqdm
 
     if bars_are_seen():
-        return tqdm(desc=label, disable=not shown, leave=False, dynamic_ncols=True)
+        return cast(Iterable[T], tqdm(items, label, leave=False, dynamic_ncols=True))
     every, form = SECONDS_BETWEEN_LINES, "{desc}: {n_fmt}/{total_fmt}, {remaining} left"
     often = {"delay": every, "mininterval": every, "miniters": 1}
-    return tqdm(desc=label, disable=not shown, leave=False, file=_Lines(), bar_format=form, **often)
+    return cast(Iterable[T], tqdm(items, label, leave=False, file=_Lines(), bar_format=form, **often))
 
 
 class _Lines(io.StringIO):

@@ -285,7 +285,7 @@ def _small(command, options, model_folder, text_file) -> list[str]:
         ]
     if command == "prune":
         own_text = () if "--text" in options else (f"--text={text}",)
-        measured = (f"--perplexity={text}", *short) if "--seeds" in options else ()
+        measured = (f"--perplexity={text}", *short) if "PackagedWikipedia" in options else ()
         return [f"--model={model_folder}", *own_text, "--num_calibration_samples=4", "--max_seq_length=32", *measured]
     if command == "evaluate" and "--task_data" not in options:
         return [*short, *(() if "--text" in options else (f"--text={text}",))]

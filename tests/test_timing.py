@@ -2,19 +2,12 @@ import math
 
 import pytest
 
+from sparse_train import PruningConfig
 from sparse_train.schedules import Cubic, Linear, Timing
 
 
-def timing(**changes) -> Timing:
-    settings = {
-        "start_step": 0,
-        "end_step": 0.75,
-        "update_freq": 10,
-        "window": 0.5,
-        "total_steps": 100,
-        "first_from_window": False,
-    }
-    return Timing.resolve(**(settings | changes))
+def timing(total_steps=100, first_from_window=False, **settings) -> Timing:
+    return PruningConfig(**settings).timing(total_steps, has_masks=not first_from_window)
 
 
 def updates(t: Timing, steps: int = 100) -> list[int]:

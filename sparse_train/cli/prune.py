@@ -1,7 +1,6 @@
-"""``sparse-train prune``: one model to one folder, or the spread over calibration seeds."""
+"""``sparse-train prune``: one model to one folder."""
 
 import functools
-import statistics
 import time
 from collections import defaultdict
 from dataclasses import dataclass, replace
@@ -12,7 +11,7 @@ from typing import Any, Literal
 
 from sparse_train.arguments import describe
 from sparse_train.cli.evaluate import chosen_device, perplexity_on
-from sparse_train.cli.tables import show_pruning, show_seeds
+from sparse_train.cli.tables import show_pruning
 from sparse_train.criteria import Criterion
 from sparse_train.data.blocks import calibration_batches
 from sparse_train.data.texts import PackagedWikipedia, TextSource
@@ -31,7 +30,7 @@ from sparse_train.patterns import Pattern, group_label
 from sparse_train.solvers import Solver
 
 Details = dict[str, Any]
-"""The record of a pruning, as stored in pruning.json or seeds.json."""
+"""The record of a pruning, as stored in pruning.json."""
 
 
 def prune(
@@ -50,7 +49,6 @@ def prune(
     sampling: Literal["packed", "documents"] = "packed",
     batch_size: int = 4,
     seed: int = 0,
-    seeds: str | None = None,
     perplexity: TextSource | None = None,
     window: int = 2048,
     max_tokens: int | None = None,
@@ -79,9 +77,7 @@ def prune(
             each sample, as in the Wanda paper.
         batch_size: samples per forward pass.
         seed: of the choice of samples.
-        seeds: prune once with each of these seeds, as in 0..4 or 0,2,7, and print mean and standard deviation of the
-            perplexity; writes out/seeds.json and no model.
-        perplexity: text on which to measure perplexity afterwards (its test split); default with seeds: text.
+        perplexity: text on which to measure perplexity afterwards (its test split).
         window: tokens per window of this text.
         max_tokens: use only the first tokens of this text.
         bos: put the tokens that the tokenizer puts in front of a text (such as <bos>) in front of every window of this
@@ -106,32 +102,24 @@ def prune(
         "max_seq_length": max_seq_length,
         "sampling": sampling,
         "batch_size": batch_size,
+        "seed": seed,
     }
     plan = Plan.of(mask_structure, sparsity, criterion, distribution)  # mistakes are told before anything is loaded
-    if dtype is not None and (streaming or seeds is not None):
-        raise ValueError("streaming keeps the dtype of each file, and seeds writes no model. Leave dtype out.")
-    if seeds is not None and streaming:
-        raise ValueError("seeds needs the model in memory; with streaming, call prune once with each --seed.")
+    if dtype is not None and streaming:
+        raise ValueError("streaming keeps the dtype of each file. Leave dtype out.")
     check_free(Path(out))
-    source, text = as_model_source(model, dtype="auto"), text or PackagedWikipedia()
-    test, measure = perplexity or (text if seeds is not None else None), None
+    source, measure = as_model_source(model, dtype="auto"), None
     with joined(chosen_device(device)) as own_device:
         if streaming and world_size() > 1:
             raise ValueError("streaming runs in one process. Start it without torchrun, or leave it out.")
-        if test is not None:
+        if perplexity is not None:
             options: dict[str, Any] = {"window": window, "max_tokens": max_tokens, "bos": bos, "batch_size": 1}
-            measure = perplexity_on(source, source, test, **options)
-        job = _Job(source, plan, method, text, calibration, own_device, measure)
-        if seeds is None:
-            details, layers = _once(job, seed, Path(out), activations if streaming else None, dtype)
-        else:
-            details = _over_seeds(job, seeds, Path(out))
+            measure = perplexity_on(source, source, perplexity, **options)
+        job = _Job(source, plan, method, text or PackagedWikipedia(), calibration, own_device, measure)
+        details, layers = _run(job, Path(out), activations if streaming else None, dtype)
     if rank() != 0:  # all ranks have the same model
         return None
-    if seeds is None:
-        show_pruning(details, layers, Path(out))
-    else:
-        show_seeds(details, Path(out))
+    show_pruning(details, layers, Path(out))
     return {"out": out, **details}
 
 
@@ -154,42 +142,41 @@ class _Job:
     def needs_data(self) -> bool:
         return self.plan.distribution.needs_outliers or self.plan.statistics is not None
 
-    def check(self, model: Any, out: Path | None) -> None:
+    def check(self, model: Any, out: Path) -> None:
         """Raise ValueError for what would fail after the pruning or in it; weights of the model are not looked at."""
         if self.needs_data:
             check_window(model, self.calibration["max_seq_length"], name="max_seq_length")
         if self.measure is not None:
             check_window(model, self.measure.keywords["window"], len(self.measure.keywords["prefix"]))
-        if out is not None:
-            check_space(out, sum(weight.numel() * weight.element_size() for weight in model.parameters()))
+        check_space(out, sum(weight.numel() * weight.element_size() for weight in model.parameters()))
 
-    def batches(self, seed: int) -> list[Batch] | None:
+    def batches(self) -> list[Batch] | None:
         """Calibration data, of this process; None for a method without."""
         if not self.needs_data:
             return None
         tokenizer = self.source.tokenizer()
-        found: list[Batch] = list(calibration_batches(self.text, tokenizer, **self.calibration, seed=seed))
+        found: list[Batch] = list(calibration_batches(self.text, tokenizer, **self.calibration))
         if len(found) < world_size():
             given = f"There are {len(found)} calibration batches for {world_size()} processes."
             raise ValueError(f"{given} Give a smaller batch_size, or start fewer processes.")
         return found[rank() :: world_size()]
 
-    def run(self, seed: int, out: Path | None = None) -> tuple[Any, OneshotReport]:
+    def prune(self, out: Path) -> tuple[Any, OneshotReport]:
         """The pruned model in memory, and what was done."""
         model = self.source.load().to(self.device)
         self.check(model, out)
-        return model, prune_model(model, self.batches(seed), **self.method, progress=rank() == 0)
+        return model, prune_model(model, self.batches(), **self.method, progress=rank() == 0)
 
-    def stream(self, seed: int, out: Path, activations: Literal["memory", "disk"]) -> OneshotReport:
+    def stream(self, out: Path, activations: Literal["memory", "disk"]) -> OneshotReport:
         """Prune a checkpoint block by block, from folder to folder."""
         if not isinstance(self.source, Pretrained) or self.source.gguf_file:
             raise ValueError(f"streaming walks a folder or a hub model with safetensors, not {self.source.name}.")
         folder = self.source.folder()
         self.check(model_without_weights(folder, Checkpoint(folder)), out)
         options: dict[str, Any] = {"device": self.device, "activations": activations, "progress": True}
-        return prune_checkpoint(folder, out, self.batches(seed), **self.method, **options)
+        return prune_checkpoint(folder, out, self.batches(), **self.method, **options)
 
-    def details(self, seed: int | list[int], report: OneshotReport) -> Details:
+    def details(self, report: OneshotReport) -> Details:
         stage = {
             "criterion": describe(self.plan.method),
             "mask_structure": group_label(self.plan.pattern),
@@ -199,7 +186,7 @@ class _Job:
             "targets": self.method["targets"],
             "ignore": self.method["ignore"],
         }
-        calibration = {"text": self.text.name, **self.calibration, "seed": seed, "processes": world_size()}
+        calibration = {"text": self.text.name, **self.calibration, "processes": world_size()}
         return {
             "model": self.source.name,
             "stages": [stage],
@@ -212,8 +199,8 @@ class _Job:
         }
 
 
-def _once(
-    job: _Job, seed: int, out: Path, streaming: Literal["memory", "disk"] | None, dtype: Dtype | None
+def _run(
+    job: _Job, out: Path, streaming: Literal["memory", "disk"] | None, dtype: Dtype | None
 ) -> tuple[Details, list[LayerSparsity]]:
     """The record of the pruning, and the layers that were counted; rank 0 writes.
 
@@ -221,8 +208,8 @@ def _once(
         streaming: where activations wait, if the model is never in memory; then only pruned layers are counted.
     """
     began, source = time.perf_counter(), job.source
-    model, report = job.run(seed, out) if streaming is None else (None, job.stream(seed, out, streaming))
-    details = job.details(seed, report) | {"streaming": model is None}
+    model, report = job.prune(out) if streaming is None else (None, job.stream(out, streaming))
+    details = job.details(report) | {"streaming": model is None}
     if rank() != 0:
         return details, []
     card = ModelCard(source.name, source.hub_id, source.license, oneshot_rows(details))
@@ -259,30 +246,3 @@ def _counted(details: Details, report: OneshotReport) -> list[LayerSparsity]:
     label = details["stages"][0]["mask_structure"]
     sums = {name: [sum(each) for each in zip(*counted, strict=True)] for name, counted in counts.items()}
     return [LayerSparsity(name, (1, size), zeros, label) for name, (size, zeros) in sums.items()]
-
-
-def _over_seeds(job: _Job, text: str, out: Path) -> Details:
-    """The record of one pruning for each of several seeds, written as "0..4" or "0,2,7"."""
-    first, several, last = text.partition("..")
-    try:
-        seeds = list(range(int(first), int(last) + 1)) if several else [int(seed) for seed in text.split(",")]
-    except ValueError:
-        seeds = []
-    if len(seeds) < 2:
-        raise ValueError(f"seeds are two or more, written 0..4 or 0,2,7, got {text!r}. For one seed there is --seed.")
-    if not job.needs_data:
-        raise ValueError("This method reads no calibration data, so seeds change nothing. Leave them out.")
-    assert job.measure is not None
-    rows = []
-    for seed in seeds:
-        model, report = job.run(seed)
-        if rank() == 0:
-            rows.append({"seed": seed, "sparsity": report.sparsity, **job.measure(model).as_dict()})
-        del model  # before the next one is loaded
-    details = job.details(seeds, report)
-    if rank() == 0:
-        values = [row["perplexity"] for row in rows]
-        spread = statistics.stdev(values)  # of a sample: divided by n - 1
-        details |= {"seeds": rows, "mean": statistics.mean(values), "standard_deviation": spread}
-        _write(out / "seeds.json", details)
-    return details

@@ -17,32 +17,17 @@ from sparse_train.terminal import print_table
 def show_pruning(details: dict[str, Any], layers: Sequence[LayerSparsity], folder: Path) -> None:
     """Results of one-shot pruning."""
     print(f"{details['model']} pruned to {folder}")
-    _print_method(details)
-    seconds = ", ".join(f"{name} {value:.1f} s" for name, value in details["seconds"].items())
-    print(f"sparsity of the targeted weights {details['sparsity']:.6f}; {seconds}, on {details['device']}")
-    if found := details.get("perplexity"):
-        print("\n".join(PerplexityResult(**found).lines()))
-    print_table(["projection", "layers", "sparsity", "pattern"], by_projection(layers), words=(0, 3))
-
-
-def show_seeds(details: dict[str, Any], folder: Path) -> None:
-    """Perplexity over calibration seeds."""
-    first = details["seeds"][0]
-    print(f"{details['model']}, written to {folder / 'seeds.json'}")
-    _print_method(details)
-    print(f"token perplexity on {first['data']}, windows of {first['window']}, {first['tokens']} tokens")
-    rows = [(str(row["seed"]), row["perplexity"]) for row in details["seeds"]]
-    rows += [("mean", details["mean"]), ("standard deviation", details["standard_deviation"])]
-    print_table(["seed", "perplexity"], [[name, f"{value:.3f}"] for name, value in rows])
-
-
-def _print_method(details: dict[str, Any]) -> None:
     for stage in details["stages"]:
         divided = "" if stage["distribution"] == "Uniform()" else f", {stage['distribution']}"
         print(f"{stage['criterion']}, {stage['mask_structure']}{divided}")
     if data := details["calibration"]:
         size = f"{data['num_calibration_samples']} x {data['max_seq_length']} tokens"
         print(f"calibrated on {size} of {data['text']} ({data['sampling']}), seed {data['seed']}")
+    seconds = ", ".join(f"{name} {value:.1f} s" for name, value in details["seconds"].items())
+    print(f"sparsity of the targeted weights {details['sparsity']:.6f}; {seconds}, on {details['device']}")
+    if found := details.get("perplexity"):
+        print("\n".join(PerplexityResult(**found).lines()))
+    print_table(["projection", "layers", "sparsity", "pattern"], by_projection(layers), words=(0, 3))
 
 
 def show_inspection(

@@ -74,15 +74,13 @@ def take_from_rank_0(tensors: Sequence[Tensor]) -> None:
             tensor.copy_(whole)
 
 
-def gather_bytes(own: Tensor, length: int) -> list[Tensor]:
-    """The bytes of each rank, uint8 (<= length,), padded to ``length``; one gather."""
-    if world_size() == 1:
-        return [own]
-    padded = own.new_zeros(length)
+def gather_rows(own: Tensor, rows: int) -> Tensor:
+    """A whole matrix from the rows that each rank holds: equal chunks, the last ones shorter or empty; one gather."""
+    padded = own.new_zeros(-(-rows // world_size()), own.shape[1])
     padded[: len(own)] = own
-    gathered = own.new_empty(world_size() * length)
-    dist.all_gather_into_tensor(gathered, padded)
-    return list(gathered.view(world_size(), length))
+    whole = own.new_empty(world_size() * len(padded), own.shape[1])
+    dist.all_gather_into_tensor(whole, padded)
+    return whole[:rows]
 
 
 def gather_objects(own: T) -> list[T]:

@@ -30,9 +30,10 @@ class Rows(Layout):
 
     def own_rows(self) -> tuple[Tensor, slice]:
         weight_RI = self.parameter.detach().to_local()
-        rows = rows_of(rank(), len(self.parameter))
-        assert len(weight_RI) == rows.stop - rows.start, (weight_RI.shape, rows)
-        return weight_RI, rows
+        rows, chunk = len(self.parameter), -(-len(self.parameter) // world_size())
+        mine = slice(min(rows, rank() * chunk), min(rows, (rank() + 1) * chunk))
+        assert len(weight_RI) == mine.stop - mine.start, (weight_RI.shape, mine)
+        return weight_RI, mine
 
     @torch.no_grad()
     def rewrite(self, function: Elementwise, keep: Tensor) -> None:
@@ -53,12 +54,6 @@ class Rows(Layout):
             "parallelism and hybrid sharding are not supported. Set data_parallel_size to the number of processes and "
             'tensor_parallel_size to 1, and give fully_shard the mesh of one dimension, device_mesh["data_parallel"].'
         )
-
-
-def rows_of(process: int, rows: int) -> slice:
-    """The rows that FSDP2 gives to a process."""
-    chunk = -(-rows // world_size())
-    return slice(min(rows, process * chunk), min(rows, (process + 1) * chunk))
 
 
 def reshard(model: nn.Module) -> None:

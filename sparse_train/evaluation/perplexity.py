@@ -21,7 +21,7 @@ from sparse_train.blocks import vocabulary_of
 from sparse_train.data.blocks import beginning
 from sparse_train.evaluation.undisturbed import check_autocast, computed_in, undisturbed
 from sparse_train.models.losses import IGNORED, mean_over_tokens, next_token_loss, perplexity
-from sparse_train.terminal import bar
+from sparse_train.terminal import with_bar
 
 _log = logging.getLogger(__name__)
 
@@ -208,14 +208,12 @@ def evaluate_perplexity(
     batches = list(zip(inputs.split(batch_size), labels.split(batch_size), strict=True))
     device = next(model.parameters()).device
     metric = mean_over_tokens(device, sync=False)  # other processes may not be measuring: waiting for them would hang
-    with undisturbed(model), bar("perplexity", shown=progress) as drawn:
-        drawn.total = len(batches)
-        for ids_BL, labels_BL in batches:
+    with undisturbed(model):
+        for ids_BL, labels_BL in with_bar(batches, "perplexity", shown=progress):
             with torch.autocast(device.type, autocast, enabled=autocast is not None):
                 logits_BLV = model(input_ids=ids_BL.to(device), use_cache=False).logits
             loss, count = next_token_loss(logits_BLV, labels_BL.to(device))
             metric.update(loss, weight=count)
-            drawn.update()
     loss = metric.compute().double()
     return PerplexityResult(
         perplexity=perplexity(loss),

@@ -13,7 +13,6 @@ What happens when, in the Trainer's order:
 Shape suffixes: O out_features, I in_features, J packed mask bytes.
 """
 
-import copy
 import functools
 import json
 import logging
@@ -31,14 +30,13 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from sparse_train.blocks import class_path, is_conv1d
 from sparse_train.distributed.collectives import rank
-from sparse_train.distributions import Outliers
 from sparse_train.files import load_plain, replacing
 from sparse_train.layers import masks
 from sparse_train.layers.masked_layer import MaskedLayer, sparse_layers
 from sparse_train.layers.masks import MASK_NAME
 from sparse_train.layers.sparsify import unmask
 from sparse_train.models import lora
-from sparse_train.oneshot.first_mask import set_first_mask, training_batches
+from sparse_train.oneshot.first_mask import begin_run, training_batches
 from sparse_train.patterns import Pattern
 from sparse_train.policies import MaskPolicy
 from sparse_train.pruning.config import PruningConfig
@@ -102,8 +100,6 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
         self._hooks: list[Any] = []
         self._unlogged: dict[str, float] = {}
         self._resumed: Path | None = None
-        self._first: dict[str, Any] | None = None  # masks and norms of this train(), which may be tried again
-        self._outliers: Outliers | None = None
         self.updater: MaskUpdater | None = None
         """The running updater; None before the run has begun."""
 
@@ -140,25 +136,20 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
         # again: Trainer.add_callback comes after on_init_end, model_init makes a new model, a second run is squashed
         check_trainer(args, model, self.config)
         layers = self._prepare(model)
-        restored: dict[str, Any] | None = None
-        if state.global_step == 0:
-            self._set_first_masks(args, state, model, layers, train_dataloader)
-        elif self._first is None and self._resumed is not None:
-            self._first = {}
+        restored = None
+        if state.global_step > 0:
+            assert self._resumed is not None, "a run that does not begin at step 0 has been resumed"
             restored = restore_state(self._resumed, layers, state.global_step)
-        else:
-            raise ValueError(
-                "auto_find_batch_size starts again after memory ran out, but does not load the checkpoint again, so "
-                "that the steps trained since would stay. Resume with a smaller per_device_train_batch_size and "
-                "without auto_find_batch_size."
-            )
-        self.updater = MaskUpdater(
+        dtype = torch.float16 if args.fp16 else torch.bfloat16
+        self.updater = begin_run(
             model,
-            config=self.config,
-            layers=layers,
+            layers,
+            self.config,
+            lambda count: training_batches(train_dataloader, count, args.per_device_train_batch_size),
+            torch.autocast(args.device.type, dtype, enabled=args.fp16 or args.bf16),
             total_steps=state.max_steps,
-            outliers=self._outliers,
             state=restored,
+            progress=not args.disable_tqdm and rank() == 0,
         )
         self.updater.watch([optimizer])
         if rank() == 0:
@@ -171,33 +162,6 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
             )
         first = {} if self.updater.sparsity is None else self.updater.report().metrics()
         self._unlogged = first if restored is None else restored["metrics"]
-
-    def _set_first_masks(
-        self, args: Any, state: Any, model: nn.Module, layers: Mapping[str, MaskedLayer], loader: Any
-    ) -> None:
-        """Make the first masks. If ``auto_find_batch_size`` tries again, bring them back: a solver has already moved
-        the weights for them, and would move them again."""
-        if self._first is not None:
-            for name, (mask_OJ, statistics) in self._first.items():
-                layers[name].weight_mask.copy_(mask_OJ)
-                layers[name].recorder, layers[name].statistics = None, copy.deepcopy(statistics)
-            return
-        size = state.train_batch_size or args.per_device_train_batch_size
-        dtype = torch.float16 if args.fp16 else torch.bfloat16
-        self._outliers = set_first_mask(
-            model,
-            layers,
-            self.config,
-            lambda count: training_batches(loader, count, size),
-            torch.autocast(args.device.type, dtype, enabled=args.fp16 or args.bf16),
-            progress=not args.disable_tqdm and rank() == 0,
-        )
-        # norms that an updater still records are not those of calibration
-        self._first = {
-            name: (each.weight_mask.clone(), copy.deepcopy(each.statistics) if each.recorder is None else None)
-            for name, each in layers.items()
-            if args.auto_find_batch_size
-        }
 
     # --- in training -------------------------------------------------------------------------------------------------
 
@@ -233,7 +197,6 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_end(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
         assert self.updater is not None
         self.updater.finish()
-        self._first = None
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -252,6 +215,11 @@ def check_trainer(args: Any, model: nn.Module, config: PruningConfig) -> None:
         raise ValueError(
             "The Trainer runs on FSDP or DeepSpeed, whose checkpoints this callback does not support, or on "
             f"DataParallel, which loses the activations recorded in its copies of the model. {_LIGHTNING}"
+        )
+    if args.auto_find_batch_size:
+        raise ValueError(
+            "auto_find_batch_size begins the run again where memory runs out, but not with the masks and weights that "
+            "it had. Leave it out, and set a smaller per_device_train_batch_size."
         )
     if getattr(args, "enable_jit_checkpoint", False):  # not in all versions
         raise ValueError(
@@ -395,7 +363,7 @@ def _train(found: Any, train: Any, self: Any, resume_from_checkpoint: Any = None
     if found and folder:
         check_whole(Path(folder))
     for callback in found:
-        callback._resumed, callback._first, callback._outliers = Path(folder) if folder else None, None, None
+        callback._resumed = Path(folder) if folder else None
     return train(self, resume_from_checkpoint, *args, **kwargs)
 
 

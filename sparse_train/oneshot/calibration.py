@@ -35,12 +35,8 @@ _MISSING = (LookupError, AttributeError, TypeError)  # raised by code that finds
 class CalibrationPass:
     """Runs calibration batches through a model or through one block of it at a time, recording activations.
 
-    Args:
-        model: in any mode, which is restored after each pass.
-        blocks: of the model, in their order.
-        batches: token tensors or dicts; ``labels`` are dropped, an ``attention_mask`` (B, L) marks padding.
-        device: where the model computes.
-        keep: the device or folder where the outputs of a block are kept for the next one.
+    ``labels`` of batches are dropped, and an ``attention_mask`` (B, L) marks padding. ``keep`` is the device or folder
+    where the outputs of a block are kept for the next one.
     """
 
     def __init__(
@@ -64,14 +60,8 @@ class CalibrationPass:
     def record(
         self, layers: Mapping[str, MaskedMatrix], statistics: type[Statistics], block: int | None, *, keep: bool = False
     ) -> None:
-        """Give layers fresh statistics, and record one forward per batch.
-
-        Args:
-            layers: masked layers and experts by name.
-            statistics: what to record.
-            block: run this block alone, on the kept outputs of the block before it; None = the whole model.
-            keep: keep the outputs for the next block.
-        """
+        """Give layers fresh statistics, and record one forward per batch: of one block, on the kept outputs of the
+        block before it, or (None) of the whole model. ``keep`` keeps the outputs for the next block."""
         self._check(block)
         recorder, experts = self._recorder, [layer for layer in layers.values() if isinstance(layer, ExpertMatrix)]
         attach(layers.values(), recorder, statistics)
@@ -117,9 +107,8 @@ class CalibrationPass:
     ) -> Any:
         """Call the model on a batch up to a block, with the kept output of the block before in place of all before.
 
-        Args:
-            act: is called with the block's own forward and its arguments, and gives the result.
-            change: of the outputs of blocks before the last one, which should change nothing.
+        The result is that of ``act``, called with the block's own forward and its arguments. ``change`` is done to the
+        outputs of blocks before the last one, which should change nothing.
         """
         called: list[int] = []
         kept: Any = None

@@ -7,7 +7,6 @@ experts separately that the model fuses.
 import fcntl
 import json
 import logging
-import os
 import shutil
 import zlib
 from collections import Counter
@@ -45,11 +44,6 @@ _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 class Checkpoint:
     """A folder with safetensors files, plain or with an index, opened for reading only.
 
-    Attributes:
-        files: where each tensor is, in the order of the files.
-        dtypes: of the tensors, in the words of safetensors.
-        fingerprint: identifies this checkpoint, so that another or a changed one is recognised.
-
     Raises:
         ValueError: no such folder, no safetensors in it, or a file that is damaged, missing, cut off or elsewhere.
     """
@@ -57,7 +51,9 @@ class Checkpoint:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.files: dict[str, Path] = {}
+        """Where each tensor is, in the order of the files."""
         self.dtypes: dict[str, str] = {}
+        """Of each tensor, in the words of safetensors."""
         files = _weight_files(self.folder)
         for file in files:
             try:
@@ -66,6 +62,7 @@ class Checkpoint:
                         self.files[key], self.dtypes[key] = file, opened.get_slice(key).get_dtype()
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"{file} is not a complete safetensors file ({error}). Download it again.") from error
+        # so that another checkpoint, or a changed one, is recognised
         self.fingerprint = repr([(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files])
 
     def read(self, keys: Iterable[str]) -> dict[str, Tensor]:
@@ -101,21 +98,8 @@ def _weight_files(folder: Path) -> list[Path]:
     return sorted({folder / name for name in names})
 
 
-@contextmanager
-def _writing(path: Path) -> Iterator[Path]:
-    """A file to write to, which replaces ``path`` when it is complete; OSError if it cannot be written."""
-    try:
-        with replacing(path) as beside:
-            yield beside
-    except (SafetensorError, OSError) as error:
-        raise OSError(
-            f"Cannot write {path}: {error}. {shutil.disk_usage(path.parent).free / 2**20:.0f} MiB are free there. "
-            "Blocks that were finished are kept; the same command continues after them."
-        ) from error
-
-
 def _write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    with _writing(path) as beside:
+    with replacing(path) as beside:
         save_file({key: value.contiguous().cpu() for key, value in tensors.items()}, beside, metadata={"format": "pt"})
 
 
@@ -130,7 +114,7 @@ def write_index(folder: Path, shards: Iterable[str]) -> None:
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    with _writing(path) as beside:
+    with replacing(path) as beside:
         beside.write_text(json.dumps(content, indent=2) + "\n")
 
 
@@ -185,8 +169,7 @@ class DiskShelf(Shelf):
 
     Args:
         model: from ``model_without_weights``.
-        checkpoint: where its weights are.
-        selection: the targets.
+        checkpoint, selection: its weights, and the targets among them.
         work: folder of finished shards, from ``unfinished``.
         device: where a loaded block computes.
         on_disk: keep the activations between two blocks on disk, too, not in main memory.
@@ -206,7 +189,7 @@ class DiskShelf(Shelf):
         self.keep = work / _ACTIVATIONS if on_disk else torch.device("cpu")
         if isinstance(self.keep, Path):
             self.keep.mkdir(exist_ok=True)
-        self._progress = json.loads((work / _PROGRESS).read_text())
+        self._progress = _read_progress(work)
         self.outliers = {int(block): share for block, share in self._progress["outliers"].items()}
         self.updates = {name: LayerUpdate(**each) for name, each in self._progress["updates"].items()}
         narrow = any(dtype.startswith("F8") for dtype in checkpoint.dtypes.values())
@@ -351,7 +334,7 @@ def _move_weights(module: nn.Module, device: torch.device) -> None:
 def unfinished(out: Path, settings: Sequence[str]) -> Iterator[Path]:
     """The folder of an unfinished run next to ``out``, new or of the same settings; it becomes ``out`` at the end.
 
-    Only one process can have it. After an error it is removed, unless there is something to continue from.
+    Only one process can have it. After an error it is removed, unless a block is done, from which to continue.
 
     Raises:
         ValueError: another process has it, it is of a run with other settings, or ``out`` exists.
@@ -359,8 +342,23 @@ def unfinished(out: Path, settings: Sequence[str]) -> Iterator[Path]:
     check_free(out)
     work = out.parent / f".{out.name}.partial"
     work.mkdir(parents=True, exist_ok=True)
-    with _locked(work):
-        _open(work, list(settings))
+    with (work / _LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system releases it if the process dies
+        except BlockingIOError as error:
+            raise ValueError(
+                f"Another process is writing {work}. Wait until it has finished, or choose another folder."
+            ) from error
+        before = _read_progress(work)["settings"]
+        if before != list(settings) and _has_begun(work):
+            raise ValueError(
+                f"{work} holds an unfinished run with other settings ({', '.join(set(before) - set(settings))}). "
+                "Finish that one with its own settings, or remove the folder."
+            )
+        if not _has_begun(work):
+            for shard in work.glob("model-*.safetensors"):  # of a run with any settings that had finished no block
+                shard.unlink()
+            _write_json(work / _PROGRESS, {"settings": list(settings), "outliers": {}, "updates": {}})
         try:
             yield work
         except Exception:
@@ -375,41 +373,15 @@ def unfinished(out: Path, settings: Sequence[str]) -> Iterator[Path]:
             (out / name).unlink()
 
 
-@contextmanager
-def _locked(work: Path) -> Iterator[None]:
-    """Hold the lock of a folder; the system releases it if the process dies."""
-    path = work / _LOCK
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # the other process may have finished, or failed, between the two lines above
-            if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                raise BlockingIOError
-        except (BlockingIOError, FileNotFoundError) as error:
-            raise ValueError(
-                f"Another process is writing {work}. Wait until it has finished, or choose another folder."
-            ) from error
-        yield
-
-
-def _open(work: Path, settings: list[str]) -> None:
-    progress = work / _PROGRESS
-    if progress.is_file() and _has_begun(work):
-        before = json.loads(progress.read_text())["settings"]
-        if before != settings:
-            raise ValueError(
-                f"{work} holds an unfinished run with other settings ({', '.join(set(before) - set(settings))}). "
-                "Finish that one with its own settings, or remove the folder."
-            )
-        return
-    for shard in work.glob("model-*.safetensors"):  # of a run that had finished no block, whatever its settings were
-        shard.unlink()
-    _write_json(progress, {"settings": settings, "outliers": {}, "updates": {}})
+def _read_progress(work: Path) -> dict[str, Any]:
+    path = work / _PROGRESS
+    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"settings": [], "updates": {}}
+    return found
 
 
 def _has_begun(work: Path) -> bool:
     """Whether a block is done, so that the next run can continue after it."""
-    return bool(json.loads((work / _PROGRESS).read_text())["updates"])
+    return bool(_read_progress(work)["updates"])
 
 
 def fingerprint(batches: Iterable[Batch]) -> str:
@@ -417,7 +389,6 @@ def fingerprint(batches: Iterable[Batch]) -> str:
     found = 0
     for batch in batches:
         named = batch if isinstance(batch, Mapping) else {"input_ids": batch}
-        found = zlib.crc32(
-            save({n: v.cpu().contiguous().clone() for n, v in named.items() if isinstance(v, Tensor)}), found
-        )
+        tensors = {name: each.cpu().contiguous().clone() for name, each in named.items() if isinstance(each, Tensor)}
+        found = zlib.crc32(save(tensors), found)
     return f"calibration data {found}"

@@ -10,17 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from sparse_train.blocks import class_path
 from sparse_train.distributed.collectives import rank, take_from_rank_0, world_size
 from sparse_train.distributed.fsdp2 import reshard
 from sparse_train.distributions import LayerSparsities, Outliers
 from sparse_train.environment import isolated_rng
-from sparse_train.layers.mask_lora import MaskLoRA
 from sparse_train.layers.masked_layer import MaskedLayer
 from sparse_train.oneshot.forwards import Batch
 from sparse_train.oneshot.walk import MemoryShelf, Plan, walk
 from sparse_train.pruning.config import FirstWindow, OneShot, PruningConfig
 from sparse_train.pruning.update import check_masks
+from sparse_train.pruning.updater import MaskUpdater
 from sparse_train.solvers import Solver
 
 _log = logging.getLogger(__name__)
@@ -30,13 +29,23 @@ _NEEDED = (
 )
 
 
-def check_solver(config: PruningConfig, mask_lora: MaskLoRA | None) -> None:
-    """Raise ValueError if the first mask would move weights that ``mask_lora`` freezes."""
-    if mask_lora is not None and config.first_mask_moves_weights:
-        raise ValueError(
-            f"first_mask is {config.first_mask}, whose solver moves weights, and mask_lora trains adapters of weights "
-            "that do not change. Prune the model before the run (sparse_train.prune), or use a criterion."
-        )
+def begin_run(
+    root: nn.Module,
+    layers: Mapping[str, MaskedLayer],
+    config: PruningConfig,
+    batches: Callable[[int], Sequence[Batch] | None],
+    autocast: AbstractContextManager[Any],
+    *,
+    total_steps: int | float | None,
+    state: Mapping[str, Any] | None,
+    progress: bool,
+) -> MaskUpdater:
+    """The updater of a trainer's run, which is resumed, or has its first masks if one-shot pruning makes them.
+
+    Arguments are those of ``set_first_mask`` and of ``MaskUpdater``.
+    """
+    outliers = set_first_mask(root, layers, config, batches, autocast, progress) if state is None else None
+    return MaskUpdater(root, config=config, layers=layers, total_steps=total_steps, outliers=outliers, state=state)
 
 
 def set_first_mask(
@@ -59,12 +68,7 @@ def set_first_mask(
         progress: show a progress bar.
 
     Returns:
-        The outliers that one-shot pruning has measured, for ``MaskUpdater``; None if it has measured none.
-
-    Raises:
-        ValueError: ``OneShot`` has a criterion, and no mask can be made with it here; a solver would move weights
-            that must not move; what ``walk`` raises; or masks of a solver that do not follow the pattern. The model is
-            then unchanged.
+        The outliers, if one-shot pruning has measured some. After an error, the model is unchanged.
     """
     first = config.first_mask
     dense = config.first_sparsity > 0 and all(layer.keeps_all() for layer in layers.values())
@@ -75,10 +79,9 @@ def set_first_mask(
     method = first.criterion or config.criterion
     for name, layer in layers.items() if isinstance(method, Solver) else ():
         if layer.layout.has_masters or not layer.weight.requires_grad:
-            masters = "DeepSpeed would bring the old ones back from its float32 masters"
             raise ValueError(
-                f"The first mask is made by {method}, which moves weights, and those of {name} cannot be moved: "
-                f"{masters if layer.layout.has_masters else 'they are frozen'}. Prune the model before the run and "
+                f"The first mask is made by {method}, which moves weights, and those of {name} are frozen, or "
+                "DeepSpeed would bring the old ones back from its float32 masters. Prune the model before the run and "
                 "before it gets adapters (sparse-train prune), or use a criterion."
             )
     # without activations, the first update makes the same mask
@@ -148,37 +151,25 @@ def causal_lm(root: nn.Module, layers: Iterable[MaskedLayer]) -> nn.Module | Non
     return None
 
 
-_BATCH_SAMPLERS = {
-    "torch.utils.data.sampler.BatchSampler",
-    "torchdata.stateful_dataloader.sampler.BatchSampler",
-}
-_WHOLE_DATA_SAMPLERS = {
-    "torch.utils.data.sampler.SequentialSampler",
-    "torch.utils.data.sampler.RandomSampler",
-    "torch.utils.data.distributed.DistributedSampler",
-    "torchdata.stateful_dataloader.sampler.RandomSampler",
-    "torchdata.stateful_dataloader.sampler.StatefulDistributedSampler",  # of ``TextBlocks``
-    "accelerate.data_loader.SeedableRandomSampler",
-    "transformers.trainer_pt_utils.LengthGroupedSampler",
-    "transformers.trainer_pt_utils.BatchRebalanceSampler",
-}
-"""By name, because libraries may be absent; and exact classes, because a subclass may leave validation data out."""
+_LIBRARIES = ("torch", "torchdata", "accelerate", "transformers")  # by name, because they may be absent
+_READ_ALL = {"SequentialSampler", "RandomSampler", "DistributedSampler", "StatefulDistributedSampler"}
+_READ_ALL |= {"SeedableRandomSampler", "LengthGroupedSampler", "BatchRebalanceSampler"}
+
+
+def _is(sampler: Any, *names: str) -> bool:
+    """Whether the class is exactly one of these: a subclass may leave validation data out."""
+    return type(sampler).__module__.partition(".")[0] in _LIBRARIES and type(sampler).__name__ in names
 
 
 def training_batches(loader: Any, count: int, batch_size: int | None = None) -> list[Batch] | None:
-    """Random batches of what a training loader reads, without changing its state; None if that is not known.
-
-    Args:
-        loader: a ``DataLoader``, also one that accelerate has prepared; of others nothing is known.
-        count: number of batches.
-        batch_size: samples per batch; default: that of the loader.
-    """
+    """Random batches of what a training loader reads, without changing its state; None if that is not known, as of
+    any but a ``DataLoader``, which accelerate may have prepared. ``batch_size`` is by default that of the loader."""
     sampler: Any = getattr(loader, "batch_sampler", None)
-    if class_path(type(sampler)) == "accelerate.data_loader.BatchSamplerShard":
+    if _is(sampler, "BatchSamplerShard"):
         sampler = sampler.batch_sampler
-    if class_path(type(sampler)) in _BATCH_SAMPLERS:
+    if _is(sampler, "BatchSampler"):
         batch_size, sampler = batch_size or sampler.batch_size, sampler.sampler
-    if class_path(type(sampler)) not in _WHOLE_DATA_SAMPLERS:
+    if not _is(sampler, *_READ_ALL):
         return None
     return random_batches(loader.dataset, batch_size or 1, loader.collate_fn, count)
 

@@ -46,14 +46,10 @@ def prune(
     Args:
         model: any ``nn.Module`` with linear layers, which is called with the batches.
         batches: calibration data: token ids (B, L) or dicts of model inputs. Not needed by ``Magnitude``.
-        mask_structure: "unstructured", "N:M" with N **kept** of every M consecutive inputs, or a ``Pattern``. With
-            "unstructured", weights are compared in ``criterion.group``: an output row, or a layer for
-            ``WandaCumulative`` and ``SparseGPT``.
-        sparsity: share of zeros over all targeted weights; implied by N:M.
+        mask_structure, sparsity, distribution, targets, ignore: as in ``PruningConfig``; fused experts of
+            Mixture-of-Experts blocks are pruned too. With "unstructured", weights are compared in ``criterion.group``:
+            an output row, or a layer for ``WandaCumulative`` and ``SparseGPT``.
         criterion: a ``Criterion``, or a ``Solver`` such as ``SparseGPT()``; default ``Wanda()``.
-        distribution: how the sparsity is divided among layers; default ``Uniform()``.
-        targets, ignore: which layers, see ``sparse_train.layers.targets.select``. Fused experts of Mixture-of-Experts
-            blocks are pruned too.
         squash: leave plain linear layers with true zeros. False keeps masks and shadow values, for training; fused
             experts, which cannot be masked in training, then stay dense.
         progress: show a progress bar.
@@ -78,24 +74,19 @@ def prune(
         unmask(model, [layer for layer in dense if isinstance(layer, MaskedLayer)])  # whose masks keep everything
         raise
     if rank() == 0:
-        _warn_of_surprises(report, plan.sparsity)
+        _warn_of_empty(report)
     if squash:
         unmask(model, masked.values())
     return report
 
 
-def _warn_of_surprises(report: OneshotReport, wanted: float | None) -> None:
+def _warn_of_empty(report: OneshotReport) -> None:
     if empty := [name for name, layer in report.layers.items() if layer.zeros == layer.size]:
         _log.warning(
             "All weights of %s%s are zero, so no information passes there. If they were not zero before, compare "
             "weights within rows and not in larger groups.",
             empty[0],
             f" and of {len(empty) - 1} more layers" if len(empty) > 1 else "",
-        )
-    if wanted is not None and report.sparsity > wanted + 0.01:
-        _log.warning(
-            "The model has a sparsity of %.4f, more than the %g that was asked for: zeros that it had stay zeros.",
-            *(report.sparsity, wanted),
         )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from sparse_train.arguments import require_type
 from sparse_train.blocks import blocks_of, shape_OI
 from sparse_train.criteria import Criterion, Wanda
+from sparse_train.distributed.collectives import sum_over_ranks
 from sparse_train.distributions import (
     LayerShape,
     LayerSparsities,
@@ -28,10 +29,11 @@ from sparse_train.oneshot.calibration import WAY_OUT, CalibrationPass
 from sparse_train.oneshot.experts import ExpertMatrix, fall_back
 from sparse_train.oneshot.forwards import Batch
 from sparse_train.patterns import Pattern, parse_pattern, parse_word
-from sparse_train.pruning.recording import check_nothing_dropped, check_statistics, reduce_statistics
-from sparse_train.pruning.update import LayerUpdate, Rules, replace_mask, share_of_outliers, sparsity_of, update_masks
+from sparse_train.pruning.recording import check_nothing_dropped, check_statistics, tensors_of
+from sparse_train.pruning.update import LayerUpdate, Rules, outlier_share, replace_mask, sparsity_of, update_masks
 from sparse_train.solvers import Solver
 from sparse_train.statistics import ActivationGram, ActivationNorm, Statistics, in_float32
+from sparse_train.terminal import with_bar
 
 Method = Criterion | Solver
 """How to prune: by scores that select weights, or by a solver that also moves the weights it keeps."""
@@ -107,11 +109,7 @@ class OneshotReport:
 class Shelf(ABC):
     """Holds the decoder blocks of a model, in memory or on disk, and what is known of those that are done.
 
-    Args:
-        model: is called with calibration batches.
-        targets: what is to be pruned, by name: linear layers, masked or not, and experts.
-        device: where the model computes.
-        together: calibrate all targets in one pass of the model, as if it had no blocks.
+    If ``together``, all targets are calibrated in one pass of the model, as if it had no blocks.
     """
 
     def __init__(
@@ -210,10 +208,6 @@ def walk(shelf: Shelf, plan: Plan, batches: Iterable[Batch] | None, progress: bo
 
     A block is loaded, calibrated on the outputs of the block before it, pruned, run again for the next one, and freed.
     Masks are set; weights change only with a ``Solver``, and experts get their zeros.
-
-    Raises:
-        ValueError: no calibration data, or data that the model could not use; blocks that do not run one by one;
-            activations that are not finite, or a layer that no token reached; what distribution or solver refuse.
     """
     began, calibration = time.perf_counter(), None
     if plan.needs_data:
@@ -235,7 +229,7 @@ def walk(shelf: Shelf, plan: Plan, batches: Iterable[Batch] | None, progress: bo
             calibration.record(layers, plan.statistics, block)
         shelf.finish(block, _prune_layers(layers, plan, sparsity, shelf.save) if layers else {})
 
-    for block in _shown(range(len(shelf.blocks)), "pruning", progress and calibration is not None):
+    for block in with_bar(range(len(shelf.blocks)), "pruning", shown=progress and calibration is not None):
         if shelf.is_done(block):
             shelf.load(block)
         else:
@@ -249,31 +243,17 @@ def walk(shelf: Shelf, plan: Plan, batches: Iterable[Batch] | None, progress: bo
     return OneshotReport(shelf.updates, forwards, time.perf_counter() - began - forwards, shelf.outliers)
 
 
-def _shown(blocks: range, label: str, progress: bool) -> Iterator[int]:
-    """The numbers of the blocks, with a progress bar."""
-    if not progress:  # tqdm is not needed to prune
-        yield from blocks
-        return
-    from sparse_train.terminal import bar
-
-    with bar(label, shown=True) as shown:
-        shown.total = len(blocks)
-        for block in blocks:
-            yield block
-            shown.update()
-
-
 def _measure_outliers(
     shelf: Shelf, distribution: SparsityDistribution, calibration: CalibrationPass, progress: bool
 ) -> dict[int, float]:
     """The share of outliers of each block, from a walk over dense blocks."""
     found = {}
-    for block in _shown(range(shelf.last + 1), "measuring outliers", progress):
+    for block in with_bar(range(shelf.last + 1), "measuring outliers", shown=progress):
         layers = shelf.load(block)
         calibration.record(layers, ActivationNorm, block, keep=block < shelf.last)
         if layers:
-            reduce_statistics(layers.values())
-            found[block] = share_of_outliers(layers.values(), distribution)
+            sum_over_ranks(tensors_of(layers.values()))
+            found[block] = outlier_share(layers.values(), distribution.owl_m)
         _release(layers)
         shelf.free(block)
     return found
@@ -283,12 +263,12 @@ def _measure_outliers(
 def _prune_layers(
     layers: Mapping[str, MaskedMatrix],
     plan: Plan,
-    sparsity: float | Mapping[str, float],
+    sparsity: Mapping[str, float],
     save: Callable[[MaskedMatrix], None],
 ) -> dict[str, LayerUpdate]:
     """Set the masks of calibrated layers, and their weights if the method is a ``Solver``, and write experts' zeros."""
     if plan.statistics is not None:
-        reduce_statistics(layers.values())
+        sum_over_ranks(tensors_of(layers.values()))
         check_nothing_dropped(layers)
         fall_back(layers)
     if isinstance(plan.method, Solver):
@@ -296,8 +276,7 @@ def _prune_layers(
         updates = {}
         for name, layer in layers.items():
             save(layer)
-            own = sparsity[name] if isinstance(sparsity, Mapping) else sparsity
-            updates[name] = _solve(name, layer, plan.method, plan.pattern, own)
+            updates[name] = _solve(name, layer, plan.method, plan.pattern, sparsity[name])
     else:
         updates = update_masks(layers, Rules(plan.method, plan.pattern, sparsity))
     for layer in layers.values():

@@ -1,5 +1,6 @@
 """``PruningConfig``: the arguments of a run with re-pruning, in any kind of trainer; and the types of first masks."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
@@ -9,7 +10,7 @@ from sparse_train.criteria import Criterion, Wanda
 from sparse_train.distributions import SparsityDistribution, Uniform, check_pattern
 from sparse_train.patterns import Pattern, group_label
 from sparse_train.policies import MaskPolicy, StraightThrough
-from sparse_train.schedules import Cubic, Schedule, Timing, check_update_freq, resolve_target
+from sparse_train.schedules import ROUNDING, Cubic, Schedule, Timing, resolve_target, whole_steps
 from sparse_train.solvers import Solver
 
 NormDecay = float | Literal["frozen"]
@@ -112,11 +113,9 @@ class PruningConfig:
         for each in fields(self):
             if each.init:
                 self._set(each.name, to_python_number(getattr(self, each.name)))
-        self._set("update_freq", check_update_freq(self.update_freq))
-        if isinstance(self.criterion, Solver):
+        if type(self.update_freq) is not int or self.update_freq < 1:
             raise ValueError(
-                f"criterion is {self.criterion}, which moves weights and has no scores for re-pruning. Give it as "
-                "first_mask=OneShot(...), and for updates a Criterion, such as Wanda()."
+                f"update_freq is the number of steps between mask updates, at least 1, got {self.update_freq!r}."
             )
         self._set("criterion", require_type("criterion", self.criterion, Wanda(), Criterion))
         self._set("policy", require_type("policy", self.policy, StraightThrough(), MaskPolicy))
@@ -161,14 +160,29 @@ class PruningConfig:
         Raises:
             ValueError: the length is needed but unknown, or steps are in conflict with it or with each other.
         """
-        return Timing.resolve(
-            start_step=self.start_step,
-            end_step=self.end_step,
-            update_freq=self.update_freq,
-            window=self.window,
-            total_steps=to_python_number(total_steps),
-            first_from_window=self.criterion.needs_activations and not has_masks,
-        )
+        total_steps, window = to_python_number(total_steps), self.window
+        if total_steps is not None and total_steps < 1:
+            raise ValueError(f"total_steps is the number of optimizer steps of the run, at least 1, got {total_steps}.")
+        if isinstance(window, float):
+            if not 0 < window <= 1:
+                raise ValueError(f"window as a share of update_freq must be above 0 and at most 1, got {window}.")
+            window = math.ceil(window * self.update_freq - ROUNDING)
+        if not 1 <= window <= self.update_freq:
+            raise ValueError(f"window must be from 1 to update_freq ({self.update_freq}) steps, got {window}.")
+        start = whole_steps("start_step", self.start_step, total_steps)
+        end = whole_steps("end_step", self.end_step, total_steps)
+        if end < start:
+            raise ValueError(f"end_step ({end}) must not lie before the first update, start_step ({start}).")
+        if total_steps is not None and start > total_steps:
+            raise ValueError(f"start_step ({start}) lies after the end of the run ({total_steps:g} steps).")
+        if self.criterion.needs_activations and not has_masks:
+            # a run shorter than the window (a trial of a few steps) still ends sparse
+            start = max(start, int(min(window, total_steps or window)))
+            if isinstance(self.end_step, float):  # a share is only approximate
+                end = max(start, end)
+            if end < start:
+                raise ValueError(f"end_step ({end}) is before the first mask: it needs {window} steps of activations.")
+        return Timing(start, end, self.update_freq, window)
 
     def as_data(self) -> dict[str, Any]:
         """The settings as plain data, for checkpoints, cards and reports; parts name their class."""

@@ -19,7 +19,7 @@ _log = logging.getLogger(__name__)
 
 
 def attach(layers: Iterable[MaskedMatrix], recorder: Recorder, statistics: type[Statistics] | None) -> None:
-    """Give layers a common recorder and fresh statistics of this kind; None = none."""
+    """Give layers a common recorder and fresh statistics of this kind."""
     for layer in layers:
         layer.recorder = recorder
         layer.statistics = None if statistics is None else statistics(layer.in_features, layer.weight_mask.device)
@@ -33,20 +33,13 @@ def norms_of(layers: Mapping[str, MaskedMatrix]) -> dict[str, ActivationNorm]:
 # --- over ranks ------------------------------------------------------------------------------------------------------
 
 
-def reduce_statistics(layers: Iterable[MaskedMatrix]) -> None:
-    """Sum the statistics of ``layers`` over ranks."""
-    sum_over_ranks(
-        [tensor for layer in layers if layer.statistics is not None for tensor in layer.statistics.tensors()]
-    )
-
-
-def exchange(layers: Mapping[str, MaskedMatrix]) -> None:
-    """``reduce_statistics`` and ``check_agreement`` in the same reduce."""
-    check_agreement(layers, [tensor for norm in norms_of(layers).values() for tensor in norm.tensors()])
+def tensors_of(layers: Iterable[MaskedMatrix]) -> list[Tensor]:
+    """The statistics of layers, to be summed over ranks."""
+    return [tensor for layer in layers if layer.statistics is not None for tensor in layer.statistics.tensors()]
 
 
 def check_agreement(layers: Mapping[str, MaskedMatrix], also_sum: Iterable[Tensor] = ()) -> None:
-    """Raise ValueError, on every rank, if ranks hold different masks; costs one small reduce."""
+    """Raise ValueError, on every rank, if ranks hold different masks; one small reduce, also of other tensors."""
     if world_size() == 1:
         return
     # a row for each mask: its fingerprint as zeros and ones; ranks agree on a bit if its sum is 0 or all
@@ -72,10 +65,10 @@ def check_statistics(layers: Mapping[str, MaskedMatrix]) -> None:
     if unreached:
         raise ValueError(
             f"{unreached[0]} is a target, but no token reached it since the last mask update, so it has no activations "
-            f"to score with; the same is true of {len(unreached) - 1} more. If the model does not use it, leave it out "
-            "with ignore; if forwards happen under no_grad, and the model is in eval mode or frozen, they are not "
-            "training and are not recorded; if few tokens reach it, such as an expert, let earlier windows count "
-            "(norm_decay above 0), with a first mask from calibration on enough tokens. " + leave_out(unreached)
+            f"to score with; the same is true of {len(unreached) - 1} more. Forwards under no_grad are not recorded if "
+            "the model is in eval mode or frozen. If few tokens reach it, such as an expert, let earlier windows count "
+            "(norm_decay above 0), with a first mask from calibration on enough tokens. If the model does not use it, "
+            "leave it out. " + leave_out(unreached)
         )
     for name, stats in seen.items():
         if stats is not None and not bool(stats.sum_squares_I.isfinite().all()):
@@ -113,13 +106,7 @@ def warn_of_padding(recorder: Recorder) -> None:
 
 
 class RunningNorms:
-    """Records activations in the steps before an update, and keeps the norms of earlier windows.
-
-    Args:
-        layers: masked layers by name, which get statistics; norms left there by a first mask are kept aside.
-        criterion: reads the statistics, if it needs any.
-        norm_decay: how much earlier windows count.
-    """
+    """Records activations in the steps before an update, and keeps the norms of earlier windows."""
 
     def __init__(self, layers: Mapping[str, MaskedLayer], criterion: Criterion, norm_decay: NormDecay) -> None:
         self._layers, self._wanted, self._decay = layers, criterion.needs_activations, norm_decay
@@ -143,10 +130,7 @@ class RunningNorms:
             )
 
     def begin_with_first_masks(self) -> None:
-        """Count the norms of the first masks, summed over ranks, as a window that an update has just used.
-
-        Does nothing if nothing is remembered, or if a layer has no norms because the mask came from elsewhere.
-        """
+        """Count the norms of the first masks, if all layers have some, as a window that an update has just used."""
         first, self._of_first_mask = self._of_first_mask, {}
         own = norms_of(self._layers)
         if self._decay and all(name in first and int(first[name].tokens) for name in own):
@@ -177,17 +161,12 @@ class RunningNorms:
                 "The first step reached no forward of %d targets, such as %s. If the model reads their weight in "
                 "another way, or another model is trained, masks have no effect, and the pruned weights are lost at "
                 "the end. Leave such layers out with ignore=[%r].",
-                len(unreached),
-                unreached[0],
-                unreached[0],
+                *(len(unreached), unreached[0], unreached[0]),
             )
 
     def check_new(self) -> None:
-        """Warn of targets that have nothing new since ``fade``, or whose inputs were sometimes not finite.
-
-        Raises:
-            ValueError: no input of a target was finite, and nothing is remembered.
-        """
+        """Warn of targets that have nothing new since ``fade``, or whose inputs were sometimes not finite; raise
+        ValueError if none was, and nothing is remembered."""
         norms = norms_of(self._layers)
         tokens = {name: int(norm.tokens) for name, norm in norms.items()}
         dropped = [name for name, norm in norms.items() if int(norm.dropped)]
@@ -200,17 +179,13 @@ class RunningNorms:
             _log.warning(
                 "No token reached %d targets since the last mask update, such as %s: masks there use the norms of "
                 "earlier windows. If the model no longer uses it, leave it out with ignore=[%r].",
-                len(old),
-                old[0],
-                old[0],
+                *(len(old), old[0], old[0]),
             )
         if dropped and rank() == 0:
             _log.warning(
                 "%s: in %d forwards since the last mask update, the input activations were not finite, nor were those "
                 "of %d more. They do not count in the statistics. This is normal for a step that a loss scaler skips.",
-                dropped[0],
-                int(norms[dropped[0]].dropped),
-                len(dropped) - 1,
+                *(dropped[0], int(norms[dropped[0]].dropped), len(dropped) - 1),
             )
 
     def fade(self) -> None:

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from sparse_train.blocks import ONE_OF_TWO_TEXTS, frozen_linears, reads_two_texts
 from sparse_train.distributed.collectives import rank
 from sparse_train.distributed.fsdp2 import reshard
-from sparse_train.distributions import LayerSparsities, Outliers
+from sparse_train.distributions import LayerSparsities, Outliers, Uniform
 from sparse_train.layers import masks
 from sparse_train.layers.adapters import check_adapters
 from sparse_train.layers.mask_lora import check_whole, describe_adapters
@@ -28,7 +28,7 @@ from sparse_train.pruning.recording import (
     RunningNorms,
     check_agreement,
     check_statistics,
-    exchange,
+    tensors_of,
     warn_of_padding,
 )
 from sparse_train.pruning.update import (
@@ -50,11 +50,7 @@ _STRIDE = 128  # whole first masks would double the memory of masks
 
 
 def mask_targets(model: nn.Module, config: PruningConfig) -> dict[str, MaskedLayer]:
-    """Give the targets of a run masks that keep everything, unless they are masked already; returns them by name.
-
-    Raises:
-        ValueError: nothing to prune, or a target that cannot be masked. The model is then unchanged.
-    """
+    """Give the targets of a run masks that keep everything, unless they are masked already; returns them by name."""
     layers = select(model, config.pattern, config.targets, config.ignore).layers
     sparsify(model, layers.values())
     return {name: layer for name, layer in layers.items() if isinstance(layer, MaskedLayer)}
@@ -104,11 +100,10 @@ class MaskUpdater:
         config: the settings as one object, instead.
         layers: the masked layers to prune, by name, instead of those that ``targets`` and ``ignore`` choose.
         total_steps: optimizer steps of the run; needed if steps are given as a share of it.
-        outliers: share of outliers of each block, for a distribution that needs them, if one-shot pruning has made the
-            first masks (``OneshotReport.outliers``). Default: measured with the first masks; or masks that exist tell.
+        outliers: ``OneshotReport.outliers`` of the pruning that made the first masks, for a distribution that needs
+            them. Default: measured with the first masks; or masks that exist tell.
         state: ``state_dict`` of the run to resume; the model must have that run's masks, or load them later. Update
-            steps stay those of the interrupted run, even if the resumed one is longer. If the number of ranks has
-            changed, rank 0 gets the sum of their norms, which gives the same updates.
+            steps stay those of the interrupted run, even if the resumed one is longer.
 
     Raises:
         ValueError: an argument is out of range or in conflict with another, there is nothing to prune, a target cannot
@@ -129,7 +124,6 @@ class MaskUpdater:
         **settings: Any,
     ) -> None:
         self.config = config or PruningConfig(mask_structure, sparsity, **settings)
-        """The settings."""
         self._model = model
         before = {id(layer) for layer in sparse_layers(model).values()}  # masked by one-shot pruning or another updater
         self.layers = mask_targets(model, self.config) if layers is None else dict(layers)
@@ -159,14 +153,9 @@ class MaskUpdater:
         if state is None:
             self.timing = config.timing(total_steps, has_masks)
         else:
-            if lacking := {"settings", "masks", "norms", "timing", "steps", "policy"} - state.keys():
-                raise ValueError(
-                    f"The state of the run lacks {', '.join(sorted(lacking))}: it is no updater's, or damaged."
-                )
             check_same(state["settings"], self.settings())
             check_same_layers(state["masks"], self.layers)
         self.norms = RunningNorms(self.layers, config.criterion, config.norm_decay)
-        """The activations for the next update."""
         frozen = frozen_linears(self._model)
         for name, layer in self.layers.items():
             layer.straight_through, layer.frozen = self.policy.straight_through, name in frozen
@@ -233,21 +222,17 @@ class MaskUpdater:
         """
         mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
         parts = batch if isinstance(batch, (list, tuple)) else batch.values() if isinstance(batch, Mapping) else ()
+        misfit = None
         if any(isinstance(part, Mapping) and "attention_mask" in part for part in parts):
-            self.norms.recorder.mask_misfit = self.norms.recorder.mask_misfit or "(a part of a nested batch)"
-        if not isinstance(mask, Tensor):
-            return None
-        if self._two_texts:
-            self.norms.recorder.mask_misfit = self.norms.recorder.mask_misfit or ONE_OF_TWO_TEXTS
-            return None
-        return mask
+            misfit = "(a part of a nested batch)"
+        if isinstance(mask, Tensor) and self._two_texts:
+            misfit, mask = ONE_OF_TWO_TEXTS, None
+        self.norms.recorder.mask_misfit = self.norms.recorder.mask_misfit or misfit
+        return mask if isinstance(mask, Tensor) else None
 
     def paused(self) -> AbstractContextManager[None]:
-        """A context in which forwards do not count in statistics, for forwards that are not training on data.
-
-        For example generation in train mode, or a reference pass on other text. A forward in eval mode under
-        ``no_grad`` never counts, nor one of a frozen module under ``no_grad``.
-        """
+        """A context in which forwards do not count in statistics, such as generation in train mode, or a pass on
+        other text. A forward in eval mode, or of a frozen module, under ``no_grad`` never counts."""
         return self.norms.recorder.paused()
 
     def watch(self, optimizers: Iterable[Optimizer]) -> None:
@@ -261,25 +246,18 @@ class MaskUpdater:
         self.policy.before_optimizer_step(self._optimizers.watch(optimizer))
 
     def step(self) -> UpdateReport | None:
-        """Call after every optimizer step, before the next forward. Returns a report at update steps.
-
-        Raises:
-            ValueError: another updater or callback has taken over a layer, the model was squashed, or an update fails.
-        """
+        """Call after every optimizer step, before the next forward. Returns a report at update steps."""
         self.norms.check_own()
         self.norms.check_reached()
         self._check_restored_masks()
         self.steps += 1
         warn_of_padding(self.norms.recorder)
-        report = None
-        if self.timing.is_update(self.steps):
-            if self._would_change(self.steps):
-                report = self.update()
-            else:
-                check_agreement(self.layers)
-                report = self.report()
-        elif self.timing.is_frozen(self.steps) and (self.steps - self.timing.end_step) % self.timing.update_freq == 0:
+        report, due, frozen = None, self.timing.is_update(self.steps), self.steps - self.timing.end_step
+        if due and self._would_change(self.steps):
+            report = self.update()
+        elif due or (frozen > 0 and frozen % self.timing.update_freq == 0):
             check_agreement(self.layers)
+            report = self.report() if due else None
         self._prepare_step()
         return report
 
@@ -314,22 +292,17 @@ class MaskUpdater:
         """Replace the masks now, from the activations recorded so far, which then fade according to ``norm_decay``."""
         began = time.perf_counter()
         reshard(self._model)
-        target = self.config.sparsity_at(self.timing.progress(self.steps))
-        exchange(self.layers)
+        config, target = self.config, self.config.sparsity_at(self.timing.progress(self.steps))
+        check_agreement(self.layers, tensors_of(self.layers.values()))
         self.norms.check_new()
         check_adapters(self._model)
         self.policy.check()
         self.policy.before_update(0 if self.sparsity is None else self.steps - self._last_update)
         if target and not self._division.known:
             check_statistics(self.layers)
-            self._division.divide_by(measure_outliers(self._shapes, self.layers, self.config.distribution))
-        rules = Rules(
-            self.config.criterion,
-            self.config.pattern,
-            self._division.after(lambda: mask_shares(self.layers, self.config.pattern), target),
-            self.policy,
-            self._optimizers,
-        )
+            self._division.divide_by(measure_outliers(self._shapes, self.layers, config.distribution.owl_m))
+        now = None if isinstance(config.distribution, Uniform) else mask_shares(self.layers, config.pattern)
+        rules = Rules(config.criterion, config.pattern, self._division.at(target, now), self.policy, self._optimizers)
         changes = update_masks(self.layers, rules)
         self.policy.after_update()
         self.norms.fade()
@@ -362,14 +335,7 @@ class MaskUpdater:
         return {name: layer.weight_mask[:: strides[name]] for name, layer in self.layers.items()}
 
     def finish(self) -> None:
-        """Call once before ``squash``, for a last check that all ranks hold the same masks.
-
-        Warns if the run ended before its masks reached their final sparsity.
-
-        Raises:
-            ValueError: ranks hold different masks, the masks are not those of this run, or an adapter of peft was
-                merged into a masked layer.
-        """
+        """Call once before ``squash``, for last checks of the masks; warns if they are not at the final sparsity."""
         check_agreement(self.layers)
         check_adapters(self._model)
         self._check_restored_masks()
@@ -383,10 +349,7 @@ class MaskUpdater:
             _log.warning(
                 "The run ended after %d steps, before its masks reached the final sparsity of %g: they are at %s. "
                 "end_step is %d.",
-                self.steps,
-                final,
-                self.sparsity,
-                self.timing.end_step,
+                *(self.steps, final, self.sparsity, self.timing.end_step),
             )
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
@@ -406,7 +369,7 @@ class MaskUpdater:
             "policy": self.policy.state_dict(),
             "masks": {name: masks.fingerprint_number(layer.weight_mask) for name, layer in self.layers.items()},
             "first_rows": {name: rows_SJ.cpu() for name, rows_SJ in self._first_rows.items()},
-            "layer_sparsities": self._division.state_dict(),
+            "layer_sparsities": self._division.final_shares,
         }
 
     def _restore(self, state: Mapping[str, Any]) -> None:
@@ -416,7 +379,8 @@ class MaskUpdater:
         device = next(iter(self.layers.values())).weight_mask.device
         self._first_rows = {name: rows_SJ.to(device) for name, rows_SJ in state["first_rows"].items()}
         self._restored_masks = dict(state["masks"])
-        self._division.load_state_dict(state["layer_sparsities"])
+        if (shares := state["layer_sparsities"]) is not None:
+            self._division.final_shares = {name: shares[name] for name in self.layers}
         self.policy.load_state_dict(state["policy"])
 
     def settings(self) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def curves(
         runs: points by kind of value, by run.
         label: of the vertical axis. With "%", values are shares, and the axis begins at 0.
         levels: values to compare with, and their names; drawn as dotted horizontal lines.
-        log: logarithmic vertical axis.
+        log: whether the vertical axis is logarithmic.
     """
     scale = 100 if "%" in label else 1
     lines = [
@@ -92,12 +92,7 @@ def _ends(points: Points) -> str:
 
 @rc_context(_STYLE)
 def heat_maps(caption: str, panels: Mapping[str, Mapping[str, float]]) -> str:
-    """Values in percent by layer, one row per block and one column per projection.
-
-    Args:
-        caption: under the picture.
-        panels: by title, the share of each layer by name; panels are drawn side by side.
-    """
+    """Shares by layer, in percent, one row per block and one column per projection; panels are side by side."""
     grids = {title: grid(values) for title, values in panels.items() if values}
     if not grids:
         return ""

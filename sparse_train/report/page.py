@@ -64,12 +64,6 @@ def _summary(runs: Sequence[Run]) -> list[str]:
         "weights, counted on the weights. Flips are mask entries that updates changed since the first mask."
     ]
     for run in runs:
-        for state in run.before():
-            if state.part:
-                notes.append(
-                    f"{_of(run, runs)}{state.name} was measured on {state.part} of the validation, and cannot be "
-                    "compared with the others. trainer.num_sanity_val_steps=-1 uses all."
-                )
         if not run.facts["finished"]:
             notes.append(f"{_of(run, runs)}not ended, or cut off: the last record is of step {run.steps:,}.")
     return [table(*closing(runs), words=min(len(runs), 2)), *map(paragraph, notes)]
@@ -81,7 +75,7 @@ def _learning(runs: Sequence[Run]) -> list[str]:
     levels: dict[float, str] = {}
     for run in runs:
         for state in run.before()[:1]:
-            if state.perplexity is not None and not state.part:
+            if state.perplexity is not None:
                 levels.setdefault(state.perplexity, _of(run, runs) + state.name)
     text = "Perplexity on the validation text; at step 0, after the first mask."
     return [

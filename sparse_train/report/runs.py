@@ -29,8 +29,6 @@ class State:
     loss: float | None
     sparsity: float | None
     """Share of zeros among the targeted weights, counted on the weights."""
-    part: str | None = None
-    """Of the validation data that was used, as "2 of 4 batches"; None = all."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +53,9 @@ class Run:
     @property
     def sparsity(self) -> float | None:
         """Share of zeros among the targeted weights, counted on them; None for a dense run."""
-        counted: float | None = self.facts["sparsity"]
-        return self.last("sparsity/").get("actual") if counted is None else counted
+        if zeros := self.facts["zeros"]:
+            return float(sum(zeros.values()) / sum(self.facts["pruning"]["layers"].values()))
+        return self.last("sparsity/").get("actual")
 
     def curve(self, name: str | None) -> Points:
         """All values of one metric."""
@@ -77,7 +76,7 @@ class Run:
 
     def validation(self, word: str) -> Points:
         """Perplexity or loss in validation, from the first mask on."""
-        before = [state for state in self.before() if not state.part and getattr(state, word) is not None]
+        before = [state for state in self.before() if getattr(state, word) is not None]
         points = self.curve(named(word, [name for name in self.last("") if name.startswith("val")]))
         return [*((state.step, getattr(state, word)) for state in before[-1:]), *points]
 

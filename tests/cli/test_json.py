@@ -65,7 +65,6 @@ def commands(model, text):
         "report": ["report", "run/version_0", "--json"],
         "export": ["export", checkpoint, "again", f"--tokenizer={model}", "--json"],
         "prune": ["prune", f"--model={model}", *small, f"--perplexity={text}", *windows, "--out=pruned", "--json"],
-        "seeds": ["prune", f"--model={model}", *small, "--seeds=0,1", *windows, "--out=seeds", "--json"],
         "evaluate": ["evaluate", "pruned", f"--text={text}", *windows, "--json"],
         "inspect": ["inspect", "--json", "pruned"],
         "fails": ["fit", *run, "--export=exported", "--json"],
@@ -118,9 +117,6 @@ def test_names_are_those_of_the_page(name, done):
     expected = names[name]
     if name == "fit":
         expected = expected | names["in `runs`"]
-    if name == "prune":
-        expected = expected - {"seeds", "mean", "standard_deviation"}
-        assert set(found(done, "seeds")) == names[name] - {"streaming", "perplexity"}
     assert set(result) == expected
     for rows, where in (("runs", "in `runs`"), ("layers", "in `layers`")):
         if isinstance(result.get(rows), list):
@@ -149,7 +145,7 @@ def test_an_error_is_on_stderr_and_stdout_empty(done):
     assert err.splitlines()[-1].startswith("sparse-train fit: exported exists already")  # after Lightning's lines
 
 
-@pytest.mark.parametrize("name", ["prune", "seeds", "evaluate", "inspect", "export", "report"])
+@pytest.mark.parametrize("name", ["prune", "evaluate", "inspect", "export", "report"])
 def test_nothing_else_is_said(name, done):
     assert done[name][2] == ""
 

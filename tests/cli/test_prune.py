@@ -29,10 +29,7 @@ def run(model_folder, text_file):
     def run(*options, out="out"):
         small = ["--num_calibration_samples=4", "--max_seq_length=32"]
         cli.main(["prune", f"--model={model_folder}", f"--text={text}", *small, f"--out={out}", *options])
-        path = Path(out)
-        if not (path / "config.json").is_file():
-            return None, json.loads((path / "seeds.json").read_text())
-        return AutoModelForCausalLM.from_pretrained(out), json.loads((path / "pruning.json").read_text())
+        return AutoModelForCausalLM.from_pretrained(out), json.loads(Path(out, "pruning.json").read_text())
 
     return run
 
@@ -78,17 +75,6 @@ def test_a_card_tells_no_share_of_layers_that_were_not_counted(run):
     assert f"{share}, counted on" in streamed and "of all" not in streamed
 
 
-def test_seeds_print_mean_and_standard_deviation(run, capsys):
-    _, details = run("--seeds=0..2", "--window=32", "--max_tokens=320")
-    values = [row["perplexity"] for row in details["seeds"]]
-    assert [row["seed"] for row in details["seeds"]] == [0, 1, 2] and len(set(values)) == 3
-    assert details["mean"] == pytest.approx(sum(values) / 3)
-    expected = torch.tensor(values, dtype=torch.float64).std().item()
-    assert details["standard_deviation"] == pytest.approx(expected)
-    printed = capsys.readouterr().out
-    assert f"{details['standard_deviation']:.3f}" in printed and "windows of 32" in printed
-
-
 def test_perplexity_is_measured_on_request(run, text_file):
     text = json.dumps({"class_path": "TextFiles", "init_args": {"test": [str(text_file)]}})
     _, details = run(f"--perplexity={text}", "--window=32", "--max_tokens=320", "--dtype=bfloat16")
@@ -98,7 +84,7 @@ def test_perplexity_is_measured_on_request(run, text_file):
     assert 0 < found["words"] < 310 and found["word_perplexity"] > found["perplexity"]
 
 
-@pytest.mark.parametrize("how", ["--seeds=0..1", "--streaming=true", "--seed=1"])
+@pytest.mark.parametrize("how", ["--streaming=true", "--seed=1"])
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -113,9 +99,8 @@ def test_a_measurement_that_cannot_be_made_is_said_before_the_pruning(run, text_
     config = GPT2Config(vocab_size=128, n_embd=32, n_layer=2, n_head=4, n_positions=64)
     GPT2LMHeadModel(config).save_pretrained("model")
     text = json.dumps({"class_path": "TextFiles", "init_args": {"test": [str(text_file)]}})
-    given = [how] if "seeds" in how and "streaming" not in how else [how, f"--perplexity={text}"]
     with pytest.raises(SystemExit) as error:
-        run(*given, *options)
+        run(how, f"--perplexity={text}", *options)
     assert message in f"{error.value}{capsys.readouterr().err}"
     assert [path.name for path in Path().iterdir()] == ["model"]
 
@@ -160,10 +145,6 @@ def test_a_full_disk_is_said_before_the_pruning_and_after_it(run, monkeypatch):
     ("options", "message"),
     [
         (["--device=cuda:99x"], "torch cannot compute on device='cuda:99x' here"),
-        (["--seeds=five"], "seeds are two or more, written 0..4 or 0,2,7, got 'five'"),
-        (["--seeds=3..3"], "seeds are two or more"),
-        (["--seeds=0..1", "--criterion=Magnitude"], "seeds change nothing"),
-        (["--seeds=0..1", "--streaming=true"], "seeds needs the model in memory"),
         (["--streaming=true", "--dtype=bfloat16"], "streaming keeps the dtype of each file"),
         (["--distribution=OWL"], "2:4 has one sparsity"),
         (["--num_calibration_samples=100000"], "fewer than num_calibration_samples=100000"),

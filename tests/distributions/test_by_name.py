@@ -100,17 +100,23 @@ def test_per_block_values_go_by_index():
     assert list(PerBlock([0.1, 0.2, 0.3]).sparsities(shapes, None, {}).values()) == [0.1] * 3 + [0.3] * 3
 
 
+def test_layers_outside_the_blocks_share_what_is_left():
+    shapes = decoder() | HEAD
+    found = PerBlock([0.3, 0.5]).sparsities(shapes, 0.4, {})
+    assert found["lm_head"] == pytest.approx(0.4) and over_all(shapes, found) == pytest.approx(0.4)
+
+
 @pytest.mark.parametrize(
     ("blocks", "shapes", "sparsity", "message"),
     [
         ([0.5], decoder(), None, "PerBlock has 1 sparsities, but the targeted layers are in 2 decoder blocks"),
         ([0.5] * 3, decoder(), None, "has 3 sparsities, but .* in 2 decoder"),
-        ([0.5] * 2, decoder() | HEAD, None, r"outside the decoder blocks: lm_head. Leave them .* ignore=\['lm_head'\]"),
+        ([0.5] * 2, decoder() | HEAD, None, "1 of 7 layers are not given a sparsity .lm_head is the first"),
         (
             [0.4, 0.6],
             decoder(),
             0.6,
-            "sparsities of the blocks give 0.5 over all weights, in conflict with sparsity=0.6",
+            "sparsities of the layers give 0.5 over all weights, in conflict with sparsity=0.6",
         ),
         ([0.4, 0.6], decoder(), -0.5, "at least 0 and below 1"),
     ],
@@ -123,12 +129,11 @@ def test_per_block_refuses(blocks, shapes, sparsity, message):
 def test_uniform_rows_prune_what_the_wanda_reference_prunes():
     shapes = decoder() | HEAD
     found = divide(Uniform(), Unstructured(), shapes, 0.3, {})
-    assert found == 0.3
-    for shape in shapes.values():
+    for name, shape in shapes.items():
         scores = torch.rand(shape.rows, shape.columns)
-        assert torch.equal(Unstructured().mask(scores, found), row_mask(scores, 0.3))
+        assert torch.equal(Unstructured().mask(scores, found[name]), row_mask(scores, 0.3))
 
 
 def test_uniform_goes_with_every_pattern():
     for pattern, sparsity in ((NM(2, 4), 0.5), (Unstructured("model"), 0.6), (Unstructured("layer"), 0.6)):
-        assert divide(Uniform(), pattern, HEAD, sparsity, {}) == sparsity
+        assert divide(Uniform(), pattern, HEAD, sparsity, {}) == {"lm_head": sparsity}

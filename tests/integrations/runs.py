@@ -5,7 +5,6 @@ from torch.utils.data import Dataset
 from transformers import (
     PrinterCallback,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
 )
 
@@ -53,15 +52,3 @@ def trainer(folder, *callbacks, model=None, data=None, **settings):
 
 def pruning(**changes):
     return SparseTrainerCallback("2:4", **({"update_freq": 4, "end_step": 1.0} | changes))
-
-
-class OutOfMemory(TrainerCallback):
-    """After so many optimizer steps, in so many tries."""
-
-    def __init__(self, steps=3, tries=1):
-        self.steps, self.tries = steps, tries
-
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        if state.global_step == self.steps and self.tries:
-            self.tries -= 1
-            raise RuntimeError("CUDA out of memory.")

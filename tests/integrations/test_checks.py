@@ -33,6 +33,11 @@ def test_engines_whose_checkpoints_it_cannot_follow_are_refused(tmp_path, engine
         pruning().on_init_end(run.args, run.state, run.control, model=run.model)
 
 
+def test_a_run_that_would_begin_again_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="set a smaller per_device_train_batch_size"):
+        trainer(tmp_path, pruning(), auto_find_batch_size=True)
+
+
 def test_a_second_callback_is_refused(tmp_path):
     run = trainer(tmp_path, pruning(targets=["re:.*self_attn.*"]))
     run.add_callback(pruning(targets=["re:.*mlp.*"]))

@@ -1,7 +1,8 @@
 import functools
 import json
-import subprocess
-import sys
+import os
+import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from sparse_train.oneshot.disk import Checkpoint, copy_companions, copy_others, 
 from tests.conftest import tiny_llama, tiny_tokenizer
 from tests.oneshot.test_experts import tiny_moe
 from tests.oneshot.test_prune import tiny
+from tests.ranks import launch
 
 
 def save(model, folder, **how):
@@ -102,19 +104,17 @@ def test_a_killed_run_goes_on_at_the_block_it_was_in(tmp_path, ids, monkeypatch,
     assert_equal(tmp_path / "sparse", model)
 
 
+def prune_on_a_full_disk(folder, ids):
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+    with pytest.raises(OSError) as caught:
+        prune_checkpoint(folder / "dense", folder / "sparse", ids, "2:4")
+    return str(caught.value)
+
+
 def test_a_full_disk_is_said_and_the_finished_blocks_stay(tmp_path, ids):
     save(tiny_llama(), tmp_path / "dense")
-    script = """
-import resource, signal, torch
-from sparse_train.oneshot import prune_checkpoint
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
-torch.manual_seed(0)
-prune_checkpoint("dense", "sparse", [torch.randint(3, 99, (2, 16))], "2:4")
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode != 0
-    assert "OSError: Cannot write" in done.stderr and "the same command continues after them" in done.stderr
+    assert "could not be written" in launch.alone(prune_on_a_full_disk, tmp_path, ids)
     assert not (tmp_path / "sparse").exists()
     assert not list((tmp_path / ".sparse.partial").glob("*.writing"))
 
@@ -349,22 +349,22 @@ def test_two_runs_cannot_write_to_one_folder(tmp_path, ids):
     assert [path.name for path in (tmp_path / "sparse").iterdir()] == ["mine"]
 
 
+def prune_until_killed(folder, ids):
+    real = walk._prune_layers
+
+    def killed(layers, *args):
+        if "model.layers.1.mlp.up_proj" in layers:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(layers, *args)
+
+    walk._prune_layers = killed
+    prune_checkpoint(folder / "dense", folder / "sparse", ids, "2:4")
+
+
 def test_a_run_that_was_killed_holds_no_lock(tmp_path, ids):
     save(tiny_llama(), tmp_path / "dense")
-    torch.save(ids, tmp_path / "ids.pt")
-    script = """
-import os, signal, torch
-from sparse_train.oneshot import prune_checkpoint, walk
-real = walk._prune_layers
-def killed(layers, *args):
-    if "model.layers.1.mlp.up_proj" in layers:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(layers, *args)
-walk._prune_layers = killed
-prune_checkpoint("dense", "sparse", torch.load("ids.pt"), "2:4")
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == -9, done.stderr
+    with pytest.raises(launch.RankFailed, match="ended with -9"):
+        launch.alone(prune_until_killed, tmp_path, ids)
     assert (tmp_path / ".sparse.partial" / ".lock").exists()
     model = tiny_llama()
     prune_checkpoint(tmp_path / "dense", tmp_path / "sparse", ids, "2:4")

@@ -51,7 +51,7 @@ def test_counts_are_exact_in_every_group_under_every_policy(policy, case, seed):
     if isinstance(policy, Regrow):
         policy.gradients = {"a": torch.randn(8, 16)}
     policy.before_update(1)
-    update = update_masks({"a": layer}, Rules(Wanda(), pattern, sparsity, policy))["a"]
+    update = update_masks({"a": layer}, Rules(Wanda(), pattern, {"a": sparsity}, policy))["a"]
     policy.after_update()
     new = layer.unpacked_mask()
     assert torch.equal(groups_of(pattern, new).sum(1), groups_of(pattern, old).sum(1))

@@ -15,6 +15,7 @@ import socket
 import tempfile
 import time
 import traceback
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -123,3 +124,14 @@ def _free_port() -> int:
 def alone(function: Any, *args: Any, **kwargs: Any) -> Any:
     """``function`` in one process without a process group."""
     return run(function, *args, ranks=1, **kwargs)[0]
+
+
+def each(function: Any, cases: Iterable[tuple[Any, ...]], **kwargs: Any) -> dict[tuple[Any, ...], list[Any]]:
+    """The results of ``function(*case)`` by case, from one start of processes: it takes longer than a small run."""
+    cases = list(cases)
+    found = run(_each, function, cases, **kwargs)
+    return {case: [of_rank[index] for of_rank in found] for index, case in enumerate(cases)}
+
+
+def _each(function: Any, cases: list[tuple[Any, ...]]) -> list[Any]:
+    return [function(*case) for case in cases]

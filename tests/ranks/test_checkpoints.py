@@ -67,8 +67,12 @@ def train(engine: str, folder: Path, module: Any, *callbacks: L.Callback, ckpt_p
 
 def whole_and_interrupted(engine: str, folder: Path, model: Path) -> Any:
     keep = train(engine, folder, CausalLM(str(model), lr=3e-3))
-    train(engine, folder, CausalLM(str(model), lr=3e-3), Interrupt(folder / "middle.ckpt"))
+    interrupted(engine, folder, model)
     return keep.end
+
+
+def interrupted(engine: str, folder: Path, model: Path) -> None:
+    train(engine, folder, CausalLM(str(model), lr=3e-3), Interrupt(folder / "middle.ckpt"))
 
 
 def resumed(engine: str, folder: Path, model: Path) -> Any:
@@ -84,10 +88,20 @@ def same(a: Any, b: Any) -> bool:
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2", ONE_FILE, "zero2", "zero3"])
-def test_resumed_on_as_many_ranks_equals_uninterrupted_and_exports_without_them(tmp_path, model_folder, engine):
-    whole = launch.run(whole_and_interrupted, engine, tmp_path, model_folder)
-    again = launch.run(resumed, engine, tmp_path, model_folder)
+ENGINES = ("ddp", "fsdp2", ONE_FILE, "zero2", "zero3")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, model_folder):
+    """By engine: its folder, what uninterrupted runs end with, and what resumed ones begin and end with."""
+    cases = [(engine, tmp_path_factory.mktemp("run"), model_folder) for engine in ENGINES]
+    whole, again = launch.each(whole_and_interrupted, cases), launch.each(resumed, cases)
+    return {case[0]: (case[1], whole[case], again[case]) for case in cases}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_resumed_on_as_many_ranks_equals_uninterrupted_and_exports_without_them(runs, engine):
+    tmp_path, whole, again = runs[engine]
     for before, (start, after) in zip(whole, again, strict=True):
         by_rank = start["norms"]["norms_by_rank"]
         assert len(by_rank) == 2
@@ -112,21 +126,19 @@ def test_resumed_on_as_many_ranks_equals_uninterrupted_and_exports_without_them(
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("ranks", [(2, 1), (1, 2)])
-def test_resumed_on_another_number_of_ranks_no_token_is_lost(tmp_path, model_folder, engine, ranks):
-    launch.run(whole_and_interrupted, engine, tmp_path, model_folder, ranks=ranks[0])
-    callbacks = torch.load(tmp_path / "middle.ckpt/meta.pt" if engine == "fsdp2" else tmp_path / "middle.ckpt")
+def test_resumed_on_another_number_of_ranks_no_token_is_lost(tmp_path, runs, model_folder, engine, ranks):
+    folder = tmp_path if ranks[0] == 1 else runs[engine][0]
+    if ranks[0] == 1:
+        launch.alone(interrupted, engine, folder, model_folder)
+    callbacks = torch.load(folder / "middle.ckpt/meta.pt" if engine == "fsdp2" else folder / "middle.ckpt")
     saved = callbacks["callbacks"]["DynamicPruning"]["norms"]["norms_by_rank"]
-    for start, end in launch.run(resumed_elsewhere, engine, tmp_path, model_folder, ranks=ranks[1]):
+    for start, end in launch.run(resumed, engine, folder, model_folder, ranks=ranks[1]):
         for name in saved[0]:
             for key in ("tokens", "sum_squares"):
                 found = sum(each[name][key] for each in start["norms"]["norms_by_rank"])
                 assert torch.equal(found, sum(each[name][key] for each in saved)), name
             assert int(found.sum()) > 0
         assert end["callback"]["steps"] == 20
-
-
-def resumed_elsewhere(engine: str, folder: Path, model: Path) -> Any:
-    return resumed(engine, folder, model)
 
 
 def killed(folder: Path, model: Path) -> Any:

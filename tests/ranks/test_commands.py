@@ -83,6 +83,7 @@ def test_from_a_recipe_to_an_exported_model(tmp_path, model_folder, text_file, e
 
 
 def prune(folder: Path, model: Path, text: Path, *options: str) -> None:
+    folder.mkdir(exist_ok=True)
     os.chdir(folder)
     main(
         [
@@ -98,20 +99,23 @@ def prune(folder: Path, model: Path, text: Path, *options: str) -> None:
     )
 
 
-@pytest.mark.parametrize("criterion", ["Wanda", "RIA", "SparseGPT"])
-def test_prune_over_two_processes_is_pruning_in_one(tmp_path, model_folder, text_file, criterion):
-    (tmp_path / "one").mkdir()
-    (tmp_path / "two").mkdir()
-    launch.alone(prune, tmp_path / "one", model_folder, text_file, f"--criterion={criterion}")
-    launch.run(prune, tmp_path / "two", model_folder, text_file, f"--criterion={criterion}")
-    one, two = (
-        AutoModelForCausalLM.from_pretrained(tmp_path / name / "pruned").state_dict() for name in ("one", "two")
-    )
-    differing = sum(int(((one[key] == 0) != (two[key] == 0)).sum()) for key in one)
-    assert differing <= 1e-4 * sum(weight.numel() for weight in one.values())  # near-ties: sums are rounded otherwise
-    details = json.loads((tmp_path / "two" / "pruned" / "pruning.json").read_text())
-    assert details["calibration"]["processes"] == 2
-    assert details["sparsity"] == 0.5
+def test_prune_over_two_processes_is_pruning_in_one(tmp_path, model_folder, text_file):
+    criteria = ("Wanda", "SparseGPT")
+    for ranks in (1, 2):
+        found = {criterion: tmp_path / f"{criterion}{ranks}" for criterion in criteria}
+        cases = [(folder, model_folder, text_file, f"--criterion={name}") for name, folder in found.items()]
+        launch.each(prune, cases, ranks=ranks)
+    for criterion in criteria:
+        one, two = (
+            AutoModelForCausalLM.from_pretrained(tmp_path / f"{criterion}{ranks}" / "pruned").state_dict()
+            for ranks in (1, 2)
+        )
+        differing = sum(int(((one[key] == 0) != (two[key] == 0)).sum()) for key in one)
+        size = sum(weight.numel() for weight in one.values())
+        assert differing <= 1e-4 * size, criterion  # near-ties: sums are rounded otherwise
+        details = json.loads((tmp_path / f"{criterion}2" / "pruned" / "pruning.json").read_text())
+        assert details["calibration"]["processes"] == 2
+        assert details["sparsity"] == 0.5
 
 
 def mistaken(folder: Path, model: Path, text: Path, *options: str) -> Any:

@@ -70,9 +70,16 @@ PRECISIONS = [("ddp", "bf16-mixed"), ("fsdp2", "bf16-mixed"), ("fsdp2", "bf16-tr
 PRECISIONS += [("zero2", "bf16-mixed"), ("zero3", "bf16-true")]
 
 
+@pytest.fixture(scope="module")
+def in_precision(tmp_path_factory, model_folder):
+    folder = tmp_path_factory.mktemp("runs")
+    cases = [(engine, folder, model_folder, precision) for engine, precision in PRECISIONS]
+    return dict(zip(PRECISIONS, launch.each(train_lm, cases).values(), strict=True))
+
+
 @pytest.mark.parametrize(("engine", "precision"), PRECISIONS)
-def test_precision_accumulation_clipping_and_checkpointing(tmp_path, model_folder, engine, precision):
-    for kept, tokens, dtypes, zeros in launch.run(train_lm, engine, tmp_path, model_folder, precision):
+def test_precision_accumulation_clipping_and_checkpointing(in_precision, engine, precision):
+    for kept, tokens, dtypes, zeros in in_precision[engine, precision]:
         assert kept == {2}
         # two whole steps of two micro-batches, and not one more for the batch of step 12 that is to come
         assert tokens == {2 * 2 * TOKENS}
@@ -128,11 +135,10 @@ def train_plain(engine: str, folder: Path, where: str) -> Any:
 BUILT = [("ddp", "__init__"), ("zero3", "__init__"), ("zero3", "configure_model"), ("fsdp2", "meta")]
 
 
-@pytest.mark.parametrize(("engine", "where"), BUILT)
-def test_modules_from_anywhere(tmp_path, engine, where):
-    for kept, tokens in launch.run(train_plain, engine, tmp_path, where):
-        assert kept == {2}
-        assert tokens == {2 * TOKENS}
+def test_modules_from_anywhere(tmp_path):
+    found = launch.each(train_plain, [(engine, tmp_path, where) for engine, where in BUILT])
+    for case, results in found.items():
+        assert results == [({2}, {2 * TOKENS})] * 2, case
 
 
 def plain_loop() -> Any:
@@ -173,9 +179,10 @@ def train_alone(engine: str, folder: Path) -> float:
     return sum(int((w == 0).sum()) for w in found) / max(1, sum(w.numel() for w in found))
 
 
-@pytest.mark.parametrize("engine", ["fsdp2", "zero2", "zero3"])
-def test_a_fit_leaves_zeros_whoever_looks(tmp_path, engine):
-    assert launch.run(train_alone, engine, tmp_path)[0] == 0.5  # ZeRO-3 keeps all of so small a model gathered
+def test_a_fit_leaves_zeros_whoever_looks(tmp_path):
+    found = launch.each(train_alone, [(engine, tmp_path) for engine in ("fsdp2", "zero2", "zero3")])
+    for case, results in found.items():
+        assert results[0] == 0.5, case  # ZeRO-3 keeps all of so small a model gathered
 
 
 class InRoot(Plain):

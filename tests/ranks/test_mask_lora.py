@@ -2,13 +2,14 @@
 
 from pathlib import Path
 
-import pytest
 import torch
 
 from sparse_train import MaskLoRA
 from sparse_train.callbacks import DynamicPruning
 from sparse_train.distributed.collectives import rank
 from tests.ranks import engines, launch
+
+ENGINES = ("ddp", "fsdp2", "zero2", "zero3")
 
 
 def train(engine: str, folder: Path) -> dict[str, torch.Tensor] | str:
@@ -22,17 +23,14 @@ def train(engine: str, folder: Path) -> dict[str, torch.Tensor] | str:
     return module.model.state_dict()
 
 
-def test_ddp_trains_one_model(tmp_path):
-    first, second = launch.run(train, "ddp", tmp_path)
+def test_ddp_trains_one_model_and_engines_that_divide_parameters_are_refused(tmp_path):
+    (first, second), *refused = launch.each(train, [(engine, tmp_path) for engine in ENGINES]).values()
     assert first.keys() == second.keys()
     assert all(torch.equal(value, second[name]) for name, value in first.items())
     weight = first["model.layers.0.self_attn.q_proj.weight"]
     assert ((weight.reshape(-1, 4) != 0).sum(1) == 2).all()
     assert not any("mask" in name for name in first)
-
-
-@pytest.mark.parametrize("engine", ["fsdp2", "zero2", "zero3"])
-def test_engines_that_divide_parameters_are_refused(tmp_path, engine):
-    for message in launch.run(train, engine, tmp_path):
-        assert "has a mask_lora adapter, and its parameters are divided" in message
-        assert "with DDP" in message
+    for messages in refused:
+        for message in messages:
+            assert "has a mask_lora adapter, and its parameters are divided" in message
+            assert "with DDP" in message

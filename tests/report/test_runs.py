@@ -207,7 +207,7 @@ def test_runs_side_by_side(root, sparse, tmp_path, monkeypatch, capsys):
 
 
 def test_a_run_that_was_cut_off_says_so(facts, rows, tmp_path):
-    cut = facts | {"finished": False, "step": 4, "sparsity": None, "zeros": None, "states": []}
+    cut = facts | {"finished": False, "step": 4, "zeros": None, "states": []}
     run = leave(tmp_path / "run", cut, [row for row in rows if int(row["step"]) < 5])
     page = Page(write_run_report([run]))
     assert "not ended, or cut off: the last record is of step 5." in page.text
@@ -217,17 +217,8 @@ def test_a_run_that_was_cut_off_says_so(facts, rows, tmp_path):
 
 
 def test_a_run_without_metrics_has_a_page_too(facts, tmp_path):
-    begun = {"finished": False, "step": 0, "sparsity": None, "zeros": None, "flips": None, "states": []}
-    run = leave(tmp_path, facts | begun)
+    run = leave(tmp_path, facts | {"finished": False, "step": 0, "zeros": None, "flips": None, "states": []})
     assert Page(write_run_report([run])).headings == ["Time and memory", "Settings", "Environment"]
-
-
-def test_a_partial_sanity_check_does_not_pass_for_the_whole(facts, rows, tmp_path):
-    states = [state | {"part": "2 of 4 batches"} for state in facts["states"]]
-    page = Page(write_run_report([leave(tmp_path, facts | {"states": states}, rows)]))
-    assert "dense was measured on 2 of 4 batches of the validation, and cannot be compared" in page.text
-    perplexity = next(alt for alt in page.pictures if alt.startswith("perplexity"))
-    assert "at step 4 to" in perplexity  # the curve begins with the first whole validation
 
 
 def test_a_script_puts_its_own_table_first(sparse, tmp_path):

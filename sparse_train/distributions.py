@@ -436,4 +436,4 @@ class LayerSparsities:
     def load_state_dict(self, state: Shares | None) -> None:
         """Continue from ``state_dict``."""
         if state is not None:
-            self.final_shares = dict(state)
+            self.final_shares = {name: state[name] for name in self._shapes}

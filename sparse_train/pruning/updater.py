@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import operator
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
@@ -136,8 +137,10 @@ class MaskUpdater:
         self.layers = mask_targets(model, self.config) if layers is None else dict(layers)
         try:
             self._begin(total_steps, outliers, state)
-        except BaseException:
+        except BaseException as error:
             unmask(model, [layer for layer in self.layers.values() if id(layer) not in before])  # to plain layers
+            if state is not None and isinstance(error, (LookupError, TypeError, AttributeError, RuntimeError)):
+                raise ValueError(f"The state of the run is no updater's, or damaged: {error!r}.") from error
             raise
 
     def _begin(
@@ -160,10 +163,6 @@ class MaskUpdater:
         if state is None:
             self.timing = config.timing(total_steps, has_masks)
         else:
-            if lacking := {"settings", "masks", "norms", "timing", "steps", "policy"} - state.keys():
-                raise ValueError(
-                    f"The state of the run lacks {', '.join(sorted(lacking))}: it is no updater's, or damaged."
-                )
             check_same(state["settings"], self.settings())
             check_same_layers(state["masks"], self.layers)
         self.norms = RunningNorms(self.layers, config.criterion, config.norm_decay)
@@ -415,8 +414,10 @@ class MaskUpdater:
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         self.norms.load_state_dict(state["norms"])
-        self.steps, self.sparsity, self._last_update = state["steps"], state["sparsity"], state["last_update"]
-        self.timing = Timing(**state["timing"])  # of the whole run, including the part that is done
+        self.steps, self._last_update = operator.index(state["steps"]), operator.index(state["last_update"])
+        self.sparsity = state["sparsity"]
+        # of the whole run, including the part that is done
+        self.timing = Timing(**{name: operator.index(steps) for name, steps in state["timing"].items()})
         device = next(iter(self.layers.values())).weight_mask.device
         self._first_rows = {name: rows_SJ.to(device) for name, rows_SJ in state["first_rows"].items()}
         self._restored_masks = dict(state["masks"])

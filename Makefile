@@ -4,6 +4,7 @@
 # make package  sdist and wheel in dist/, and the wheel in an environment with nothing else
 # make golden  masks and weights of tiny runs against their recorded digests
 # make gpu    tests and benchmarks on a GPU; nobody has run it yet
+# make test-oldest  a short form of the tests on the oldest versions that pyproject.toml names
 # make faults  jobs that are killed or interrupted at TRIALS random moments each, against jobs that are not
 
 PYTHON ?= python3
@@ -23,7 +24,7 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 export DS_ACCELERATOR = cpu
 export NO_MKDOCS_2_WARNING = 1
 
-.PHONY: setup demo test lint golden gpu faults bench zeroshot docs package clean
+.PHONY: setup demo test lint test-oldest golden gpu faults bench zeroshot docs package clean
 
 setup: $(READY)
 
@@ -43,6 +44,16 @@ lint: $(READY)
 
 test: lint  # two workers of one thread each: on two cores, threads of both would wait for each other
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# without extras, so only tests that need none
+test-oldest:
+	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	$(PYTHON) -c "import re, tomllib; \
+	  needs = tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies']; \
+	  print(*(re.sub(r'\[.*\]', '', each).replace('>=', '==') for each in needs), sep='\n')" > .venv-oldest/oldest.txt
+	.venv-oldest/bin/python -m pip install --quiet --constraint .venv-oldest/oldest.txt --editable . hypothesis pytest
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest tests/test_numbers.py tests/test_patterns.py tests/pruning --ignore=tests/pruning/test_regrow.py \
+		tests/export tests/callbacks/test_dynamic_pruning.py tests/callbacks/test_checkpoints.py tests/cli/test_damaged.py
 
 golden: $(READY)  # "$(BIN)/python -m tests.golden record" writes the digests anew
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.golden check

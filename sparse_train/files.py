@@ -7,7 +7,7 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -42,6 +42,18 @@ def load_plain(path: Path, *, part: bytes | None = None, mmap: bool = False) -> 
         raise ValueError(
             f"{path} is not a checkpoint of a training run, or is not complete ({reason or 'it ends too early'})."
         ) from error
+
+
+@contextmanager
+def reading(path: Path | str, hint: Callable[[], str] = str) -> Iterator[None]:
+    """Inside, whatever a library raises for a damaged file or folder, which none documents, becomes one ValueError."""
+    try:
+        yield
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:
+        said = str(error) if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"Cannot load {str(path)!r}.{hint()} {' '.join(said.split())[:500]}") from error
 
 
 def calls(path: Path, name: str) -> str:

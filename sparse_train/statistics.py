@@ -204,8 +204,7 @@ class ActivationNorm(Statistics):
     def merge_state_dict(self, state: dict[str, Tensor]) -> None:
         """Add what another one has seen; the result is the same as of one that has seen both."""
         for tensor, name in zip(self.tensors(), ("sum_squares", "tokens", "dropped"), strict=True):
-            if name in state:
-                tensor += state[name].to(tensor.device)
+            tensor += state[name].to(tensor.device)
 
 
 class ActivationGram(Statistics):
@@ -238,7 +237,7 @@ class ActivationGram(Statistics):
     def norm(self) -> ActivationNorm:
         """The norms of the features: a copy of the diagonal."""
         norm = ActivationNorm(len(self.gram_II), self.gram_II.device)
-        norm.merge_state_dict({"sum_squares": self.sum_squares_I, "tokens": self.tokens})
+        norm.merge_state_dict({"sum_squares": self.sum_squares_I, "tokens": self.tokens, "dropped": self.dropped})
         return norm
 
 

@@ -87,6 +87,7 @@ def _is_the_users(error: Exception) -> bool:
     """Whether the message is enough: a wrong value, a missing file or package, or something Lightning cannot do."""
     of_others = (  # RuntimeErrors
         *("more than one stateful callback", "Early stopping conditioned on metric", "Error(s) in loading state_dict"),
+        "but checkpoint contains only the model",
         "maximum recursion depth exceeded",  # a YAML file that contains itself
     )
     expected = isinstance(error, (ValueError, OSError, ImportError)) or any(each in str(error) for each in of_others)

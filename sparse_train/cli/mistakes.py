@@ -75,7 +75,7 @@ def explain(message: str, options: Iterable[str]) -> str:
     elif "None" in (found["value"], found["given"]):
         return f"{where} must be given, by --{where} or in a --config."
     else:
-        said = _wrong_value(found["type"] or found["types"], found["value"] or found["given"])
+        said = _wrong_value(found["type"] or found["types"], found["value"] or found["given"] or "")
     return f"{where}: {said}" if where else said
 
 

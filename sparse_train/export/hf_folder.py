@@ -14,7 +14,7 @@ from safetensors import safe_open
 from sparse_train.distributed.collectives import rank
 from sparse_train.distributed.engines import layout_of, whole_state_dict
 from sparse_train.export.card import ModelCard, training_rows, write_card
-from sparse_train.files import written_whole
+from sparse_train.files import reading, written_whole
 from sparse_train.inspection import LayerSparsity, layer_sparsities
 from sparse_train.layers.masked_layer import sparse_layers
 from sparse_train.layers.sparsify import sparsify_like, squash
@@ -22,6 +22,7 @@ from sparse_train.layers.state_dicts import folded_state_dict
 from sparse_train.models import lora
 from sparse_train.models.checkpoints import PRUNING_STATE, read_checkpoint
 from sparse_train.models.sources import PackagedSmolLM2, Pretrained
+from sparse_train.pruning.updater import check_restored_masks
 
 _log = logging.getLogger(__name__)
 
@@ -154,22 +155,26 @@ def export_checkpoint(
             "load it with sparse_train.load_from_checkpoint(YourModule, checkpoint), call sparse_train.squash(module), "
             "and save it like a dense model."
         )
-    settings, source = dict(content["model_config"]), content.get("model_source", {})
-    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-    state = {k.removeprefix("model."): v for k, v in content["state_dict"].items() if k.startswith("model.")}
-    model = AutoModelForCausalLM.from_config(config)
-    if content.get("generation_config"):
-        model.generation_config = GenerationConfig.from_dict(content["generation_config"])
-    if content.get("adapter_config"):
-        model = lora.wrap(model, content["adapter_config"])
-    sparsify_like(model, state)
-    model.load_state_dict(state)
+    with reading(checkpoint):
+        settings, source, card = dict(content["model_config"]), content.get("model_source", {}), _card_of(content)
+        config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+        state = {k.removeprefix("model."): v for k, v in content["state_dict"].items() if k.startswith("model.")}
+        model = AutoModelForCausalLM.from_config(config)
+        if content.get("generation_config"):
+            model.generation_config = GenerationConfig.from_dict(content["generation_config"])
+        if content.get("adapter_config"):
+            model = lora.wrap(model, content["adapter_config"])
+        sparsify_like(model, state)
+        model.load_state_dict(state)
+        if run := content.get("callbacks", {}).get(PRUNING_STATE):
+            saved = {name.removeprefix("model."): number for name, number in run["masks"].items()}
+            check_restored_masks(saved, sparse_layers(model), run["sparsity"])
     squash(model)  # before weights are converted to their dtype: factors of adapters may have a higher precision
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
         if name in state:
             tensor.data = tensor.data.to(state[name].dtype)
     model.name_or_path = source.get("name", "")
-    return export_model(model, tokenizer or _tokenizer_of(source), out, _card_of(content), dtype=dtype)
+    return export_model(model, tokenizer or _tokenizer_of(source), out, card, dtype=dtype)
 
 
 def _tokenizer_of(source: Mapping[str, Any]) -> Any | None:

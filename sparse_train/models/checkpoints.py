@@ -10,7 +10,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from sparse_train.files import calls, load_plain
+from sparse_train.files import calls, load_plain, reading
 from sparse_train.layers.masked_layer import sparse_layers
 from sparse_train.layers.masks import MASK_NAME
 from sparse_train.layers.sparsify import sparsify_like
@@ -21,6 +21,8 @@ PRUNING_STATE = "DynamicPruning"
 _FSDP2_METADATA = ".metadata"  # file of torch.distributed.checkpoint
 _LIGHTNING_METADATA = "meta.pt"  # file that Lightning puts next to it
 _DEEPSPEED_TAG = "checkpoint"  # the tag that Lightning uses
+_FORM: dict[str, Any] = {"pytorch-lightning_version": str, "state_dict": dict, "callbacks": (dict, type(None))}
+"""What Lightning writes to each checkpoint; callbacks have no state in one of weights only."""
 _CLIENT_KEYS = (
     *("callbacks", "model_config", "generation_config", "adapter_config", "model_source", "global_step", "epoch"),
 )
@@ -42,11 +44,12 @@ def read_checkpoint(checkpoint: str | Path) -> dict[str, Any]:
             f"{path} is not a checkpoint of a training run, which has a state_dict. If it is part of a checkpoint "
             "folder, give that folder."
         )
-    if (path / _FSDP2_METADATA).is_file():
-        content: dict[str, Any] = load_plain(path / _LIGHTNING_METADATA)
-        return content | {"state_dict": _read_fsdp2(path)}
-    if (path / _DEEPSPEED_TAG).is_dir():
-        return _read_deepspeed(path)
+    with reading(path):
+        if (path / _FSDP2_METADATA).is_file():
+            content: dict[str, Any] = load_plain(path / _LIGHTNING_METADATA)
+            return content | {"state_dict": _read_fsdp2(path)}
+        if (path / _DEEPSPEED_TAG).is_dir():
+            return _read_deepspeed(path)
     kind = "is a folder that neither FSDP2 nor DeepSpeed wrote" if path.is_dir() else "does not exist"
     beside = ", ".join(sorted(each.name for each in path.parent.glob("*.ckpt") if each != path)[:5])
     raise ValueError(f"There is no checkpoint at {path}: it {kind}." + (f" Beside it are {beside}." if beside else ""))
@@ -122,7 +125,7 @@ def check_plain(checkpoint: str | Path) -> None:
     path = Path(checkpoint)
     if path.is_file():
         found = load_plain(path, mmap=True)
-        if not isinstance(found, dict) or "pytorch-lightning_version" not in found:
+        if not isinstance(found, dict) or not all(isinstance(found.get(key), kind) for key, kind in _FORM.items()):
             raise ValueError(f"{path} is not a checkpoint of a training run: Lightning did not write it.")
     for file in sorted(path.rglob("*.pt")):
         with torch.serialization.safe_globals(_deepspeed_classes()):
@@ -134,11 +137,8 @@ def check_plain(checkpoint: str | Path) -> None:
 def _read_fsdp2_metadata(path: Path) -> Any:
     """Reads a file that torch pickles and, unlike other files, unpickles freely."""
     file = path / _FSDP2_METADATA
-    with file.open("rb") as opened:
-        try:
-            return _MetadataUnpickler(opened).load()
-        except (pickle.UnpicklingError, EOFError) as error:
-            raise ValueError(f"{file} is not complete, so the checkpoint cannot be read: {error}.") from error
+    with reading(file), file.open("rb") as opened:
+        return _MetadataUnpickler(opened).load()
 
 
 class _MetadataUnpickler(pickle.Unpickler):

@@ -14,11 +14,11 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 
 from sparse_train.arguments import did_you_mean
 from sparse_train.distributed.collectives import rank
 from sparse_train.distributed.fsdp2 import shard_blocks
+from sparse_train.files import reading
 
 _log = logging.getLogger(__name__)
 _FOLDERS = "Of a checkpoint of a training run, make a folder by: sparse-train export CHECKPOINT FOLDER."
@@ -106,21 +106,22 @@ class Pretrained(ModelSource):
         """``kind.from_pretrained``, for one of transformers' Auto classes."""
         self._check_path()
         own = {"gguf_file": self.gguf_file, "trust_remote_code": self.trust_remote_code}
-        try:
+        with reading(self.path, lambda: self._hint(kind.__name__)):
             return kind.from_pretrained(self.path, **own, **arguments)
-        except (OSError, ValueError, SafetensorError) as error:
+
+    def _hint(self, kind: str) -> str:
+        folder = Path(self.path)
+        if not folder.is_dir():
             sources = [source.__name__ for source in ModelSource.__subclasses__()]
-            similar, folder = did_you_mean(self.path, sources), Path(self.path)
-            if not folder.is_dir():
-                similar += " There is no folder of this name, so a hub was asked."
-            elif not (folder / "config.json").is_file():
-                similar += f" {_FOLDERS}"
-            elif "Tokenizer" in kind.__name__ and not any(folder.glob("*token*")):
-                raise ValueError(
-                    f"{folder} has no tokenizer. Save one there (tokenizer.save_pretrained(folder)); to evaluate, name "
-                    "a folder or id that has it: --tokenizer."
-                ) from error
-            raise ValueError(f"Cannot load {self.path!r}.{similar} {error}") from error
+            return f"{did_you_mean(self.path, sources)} There is no folder of this name, so a hub was asked."
+        if not (folder / "config.json").is_file():
+            return f" {_FOLDERS}"
+        if "Tokenizer" in kind and not any(folder.glob("*token*")):
+            return (
+                " The folder has no tokenizer. Save one there (tokenizer.save_pretrained(folder)); to evaluate, name a "
+                "folder or id that has it: --tokenizer."
+            )
+        return ""
 
     def _check_path(self) -> None:
         """Raise ValueError at once for what is no folder and no id of a hub, which would be asked in vain."""
@@ -193,15 +194,12 @@ class FromScratch(ModelSource):
         self.name = f"{self.architecture} from scratch, {self.config}"
 
     def load(self) -> Any:
-        from huggingface_hub.errors import StrictDataclassError
         from transformers import AutoConfig, AutoModelForCausalLM
 
         tokenizer, default = self.tokenizer(), AutoConfig.for_model(self.architecture)
         ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        try:
+        with reading("config"):
             config = AutoConfig.for_model(self.architecture, **{"vocab_size": len(tokenizer), **ids, **self.config})
-        except StrictDataclassError as error:  # which is no ValueError
-            raise ValueError(f"config: {error}") from error
         # transformers stores unknown keys as attributes, and would build a model of its default size
         for key in (key for key in self.config if hasattr(config, key) and not hasattr(default, key)):
             similar = did_you_mean(key, default.to_dict())

@@ -17,12 +17,12 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 
 from sparse_train.blocks import fused_experts
-from sparse_train.files import check_free, replacing
+from sparse_train.files import check_free, reading, replacing
 from sparse_train.layers.masked_layer import MaskedLayer, MaskedMatrix
 from sparse_train.layers.sparsify import sparsify, unmask
 from sparse_train.layers.targets import Selection
@@ -56,12 +56,9 @@ class Checkpoint:
         """Of each tensor, in the words of safetensors."""
         files = _weight_files(self.folder)
         for file in files:
-            try:
-                with safe_open(file, framework="pt") as opened:
-                    for key in opened.keys():  # noqa: SIM118  (not a dict)
-                        self.files[key], self.dtypes[key] = file, opened.get_slice(key).get_dtype()
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{file} is not a complete safetensors file ({error}). Download it again.") from error
+            with reading(file), safe_open(file, framework="pt") as opened:
+                for key in opened.keys():  # noqa: SIM118  (not a dict)
+                    self.files[key], self.dtypes[key] = file, opened.get_slice(key).get_dtype()
         # so that another checkpoint, or a changed one, is recognised
         self.fingerprint = repr([(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files])
 
@@ -88,11 +85,9 @@ def _weight_files(folder: Path) -> list[Path]:
             f"{folder} has no model.safetensors or {INDEX}, and only safetensors can be read block by block. Load the "
             "model in memory instead (streaming=False), or save it with save_pretrained first."
         )
-    try:
+    with reading(index):
         names = json.loads(index.read_text())["weight_map"].values()
         strays = [name for name in names if PurePath(name).is_absolute() or ".." in PurePath(name).parts]
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} is not the index of a checkpoint ({error!r}). Download it again.") from error
     if strays:
         raise ValueError(f"{index} names {strays[0]}, which is outside its folder.")
     return sorted({folder / name for name in names})
@@ -149,8 +144,8 @@ def model_without_weights(path: Path, checkpoint: Checkpoint) -> Any:
     """The causal language model of a checkpoint, with its parameters on the meta device and real buffers."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(path)
-    with torch.device("meta"):
+    with reading(path), torch.device("meta"):
+        config = AutoConfig.from_pretrained(path)
         model = AutoModelForCausalLM.from_config(config, dtype=config.dtype or checkpoint.dtype())
     for module in model.modules():
         for name, buffer in module._buffers.items():

@@ -1,6 +1,7 @@
 """Statistics between mask updates: attached to layers, summed over ranks, checked; and ``RunningNorms`` over a run."""
 
 import logging
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -215,11 +216,12 @@ class RunningNorms:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Each rank gets its own norms back; if the number of ranks has changed, rank 0 gets their sum."""
         by_rank: Sequence[Mapping[str, dict[str, Tensor]]] = state["norms_by_rank"]
-        self._tokens, self.final = dict(state["tokens"]), state["final"]
+        self._tokens = {name: operator.index(tokens) for name, tokens in state["tokens"].items()}
+        self.final = bool(state["final"])
         own, same_ranks = norms_of(self._layers), len(by_rank) == world_size()
         for norm in own.values():
             norm.reset()
         for process, saved in enumerate(by_rank):
             if rank() == (process if same_ranks else 0):
-                for name, sums in saved.items():
-                    own[name].merge_state_dict(sums)
+                for name, norm in own.items():
+                    norm.merge_state_dict(saved[name])

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import operator
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
@@ -24,6 +25,7 @@ from sparse_train.layers.targets import named, select
 from sparse_train.patterns import Pattern, group_label
 from sparse_train.policies import Optimizers
 from sparse_train.pruning.config import FromZeros, PruningConfig, check_same
+from sparse_train.pruning.outside import OutsideReads
 from sparse_train.pruning.recording import (
     RunningNorms,
     check_agreement,
@@ -129,8 +131,10 @@ class MaskUpdater:
         self.layers = mask_targets(model, self.config) if layers is None else dict(layers)
         try:
             self._begin(total_steps, outliers, state)
-        except BaseException:
+        except BaseException as error:
             unmask(model, [layer for layer in self.layers.values() if id(layer) not in before])  # to plain layers
+            if state is not None and isinstance(error, (LookupError, TypeError, AttributeError, RuntimeError)):
+                raise ValueError(f"The state of the run is no updater's, or damaged: {error!r}.") from error
             raise
 
     def _begin(
@@ -178,6 +182,7 @@ class MaskUpdater:
             warn_of_filled_zeros(self.layers)
             if not (config.criterion.needs_activations and self._masks_change()):
                 self.norms.watch()
+        self._outside = OutsideReads(self.layers)  # of the first step
         self._prepare_step()
 
     def _has_masks(self) -> bool:
@@ -249,6 +254,7 @@ class MaskUpdater:
         """Call after every optimizer step, before the next forward. Returns a report at update steps."""
         self.norms.check_own()
         self.norms.check_reached()
+        self._outside.end()
         self._check_restored_masks()
         self.steps += 1
         warn_of_padding(self.norms.recorder)
@@ -338,6 +344,7 @@ class MaskUpdater:
         """Call once before ``squash``, for last checks of the masks; warns if they are not at the final sparsity."""
         check_agreement(self.layers)
         check_adapters(self._model)
+        self._outside.end()
         self._check_restored_masks()
         if self._prunes and self._all_kept():  # at a low sparsity, rows may lose less than one weight each
             raise ValueError(
@@ -374,8 +381,10 @@ class MaskUpdater:
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         self.norms.load_state_dict(state["norms"])
-        self.steps, self.sparsity, self._last_update = state["steps"], state["sparsity"], state["last_update"]
-        self.timing = Timing(**state["timing"])  # of the whole run, including the part that is done
+        self.steps, self._last_update = operator.index(state["steps"]), operator.index(state["last_update"])
+        self.sparsity = state["sparsity"]
+        # of the whole run, including the part that is done
+        self.timing = Timing(**{name: operator.index(steps) for name, steps in state["timing"].items()})
         device = next(iter(self.layers.values())).weight_mask.device
         self._first_rows = {name: rows_SJ.to(device) for name, rows_SJ in state["first_rows"].items()}
         self._restored_masks = dict(state["masks"])

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sparse_train.files import reading
+
 RECORD, METRICS = "run.json", "metrics.csv"
 
 Points = list[tuple[int, float]]
@@ -190,18 +192,21 @@ def _find(folder: Path) -> Path:
 
 
 def _read(folder: Path, name: str) -> Run:
-    metrics = [  # Lightning's are at the number of steps done, minus 1
-        row | {"step": row["step"] + (not any(name.startswith(_OWN) for name in row))}
-        for row in read_metrics(folder / METRICS)
-    ]
     recipe = folder / "config.yaml"
-    return Run(
-        name=name,
-        folder=folder,
-        facts=json.loads((folder / RECORD).read_text(encoding="utf-8")),
-        metrics=sorted(metrics, key=lambda row: row["step"]),
-        recipe=without_homes(recipe.read_text(encoding="utf-8")) if recipe.exists() else None,
-    )
+    with reading(folder):
+        metrics = [  # Lightning's are at the number of steps done, minus 1
+            row | {"step": row["step"] + (not any(name.startswith(_OWN) for name in row))}
+            for row in read_metrics(folder / METRICS)
+        ]
+        run = Run(
+            name=name,
+            folder=folder,
+            facts=json.loads((folder / RECORD).read_text(encoding="utf-8")),
+            metrics=sorted(metrics, key=lambda row: row["step"]),
+            recipe=without_homes(recipe.read_text(encoding="utf-8")) if recipe.exists() else None,
+        )
+        headline(run)  # needs what a record holds
+    return run
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

@@ -88,6 +88,7 @@ def answer(arguments, capsys) -> str:
         ([*FIT, f"{PRUNING}.end_step=late"], "trainer.callbacks.end_step: takes int or float, got 'late'."),
         ([*FIT, "--trainer.precision=bf17"], ", bf16, got 'bf17'. Did you mean 'bf16'?"),
         ([*PRUNE, "--sampling=packd"], "sampling: takes one of packed, documents, got 'packd'. Did you mean 'packed'?"),
+        ([*PRUNE, "--bos="], "bos: takes bool, got ''."),
         ([*PRUNE, "--ignore=[a"], "ignore: takes list, got '[a'."),
         (
             ["fit", "--model", "x"],

@@ -100,14 +100,17 @@ UNSTRUCTURED = {
     "dynamic_frozen_norms_70": "re-pruned every 10 steps, norms of the first mask",
     "dynamic_magnitude_70": "re-pruned every 10 steps, magnitude",
     "regrow_70": "Regrow: gradient",
-    "static_70_distill": "static, untouched teacher",
-    "dynamic_70_distill": "re-pruned every 10 steps, untouched teacher",
-    "dynamic_dormant_70_distill": "re-pruned every 10 steps, Dormant, untouched teacher",
-    "swaps_70_distill": "swapped by evidence every 10 steps, untouched teacher",
-    "regrow_70_distill": "Regrow: gradient, untouched teacher",
-    "rigl_70_distill": "RigL: dropped by magnitude, grown by gradient, untouched teacher",
     "gradual_magnitude_70": "gradual magnitude: from dense to 70 % until step 50",
 }
+TAUGHT_70 = {
+    "static_70_distill": "static, no gradient to pruned weights",
+    "dynamic_70_distill": "re-pruned every 10 steps (the default)",
+    "dynamic_dormant_70_distill": "re-pruned every 10 steps, policy Dormant",
+    "swaps_70_distill": "swapped by evidence every 10 steps",
+    "regrow_70_distill": "Regrow: gradient",
+    "rigl_70_distill": "RigL: dropped by magnitude, grown by gradient",
+}
+"""With the untouched teacher, in steps of 512 tokens."""
 LOW_RANK = {
     "oneshot_wanda": "none: one-shot Wanda",
     "lora": "LoRA on a frozen 2:4 base (not sparse after merging)",

@@ -1,6 +1,7 @@
 """``make demo`` on a tiny model and text: all arms, table, report, exported model."""
 
 import csv
+import logging
 import runpy
 from pathlib import Path
 
@@ -15,7 +16,16 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_whole_job(model_folder, text_file, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def log_levels():
+    """The demo is a program: it leaves loggers as it set them."""
+    before = {name: logging.getLogger(name).level for name in ("lightning.pytorch", "sparse_train")}
+    yield
+    for name, level in before.items():
+        logging.getLogger(name).setLevel(level)
+
+
+def test_the_whole_job(model_folder, text_file, tmp_path, monkeypatch, capsys, log_levels):
     monkeypatch.setattr("sys.argv", ["demo.py"])
     demo = runpy.run_path(str(ROOT / "benchmarks" / "demo.py"))
     files = [str(text_file)]

@@ -110,6 +110,7 @@ class Pretrained(ModelSource):
             return kind.from_pretrained(self.path, **own, **arguments)
 
     def _hint(self, kind: str) -> str:
+        """What helps when loading fails, beside the words of the library, or raised in their place."""
         folder = Path(self.path)
         if not folder.is_dir():
             sources = [source.__name__ for source in ModelSource.__subclasses__()]
@@ -117,8 +118,8 @@ class Pretrained(ModelSource):
         if not (folder / "config.json").is_file():
             return f" {_FOLDERS}"
         if "Tokenizer" in kind and not any(folder.glob("*token*")):
-            return (
-                " The folder has no tokenizer. Save one there (tokenizer.save_pretrained(folder)); to evaluate, name a "
+            raise ValueError(  # transformers says the same in four lines
+                f"{folder} has no tokenizer. Save one there (tokenizer.save_pretrained(folder)); to evaluate, name a "
                 "folder or id that has it: --tokenizer."
             )
         return ""

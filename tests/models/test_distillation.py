@@ -2,6 +2,7 @@
 
 import copy
 import math
+import shutil
 from functools import partial
 
 import lightning as L
@@ -289,7 +290,8 @@ def counted(call, asked):
 
 
 def test_a_second_run_reads_what_the_first_one_asked(model_folder, data, tmp_path, monkeypatch):
-    run = partial(cached_run, model_folder, data, tmp_path, monkeypatch)
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    run = partial(cached_run, folder, data, tmp_path, monkeypatch)
     first, asked, watch = run()
     assert sum(asked) == len({tuple(row.tolist()) for batch in watch.batches for row in batch["input_ids"]})
     second, asked, watch = run()
@@ -299,7 +301,7 @@ def test_a_second_run_reads_what_the_first_one_asked(model_folder, data, tmp_pat
     assert asked  # another temperature has entries of its own
     other = tiny_llama()
     other.model.norm.weight.data += 0.1
-    other.save_pretrained(model_folder)  # another model under the same name
+    other.save_pretrained(folder)  # another model under the same name
     third, asked, _ = run()
     assert asked and third != first
 

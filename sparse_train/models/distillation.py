@@ -121,9 +121,9 @@ class Distillation:
         hardness_kldiv: weight of the KL divergence from the teacher's next-token distribution, above 0.
         temperature: of both distributions in the divergence.
         cache: folder for the teacher's ``top_k`` most likely tokens at each position. What is there is read, and the
-            rest is added, so that a second run on the same blocks (another learning rate, seed or method) neither
-            computes nor holds the teacher. About 6 * top_k bytes a token. The divergence then counts all other tokens
-            as one.
+            rest is added, so that a second run on the same blocks (another learning rate or method) loads the teacher
+            only to tell whose the folder is. About 6 * top_k bytes a token. The divergence then counts all other
+            tokens as one.
         top_k: K of the cache.
     """
 

@@ -178,6 +178,7 @@ class RunRecord(L.Callback):
     def state_dict(self) -> dict[str, Any]:
         if self.folder is None or self._logger is None:
             return {"facts": self._facts, "metrics": self._earlier}
+        self._note_update()  # of this step, if this callback comes before that of the masks
         self._logger.save()
         return {"facts": {**self._facts, "seconds": self._seconds()}, "metrics": read_metrics(self.folder / METRICS)}
 

@@ -24,9 +24,9 @@ def low_rank_sum(weight_OI: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float) ->
 class _MaskedLinear(torch.autograd.Function):
     """Saves weight, factors, packed mask and, if weight or factors are trained, x.
 
-    The masked weight is saved where autocast has cast it, as a dense layer saves its cast weight. Otherwise it is
-    recomputed in backward: saving it would hold a second model between forward and backward (under FSDP2 or ZeRO-3, the
-    whole gathered one).
+    The masked weight is saved where autocast has cast it, as a dense layer saves its cast weight, but once for a layer
+    that is called several times. Otherwise it is recomputed in backward: saving it would hold a second model between
+    forward and backward (under FSDP2 or ZeRO-3, the whole gathered one).
     """
 
     @staticmethod
@@ -40,6 +40,7 @@ class _MaskedLinear(torch.autograd.Function):
         b_OR: Tensor | None,
         scale: float,
         straight_through: bool,
+        saved: list[bool] | None,
     ) -> Tensor:
         device = x.device.type
         autocast = torch.is_autocast_enabled(device)
@@ -54,14 +55,19 @@ class _MaskedLinear(torch.autograd.Function):
         with torch.autocast(device, enabled=False):  # factors are summed in full precision, as a merge sums them
             total_OI = weight_OI if a_RI is None or b_OR is None else low_rank_sum(weight_OI, a_RI, b_OR, scale)
             masked_OI = masks.apply(total_OI, mask_OJ, dtype)
-            kept_OI = masked_OI if dtype != weight_OI.dtype and ctx.needs_input_grad[0] else None
-            ctx.save_for_backward(x if trained else None, weight_OI, mask_OJ, a_RI, b_OR, kept_OI)
+            ctx.saved = saved
+            saves = saved == [] and dtype != weight_OI.dtype and ctx.needs_input_grad[0]
+            if saved is not None and saves:
+                saved.append(True)
+            ctx.save_for_backward(x if trained else None, weight_OI, mask_OJ, a_RI, b_OR, masked_OI if saves else None)
             return F.linear(x, masked_OI, None if bias_O is None else bias_O.to(dtype))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight_OI, mask_OJ, a_RI, b_OR, masked_OI = ctx.saved_tensors
-        wants_x, wants_weight, _, wants_bias, wants_a, wants_b, _, _ = ctx.needs_input_grad
+        wants_x, wants_weight, _, wants_bias, wants_a, wants_b, *_ = ctx.needs_input_grad
+        if ctx.saved is not None:
+            ctx.saved.clear()
         grad_x = grad_weight_OI = grad_bias_O = grad_a_RI = grad_b_OR = None
         masked: Callable[..., Tensor] = masks.apply
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # a second derivative will be asked for
@@ -88,7 +94,7 @@ class _MaskedLinear(torch.autograd.Function):
                 grad_a_RI, grad_b_OR = _grad_of_factors(ctx, grad_TO, x.reshape(-1, x.shape[-1]), mask_OJ, a_RI, b_OR)
             if ctx.has_bias and wants_bias:
                 grad_bias_O = grad_TO.sum(0)
-        return grad_x, grad_weight_OI, None, grad_bias_O, grad_a_RI, grad_b_OR, None, None
+        return grad_x, grad_weight_OI, None, grad_bias_O, grad_a_RI, grad_b_OR, None, None, None
 
 
 def _grad_of_factors(
@@ -122,6 +128,7 @@ def masked_linear(
     *,
     scale: float = 1.0,
     straight_through: bool = True,
+    saved: list[bool] | None = None,
 ) -> Tensor:
     """``F.linear(x, where(mask, weight, 0), bias)``, with a choice of gradient for pruned weights.
 
@@ -136,11 +143,12 @@ def masked_linear(
         straight_through: pruned weights get the gradient of their masked self (Bengio et al., arXiv 1308.3432;
             Zhou et al., arXiv 2102.04010, section 3), or, if False, zero. Factors then learn from the gradient of the
             whole masked sum, or, if False, from that of kept entries: the exact gradient of the loss.
+        saved: a list of the layer's own, empty while no graph holds its masked weight. Without one, none ever does.
 
     Under autocast, computes in the autocast dtype, forward and backward; otherwise all dtypes must agree.
     """
     a_RI, b_OR = factors or (None, None)
     output: Tensor = _MaskedLinear.apply(  # type: ignore[no-untyped-call]
-        x, weight_OI, mask_OJ, bias_O, a_RI, b_OR, scale, straight_through
+        x, weight_OI, mask_OJ, bias_O, a_RI, b_OR, scale, straight_through, saved
     )
     return output

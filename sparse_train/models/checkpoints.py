@@ -84,13 +84,14 @@ def load_from_checkpoint(cls: type[_Module], checkpoint: str | Path, **arguments
 
     def load(module: Any, state_dict: Mapping[str, Any], *args: Any, **options: Any) -> Any:
         sparsify_like(module, state_dict)
-        if of_sparse_run and not sparse_layers(module):
-            raise ValueError(f"{path} is of a sparse run and holds no masks, so the module would be dense.")
         return original(module, state_dict, *args, **options)
 
     # Lightning creates the module and loads it in one call, and asks nobody in between
     with mock.patch.object(cls, "load_state_dict", load):
-        return cls.load_from_checkpoint(path, weights_only=True, **arguments)  # type: ignore[attr-defined, no-any-return]
+        loaded: Any = cls.load_from_checkpoint(path, weights_only=True, **arguments)  # type: ignore[attr-defined]
+    if of_sparse_run and not sparse_layers(loaded):
+        raise ValueError(f"{path} is of a sparse run and holds no masks, so the module would be dense.")
+    return loaded  # type: ignore[no-any-return]
 
 
 def newest_checkpoint(folder: str | Path) -> Path:

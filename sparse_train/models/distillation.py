@@ -5,6 +5,7 @@ Shape suffixes: B batch, L sequence length, K tokens kept of the vocabulary.
 
 import hashlib
 import math
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sparse_train.files import replacing
+from sparse_train.files import reading, replacing
+from sparse_train.models.lora import LoRA
 from sparse_train.models.losses import TopK, distillation_loss, top_k
 from sparse_train.models.sources import ModelSource, as_model_source
 
@@ -84,7 +86,7 @@ class CachedTeacher:
     def close(self) -> None:
         """Write the blocks that are not in the folder yet."""
         if self._unsaved:
-            path = self.folder / f"{next(iter(self._unsaved))}.safetensors"
+            path = self.folder / f"{uuid.uuid4().hex}.safetensors"  # of no other run that writes here
             tensors = {
                 f"{key}.{part}": value
                 for key, entry in self._unsaved.items()
@@ -96,7 +98,8 @@ class CachedTeacher:
             self._unsaved = {}
 
     def _open(self, path: Path) -> None:
-        file: Any = safe_open(path, framework="pt")
+        with reading(path, lambda: " It is a part of a teacher's cache: remove it, and it is made anew."):
+            file: Any = safe_open(path, framework="pt")
         self._saved |= {name.partition(".")[0]: file for name in file.keys()}  # noqa: SIM118  no mapping
 
     def _read(self, key: str) -> TopK:
@@ -162,7 +165,9 @@ class Distillation:
             prepared: makes a model compute where and as the run does.
             precision: of the run; what is cached depends on it.
         """
-        chosen = self.teacher or source
+        chosen = self.teacher or (
+            as_model_source(source.base) if isinstance(source, LoRA) else source
+        )  # adapters begin at 0
         model = chosen.load()
         theirs, own = (each.config.get_text_config().vocab_size for each in (model, student))
         if theirs != own:
@@ -174,7 +179,7 @@ class Distillation:
             return Teacher(prepared(model))
         key = f"{digest(model)[:16]}-{precision}-temperature{self.temperature:g}-top{self.top_k}"
         return CachedTeacher(
-            Path(self.cache, key), lambda: Teacher(prepared(chosen.load())), self.top_k, self.temperature
+            Path(self.cache).expanduser() / key, lambda: Teacher(prepared(chosen.load())), self.top_k, self.temperature
         )
 
     def loss(self, student_BLV: Tensor, teacher_BLV: Tensor | TopK, labels_BL: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
 
@@ -158,7 +157,7 @@ def _log_probs(log_q_CV: Tensor, temperature: float, *teacher_C: Tensor) -> Tens
         return F.log_softmax(teacher_C[0].float() / temperature, dim=-1)
     ids_CK, log_p_CK, log_rest_C = teacher_C
     ids_CK = ids_CK.long()
-    others_C = log_q_CV.exp().scatter_(1, ids_CK, 0).sum(1)
+    others_C = log_q_CV.exp().scatter_(1, ids_CK, 0).sum(1).clamp_min(torch.finfo(torch.float32).tiny)
     return (log_q_CV + (log_rest_C - others_C.log())[:, None]).scatter_(1, ids_CK, log_p_CK.float())
 
 
@@ -192,8 +191,12 @@ class _ChunkedSums(torch.autograd.Function):
         return torch.stack(sums).sum(0)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_S: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # a second derivative will be asked for
+            raise RuntimeError(
+                "The loss computes its gradient in forward, which has no second derivative (create_graph=True). Use "
+                "torch.nn.functional.cross_entropy for a gradient penalty."
+            )
         (grad_TV,) = ctx.saved_tensors
         return None, None, grad_TV * grad_S[0], *(None for _ in ctx.needs_input_grad[3:])
 

@@ -25,7 +25,6 @@ from sparse_train.layers.targets import named, select
 from sparse_train.patterns import Pattern, group_label
 from sparse_train.policies import Optimizers
 from sparse_train.pruning.config import FromZeros, PruningConfig, check_same
-from sparse_train.pruning.outside import OutsideReads
 from sparse_train.pruning.recording import (
     RunningNorms,
     check_agreement,
@@ -182,7 +181,6 @@ class MaskUpdater:
             warn_of_filled_zeros(self.layers)
             if not (config.criterion.needs_activations and self._masks_change()):
                 self.norms.watch()
-        self._outside = OutsideReads(self.layers)  # of the first step
         self._prepare_step()
 
     def _has_masks(self) -> bool:
@@ -254,7 +252,6 @@ class MaskUpdater:
         """Call after every optimizer step, before the next forward. Returns a report at update steps."""
         self.norms.check_own()
         self.norms.check_reached()
-        self._outside.end()
         self._check_restored_masks()
         self.steps += 1
         warn_of_padding(self.norms.recorder)
@@ -344,7 +341,6 @@ class MaskUpdater:
         """Call once before ``squash``, for last checks of the masks; warns if they are not at the final sparsity."""
         check_agreement(self.layers)
         check_adapters(self._model)
-        self._outside.end()
         self._check_restored_masks()
         if self._prunes and self._all_kept():  # at a low sparsity, rows may lose less than one weight each
             raise ValueError(

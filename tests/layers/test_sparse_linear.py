@@ -92,6 +92,23 @@ def test_nothing_is_held_for_backward_beyond_the_dense_layer_and_the_mask(autoca
     assert held <= held_dense + layer.weight_mask.nbytes
 
 
+def test_a_layer_that_is_called_again_and_again_holds_one_masked_copy():
+    layer, _ = sparse_linear(64, 64)
+    x = torch.randn(1, 64)
+
+    def calls():
+        hidden = x
+        for _ in range(12):
+            hidden = layer(hidden)
+        return hidden
+
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in range(2):  # backward lets it go
+            held, output = saved_bytes(calls, layer.weight)
+            assert 2 * layer.weight.numel() <= held < 4 * layer.weight.numel()
+            output.sum().backward()
+
+
 def test_a_frozen_layer_lets_its_input_be_changed_in_place():
     layer, mask = sparse_linear(8, 4)
     layer.requires_grad_(False)

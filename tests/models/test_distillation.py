@@ -337,3 +337,17 @@ def test_a_cache_is_found_by_content_and_padding(tmp_path, ids):
     expected = top_k(Teacher(model)(input_ids=inputs, attention_mask=masks), 4)
     for ours, theirs in zip(whole, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=0)
+
+
+def test_runs_may_share_a_cache_and_a_damaged_file_is_named(tmp_path, ids):
+    inputs = {"input_ids": ids[0], "attention_mask": torch.ones_like(ids[0])}
+    caches = [CachedTeacher(tmp_path, lambda: Teacher(tiny_llama()), k=4, temperature=1.0) for _ in range(2)]
+    for cache in caches:  # both have asked for the same blocks
+        cache(**inputs)
+    for cache in caches:
+        cache.close()
+    files = list(tmp_path.iterdir())
+    assert len(files) == 2 and all(file.suffix == ".safetensors" for file in files)
+    files[0].write_bytes(files[0].read_bytes()[:100])
+    with pytest.raises(ValueError, match=f"{files[0].name}.*remove it, and it is made anew"):
+        CachedTeacher(tmp_path, lambda: Teacher(tiny_llama()), k=4, temperature=1.0)

@@ -130,6 +130,13 @@ def test_the_mathematics_is_in_float32(logits, labels):
     assert student.grad.dtype == torch.bfloat16
 
 
+def test_a_second_derivative_is_refused(logits, labels):
+    student = logits[0].requires_grad_()
+    for loss in (next_token_loss(student, labels)[0], distillation_loss(student, logits[1], labels)[0]):
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            torch.autograd.grad(loss, student, create_graph=True)
+
+
 def test_small_gradients_survive_float16(labels):
     """They are multiplied by the loss scale before they are divided by the number of tokens, not after."""
     logits = torch.randn(B, 512, V).half().requires_grad_()

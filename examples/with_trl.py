@@ -1,5 +1,6 @@
 """Sparse fine-tuning by TRL's SFTTrainer. What sparse-train adds is marked.
 
+pip install trl
 python examples/with_trl.py --model HuggingFaceTB/SmolLM2-135M --text my_text.txt
 """
 

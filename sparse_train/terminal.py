@@ -31,7 +31,8 @@ def with_bar(items: Collection[T], label: str, *, shown: bool) -> Iterable[T]:
         return cast(Iterable[T], tqdm(items, label, leave=False, dynamic_ncols=True))
     every, form = SECONDS_BETWEEN_LINES, "{desc}: {n_fmt}/{total_fmt}, {remaining} left"
     often = {"delay": every, "mininterval": every, "miniters": 1}
-    return cast(Iterable[T], tqdm(items, label, leave=False, file=_Lines(), bar_format=form, **often))
+    # disable=False is said, because the commands set TQDM_DISABLE against the bars of other libraries
+    return cast(Iterable[T], tqdm(items, label, leave=False, disable=False, file=_Lines(), bar_format=form, **often))
 
 
 class _Lines(io.StringIO):

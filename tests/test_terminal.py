@@ -1,5 +1,8 @@
 import io
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 from rich.console import Console
@@ -14,6 +17,16 @@ def terminal(monkeypatch):
     """stderr as a terminal of 100 columns."""
     monkeypatch.setattr("sparse_train.terminal.bars_are_seen", lambda: True)
     monkeypatch.setenv("COLUMNS", "100")
+
+
+def test_lines_are_written_where_bars_of_libraries_are_disabled():
+    code = (
+        "from sparse_train import terminal as t; t.SECONDS_BETWEEN_LINES = 0; list(t.with_bar([1, 2], 'x', shown=True))"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"TQDM_DISABLE": "1"}, capture_output=True, text=True
+    )
+    assert "x: 2/2" in ran.stderr
 
 
 def test_a_bar_says_how_far_it_is_and_is_wiped_away(terminal, capsys):

@@ -105,8 +105,8 @@ class Run:
             step = max((points[-1][0] for points in (perplexity, loss) if points), default=self.steps)
             actual = [value for at, value in self.curve("sparsity/actual") if at <= step]
             name, sparsity = "latest", actual[-1] if actual else None
-        # Lightning logs a step too high after the resume of a run that had ended
-        values = [points[-1][1] if points and points[-1][0] >= step else None for points in (perplexity, loss)]
+        # Lightning logs a step too high, or one too low, after the resume of a run that had ended
+        values = [points[-1][1] if points and points[-1][0] >= step - 1 else None for points in (perplexity, loss)]
         return State(name, step, values[0], values[1], sparsity)
 
 

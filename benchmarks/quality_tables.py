@@ -246,10 +246,9 @@ PAIRS = {
     "2:4": ("static", "dynamic"),
     "2:4, with the dense model as teacher": ("static_distill", "dynamic_distill"),
     "70 % unstructured": ("static_70", "dynamic_70"),
-    "70 %, divided among layers by OWL": ("static_owl_70", "dynamic_owl_70"),
 }
 """Of README's table: a static mask, and re-pruning every 10 steps."""
-SHORT_PAIRS = {"70 %, with a teacher, after 51,200 tokens": ("static_70_distill", "dynamic_dormant_70_distill")}
+SHORT_PAIRS = {"70 %, with a teacher, 51,200 tokens, `Dormant`": ("static_70_distill", "dynamic_dormant_70_distill")}
 
 
 def headline(runs: Runs, short: Runs) -> str:

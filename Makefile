@@ -42,8 +42,8 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint  # workers of one thread each; three on two cores, as those that test several processes wait for them
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile
+test: lint  # two workers of one thread each: on two cores, threads of both would wait for each other
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # without extras, so only tests that need none
 test-oldest:

@@ -22,11 +22,10 @@ def low_rank_sum(weight_OI: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float) ->
 
 
 class _MaskedLinear(torch.autograd.Function):
-    """Saves weight, factors, packed mask and, if weight or factors are trained, x.
+    """Saves weight, factors, packed mask and, if weight or factors are trained, x, but no masked copy.
 
-    The masked weight is saved where autocast has cast it, as a dense layer saves its cast weight, but once for a layer
-    that is called several times. Otherwise it is recomputed in backward: saving it would hold a second model between
-    forward and backward (under FSDP2 or ZeRO-3, the whole gathered one).
+    The masked weight is recomputed in backward: saving it would hold a second model between forward and backward
+    (under FSDP2 or ZeRO-3, the whole gathered one).
     """
 
     @staticmethod
@@ -40,7 +39,6 @@ class _MaskedLinear(torch.autograd.Function):
         b_OR: Tensor | None,
         scale: float,
         straight_through: bool,
-        saved: list[bool] | None,
     ) -> Tensor:
         device = x.device.type
         autocast = torch.is_autocast_enabled(device)
@@ -52,22 +50,15 @@ class _MaskedLinear(torch.autograd.Function):
         x = x.to(dtype)
         # of a frozen weight, the gradient does not need the input, which a dense layer would not hold either
         trained = ctx.needs_input_grad[1] or ctx.needs_input_grad[4] or ctx.needs_input_grad[5]
+        ctx.save_for_backward(x if trained else None, weight_OI, mask_OJ, a_RI, b_OR)
         with torch.autocast(device, enabled=False):  # factors are summed in full precision, as a merge sums them
             total_OI = weight_OI if a_RI is None or b_OR is None else low_rank_sum(weight_OI, a_RI, b_OR, scale)
-            masked_OI = masks.apply(total_OI, mask_OJ, dtype)
-            ctx.saved = saved
-            saves = saved == [] and dtype != weight_OI.dtype and ctx.needs_input_grad[0]
-            if saved is not None and saves:
-                saved.append(True)
-            ctx.save_for_backward(x if trained else None, weight_OI, mask_OJ, a_RI, b_OR, masked_OI if saves else None)
-            return F.linear(x, masked_OI, None if bias_O is None else bias_O.to(dtype))
+            return F.linear(x, masks.apply(total_OI, mask_OJ, dtype), None if bias_O is None else bias_O.to(dtype))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight_OI, mask_OJ, a_RI, b_OR, masked_OI = ctx.saved_tensors
-        wants_x, wants_weight, _, wants_bias, wants_a, wants_b, *_ = ctx.needs_input_grad
-        if ctx.saved is not None:
-            ctx.saved.clear()
+        x, weight_OI, mask_OJ, a_RI, b_OR = ctx.saved_tensors
+        wants_x, wants_weight, _, wants_bias, wants_a, wants_b, _, _ = ctx.needs_input_grad
         grad_x = grad_weight_OI = grad_bias_O = grad_a_RI = grad_b_OR = None
         masked: Callable[..., Tensor] = masks.apply
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # a second derivative will be asked for
@@ -77,15 +68,12 @@ class _MaskedLinear(torch.autograd.Function):
                     "mask_lora only. Disable autocast around the forward of the gradient penalty."
                 )
             masked = functools.partial(_masked_for_autograd, straight_through=ctx.straight_through)
-            masked_OI = None  # it has no graph
         with torch.autocast(ctx.device_type, enabled=False):  # in case the caller runs backward inside autocast
             grad = grad.to(ctx.dtype)
             grad_TO = grad.reshape(-1, grad.shape[-1])
             if wants_x:
-                if masked_OI is None:
-                    total_OI = weight_OI if a_RI is None else low_rank_sum(weight_OI, a_RI, b_OR, ctx.scale)
-                    masked_OI = masked(total_OI, mask_OJ, ctx.dtype)
-                grad_x = grad.matmul(masked_OI).to(ctx.x_dtype)
+                total_OI = weight_OI if a_RI is None else low_rank_sum(weight_OI, a_RI, b_OR, ctx.scale)
+                grad_x = grad.matmul(masked(total_OI, mask_OJ, ctx.dtype)).to(ctx.x_dtype)
             if wants_weight:
                 grad_weight_OI = grad_TO.t().mm(x.reshape(-1, x.shape[-1])).to(weight_OI.dtype)
                 if not ctx.straight_through:
@@ -94,7 +82,7 @@ class _MaskedLinear(torch.autograd.Function):
                 grad_a_RI, grad_b_OR = _grad_of_factors(ctx, grad_TO, x.reshape(-1, x.shape[-1]), mask_OJ, a_RI, b_OR)
             if ctx.has_bias and wants_bias:
                 grad_bias_O = grad_TO.sum(0)
-        return grad_x, grad_weight_OI, None, grad_bias_O, grad_a_RI, grad_b_OR, None, None, None
+        return grad_x, grad_weight_OI, None, grad_bias_O, grad_a_RI, grad_b_OR, None, None
 
 
 def _grad_of_factors(
@@ -128,7 +116,6 @@ def masked_linear(
     *,
     scale: float = 1.0,
     straight_through: bool = True,
-    saved: list[bool] | None = None,
 ) -> Tensor:
     """``F.linear(x, where(mask, weight, 0), bias)``, with a choice of gradient for pruned weights.
 
@@ -143,12 +130,11 @@ def masked_linear(
         straight_through: pruned weights get the gradient of their masked self (Bengio et al., arXiv 1308.3432;
             Zhou et al., arXiv 2102.04010, section 3), or, if False, zero. Factors then learn from the gradient of the
             whole masked sum, or, if False, from that of kept entries: the exact gradient of the loss.
-        saved: a list of the layer's own, empty while no graph holds its masked weight. Without one, none ever does.
 
     Under autocast, computes in the autocast dtype, forward and backward; otherwise all dtypes must agree.
     """
     a_RI, b_OR = factors or (None, None)
     output: Tensor = _MaskedLinear.apply(  # type: ignore[no-untyped-call]
-        x, weight_OI, mask_OJ, bias_O, a_RI, b_OR, scale, straight_through, saved
+        x, weight_OI, mask_OJ, bias_O, a_RI, b_OR, scale, straight_through
     )
     return output

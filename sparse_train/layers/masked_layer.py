@@ -153,7 +153,6 @@ class MaskedLayer(MaskedMatrix):
     bias: Any
     straight_through: bool
     training: bool
-    _saved: list[bool]
 
     # --- the parameter, under any engine -----------------------------------------------------------------------------
 
@@ -206,12 +205,12 @@ class MaskedLayer(MaskedMatrix):
         """Get a mask that keeps everything, and whatever else a masked layer has; the class has just been changed."""
         assert isinstance(self, nn.Module)
         self.register_buffer(MASK_NAME, masks.full(self.out_features, self.in_features, self.weight_OI.device))
-        self.straight_through, self.statistics, self.recorder, self._saved = True, None, None, []
+        self.straight_through, self.statistics, self.recorder = True, None, None
         _leave_fast_path()
 
     def stop_masking(self) -> None:
         """Lose all that ``start_masking`` has given; the class is about to be changed back."""
-        for name in (MASK_NAME, "straight_through", "statistics", "recorder", "_saved"):
+        for name in (MASK_NAME, "straight_through", "statistics", "recorder"):
             delattr(self, name)
         for name in ("had_adapter", "frozen"):
             self.__dict__.pop(name, None)
@@ -231,9 +230,7 @@ class MaskedLayer(MaskedMatrix):
 
     def product(self, x: Tensor) -> Tensor:
         """The layer's output (..., O), without recording."""
-        saved = None if torch.compiler.is_compiling() else self._saved
-        ste = self.straight_through
-        return masked_linear(x, self.weight_OI, self.weight_mask, self.bias, straight_through=ste, saved=saved)
+        return masked_linear(x, self.weight_OI, self.weight_mask, self.bias, straight_through=self.straight_through)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         applied = super()._apply(fn, recurse)  # type: ignore[misc]  # for .to() and the like; this has moved the mask

@@ -64,7 +64,7 @@ def main(args: list[str] | None = None) -> None:
         from sparse_train.cli.mistakes import explain
 
         extra = _EXTRAS.get((getattr(error, "name", None) or "").partition(".")[0])
-        install = f". Install it: pip install 'sparse-train[{extra}]', or '.[{extra}]' in a clone." if extra else ""
+        install = f". In the clone, install it: pip install '.[{extra}]'." if extra else ""
         wrapped = "Union subtypes" in str(error)  # jsonargparse has wrapped the error of a class that it created
         sys.exit(f"sparse-train {name}: {explain(str(error), []) if wrapped else error}{install}")
 

@@ -141,7 +141,7 @@ def _distilled(
     p_CV = log_p_CV.exp()
     # 0 * log(0) = 0: tokens that the teacher rules out
     kldiv = temperature**2 * (log_p_CV - log_q_CV).mul_(p_CV).masked_fill_(p_CV == 0, 0).sum()
-    sums_S = torch.stack([of_ce * ce + of_kldiv * kldiv, ce, kldiv])
+    sums_S = torch.stack([of_kldiv * kldiv + (of_ce * ce if of_ce else 0), ce, kldiv])  # 0 * infinity is no loss
     if not wants_grad:
         return sums_S, None
     # of CE: softmax(student) - one_hot(label); of KL: t * (q - p), q and p at temperature t

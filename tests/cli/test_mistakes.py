@@ -211,5 +211,5 @@ def test_unknown_messages_stay_as_they_are():
 
 def test_a_package_that_is_missing_is_named_with_its_extra(model_folder, text_file, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(SystemExit, match=r"peft.*. Install it: pip install 'sparse-train\[peft\]'"):
+    with pytest.raises(SystemExit, match=r"peft.*. In the clone, install it: pip install '.\[peft\]'"):
         cli.main(["evaluate", "--model=LoRA", f"--model.base={model_folder}", f"--text={text_file}", "--window=32"])

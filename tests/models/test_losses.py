@@ -130,6 +130,14 @@ def test_the_mathematics_is_in_float32(logits, labels):
     assert student.grad.dtype == torch.bfloat16
 
 
+def test_cross_entropy_without_weight_cannot_make_the_loss_infinite(logits, labels):
+    ruled_out = torch.nn.functional.one_hot(labels[0, 2], V).bool()
+    student, teacher = (each.clone() for each in logits)
+    student[0, 1, ruled_out] = teacher[0, 1, ruled_out] = -torch.inf
+    total, ce, _ = distillation_loss(student, teacher, labels, 1.0, 0.0, 1.0)
+    assert ce.isinf() and total.isfinite()
+
+
 def test_a_second_derivative_is_refused(logits, labels):
     student = logits[0].requires_grad_()
     for loss in (next_token_loss(student, labels)[0], distillation_loss(student, logits[1], labels)[0]):

@@ -216,6 +216,15 @@ def test_a_run_that_was_cut_off_says_so(facts, rows, tmp_path):
     assert headline(collect([run])[0])["finished"] is False
 
 
+@pytest.mark.parametrize("off", [-1, 1])
+def test_the_end_of_a_resumed_run_is_shown_though_lightning_counts_a_step_off(facts, rows, tmp_path, off):
+    (run,) = collect([leave(tmp_path, facts, rows)])
+    last = run.validation("perplexity")[-1]
+    moved = [row | {"step": str(int(row["step"]) + off)} if "val/perplexity" in row else row for row in rows]
+    (resumed,) = collect([leave(tmp_path / "resumed", facts, moved)])
+    assert last[0] == run.steps and resumed.now().perplexity == last[1]
+
+
 def test_a_run_without_metrics_has_a_page_too(facts, tmp_path):
     run = leave(tmp_path, facts | {"finished": False, "step": 0, "zeros": None, "flips": None, "states": []})
     assert Page(write_run_report([run])).headings == ["Time and memory", "Settings", "Environment"]

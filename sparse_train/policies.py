@@ -63,6 +63,11 @@ class MaskPolicy:  # no dataclass itself: jsonargparse would take that for a gro
     """Whether pruned weights come back at an update: never, with their shadow value if their score is high, or from
     zero, as ``select`` says."""
 
+    @property
+    def rowwise(self) -> bool:
+        """Whether it leaves rows to themselves: it scores and selects as the base class does."""
+        return (type(self).scores, type(self).select) == (MaskPolicy.scores, MaskPolicy.select)
+
     def begin(
         self, layers: Mapping[str, MaskedLayer], criterion: Criterion, optimizers: Optimizers, update_freq: int
     ) -> None:

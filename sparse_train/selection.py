@@ -19,7 +19,8 @@ from torch import Tensor
 
 T = TypeVar("T")
 
-_BLOCK = 1 << 18  # scores per block: 1 MiB of float32
+BLOCK = 1 << 18
+"""Scores that a thread has in its cache: 1 MiB of float32."""
 _PAIRWISE_UP_TO = 16  # for larger M, a partition costs less than M (M - 1) / 2 comparisons
 
 
@@ -92,7 +93,7 @@ def _in_blocks(select: _BlockSelection, scores_GM: Tensor, kept: int) -> Tensor:
     scores = scores_GM.detach().contiguous().numpy()
     keep = np.empty(scores.shape, dtype=bool)
     threads = torch.get_num_threads()
-    blocks = -(-scores.size // _BLOCK)
+    blocks = -(-scores.size // BLOCK)
     blocks = -(-blocks // threads) * threads  # the same number for every thread
     rows = max(1, -(-len(scores) // blocks))
     starts = range(0, len(scores), rows)

@@ -46,7 +46,7 @@ def test_all_and_none():
 def test_many_blocks_equal_one(monkeypatch):
     scores = torch.randint(0, 50, (257, 96)).float()
     expected = selection.keep_highest(scores, 48)
-    monkeypatch.setattr(selection, "_BLOCK", 500)
+    monkeypatch.setattr(selection, "BLOCK", 500)
     assert torch.equal(selection.keep_highest(scores, 48), expected)
     assert torch.equal(expected, row_mask(scores, 0.5))
 

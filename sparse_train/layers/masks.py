@@ -38,6 +38,8 @@ def pack(mask_OI: Tensor) -> Tensor:
     assert mask_OI.dtype == torch.bool and mask_OI.dim() == 2, (mask_OI.dtype, mask_OI.shape)
     if not len(mask_OI):  # the last process of many may hold no rows
         return mask_OI.new_empty((0, packed_width(mask_OI.shape[1])), dtype=torch.uint8)
+    if mask_OI.device.type == "cpu":
+        return torch.from_numpy(np.packbits(mask_OI.numpy(), axis=1, bitorder="little"))
     spare = -mask_OI.shape[1] % 8
     if spare:
         mask_OI = F.pad(mask_OI, (0, spare))

@@ -21,6 +21,7 @@ from sparse_train.layers.masked_layer import MaskedLayer, MaskedMatrix
 from sparse_train.patterns import Pattern, Unstructured
 from sparse_train.policies import MaskPolicy, Optimizers, StraightThrough
 from sparse_train.pruning.recording import check_statistics
+from sparse_train.selection import BLOCK
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,8 @@ class Rules:
 
     @property
     def by_rows(self) -> bool:
-        """Whether each process can choose in the rows that it holds (FSDP2)."""
-        return self.criterion.rowwise and self.pattern.rowwise
+        """Whether rows can be chosen without the others: those of a process (FSDP2), and block by block."""
+        return self.criterion.rowwise and self.pattern.rowwise and self.policy.rowwise
 
 
 @dataclass
@@ -113,9 +114,9 @@ def update_masks(layers: Mapping[str, MaskedMatrix], rules: Rules) -> dict[str, 
     if rules.criterion.needs_activations:
         check_statistics(layers)
     if rules.pattern.model_wide:
-        chosen = _choose(layers, rules)
+        chosen = _choose_together(layers, rules)
     else:
-        chosen = {n: choice for name, layer in layers.items() for n, choice in _choose({name: layer}, rules).items()}
+        chosen = {name: _choose(name, layer, rules) for name, layer in layers.items()}
     if rules.by_rows:
         sharded = [layer.has_rows for layer in layers.values()]
         counts = _sum_counts(layers, [[each.nonzero, not each.finite] for each in chosen.values()], sharded)
@@ -141,39 +142,59 @@ def replace_mask(layer: MaskedMatrix, packed_OJ: Tensor, nonzero: int) -> LayerU
 # --- scores -> masks -------------------------------------------------------------------------------------------------
 
 
-def _choose(layers: Mapping[str, MaskedMatrix], rules: Rules) -> dict[str, _Choice]:
-    """The masks of layers that are compared with each other: of one layer, or of all in the model.
+def _choose(name: str, layer: MaskedMatrix, rules: Rules) -> _Choice:
+    """The mask of a layer of its own. By rows, each process chooses in those that it holds, and counts those."""
+    parts, nonzero, finite = [], 0, True
+    for context in _contexts(name, layer, rules):
+        scores_OI, nonzero_OI, is_finite = _score(context, rules)
+        keep_OI = nonzero_OI  # for the shape alone: no mask is replaced if a score is not finite
+        if is_finite:
+            keep_OI = rules.policy.select(scores_OI, [name], rules.pattern, rules.sparsity[name])
+        parts.append(masks.pack(keep_OI))
+        nonzero += masks.count(parts[-1] & masks.pack(nonzero_OI))
+        finite &= is_finite
+    keep_OJ = torch.cat(parts)
+    whole_OJ = gather_rows(keep_OJ, layer.out_features) if rules.by_rows and layer.has_rows else keep_OJ
+    return _Choice(whole_OJ, nonzero, finite)
 
-    By rows, each process chooses in those that it holds; counts are then those of its rows.
-    """
-    scores, nonzero, finite = [], [], []
+
+def _choose_together(layers: Mapping[str, MaskedMatrix], rules: Rules) -> dict[str, _Choice]:
+    """The masks of layers that are compared with each other."""
+    scores, nonzero, finite = [], [], True
     for name, layer in layers.items():
-        with layer.read(rules.by_rows) as (weight_OI, rows):
-            scores_OI, nonzero_OI, is_finite = _score(name, layer, weight_OI, rows, rules)
+        for context in _contexts(name, layer, rules):  # one
+            scores_OI, nonzero_OI, is_finite = _score(context, rules)
         scores.append(scores_OI)
         nonzero.append(masks.pack(nonzero_OI))
-        finite.append(is_finite)
-    keep = nonzero  # not used if a score is not finite
-    if all(finite):
-        alone, sparsity = len(layers) == 1 and not rules.pattern.model_wide, rules.sparsity[next(iter(layers))]
-        group = scores[0] if alone else torch.cat([each.reshape(1, -1) for each in scores], dim=1)
-        mask = rules.policy.select(group, layers, rules.pattern, sparsity)
-        parts = [mask] if alone else mask.split([each.numel() for each in scores], dim=1)
-        keep = [masks.pack(part.view_as(each)) for part, each in zip(parts, scores, strict=True)]
-    found = {}
-    for (name, layer), keep_OJ, nonzero_OJ, is_finite in zip(layers.items(), keep, nonzero, finite, strict=True):
-        count = masks.count(keep_OJ & nonzero_OJ)
-        whole_OJ = gather_rows(keep_OJ, layer.out_features) if rules.by_rows and layer.has_rows else keep_OJ
-        found[name] = _Choice(whole_OJ, count, is_finite)
-    return found
+        finite &= is_finite
+    if not finite:
+        return dict.fromkeys(layers, _Choice(nonzero[0], 0, False))
+    row = torch.cat([each.reshape(1, -1) for each in scores], dim=1)
+    mask = rules.policy.select(row, layers, rules.pattern, rules.sparsity[next(iter(layers))])
+    found = mask.split([each.numel() for each in scores], dim=1)
+    keep = [masks.pack(part.view_as(each)) for part, each in zip(found, scores, strict=True)]
+    counted = zip(layers, keep, nonzero, strict=True)
+    return {name: _Choice(keep_OJ, masks.count(keep_OJ & own_OJ), True) for name, keep_OJ, own_OJ in counted}
 
 
-def _score(name: str, layer: MaskedMatrix, weight_OI: Tensor, rows: slice, rules: Rules) -> tuple[Tensor, Tensor, bool]:
-    """Scores of these rows for selection; which weights would not be zero if kept; whether all scores are finite."""
+def _contexts(name: str, layer: MaskedMatrix, rules: Rules) -> Iterator[LayerContext]:
+    """A layer as criterion and policy see it: by rows, those of this process, in blocks that stay in the cache."""
     stats = layer.statistics if rules.criterion.needs_activations else None
     state = rules.optimizers.state_of(layer, rules.by_rows) if isinstance(layer, MaskedLayer) else {}
-    context = LayerContext(weight_OI, stats, name, layer.weight_mask[rows], state)
-    scores_OI = rules.criterion.scores(context).float()
+    with layer.read(rules.by_rows) as (weight_OI, rows):
+        mask_OJ, size = layer.weight_mask[rows], max(1, len(weight_OI))  # a process may hold no rows
+        if rules.by_rows and weight_OI.device.type == "cpu":
+            size = max(1, 4 * BLOCK * torch.get_num_threads() // layer.in_features)
+        for start in range(0, max(1, len(weight_OI)), size):
+            part = slice(start, start + size)
+            own = {key: value[part] for key, value in state.items()}
+            yield LayerContext(weight_OI[part], stats, name, mask_OJ[part], own)
+
+
+def _score(layer: LayerContext, rules: Rules) -> tuple[Tensor, Tensor, bool]:
+    """Scores for selection; which weights would not be zero if kept; whether all scores are finite."""
+    weight_OI = layer.weight_OI
+    scores_OI = rules.criterion.scores(layer).float()
     if scores_OI.shape != weight_OI.shape:
         raise ValueError(
             f"{rules.criterion} gave scores of shape {tuple(scores_OI.shape)} for a weight of shape "
@@ -181,14 +202,14 @@ def _score(name: str, layer: MaskedMatrix, weight_OI: Tensor, rows: slice, rules
         )
     # if the sum is finite, all scores are, and it is ten times faster to check; it may overflow with finite scores
     finite = bool(scores_OI.sum().isfinite()) or bool(scores_OI.isfinite().all())
-    if stats is not None and bool((stats.sum_squares_I == 0).any()):
+    if layer.stats is not None and bool((layer.stats.sum_squares_I == 0).any()):
         # A feature that is always zero makes its scores 0. Weights that are already zero are then pruned first, so that
         # pruning twice gives the same result as pruning once.
         scores_OI = scores_OI.masked_fill(weight_OI == 0, -torch.inf)
-    nonzero_OI = weight_OI != 0
+    nonzero_OI = weight_OI.bool()  # several times as fast as != 0 on a CPU
     if rules.policy.regrowth == "from zero":
-        nonzero_OI &= context.keep_OI
-    return rules.policy.scores(scores_OI, context), nonzero_OI, finite
+        nonzero_OI &= layer.keep_OI
+    return rules.policy.scores(scores_OI, layer), nonzero_OI, finite
 
 
 # --- counts ----------------------------------------------------------------------------------------------------------
@@ -199,7 +220,7 @@ def measure(layers: Mapping[str, MaskedMatrix]) -> dict[str, LayerUpdate]:
     counts, sharded = [], []
     for layer in layers.values():
         with layer.read(by_rows=True) as (weight_OI, rows):
-            counts.append([masks.count(masks.pack(weight_OI != 0) & layer.weight_mask[rows])])
+            counts.append([masks.count(masks.pack(weight_OI.bool()) & layer.weight_mask[rows])])
         sharded.append(layer.has_rows)
     found = zip(layers.items(), _sum_counts(layers, counts, sharded), strict=True)
     return {name: LayerUpdate(layer.size, layer.size - nonzero, 0) for (name, layer), (nonzero,) in found}

@@ -16,6 +16,7 @@ def train(model, updater, steps, optimizer=None, seed=0):
     for _ in range(steps):
         batch = torch.randint(3, VOCABULARY, (2, 16), generator=generator)
         model(input_ids=batch, labels=batch).loss.backward()
+        updater.before_optimizer_step(optimizer)
         optimizer.step()
         optimizer.zero_grad()
         report = updater.step()

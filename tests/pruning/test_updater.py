@@ -1,14 +1,30 @@
 """``MaskUpdater`` over a run."""
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import pytest
 import torch
 from torch import nn
 
-from sparse_train import Fixed, FromZeros, Magnitude, MaskUpdater, StraightThrough, Wanda, prune, sparse_layers, squash
+from sparse_train import (
+    RIA,
+    Criterion,
+    Fixed,
+    FromZeros,
+    Magnitude,
+    MaskUpdater,
+    Regrow,
+    StraightThrough,
+    Wanda,
+    prune,
+    sparse_layers,
+    squash,
+)
 from sparse_train.layers.masked_layer import Recorder, SparseLinear
 from sparse_train.schedules import Cubic, Linear
 from tests.conftest import VOCABULARY, tiny_llama
-from tests.pruning.loops import train
+from tests.pruning.loops import equal, snapshot, train
 from tests.reference import row_mask
 
 
@@ -30,6 +46,44 @@ def test_dynamic_masks_change_and_stay_exact(structure, sparsity):
     frozen = {n: m.weight_mask.clone() for n, m in sparse_layers(model).items()}
     assert train(model, updater, 10) == []
     assert all(torch.equal(frozen[n], m.weight_mask) for n, m in sparse_layers(model).items())
+
+
+@dataclass(frozen=True)
+class Pull(Criterion):
+    """Reads all that a criterion can look at, row by row."""
+
+    needs_activations: ClassVar[bool] = True
+    rowwise: ClassVar[bool] = True
+
+    def scores(self, layer):
+        momentum_OI = layer.optimizer_state.get("exp_avg", torch.zeros_like(layer.weight_OI))
+        return (layer.weight_OI.abs() + momentum_OI.abs() + layer.keep_OI) * layer.norm_I
+
+
+@pytest.mark.parametrize(
+    ("structure", "sparsity", "options"),
+    [
+        ("2:4", None, {}),
+        ("unstructured", 0.6, {"criterion": Pull()}),
+        ("unstructured", None, {"policy": Fixed(), "schedule": Linear(0.6)}),
+        ("unstructured", 0.6, {"criterion": RIA()}),
+        ("2:4", None, {"policy": Regrow(0.3)}),
+    ],
+)
+def test_masks_are_the_same_row_by_row(structure, sparsity, options, monkeypatch):
+    """Where rows need nothing from each other, a layer is chosen in blocks of rows; small ones are one block."""
+
+    def run():
+        model = tiny_llama()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        updater = MaskUpdater(model, structure, sparsity=sparsity, update_freq=4, total_steps=8, **options)
+        return model, [report.layers for report in train(model, updater, 8, optimizer)]
+
+    whole, reports = run()
+    monkeypatch.setattr("sparse_train.pruning.update.BLOCK", 1)
+    in_rows, reports_in_rows = run()
+    assert equal(snapshot(whole), snapshot(in_rows))
+    assert reports == reports_in_rows
 
 
 def test_a_report_before_the_first_mask_is_not_taken_for_it():

@@ -17,11 +17,12 @@ from tests.conftest import VOCABULARY, tiny_llama
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PACKAGE = ROOT / "sparse_train"
+ENVIRONMENT = {"NO_MKDOCS_2_WARNING": "1", "REPOSITORY_URL": "https://example.org/someone/sparse-train"}
 
 
 def build(out: Path, config: Path = ROOT / "mkdocs.yml") -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", f"--config-file={config}", f"--site-dir={out}"]
-    return subprocess.run(command, cwd=ROOT, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}, capture_output=True)
+    return subprocess.run(command, cwd=ROOT, env={**os.environ, **ENVIRONMENT}, capture_output=True)
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +37,10 @@ def test_every_page_is_built(site):
     for page in DOCS.rglob("*.md"):
         name = page.relative_to(DOCS).with_suffix("")
         assert (site / ("" if name.name == "index" else name) / "index.html").is_file(), name
+
+
+def test_the_site_links_to_the_repository_that_the_environment_names(site):
+    assert f'href="{ENVIRONMENT["REPOSITORY_URL"]}"' in (site / "index.html").read_text()
 
 
 def test_the_site_loads_nothing_from_elsewhere(site):

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from sparse_train import OWL, Criterion, Magnitude, Solver, SparseGPT, SparsityDistribution, Uniform, Wanda
 from sparse_train.data.texts import PackagedWikipedia, PythonStandardLibrary, TextSource
 
-CALLBACK = "--trainer.callbacks.init_args"
+CALLBACK = "--trainer.callbacks"
 """Prefix of the arguments of ``DynamicPruning``, the last callback of the recipes."""
 _DISTILLATION = [
     "--model.distillation=Distillation",

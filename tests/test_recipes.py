@@ -157,10 +157,10 @@ def test_the_small_ways_to_name_things():
         f"--config={BASE}",
         "--trainer.max_steps=50",
         "--model.model=org/some-model",
-        "--trainer.callbacks.init_args.criterion=Magnitude",
-        "--trainer.callbacks.init_args.mask_structure=1:4",
-        "--trainer.callbacks.init_args.schedule=Cubic",
-        "--trainer.callbacks.init_args.schedule.final_sparsity=0.75",
+        "--trainer.callbacks.criterion=Magnitude",
+        "--trainer.callbacks.mask_structure=1:4",
+        "--trainer.callbacks.schedule=Cubic",
+        "--trainer.callbacks.schedule.final_sparsity=0.75",
     )
     assert cli.trainer.max_steps == 50
     assert cli.model.source == Pretrained("org/some-model") == cli.datamodule.tokenizer_source
@@ -171,7 +171,7 @@ def test_the_small_ways_to_name_things():
 
 
 def test_every_variant_of_updates_can_be_named():
-    pruning = "--trainer.callbacks.init_args"
+    pruning = "--trainer.callbacks"
     for name, given, expected in (
         ("norm_decay", "0.9", 0.9),
         ("norm_decay", "1", 1),
@@ -236,7 +236,7 @@ def test_distillation_is_a_class_or_the_mapping_of_its_arguments(tmp_path):
 def test_low_rank_recipes_are_the_papers_and_can_be_changed():
     source = parse_fit(f"--config={ROOT / 'recipes' / 'smollm2_2of4_lora.yaml'}").model.source
     assert source == LoRA(PackagedSmolLM2(), 8, 16, 0.05, ["q_proj", "v_proj"])
-    recipe, given = ROOT / "recipes" / "smollm2_2of4_mask_lora.yaml", "--trainer.callbacks.init_args.mask_lora"
+    recipe, given = ROOT / "recipes" / "smollm2_2of4_mask_lora.yaml", "--trainer.callbacks.mask_lora"
     for changes, expected in (
         ([], MaskLoRA(8, 16, ["q_proj", "v_proj"])),
         ([f"{given}.r=4", f"{given}.target_modules=all-linear"], MaskLoRA(4, 16, "all-linear")),
@@ -267,9 +267,9 @@ def test_evaluation_joins_a_recipe_by_its_name():
     [
         ("--trainer.max_stepz=5", "max_stepz"),
         ("--model.learning_rate=1", "learning_rate"),
-        ("--trainer.callbacks.init_args.update_frequency=5", "update_frequency"),
-        ("--trainer.callbacks.init_args.criterion=Wonda", "Wonda"),
-        ("--trainer.callbacks.init_args.update_freq=often", "often"),
+        ("--trainer.callbacks.update_frequency=5", "update_frequency"),
+        ("--trainer.callbacks.criterion=Wonda", "Wonda"),
+        ("--trainer.callbacks.update_freq=often", "often"),
     ],
 )
 def test_unknown_keys_and_values_are_named(change, message, capsys):

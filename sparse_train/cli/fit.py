@@ -15,8 +15,8 @@ usage: sparse-train {command} --config FILE [--config FILE ...] [options]
   --text FILE [FILE ...]        text to train on: .txt and .jsonl files, or folders of them
   --data.block_size N           tokens per block
   --data.batch_size N           blocks per batch
-  --trainer.callbacks.init_args.mask_structure N:M, or unstructured with --...init_args.sparsity SHARE
-  --trainer.callbacks.init_args.update_freq K
+  --trainer.callbacks.mask_structure N:M, or unstructured with --...sparsity SHARE
+  --trainer.callbacks.update_freq K
                                 steps between mask updates
   --trainer.max_steps N         length of the run, in optimizer steps
   --ckpt_path FILE              checkpoint to continue from, or to measure; "last": the newest under default_root_dir

@@ -88,7 +88,9 @@ def _no_option(name: str, options: Iterable[str], dashes: str) -> str:
     name = next((each for each in beginnings if each not in known), name)  # the shortest that does not exist
     lasts = {each.rpartition(".")[2]: each for each in reversed(known)}  # users leave out sections
     close = difflib.get_close_matches(name.rpartition(".")[2], lasts, n=1)
-    similar = f" Did you mean {dashes + lasts[close[0]]!r}?" if close else ""
+    section = name.rpartition(".")[0]
+    beside = {last for parent, _, last in (key.rpartition(".") for key in known) if parent == section}
+    similar = f" Did you mean {dashes + lasts[close[0]]!r}?" if close else f" There are {', '.join(sorted(beside))}."
     return f"there is no {'option' if dashes else 'key'} {dashes}{name}.{similar}"
 
 

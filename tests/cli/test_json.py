@@ -55,7 +55,7 @@ def commands(model, text):
         "--trainer.val_check_interval=2",
         "--trainer.logger.init_args.save_dir=run",
         "--trainer.default_root_dir=run",
-        "--trainer.callbacks.init_args.update_freq=2",
+        "--trainer.callbacks.update_freq=2",
     ]
     checkpoint = "run/version_0/checkpoints/epoch=0-step=4.ckpt"
     return {

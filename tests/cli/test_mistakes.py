@@ -12,7 +12,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 ROOT = Path(__file__).parents[2]
 FIT = ["fit", "--config", "recipes/smollm2_2of4.yaml"]
 PRUNE = ["prune", "--model", "x", "--out", "y"]
-PRUNING = "--trainer.callbacks.init_args"
+PRUNING = "--trainer.callbacks"
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +42,7 @@ def answer(arguments, capsys) -> str:
             [*FIT, "--trainer.callback+=Evaluation"],
             "there is no option --trainer.callback. Did you mean '--trainer.callbacks'",
         ),
-        ([*FIT, "--model.learning_rate=1"], "there is no option --model.learning_rate."),
+        ([*FIT, "--model.learning_rate=1"], "there is no option --model.learning_rate. There are betas, "),
         (["validate", "--ckpt", "x"], "there is no option --ckpt. Did you mean '--ckpt_path'"),
         ([*PRUNE, "--mask_struct", "2:4"], "there is no option --mask_struct. Did you mean '--mask_structure'?"),
         (["evaluate", "x", "--windw", "3"], "there is no option --windw. Did you mean '--window'"),

@@ -52,7 +52,7 @@ def fit(engine: str, folder: Path, model: Path, text: Path) -> Any:
         "--trainer.default_root_dir=run",
         "--trainer.enable_model_summary=false",
         "--trainer.enable_progress_bar=false",
-        "--trainer.callbacks.init_args.update_freq=4",
+        "--trainer.callbacks.update_freq=4",
         "--export=exported",
     ]
     strategy = lightning_cli.run(options).trainer.strategy

@@ -169,6 +169,9 @@ ARMS: dict[str, Arm] = {
     "dynamic_dormant_70_distill": _arm("smollm2_unstructured60", *_70, "policy=Dormant", distil=True),
     "swaps_70_distill": _arm("smollm2_unstructured60", *_70, *_SWAPS, "policy.group_size=0", distil=True),
     "regrow_70_distill": _arm("smollm2_unstructured60", *_70, "policy=Regrow", distil=True),
+    "regrow5_70_distill": _arm(
+        "smollm2_unstructured60", *_70, "policy=Regrow", "policy.drop_fraction=0.05", distil=True
+    ),
     # RigL (arXiv 1911.11134), from Wanda's first mask
     "rigl_70_distill": _arm("smollm2_unstructured60", *_70, *_FROM_WANDA, "policy=Regrow", distil=True),
     # low-rank, on q and v: outside the mask, where merging loses zeros, and inside it

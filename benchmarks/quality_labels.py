@@ -108,6 +108,7 @@ TAUGHT_70 = {
     "dynamic_dormant_70_distill": "re-pruned every 10 steps, policy Dormant",
     "swaps_70_distill": "swapped by evidence every 10 steps",
     "regrow_70_distill": "Regrow: gradient",
+    "regrow5_70_distill": "Regrow: gradient, drop_fraction 0.05",
     "rigl_70_distill": "RigL: dropped by magnitude, grown by gradient",
 }
 """With the untouched teacher, in steps of 512 tokens."""

@@ -6,7 +6,7 @@ from sparse_train.models.sources import ModelSource, as_model_source
 
 
 def inspect(model: ModelSource | str) -> dict[str, Any]:
-    """Sparsity and pattern of each linear layer, its size on disk, and whether 2:4 hardware could run it.
+    """Sparsity and pattern of the linear layers, their size on disk, and whether 2:4 hardware could run it.
 
     All numbers are counted on the weights, in the dtype that they have on disk.
 

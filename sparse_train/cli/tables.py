@@ -1,5 +1,6 @@
 """Results of commands as tables."""
 
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from datetime import timedelta
@@ -33,30 +34,37 @@ def show_pruning(details: dict[str, Any], layers: Sequence[LayerSparsity], folde
 def show_inspection(
     name: str, layers: Sequence[LayerSparsity], model_bytes: int, console: Console | None = None
 ) -> None:
-    """Sparsity and size of every layer, and whether its zeros and shape fit 2:4 hardware; then what its dtype means.
+    """Sparsity and size of layers, and whether their zeros and shape fit 2:4 hardware; then what their dtype means.
 
-    ``model_bytes`` are those of all parameters, each counted once. Prints to stdout by default.
+    Layers of different blocks that are alike share a row. ``model_bytes`` are those of all parameters, each counted
+    once. Prints to stdout by default.
     """
 
     def row(label: str, shape: str, own: Sequence[LayerSparsity], pattern: str, able: str) -> list[str]:
         size = sum(layer.dense_bytes for layer in own)
-        return [label, shape, f"{overall_sparsity(own):.4f}", pattern, f"{size / 1e6:.2f}", able]
+        return [label, shape, str(len(own)), f"{overall_sparsity(own):.4f}", pattern, f"{size / 1e6:.2f}", able]
 
     def total(label: str, own: Sequence[LayerSparsity]) -> list[str]:
         return row(label, "", own, "", f"{sum(layer.misfit_2of4 is None for layer in own)}/{len(own)}")
 
-    rows, reasons = [], defaultdict[str, list[str]](list)
+    alike, reasons = defaultdict[Any, list[LayerSparsity]](list), defaultdict[str, list[str]](list)
     for layer in layers:
-        shape = " x ".join(map(str, layer.shape))
-        rows.append(row(layer.name, shape, [layer], layer.pattern, "no" if layer.misfit_2of4 else "yes"))
+        able = "no" if layer.misfit_2of4 else "yes"
+        alike[re.sub(r"\.\d+\.", ".*.", layer.name), layer.shape, layer.pattern, able].append(layer)
         if why_not := layer.why_not_2of4:
             reasons[f"does not fit 2:4, {why_not}" if layer.misfit_2of4 else f"fits 2:4; {why_not}"].append(layer.name)
+    rows = [
+        row(name if len(own) > 1 else own[0].name, " x ".join(map(str, shape)), own, pattern, able)
+        for (name, shape, pattern, able), own in alike.items()
+    ]
     found = pruned(layers)
     if 0 < len(found) < len(layers):
-        rows.append(total(f"{len(found)} pruned layers", found))
-    rows += [total("all linear layers", layers), ["the whole model", "", "", "", f"{model_bytes / 1e6:.2f}", ""]]
+        rows.append(total("pruned layers", found))
+    rows += [total("all linear layers", layers), ["the whole model", "", "", "", "", f"{model_bytes / 1e6:.2f}", ""]]
     console = console or Console()
-    print_table([name, "shape", "sparsity", "pattern", "MB", "fits 2:4"], rows, words=(0, 1, 3), console=console)
+    print_table(
+        [name, "shape", "layers", "sparsity", "pattern", "MB", "fits 2:4"], rows, words=(0, 1, 4), console=console
+    )
     for reason, names in reasons.items():
         some = ", ".join([*names[:3], f"and {len(names) - 3} more"] if len(names) > 4 else names)
         console.print(f"{reason}: {some}", soft_wrap=True, highlight=False, markup=False)

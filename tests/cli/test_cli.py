@@ -70,7 +70,9 @@ def test_prune_evaluate_and_inspect(model_folder, text, capsys):
     assert layers["model.layers.0.mlp.up_proj"]["sparsity"] == 0.5
     assert layers["lm_head"]["sparsity"] < 0.05
     cli.main(["inspect", "pruned"])
-    assert "all linear layers" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "all linear layers" in printed
+    assert printed.count("model.layers.*.mlp.up_proj ") == 1  # a row for all blocks
 
 
 def test_documents_are_joined_by_the_separator_of_their_source(model_folder):

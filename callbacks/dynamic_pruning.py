@@ -71,7 +71,6 @@ class DynamicPruning(L.Callback):
         config: the settings as one object, instead.
         mask_lora: train only low-rank adapters inside the masks, and nothing else in the module; see
             ``sparse_train.MaskLoRA``. Default: train the weights themselves. In one process or with DDP.
-        log_layers: also log ``layers/sparsity/NAME`` and ``layers/flip_rate/NAME`` of each layer at updates.
         squash: leave plain layers with true zeros after ``fit``; False keeps the training state.
 
     Raises:
@@ -87,7 +86,6 @@ class DynamicPruning(L.Callback):
         *,
         config: PruningConfig | None = None,
         mask_lora: MaskLoRA | None = None,
-        log_layers: bool = False,
         squash: bool = True,
         **settings: Any,
     ) -> None:
@@ -95,7 +93,6 @@ class DynamicPruning(L.Callback):
         """The settings of the run."""
         require_type("mask_lora", mask_lora, MaskLoRA(), MaskLoRA)
         self._mask_lora, self._squash = mask_lora, squash
-        self.log_layers = log_layers
         self._layers: dict[str, MaskedLayer] = {}  # chosen in setup: other callbacks may freeze layers since
         self._restored: dict[str, Any] | None = None  # of a checkpoint, until the run begins
         self._global_step = 0
@@ -105,7 +102,7 @@ class DynamicPruning(L.Callback):
         self.updater: MaskUpdater | None = None
         """The running updater; None before the run has begun."""
         self.last_report: UpdateReport | None = None
-        """Report of the latest update in this process; None before the first."""
+        """Report of the latest update of the fit, in this process; None before the first."""
 
     @property
     def state_key(self) -> str:
@@ -131,7 +128,7 @@ class DynamicPruning(L.Callback):
                 lightning.call_when_built(pl_module, self._mask)
             return
         check_fit(trainer, pl_module, self, self.config, self._squash)
-        self.updater = self._restored = None
+        self.updater = self._restored = self.last_report = None
         lightning.call_when_built(pl_module, self._mask)
 
     def _mask(self, pl_module: L.LightningModule) -> None:
@@ -219,9 +216,8 @@ class DynamicPruning(L.Callback):
 
     def _log_update(self, trainer: L.Trainer, report: UpdateReport, step: int) -> None:
         self.last_report, self._metrics = report, report.metrics()
-        of_layers = report.layer_metrics() if self.log_layers else {}
         for logger in trainer.loggers:  # directly: updates need not coincide with log_every_n_steps
-            logger.log_metrics({**self._metrics, **of_layers}, step=step)
+            logger.log_metrics(self._metrics, step=step)
 
     # --- after training, and checkpoints -----------------------------------------------------------------------------
 

@@ -66,8 +66,8 @@ def show_run(run: Run) -> None:
     """The model before training and at the end, as the report of a run begins."""
     print_table(*closing([run]))
     took = timedelta(seconds=round(run.facts["seconds"]))
-    peak = run.facts["peak_device_bytes"] or run.facts["peak_bytes"]
-    print(f"{took} of training, peak memory {peak / 2**30:.2f} GiB")
+    *_, peak = (value for name, value in run.facts["about"].items() if name.startswith("peak memory"))
+    print(f"{took} of training, peak memory {peak:.2f} GiB")
 
 
 def show_zero_shot(result: ZeroShotResult) -> None:

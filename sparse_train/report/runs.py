@@ -16,7 +16,7 @@ RECORD, METRICS = "run.json", "metrics.csv"
 Points = list[tuple[int, float]]
 """(optimizer steps done, value), in the order of steps."""
 
-_OWN = ("sparsity/", "layers/", "evaluation/", "zero_shot/")
+_OWN = ("sparsity/", "evaluation/", "zero_shot/")
 """Metrics that this package logs, at the number of steps done."""
 
 
@@ -55,8 +55,8 @@ class Run:
     @property
     def sparsity(self) -> float | None:
         """Share of zeros among the targeted weights, counted on them; None for a dense run."""
-        if zeros := self.facts["zeros"]:
-            return float(sum(zeros.values()) / sum(self.facts["pruning"]["layers"].values()))
+        if layers := self.facts["layers"]:
+            return float(sum(each["zeros"] for each in layers.values()) / sum(each["size"] for each in layers.values()))
         return self.last("sparsity/").get("actual")
 
     def curve(self, name: str | None) -> Points:
@@ -88,9 +88,8 @@ class Run:
         return [(step, rate) for step, rate in self.curve("sparsity/flip_rate") if step > masked[0][0]]
 
     def by_layer(self, fact: str) -> dict[str, float]:
-        """ "zeros" at the latest update, or "flips" since the first mask, which may exceed 1; as shares of a layer."""
-        sizes = self.facts["pruning"]["layers"] if self.facts["pruning"] else {}
-        return {name: count / sizes[name] for name, count in (self.facts.get(fact) or {}).items()}
+        """The share of each layer that is "zeros", or is "differing" from the first mask."""
+        return {name: each[fact] / each["size"] for name, each in (self.facts["layers"] or {}).items()}
 
     def before(self) -> list[State]:
         """The model before training: dense, after the first mask."""

@@ -26,7 +26,7 @@ def show_pruning(details: dict[str, Any], layers: Sequence[LayerSparsity], folde
     seconds = ", ".join(f"{name} {value:.1f} s" for name, value in details["seconds"].items())
     print(f"sparsity of the targeted weights {details['sparsity']:.6f}; {seconds}, on {details['device']}")
     if found := details.get("perplexity"):
-        print("\n".join(PerplexityResult(**found).lines()))
+        print(PerplexityResult(**found).line())
     print_table(["projection", "layers", "sparsity", "pattern"], by_projection(layers), words=(0, 3))
 
 

@@ -34,7 +34,7 @@ from sparse_train.pruning.update import LayerUpdate
 _log = logging.getLogger(__name__)
 
 INDEX = "model.safetensors.index.json"
-_PROGRESS, _LOCK, _ACTIVATIONS = "progress.json", ".lock", "activations"
+_PROGRESS, _LOCK = "progress.json", ".lock"
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -167,7 +167,6 @@ class DiskShelf(Shelf):
         checkpoint, selection: its weights, and the targets among them.
         work: folder of finished shards, from ``unfinished``.
         device: where a loaded block computes.
-        on_disk: keep the activations between two blocks on disk, too, not in main memory.
     """
 
     def __init__(
@@ -177,13 +176,10 @@ class DiskShelf(Shelf):
         selection: Selection,
         work: Path,
         device: torch.device,
-        on_disk: bool = False,
     ) -> None:
         super().__init__(model, {**selection.layers, **expert_matrices(selection.experts)}, device)
         self.checkpoint, self.work = checkpoint, work
-        self.keep = work / _ACTIVATIONS if on_disk else torch.device("cpu")
-        if isinstance(self.keep, Path):
-            self.keep.mkdir(exist_ok=True)
+        self.keep = torch.device("cpu")
         self._progress = _read_progress(work)
         self.outliers = {int(block): share for block, share in self._progress["outliers"].items()}
         self.updates = {name: LayerUpdate(**each) for name, each in self._progress["updates"].items()}
@@ -360,7 +356,6 @@ def unfinished(out: Path, settings: Sequence[str]) -> Iterator[Path]:
             if not _has_begun(work):
                 shutil.rmtree(work)
             raise
-        shutil.rmtree(work / _ACTIVATIONS, ignore_errors=True)
         if out.exists():
             out.rmdir()
         work.rename(out)

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import nn
@@ -102,7 +101,6 @@ def prune_checkpoint(
     targets: Sequence[str] | None = None,
     ignore: Sequence[str] = (),
     device: str | torch.device = "cpu",
-    activations: Literal["memory", "disk"] = "memory",
     progress: bool = False,
 ) -> OneshotReport:
     """Prune a checkpoint of a decoder-only transformers model; the result is the same as that of ``prune``.
@@ -117,7 +115,6 @@ def prune_checkpoint(
         mask_structure, sparsity, criterion, distribution, targets, ignore, progress: see ``prune``; targets outside the
             decoder blocks and groups over the whole model need the whole model.
         device: where blocks compute, one at a time.
-        activations: where the outputs of a block are kept for the next one, "memory" or "disk".
     """
     from sparse_train.oneshot import disk  # needs safetensors
 
@@ -132,7 +129,7 @@ def prune_checkpoint(
     with disk.unfinished(out, settings) as work:
         model = disk.model_without_weights(path, checkpoint)
         selection = select(model, plan.pattern, targets, ignore, experts=True)
-        shelf = disk.DiskShelf(model, checkpoint, selection, work, torch.device(device), activations == "disk")
+        shelf = disk.DiskShelf(model, checkpoint, selection, work, torch.device(device))
         shelf.load_rest()
         report = walk(shelf, plan, batches, progress)
         disk.write_index(work, shelf.shards)

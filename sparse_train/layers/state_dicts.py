@@ -29,15 +29,10 @@ def is_mask(key: str) -> bool:
 # --- saving ----------------------------------------------------------------------------------------------------------
 
 
-def squashed_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict that ``squash`` would leave, without changing the model."""
-    return folded_state_dict(model, model.state_dict())
-
-
 def folded_state_dict(
-    model: nn.Module, state: Mapping[str, Tensor], device: torch.device | str | None = None
+    model: nn.Module, state: Mapping[str, Tensor] | None = None, device: torch.device | str | None = None
 ) -> dict[str, Tensor]:
-    """A state dict of ``model`` with its masks, and adapters inside them, folded into its weights.
+    """A state dict of ``model`` (default: its own) with its masks, and adapters inside them, folded into its weights.
 
     Args:
         model: the model that the state belongs to.
@@ -45,6 +40,7 @@ def folded_state_dict(
         device: where to put folded weights, one after the other. Together they need as much memory as the targets,
             which a GPU may not have free in the middle of a run. Default: the device where they were.
     """
+    state = model.state_dict() if state is None else state
     folded = {key: value for key, value in state.items() if not is_mask(key)}
     for key, mask_OJ in _masks_for(model, state).items():
         name = key.removesuffix(MASK_NAME)
@@ -99,7 +95,7 @@ def teach_save_pretrained() -> None:
                 "The weights of this model are divided among processes, so save_pretrained would not write it whole. "
                 "Call sparse_train.export.export_model(model, tokenizer, folder) in every process."
             )
-        bound.arguments["state_dict"] = folded_state_dict(self, self.state_dict() if state is None else state, "cpu")
+        bound.arguments["state_dict"] = folded_state_dict(self, state, "cpu")
         return original(*bound.args, **bound.kwargs)
 
     save_pretrained.folds_masks = True  # type: ignore[attr-defined]

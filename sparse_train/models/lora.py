@@ -116,7 +116,7 @@ def base_of(model: Any, state: Mapping[str, Tensor] | None = None) -> tuple[dict
             f"The adapter holds a copy of a whole module ({copied}, peft's modules_to_save), which is not "
             "exported. Leave modules_to_save out, or save the model yourself: model.save_pretrained."
         )
-    folded = folded_state_dict(base, base.state_dict() if own is None else own)
+    folded = folded_state_dict(base, own)
     return {bare(name): value for name, value in folded.items() if not name.startswith(adapters)}, [
         replace(layer, name=bare(layer.name))
         for layer in layer_sparsities(base, own)

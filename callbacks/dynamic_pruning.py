@@ -71,6 +71,7 @@ class DynamicPruning(L.Callback):
         config: the settings as one object, instead.
         mask_lora: train only low-rank adapters inside the masks, and nothing else in the module; see
             ``sparse_train.MaskLoRA``. Default: train the weights themselves. In one process or with DDP.
+        log_layers: also log ``layers/sparsity/NAME`` and ``layers/flip_rate/NAME`` of each layer at updates.
         squash: leave plain layers with true zeros after ``fit``; False keeps the training state.
 
     Raises:
@@ -86,13 +87,14 @@ class DynamicPruning(L.Callback):
         *,
         config: PruningConfig | None = None,
         mask_lora: MaskLoRA | None = None,
+        log_layers: bool = False,
         squash: bool = True,
         **settings: Any,
     ) -> None:
         self.config = config or PruningConfig(mask_structure, sparsity, **settings)
         """The settings of the run."""
         require_type("mask_lora", mask_lora, MaskLoRA(), MaskLoRA)
-        self._mask_lora, self._squash = mask_lora, squash
+        self._mask_lora, self._log_layers, self._squash = mask_lora, log_layers, squash
         self._layers: dict[str, MaskedLayer] = {}  # chosen in setup: other callbacks may freeze layers since
         self._restored: dict[str, Any] | None = None  # of a checkpoint, until the run begins
         self._global_step = 0
@@ -216,8 +218,9 @@ class DynamicPruning(L.Callback):
 
     def _log_update(self, trainer: L.Trainer, report: UpdateReport, step: int) -> None:
         self.last_report, self._metrics = report, report.metrics()
+        of_layers = report.layer_metrics() if self._log_layers else {}
         for logger in trainer.loggers:  # directly: updates need not coincide with log_every_n_steps
-            logger.log_metrics(self._metrics, step=step)
+            logger.log_metrics({**self._metrics, **of_layers}, step=step)
 
     # --- after training, and checkpoints -----------------------------------------------------------------------------
 

@@ -8,8 +8,7 @@ import torch
 from sparse_train.data.blocks import beginning
 from sparse_train.data.texts import PackagedWikipedia, Split, TextSource
 from sparse_train.evaluation import evaluate_perplexity, evaluate_zero_shot, token_ids
-from sparse_train.evaluation.perplexity import check_length
-from sparse_train.evaluation.undisturbed import check_autocast
+from sparse_train.evaluation.perplexity import check_autocast, check_length
 from sparse_train.evaluation.zeroshot import check_tasks, task_names
 from sparse_train.models.sources import ModelSource, as_model_source, float_dtype
 from sparse_train.terminal import bars_are_seen

@@ -15,7 +15,6 @@ from sparse_train.terminal import print_table
 
 
 def show_pruning(details: dict[str, Any], layers: Sequence[LayerSparsity], folder: Path) -> None:
-    """Results of one-shot pruning."""
     print(f"{details['model']} pruned to {folder}")
     for stage in details["stages"]:
         divided = "" if stage["distribution"] == "Uniform()" else f", {stage['distribution']}"
@@ -71,7 +70,6 @@ def show_run(run: Run) -> None:
 
 
 def show_zero_shot(result: ZeroShotResult) -> None:
-    """Accuracy on each task, in percent with its standard error, and the mean."""
 
     def percent(share: float | None) -> str:
         return "" if share is None else f"{100 * share:.2f}"

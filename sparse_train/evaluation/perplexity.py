@@ -9,7 +9,8 @@ batch, V vocabulary.
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,8 +20,9 @@ from torch import Tensor, nn
 from sparse_train.arguments import check_positive
 from sparse_train.blocks import vocabulary_of
 from sparse_train.data.blocks import beginning
-from sparse_train.evaluation.undisturbed import check_autocast, computed_in, undisturbed
+from sparse_train.environment import isolated_rng
 from sparse_train.models.losses import IGNORED, mean_over_tokens, next_token_loss, perplexity
+from sparse_train.oneshot.forwards import inference
 from sparse_train.terminal import with_bar
 
 _log = logging.getLogger(__name__)
@@ -192,3 +194,31 @@ def evaluate_perplexity(
         prefix=len(prefix),
         computed_in=computed_in(model, autocast),
     )
+
+
+# --- what zero-shot tasks need, too -----------------------------------------------------------------------------------
+
+
+def check_autocast(dtype: torch.dtype | None) -> None:
+    """Raise ValueError for a dtype in which autocast would not compute, but in that of the weights."""
+    if dtype not in (None, torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"autocast computes in bfloat16 or float16, got {str(dtype).removeprefix('torch.')}: the weights decide "
+            "about others. Load them in it: --model Pretrained --model.path FOLDER --model.dtype float32."
+        )
+
+
+def computed_in(model: nn.Module, autocast: torch.dtype | None) -> str:
+    """The dtype of a forward, from autocast or the weights."""
+    return str(autocast or next(model.parameters()).dtype).removeprefix("torch.")
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Inside, evaluation mode without gradients; afterwards, model and random numbers are as they were.
+
+    Activation statistics record nothing inside. Keys and values are only cached by forwards that ask for it, such as
+    ``generate``.
+    """
+    with isolated_rng(), inference(model, use_cache=False):
+        yield

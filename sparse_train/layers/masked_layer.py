@@ -20,9 +20,6 @@ from sparse_train.layers.masks import MASK_NAME
 from sparse_train.layers.state_dicts import teach_save_pretrained
 from sparse_train.statistics import LastSums, Statistics
 
-FALCON_LINEAR = "transformers.models.falcon.modeling_falcon.FalconLinear"
-"""A subclass of ``nn.Linear`` that computes what ``nn.Linear`` does."""
-
 
 @dataclass
 class Recorder:
@@ -97,7 +94,6 @@ class MaskedMatrix:
 
     @property
     def size(self) -> int:
-        """Number of weights."""
         return self.in_features * self.out_features
 
     def unmasked_weight(self) -> Tensor:
@@ -114,7 +110,6 @@ class MaskedMatrix:
         yield self.unmasked_weight(), slice(0, self.out_features)
 
     def write_zeros(self) -> None:
-        """Make pruned weights exact zeros."""
         self.weight_OI.copy_(self.masked_weight())
 
     def unpacked_mask(self) -> Tensor:
@@ -122,15 +117,12 @@ class MaskedMatrix:
         return masks.unpack(self.weight_mask, self.in_features)
 
     def keeps_all(self) -> bool:
-        """Whether the mask prunes nothing."""
         return masks.count(self.weight_mask) == self.size
 
     def keep_all(self) -> None:
-        """Make the mask prune nothing, in place."""
         masks.fill_full(self.weight_mask, self.in_features)
 
     def set_mask(self, mask_OI: Tensor) -> None:
-        """Replace the mask in place."""
         self.weight_mask.copy_(masks.pack(mask_OI))
 
 
@@ -269,7 +261,7 @@ def sparse_layers(model: nn.Module) -> dict[str, MaskedLayer]:
 
 def is_plain_linear(cls: type) -> bool:
     """Whether a class computes what ``nn.Linear`` does, so that it has a masked form, or is one."""
-    if cls is nn.Linear or issubclass(cls, MaskedLayer) or class_path(cls) in (CONV1D, FALCON_LINEAR):
+    if cls is nn.Linear or issubclass(cls, MaskedLayer) or class_path(cls) == CONV1D:
         return True
     # fully_shard generates a class: FSDPLinear(FSDPModule, Linear)
     first, *others = cls.__bases__

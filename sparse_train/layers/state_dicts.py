@@ -22,7 +22,6 @@ EXTRA_STATE = "_extra_state"  # torch's
 
 
 def is_mask(key: str) -> bool:
-    """Whether a key of a state dict names a mask."""
     return key == MASK_NAME or key.endswith(f".{MASK_NAME}")
 
 
@@ -148,6 +147,5 @@ def _has_zeros_of(layer: Any, weight: Any) -> bool:
 
 
 def refusals(module: nn.Module) -> list[int]:
-    """Keys of the ``refuse_dense`` hooks of a module."""
     hooks = module._load_state_dict_pre_hooks.items()
     return [key for key, hook in hooks if getattr(hook, "hook", hook) is refuse_dense]

@@ -72,7 +72,6 @@ class LoRA(ModelSource):
 
 
 def is_peft(model: Any) -> bool:
-    """Whether this is a ``PeftModel``, without importing peft."""
     return any(cls.__name__ == "PeftModel" and cls.__module__.startswith("peft.") for cls in type(model).__mro__)
 
 
@@ -125,7 +124,6 @@ def base_of(model: Any, state: Mapping[str, Tensor] | None = None) -> tuple[dict
 
 
 def card_row(model: Any) -> str:
-    """What a model card says about the adapter."""
     config, wanted = active_config(model), active_config(model).target_modules
     modules = f"{wanted!r}" if isinstance(wanted, str) else ", ".join(sorted(wanted))
     return (

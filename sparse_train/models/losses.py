@@ -101,7 +101,6 @@ def mean_over_tokens(device: torch.device, *, sync: bool = True) -> MeanMetric:
 
 
 def perplexity(mean_loss: Tensor) -> float:
-    """exp of a mean loss in nats per token."""
     return float(torch.exp(mean_loss.double()))
 
 

@@ -10,17 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from sparse_train.distributed.collectives import rank, take_from_rank_0, world_size
+from sparse_train.distributed.collectives import rank, world_size
 from sparse_train.distributed.fsdp2 import reshard
-from sparse_train.distributions import LayerSparsities, Outliers
+from sparse_train.distributions import Outliers
 from sparse_train.environment import isolated_rng
 from sparse_train.layers.masked_layer import MaskedLayer
 from sparse_train.oneshot.forwards import Batch
 from sparse_train.oneshot.walk import MemoryShelf, Plan, walk
 from sparse_train.pruning.config import FirstWindow, OneShot, PruningConfig
-from sparse_train.pruning.update import check_masks
 from sparse_train.pruning.updater import MaskUpdater
-from sparse_train.solvers import Solver
 
 _log = logging.getLogger(__name__)
 _NEEDED = (
@@ -76,21 +74,22 @@ def set_first_mask(
         _log_dense_start("first_mask is FirstWindow()")
     if not isinstance(first, OneShot):
         return None
-    method = first.criterion or config.criterion
-    for name, layer in layers.items() if isinstance(method, Solver) else ():
-        if layer.layout.has_masters or not layer.weight.requires_grad:
-            raise ValueError(
-                f"The first mask is made by {method}, which moves weights, and those of {name} are frozen, or "
-                "DeepSpeed would bring the old ones back from its float32 masters. Prune the model before the run and "
-                "before it gets adapters (sparse-train prune), or use a criterion."
-            )
     # without activations, the first update makes the same mask
     if dense and (first.criterion is not None or config.criterion.needs_activations):
         found = _model_and_batches(root, layers, first.batches, batches)
         if found is not None:
-            plan = Plan(method, config.pattern, config.first_sparsity, config.distribution, config.sparsity_at(1.0))
-            with autocast:
-                return _prune(layers, plan, *found, progress)
+            method, final = first.criterion or config.criterion, config.sparsity_at(1.0)
+            plan = Plan(method, config.pattern, config.first_sparsity, config.distribution, final)
+            shelf = MemoryShelf(found[0], layers, together=plan.pattern.model_wide)
+            try:
+                with autocast, shelf.restored_on_failure():
+                    return walk(shelf, plan, found[1], progress).outliers or None
+            except Exception as error:
+                error.add_note(
+                    "This happened while one-shot pruning made the first mask from batches of the training data. With "
+                    "first_mask=FirstWindow(), it comes from the first steps; a calibration_dataloader gives others."
+                )
+                raise
     if first.criterion is not None:
         raise ValueError(
             f"first_mask is {first}, but no one-shot pruning makes the first mask here: it does at start_step 0, if "
@@ -118,28 +117,6 @@ def _model_and_batches(
 def _log_dense_start(reason: str, level: int = logging.INFO) -> None:
     if rank() == 0:
         _log.log(level, "The first steps run dense, and their activations give the first mask: %s.", reason)
-
-
-def _prune(
-    layers: Mapping[str, MaskedLayer], plan: Plan, model: nn.Module, batches: Sequence[Batch], progress: bool
-) -> Outliers | None:
-    """Set the masks of a model in the module that is trained."""
-    assert plan.sparsity is not None and plan.final is not None
-    shelf = MemoryShelf(model, layers, together=plan.pattern.model_wide)
-    try:
-        with shelf.restored_on_failure():
-            outliers = walk(shelf, plan, batches, progress).outliers or None
-            division = LayerSparsities(plan.distribution, shelf.shapes, plan.pattern, plan.final, outliers)
-            check_masks(layers, plan.pattern, division.at(plan.sparsity))  # of a user's own solver
-    except Exception as error:
-        error.add_note(
-            "This happened while one-shot pruning made the first mask from batches of the training data. With "
-            "first_mask=FirstWindow(), it comes from the first steps; a calibration_dataloader gives other batches."
-        )
-        raise
-    if isinstance(plan.method, Solver):  # linear algebra may round differently on other hardware
-        take_from_rank_0([t for each in layers.values() for t in (each.weight_OI.detach(), each.weight_mask)])
-    return outliers
 
 
 def causal_lm(root: nn.Module, layers: Iterable[MaskedLayer]) -> nn.Module | None:

@@ -72,21 +72,15 @@ def prune(
     except BaseException:
         unmask(model, [layer for layer in dense if isinstance(layer, MaskedLayer)])  # whose masks keep everything
         raise
-    if rank() == 0:
-        _warn_of_empty(report)
+    if rank() == 0 and (empty := [name for name, layer in report.layers.items() if layer.zeros == layer.size]):
+        _log.warning(
+            "All weights of %d layers, such as %s, are zero, so no information passes there. If they were not zero "
+            "before, compare weights within rows and not in larger groups.",
+            *(len(empty), empty[0]),
+        )
     if squash:
         unmask(model, masked.values())
     return report
-
-
-def _warn_of_empty(report: OneshotReport) -> None:
-    if empty := [name for name, layer in report.layers.items() if layer.zeros == layer.size]:
-        _log.warning(
-            "All weights of %s%s are zero, so no information passes there. If they were not zero before, compare "
-            "weights within rows and not in larger groups.",
-            empty[0],
-            f" and of {len(empty) - 1} more layers" if len(empty) > 1 else "",
-        )
 
 
 def prune_checkpoint(

@@ -70,6 +70,11 @@ class UpdateReport:
             "sparsity/update_seconds": self.seconds,
         }
 
+    def layer_metrics(self) -> dict[str, float]:
+        """The metrics of each layer, by name."""
+        found = {f"layers/sparsity/{name}": layer.zeros / layer.size for name, layer in self.layers.items()}
+        return found | {f"layers/flip_rate/{name}": layer.flips / layer.size for name, layer in self.layers.items()}
+
 
 def sparsity_of(layers: Mapping[str, LayerUpdate]) -> float:
     """Share of zeros over all weights of these layers."""

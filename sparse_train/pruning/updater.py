@@ -393,11 +393,10 @@ class MaskUpdater:
         return {**self.config.as_data(), "mask_lora": self._adapters}
 
     def plan(self) -> str:
-        """Which layers are pruned and how far, how they differ in sparsity, and when masks change, in words."""
+        """Which layers are pruned and how far, and when masks change, in words."""
         parts = (
             f"{named(self.layers)} at {group_label(self.config.pattern)}",
             f"final sparsity {self.config.sparsity_at(1.0):g}",
-            self._division.in_words(),
             self.timing.in_words() if self._masks_change() else "masks do not change",
         )
-        return "; ".join(part for part in parts if part)
+        return "; ".join(parts)

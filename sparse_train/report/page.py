@@ -143,7 +143,6 @@ def _about(run: Run) -> dict[str, str]:
 
 
 def paragraph(text: str) -> str:
-    """Of HTML."""
     return f"<p>{html.escape(text)}</p>"
 
 
@@ -168,7 +167,6 @@ def _side_by_side(runs: Sequence[Run], facts: Callable[[Run], Mapping[str, str]]
 
 
 def _of(run: Run, runs: Sequence[Run]) -> str:
-    """The beginning of what is about one of several runs."""
     return f"{run.name}: " if len(runs) > 1 else ""
 
 

@@ -16,7 +16,7 @@ RECORD, METRICS = "run.json", "metrics.csv"
 Points = list[tuple[int, float]]
 """(optimizer steps done, value), in the order of steps."""
 
-_OWN = ("sparsity/", "evaluation/", "zero_shot/")
+_OWN = ("sparsity/", "layers/", "evaluation/", "zero_shot/")
 """Metrics that this package logs, at the number of steps done."""
 
 
@@ -60,7 +60,6 @@ class Run:
         return self.last("sparsity/").get("actual")
 
     def curve(self, name: str | None) -> Points:
-        """All values of one metric."""
         return [(int(row["step"]), row[name]) for row in self.metrics if name is not None and name in row]
 
     def last(self, prefix: str) -> dict[str, float]:
@@ -73,7 +72,6 @@ class Run:
         }
 
     def training_loss(self) -> Points:
-        """The loss that is trained on."""
         return self.curve(named("loss", [n for n in self.last("") if not n.startswith(("val", "test", *_OWN))]))
 
     def validation(self, word: str) -> Points:
@@ -88,7 +86,6 @@ class Run:
         return [(step, rate) for step, rate in self.curve("sparsity/flip_rate") if step > masked[0][0]]
 
     def by_layer(self, fact: str) -> dict[str, float]:
-        """The share of each layer that is "zeros", or is "differing" from the first mask."""
         return {name: each[fact] / each["size"] for name, each in (self.facts["layers"] or {}).items()}
 
     def before(self) -> list[State]:
@@ -148,7 +145,6 @@ def headline(run: Run) -> dict[str, Any]:
 
 
 def evaluations(run: Run) -> list[str]:
-    """The metrics of ``Evaluation`` callbacks."""
     return [name for name in run.last("") if name.startswith(("evaluation/", "zero_shot/"))]
 
 
@@ -159,7 +155,6 @@ def named(word: str, names: Sequence[str]) -> str | None:
 
 
 def number(value: float | None, form: str) -> str:
-    """``value`` formatted with ``form``; nothing if it was not measured."""
     return "" if value is None else format(value, form)
 
 

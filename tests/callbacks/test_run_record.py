@@ -10,7 +10,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
-from sparse_train import OneShot, SparseGPT
 from sparse_train.callbacks import DynamicPruning, RunRecord
 from sparse_train.report import collect, read_metrics
 from tests.callbacks.runs import InInit, Tokens, loader
@@ -103,12 +102,6 @@ def test_a_part_of_the_validation_does_not_pass_for_all(tmp_path):
     fit(tmp_path, steps=4, num_sanity_val_steps=2)
     run = collect([tmp_path])[0]
     assert run.before() == [] and [step for step, _ in run.validation("loss")] == [4]
-
-
-def test_weights_that_a_solver_has_moved_are_not_called_the_dense_model(tmp_path):
-    pruning = DynamicPruning("2:4", update_freq=3, first_mask=OneShot(SparseGPT(), batches=2))
-    fit(tmp_path, steps=1, callbacks=[pruning, RunRecord()])
-    assert [state.name for state in collect([tmp_path])[0].before()] == ["after the first mask"]
 
 
 def test_a_model_that_was_pruned_before_is_not_called_dense(tmp_path):

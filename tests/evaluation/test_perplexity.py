@@ -8,7 +8,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from sparse_train import MaskUpdater
 from sparse_train.evaluation import evaluate_perplexity, token_ids
-from sparse_train.evaluation.undisturbed import undisturbed
+from sparse_train.evaluation.perplexity import undisturbed
 from sparse_train.models.losses import next_token_loss
 from tests.conftest import VOCABULARY, tiny_llama, tiny_tokenizer
 

@@ -7,8 +7,6 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
-    FalconConfig,
-    FalconForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     MambaConfig,
@@ -20,7 +18,7 @@ from sparse_train.blocks import block_lists
 from sparse_train.layers.sparsify import sparsify
 from sparse_train.layers.targets import select
 from sparse_train.patterns import NM, Unstructured
-from tests.conftest import VOCABULARY, tiny_llama
+from tests.conftest import tiny_llama
 
 PATTERN = NM(2, 4)
 
@@ -346,15 +344,6 @@ def test_a_gate_that_is_no_router_is_a_target_or_is_named(outputs, chosen, caplo
     model.layers = nn.ModuleList([Gated(outputs)])
     assert names(model) == [f"layers.0.{name}" for name in chosen]
     assert ("layers.0.gate.projection, are taken for routers" in caplog.text) == (outputs == 4)
-
-
-def test_falcons_linear_layers_are_linear_layers(ids):
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": VOCABULARY}
-    model = FalconForCausalLM(FalconConfig(**sizes))
-    dense = model(input_ids=ids[0]).logits
-    sparsify(model, select(model, PATTERN).layers.values())
-    torch.testing.assert_close(model(input_ids=ids[0]).logits, dense)
-    assert prune(model, ids, "2:4").sparsity == 0.5
 
 
 def test_an_expression_that_leaves_out_what_is_never_pruned_is_no_mistake(llama):

@@ -382,7 +382,7 @@ def test_layers_without_a_weight_left_are_said(ids, caplog):
         for block in model.model.layers:
             block.mlp.down_proj.weight *= 1e-6
     prune(model, ids, Unstructured("model"), 0.4, criterion=Magnitude())
-    assert "All weights of model.layers.0.mlp.down_proj and of 2 more layers are zero" in caplog.text
+    assert "All weights of 3 layers, such as model.layers.0.mlp.down_proj, are zero" in caplog.text
 
 
 def test_a_progress_bar_changes_nothing_and_is_for_terminals(ids, capsys):

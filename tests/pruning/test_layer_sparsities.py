@@ -94,7 +94,6 @@ def test_by_hand():
     assert count == {"layer0": 8, "layer1": 2, "layer2": 20}
     count = {name: int(value * layers[name].in_features) for name, value in by_layer.at(0.25).items()}
     assert count == {"layer0": 4, "layer1": 1, "layer2": 10}
-    assert by_layer.in_words() == "0.200 to 0.800 by layer"
 
 
 @given(

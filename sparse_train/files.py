@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 from zipfile import is_zipfile
 
 import torch
@@ -81,9 +81,9 @@ def written_whole(out: Path) -> Iterator[Path]:
             out.rmdir()
         beside.chmod(0o755)
         beside.rename(out)
-    except BaseException as error:
+    except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
-        _raise_from(error, out)
+        raise
 
 
 @contextmanager
@@ -93,16 +93,9 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         yield beside
         beside.replace(path)
-    except BaseException as error:
+    except BaseException:
         beside.unlink(missing_ok=True)
-        _raise_from(error, path)
-
-
-def _raise_from(error: BaseException, out: Path) -> NoReturn:
-    """Raise an error again, as OSError if safetensors could not write."""
-    if type(error).__name__ == "SafetensorError":  # of a library that is not imported here
-        raise OSError(f"{out} could not be written: {error}") from error
-    raise error
+        raise
 
 
 def check_space(out: Path, needed: int) -> None:

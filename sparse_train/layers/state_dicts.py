@@ -117,12 +117,6 @@ def refuse_dense(module: nn.Module, state_dict: dict[str, Any], prefix: str, *ar
                 "Resume with the mask_lora that the checkpoint was written with; to start a new run from it, export it "
                 "(squash merges)."
             )
-    known = {f"{name}{MASK_NAME}" for name in masked_modules(module, prefix)}
-    if others := sorted(key for key in state_dict if is_mask(key) and key.startswith(prefix) and key not in known):
-        raise ValueError(
-            f"The run of the checkpoint pruned layers that this one does not, such as {others[0]}. Resume with the "
-            "same targets and ignore, or export the checkpoint and start a new run from that."
-        )
     bare = {name: each for name, each in layers.items() if name + MASK_NAME not in state_dict}
     if all(_has_zeros_of(each, state_dict[f"{name}weight"]) for name, each in bare.items()) and not all(
         each.weight_mask.is_meta or each.keeps_all() for each in bare.values()

@@ -17,7 +17,7 @@ from sparse_train.environment import isolated_rng
 from sparse_train.layers.masked_layer import MaskedLayer
 from sparse_train.oneshot.forwards import Batch
 from sparse_train.oneshot.walk import MemoryShelf, Plan, walk
-from sparse_train.pruning.config import FirstWindow, OneShot, PruningConfig
+from sparse_train.pruning.config import OneShot, PruningConfig
 from sparse_train.pruning.updater import MaskUpdater
 
 _log = logging.getLogger(__name__)
@@ -70,8 +70,6 @@ def set_first_mask(
     """
     first = config.first_mask
     dense = config.first_sparsity > 0 and all(layer.keeps_all() for layer in layers.values())
-    if isinstance(first, FirstWindow) and dense and config.criterion.needs_activations:
-        _log_dense_start("first_mask is FirstWindow()")
     if not isinstance(first, OneShot):
         return None
     # without activations, the first update makes the same mask
@@ -109,14 +107,11 @@ def _model_and_batches(
     found = batches(-(-count // ranks) * ranks) if walks else None  # the same number for each rank
     if model is not None and found is not None and len(found) >= ranks:
         return model, found[rank() :: ranks]
-    # missing batches are a surprise
-    _log_dense_start(f"one-shot pruning needs {_NEEDED}", logging.WARNING if walks else logging.INFO)
-    return None
-
-
-def _log_dense_start(reason: str, level: int = logging.INFO) -> None:
     if rank() == 0:
-        _log.log(level, "The first steps run dense, and their activations give the first mask: %s.", reason)
+        level = logging.WARNING if walks else logging.INFO  # missing batches are a surprise
+        why = f"one-shot pruning needs {_NEEDED}"
+        _log.log(level, "The first steps run dense, and their activations give the first mask: %s.", why)
+    return None
 
 
 def causal_lm(root: nn.Module, layers: Iterable[MaskedLayer]) -> nn.Module | None:

@@ -21,7 +21,7 @@ from sparse_train.arguments import check_positive
 from sparse_train.blocks import vocabulary_of
 from sparse_train.data.blocks import beginning
 from sparse_train.environment import isolated_rng
-from sparse_train.models.losses import IGNORED, mean_over_tokens, next_token_loss, perplexity
+from sparse_train.models.losses import IGNORED, mean_over_tokens, next_token_loss
 from sparse_train.oneshot.forwards import inference
 from sparse_train.terminal import with_bar
 
@@ -183,7 +183,7 @@ def evaluate_perplexity(
             loss, count = next_token_loss(logits_BLV, labels_BL.to(device))
             metric.update(loss, weight=count)
     return PerplexityResult(
-        perplexity=perplexity(metric.compute()),
+        perplexity=float(metric.compute().double().exp()),
         model=model_name,
         data=data_name,
         split=split,

@@ -69,48 +69,38 @@ def set_first_mask(
         The outliers, if one-shot pruning has measured some. After an error, the model is unchanged.
     """
     first = config.first_mask
-    dense = config.first_sparsity > 0 and all(layer.keeps_all() for layer in layers.values())
     if not isinstance(first, OneShot):
         return None
+    dense = config.first_sparsity > 0 and all(layer.keeps_all() for layer in layers.values())
     # without activations, the first update makes the same mask
     if dense and (first.criterion is not None or config.criterion.needs_activations):
-        found = _model_and_batches(root, layers, first.batches, batches)
-        if found is not None:
+        reshard(root)
+        model, ranks = causal_lm(root, layers.values()), world_size()
+        walks = model is not None and not any(layer.layout.is_sharded for layer in layers.values())
+        found = batches(-(-first.batches // ranks) * ranks) if walks else None  # the same number for each rank
+        if model is not None and found is not None and len(found) >= ranks:
             method, final = first.criterion or config.criterion, config.sparsity_at(1.0)
             plan = Plan(method, config.pattern, config.first_sparsity, config.distribution, final)
-            shelf = MemoryShelf(found[0], layers, together=plan.pattern.model_wide)
+            shelf = MemoryShelf(model, layers, together=plan.pattern.model_wide)
             try:
                 with autocast, shelf.restored_on_failure():
-                    return walk(shelf, plan, found[1], progress).outliers or None
+                    return walk(shelf, plan, found[rank() :: ranks], progress).outliers or None
             except Exception as error:
                 error.add_note(
                     "This happened while one-shot pruning made the first mask from batches of the training data. With "
                     "first_mask=FirstWindow(), it comes from the first steps; a calibration_dataloader gives others."
                 )
                 raise
+        if rank() == 0:
+            level = logging.WARNING if walks else logging.INFO  # missing batches are a surprise
+            why = f"one-shot pruning needs {_NEEDED}"
+            _log.log(level, "The first steps run dense, and their activations give the first mask: %s.", why)
     if first.criterion is not None:
         raise ValueError(
             f"first_mask is {first}, but no one-shot pruning makes the first mask here: it does at start_step 0, if "
             f"there is something to prune and there are no masks yet, and needs {_NEEDED}. Leave the criterion out of "
             "OneShot, or prune the model before the run (sparse_train.prune)."
         )
-    return None
-
-
-def _model_and_batches(
-    root: nn.Module, layers: Mapping[str, MaskedLayer], count: int, batches: Callable[[int], Sequence[Batch] | None]
-) -> tuple[nn.Module, Sequence[Batch]] | None:
-    """The model to calibrate, and this rank's batches for it; None if there is no such model, or too few batches."""
-    reshard(root)
-    model, ranks = causal_lm(root, layers.values()), world_size()
-    walks = model is not None and not any(layer.layout.is_sharded for layer in layers.values())
-    found = batches(-(-count // ranks) * ranks) if walks else None  # the same number for each rank
-    if model is not None and found is not None and len(found) >= ranks:
-        return model, found[rank() :: ranks]
-    if rank() == 0:
-        level = logging.WARNING if walks else logging.INFO  # missing batches are a surprise
-        why = f"one-shot pruning needs {_NEEDED}"
-        _log.log(level, "The first steps run dense, and their activations give the first mask: %s.", why)
     return None
 
 

@@ -143,9 +143,6 @@ class Explicit(SparsityDistribution):
             check_sparsity(f"The sparsity of {target!r}", value)
 
     def sparsities(self, shapes: Shapes, sparsity: float | None, outliers: Outliers) -> dict[str, float]:
-        return _complete(shapes, self._named(shapes), sparsity)
-
-    def _named(self, shapes: Shapes) -> dict[str, float]:
         found: dict[str, float] = {}
         for target, value in self.layers.items():
             if target.startswith("re:"):
@@ -156,7 +153,7 @@ class Explicit(SparsityDistribution):
                 parts = sorted({part for name in shapes for part in _heads_and_tails(name)})
                 raise ValueError(f"{target!r} is not the name of a targeted layer." + did_you_mean(target, parts))
             found |= dict.fromkeys(hits, value)
-        return found
+        return _complete(shapes, found, sparsity)
 
 
 def _heads_and_tails(name: str) -> list[str]:

@@ -6,7 +6,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich import get_console
 
 from sparse_train.evaluation import PerplexityResult, ZeroShotResult
 from sparse_train.inspection import LayerSparsity, by_projection, overall_sparsity, pruned
@@ -29,12 +29,10 @@ def show_pruning(details: dict[str, Any], layers: Sequence[LayerSparsity], folde
     print_table(["projection", "layers", "sparsity", "pattern"], by_projection(layers), words=(0, 3))
 
 
-def show_inspection(
-    name: str, layers: Sequence[LayerSparsity], model_bytes: int, console: Console | None = None
-) -> None:
+def show_inspection(name: str, layers: Sequence[LayerSparsity], model_bytes: int) -> None:
     """Sparsity and size of every layer, and whether its zeros and shape fit 2:4 hardware; then what its dtype means.
 
-    ``model_bytes`` are those of all parameters, each counted once. Prints to stdout by default.
+    ``model_bytes`` are those of all parameters, each counted once.
     """
 
     def row(label: str, shape: str, own: Sequence[LayerSparsity], pattern: str, able: str) -> list[str]:
@@ -54,11 +52,10 @@ def show_inspection(
     if 0 < len(found) < len(layers):
         rows.append(total(f"{len(found)} pruned layers", found))
     rows += [total("all linear layers", layers), ["the whole model", "", "", "", f"{model_bytes / 1e6:.2f}", ""]]
-    console = console or Console()
-    print_table([name, "shape", "sparsity", "pattern", "MB", "fits 2:4"], rows, words=(0, 1, 3), console=console)
+    print_table([name, "shape", "sparsity", "pattern", "MB", "fits 2:4"], rows, words=(0, 1, 3))
     for reason, names in reasons.items():
         some = ", ".join([*names[:3], f"and {len(names) - 3} more"] if len(names) > 4 else names)
-        console.print(f"{reason}: {some}", soft_wrap=True, highlight=False, markup=False)
+        get_console().print(f"{reason}: {some}", soft_wrap=True, highlight=False, markup=False)
 
 
 def show_run(run: Run) -> None:

@@ -94,7 +94,8 @@ class DynamicPruning(L.Callback):
         self.config = config or PruningConfig(mask_structure, sparsity, **settings)
         """The settings of the run."""
         require_type("mask_lora", mask_lora, MaskLoRA(), MaskLoRA)
-        self._mask_lora, self._log_layers, self._squash = mask_lora, log_layers, squash
+        self._mask_lora, self._squash = mask_lora, squash
+        self.log_layers = log_layers
         self._layers: dict[str, MaskedLayer] = {}  # chosen in setup: other callbacks may freeze layers since
         self._restored: dict[str, Any] | None = None  # of a checkpoint, until the run begins
         self._global_step = 0
@@ -218,7 +219,7 @@ class DynamicPruning(L.Callback):
 
     def _log_update(self, trainer: L.Trainer, report: UpdateReport, step: int) -> None:
         self.last_report, self._metrics = report, report.metrics()
-        of_layers = report.layer_metrics() if self._log_layers else {}
+        of_layers = report.layer_metrics() if self.log_layers else {}
         for logger in trainer.loggers:  # directly: updates need not coincide with log_every_n_steps
             logger.log_metrics({**self._metrics, **of_layers}, step=step)
 

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from zipfile import is_zipfile
 
 import torch
@@ -81,9 +81,9 @@ def written_whole(out: Path) -> Iterator[Path]:
             out.rmdir()
         beside.chmod(0o755)
         beside.rename(out)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(beside, ignore_errors=True)
-        raise
+        _raise_from(error, out)
 
 
 @contextmanager
@@ -93,9 +93,16 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         yield beside
         beside.replace(path)
-    except BaseException:
+    except BaseException as error:
         beside.unlink(missing_ok=True)
-        raise
+        _raise_from(error, path)
+
+
+def _raise_from(error: BaseException, out: Path) -> NoReturn:
+    """Raise an error again, as OSError if safetensors could not write."""
+    if type(error).__name__ == "SafetensorError":  # of a library that is not imported here
+        raise OSError(f"{out} could not be written: {error}") from error
+    raise error
 
 
 def check_space(out: Path, needed: int) -> None:

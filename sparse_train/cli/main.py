@@ -91,8 +91,7 @@ def _is_the_users(error: Exception) -> bool:
         "maximum recursion depth exceeded",  # a YAML file that contains itself
     )
     expected = isinstance(error, (ValueError, OSError, ImportError)) or any(each in str(error) for each in of_others)
-    # by name, as importing them would take seconds
-    return expected or type(error).__name__ in ("MisconfigurationException", "SafetensorError")
+    return expected or type(error).__name__ == "MisconfigurationException"  # importing it would take seconds
 
 
 if __name__ == "__main__":

@@ -136,7 +136,7 @@ def test_a_full_disk_is_said_before_the_pruning_and_after_it(run, monkeypatch):
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", fill)
-    with pytest.raises(SystemExit, match="prune: I/O error: No space left"):
+    with pytest.raises(SystemExit, match="out could not be written: I/O error: No space left"):
         run()
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTJConfig, GPTJForCausalLM
 
 from sparse_train import OWL, Criterion, Magnitude, SparseGPT, Unstructured, Wanda, prune
@@ -107,14 +106,14 @@ def test_a_killed_run_goes_on_at_the_block_it_was_in(tmp_path, ids, monkeypatch)
 def prune_on_a_full_disk(folder, ids):
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
-    with pytest.raises(SafetensorError) as caught:
+    with pytest.raises(OSError) as caught:
         prune_checkpoint(folder / "dense", folder / "sparse", ids, "2:4")
     return str(caught.value)
 
 
 def test_a_full_disk_is_said_and_the_finished_blocks_stay(tmp_path, ids):
     save(tiny_llama(), tmp_path / "dense")
-    assert "too large" in launch.alone(prune_on_a_full_disk, tmp_path, ids)
+    assert "could not be written" in launch.alone(prune_on_a_full_disk, tmp_path, ids)
     assert not (tmp_path / "sparse").exists()
     assert not list((tmp_path / ".sparse.partial").glob("*.writing"))
 

@@ -76,7 +76,6 @@ ONESHOT = {
     "oneshot_owl_70": Untrained(Wanda(), "unstructured", 0.7, OWL()),
 }
 _WANDA_FIRST = ("first_mask=OneShot", "first_mask.criterion=Wanda")
-_SPARSEGPT_FIRST = ("first_mask=OneShot", "first_mask.criterion=SparseGPT")
 _FROM_WANDA = ("criterion=Magnitude", *_WANDA_FIRST)
 _GRADUAL = (
     *("criterion=Magnitude", "policy=Fixed", "schedule=Cubic", "schedule.final_sparsity=0.5"),
@@ -123,10 +122,6 @@ ARMS: dict[str, Arm] = {
     # from a model that was pruned before: its pruned weights are zeros, not their former values
     "static_from_sparsegpt": _arm("smollm2_2of4_static", "first_mask=FromZeros", start="oneshot_sparsegpt"),
     "dynamic_from_sparsegpt": _arm("smollm2_2of4", "first_mask=FromZeros", start="oneshot_sparsegpt"),
-    # SparseGPT's first mask and weights, made in the run: pruned weights keep their former values
-    "dynamic_sparsegpt": _arm("smollm2_2of4", *_SPARSEGPT_FIRST),
-    "dynamic_sparsegpt_distill": _arm("smollm2_2of4", *_SPARSEGPT_FIRST, distil=True),
-    "dynamic_sparsegpt_distill_tuned": _arm("smollm2_2of4", *_SPARSEGPT_FIRST, teacher=True),
     "dynamic_from_wanda": _arm("smollm2_2of4", "first_mask=FromZeros", start="oneshot_wanda"),
     # distillation from the untouched model, and from the one that --teacher names
     "static_distill": _arm("smollm2_2of4_static", distil=True),

@@ -1,11 +1,12 @@
 """The names of arms in the tables of ``quality_tables.py``: one dict per table, with the arms of ``arms.py``."""
 
-REMOVED = (
+_OF_3234AED = (
     *("dynamic_hysteresis5", "dynamic_hysteresis20", "dynamic_noise1"),
     *("dynamic_window_hysteresis5", "dynamic_window_hysteresis20", "dynamic_window_noise1", "dynamic_window_noise2"),
     *("dynamic_decay_ramped", "dynamic_decay_annealed", "dynamic_distill_squarehead"),
 )
-"""Arms of settings that gained nothing and were removed: only old rows are left."""
+REMOVED = {**dict.fromkeys(_OF_3234AED, "3234aed"), "dynamic_sparsegpt": "16eb108"}
+"""Arms of settings that gained nothing and were removed: only old rows are left; and the last commits that ran them."""
 
 MAIN = {
     "none": "dense, untrained",
@@ -57,8 +58,6 @@ STARTS = {
     "oneshot_sparsegpt": "one-shot SparseGPT, untrained",
     "dynamic": "from the dense model, Wanda's first mask",
     "dynamic_sparsegpt": "from the dense model, SparseGPT's first mask and weights",
-    "dynamic_sparsegpt_distill": "SparseGPT's first mask and weights, untouched teacher",
-    "dynamic_sparsegpt_distill_tuned": "SparseGPT's first mask and weights, fine-tuned teacher",
     "dynamic_from_wanda": "from one-shot Wanda",
     "static_from_sparsegpt": "from one-shot SparseGPT, fixed masks",
     "dynamic_from_sparsegpt": "from one-shot SparseGPT",
@@ -130,6 +129,6 @@ SCRATCH = {
 LENGTHS = (
     *("dense", "static", "dynamic", "static_distill", "dynamic_distill", "dynamic_distill_tuned"),
     "dynamic_magnitude",
-    *("dynamic_sparsegpt", "dynamic_sparsegpt_distill", "dynamic_sparsegpt_distill_tuned"),
+    "dynamic_sparsegpt",
 )
 """Arms whose longer runs are shown next to those of 100 steps."""

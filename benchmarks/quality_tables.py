@@ -37,8 +37,6 @@ TEXTS = {"heldout": "held-out articles", "wikitext2": "WikiText-2", "c4": "C4"}
 STATIC = ("static", "static_ste")
 STATIC_70 = ("static_70", "static_ste_70")
 UNPRUNED = ("none", "dense")
-LAST_RUN = " (last run with commit 3234aed)"
-"""Mark of arms that cannot be run any more."""
 
 
 def _perplexities(values: dict[int, float]) -> str:
@@ -77,7 +75,8 @@ def table(runs: Runs, arms: dict[str, str], against: str | None, label: str, ste
             continue
         row = next(iter(found.values()))
         lr = "" if row["steps"] == "0" else f"{float(row['lr']):g}" + ("" if runs.has_grid(arm) else " *")
-        cells = [words + (LAST_RUN if arm in REMOVED else ""), arm, lr, ", ".join(map(str, sorted(found)))]
+        words += f" (last run with commit {REMOVED[arm]})" if arm in REMOVED else ""
+        cells = [words, arm, lr, ", ".join(map(str, sorted(found)))]
         cells += [_perplexities(runs.values(arm, text, steps)) for text in TEXTS]
         rises = arm.startswith(("gradual", "scratch"))  # their flips are mostly pruning
         cells += ["" if rises else _first_to_last(found, "flip_rate", 2)]

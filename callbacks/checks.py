@@ -2,7 +2,7 @@
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint, ModelPruning
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_warn
@@ -40,12 +40,6 @@ def check_fit(
                 f"{type(callback).__name__} copies the model before DynamicPruning has given it masks. Put "
                 "DynamicPruning first in the trainer's callbacks."
             )
-    other = next((each for each in callbacks if isinstance(each, ModelPruning)), None)
-    if other is not None:
-        raise ValueError(
-            f"{type(other).__name__} adds a second set of masks to those of DynamicPruning, under the same "
-            "name. Use one of them."
-        )
     found = [each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)]
     best = next((each.monitor for each in found if each.monitor is not None and each.save_top_k not in (0, -1)), None)
     if config.first_sparsity < config.sparsity_at(1.0) and best is not None:

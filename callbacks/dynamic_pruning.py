@@ -105,7 +105,7 @@ class DynamicPruning(L.Callback):
         self.updater: MaskUpdater | None = None
         """The running updater; None before the run has begun."""
         self.last_report: UpdateReport | None = None
-        """Report of the latest update in this process; None before the first."""
+        """Report of the latest update of the fit, in this process; None before the first."""
 
     @property
     def state_key(self) -> str:
@@ -131,7 +131,7 @@ class DynamicPruning(L.Callback):
                 lightning.call_when_built(pl_module, self._mask)
             return
         check_fit(trainer, pl_module, self, self.config, self._squash)
-        self.updater = self._restored = None
+        self.updater = self._restored = self.last_report = None
         lightning.call_when_built(pl_module, self._mask)
 
     def _mask(self, pl_module: L.LightningModule) -> None:

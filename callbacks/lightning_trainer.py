@@ -91,7 +91,6 @@ def _sparsify_as_loaded(module: nn.Module, state_dict: dict[str, Any], prefix: s
 
 
 def averaging(trainer: L.Trainer) -> list[WeightAveraging]:
-    """The callbacks that average weights."""
     return [each for each in trainer.callbacks if isinstance(each, WeightAveraging)]  # type: ignore[attr-defined]
 
 

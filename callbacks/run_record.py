@@ -1,12 +1,11 @@
 """``RunRecord``: what is not a metric of a training run, in ``run.json`` beside Lightning's ``metrics.csv``.
 
-sessions              one, and one more each time the run is resumed
-pruning               settings of ``DynamicPruning``, and the size of each targeted layer; null for a dense run
 states                validations before training, of "dense" and "after the first mask", as ``report.runs.State``
-step, seconds, ...    optimizer steps done, training time and that of validations, tokens, peak memory, so far
-zeros, flips          of each layer: zeros counted at the latest update, and mask entries changed since the first mask
-finished              whether the run came to its end; then also zeros as they are in its final weights
+step, seconds, tokens optimizer steps done, training time, and tokens trained on (with padding), so far
+layers                size, zeros, and mask entries that differ from the first mask, of each targeted layer
+finished              whether the run came to its end; zeros are then those of its final weights
 protocols             what ``Evaluation`` callbacks measured
+about                 what the page lists: settings, when and on what the run ran, peak memory of the first process
 """
 
 import json
@@ -46,8 +45,7 @@ class RunRecord(L.Callback):
     ``sparse-train fit`` adds this callback. Metrics are in the ``metrics.csv`` of Lightning's ``CSVLogger``, which is
     added to a trainer that has none. With ``num_sanity_val_steps=-1``, the sanity check before training gives the
     baselines: its result is that of the first mask, and the same batches are run once more with all weights kept, for
-    the dense model (unless a solver has made the first mask and moved weights). A check of fewer batches gives none,
-    since it could not be compared with later validations.
+    the dense model. A check of fewer batches gives none, since it could not be compared with later validations.
 
     Checkpoints contain the record and the metrics so far, so a run that was killed and resumed, in the same folder or
     in another, has one history. Only rank 0 writes.
@@ -60,21 +58,18 @@ class RunRecord(L.Callback):
         self._earlier: list[dict[str, float]] = []  # metrics, from a checkpoint
         self._logger: CSVLogger | None = None
         self._pruning: DynamicPruning | None = None
-        self._noted: UpdateReport | None = None
-        self._setup_began = self._began = self._counted = self._validation_began = 0.0
+        self._began = self._counted = 0.0
 
     # --- before training ---------------------------------------------------------------------------------------------
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        self._setup_began, self._began, self.folder = time.perf_counter(), 0.0, None
+        self._began, self.folder = 0.0, None
         self._pruning = next((each for each in _callbacks(trainer) if isinstance(each, DynamicPruning)), None)
-        self._noted = self._report()  # of an earlier fit
         if trainer.global_step == 0:  # a checkpoint, if there is one, is loaded later
-            counts = dict.fromkeys(("step", "tokens", "seconds", "validation_seconds"), 0)
-            noted: dict[str, Any] = {"zeros": None, "flips": None, "sessions": [], "states": [], "protocols": []}
-            self._facts, self._earlier = counts | noted, []
+            counts: dict[str, Any] = {"step": 0, "seconds": 0.0, "tokens": 0, "layers": None}
+            self._facts, self._earlier = counts | {"states": [], "protocols": [], "about": {}}, []
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         trial = trainer.fast_dev_run or any(isinstance(logger, DummyLogger) for logger in trainer.loggers)  # type: ignore[attr-defined]
@@ -89,7 +84,7 @@ class RunRecord(L.Callback):
         updater = self._updater()
         masked = updater is not None and bool(updater.sparsity)
         self._add_state(trainer, "after the first mask" if masked else "dense")
-        if updater and masked and self._pruning and not self._pruning.config.first_mask_moves_weights:
+        if updater and masked:
             rank_zero_info("RunRecord: validating once more with all weights kept, for the report.")
             masks = {layer: layer.weight_mask.clone() for layer in updater.layers.values()}
             try:
@@ -117,26 +112,24 @@ class RunRecord(L.Callback):
             for row in self._earlier:
                 self._logger.experiment.log_metrics(row, int(row["step"]))
         self._earlier = []
-        steps = trainer.estimated_stepping_batches
-        session = {
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "step": steps_done(trainer, in_batch=False),
-            "versions": environment.versions(),
-            "machine": environment.machine(),
-            "seed": int(os.environ["PL_GLOBAL_SEED"]) if "PL_GLOBAL_SEED" in os.environ else None,
+        before, step = self._facts["about"], steps_done(trainer, in_batch=False)
+        resumed = before.get("resumed at steps", [])
+        about = {
+            "length, steps": trainer.estimated_stepping_batches,
             "precision": str(trainer.precision),
-            "ranks": trainer.world_size,
-            "total_steps": None if steps == float("inf") else int(steps),
-            "prepare_seconds": self._began - self._setup_began,
+            "processes": trainer.world_size,
+            "seed": os.environ.get("PL_GLOBAL_SEED"),
+            "begun": before.get("begun", datetime.now(UTC).isoformat(timespec="seconds")),
+            "resumed at steps": [*resumed, step] if before else resumed,
+            **environment.machine(),
+            **environment.versions(),
         }
-        self._facts["sessions"] = [*self._facts["sessions"], session]
-        pruning = None
         if (updater := self._updater()) is not None:
-            layers = {name: layer.in_features * layer.out_features for name, layer in updater.layers.items()}
-            pruning = {"settings": {**updater.settings(), **asdict(updater.timing)}, "layers": layers}
-        self._facts |= {"finished": False, "pruning": pruning}
-        self._note_update()
-        self._write(steps_done(trainer, in_batch=False))
+            size = sum(layer.size for layer in updater.layers.values())
+            targets = {"targeted layers": len(updater.layers), "targeted weights": size}
+            about = {**updater.settings(), **asdict(updater.timing), **targets, **about}
+        self._facts |= {"finished": False, "about": about}
+        self._write(step)
 
     # --- in training -------------------------------------------------------------------------------------------------
 
@@ -144,41 +137,31 @@ class RunRecord(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._facts["tokens"] += _tokens(batch) * trainer.world_size
-        self._note_update()
         last_epoch = trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
         if last_epoch or 0 < trainer.max_steps <= trainer.global_step:
             trainer.should_stop = True  # as it will; and before it stops, Lightning then validates
 
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._validation_began = time.perf_counter()
-
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._facts["validation_seconds"] += time.perf_counter() - self._validation_began
             self._write(steps_done(trainer))
 
     # --- after training, and checkpoints -----------------------------------------------------------------------------
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._note_update()  # of the last step, if this callback comes before that of the masks
-        updater = self._updater()
-        if updater is not None and updater.sparsity is not None:
-            # counted now: after this, masks may be folded into the weights
-            self._facts["zeros"] = {name: layer.zeros for name, layer in updater.report().layers.items()}
         self._facts["finished"] = True
-        self._write(steps_done(trainer, in_batch=False))
+        updater = self._updater()  # counts now: after this, masks may be folded into the weights
+        self._write(steps_done(trainer, in_batch=False), updater.report() if updater else None)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         evaluations = [each for each in _callbacks(trainer) if isinstance(each, Evaluation)]
         protocols = [result["protocol"] for each in evaluations for result in each.results]
         self._facts["protocols"] = list(dict.fromkeys([*self._facts["protocols"], *protocols]))
-        self._write(self._facts["step"])
         self._pruning = None  # also releases the model
+        self._write(self._facts["step"])
 
     def state_dict(self) -> dict[str, Any]:
         if self.folder is None or self._logger is None:
             return {"facts": self._facts, "metrics": self._earlier}
-        self._note_update()  # of this step, if this callback comes before that of the masks
         self._logger.save()
         return {"facts": {**self._facts, "seconds": self._seconds()}, "metrics": read_metrics(self.folder / METRICS)}
 
@@ -190,27 +173,22 @@ class RunRecord(L.Callback):
     def _seconds(self) -> float:
         return self._counted + time.perf_counter() - self._began if self._began else self._facts["seconds"]
 
-    def _note_update(self) -> None:
-        report = self._report()
-        if report is None or report is self._noted:
-            return
-        self._noted, before = report, self._facts["flips"]
-        self._facts["zeros"] = {name: layer.zeros for name, layer in report.layers.items()}
-        self._facts["flips"] = {  # the first mask flips nothing
-            name: 0 if before is None else before.get(name, 0) + layer.flips for name, layer in report.layers.items()
-        }
-
-    def _write(self, step: int) -> None:
-        peaks = environment.peak_bytes(), torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
-        self._facts |= {"step": step, "seconds": self._seconds(), "peak_bytes": peaks[0], "peak_device_bytes": peaks[1]}
+    def _write(self, step: int, report: UpdateReport | None = None) -> None:
+        self._facts |= {"step": step, "seconds": self._seconds()}
+        self._facts["about"]["peak memory of the process, GiB"] = environment.peak_bytes() / 2**30
+        if torch.cuda.is_available():
+            self._facts["about"]["peak memory of the accelerator, GiB"] = torch.cuda.max_memory_allocated() / 2**30
+        report = report or (self._pruning.last_report if self._pruning else None)
+        if report is not None:
+            self._facts["layers"] = {
+                name: {"size": layer.size, "zeros": layer.zeros, "differing": report.differing.get(name, 0)}
+                for name, layer in report.layers.items()
+            }
         if self.folder is not None and self._logger is not None:
             self._logger.save()
             self.folder.mkdir(parents=True, exist_ok=True)
             with replacing(self.folder / RECORD) as beside:
                 beside.write_text(json.dumps(self._facts, indent=1), encoding="utf-8")
-
-    def _report(self) -> UpdateReport | None:
-        return None if self._pruning is None else self._pruning.last_report
 
     def _updater(self) -> MaskUpdater | None:
         return None if self._pruning is None else self._pruning.updater

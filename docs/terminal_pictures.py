@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 import torch
+from rich import get_console, reconfigure
 from rich._export_format import CONSOLE_SVG_FORMAT
-from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparse_train import Magnitude, prune
@@ -39,10 +39,11 @@ def inspect_picture() -> str:
     prune(model, criterion=Magnitude(), mask_structure="2:4", targets=["re:.*layers.*"], ignore=["re:.*1.mlp.*"])
     prune(model, criterion=Magnitude(), mask_structure="4:8", targets=["re:.*1.mlp.gate_proj"])
     prune(model, criterion=Magnitude(), mask_structure="unstructured", sparsity=0.6, targets=["re:.*1.mlp.up_proj"])
-    console = Console(record=True, width=110, force_terminal=True, file=io.StringIO())
+    reconfigure(record=True, width=110, force_terminal=True, file=io.StringIO())
+    console = get_console()
     sizes = [parameter.numel() * parameter.dtype.itemsize for parameter in model.parameters()]
     console.print("$ sparse-train inspect runs/small", highlight=False)
-    show_inspection("runs/small", layer_sparsities(model), sum(sizes), console)
+    show_inspection("runs/small", layer_sparsities(model), sum(sizes))
     return console.export_svg(title="sparse-train", code_format=_FORMAT, unique_id="inspect")
 
 

@@ -44,7 +44,7 @@ def check_positive(name: str, value: int) -> None:
         raise ValueError(f"{name} must be at least 1, got {value}.")
 
 
-def require_type(name: str, value: T | None, default: T, base: type[Any] | tuple[type[Any], ...]) -> T:
+def require_type(name: str, value: T | None, default: T, base: type[Any]) -> T:
     """``value``, or ``default`` for None; ValueError if it is a class, a text, or anything but a ``base``."""
     if value is None:
         return default

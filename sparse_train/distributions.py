@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import ClassVar
 
-from sparse_train.arguments import check_sparsity, describe, did_you_mean
+from sparse_train.arguments import check_sparsity, did_you_mean
 from sparse_train.patterns import NM, Pattern, Unstructured
 
 _AGREEMENT = 1e-3  # allowed difference from the mean of the layers' sparsities, which are written with few digits
@@ -20,8 +20,6 @@ _AGREEMENT = 1e-3  # allowed difference from the mean of the layers' sparsities,
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Where a targeted layer is, and its size."""
-
     block: int | None
     """Index of the decoder block it is in; None outside the blocks."""
     rows: int
@@ -63,7 +61,6 @@ def required(distribution: SparsityDistribution, sparsity: float | None) -> floa
 
 
 def mean_sparsity(shapes: Shapes, sparsities: Shares) -> float:
-    """The sparsity over all weights."""
     return sum(shapes[n].size * s for n, s in sparsities.items()) / sum(shape.size for shape in shapes.values())
 
 
@@ -146,9 +143,6 @@ class Explicit(SparsityDistribution):
             check_sparsity(f"The sparsity of {target!r}", value)
 
     def sparsities(self, shapes: Shapes, sparsity: float | None, outliers: Outliers) -> dict[str, float]:
-        return _complete(shapes, self._named(shapes), sparsity)
-
-    def _named(self, shapes: Shapes) -> dict[str, float]:
         found: dict[str, float] = {}
         for target, value in self.layers.items():
             if target.startswith("re:"):
@@ -159,7 +153,7 @@ class Explicit(SparsityDistribution):
                 parts = sorted({part for name in shapes for part in _heads_and_tails(name)})
                 raise ValueError(f"{target!r} is not the name of a targeted layer." + did_you_mean(target, parts))
             found |= dict.fromkeys(hits, value)
-        return found
+        return _complete(shapes, found, sparsity)
 
 
 def _heads_and_tails(name: str) -> list[str]:
@@ -327,7 +321,6 @@ class LayerSparsities:
         return self._uniform or self.final_shares is not None
 
     def divide_by(self, outliers: Outliers) -> None:
-        """Divide by these outliers of dense layers."""
         self.final_shares = self._distribution.sparsities(self._shapes, self._final, outliers)
 
     def at(self, sparsity: float | None, masks: Shares | None = None) -> dict[str, float]:
@@ -373,11 +366,3 @@ class LayerSparsities:
                 "(OneshotReport.outliers), or start at the final sparsity."
             )
         self.final_shares = now
-
-    def in_words(self) -> str:
-        """How layers differ; nothing if they do not."""
-        if self._uniform:
-            return ""
-        if self.final_shares is None:
-            return f"divided by {describe(self._distribution)} with the first masks"
-        return f"{min(self.final_shares.values()):.3f} to {max(self.final_shares.values()):.3f} by layer"

@@ -88,7 +88,7 @@ def layer_sparsities(model: nn.Module, state: Mapping[str, Any] | None = None) -
 
     ``state`` is its whole state dict, if ``model`` is sharded or is written in another dtype; default: its own.
     """
-    state = folded_state_dict(model, model.state_dict() if state is None else state)
+    state = folded_state_dict(model, state)
     found = []
     for name, module in model.named_modules():
         if is_linear(module):

@@ -121,7 +121,6 @@ def parse_pattern(mask_structure: str | Pattern, sparsity: float | None, group: 
 
 
 def parse_word(word: str | Pattern, group: Group) -> Pattern:
-    """The pattern of a word, or the pattern itself."""
     if isinstance(word, Pattern):
         return word
     if word == "unstructured":

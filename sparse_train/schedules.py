@@ -60,7 +60,6 @@ class Ramp(Schedule):
             raise ValueError(f"ramp is the share of the way on which sparsity rises, in (0, 1], got {self.ramp}.")
 
     def risen(self, progress: float) -> float:
-        """The share of the ramp that is done."""
         return min(1.0, progress / self.ramp)
 
 
@@ -123,7 +122,6 @@ class Timing:
         return f"masks change {every}, and are frozen afterwards"
 
     def is_update(self, step: int) -> bool:
-        """Whether masks change after optimizer step ``step``."""
         return self.next_update(step - 1) == step
 
     def next_update(self, step: int) -> int | None:

@@ -60,8 +60,6 @@ class SparseGPT(Solver):
     group: ClassVar[Group] = "layer"
 
     def __post_init__(self) -> None:
-        if self.block_size < 1:
-            raise ValueError(f"block_size must be at least 1, got {self.block_size}.")
         if not self.dampening_frac > 0:
             raise ValueError(f"dampening_frac must be above 0, got {self.dampening_frac}.")
 

@@ -167,7 +167,6 @@ class Statistics(ABC):
         self.sums, self.tokens, self.dropped = (tensor.to(device) for tensor in self.tensors())
 
     def reset(self) -> None:
-        """Forget everything seen, in place."""
         for tensor in self.tensors():
             tensor.zero_()
 

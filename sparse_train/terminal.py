@@ -4,10 +4,7 @@ import io
 import os
 import sys
 from collections.abc import Collection, Iterable, Sequence
-from typing import TYPE_CHECKING, TypeVar, cast
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from typing import TypeVar, cast
 
 T = TypeVar("T")
 SECONDS_BETWEEN_LINES = 60.0
@@ -44,19 +41,14 @@ class _Lines(io.StringIO):
         return len(text)
 
 
-def print_table(
-    columns: Sequence[str],
-    rows: Sequence[Sequence[str]],
-    *,
-    words: Sequence[int] = (0,),
-    console: "Console | None" = None,
-) -> None:
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, words: Sequence[int] = (0,)) -> None:
     """A table on stdout, with frames only in a terminal. Columns whose index is in ``words`` are aligned left."""
+    from rich import get_console
     from rich.box import HEAVY_HEAD
     from rich.console import Console
     from rich.table import Table
 
-    console = console or Console()
+    console = get_console()
     framed = console.is_terminal
     if not framed:
         console = Console(width=1000)  # no line is broken in a file

@@ -71,13 +71,14 @@ def test_bars_are_for_terminals(monkeypatch):
     assert not bars_are_seen()
 
 
-def test_tables_have_frames_in_a_terminal_and_whole_lines_in_a_file(capsys):
+def test_tables_have_frames_in_a_terminal_and_whole_lines_in_a_file(capsys, monkeypatch):
     long = "model.layers.0.self_attn.q_proj" * 5
     print_table(["layer", "sparsity"], [[long, "0.5000"], ["[red]", "1"]])
     out = capsys.readouterr().out
     assert f" {long} " in out and "[red]" in out and not re.search(r"[\x1b\u2500-\u259f]", out)
     console = Console(force_terminal=True, width=60, file=io.StringIO())
-    print_table(["layer", "sparsity"], [[long, "0.5000"]], console=console)
+    monkeypatch.setattr("rich._console", console)
+    print_table(["layer", "sparsity"], [[long, "0.5000"]])
     framed = console.file.getvalue()
     assert "\u2503" in framed
     assert "".join(re.findall(r"[\w.]+", framed.partition("\u2529")[2])).replace("0.5000", "") == long

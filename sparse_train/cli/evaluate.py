@@ -7,9 +7,8 @@ import torch
 
 from sparse_train.data.blocks import beginning
 from sparse_train.data.texts import PackagedWikipedia, Split, TextSource
-from sparse_train.evaluation import evaluate_perplexity, evaluate_zero_shot, token_ids, word_starts
-from sparse_train.evaluation.perplexity import check_length
-from sparse_train.evaluation.undisturbed import check_autocast
+from sparse_train.evaluation import evaluate_perplexity, evaluate_zero_shot, token_ids
+from sparse_train.evaluation.perplexity import check_autocast, check_length
 from sparse_train.evaluation.zeroshot import check_tasks, task_names
 from sparse_train.models.sources import ModelSource, as_model_source, float_dtype
 from sparse_train.terminal import bars_are_seen
@@ -31,7 +30,7 @@ def evaluate(
     autocast: str | None = None,
     device: str | None = None,
 ) -> dict[str, Any]:
-    """Token and word perplexity of a model, or its accuracy on tasks, printed with the protocol.
+    """Token perplexity of a model, or its accuracy on tasks, printed with the protocol.
 
     Args:
         model: Hugging Face id or local folder, whose weights keep their dtype; or a model source.
@@ -72,7 +71,7 @@ def evaluate(
     if measure is not None:
         perplexity = measure(loaded)
         found["perplexity"] = perplexity.as_dict()
-        print("\n".join(perplexity.lines()), flush=True)  # now: a task may fail
+        print(perplexity.line(), flush=True)  # now: a task may fail
     if zero_shot:
         common |= {"task_data": task_data, "limit": limit, "model_name": source.name, "progress": bars_are_seen()}
         accuracy = evaluate_zero_shot(loaded, reader.tokenizer(), zero_shot, **common)
@@ -113,12 +112,10 @@ def perplexity_on(
         raise ValueError(f"{text.name} has no text in its {split} split; give a text that has one.")
     prefix = beginning(tokenizer) if bos else []
     ids = token_ids(documents, tokenizer, text.separator)[len(prefix) :]  # the text begins with it, too
-    words = word_starts(documents, tokenizer, text.separator)
     check_length(ids, window, max_tokens)
     return functools.partial(
         evaluate_perplexity,
         ids=ids,
-        words=None if words is None else words[len(prefix) :],
         window=window,
         prefix=prefix,
         max_tokens=max_tokens,

@@ -33,8 +33,6 @@ _SPLITS = {"fit": ("train",), "validate": ("validation",), "test": ("test",)}
 
 
 class _Parser(Parser, LightningArgumentParser):
-    """Lightning's parser, with short errors."""
-
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         super().error(message.replace('"data.tokenizer"', '"model.model"'), ex)  # the two are linked
 

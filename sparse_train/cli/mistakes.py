@@ -95,7 +95,6 @@ def _no_option(name: str, options: Iterable[str], dashes: str) -> str:
 
 
 def _classes() -> set[str]:
-    """Names of the classes of this package."""
     modules = [module for name, module in sys.modules.items() if name.startswith("sparse_train")]
     return {name for module in modules for name, each in vars(module).items() if inspect.isclass(each)}
 

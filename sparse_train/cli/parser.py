@@ -50,7 +50,6 @@ class Parser(ArgumentParser):
 
 
 def settings(name: str, debug: bool = False) -> dict[str, Any]:
-    """Arguments of the parser of a command."""
     places = "".join(f"{place.upper()} " for place in COMMANDS[name].positional)
     return {
         "usage": f"sparse-train {name} {places}[options]",

@@ -55,7 +55,6 @@ def prune(
     bos: bool = False,
     device: str | None = None,
     streaming: bool = False,
-    activations: Literal["memory", "disk"] = "memory",
 ) -> Details | None:
     """Prune a model in one shot and write it as a Hugging Face folder with true zeros.
 
@@ -85,7 +84,6 @@ def prune(
         device: where the model computes, such as "cpu" or "cuda"; default: a GPU if there is one.
         streaming: never hold the whole model in memory: process its safetensors block by block, in their dtype. If a
             run is interrupted, the same command continues it.
-        activations: with streaming, where the outputs of a block are kept for the next one.
 
     Under ``torchrun``, each process uses its part of the calibration data, with two reduces per block; rank 0 writes.
     """
@@ -116,7 +114,7 @@ def prune(
             options: dict[str, Any] = {"window": window, "max_tokens": max_tokens, "bos": bos, "batch_size": 1}
             measure = perplexity_on(source, source, perplexity, **options)
         job = _Job(source, plan, method, text or PackagedWikipedia(), calibration, own_device, measure)
-        details, layers = _run(job, Path(out), activations if streaming else None, dtype)
+        details, layers = _run(job, Path(out), streaming, dtype)
     if rank() != 0:  # all ranks have the same model
         return None
     show_pruning(details, layers, Path(out))
@@ -167,14 +165,13 @@ class _Job:
         self.check(model, out)
         return model, prune_model(model, self.batches(), **self.method, progress=rank() == 0)
 
-    def stream(self, out: Path, activations: Literal["memory", "disk"]) -> OneshotReport:
+    def stream(self, out: Path) -> OneshotReport:
         """Prune a checkpoint block by block, from folder to folder."""
         if not isinstance(self.source, Pretrained) or self.source.gguf_file:
             raise ValueError(f"streaming walks a folder or a hub model with safetensors, not {self.source.name}.")
         folder = self.source.folder()
         self.check(model_without_weights(folder, Checkpoint(folder)), out)
-        options: dict[str, Any] = {"device": self.device, "activations": activations, "progress": True}
-        return prune_checkpoint(folder, out, self.batches(), **self.method, **options)
+        return prune_checkpoint(folder, out, self.batches(), **self.method, device=self.device, progress=True)
 
     def details(self, report: OneshotReport) -> Details:
         stage = {
@@ -199,16 +196,14 @@ class _Job:
         }
 
 
-def _run(
-    job: _Job, out: Path, streaming: Literal["memory", "disk"] | None, dtype: Dtype | None
-) -> tuple[Details, list[LayerSparsity]]:
+def _run(job: _Job, out: Path, streaming: bool, dtype: Dtype | None) -> tuple[Details, list[LayerSparsity]]:
     """The record of the pruning, and the layers that were counted; rank 0 writes.
 
     Args:
-        streaming: where activations wait, if the model is never in memory; then only pruned layers are counted.
+        streaming: the model is never in memory, and only pruned layers are counted.
     """
     began, source = time.perf_counter(), job.source
-    model, report = job.prune(out) if streaming is None else (None, job.stream(out, streaming))
+    model, report = (None, job.stream(out)) if streaming else job.prune(out)
     details = job.details(report) | {"streaming": model is None}
     if rank() != 0:
         return details, []
@@ -229,7 +224,7 @@ def _run(
         perplexity = job.measure(model)
         details["perplexity"] = perplexity.as_dict()
         _write(out / "pruning.json", details)
-        write_card(out, replace(card, perplexity=perplexity.lines()[0]), layers)
+        write_card(out, replace(card, perplexity=perplexity.line()), layers)
     return details, layers
 
 

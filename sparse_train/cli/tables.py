@@ -7,7 +7,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich import get_console
 
 from sparse_train.evaluation import PerplexityResult, ZeroShotResult
 from sparse_train.inspection import LayerSparsity, by_projection, overall_sparsity, pruned
@@ -16,7 +16,6 @@ from sparse_train.terminal import print_table
 
 
 def show_pruning(details: dict[str, Any], layers: Sequence[LayerSparsity], folder: Path) -> None:
-    """Results of one-shot pruning."""
     print(f"{details['model']} pruned to {folder}")
     for stage in details["stages"]:
         divided = "" if stage["distribution"] == "Uniform()" else f", {stage['distribution']}"
@@ -27,17 +26,15 @@ def show_pruning(details: dict[str, Any], layers: Sequence[LayerSparsity], folde
     seconds = ", ".join(f"{name} {value:.1f} s" for name, value in details["seconds"].items())
     print(f"sparsity of the targeted weights {details['sparsity']:.6f}; {seconds}, on {details['device']}")
     if found := details.get("perplexity"):
-        print("\n".join(PerplexityResult(**found).lines()))
+        print(PerplexityResult(**found).line())
     print_table(["projection", "layers", "sparsity", "pattern"], by_projection(layers), words=(0, 3))
 
 
-def show_inspection(
-    name: str, layers: Sequence[LayerSparsity], model_bytes: int, console: Console | None = None
-) -> None:
+def show_inspection(name: str, layers: Sequence[LayerSparsity], model_bytes: int) -> None:
     """Sparsity and size of layers, and whether their zeros and shape fit 2:4 hardware; then what their dtype means.
 
     Layers of different blocks that are alike share a row. ``model_bytes`` are those of all parameters, each counted
-    once. Prints to stdout by default.
+    once.
     """
 
     def row(label: str, shape: str, own: Sequence[LayerSparsity], pattern: str, able: str) -> list[str]:
@@ -61,25 +58,21 @@ def show_inspection(
     if 0 < len(found) < len(layers):
         rows.append(total("pruned layers", found))
     rows += [total("all linear layers", layers), ["the whole model", "", "", "", "", f"{model_bytes / 1e6:.2f}", ""]]
-    console = console or Console()
-    print_table(
-        [name, "shape", "layers", "sparsity", "pattern", "MB", "fits 2:4"], rows, words=(0, 1, 4), console=console
-    )
+    print_table([name, "shape", "layers", "sparsity", "pattern", "MB", "fits 2:4"], rows, words=(0, 1, 4))
     for reason, names in reasons.items():
         some = ", ".join([*names[:3], f"and {len(names) - 3} more"] if len(names) > 4 else names)
-        console.print(f"{reason}: {some}", soft_wrap=True, highlight=False, markup=False)
+        get_console().print(f"{reason}: {some}", soft_wrap=True, highlight=False, markup=False)
 
 
 def show_run(run: Run) -> None:
     """The model before training and at the end, as the report of a run begins."""
     print_table(*closing([run]))
     took = timedelta(seconds=round(run.facts["seconds"]))
-    peak = run.facts["peak_device_bytes"] or run.facts["peak_bytes"]
-    print(f"{took} of training, peak memory {peak / 2**30:.2f} GiB")
+    *_, peak = (value for name, value in run.facts["about"].items() if name.startswith("peak memory"))
+    print(f"{took} of training, peak memory {peak:.2f} GiB")
 
 
 def show_zero_shot(result: ZeroShotResult) -> None:
-    """Accuracy on each task, in percent with its standard error, and the mean."""
 
     def percent(share: float | None) -> str:
         return "" if share is None else f"{100 * share:.2f}"

@@ -65,15 +65,6 @@ def sum_over_ranks(tensors: Sequence[Tensor]) -> None:
                 tensor.copy_(total.view_as(tensor))
 
 
-def take_from_rank_0(tensors: Sequence[Tensor]) -> None:
-    """Replace each tensor by rank 0's, in place."""
-    if world_size() > 1:
-        for tensor in tensors:
-            whole = tensor.contiguous()  # the tensor itself, unless it is a view such as Conv1D's weight
-            dist.broadcast(whole, 0)
-            tensor.copy_(whole)
-
-
 def gather_rows(own: Tensor, rows: int) -> Tensor:
     """A whole matrix from the rows that each rank holds: equal chunks, the last ones shorter or empty; one gather."""
     padded = own.new_zeros(-(-rows // world_size()), own.shape[1])

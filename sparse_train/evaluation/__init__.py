@@ -1,6 +1,6 @@
 """Evaluation: perplexity and zero-shot accuracy, each with the protocol of its measurement."""
 
-from sparse_train.evaluation.perplexity import PerplexityResult, evaluate_perplexity, token_ids, word_starts
+from sparse_train.evaluation.perplexity import PerplexityResult, evaluate_perplexity, token_ids
 from sparse_train.evaluation.task_data import WANDA7
 from sparse_train.evaluation.zeroshot import TaskAccuracy, ZeroShotResult, evaluate_zero_shot
 
@@ -12,5 +12,4 @@ __all__ = [
     "evaluate_perplexity",
     "evaluate_zero_shot",
     "token_ids",
-    "word_starts",
 ]

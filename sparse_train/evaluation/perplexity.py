@@ -1,4 +1,4 @@
-"""Token and word perplexity of a causal language model on running text, with the protocol of each measurement.
+"""Perplexity of a causal language model on running text, with the protocol of each measurement.
 
 A perplexity says little without its window: LLaMA-2-7B has 5.12 with 4096 tokens and 5.47 with 2048.
 ``perplexity`` always means token perplexity, as in the tables of papers on pruning.
@@ -9,7 +9,8 @@ batch, V vocabulary.
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,8 +20,9 @@ from torch import Tensor, nn
 from sparse_train.arguments import check_positive
 from sparse_train.blocks import vocabulary_of
 from sparse_train.data.blocks import beginning
-from sparse_train.evaluation.undisturbed import check_autocast, computed_in, undisturbed
-from sparse_train.models.losses import IGNORED, mean_over_tokens, next_token_loss, perplexity
+from sparse_train.environment import isolated_rng
+from sparse_train.models.losses import IGNORED, mean_over_tokens, next_token_loss
+from sparse_train.oneshot.forwards import inference
 from sparse_train.terminal import with_bar
 
 _log = logging.getLogger(__name__)
@@ -32,8 +34,6 @@ class PerplexityResult:
 
     perplexity: float
     """Token perplexity: exp of the sum of all losses over ``tokens``."""
-    word_perplexity: float | None
-    """exp of the same sum over ``words``; None if words were not counted, or none begins in the scored tokens."""
     model: str
     data: str
     split: str
@@ -48,8 +48,6 @@ class PerplexityResult:
     """Tokens in front of each window, such as a beginning-of-text token; no other number here includes them."""
     computed_in: str
     """Dtype of the forward, from autocast or the weights; the loss is always float32."""
-    words: int | None
-    """Words that begin in tokens with a loss (see ``word_starts``); None = not counted."""
 
     @property
     def protocol(self) -> str:
@@ -71,13 +69,9 @@ class PerplexityResult:
         """For JSON."""
         return asdict(self)
 
-    def lines(self) -> list[str]:
-        """The lines to print, one for each perplexity."""
-        shown = [f"{self.perplexity:.2f}  {self.protocol}"]
-        if self.word_perplexity is not None:
-            words = f"{self.words} words that begin in the scored tokens"
-            shown.append(f"{self.word_perplexity:.2f}  word perplexity: the same losses over {words}")
-        return shown
+    def line(self) -> str:
+        """To print."""
+        return f"{self.perplexity:.2f}  {self.protocol}"
 
 
 def token_ids(documents: list[str], tokenizer: Any, separator: str = "\n\n") -> Tensor:
@@ -88,26 +82,6 @@ def token_ids(documents: list[str], tokenizer: Any, separator: str = "\n\n") -> 
     """
     ids = tokenizer(separator.join(documents), add_special_tokens=False, return_tensors="pt", verbose=False)
     return torch.cat([torch.tensor(beginning(tokenizer), dtype=torch.int64), ids["input_ids"][0]])
-
-
-def word_starts(documents: list[str], tokenizer: Any, separator: str = "\n\n") -> Tensor | None:
-    """How many words begin in each token that ``token_ids`` returns for the same arguments: int64 (T,).
-
-    A word is a run of characters other than white space, as in lm-eval's ``word_perplexity``; it begins in the first
-    token that holds a part of its first character. None for a slow tokenizer, which knows no places in the text.
-    """
-    if not getattr(tokenizer, "is_fast", False):
-        return None
-    text = separator.join(documents)
-    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    counts_T = torch.zeros(len(beginning(tokenizer)) + len(found["offset_mapping"]), dtype=torch.int64)
-    if len(found["offset_mapping"]):
-        ends = torch.tensor([end for _, end in found["offset_mapping"]])
-        starts = torch.tensor([match.start() for match in re.finditer(r"\S+", text)], dtype=torch.int64)
-        # the first token that ends after the character; a character that the tokenizer drops counts with the next token
-        tokens = torch.searchsorted(ends.cummax(0).values, starts, right=True).clamp(max=len(ends) - 1)
-        counts_T[-len(ends) :] = torch.bincount(tokens, minlength=len(ends))
-    return counts_T
 
 
 def check_length(ids: Tensor, window: int, max_tokens: int | None = None) -> Tensor:
@@ -144,7 +118,6 @@ def evaluate_perplexity(
     model: nn.Module,
     ids: Tensor,
     *,
-    words: Tensor | None = None,
     window: int = 512,
     stride: int | None = None,
     prefix: Sequence[int] = (),
@@ -165,7 +138,6 @@ def evaluate_perplexity(
     Args:
         model: returns ``.logits`` (B, L, V).
         ids: token ids of the whole text, int64 (T,).
-        words: number of words that begin in each token, from ``word_starts``, (T,); None = no word perplexity.
         window: tokens per window.
         stride: tokens between starts of windows; default ``window``.
         prefix: token ids put in front of each window, without a loss and in addition to its tokens, for models that
@@ -177,15 +149,12 @@ def evaluate_perplexity(
         progress: show a progress bar.
 
     Raises:
-        ValueError: an argument is out of range, the text is too short, or model, ids and words do not fit together.
+        ValueError: an argument is out of range, the text is too short, or model and ids do not fit together.
     """
     stride = window if stride is None else stride
     if not 1 <= stride <= window:
         raise ValueError(f"stride must be from 1 to window, which is {window}, got {stride}.")
     check_positive("batch_size", batch_size)
-    if words is not None and words.shape != ids.shape:
-        shapes = f"{tuple(ids.shape)}, got {tuple(words.shape)}"
-        raise ValueError(f"words must have a count for each token of ids, {shapes}: word_starts of the same text.")
     check_autocast(autocast)
     check_window(model, window, len(prefix))
     ids = check_length(ids, window, max_tokens)
@@ -200,7 +169,6 @@ def evaluate_perplexity(
     scored_WL[1:, : window - stride] = False
     scored_WL[:, 0] = False  # it has no text in front of it
     tokens = int(scored_WL.sum())
-    begun = None if words is None else int(words[:max_tokens].unfold(0, window, stride)[scored_WL].sum())
 
     front_WP = torch.tensor(prefix, dtype=windows_WL.dtype).expand(len(windows_WL), -1)
     inputs = torch.cat([front_WP, windows_WL], 1)
@@ -214,10 +182,8 @@ def evaluate_perplexity(
                 logits_BLV = model(input_ids=ids_BL.to(device), use_cache=False).logits
             loss, count = next_token_loss(logits_BLV, labels_BL.to(device))
             metric.update(loss, weight=count)
-    loss = metric.compute().double()
     return PerplexityResult(
-        perplexity=perplexity(loss),
-        word_perplexity=perplexity(loss * tokens / begun) if begun else None,
+        perplexity=float(metric.compute().double().exp()),
         model=model_name,
         data=data_name,
         split=split,
@@ -227,5 +193,32 @@ def evaluate_perplexity(
         tokens=tokens,
         prefix=len(prefix),
         computed_in=computed_in(model, autocast),
-        words=begun,
     )
+
+
+# --- what zero-shot tasks need, too -----------------------------------------------------------------------------------
+
+
+def check_autocast(dtype: torch.dtype | None) -> None:
+    """Raise ValueError for a dtype in which autocast would not compute, but in that of the weights."""
+    if dtype not in (None, torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"autocast computes in bfloat16 or float16, got {str(dtype).removeprefix('torch.')}: the weights decide "
+            "about others. Load them in it: --model Pretrained --model.path FOLDER --model.dtype float32."
+        )
+
+
+def computed_in(model: nn.Module, autocast: torch.dtype | None) -> str:
+    """The dtype of a forward, from autocast or the weights."""
+    return str(autocast or next(model.parameters()).dtype).removeprefix("torch.")
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Inside, evaluation mode without gradients; afterwards, model and random numbers are as they were.
+
+    Activation statistics record nothing inside. Keys and values are only cached by forwards that ask for it, such as
+    ``generate``.
+    """
+    with isolated_rng(), inference(model, use_cache=False):
+        yield

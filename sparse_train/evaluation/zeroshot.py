@@ -16,7 +16,6 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,8 @@ from torch import nn
 
 from sparse_train.arguments import check_positive, did_you_mean
 from sparse_train.environment import isolated_rng
+from sparse_train.evaluation.perplexity import check_autocast, computed_in, undisturbed
 from sparse_train.evaluation.task_data import TASKS_FOLDER, WANDA7, task_file
-from sparse_train.evaluation.undisturbed import check_autocast, computed_in, undisturbed
 
 _METRICS = ("acc", "acc_norm", "exact_match")
 """Metrics that count as accuracy; the first one that a task reports is used."""
@@ -133,7 +132,7 @@ def evaluate_zero_shot(
         progress: show lm-eval's progress bars.
 
     Raises:
-        ValueError: lm-eval is missing, a task or its items are not there or do not fit, or an argument is out of range.
+        ValueError: a task or its items are not there or do not fit, or an argument is out of range.
     """
     if limit is not None:
         check_positive("limit", limit)
@@ -141,7 +140,6 @@ def evaluate_zero_shot(
     check_autocast(autocast)
     names = task_names(tasks)
     with undisturbed(model), _quiet(progress):
-        _need_lm_eval()
         # The same as lm-eval's simple_evaluate, in the same order: some tasks shuffle their choices when they are
         # loaded. simple_evaluate would also query nvidia-smi, pip and git at every call.
         from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
@@ -199,9 +197,6 @@ def check_tasks(names: Sequence[str], task_data: str | Path | None = None, *, pr
 
 def _load_tasks(names: Sequence[str], task_data: str | Path | None) -> tuple[dict[str, Any], list[str]]:
     """lm-eval's tasks, and what it reports of them: tasks, those of tags, and groups with a common mean."""
-    _need_lm_eval()
-    if task_data is not None and not set(names) & set(WANDA7):
-        raise ValueError(f"--task_data holds items of the tasks {', '.join(WANDA7)}, and none of them is in --tasks.")
     others = task_data is None or not set(names) <= set(WANDA7)
     manager = _task_manager(None if task_data is None else str(task_data), others)
     loaded: dict[str, dict[str, Any]] = {"tasks": {}, "groups": {}}
@@ -228,11 +223,6 @@ def _load_tasks(names: Sequence[str], task_data: str | Path | None) -> tuple[dic
                 "accuracy. Leave it out; lm_eval itself runs it."
             )
     return loaded, list(dict.fromkeys(reported))
-
-
-def _need_lm_eval() -> None:
-    if find_spec("lm_eval") is None:
-        raise ValueError("Zero-shot accuracy needs lm-eval. Run: pip install 'sparse-train[eval]'")
 
 
 @cache  # lm-eval has more than ten thousand definitions, and reading them takes ten seconds

@@ -81,7 +81,6 @@ class ModelCard:
 
 
 def write_card(folder: Path, card: ModelCard, layers: Sequence[LayerSparsity]) -> None:
-    """Write the card of a model into its folder, replacing an existing one."""
     (folder / FILE_NAME).write_text(card.text(layers), encoding="utf-8")
 
 

@@ -3,8 +3,6 @@
 Shape suffixes: T tokens, O out_features, I in_features, R rank, J packed mask bytes = ceil(I / 8).
 """
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -57,27 +55,21 @@ class _MaskedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # a second derivative will be asked for
+            raise RuntimeError("Masked layers have no second derivative (create_graph=True).")
         x, weight_OI, mask_OJ, a_RI, b_OR = ctx.saved_tensors
         wants_x, wants_weight, _, wants_bias, wants_a, wants_b, _, _ = ctx.needs_input_grad
         grad_x = grad_weight_OI = grad_bias_O = grad_a_RI = grad_b_OR = None
-        masked: Callable[..., Tensor] = masks.apply
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # a second derivative will be asked for
-            if ctx.x_dtype != ctx.dtype or a_RI is not None:
-                raise RuntimeError(
-                    "Second derivatives (create_graph=True) pass through masked layers outside autocast and without "
-                    "mask_lora only. Disable autocast around the forward of the gradient penalty."
-                )
-            masked = functools.partial(_masked_for_autograd, straight_through=ctx.straight_through)
         with torch.autocast(ctx.device_type, enabled=False):  # in case the caller runs backward inside autocast
             grad = grad.to(ctx.dtype)
             grad_TO = grad.reshape(-1, grad.shape[-1])
             if wants_x:
                 total_OI = weight_OI if a_RI is None else low_rank_sum(weight_OI, a_RI, b_OR, ctx.scale)
-                grad_x = grad.matmul(masked(total_OI, mask_OJ, ctx.dtype)).to(ctx.x_dtype)
+                grad_x = grad.matmul(masks.apply(total_OI, mask_OJ, ctx.dtype)).to(ctx.x_dtype)
             if wants_weight:
                 grad_weight_OI = grad_TO.t().mm(x.reshape(-1, x.shape[-1])).to(weight_OI.dtype)
                 if not ctx.straight_through:
-                    grad_weight_OI = masked(grad_weight_OI, mask_OJ)
+                    grad_weight_OI = masks.apply(grad_weight_OI, mask_OJ)
             if wants_a or wants_b:
                 grad_a_RI, grad_b_OR = _grad_of_factors(ctx, grad_TO, x.reshape(-1, x.shape[-1]), mask_OJ, a_RI, b_OR)
             if ctx.has_bias and wants_bias:
@@ -95,16 +87,6 @@ def _grad_of_factors(
         sum_OI = masks.apply(grad_TO.t().mm(x_TI), mask_OJ).to(a_RI.dtype)
         grad_a_RI, grad_b_OR = b_OR.t().mm(sum_OI), sum_OI.mm(a_RI.t())
     return ctx.scale * grad_a_RI, ctx.scale * grad_b_OR
-
-
-def _masked_for_autograd(
-    values_OI: Tensor, mask_OJ: Tensor, dtype: torch.dtype | None = None, *, straight_through: bool
-) -> Tensor:
-    """``masks.apply`` for autograd: pruned values get the gradient of their masked self, or none."""
-    values_OI = values_OI.to(dtype or values_OI.dtype)
-    if straight_through:
-        return values_OI + (masks.apply(values_OI.detach(), mask_OJ) - values_OI.detach())
-    return torch.where(masks.unpack(mask_OJ, values_OI.shape[1]), values_OI, 0)
 
 
 def masked_linear(

@@ -113,13 +113,11 @@ class MaskLoRALinear(SparseLinear):
 
 
 def settings_of(extra_state: Tensor) -> tuple[int, bool]:
-    """``lora_alpha`` and ``exact_gradient``, from the extra state of a layer."""
     lora_alpha, exact_gradient = extra_state.tolist()
     return lora_alpha, bool(exact_gradient)
 
 
 def described(layer: MaskLoRALinear) -> str:
-    """An adapter in words."""
     exact = ", exact gradient" if layer.exact_gradient else ""
     return f"r={layer.mask_lora_A.shape[0]}, lora_alpha={layer.lora_alpha}{exact}"
 
@@ -169,7 +167,17 @@ def add_mask_lora(model: nn.Module, lora: MaskLoRA | None = None) -> list[nn.Par
 def check_mask_lora(model: nn.Module, lora: MaskLoRA) -> None:
     """Raise the ValueErrors of ``add_mask_lora``, without changing anything."""
     for name, layer in _wanted(model, lora).items():
-        _check_layer(name, layer, lora)
+        if isinstance(layer, MaskLoRALinear):
+            found = (layer.mask_lora_A.shape[0], layer.lora_alpha, layer.exact_gradient)
+            if found != (lora.r, lora.lora_alpha, lora.exact_gradient):
+                raise ValueError(
+                    f"{name} has an adapter already ({described(layer)}), and {lora} asks for another. Use the same, "
+                    "such as that of the checkpoint, or call merge_mask_lora(model) first."
+                )
+            continue
+        check_whole(name, layer)
+        if type(layer) is not SparseLinear:
+            raise ValueError(f"{name} is a {type(layer).__name__}; mask_lora adapts nn.Linear layers. Leave it out.")
 
 
 def merge_mask_lora(model: nn.Module) -> None:
@@ -218,17 +226,3 @@ def _wanted(model: nn.Module, lora: MaskLoRA) -> dict[str, MaskedLayer]:
             f"{lora.target_modules}. In a loop of your own, build the MaskUpdater first, or prune with squash=False."
         )
     return {name: layer for own in found for name, layer in own.items()}
-
-
-def _check_layer(name: str, layer: MaskedLayer, lora: MaskLoRA) -> None:
-    if isinstance(layer, MaskLoRALinear):
-        found = (layer.mask_lora_A.shape[0], layer.lora_alpha, layer.exact_gradient)
-        if found != (lora.r, lora.lora_alpha, lora.exact_gradient):
-            raise ValueError(
-                f"{name} has an adapter already ({described(layer)}), and {lora} asks for another. Use the same, such "
-                "as that of the checkpoint, or call merge_mask_lora(model) first."
-            )
-        return
-    check_whole(name, layer)
-    if type(layer) is not SparseLinear:
-        raise ValueError(f"{name} is a {type(layer).__name__}; mask_lora adapts nn.Linear layers. Leave it out.")

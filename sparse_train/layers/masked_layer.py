@@ -97,7 +97,6 @@ class MaskedMatrix:
 
     @property
     def size(self) -> int:
-        """Number of weights."""
         return self.in_features * self.out_features
 
     def unmasked_weight(self) -> Tensor:
@@ -114,7 +113,6 @@ class MaskedMatrix:
         yield self.unmasked_weight(), slice(0, self.out_features)
 
     def write_zeros(self) -> None:
-        """Make pruned weights exact zeros."""
         self.weight_OI.copy_(self.masked_weight())
 
     def unpacked_mask(self) -> Tensor:
@@ -122,15 +120,12 @@ class MaskedMatrix:
         return masks.unpack(self.weight_mask, self.in_features)
 
     def keeps_all(self) -> bool:
-        """Whether the mask prunes nothing."""
         return masks.count(self.weight_mask) == self.size
 
     def keep_all(self) -> None:
-        """Make the mask prune nothing, in place."""
         masks.fill_full(self.weight_mask, self.in_features)
 
     def set_mask(self, mask_OI: Tensor) -> None:
-        """Replace the mask in place."""
         self.weight_mask.copy_(masks.pack(mask_OI))
 
 

@@ -29,7 +29,6 @@ def masked_modules(module: nn.Module, prefix: str = "") -> dict[str, Any]:
 
 
 def packed_width(in_features: int) -> int:
-    """Bytes that one packed row takes."""
     return (in_features + 7) // 8
 
 
@@ -94,7 +93,6 @@ def fill_full(packed_OJ: Tensor, in_features: int) -> None:
 
 
 def count(packed_OJ: Tensor) -> int:
-    """Number of kept entries."""
     if packed_OJ.device.type == "cpu":
         return int(np.bitwise_count(packed_OJ.numpy()).sum(dtype=np.int64))
     return int(_popcount_table(packed_OJ.device)[packed_OJ.int()].sum())
@@ -119,7 +117,6 @@ def fingerprint(packed_OJ: Tensor) -> Tensor:
 
 
 def fingerprint_number(packed_OJ: Tensor) -> int:
-    """``fingerprint`` as a number, for checkpoints."""
     return sum(bit << place for place, bit in enumerate(fingerprint(packed_OJ).tolist()))
 
 

@@ -22,22 +22,16 @@ EXTRA_STATE = "_extra_state"  # torch's
 
 
 def is_mask(key: str) -> bool:
-    """Whether a key of a state dict names a mask."""
     return key == MASK_NAME or key.endswith(f".{MASK_NAME}")
 
 
 # --- saving ----------------------------------------------------------------------------------------------------------
 
 
-def squashed_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict that ``squash`` would leave, without changing the model."""
-    return folded_state_dict(model, model.state_dict())
-
-
 def folded_state_dict(
-    model: nn.Module, state: Mapping[str, Tensor], device: torch.device | str | None = None
+    model: nn.Module, state: Mapping[str, Tensor] | None = None, device: torch.device | str | None = None
 ) -> dict[str, Tensor]:
-    """A state dict of ``model`` with its masks, and adapters inside them, folded into its weights.
+    """A state dict of ``model`` (default: its own) with its masks, and adapters inside them, folded into its weights.
 
     Args:
         model: the model that the state belongs to.
@@ -45,6 +39,7 @@ def folded_state_dict(
         device: where to put folded weights, one after the other. Together they need as much memory as the targets,
             which a GPU may not have free in the middle of a run. Default: the device where they were.
     """
+    state = model.state_dict() if state is None else state
     folded = {key: value for key, value in state.items() if not is_mask(key)}
     for key, mask_OJ in _masks_for(model, state).items():
         name = key.removesuffix(MASK_NAME)
@@ -99,7 +94,7 @@ def teach_save_pretrained() -> None:
                 "The weights of this model are divided among processes, so save_pretrained would not write it whole. "
                 "Call sparse_train.export.export_model(model, tokenizer, folder) in every process."
             )
-        bound.arguments["state_dict"] = folded_state_dict(self, self.state_dict() if state is None else state, "cpu")
+        bound.arguments["state_dict"] = folded_state_dict(self, state, "cpu")
         return original(*bound.args, **bound.kwargs)
 
     save_pretrained.folds_masks = True  # type: ignore[attr-defined]
@@ -122,12 +117,6 @@ def refuse_dense(module: nn.Module, state_dict: dict[str, Any], prefix: str, *ar
                 "Resume with the mask_lora that the checkpoint was written with; to start a new run from it, export it "
                 "(squash merges)."
             )
-    known = {f"{name}{MASK_NAME}" for name in masked_modules(module, prefix)}
-    if others := sorted(key for key in state_dict if is_mask(key) and key.startswith(prefix) and key not in known):
-        raise ValueError(
-            f"The run of the checkpoint pruned layers that this one does not, such as {others[0]}. Resume with the "
-            "same targets and ignore, or export the checkpoint and start a new run from that."
-        )
     bare = {name: each for name, each in layers.items() if name + MASK_NAME not in state_dict}
     if all(_has_zeros_of(each, state_dict[f"{name}weight"]) for name, each in bare.items()) and not all(
         each.weight_mask.is_meta or each.keeps_all() for each in bare.values()
@@ -152,6 +141,5 @@ def _has_zeros_of(layer: Any, weight: Any) -> bool:
 
 
 def refusals(module: nn.Module) -> list[int]:
-    """Keys of the ``refuse_dense`` hooks of a module."""
     hooks = module._load_state_dict_pre_hooks.items()
     return [key for key, hook in hooks if getattr(hook, "hook", hook) is refuse_dense]

@@ -34,8 +34,6 @@ _ROUTERS = 0.01  # warn if routers have a larger share of the parameters: those 
 
 @dataclass(frozen=True)
 class Selection:
-    """What was chosen."""
-
     layers: dict[str, nn.Module]
     """Targets by name, in the model's order: ``nn.Linear`` or transformers' ``Conv1D``."""
     experts: dict[str, FusedExperts] = field(default_factory=dict)

@@ -78,19 +78,17 @@ class CausalLM(L.LightningModule):
 
     def configure_model(self) -> None:
         if self.model is None:
-            self.model = self._load()
+            if self.device_mesh is None:
+                with whole_first():
+                    self.model = self.source.load()
+            elif isinstance(self.source, LoRA):
+                raise ValueError('LoRA of peft is not supported under FSDP2. Use strategy="ddp".')
+            else:
+                bfloat16 = self.trainer.precision == "bf16-mixed"
+                self.model = load_sharded(self.source, self.device_mesh["data_parallel"], bfloat16=bfloat16)
             if self.gradient_checkpointing:
                 self.model.gradient_checkpointing_enable({"use_reentrant": False})
             self.model.train()
-
-    def _load(self) -> Any:
-        if self.device_mesh is None:
-            with whole_first():
-                return self.source.load()
-        if isinstance(self.source, LoRA):
-            raise ValueError('LoRA of peft is not supported under ModelParallelStrategy (FSDP2). Use strategy="ddp".')
-        bfloat16 = self.trainer.precision == "bf16-mixed"
-        return load_sharded(self.source, self.device_mesh["data_parallel"], bfloat16=bfloat16)
 
     def forward(self, **batch: Any) -> Any:
         return self.model(**{"use_cache": False, **batch})  # not set in the config, which is exported

@@ -72,7 +72,6 @@ class LoRA(ModelSource):
 
 
 def is_peft(model: Any) -> bool:
-    """Whether this is a ``PeftModel``, without importing peft."""
     return any(cls.__name__ == "PeftModel" and cls.__module__.startswith("peft.") for cls in type(model).__mro__)
 
 
@@ -116,7 +115,7 @@ def base_of(model: Any, state: Mapping[str, Tensor] | None = None) -> tuple[dict
             f"The adapter holds a copy of a whole module ({copied}, peft's modules_to_save), which is not "
             "exported. Leave modules_to_save out, or save the model yourself: model.save_pretrained."
         )
-    folded = folded_state_dict(base, base.state_dict() if own is None else own)
+    folded = folded_state_dict(base, own)
     return {bare(name): value for name, value in folded.items() if not name.startswith(adapters)}, [
         replace(layer, name=bare(layer.name))
         for layer in layer_sparsities(base, own)
@@ -125,7 +124,6 @@ def base_of(model: Any, state: Mapping[str, Tensor] | None = None) -> tuple[dict
 
 
 def card_row(model: Any) -> str:
-    """What a model card says about the adapter."""
     config, wanted = active_config(model), active_config(model).target_modules
     modules = f"{wanted!r}" if isinstance(wanted, str) else ", ".join(sorted(wanted))
     return (

@@ -100,11 +100,6 @@ def mean_over_tokens(device: torch.device, *, sync: bool = True) -> MeanMetric:
     return metric
 
 
-def perplexity(mean_loss: Tensor) -> float:
-    """exp of a mean loss in nats per token."""
-    return float(torch.exp(mean_loss.double()))
-
-
 def _shifted(labels_BL: Tensor) -> Tensor:
     """For each token, the label of the next one (T,); shifted logits, ``logits[:, :-1]``, would be a copy of them."""
     return F.pad(labels_BL[:, 1:], (0, 1), value=IGNORED).flatten()

@@ -127,14 +127,11 @@ class Pretrained(ModelSource):
     def _check_path(self) -> None:
         """Raise ValueError at once for what is no folder and no id of a hub, which would be asked in vain."""
         path = Path(self.path)
-        if path.is_file():
-            raise ValueError(
-                f"{path} is a file, and a model is a folder. {_FOLDERS} A GGUF file is named apart: --model Pretrained "
-                f"--model.path {path.parent} --model.gguf_file {path.name}."
-            )
         local = path.parent != Path() and path.parent.is_dir()
         if not path.is_dir() and (local or not _HUB_ID.fullmatch(self.path)):
             beside = did_you_mean(str(path), map(str, path.parent.iterdir()) if local else [])
+            if path.is_file():
+                beside = f" {_FOLDERS} Of a GGUF file, name folder and file: --model.path and --model.gguf_file."
             raise ValueError(f"There is no folder {path}.{beside} The hub is asked only for NAME or OWNER/NAME.")
 
     def _check_whole(self, model: Any, missing: list[str], unread: list[str]) -> None:

@@ -9,7 +9,6 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,7 +34,7 @@ _MISSING = (LookupError, AttributeError, TypeError)  # raised by code that finds
 class CalibrationPass:
     """Runs calibration batches through a model or through one block of it at a time, recording activations.
 
-    ``labels`` of batches are dropped, and an ``attention_mask`` (B, L) marks padding. ``keep`` is the device or folder
+    ``labels`` of batches are dropped, and an ``attention_mask`` (B, L) marks padding. ``keep`` is the device
     where the outputs of a block are kept for the next one.
     """
 
@@ -45,7 +44,7 @@ class CalibrationPass:
         blocks: Sequence[nn.Module],
         batches: Iterable[Batch],
         device: torch.device,
-        keep: torch.device | Path,
+        keep: torch.device,
     ) -> None:
         self._model, self._blocks, self._device, self._keep = model, blocks, device, keep
         self._batches = [_checked(batch, model, device) for batch in batches]
@@ -97,10 +96,7 @@ class CalibrationPass:
                     torch.cuda.synchronize(self._device)  # otherwise the time is counted where the result is needed
                 self.seconds += time.perf_counter() - began
                 if keep:
-                    if isinstance(self._keep, Path):
-                        torch.save(output, self._keep / f"{index}.pt")
-                    else:
-                        self._kept[index] = _moved(output, self._keep)
+                    self._kept[index] = _moved(output, self._keep)
 
     def _at_block(
         self, block: int, index: int, act: Callable[..., Any], change: Callable[[Tensor], Tensor] = Tensor.clone
@@ -111,11 +107,7 @@ class CalibrationPass:
         outputs of blocks before the last one, which should change nothing.
         """
         called: list[int] = []
-        kept: Any = None
-        if block and isinstance(self._keep, Path):
-            kept = torch.load(self._keep / f"{index}.pt", map_location=self._device, weights_only=True)
-        elif block:
-            kept = _moved(self._kept[index], self._device)
+        kept = _moved(self._kept[index], self._device) if block else None
         others = tree_map_only(Tensor, change, kept)
 
         def answer(number: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -34,7 +34,7 @@ from sparse_train.pruning.update import LayerUpdate
 _log = logging.getLogger(__name__)
 
 INDEX = "model.safetensors.index.json"
-_PROGRESS, _LOCK, _ACTIVATIONS = "progress.json", ".lock", "activations"
+_PROGRESS, _LOCK = "progress.json", ".lock"
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -167,7 +167,6 @@ class DiskShelf(Shelf):
         checkpoint, selection: its weights, and the targets among them.
         work: folder of finished shards, from ``unfinished``.
         device: where a loaded block computes.
-        on_disk: keep the activations between two blocks on disk, too, not in main memory.
     """
 
     def __init__(
@@ -177,13 +176,10 @@ class DiskShelf(Shelf):
         selection: Selection,
         work: Path,
         device: torch.device,
-        on_disk: bool = False,
     ) -> None:
         super().__init__(model, {**selection.layers, **expert_matrices(selection.experts)}, device)
         self.checkpoint, self.work = checkpoint, work
-        self.keep = work / _ACTIVATIONS if on_disk else torch.device("cpu")
-        if isinstance(self.keep, Path):
-            self.keep.mkdir(exist_ok=True)
+        self.keep = torch.device("cpu")
         self._progress = _read_progress(work)
         self.outliers = {int(block): share for block, share in self._progress["outliers"].items()}
         self.updates = {name: LayerUpdate(**each) for name, each in self._progress["updates"].items()}
@@ -205,14 +201,11 @@ class DiskShelf(Shelf):
             [key for key, name in full.items() if name.startswith(f"{self._prefix}.{block}.")]
             for block in range(len(self.blocks))
         ]
-        rest: dict[Path, list[str]] = {}
         inside = {key for keys in self._keys for key in keys}
-        for key in full:
-            if key not in inside:
-                rest.setdefault(checkpoint.files[key], []).append(key)
-        self._rest = list(rest.values())
-        count = len(self._rest) + len(self.blocks)
+        self._rest = [key for key in full if key not in inside]
+        count = len(self.blocks) + 1
         self.shards = [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
+        """Of each block, and of the rest."""
         if done := sum(map(self.is_done, range(len(self.blocks)))):
             _log.warning("Continuing after %d finished blocks of %d; times are for the rest.", done, len(self.blocks))
 
@@ -251,11 +244,10 @@ class DiskShelf(Shelf):
         head, embeddings = self.model.get_output_embeddings(), self.model.get_input_embeddings()
         of_head = tuple(f"{name}." for name, module in self.model.named_modules() if module is head)
         unneeded = () if head is not None and head.weight is embeddings.weight else of_head
-        for shard, keys in zip(self.shards, self._rest, strict=False):
-            tensors = self.checkpoint.read(keys)
-            if not (self.work / shard).is_file():
-                _write_shard(self.work / shard, tensors)
-            self._put({key: value for key, value in tensors.items() if not self._full_name(key).startswith(unneeded)})
+        tensors, shard = self.checkpoint.read(self._rest), self.work / self.shards[-1]
+        if not shard.is_file():
+            _write_shard(shard, tensors)
+        self._put({key: value for key, value in tensors.items() if not self._full_name(key).startswith(unneeded)})
         others = (f"{self._prefix}.", *of_head)
         self._check_loaded((n, p) for n, p in self.model.named_parameters() if not n.startswith(others))
         for module in self.model.modules():
@@ -311,11 +303,10 @@ class DiskShelf(Shelf):
         return base + key if self._prefix.startswith(base) and not key.startswith((base, "lm_head")) else key
 
     def _shard(self, block: int) -> Path:
-        return self.work / self.shards[len(self._rest) + block]
+        return self.work / self.shards[block]
 
 
 def _move_weights(module: nn.Module, device: torch.device) -> None:
-    """Move the parameters that are loaded."""
     for each in module.modules():
         for name, parameter in each._parameters.items():
             if parameter is not None and not parameter.is_meta and parameter.device != device:
@@ -360,7 +351,6 @@ def unfinished(out: Path, settings: Sequence[str]) -> Iterator[Path]:
             if not _has_begun(work):
                 shutil.rmtree(work)
             raise
-        shutil.rmtree(work / _ACTIVATIONS, ignore_errors=True)
         if out.exists():
             out.rmdir()
         work.rename(out)
@@ -375,7 +365,6 @@ def _read_progress(work: Path) -> dict[str, Any]:
 
 
 def _has_begun(work: Path) -> bool:
-    """Whether a block is done, so that the next run can continue after it."""
     return bool(_read_progress(work)["updates"])
 
 

@@ -26,8 +26,6 @@ FEW_TOKENS = 32
 
 
 class ExpertMatrix(MaskedMatrix):
-    """The matrix of one expert, a slice of a fused parameter."""
-
     def __init__(self, experts: FusedExperts, index: int) -> None:
         self.experts, self.index = experts, index
         self.out_features, self.in_features = experts.shape_OI

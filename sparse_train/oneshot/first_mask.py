@@ -10,17 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from sparse_train.distributed.collectives import rank, take_from_rank_0, world_size
+from sparse_train.distributed.collectives import rank, world_size
 from sparse_train.distributed.fsdp2 import reshard
-from sparse_train.distributions import LayerSparsities, Outliers
+from sparse_train.distributions import Outliers
 from sparse_train.environment import isolated_rng
 from sparse_train.layers.masked_layer import MaskedLayer
 from sparse_train.oneshot.forwards import Batch
 from sparse_train.oneshot.walk import MemoryShelf, Plan, walk
-from sparse_train.pruning.config import FirstWindow, OneShot, PruningConfig
-from sparse_train.pruning.update import check_masks
+from sparse_train.pruning.config import OneShot, PruningConfig
 from sparse_train.pruning.updater import MaskUpdater
-from sparse_train.solvers import Solver
 
 _log = logging.getLogger(__name__)
 _NEEDED = (
@@ -71,26 +69,32 @@ def set_first_mask(
         The outliers, if one-shot pruning has measured some. After an error, the model is unchanged.
     """
     first = config.first_mask
-    dense = config.first_sparsity > 0 and all(layer.keeps_all() for layer in layers.values())
-    if isinstance(first, FirstWindow) and dense and config.criterion.needs_activations:
-        _log_dense_start("first_mask is FirstWindow()")
     if not isinstance(first, OneShot):
         return None
-    method = first.criterion or config.criterion
-    for name, layer in layers.items() if isinstance(method, Solver) else ():
-        if layer.layout.has_masters or not layer.weight.requires_grad:
-            raise ValueError(
-                f"The first mask is made by {method}, which moves weights, and those of {name} are frozen, or "
-                "DeepSpeed would bring the old ones back from its float32 masters. Prune the model before the run and "
-                "before it gets adapters (sparse-train prune), or use a criterion."
-            )
+    dense = config.first_sparsity > 0 and all(layer.keeps_all() for layer in layers.values())
     # without activations, the first update makes the same mask
     if dense and (first.criterion is not None or config.criterion.needs_activations):
-        found = _model_and_batches(root, layers, first.batches, batches)
-        if found is not None:
-            plan = Plan(method, config.pattern, config.first_sparsity, config.distribution, config.sparsity_at(1.0))
-            with autocast:
-                return _prune(layers, plan, *found, progress)
+        reshard(root)
+        model, ranks = causal_lm(root, layers.values()), world_size()
+        walks = model is not None and not any(layer.layout.is_sharded for layer in layers.values())
+        found = batches(-(-first.batches // ranks) * ranks) if walks else None  # the same number for each rank
+        if model is not None and found is not None and len(found) >= ranks:
+            method, final = first.criterion or config.criterion, config.sparsity_at(1.0)
+            plan = Plan(method, config.pattern, config.first_sparsity, config.distribution, final)
+            shelf = MemoryShelf(model, layers, together=plan.pattern.model_wide)
+            try:
+                with autocast, shelf.restored_on_failure():
+                    return walk(shelf, plan, found[rank() :: ranks], progress).outliers or None
+            except Exception as error:
+                error.add_note(
+                    "This happened while one-shot pruning made the first mask from batches of the training data. With "
+                    "first_mask=FirstWindow(), it comes from the first steps; a calibration_dataloader gives others."
+                )
+                raise
+        if rank() == 0:
+            level = logging.WARNING if walks else logging.INFO  # missing batches are a surprise
+            why = f"one-shot pruning needs {_NEEDED}"
+            _log.log(level, "The first steps run dense, and their activations give the first mask: %s.", why)
     if first.criterion is not None:
         raise ValueError(
             f"first_mask is {first}, but no one-shot pruning makes the first mask here: it does at start_step 0, if "
@@ -98,48 +102,6 @@ def set_first_mask(
             "OneShot, or prune the model before the run (sparse_train.prune)."
         )
     return None
-
-
-def _model_and_batches(
-    root: nn.Module, layers: Mapping[str, MaskedLayer], count: int, batches: Callable[[int], Sequence[Batch] | None]
-) -> tuple[nn.Module, Sequence[Batch]] | None:
-    """The model to calibrate, and this rank's batches for it; None if there is no such model, or too few batches."""
-    reshard(root)
-    model, ranks = causal_lm(root, layers.values()), world_size()
-    walks = model is not None and not any(layer.layout.is_sharded for layer in layers.values())
-    found = batches(-(-count // ranks) * ranks) if walks else None  # the same number for each rank
-    if model is not None and found is not None and len(found) >= ranks:
-        return model, found[rank() :: ranks]
-    # missing batches are a surprise
-    _log_dense_start(f"one-shot pruning needs {_NEEDED}", logging.WARNING if walks else logging.INFO)
-    return None
-
-
-def _log_dense_start(reason: str, level: int = logging.INFO) -> None:
-    if rank() == 0:
-        _log.log(level, "The first steps run dense, and their activations give the first mask: %s.", reason)
-
-
-def _prune(
-    layers: Mapping[str, MaskedLayer], plan: Plan, model: nn.Module, batches: Sequence[Batch], progress: bool
-) -> Outliers | None:
-    """Set the masks of a model in the module that is trained."""
-    assert plan.sparsity is not None and plan.final is not None
-    shelf = MemoryShelf(model, layers, together=plan.pattern.model_wide)
-    try:
-        with shelf.restored_on_failure():
-            outliers = walk(shelf, plan, batches, progress).outliers or None
-            division = LayerSparsities(plan.distribution, shelf.shapes, plan.pattern, plan.final, outliers)
-            check_masks(layers, plan.pattern, division.at(plan.sparsity))  # of a user's own solver
-    except Exception as error:
-        error.add_note(
-            "This happened while one-shot pruning made the first mask from batches of the training data. With "
-            "first_mask=FirstWindow(), it comes from the first steps; a calibration_dataloader gives other batches."
-        )
-        raise
-    if isinstance(plan.method, Solver):  # linear algebra may round differently on other hardware
-        take_from_rank_0([t for each in layers.values() for t in (each.weight_OI.detach(), each.weight_mask)])
-    return outliers
 
 
 def causal_lm(root: nn.Module, layers: Iterable[MaskedLayer]) -> nn.Module | None:

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import nn
@@ -73,21 +72,15 @@ def prune(
     except BaseException:
         unmask(model, [layer for layer in dense if isinstance(layer, MaskedLayer)])  # whose masks keep everything
         raise
-    if rank() == 0:
-        _warn_of_empty(report)
+    if rank() == 0 and (empty := [name for name, layer in report.layers.items() if layer.zeros == layer.size]):
+        _log.warning(
+            "All weights of %d layers, such as %s, are zero, so no information passes there. If they were not zero "
+            "before, compare weights within rows and not in larger groups.",
+            *(len(empty), empty[0]),
+        )
     if squash:
         unmask(model, masked.values())
     return report
-
-
-def _warn_of_empty(report: OneshotReport) -> None:
-    if empty := [name for name, layer in report.layers.items() if layer.zeros == layer.size]:
-        _log.warning(
-            "All weights of %s%s are zero, so no information passes there. If they were not zero before, compare "
-            "weights within rows and not in larger groups.",
-            empty[0],
-            f" and of {len(empty) - 1} more layers" if len(empty) > 1 else "",
-        )
 
 
 def prune_checkpoint(
@@ -102,7 +95,6 @@ def prune_checkpoint(
     targets: Sequence[str] | None = None,
     ignore: Sequence[str] = (),
     device: str | torch.device = "cpu",
-    activations: Literal["memory", "disk"] = "memory",
     progress: bool = False,
 ) -> OneshotReport:
     """Prune a checkpoint of a decoder-only transformers model; the result is the same as that of ``prune``.
@@ -117,7 +109,6 @@ def prune_checkpoint(
         mask_structure, sparsity, criterion, distribution, targets, ignore, progress: see ``prune``; targets outside the
             decoder blocks and groups over the whole model need the whole model.
         device: where blocks compute, one at a time.
-        activations: where the outputs of a block are kept for the next one, "memory" or "disk".
     """
     from sparse_train.oneshot import disk  # needs safetensors
 
@@ -132,7 +123,7 @@ def prune_checkpoint(
     with disk.unfinished(out, settings) as work:
         model = disk.model_without_weights(path, checkpoint)
         selection = select(model, plan.pattern, targets, ignore, experts=True)
-        shelf = disk.DiskShelf(model, checkpoint, selection, work, torch.device(device), activations == "disk")
+        shelf = disk.DiskShelf(model, checkpoint, selection, work, torch.device(device))
         shelf.load_rest()
         report = walk(shelf, plan, batches, progress)
         disk.write_index(work, shelf.shards)

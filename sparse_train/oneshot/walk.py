@@ -5,7 +5,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -116,7 +115,7 @@ class Shelf(ABC):
         self, model: Any, targets: Mapping[str, nn.Module | ExpertMatrix], device: torch.device, together: bool = False
     ) -> None:
         self.model, self.device = model, device
-        self.keep: torch.device | Path = device
+        self.keep = device
         """Where the outputs of a block are kept for the next one."""
         self.shapes: dict[str, LayerShape] = {}
         self.updates: dict[str, LayerUpdate] = {}

@@ -11,7 +11,6 @@ from sparse_train.distributions import SparsityDistribution, Uniform, check_patt
 from sparse_train.patterns import Pattern, group_label
 from sparse_train.policies import MaskPolicy, StraightThrough
 from sparse_train.schedules import ROUNDING, Cubic, Schedule, Timing, resolve_target, whole_steps
-from sparse_train.solvers import Solver
 
 NormDecay = float | Literal["frozen"]
 """How much the norms of earlier windows count: a factor per update, or "frozen" = the first ones, forever."""
@@ -33,19 +32,18 @@ class OneShot(FirstMask):
     why. So it does in a plain loop, where there is no data to be found: call ``prune(..., squash=False)`` before.
 
     Args:
-        criterion: scores for this mask; default: the criterion of the run. Or a ``Solver`` such as ``SparseGPT()``,
-            which also moves the weights that it keeps; pruned weights keep their values in the shadow. If it is given,
-            a first mask that cannot be made so is an error.
+        criterion: scores for this mask; default: the criterion of the run. If it is given, a first mask that cannot be
+            made so is an error.
         batches: number of batches, over all ranks: from the training data, or, in Lightning, from the loader that a
             data module's ``calibration_dataloader()`` returns.
     """
 
-    criterion: Criterion | Solver | None = None
+    criterion: Criterion | None = None
     batches: int = 8
 
     def __post_init__(self) -> None:
         check_positive("OneShot.batches", self.batches)
-        require_type("OneShot.criterion", self.criterion, Wanda(), (Criterion, Solver))
+        require_type("OneShot.criterion", self.criterion, Wanda(), Criterion)
 
 
 @dataclass(frozen=True)
@@ -125,8 +123,6 @@ class PruningConfig:
         pattern, target = resolve_target(self.mask_structure, self.sparsity, self.schedule, self.criterion.group)
         self._set("pattern", pattern)
         self._set("target", target)
-        if isinstance(self.first_mask, OneShot) and isinstance(self.first_mask.criterion, Solver):
-            self.first_mask.criterion.check_pattern(pattern)
         check_pattern(self.distribution, pattern)
         if self.distribution.needs_outliers and not self.criterion.needs_activations:
             raise ValueError(
@@ -144,11 +140,6 @@ class PruningConfig:
     def first_sparsity(self) -> float:
         """Sparsity of the masks at step 0."""
         return self.sparsity_at(0.0) if self.start_step == 0 else 0.0
-
-    @property
-    def first_mask_moves_weights(self) -> bool:
-        """Whether the first mask comes with other values of the kept weights, from a ``Solver``."""
-        return isinstance(self.first_mask, OneShot) and isinstance(self.first_mask.criterion, Solver)
 
     def sparsity_at(self, progress: float) -> float:
         """Sparsity of the schedule at ``progress``, always as a Python number."""

@@ -27,7 +27,6 @@ def attach(layers: Iterable[MaskedMatrix], recorder: Recorder, statistics: type[
 
 
 def norms_of(layers: Mapping[str, MaskedMatrix]) -> dict[str, ActivationNorm]:
-    """The norms of the layers that have some."""
     return {name: layer.statistics for name, layer in layers.items() if isinstance(layer.statistics, ActivationNorm)}
 
 
@@ -35,7 +34,6 @@ def norms_of(layers: Mapping[str, MaskedMatrix]) -> dict[str, ActivationNorm]:
 
 
 def tensors_of(layers: Iterable[MaskedMatrix]) -> list[Tensor]:
-    """The statistics of layers, to be summed over ranks."""
     return [tensor for layer in layers if layer.statistics is not None for tensor in layer.statistics.tensors()]
 
 
@@ -84,7 +82,6 @@ def check_nothing_dropped(layers: Mapping[str, MaskedMatrix]) -> None:
 
 
 def not_finite(where: str) -> ValueError:
-    """The error for activations that are not finite."""
     return ValueError(
         f"{where}: the input activations are not finite, so Wanda scores cannot be computed; masks were not changed. "
         "Look for NaN in the data, a learning rate that is too high, or an overflow of float16."

@@ -42,8 +42,8 @@ class UpdateReport:
     step: int
     target_sparsity: float
     layers: Mapping[str, LayerUpdate]
-    initial_flip_rate: float
-    """Share of mask entries that differ from the first mask, on every 128th row, but at least four rows per layer."""
+    differing: Mapping[str, float]
+    """Mask entries of each layer that differ from the first mask, counted on every 128th row, at least four of each."""
     seconds: float
 
     @property
@@ -55,6 +55,11 @@ class UpdateReport:
     def flip_rate(self) -> float:
         """Share of mask entries that this update changed; for the first mask, the share that it prunes."""
         return sum(layer.flips for layer in self.layers.values()) / sum(layer.size for layer in self.layers.values())
+
+    @property
+    def initial_flip_rate(self) -> float:
+        """Share of mask entries that differ from the first mask."""
+        return sum(self.differing.values()) / sum(layer.size for layer in self.layers.values())
 
     def metrics(self) -> dict[str, float]:
         """The metrics for loggers, by name."""

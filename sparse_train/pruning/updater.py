@@ -321,12 +321,11 @@ class MaskUpdater:
     def _report(self, changes: dict[str, LayerUpdate], began: float) -> UpdateReport:
         if self.sparsity is not None:
             self._keep_first_rows()
-        differing, now = 0.0, self._sampled_rows()
+        differing, now = {}, self._sampled_rows()
         for name, first_SJ in self._first_rows.items():
             scale = self.layers[name].out_features / len(first_SJ)
-            differing += masks.count_differing(now[name], first_SJ.to(now[name].device)) * scale
-        share = differing / sum(layer.size for layer in self.layers.values())
-        return UpdateReport(self.steps, self.sparsity or 0.0, changes, share, time.perf_counter() - began)
+            differing[name] = masks.count_differing(now[name], first_SJ.to(now[name].device)) * scale
+        return UpdateReport(self.steps, self.sparsity or 0.0, changes, differing, time.perf_counter() - began)
 
     def _keep_first_rows(self) -> None:
         if not self._first_rows:
@@ -394,11 +393,10 @@ class MaskUpdater:
         return {**self.config.as_data(), "mask_lora": self._adapters}
 
     def plan(self) -> str:
-        """Which layers are pruned and how far, how they differ in sparsity, and when masks change, in words."""
+        """Which layers are pruned and how far, and when masks change, in words."""
         parts = (
             f"{named(self.layers)} at {group_label(self.config.pattern)}",
             f"final sparsity {self.config.sparsity_at(1.0):g}",
-            self._division.in_words(),
             self.timing.in_words() if self._masks_change() else "masks do not change",
         )
-        return "; ".join(part for part in parts if part)
+        return "; ".join(parts)

@@ -4,7 +4,6 @@ import html
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from string import Template
-from typing import Any
 
 from sparse_train.files import replacing
 from sparse_train.report.figures import curves, heat_maps
@@ -48,9 +47,8 @@ def sections(runs: Sequence[Run]) -> dict[str, Sequence[str]]:
         "Evaluation": _evaluation(runs),
         "Masks": _masks(runs),
         "Sparsity by layer": [_layers(run, runs) for run in runs],
-        "Time and memory": [_side_by_side(runs, _costs), paragraph(_COSTS)],
-        "Settings": [_side_by_side(runs, _settings)],
-        "Environment": [_side_by_side(runs, _environment)],
+        "Time": [_side_by_side(runs, _time), paragraph(_TIME)],
+        "Settings, machine and memory": [_side_by_side(runs, _about)],
         "Recipe": recipes,
     }
 
@@ -109,71 +107,42 @@ def _masks(runs: Sequence[Run]) -> list[str]:
 
 
 def _layers(run: Run, runs: Sequence[Run]) -> str:
-    text = "Zeros, counted on the weights; and flips since the first mask, as a share of the weights."
-    panels = {"zeros, %": run.by_layer("zeros"), "flips, %": run.by_layer("flips")}
+    text = "Zeros, counted on the weights; and mask entries that differ from the first mask."
+    panels = {"zeros, %": run.by_layer("zeros"), "initial flip rate, %": run.by_layer("differing")}
     return heat_maps(_of(run, runs) + text, panels)
 
 
 # --- facts -----------------------------------------------------------------------------------------------------------
 
-_COSTS = (
-    "An update scores weights and selects masks; recording activations for it counts as part of the training steps. "
-    "Tokens include padding. Memory is that of the first process."
+_TIME = (
+    "Of training, with validations. An update scores weights and selects masks; recording activations for it counts as "
+    "part of the training steps. Tokens include padding."
 )
 
 
-def _costs(run: Run) -> dict[str, str]:
-    facts, total = run.facts, run.facts["seconds"]
-
-    def share(seconds: float) -> str:
-        return f"{seconds:,.1f} s ({seconds / total:.1%})" if total else ""
-
+def _time(run: Run) -> dict[str, str]:
+    seconds, tokens = run.facts["seconds"], run.facts["tokens"]
     updating = sum(value for step, value in run.curve("sparsity/update_seconds") if step > 0)
     return {
-        "training, wall time": f"{total:,.1f} s",
-        "in training steps": share(total - updating - facts["validation_seconds"]),
-        "in validations": share(facts["validation_seconds"]),
-        "in mask updates": share(updating),
-        "before: model, first mask, baselines": f"{facts['sessions'][0]['prepare_seconds']:,.1f} s",
-        "tokens trained on": f"{facts['tokens']:,}",
-        "tokens per second, all included": f"{facts['tokens'] / total:,.0f}" if total else "",
-        "peak memory of the process": _gib(facts["peak_bytes"]),
-        "peak memory of the accelerator": _gib(facts["peak_device_bytes"]),
+        "wall time": f"{seconds:,.1f} s",
+        "of it in mask updates": f"{updating:,.1f} s ({updating / seconds:.1%})" if seconds else "",
+        "tokens trained on": f"{tokens:,}",
+        "tokens per second": f"{tokens / seconds:,.0f}" if seconds else "",
     }
 
 
-def _settings(run: Run) -> dict[str, str]:
-    pruning, start = run.facts["pruning"], run.facts["sessions"][-1]
-    found = {}
-    if pruning is not None:
-        sizes = pruning["layers"].values()
-        found = pruning["settings"] | {
-            "targeted layers": f"{len(sizes):,}",
-            "targeted weights": f"{sum(sizes):,}",
-            "updates after the first mask": f"{len(run.flips()):,}",
-        }
-    steps = f"{run.steps:,} of {start['total_steps'] or 'any number'}"
-    return _texts({**found, "steps": steps, **{name: start[name] for name in ("precision", "ranks", "seed")}})
-
-
-def _environment(run: Run) -> dict[str, str]:
-    first, *resumed = run.facts["sessions"]
-    last = (resumed or [first])[-1]
-    steps = [session["step"] for session in resumed]
-    begun = {"begun": first["date"], "resumed at steps": steps}
-    return _texts({**begun, **last["machine"], **last["versions"]})
-
-
-def _texts(facts: Mapping[str, Any]) -> dict[str, str]:
-    lists = {name: ", ".join(map(str, fact)) if isinstance(fact, list) else fact for name, fact in facts.items()}
-    return {name: str(fact) for name, fact in lists.items() if fact is not None}
+def _about(run: Run) -> dict[str, str]:
+    return {
+        name: f"{fact:,.6g}" if isinstance(fact, float) else str(fact)
+        for name, fact in run.facts["about"].items()
+        if fact not in (None, [])
+    }
 
 
 # --- HTML ------------------------------------------------------------------------------------------------------------
 
 
 def paragraph(text: str) -> str:
-    """Of HTML."""
     return f"<p>{html.escape(text)}</p>"
 
 
@@ -198,12 +167,7 @@ def _side_by_side(runs: Sequence[Run], facts: Callable[[Run], Mapping[str, str]]
 
 
 def _of(run: Run, runs: Sequence[Run]) -> str:
-    """The beginning of what is about one of several runs."""
     return f"{run.name}: " if len(runs) > 1 else ""
-
-
-def _gib(size: int | None) -> str:
-    return "" if size is None else f"{size / 2**30:.2f} GiB"
 
 
 _PAGE = Template("""\

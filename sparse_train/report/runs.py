@@ -55,12 +55,11 @@ class Run:
     @property
     def sparsity(self) -> float | None:
         """Share of zeros among the targeted weights, counted on them; None for a dense run."""
-        if zeros := self.facts["zeros"]:
-            return float(sum(zeros.values()) / sum(self.facts["pruning"]["layers"].values()))
+        if layers := self.facts["layers"]:
+            return float(sum(each["zeros"] for each in layers.values()) / sum(each["size"] for each in layers.values()))
         return self.last("sparsity/").get("actual")
 
     def curve(self, name: str | None) -> Points:
-        """All values of one metric."""
         return [(int(row["step"]), row[name]) for row in self.metrics if name is not None and name in row]
 
     def last(self, prefix: str) -> dict[str, float]:
@@ -73,7 +72,6 @@ class Run:
         }
 
     def training_loss(self) -> Points:
-        """The loss that is trained on."""
         return self.curve(named("loss", [n for n in self.last("") if not n.startswith(("val", "test", *_OWN))]))
 
     def validation(self, word: str) -> Points:
@@ -88,9 +86,7 @@ class Run:
         return [(step, rate) for step, rate in self.curve("sparsity/flip_rate") if step > masked[0][0]]
 
     def by_layer(self, fact: str) -> dict[str, float]:
-        """ "zeros" at the latest update, or "flips" since the first mask, which may exceed 1; as shares of a layer."""
-        sizes = self.facts["pruning"]["layers"] if self.facts["pruning"] else {}
-        return {name: count / sizes[name] for name, count in (self.facts.get(fact) or {}).items()}
+        return {name: each[fact] / each["size"] for name, each in (self.facts["layers"] or {}).items()}
 
     def before(self) -> list[State]:
         """The model before training: dense, after the first mask."""
@@ -149,7 +145,6 @@ def headline(run: Run) -> dict[str, Any]:
 
 
 def evaluations(run: Run) -> list[str]:
-    """The metrics of ``Evaluation`` callbacks."""
     return [name for name in run.last("") if name.startswith(("evaluation/", "zero_shot/"))]
 
 
@@ -160,7 +155,6 @@ def named(word: str, names: Sequence[str]) -> str | None:
 
 
 def number(value: float | None, form: str) -> str:
-    """``value`` formatted with ``form``; nothing if it was not measured."""
     return "" if value is None else format(value, form)
 
 

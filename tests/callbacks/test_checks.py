@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint, ModelPruning
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 
 from sparse_train import Cubic
@@ -31,12 +31,6 @@ class ByHand(InInit):
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.01)
-
-
-def test_another_callback_that_masks_is_refused(tmp_path):
-    other = ModelPruning("l1_unstructured", amount=0.5)
-    with pytest.raises(ValueError, match="ModelPruning adds a second set of masks"):
-        trainer(tmp_path, DynamicPruning("2:4"), other).fit(InInit(), loader())
 
 
 @pytest.mark.parametrize("settings", [{}, {"start_step": 0.5, "end_step": 10}])

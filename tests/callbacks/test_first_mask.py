@@ -1,4 +1,4 @@
-"""First masks from a solver, which moves the weights it keeps."""
+"""First masks by one-shot pruning."""
 
 import copy
 
@@ -14,83 +14,29 @@ from sparse_train import (
     FirstWindow,
     Fixed,
     Magnitude,
-    MaskLoRA,
-    OneShot,
-    SparseGPT,
     Wanda,
     prune,
     sparse_layers,
 )
 from sparse_train.callbacks import DynamicPruning
-from sparse_train.oneshot.first_mask import random_batches
-from tests.callbacks.runs import ExactAfterEveryStep, InInit, Interrupt, Tokens, loader, trainer
+from tests.callbacks.runs import InInit, loader, trainer
 from tests.conftest import VOCABULARY, tiny_llama
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
 
 class Start(L.Callback):
-    """What a run starts with: weights and masks of the first step, and the norms that are remembered."""
+    """The masks of the first step."""
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if trainer.global_step == 0:
             layers = sparse_layers(pl_module.net)
-            self.weights = {name: layer.weight.detach().clone() for name, layer in layers.items()}
             self.masks = {name: layer.unpacked_mask() for name, layer in layers.items()}
-            self.norms = {name: copy.deepcopy(layer.statistics) for name, layer in layers.items()}
-
-
-def run(folder, *callbacks, **settings):
-    start = Start()
-    pruning = DynamicPruning("2:4", update_freq=4, **{"first_mask": OneShot(SparseGPT())} | settings)
-    model = InInit()
-    trainer(folder, start, pruning, *callbacks).fit(model, loader())
-    return model, start
-
-
-def test_its_masks_are_re_pruned_by_the_criterion_of_the_run(tmp_path):
-    exact = ExactAfterEveryStep()
-    model, start = run(tmp_path, exact)
-    assert exact.checked == 12
-    moved = [(dict(model.net.named_modules())[name].weight != 0) != mask for name, mask in start.masks.items()]
-    assert any(each.any() for each in moved)
-
-
-def test_its_norms_are_the_first_that_are_remembered(tmp_path):
-    _, start = run(tmp_path, norm_decay="frozen")
-    model = tiny_llama()
-    batches = random_batches(Tokens(), 2, None, 8)
-    prune(model, batches, "2:4", criterion=SparseGPT(), squash=False)
-    for name, layer in sparse_layers(model).items():
-        assert int(start.norms[name].tokens) == 8 * 2 * 16
-        torch.testing.assert_close(start.norms[name].norm_I, layer.statistics.norm_I)
-    wanda = tiny_llama()
-    prune(wanda, batches, "2:4", criterion=Wanda(), squash=False)  # the first block reads the same in both
-    for name, layer in sparse_layers(wanda.model.layers[0]).items():
-        own = start.norms[f"model.layers.0.{name}"].norm_I
-        if name.startswith("self_attn.q"):
-            torch.testing.assert_close(own, layer.statistics.norm_I)
-
-
-def test_a_run_that_began_with_a_solver_resumes_bit_for_bit(tmp_path):
-    whole, _ = run(tmp_path / "whole")
-    with pytest.raises(SystemExit):
-        run(tmp_path / "half", Interrupt(6, tmp_path / "half.ckpt"))
-    resumed, pruning = InInit(), DynamicPruning("2:4", update_freq=4, first_mask=OneShot(SparseGPT()))
-    trainer(tmp_path / "half", pruning).fit(resumed, loader(), ckpt_path=tmp_path / "half.ckpt", weights_only=False)
-    for (name, ours), theirs in zip(resumed.state_dict().items(), whole.state_dict().values(), strict=True):
-        assert torch.equal(ours, theirs), name
 
 
 def test_a_run_without_a_step_says_so(tmp_path):
     with pytest.warns(UserWarning, match="no step, so nothing was pruned"):
         trainer(tmp_path, DynamicPruning("2:4"), max_steps=0).fit(InInit(), loader())
-
-
-def test_adapters_of_weights_that_a_solver_moves_are_refused(tmp_path):
-    pruning = DynamicPruning("2:4", first_mask=OneShot(SparseGPT()), mask_lora=MaskLoRA())
-    with pytest.raises(ValueError, match="of net.model.*q_proj are frozen"):
-        trainer(tmp_path, pruning).fit(InInit(), loader())
 
 
 class Shifted(InInit):

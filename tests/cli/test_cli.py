@@ -58,11 +58,10 @@ def test_prune_evaluate_and_inspect(model_folder, text, capsys):
     cli.main(["evaluate", "pruned", f"--text={text}", "--window=32", "--max_tokens=640", "--json"])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["tokens"] == 620
-    assert 1 < result["perplexity"] < result["word_perplexity"]
+    assert result["perplexity"] > 1
     cli.main(["evaluate", "pruned", f"--text={text}", "--window=32", "--max_tokens=640"])
     printed = capsys.readouterr().out
     assert f"{result['perplexity']:.2f}  token perplexity of pruned on topics.txt" in printed
-    assert f"{result['word_perplexity']:.2f}  word perplexity: the same losses over {result['words']} words" in printed
 
     cli.main(["inspect", "pruned", "--json"])
     layers = {row["name"]: row for row in json.loads(capsys.readouterr().out.splitlines()[-1])["layers"]}

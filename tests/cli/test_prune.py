@@ -59,7 +59,7 @@ def test_methods_and_distributions(run, options, capsys):
 
 def test_streaming_gives_the_same_model(run, capsys):
     whole, _ = run(out="whole")
-    streamed, details = run("--streaming=true", "--activations=disk", out="streamed")
+    streamed, details = run("--streaming=true", out="streamed")
     assert details["streaming"] is True
     for (name, a), (_, b) in zip(whole.named_parameters(), streamed.named_parameters(), strict=True):
         assert torch.equal(a, b), name
@@ -81,7 +81,6 @@ def test_perplexity_is_measured_on_request(run, text_file):
     found = details["perplexity"]
     assert found["computed_in"] == "bfloat16"  # what was written is measured
     assert found["window"] == 32 and found["tokens"] == 310
-    assert 0 < found["words"] < 310 and found["word_perplexity"] > found["perplexity"]
 
 
 @pytest.mark.parametrize("how", ["--streaming=true", "--seed=1"])

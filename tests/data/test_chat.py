@@ -11,8 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from sparse_train import FirstWindow
 from sparse_train.callbacks import DynamicPruning
 from sparse_train.cli import main as cli
-from sparse_train.data.blocks import blocks_of, calibration_batches
-from sparse_train.data.chat import encoded
+from sparse_train.data.blocks import blocks_of, calibration_batches, encoded
 from sparse_train.data.text_blocks import TextBlocks
 from sparse_train.data.texts import TextSource
 from sparse_train.models.causal_lm import CausalLM

@@ -124,9 +124,3 @@ def test_the_standard_library_is_code_split_by_file():
     assert not {path.read_text(encoding="utf-8") for path in here} & set(everything)
     assert not [document for document in everything if "build_time_vars" in document[:200]]  # paths of this machine
     assert source.name.startswith("Python 3.")
-
-
-def test_a_python_without_sources(monkeypatch, tmp_path):
-    monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(tmp_path)})
-    with pytest.raises(ValueError, match="has no sources of its standard library"):
-        PythonStandardLibrary().documents("train")

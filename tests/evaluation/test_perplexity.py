@@ -1,16 +1,14 @@
-import itertools
 import math
-import types
 
 import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 from torch.nn import functional as F
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from sparse_train import MaskUpdater
-from sparse_train.evaluation import evaluate_perplexity, token_ids, word_starts
-from sparse_train.evaluation.undisturbed import undisturbed
+from sparse_train.evaluation import evaluate_perplexity, token_ids
+from sparse_train.evaluation.perplexity import undisturbed
 from sparse_train.models.losses import next_token_loss
 from tests.conftest import VOCABULARY, tiny_llama, tiny_tokenizer
 
@@ -35,75 +33,6 @@ def test_equals_a_loop_in_float64(window, stride):
     assert result.perplexity == pytest.approx(perplexity, rel=1e-5)
     assert result.tokens == tokens
     assert model.training
-
-
-@pytest.fixture(scope="module")
-def merged_tokenizer(text_file):
-    """Byte-level, with 126 merges learnt from English text: words are one token or several."""
-    from tokenizers import ByteLevelBPETokenizer
-
-    learnt = ByteLevelBPETokenizer()
-    learnt.train([str(text_file)], vocab_size=256 + VOCABULARY - 2, show_progress=False)
-    return PreTrainedTokenizerFast(tokenizer_object=learnt._tokenizer)
-
-
-@pytest.mark.parametrize("stride", [None, 16, 5])
-def test_word_perplexity_equals_a_loop_in_float64(stride, merged_tokenizer, text_file):
-    documents = [text_file.read_text()[:1500], "  two  spaces\n and\tmore "]
-    model, tokenizer = tiny_llama(vocab_size=len(merged_tokenizer)), merged_tokenizer
-    ids, words = token_ids(documents, tokenizer), word_starts(documents, tokenizer)
-    found = evaluate_perplexity(model, ids, words=words, window=32, stride=stride, batch_size=3)
-
-    text, stride = "\n\n".join(documents), stride or 32
-    pieces = [tokenizer.decode(ids[:i]) for i in range(len(ids) + 1)]
-    assert pieces[-1] == text
-    begun = [  # of a token: its characters that stand behind white space, or at the beginning, and are none
-        sum(not text[c].isspace() and (c == 0 or text[c - 1].isspace()) for c in range(len(a), len(b)))
-        for a, b in itertools.pairwise(pieces)
-    ]
-    assert words.tolist() == begun
-    assert sum(begun) == len(text.split())
-    total, tokens, count = 0.0, 0, 0
-    for index, start in enumerate(range(0, len(ids) - 31, stride)):
-        part = ids[start : start + 32]
-        losses = -model(input_ids=part[None]).logits[0].double().log_softmax(-1)
-        for place in range(1 if index == 0 else max(1, 32 - stride), 32):
-            total += losses[place - 1, part[place]].item()
-            tokens, count = tokens + 1, count + begun[start + place]
-    assert (found.tokens, found.words) == (tokens, count)
-    assert found.perplexity == pytest.approx(math.exp(total / tokens), rel=1e-5)
-    assert found.word_perplexity == pytest.approx(math.exp(total / count), rel=1e-4)
-    assert count < tokens and found.word_perplexity > found.perplexity
-
-
-def test_words_of_any_text(merged_tokenizer):
-    for text in (
-        "東京 é ü\u00a0ñandú  \U0001f600\U0001f600 x",
-        "  ",
-        " a",
-        "",
-    ):  # bytes of a character in several tokens
-        words = word_starts([text], merged_tokenizer)
-        assert words.sum() == len(text.split())
-        assert len(words) == len(merged_tokenizer(text)["input_ids"])
-    assert word_starts(["東京"], merged_tokenizer).tolist()[:2] == [1, 0]
-    slow = types.SimpleNamespace(is_fast=False)
-    assert word_starts(["a b"], slow) is None
-
-
-def test_the_two_perplexities_have_names_of_their_own():
-    ids, documents = torch.randint(3, VOCABULARY, (40,)), ["aa b"]
-    tokenizer = tiny_tokenizer()
-    without = evaluate_perplexity(tiny_llama(), ids, window=20)
-    assert without.word_perplexity is None and without.words is None and len(without.lines()) == 1
-    ids, words = token_ids(documents, tokenizer), word_starts(documents, tokenizer)
-    found = evaluate_perplexity(tiny_llama(), ids, words=words, window=4)
-    assert found.as_dict()["perplexity"] == found.perplexity
-    assert found.as_dict()["word_perplexity"] == pytest.approx(found.perplexity**3)
-    token, word = found.lines()
-    assert "token perplexity" in token and "word perplexity" in word
-    none = evaluate_perplexity(tiny_llama(), ids, words=torch.zeros_like(ids), window=4)
-    assert none.word_perplexity is None and none.words == 0
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
@@ -187,7 +116,6 @@ def test_the_loss_is_float32_whatever_the_logits():
         ({"window": 8, "stride": 0}, "stride must be from 1 to window, which is 8, got 0"),
         ({"window": 100}, "text has 70 tokens, fewer than one window of 100"),
         ({"autocast": torch.float32}, "autocast computes in bfloat16 or float16, got float32"),
-        ({"words": torch.ones(69, dtype=torch.int64)}, r"a count for each token of ids, \(70,\), got \(69,\)"),
     ],
 )
 def test_mistakes(arguments, message):
@@ -216,10 +144,8 @@ def test_windows_longer_than_the_model_was_made_for(caplog):
 def test_token_ids():
     tokenizer = tiny_tokenizer()
     assert tokenizer.decode(token_ids(["ab", "cd"], tokenizer)) == "ab\n\ncd"
-    assert word_starts(["ab", "cd"], tokenizer).tolist() == [1, 0, 0, 0, 1, 0]
     tokenizer._tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     assert tokenizer.decode(token_ids(["ab", "cd"], tokenizer)) == "<s>ab\n\ncd"
-    assert word_starts(["ab", "cd"], tokenizer).tolist() == [0, 1, 0, 0, 0, 1, 0]
 
 
 @pytest.mark.parametrize("stride", [10, 4])

@@ -298,7 +298,7 @@ def test_nothing_is_left_of_an_evaluation(seven):
     before = state()
     evaluate_zero_shot(model, tokenizer, ["boolq"], task_data=seven, limit=2)
     assert state() == before
-    with pytest.raises(ValueError, match="holds no items"):
+    with pytest.raises(ValueError, match="has no items"):
         evaluate_zero_shot(model, tokenizer, ["boolq"], task_data=write(seven, boolq=[]))
     assert state() == before
 
@@ -309,18 +309,17 @@ def test_nothing_is_left_of_an_evaluation(seven):
 @pytest.mark.parametrize(
     ("task", "lines", "message"),
     [
-        ("rte", ["{"], "rte.jsonl, line 1: Expecting property name"),
-        ("rte", ["", "3"], "line 2: an item is a JSON object"),
-        ("rte", ['{"premise": "a", "gold": 0}'], "rte needs 'hypothesis', a text"),
-        ("rte", ['{"premise": "a", "hypothesis": "b", "gold": 2}'], "'gold', the index of the right choice, 0 to 1"),
-        ("rte", ['{"premise": "a", "hypothesis": "b", "gold": true}'], "got True"),
-        ("arc_easy", ['{"query": "Question: a", "choices": ["b"], "gold": 0}'], "at least two choices"),
-        ("arc_easy", ['{"query": "a", "choices": ["b", "c"], "gold": 0}'], "arc_easy begins with 'Question: '"),
-        ("boolq", ['{"query": "a", "choices": ["no", "yes"], "gold": 0}'], "boolq begins with 'Passage: '"),
-        ("boolq", ['{"query": "Passage: a", "choices": ["yes", "no"], "gold": 0}'], "the choices of boolq are"),
-        ("arc_easy", ['{"query": "Question: a", "choices": "bc", "gold": 0}'], "'choices', a list of texts"),
-        ("winogrande", ['{"context_options": ["a", "b"], "gold": 0}'], "winogrande needs 'continuation'"),
-        ("winogrande", ["", ""], "winogrande.jsonl holds no items"),
+        ("rte", ["{"], "rte.jsonl.*Expecting property name"),
+        ("rte", ["", "3"], "rte.jsonl"),
+        ("rte", ['{"premise": "a", "gold": 0}'], "'hypothesis'"),
+        ("rte", ['{"premise": "a", "hypothesis": "b", "gold": 2}'], "Item 1 is to have premise, hypothesis and gold"),
+        ("rte", ['{"premise": "a", "hypothesis": "b", "gold": true}'], "'gold': True"),
+        ("rte", ['{"premise": "a", "hypothesis": "", "gold": 0}'], "'hypothesis': ''"),
+        ("arc_easy", ['{"query": "a", "choices": ["b"], "gold": 0}'], "Item 1"),
+        ("arc_easy", ['{"query": "a", "choices": ["b", 3], "gold": 0}'], "Item 1"),
+        ("arc_easy", ['{"query": "a", "choices": "bc", "gold": 0}'], "Item 1"),
+        ("winogrande", ['{"context_options": ["a", "b"], "gold": 0}'], "'continuation'"),
+        ("winogrande", ["", ""], "winogrande.jsonl.* It has no items"),
     ],
 )
 def test_items_that_do_not_fit(task, lines, message, tmp_path):
@@ -338,9 +337,8 @@ def test_a_line_separator_in_a_text_is_no_new_line(tmp_path):
 def test_files_that_are_missing(tmp_path):
     folder = write(tmp_path / "data", rte5=[ITEMS["rte"][1]], rte7=[ITEMS["rte"][1]], boolq=[ITEMS["boolq"][1]])
     for tasks, message in [
-        (["boolq", "openbookqa"], "openbookqa expects its items in .*openbookqa.jsonl"),
-        (["rte"], "several samples of rte .*rte5.jsonl, rte7.jsonl"),
-        (["lambada_openai"], "none of them is in --tasks"),
+        (["boolq", "openbookqa"], "openbookqa expects its items in .*openbookqa.jsonl .*there is none"),
+        (["rte"], "rte expects its items in one file.*rte5.jsonl and rte7.jsonl"),
     ]:
         with pytest.raises(ValueError, match=message):
             evaluate_zero_shot(tiny_llama(), tiny_tokenizer(), tasks, task_data=folder)
@@ -365,6 +363,3 @@ def test_other_mistakes(monkeypatch):
     monkeypatch.setattr("lm_eval.api.task.datasets.load_dataset", lambda **_: splits)
     with pytest.raises(ValueError, match="wikitext reports word_perplexity.* that is no accuracy"):
         evaluate_zero_shot(model, tokenizer, ["wikitext"])
-    monkeypatch.setattr(zeroshot, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"pip install 'sparse-train\[eval\]'"):
-        evaluate_zero_shot(model, tokenizer)

@@ -34,6 +34,7 @@ from sparse_train.callbacks import DynamicPruning
 from sparse_train.distributed.collectives import rank
 from sparse_train.distributed.engines import whole_state_dict
 from sparse_train.integrations.transformers import SparseTrainerCallback
+from sparse_train.oneshot.first_mask import random_batches
 from sparse_train.oneshot.prune import prune_checkpoint
 
 __all__ = [
@@ -68,6 +69,7 @@ __all__ = [
     "one_shot",
     "prune",
     "prune_checkpoint",
+    "random_batches",
     "rank",
     "squash",
     "srste",

@@ -6,7 +6,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from sparse_train import MaskUpdater, sparse_layers
-from sparse_train.evaluation.undisturbed import undisturbed
+from sparse_train.evaluation.perplexity import undisturbed
 from tests.conftest import VOCABULARY, tiny_llama
 
 

@@ -30,7 +30,7 @@ from sparse_train.export import export_checkpoint, export_model
 from sparse_train.inspection import layer_sparsities
 from sparse_train.integrations.transformers import SparseTrainerCallback
 from sparse_train.layers.mask_lora import MaskLoRALinear, check_mask_lora
-from sparse_train.layers.state_dicts import squashed_state_dict
+from sparse_train.layers.state_dicts import folded_state_dict
 from sparse_train.models.causal_lm import CausalLM
 from sparse_train.models.sources import Pretrained
 from tests.callbacks.runs import ExactAfterEveryStep, InConfigureModel, InInit, Interrupt, loader, trainer
@@ -103,7 +103,7 @@ def test_merged_and_squashed_it_is_exactly_sparse_and_computes_the_same(ids):
 def test_saved_and_counted_as_merged(tmp_path, ids):
     model = adapted(MaskLoRA(r=2))
     expected = model(input_ids=ids[0]).logits
-    folded = squashed_state_dict(model)
+    folded = folded_state_dict(model)
     assert folded.keys() == tiny_llama().state_dict().keys()
     before = copy.deepcopy(model.state_dict())
     for folder, save in (("saved", model.save_pretrained), ("exported", lambda out: export_model(model, None, out))):
@@ -176,7 +176,7 @@ def test_a_state_dict_brings_adapters_or_is_refused():
     layer = other.model.layers[0].self_attn.q_proj
     assert isinstance(layer, MaskLoRALinear)
     assert (layer.scale, layer.exact_gradient, layer.weight.requires_grad) == (2.5, True, False)
-    left, right = squashed_state_dict(model), squashed_state_dict(other)
+    left, right = folded_state_dict(model), folded_state_dict(other)
     assert all(torch.equal(left[name], right[name]) for name in left)
     with pytest.raises(ValueError, match="the checkpoint has a mask_lora adapter, and the model has none"):
         bare.load_state_dict(model.state_dict())
@@ -332,7 +332,7 @@ def test_a_checkpoint_in_half_precision_exports_what_was_trained(tmp_path, model
     run = trainer(tmp_path, pruning, max_steps=2)
     run.fit(module, loader())
     run.save_checkpoint(tmp_path / "half.ckpt")
-    expected = squashed_state_dict(module.model)
+    expected = folded_state_dict(module.model)
     export_checkpoint(tmp_path / "half.ckpt", tmp_path / "model")
     found = load_file(tmp_path / "model" / "model.safetensors")
     assert all(torch.equal(value, expected[name]) and value.dtype == torch.bfloat16 for name, value in found.items())

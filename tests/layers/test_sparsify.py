@@ -6,7 +6,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from sparse_train.layers.masked_layer import SparseLinear, sparse_layers
 from sparse_train.layers.sparsify import sparsify, sparsify_like, squash
-from sparse_train.layers.state_dicts import squashed_state_dict
+from sparse_train.layers.state_dicts import folded_state_dict
 from sparse_train.layers.targets import select
 from sparse_train.patterns import NM
 from tests.conftest import tiny_llama
@@ -22,7 +22,7 @@ def test_state_dict_keys_are_the_models_own_plus_masks():
     sparsify(model, targets.values())
     assert set(model.state_dict()) == own | {f"{name}.weight_mask" for name in targets}
     assert {n: id(p) for n, p in model.named_parameters()} == identities
-    assert set(squashed_state_dict(model)) == own
+    assert set(folded_state_dict(model)) == own
     squash(model)
     assert set(model.state_dict()) == own
     assert {n: id(p) for n, p in model.named_parameters()} == identities

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from sparse_train.layers.masked_layer import sparse_layers
 from sparse_train.layers.sparsify import sparsify, squash
-from sparse_train.layers.state_dicts import squashed_state_dict
+from sparse_train.layers.state_dicts import folded_state_dict
 from tests.conftest import tiny_llama
 
 
@@ -77,7 +77,7 @@ def test_a_layer_that_is_registered_twice():
     model = nn.ModuleList([layer, layer])
     sparsify(model, [layer])
     layer.set_mask(torch.zeros(8, 8, dtype=torch.bool))
-    state = squashed_state_dict(model)
+    state = folded_state_dict(model)
     assert not any("mask" in key for key in state)
     assert not state["0.weight"].any()
     assert not state["1.weight"].any()
@@ -105,7 +105,7 @@ def test_averaged_parameters_without_masks_are_saved_with_those_of_the_model(tmp
 
 def test_what_a_masked_model_has_saved_can_be_loaded_into_it(tmp_path):
     model = masked_llama()
-    saved, before = squashed_state_dict(model), {n: m.weight_mask.clone() for n, m in sparse_layers(model).items()}
+    saved, before = folded_state_dict(model), {n: m.weight_mask.clone() for n, m in sparse_layers(model).items()}
     model.load_state_dict(saved)
     for name, layer in sparse_layers(model).items():
         assert torch.equal(layer.weight, saved[f"{name}.weight"]) and torch.equal(layer.weight_mask, before[name])
@@ -113,7 +113,7 @@ def test_what_a_masked_model_has_saved_can_be_loaded_into_it(tmp_path):
 
 def test_what_has_zeros_elsewhere_is_refused():
     with pytest.raises(ValueError, match="holds no masks"):
-        masked_llama().load_state_dict(squashed_state_dict(masked_llama()))
+        masked_llama().load_state_dict(folded_state_dict(masked_llama()))
 
 
 def test_a_layer_under_two_names_is_completed_under_both():
@@ -121,7 +121,7 @@ def test_a_layer_under_two_names_is_completed_under_both():
     model = nn.ModuleList([layer, layer])
     sparsify(model, [layer])
     layer.set_mask(torch.rand(8, 8) < 0.5)
-    model.load_state_dict(squashed_state_dict(model))
+    model.load_state_dict(folded_state_dict(model))
     with torch.device("meta"):
         empty = nn.ModuleList([nn.Linear(8, 8)])
     sparsify(empty, empty)

@@ -55,24 +55,23 @@ def test_block_by_block_from_disk_equals_in_memory(make, family, tmp_path, ids):
         {"criterion": SparseGPT(), "mask_structure": "unstructured", "sparsity": 0.5},
         {"criterion": Wanda(), "mask_structure": "unstructured", "sparsity": 0.6, "distribution": OWL(owl_m=2.0)},
         {"criterion": Magnitude()},
-        {"criterion": Wanda(), "ignore": ["re:.*layers.1"], "activations": "disk"},
+        {"criterion": Wanda(), "ignore": ["re:.*layers.1"]},
     ],
-    ids=["sparsegpt", "owl", "magnitude", "on disk"],
+    ids=["sparsegpt", "owl", "magnitude", "ignore"],
 )
 def test_every_method_and_setting(how, tmp_path, ids):
     model = tiny_llama(num_hidden_layers=4)
     save(model, tmp_path / "dense", max_shard_size="50KB")  # several files
     tiny_tokenizer().save_pretrained(tmp_path / "dense")
     prune_checkpoint(tmp_path / "dense", tmp_path / "sparse", None if how["criterion"] == Magnitude() else ids, **how)
-    prune(model, ids, **{key: value for key, value in how.items() if key != "activations"})
+    prune(model, ids, **how)
     assert_equal(tmp_path / "sparse", model)
     assert (tmp_path / "sparse" / "tokenizer.json").is_file()
     index = json.loads((tmp_path / "sparse" / "model.safetensors.index.json").read_text())
     assert len({file for key, file in index["weight_map"].items() if ".layers." in key}) == 4
 
 
-@pytest.mark.parametrize("activations", ["memory", "disk"])
-def test_a_killed_run_goes_on_at_the_block_it_was_in(tmp_path, ids, monkeypatch, activations):
+def test_a_killed_run_goes_on_at_the_block_it_was_in(tmp_path, ids, monkeypatch):
     model = tiny_llama(num_hidden_layers=4)
     save(model, tmp_path / "dense")
     real, pruned = walk._prune_layers, []
@@ -86,7 +85,7 @@ def test_a_killed_run_goes_on_at_the_block_it_was_in(tmp_path, ids, monkeypatch,
     arguments = (tmp_path / "dense", tmp_path / "sparse", ids, "2:4")
     monkeypatch.setattr(walk, "_prune_layers", killed)
     with pytest.raises(KeyboardInterrupt):
-        prune_checkpoint(*arguments, activations=activations)
+        prune_checkpoint(*arguments)
     assert not (tmp_path / "sparse").exists()
     with pytest.raises(ValueError, match="unfinished run with other settings"):
         prune_checkpoint(*arguments[:3], "4:8")
@@ -97,7 +96,7 @@ def test_a_killed_run_goes_on_at_the_block_it_was_in(tmp_path, ids, monkeypatch,
         return real(layers, *args)
 
     monkeypatch.setattr(walk, "_prune_layers", counted)
-    report = prune_checkpoint(*arguments, activations=activations)
+    report = prune_checkpoint(*arguments)
     assert [name.split(".")[2] for name in pruned + again] == ["0", "1", "2", "3"]
     assert len(report.layers) == 28
     prune(model, ids, "2:4")

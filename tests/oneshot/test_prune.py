@@ -20,7 +20,7 @@ from sparse_train import (
     squash,
 )
 from sparse_train.blocks import block_lists
-from sparse_train.layers.state_dicts import squashed_state_dict
+from sparse_train.layers.state_dicts import folded_state_dict
 from sparse_train.statistics import ActivationNorm
 from tests.conftest import VOCABULARY, tiny_llama
 from tests.reference import nm_mask, row_mask
@@ -185,7 +185,7 @@ def test_gpt2_trains_sparse_too(ids):
     masked = sparse_layers(model)
     assert len(masked) == 12 and {type(layer).__name__ for layer in masked.values()} == {"SparseConv1D"}
     sparse_logits = model(input_ids=ids[0]).logits
-    folded = {key: value.clone() for key, value in squashed_state_dict(model).items()}
+    folded = {key: value.clone() for key, value in folded_state_dict(model).items()}
     updater = MaskUpdater(model, "2:4", update_freq=1, total_steps=4)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for batch in ids:
@@ -382,7 +382,7 @@ def test_layers_without_a_weight_left_are_said(ids, caplog):
         for block in model.model.layers:
             block.mlp.down_proj.weight *= 1e-6
     prune(model, ids, Unstructured("model"), 0.4, criterion=Magnitude())
-    assert "All weights of model.layers.0.mlp.down_proj and of 2 more layers are zero" in caplog.text
+    assert "All weights of 3 layers, such as model.layers.0.mlp.down_proj, are zero" in caplog.text
 
 
 def test_a_progress_bar_changes_nothing_and_is_for_terminals(ids, capsys):

@@ -18,7 +18,7 @@ from sparse_train.callbacks import DynamicPruning
 from sparse_train.evaluation import evaluate_perplexity
 from sparse_train.inspection import layer_sparsities
 from sparse_train.layers.mask_lora import MaskLoRA, add_mask_lora
-from sparse_train.layers.state_dicts import squashed_state_dict
+from sparse_train.layers.state_dicts import folded_state_dict
 from sparse_train.models.losses import distillation_loss, next_token_loss
 from sparse_train.oneshot.prune import prune_checkpoint
 from tests.callbacks.runs import InInit, loader, trainer
@@ -86,7 +86,7 @@ def train(
         flips += [] if report is None else [report.flip_rate, report.initial_flip_rate, report.sparsity]
     updater.finish()
     masks = masks_of(model)
-    folded = {name: value.cpu() for name, value in squashed_state_dict(model).items()}
+    folded = {name: value.cpu() for name, value in folded_state_dict(model).items()}
     counted = {layer.name: layer.zeros for layer in layer_sparsities(model)}
     squash(model)
     assert all(torch.equal(folded[name], value.cpu()) for name, value in model.state_dict().items())

@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from torch import nn
 
 from sparse_train import Dormant, Fixed, MaskUpdater, Regrow, StraightThrough, squash
-from sparse_train.layers.state_dicts import squashed_state_dict
+from sparse_train.layers.state_dicts import folded_state_dict
 from sparse_train.pruning.config import FromZeros
 from sparse_train.schedules import Cubic
 from tests.pruning.loops import assert_exact, equal
@@ -101,7 +101,7 @@ class AnyOrder(RuleBasedStateMachine):
 
     @rule()
     def copy_and_squash_the_copy(self):
-        before = squashed_state_dict(self.run.model)
+        before = folded_state_dict(self.run.model)
         for other in (copy.deepcopy(self.run.model), pickle.loads(pickle.dumps(self.run.model))):
             squash(other)
             assert equal(before, other.state_dict())

@@ -7,6 +7,7 @@ import jsonargparse
 import pytest
 
 from sparse_train import (
+    RIA,
     Constant,
     Cubic,
     Dormant,
@@ -80,7 +81,6 @@ def test_the_first_sparsity_is_none_if_masks_come_later():
         ({"mask_structure": "unstructured"}, "needs a sparsity"),
         ({"mask_structure": "unstructured", "sparsity": 1.5}, "at least 0 and below 1"),
         ({"mask_structure": "unstructured", "sparsity": "0.5"}, "a number such as 0.5, got '0.5'"),
-        ({"first_mask": OneShot(SparseGPT(block_size=6))}, "block_size divisible by 4"),
     ],
 )
 def test_mistakes_are_found_at_construction(settings, message):
@@ -91,8 +91,10 @@ def test_mistakes_are_found_at_construction(settings, message):
 def test_mistakes_in_a_first_mask_are_found_at_construction():
     with pytest.raises(ValueError, match="OneShot.batches must be at least 1, got 0"):
         OneShot(batches=0)
-    with pytest.raises(ValueError, match=r"Write SparseGPT\(\)"):
-        OneShot(SparseGPT)
+    with pytest.raises(ValueError, match=r"Write Magnitude\(\)"):
+        OneShot(Magnitude)
+    with pytest.raises(ValueError, match=r"OneShot.criterion is an object such as Wanda"):
+        OneShot(SparseGPT())
 
 
 def test_a_run_that_continues_another_has_the_same_settings():
@@ -152,14 +154,14 @@ pruning:
     init_args:
       batches: 3
       criterion:
-        class_path: SparseGPT
-        init_args: {block_size: 64}
+        class_path: RIA
+        init_args: {a: 0.25}
   policy:
     class_path: StraightThrough
     init_args: {srste_decay: 0.001}
 """,
     )
-    assert found.first_mask == OneShot(SparseGPT(block_size=64), 3)
+    assert found.first_mask == OneShot(RIA(0.25), 3)
     assert found.policy == StraightThrough(0.001)
     assert (found.update_freq, found.sparsity) == (7, 0.6)
 

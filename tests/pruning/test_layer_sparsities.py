@@ -94,7 +94,6 @@ def test_by_hand():
     assert count == {"layer0": 8, "layer1": 2, "layer2": 20}
     count = {name: int(value * layers[name].in_features) for name, value in by_layer.at(0.25).items()}
     assert count == {"layer0": 4, "layer1": 1, "layer2": 10}
-    assert by_layer.in_words() == "0.200 to 0.800 by layer"
 
 
 @given(
@@ -172,7 +171,6 @@ def test_layers_keep_their_own_sparsities(ids):
             n: int(share * updater.layers[n].in_features) for n, share in wanted.items()
         }
     assert any(not torch.equal(masks[0][name], masks[-1][name]) for name in masks[0])
-    assert "0.250 to 0." in updater.plan()
     squash(model)
     down = model.model.layers[2].mlp.down_proj.weight
     assert int((down == 0).sum()) == 16 * len(down)
@@ -194,7 +192,6 @@ def test_owl_divides_by_the_outliers_of_the_first_window():
     updater = MaskUpdater(
         model, "unstructured", 0.6, distribution=distribution, targets=targets, window=1, total_steps=9
     )
-    assert "divided by OWL(owl_m=2, owl_lmbda=0.1) with the first masks" in updater.plan()
     ids = torch.randint(3, VOCABULARY, (2, 16))
     model(input_ids=ids, labels=ids).loss.backward()
     assert updater.step() is not None

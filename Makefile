@@ -43,7 +43,7 @@ lint: $(READY)
 	$(BIN)/mypy
 
 test: lint  # two workers of one thread each: on two cores, threads of both would wait for each other
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # without extras, so only tests that need none
 test-oldest:

@@ -19,6 +19,14 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "untimed"))
 VOCABULARY = 128
 
 
+LONG = ("faults", "golden", "ranks")
+
+
+def pytest_collection_modifyitems(items):
+    """Folders of long files first: at the end of a run no worker waits for one that has just begun such a file."""
+    items.sort(key=lambda item: item.path.parent.name not in LONG)
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
@@ -46,6 +54,11 @@ def tiny_llama(**changes) -> LlamaForCausalLM:
             if "proj" in name:
                 torch.nn.init.normal_(parameter, std=0.3)
     return model
+
+
+def shallow_llama(**changes) -> LlamaForCausalLM:
+    """Two blocks, for tests that train: a run takes as long as it has steps and blocks."""
+    return tiny_llama(**({"num_hidden_layers": 2} | changes))
 
 
 @pytest.fixture
@@ -76,9 +89,9 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory) -> Path:
-    """A Hugging Face folder with the tiny Llama and its tokenizer."""
+    """A Hugging Face folder with the shallow Llama and its tokenizer."""
     folder = tmp_path_factory.mktemp("model") / "tiny-llama"
-    tiny_llama().save_pretrained(folder)
+    shallow_llama().save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
 

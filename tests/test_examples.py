@@ -65,7 +65,7 @@ def test_with_a_model_and_a_text_of_the_readers_own(execute, model_folder, tmp_p
     text.write_text("A sentence of my own. " * 60)
     names = execute(script.read_text(), script, "--model", model_folder, "--text", text)
     assert names["model"].name_or_path == str(model_folder) and names["text"] == text.read_text()
-    assert len(pruned(layer_sparsities(names["model"]))) == 21
+    assert len(pruned(layer_sparsities(names["model"]))) == 14
 
 
 def test_the_notebook_prunes_trains_looks_and_exports(execute, monkeypatch):

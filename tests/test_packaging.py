@@ -67,20 +67,16 @@ def test_the_wheel_works_from_another_folder(wheel, tmp_path):
     assert "strategy: ddp" in out
 
 
-def test_importing_needs_torch_alone(tmp_path):
+def test_importing_and_pruning_need_torch_alone_and_bare_callbacks_is_the_same_package():
     script = (
         "import sys, sparse_train; assert 'torch' not in sys.modules;"
         "assert all(getattr(sparse_train, name) for name in sparse_train.__all__);"
+        "import torch; layer = torch.nn.Linear(8, 8);"
+        "sparse_train.sparsify(layer, [layer]); sparse_train.squash(layer);"
         "heavy = {'lightning', 'transformers', 'datasets', 'deepspeed', 'lm_eval', 'peft', 'rich', 'matplotlib',"
         " 'jsonargparse', 'torchmetrics', 'torchdata'};"
-        "print(sorted(heavy & set(sys.modules)))"
+        "print(sorted(heavy & set(sys.modules)));"
+        "import callbacks, sparse_train.callbacks as real; from callbacks import __name__ as name;"
+        "print(callbacks is real, name)"
     )
-    assert run(sys.executable, "-c", script, cwd=tmp_path).strip() == "[]"
-
-
-def test_bare_callbacks_is_the_same_package():
-    script = "import callbacks, sparse_train.callbacks as real; from callbacks import __name__ as name;"
-    assert run(sys.executable, "-c", f"{script} print(callbacks is real, name)", cwd=ROOT).split() == [
-        "True",
-        "sparse_train.callbacks",
-    ]
+    assert run(sys.executable, "-c", script, cwd=ROOT).split() == ["[]", "True", "sparse_train.callbacks"]

@@ -12,7 +12,7 @@ from sparse_train import Fixed, LayerContext, Magnitude, OneShot, Wanda
 from sparse_train.callbacks import DynamicPruning
 from sparse_train.layers import masks
 from tests.callbacks.runs import InInit, loader, trainer
-from tests.conftest import tiny_llama
+from tests.conftest import shallow_llama
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
@@ -38,7 +38,7 @@ def test_norms_of_dense_forwards_are_those_of_the_model_without_masks(tmp_path):
             self.batches.append(batch)
             if (batch_idx + 1) % 4 or batch_idx > 8:
                 return
-            model = tiny_llama()
+            model = shallow_llama()
             state = {name: value for name, value in pl_module.net.state_dict().items() if "weight_mask" not in name}
             model.load_state_dict(state)
             inputs = {name: [] for name in pruning.updater.layers}

@@ -9,7 +9,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from sparse_train import sparse_layers
 from sparse_train.callbacks import DynamicPruning
-from tests.conftest import VOCABULARY, tiny_llama
+from tests.conftest import VOCABULARY, shallow_llama
 
 
 class Tokens(Dataset):
@@ -39,7 +39,7 @@ class InInit(L.LightningModule):
 
     def __init__(self):
         super().__init__()
-        self.net = tiny_llama()
+        self.net = shallow_llama()
         self.seen = []
 
     def training_step(self, batch, _):
@@ -64,7 +64,7 @@ class InConfigureModel(InInit):
 
     def configure_model(self):
         if self.net is None:
-            self.net = tiny_llama()
+            self.net = shallow_llama()
 
 
 class Classifier(L.LightningModule):

@@ -29,7 +29,7 @@ def test_averaged_weights_are_sparse_too(tmp_path, module):
     masks = {name: layer.weight_mask for name, layer in sparse_layers(model).items()}
     averaged = {name: layer.weight_mask for name, layer in sparse_layers(averaging._average_model.module).items()}
     assert all(torch.equal(mask, averaged[name]) for name, mask in masks.items())
-    assert len(masks) == len(averaged) == 21
+    assert len(masks) == len(averaged) == 14
 
     model, pruning = module(), DynamicPruning("2:4", update_freq=4)
     averaging = L.pytorch.callbacks.EMAWeightAveraging(use_buffers=False, decay=0.5)

@@ -21,7 +21,7 @@ from tests.callbacks.runs import (
     trainer,
     zeros,
 )
-from tests.conftest import tiny_llama
+from tests.conftest import shallow_llama
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
@@ -366,7 +366,7 @@ def test_a_checkpoint_that_is_tested_leaves_a_squashed_model(tmp_path):
     expected = run.test(model, data, verbose=False)
     assert (model.layers, zeros(model)) == (0, 0.5)
     found = run.test(model, data, ckpt_path=tmp_path / "last.ckpt", verbose=False, weights_only=False)
-    assert model.layers == 21  # while it was tested
+    assert model.layers == 14  # while it was tested
     assert found[0]["test"] == pytest.approx(expected[0]["test"])
     assert not sparse_layers(model)
     assert zeros(model) == 0.5
@@ -382,7 +382,7 @@ class InSetup(InInit):
 
     def setup(self, stage):
         if self.net is None:
-            self.net = tiny_llama()
+            self.net = shallow_llama()
 
 
 @pytest.mark.parametrize("early", [True, False])

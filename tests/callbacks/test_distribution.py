@@ -16,7 +16,7 @@ from sparse_train.callbacks import DynamicPruning
 from sparse_train.oneshot.first_mask import random_batches
 from tests.callbacks.runs import InInit, Interrupt, Tokens, loader, trainer
 from tests.callbacks.test_first_mask import Start
-from tests.conftest import tiny_llama
+from tests.conftest import shallow_llama
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
@@ -35,7 +35,7 @@ def zeros(model):
 def test_the_first_mask_is_that_of_one_shot_pruning_and_its_counts_stay(tmp_path):
     start, model, callback = Start(), InInit(), pruning()
     trainer(tmp_path, start, callback).fit(model, loader())
-    oneshot = tiny_llama()
+    oneshot = shallow_llama()
     prune(oneshot, random_batches(Tokens(), 2, None, 8), "unstructured", 0.6, distribution=OWL(owl_m=2))
     for name, mask_OI in start.masks.items():
         assert torch.equal(dict(oneshot.named_modules())[name].weight != 0, mask_OI)
@@ -48,9 +48,9 @@ def test_a_gradual_run_ends_at_what_the_outliers_say(tmp_path):
     model, callback = InInit(), pruning(sparsity=None, schedule=Cubic(0.6, init_sparsity=0.05), end_step=10)
     trainer(tmp_path, callback, max_steps=14).fit(model, loader())
     found = {name.removeprefix("net."): share for name, share in callback.updater._division.final_shares.items()}
-    oneshot = tiny_llama()
+    oneshot = shallow_llama()
     report = prune(oneshot, random_batches(Tokens(), 2, None, 8), "unstructured", 0.6, distribution=OWL(owl_m=2))
-    blocks = [found[f"model.layers.{block}.self_attn.q_proj"] for block in range(3)]
+    blocks = [found[f"model.layers.{block}.self_attn.q_proj"] for block in range(2)]
     assert sorted(blocks, reverse=True) == [
         share for _, share in sorted(zip(report.outliers.values(), blocks, strict=True))
     ]
@@ -63,12 +63,12 @@ def test_a_gradual_run_ends_at_what_the_outliers_say(tmp_path):
 @pytest.mark.parametrize("first_mask", [OneShot(), FirstWindow()], ids=["calibrated", "from a window"])
 def test_names_are_those_of_the_module(tmp_path, first_mask):
     model = InInit()
-    trainer(tmp_path, pruning(BY_NAME, first_mask=first_mask)).fit(model, loader())
+    trainer(tmp_path, pruning(BY_NAME, sparsity=0.5, first_mask=first_mask)).fit(model, loader())
     found = zeros(model.net)
     assert found["model.layers.0.mlp.up_proj"] in (9 * 64, 10 * 64)  # 0.3 of 32
     assert found["model.layers.1.mlp.down_proj"] == 32 * 32
     assert sum(found.values()) / sum(m.weight.numel() for n, m in model.net.named_modules() if n in found) == (
-        pytest.approx(0.6, abs=2e-3)
+        pytest.approx(0.5, abs=2e-3)
     )
 
 
@@ -93,4 +93,4 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, schedule, first_ma
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
     layers = sparse_layers(whole.net)
-    assert len({(~layers[f"model.layers.{b}.self_attn.q_proj"].unpacked_mask()).sum().item() for b in range(3)}) > 1
+    assert len({(~layers[f"model.layers.{b}.self_attn.q_proj"].unpacked_mask()).sum().item() for b in range(2)}) > 1

@@ -20,7 +20,7 @@ from sparse_train.models.causal_lm import CausalLM
 from sparse_train.models.sources import Pretrained
 from sparse_train.report import collect, headline, read_metrics, write_run_report
 from tests.callbacks.runs import InInit, loader
-from tests.conftest import tiny_llama, tiny_tokenizer
+from tests.conftest import shallow_llama, tiny_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -30,7 +30,7 @@ class Module(InInit):
 
     def __init__(self):
         super().__init__()
-        self.net = tiny_llama(attention_dropout=0.2)
+        self.net = shallow_llama(attention_dropout=0.2)
 
     def training_step(self, batch, index):
         return super().training_step(batch, index) * (1 + 0.1 * random.random() + 0.1 * np.random.rand())
@@ -161,8 +161,8 @@ def test_measuring_asks_nothing_of_other_processes(task_data, tmp_path, monkeypa
     try:
         for name in ("barrier", "all_gather", "all_reduce", "broadcast"):
             monkeypatch.setattr(torch.distributed, name, lambda *_, **__: pytest.fail("waits for the others"))
-        evaluate_perplexity(tiny_llama(), torch.arange(3, 67), window=16)
-        evaluate_zero_shot(tiny_llama(), tiny_tokenizer(), ["rte"], task_data=task_data)
+        evaluate_perplexity(shallow_llama(), torch.arange(3, 67), window=16)
+        evaluate_zero_shot(shallow_llama(), tiny_tokenizer(), ["rte"], task_data=task_data)
     finally:
         torch.distributed.destroy_process_group()
 

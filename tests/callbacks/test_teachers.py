@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from sparse_train import MaskUpdater
 from sparse_train.callbacks import DynamicPruning
 from tests.callbacks.runs import trainer
-from tests.conftest import tiny_llama
+from tests.conftest import shallow_llama
 
 
 def mlp():
@@ -112,7 +112,7 @@ def test_the_log_of_a_language_model_names_its_blocks(tmp_path, caplog):
     class Model(Distilled):
         def __init__(self):
             super().__init__(mlp())
-            self.student = tiny_llama()
+            self.student = shallow_llama()
 
         def training_step(self, batch, _):
             ids = batch[0].abs().long() + 3
@@ -121,4 +121,4 @@ def test_the_log_of_a_language_model_names_its_blocks(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         trainer(tmp_path, DynamicPruning("2:4", update_freq=4), max_steps=4).fit(Model(), data())
     first = next(record.message for record in caplog.records if record.message.startswith("DynamicPruning"))
-    assert "21 layers in student.model.layers" in first
+    assert "14 layers in student.model.layers" in first

@@ -1,5 +1,7 @@
 """Variants of updates in a Lightning run: exact in every step, and resumed bit for bit."""
 
+import functools
+
 import lightning as L
 import pytest
 import torch
@@ -33,13 +35,27 @@ def test_every_variant_moves_masks_and_keeps_2_of_4(tmp_path, variant):
             assert ((layer.weight.reshape(-1, 4) != 0).sum(1) <= 2).all()
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """What a run of a variant ends with, by the variant and its first mask."""
+
+    @functools.cache
+    def of(variant, first_mask):
+        module = InInit()
+        callback = pruning(variant, end_step=100, first_mask=first_mask, squash=False)
+        trainer(tmp_path_factory.mktemp("run"), callback, max_steps=14).fit(module, loader())
+        return module.state_dict()
+
+    return of
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(
     ("first_mask", "at", "before"),
     [(OneShot(), 6, False), (FirstWindow(), 8, False), (OneShot(), 8, True)],
     ids=["in a window", "at an update", "in the middle of an update"],
 )
-def test_every_variant_resumes_bit_for_bit(tmp_path, variant, first_mask, at, before):
+def test_every_variant_resumes_bit_for_bit(tmp_path, uninterrupted, variant, first_mask, at, before):
     def callback():
         return pruning(variant, end_step=100, first_mask=first_mask, squash=False)
 
@@ -47,13 +63,12 @@ def test_every_variant_resumes_bit_for_bit(tmp_path, variant, first_mask, at, be
         callbacks = [Interrupt(at, tmp_path / "middle.ckpt"), callback()]
         return trainer(tmp_path, *(callbacks if before else reversed(callbacks)), max_steps=14)
 
-    whole, resumed = InInit(), InInit()
-    trainer(tmp_path, callback(), max_steps=14).fit(whole, loader())
+    resumed = InInit()
     with pytest.raises(SystemExit):
         interrupted().fit(InInit(), loader())
     path = tmp_path / "middle.ckpt"
     trainer(tmp_path, callback(), max_steps=14).fit(resumed, loader(), ckpt_path=path, weights_only=False)
-    a, b = whole.state_dict(), resumed.state_dict()
+    a, b = uninterrupted(variant, first_mask), resumed.state_dict()
     assert a.keys() == b.keys()
     assert any(key.endswith("weight_mask") for key in a)
     assert all(torch.equal(a[key], b[key]) for key in a)

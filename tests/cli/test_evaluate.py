@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from sparse_train.cli import main as cli
-from tests.conftest import tiny_llama
+from tests.conftest import shallow_llama
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("elsewhere")]
 
@@ -31,7 +31,7 @@ def test_evaluate_on_tasks(model_folder, text, capsys):
 
 
 def test_a_folder_without_a_tokenizer_takes_that_of_another(model_folder, text, capsys):
-    tiny_llama().save_pretrained("bare")
+    shallow_llama().save_pretrained("bare")
     options = [f"--text={text}", "--window=32", "--max_tokens=640", "--json"]
     with pytest.raises(SystemExit, match=r"bare has no tokenizer. Save one there .* --tokenizer\.$"):
         cli.main(["evaluate", "bare", *options])

@@ -1,5 +1,6 @@
 """One trial of each job, and what a checkpoint that was cut off leads to. ``make faults`` runs many trials."""
 
+import functools
 import os
 import random
 import shutil
@@ -23,18 +24,30 @@ def all_jobs(tmp_path_factory):
     return jobs(tmp_path_factory.mktemp("shared"))
 
 
+@pytest.fixture(scope="module")
+def whole(all_jobs, tmp_path_factory):
+    """The folder in which a job ran without interruption, and what it left; each runs once."""
+
+    @functools.cache
+    def of(name):
+        folder = tmp_path_factory.mktemp("whole") / "run"
+        return folder, harness.whole(all_jobs[name], folder)
+
+    return of
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_an_interrupted_job_ends_as_the_uninterrupted_one(all_jobs, name, tmp_path):
+def test_an_interrupted_job_ends_as_the_uninterrupted_one(all_jobs, whole, name, tmp_path):
     job = all_jobs[name]
-    reference = harness.whole(job, tmp_path / "whole")
+    _, reference = whole(name)
     outcome = harness.trial(job, reference, tmp_path / "trial", NAMES[name], random.Random(0))
     assert outcome.kind in ("equal", "refused"), outcome.why
 
 
-def test_a_checkpoint_that_was_cut_off_is_refused_by_name_and_the_one_before_is_used(all_jobs, tmp_path):
+def test_a_checkpoint_that_was_cut_off_is_refused_by_name_and_the_one_before_is_used(all_jobs, whole, tmp_path):
     job = all_jobs["fit"]
-    reference = harness.whole(job, tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "out")
+    folder, reference = whole("fit")
+    shutil.copytree(folder, tmp_path / "run", ignore=shutil.ignore_patterns("out"))
     (last,) = checkpoints(tmp_path / "run")
     cut = last.with_name("epoch=0-step=26.ckpt")
     cut.write_bytes(last.read_bytes()[: last.stat().st_size // 2])

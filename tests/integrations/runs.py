@@ -9,7 +9,7 @@ from transformers import (
 )
 
 from sparse_train.integrations.transformers import SparseTrainerCallback
-from tests.conftest import VOCABULARY, tiny_llama
+from tests.conftest import VOCABULARY, shallow_llama
 
 
 class Tokens(Dataset):
@@ -40,7 +40,7 @@ def trainer(folder, *callbacks, model=None, data=None, **settings):
         "disable_tqdm": True,
     }
     made = Trainer(
-        model=model or tiny_llama(),
+        model=model or shallow_llama(),
         args=TrainingArguments(str(folder), **(defaults | settings)),
         train_dataset=data or Tokens(),
         eval_dataset=Tokens(),

@@ -6,7 +6,7 @@ from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, Subset
 from transformers import Trainer, TrainingArguments, default_data_collator
 
 from sparse_train.oneshot.first_mask import training_batches
-from tests.conftest import tiny_llama
+from tests.conftest import shallow_llama
 from tests.integrations.runs import Tokens, pruning, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -36,7 +36,7 @@ class Watched(Tokens):
 def test_a_first_mask_reads_nothing_that_a_loader_leaves_out(tmp_path, caplog, kind):
     data = Watched()
     settings = TrainingArguments(str(tmp_path), max_steps=6, report_to=[], use_cpu=True, save_strategy="no")
-    run = kind(model=tiny_llama(), args=settings, train_dataset=data, callbacks=[pruning(update_freq=2)])
+    run = kind(model=shallow_llama(), args=settings, train_dataset=data, callbacks=[pruning(update_freq=2)])
     run.train()
     assert data.read <= set(range(4))
     assert "no sampler of its own" in caplog.text

@@ -75,6 +75,6 @@ def test_a_callback_that_is_added_later_prunes(tmp_path):
     run = trainer(tmp_path)
     run.add_callback(pruning(squash=False))
     run.train()
-    assert len(sparse_layers(run.model)) == 21
+    assert len(sparse_layers(run.model)) == 14
     for layer in sparse_layers(run.model).values():
         assert (layer.unpacked_mask().reshape(-1, 4).sum(1) == 2).all()

@@ -15,7 +15,7 @@ from sparse_train import FirstWindow, Magnitude, keep_zeros, prune, sparse_layer
 from sparse_train.integrations import transformers as integration
 from sparse_train.integrations.transformers import STATE_FILE
 from sparse_train.oneshot.first_mask import random_batches
-from tests.conftest import tiny_llama
+from tests.conftest import shallow_llama
 from tests.integrations.runs import Tokens, pruning, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -43,7 +43,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path):
 def test_resuming_from_another_folder(tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 5, "max_steps": 5}
     trainer(tmp_path / "a", pruning(), **settings).train()
-    other = trainer(tmp_path / "b", pruning(), model=tiny_llama(initializer_range=0.03), seed=5, **settings)
+    other = trainer(tmp_path / "b", pruning(), model=shallow_llama(initializer_range=0.03), seed=5, **settings)
     other.train()
     folder = str(tmp_path / "a" / "checkpoint-5")
     run = trainer(tmp_path / "b", pruning(), resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-5"))  # unread
@@ -58,7 +58,7 @@ def test_the_state_of_another_step_is_refused_where_kept_weights_cannot_tell(tmp
     """Under adapters of peft the weights that are pruned are frozen, and the same at each step."""
 
     def run(**settings):
-        model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"]))
+        model = get_peft_model(shallow_llama(), LoraConfig(r=2, target_modules=["q_proj"]))
         return trainer(tmp_path, pruning(), model=model, save_strategy="steps", save_steps=4, **settings)
 
     run().train()
@@ -136,7 +136,7 @@ def test_a_trainer_that_saves_models_in_its_own_way_gets_the_state_too(tmp_path)
 
     settings = {"save_strategy": "steps", "save_steps": 4}
     args = trainer(tmp_path, **settings).args
-    run = Own(tiny_llama(), args, train_dataset=Tokens(), callbacks=[pruning()])
+    run = Own(shallow_llama(), args, train_dataset=Tokens(), callbacks=[pruning()])
     for _ in range(2):  # into the same folder
         run.train()
         assert (tmp_path / "checkpoint-12" / STATE_FILE).is_file()
@@ -145,7 +145,7 @@ def test_a_trainer_that_saves_models_in_its_own_way_gets_the_state_too(tmp_path)
 
 @pytest.mark.parametrize("best", [False, True])
 def test_a_run_on_kept_zeros_reads_its_own_checkpoints(tmp_path, best):
-    model = tiny_llama()
+    model = shallow_llama()
     prune(model, None, "unstructured", 0.6, criterion=Magnitude())
     keep_zeros(model)
     settings = {"save_strategy": "steps", "save_steps": 4}

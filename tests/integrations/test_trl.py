@@ -4,7 +4,7 @@ import pytest
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
-from tests.conftest import tiny_llama, tiny_tokenizer
+from tests.conftest import shallow_llama, tiny_tokenizer
 from tests.integrations.runs import pruning
 
 trl = pytest.importorskip("trl")
@@ -28,7 +28,7 @@ def test_supervised_fine_tuning_ends_sparse_and_its_masks_move(tmp_path, text_fi
     )
     callback = pruning()
     trainer = trl.SFTTrainer(
-        tiny_llama(),
+        shallow_llama(),
         settings,
         train_dataset=Dataset.from_dict({"text": lines}),
         processing_class=tiny_tokenizer(),

@@ -71,7 +71,7 @@ def test_no_graph_break_in_a_masked_layer():
 
 @pytest.mark.parametrize("checkpointing", [False])
 def test_blocks_that_are_compiled_one_by_one_compile_whole(checkpointing):
-    model, updater = model_and_updater(2, checkpointing)
+    model, updater = model_and_updater(1, checkpointing)
     for block in model.model.layers:
         block.compile(backend="aot_eager")
     for _ in range(4):

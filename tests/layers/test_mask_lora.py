@@ -34,7 +34,7 @@ from sparse_train.layers.state_dicts import folded_state_dict
 from sparse_train.models.causal_lm import CausalLM
 from sparse_train.models.sources import Pretrained
 from tests.callbacks.runs import ExactAfterEveryStep, InConfigureModel, InInit, Interrupt, loader, trainer
-from tests.conftest import tiny_llama
+from tests.conftest import shallow_llama, tiny_llama
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
@@ -242,10 +242,10 @@ def test_a_run_trains_adapters_alone_and_ends_sparse(tmp_path, policy):
     pruning = DynamicPruning("2:4", update_freq=4, policy=policy, mask_lora=MaskLoRA(r=4))
     trainer(tmp_path, pruning, exact).fit(module, loader())
     assert exact.checked == 12
-    assert len(module.trained) == 12
+    assert len(module.trained) == 8  # A and B of q and v in two blocks
     assert all(name.split(".")[-1] in ("mask_lora_A", "mask_lora_B") for name in module.trained)
-    assert pruning.updater.settings()["mask_lora"] == "r=4, lora_alpha=16 on 6 of 21 layers"
-    dense = tiny_llama().state_dict()
+    assert pruning.updater.settings()["mask_lora"] == "r=4, lora_alpha=16 on 4 of 14 layers"
+    dense = shallow_llama().state_dict()
     changed = set()
     for name, value in module.net.state_dict().items():
         if name.endswith("proj.weight"):
@@ -261,7 +261,7 @@ def test_a_module_with_layers_from_init_that_gives_all_parameters_to_its_optimiz
     module = InInit()
     trainer(tmp_path, DynamicPruning("2:4", mask_lora=ALL), max_steps=4).fit(module, loader())
     assert is_2of4(module.net.model.layers[0].mlp.up_proj.weight)
-    assert torch.equal(module.net.model.embed_tokens.weight, tiny_llama().model.embed_tokens.weight)
+    assert torch.equal(module.net.model.embed_tokens.weight, shallow_llama().model.embed_tokens.weight)
 
 
 def test_true_half_precision_is_refused(tmp_path):
@@ -336,7 +336,7 @@ def test_a_checkpoint_in_half_precision_exports_what_was_trained(tmp_path, model
     export_checkpoint(tmp_path / "half.ckpt", tmp_path / "model")
     found = load_file(tmp_path / "model" / "model.safetensors")
     assert all(torch.equal(value, expected[name]) and value.dtype == torch.bfloat16 for name, value in found.items())
-    assert len(found) > 20
+    assert len(found) == 20
 
 
 def test_accelerate_and_safetensors_save_adapters(tmp_path, ids):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sparse_train.models.checkpoints import check_plain, newest_checkpoint, read_checkpoint
-from tests.conftest import tiny_llama
+from tests.conftest import shallow_llama
 
 
 def test_a_checkpoint_that_is_not_there_is_named(tmp_path):
@@ -44,7 +44,7 @@ def test_the_newest_checkpoint_is_a_file_or_a_folder_anywhere_below(tmp_path):
 
 def test_a_file_that_is_cut_off_anywhere_is_refused_by_name(tmp_path):
     path = tmp_path / "epoch=0-step=4.ckpt"
-    torch.save({"state_dict": tiny_llama().state_dict(), "global_step": 4, "pytorch-lightning_version": "2.6"}, path)
+    torch.save({"state_dict": shallow_llama().state_dict(), "global_step": 4, "pytorch-lightning_version": "2.6"}, path)
     check_plain(path)
     whole = path.read_bytes()
     for length in [0, 1, len(whole) - 1, *random.Random(0).sample(range(len(whole)), 97)]:

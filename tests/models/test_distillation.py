@@ -17,7 +17,7 @@ from sparse_train.models.causal_lm import CausalLM
 from sparse_train.models.distillation import CachedTeacher, Distillation, Teacher, cast_linear
 from sparse_train.models.losses import top_k
 from sparse_train.models.sources import Pretrained
-from tests.conftest import tiny_llama, tiny_tokenizer
+from tests.conftest import shallow_llama, tiny_tokenizer
 from tests.models.test_causal_lm import fit
 from tests.reference import distillation_losses
 
@@ -40,7 +40,7 @@ def test_mistakes_are_found_at_construction(arguments, message):
 
 
 def test_a_teacher_is_frozen_and_in_eval_mode(ids):
-    teacher = Teacher(tiny_llama(attention_dropout=0.5).train())
+    teacher = Teacher(shallow_llama(attention_dropout=0.5).train())
     first, second = (teacher(input_ids=ids[0]) for _ in range(2))
     assert torch.equal(first, second)
     assert not first.requires_grad
@@ -48,7 +48,7 @@ def test_a_teacher_is_frozen_and_in_eval_mode(ids):
 
 
 def test_weights_that_are_cast_ahead_compute_the_same_under_autocast(ids):
-    model = tiny_llama()  # its embeddings are tied
+    model = shallow_llama()  # its embeddings are tied
     with torch.autocast("cpu", torch.bfloat16):
         before = Teacher(model)(input_ids=ids[0])
         cast_linear(model, torch.bfloat16)
@@ -100,7 +100,7 @@ class Interrupt(L.Callback):
 class ExactAfterEveryStep(L.Callback):
     def on_train_batch_end(self, trainer, pl_module, *args):
         layers = sparse_layers(pl_module)
-        assert len(layers) == 21
+        assert len(layers) == 14
         assert all((layer.unpacked_mask().reshape(-1, 4).sum(1) == 2).all() for layer in layers.values())
 
 
@@ -118,7 +118,7 @@ def test_the_teacher_stays_the_dense_model_and_outside_the_student(model_folder,
 
     fit(module, data(), pruning, ExactAfterEveryStep(), watch, Inside())
 
-    start = tiny_llama()
+    start = shallow_llama()
     parameters = len(list(start.parameters()))
     assert inside == {"parameters": parameters, "optimized": parameters}
     checkpoint = torch.load(tmp_path / "x.ckpt", weights_only=False)
@@ -175,7 +175,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(model_folder, data, tmp_path, 
     assert any(key.endswith("weight_mask") for key in a)
     assert all(torch.equal(a[key], b[key]) for key in a)
     assert resumed_watch.metrics[-1] == whole_watch.metrics[-1]
-    dense = tiny_llama().state_dict()
+    dense = shallow_llama().state_dict()
     taught = resumed_watch.teachers[0].model.state_dict()
     assert all(torch.equal(taught[key], dense[key]) for key in dense)
 
@@ -188,7 +188,7 @@ def test_a_sparse_checkpoint_trained_further_learns_from_the_dense_model(model_f
     assert module._teacher is None
     watch = Watch()
     fit(module, data(), DynamicPruning("2:4"), watch, max_steps=2)
-    taught, dense = watch.teachers[0].model.state_dict(), tiny_llama().state_dict()
+    taught, dense = watch.teachers[0].model.state_dict(), shallow_llama().state_dict()
     assert all(torch.equal(taught[key], dense[key]) for key in dense)
 
 
@@ -229,7 +229,7 @@ def test_what_is_logged(model_folder, data):
 
 
 def test_another_teacher_is_named_by_its_source(model_folder, data, tmp_path):
-    other = tiny_llama()
+    other = shallow_llama()
     for parameter in other.parameters():
         parameter.data.add_(0.1 * torch.randn_like(parameter))
     other.save_pretrained(tmp_path / "other")
@@ -238,7 +238,9 @@ def test_another_teacher_is_named_by_its_source(model_folder, data, tmp_path):
     assert module.distillation.teacher == Pretrained(source)
     fit(module, data(), watch, max_steps=1)
     with torch.no_grad():
-        student, teacher = (model.eval()(input_ids=watch.batch["input_ids"]).logits for model in (tiny_llama(), other))
+        student, teacher = (
+            model.eval()(input_ids=watch.batch["input_ids"]).logits for model in (shallow_llama(), other)
+        )
     expected = distillation_losses(student, teacher, watch.batch["labels"], 2.0)
     logged = [watch.metrics[0][f"train/loss_{name}"] for name in ("ce", "kldiv")]
     assert logged == pytest.approx([loss.item() for loss in expected], rel=1e-4)
@@ -252,7 +254,7 @@ def test_a_learning_rate_finder_in_front_has_the_teacher_too(model_folder, data)
 
 
 def test_a_teacher_that_does_not_fit_is_refused_before_the_first_step(model_folder, data, tmp_path):
-    tiny_llama(vocab_size=160).save_pretrained(tmp_path / "other")
+    shallow_llama(vocab_size=160).save_pretrained(tmp_path / "other")
     tiny_tokenizer().save_pretrained(tmp_path / "other")
     module, watch = CausalLM(str(model_folder), distillation=Distillation(str(tmp_path / "other"))), Watch()
     with pytest.raises(ValueError, match="a vocab_size of 160 and the student .* one of 128"):
@@ -261,7 +263,7 @@ def test_a_teacher_that_does_not_fit_is_refused_before_the_first_step(model_fold
 
 
 def test_logits_need_no_teacher_of_the_same_shape(model_folder, data, tmp_path):
-    tiny_llama(num_hidden_layers=4, hidden_size=64).save_pretrained(tmp_path / "larger")
+    shallow_llama(num_hidden_layers=4, hidden_size=64).save_pretrained(tmp_path / "larger")
     module, watch = CausalLM(str(model_folder), distillation=Distillation(str(tmp_path / "larger"))), Watch()
     fit(module, data(), watch, max_steps=2)
     assert watch.metrics[-1]["train/loss_kldiv"] > 0
@@ -299,7 +301,7 @@ def test_a_second_run_reads_what_the_first_one_asked(model_folder, data, tmp_pat
     assert watch.teachers[0]._teacher is None  # it is not in memory
     _, asked, _ = run(temperature=2.0)
     assert asked  # another temperature has entries of its own
-    other = tiny_llama()
+    other = shallow_llama()
     other.model.norm.weight.data += 0.1
     other.save_pretrained(folder)  # another model under the same name
     third, asked, _ = run()
@@ -315,7 +317,7 @@ def test_with_all_tokens_a_cache_changes_nothing(model_folder, data, tmp_path, m
 
 def test_a_cache_is_found_by_content_and_padding(tmp_path, ids):
     """In any order and batch size; the same tokens under another mask are another block."""
-    model, asked = tiny_llama(), []
+    model, asked = shallow_llama(), []
 
     def load():
         asked.append(True)
@@ -341,7 +343,7 @@ def test_a_cache_is_found_by_content_and_padding(tmp_path, ids):
 
 def test_runs_may_share_a_cache_and_a_damaged_file_is_named(tmp_path, ids):
     inputs = {"input_ids": ids[0], "attention_mask": torch.ones_like(ids[0])}
-    caches = [CachedTeacher(tmp_path, lambda: Teacher(tiny_llama()), k=4, temperature=1.0) for _ in range(2)]
+    caches = [CachedTeacher(tmp_path, lambda: Teacher(shallow_llama()), k=4, temperature=1.0) for _ in range(2)]
     for cache in caches:  # both have asked for the same blocks
         cache(**inputs)
     for cache in caches:
@@ -350,4 +352,4 @@ def test_runs_may_share_a_cache_and_a_damaged_file_is_named(tmp_path, ids):
     assert len(files) == 2 and all(file.suffix == ".safetensors" for file in files)
     files[0].write_bytes(files[0].read_bytes()[:100])
     with pytest.raises(ValueError, match=f"{files[0].name}.*remove it, and it is made anew"):
-        CachedTeacher(tmp_path, lambda: Teacher(tiny_llama()), k=4, temperature=1.0)
+        CachedTeacher(tmp_path, lambda: Teacher(shallow_llama()), k=4, temperature=1.0)

@@ -14,7 +14,7 @@ from sparse_train.models.distillation import Distillation
 from sparse_train.models.lora import LoRA
 from sparse_train.models.sources import FromScratch, Pretrained
 from tests.callbacks.runs import loader, trainer
-from tests.conftest import tiny_llama, tiny_tokenizer
+from tests.conftest import shallow_llama, tiny_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
@@ -25,7 +25,7 @@ def is_2of4(weight):
 
 @pytest.fixture
 def sparse_folder(tmp_path):
-    model = tiny_llama()
+    model = shallow_llama()
     prune(model, criterion=Magnitude())
     return export_model(model, tiny_tokenizer(), tmp_path / "sparse")
 
@@ -40,7 +40,7 @@ def test_on_a_sparse_folder_adapters_alone_are_trained_and_exported_beside_it(tm
     run = trainer(tmp_path, max_steps=4)
     run.fit(module, loader())
     trained = {name for name, p in module.named_parameters() if p.requires_grad}
-    assert len(trained) == 12
+    assert len(trained) == 8
     assert all("lora_" in name for name in trained)
     assert {id(p) for group in run.optimizers[0].param_groups for p in group["params"]} == {
         id(p) for p in module.parameters() if p.requires_grad
@@ -62,7 +62,7 @@ def test_on_a_sparse_folder_adapters_alone_are_trained_and_exported_beside_it(tm
         torch.testing.assert_close(by_config(input_ids=ids[0]).logits, expected)
         card = (out / "README.md").read_text()
         assert "| adapter | LoRA, r 2, lora_alpha 16, on q_proj, v_proj" in card
-        assert "0.5000 of the 21 pruned layers' weights" in card
+        assert "0.5000 of the 14 pruned layers' weights" in card
         assert "base_layer" not in card
     assert not torch.allclose(AutoModelForCausalLM.from_pretrained(exports[0])(input_ids=ids[0]).logits, expected)
 
@@ -72,7 +72,7 @@ def test_a_dense_base_is_pruned_at_the_start_of_the_run(tmp_path, model_folder, 
     trainer(tmp_path, DynamicPruning("2:4", policy=Fixed()), max_steps=4).fit(module, loader())
     model = module.model.eval()
     out = export_model(model, None, tmp_path / "exported")
-    base, dense = AutoModelForCausalLM.from_pretrained(out), tiny_llama().state_dict()
+    base, dense = AutoModelForCausalLM.from_pretrained(out), shallow_llama().state_dict()
     for name, value in base.state_dict().items():
         if name.endswith("proj.weight"):
             assert is_2of4(value), name
@@ -84,12 +84,12 @@ def test_a_dense_base_is_pruned_at_the_start_of_the_run(tmp_path, model_folder, 
 
 
 def test_export_before_masks_are_folded_writes_zeros_too(tmp_path):
-    model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"]))
+    model = get_peft_model(shallow_llama(), LoraConfig(r=2, target_modules=["q_proj"]))
     prune(model, criterion=Magnitude(), squash=False)
     base = AutoModelForCausalLM.from_pretrained(export_model(model, None, tmp_path / "out"))
     assert is_2of4(base.model.layers[0].self_attn.q_proj.weight)
     assert is_2of4(base.model.layers[0].mlp.up_proj.weight)
-    copied = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    copied = get_peft_model(shallow_llama(), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
     with pytest.raises(ValueError, match="modules_to_save"):
         export_model(copied, None, tmp_path / "copied")
     assert not (tmp_path / "copied").exists()
@@ -104,7 +104,7 @@ def test_a_trained_adapter_is_loaded_to_go_on_with_or_to_evaluate(tmp_path, spar
     source = LoRA(str(out), adapter=str(out / "adapter"))
     again = source.load()
     torch.testing.assert_close(again.eval()(input_ids=ids[0]).logits, model.eval()(input_ids=ids[0]).logits)
-    assert sum(p.requires_grad for p in again.parameters()) == 12
+    assert sum(p.requires_grad for p in again.parameters()) == 8
     text = ["--text=TextFiles", f"--text.test=[{text_file}]", "--max_tokens=512", "--json"]
     found = []
     for arguments in ([str(out)], ["--model=LoRA", f"--model.base={out}", f"--model.adapter={out / 'adapter'}"]):

@@ -22,11 +22,11 @@ from sparse_train.layers.state_dicts import folded_state_dict
 from sparse_train.models.losses import distillation_loss, next_token_loss
 from sparse_train.oneshot.prune import prune_checkpoint
 from tests.callbacks.runs import InInit, loader, trainer
-from tests.conftest import VOCABULARY, tiny_llama
+from tests.conftest import VOCABULARY, shallow_llama
 from tests.oneshot.test_prune import tiny
 from tests.other_device import device as other
 
-KINDS = {"llama": tiny_llama, "gpt2": lambda: tiny("gpt2")}
+KINDS = {"llama": shallow_llama, "gpt2": lambda: tiny("gpt2")}
 
 
 def on(device: str, flow: str, **arguments: Any) -> dict[str, Any]:
@@ -56,13 +56,13 @@ def train(
     late: bool = False,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Re-pruned for twelve steps, the last six of them resumed; then squashed."""
+    """Re-pruned for eight steps, the last four of them resumed; then squashed."""
 
     def begin(state: Any) -> tuple[Any, MaskUpdater, Any]:
         model = KINDS[kind]().to(dtype)
         model = model if late else model.to(device)
         updater = MaskUpdater(
-            model, **({"mask_structure": "2:4"} | settings), update_freq=4, total_steps=12, state=state
+            model, **({"mask_structure": "2:4"} | settings), update_freq=3, total_steps=8, state=state
         )
         model.to(device)
         if checkpointing:
@@ -72,8 +72,8 @@ def train(
 
     model, updater, optimizer = begin(None)
     flips = []
-    for step, batch in enumerate(batches(12)):
-        if step == 6 and not lora:
+    for step, batch in enumerate(batches(8)):
+        if step == 4 and not lora:
             weights, state = model.state_dict(), copy.deepcopy(updater.state_dict())
             model, updater, optimizer = begin(state)
             model.load_state_dict(weights)
@@ -129,11 +129,11 @@ def lightning(device: str, **settings: Any) -> dict[str, Any]:
     if device != "cpu":
         where = {"accelerator": "auto", "strategy": SingleDeviceStrategy(torch.device(device, 0), Accelerator())}
     with tempfile.TemporaryDirectory() as folder:
-        for path, steps in ((None, 6), (f"{folder}/six.ckpt", 12)):
-            module, pruning = InInit(), DynamicPruning("2:4", update_freq=4, end_step=12, squash=False, **settings)
+        for path, steps in ((None, 4), (f"{folder}/four.ckpt", 8)):
+            module, pruning = InInit(), DynamicPruning("2:4", update_freq=3, end_step=8, squash=False, **settings)
             run = trainer(Path(folder), pruning, max_steps=steps, devices=1, **where)
             run.fit(module, loader(), loader(), ckpt_path=path)
-            run.save_checkpoint(f"{folder}/six.ckpt")
+            run.save_checkpoint(f"{folder}/four.ckpt")
     assert run.strategy.root_device.type == device
     assert pruning.last_report is not None
     masks = masks_of(module)
@@ -152,7 +152,7 @@ def oneshot(device: str, kind: str = "llama", dtype: torch.dtype = torch.float32
 def stream(device: str, **settings: Any) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         start, out = Path(folder, "start"), Path(folder, "out")
-        tiny_llama(tie_word_embeddings=False).save_pretrained(start)
+        shallow_llama(tie_word_embeddings=False).save_pretrained(start)
         prune_checkpoint(start, out, batches(4), device=device, **settings)
         return {n: p != 0 for n, p in AutoModelForCausalLM.from_pretrained(out).named_parameters()}
 

@@ -29,7 +29,7 @@ from sparse_train.criteria import Criterion
 from sparse_train.policies import Optimizers
 from sparse_train.pruning.update import Rules, update_masks
 from sparse_train.statistics import ActivationNorm
-from tests.conftest import VOCABULARY, tiny_llama
+from tests.conftest import VOCABULARY, shallow_llama
 from tests.pruning.loops import groups_of, train
 from tests.ranks import launch
 from tests.test_contract import PATTERNS, POLICIES
@@ -63,7 +63,7 @@ def test_counts_are_exact_in_every_group_under_every_policy(policy, case, seed):
 
 def shadows(accumulate=1, loss_scale=1.0, clip=None):
     """Shadow values before and after a run at a learning rate of 0, in which nothing but the decay acts on them."""
-    model = tiny_llama()
+    model = shallow_llama()
     wrapped = DistributedDataParallel(model) if torch.distributed.is_initialized() else model
     policy = StraightThrough(srste_decay=0.05)
     updater = MaskUpdater(
@@ -97,7 +97,7 @@ def test_decay_knows_nothing_of_accumulation_loss_scale_clipping_and_ranks():
 
 
 def test_dormant_weights_come_back_as_they_were():
-    model = tiny_llama()
+    model = shallow_llama()
     start = {name: layer.weight.detach().clone() for name, layer in model.named_modules() if name.endswith("proj")}
     updater = MaskUpdater(model, "2:4", policy=Dormant(), update_freq=3, total_steps=12, criterion=Magnitude())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
@@ -121,7 +121,7 @@ def test_dormant_weights_come_back_as_they_were():
 
 
 def test_policies_that_write_weights_are_refused_where_adapters_keep_them():
-    model = tiny_llama()
+    model = shallow_llama()
     prune(model, criterion=Magnitude(), squash=False)
     add_mask_lora(model)
     for policy, word in ((Regrow(), "come back"), (StraightThrough(srste_decay=1e-4), "srste_decay to 0")):
@@ -140,12 +140,12 @@ def test_a_decay_that_rounding_would_undo_is_refused():
     for decay, refused in ((1e-4, True), (3e-4, True), (5e-4, False)):
         policy = StraightThrough(srste_decay=decay)
         with pytest.raises(ValueError, match="lost when .*q_proj is rounded") if refused else nullcontext():
-            MaskUpdater(tiny_llama().bfloat16(), "2:4", policy=policy, update_freq=10, total_steps=100)
-        MaskUpdater(tiny_llama(), "2:4", policy=policy, update_freq=10, total_steps=100)
+            MaskUpdater(shallow_llama().bfloat16(), "2:4", policy=policy, update_freq=10, total_steps=100)
+        MaskUpdater(shallow_llama(), "2:4", policy=policy, update_freq=10, total_steps=100)
 
 
 def test_frozen_weights_are_not_shrunk_either():
-    model = tiny_llama().requires_grad_(False)
+    model = shallow_llama().requires_grad_(False)
     with pytest.raises(ValueError, match="q_proj is frozen, and StraightThrough.* would shrink its pruned weights"):
         MaskUpdater(model, "2:4", policy=StraightThrough(srste_decay=0.1), total_steps=10)
     assert not sparse_layers(model)
@@ -206,7 +206,7 @@ class ByMomentum(MaskPolicy):
 
 
 def test_a_policy_of_a_users_own_is_told_everything_and_resumes():
-    model, given = tiny_llama(), ByMomentum()
+    model, given = shallow_llama(), ByMomentum()
     settings = {"policy": given, "criterion": Magnitude(), "update_freq": 2, "total_steps": 8, "end_step": 6}
     updater = MaskUpdater(model, "2:4", **settings)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -229,13 +229,13 @@ def test_a_policy_of_a_users_own_is_told_everything_and_resumes():
 
 
 def test_a_criterion_sees_what_the_optimizer_remembers():
-    model, seen = tiny_llama(), []
+    model, seen = shallow_llama(), []
     updater = MaskUpdater(model, "2:4", criterion=Moments(seen), update_freq=2, total_steps=8)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     updater.watch([optimizer])
     train(model, updater, 2, optimizer)
-    first, second = seen[:21], seen[21:]
-    assert all(momentum is None for _, momentum in first) and len(second) == 21
+    first, second = seen[:14], seen[14:]
+    assert all(momentum is None for _, momentum in first) and len(second) == 14
     for name, momentum in second:
         layer = updater.layers[name]
         assert torch.equal(momentum, optimizer.state[layer.weight]["exp_avg"])

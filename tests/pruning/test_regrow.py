@@ -15,7 +15,7 @@ from sparse_train import Magnitude, MaskUpdater, Regrow, Unstructured, prune, sp
 from sparse_train.patterns import NM
 from sparse_train.policies import Optimizers, regrow
 from sparse_train.schedules import Linear
-from tests.conftest import VOCABULARY, tiny_llama
+from tests.conftest import VOCABULARY, shallow_llama
 from tests.pruning.loops import assert_exact, groups_of
 from tests.ranks import engines, launch
 from tests.test_contract import PATTERNS
@@ -92,7 +92,7 @@ def test_the_fraction_falls_along_a_cosine():
 
 def fresh(structure="unstructured", optimizer=None, model=None, **changes):
     torch.manual_seed(0)
-    model = model or tiny_llama()
+    model = model or shallow_llama()
     if structure == "unstructured":
         changes = {"sparsity": 0.6} | changes
     prune(
@@ -197,7 +197,7 @@ def test_a_run_is_exact_and_pruned_weights_get_no_gradient(structure):
 
 
 def test_sparsity_may_rise_meanwhile():
-    model = tiny_llama()
+    model = shallow_llama()
     updater = MaskUpdater(
         model, "unstructured", schedule=Linear(0.7, 0.2), policy=Regrow(), update_freq=4, total_steps=20
     )

@@ -9,13 +9,13 @@ import torch
 
 from sparse_train import Fixed, Magnitude, MaskUpdater, Regrow, Unstructured, prune, sparse_layers, squash
 from sparse_train.schedules import Linear
-from tests.conftest import VOCABULARY, tiny_llama
+from tests.conftest import VOCABULARY, shallow_llama
 from tests.pruning.loops import equal, snapshot, train
 
 
 def test_interrupted_equals_uninterrupted():
     def fresh(state=None):
-        model = tiny_llama()
+        model = shallow_llama()
         updater = MaskUpdater(model, "2:4", update_freq=4, total_steps=20, state=state)
         return model, updater, torch.optim.AdamW(model.parameters(), lr=3e-3)
 
@@ -35,7 +35,7 @@ def test_interrupted_equals_uninterrupted():
 
 
 def test_an_updater_that_fails_leaves_another_ones_layers_alone():
-    model = tiny_llama()
+    model = shallow_llama()
     first = MaskUpdater(model, "2:4", criterion=Magnitude(), targets=["re:.*q_proj"], total_steps=20)
     weight = model.model.layers[0].self_attn.q_proj.weight.clone()
     with pytest.raises(ValueError, match="whose length is not known"):
@@ -52,7 +52,7 @@ def test_an_updater_that_fails_leaves_another_ones_layers_alone():
 
 
 def test_two_updaters_of_one_layer_are_refused_at_their_first_step():
-    model = tiny_llama()
+    model = shallow_llama()
     first = MaskUpdater(model, "2:4", criterion=Magnitude(), total_steps=20)
     MaskUpdater(model, "2:4", 0.5, criterion=Magnitude(), total_steps=20).step()
     with pytest.raises(ValueError, match="q_proj is no longer this updater's"):
@@ -68,7 +68,8 @@ def test_numbers_of_numpy_are_numbers():
     def updater(number, whole, state=None):
         given = {"update_freq": whole(4), "end_step": whole(9), "window": whole(2), "norm_decay": number(0.5)}
         schedule = Linear(number(0.75), init_sparsity=number(0.5))
-        return MaskUpdater(tiny_llama(), "unstructured", schedule=schedule, **given, total_steps=whole(12), state=state)
+        given |= {"schedule": schedule, "total_steps": whole(12), "state": state}
+        return MaskUpdater(shallow_llama(), "unstructured", **given)
 
     for number in (np.float32, np.float64, torch.tensor):
         began = updater(number, np.int64)
@@ -81,17 +82,17 @@ def test_numbers_of_numpy_are_numbers():
 
 
 def test_resume_with_another_setting_is_refused():
-    state = MaskUpdater(tiny_llama(), "2:4", total_steps=20).state_dict()
+    state = MaskUpdater(shallow_llama(), "2:4", total_steps=20).state_dict()
     with pytest.raises(ValueError, match=r"mask_structure = 2:4, and this run has 1:4"):
-        MaskUpdater(tiny_llama(), "1:4", total_steps=20, state=state)
+        MaskUpdater(shallow_llama(), "1:4", total_steps=20, state=state)
     with pytest.raises(ValueError, match="criterion = .*Wanda"):
-        MaskUpdater(tiny_llama(), "2:4", criterion=Magnitude(), total_steps=20, state=state)
+        MaskUpdater(shallow_llama(), "2:4", criterion=Magnitude(), total_steps=20, state=state)
     with pytest.raises(ValueError, match="in only one of them"):
-        MaskUpdater(tiny_llama(), "2:4", ignore=["re:.*q_proj"], total_steps=20, state=state)
+        MaskUpdater(shallow_llama(), "2:4", ignore=["re:.*q_proj"], total_steps=20, state=state)
 
 
 def test_a_run_starts_from_the_masks_of_one_shot_pruning(ids):
-    model = tiny_llama()
+    model = shallow_llama()
     prune(model, ids, "2:4", squash=False)
     masks = {n: m.weight_mask.clone() for n, m in sparse_layers(model).items()}
     updater = MaskUpdater(model, "2:4", update_freq=4, total_steps=20)
@@ -103,13 +104,13 @@ def test_a_run_starts_from_the_masks_of_one_shot_pruning(ids):
 
 @pytest.mark.parametrize("load_first", [True, False])
 def test_a_run_whose_first_mask_came_from_a_window_resumes_on_the_same_steps(load_first):
-    model = tiny_llama()
+    model = shallow_llama()
     updater = MaskUpdater(model, "2:4", update_freq=4, window=2, total_steps=20)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     train(model, updater, 7, optimizer, seed=1)
     masks, state = snapshot(model), copy.deepcopy(updater.state_dict())
     expected = [report.step for report in train(model, updater, 9, optimizer, seed=2)]
-    other = tiny_llama()
+    other = shallow_llama()
     if load_first:
         prune(other, criterion=Magnitude(), squash=False)  # any masks at all: they are loaded over
         other.load_state_dict(masks)
@@ -124,7 +125,7 @@ def test_a_run_whose_first_mask_came_from_a_window_resumes_on_the_same_steps(loa
 
 def test_resuming_changes_no_mask_by_itself():
     settings = {"sparsity": 0.3, "criterion": Magnitude(), "update_freq": 10, "total_steps": 20}
-    model = tiny_llama()
+    model = shallow_llama()
     updater = MaskUpdater(model, Unstructured("model"), **settings)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(5):
@@ -147,7 +148,7 @@ def test_resuming_changes_no_mask_by_itself():
     ],
 )
 def test_masks_of_another_run_are_not_taken_for_this_ones(ids, structure, arguments):
-    model = tiny_llama()
+    model = shallow_llama()
     prune(model, ids, "2:4", squash=False)
     with pytest.raises(ValueError, match="The model has masks already") as error:
         MaskUpdater(model, structure, policy=Fixed(), total_steps=20, **arguments)
@@ -156,7 +157,7 @@ def test_masks_of_another_run_are_not_taken_for_this_ones(ids, structure, argume
 
 @pytest.mark.parametrize("model_loaded", ["not at all", "with dense masks", "with masks of another step"])
 def test_masks_that_are_not_those_of_the_state_are_noticed(model_loaded):
-    model = tiny_llama()
+    model = shallow_llama()
     updater = MaskUpdater(model, "2:4", update_freq=2, total_steps=20)
     train(model, updater, 4)
     weights, state = snapshot(model), copy.deepcopy(updater.state_dict())
@@ -167,7 +168,7 @@ def test_masks_that_are_not_those_of_the_state_are_noticed(model_loaded):
         weights = snapshot(model)
 
     def resumed():
-        other = tiny_llama()
+        other = shallow_llama()
         found = MaskUpdater(other, "2:4", update_freq=2, total_steps=20, state=state)
         if model_loaded != "not at all":
             other.load_state_dict(weights)
@@ -179,7 +180,7 @@ def test_masks_that_are_not_those_of_the_state_are_noticed(model_loaded):
 
 
 def test_masks_that_were_loaded_over_in_the_run_are_noticed_at_its_end():
-    model = tiny_llama()
+    model = shallow_llama()
     updater = MaskUpdater(model, "2:4", criterion=Magnitude(), update_freq=2, total_steps=4)
     train(model, updater, 4)
     dense = {key: value | 0xFF if key.endswith("weight_mask") else value for key, value in snapshot(model).items()}

@@ -13,9 +13,10 @@ from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 from sparse_train.distributed.collectives import rank, world_size
 from sparse_train.distributed.fsdp2 import shard_blocks
 from sparse_train.distributed.zero import whole_first
-from tests.conftest import VOCABULARY, tiny_llama
+from tests.conftest import VOCABULARY, shallow_llama
 
 ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
+STEPS = 12
 
 
 class CPUDeepSpeed(DeepSpeedStrategy):
@@ -80,7 +81,7 @@ class Module(L.LightningModule):
     def configure_model(self) -> None:
         if self.model is None:
             with whole_first():
-                self.model = tiny_llama()
+                self.model = shallow_llama()
         if self.device_mesh is not None:
             shard_blocks(self.model, self.device_mesh["data_parallel"])
 
@@ -91,7 +92,7 @@ class Module(L.LightningModule):
         return self.optimizer(self.parameters(), lr=self.lr)
 
 
-def trainer(engine: str, folder: Path, *callbacks: L.Callback, max_steps: int = 20, **settings: Any) -> L.Trainer:
+def trainer(engine: str, folder: Path, *callbacks: L.Callback, max_steps: int = STEPS, **settings: Any) -> L.Trainer:
     """A quiet trainer on the CPU with as many processes as the group has."""
     settings = {"logger": False, "enable_checkpointing": False} | settings
     return L.Trainer(

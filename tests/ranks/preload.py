@@ -1,5 +1,8 @@
 """Imported once, by the server from which the processes of tests are forked."""
 
+import contextlib
+import gc
+import importlib
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -22,7 +25,21 @@ import sparse_train.oneshot
 import tests.conftest
 import tests.integrations.runs
 
+# What an engine imports when it starts, two seconds of it in each process; newer versions may have it elsewhere.
+for name in (
+    "deepspeed.compile.backend",
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.runtime.superoffload.superoffload_stage3",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "torch.distributed.checkpoint",
+    "torch.profiler",
+):
+    with contextlib.suppress(ImportError):
+        importlib.import_module(name)
+
 # On CPUs DeepSpeed would compile a faster reduce in shared memory first, for minutes, and fail without a compiler.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+gc.freeze()  # ZeRO-3 calls gc.collect, which would walk through all of this in each process
 
 __all__ = ["deepspeed", "lightning", "peft", "sparse_train", "tests", "torch", "transformers"]

@@ -55,7 +55,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-UPDATES = (3, 8, 13, 15)  # the first window ends at 3
+UPDATES = (2, 5, 8, 9)  # the first window ends at 2, and masks are frozen at three quarters
 
 
 class Watch(L.Callback):
@@ -82,7 +82,7 @@ OPTIMIZERS = dict.fromkeys(engines.ENGINES, (torch.optim.AdamW, 0.003)) | {"zero
 
 
 def train(engine: str, method: str, folder: Path, optimizer: Any) -> tuple[Any, ...]:
-    pruning = DynamicPruning(update_freq=5, window=3, first_mask=FirstWindow(), **METHODS[method])
+    pruning = DynamicPruning(update_freq=3, window=2, first_mask=FirstWindow(), **METHODS[method])
     watch = Watch(pruning)
     module = engines.Module(None, *optimizer)
     trainer = engines.trainer(engine, folder, pruning, watch, accumulate_grad_batches=2 // world_size())

@@ -18,6 +18,7 @@ from sparse_train import FirstWindow, Fixed, Magnitude, MaskUpdater, sparse_laye
 from sparse_train.callbacks import DynamicPruning
 from sparse_train.distributed.collectives import rank, world_size
 from sparse_train.distributed.fsdp2 import shard_blocks
+from tests.conftest import shallow_llama
 from tests.ranks import engines, launch
 
 
@@ -38,7 +39,7 @@ def corrupt(pl_module: Any) -> None:
 
 
 def overflow(pl_module: Any) -> None:
-    weight = pl_module.model.model.layers[2].self_attn.o_proj.weight
+    weight = pl_module.model.model.layers[1].self_attn.o_proj.weight
     with torch.no_grad():
         getattr(weight, "to_local", lambda: weight)()[0, 0] = torch.inf
 
@@ -49,7 +50,7 @@ def die(pl_module: Any) -> None:
 
 def train(engine: str, folder: Path, step: int, act: Any, **settings: Any) -> str:
     """The error that a rank stops with, and the step at which it does."""
-    pruning = DynamicPruning("2:4", update_freq=5, window=3, first_mask=FirstWindow())
+    pruning = DynamicPruning("2:4", update_freq=3, window=2, first_mask=FirstWindow())
     trainer = engines.trainer(engine, folder, pruning, AtStep(step, act), **settings)
     try:
         trainer.fit(engines.Module(), engines.loader())
@@ -58,9 +59,9 @@ def train(engine: str, folder: Path, step: int, act: Any, **settings: Any) -> st
     return "no error"
 
 
-# the last update is at step 15; frozen masks are compared every 5 steps, and at the end
+# the last update is at step 9; frozen masks are compared every 3 steps, and at the end
 def test_ranks_that_disagree_on_a_mask_all_stop_at_the_next_comparison(tmp_path):
-    expected = {("ddp", 9): 13, ("ddp", 15): 20, ("ddp", 18): 20, ("ddp", 20): 20, ("fsdp2", 9): 13}
+    expected = {("ddp", 6): 8, ("ddp", 9): 12, ("ddp", 11): 12, ("ddp", 12): 12, ("fsdp2", 6): 8}
     cases = [(engine, tmp_path, corrupted, corrupt) for engine, corrupted in expected]
     for messages, found in zip(launch.each(train, cases).values(), expected.values(), strict=True):
         for message in messages:
@@ -71,12 +72,12 @@ def test_ranks_that_disagree_on_a_mask_all_stop_at_the_next_comparison(tmp_path)
 def test_masks_that_cannot_change_are_compared_too(tmp_path):
     for message in launch.run(train_fixed, tmp_path):
         assert "not the same" in message
-        assert message.endswith("@10")
+        assert message.endswith("@5")
 
 
 def train_fixed(folder: Path) -> str:
     pruning = DynamicPruning("2:4", update_freq=5, policy=Fixed(), criterion=Magnitude())
-    trainer = engines.trainer("ddp", folder, pruning, AtStep(7, corrupt))
+    trainer = engines.trainer("ddp", folder, pruning, AtStep(4, corrupt))
     try:
         trainer.fit(engines.Module(), engines.loader())
     except ValueError as error:
@@ -85,22 +86,22 @@ def train_fixed(folder: Path) -> str:
 
 
 def test_a_row_that_is_not_finite_stops_the_ranks_that_do_not_hold_it(tmp_path):
-    messages = launch.run(train, "fsdp2", tmp_path, 12, overflow)
-    # the forward of step 13 would spread the infinity into the activations of later layers, and is named for them
+    messages = launch.run(train, "fsdp2", tmp_path, 7, overflow)
+    # the forward of step 8 would spread the infinity into the activations of later layers, and is named for them
     for message in messages:
         assert "not finite" in message
-        assert message.endswith("@13")
+        assert message.endswith("@8")
     assert messages[0] == messages[1]
 
 
 def test_a_rank_that_is_killed_is_an_error(tmp_path):
     with pytest.raises(launch.RankFailed, match="rank 1 ended with -9|rank 0"):
-        launch.run(train, "ddp", tmp_path, 9, die)
+        launch.run(train, "ddp", tmp_path, 6, die)
 
 
 def pruned_otherwise(columns: int) -> str:
     """What is logged of a sharded model whose zeros are whole columns, at the start of a run."""
-    model, said = engines.tiny_llama(), io.StringIO()
+    model, said = shallow_llama(), io.StringIO()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "proj" in name:
@@ -109,7 +110,7 @@ def pruned_otherwise(columns: int) -> str:
     handler = logging.StreamHandler(said)
     logging.getLogger("sparse_train").addHandler(handler)
     MaskUpdater(model, "2:4", total_steps=10)
-    MaskUpdater(engines.tiny_llama(), "2:4", start_step=4, total_steps=10)
+    MaskUpdater(shallow_llama(), "2:4", start_step=4, total_steps=10)
     return said.getvalue()
 
 
@@ -120,13 +121,13 @@ def test_a_sharded_model_that_was_pruned_otherwise_starts_with_a_warning_of_one_
 
 class Unsharded(engines.Module):
     def configure_model(self) -> None:
-        self.model = self.model or engines.tiny_llama()
+        self.model = self.model or shallow_llama()
 
 
 class OverTheWholeMesh(engines.Module):
     def configure_model(self) -> None:
         if self.model is None:
-            self.model = engines.tiny_llama()
+            self.model = shallow_llama()
             shard_blocks(self.model, self.device_mesh)
 
 

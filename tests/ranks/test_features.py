@@ -17,7 +17,7 @@ from sparse_train.distributed.collectives import rank, world_size
 from sparse_train.distributed.engines import whole_state_dict
 from sparse_train.distributed.fsdp2 import shard_blocks
 from sparse_train.models.causal_lm import CausalLM
-from tests.conftest import tiny_llama
+from tests.conftest import shallow_llama
 from tests.ranks import engines, launch
 
 TOKENS = 2 * 16  # of a micro-batch
@@ -39,15 +39,16 @@ class Check(L.Callback):
             for layer in sparse_layers(pl_module).values():
                 self.kept |= set(layer.unpacked_mask().view(-1, 4).sum(1).tolist())
                 self.dtypes.add(layer.weight.dtype)
-        if step == 12 and not self.tokens:
+        if step == 6 and not self.tokens:
             state = self.pruning.updater.state_dict()["norms"]["norms_by_rank"][rank()]
             self.tokens |= {int(each["tokens"]) for each in state.values()}
 
 
 def train(engine: str, folder: Path, module: Any, accumulate: int = 1, **settings: Any) -> Any:
-    pruning = DynamicPruning("2:4", update_freq=5, window=3, first_mask=FirstWindow(), norm_decay=0.0)
+    pruning = DynamicPruning("2:4", update_freq=4, window=3, end_step=7, first_mask=FirstWindow(), norm_decay=0.0)
     check = Check(pruning)
-    trainer = engines.trainer(engine, folder, pruning, check, accumulate_grad_batches=accumulate, **settings)
+    settings = {"max_steps": 8, "accumulate_grad_batches": accumulate} | settings
+    trainer = engines.trainer(engine, folder, pruning, check, **settings)
     trainer.fit(module, engines.loader())
     zeros = [
         (int((weight == 0).sum()), weight.numel(), str(weight.dtype))
@@ -81,7 +82,7 @@ def in_precision(tmp_path_factory, model_folder):
 def test_precision_accumulation_clipping_and_checkpointing(in_precision, engine, precision):
     for kept, tokens, dtypes, zeros in in_precision[engine, precision]:
         assert kept == {2}
-        # two whole steps of two micro-batches, and not one more for the batch of step 12 that is to come
+        # two whole steps of two micro-batches, and not one more for the batch of step 6 that is to come
         assert tokens == {2 * 2 * TOKENS}
         masters_apart = engine.startswith("zero") and precision != "32-true"  # DeepSpeed's parameters are bfloat16
         assert dtypes == {torch.bfloat16 if masters_apart or precision == "bf16-true" else torch.float32}
@@ -143,7 +144,7 @@ def test_modules_from_anywhere(tmp_path):
 
 def plain_loop() -> Any:
     """A model that is sharded already, and no Lightning."""
-    model = tiny_llama()
+    model = shallow_llama()
     shard_blocks(model, torch.distributed.init_device_mesh("cpu", (world_size(),)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     updater = MaskUpdater(model, "2:4", update_freq=4, total_steps=12)

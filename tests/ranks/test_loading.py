@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from sparse_train.distributed.collectives import rank, world_size
 from sparse_train.distributed.engines import whole_state_dict
 from sparse_train.models.sources import Pretrained, load_sharded
-from tests.conftest import tiny_llama
+from tests.conftest import shallow_llama
 from tests.ranks import launch
 
 
@@ -31,7 +31,7 @@ def load(folder: Path) -> Any:
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_sharded_model_is_the_one_that_was_read(tmp_path, tied):
-    model = tiny_llama(tie_word_embeddings=tied)
+    model = shallow_llama(tie_word_embeddings=tied)
     model.save_pretrained(tmp_path)
     logits = model(input_ids=torch.arange(3, 19)[None]).logits
     for process, (found, state, end) in enumerate(launch.run(load, tmp_path)):

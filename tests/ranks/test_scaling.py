@@ -20,8 +20,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import scaling  # noqa: E402
 
 BLOCK = scaling.llama_block(32, 64, 16)
-BLOCKS = 3
-UPDATES = 4  # at steps 3, 8, 13 and 15
+BLOCKS = 2
+UPDATES = 4  # at steps 2, 5, 8 and 9
 
 
 class Counting:
@@ -83,7 +83,7 @@ def run(engine: str, folder: Path, **arguments: Any) -> Any:
     counting, gathers = Counting(), Gathers()
     collectives.dist = counting
     arguments = {"mask_structure": "2:4"} | arguments
-    pruning = DynamicPruning(update_freq=5, window=3, end_step=15, first_mask=FirstWindow(), **arguments)
+    pruning = DynamicPruning(update_freq=3, window=2, end_step=9, first_mask=FirstWindow(), **arguments)
     keep = Keep(pruning)
     callbacks = [gathers, pruning, keep] if engine == "zero3" else [pruning, keep]
     engines.trainer(engine, folder, *callbacks).fit(engines.Module(), engines.loader())
@@ -95,7 +95,7 @@ def test_traffic_and_memory_are_what_the_formulas_say(tmp_path, engine):
     layers = BLOCKS * len(BLOCK)
     for reduces, gathers, sizes, kept in launch.run(run, engine, tmp_path):
         # FSDP2 counts zeros once, when training begins, to see if the model was pruned, and what each process has
-        # chosen at updates; masks that are frozen are compared every k steps, here at step 20 and at the end
+        # chosen at updates; masks that are frozen are compared every k steps, here at step 12 and at the end
         fsdp2, agreement = engine == "fsdp2", [8 * 32 * layers] * 2
         counts = [8 * 2 * layers] if fsdp2 else []
         assert reduces == [8 * layers] * fsdp2 + [*scaling.reduce_bytes(BLOCK, BLOCKS), *counts] * UPDATES + agreement
@@ -135,7 +135,7 @@ class InUpdates(DynamicPruning):
 
 def decaying(engine: str, folder: Path) -> int:
     pruning = InUpdates(
-        "2:4", update_freq=5, window=3, first_mask=FirstWindow(), policy=StraightThrough(srste_decay=0.01)
+        "2:4", update_freq=3, window=2, first_mask=FirstWindow(), policy=StraightThrough(srste_decay=0.01)
     )
     engines.trainer(engine, folder, pruning).fit(engines.Module(), engines.loader())
     return pruning.reduces
@@ -165,19 +165,19 @@ class Calls(L.Callback):
 
 def calls(engine: str, folder: Path, first: int, last: int, *callbacks: L.Callback) -> dict[str, int]:
     counted = Calls(first, last)
-    trainer = engines.trainer(engine, folder, *callbacks, counted, max_steps=14)
+    trainer = engines.trainer(engine, folder, *callbacks, counted, max_steps=8)
     trainer.fit(engines.Module(), engines.loader())
     return counted.found
 
 
 def with_and_without(engine: str, folder: Path, first: int, last: int) -> Any:
-    pruning = DynamicPruning("2:4", update_freq=5, window=3, end_step=13, first_mask=FirstWindow())
+    pruning = DynamicPruning("2:4", update_freq=5, window=4, end_step=8, first_mask=FirstWindow())
     return calls(engine, folder, first, last, pruning), calls(engine, folder, first, last)
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 def test_nothing_is_sent_between_updates(tmp_path, engine):
-    for sparse, dense in launch.run(with_and_without, engine, tmp_path, 9, 12):  # in which steps are recorded
+    for sparse, dense in launch.run(with_and_without, engine, tmp_path, 4, 7):  # in which steps are recorded
         assert sum(dense.values()) >= 3  # the engine's own are seen
         assert sparse == dense
 

@@ -10,7 +10,7 @@ from transformers import Trainer, TrainingArguments
 from sparse_train import sparse_layers
 from sparse_train.distributed.collectives import world_size
 from sparse_train.integrations.transformers import SparseTrainerCallback
-from tests.conftest import tiny_llama
+from tests.conftest import shallow_llama
 from tests.integrations.runs import Tokens
 from tests.integrations.test_callback import ExactAfterEveryStep
 from tests.ranks import launch
@@ -32,10 +32,10 @@ def train(folder: Path, resume: bool = False) -> dict[str, Any]:
         disable_tqdm=True,
         ddp_find_unused_parameters=False,
     )
-    run = Trainer(model=tiny_llama(), args=arguments, train_dataset=Tokens(), callbacks=[pruning, exact])
+    run = Trainer(model=shallow_llama(), args=arguments, train_dataset=Tokens(), callbacks=[pruning, exact])
     run.train(resume_from_checkpoint=str(folder / "checkpoint-5") if resume else None)
     assert exact.checked == (4 if resume else 9)
-    assert len(sparse_layers(run.model)) == 21
+    assert len(sparse_layers(run.model)) == 14
     assert pruning.updater.report().initial_flip_rate > 0
     return dict(run.model.state_dict())
 

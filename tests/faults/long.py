@@ -57,6 +57,7 @@ class Watch(L.Callback):
         self.sums: dict[str, Tensor] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        gc.collect()
         gc.freeze()  # what is there is not looked at again
         for name, layer in sparse_layers(pl_module).items():
             self.sums[name] = torch.zeros(layer.in_features, dtype=torch.float64)
@@ -64,6 +65,9 @@ class Watch(L.Callback):
 
     def _add(self, name: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self.sums[name] += inputs[0].detach().double().square().sum(0)
+
+    def on_train_end(self, *args: Any) -> None:
+        gc.unfreeze()
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
         if trainer.global_step % self.every == 0:

@@ -86,7 +86,7 @@ def export_model(
         write_card(beside, card, layers)
         if card.pruning is not None:
             (beside / RECORD).write_text(json.dumps(card.pruning, indent=2) + "\n")
-            compare(card.pruning["stages"][-1], card.pruning["layers"], Checkpoint(beside), base)
+            compare(card.pruning, Checkpoint(beside), base)
     return out
 
 

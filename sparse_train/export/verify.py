@@ -17,15 +17,12 @@ from sparse_train.oneshot.disk import Checkpoint, model_without_weights
 from sparse_train.patterns import Pattern, Unstructured, group_label, parse_word
 
 RECORD = "pruning.json"
-"""How a model was pruned; ``stages`` and ``layers`` are compared with its zeros."""
+"""How a model was pruned. Of the last of its ``stages``, ``mask_structure`` as ``group_label`` writes it,
+``wanted_sparsity`` and ``distribution`` are compared with the zeros; and ``layers``, the sparsity of each by name."""
 
 
 def verify(folder: str | Path) -> dict[str, Any]:
-    """``compare`` a folder with its own record; holds one weight at a time.
-
-    Raises:
-        ValueError: as ``compare`` does; or the folder has no record.
-    """
+    """``compare`` a folder with its own record; ValueError if it has none. Holds one weight at a time."""
     folder = Path(folder)
     if not (folder / RECORD).is_file():
         raise ValueError(
@@ -34,48 +31,45 @@ def verify(folder: str | Path) -> dict[str, Any]:
         )
     with reading(folder / RECORD):
         record = json.loads((folder / RECORD).read_text())
-        stage, layers = record["stages"][-1], {name: float(share) for name, share in record["layers"].items()}
-        _ = stage["mask_structure"], stage["wanted_sparsity"], stage["distribution"]
+        _recipe(record)
     checkpoint = Checkpoint(folder)
-    return compare(stage, layers, checkpoint, model_without_weights(folder, checkpoint))
+    return compare(record, checkpoint, model_without_weights(folder, checkpoint))
 
 
-def compare(
-    stage: Mapping[str, Any], layers: Mapping[str, float], checkpoint: Checkpoint, model: nn.Module
-) -> dict[str, Any]:
+def _recipe(record: Mapping[str, Any]) -> tuple[Pattern | None, float | None, dict[str, float]]:
+    """The pattern if it and the sparsity are the same in every layer, the sparsity, and that of each layer."""
+    stage, layers = record["stages"][-1], {name: float(share) for name, share in record["layers"].items()}
+    label, wanted = stage["mask_structure"], stage["wanted_sparsity"]
+    known = re.fullmatch(r"\d+:\d+|unstructured|unstructured \(layer\)", label)  # not over the model, or a user's own
+    alike = known and stage["distribution"] == "Uniform()"
+    return parse_word(label.split()[0], "layer" if "(" in label else "row") if alike else None, wanted, layers
+
+
+def compare(record: Mapping[str, Any], checkpoint: Checkpoint, model: nn.Module) -> dict[str, Any]:
     """Compare the zeros of files with how they were made. A group may be sparser than that, and never denser.
 
-    Args:
-        stage: ``mask_structure`` as ``group_label`` writes it, ``wanted_sparsity`` and ``distribution``. With Uniform,
-            every group is compared with them.
-        layers: the sparsity of each pruned layer. Where they differ, by the distribution or because groups are larger,
-            each layer is compared with its own, and all together with ``wanted_sparsity``.
-        checkpoint: the files.
-        model: with the modules that the weights belong to, whose own weights are not looked at.
+    If all layers have one pattern and sparsity, every group is compared; otherwise each layer with its own sparsity,
+    and all of them with that of the model. Of ``model``, only the modules are looked at, not their weights.
 
     Returns:
-        ``layers``, ``sparsity`` of all of them, and ``zeros_kept``: zeros that no pattern asks for.
+        How many ``layers``, their ``sparsity``, and ``zeros_kept``: zeros that no pattern asks for.
 
     Raises:
         ValueError: names each layer that is denser, what was expected and what was found.
     """
-    label, wanted = stage["mask_structure"], stage["wanted_sparsity"]
-    pattern: Pattern = Unstructured("layer")
-    alike = stage["distribution"] == "Uniform()" and re.fullmatch(r"\d+:\d+|unstructured|unstructured \(layer\)", label)
-    if alike:  # groups are not the whole model, nor those of a user's own pattern
-        pattern = parse_word(label.partition(" ")[0], "layer" if "layer" in label else "row")
+    shared, wanted, layers = _recipe(record)
+    pattern = shared or Unstructured("layer")
     wrong, size, zeros, pruned, columns = [], 0, 0, 0, 1 << 62
     for name, weight_OI in _weights(checkpoint, model, layers):
         nonzero_OI = weight_OI != 0
-        sparsity = wanted if alike else layers[name] + 0.5 / nonzero_OI.numel()  # rounding must not lose a weight
+        # half a weight more, so that rounding loses none
+        sparsity = wanted if shared and wanted is not None else layers[name] + 0.5 / nonzero_OI.numel()
         # with itself as the scores, as in check_masks: a pattern drops a weight only if a group has too few zeros
         keep_OI = pattern.mask(nonzero_OI.float(), sparsity)
         expected, found = (int((~each).sum()) for each in (keep_OI, nonzero_OI))
         if dense := int((nonzero_OI & ~keep_OI).sum()):
-            where = f"{group_label(pattern)} at a sparsity of {sparsity:.6g}"
-            wrong.append(
-                f"{name}: {where} has {expected} zeros; found {found}, and {dense} of the expected are missing"
-            )
+            where = f"{name}: {group_label(pattern)} at a sparsity of {sparsity:.6g}"
+            wrong.append(f"{where} has {expected} zeros; found {found}, and {dense} of the expected are missing")
         size, zeros, pruned = size + nonzero_OI.numel(), zeros + found, pruned + expected
         columns = min(columns, nonzero_OI.shape[1])
     if wanted is not None and zeros < (wanted - 1 / columns) * size:  # rows prune whole counts
@@ -99,6 +93,7 @@ def _weights(checkpoint: Checkpoint, model: nn.Module, names: Iterable[str]) -> 
             )
         weight = checkpoint.read([key])[key]
         if own in experts:
-            weight = weight[int(index.rstrip("]"))]
-        transposed = experts[own].transposed if own in experts else is_conv1d(model.get_submodule(own))
+            weight, transposed = weight[int(index.rstrip("]"))], experts[own].transposed
+        else:
+            transposed = is_conv1d(model.get_submodule(own))
         yield name, weight.t() if transposed else weight

@@ -36,7 +36,7 @@ from sparse_train.oneshot.first_mask import begin_run
 from sparse_train.patterns import Pattern
 from sparse_train.pruning.config import PruningConfig, check_same
 from sparse_train.pruning.update import UpdateReport
-from sparse_train.pruning.updater import MaskUpdater, check_restored_masks, mask_targets
+from sparse_train.pruning.updater import MaskUpdater, as_record, check_restored_masks, mask_targets
 
 _NO_MASK = {f"sparsity/{name}": 0.0 for name in ("target", "actual", "flip_rate", "initial_flip_rate")}
 """Logged before the first mask. Not counted on the weights: with sharded weights that would cost communication."""
@@ -106,6 +106,8 @@ class DynamicPruning(L.Callback):
         """The running updater; None before the run has begun."""
         self.last_report: UpdateReport | None = None
         """Report of the latest update of the fit, in this process; None before the first."""
+        self.record: dict[str, Any] | None = None
+        """Where the zeros of a finished run are, for ``pruning.json`` of its model."""
 
     @property
     def state_key(self) -> str:
@@ -233,9 +235,11 @@ class DynamicPruning(L.Callback):
                     "what self.optimizers() returns, which Lightning counts; do not use use_pl_optimizer=False."
                 )
             self.updater.finish()
+            self.record = as_record(self.updater.settings(), self.updater.sparsity, self.updater.layers)
         elif self._restored is not None:
             check_same(self._restored["settings"], self.config.as_data())  # no updater has checked them
             check_restored_masks(self._restored["masks"], self._layers, self._restored["sparsity"])
+            self.record = as_record(self._restored["settings"], self._restored["sparsity"], self._layers)
             rank_zero_warn(f"The run is at step {trainer.global_step} already, where it ends: nothing was trained.")
         else:
             rank_zero_warn("The run had no step, so nothing was pruned.")

@@ -99,7 +99,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def _raise_from(error: BaseException, out: Path) -> NoReturn:
-    """Raise an error again, as OSError if safetensors could not write."""
+    """Raise an error again, as OSError if safetensors or torch could not write."""
+    hidden = error.__context__ if type(error) is RuntimeError else None  # torch.save puts an error of its own on top
+    if isinstance(hidden, OSError):
+        raise OSError(f"{out} could not be written: {hidden}") from error
     if type(error).__name__ == "SafetensorError":  # of a library that is not imported here
         raise OSError(f"{out} could not be written: {error}") from error
     raise error

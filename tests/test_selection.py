@@ -33,6 +33,7 @@ def reference(scores, kept):
 def test_equals_a_stable_sort_ties_included(way, groups, members, share, levels, seed):
     generator = torch.Generator().manual_seed(seed)
     scores = torch.randint(0, levels, (groups, members), generator=generator).float()
+    scores *= torch.randint(0, 2, scores.shape, generator=generator) * 2 - 1  # negative ones, and both zeros
     kept = min(members - 1, max(1, round(share * members)))
     assert torch.equal(way(scores, kept), reference(scores, kept))
 

@@ -100,6 +100,22 @@ def test_reset_and_state():
     norm.reset()
     assert int(norm.tokens) == 0
     assert int(copy.tokens) == 5
+    before = copy.sum_squares_I.clone()
+    copy.dropped += 1
+    copy.fade(0.5)
+    assert torch.equal(copy.sum_squares_I, before / 2) and (int(copy.tokens), int(copy.dropped)) == (3, 0)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_the_gram_matrix_is_that_of_the_tokens_that_count(masked):
+    x, mask = torch.randn(2, 5, 4), torch.tensor([[1, 1, 1, 1, 0], [1, 0, 1, 1, 1]]) if masked else None
+    gram = ActivationGram(4)
+    for _ in range(2):
+        gram.add(x, mask)
+    counted_TI = x[mask.bool()] if masked else x.reshape(-1, 4)
+    torch.testing.assert_close(gram.gram_II, 2 * counted_TI.t() @ counted_TI)
+    assert int(gram.tokens) == int(gram.norm().tokens) == 2 * len(counted_TI)
+    assert torch.equal(gram.norm().sum_squares_I, gram.gram_II.diagonal())
 
 
 class Block(nn.Module):

@@ -32,7 +32,11 @@ def export(
     if push is not None:
         from huggingface_hub import HfApi
 
-        url = HfApi().create_repo(push, private=True, exist_ok=True)
-        HfApi().upload_folder(repo_id=url.repo_id, folder_path=folder)
+        try:
+            url = HfApi().create_repo(push, private=True, exist_ok=True)
+            HfApi().upload_folder(repo_id=url.repo_id, folder_path=folder)
+        except Exception as error:  # of the hub, the network, or the name
+            later = f"{folder} is complete and not uploaded. To do that: hf upload {push} {folder} --private"
+            raise OSError(f"{error}\n{later}") from error
         print(f"uploaded to {url}")
     return {"out": str(folder), "checkpoint": checkpoint, "url": url}

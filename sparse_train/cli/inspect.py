@@ -2,21 +2,32 @@
 
 from typing import Any
 
-from sparse_train.models.sources import ModelSource, as_model_source
+from sparse_train.models.sources import ModelSource, Pretrained, as_model_source
 
 
-def inspect(model: ModelSource | str) -> dict[str, Any]:
+def inspect(model: ModelSource | str, verify: bool = False) -> dict[str, Any]:
     """Sparsity and pattern of the linear layers, their size on disk, and whether 2:4 hardware could run it.
 
     All numbers are counted on the weights, in the dtype that they have on disk.
 
     Args:
         model: Hugging Face id, local folder, or a model source (whose dtype is then used).
+        verify: instead, compare the zeros of the files, group by group, with how the folder says that it was pruned
+            (pruning.json); a difference is an error. Holds one weight at a time.
     """
     from sparse_train.cli.tables import show_inspection
     from sparse_train.inspection import layer_sparsities, overall_sparsity
 
     source = as_model_source(model, dtype="auto")
+    if verify:
+        if not isinstance(source, Pretrained):
+            raise ValueError(f"verify reads a folder or a hub model with safetensors, not {source.name}.")
+        from sparse_train.export.verify import verify as verify_folder
+
+        found = verify_folder(source.folder())
+        print(f"{source.name}: every group of its {found['layers']} pruned layers has the zeros that it should have.")
+        print(f"sparsity {found['sparsity']:.6f}; {found['zeros_kept']} zeros more than asked for")
+        return {"model": source.name, **found}
     loaded = source.load()
     layers = layer_sparsities(loaded)
     model_bytes = sum(parameter.numel() * parameter.dtype.itemsize for parameter in loaded.parameters())

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning as L
-from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
+import torch
+from lightning.pytorch.callbacks import LambdaCallback, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from sparse_train import terminal
@@ -21,7 +23,8 @@ from sparse_train.cli.tables import show_run
 from sparse_train.data.text_blocks import TextBlocks
 from sparse_train.export import ModelCard, export_model
 from sparse_train.export.card import training_rows
-from sparse_train.files import check_free
+from sparse_train.export.hf_folder import renamed, size_of
+from sparse_train.files import check_free, check_space, replacing
 from sparse_train.models.causal_lm import CausalLM
 from sparse_train.models.checkpoints import check_engine, check_plain, newest_checkpoint
 from sparse_train.models.sources import Dtype, float_dtype
@@ -94,13 +97,20 @@ class SparseTrainCLI(LightningCLI):
             kwargs["callbacks"] = [*given, bar]
         if own.enable_model_summary is None:
             kwargs["enable_model_summary"] = sys.stdout.isatty()
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = WholeCheckpoints()
+        return trainer
 
     def before_fit(self) -> None:
         if self.config.fit.ckpt_path:
             check_engine(self.config.fit.ckpt_path, self.trainer.strategy)
         if (out := self.config.fit.export) and self.trainer.is_global_zero:
             check_free(Path(out))
+        if out:  # in all processes, when there is a model: one that ended alone would leave the others waiting
+            dtype = self.config.fit.dtype and float_dtype(self.config.fit.dtype)
+            in_time = LambdaCallback(on_fit_start=lambda *_: check_space(Path(out), size_of(self.model.model, dtype)))
+            self.trainer.callbacks.append(in_time)  # type: ignore[attr-defined]
 
     def after_fit(self) -> None:
         out = self.config.fit.export
@@ -130,12 +140,14 @@ class SparseTrainCLI(LightningCLI):
         return found
 
     def _card(self) -> ModelCard:
-        source, made = self.model.source, {"method": "trained without re-pruning"}
+        source, made, pruning = self.model.source, {"method": "trained without re-pruning"}, None
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, DynamicPruning) and (updater := callback.updater):
-                made = training_rows(updater.settings(), asdict(updater.timing), updater.steps)
-            elif isinstance(callback, DynamicPruning) and (state := callback.state_dict()):  # the state at the end
-                made = training_rows(state["settings"], state["timing"], state["steps"])
+            if isinstance(callback, DynamicPruning):
+                pruning = callback.record and renamed(callback.record)
+                if updater := callback.updater:
+                    made = training_rows(updater.settings(), asdict(updater.timing), updater.steps)
+                elif state := callback.state_dict():  # the state at the end
+                    made = training_rows(state["settings"], state["timing"], state["steps"])
         if (distillation := self.model.distillation) is not None:
             teacher = distillation.teacher
             made["teacher"] = f"{source.name}, dense" if teacher is None else teacher.name
@@ -145,7 +157,7 @@ class SparseTrainCLI(LightningCLI):
             perplexity = f"{found:.2f} at the last validation of the run: {text}"
         # named skip_unset from jsonargparse 4.49 on; like Lightning, use the name that all versions know
         recipe = self._parser(self.subcommand).dump(self.config.fit, skip_none=False)
-        return ModelCard(source.name, source.hub_id, source.license, made, perplexity, recipe)
+        return ModelCard(source.name, source.hub_id, source.license, made, perplexity, recipe, pruning)
 
     def after_validate(self) -> None:
         if self.trainer.is_global_zero:
@@ -187,6 +199,19 @@ def _show(command: str, result: dict[str, Any]) -> None:
     else:
         lines = [f"{name}  {value:.4f}" for name, value in result.items()]
     print("\n".join(lines))
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Writes a checkpoint beside its place and renames it, so that on a full disk, or after a kill, ``last.ckpt`` is
+    the one before. Lightning's own writer copies it there, from memory and a temporary folder."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        if "://" in str(path):
+            return super().save_checkpoint(checkpoint, path, storage_options)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with replacing(Path(path)) as beside, beside.open("wb") as file:
+            torch.save(checkpoint, file)
+        return None
 
 
 class TrainingLines(ProgressBar):

@@ -81,6 +81,10 @@ def call(name: str, function: Callable[..., Any], options: Sequence[str], debug:
 # --- what users may write shorter -------------------------------------------------------------------------------------
 
 
+_FLAGS = ("--verify", "--streaming", "--bos")
+"""Options that are on or off, and mean on if nothing follows."""
+
+
 def spelt_out(options: Sequence[str], positional: Sequence[str] = (), text: str = "--text", *splits: str) -> list[str]:
     """Options in which arguments have names, packaged recipes have paths, and files of text are a ``TextFiles``.
 
@@ -113,6 +117,8 @@ def spelt_out(options: Sequence[str], positional: Sequence[str] = (), text: str 
                 arguments = dict.fromkeys(splits or ("train", "validation", "test"), files)
                 values = [json.dumps({"class_path": "TextFiles", "init_args": arguments})]
             found += [f"{name}={values[0]}", *values[1:]]
+        elif name in _FLAGS and not values:
+            found.append(f"{name}=true")
         else:
             found += [option, *words]
     return found

@@ -38,6 +38,8 @@ class ModelCard:
     """Perplexity, with its protocol."""
     recipe: str | None = None
     """YAML with which the model can be made again."""
+    pruning: Mapping[str, Any] | None = None
+    """What ``pruning.json`` is to say: where the zeros are to be, see ``export.verify``."""
 
     def text(self, layers: Sequence[LayerSparsity]) -> str:
         """The card as Markdown, with the front matter that the hub reads.

@@ -1,6 +1,7 @@
 """Export: a Hugging Face folder with true zeros, readable by plain ``AutoModelForCausalLM.from_pretrained``."""
 
 import copy
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -14,6 +15,7 @@ from safetensors import safe_open
 from sparse_train.distributed.collectives import rank
 from sparse_train.distributed.engines import layout_of, whole_state_dict
 from sparse_train.export.card import ModelCard, training_rows, write_card
+from sparse_train.export.verify import RECORD, compare
 from sparse_train.files import reading, written_whole
 from sparse_train.inspection import LayerSparsity, layer_sparsities
 from sparse_train.layers.masked_layer import sparse_layers
@@ -22,7 +24,8 @@ from sparse_train.layers.state_dicts import folded_state_dict
 from sparse_train.models import lora
 from sparse_train.models.checkpoints import PRUNING_STATE, read_checkpoint
 from sparse_train.models.sources import PackagedSmolLM2, Pretrained
-from sparse_train.pruning.updater import check_restored_masks
+from sparse_train.oneshot.disk import Checkpoint
+from sparse_train.pruning.updater import as_record, check_restored_masks
 
 _log = logging.getLogger(__name__)
 
@@ -51,7 +54,7 @@ def export_model(
 
     Raises:
         ValueError: ``out`` exists and is not an empty folder, weights are too large for ``dtype``, or the files do not
-            hold the zeros of the model.
+            hold the zeros of the model, or of the run (``card.pruning``).
     """
     out = Path(out)
     sharded = any(layout_of(parameter).is_sharded for parameter in model.parameters())
@@ -81,7 +84,15 @@ def export_model(
         if tokenizer is not None:
             tokenizer.save_pretrained(beside)
         write_card(beside, card, layers)
+        if card.pruning is not None:
+            (beside / RECORD).write_text(json.dumps(card.pruning, indent=2) + "\n")
+            compare(card.pruning, Checkpoint(beside), base)
     return out
+
+
+def renamed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record of a run of ``CausalLM`` with the names that layers have in its exported model."""
+    return {**record, "layers": {lora.bare(n.removeprefix("model.")): share for n, share in record["layers"].items()}}
 
 
 def _check_written(folder: Path, layers: Sequence[LayerSparsity]) -> None:
@@ -93,6 +104,12 @@ def _check_written(folder: Path, layers: Sequence[LayerSparsity]) -> None:
                 weight = opened.get_tensor(key)
                 if (zeros := weight.numel() - int(weight.count_nonzero())) != counted[key]:
                     raise ValueError(f"{key} has {zeros} zeros in {file.name}, and {counted[key]} in the model.")
+
+
+def size_of(model: Any, dtype: torch.dtype | None) -> int:
+    """Bytes that ``export_model`` will write, about."""
+    dtype = dtype or _narrower_dtype_of_files(model)
+    return sum(weight.numel() * (dtype or weight.dtype).itemsize for weight in model.parameters())
 
 
 def _narrower_dtype_of_files(model: Any) -> torch.dtype | None:
@@ -167,8 +184,9 @@ def export_checkpoint(
         sparsify_like(model, state)
         model.load_state_dict(state)
         if run := content.get("callbacks", {}).get(PRUNING_STATE):
-            saved = {name.removeprefix("model."): number for name, number in run["masks"].items()}
-            check_restored_masks(saved, sparse_layers(model), run["sparsity"])
+            layers = {f"model.{name}": layer for name, layer in sparse_layers(model).items()}
+            check_restored_masks(run["masks"], layers, run["sparsity"])
+            card = replace(card, pruning=renamed(as_record(run["settings"], run["sparsity"], layers)))
     squash(model)  # before weights are converted to their dtype: factors of adapters may have a higher precision
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
         if name in state:

@@ -30,6 +30,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from sparse_train.blocks import class_path, is_conv1d
 from sparse_train.distributed.collectives import rank
+from sparse_train.export.verify import RECORD
 from sparse_train.files import load_plain, replacing
 from sparse_train.layers import masks
 from sparse_train.layers.masked_layer import MaskedLayer, sparse_layers
@@ -40,7 +41,7 @@ from sparse_train.oneshot.first_mask import begin_run, training_batches
 from sparse_train.patterns import Pattern
 from sparse_train.policies import MaskPolicy
 from sparse_train.pruning.config import PruningConfig
-from sparse_train.pruning.updater import MaskUpdater, check_same_layers, mask_targets
+from sparse_train.pruning.updater import MaskUpdater, as_record, check_same_layers, mask_targets
 
 _log = logging.getLogger(__name__)
 
@@ -189,6 +190,12 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
             folder.mkdir(parents=True, exist_ok=True)
             with replacing(folder / STATE_FILE) as temporary:
                 torch.save({"layers": layers, "updater": updater_state}, temporary)
+            self._write_record(folder)
+
+    def _write_record(self, folder: Path) -> None:
+        assert self.updater is not None
+        record = as_record(self.updater.settings(), self.updater.sparsity, self.updater.layers)
+        (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not (Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE_FILE).exists():
@@ -202,6 +209,8 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
         self._hooks = []
         if lora.is_peft(model) and args.should_save:
             _save_base(model, Path(args.output_dir) / "base")
+        elif args.should_save:
+            self._write_record(Path(args.output_dir))  # where save_model() puts the model
         if self._squash:
             unmask(model)
         else:

@@ -110,6 +110,7 @@ def fingerprint(packed_OJ: Tensor) -> Tensor:
     """
     flat = packed_OJ.reshape(-1)
     words = F.pad(flat, (0, -flat.numel() % 8)).view(torch.int64)
+    words = words ^ ((words >> 32) & 0xFFFFFFFF)  # otherwise, changes of the highest bits of two words would cancel out
     # odd multipliers, so that a change of one word always changes the sum (modulo 2^64)
     odd = torch.arange(1, 2 * len(words), 2, device=flat.device) * 0x5851F42D4C957F2D
     total = (words * odd).sum() * 0x2545F4914F6CDD1D

@@ -98,6 +98,11 @@ def active_config(model: Any) -> Any:
     return config
 
 
+def bare(name: str) -> str:
+    """The name that a module or weight of a ``PeftModel`` has in the model that peft has put inside its own."""
+    return re.sub(r"\.base_layer\b", "", name.removeprefix("base_model.model."))
+
+
 def base_of(model: Any, state: Mapping[str, Tensor] | None = None) -> tuple[dict[str, Tensor], list[LayerSparsity]]:
     """The state dict of a peft model's base, masks folded in, with the names of the bare model; and its layers.
 
@@ -106,9 +111,6 @@ def base_of(model: Any, state: Mapping[str, Tensor] | None = None) -> tuple[dict
     base = model.get_base_model()
     own = None if state is None else {name.removeprefix("base_model.model."): value for name, value in state.items()}
     adapters = tuple(f"{name}." for name in adapter_names(base))
-
-    def bare(name: str) -> str:  # in the model that peft has put inside its own
-        return re.sub(r"\.base_layer\b", "", name)
 
     if copied := next((name for name, _ in base.named_modules() if name.endswith(".modules_to_save")), None):
         raise ValueError(

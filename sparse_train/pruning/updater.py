@@ -24,7 +24,7 @@ from sparse_train.layers.sparsify import sparsify, unmask
 from sparse_train.layers.targets import named, select
 from sparse_train.patterns import Pattern, group_label
 from sparse_train.policies import Optimizers
-from sparse_train.pruning.config import FromZeros, PruningConfig, check_same
+from sparse_train.pruning.config import FromZeros, PruningConfig, as_data, check_same
 from sparse_train.pruning.recording import (
     RunningNorms,
     check_agreement,
@@ -80,6 +80,18 @@ def check_restored_masks(saved: Mapping[str, int], layers: Mapping[str, MaskedLa
             "buffers named weight_mask: load the model of the same checkpoint (strict_loading=False and "
             "on_save_checkpoint may leave them out), or start a new run."
         )
+
+
+def as_record(settings: Mapping[str, Any], sparsity: float | None, layers: Mapping[str, MaskedLayer]) -> dict[str, Any]:
+    """Where a run with these settings (``as_data``) has its zeros now, as ``pruning.json`` says it."""
+    uniform = settings["distribution"] == as_data(Uniform())
+    stage = {
+        "mask_structure": settings["mask_structure"],
+        "wanted_sparsity": sparsity or 0.0,
+        "distribution": "Uniform()" if uniform else str(settings["distribution"]),
+    }
+    shares = {name: 1 - masks.count(layer.weight_mask) / layer.size for name, layer in layers.items()}
+    return {"stages": [stage], "layers": shares}
 
 
 class MaskUpdater:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from sparse_train.criteria import Magnitude
-from sparse_train.distributed.collectives import rank
+from sparse_train.distributed.collectives import rank, sum_over_ranks
 from sparse_train.distributions import LayerSparsities
 from sparse_train.layers import masks
 from sparse_train.layers.masked_layer import MaskedLayer, sparse_layers
@@ -73,7 +73,7 @@ def masks_from_zeros(
     Raises ValueError, and masks keep everything as before, if the zeros do not follow pattern and sparsity. How the
     sparsity is divided among layers is read from the zeros if it is not known.
     """
-    dense = measure(layers)
+    dense, error = measure(layers), None
     try:
         if not division.known:
             for layer in layers.values():
@@ -87,10 +87,14 @@ def masks_from_zeros(
                 f"but not where {group_label(pattern)} at {sparsity:g} has them. {_TO_KEEP_THEM} Or make a new first "
                 "mask: first_mask=OneShot()."
             )
-    except BaseException:
+    except ValueError as own:
+        error = own
+    refused = torch.tensor(int(error is not None), device=next(iter(layers.values())).weight_mask.device)
+    sum_over_ranks([refused])  # a process that ended alone would leave the others waiting
+    if refused:
         for layer in layers.values():
             layer.keep_all()
-        raise
+        raise error or ValueError("The zeros of another process do not follow the pattern: it has another model.")
     if rank() == 0:
         _log.info("The model was pruned before: %.2f %% of the targeted weights are zeros.", 100 * sparsity_of(dense))
 

@@ -1,10 +1,15 @@
+import builtins
 import csv
+import errno
+import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -191,6 +196,9 @@ def test_fit_export_and_resume(model_folder, text, capsys):
     cli.main(["export", str(checkpoint), "half", f"--tokenizer={model_folder}", "--dtype=bfloat16"])
     for folder in ("ended", "half"):
         assert AutoModelForCausalLM.from_pretrained(folder, dtype="auto").dtype == torch.bfloat16
+    for folder in ("exported", "from_checkpoint", "ended", "half"):
+        cli.main(["inspect", folder, "--verify"])
+    assert capsys.readouterr().out.count("every group of its 14 pruned layers has the zeros") == 4
     other = [*options, "--trainer.callbacks.mask_structure=1:4", f"--ckpt_path={checkpoint}"]
     with pytest.raises(SystemExit, match="The checkpoint was written with mask_structure"):
         cli.main([*other, "--trainer.logger.init_args.save_dir=other", "--export=other/model"])
@@ -224,6 +232,10 @@ def test_a_place_that_cannot_be_written_is_said_before_the_run(model_folder, tex
     options = [f"--model.model={model_folder}", f"--data.text={text}", "--data.block_size=32", "--trainer.max_steps=2"]
     with pytest.raises(SystemExit, match=r"file/x cannot be created: .*file is not a folder"):
         cli.main(["fit", "--config=recipes/smollm2_dense.yaml", *options, "--export=file/x"])
+    free = shutil.disk_usage(".")._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    with pytest.raises(SystemExit, match="model needs about 0.0 GB, and 0.0 GB are free"):
+        cli.main(["fit", "--config=recipes/smollm2_dense.yaml", *options, "--export=model"])
 
 
 def test_a_run_without_what_is_monitored_is_one_line(model_folder, text):
@@ -264,6 +276,39 @@ def test_the_last_checkpoint_is_that_of_an_earlier_run_or_an_error(model_folder,
     cli.main([*command, "--trainer.max_steps=4", "--ckpt_path=last"])  # its own folder, version_1, has no checkpoint
     assert len(trained) == 4
     assert list(Path("run/version_1").rglob("*step=4.ckpt"))
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(model_folder, text, monkeypatch):
+    """On another device than temporary files, which Lightning's own writer would copy over ``last.ckpt``."""
+    options = [f"--model.model={model_folder}", f"--data.text={text}", "--data.block_size=32"]
+    options += ["--trainer.logger.init_args.save_dir=run", "--trainer.default_root_dir=run"]
+    options += ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.every_n_train_steps=2"]
+    options += ["--trainer.callbacks.save_last=true", "--trainer.callbacks.save_top_k=0"]
+    command = ["fit", "--config=recipes/smollm2_2of4.yaml", *options, "--trainer.max_steps=4"]
+    opened, real, rename = [], io.open, os.rename
+
+    def open_or_fill(file, mode="r", *args, **kwargs):
+        found = real(file, mode, *args, **kwargs)
+        if mode == "wb" and ".ckpt" in str(file) and opened.append(file) is None and len(opened) > 1:
+            found.close()
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return found
+
+    def rename_here(source, target):
+        if str(source).startswith(tempfile.gettempdir()) and str(target).endswith(".ckpt"):
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        rename(source, target)
+
+    with monkeypatch.context() as full:
+        full.setattr(builtins, "open", open_or_fill)
+        full.setattr(io, "open", open_or_fill)
+        full.setattr(os, "rename", rename_here)
+        with pytest.raises(SystemExit, match="No space left on device"):
+            cli.main(command)
+    (last,) = Path("run").rglob("*ckpt*")
+    assert last.name == "last.ckpt" and torch.load(last, weights_only=True)["global_step"] == 2
+    cli.main([*command, "--ckpt_path=last"])
+    assert sorted(torch.load(path, weights_only=True)["global_step"] for path in Path("run").rglob("*.ckpt")) == [2, 4]
 
 
 def test_an_interruption_is_one_line(monkeypatch, capsys):
@@ -316,6 +361,7 @@ def test_low_rank_fits_export_zeros(model_folder, text, recipe, base):
     for name, weight in model.state_dict().items():
         if name.endswith("proj.weight"):
             assert ((weight.reshape(-1, 4) != 0).sum(1) == 2).all(), name
+    cli.main(["inspect", "exported", "--verify"])
     assert Path("exported/adapter/adapter_model.safetensors").exists() == (recipe == "lora")
     assert ("| mask_lora | r=8, lora_alpha=16 on 4 of 14" in Path("exported/README.md").read_text()) == (
         recipe != "lora"

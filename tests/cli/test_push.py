@@ -84,6 +84,7 @@ def test_the_hub_gets_the_folder_in_a_private_repository(hub, monkeypatch, model
 @pytest.mark.usefixtures("hub")
 def test_who_is_not_logged_in_still_has_the_folder(monkeypatch, model_folder):
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
-    with pytest.raises(SystemExit, match="(?s)sparse-train export: .*Invalid username or password"):
+    with pytest.raises(SystemExit, match="(?s)sparse-train export: .*Invalid username or password") as error:
         main(["export", "x.ckpt", "out", f"--tokenizer={model_folder}", "--push=me/sparse"])
     assert Path("out/model.safetensors").exists()
+    assert "hf upload me/sparse out --private" in str(error.value)

@@ -47,6 +47,11 @@ def test_forward_and_gradients_are_those_of_the_plain_formula(straight_through, 
     torch.testing.assert_close(out, expected_out)
     for found, wanted in zip(torch.autograd.grad(loss_of(out), learned), [*expected, expected_bias], strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+    for part, wanted in ((a, expected[1]), (b, expected[2])):  # the other one is frozen
+        own = [each if each is part else each.detach() for each in (x, a, b)]
+        out = low_rank(own[0], weight, masks.pack(mask), *own[1:], scale=SCALE, straight_through=straight_through)
+        (alone,) = torch.autograd.grad(loss_of(out), part)
+        torch.testing.assert_close(alone, wanted, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("straight_through", [True, False])

@@ -26,6 +26,18 @@ def test_round_trip_and_counts(out_features, in_features, seed):
     assert masks.count_differing(packed, masks.pack(b)) == int((a != b).sum())
 
 
+def test_fingerprints_tell_masks_apart_by_every_bit_and_its_place():
+    mask = torch.rand(16, 24, generator=torch.Generator().manual_seed(0)) < 0.5
+    flipped = [mask.reshape(-1) ^ (torch.arange(mask.numel()) == at) for at in range(mask.numel())]
+    packed = [masks.pack(each.view_as(mask)) for each in [mask.reshape(-1), *flipped]]
+    packed.append(packed[0].roll(8, 0))  # the same words in other places
+    numbers = [masks.fingerprint_number(each) for each in packed]
+    assert len(set(numbers)) == len(packed) and max(numbers) < 2**32
+    bits = torch.stack([masks.fingerprint(each) for each in packed])
+    assert torch.equal((bits.long() << torch.arange(32)).sum(1), torch.tensor(numbers))
+    assert ((bits.float().mean(0) - 0.5).abs() < 0.1).all()  # each bit is as often 0 as 1
+
+
 @pytest.mark.parametrize("start", [0, 8, 60])
 def test_a_part_of_a_longer_mask(start):
     whole = torch.rand(1, 100, generator=torch.Generator().manual_seed(0)) < 0.5
@@ -71,5 +83,8 @@ def test_tables_made_under_inference_mode_serve_training():
     weight = torch.randn(2, 8, requires_grad=True)
     with torch.inference_mode():
         masks.apply(weight.detach(), masks.full(2, 8))
+        masks._popcount_table.cache_clear()
+        counts = masks._popcount_table(torch.device("cpu"))
     assert masks.apply(weight.detach(), masks.full(2, 8)).sum() is not None
-    assert not masks._byte_table(torch.int32, torch.device("cpu")).is_inference()
+    assert not masks._byte_table(torch.int32, torch.device("cpu")).is_inference() and not counts.is_inference()
+    assert counts.tolist() == [byte.bit_count() for byte in range(256)]  # used on other devices

@@ -3,6 +3,7 @@
 import copy
 import math
 import shutil
+from contextlib import nullcontext
 from functools import partial
 
 import lightning as L
@@ -306,6 +307,21 @@ def test_a_second_run_reads_what_the_first_one_asked(model_folder, data, tmp_pat
     other.save_pretrained(folder)  # another model under the same name
     third, asked, _ = run()
     assert asked and third != first
+
+
+def test_what_was_asked_in_an_interrupted_run_is_not_asked_again(model_folder, data, tmp_path, monkeypatch):
+    class Stop(L.Callback):
+        def on_train_batch_end(self, trainer, *args):
+            if trainer.global_step == 2:
+                raise KeyboardInterrupt
+
+    asked = []
+    monkeypatch.setattr(Teacher, "__call__", counted(Teacher.__call__, asked))
+    for callback in (Stop(), L.Callback()):
+        module = CausalLM(str(model_folder), distillation=Distillation(cache=str(tmp_path / "cache"), top_k=8))
+        with pytest.raises((KeyboardInterrupt, SystemExit)) if isinstance(callback, Stop) else nullcontext():
+            fit(module, data(), callback, max_steps=2)
+    assert len(asked) == 2
 
 
 def test_with_all_tokens_a_cache_changes_nothing(model_folder, data, tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.device_mesh import init_device_mesh
 
-from sparse_train import FirstWindow, Fixed, Magnitude, MaskUpdater, sparse_layers
+from sparse_train import FirstWindow, Fixed, FromZeros, Magnitude, MaskUpdater, prune, sparse_layers
 from sparse_train.callbacks import DynamicPruning
 from sparse_train.distributed.collectives import rank, world_size
 from sparse_train.distributed.fsdp2 import shard_blocks
@@ -117,6 +117,23 @@ def pruned_otherwise(columns: int) -> str:
 def test_a_sharded_model_that_was_pruned_otherwise_starts_with_a_warning_of_one_rank(tmp_path):
     first, second = launch.run(pruned_otherwise, 18)
     assert first.count("The model was pruned before") == 1 and not second
+
+
+def from_zeros_of_other_models() -> str:
+    """Why a run does not start with the zeros of a model that only rank 0 has pruned."""
+    model = engines.tiny_llama()
+    if rank() == 0:
+        prune(model, criterion=Magnitude())
+    try:
+        MaskUpdater(model, "2:4", first_mask=FromZeros(), total_steps=10)
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def test_zeros_of_other_models_are_refused_in_every_process():
+    first, second = launch.run(from_zeros_of_other_models, timeout=60)
+    assert "it has another model" in first and "are zeros, but not where 2:4 at 0.5 has them" in second
 
 
 class Unsharded(engines.Module):

@@ -1,0 +1,136 @@
+"""``inspect --verify``: the zeros of files against what their folder says about its pruning."""
+
+import json
+
+import pytest
+from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from sparse_train import FirstWindow, PerBlock
+from sparse_train.callbacks import DynamicPruning
+from sparse_train.cli.main import main
+from sparse_train.export import ModelCard, export_checkpoint, export_model
+from sparse_train.export.verify import RECORD, verify
+from sparse_train.models.causal_lm import CausalLM
+from sparse_train.oneshot.disk import Checkpoint
+from tests.callbacks.runs import loader, trainer
+from tests.conftest import tiny_llama, tiny_tokenizer
+from tests.integrations import runs
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+UP = "model.layers.1.mlp.up_proj"
+STAGE = {"mask_structure": "2:4", "wanted_sparsity": 0.5, "distribution": "Uniform()"}
+
+
+def change(folder, key, change_OI):
+    """Change a weight of a folder in place."""
+    file = Checkpoint(folder).files[key]
+    state = load_file(file)
+    change_OI(state[key])
+    save_file(state, file, metadata={"format": "pt"})
+
+
+def fill(row, weights):
+    """Fill this many of the zeros of a row."""
+
+    def filled(weight_OI):
+        weight_OI[row, (weight_OI[row] == 0).nonzero()[:weights, 0]] = 1.0
+
+    return filled
+
+
+def set_zero(weight_OI):
+    weight_OI[3] = 0
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dense") / "model"
+    tiny_llama().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+GROUP = "--mask_structure=Unstructured --mask_structure.group="
+BLOCKS = "--distribution=PerBlock --distribution.blocks=[0.4,0.5,0.6]"
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        ("--mask_structure=2:4", "2:4 at a sparsity of 0.5 has 1024 zeros; found 1023, and 1 of the expected"),
+        (
+            "--mask_structure=unstructured --sparsity=0.6",
+            "unstructured at a sparsity of 0.6 has 1216 zeros; found 1215",
+        ),
+        ("--mask_structure=unstructured --sparsity=0.6 --streaming", "unstructured at a sparsity of 0.6"),
+        (f"{GROUP}layer --sparsity=0.55", "unstructured (layer) at a sparsity of 0.55 has 1126 zeros; found 1125"),
+        (f"{GROUP}model --sparsity=0.5", "unstructured (layer) at"),
+        (f"--mask_structure=unstructured --sparsity=0.5 {BLOCKS}", "unstructured (layer) at a sparsity of 0.5"),
+    ],
+)
+def test_what_prune_writes_and_one_weight_that_is_not_zero(dense, tmp_path, options, found, capsys):
+    out = tmp_path / "out"
+    main(["prune", str(dense), str(out), "--criterion=Magnitude", *options.split()])
+    change(out, "model.layers.2.mlp.up_proj.weight", set_zero)  # sparser than asked for
+    capsys.readouterr()
+    main(["inspect", str(out), "--verify", "--json"])
+    result = json.loads(capsys.readouterr().out)
+    assert result["layers"] == 21 and result["zeros_kept"] > 0 and 0.49 < result["sparsity"] < 0.61
+    change(out, f"{UP}.weight", fill(0, 1))
+    with pytest.raises(SystemExit) as error:
+        main(["inspect", str(out), "--verify"])
+    assert f"{UP}: {found}" in error.value.code
+
+
+def test_weights_that_are_stored_transposed(tmp_path):
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=128, n_embd=32, n_layer=2, n_head=4, n_positions=64))
+    model.save_pretrained(tmp_path / "dense")
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    main(["prune", str(tmp_path / "dense"), str(tmp_path / "out"), "--criterion=Magnitude"])
+    assert verify(tmp_path / "out") == {"layers": 8, "sparsity": 0.5, "zeros_kept": 0}
+
+
+def test_what_a_run_exports_and_a_model_that_is_not_that_of_the_run(dense, tmp_path):
+    settings = {"update_freq": 2, "first_mask": FirstWindow(), "squash": False}
+    pruning = DynamicPruning("unstructured", 0.5, distribution=PerBlock([0.4, 0.5, 0.6]), **settings)
+    run = trainer(tmp_path, pruning, max_steps=2)
+    run.fit(CausalLM(str(dense)), loader())
+    run.save_checkpoint(tmp_path / "x.ckpt")
+    out = export_checkpoint(tmp_path / "x.ckpt", tmp_path / "out")
+    assert verify(out)["layers"] == 21
+    record = json.loads((out / RECORD).read_text())
+    assert record["layers"].keys() == {n.removeprefix("model.") for n in pruning.record["layers"]}
+    with pytest.raises(ValueError, match=r"(?s)layers\.0\.self_attn\.q_proj: .* found 0, .*and 12 more"):
+        export_model(tiny_llama(), None, tmp_path / "other", ModelCard(pruning=record))
+    assert not (tmp_path / "other").exists()
+    none = record | {"layers": dict.fromkeys(record["layers"], 0.0)}  # as of masks that keep everything
+    with pytest.raises(ValueError, match="all 21 layers: expected a sparsity of 0.5, found 0"):
+        export_model(tiny_llama(), None, tmp_path / "other", ModelCard(pruning=none))
+
+
+def test_what_the_trainer_writes(tmp_path):
+    run = runs.trainer(tmp_path, runs.pruning(), save_strategy="steps", save_steps=4, max_steps=4)
+    run.train()
+    run.save_model()
+    for folder in (tmp_path / "checkpoint-4", tmp_path):
+        assert verify(folder) == {"layers": 21, "sparsity": 0.5, "zeros_kept": 0}
+        change(folder, f"{UP}.weight", fill(5, 3))
+        with pytest.raises(ValueError, match=f"{UP}: 2:4 at a sparsity of 0.5 has 1024 zeros; found 1021, and 3 of"):
+            verify(folder)
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (None, "has no pruning.json, which says what its zeros should be"),
+        ("[]", "Cannot load .*pruning.json"),
+        (f'{{"stages": [{json.dumps(STAGE)}], "layers": {{}}}}', "no layer is named"),
+    ],
+)
+def test_folders_that_record_nothing(tmp_path, record, message):
+    out = export_model(tiny_llama(), None, tmp_path / "out")
+    if record is not None:
+        (out / RECORD).write_text(record)
+    with pytest.raises(ValueError, match=message):
+        verify(out)

@@ -1,0 +1,137 @@
+"""Bugs planted one at a time: ``python -m tests.faults.mutants SEED START STOP`` says which of them no test notices.
+
+A bug is one change of an operator, a condition, a constant or a statement in a module of ``TESTS``. Its tests then run
+in a fork of this process, up to the first that fails: torch and transformers are imported once, and no file changes.
+Those from START to STOP are tried (default: all), in an order that SEED draws. Messages of errors and assertions get
+none.
+"""
+
+import ast
+import importlib.util
+import os
+import random
+import resource
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from importlib.machinery import SourceFileLoader
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import pytest
+from transformers import LlamaForCausalLM  # noqa: F401  once, and not in each fork
+
+TESTS = {
+    "criteria": "test_criteria.py",
+    "patterns": "test_patterns.py test_selection.py test_criteria.py",
+    "selection": "test_selection.py test_patterns.py",
+    "statistics": "test_statistics.py test_numbers.py",
+    "layers.masks": "layers/test_masks.py layers/test_sparse_linear.py",
+    "layers.functional": "layers/test_sparse_linear.py layers/test_second_derivatives.py layers/test_low_rank.py",
+}
+"""Modules of the package, and the tests that belong to them."""
+_ROOT = Path(__file__).parents[2]
+_CPU_SECONDS = 25  # for a bug that never ends
+_PAIRS: list[tuple[type, type]] = [
+    *((ast.Lt, ast.LtE), (ast.Gt, ast.GtE), (ast.Eq, ast.NotEq), (ast.Is, ast.IsNot), (ast.In, ast.NotIn)),
+    *((ast.Add, ast.Sub), (ast.Mult, ast.Div), (ast.BitAnd, ast.BitOr), (ast.LShift, ast.RShift), (ast.And, ast.Or)),
+]
+_SWAPS = {a: b for pair in _PAIRS for a, b in (pair, pair[::-1])}
+_SWAPS |= {ast.FloorDiv: ast.Mult, ast.Mod: ast.Mult, ast.Pow: ast.Mult, ast.BitXor: ast.BitAnd}
+
+
+def places(node: ast.AST) -> Iterator[tuple[Any, Any, Any]]:
+    """Each change that is possible below a node: where (an object, or a list), the name or index there, and what."""
+    for name, value in ast.iter_fields(node):
+        if name in ("annotation", "returns", "decorator_list"):
+            continue
+        parts = enumerate(value) if isinstance(value, list) else [(name, value)]
+        holder = value if isinstance(value, list) else node
+        for key, each in parts:
+            if isinstance(each, (ast.Raise, ast.Assert)) or not isinstance(each, ast.AST):
+                continue
+            if type(each) in _SWAPS:
+                yield holder, key, _SWAPS[type(each)]()
+            elif isinstance(each, ast.UnaryOp):
+                yield holder, key, each.operand
+            elif isinstance(each, ast.Constant) and isinstance(each.value, bool):
+                yield holder, key, ast.Constant(not each.value)
+            elif isinstance(each, ast.Constant) and isinstance(each.value, (int, float)):
+                yield holder, key, ast.Constant(each.value + 1)
+            elif isinstance(each, ast.AugAssign) or (isinstance(each, ast.Expr) and isinstance(each.value, ast.Call)):
+                yield holder, key, ast.Pass()
+            elif name == "test":
+                yield holder, key, ast.UnaryOp(ast.Not(), each)
+            yield from places(each)
+
+
+def planted(source: str, number: int) -> tuple[str, str]:
+    """What is changed, and the changed source."""
+    tree = ast.parse(source)
+    holder, key, new = list(places(tree))[number]
+    before = ast.unparse(tree).splitlines()
+    if isinstance(holder, list):
+        holder[key] = new
+    else:
+        setattr(holder, key, new)
+    after = ast.unparse(ast.fix_missing_locations(tree)).splitlines()
+    old, changed = next((a.strip(), b.strip()) for a, b in zip(before, after, strict=False) if a != b)
+    return f"{old}  ->  {changed}", "\n".join(after)
+
+
+class _Loader(SourceFileLoader):
+    """Imports one module with another source."""
+
+    source: str
+
+    def get_code(self, fullname: str) -> Any:
+        return compile(self.source, self.path, "exec")
+
+    def find_spec(self, fullname: str, path: object = None, target: object = None) -> Any:
+        return (
+            importlib.util.spec_from_file_location(fullname, self.path, loader=self) if fullname == self.name else None
+        )
+
+
+def survives(module: str, source: str) -> bool:
+    """Whether the tests of a module pass with this source."""
+    child = os.fork()
+    if not child:
+        resource.setrlimit(resource.RLIMIT_CPU, (_CPU_SECONDS, _CPU_SECONDS))
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        os.dup2(null, 2)
+        loader = _Loader(f"sparse_train.{module}", str(_ROOT / "sparse_train" / f"{module.replace('.', '/')}.py"))
+        loader.source = source
+        sys.meta_path.insert(0, loader)  # type: ignore[arg-type]
+        tests = [str(_ROOT / "tests" / name) for name in TESTS[module].split()]
+        os._exit(pytest.main(["-x", "-p", "no:cacheprovider", *tests]))
+    return os.waitpid(child, 0)[1] == 0
+
+
+def main(seed: int = 0, start: int = 0, stop: int | None = None) -> None:
+    phases = [hypothesis.Phase.explicit, hypothesis.Phase.generate]  # a failure is enough, it need not be small
+    hypothesis.settings.register_profile("mutants", deadline=None, database=None, derandomize=True, phases=phases)
+    os.environ["HYPOTHESIS_PROFILE"] = "mutants"
+    sources = {name: (_ROOT / "sparse_train" / f"{name.replace('.', '/')}.py").read_text() for name in TESTS}
+    numbers = [(name, n) for name, text in sources.items() for n in range(len(list(places(ast.parse(text)))))]
+    random.Random(seed).shuffle(numbers)
+    drawn = numbers[start:stop]
+    print(f"{len(drawn)} of {len(numbers)} bugs", flush=True)
+    tried, alive = Counter[str](), Counter[str]()
+    for name, number in drawn:
+        if not tried[name] and not survives(name, sources[name]):
+            sys.exit(f"The tests of {name} fail without a bug.")
+        said, source = planted(sources[name], number)
+        tried[name] += 1
+        if survives(name, source):
+            alive[name] += 1
+            print(f"{name} {number}: {said}  ({tried.total()} tried)", flush=True)
+    for name in sorted(tried):
+        print(f"{name}: {tried[name] - alive[name]} of {tried[name]} noticed")
+    print(f"all: {tried.total() - alive.total()} of {tried.total()} noticed")
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))

@@ -7,8 +7,8 @@ own code then passes block i its other inputs (masks, position embeddings), and 
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from sparse_train.blocks import ONE_OF_TWO_TEXTS, reads_two_texts, vocabulary_of
 from sparse_train.layers.masked_layer import MaskedMatrix, Recorder
 from sparse_train.oneshot.experts import ExpertMatrix, ExpertRecorder
-from sparse_train.oneshot.forwards import Batch, Stop, answering, call, inference, one_sample
+from sparse_train.oneshot.forwards import Batch, Context, Stop, answering, call, inference, one_sample
 from sparse_train.pruning.recording import attach, warn_of_padding
 from sparse_train.statistics import LastSums, Statistics
 
@@ -36,7 +36,7 @@ class CalibrationPass:
     """Runs calibration batches through a model or through one block of it at a time, recording activations.
 
     ``labels`` of batches are dropped, and an ``attention_mask`` (B, L) marks padding. ``keep`` is the device or folder
-    where the outputs of a block are kept for the next one.
+    where the outputs of a block are kept for the next one, in their own dtype. Forwards are computed under ``context``.
     """
 
     def __init__(
@@ -46,8 +46,9 @@ class CalibrationPass:
         batches: Iterable[Batch],
         device: torch.device,
         keep: torch.device | Path,
+        context: Context = nullcontext,
     ) -> None:
-        self._model, self._blocks, self._device, self._keep = model, blocks, device, keep
+        self._model, self._blocks, self._device, self._keep, self._context = model, blocks, device, keep, context
         self._batches = [_checked(batch, model, device) for batch in batches]
         if not self._batches:
             raise ValueError("There is no calibration data: the iterable of batches is empty.")
@@ -84,8 +85,14 @@ class CalibrationPass:
         self._check(block)
         self._forwards(block, True, [None] * len(self._batches))
 
+    @contextmanager
+    def _inference(self) -> Iterator[None]:
+        # experts one by one
+        with inference(self._model, use_cache=False, _experts_implementation="eager"), self._context():
+            yield
+
     def _forwards(self, block: int | None, keep: bool, paddings: Sequence[Tensor | None]) -> None:
-        with inference(self._model, use_cache=False, _experts_implementation="eager"):  # experts one by one
+        with self._inference():
             for index, batch in enumerate(self._batches):
                 began = time.perf_counter()
                 self._recorder.token_mask = paddings[index]
@@ -142,7 +149,7 @@ class CalibrationPass:
         """Before a block runs for the first time: raise ValueError if blocks do not run one after the other."""
         if block is None or block in self._checked:
             return
-        with inference(self._model, use_cache=False, _experts_implementation="eager"):  # experts one by one
+        with self._inference():
             if not self._checked:
                 self._check_order()
             if block > 1:

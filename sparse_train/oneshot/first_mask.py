@@ -3,7 +3,6 @@
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from sparse_train.distributed.fsdp2 import reshard
 from sparse_train.distributions import LayerSparsities, Outliers
 from sparse_train.environment import isolated_rng
 from sparse_train.layers.masked_layer import MaskedLayer
-from sparse_train.oneshot.forwards import Batch
+from sparse_train.oneshot.forwards import Batch, Context
 from sparse_train.oneshot.walk import MemoryShelf, Plan, walk
 from sparse_train.pruning.config import FirstWindow, OneShot, PruningConfig
 from sparse_train.pruning.update import check_masks
@@ -34,7 +33,7 @@ def begin_run(
     layers: Mapping[str, MaskedLayer],
     config: PruningConfig,
     batches: Callable[[int], Sequence[Batch] | None],
-    autocast: AbstractContextManager[Any],
+    context: Context,
     *,
     total_steps: int | float | None,
     state: Mapping[str, Any] | None,
@@ -44,7 +43,7 @@ def begin_run(
 
     Arguments are those of ``set_first_mask`` and of ``MaskUpdater``.
     """
-    outliers = set_first_mask(root, layers, config, batches, autocast, progress) if state is None else None
+    outliers = set_first_mask(root, layers, config, batches, context, progress) if state is None else None
     return MaskUpdater(root, config=config, layers=layers, total_steps=total_steps, outliers=outliers, state=state)
 
 
@@ -53,7 +52,7 @@ def set_first_mask(
     layers: Mapping[str, MaskedLayer],
     config: PruningConfig,
     batches: Callable[[int], Sequence[Batch] | None],
-    autocast: AbstractContextManager[Any],
+    context: Context,
     progress: bool,
 ) -> Outliers | None:
     """Set the masks that a run starts with, if ``first_mask`` is ``OneShot()``; ``MaskUpdater`` makes all others.
@@ -64,7 +63,7 @@ def set_first_mask(
             masks that keep everything.
         config: of the run.
         batches: returns this many batches, the same ones on each rank; None if a model could not use any.
-        autocast: the context under which the run's forwards are computed.
+        context: makes the one under which the run's forwards are computed.
         progress: show a progress bar.
 
     Returns:
@@ -89,8 +88,7 @@ def set_first_mask(
         found = _model_and_batches(root, layers, first.batches, batches)
         if found is not None:
             plan = Plan(method, config.pattern, config.first_sparsity, config.distribution, config.sparsity_at(1.0))
-            with autocast:
-                return _prune(layers, plan, *found, progress)
+            return _prune(layers, plan, *found, progress, context)
     if first.criterion is not None:
         raise ValueError(
             f"first_mask is {first}, but no one-shot pruning makes the first mask here: it does at start_step 0, if "
@@ -121,14 +119,19 @@ def _log_dense_start(reason: str, level: int = logging.INFO) -> None:
 
 
 def _prune(
-    layers: Mapping[str, MaskedLayer], plan: Plan, model: nn.Module, batches: Sequence[Batch], progress: bool
+    layers: Mapping[str, MaskedLayer],
+    plan: Plan,
+    model: nn.Module,
+    batches: Sequence[Batch],
+    progress: bool,
+    context: Context,
 ) -> Outliers | None:
     """Set the masks of a model in the module that is trained."""
     assert plan.sparsity is not None and plan.final is not None
     shelf = MemoryShelf(model, layers, together=plan.pattern.model_wide)
     try:
         with shelf.restored_on_failure():
-            outliers = walk(shelf, plan, batches, progress).outliers or None
+            outliers = walk(shelf, plan, batches, progress, context).outliers or None
             division = LayerSparsities(plan.distribution, shelf.shapes, plan.pattern, plan.final, outliers)
             check_masks(layers, plan.pattern, division.at(plan.sparsity))  # of a user's own solver
     except Exception as error:

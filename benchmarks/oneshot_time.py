@@ -16,6 +16,7 @@ packages, its Wanda takes its turn; only the whole of it is timed.
 
 import importlib.util
 import math
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -179,18 +180,21 @@ def ours(model: Any, samples: list[Tensor], structure: str, method: Any, autocas
     return Times(whole.seconds, report.forward_seconds - statistics.seconds, statistics.seconds)
 
 
-def llm_compressor(model: Any, samples: list[Tensor], structure: str) -> Times:
+def llm_compressor(model: Any, samples: list[Tensor], structure: str, tokenizer: Any) -> Times:
     """Prune with the Wanda of llm-compressor, block by block."""
     from llmcompressor import oneshot
     from llmcompressor.modifiers.pruning import WandaPruningModifier
 
     how = "0:0" if structure == "unstructured" else structure
-    wanda = WandaPruningModifier(sparsity=0.5, mask_structure=how, targets=["Linear"], ignore=["lm_head"])
+    wanda = WandaPruningModifier(sparsity=0.5, mask_structure=how, targets=["Linear"], ignore=["re:.*lm_head"])
     data = DataLoader([{"input_ids": sample[0]} for sample in samples], batch_size=1)
     whole = Clock()
-    with whole:
+    with tempfile.TemporaryDirectory() as folder, whole:
+        model.config.save_pretrained(folder)
+        model.config.name_or_path = folder  # where it looks for the configuration
         oneshot(
             model=model,
+            processor=tokenizer,
             dataset=data,
             recipe=[wanda],
             pipeline="sequential",
@@ -269,7 +273,9 @@ def main(
     if sparsegpt:
         runs["SparseGPT, ours"] = partial(own, method=SparseGPT())
     if importlib.util.find_spec("llmcompressor"):
-        runs["Wanda, llm-compressor"] = partial(llm_compressor, samples=single, structure=structure)
+        runs["Wanda, llm-compressor"] = partial(
+            llm_compressor, samples=single, structure=structure, tokenizer=source.tokenizer()
+        )
     plain(source.load(), single[:1], structure)  # warm up libraries and the allocator
     taken: dict[str, list[Times]] = {name: [] for name in runs}
     pruned = {}

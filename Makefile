@@ -66,10 +66,11 @@ gpu: $(READY)
 faults: $(READY)  # the table of docs/reliability.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults $(TRIALS)
 
-bench: $(READY)
-	$(BIN)/python benchmarks/selection.py
-	$(BIN)/python benchmarks/overhead.py
-	$(BIN)/python benchmarks/oneshot_time.py
+bench: $(READY)  # the tables of docs/performance.md; on an idle machine
+	$(BIN)/python benchmarks/selection.py --out benchmarks/performance.json
+	$(BIN)/python benchmarks/overhead.py --out benchmarks/performance.json
+	$(BIN)/python benchmarks/oneshot_time.py --out benchmarks/performance.json
+	$(BIN)/python benchmarks/performance.py --write
 
 zeroshot: $(READY)  # the table of docs/results.md: LIMIT items a task, TASK_DATA names local files
 	$(BIN)/python benchmarks/quality.py --arm static --seed 2 --lr 5e-4 --export runs/static

@@ -3,16 +3,18 @@
     python benchmarks/oneshot.py --method wanda --structure 2:4 --seed 0
     python benchmarks/oneshot.py --method sparsegpt --structure unstructured --data WIKITEXT2_RAW_TEST.txt \\
         --calibration C4_SAMPLE.jsonl
+    python benchmarks/oneshot.py --method wanda --weights float32 --autocast bfloat16 --samples 16 --length 512
 
 Rows are appended to benchmarks/oneshot.csv as runs finish. A row that already exists is not run again, so a list of
 commands resumes after an interruption. Text comes from the hub unless files are given: the raw WikiText-2 test split
-joined by blank lines, as in Wanda, SparseGPT and GPTQ, and C4. Weights are bfloat16; in the papers they are float16.
+joined by blank lines, as in Wanda, SparseGPT and GPTQ, and C4. Weights are bfloat16 by default; in the papers they are
+float16.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import rows
 import torch
@@ -60,7 +62,9 @@ class Row:
     data: str
     calibration: str
     threads: int
-    model: str = f"{PackagedSmolLM2.name}, bfloat16 weights"
+    model: str
+    autocast: str
+    """Of the forwards that calibrate."""
 
 
 def main(
@@ -74,6 +78,8 @@ def main(
     max_tokens: int | None = None,
     data: str | None = None,
     calibration: str | None = None,
+    weights: Literal["bfloat16", "float32"] = "bfloat16",
+    autocast: Literal["bfloat16"] | None = None,
     out: str = "benchmarks/oneshot.csv",
 ) -> None:
     """Prune, measure, and append a row.
@@ -89,6 +95,8 @@ def main(
         max_tokens: use only the first tokens of the test text.
         data: file with the test text; default: the hub's WikiText-2 raw.
         calibration: file with calibration text; default: the hub's C4.
+        weights: their dtype. Float32 weights are evaluated under bfloat16 autocast.
+        autocast: dtype of the forwards that calibrate float32 weights.
         out: CSV file.
     """
     if method not in ("dense", *METHODS):
@@ -97,14 +105,16 @@ def main(
         seed, samples, length = 0, 0, 0  # nothing is random
     sparsity = 0.5 if sparsity is None and structure == "unstructured" else sparsity
     path = Path(out)
+    name = f"{PackagedSmolLM2.name}, {weights} weights"
     wanted = {"method": method, "structure": structure, "seed": seed, "samples": samples, "length": length}
+    wanted |= {"model": name, "autocast": autocast or ""}
     for row in rows.read(path):
         same = all(row[key] == str(value) for key, value in wanted.items())
         if same and sparsity in (None, round(float(row["sparsity"]), 3)):
             print(f"{wanted}: already in {path}")
             return
     source = PackagedSmolLM2()
-    model, tokenizer = source.load().to(torch.bfloat16), source.tokenizer()
+    model, tokenizer = source.load().to(getattr(torch, weights)), source.tokenizer()
     texts: tuple[TextSource, TextSource] = (
         TextFiles(test=[data]) if data else HubText("Salesforce/wikitext", "wikitext-2-raw-v1"),
         TextFiles(train=[calibration]) if calibration else HubText("allenai/c4", "en", max_documents=20_000),
@@ -123,10 +133,12 @@ def main(
                 batch_size=min(samples, 4),
                 seed=seed,
             )
-        report = prune(model, batches, pattern, sparsity=sparsity, criterion=make(), progress=True)
+        casts = None if autocast is None else getattr(torch, autocast)
+        report = prune(model, batches, pattern, sparsity=sparsity, criterion=make(), autocast=casts, progress=True)
         reached, seconds = report.sparsity, (report.forward_seconds, report.pruning_seconds)
     ids = token_ids(texts[0].documents("test"), tokenizer)
-    found = evaluate_perplexity(model, ids, window=window, batch_size=1, max_tokens=max_tokens, progress=True)
+    options: Any = {"window": window, "batch_size": 1, "max_tokens": max_tokens, "progress": True}
+    found = evaluate_perplexity(model, ids, autocast=torch.bfloat16 if weights == "float32" else None, **options)
     row = Row(
         method,
         structure,
@@ -141,6 +153,8 @@ def main(
         texts[0].name,
         texts[1].name if samples else "",
         torch.get_num_threads(),
+        name,
+        autocast or "",
     )
     rows.append(path, row)
     print(row)

@@ -29,12 +29,13 @@ GROUPS = {"row": "output row", "layer": "layer", "model": "model"}
 
 def tables(path: Path = CSV) -> str:
     """All tables, as Markdown."""
-    measured = rows.read(path)
+    everything = rows.read(path)
+    measured = [row for row in everything if row["model"].endswith("bfloat16 weights")]
     found: dict[tuple[str, str, int], dict[int, float]] = defaultdict(dict)
     for row in measured:
         samples = int(row["samples"])
         found[row["method"], row["structure"], samples][int(row["seed"])] = float(row["perplexity"])
-    parts = [_methods(found, measured), _groups(found), _samples(found)]
+    parts = [_methods(found, measured), _groups(found), _samples(found), _precisions(everything)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -77,6 +78,21 @@ def _samples(found: dict[tuple[str, str, int], dict[int, float]]) -> str:
     cells = [_cell({0: found["wanda", "unstructured", count][0]}) for count in counts]
     head = f"| Wanda at 50 %, calibration samples (seed 0) | {' | '.join(map(str, counts))} |"
     return "\n".join([head, "| --- " * (len(counts) + 1) + "|", f"| perplexity | {' | '.join(cells)} |"])
+
+
+def _precisions(everything: list[dict[str, str]]) -> str:
+    """Wanda on float32 weights, calibrated in float32 and under autocast."""
+    found: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
+    for row in everything:
+        if row["model"].endswith("float32 weights"):
+            found[row["structure"], row["autocast"]][int(row["seed"])] = float(row["perplexity"])
+    head = "| Wanda on float32 weights | calibrated in float32 | calibrated in bfloat16 | change, each seed |"
+    lines = [head, "| --- " * 4 + "|"]
+    for structure in dict.fromkeys(structure for structure, _ in found):
+        plain, cast = found[structure, ""], found[structure, "bfloat16"]
+        changes = [f"{100 * (cast[seed] / plain[seed] - 1):+.2f} %" for seed in sorted(plain.keys() & cast.keys())]
+        lines.append(f"| {STRUCTURES[structure]} | {_cell(plain)} | {_cell(cast)} | {', '.join(changes)} |")
+    return "\n".join(lines) if found else ""
 
 
 def main() -> None:

@@ -2,27 +2,35 @@
 
     python benchmarks/oneshot_time.py
     python benchmarks/oneshot_time.py --structure 2:4 --calibration C4_SAMPLE.jsonl
+    python benchmarks/oneshot_time.py --sparsegpt false --out benchmarks/performance.json
 
 The plain procedure is that of Wanda (github.com/locuslab/wanda, lib/prune.py), reimplemented here: every linear layer
 has its own hook and running norm, samples go through a block one by one, rows are sorted or there is a loop over groups
 of columns, zeros are written by index, and the block runs again for its outputs. Both get the same model and samples.
 
 Times are wall clock. Statistics are timed inside the forwards. Everything that is neither forward nor statistics counts
-as scores, selection and zeros; for ours, that includes inserting and removing the masked layers.
+as scores, selection and zeros; for ours, that includes inserting and removing the masked layers. With autocast, our
+forwards compute in bfloat16, and all else in float32. If llm-compressor is installed, which is none of this project's
+packages, its Wanda takes its turn; only the whole of it is timed.
 """
 
+import importlib.util
+import math
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
+import rows
 import torch
 from jsonargparse import auto_cli
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from sparse_train import Wanda
 from sparse_train.data.blocks import calibration_batches
@@ -163,13 +171,37 @@ def timed_statistics(clock: Clock) -> Iterator[None]:
             kind.add = add
 
 
-def ours(model: Any, samples: list[Tensor], structure: str, method: Any) -> Times:
+def ours(model: Any, samples: list[Tensor], structure: str, method: Any, autocast: torch.dtype | None = None) -> Times:
     """Prune with ``sparse_train.prune``."""
     whole, statistics = Clock(), Clock()
     sparsity = 0.5 if structure == "unstructured" else None
     with whole, timed_statistics(statistics):
-        report = prune(model, samples, structure, sparsity=sparsity, criterion=method)
+        report = prune(model, samples, structure, sparsity=sparsity, criterion=method, autocast=autocast)
     return Times(whole.seconds, report.forward_seconds - statistics.seconds, statistics.seconds)
+
+
+def llm_compressor(model: Any, samples: list[Tensor], structure: str, tokenizer: Any) -> Times:
+    """Prune with the Wanda of llm-compressor, block by block."""
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.pruning import WandaPruningModifier
+
+    how = "0:0" if structure == "unstructured" else structure
+    wanda = WandaPruningModifier(sparsity=0.5, mask_structure=how, targets=["Linear"], ignore=["re:.*lm_head"])
+    data = DataLoader([{"input_ids": sample[0]} for sample in samples], batch_size=1)
+    whole = Clock()
+    with tempfile.TemporaryDirectory() as folder, whole:
+        model.config.save_pretrained(folder)
+        model.config.name_or_path = folder  # where it looks for the configuration
+        oneshot(
+            model=model,
+            processor=tokenizer,
+            dataset=data,
+            recipe=[wanda],
+            pipeline="sequential",
+            num_calibration_samples=len(samples),
+            max_seq_length=samples[0].shape[1],
+        )
+    return Times(whole.seconds, math.nan, math.nan)
 
 
 def differing_masks(model: Any, other: Any) -> list[float]:
@@ -182,18 +214,18 @@ def differing_masks(model: Any, other: Any) -> list[float]:
     return shares
 
 
+PLAIN, OURS = "Wanda, plain procedure", "Wanda, ours"
 COLUMNS = ("statistics", "selection", "pruning", "forward", "whole")
 
 
-def table_of(title: str, plainly: Times, wanda: Times, sparsegpt: Times) -> Table:
+def table_of(title: str, best: dict[str, Times]) -> Table:
     headers = ("statistics", "scores, selection, zeros", "pruning itself (sum of both)", "forwards", "whole")
     table = Table("seconds", *headers, title=title, caption_justify="left")
-    for name, times in {"Wanda, plain procedure": plainly, "Wanda, ours": wanda, "SparseGPT, ours": sparsegpt}.items():
+    for name, times in best.items():
         table.add_row(name, *(f"{getattr(times, column):.2f}" for column in COLUMNS))
     table.add_section()
-    for name, slow in {"plain / ours": plainly, "SparseGPT / Wanda, both ours": sparsegpt}.items():
-        table.add_row(name, *(f"{getattr(slow, column) / getattr(wanda, column):.2f}" for column in COLUMNS))
-    table.add_row("wanted of plain / ours", "", "", "at least 8", "", "at least 1")
+    for name, times in list(best.items())[1:]:
+        table.add_row(f"plain / {name}", *(f"{getattr(best[PLAIN], c) / getattr(times, c):.2f}" for c in COLUMNS))
     return table
 
 
@@ -215,6 +247,8 @@ def main(
     batch_size: int = 1,
     calibration: str | None = None,
     rounds: int = 1,
+    sparsegpt: bool = True,
+    out: str | None = None,
 ) -> None:
     """Print the table.
 
@@ -225,25 +259,37 @@ def main(
         batch_size: samples per forward pass for ours; the plain procedure uses one.
         calibration: file with calibration text; default: the packaged Wikipedia.
         rounds: runs of each, alternating; the shortest whole run counts.
+        sparsegpt: also time SparseGPT.
+        out: JSON file for the seconds.
     """
     source = PackagedSmolLM2()
     text = TextFiles(train=[calibration]) if calibration else PackagedWikipedia()
     settings: Any = {"num_calibration_samples": samples, "max_seq_length": length, "batch_size": batch_size}
     batches = [batch["input_ids"] for batch in calibration_batches(text, source.tokenizer(), **settings)]
     single = list(torch.cat(batches).split(1))
-    runs: dict[str, Callable[[Any], Times]] = {"plain": lambda model: plain(model, single, structure)}
-    for name, method in {"wanda": Wanda(), "sparsegpt": SparseGPT()}.items():
-        runs[name] = partial(ours, samples=batches, structure=structure, method=method)
+    runs: dict[str, Callable[[Any], Times]] = {PLAIN: lambda model: plain(model, single, structure)}
+    own: Any = partial(ours, samples=batches, structure=structure, method=Wanda())
+    runs |= {OURS: own, "Wanda, ours, autocast": partial(own, autocast=torch.bfloat16)}
+    if sparsegpt:
+        runs["SparseGPT, ours"] = partial(own, method=SparseGPT())
+    if importlib.util.find_spec("llmcompressor"):
+        runs["Wanda, llm-compressor"] = partial(
+            llm_compressor, samples=single, structure=structure, tokenizer=source.tokenizer()
+        )
     plain(source.load(), single[:1], structure)  # warm up libraries and the allocator
-    best, pruned = dict.fromkeys(runs, Times(whole=torch.inf)), {}
+    taken: dict[str, list[Times]] = {name: [] for name in runs}
+    pruned = {}
     for _ in range(rounds):
         for name, run in runs.items():
             pruned[name] = source.load().eval()
-            best[name] = min(best[name], run(pruned[name]), key=lambda times: times.whole)
+            taken[name].append(run(pruned[name]))
+    best = {name: min(each, key=lambda times: times.whole) for name, each in taken.items()}
     title = f"{structure}, {samples} x {length} tokens of {text.name}, batches of {batch_size}; {source.name}"
     console = Console(width=140)
-    console.print(table_of(f"{title}, float32, {torch.get_num_threads()} threads", *best.values()))
-    console.print(notes(differing_masks(pruned["plain"], pruned["wanda"])), highlight=False)
+    console.print(table_of(f"{title}, float32, {torch.get_num_threads()} threads", best))
+    console.print(notes(differing_masks(pruned[PLAIN], pruned[OURS])), highlight=False)
+    found = {n: [{k: s for k, s in asdict(t).items() if s == s} for t in each] for n, each in taken.items()}  # no NaN
+    rows.record(out, "oneshot", {"title": title, "seconds": found})
 
 
 if __name__ == "__main__":

@@ -1,9 +1,15 @@
-"""Tables to which each finished run adds a row, and the pages that show them."""
+"""Tables to which each finished run adds a row, measured times, and the pages that show them."""
 
 import csv
+import json
+import os
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
+
+LOAD = os.getloadavg()[0]
+"""Of the minute before this process, which says whether the machine was idle."""
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -24,6 +30,19 @@ def append(path: Path, row: Any) -> None:
         if file.tell() == 0:
             writer.writeheader()
         writer.writerow(asdict(row))
+
+
+def record(path: str | None, name: str, found: Mapping[str, Any]) -> None:
+    """Put what a benchmark has measured into a JSON file, if one is named, with the machine; its other parts stay."""
+    from sparse_train.environment import machine, versions
+
+    if path is None:
+        return
+    file = Path(path)
+    parts = json.loads(file.read_text()) if file.exists() else {}
+    where = {"load": round(LOAD, 1), **machine(), "torch": versions()["torch"]}
+    parts[name] = {"machine": where, **found}
+    file.write_text(json.dumps(parts, indent=1, sort_keys=True) + "\n")
 
 
 def show(page: Path, begin: str, end: str, made: str) -> None:

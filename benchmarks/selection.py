@@ -1,21 +1,35 @@
-"""Selecting masks: ours against the reference implementation, for one layer of LLaMA-7B's size; ratios from one run.
+"""Selecting masks, and whole updates: ours against the reference and torch, at LLaMA-7B's sizes; ratios from one run.
 
     python benchmarks/selection.py
+    python benchmarks/selection.py --out benchmarks/performance.json
 
 The reference (github.com/locuslab/wanda, lib/prune.py) sorts whole rows for unstructured masks, and loops over groups
-of columns for N:M; both are reimplemented here.
+of columns for N:M; both are reimplemented here. All ways of one table take turns. An update is more than selection:
+ours reads weights and norms, scores, selects, writes the bits of the mask, and counts zeros and flips; the reference
+scores and selects.
 """
 
 import time
 from collections.abc import Callable
+from functools import partial
+from statistics import median
+from typing import Any
 
+import rows
 import torch
 from jsonargparse import auto_cli
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from scaling import llama_block
+from torch import Tensor, nn
 
-from sparse_train import NM, Unstructured
+from sparse_train import NM, Unstructured, Wanda
+from sparse_train.layers.sparsify import sparsify
+from sparse_train.patterns import Pattern
+from sparse_train.pruning.update import Rules, update_masks
+from sparse_train.statistics import ActivationNorm
+
+BLOCKS_7B = 32
 
 
 def reference_rows(scores_OI: Tensor, sparsity: float) -> Tensor:
@@ -33,50 +47,119 @@ def reference_groups(scores_OI: Tensor, pruned_in_group: int, group: int) -> Ten
     return ~pruned
 
 
-def best_of(run: Callable[[], Tensor], repeats: int) -> tuple[float, Tensor]:
-    """Shortest of several runs, in milliseconds: the time when nothing else disturbs the machine."""
-    times, result = [], run()
-    for _ in range(repeats):
-        began = time.perf_counter()
-        result = run()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(1000 * (time.perf_counter() - began))
-    return min(times), result
+def by_topk(scores_OI: Tensor, kept: int, group: int) -> Tensor:
+    parts = scores_OI.view(-1, group)
+    mask = torch.zeros_like(parts, dtype=torch.bool)
+    return mask.scatter_(1, parts.topk(kept, dim=1, sorted=False)[1], True).view_as(scores_OI)
 
 
-def main(out_features: int = 4096, in_features: int = 11008, repeats: int = 3, device: str = "cpu") -> None:
-    """Print the table.
+def by_kthvalue(scores_OI: Tensor, kept: int, group: int) -> Tensor:
+    parts = scores_OI.view(-1, group)
+    return (parts > parts.kthvalue(group - kept, dim=1, keepdim=True)[0]).view_as(scores_OI)
+
+
+def in_turns(ways: dict[str, Callable[[], Any]], rounds: int) -> tuple[dict[str, list[float]], dict[str, Any]]:
+    """Seconds of each way in each round, after one that warms up; and what each returned."""
+    found: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds + 1):
+        results = {}
+        for name, run in ways.items():
+            began = time.perf_counter()
+            results[name] = run()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            found[name].append(time.perf_counter() - began)
+    return {name: times[1:] for name, times in found.items()}, results
+
+
+def masked_block(shapes_OI: list[tuple[int, int]], device: str) -> dict[str, Any]:
+    """Masked layers with random weights and statistics."""
+    module = nn.ModuleList(nn.Linear(i, o, bias=False, device=device) for o, i in shapes_OI)
+    sparsify(module, list(module))
+    for layer in module:
+        layer.statistics = ActivationNorm(layer.in_features, device)
+        layer.statistics.add(torch.randn(64, layer.in_features, device=device))
+    return dict(module.named_children())
+
+
+def update(layers: dict[str, Any], pattern: Pattern) -> Any:
+    return update_masks(layers, Rules(Wanda(), pattern, dict.fromkeys(layers, 0.5)))
+
+
+def main(
+    out_features: int = 4096,
+    in_features: int = 11008,
+    rounds: int = 5,
+    device: str = "cpu",
+    model_7b: bool = True,
+    out: str | None = None,
+) -> None:
+    """Print the tables.
 
     Args:
         out_features: rows.
         in_features: columns.
-        repeats: number of runs of each measurement; the shortest counts.
+        rounds: of one run of each way.
         device: cpu or cuda.
+        model_7b: also time an update of the layers of a LLaMA-7B, of which one block is in memory.
+        out: JSON file for the seconds.
     """
     torch.manual_seed(0)
+    shape = f"{out_features} x {in_features}"
     scores = (torch.randn(out_features, in_features).abs() * (torch.rand(in_features) + 0.1)).to(device)
-    cases: list[tuple[str, str, Callable[[], Tensor], Callable[[], Tensor]]] = [
-        ("50 % per row", "at least 15", lambda: reference_rows(scores, 0.5), lambda: Unstructured().mask(scores, 0.5)),
-        ("2:4", "at least 8", lambda: reference_groups(scores, 2, 4), lambda: NM(2, 4).mask(scores, 0.5)),
-        ("4:8", "", lambda: reference_groups(scores, 4, 8), lambda: NM(4, 8).mask(scores, 0.5)),
-    ]
-    where = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
-    table = Table(
-        "pattern",
-        "reference, ms",
-        "ours, ms",
-        "ratio",
-        "wanted",
-        "masks that differ",
-        title=f"{out_features} x {in_features}, float32, {where}, torch {torch.__version__}",
-    )
-    for name, wanted, reference, ours in cases:
-        slow, expected = best_of(reference, repeats)
-        fast, mask = best_of(ours, repeats)
-        differing = int((mask != expected).sum())
-        note = f"{differing}" + (" (ties: topk's order is arbitrary)" if differing else "")
-        table.add_row(name, f"{slow:.0f}", f"{fast:.0f}", f"{slow / fast:.1f}", wanted, note)
+    layers = masked_block([(out_features, in_features)], device)
+    weight_OI, norms = layers["0"].weight.detach(), layers["0"].statistics
+    half = in_features // 2
+    patterns: dict[str, tuple[Pattern, Callable[[Tensor], Tensor], int, int]] = {
+        "50 % per row": (Unstructured(), partial(reference_rows, sparsity=0.5), in_features - half, in_features),
+        "2:4": (NM(2, 4), partial(reference_groups, pruned_in_group=2, group=4), 2, 4),
+        "4:8": (NM(4, 8), partial(reference_groups, pruned_in_group=4, group=8), 4, 8),
+    }
+    selection, updates = {}, {}
+    for name, (pattern, reference, kept, group) in patterns.items():
+        ways: dict[str, Callable[[], Any]] = {
+            "reference": partial(reference, scores),
+            "torch.topk": partial(by_topk, scores, kept, group),
+            "torch.kthvalue": partial(by_kthvalue, scores, kept, group),
+            "ours": partial(pattern.mask, scores, 0.5),
+            "a copy of the scores": scores.clone,
+        }
+        selection[name], masks = in_turns(ways, rounds)
+        differing = int((masks["ours"] != masks["reference"]).sum())
+        print(
+            f"{name}: {differing} entries of the masks differ" + ", ties: topk's order is arbitrary" * bool(differing)
+        )
+
+        def metric(reference: Callable[[Tensor], Tensor] = reference) -> Tensor:
+            return reference(weight_OI.abs() * norms.norm_I.reshape(1, -1))
+
+        steps = {
+            "reference": metric,
+            "ours": partial(update, layers, pattern),
+            "a copy of the weights": weight_OI.clone,
+        }
+        updates[name], _ = in_turns(steps, rounds)
+    show(f"selection, {shape}, float32", selection)
+    show(f"an update of one layer, {shape}, float32", updates)
+    found: dict[str, Any] = {"shape": shape, "selection": selection, "update": updates}
+    if model_7b:
+        block = masked_block([(each.out_features, each.in_features) for each in llama_block(4096, 11008, 4096)], device)
+        ways = {name: partial(update, block, patterns[name][0]) for name in ("50 % per row", "2:4")}
+        ways["a copy of the weights"] = lambda: [layer.weight.clone() for layer in block.values()]
+        times, _ = in_turns(ways, 2)
+        found["model_7b"] = {"weights": BLOCKS_7B * sum(layer.size for layer in block.values()), "block": times}
+        for name, each in times.items():
+            print(f"LLaMA-7B, {name}: {BLOCKS_7B * median(each):.1f} s for {BLOCKS_7B} blocks")
+    rows.record(out, "selection", found)
+
+
+def show(title: str, found: dict[str, dict[str, list[float]]]) -> None:
+    table = Table("pattern", "way", "ms, median", "lowest to highest", "reference / this", title=title)
+    for pattern, ways in found.items():
+        for name, times in ways.items():
+            ratio = median(ways["reference"]) / median(times)
+            spread = f"{1000 * min(times):.0f} to {1000 * max(times):.0f}"
+            table.add_row(pattern, name, f"{1000 * median(times):.0f}", spread, f"{ratio:.1f}")
     Console(width=120).print(table)
 
 

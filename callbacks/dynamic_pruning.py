@@ -165,7 +165,7 @@ class DynamicPruning(L.Callback):
             self._layers,
             self.config,
             functools.partial(lightning.calibration_batches, trainer),
-            trainer.precision_plugin.forward_context(),
+            trainer.precision_plugin.forward_context,
             total_steps=total_steps,
             state=state,
             progress=trainer.is_global_zero and trainer.progress_bar_callback is not None,

@@ -17,7 +17,7 @@ from sparse_train.data.blocks import calibration_batches
 from sparse_train.data.texts import PackagedWikipedia, TextSource
 from sparse_train.distributed.collectives import joined, rank, world_size
 from sparse_train.distributions import SparsityDistribution
-from sparse_train.evaluation.perplexity import check_window
+from sparse_train.evaluation.perplexity import check_autocast, check_window
 from sparse_train.export import export_model
 from sparse_train.export.card import ModelCard, oneshot_rows, write_card
 from sparse_train.files import check_free, check_space, replacing
@@ -53,6 +53,7 @@ def prune(
     window: int = 2048,
     max_tokens: int | None = None,
     bos: bool = False,
+    autocast: str | None = None,
     device: str | None = None,
     streaming: bool = False,
 ) -> Details | None:
@@ -81,6 +82,7 @@ def prune(
         max_tokens: use only the first tokens of this text.
         bos: put the tokens that the tokenizer puts in front of a text (such as <bos>) in front of every window of this
             text, and not only at its start. Models such as Gemma need this.
+        autocast: compute calibration forwards in this dtype, such as "bfloat16"; the rest stays as it is.
         device: where the model computes, such as "cpu" or "cuda"; default: a GPU if there is one.
         streaming: never hold the whole model in memory: process its safetensors block by block, in their dtype. If a
             run is interrupted, the same command continues it.
@@ -94,7 +96,9 @@ def prune(
         "distribution": distribution,
         "targets": targets,
         "ignore": ignore,
+        "autocast": None if autocast is None else float_dtype(autocast),
     }
+    check_autocast(method["autocast"])
     calibration: dict[str, Any] = {
         "num_calibration_samples": num_calibration_samples,
         "max_seq_length": max_seq_length,
@@ -183,7 +187,9 @@ class _Job:
             "targets": self.method["targets"],
             "ignore": self.method["ignore"],
         }
-        calibration = {"text": self.text.name, **self.calibration, "processes": world_size()}
+        casts = self.method["autocast"]
+        computed = {"autocast": casts and str(casts).removeprefix("torch."), "processes": world_size()}
+        calibration = {"text": self.text.name, **self.calibration, **computed}
         return {
             "model": self.source.name,
             "stages": [stage],

@@ -38,6 +38,7 @@ from sparse_train.layers.masks import MASK_NAME
 from sparse_train.layers.sparsify import unmask
 from sparse_train.models import lora
 from sparse_train.oneshot.first_mask import begin_run, training_batches
+from sparse_train.oneshot.forwards import under_autocast
 from sparse_train.patterns import Pattern
 from sparse_train.policies import MaskPolicy
 from sparse_train.pruning.config import PruningConfig
@@ -147,7 +148,7 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
             layers,
             self.config,
             lambda count: training_batches(train_dataloader, count, args.per_device_train_batch_size),
-            torch.autocast(args.device.type, dtype, enabled=args.fp16 or args.bf16),
+            under_autocast(dtype if args.fp16 or args.bf16 else None, args.device),
             total_steps=state.max_steps,
             state=restored,
             progress=not args.disable_tqdm and rank() == 0,

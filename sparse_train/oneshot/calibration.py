@@ -5,20 +5,23 @@ i alone, the whole model is called, with blocks 0 to i - 1 answering with the ca
 own code then passes block i its other inputs (masks, position embeddings), and the call is cut off after block i.
 """
 
+import functools
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sparse_train.blocks import ONE_OF_TWO_TEXTS, reads_two_texts, vocabulary_of
-from sparse_train.layers.masked_layer import MaskedMatrix, Recorder
+from sparse_train.layers import masks
+from sparse_train.layers.masked_layer import MaskedLayer, MaskedMatrix, Recorder
 from sparse_train.oneshot.experts import ExpertMatrix, ExpertRecorder
-from sparse_train.oneshot.forwards import Batch, Stop, answering, call, inference, one_sample
+from sparse_train.oneshot.forwards import Batch, Context, Stop, answering, call, inference, one_sample
 from sparse_train.pruning.recording import attach, warn_of_padding
 from sparse_train.statistics import LastSums, Statistics
 
@@ -34,8 +37,8 @@ _MISSING = (LookupError, AttributeError, TypeError)  # raised by code that finds
 class CalibrationPass:
     """Runs calibration batches through a model or through one block of it at a time, recording activations.
 
-    ``labels`` of batches are dropped, and an ``attention_mask`` (B, L) marks padding. ``keep`` is the device
-    where the outputs of a block are kept for the next one.
+    ``labels`` of batches are dropped, and an ``attention_mask`` (B, L) marks padding. ``keep`` is the device where the
+    outputs of a block are kept for the next one, in their own dtype. Forwards are computed under ``context``.
     """
 
     def __init__(
@@ -45,8 +48,9 @@ class CalibrationPass:
         batches: Iterable[Batch],
         device: torch.device,
         keep: torch.device,
+        context: Context = nullcontext,
     ) -> None:
-        self._model, self._blocks, self._device, self._keep = model, blocks, device, keep
+        self._model, self._blocks, self._device, self._keep, self._context = model, blocks, device, keep, context
         self._batches = [_checked(batch, model, device) for batch in batches]
         if not self._batches:
             raise ValueError("There is no calibration data: the iterable of batches is empty.")
@@ -83,8 +87,14 @@ class CalibrationPass:
         self._check(block)
         self._forwards(block, True, [None] * len(self._batches))
 
+    @contextmanager
+    def _inference(self) -> Iterator[None]:
+        experts = {"_experts_implementation": "eager"}  # one by one
+        with inference(self._model, use_cache=False, **experts), self._context():
+            yield
+
     def _forwards(self, block: int | None, keep: bool, paddings: Sequence[Tensor | None]) -> None:
-        with inference(self._model, use_cache=False, _experts_implementation="eager"):  # experts one by one
+        with self._inference(), _masked_once(() if block is None else self._blocks[block].modules()):
             for index, batch in enumerate(self._batches):
                 began = time.perf_counter()
                 self._recorder.token_mask = paddings[index]
@@ -134,7 +144,7 @@ class CalibrationPass:
         """Before a block runs for the first time: raise ValueError if blocks do not run one after the other."""
         if block is None or block in self._checked:
             return
-        with inference(self._model, use_cache=False, _experts_implementation="eager"):  # experts one by one
+        with self._inference():
             if not self._checked:
                 self._check_order()
             if block > 1:
@@ -179,6 +189,23 @@ class CalibrationPass:
             f"({why}): it takes more from earlier ones, such as a skip connection or shared keys and values, so blocks "
             f"cannot be calibrated one by one. {WAY_OUT}"
         )
+
+
+@contextmanager
+def _masked_once(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside, weights stay as they are, so masked layers mask and cast them once, and not in every forward."""
+    layers = [module for module in modules if isinstance(module, MaskedLayer)]
+    for layer in layers:
+        weight_OI, device = layer.unmasked_weight(), layer.weight_mask.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_OI.dtype
+        if not (layer.keeps_all() and weight_OI.dtype == dtype and weight_OI.is_contiguous()):
+            weight_OI = masks.apply(weight_OI, layer.weight_mask, dtype)
+        layer.__dict__["product"] = functools.partial(F.linear, weight=weight_OI, bias=layer.bias)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.__dict__["product"]
 
 
 def _tensors(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Tensor]:

@@ -3,7 +3,6 @@
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from sparse_train.distributed.fsdp2 import reshard
 from sparse_train.distributions import Outliers
 from sparse_train.environment import isolated_rng
 from sparse_train.layers.masked_layer import MaskedLayer
-from sparse_train.oneshot.forwards import Batch
+from sparse_train.oneshot.forwards import Batch, Context
 from sparse_train.oneshot.walk import MemoryShelf, Plan, walk
 from sparse_train.pruning.config import OneShot, PruningConfig
 from sparse_train.pruning.updater import MaskUpdater
@@ -32,7 +31,7 @@ def begin_run(
     layers: Mapping[str, MaskedLayer],
     config: PruningConfig,
     batches: Callable[[int], Sequence[Batch] | None],
-    autocast: AbstractContextManager[Any],
+    context: Context,
     *,
     total_steps: int | float | None,
     state: Mapping[str, Any] | None,
@@ -42,7 +41,7 @@ def begin_run(
 
     Arguments are those of ``set_first_mask`` and of ``MaskUpdater``.
     """
-    outliers = set_first_mask(root, layers, config, batches, autocast, progress) if state is None else None
+    outliers = set_first_mask(root, layers, config, batches, context, progress) if state is None else None
     return MaskUpdater(root, config=config, layers=layers, total_steps=total_steps, outliers=outliers, state=state)
 
 
@@ -51,7 +50,7 @@ def set_first_mask(
     layers: Mapping[str, MaskedLayer],
     config: PruningConfig,
     batches: Callable[[int], Sequence[Batch] | None],
-    autocast: AbstractContextManager[Any],
+    context: Context,
     progress: bool,
 ) -> Outliers | None:
     """Set the masks that a run starts with, if ``first_mask`` is ``OneShot()``; ``MaskUpdater`` makes all others.
@@ -62,7 +61,7 @@ def set_first_mask(
             masks that keep everything.
         config: of the run.
         batches: returns this many batches, the same ones on each rank; None if a model could not use any.
-        autocast: the context under which the run's forwards are computed.
+        context: makes the one under which the run's forwards are computed.
         progress: show a progress bar.
 
     Returns:
@@ -83,8 +82,8 @@ def set_first_mask(
             plan = Plan(method, config.pattern, config.first_sparsity, config.distribution, final)
             shelf = MemoryShelf(model, layers, together=plan.pattern.model_wide)
             try:
-                with autocast, shelf.restored_on_failure():
-                    return walk(shelf, plan, found[rank() :: ranks], progress).outliers or None
+                with shelf.restored_on_failure():
+                    return walk(shelf, plan, found[rank() :: ranks], progress, context).outliers or None
             except Exception as error:
                 error.add_note(
                     "This happened while one-shot pruning made the first mask from batches of the training data. With "

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -10,6 +10,14 @@ from torch import Tensor, nn
 
 Batch = Tensor | Mapping[str, Any]
 """Token ids (B, L), or the model's keyword arguments."""
+Context = Callable[[], AbstractContextManager[Any]]
+"""Makes the context under which forwards are computed, anew each time: autocast keeps casts of weights until it ends,
+and weights change between blocks."""
+
+
+def under_autocast(dtype: torch.dtype | None, device: torch.device) -> Context:
+    """Forwards in ``dtype``, or (None) as they are."""
+    return nullcontext if dtype is None else functools.partial(torch.autocast, device.type, dtype)
 
 
 class Stop(Exception):

@@ -14,7 +14,7 @@ from sparse_train.layers.masked_layer import MaskedLayer
 from sparse_train.layers.sparsify import sparsify, unmask
 from sparse_train.layers.targets import select
 from sparse_train.oneshot.experts import expert_matrices
-from sparse_train.oneshot.forwards import Batch
+from sparse_train.oneshot.forwards import Batch, under_autocast
 from sparse_train.oneshot.walk import MemoryShelf, Method, OneshotReport, Plan, walk
 from sparse_train.patterns import Pattern
 from sparse_train.solvers import Solver
@@ -32,6 +32,7 @@ def prune(
     distribution: SparsityDistribution | None = None,
     targets: Sequence[str] | None = None,
     ignore: Sequence[str] = (),
+    autocast: torch.dtype | None = None,
     squash: bool = True,
     progress: bool = False,
 ) -> OneshotReport:
@@ -49,6 +50,7 @@ def prune(
             Mixture-of-Experts blocks are pruned too. With "unstructured", weights are compared in ``criterion.group``:
             an output row, or a layer for ``WandaCumulative`` and ``SparseGPT``.
         criterion: a ``Criterion``, or a ``Solver`` such as ``SparseGPT()``; default ``Wanda()``.
+        autocast: compute calibration forwards in this dtype, such as ``torch.bfloat16``; the rest stays in float32.
         squash: leave plain linear layers with true zeros. False keeps masks and shadow values, for training; fused
             experts, which cannot be masked in training, then stay dense.
         progress: show a progress bar.
@@ -68,7 +70,7 @@ def prune(
         layers = {**masked, **expert_matrices(selection.experts)}
         shelf = MemoryShelf(model, layers, together=plan.pattern.model_wide)
         with shelf.restored_on_failure():
-            report = walk(shelf, plan, batches, progress)
+            report = walk(shelf, plan, batches, progress, under_autocast(autocast, shelf.device))
     except BaseException:
         unmask(model, [layer for layer in dense if isinstance(layer, MaskedLayer)])  # whose masks keep everything
         raise
@@ -94,6 +96,7 @@ def prune_checkpoint(
     distribution: SparsityDistribution | None = None,
     targets: Sequence[str] | None = None,
     ignore: Sequence[str] = (),
+    autocast: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     progress: bool = False,
 ) -> OneshotReport:
@@ -106,8 +109,8 @@ def prune_checkpoint(
         out: folder to write, readable by ``from_pretrained``; must not exist. Until it is complete, finished blocks are
             in a folder next to it (``.NAME.partial``), and after an interruption the same call continues after them.
         batches: calibration data, see ``prune``; not needed by ``Magnitude``.
-        mask_structure, sparsity, criterion, distribution, targets, ignore, progress: see ``prune``; targets outside the
-            decoder blocks and groups over the whole model need the whole model.
+        mask_structure, sparsity, criterion, distribution, targets, ignore, autocast, progress: see ``prune``; targets
+            outside the decoder blocks and groups over the whole model need the whole model.
         device: where blocks compute, one at a time.
     """
     from sparse_train.oneshot import disk  # needs safetensors
@@ -119,13 +122,14 @@ def prune_checkpoint(
     checkpoint = disk.Checkpoint(path)
     batches = list(batches) if plan.needs_data and batches is not None else None
     parts = (plan.pattern, plan.sparsity, plan.method, plan.distribution, targets, list(ignore or ()))
-    settings = [*map(describe, parts), checkpoint.fingerprint, disk.fingerprint(batches or [])]
+    data = f"autocast={autocast}", checkpoint.fingerprint, disk.fingerprint(batches or [])
+    settings = [*map(describe, parts), *data]
     with disk.unfinished(out, settings) as work:
         model = disk.model_without_weights(path, checkpoint)
         selection = select(model, plan.pattern, targets, ignore, experts=True)
         shelf = disk.DiskShelf(model, checkpoint, selection, work, torch.device(device))
         shelf.load_rest()
-        report = walk(shelf, plan, batches, progress)
+        report = walk(shelf, plan, batches, progress, under_autocast(autocast, shelf.device))
         disk.write_index(work, shelf.shards)
         disk.copy_companions(path, work)
     return report

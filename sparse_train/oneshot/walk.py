@@ -3,7 +3,7 @@
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +26,7 @@ from sparse_train.layers import masks
 from sparse_train.layers.masked_layer import MaskedMatrix
 from sparse_train.oneshot.calibration import WAY_OUT, CalibrationPass
 from sparse_train.oneshot.experts import ExpertMatrix, fall_back
-from sparse_train.oneshot.forwards import Batch
+from sparse_train.oneshot.forwards import Batch, Context
 from sparse_train.patterns import Pattern, parse_pattern, parse_word
 from sparse_train.pruning.recording import check_nothing_dropped, check_statistics, tensors_of
 from sparse_train.pruning.update import LayerUpdate, Rules, outlier_share, replace_mask, sparsity_of, update_masks
@@ -202,11 +202,17 @@ class MemoryShelf(Shelf):
 # --- the walk --------------------------------------------------------------------------------------------------------
 
 
-def walk(shelf: Shelf, plan: Plan, batches: Iterable[Batch] | None, progress: bool = False) -> OneshotReport:
+def walk(
+    shelf: Shelf,
+    plan: Plan,
+    batches: Iterable[Batch] | None,
+    progress: bool = False,
+    context: Context = nullcontext,
+) -> OneshotReport:
     """Prune the targets of a shelf: those in blocks one block after the other, then the others, all together.
 
     A block is loaded, calibrated on the outputs of the block before it, pruned, run again for the next one, and freed.
-    Masks are set; weights change only with a ``Solver``, and experts get their zeros.
+    Masks are set; weights change only with a ``Solver``, and experts get their zeros. Only forwards run in ``context``.
     """
     began, calibration = time.perf_counter(), None
     if plan.needs_data:
@@ -215,7 +221,7 @@ def walk(shelf: Shelf, plan: Plan, batches: Iterable[Batch] | None, progress: bo
                 f"{plan.method} with {plan.distribution} needs calibration data: pass batches, an iterable of token "
                 "tensors (B, L) or of dicts of model inputs (in a recipe: a data section). Magnitude() needs none."
             )
-        calibration = CalibrationPass(shelf.model, shelf.blocks, batches, shelf.device, shelf.keep)
+        calibration = CalibrationPass(shelf.model, shelf.blocks, batches, shelf.device, shelf.keep, context)
         if plan.distribution.needs_outliers and not shelf.outliers:
             shelf.outliers = _measure_outliers(shelf, plan.distribution, calibration, progress)
     final = plan.sparsity if plan.final is None else plan.final

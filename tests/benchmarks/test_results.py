@@ -10,6 +10,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import arms  # noqa: E402
 import oneshot_tables  # noqa: E402
+import performance  # noqa: E402
 import quality_labels  # noqa: E402
 import quality_tables  # noqa: E402
 import zeroshot_tables  # noqa: E402
@@ -26,6 +27,10 @@ def test_one_shot_tables_are_made_from_the_rows():
 
 def test_the_zero_shot_table_is_made_from_the_rows():
     assert shown(zeroshot_tables) == zeroshot_tables.tables().strip()
+
+
+def test_the_tables_of_times_are_made_from_what_was_measured():
+    assert shown(performance, "docs/performance.md") == performance.tables().strip()
 
 
 @pytest.mark.parametrize(("page", "made"), [("docs/results.md", "tables"), ("README.md", "headline")])

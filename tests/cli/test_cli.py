@@ -468,6 +468,7 @@ def test_text_means_the_same_for_every_command(model_folder, text_file, capsys):
         (["export", "nowhere.ckpt", "out"], "There is no checkpoint at nowhere.ckpt"),
         (["evaluate", "model", "--autocast=bf16"], "must name a floating point dtype"),
         (["evaluate", "model", "--autocast=float32"], "autocast computes in bfloat16 or float16, got float32"),
+        (["prune", "model", "out", "--autocast=float32"], "autocast computes in bfloat16 or float16, got float32"),
         (["prune", "--model=model", "--out=~/out"], "~ in ~/out was not replaced by a shell"),
         (["evaluate", "no/such-model"], "no/such-model"),
         (["evaluate", "model", "--window=8", "--batch_size=0"], "batch_size must be at least 1, got 0"),

@@ -56,8 +56,9 @@ def test_block_by_block_from_disk_equals_in_memory(make, family, tmp_path, ids):
         {"criterion": Wanda(), "mask_structure": "unstructured", "sparsity": 0.6, "distribution": OWL(owl_m=2.0)},
         {"criterion": Magnitude()},
         {"criterion": Wanda(), "ignore": ["re:.*layers.1"]},
+        {"criterion": Wanda(), "autocast": torch.bfloat16},
     ],
-    ids=["sparsegpt", "owl", "magnitude", "ignore"],
+    ids=["sparsegpt", "owl", "magnitude", "ignore", "autocast"],
 )
 def test_every_method_and_setting(how, tmp_path, ids):
     model = tiny_llama(num_hidden_layers=4)
@@ -89,6 +90,8 @@ def test_a_killed_run_goes_on_at_the_block_it_was_in(tmp_path, ids, monkeypatch)
     assert not (tmp_path / "sparse").exists()
     with pytest.raises(ValueError, match="unfinished run with other settings"):
         prune_checkpoint(*arguments[:3], "4:8")
+    with pytest.raises(ValueError, match=r"unfinished run with other settings \(autocast=None\)"):
+        prune_checkpoint(*arguments, autocast=torch.bfloat16)
     again = []
 
     def counted(layers, *args):

@@ -38,10 +38,10 @@ class Root(nn.Module):
         self.other = nn.Linear(4, 4)
 
 
-def begin(root, ids, *args, **settings):
+def begin(root, ids, *args, context=contextlib.nullcontext, **settings):
     config = PruningConfig(*args, **settings)
     layers = mask_targets(root, config)
-    return config, set_first_mask(root, layers, config, lambda count: ids[:count], contextlib.nullcontext(), False)
+    return config, set_first_mask(root, layers, config, lambda count: ids[:count], context, False)
 
 
 def kept(model):
@@ -65,11 +65,23 @@ def test_it_is_that_of_prune_with_its_norms_and_a_run_begins_with_it(structure, 
     expected, found = kept(alone), kept(root.net)
     assert expected.keys() == found.keys()
     assert all(torch.equal(found[name], mask) for name, mask in expected.items())
+    # a masked weight that calibration computed once would hide the masks of all later updates
+    assert not any("product" in vars(layer) for layer in sparse_layers(root).values())
     norms = {name: layer.statistics.norm_I.clone() for name, layer in sparse_layers(alone).items()}
     MaskUpdater(root, config=config, total_steps=100, outliers=outliers)
     assert all(torch.equal(kept(root.net)[name], mask) for name, mask in expected.items())
     for name, layer in sparse_layers(root.net).items():  # norm_decay is 1
         assert torch.equal(layer.statistics.norm_I, norms[name])
+
+
+def test_under_the_autocast_of_a_run_it_is_that_of_prune_under_autocast(ids):
+    root, alone, plain = Root(), tiny_llama(), tiny_llama()
+    begin(root, ids, "2:4", context=lambda: torch.autocast("cpu", torch.bfloat16))
+    prune(alone, ids, "2:4", autocast=torch.bfloat16, squash=False)
+    prune(plain, ids, "2:4", squash=False)
+    found, expected, other = kept(root.net), kept(alone), kept(plain)
+    assert all(torch.equal(found[name], mask) for name, mask in expected.items())
+    assert any(not torch.equal(found[name], mask) for name, mask in other.items())
 
 
 def test_on_the_way_to_a_sparsity_layers_have_theirs_in_proportion(ids):
@@ -142,7 +154,7 @@ def test_without_a_model_or_data_the_first_steps_run_dense_unless_a_criterion_is
     with expected:
         root = make()
         layers = mask_targets(root, config)
-        assert set_first_mask(root, layers, config, lambda count: batches, contextlib.nullcontext(), False) is None
+        assert set_first_mask(root, layers, config, lambda count: batches, contextlib.nullcontext, False) is None
     assert "The first steps run dense" in caplog.text and "a transformers model that is not sharded" in caplog.text
 
 
@@ -159,6 +171,6 @@ def test_a_copy_of_the_model_as_a_reference_stays_dense(ids):
     config = PruningConfig("2:4")
     layers = mask_targets(root, config)
     root.reference = copy.deepcopy(root.net).requires_grad_(False)  # with masks that keep all
-    set_first_mask(root, layers, config, lambda count: ids[:count], contextlib.nullcontext(), False)
+    set_first_mask(root, layers, config, lambda count: ids[:count], contextlib.nullcontext, False)
     assert all(layer.keeps_all() for layer in sparse_layers(root.reference).values())
     assert not any(layer.keeps_all() for layer in sparse_layers(root.net).values())

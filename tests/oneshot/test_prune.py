@@ -113,6 +113,24 @@ def test_block_by_block_equals_a_whole_model_reference(architecture, structure, 
     assert not model.training
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_autocast_is_of_the_forwards_alone(architecture, ids):
+    """Inputs come from forwards in bfloat16; norms, scores and weights stay in float32."""
+    model, twin, plain = tiny(architecture), tiny(architecture), tiny(architecture)
+    for each in (twin, plain):
+        each.load_state_dict(model.state_dict())
+    single = [sample for batch in ids for sample in batch.split(1)]  # products of other shapes may round differently
+    prune(model, single, "2:4", autocast=torch.bfloat16)
+    # weights change below, and autocast would keep casts of the old ones
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        expected = reference_prune(twin, ids, lambda scores: nm_mask(scores, 2, 4))
+    assert_masks_equal(model, expected, 4)
+    prune(plain, single, "2:4")
+    with pytest.raises(AssertionError):
+        assert_masks_equal(plain, expected, 4)
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+
+
 def test_the_model_ends_with_true_zeros_and_its_own_keys(llama, ids):
     keys, modes = list(llama.state_dict()), [m.training for m in llama.modules()]
     assert llama.config.use_cache

@@ -1,0 +1,136 @@
+"""The tables of docs/performance.md, made from what the benchmarks have put into benchmarks/performance.json.
+
+python benchmarks/performance.py             # print them
+python benchmarks/performance.py --write     # put them there
+"""
+
+import json
+import sys
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import rows
+
+ROOT = Path(__file__).parent.parent
+JSON, PAGE = ROOT / "benchmarks" / "performance.json", ROOT / "docs" / "performance.md"
+BEGIN, END = "<!-- performance -->", "<!-- /performance -->"
+IDLE = 0.5
+"""Load below which a machine counts as idle."""
+BLOCKS_7B = 32
+WANTED_PEAK, WANTED_BYTES = 1.02, 0.13
+Ways = dict[str, list[float]]
+
+
+def table(head: list[str], lines: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines)) + "\n"
+
+
+def spread(values: list[float], digits: int) -> str:
+    """The median, and the quartiles, or of fewer than four values the lowest and the highest."""
+    low, *_, high = quantiles(values, n=4) if len(values) > 3 else (min(values), max(values))
+    return f"{median(values):.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def ratios(slow: list[float], fast: list[float]) -> list[float]:
+    """Of the times of each round."""
+    return [a / b for a, b in zip(slow, fast, strict=True)]
+
+
+def machine(part: dict[str, Any]) -> str:
+    where = part["machine"]
+    load = f"load before the run {where['load']:.1f}"
+    state = "idle" if where["load"] < IDLE else "**busy with other work, so that only ratios say something**"
+    name = " ".join(part for part in (where["processor"], f"{where['cores']} cores") if part)
+    return f"{name}, {where['threads']} thread(s), torch {where['torch']}; {load}: {state}.\n"
+
+
+def against(found: dict[str, Ways], base: str, head: str) -> str:
+    """Milliseconds of each way, and how much longer ``base`` takes in the same round."""
+    lines = [
+        [pattern, name, spread([1000 * each for each in times], 0), spread(ratios(ways[base], times), 1)]
+        for pattern, ways in found.items()
+        for name, times in ways.items()
+    ]
+    return table(["pattern", "way", "ms", head], lines)
+
+
+def selection(part: dict[str, Any]) -> list[str]:
+    parts = ["## Selecting, and an update\n", machine(part)]
+    parts += [
+        f"Selection alone, {part['shape']}, float32:\n",
+        against(part["selection"], "reference", "reference / this"),
+    ]
+    parts += ["A whole update of the same layer:\n", against(part["update"], "reference", "reference / this")]
+    if whole := part.get("model_7b"):
+        lines = [
+            [name, spread([BLOCKS_7B * each for each in times], 1), "" if name.startswith("a copy") else "20 s"]
+            for name, times in whole["block"].items()
+        ]
+        parts += [
+            f"An update of the layers of a LLaMA-7B ({whole['weights'] / 1e9:.1f} G random float32 weights). One block "
+            f"of {BLOCKS_7B} is in memory, and is timed:\n",
+            table(["pattern", f"s, times {BLOCKS_7B}", "wanted"], lines),
+        ]
+    return parts
+
+
+def step(part: dict[str, Any]) -> list[str]:
+    found: Ways = part["seconds"]
+    kinds = {name: found[name] for name in ("dense", "re-pruned", "ModelPruning", "distilled", "cached teacher")}
+    for k, wanted in ((1, "1.08"), (10, "1.02")):
+        kinds[f"re-pruned, k = {k}, with its share of updates (wanted: {wanted})"] = [
+            own + update / k for own, update in zip(found["re-pruned"], found["update"], strict=True)
+        ]
+    lines = [[name, spread(times, 2), spread(ratios(times, found["dense"]), 3)] for name, times in kinds.items()]
+    lines += [
+        [name, spread(found[key], 2), spread(ratios(found[key], found["dense"]), 3)]
+        for name, key in (("an update", "update"), ("an update of ModelPruning", "update of ModelPruning"))
+    ]
+    parts = ["## A training step\n", machine(part), f"{part['model']}, 2:4, {len(found['dense'])} rounds:\n"]
+    parts.append(table(["what", "s", "against the dense step of its round"], lines))
+    if part["peaks"]:
+        dense, (peak, count) = part["peaks"]["dense"][0], part["peaks"]["re-pruned"]
+        lines = [[n, f"{b / 2**20:.0f}", f"{b / dense:.3f}x"] for n, (b, _) in part["peaks"].items()]
+        allowed = (WANTED_PEAK * dense + WANTED_BYTES * count) / dense
+        parts += [
+            "Peak resident memory of a process (`VmHWM`) that takes three such steps, with an update after each:\n",
+            table(["run", "MiB", "against dense"], lines),
+            f"Wanted: {WANTED_PEAK}x and {WANTED_BYTES} byte for each of {count / 1e6:.0f} M targeted weights, which "
+            f"is {allowed:.3f}x; the re-pruned run has {(peak - dense) / count:+.2f} byte a targeted weight.\n",
+        ]
+    parts.append("Where the time goes (`torch.profiler`, operators by their own time, one run of each):\n")
+    lines = [
+        [name, f"`{operator}`", str(calls), f"{100 * share:.0f} %"]
+        for name, events in part["profiles"].items()
+        for operator, calls, share in events
+    ]
+    return [*parts, table(["of", "operator", "calls", "share"], lines)]
+
+
+def oneshot(part: dict[str, Any]) -> list[str]:
+    found: dict[str, list[dict[str, float]]] = part["seconds"]
+    plain = [each["whole"] for each in found["Wanda, plain procedure"]]
+    lines = []
+    for name, each in found.items():
+        whole, cells = [times["whole"] for times in each], ["", ""]
+        if all("forward" in times for times in each):
+            forwards = [times["forward"] + times["statistics"] for times in each]
+            rest = [times["whole"] - all_of for times, all_of in zip(each, forwards, strict=True)]
+            cells = [spread(forwards, 1), spread(rest, 1)]
+        lines.append([name, *cells, spread(whole, 1), spread(ratios(plain, whole), 2)])
+    head = ["what", "forwards with statistics, s", "the rest, s", "whole, s", "plain / this"]
+    return ["## One-shot pruning\n", machine(part), f"{part['title']}, float32 weights:\n", table(head, lines)]
+
+
+def tables(path: Path = JSON) -> str:
+    """All tables, as Markdown."""
+    parts = json.loads(path.read_text())
+    return "\n".join([*selection(parts["selection"]), *step(parts["step"]), *oneshot(parts["oneshot"])])
+
+
+if __name__ == "__main__":
+    if "--write" in sys.argv:
+        rows.show(PAGE, BEGIN, END, tables())
+    else:
+        print(tables())

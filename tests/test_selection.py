@@ -58,6 +58,15 @@ def test_minus_infinity_goes_first():
     assert selection.keep_highest(scores, 3).tolist() == [[False, True, True, True]]
 
 
+def test_a_setting_of_determinism_is_as_before():
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        selection.by_threshold(torch.randn(3, 32), 16)
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture
 def _two_threads():
     before = torch.get_num_threads()

@@ -129,7 +129,9 @@ def tables(path: Path = JSON) -> str:
     """All tables, as Markdown."""
     parts = json.loads(path.read_text())
     made = {"selection": selection, "step": step, "oneshot": oneshot}
-    return "\n".join(line for name, show in made.items() if name in parts for line in show(parts[name]))
+    lines = [line for name, show in made.items() if name in parts for line in show(parts[name])]
+    lines += [f"Not measured yet: {name}.\n" for name in made if name not in parts]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,8 @@ def table(head: list[str], lines: list[list[str]]) -> str:
 
 def spread(values: list[float], digits: int) -> str:
     """The median, and the quartiles, or of fewer than four values the lowest and the highest."""
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
     low, *_, high = quantiles(values, n=4) if len(values) > 3 else (min(values), max(values))
     return f"{median(values):.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
@@ -41,7 +43,7 @@ def machine(part: dict[str, Any]) -> str:
     where = part["machine"]
     load = f"load before the run {where['load']:.1f}"
     state = "idle" if where["load"] < IDLE else "**busy with other work, so that only ratios say something**"
-    name = " ".join(part for part in (where["processor"], f"{where['cores']} cores") if part)
+    name = f"{where['processor']}, {where['cores']} cores"
     return f"{name}, {where['threads']} thread(s), torch {where['torch']}; {load}: {state}.\n"
 
 
@@ -126,7 +128,10 @@ def oneshot(part: dict[str, Any]) -> list[str]:
 def tables(path: Path = JSON) -> str:
     """All tables, as Markdown."""
     parts = json.loads(path.read_text())
-    return "\n".join([*selection(parts["selection"]), *step(parts["step"]), *oneshot(parts["oneshot"])])
+    made = {"selection": selection, "step": step, "oneshot": oneshot}
+    lines = [line for name, show in made.items() if name in parts for line in show(parts[name])]
+    lines += [f"Not measured yet: {name}.\n" for name in made if name not in parts]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

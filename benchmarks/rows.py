@@ -42,7 +42,7 @@ def record(path: str | None, name: str, found: Mapping[str, Any]) -> None:
     parts = json.loads(file.read_text()) if file.exists() else {}
     where = {"load": round(LOAD, 1), **machine(), "torch": versions()["torch"]}
     parts[name] = {"machine": where, **found}
-    file.write_text(json.dumps(parts, indent=1, sort_keys=True) + "\n")
+    file.write_text(json.dumps(parts, indent=1) + "\n")
 
 
 def show(page: Path, begin: str, end: str, made: str) -> None:

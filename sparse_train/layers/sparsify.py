@@ -12,7 +12,7 @@ from sparse_train.blocks import CONV1D, class_path
 from sparse_train.distributed.fsdp2 import reshard
 from sparse_train.layers.adapters import check_adapters, note_adapters
 from sparse_train.layers.mask_lora import attach_factors, settings_of
-from sparse_train.layers.masked_layer import MaskedLayer, SparseLinear, sparse_layers
+from sparse_train.layers.masked_layer import FALCON_LINEAR, MaskedLayer, SparseLinear, sparse_layers
 from sparse_train.layers.masks import FACTOR_NAMES, MASK_NAME
 from sparse_train.layers.state_dicts import EXTRA_STATE, is_mask, refusals, refuse_dense, teach_save_pretrained
 
@@ -112,7 +112,7 @@ SPARSE_CONV1D = "sparse_train.layers.conv1d.SparseConv1D"
 
 @functools.cache
 def sparse_class(cls: Any) -> type:
-    if cls is nn.Linear:
+    if cls is nn.Linear or class_path(cls) == FALCON_LINEAR:  # FalconLinear becomes an nn.Linear after squash
         return SparseLinear
     if class_path(cls) == CONV1D:
         from sparse_train.layers.conv1d import SparseConv1D

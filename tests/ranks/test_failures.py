@@ -121,7 +121,7 @@ def test_a_sharded_model_that_was_pruned_otherwise_starts_with_a_warning_of_one_
 
 def from_zeros_of_other_models() -> str:
     """Why a run does not start with the zeros of a model that only rank 0 has pruned."""
-    model = engines.tiny_llama()
+    model = engines.shallow_llama()
     if rank() == 0:
         prune(model, criterion=Magnitude())
     try:

@@ -223,6 +223,8 @@ def tables(runs: Runs, short: Runs) -> str:
         "\n### Unstructured 70 % with a teacher, after 51,200 tokens\n",
         "100 steps of 512 tokens, with the untouched dense model as teacher.\n",
         table(short, TAUGHT_70, "static_70_distill", "the static mask"),
+        "\nAfter 200 steps, 102,400 tokens:\n",
+        table(short, TAUGHT_70, "static_70_distill", "the static mask", steps=200),
         "\nLearning rates were chosen by perplexity on validation articles after 50 steps, seed 0:\n",
         tuning_table(short),
         "\n### Fine-tuning a pruned model: low-rank and full\n",

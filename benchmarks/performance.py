@@ -42,7 +42,7 @@ def ratios(slow: list[float], fast: list[float]) -> list[float]:
 def machine(part: dict[str, Any]) -> str:
     where = part["machine"]
     load = f"load before the run {where['load']:.1f}"
-    state = "idle" if where["load"] < IDLE else "**busy with other work, so that only ratios say something**"
+    state = "idle" if where["load"] < IDLE else "**not idle, or only just: compare ratios, not seconds**"
     name = f"{where['processor']}, {where['cores']} cores"
     return f"{name}, {where['threads']} thread(s), torch {where['torch']}; {load}: {state}.\n"
 

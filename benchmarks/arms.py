@@ -82,6 +82,7 @@ _GRADUAL = (
     "end_step=0.5",  # N:M rounds down, so 2:4 is only reached at the end of the schedule
 )
 _AST = ("criterion=Magnitude", "policy=variants.RisingDecay", "end_step=1.0")
+_CAST = ("criterion=Magnitude", "policy=variants.GrowingDecay", "end_step=1.0")
 _SWAPS = (*_FROM_WANDA, "policy=variants.EvidenceSwaps")
 _70 = ("mask_structure=unstructured", "sparsity=0.7")
 
@@ -137,6 +138,9 @@ ARMS: dict[str, Arm] = {
     "swaps_k40_distill": _arm("smollm2_2of4", *_SWAPS, "update_freq=40", distil=True),
     # AST (arXiv 2407.20584): magnitude from the start, a decay that rises for a quarter of the run, masks never frozen
     "ast_distill": _arm("smollm2_2of4", *_AST, distil=True),
+    # CAST (arXiv 2509.25996), without scales: dense forwards, and a growing decay of what magnitude prunes
+    "cast_distill": _arm("smollm2_2of4", *_CAST, distil=True),
+    "cast10_distill": _arm("smollm2_2of4", *_CAST, "policy.rate=10", distil=True),
     # trained on another text than the first mask was calibrated on
     "static_shift": _shifted("policy=Fixed"),
     "dynamic_frozen_norms_shift": _shifted("norm_decay=frozen"),

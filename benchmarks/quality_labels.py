@@ -75,6 +75,8 @@ DISTILLATION = {
     "swaps_distill": "swapped by evidence every 10 steps, untouched teacher",
     "swaps_k40_distill": "swapped by evidence every 40 steps, untouched teacher",
     "ast_distill": "AST: magnitude, decay of pruned weights 0.01, untouched teacher",
+    "cast_distill": "CAST without scales: dense forwards, growing decay (3), untouched teacher",
+    "cast10_distill": "CAST without scales: dense forwards, growing decay (10), untouched teacher",
     "dynamic_distill_kl": "re-pruned, untouched teacher, no cross-entropy",
     "dynamic_distill_squarehead": "re-pruned, untouched teacher, with SquareHead",
     "dynamic_window": "re-pruned, norms of 5 steps, no teacher",

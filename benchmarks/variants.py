@@ -66,6 +66,48 @@ class RisingDecay(StraightThrough):
 
 
 @dataclass
+class GrowingDecay(MaskPolicy):
+    """Forwards are dense until the last update; pruned weights shrink by a growing L1 term, scaled as Adam scales.
+
+    As in CAST (Huang et al., arXiv 2509.25996), without its scales of weights, and with a decay beside Adam's step and
+    not in its gradient: the paper's text was not at hand, but its abstract and a review. For Adam or AdamW, magnitude
+    and ``end_step=1.0``, so that the masks of the last update are those of the model.
+
+    Args:
+        rate: at the end, of the learning rate by which a weight with the layer's mean second moment shrinks in a step.
+    """
+
+    rate: float = 3.0
+    _progress: float = field(default=0.0, init=False, repr=False, compare=False)  # of the last update
+    _next: float = field(default=0.0, init=False, repr=False, compare=False)  # of the update after the running step
+    _pruned: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    straight_through: ClassVar[bool] = True
+    regrowth: ClassVar[Literal["by score"]] = "by score"
+
+    def before_step(self, progress: float | None) -> None:
+        self._next = self._next if progress is None else progress
+
+    @torch.no_grad()
+    def before_optimizer_step(self, optimizer: Optimizer) -> None:
+        (lr,) = {group["lr"] for group in optimizer.param_groups}
+        for name, pruned_OI in self._pruned.items():
+            layer = self.layers[name]
+            moments = self.optimizers.state_of(layer)
+            if moments:  # from the second step on
+                root_OI = moments["exp_avg_sq"].sqrt().clamp_min_(torch.finfo(torch.float32).tiny)
+                shrunk_OI = lr * self.rate * self._progress * root_OI.mean() / root_OI
+                smaller_OI = layer.weight_OI.sign() * (layer.weight_OI.abs() - shrunk_OI).clamp_min_(0)
+                layer.weight_OI.copy_(torch.where(pruned_OI, smaller_OI, layer.weight_OI))
+
+    def after_update(self) -> None:
+        self._progress = self._next
+        self._pruned = {name: ~layer.unpacked_mask() for name, layer in self.layers.items()}
+        for layer in self.layers.values() if self._progress < 1 else ():
+            layer.keep_all()
+
+
+@dataclass
 class SlowShadows(MaskPolicy):
     """Pruned weights move by a share of what the optimizer moves them, kept weights by all of it.
 

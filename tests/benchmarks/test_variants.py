@@ -16,7 +16,16 @@ from tests.conftest import shallow_llama
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from variants import CoupledDecay, DenseNorms, EvidenceSwaps, RisingDecay, SlowShadows, least_ratio, swapped
+from variants import (
+    CoupledDecay,
+    DenseNorms,
+    EvidenceSwaps,
+    GrowingDecay,
+    RisingDecay,
+    SlowShadows,
+    least_ratio,
+    swapped,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
@@ -61,6 +70,28 @@ def test_norms_of_dense_forwards_are_those_of_the_model_without_masks(tmp_path):
 
     trainer(tmp_path, pruning, dense, Compare(), max_steps=12).fit(Module(), loader())
     assert seen == [3, 7]
+
+
+def test_growing_decay_runs_dense_and_shrinks_what_would_be_pruned(tmp_path):
+    policy = GrowingDecay(20.0)
+    pruning = DynamicPruning("2:4", update_freq=4, criterion=Magnitude(), policy=policy, end_step=1.0)
+    shares = []
+
+    class Watch(L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            layers = pruning.updater.layers
+            assert all(layer.keeps_all() for layer in layers.values())
+            if batch_idx % 4 == 3:  # just before an update, of what the one before has chosen
+                own = pruning.updater.policy._pruned
+                pruned = sum(float(layer.weight_OI[own[name]].abs().sum()) for name, layer in layers.items())
+                shares.append(pruned / sum(float(layer.weight_OI.abs().sum()) for layer in layers.values()))
+
+    module = Module()
+    trainer(tmp_path, pruning, Watch(), max_steps=20).fit(module, loader())
+    assert len(shares) == 5
+    assert shares == sorted(shares, reverse=True)
+    assert shares[-1] < 0.7 * shares[0]
+    assert pruning.last_report.sparsity == 0.5
 
 
 def test_coupled_decay_is_added_to_the_gradient_of_pruned_weights_alone(tmp_path):

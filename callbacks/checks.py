@@ -13,9 +13,7 @@ from sparse_train.layers.masks import FACTOR_NAMES
 from sparse_train.pruning.config import PruningConfig
 
 
-def check_fit(
-    trainer: L.Trainer, pl_module: L.LightningModule, pruning: L.Callback, config: PruningConfig, squash: bool
-) -> None:
+def check_fit(trainer: L.Trainer, pruning: L.Callback, config: PruningConfig, squash: bool) -> None:
     """Raise ValueError if the trainer or one of its callbacks does not work with ``pruning``; or warn."""
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     if not squash and isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):

@@ -25,14 +25,14 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from sparse_train.arguments import require_type
-from sparse_train.callbacks import lightning_trainer as lightning
+from sparse_train.callbacks import lightning_trainer
 from sparse_train.callbacks.checks import check_built, check_fit
 from sparse_train.layers.mask_lora import MaskLoRA, add_mask_lora, check_mask_lora
 from sparse_train.layers.masked_layer import MaskedLayer, sparse_layers
 from sparse_train.layers.sparsify import unmask
 from sparse_train.layers.targets import named
 from sparse_train.models.checkpoints import PRUNING_STATE
-from sparse_train.oneshot.first_mask import begin_run
+from sparse_train.oneshot.first_mask import set_first_mask
 from sparse_train.patterns import Pattern
 from sparse_train.pruning.config import PruningConfig, check_same
 from sparse_train.pruning.update import UpdateReport
@@ -127,14 +127,14 @@ class DynamicPruning(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "fit":
             # evaluates the module unchanged, or a checkpoint: of a sparse run, with masks, or of a dense one
-            self._undo_loading = lightning.masks_as_loaded(pl_module)
+            self._undo_loading = lightning_trainer.masks_as_loaded(pl_module)
             if trainer.strategy.restore_checkpoint_after_setup:
                 # FSDP2 and DeepSpeed load only what the module has, and would silently leave masks out
-                lightning.call_when_built(pl_module, self._mask)
+                lightning_trainer.call_when_built(pl_module, self._mask)
             return
-        check_fit(trainer, pl_module, self, self.config, self._squash)
+        check_fit(trainer, self, self.config, self._squash)
         self.updater = self._restored = self.last_report = None
-        lightning.call_when_built(pl_module, self._mask)
+        lightning_trainer.call_when_built(pl_module, self._mask)
 
     def _mask(self, pl_module: L.LightningModule) -> None:
         self._layers = mask_targets(pl_module, self.config)
@@ -154,29 +154,29 @@ class DynamicPruning(L.Callback):
     def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.updater is not None:
             return
-        state, total_steps = self._restored, None
+        state, total_steps, outliers = self._restored, None, None
         check_built(trainer, pl_module, state is not None)
         if state is None:
             rank_zero_info(f"DynamicPruning: preparing the first mask of {named(self._layers)}.")
+            outliers = set_first_mask(
+                pl_module,
+                self._layers,
+                self.config,
+                functools.partial(lightning_trainer.calibration_batches, trainer),
+                trainer.precision_plugin.forward_context,
+                progress=trainer.is_global_zero and trainer.progress_bar_callback is not None,
+            )
         if pl_module.automatic_optimization:  # steps of this fit only: the trainer may have run an earlier fit
             total_steps = max(1, trainer.estimated_stepping_batches - trainer.global_step)  # 0 if the fit is over
-        self.updater = begin_run(
-            pl_module,
-            self._layers,
-            self.config,
-            functools.partial(lightning.calibration_batches, trainer),
-            trainer.precision_plugin.forward_context,
-            total_steps=total_steps,
-            state=state,
-            progress=trainer.is_global_zero and trainer.progress_bar_callback is not None,
-        )
+        run: dict[str, Any] = {"config": self.config, "layers": self._layers, "total_steps": total_steps}
+        self.updater = MaskUpdater(pl_module, **run, outliers=outliers, state=state)
         rank_zero_info(f"DynamicPruning: {self.updater.plan()}.")
         self._global_step = trainer.global_step if state is None else state["global_step"]
         self._metrics = {} if state is None else state.get("metrics", {})
         self._logged = False
-        lightning.mask_averages(trainer, pl_module)
+        lightning_trainer.mask_averages(trainer, pl_module)
         if state is None and self.updater.sparsity is not None:
-            self._log_update(trainer, self.updater.report(), lightning.steps_done(trainer, in_batch=False))
+            self._log_update(trainer, self.updater.report(), lightning_trainer.steps_done(trainer, in_batch=False))
         self._restored = None
 
     # --- in training -------------------------------------------------------------------------------------------------
@@ -215,8 +215,8 @@ class DynamicPruning(L.Callback):
         self._global_step = trainer.global_step
         report = self.updater.step()
         if report is not None:
-            lightning.mask_averages(trainer, pl_module)
-            self._log_update(trainer, report, lightning.steps_done(trainer, in_batch=in_batch))
+            lightning_trainer.mask_averages(trainer, pl_module)
+            self._log_update(trainer, report, lightning_trainer.steps_done(trainer, in_batch=in_batch))
         return report
 
     def _log_update(self, trainer: L.Trainer, report: UpdateReport, step: int) -> None:
@@ -254,7 +254,7 @@ class DynamicPruning(L.Callback):
         self.teardown(trainer, pl_module, "")  # Lightning calls none after an exception
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        lightning.forget(pl_module)
+        lightning_trainer.forget(pl_module)
         if self._undo_loading is not None:
             self._undo_loading()
             self._undo_loading = None

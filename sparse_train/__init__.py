@@ -1,7 +1,7 @@
 """Keep a language model at a target sparsity while it trains, by recomputing Wanda scores along the way.
 
 Names of this module are imported when they are first used, so that ``import sparse_train`` and ``sparse-train --help``
-take no time. That needs only torch; Lightning, transformers and the rest are imported where they are used.
+take no time. That needs only torch and numpy; Lightning, transformers and the rest are imported where they are used.
 """
 
 from importlib import import_module
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from sparse_train.layers.masked_layer import SparseLinear, sparse_layers
     from sparse_train.layers.sparsify import sparsify, sparsify_like, squash
     from sparse_train.models.checkpoints import load_from_checkpoint
-    from sparse_train.oneshot import prune
+    from sparse_train.oneshot.prune import prune
     from sparse_train.patterns import NM, Pattern, Unstructured
     from sparse_train.policies import Dormant, Fixed, MaskPolicy, Regrow, StraightThrough
     from sparse_train.pruning.config import FirstMask, FirstWindow, FromZeros, OneShot, PruningConfig
@@ -84,7 +84,7 @@ if not TYPE_CHECKING:  # type checkers read the imports above
         "layers.masked_layer",
         "layers.sparsify",
         "models.checkpoints",
-        "oneshot",
+        "oneshot.prune",
         "patterns",
         "policies",
         "pruning.config",

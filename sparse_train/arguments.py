@@ -11,19 +11,9 @@ T = TypeVar("T")
 def to_python_number(value: Any) -> Any:
     """The Python number for a numpy scalar or a tensor with one element; other values are returned unchanged.
 
-    A float of low precision becomes the shortest decimal that rounds to it, which is what was written:
-    ``np.float32(0.7)`` becomes 0.7 and not 0.699999988, which would prune one fewer of 640 weights. Numbers of other
-    classes would be described in other words, and refused when a checkpoint is loaded.
+    Numbers of other classes would be described in other words, and refused when a checkpoint is loaded.
     """
-    if not hasattr(value, "item") or getattr(value, "ndim", None) != 0:
-        return value
-    number = value.item()
-    if not isinstance(number, float):
-        return number
-    if type(value).__module__ != "torch":
-        return float(str(value))  # numpy's ``str`` is the shortest decimal
-    decimals = (float(f"{number:.{digits}g}") for digits in range(1, 17))
-    return next((each for each in decimals if value.new_tensor(each).item() == number), number)
+    return value.item() if getattr(value, "ndim", None) == 0 else value
 
 
 def check_sparsity(name: str, value: float) -> None:

@@ -152,9 +152,8 @@ class StraightThrough(MaskPolicy):
                     f"{name} is frozen{' by mask_lora' if layer.adapted else ''}, and {self} would shrink its pruned "
                     "weights. Set srste_decay to 0, or leave the layer out (ignore)."
                 )
-            # DeepSpeed's masters, of ZeRO-3 too, shrink in float32
-            in_float32 = layer.layout.has_masters or hasattr(layer.weight, "ds_id")
-            if shrunk < torch.finfo(layer.weight.dtype).eps / 2 and not in_float32:
+            # masters shrink in float32
+            if shrunk < torch.finfo(layer.weight.dtype).eps / 2 and not layer.layout.has_masters:
                 raise ValueError(
                     f"srste_decay={self.srste_decay:g} shrinks pruned weights by {100 * shrunk:.2g} % per update, "
                     f"which is lost when {name} is rounded to {layer.weight.dtype}. Train in mixed precision, update "

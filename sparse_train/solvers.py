@@ -72,7 +72,6 @@ class SparseGPT(Solver):
             raise ValueError(f"SparseGPT needs a block_size divisible by {pattern.m}, got {self.block_size}.")
 
     def solve(self, weight_OI: Tensor, gram_II: Tensor, pattern: Pattern, sparsity: float) -> tuple[Tensor, Tensor]:
-        self.check_pattern(pattern)
         before_OI = weight_OI.detach().float()
         work_OI, mask_OI = before_OI.clone(), torch.ones_like(before_OI, dtype=torch.bool)
         dead_I = gram_II.diagonal() == 0  # inputs that are always zero: their weights are pruned first

@@ -8,9 +8,9 @@ import torch
 from sparse_train.data.blocks import beginning
 from sparse_train.data.texts import PackagedWikipedia, Split, TextSource
 from sparse_train.evaluation import evaluate_perplexity, evaluate_zero_shot, token_ids
-from sparse_train.evaluation.perplexity import check_autocast, check_length
+from sparse_train.evaluation.perplexity import check_length
 from sparse_train.evaluation.zeroshot import check_tasks, task_names
-from sparse_train.models.sources import ModelSource, as_model_source, float_dtype
+from sparse_train.models.sources import Autocast, ModelSource, as_model_source, torch_dtype
 from sparse_train.terminal import bars_are_seen
 
 
@@ -27,7 +27,7 @@ def evaluate(
     bos: bool = False,
     batch_size: int = 4,
     max_tokens: int | None = None,
-    autocast: str | None = None,
+    autocast: Autocast | None = None,
     device: str | None = None,
 ) -> dict[str, Any]:
     """Token perplexity of a model, or its accuracy on tasks, printed with the protocol.
@@ -54,15 +54,13 @@ def evaluate(
     from sparse_train.cli.tables import show_zero_shot
 
     device = chosen_device(device)
-    dtype = None if autocast is None else float_dtype(autocast)
-    check_autocast(dtype)
     names = ["perplexity"] if tasks is None else task_names(tasks)
     zero_shot = [name for name in names if name != "perplexity"]
     if zero_shot:
         check_tasks(zero_shot, task_data, progress=bars_are_seen())
     source, measure = as_model_source(model, dtype="auto"), None
     reader = source if tokenizer is None else as_model_source(tokenizer)
-    common: dict[str, Any] = {"batch_size": batch_size, "autocast": dtype}
+    common: dict[str, Any] = {"batch_size": batch_size, "autocast": torch_dtype(autocast)}
     if "perplexity" in names:
         options: dict[str, Any] = {"window": window, "max_tokens": max_tokens, "bos": bos, "stride": stride}
         measure = perplexity_on(source, reader, text or PackagedWikipedia(), split, **options, **common)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from sparse_train.models.sources import Dtype, ModelSource, as_model_source, float_dtype
+from sparse_train.models.sources import Dtype, ModelSource, as_model_source, torch_dtype
 
 
 def export(
@@ -26,7 +26,7 @@ def export(
     from sparse_train.export import export_checkpoint
 
     loaded = None if tokenizer is None else as_model_source(tokenizer).tokenizer()
-    folder = export_checkpoint(checkpoint, out, loaded, dtype=dtype and float_dtype(dtype))
+    folder = export_checkpoint(checkpoint, out, loaded, dtype=torch_dtype(dtype))
     print(f"exported to {folder}")
     url = None
     if push is not None:

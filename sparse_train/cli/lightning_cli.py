@@ -27,8 +27,9 @@ from sparse_train.export.hf_folder import renamed, size_of
 from sparse_train.files import check_free, check_space, replacing
 from sparse_train.models.causal_lm import CausalLM
 from sparse_train.models.checkpoints import check_engine, check_plain, newest_checkpoint
-from sparse_train.models.sources import Dtype, float_dtype
+from sparse_train.models.sources import Dtype, torch_dtype
 from sparse_train.report import collect, headline, write_run_report
+from sparse_train.report.runs import without_homes
 
 _log = logging.getLogger(__name__)
 _SPLITS = {"fit": ("train",), "validate": ("validation",), "test": ("test",)}
@@ -108,7 +109,7 @@ class SparseTrainCLI(LightningCLI):
         if (out := self.config.fit.export) and self.trainer.is_global_zero:
             check_free(Path(out))
         if out:  # in all processes, when there is a model: one that ended alone would leave the others waiting
-            dtype = self.config.fit.dtype and float_dtype(self.config.fit.dtype)
+            dtype = torch_dtype(self.config.fit.dtype)
             in_time = LambdaCallback(on_fit_start=lambda *_: check_space(Path(out), size_of(self.model.model, dtype)))
             self.trainer.callbacks.append(in_time)  # type: ignore[attr-defined]
 
@@ -119,9 +120,8 @@ class SparseTrainCLI(LightningCLI):
                 self.result = self._report(out)
         finally:  # neither is lost if the other fails
             if out:
-                source, dtype = self.model.source, self.config.fit.dtype
-                dtype = dtype and float_dtype(dtype)
-                export_model(self.model.model, source.tokenizer(), out, self._card(), dtype=dtype)
+                tokenizer, dtype = self.model.source.tokenizer(), torch_dtype(self.config.fit.dtype)
+                export_model(self.model.model, tokenizer, out, self._card(), dtype=dtype)
 
     def _report(self, out: str | None) -> dict[str, Any]:
         """Write the report of the run. Returns the results, for JSON."""
@@ -156,7 +156,7 @@ class SparseTrainCLI(LightningCLI):
             text = f"{self.datamodule.text.name}, blocks of {self.datamodule.block_size}"
             perplexity = f"{found:.2f} at the last validation of the run: {text}"
         # named skip_unset from jsonargparse 4.49 on; like Lightning, use the name that all versions know
-        recipe = self._parser(self.subcommand).dump(self.config.fit, skip_none=False)
+        recipe = without_homes(self._parser(self.subcommand).dump(self.config.fit, skip_none=False))
         return ModelCard(source.name, source.hub_id, source.license, made, perplexity, recipe, pruning)
 
     def after_validate(self) -> None:

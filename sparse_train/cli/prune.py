@@ -17,15 +17,17 @@ from sparse_train.data.blocks import calibration_batches
 from sparse_train.data.texts import PackagedWikipedia, TextSource
 from sparse_train.distributed.collectives import joined, rank, world_size
 from sparse_train.distributions import SparsityDistribution
-from sparse_train.evaluation.perplexity import check_autocast, check_window
+from sparse_train.evaluation.perplexity import check_window
 from sparse_train.export import export_model
 from sparse_train.export.card import ModelCard, oneshot_rows, write_card
 from sparse_train.files import check_free, check_space, replacing
 from sparse_train.inspection import LayerSparsity, layer_sparsities
-from sparse_train.models.sources import Dtype, ModelSource, Pretrained, as_model_source, float_dtype
-from sparse_train.oneshot import Batch, OneshotReport, Plan, prune_checkpoint
-from sparse_train.oneshot import prune as prune_model
+from sparse_train.models.sources import Autocast, Dtype, ModelSource, Pretrained, as_model_source, torch_dtype
 from sparse_train.oneshot.disk import Checkpoint, copy_others, model_without_weights
+from sparse_train.oneshot.forwards import Batch
+from sparse_train.oneshot.prune import prune as prune_model
+from sparse_train.oneshot.prune import prune_checkpoint
+from sparse_train.oneshot.walk import OneshotReport, Plan
 from sparse_train.patterns import Pattern, group_label
 from sparse_train.solvers import Solver
 
@@ -53,7 +55,7 @@ def prune(
     window: int = 2048,
     max_tokens: int | None = None,
     bos: bool = False,
-    autocast: str | None = None,
+    autocast: Autocast | None = None,
     device: str | None = None,
     streaming: bool = False,
 ) -> Details | None:
@@ -96,9 +98,8 @@ def prune(
         "distribution": distribution,
         "targets": targets,
         "ignore": ignore,
-        "autocast": None if autocast is None else float_dtype(autocast),
+        "autocast": torch_dtype(autocast),
     }
-    check_autocast(method["autocast"])
     calibration: dict[str, Any] = {
         "num_calibration_samples": num_calibration_samples,
         "max_seq_length": max_seq_length,
@@ -119,8 +120,8 @@ def prune(
             measure = perplexity_on(source, source, perplexity, **options)
         job = _Job(source, plan, method, text or PackagedWikipedia(), calibration, own_device, measure)
         details, layers = _run(job, Path(out), streaming, dtype)
-    if rank() != 0:  # all ranks have the same model
-        return None
+        if rank() != 0:  # asked in here, where there is a group
+            return None
     show_pruning(details, layers, Path(out))
     return {"out": out, **details}
 
@@ -140,13 +141,9 @@ class _Job:
     measure: functools.partial[Any] | None
     """``evaluate_perplexity`` on a text."""
 
-    @property
-    def needs_data(self) -> bool:
-        return self.plan.distribution.needs_outliers or self.plan.statistics is not None
-
     def check(self, model: Any, out: Path) -> None:
         """Raise ValueError for what would fail after the pruning or in it; weights of the model are not looked at."""
-        if self.needs_data:
+        if self.plan.needs_data:
             check_window(model, self.calibration["max_seq_length"], name="max_seq_length")
         if self.measure is not None:
             check_window(model, self.measure.keywords["window"], len(self.measure.keywords["prefix"]))
@@ -154,7 +151,7 @@ class _Job:
 
     def batches(self) -> list[Batch] | None:
         """Calibration data, of this process; None for a method without."""
-        if not self.needs_data:
+        if not self.plan.needs_data:
             return None
         tokenizer = self.source.tokenizer()
         found: list[Batch] = list(calibration_batches(self.text, tokenizer, **self.calibration))
@@ -194,7 +191,7 @@ class _Job:
             "model": self.source.name,
             "stages": [stage],
             "sparsity": report.sparsity,
-            "calibration": calibration if self.needs_data else None,
+            "calibration": calibration if self.plan.needs_data else None,
             "device": self.device,
             "seconds": {"forwards": report.forward_seconds, "pruning": report.pruning_seconds},
             "layers": {name: update.zeros / update.size for name, update in report.layers.items()},
@@ -219,7 +216,7 @@ def _run(job: _Job, out: Path, streaming: bool, dtype: Dtype | None) -> tuple[De
         write_card(out, card, layers)
     else:
         layers = layer_sparsities(model)
-        export_model(model, source.tokenizer(), out, card, dtype=dtype and float_dtype(dtype))
+        export_model(model, source.tokenizer(), out, card, dtype=torch_dtype(dtype))
         if isinstance(source, Pretrained):
             copy_others(Path(source.path), out)
     details["seconds"]["all"] = time.perf_counter() - began

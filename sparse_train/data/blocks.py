@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from sparse_train.arguments import check_positive
-from sparse_train.data.texts import Conversation, TextSource
+from sparse_train.data.texts import Conversation, TextSource, only_texts
 from sparse_train.models.losses import IGNORED
 
 _log = logging.getLogger(__name__)
@@ -139,7 +139,9 @@ def calibration_batches(
     check_positive("batch_size", batch_size)
     documents, generator = text.documents("train"), torch.Generator().manual_seed(seed)
     if sampling == "documents":
-        samples = list(islice(_parts(documents, tokenizer, max_seq_length, generator), num_calibration_samples))
+        samples = list(
+            islice(_parts(only_texts(documents), tokenizer, max_seq_length, generator), num_calibration_samples)
+        )
     else:
         blocks = blocks_of(documents, tokenizer, max_seq_length)
         order = torch.randperm(len(blocks), generator=generator)[:num_calibration_samples]

@@ -6,6 +6,7 @@ Recipes name these classes; a new source is a subclass.
 import hashlib
 import json
 import platform
+import re
 import sys
 import sysconfig
 import tokenize
@@ -142,7 +143,12 @@ class HubText(TextSource):
             return []
         streaming = self.max_documents is not None
         where = {"split": self.splits[split], "revision": self.revision}
-        rows = load_dataset(self.path, self.subset, streaming=streaming, **where)
+        try:
+            rows = load_dataset(self.path, self.subset, streaming=streaming, **where)
+        except ValueError as error:
+            if self.splits[split] == split and re.match("(Unknown|Bad) split", str(error)):
+                return []  # by the default of ``splits``, which names all three
+            raise
         return _column(rows if self.max_documents is None else rows.take(self.max_documents), self.column, self.name)
 
 
@@ -202,6 +208,13 @@ def _column(rows: Iterable[Any], column: str, name: str) -> list[Any]:
             )
         found.append(value)
     return found
+
+
+def only_texts(documents: list[Any]) -> list[str]:
+    """The documents; ValueError if they are conversations."""
+    if documents and not isinstance(documents[0], str):
+        raise ValueError("This measures or samples plain texts, and the documents are conversations. Give other text.")
+    return documents
 
 
 def split_of(name: str) -> Split:

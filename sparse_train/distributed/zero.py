@@ -38,7 +38,7 @@ class Masters(Whole):
 class Flat(Layout):
     """ZeRO-3: each process holds a flat piece of the parameter, and of its float32 master."""
 
-    is_sharded = True
+    is_sharded = has_masters = True
 
     @staticmethod
     def holds(parameter: Any) -> bool:

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from sparse_train.arguments import check_positive
-from sparse_train.blocks import vocabulary_of
+from sparse_train.blocks import check_ids
 from sparse_train.data.blocks import beginning
+from sparse_train.data.texts import only_texts
 from sparse_train.environment import isolated_rng
 from sparse_train.models.losses import IGNORED, mean_over_tokens, next_token_loss
 from sparse_train.oneshot.forwards import inference
@@ -80,7 +81,7 @@ def token_ids(documents: list[str], tokenizer: Any, separator: str = "\n\n") -> 
     As in the scripts of Wanda and SparseGPT, a token that the tokenizer puts in front of a text is there once.
     ``evaluate_perplexity(prefix=...)`` puts it in front of all windows.
     """
-    ids = tokenizer(separator.join(documents), add_special_tokens=False, return_tensors="pt", verbose=False)
+    ids = tokenizer(separator.join(only_texts(documents)), add_special_tokens=False, return_tensors="pt", verbose=False)
     return torch.cat([torch.tensor(beginning(tokenizer), dtype=torch.int64), ids["input_ids"][0]])
 
 
@@ -155,15 +156,9 @@ def evaluate_perplexity(
     if not 1 <= stride <= window:
         raise ValueError(f"stride must be from 1 to window, which is {window}, got {stride}.")
     check_positive("batch_size", batch_size)
-    check_autocast(autocast)
     check_window(model, window, len(prefix))
     ids = check_length(ids, window, max_tokens)
-    known, largest = vocabulary_of(model), int(ids.max())
-    if known is not None and largest >= known:
-        raise ValueError(
-            f"The text has token ids up to {largest}, and {type(model).__name__} has embeddings for 0 to {known - 1}. "
-            "Is the tokenizer that of another model?"
-        )
+    check_ids(model, ids)
     windows_WL = ids.unfold(0, window, stride)
     scored_WL = torch.ones_like(windows_WL, dtype=torch.bool)
     scored_WL[1:, : window - stride] = False
@@ -197,15 +192,6 @@ def evaluate_perplexity(
 
 
 # --- what zero-shot tasks need, too -----------------------------------------------------------------------------------
-
-
-def check_autocast(dtype: torch.dtype | None) -> None:
-    """Raise ValueError for a dtype in which autocast would not compute, but in that of the weights."""
-    if dtype not in (None, torch.bfloat16, torch.float16):
-        raise ValueError(
-            f"autocast computes in bfloat16 or float16, got {str(dtype).removeprefix('torch.')}: the weights decide "
-            "about others. Load them in it: --model Pretrained --model.path FOLDER --model.dtype float32."
-        )
 
 
 def computed_in(model: nn.Module, autocast: torch.dtype | None) -> str:

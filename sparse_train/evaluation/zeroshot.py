@@ -25,7 +25,7 @@ from torch import nn
 
 from sparse_train.arguments import check_positive, did_you_mean
 from sparse_train.environment import isolated_rng
-from sparse_train.evaluation.perplexity import check_autocast, computed_in, undisturbed
+from sparse_train.evaluation.perplexity import computed_in, undisturbed
 from sparse_train.evaluation.task_data import TASKS_FOLDER, WANDA7, task_file
 
 _METRICS = ("acc", "acc_norm", "exact_match")
@@ -137,7 +137,6 @@ def evaluate_zero_shot(
     if limit is not None:
         check_positive("limit", limit)
     check_positive("batch_size", batch_size)
-    check_autocast(autocast)
     names = task_names(tasks)
     with undisturbed(model), _quiet(progress):
         # The same as lm-eval's simple_evaluate, in the same order: some tasks shuffle their choices when they are

@@ -37,7 +37,7 @@ from sparse_train.layers.masked_layer import MaskedLayer, sparse_layers
 from sparse_train.layers.masks import MASK_NAME
 from sparse_train.layers.sparsify import unmask
 from sparse_train.models import lora
-from sparse_train.oneshot.first_mask import begin_run, training_batches
+from sparse_train.oneshot.first_mask import set_first_mask, training_batches
 from sparse_train.oneshot.forwards import under_autocast
 from sparse_train.patterns import Pattern
 from sparse_train.policies import MaskPolicy
@@ -142,17 +142,18 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
         if state.global_step > 0:
             assert self._resumed is not None, "a run that does not begin at step 0 has been resumed"
             restored = restore_state(self._resumed, layers, state.global_step)
-        dtype = torch.float16 if args.fp16 else torch.bfloat16
-        self.updater = begin_run(
-            model,
-            layers,
-            self.config,
-            lambda count: training_batches(train_dataloader, count, args.per_device_train_batch_size),
-            under_autocast(dtype if args.fp16 or args.bf16 else None, args.device),
-            total_steps=state.max_steps,
-            state=restored,
-            progress=not args.disable_tqdm and rank() == 0,
-        )
+        dtype, outliers = torch.float16 if args.fp16 else torch.bfloat16, None
+        if restored is None:
+            outliers = set_first_mask(
+                model,
+                layers,
+                self.config,
+                lambda count: training_batches(train_dataloader, count, args.per_device_train_batch_size),
+                under_autocast(dtype if args.fp16 or args.bf16 else None, args.device),
+                progress=not args.disable_tqdm and rank() == 0,
+            )
+        run: dict[str, Any] = {"config": self.config, "layers": layers, "total_steps": state.max_steps}
+        self.updater = MaskUpdater(model, **run, outliers=outliers, state=restored)
         self.updater.watch([optimizer])
         if rank() == 0:
             print(f"SparseTrainerCallback: {self.updater.plan()}.", file=sys.stderr)  # as the Trainer prints its logs
@@ -285,7 +286,7 @@ def _fingerprint(weight_OI: Tensor) -> Tensor:
     return masks.fingerprint(weight_OI.view(torch.uint8))
 
 
-def check_whole(folder: Path) -> None:
+def check_complete(folder: Path) -> None:
     """Raise ValueError for a checkpoint folder that was not written to its end, or has lost files since.
 
     Without the files of optimizer, schedule or random numbers, the Trainer would go on to another result.
@@ -371,7 +372,7 @@ def _train(found: Any, train: Any, self: Any, resume_from_checkpoint: Any = None
         )
     folder = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
     if found and folder:
-        check_whole(Path(folder))
+        check_complete(Path(folder))
     for callback in found:
         callback._resumed = Path(folder) if folder else None
     return train(self, resume_from_checkpoint, *args, **kwargs)

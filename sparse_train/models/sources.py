@@ -72,7 +72,7 @@ class Pretrained(ModelSource):
 
         model, found = self._read(
             AutoModelForCausalLM,
-            dtype=self.dtype if self.dtype == "auto" else float_dtype(self.dtype),
+            dtype=self.dtype,
             attn_implementation=self.attn_implementation,
             output_loading_info=True,
         )
@@ -216,15 +216,12 @@ def as_model_source(model: ModelSource | str | os.PathLike[str], dtype: str = "f
 
 
 Dtype = Literal["bfloat16", "float16", "float32"]
-"""Of weights that are written."""
+"""Of weights that are written, by torch's name."""
+Autocast = Literal["bfloat16", "float16"]
 
 
-def float_dtype(name: str) -> torch.dtype:
-    """The floating point dtype of a name such as "bfloat16"."""
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"dtype must name a floating point dtype of torch, such as bfloat16, got {name!r}.")
-    return dtype
+def torch_dtype(name: Dtype | None) -> torch.dtype | None:
+    return name and getattr(torch, name)
 
 
 def packaged_file(package: str, pattern: str) -> Path:

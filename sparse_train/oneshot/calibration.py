@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from sparse_train.blocks import ONE_OF_TWO_TEXTS, reads_two_texts, vocabulary_of
+from sparse_train.blocks import ONE_OF_TWO_TEXTS, check_ids, reads_two_texts
 from sparse_train.layers import masks
 from sparse_train.layers.masked_layer import MaskedLayer, MaskedMatrix, Recorder
 from sparse_train.oneshot.experts import ExpertMatrix, ExpertRecorder
@@ -28,8 +28,8 @@ from sparse_train.statistics import LastSums, Statistics
 _log = logging.getLogger(__name__)
 
 WAY_OUT = (
-    'Use Unstructured(group="model"), which calibrates the whole model in one pass; in training, '
-    "first_mask=FirstWindow() makes the first mask from the first steps."
+    "In training, first_mask=FirstWindow() makes the first mask from the first steps. In one shot, only "
+    'Unstructured(group="model") is calibrated in one pass of the whole model.'
 )
 _MISSING = (LookupError, AttributeError, TypeError)  # raised by code that finds nothing left by an earlier block
 
@@ -239,12 +239,6 @@ def _checked(batch: Batch, model: nn.Module, device: torch.device) -> Batch:
             f"{what} ids of shape ({len(ids)},): one sample. Put a batch dimension in front "
             "(ids[None]), or use a DataLoader."
         )
-    known = vocabulary_of(model)
-    if known is None or not isinstance(ids, Tensor) or ids.is_floating_point() or not ids.numel():
-        return batch
-    if not 0 <= int(ids.min()) <= int(ids.max()) < known:
-        raise ValueError(
-            f"Calibration ids go from {int(ids.min())} to {int(ids.max())}, and {type(model).__name__} has embeddings "
-            f"for 0 to {known - 1}. Are they from the tokenizer of another model?"
-        )
+    if isinstance(ids, Tensor) and not ids.is_floating_point():
+        check_ids(model, ids)
     return batch

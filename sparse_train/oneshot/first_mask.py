@@ -17,32 +17,12 @@ from sparse_train.layers.masked_layer import MaskedLayer
 from sparse_train.oneshot.forwards import Batch, Context
 from sparse_train.oneshot.walk import MemoryShelf, Plan, walk
 from sparse_train.pruning.config import OneShot, PruningConfig
-from sparse_train.pruning.updater import MaskUpdater
 
 _log = logging.getLogger(__name__)
 _NEEDED = (
     "a transformers model that is not sharded, and training data that is not a stream, has no sampler of its own, "
     "and has batches of token ids or dicts with input_ids"
 )
-
-
-def begin_run(
-    root: nn.Module,
-    layers: Mapping[str, MaskedLayer],
-    config: PruningConfig,
-    batches: Callable[[int], Sequence[Batch] | None],
-    context: Context,
-    *,
-    total_steps: int | float | None,
-    state: Mapping[str, Any] | None,
-    progress: bool,
-) -> MaskUpdater:
-    """The updater of a trainer's run, which is resumed, or has its first masks if one-shot pruning makes them.
-
-    Arguments are those of ``set_first_mask`` and of ``MaskUpdater``.
-    """
-    outliers = set_first_mask(root, layers, config, batches, context, progress) if state is None else None
-    return MaskUpdater(root, config=config, layers=layers, total_steps=total_steps, outliers=outliers, state=state)
 
 
 def set_first_mask(

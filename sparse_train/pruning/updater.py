@@ -1,4 +1,4 @@
-"""``MaskUpdater``: re-pruning over a training run, schedule -> scores -> masks -> policy; needs only torch."""
+"""``MaskUpdater``: re-pruning over a training run, schedule -> scores -> masks -> policy."""
 
 import copy
 import logging
@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -95,7 +96,7 @@ def as_record(settings: Mapping[str, Any], sparsity: float | None, layers: Mappi
 
 
 class MaskUpdater:
-    """Keeps a model at its target sparsity over a training run; needs only torch.
+    """Keeps a model at its target sparsity over a training run; needs only torch and numpy.
 
     ::
 
@@ -144,7 +145,8 @@ class MaskUpdater:
             self._begin(total_steps, outliers, state)
         except BaseException as error:
             unmask(model, [layer for layer in self.layers.values() if id(layer) not in before])  # to plain layers
-            if state is not None and isinstance(error, (LookupError, TypeError, AttributeError, RuntimeError)):
+            damaged = isinstance(error, (LookupError, TypeError, AttributeError, RuntimeError))
+            if state is not None and damaged and not isinstance(error, torch.OutOfMemoryError):
                 raise ValueError(f"The state of the run is no updater's, or damaged: {error!r}.") from error
             raise
 

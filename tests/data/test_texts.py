@@ -63,6 +63,10 @@ def test_a_data_set_of_datasets(tmp_path):
     splits = {"train": "train", "test": "test"}
     assert HubText(str(tmp_path), splits=splits).documents("train") == ["a", "b", "c"]
     assert HubText(str(tmp_path), splits=splits).documents("validation") == []
+    assert HubText(str(tmp_path)).documents("validation") == []
+    assert HubText(str(tmp_path), max_documents=2).documents("validation") == []
+    with pytest.raises(ValueError, match="validations"):
+        HubText(str(tmp_path), splits={"validation": "validations"}).documents("validation")
     assert HubText(str(tmp_path), splits=splits, max_documents=2).documents("train") == ["a", "b"]
     assert HubText(str(tmp_path), column="messages", splits=splits).documents("train") == [TALK] * 3
     assert HubText("org/name", "part").name == "org/name/part"

@@ -115,7 +115,6 @@ def test_the_loss_is_float32_whatever_the_logits():
         ({"window": 8, "stride": 9}, "stride must be from 1 to window, which is 8, got 9"),
         ({"window": 8, "stride": 0}, "stride must be from 1 to window, which is 8, got 0"),
         ({"window": 100}, "text has 70 tokens, fewer than one window of 100"),
-        ({"autocast": torch.float32}, "autocast computes in bfloat16 or float16, got float32"),
     ],
 )
 def test_mistakes(arguments, message):
@@ -124,8 +123,13 @@ def test_mistakes(arguments, message):
 
 
 def test_ids_of_another_tokenizer_are_refused():
-    with pytest.raises(ValueError, match=r"ids up to 200, and LlamaForCausalLM has embeddings for 0 to 127"):
+    with pytest.raises(ValueError, match=r"ids go from 3 to 200, and LlamaForCausalLM has embeddings for 0 to 127"):
         evaluate_perplexity(tiny_llama(), torch.tensor([3, 200] * 20), window=8)
+
+
+def test_conversations_have_no_perplexity():
+    with pytest.raises(ValueError, match="plain texts, and the documents are conversations"):
+        token_ids([[{"role": "user", "content": "Hi"}]], None)
 
 
 def test_windows_longer_than_the_model_was_made_for(caplog):

@@ -10,8 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTJConfig, GPTJForCausalLM
 
 from sparse_train import OWL, Criterion, Magnitude, SparseGPT, Unstructured, Wanda, prune
-from sparse_train.oneshot import prune_checkpoint, walk
+from sparse_train.oneshot import walk
 from sparse_train.oneshot.disk import Checkpoint, copy_companions, copy_others, model_without_weights, unfinished
+from sparse_train.oneshot.prune import prune_checkpoint
 from tests.conftest import tiny_llama, tiny_tokenizer
 from tests.oneshot.test_experts import tiny_moe
 from tests.oneshot.test_prune import tiny

@@ -90,7 +90,7 @@ def _collect(processes: list[Any], results: Any, survivors: bool, deadline: floa
 
 def _work(work: Any, rank: int, ranks: int, store: str, results: Any, wait: bool) -> None:
     os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "RANK": str(rank), "WORLD_SIZE": str(ranks)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "GLOO_SOCKET_IFNAME": "lo"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo"}
     torch.set_num_threads(1)
     torch.manual_seed(0)
     try:
@@ -115,7 +115,7 @@ def _packed(value: Any) -> bytes:
     return buffer.getvalue()
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])

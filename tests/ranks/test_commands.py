@@ -1,5 +1,7 @@
 """From a recipe to an exported model, and one-shot pruning, in two processes each."""
 
+import contextlib
+import io
 import json
 import os
 from pathlib import Path
@@ -7,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 from sparse_train.cli import lightning_cli
@@ -116,6 +119,22 @@ def test_prune_over_two_processes_is_pruning_in_one(tmp_path, model_folder, text
         details = json.loads((tmp_path / f"{criterion}2" / "pruned" / "pruning.json").read_text())
         assert details["calibration"]["processes"] == 2
         assert details["sparsity"] == 0.5
+
+
+def joins_by_itself(folder: Path, model: Path, text: Path, port: int) -> str:
+    """As under torchrun, where the command makes the process group and ends it."""
+    dist.destroy_process_group()
+    os.environ["MASTER_PORT"] = str(port)
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        prune(folder, model, text, "--criterion=Magnitude", "--json")
+    return out.getvalue()
+
+
+def test_only_the_first_process_prints(tmp_path, model_folder, text_file):
+    args = tmp_path, model_folder, text_file, launch.free_port()
+    first, second = launch.run(joins_by_itself, *args, survivors=True)
+    assert json.loads(first)["sparsity"] == 0.5
+    assert not second
 
 
 def mistaken(folder: Path, model: Path, text: Path, *options: str) -> Any:

@@ -1,16 +1,20 @@
 """Small real models, text and tokenizers that tests share; nothing is downloaded."""
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import settings
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+gc.set_threshold(20_000, 10, 10)  # libraries have a million objects, and each look at them takes a quarter of a second
 
 settings.register_profile("untimed", deadline=None)  # machines are noisy: no test is timed
 settings.register_profile("thorough", deadline=None, max_examples=2000)
@@ -19,12 +23,14 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "untimed"))
 VOCABULARY = 128
 
 
-LONG = ("faults", "golden", "ranks")
+LONG = ("faults", "golden", "ranks", "test_readme")
 
 
 def pytest_collection_modifyitems(items):
-    """Folders of long files first: at the end of a run no worker waits for one that has just begun such a file."""
-    items.sort(key=lambda item: item.path.parent.name not in LONG)
+    """Long files first: at the end of a run no worker waits for one that has just begun such a file."""
+    items.sort(key=lambda item: item.path.parent.name not in LONG and item.path.stem not in LONG)
+    gc.collect()
+    gc.freeze()  # what there is now stays: the collector need not look at it again
 
 
 @pytest.fixture(autouse=True)
@@ -87,6 +93,12 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def without_pictures():
+    """A context in which reports are words alone: to draw takes longer than a short run. cli/test_json.py draws."""
+    drawn = dict.fromkeys(("curves", "heat_maps"), lambda *_, **__: "")
+    return mock.patch.multiple("sparse_train.report.page", **drawn)
+
+
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory) -> Path:
     """A Hugging Face folder with the shallow Llama and its tokenizer."""
@@ -102,5 +114,5 @@ def text_file(tmp_path_factory) -> Path:
     from pydoc_data.topics import topics
 
     path = tmp_path_factory.mktemp("text") / "topics.txt"
-    path.write_text("\n\n".join(topics[key] for key in sorted(topics)[:12]).encode("ascii", "ignore").decode())
+    path.write_text("\n\n".join(topics[key] for key in sorted(topics)[:3]).encode("ascii", "ignore").decode())
     return path

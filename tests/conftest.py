@@ -14,8 +14,6 @@ import torch
 from hypothesis import settings
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-gc.set_threshold(20_000, 10, 10)  # libraries have a million objects, and each look at them takes a quarter of a second
-
 settings.register_profile("untimed", deadline=None)  # machines are noisy: no test is timed
 settings.register_profile("thorough", deadline=None, max_examples=2000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "untimed"))

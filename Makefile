@@ -42,8 +42,10 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint  # two workers of one thread each: on two cores, threads of both would wait for each other
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# two workers of one thread each: on two cores, threads of both would wait for each other. Bytecode is written: tests
+# start many processes.
+test: lint
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # without extras, so only tests that need none
 test-oldest:

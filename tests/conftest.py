@@ -1,11 +1,13 @@
 """Small real models, text and tokenizers that tests share; nothing is downloaded."""
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -19,12 +21,14 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "untimed"))
 VOCABULARY = 128
 
 
-LONG = ("faults", "golden", "ranks")
+LONG = ("faults", "golden", "ranks", "test_readme")
 
 
 def pytest_collection_modifyitems(items):
-    """Folders of long files first: at the end of a run no worker waits for one that has just begun such a file."""
-    items.sort(key=lambda item: item.path.parent.name not in LONG)
+    """Long files first: at the end of a run no worker waits for one that has just begun such a file."""
+    items.sort(key=lambda item: item.path.parent.name not in LONG and item.path.stem not in LONG)
+    gc.collect()
+    gc.freeze()  # what there is now stays: the collector need not look at it again
 
 
 @pytest.fixture(autouse=True)
@@ -87,6 +91,12 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def without_pictures():
+    """A context in which reports are words alone: to draw takes longer than a short run. cli/test_json.py draws."""
+    drawn = dict.fromkeys(("curves", "heat_maps"), lambda *_, **__: "")
+    return mock.patch.multiple("sparse_train.report.page", **drawn)
+
+
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory) -> Path:
     """A Hugging Face folder with the shallow Llama and its tokenizer."""
@@ -102,5 +112,5 @@ def text_file(tmp_path_factory) -> Path:
     from pydoc_data.topics import topics
 
     path = tmp_path_factory.mktemp("text") / "topics.txt"
-    path.write_text("\n\n".join(topics[key] for key in sorted(topics)[:12]).encode("ascii", "ignore").decode())
+    path.write_text("\n\n".join(topics[key] for key in sorted(topics)[:3]).encode("ascii", "ignore").decode())
     return path

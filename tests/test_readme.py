@@ -12,6 +12,7 @@ import runpy
 import shlex
 import shutil
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from itertools import pairwise, takewhile
@@ -28,7 +29,7 @@ from sparse_train import Criterion, Magnitude, MaskUpdater, prune
 from sparse_train.cli.commands import COMMANDS
 from sparse_train.cli.main import main, run
 from sparse_train.evaluation import WANDA7
-from tests.conftest import VOCABULARY, shallow_llama, tiny_llama
+from tests.conftest import VOCABULARY, shallow_llama, tiny_llama, without_pictures
 from tests.test_recipes import BASE, WithoutObjects, lightning_cli
 
 ROOT = Path(__file__).parent.parent
@@ -231,19 +232,14 @@ def _recording(function, called):
 def left_behind(tmp_path_factory, model_folder, text_file) -> Path:
     """What commands before the one on a page would have left: a pruned model, and a run with a checkpoint."""
     folder = tmp_path_factory.mktemp("left_behind")
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, without_pictures():
         patch.chdir(folder)
         patch.setattr("sys.argv", ["sparse-train"])
-        _without_pictures(patch)
         small = _small("fit", [], model_folder, text_file)
         main(["fit", "--config=recipes/smollm2_2of4.yaml", *small, "--export=model"])
     (folder / "runs" / "smollm2_2of4" / "version_0").rename(folder / "run")
+    (folder / "run" / "report.html").unlink()  # for lines with "report" to write
     return folder
-
-
-def _without_pictures(patch):
-    """Of the report that fit leaves: they take longer than the run, and lines with "report" draw them."""
-    patch.setattr("sparse_train.cli.lightning_cli.write_run_report", lambda runs: "not drawn")
 
 
 def _prepare(command, options, left_behind, text_file):
@@ -294,13 +290,12 @@ def _small(command, options, model_folder, text_file) -> list[str]:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("line", [line for line, mark in COMMAND_LINES.items() if not mark])
-def test_command_lines_run(line, elsewhere, left_behind, model_folder, text_file, monkeypatch):
+def test_command_lines_run(line, elsewhere, left_behind, model_folder, text_file):
     _, command, *options = shlex.split(line)
     _prepare(command, options, left_behind, text_file)
-    if command == "fit" and not FULL:
-        _without_pictures(monkeypatch)
     before = _files()
-    main([command, *options, *(() if FULL else _small(command, options, model_folder, text_file))])
+    with without_pictures() if command == "fit" and not FULL else nullcontext():
+        main([command, *options, *(() if FULL else _small(command, options, model_folder, text_file))])
     places = COMMANDS[command].positional if options[0][0] != "-" else ()
     out = [folder for name, folder in pairwise(options) if name in ("--out", "--export")]
     out += [folder for name, folder in zip(places, options, strict=False) if name == "out"]

@@ -196,7 +196,7 @@ def test_arms_of_the_benchmark_are_runs_of_their_own(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     arms = runpy.run_path(str(ROOT / "benchmarks" / "arms.py"))["ARMS"]
     settings, parsed = {}, set()
-    for name, arm in arms.items():
+    for name, arm in sorted(arms.items(), key=lambda item: -len(item[1].changes)):
         found = str([arm.recipe, sorted(arm.changes), arm.start, arm.teacher])
         assert found not in settings.values(), name
         settings[name] = found

@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from tests.conftest import without_pictures
+
 
 @pytest.fixture
 def elsewhere(monkeypatch, tmp_path):
@@ -12,10 +14,10 @@ def elsewhere(monkeypatch, tmp_path):
     monkeypatch.setattr("sys.argv", ["sparse-train"])
 
 
-@pytest.fixture
-def without_pictures(monkeypatch):
-    """In the report that fit leaves: they take longer than a short run. test_json.py has them."""
-    monkeypatch.setattr("sparse_train.cli.lightning_cli.write_run_report", lambda runs: "not drawn")
+@pytest.fixture(name="without_pictures")
+def _without_pictures():
+    with without_pictures():
+        yield
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ def main(trials: int = 100, seed: int = 0) -> int:
         shared = Path(folder) / "shared"
         shared.mkdir()
         for job in jobs(shared).values():
-            reference = harness.whole(job, Path(folder) / "whole" / job.name)
+            reference = harness.whole(job, shared / job.name)
             counts = {sent: Counter[str]() for sent in harness.SIGNALS}
             chance = random.Random(f"{seed} {job.name}")
             for number in range(trials):

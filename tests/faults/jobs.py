@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,20 @@ from transformers import TrainerCallback
 
 from sparse_train.cli.main import main
 from sparse_train.integrations.transformers import STATE_FILE
-from tests.conftest import tiny_llama, tiny_tokenizer
-from tests.faults.harness import Job, Start, run
+from tests.conftest import tiny_llama, tiny_tokenizer, without_pictures
+from tests.faults.harness import Job, Start
 from tests.integrations.runs import pruning, trainer
 
 STEPS = 24
 
 
-def jobs(shared: Path) -> dict[str, Job]:
-    """All jobs by name; a model, a text and a checkpoint for them are written to ``shared``."""
-    model, text, fitted = shared / "model", shared / "text.txt", shared / "fitted"
+def jobs(shared: Path, pictures: bool = True) -> dict[str, Job]:
+    """All jobs by name; a model and a text for them are written to ``shared``.
+
+    What "export" exports is the end of "fit" in the folder ``shared / "fit"``, where that has to run first. Without
+    ``pictures``, the report of "fit" has none: they take longer than the rest of it.
+    """
+    model, text = shared / "model", shared / "text.txt"
     tiny_llama(num_hidden_layers=6).save_pretrained(model)
     tiny_tokenizer().save_pretrained(model)
     text.write_text(_prose())
@@ -39,14 +44,11 @@ def jobs(shared: Path) -> dict[str, Job]:
         *("prune", str(model), "out", f"--text={files}", "--streaming=true", "--num_calibration_samples=8"),
         *("--max_seq_length=32", "--mask_structure=2:4"),
     ]
-    fitted.mkdir()
-    ended = run(partial(main, fit), fitted)
-    assert ended.status == 0, ended.said
-    export = ["export", str(checkpoints(fitted)[0]), "out"]
+    fit_starts = partial(_fit_starts, main if pictures else _without_pictures, fit)
     found = [
-        Job("fit", partial(_fit_starts, fit), _fit_result, "Restored all states from the checkpoint"),
+        Job("fit", fit_starts, _fit_result, "Restored all states from the checkpoint"),
         Job("prune --streaming", partial(_same_starts, prune), _model_result, "Continuing after"),
-        Job("export", partial(_same_starts, export), _model_result),
+        Job("export", partial(_export_starts, shared / "fit"), _model_result),
         Job("transformers.Trainer", _trainer_starts, _trainer_result, _Says.continues, is_command=False),
     ]
     return {job.name: job for job in found}
@@ -66,6 +68,10 @@ def _same_starts(command: list[str], folder: Path) -> list[Start]:
     return [] if _ended(folder) else [Start(partial(main, command))]
 
 
+def _export_starts(fitted: Path, folder: Path) -> list[Start]:
+    return _same_starts(["export", str(checkpoints(fitted)[0]), "out"], folder)
+
+
 def _model_result(folder: Path) -> dict[str, str]:
     """Of every file of the model; the card and the record of a pruning name times and places."""
     return {
@@ -82,13 +88,18 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.rglob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
 
 
-def _fit_starts(command: list[str], folder: Path) -> list[Start]:
+def _without_pictures(command: list[str]) -> None:
+    with without_pictures():
+        main(command)
+
+
+def _fit_starts(call: Callable[[list[str]], None], command: list[str], folder: Path) -> list[Start]:
     if _ended(folder):
         return []
     found = checkpoints(folder)
     names = ["last", *map(str, found[1:])]
-    going_on = [Start(partial(main, [*command, f"--ckpt_path={n}"]), p) for n, p in zip(names, found, strict=False)]
-    return [*going_on, Start(partial(main, command))]
+    going_on = [Start(partial(call, [*command, f"--ckpt_path={n}"]), p) for n, p in zip(names, found, strict=False)]
+    return [*going_on, Start(partial(call, command))]
 
 
 def _fit_result(folder: Path) -> dict[str, str]:

@@ -66,9 +66,6 @@ class Watch(L.Callback):
     def _add(self, name: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self.sums[name] += inputs[0].detach().double().square().sum(0)
 
-    def on_train_end(self, *args: Any) -> None:
-        gc.unfreeze()
-
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
         if trainer.global_step % self.every == 0:
             gc.collect()

@@ -20,18 +20,24 @@ NAMES = {  # each signal once, as far as there are jobs
 
 
 @pytest.fixture(scope="module")
-def all_jobs(tmp_path_factory):
-    return jobs(tmp_path_factory.mktemp("shared"))
+def shared(tmp_path_factory):
+    return tmp_path_factory.mktemp("shared")
 
 
 @pytest.fixture(scope="module")
-def whole(all_jobs, tmp_path_factory):
+def all_jobs(shared):
+    return jobs(shared, pictures=False)
+
+
+@pytest.fixture(scope="module")
+def whole(all_jobs, shared):
     """The folder in which a job ran without interruption, and what it left; each runs once."""
 
     @functools.cache
     def of(name):
-        folder = tmp_path_factory.mktemp("whole") / "run"
-        return folder, harness.whole(all_jobs[name], folder)
+        if name == "export":
+            of("fit")  # leaves what is exported
+        return shared / name, harness.whole(all_jobs[name], shared / name)
 
     return of
 

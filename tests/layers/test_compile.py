@@ -73,7 +73,7 @@ def test_no_graph_break_in_a_masked_layer():
 def test_blocks_that_are_compiled_one_by_one_compile_whole(checkpointing):
     model, updater = model_and_updater(1, checkpointing)
     for block in model.model.layers:
-        block.compile(backend="aot_eager")
+        block.compile(backend="eager")
     for _ in range(4):
         ids = torch.randint(3, VOCABULARY, (2, 16))
         model(input_ids=ids, labels=ids).loss.backward()

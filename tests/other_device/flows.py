@@ -26,13 +26,22 @@ from tests.conftest import VOCABULARY, shallow_llama
 from tests.oneshot.test_prune import tiny
 from tests.other_device import device as other
 
-KINDS = {"llama": shallow_llama, "gpt2": lambda: tiny("gpt2")}
+KINDS = {
+    "block": lambda: shallow_llama(num_hidden_layers=1),
+    "llama": shallow_llama,
+    "gpt2": lambda: tiny("gpt2"),
+}
+
+
+def begin(device: str) -> None:
+    """To be called once in a process of the device's own, before its flows."""
+    torch.set_num_threads(1)
+    if device == other.NAME:
+        other.install()
 
 
 def on(device: str, flow: str, **arguments: Any) -> dict[str, Any]:
-    """A flow of this module; to be called in a process of its own."""
-    if device == other.NAME:
-        other.install()
+    """A flow of this module."""
     torch.manual_seed(0)
     found: dict[str, Any] = globals()[flow](device, **arguments)
     return found
@@ -49,7 +58,7 @@ def masks_of(model: Any) -> dict[str, torch.Tensor]:
 
 def train(
     device: str,
-    kind: str = "llama",
+    kind: str = "block",
     dtype: torch.dtype = torch.float32,
     checkpointing: bool = False,
     lora: bool = False,

@@ -3,6 +3,9 @@
 No GPU is needed, see ``device.py``. Where there is one, ``pytest -m gpu`` runs the same on it.
 """
 
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+
 import pytest
 import torch
 
@@ -19,7 +22,7 @@ from sparse_train import (
     WandaCumulative,
 )
 from tests.other_device import device, flows
-from tests.ranks.launch import run
+from tests.ranks.launch import TIMEOUT, run
 
 NO_BACKENDS = pytest.mark.skipif(not device.SUPPORTED, reason="this torch has no backends in Python")
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -38,14 +41,17 @@ TRAINING = {
 }
 
 
-@pytest.fixture(params=[pytest.param(device.NAME, marks=NO_BACKENDS), pytest.param("cuda", marks=GPU)])
+@pytest.fixture(scope="module", params=[pytest.param(device.NAME, marks=NO_BACKENDS), pytest.param("cuda", marks=GPU)])
 def both(request):
-    """What a flow returns on the CPU, and on another device."""
+    """What a flow returns on the CPU, and on another device, in whose process all flows run."""
+    context = multiprocessing.get_context("forkserver")
+    with ProcessPoolExecutor(1, context, flows.begin, (request.param,)) as process:
 
-    def run_both(flow, **arguments):
-        return [run(flows.on, name, flow, ranks=1, **arguments)[0] for name in ("cpu", request.param)]
+        def run_both(flow, **arguments):
+            other = process.submit(flows.on, request.param, flow, **arguments)
+            return flows.on("cpu", flow, **arguments), other.result(TIMEOUT)
 
-    return run_both
+        yield run_both
 
 
 def differing(ours, theirs):

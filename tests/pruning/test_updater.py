@@ -23,7 +23,7 @@ from sparse_train import (
 )
 from sparse_train.layers.masked_layer import Recorder, SparseLinear
 from sparse_train.schedules import Cubic, Linear
-from tests.conftest import VOCABULARY, tiny_llama
+from tests.conftest import VOCABULARY, shallow_llama
 from tests.pruning.loops import equal, snapshot, train
 from tests.reference import row_mask
 
@@ -32,7 +32,7 @@ from tests.reference import row_mask
     ("structure", "sparsity"), [("2:4", None), ("1:4", None), ("4:8", None), ("unstructured", 0.6)]
 )
 def test_dynamic_masks_change_and_stay_exact(structure, sparsity):
-    model = tiny_llama()
+    model = shallow_llama()
     updater = MaskUpdater(model, structure, sparsity=sparsity, update_freq=4, total_steps=20)
     reports = train(model, updater, 20)
     assert [report.step for report in reports] == [2, 6, 10, 14, 15]
@@ -74,7 +74,7 @@ def test_masks_are_the_same_row_by_row(structure, sparsity, options, monkeypatch
     """Where rows need nothing from each other, a layer is chosen in blocks of rows; small ones are one block."""
 
     def run():
-        model = tiny_llama()
+        model = shallow_llama()
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
         updater = MaskUpdater(model, structure, sparsity=sparsity, update_freq=4, total_steps=8, **options)
         return model, [report.layers for report in train(model, updater, 8, optimizer)]
@@ -87,14 +87,14 @@ def test_masks_are_the_same_row_by_row(structure, sparsity, options, monkeypatch
 
 
 def test_a_report_before_the_first_mask_is_not_taken_for_it():
-    model = tiny_llama()
+    model = shallow_llama()
     updater = MaskUpdater(model, "2:4", update_freq=4, total_steps=20)
     assert updater.report().initial_flip_rate == 0
     assert train(model, updater, 4)[0].initial_flip_rate == 0
 
 
 def test_masks_are_the_papers_on_the_recorded_activations():
-    model = tiny_llama(num_hidden_layers=1)
+    model = shallow_llama(num_hidden_layers=1)
     seen: dict[str, list] = {}
     for name, module in model.named_modules():
         if name.endswith("proj"):
@@ -115,7 +115,7 @@ def test_masks_are_the_papers_on_the_recorded_activations():
 
 
 def test_fixed_with_a_constant_schedule_never_changes():
-    model = tiny_llama()
+    model = shallow_llama()
     updater = MaskUpdater(model, "2:4", policy=Fixed(), criterion=Magnitude(), update_freq=2, total_steps=20)
     before = {n: m.weight_mask.clone() for n, m in sparse_layers(model).items()}
     shadow = {n: m.weight.detach()[~m.unpacked_mask()].clone() for n, m in sparse_layers(model).items()}
@@ -130,7 +130,7 @@ def test_fixed_with_a_constant_schedule_never_changes():
 
 @pytest.mark.parametrize("criterion", [Wanda(), Magnitude()])
 def test_fixed_with_a_rising_schedule_only_loses_weights(criterion):
-    model = tiny_llama()
+    model = shallow_llama()
     updater = MaskUpdater(
         model, "unstructured", policy=Fixed(), schedule=Cubic(0.7), criterion=criterion, update_freq=3, total_steps=20
     )
@@ -148,17 +148,17 @@ def test_fixed_with_a_rising_schedule_only_loses_weights(criterion):
 
 
 def test_a_rising_n_of_m_schedule_steps_through_kept_counts():
-    model = tiny_llama()
+    model = shallow_llama()
     updater = MaskUpdater(model, "2:4", schedule=Linear(0.5), update_freq=2, total_steps=20, end_step=1.0)
     sparsities = [report.sparsity for report in train(model, updater, 20)]
     assert sorted(set(sparsities)) == [0.0, 0.25, 0.5]
     assert sparsities == sorted(sparsities)
     with pytest.raises(ValueError, match="2:4 is a sparsity of 0.5, in conflict with 0.6"):
-        MaskUpdater(tiny_llama(), "2:4", schedule=Linear(0.6), total_steps=20)
+        MaskUpdater(shallow_llama(), "2:4", schedule=Linear(0.6), total_steps=20)
 
 
 def test_scores_come_from_shadow_values():
-    model = tiny_llama()
+    model = shallow_llama()
     updater = MaskUpdater(model, "2:4", criterion=Magnitude(), update_freq=1, total_steps=10)
     layer = sparse_layers(model)["model.layers.0.mlp.up_proj"]
     row, column = (~layer.unpacked_mask()).nonzero()[0].tolist()
@@ -170,7 +170,7 @@ def test_scores_come_from_shadow_values():
 
 
 def test_what_runs_while_paused_does_not_count(ids):
-    model = tiny_llama()
+    model = shallow_llama()
     updater = MaskUpdater(model, "2:4", update_freq=4, window=4, total_steps=20)
     model(input_ids=ids[0])
     tokens = [int(layer.statistics.tokens) for layer in updater.layers.values()]
@@ -256,20 +256,20 @@ def test_a_non_finite_weight_is_named():
 
 
 def test_layers_that_read_the_same_input_have_equal_norms_of_their_own():
-    model = tiny_llama()
+    model = shallow_llama()
     updater = MaskUpdater(model, "2:4", update_freq=2, window=1.0, total_steps=20)
     train(model, updater, 1)
-    assert len({id(layer.statistics) for layer in updater.layers.values()}) == 21
+    assert len({id(layer.statistics) for layer in updater.layers.values()}) == 14
     norms = [tuple(layer.statistics.norm_I.tolist()) for layer in updater.layers.values()]
-    assert len(set(norms)) == 3 * 4  # q/k/v, o, gate/up, down
+    assert len(set(norms)) == 2 * 4  # q/k/v, o, gate/up, down
 
 
 def test_squash_after_a_loop_too_short_for_a_mask_says_that_the_model_is_dense(caplog):
-    model = tiny_llama()
+    model = shallow_llama()
     updater = MaskUpdater(model, "2:4", update_freq=10, total_steps=20)
     train(model, updater, 3)
     squash(model)
-    assert "None of the 21 masked layers has a pruned weight, so squash leaves a dense model" in caplog.text
+    assert "None of the 14 masked layers has a pruned weight, so squash leaves a dense model" in caplog.text
     caplog.clear()
     prune(model, [torch.randint(3, VOCABULARY, (2, 8))], "2:4", squash=False)
     squash(model)
@@ -277,7 +277,7 @@ def test_squash_after_a_loop_too_short_for_a_mask_says_that_the_model_is_dense(c
 
 
 def test_squash_after_a_run():
-    model = tiny_llama()
+    model = shallow_llama()
     updater = MaskUpdater(model, "2:4", update_freq=4, total_steps=8)
     train(model, updater, 8)
     squash(model)
@@ -287,7 +287,7 @@ def test_squash_after_a_run():
 
 
 def test_decay_counts_the_steps_since_the_last_update():
-    model = tiny_llama()
+    model = shallow_llama()
     updater = MaskUpdater(
         model,
         "2:4",
@@ -305,7 +305,7 @@ def test_decay_counts_the_steps_since_the_last_update():
 
 
 def test_an_error_in_the_middle_changes_no_mask_and_no_kept_weight():
-    model = tiny_llama()
+    model = shallow_llama()
     policy = StraightThrough(srste_decay=0.1)
     updater = MaskUpdater(model, "2:4", criterion=Magnitude(), policy=policy, update_freq=2, total_steps=20)
     updater.step()
@@ -323,7 +323,7 @@ def test_an_error_in_the_middle_changes_no_mask_and_no_kept_weight():
     for (mask, weight), (new_mask, new_weight) in zip(before, kept(), strict=True):
         assert torch.equal(mask, new_mask) and torch.equal(weight, new_weight)
 
-    dense = tiny_llama()
+    dense = shallow_llama()
     dense.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
     with pytest.raises(ValueError, match="scores are not finite"):
         MaskUpdater(dense, "2:4", criterion=Magnitude(), total_steps=20)
@@ -331,7 +331,7 @@ def test_an_error_in_the_middle_changes_no_mask_and_no_kept_weight():
 
 
 def test_padding_that_cannot_be_told_apart_is_said_once(caplog):
-    model = tiny_llama()
+    model = shallow_llama()
     updater = MaskUpdater(model, "2:4", update_freq=2, window=1.0, total_steps=20)
     for _ in range(3):
         updater.token_mask = torch.ones(5)
@@ -342,7 +342,7 @@ def test_padding_that_cannot_be_told_apart_is_said_once(caplog):
 
 
 def test_a_run_may_end_at_a_sparsity_of_less_than_a_weight_per_group():
-    model = tiny_llama()
+    model = shallow_llama()
     updater = MaskUpdater(model, "2:4", schedule=Cubic(0.5), update_freq=2, total_steps=40)
     train(model, updater, 3)
     assert 0 < updater.sparsity < 0.25 and all(layer.keeps_all() for layer in updater.layers.values())

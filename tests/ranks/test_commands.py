@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from sparse_train.cli import lightning_cli
 from sparse_train.cli.main import main
+from tests.conftest import without_pictures
 from tests.ranks import launch
 
 STRATEGIES = {
@@ -58,7 +59,8 @@ def fit(engine: str, folder: Path, model: Path, text: Path) -> Any:
         "--trainer.callbacks.update_freq=2",
         "--export=exported",
     ]
-    strategy = lightning_cli.run(options).trainer.strategy
+    with without_pictures():
+        strategy = lightning_cli.run(options).trainer.strategy
     return getattr(strategy, "config", {}).get("zero_optimization", {}).get("stage", type(strategy).__name__)
 
 
@@ -75,7 +77,7 @@ def test_from_a_recipe_to_an_exported_model(tmp_path, model_folder, text_file, e
     metrics = next(tmp_path.rglob("metrics.csv")).read_text()
     for name in ("train/loss", "val/perplexity", "sparsity/flip_rate"):
         assert name in metrics
-    assert (next(tmp_path.rglob("report.html"))).stat().st_size > 10_000
+    assert "at the end" in next(tmp_path.rglob("report.html")).read_text()
 
     checkpoint = next((tmp_path / "run").rglob("*.ckpt"))
     main(["export", str(checkpoint), str(tmp_path / "from_checkpoint")])

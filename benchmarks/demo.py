@@ -124,7 +124,7 @@ def main(
             max_steps=steps,
             precision="bf16-mixed",
             gradient_clip_val=1.0,
-            val_check_interval=max(1, steps // 4),
+            val_check_interval=max(1, steps // 2),
             check_val_every_n_epoch=None,
             num_sanity_val_steps=-1,
             log_every_n_steps=1,

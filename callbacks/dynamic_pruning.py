@@ -67,7 +67,9 @@ class DynamicPruning(L.Callback):
     dropout. To resume in the middle of an epoch, the data loader must be stateful, as that of ``TextBlocks`` is.
 
     Args:
-        mask_structure, sparsity, settings: of a ``PruningConfig``, where they are explained.
+        mask_structure: "unstructured", "N:M" with N kept of every M consecutive inputs, or a ``Pattern``.
+        sparsity: share of targeted weights that are zero; implied by N:M and by ``schedule``.
+        settings: those of a ``PruningConfig``, where they are explained.
         config: the settings as one object, instead.
         mask_lora: train only low-rank adapters inside the masks, and nothing else in the module; see
             ``sparse_train.MaskLoRA``. Default: train the weights themselves. In one process or with DDP.

@@ -85,7 +85,7 @@ class RunRecord(L.Callback):
         masked = updater is not None and bool(updater.sparsity)
         self._add_state(trainer, "after the first mask" if masked else "dense")
         if updater and masked:
-            rank_zero_info("RunRecord: validating once more with all weights kept, for the report.")
+            rank_zero_info("RunRecord: validating the model without masks, too, for the report.")
             masks = {layer: layer.weight_mask.clone() for layer in updater.layers.values()}
             try:
                 for layer in masks:

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 import lightning as L
 import torch
+import yaml  # type: ignore[import-untyped,unused-ignore]
 from lightning.pytorch.callbacks import LambdaCallback, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import TorchCheckpointIO
@@ -37,6 +38,8 @@ _SPLITS = {"fit": ("train",), "validate": ("validation",), "test": ("test",)}
 
 
 class _Parser(Parser, LightningArgumentParser):
+    help_option = "--help all"
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         super().error(message.replace('"data.tokenizer"', '"model.model"'), ex)  # the two are linked
 
@@ -70,6 +73,14 @@ class SparseTrainCLI(LightningCLI):
         """Finds the "last" checkpoint, and refuses one that would run code, before Lightning or an engine reads it."""
         super().parse_arguments(parser, args)
         options = self.config[self.config.subcommand]
+        chosen = getattr(options.model.model, "class_path", "")
+        for path in options.get("config") or []:
+            source = (yaml.safe_load(Path(str(path)).read_text()).get("model") or {}).get("model")
+            if isinstance(source, dict) and source.get("class_path") == "LoRA" and not chosen.endswith(".LoRA"):
+                raise ValueError(
+                    "The recipe trains adapters, and --model.model replaces them and their base by a model that is "
+                    "trained whole. Name another base: --model.model.base."
+                )
         if options.ckpt_path == "last":  # Lightning looks in the folder of this run, which is new, and trains anew
             options.ckpt_path = str(newest_checkpoint(options.trainer.default_root_dir or "."))
         if options.ckpt_path:
@@ -104,6 +115,7 @@ class SparseTrainCLI(LightningCLI):
         return trainer
 
     def before_fit(self) -> None:
+        self.trainer.callbacks.append(LambdaCallback(on_exception=_say_how_to_go_on))  # type: ignore[attr-defined]
         if self.config.fit.ckpt_path:
             check_engine(self.config.fit.ckpt_path, self.trainer.strategy)
         if (out := self.config.fit.export) and self.trainer.is_global_zero:
@@ -199,6 +211,14 @@ def _show(command: str, result: dict[str, Any]) -> None:
     else:
         lines = [f"{name}  {value:.4f}" for name, value in result.items()]
     print("\n".join(lines))
+
+
+def _say_how_to_go_on(trainer: L.Trainer, pl_module: L.LightningModule, error: BaseException) -> None:
+    """After Ctrl-C, which Lightning ends with an exit status and no word on what is left."""
+    if isinstance(error, KeyboardInterrupt) and trainer.is_global_zero:
+        last = getattr(trainer.checkpoint_callback, "last_model_path", "")
+        left = f"To go on: --ckpt_path {last}" if last else "There is no checkpoint yet: they come with validations"
+        print(f"sparse-train fit: interrupted at step {trainer.global_step}. {left}.", file=sys.stderr)
 
 
 class WholeCheckpoints(TorchCheckpointIO):

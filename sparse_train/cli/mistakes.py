@@ -104,5 +104,7 @@ def _wrong_value(types: str, value: str) -> str:
     choices = [choice for literal in literals for choice in re.findall(r"'([^']*)'", literal)]
     plain = re.sub(r"<class '([^']+)'>", r"\1", types).replace(", NoneType", "")
     takes = f"one of {', '.join(choices)}" if choices else plain.replace(", ", " or ")
+    if "Sequence[" in types and not value.startswith("["):
+        return f"takes a list, such as [{value}], got {value!r}."
     way_out = " A class is given by its name, or by a mapping with class_path and init_args." if "{" in value else ""
     return f"takes {takes}, got {value!r}.{did_you_mean(value, choices) or way_out}"

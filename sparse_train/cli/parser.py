@@ -39,13 +39,15 @@ class _Formatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
 class Parser(ArgumentParser):
     """A parser with short errors; with ``exit_on_error=False``, it raises jsonargparse's own."""
 
+    help_option = "--help"
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:
             super().error(message, ex)
-        parser = getattr(ex, "subcommand_parser", None) or self
+        parser: Parser = getattr(ex, "subcommand_parser", None) or self
         command = parser.prog.replace(" [options]", "")
         said = explain(message, parser._option_string_actions)
-        sys.stderr.write(f"{command}: {said}\n{command} --help lists all options.\n")
+        sys.stderr.write(f"{command}: {said}\n{command} {parser.help_option} lists all options.\n")
         sys.exit(2)
 
 

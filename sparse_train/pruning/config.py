@@ -70,8 +70,9 @@ class PruningConfig:
         distribution: how the final sparsity is divided among layers, such as ``OWL()``. Each layer then keeps its own.
             Before, layers have theirs in proportion. If the model has masks or zeros already, ``OWL`` keeps the
             division that they have. "unstructured" only.
-        targets, ignore: layers by name, class name, or "re:" regular expression. Default: the linear layers of the
+        targets: list of layers by name, class name, or "re:" regular expression. Default: the linear layers of the
             decoder blocks; in a model without such blocks, all but the last. See ``layers.targets.select``.
+        ignore: list of layers to leave dense, in the same forms.
         start_step: first update; int = steps, float = share of the run. If the first mask needs activations and there
             is none yet, it comes at the earliest ``window`` steps into the run; until then the model is dense.
         end_step: the step after which masks are frozen; int = steps, float = share of the run. With manual

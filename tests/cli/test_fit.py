@@ -122,6 +122,22 @@ def test_short_fits(fit, recipe, monkeypatch, capsys):
     assert ("train/loss_kldiv" in metrics) == ("distill" in recipe)
 
 
+def test_another_model_does_not_drop_the_adapters_of_a_recipe(fit):
+    with pytest.raises(SystemExit, match=r"Name another base: --model.model.base"):
+        fit(recipe="smollm2_2of4_lora")
+
+
+def test_an_interrupted_run_says_how_to_go_on(fit, monkeypatch, capsys):
+    def interrupt(self, batch, batch_idx):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(CausalLM, "training_step", interrupt)
+    with pytest.raises(SystemExit):
+        fit()
+    said = capsys.readouterr().err
+    assert "sparse-train fit: interrupted at step 0. There is no checkpoint yet: they come with validations." in said
+
+
 @pytest.mark.usefixtures("without_pictures")
 @pytest.mark.parametrize(("recipe", "base"), [("lora", "--model.model.base"), ("mask_lora", "--model.model")])
 def test_low_rank_fits_export_zeros(fit, recipe, base):

@@ -26,7 +26,8 @@ def answer(arguments, capsys) -> str:
         cli.main(list(map(str, arguments)))
     assert error.value.code == 2
     said, way_out = capsys.readouterr().err.splitlines()  # two lines, whatever was wrong
-    assert way_out == f"sparse-train {arguments[0]} --help lists all options."
+    command = f"sparse-train {arguments[0]} --help"
+    assert way_out == f"{command}{' all' if arguments[0] in ('fit', 'validate') else ''} lists all options."
     return said.removeprefix(f"sparse-train {arguments[0]}: ")
 
 
@@ -34,6 +35,7 @@ def answer(arguments, capsys) -> str:
     ("arguments", "said"),
     [
         # options; an abbreviation is none, or a typo would run
+        ([*FIT, f"{PRUNING}.targets", "mlp"], "targets: takes a list, such as [mlp], got 'mlp'."),
         (
             [*FIT, "--trainer.max_step", "5"],
             "there is no option --trainer.max_step. Did you mean '--trainer.max_steps'",

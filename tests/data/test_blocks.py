@@ -158,7 +158,7 @@ def quiet_trainer(**arguments):
 
 def test_a_resumed_run_gets_the_next_batch_and_the_same_next_epochs(model_folder, text_file, tmp_path):
     def run(module, **arguments):
-        data = TextBlocks(str(model_folder), TextFiles(train=[str(text_file)]), block_size=512, batch_size=8)
+        data = TextBlocks(str(model_folder), TextFiles(train=[str(text_file)]), block_size=512, batch_size=4)
         quiet_trainer(max_epochs=3).fit(module, data, **arguments)
         return module.sums
 

@@ -347,7 +347,7 @@ def unfinished(out: Path, settings: Sequence[str]) -> Iterator[Path]:
             _write_json(work / _PROGRESS, {"settings": list(settings), "outliers": {}, "updates": {}})
         try:
             yield work
-        except Exception:
+        except BaseException:  # Ctrl-C too
             if not _has_begun(work):
                 shutil.rmtree(work)
             raise

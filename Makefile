@@ -89,11 +89,14 @@ $(DOCS)/.ready: pyproject.toml
 		| $(DOCS)/bin/python -m pip install --quiet --requirement /dev/stdin
 	touch $@
 
-package:  # build makes the wheel from the sdist; its parts are run from another folder than the sources
+package: export SOURCE_DATE_EPOCH = $(shell git log -1 --format=%ct || echo 0)
+package:  # build makes the wheel from the sdist, the same again; its parts are run from another folder than the sources
 	rm -rf build dist
 	$(PYTHON) -m venv build/empty
 	build/empty/bin/python -m pip install --quiet build
 	build/empty/bin/python -m build --outdir dist .
+	build/empty/bin/python -m build --wheel --outdir build/again .
+	cmp dist/*.whl build/again/*.whl
 	build/empty/bin/python -m pip install --quiet dist/*.whl
 	cd build && empty/bin/sparse-train fit --config recipes/smollm2_2of4.yaml --print_config > /dev/null
 

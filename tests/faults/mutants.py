@@ -8,7 +8,6 @@ of errors and assertions get none.
 
 import ast
 import importlib.util
-import multiprocessing
 import os
 import random
 import resource
@@ -33,13 +32,10 @@ TESTS = {
     "distributions": "distributions pruning/test_layer_sparsities.py",
     "policies": "pruning/test_regrow.py pruning/test_policies.py",
     "pruning.update": "distributions/test_owl.py pruning/test_updater.py pruning/test_layer_sparsities.py",
-    "pruning.updater": "pruning/test_updater.py pruning/test_resuming.py pruning/test_running_norms.py",
-    "distributed.collectives": "ranks/test_norms.py ranks/test_equality.py",
-    "distributed.fsdp2": "ranks/test_norms.py ranks/test_equality.py",
 }
-"""Modules of the package, and the tests that belong to them; only the last start processes."""
+"""Modules of the package, and the tests that belong to them."""
 _ROOT = Path(__file__).parents[2]
-_FAST = "not and_ranks and not sharded_engines and not compiled and not zero1 and not zero2 and not zero3"  # minutes
+_FAST = "not and_ranks and not sharded_engines and not compiled"  # a minute each
 _CPU_SECONDS = 60  # for a bug that never ends
 _PAIRS: list[tuple[type, type]] = [
     *((ast.Lt, ast.LtE), (ast.Gt, ast.GtE), (ast.Eq, ast.NotEq), (ast.Is, ast.IsNot), (ast.In, ast.NotIn)),
@@ -114,10 +110,6 @@ def survives(module: str, source: str) -> bool:
         loader.source = source
         sys.meta_path.insert(0, loader)  # type: ignore[arg-type]
         tests = [str(_ROOT / "tests" / name) for name in TESTS[module].split()]
-        if module.startswith("distributed"):
-            from tests.ranks import launch, preload  # noqa: F401
-
-            launch._context = multiprocessing.get_context("fork")  # other processes would import the sources
         os._exit(pytest.main(["-x", "-p", "no:cacheprovider", "-k", _FAST, *tests]))
     return os.waitpid(child, 0)[1] == 0
 

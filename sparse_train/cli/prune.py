@@ -194,7 +194,7 @@ class _Job:
             "calibration": calibration if self.plan.needs_data else None,
             "device": self.device,
             "seconds": {"forwards": report.forward_seconds, "pruning": report.pruning_seconds},
-            "layers": {name: update.zeros / update.size for name, update in report.layers.items()},
+            "layers": {name: update.flips / update.size for name, update in report.layers.items()},
             "versions": {name: version(name) for name in ("torch", "transformers", "sparse-train")},
         }
 

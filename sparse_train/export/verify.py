@@ -6,6 +6,7 @@ Shape suffixes: O out_features, I in_features.
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from sparse_train.patterns import Pattern, Unstructured, group_label, parse_word
 
 RECORD = "pruning.json"
 """How a model was pruned. Of the last of its ``stages``, ``mask_structure`` as ``group_label`` writes it,
-``wanted_sparsity`` and ``distribution`` are compared with the zeros; and ``layers``, the sparsity of each by name."""
+``wanted_sparsity`` and ``distribution`` are compared; and ``layers``, by name the share that a
+mask prunes, by rows in every row."""
 
 
 def verify(folder: str | Path) -> dict[str, Any]:
@@ -36,20 +38,42 @@ def verify(folder: str | Path) -> dict[str, Any]:
     return compare(record, checkpoint, model_without_weights(folder, checkpoint))
 
 
-def _recipe(record: Mapping[str, Any]) -> tuple[Pattern | None, float | None, dict[str, float]]:
-    """The pattern if it and the sparsity are the same in every layer, the sparsity, and that of each layer."""
-    stage, layers = record["stages"][-1], {name: float(share) for name, share in record["layers"].items()}
+def _recipe(record: Mapping[str, Any]) -> tuple[Pattern, float | None, dict[str, float]]:
+    """The pattern within each layer, the sparsity of the model, and what the pattern has in each layer."""
+    # a little more, so that rounding loses no weight
+    stage, layers = record["stages"][-1], {name: float(share) + 1e-10 for name, share in record["layers"].items()}
     label, wanted = stage["mask_structure"], stage["wanted_sparsity"]
     known = re.fullmatch(r"\d+:\d+|unstructured|unstructured \(layer\)", label)  # not over the model, or a user's own
-    alike = known and stage["distribution"] == "Uniform()"
-    return parse_word(label.split()[0], "layer" if "(" in label else "row") if alike else None, wanted, layers
+    pattern = parse_word(label.split()[0], "layer" if "(" in label else "row") if known else Unstructured("layer")
+    if known and stage["distribution"] == "Uniform()":
+        layers = dict.fromkeys(layers, wanted)
+    return pattern, wanted, layers
+
+
+@dataclass(frozen=True)
+class _Zeros:
+    """Of a layer: weights, inputs, zeros of its pattern, zeros found, and zeros of its pattern that were not."""
+
+    size: int
+    inputs: int
+    expected: int
+    found: int
+    missing: int
+
+
+def _count(weight_OI: Tensor, pattern: Pattern, sparsity: float) -> _Zeros:
+    nonzero_OI = weight_OI != 0
+    # with itself as the scores, as in check_masks: a pattern drops a weight only if a group has too few zeros
+    keep_OI = pattern.mask(nonzero_OI.float(), sparsity)
+    expected, found, missing = (int(each.sum()) for each in (~keep_OI, ~nonzero_OI, nonzero_OI & ~keep_OI))
+    return _Zeros(weight_OI.numel(), weight_OI.shape[1], expected, found, missing)
 
 
 def compare(record: Mapping[str, Any], checkpoint: Checkpoint, model: nn.Module) -> dict[str, Any]:
     """Compare the zeros of files with how they were made. A group may be sparser than that, and never denser.
 
-    If all layers have one pattern and sparsity, every group is compared; otherwise each layer with its own sparsity,
-    and all of them with that of the model. Of ``model``, only the modules are looked at, not their weights.
+    Every row, group of M or layer is compared with the sparsity of its layer, and all layers with that of the model.
+    Of ``model``, only the modules are looked at, not their weights.
 
     Returns:
         How many ``layers``, their ``sparsity``, and ``zeros_kept``: zeros that no pattern asks for.
@@ -57,27 +81,23 @@ def compare(record: Mapping[str, Any], checkpoint: Checkpoint, model: nn.Module)
     Raises:
         ValueError: names each layer that is denser, what was expected and what was found.
     """
-    shared, wanted, layers = _recipe(record)
-    pattern = shared or Unstructured("layer")
-    wrong, size, zeros, pruned, columns = [], 0, 0, 0, 1 << 62
-    for name, weight_OI in _weights(checkpoint, model, layers):
-        nonzero_OI = weight_OI != 0
-        # half a weight more, so that rounding loses none
-        sparsity = wanted if shared and wanted is not None else layers[name] + 0.5 / nonzero_OI.numel()
-        # with itself as the scores, as in check_masks: a pattern drops a weight only if a group has too few zeros
-        keep_OI = pattern.mask(nonzero_OI.float(), sparsity)
-        expected, found = (int((~each).sum()) for each in (keep_OI, nonzero_OI))
-        if dense := int((nonzero_OI & ~keep_OI).sum()):
-            where = f"{name}: {group_label(pattern)} at a sparsity of {sparsity:.6g}"
-            wrong.append(f"{where} has {expected} zeros; found {found}, and {dense} of the expected are missing")
-        size, zeros, pruned = size + nonzero_OI.numel(), zeros + found, pruned + expected
-        columns = min(columns, nonzero_OI.shape[1])
-    if wanted is not None and zeros < (wanted - 1 / columns) * size:  # rows prune whole counts
-        wrong.append(f"all {len(layers)} layers: expected a sparsity of {wanted:g}, found {zeros / size:.6g}")
+    pattern, wanted, shares = _recipe(record)
+    layers = {name: _count(weight, pattern, shares[name]) for name, weight in _weights(checkpoint, model, shares)}
+    wrong = [
+        f"{name}: {group_label(pattern)} at a sparsity of {shares[name]:.6g} has {each.expected} zeros; found "
+        f"{each.found}, and {each.missing} of the expected are missing"
+        for name, each in layers.items()
+        if each.missing
+    ]
+    size, found = sum(each.size for each in layers.values()), sum(each.found for each in layers.values())
+    rounding = max((1 / each.inputs for each in layers.values()), default=0)  # rows prune whole counts
+    if wanted is not None and found < (wanted - rounding) * size:
+        wrong.append(f"all {len(layers)} layers: expected a sparsity of {wanted:g}, found {found / size:.6g}")
     if wrong or not layers:
         some = "\n".join(wrong[:10]) + (f"\nand {len(wrong) - 10} more" if len(wrong) > 10 else "")
         raise ValueError(f"{checkpoint.folder} has not the zeros that {RECORD} says:\n{some or 'no layer is named'}")
-    return {"layers": len(layers), "sparsity": zeros / size, "zeros_kept": zeros - pruned}
+    zeros_kept = found - sum(each.expected for each in layers.values())
+    return {"layers": len(layers), "sparsity": found / size, "zeros_kept": zeros_kept}
 
 
 def _weights(checkpoint: Checkpoint, model: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from inspect import signature
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -263,7 +264,7 @@ class DiskShelf(Shelf):
     def _put(self, tensors: dict[str, Tensor]) -> None:
         """Put tensors of the checkpoint into the model, through transformers' own renaming and fusing."""
         from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model as load
         from transformers.modeling_utils import LoadStateDictConfig
         from transformers.utils import logging as transformers_logging
 
@@ -274,7 +275,8 @@ class DiskShelf(Shelf):
         try:
             mapping = get_model_conversion_mapping(self.model)
             settings = LoadStateDictConfig(weight_mapping=mapping, dtype=self.model.dtype)
-            convert_and_load_state_dict_in_model(self.model, tensors, settings)
+            plan = {"tp_plan": None} if "tp_plan" in signature(load).parameters else {}  # in 5.15, not in 5.18
+            load(self.model, tensors, settings, **plan)
         finally:
             if shown:
                 transformers_logging.enable_progress_bar()
@@ -347,7 +349,7 @@ def unfinished(out: Path, settings: Sequence[str]) -> Iterator[Path]:
             _write_json(work / _PROGRESS, {"settings": list(settings), "outliers": {}, "updates": {}})
         try:
             yield work
-        except Exception:
+        except BaseException:  # Ctrl-C too
             if not _has_begun(work):
                 shutil.rmtree(work)
             raise

@@ -152,8 +152,7 @@ class RunningNorms:
             return
         self._watching = False
         unreached = [name for name, norm in norms_of(self._layers).items() if not int(norm.tokens)]
-        if not self._wanted:
-            attach(self._layers.values(), self.recorder, None)
+        attach(self._layers.values(), self.recorder, ActivationNorm if self._wanted else None)
         if unreached and rank() == 0:
             _log.warning(
                 "The first step reached no forward of %d targets, such as %s. If the model reads their weight in "

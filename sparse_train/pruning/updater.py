@@ -23,7 +23,7 @@ from sparse_train.layers.mask_lora import check_whole, describe_adapters
 from sparse_train.layers.masked_layer import MaskedLayer, sparse_layers
 from sparse_train.layers.sparsify import sparsify, unmask
 from sparse_train.layers.targets import named, select
-from sparse_train.patterns import Pattern, group_label
+from sparse_train.patterns import Pattern, Unstructured, group_label
 from sparse_train.policies import Optimizers
 from sparse_train.pruning.config import FromZeros, PruningConfig, as_data, check_same
 from sparse_train.pruning.recording import (
@@ -84,15 +84,15 @@ def check_restored_masks(saved: Mapping[str, int], layers: Mapping[str, MaskedLa
 
 
 def as_record(settings: Mapping[str, Any], sparsity: float | None, layers: Mapping[str, MaskedLayer]) -> dict[str, Any]:
-    """Where a run with these settings (``as_data``) has its zeros now, as ``pruning.json`` says it."""
+    """What a run with these settings (``as_data``) prunes now, as ``pruning.json`` says it."""
     uniform = settings["distribution"] == as_data(Uniform())
     stage = {
         "mask_structure": settings["mask_structure"],
         "wanted_sparsity": sparsity or 0.0,
         "distribution": "Uniform()" if uniform else str(settings["distribution"]),
     }
-    shares = {name: 1 - masks.count(layer.weight_mask) / layer.size for name, layer in layers.items()}
-    return {"stages": [stage], "layers": shares}
+    by_row = stage["mask_structure"] == "unstructured"
+    return {"stages": [stage], "layers": mask_shares(layers, Unstructured("row" if by_row else "layer"))}
 
 
 class MaskUpdater:

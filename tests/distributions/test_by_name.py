@@ -111,6 +111,7 @@ def test_layers_outside_the_blocks_share_what_is_left():
     [
         ([0.5], decoder(), None, "PerBlock has 1 sparsities, but the targeted layers are in 2 decoder blocks"),
         ([0.5] * 3, decoder(), None, "has 3 sparsities, but .* in 2 decoder"),
+        ([0.5] * 2, HEAD, 0.5, "has 2 sparsities, but .* in 0 decoder"),
         ([0.5] * 2, decoder() | HEAD, None, "1 of 7 layers are not given a sparsity .lm_head is the first"),
         (
             [0.4, 0.6],

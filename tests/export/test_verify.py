@@ -10,9 +10,11 @@ from sparse_train import FirstWindow, PerBlock
 from sparse_train.callbacks import DynamicPruning
 from sparse_train.cli.main import main
 from sparse_train.export import ModelCard, export_checkpoint, export_model
+from sparse_train.export.hf_folder import renamed
 from sparse_train.export.verify import RECORD, verify
 from sparse_train.models.causal_lm import CausalLM
 from sparse_train.oneshot.disk import Checkpoint
+from sparse_train.pruning.updater import as_record
 from tests.callbacks.runs import loader, trainer
 from tests.conftest import tiny_llama, tiny_tokenizer
 from tests.integrations import runs
@@ -37,6 +39,12 @@ def fill(row, weights):
         weight_OI[row, (weight_OI[row] == 0).nonzero()[:weights, 0]] = 1.0
 
     return filled
+
+
+def move(weight_OI):
+    """A zero from a row to the next."""
+    fill(0, 1)(weight_OI)
+    weight_OI[1, weight_OI[1].nonzero()[0]] = 0
 
 
 def set_zero(weight_OI):
@@ -66,7 +74,7 @@ BLOCKS = "--distribution=PerBlock --distribution.blocks=[0.4,0.5,0.6]"
         ("--mask_structure=unstructured --sparsity=0.6 --streaming", "unstructured at a sparsity of 0.6"),
         (f"{GROUP}layer --sparsity=0.55", "unstructured (layer) at a sparsity of 0.55 has 1126 zeros; found 1125"),
         (f"{GROUP}model --sparsity=0.5", "unstructured (layer) at"),
-        (f"--mask_structure=unstructured --sparsity=0.5 {BLOCKS}", "unstructured (layer) at a sparsity of 0.5"),
+        (f"--mask_structure=unstructured --sparsity=0.5 {BLOCKS}", "unstructured at a sparsity of 0.5 has 1024"),
     ],
 )
 def test_what_prune_writes_and_one_weight_that_is_not_zero(dense, tmp_path, options, found, capsys):
@@ -104,6 +112,12 @@ def test_what_a_run_exports_and_a_model_that_is_not_that_of_the_run(dense, tmp_p
     with pytest.raises(ValueError, match=r"(?s)layers\.0\.self_attn\.q_proj: .* found 0, .*and 12 more"):
         export_model(tiny_llama(), None, tmp_path / "other", ModelCard(pruning=record))
     assert not (tmp_path / "other").exists()
+    sparsest = next(iter(pruning.updater.layers.values())).weight_mask[3]
+    sparsest.zero_()  # as where a model has had zeros beyond the pattern
+    assert renamed(as_record(pruning.updater.settings(), 0.5, pruning.updater.layers)) == record
+    change(out, f"{UP}.weight", move)
+    with pytest.raises(ValueError, match=f"{UP}: unstructured at a sparsity of 0.5 has 1024 zeros; found 1024, and 1 "):
+        verify(out)
     none = record | {"layers": dict.fromkeys(record["layers"], 0.0)}  # as of masks that keep everything
     with pytest.raises(ValueError, match="all 21 layers: expected a sparsity of 0.5, found 0"):
         export_model(tiny_llama(), None, tmp_path / "other", ModelCard(pruning=none))

@@ -155,3 +155,13 @@ AnyOrder.TestCase.settings = settings(
     max_examples=20, stateful_step_count=12, deadline=None, phases=[Phase.reuse, Phase.generate]
 )  # shrinking takes minutes
 TestAnyOrder = AnyOrder.TestCase
+
+
+def test_a_run_whose_masks_do_not_change_is_stopped_ahead_of_its_first_step():
+    run = AnyOrder()
+    run.start(STRUCTURES[0], Fixed(), (1, 1), 0.5)
+    run.fit(steps=3)
+    run.begin_anew_with_the_masks()
+    run.stop_and_resume(model_first=False)
+    run.fit(steps=1)
+    run.is_the_same_and_exact()

@@ -75,8 +75,6 @@ DISTILLATION = {
     "swaps_distill": "swapped by evidence every 10 steps, untouched teacher",
     "swaps_k40_distill": "swapped by evidence every 40 steps, untouched teacher",
     "ast_distill": "AST: magnitude, decay of pruned weights 0.01, untouched teacher",
-    "cast_distill": "CAST without scales: dense forwards, growing decay (3), untouched teacher",
-    "cast10_distill": "CAST without scales: dense forwards, growing decay (10), untouched teacher",
     "dynamic_distill_kl": "re-pruned, untouched teacher, no cross-entropy",
     "dynamic_distill_squarehead": "re-pruned, untouched teacher, with SquareHead",
     "dynamic_window": "re-pruned, norms of 5 steps, no teacher",
@@ -113,6 +111,14 @@ TAUGHT_70 = {
     "rigl_70_distill": "RigL: dropped by magnitude, grown by gradient",
 }
 """With the untouched teacher, in steps of 512 tokens."""
+TAUGHT_2OF4 = {
+    "static_distill": "static, no gradient to pruned weights",
+    "dynamic_distill": "re-pruned every 10 steps (the default)",
+    "dynamic_dormant_distill": "re-pruned every 10 steps, policy Dormant",
+    "cast_distill": "CAST without scales, decay 3",
+    "cast10_distill": "CAST without scales, decay 10",
+}
+"""The same at 2:4."""
 LOW_RANK = {
     "oneshot_wanda": "none: one-shot Wanda",
     "lora": "LoRA on a frozen 2:4 base (not sparse after merging)",

@@ -7,9 +7,9 @@
 Same model (SmolLM2-135M-Instruct, dequantised from Q4_1, or --model), same batches, bfloat16 autocast, AdamW of
 CausalLM, gradients clipped. The kinds of step take turns in one process, in an order that rotates, so that disturbances
 of the machine affect all of them. A round gives each ratio once; their medians and quartiles are printed. The update is
-timed apart, every step, and counted 1/k times. ModelPruning prunes half of each layer by magnitude, without rewinding;
-its update is timed on weights that it has made permanent before. Peak memory is the resident memory of processes of
-their own, which take three steps of one kind.
+timed apart, every step, and counted 1/k times; of k steps, half record their inputs, as by default. ModelPruning prunes
+half of each layer by magnitude, without rewinding; its update is timed on weights that it has made permanent before.
+Peak memory is the resident memory of processes of their own, which take three steps of one kind.
 """
 
 import copy
@@ -180,6 +180,8 @@ def main(
     dense, sparse, teacher = Student(first), Student(copy.deepcopy(first)), Teacher(copy.deepcopy(first))
     cast_linear(teacher.model, torch.bfloat16)
     updater = MaskUpdater(sparse.model, "2:4", update_freq=1, total_steps=2 * rounds + 2, end_step=1.0)
+    recorder = next(iter(updater.layers.values())).recorder
+    assert recorder is not None
     field = Student(copy.deepcopy(first))
     pruning = Fields(field.model, list(updater.layers))
     cache = CachedTeacher(
@@ -189,9 +191,15 @@ def main(
         for batch in batches:
             cache(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
     cache.close()
+
+    def unrecorded(batch: dict[str, torch.Tensor]) -> None:
+        with recorder.paused():
+            sparse.step(batch)
+
     kinds: dict[str, Callable[[dict[str, torch.Tensor]], None]] = {
         "dense": dense.step,
         "re-pruned": sparse.step,
+        "re-pruned, not recorded": unrecorded,
         "ModelPruning": field.step,
         "distilled": lambda batch: dense.step(batch, teacher),
         "cached teacher": lambda batch: dense.step(batch, cache),
@@ -217,9 +225,7 @@ def main(
     title = f"{tokens}, {where}, torch {torch.__version__}"
     table = Table("step", "seconds, median", "against dense, median", "quartiles", title=title)
     shown = {name: found[name] for name in kinds}
-    for k in FREQUENCIES:
-        pairs = zip(found["re-pruned"], found["update"], strict=True)
-        shown[f"re-pruned, with 1/{k} of an update"] = [step + update / k for step, update in pairs]
+    shown |= {f"re-pruned, k = {k}": rows.steps_of_a_run(found, k) for k in FREQUENCIES}
     for name, times in shown.items():
         ratios = [own / of_dense for own, of_dense in zip(times, found["dense"], strict=True)]
         low, _, high = quantiles(ratios, n=4)

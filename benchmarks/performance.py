@@ -79,11 +79,10 @@ def selection(part: dict[str, Any]) -> list[str]:
 
 def step(part: dict[str, Any]) -> list[str]:
     found: Ways = part["seconds"]
-    kinds = {name: found[name] for name in ("dense", "re-pruned", "ModelPruning", "distilled", "cached teacher")}
+    kinds = {name: times for name, times in found.items() if not name.startswith("update")}
     for k, wanted in ((1, "1.08"), (10, "1.02")):
-        kinds[f"re-pruned, k = {k}, with its share of updates (wanted: {wanted})"] = [
-            own + update / k for own, update in zip(found["re-pruned"], found["update"], strict=True)
-        ]
+        name = f"re-pruned, k = {k}, with its share of updates (wanted: {wanted})"
+        kinds[name] = rows.steps_of_a_run(found, k)
     lines = [[name, spread(times, 2), spread(ratios(times, found["dense"]), 3)] for name, times in kinds.items()]
     lines += [
         [name, spread(found[key], 2), spread(ratios(found[key], found["dense"]), 3)]

@@ -1,4 +1,5 @@
 import multiprocessing
+import threading
 
 import pytest
 import torch
@@ -73,6 +74,19 @@ def _two_threads():
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("_two_threads")
+def test_inside_threads_torch_uses_one_and_elsewhere_as_many_as_before():
+    selection._pool.cache_clear()
+    inside = selection.in_threads(lambda _: (torch.get_num_threads(), torch.is_grad_enabled()), range(8))
+    assert set(inside) == {(1, False)}  # a call of in_threads in there would otherwise wait for itself
+    assert torch.get_num_threads() == 2 and torch.is_grad_enabled()
+    new: list[int] = []
+    thread = threading.Thread(target=lambda: new.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert new == [2]
 
 
 @pytest.mark.usefixtures("_two_threads")

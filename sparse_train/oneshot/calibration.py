@@ -21,7 +21,7 @@ from sparse_train.blocks import ONE_OF_TWO_TEXTS, check_ids, reads_two_texts
 from sparse_train.layers import masks
 from sparse_train.layers.masked_layer import MaskedLayer, MaskedMatrix, Recorder
 from sparse_train.oneshot.experts import ExpertMatrix, ExpertRecorder
-from sparse_train.oneshot.forwards import Batch, Context, Stop, answering, call, inference, one_sample
+from sparse_train.oneshot.forwards import Batch, Context, Stop, answering, call, one_sample
 from sparse_train.pruning.recording import attach, warn_of_padding
 from sparse_train.statistics import LastSums, Statistics
 
@@ -38,7 +38,8 @@ class CalibrationPass:
     """Runs calibration batches through a model or through one block of it at a time, recording activations.
 
     ``labels`` of batches are dropped, and an ``attention_mask`` (B, L) marks padding. ``keep`` is the device where the
-    outputs of a block are kept for the next one, in their own dtype. Forwards are computed under ``context``.
+    outputs of a block are kept for the next one, in their own dtype. Forwards are computed under ``context``, and the
+    caller has put the model under ``inference``.
     """
 
     def __init__(
@@ -87,14 +88,8 @@ class CalibrationPass:
         self._check(block)
         self._forwards(block, True, [None] * len(self._batches))
 
-    @contextmanager
-    def _inference(self) -> Iterator[None]:
-        experts = {"_experts_implementation": "eager"}  # one by one
-        with inference(self._model, use_cache=False, **experts), self._context():
-            yield
-
     def _forwards(self, block: int | None, keep: bool, paddings: Sequence[Tensor | None]) -> None:
-        with self._inference(), _masked_once(() if block is None else self._blocks[block].modules()):
+        with self._context(), _masked_once(() if block is None else self._blocks[block].modules()):
             for index, batch in enumerate(self._batches):
                 began = time.perf_counter()
                 self._recorder.token_mask = paddings[index]
@@ -144,7 +139,7 @@ class CalibrationPass:
         """Before a block runs for the first time: raise ValueError if blocks do not run one after the other."""
         if block is None or block in self._checked:
             return
-        with self._inference():
+        with self._context():
             if not self._checked:
                 self._check_order()
             if block > 1:
@@ -198,7 +193,9 @@ def _masked_once(modules: Iterable[nn.Module]) -> Iterator[None]:
     for layer in layers:
         weight_OI, device = layer.unmasked_weight(), layer.weight_mask.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_OI.dtype
-        if not (layer.keeps_all() and weight_OI.dtype == dtype and weight_OI.is_contiguous()):
+        if layer.keeps_all():
+            weight_OI = weight_OI.to(dtype).contiguous()
+        else:
             weight_OI = masks.apply(weight_OI, layer.weight_mask, dtype)
         layer.__dict__["product"] = functools.partial(F.linear, weight=weight_OI, bias=layer.bias)
     try:

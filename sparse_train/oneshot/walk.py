@@ -26,7 +26,7 @@ from sparse_train.layers import masks
 from sparse_train.layers.masked_layer import MaskedMatrix
 from sparse_train.oneshot.calibration import WAY_OUT, CalibrationPass
 from sparse_train.oneshot.experts import ExpertMatrix, fall_back
-from sparse_train.oneshot.forwards import Batch, Context
+from sparse_train.oneshot.forwards import Batch, Context, inference
 from sparse_train.patterns import Pattern, parse_pattern, parse_word
 from sparse_train.pruning.recording import check_nothing_dropped, check_statistics, tensors_of
 from sparse_train.pruning.update import LayerUpdate, Rules, outlier_share, replace_mask, sparsity_of, update_masks
@@ -215,37 +215,40 @@ def walk(
     Masks are set; weights change only with a ``Solver``, and experts get their zeros. Only forwards run in ``context``.
     """
     began, calibration = time.perf_counter(), None
-    if plan.needs_data:
-        if batches is None:
-            raise ValueError(
-                f"{plan.method} with {plan.distribution} needs calibration data: pass batches, an iterable of token "
-                "tensors (B, L) or of dicts of model inputs (in a recipe: a data section). Magnitude() needs none."
-            )
-        calibration = CalibrationPass(shelf.model, shelf.blocks, batches, shelf.device, shelf.keep, context)
-        if plan.distribution.needs_outliers and not shelf.outliers:
-            shelf.outliers = _measure_outliers(shelf, plan.distribution, calibration, progress)
-    final = plan.sparsity if plan.final is None else plan.final
-    division = LayerSparsities(plan.distribution, shelf.shapes, plan.pattern, final, shelf.outliers)
-    sparsity = division.at(plan.sparsity)
+    experts = {"_experts_implementation": "eager"}  # one by one
+    with inference(shelf.model, use_cache=False, **experts):  # once, since it goes through all modules
+        if plan.needs_data:
+            if batches is None:
+                raise ValueError(
+                    f"{plan.method} with {plan.distribution} needs calibration data: pass batches, an iterable of "
+                    "token tensors (B, L) or of dicts of model inputs (in a recipe: a data section). Magnitude() needs "
+                    "none."
+                )
+            calibration = CalibrationPass(shelf.model, shelf.blocks, batches, shelf.device, shelf.keep, context)
+            if plan.distribution.needs_outliers and not shelf.outliers:
+                shelf.outliers = _measure_outliers(shelf, plan.distribution, calibration, progress)
+        final = plan.sparsity if plan.final is None else plan.final
+        division = LayerSparsities(plan.distribution, shelf.shapes, plan.pattern, final, shelf.outliers)
+        sparsity = division.at(plan.sparsity)
 
-    def prune(block: int | None) -> None:
-        layers = shelf.load(block)
-        if layers and calibration is not None and plan.statistics is not None:
-            calibration.record(layers, plan.statistics, block)
-        shelf.finish(block, _prune_layers(layers, plan, sparsity, shelf.save) if layers else {})
+        def prune(block: int | None) -> None:
+            layers = shelf.load(block)
+            if layers and calibration is not None and plan.statistics is not None:
+                calibration.record(layers, plan.statistics, block)
+            shelf.finish(block, _prune_layers(layers, plan, sparsity, shelf.save) if layers else {})
 
-    for block in with_bar(range(len(shelf.blocks)), "pruning", shown=progress and calibration is not None):
-        if shelf.is_done(block):
-            shelf.load(block)
-        else:
-            prune(block)
-        if calibration is not None and plan.statistics is not None and block < shelf.last:
-            calibration.pass_on(block)
-        shelf.free(block)
-    if shelf.names(None):  # such as a named lm_head: calibrated with the blocks pruned
-        prune(None)
-    forwards = 0.0 if calibration is None else calibration.seconds
-    return OneshotReport(shelf.updates, forwards, time.perf_counter() - began - forwards, shelf.outliers)
+        for block in with_bar(range(len(shelf.blocks)), "pruning", shown=progress and calibration is not None):
+            if shelf.is_done(block):
+                shelf.load(block)
+            else:
+                prune(block)
+            if calibration is not None and plan.statistics is not None and block < shelf.last:
+                calibration.pass_on(block)
+            shelf.free(block)
+        if shelf.names(None):  # such as a named lm_head: calibrated with the blocks pruned
+            prune(None)
+        forwards = 0.0 if calibration is None else calibration.seconds
+        return OneshotReport(shelf.updates, forwards, time.perf_counter() - began - forwards, shelf.outliers)
 
 
 def _measure_outliers(

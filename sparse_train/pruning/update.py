@@ -7,8 +7,10 @@ Shape suffixes: O out_features, I in_features, J packed mask bytes.
 
 import math
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,7 +23,7 @@ from sparse_train.layers.masked_layer import MaskedLayer, MaskedMatrix
 from sparse_train.patterns import Pattern, Unstructured
 from sparse_train.policies import MaskPolicy, Optimizers, StraightThrough
 from sparse_train.pruning.recording import check_statistics
-from sparse_train.selection import BLOCK
+from sparse_train.selection import in_threads, row_blocks
 
 
 @dataclass(frozen=True)
@@ -149,25 +151,29 @@ def replace_mask(layer: MaskedMatrix, packed_OJ: Tensor, nonzero: int) -> LayerU
 
 def _choose(name: str, layer: MaskedMatrix, rules: Rules) -> _Choice:
     """The mask of a layer of its own. By rows, each process chooses in those that it holds, and counts those."""
-    parts, nonzero, finite = [], 0, True
-    for context in _contexts(name, layer, rules):
-        scores_OI, nonzero_OI, is_finite = _score(context, rules)
+
+    def choose(context: LayerContext) -> _Choice:
+        scores_OI, nonzero_OI, finite = _score(context, rules)
         keep_OI = nonzero_OI  # for the shape alone: no mask is replaced if a score is not finite
-        if is_finite:
+        if finite:
             keep_OI = rules.policy.select(scores_OI, [name], rules.pattern, rules.sparsity[name])
-        parts.append(masks.pack(keep_OI))
-        nonzero += masks.count(parts[-1] & masks.pack(nonzero_OI))
-        finite &= is_finite
-    keep_OJ = torch.cat(parts)
+        keep_OJ = masks.pack(keep_OI)
+        return _Choice(keep_OJ, masks.count(keep_OJ & masks.pack(nonzero_OI)), finite)
+
+    with _contexts(name, layer, rules) as contexts:
+        parts = in_threads(choose, contexts)
+    keep_OJ = parts[0].keep_OJ
+    if len(parts) > 1:  # on the CPU, by numpy, which leaves no threads of OpenMP spinning beside those of in_threads
+        keep_OJ = torch.from_numpy(np.concatenate([part.keep_OJ.numpy() for part in parts]))
     whole_OJ = gather_rows(keep_OJ, layer.out_features) if rules.by_rows and layer.has_rows else keep_OJ
-    return _Choice(whole_OJ, nonzero, finite)
+    return _Choice(whole_OJ, sum(part.nonzero for part in parts), all(part.finite for part in parts))
 
 
 def _choose_together(layers: Mapping[str, MaskedMatrix], rules: Rules) -> dict[str, _Choice]:
     """The masks of layers that are compared with each other."""
     scores, nonzero, finite = [], [], True
     for name, layer in layers.items():
-        for context in _contexts(name, layer, rules):  # one
+        with _contexts(name, layer, rules) as (context,):
             scores_OI, nonzero_OI, is_finite = _score(context, rules)
         scores.append(scores_OI)
         nonzero.append(masks.pack(nonzero_OI))
@@ -182,18 +188,19 @@ def _choose_together(layers: Mapping[str, MaskedMatrix], rules: Rules) -> dict[s
     return {name: _Choice(keep_OJ, masks.count(keep_OJ & own_OJ), True) for name, keep_OJ, own_OJ in counted}
 
 
-def _contexts(name: str, layer: MaskedMatrix, rules: Rules) -> Iterator[LayerContext]:
+@contextmanager
+def _contexts(name: str, layer: MaskedMatrix, rules: Rules) -> Iterator[list[LayerContext]]:
     """A layer as criterion and policy see it: by rows, those of this process, in blocks that stay in the cache."""
     stats = layer.statistics if rules.criterion.needs_activations else None
     state = rules.optimizers.state_of(layer, rules.by_rows) if isinstance(layer, MaskedLayer) else {}
     with layer.read(rules.by_rows) as (weight_OI, rows):
-        mask_OJ, size = layer.weight_mask[rows], max(1, len(weight_OI))  # a process may hold no rows
-        if rules.by_rows and weight_OI.device.type == "cpu":
-            size = max(1, 4 * BLOCK * torch.get_num_threads() // layer.in_features)
-        for start in range(0, max(1, len(weight_OI)), size):
-            part = slice(start, start + size)
-            own = {key: value[part] for key, value in state.items()}
-            yield LayerContext(weight_OI[part], stats, name, mask_OJ[part], own)
+        mask_OJ, parts = layer.weight_mask[rows], [slice(None)]
+        if rules.by_rows and weight_OI.device.type == "cpu" and len(weight_OI):  # a process may hold no rows
+            parts = row_blocks(*weight_OI.shape)
+        yield [
+            LayerContext(weight_OI[part], stats, name, mask_OJ[part], {key: each[part] for key, each in state.items()})
+            for part in parts
+        ]
 
 
 def _score(layer: LayerContext, rules: Rules) -> tuple[Tensor, Tensor, bool]:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from sparse_train import (
+    NM,
     RIA,
     Criterion,
     Fixed,
@@ -16,13 +17,17 @@ from sparse_train import (
     MaskUpdater,
     Regrow,
     StraightThrough,
+    Unstructured,
     Wanda,
     prune,
     sparse_layers,
     squash,
 )
 from sparse_train.layers.masked_layer import Recorder, SparseLinear
+from sparse_train.layers.sparsify import sparsify
+from sparse_train.pruning.update import Rules, update_masks
 from sparse_train.schedules import Cubic, Linear
+from sparse_train.statistics import ActivationNorm
 from tests.conftest import VOCABULARY, shallow_llama
 from tests.pruning.loops import equal, snapshot, train
 from tests.reference import row_mask
@@ -80,10 +85,34 @@ def test_masks_are_the_same_row_by_row(structure, sparsity, options, monkeypatch
         return model, [report.layers for report in train(model, updater, 8, optimizer)]
 
     whole, reports = run()
-    monkeypatch.setattr("sparse_train.pruning.update.BLOCK", 1)
+    monkeypatch.setattr("sparse_train.selection.BLOCK", 1)
     in_rows, reports_in_rows = run()
     assert equal(snapshot(whole), snapshot(in_rows))
     assert reports == reports_in_rows
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(), NM(2, 4)])
+def test_masks_and_counts_are_the_same_in_two_threads(pattern, monkeypatch):
+    layer = nn.Linear(20, 30)
+    with torch.no_grad():
+        layer.weight[3:9] = layer.weight[3:9].round(decimals=1)  # ties and zeros
+    sparsify(layer, [layer])
+    layer.statistics = ActivationNorm(20)
+    layer.statistics.add(torch.randn(8, 20))
+
+    def update():
+        layer.keep_all()
+        return update_masks({"": layer}, Rules(Wanda(), pattern, {"": 0.5})), layer.weight_mask.clone()
+
+    report, mask = update()
+    monkeypatch.setattr("sparse_train.selection.BLOCK", 80)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        found, own = update()
+    finally:
+        torch.set_num_threads(threads)
+    assert found == report and torch.equal(own, mask)
 
 
 def test_a_report_before_the_first_mask_is_not_taken_for_it():

@@ -117,7 +117,7 @@ def in_threads(function: Callable[[Any], T], parts: Sequence[Any]) -> list[T]:
 
 @functools.cache
 def _pool(threads: int) -> ThreadPoolExecutor:
-    pool, all_started = ThreadPoolExecutor(threads, "sparse_train", _start), threading.Barrier(threads)
+    pool, all_started = ThreadPoolExecutor(threads, "sparse_train", _start), threading.Barrier(threads, timeout=60)
     list(pool.map(lambda _: all_started.wait(), range(threads)))
     torch.set_num_threads(threads)  # their 1 is theirs alone, except that threads to come would have it too
     return pool

@@ -74,9 +74,10 @@ class SparseTrainCLI(LightningCLI):
         super().parse_arguments(parser, args)
         options = self.config[self.config.subcommand]
         chosen = getattr(options.model.model, "class_path", "")
-        for path in options.get("config") or []:
+        for path in filter(None, options.get("config") or []):  # None for one that is no file
             source = (yaml.safe_load(Path(str(path)).read_text()).get("model") or {}).get("model")
-            if isinstance(source, dict) and source.get("class_path") == "LoRA" and not chosen.endswith(".LoRA"):
+            named = source.get("class_path", "") if isinstance(source, dict) else ""
+            if named.endswith("LoRA") and not chosen.endswith("LoRA"):
                 raise ValueError(
                     "The recipe trains adapters, and --model.model replaces them and their base by a model that is "
                     "trained whole. Name another base: --model.model.base."
@@ -167,7 +168,6 @@ class SparseTrainCLI(LightningCLI):
         if found is not None:
             text = f"{self.datamodule.text.name}, blocks of {self.datamodule.block_size}"
             perplexity = f"{found:.2f} at the last validation of the run: {text}"
-        # named skip_unset from jsonargparse 4.49 on; like Lightning, use the name that all versions know
         recipe = without_homes(self._parser(self.subcommand).dump(self.config.fit, skip_none=False))
         return ModelCard(source.name, source.hub_id, source.license, made, perplexity, recipe, pruning)
 
@@ -216,8 +216,9 @@ def _show(command: str, result: dict[str, Any]) -> None:
 def _say_how_to_go_on(trainer: L.Trainer, pl_module: L.LightningModule, error: BaseException) -> None:
     """After Ctrl-C, which Lightning ends with an exit status and no word on what is left."""
     if isinstance(error, KeyboardInterrupt) and trainer.is_global_zero:
-        last = getattr(trainer.checkpoint_callback, "last_model_path", "")
-        left = f"To go on: --ckpt_path {last}" if last else "There is no checkpoint yet: they come with validations"
+        kinds = ("last_model_path", "best_model_path")
+        last = next(filter(None, (getattr(trainer.checkpoint_callback, kind, "") for kind in kinds)), None)
+        left = f"To go on: --ckpt_path {last}" if last else "It has written no checkpoint"
         print(f"sparse-train fit: interrupted at step {trainer.global_step}. {left}.", file=sys.stderr)
 
 

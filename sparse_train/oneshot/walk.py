@@ -215,18 +215,18 @@ def walk(
     Masks are set; weights change only with a ``Solver``, and experts get their zeros. Only forwards run in ``context``.
     """
     began, calibration = time.perf_counter(), None
+    if plan.needs_data:
+        if batches is None:
+            raise ValueError(
+                f"{plan.method} with {plan.distribution} needs calibration data: pass batches, an iterable of token "
+                "tensors (B, L) or of dicts of model inputs (in a recipe: a data section). Magnitude() needs none."
+            )
+        # reads the batches, which the model itself may generate, as they are asked for: before its modes are set
+        calibration = CalibrationPass(shelf.model, shelf.blocks, batches, shelf.device, shelf.keep, context)
     experts = {"_experts_implementation": "eager"}  # one by one
     with inference(shelf.model, use_cache=False, **experts):  # once, since it goes through all modules
-        if plan.needs_data:
-            if batches is None:
-                raise ValueError(
-                    f"{plan.method} with {plan.distribution} needs calibration data: pass batches, an iterable of "
-                    "token tensors (B, L) or of dicts of model inputs (in a recipe: a data section). Magnitude() needs "
-                    "none."
-                )
-            calibration = CalibrationPass(shelf.model, shelf.blocks, batches, shelf.device, shelf.keep, context)
-            if plan.distribution.needs_outliers and not shelf.outliers:
-                shelf.outliers = _measure_outliers(shelf, plan.distribution, calibration, progress)
+        if calibration is not None and plan.distribution.needs_outliers and not shelf.outliers:
+            shelf.outliers = _measure_outliers(shelf, plan.distribution, calibration, progress)
         final = plan.sparsity if plan.final is None else plan.final
         division = LayerSparsities(plan.distribution, shelf.shapes, plan.pattern, final, shelf.outliers)
         sparsity = division.at(plan.sparsity)

@@ -122,9 +122,13 @@ def test_short_fits(fit, recipe, monkeypatch, capsys):
     assert ("train/loss_kldiv" in metrics) == ("distill" in recipe)
 
 
-def test_another_model_does_not_drop_the_adapters_of_a_recipe(fit):
+def test_another_model_does_not_drop_the_adapters_of_a_recipe(fit, model_folder):
+    saved = "model: {model: {class_path: sparse_train.models.lora.LoRA, init_args: {base: x}}}"  # as Lightning saves it
+    Path("saved.yaml").write_text(saved)
     with pytest.raises(SystemExit, match=r"Name another base: --model.model.base"):
-        fit(recipe="smollm2_2of4_lora")
+        fit('--config={"seed_everything": 3}', recipe="smollm2_2of4_lora")
+    with pytest.raises(SystemExit, match=r"Name another base: --model.model.base"):
+        fit("--config=saved.yaml", f"--model.model={model_folder}")
 
 
 def test_an_interrupted_run_says_how_to_go_on(fit, monkeypatch, capsys):
@@ -135,7 +139,7 @@ def test_an_interrupted_run_says_how_to_go_on(fit, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         fit()
     said = capsys.readouterr().err
-    assert "sparse-train fit: interrupted at step 0. There is no checkpoint yet: they come with validations." in said
+    assert "sparse-train fit: interrupted at step 0. It has written no checkpoint." in said
 
 
 @pytest.mark.usefixtures("without_pictures")

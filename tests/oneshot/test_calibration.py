@@ -197,3 +197,16 @@ def test_what_could_not_be_told_is_said(caplog):
     with caplog.at_level(logging.WARNING), pytest.raises(RuntimeError, match="no second block"):
         prune(Fails(), [torch.randn(2, 8)], "2:4", targets=["re:blocks.*"])
     assert "the blocks of Fails run once each could not be told (RuntimeError: no second block)" in caplog.text
+
+
+def test_batches_that_the_model_generates_may_change_its_mode():
+    model, training = tiny_llama(), []
+    model.model.layers[0].register_forward_pre_hook(lambda module, args: training.append(module.training))
+
+    def batches():
+        assert torch.is_grad_enabled()
+        model.train()  # as after generating text
+        yield torch.randint(3, 100, (2, 8))
+
+    prune(model, batches(), "2:4")
+    assert training and not any(training)

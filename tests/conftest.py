@@ -11,11 +11,12 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-settings.register_profile("untimed", deadline=None)  # machines are noisy: no test is timed
-settings.register_profile("thorough", deadline=None, max_examples=2000)
+UNTIMED = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}  # machines are noisy: no test is timed
+settings.register_profile("untimed", **UNTIMED)
+settings.register_profile("thorough", **UNTIMED, max_examples=2000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "untimed"))
 
 VOCABULARY = 128

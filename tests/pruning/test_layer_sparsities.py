@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, example, given
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -96,9 +96,10 @@ def test_by_hand():
     assert count == {"layer0": 4, "layer1": 1, "layer2": 10}
 
 
+@settings(suppress_health_check=[HealthCheck.filter_too_much])  # six of ten shapes do not fit the named shares
 @given(
     steps=st.lists(st.floats(0, 0.6), min_size=1, max_size=6),
-    shapes=st.just(SHAPES) | st.lists(st.tuples(st.integers(1, 9), st.integers(10, 40)), min_size=4, max_size=4),
+    shapes=st.just(SHAPES) | st.lists(st.tuples(st.integers(4, 9), st.integers(20, 40)), min_size=4, max_size=4),
 )
 @example([0.571, 0.574], [(7, 36), (5, 21), (4, 14), (9, 12)])  # the first leaves layers with more than their share
 def test_a_rising_sparsity_makes_no_layer_denser_and_is_met(steps, shapes):

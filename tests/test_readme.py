@@ -269,8 +269,9 @@ def _small(command, options, model_folder, text_file) -> list[str]:
     short = ["--window=32", "--max_tokens=640"]
     if command in ("fit", "validate", "test"):
         measured = [f"--trainer.callbacks.text={text}", "--trainer.callbacks.window=32"]
+        base = ".base" if any(option.endswith("2of4_lora.yaml") for option in options) else ""
         return [
-            f"--model.model={model_folder}",
+            f"--model.model{base}={model_folder}",
             f"--data.text={text}",
             "--data.block_size=32",
             "--trainer.max_steps=6",

@@ -238,6 +238,8 @@ def tables(runs: Runs, short: Runs) -> str:
         table(short, TAUGHT_70, "static_70_distill", "the static mask"),
         "\nAfter 200 steps, 102,400 tokens:\n",
         table(short, TAUGHT_70, "static_70_distill", "the static mask", steps=200),
+        "\nAt another learning rate:\n",
+        other_rates(short),
         "\n### 2:4 with a teacher, in steps of 512 tokens\n",
         "100 steps. Only static masks were run beyond the choice of a learning rate below, in which they are ahead.\n",
         table(short, TAUGHT_2OF4, "static_distill", "the static mask"),

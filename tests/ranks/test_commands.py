@@ -125,6 +125,7 @@ def test_prune_over_two_processes_is_pruning_in_one(tmp_path, model_folder, text
 
 def joins_by_itself(folder: Path, model: Path, text: Path, port: int) -> str:
     """As under torchrun, where the command makes the process group and ends it."""
+    dist.barrier()  # the other process may still be connecting
     dist.destroy_process_group()
     os.environ["MASTER_PORT"] = str(port)
     with contextlib.redirect_stdout(io.StringIO()) as out:

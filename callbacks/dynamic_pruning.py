@@ -170,8 +170,9 @@ class DynamicPruning(L.Callback):
             )
         if pl_module.automatic_optimization:  # steps of this fit only: the trainer may have run an earlier fit
             total_steps = max(1, trainer.estimated_stepping_batches - trainer.global_step)  # 0 if the fit is over
-        run: dict[str, Any] = {"config": self.config, "layers": self._layers, "total_steps": total_steps}
-        self.updater = MaskUpdater(pl_module, **run, outliers=outliers, state=state)
+        self.updater = MaskUpdater(
+            pl_module, config=self.config, layers=self._layers, total_steps=total_steps, outliers=outliers, state=state
+        )
         rank_zero_info(f"DynamicPruning: {self.updater.plan()}.")
         self._global_step = trainer.global_step if state is None else state["global_step"]
         self._metrics = {} if state is None else state.get("metrics", {})

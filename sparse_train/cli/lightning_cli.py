@@ -75,9 +75,10 @@ class SparseTrainCLI(LightningCLI):
         options = self.config[self.config.subcommand]
         chosen = getattr(options.model.model, "class_path", "")
         for path in filter(None, options.get("config") or []):  # None for one that is no file
-            source = (yaml.safe_load(Path(str(path)).read_text()).get("model") or {}).get("model")
-            named = source.get("class_path", "") if isinstance(source, dict) else ""
-            if named.endswith("LoRA") and not chosen.endswith("LoRA"):
+            named = yaml.safe_load(Path(str(path)).read_text())
+            for key in ("model", "model", "class_path"):
+                named = named.get(key) if isinstance(named, dict) else None
+            if str(named).endswith("LoRA") and not chosen.endswith("LoRA"):
                 raise ValueError(
                     "The recipe trains adapters, and --model.model replaces them and their base by a model that is "
                     "trained whole. Name another base: --model.model.base."

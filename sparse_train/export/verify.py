@@ -18,9 +18,8 @@ from sparse_train.oneshot.disk import Checkpoint, model_without_weights
 from sparse_train.patterns import Pattern, Unstructured, group_label, parse_word
 
 RECORD = "pruning.json"
-"""How a model was pruned. Of the last of its ``stages``, ``mask_structure`` as ``group_label`` writes it,
-``wanted_sparsity`` and ``distribution`` are compared; and ``layers``, by name the share that a
-mask prunes, by rows in every row."""
+"""How a model was pruned. Compared are ``mask_structure`` (as ``group_label`` writes it), ``wanted_sparsity`` and
+``distribution`` of the last of its ``stages``; and ``layers``, by name the share that the mask of a layer prunes."""
 
 
 def verify(folder: str | Path) -> dict[str, Any]:

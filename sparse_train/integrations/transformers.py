@@ -152,8 +152,9 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
                 under_autocast(dtype if args.fp16 or args.bf16 else None, args.device),
                 progress=not args.disable_tqdm and rank() == 0,
             )
-        run: dict[str, Any] = {"config": self.config, "layers": layers, "total_steps": state.max_steps}
-        self.updater = MaskUpdater(model, **run, outliers=outliers, state=restored)
+        self.updater = MaskUpdater(
+            model, config=self.config, layers=layers, total_steps=state.max_steps, outliers=outliers, state=restored
+        )
         self.updater.watch([optimizer])
         if rank() == 0:
             print(f"SparseTrainerCallback: {self.updater.plan()}.", file=sys.stderr)  # as the Trainer prints its logs

@@ -129,6 +129,10 @@ def test_another_model_does_not_drop_the_adapters_of_a_recipe(fit, model_folder)
         fit('--config={"seed_everything": 3}', recipe="smollm2_2of4_lora")
     with pytest.raises(SystemExit, match=r"Name another base: --model.model.base"):
         fit("--config=saved.yaml", f"--model.model={model_folder}")
+    Path("model.yaml").write_text(f"model: {model_folder}")  # a section in a file of its own
+    Path("saved.yaml").write_text("model: model.yaml")
+    with pytest.raises(SystemExit, match="update_freq is the number"):
+        fit("--config=saved.yaml", "--trainer.callbacks.update_freq=0")
 
 
 def test_an_interrupted_run_says_how_to_go_on(fit, monkeypatch, capsys):

@@ -1,44 +1,94 @@
-"""The picture of docs/results.md and README: one dot per seed."""
+"""The pictures of docs/results.md, one for each finding: a bar is a mean, a dot is a seed."""
 
 import statistics
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
-from quality_labels import DISTILLATION, MAIN, SCORES, STARTS, VARIANTS
 from quality_rows import Runs
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 matplotlib.rcParams["svg.hashsalt"] = "quality"
-ONESHOT = ("none", "oneshot_magnitude", "oneshot_wanda", "oneshot_sparsegpt")
+KEPT, MOVED, OTHER = "#8c8c8c", "#1f77b4", "#c9b47f"
+TEXTS = {"heldout": "unseen articles", "c4": "C4"}
 
 
-def draw(runs: Runs, out: Path) -> None:
-    """One dot per seed for each trained arm at 2:4, on held-out articles."""
-    scored = {arm: f"re-pruned by {label.removeprefix('Wanda, ')}" for arm, label in SCORES.items()}
-    variants = {arm: f"re-pruned, {label}" for arm, label in VARIANTS.items()}
-    starts = {arm: label.removeprefix("from the dense model, ") for arm, label in STARTS.items()}
-    starts = {arm: label if arm.startswith("static") else f"re-pruned, {label}" for arm, label in starts.items()}
-    words = {**starts, **DISTILLATION, **variants, **scored, **MAIN}
-    means = {arm: mean for arm in words if arm not in ONESHOT and (mean := runs.mean(arm))}
-    middle = statistics.median(means.values())
-    order = sorted((arm for arm in means if 0.75 < means[arm] / middle < 1.33), key=lambda arm: -means[arm])
-    beyond = "; ".join(f"{words[arm].partition(':')[0]} {means[arm]:.2f}" for arm in sorted(means.keys() - set(order)))
-    figure, axes = plt.subplots(figsize=(11, 0.32 * len(order) + 1.1), layout="constrained")
-    for height, arm in enumerate(order):
-        values = list(runs.values(arm, "heldout").values())
-        colour = "#7f7f7f" if "static" in arm or "gradual" in arm else "#1f77b4"
-        axes.plot(values, [height] * len(values), "o", color=colour, alpha=0.75)
-        label = f"{statistics.mean(values):.2f} (n = {len(values)})"
-        axes.annotate(label, (max(values), height), (6, -3), textcoords="offset points")
-    axes.set_yticks(range(len(order)), [words[arm] for arm in order])
-    outside = f"\nfar outside: {beyond}" if beyond else ""
-    figure.supxlabel(f"token perplexity, held-out Wikipedia articles (lower is better){outside}", fontsize=10)
-    figure.suptitle("2:4, 100 steps of 2048 tokens; dot = seed; means; axis cut; blue = masks change", fontsize=10)
-    shown = [value for arm in order for value in runs.values(arm, "heldout").values()]
-    width = max(shown) - min(shown)
-    axes.set_xlim(min(shown) - 0.1 * width, max(shown) + 0.5 * width)  # room for the numbers
-    axes.margins(y=0.1)
-    axes.grid(axis="x", alpha=0.3)
-    figure.savefig(out, metadata={"Date": None})
+class Panel(NamedTuple):
+    """Perplexities of some arms on one text."""
+
+    title: str
+    arms: dict[str, tuple[str, str]]
+    """The label and colour of each arm, from top to bottom."""
+    text: str = "heldout"
+    steps: int = 100
+    tokens_a_step: int = 2048
+
+
+def on_both(title: str, static: str, moved: str, tokens_a_step: int = 2048) -> list[Panel]:
+    """A static mask and one that moves, on unseen articles and on C4."""
+    arms = {static: ("static", KEPT), moved: ("re-pruned", MOVED)}
+    return [Panel(f"{title}, {words}", arms, text, tokens_a_step=tokens_a_step) for text, words in TEXTS.items()]
+
+
+WITH_OR_WITHOUT = {
+    "static": ("static", KEPT),
+    "dynamic": ("re-pruned", MOVED),
+    "static_distill": ("static, teacher", KEPT),
+    "dynamic_distill": ("re-pruned, teacher", MOVED),
+}
+TRAINED = {
+    "dense": ("dense", OTHER),
+    "static_distill": ("2:4, static, teacher", KEPT),
+    "dynamic_distill": ("2:4, re-pruned, teacher", MOVED),
+}
+
+
+def scores(suffix: str) -> dict[str, tuple[str, str]]:
+    return {
+        f"dynamic_magnitude{suffix}": ("magnitude", OTHER),
+        f"dynamic_frozen_norms{suffix}": ("Wanda, first norms", OTHER),
+        f"dynamic{suffix}": ("Wanda, running norms", MOVED),
+    }
+
+
+FIGURES = {
+    "moving": [*on_both("2:4", "static", "dynamic"), *on_both("70 %", "static_70", "dynamic_70")],
+    "taught": [
+        *on_both("2:4", "static_distill", "dynamic_distill"),
+        *on_both("70 %", "static_70_distill", "dynamic_dormant_70_distill", 512),
+    ],
+    "teacher": [Panel(f"2:4, {words}", WITH_OR_WITHOUT, text) for text, words in TEXTS.items()],
+    "scores": [Panel("2:4", scores("")), Panel("70 %", scores("_70"))],
+    "lengths": [Panel(f"after {steps} steps", TRAINED, steps=steps) for steps in (100, 300)],
+}
+
+
+def draw(runs: dict[int, Runs], folder: Path) -> None:
+    """Write each picture as ``finding_NAME.svg``; ``runs`` are those of each size of a step."""
+    for name, panels in FIGURES.items():
+        one_text = len({panel.text for panel in panels}) == 1
+        size = (11, 0.42 * len(panels[0].arms) + 0.8)
+        figure, all_axes = plt.subplots(1, len(panels), figsize=size, sharex=one_text)
+        for axes, panel in zip(all_axes, panels, strict=True):
+            bars(axes, panel, runs[panel.tokens_a_step])
+        figure.set_layout_engine("constrained")
+        figure.savefig(folder / f"finding_{name}.svg", metadata={"Date": None})
+        plt.close(figure)
+
+
+def bars(axes: plt.Axes, panel: Panel, runs: Runs) -> None:
+    """Draw a panel."""
+    for height, (arm, (_, colour)) in enumerate(panel.arms.items()):
+        values = list(runs.values(arm, panel.text, panel.steps).values())
+        mean = statistics.mean(values)
+        axes.barh(height, mean, 0.7, color=colour)
+        axes.plot(values, [height] * len(values), "o", color="black", markersize=3)
+        axes.annotate(f"{mean:.2f}", (max(values), height), (4, -3), textcoords="offset points", fontsize=9)
+    axes.set_yticks(range(len(panel.arms)), [label for label, _ in panel.arms.values()], fontsize=9)
+    axes.invert_yaxis()
+    axes.set_title(panel.title, fontsize=10)
+    axes.margins(x=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xticks([])

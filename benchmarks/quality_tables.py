@@ -1,7 +1,7 @@
-"""The tables and the picture of docs/results.md on training, and README's table, made from benchmarks/quality.csv.
+"""The tables on training of docs/results.md, docs/more_results.md and README.md, and their pictures.
 
-    python benchmarks/quality_tables.py             # print them
-    python benchmarks/quality_tables.py --write     # put them into docs/results.md, README.md and docs/pictures/
+    python benchmarks/quality_tables.py             # print the tables that benchmarks/quality.csv gives
+    python benchmarks/quality_tables.py --write     # put them into these pages, and pictures into docs/pictures/
 
 A star marks arms for which not both a lower and a higher learning rate were tried.
 """
@@ -31,8 +31,9 @@ from quality_picture import draw
 from quality_rows import Runs
 
 ROOT = Path(__file__).parent.parent
-CSV, PAGE, README = ROOT / "benchmarks" / "quality.csv", ROOT / "docs" / "results.md", ROOT / "README.md"
-PICTURE = ROOT / "docs" / "pictures" / "quality.svg"
+CSV, README = ROOT / "benchmarks" / "quality.csv", ROOT / "README.md"
+PAGE, MORE = ROOT / "docs" / "results.md", ROOT / "docs" / "more_results.md"
+PICTURES = ROOT / "docs" / "pictures"
 BEGIN, END = "<!-- quality -->", "<!-- /quality -->"
 TEXTS = {"heldout": "held-out articles", "wikitext2": "WikiText-2", "c4": "C4"}
 STATIC = ("static", "static_ste")
@@ -207,37 +208,24 @@ def lengths(runs: Runs) -> str:
 
 
 def tables(runs: Runs, short: Runs) -> str:
-    """All tables, as Markdown; ``short`` are the runs in steps of 512 tokens."""
-    static = runs.best(STATIC)
+    """The tables behind the findings, as Markdown; ``short`` are the runs in steps of 512 tokens."""
     parts = [
         reached(runs),
         "",
         "### 2:4 at equal tokens\n",
-        table(runs, MAIN, static, "the better static arm"),
-        "\n![Perplexity of each arm on held-out articles, one dot per seed](pictures/quality.svg)\n",
-        "### Which score decides in training\n",
-        "All runs start from the same first mask, of one-shot Wanda; k = 10.\n",
-        table(runs, SCORES, "dynamic_frozen_norms", "norms of the first mask"),
-        "\n### Margins, decay, when to stop\n",
-        "Each arm is the default with one change, which is its name.\n",
-        table(runs, VARIANTS, "dynamic", "the default"),
-        "\n### From a model that was pruned before\n",
-        "The pruned weights of such a model are zeros; the other arms still hold their former values.\n",
-        table(runs, STARTS, "dynamic", "from the dense model"),
-        "\n### Training on another text than the first mask\n",
-        "Calibrated on Wikipedia, trained on the Python standard library; held-out is held-out source code.\n",
-        table(runs, SHIFT, "dynamic_frozen_norms_shift", "norms of the first mask"),
-        "\n### Distillation\n",
-        table(runs, DISTILLATION, "dynamic", "re-pruned, no teacher"),
-        "\n### Longer runs\n",
-        lengths(runs),
+        table(runs, MAIN, runs.best(STATIC), "the better static arm"),
         "\n### Unstructured 70 %\n",
         table(runs, UNSTRUCTURED, runs.best(STATIC_70), "the better static arm"),
+        "\n### Distillation\n",
+        table(runs, DISTILLATION, "dynamic", "re-pruned, no teacher"),
         "\n### Unstructured 70 % with a teacher, after 51,200 tokens\n",
         "100 steps of 512 tokens, with the untouched dense model as teacher.\n",
         table(short, TAUGHT_70, "static_70_distill", "the static mask"),
-        "\nAfter 200 steps, 102,400 tokens:\n",
-        table(short, TAUGHT_70, "static_70_distill", "the static mask", steps=200),
+    ]
+    for steps in (200, 300):
+        parts += [f"\nAfter {steps} steps, {512 * steps:,} tokens:\n"]
+        parts += [table(short, TAUGHT_70, "static_70_distill", "the static mask", steps=steps)]
+    parts += [
         "\nAt another learning rate:\n",
         other_rates(short),
         "\n### 2:4 with a teacher, in steps of 512 tokens\n",
@@ -246,6 +234,27 @@ def tables(runs: Runs, short: Runs) -> str:
         "\nLearning rates of these two sections were chosen by perplexity on validation articles after 50 steps, "
         "seed 0:\n",
         tuning_table(short),
+        "\n### Which score decides in training\n",
+        "All runs start from the same first mask, of one-shot Wanda; k = 10.\n",
+        table(runs, SCORES, "dynamic_frozen_norms", "norms of the first mask"),
+        "\n### Training on another text than the first mask\n",
+        "Calibrated on Wikipedia, trained on the Python standard library; held-out is held-out source code.\n",
+        table(runs, SHIFT, "dynamic_frozen_norms_shift", "norms of the first mask"),
+        "\n### Longer runs\n",
+        lengths(runs),
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def more_tables(runs: Runs) -> str:
+    """The tables of docs/more_results.md: settings that gained little, other beginnings, other learning rates."""
+    parts = [
+        "### Margins, decay, when to stop\n",
+        "Each arm is the default with one change, which is its name.\n",
+        table(runs, VARIANTS, "dynamic", "the default"),
+        "\n### From a model that was pruned before\n",
+        "The pruned weights of such a model are zeros; the other arms still hold their former values.\n",
+        table(runs, STARTS, "dynamic", "from the dense model"),
         "\n### Fine-tuning a pruned model: low-rank and full\n",
         "r 8 on q and v, as in the paper's Table 6.\n",
         table(runs, LOW_RANK, None, ""),
@@ -253,7 +262,7 @@ def tables(runs: Runs, short: Runs) -> str:
         "A Llama of 17 million weights on 614,400 tokens: smoke runs that show that it works, not how good it is.\n",
         table(runs, SCRATCH, "scratch_dense", "dense", steps=300),
         "\n### At other learning rates\n",
-        "Runs of arms that the tables above show at another learning rate.\n",
+        "Runs of arms that the tables show at another learning rate.\n",
         other_rates(runs),
         "\n### How learning rates were chosen\n",
         "Perplexity on validation articles (first 32,768 tokens), seed 0; the best of each row is bold.\n",
@@ -289,13 +298,13 @@ def headline(runs: Runs, short: Runs) -> str:
 def main() -> None:
     """Print or write."""
     runs, short = Runs(CSV), Runs(CSV, 512)
+    made = {PAGE: tables(runs, short), MORE: more_tables(runs), README: headline(runs, short)}
     if "--write" not in sys.argv:
-        print(tables(runs, short))
-        print(headline(runs, short))
+        print("\n".join(made.values()))
         return
-    draw(runs, PICTURE)
-    rows.show(PAGE, BEGIN, END, tables(runs, short))
-    rows.show(README, BEGIN, END, headline(runs, short))
+    draw({2048: runs, 512: short}, PICTURES)
+    for page, shown in made.items():
+        rows.show(page, BEGIN, END, shown)
 
 
 if __name__ == "__main__":

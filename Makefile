@@ -71,6 +71,7 @@ faults: $(READY)  # the table of docs/reliability.md
 bench: $(READY)  # the tables of docs/performance.md; on an idle machine
 	$(BIN)/python benchmarks/selection.py --out benchmarks/performance.json
 	$(BIN)/python benchmarks/overhead.py --out benchmarks/performance.json
+	$(BIN)/python benchmarks/growth.py --out benchmarks/performance.json
 	$(BIN)/python benchmarks/oneshot_time.py --out benchmarks/performance.json
 	$(BIN)/python benchmarks/performance.py --write
 

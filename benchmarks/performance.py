@@ -1,7 +1,7 @@
-"""The tables of docs/performance.md, made from what the benchmarks have put into benchmarks/performance.json.
+"""The tables and the picture of docs/performance.md, from what benchmarks have put into benchmarks/performance.json.
 
-python benchmarks/performance.py             # print them
-python benchmarks/performance.py --write     # put them there
+python benchmarks/performance.py             # print the tables
+python benchmarks/performance.py --write     # put them and the picture there
 """
 
 import json
@@ -10,10 +10,13 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
+import matplotlib
 import rows
+from matplotlib import pyplot as plt
 
 ROOT = Path(__file__).parent.parent
 JSON, PAGE = ROOT / "benchmarks" / "performance.json", ROOT / "docs" / "performance.md"
+PICTURE = ROOT / "docs" / "pictures" / "growth.svg"
 BEGIN, END = "<!-- performance -->", "<!-- /performance -->"
 IDLE = 0.5
 """Load below which a machine counts as idle."""
@@ -124,10 +127,64 @@ def oneshot(part: dict[str, Any]) -> list[str]:
     return ["## One-shot pruning\n", machine(part), f"{part['title']}, float32 weights:\n", table(head, lines)]
 
 
+def growth(part: dict[str, Any]) -> list[str]:
+    base = middle(part["sizes"])
+    lines = [
+        [
+            *(str(each[name]) for name in ("width", "blocks", "tokens")),
+            spread(each["seconds"]["dense"], 2),
+            spread([1000 * update for update in each["seconds"]["update"]], 0),
+            *(f"{rows.ratio_of_a_run(each['seconds'], k):.3f}" for k in (10, 1)),
+        ]
+        for each in part["sizes"]
+    ]
+    return [
+        "## How the cost grows\n",
+        machine(part),
+        "Llamas of random weights, 2:4, bfloat16 autocast; one size at a time differs from "
+        f"{base['width']} wide, {base['blocks']} blocks, {base['tokens']} tokens a step. Against the dense step:\n",
+        "![Cost of re-pruning against width, blocks, tokens and k](pictures/growth.svg)\n",
+        table(["width", "blocks", "tokens", "dense step, s", "an update, ms", "k = 10", "k = 1"], lines),
+        "How it grows with processes: [computed](scaling.md).\n",
+    ]
+
+
+def middle(sizes: list[dict[str, Any]]) -> dict[str, Any]:
+    """The size from which all others differ in one number."""
+    names = ("width", "blocks", "tokens")
+    return max(sizes, key=lambda size: sum(size[name] == other[name] for other in sizes for name in names))
+
+
+def draw_growth(part: dict[str, Any], out: Path) -> None:
+    """How much longer a re-pruned step takes than a dense one, against each number that grows."""
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "growth"
+    base, ks = middle(part["sizes"]), (1, 2, 5, 10, 20, 50, 100)
+    figure, all_axes = plt.subplots(1, 4, figsize=(11, 2.6), sharey=True, layout="constrained")
+    for axes, name in zip(all_axes, ("width", "blocks", "tokens"), strict=False):
+        others = [each for each in ("width", "blocks", "tokens") if each != name]
+        sizes = [size for size in part["sizes"] if all(size[other] == base[other] for other in others)]
+        sizes.sort(key=lambda size: size[name])
+        for k in (1, 10):
+            ratios = [rows.ratio_of_a_run(size["seconds"], k) for size in sizes]
+            axes.plot([size[name] for size in sizes], ratios, "o-", label=f"k = {k}")
+        axes.set_xscale("log", base=2)
+        axes.set_xlabel(name if name != "tokens" else "tokens a step")
+    all_axes[3].plot(ks, [rows.ratio_of_a_run(base["seconds"], k) for k in ks], "o-", color="black")
+    all_axes[3].set_xscale("log")
+    all_axes[3].set_xlabel("k, steps between updates")
+    all_axes[0].set_ylabel("step, re-pruned / dense")
+    all_axes[0].legend()
+    for axes in all_axes:
+        axes.axhline(1, color="grey", linewidth=0.8)
+        axes.grid(alpha=0.3)
+    figure.savefig(out, metadata={"Date": None})
+
+
 def tables(path: Path = JSON) -> str:
     """All tables, as Markdown."""
     parts = json.loads(path.read_text())
-    made = {"selection": selection, "step": step, "oneshot": oneshot}
+    made = {"selection": selection, "step": step, "growth": growth, "oneshot": oneshot}
     lines = [line for name, show in made.items() if name in parts for line in show(parts[name])]
     lines += [f"Not measured yet: {name}.\n" for name in made if name not in parts]
     return "\n".join(lines)
@@ -136,5 +193,7 @@ def tables(path: Path = JSON) -> str:
 if __name__ == "__main__":
     if "--write" in sys.argv:
         rows.show(PAGE, BEGIN, END, tables())
+        if part := json.loads(JSON.read_text()).get("growth"):
+            draw_growth(part, PICTURE)
     else:
         print(tables())

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 LOAD = os.getloadavg()[0]
@@ -52,6 +53,11 @@ def steps_of_a_run(found: Mapping[str, list[float]], k: int) -> list[float]:
     other = found.get("re-pruned, not recorded", found["re-pruned"])
     rounds = zip(found["re-pruned"], other, found["update"], strict=True)
     return [recorded * a + (1 - recorded) * b + update / k for a, b, update in rounds]
+
+
+def ratio_of_a_run(found: Mapping[str, list[float]], k: int) -> float:
+    """The median over rounds of a re-pruned step, with its share of an update, against the dense one."""
+    return median(own / dense for own, dense in zip(steps_of_a_run(found, k), found["dense"], strict=True))
 
 
 def show(page: Path, begin: str, end: str, made: str) -> None:

@@ -3,7 +3,7 @@
 # make docs   these pages as a site, in site/      make zeroshot  the table of zero-shot accuracy
 # make package  sdist and wheel in dist/, and the wheel in an environment with nothing else
 # make golden  masks and weights of tiny runs against their recorded digests
-# make gpu    tests and benchmarks on a GPU; nobody has run it yet
+# make gpu    tests and benchmarks on GPUs, unattended, to gpu.md; nobody has run it yet
 # make test-oldest  a short form of the tests on the oldest versions that pyproject.toml names
 # make faults  jobs that are killed or interrupted at TRIALS random moments each, against jobs that are not
 
@@ -61,9 +61,7 @@ golden: $(READY)  # "$(BIN)/python -m tests.golden record" writes the digests an
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.golden check
 
 gpu: $(READY)
-	$(BIN)/python -m pytest -m gpu
-	$(BIN)/python benchmarks/selection.py --device cuda
-	$(BIN)/python benchmarks/overhead.py --device cuda
+	$(BIN)/python benchmarks/gpu.py
 
 faults: $(READY)  # the table of docs/reliability.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults $(TRIALS)

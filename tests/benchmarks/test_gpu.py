@@ -8,7 +8,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-import gpu  # noqa: E402
+import gpu
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the parts that fail without a GPU would run")

@@ -1,6 +1,7 @@
 """``RunRecord``: what is not a metric of a training run, in ``run.json`` beside Lightning's ``metrics.csv``.
 
 states                validations before training, of "dense" and "after the first mask", as ``report.runs.State``
+now                   the latest validation, or the one at the end
 step, seconds, tokens optimizer steps done, training time, and tokens trained on (with padding), so far
 layers                size, zeros, and mask entries that differ from the first mask, of each targeted layer
 finished              whether the run came to its end; zeros are then those of its final weights
@@ -70,6 +71,7 @@ class RunRecord(L.Callback):
         if trainer.global_step == 0:  # a checkpoint, if there is one, is loaded later
             counts: dict[str, Any] = {"step": 0, "seconds": 0.0, "tokens": 0, "layers": None}
             self._facts, self._earlier = counts | {"states": [], "protocols": [], "about": {}}, []
+            self._facts["now"] = asdict(State("latest", 0))
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         trial = trainer.fast_dev_run or any(isinstance(logger, DummyLogger) for logger in trainer.loggers)  # type: ignore[attr-defined]
@@ -97,13 +99,11 @@ class RunRecord(L.Callback):
                     layer.weight_mask.copy_(mask)
 
     def _add_state(self, trainer: L.Trainer, name: str) -> None:
-        values = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val")}
-        perplexity, loss = (values.get(named(word, list(values)) or "") for word in ("perplexity", "loss"))
         updater = self._updater()
         sparsity = updater.report().sparsity if updater and updater.sparsity else None
         if name == "dense" and sparsity and sparsity > 0.01:
             name = "without masks"  # the model was pruned before the run
-        self._facts["states"].insert(0, asdict(State(name, 0, perplexity, loss, sparsity)))
+        self._facts["states"].insert(0, _validated(trainer, name, 0, sparsity))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._began, self._counted = time.perf_counter(), self._facts["seconds"]
@@ -129,6 +129,7 @@ class RunRecord(L.Callback):
             targets = {"targeted layers": len(updater.layers), "targeted weights": size}
             about = {**updater.settings(), **asdict(updater.timing), **targets, **about}
         self._facts |= {"finished": False, "about": about}
+        self._facts["now"]["name"] = "latest"  # also where a run goes on that had ended
         self._write(step)
 
     # --- in training -------------------------------------------------------------------------------------------------
@@ -143,14 +144,19 @@ class RunRecord(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._write(steps_done(trainer))
+            step, report = steps_done(trainer), self._pruning.last_report if self._pruning else None
+            self._facts["now"] = _validated(trainer, "latest", step, report.sparsity if report else None)
+            self._write(step, report)
 
     # --- after training, and checkpoints -----------------------------------------------------------------------------
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._facts["finished"] = True
         updater = self._updater()  # counts now: after this, masks may be folded into the weights
-        self._write(steps_done(trainer, in_batch=False), updater.report() if updater else None)
+        step, report = steps_done(trainer, in_batch=False), updater.report() if updater else None
+        now = self._facts["now"] if self._facts["now"]["step"] == step else asdict(State("", step))
+        self._facts["now"] = now | {"name": "at the end", "sparsity": report.sparsity if report else None}
+        self._write(step, report)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         evaluations = [each for each in _callbacks(trainer) if isinstance(each, Evaluation)]
@@ -178,7 +184,6 @@ class RunRecord(L.Callback):
         self._facts["about"]["peak memory of the process, GiB"] = environment.peak_bytes() / 2**30
         if torch.cuda.is_available():
             self._facts["about"]["peak memory of the accelerator, GiB"] = torch.cuda.max_memory_allocated() / 2**30
-        report = report or (self._pruning.last_report if self._pruning else None)
         if report is not None:
             self._facts["layers"] = {
                 name: {"size": layer.size, "zeros": layer.zeros, "differing": report.differing.get(name, 0)}
@@ -192,6 +197,13 @@ class RunRecord(L.Callback):
 
     def _updater(self) -> MaskUpdater | None:
         return None if self._pruning is None else self._pruning.updater
+
+
+def _validated(trainer: L.Trainer, name: str, step: int, sparsity: float | None) -> dict[str, Any]:
+    """The state with the perplexity and loss of the validation that has just ended."""
+    values = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val")}
+    perplexity, loss = (values.get(named(word, list(values)) or "") for word in ("perplexity", "loss"))
+    return asdict(State(name, step, perplexity, loss, sparsity))
 
 
 def _callbacks(trainer: L.Trainer) -> list[L.Callback]:

@@ -16,7 +16,7 @@ _LIMITS = """\
 - Not smaller: these are dense safetensors with zeros in them. Any compressor makes a smaller file of them, for storing
   and sending.
 - Not faster on a CPU: plain PyTorch multiplies zeros like other numbers. On GPUs with 2:4 sparse tensor cores, layers
-  that are 2:4 can be converted (`sparse_train.inspection.to_sparse_semi_structured`); no claim is made about the speed.
+  that are 2:4 can be converted (`torch.sparse.to_sparse_semi_structured`); no claim is made about the speed.
 - Not a sparse checkpoint for vLLM or compressed-tensors, which no longer load those. They load it as a dense model.
 """
 

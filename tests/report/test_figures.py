@@ -1,25 +1,12 @@
 import re
 import warnings
 
-import numpy as np
-
-from sparse_train.report.figures import curves, grid, heat_maps
-
-
-def test_grid_has_a_row_for_each_block_and_a_column_for_each_projection():
-    values = {"model.layers.10.mlp.up_proj": 0.3, "model.layers.2.mlp.up_proj": 0.1, "model.layers.2.attn.q_proj": 0.2}
-    blocks, columns, values_RC = grid(values | {"lm_head": 0.4})
-    assert blocks == ["-", "2", "10"]
-    assert columns == ["up_proj", "q_proj", "lm_head"]
-    np.testing.assert_array_equal(values_RC, [[np.nan, np.nan, 0.4], [0.1, 0.2, np.nan], [0.3, np.nan, np.nan]])
-    # where the last part would not tell projections apart, the whole name does
-    assert grid({"h.0.a.proj": 0.1, "h.0.b.proj": 0.2})[1] == ["a.proj", "b.proj"]
+from sparse_train.report.figures import curves
 
 
 def test_nothing_is_drawn_of_nothing():
     assert curves("", {"run": {"": []}}, "loss") == ""
     assert curves("", {"run": {"": [(1, float("nan"))]}}, "loss") == ""
-    assert heat_maps("", {"zeros": {}}) == ""
 
 
 def test_a_picture_takes_the_colour_of_the_pages_text_and_loads_nothing():

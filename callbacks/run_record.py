@@ -3,8 +3,7 @@
 states                validations before training, of "dense" and "after the first mask", as ``report.runs.State``
 now                   the latest validation, or the one at the end
 step, seconds, tokens optimizer steps done, training time, and tokens trained on (with padding), so far
-layers                size, zeros, and mask entries that differ from the first mask, of each targeted layer
-finished              whether the run came to its end; zeros are then those of its final weights
+finished              whether the run came to its end; the sparsity of ``now`` is then that of its final weights
 protocols             what ``Evaluation`` callbacks measured
 about                 what the page lists: settings, when and on what the run ran, peak memory of the first process
 """
@@ -31,7 +30,6 @@ from sparse_train.callbacks.dynamic_pruning import DynamicPruning
 from sparse_train.callbacks.evaluation import Evaluation
 from sparse_train.callbacks.lightning_trainer import steps_done
 from sparse_train.files import replacing
-from sparse_train.pruning.update import UpdateReport
 from sparse_train.pruning.updater import MaskUpdater
 from sparse_train.report.runs import METRICS, RECORD, State, named, read_metrics
 
@@ -69,9 +67,8 @@ class RunRecord(L.Callback):
         self._began, self.folder = 0.0, None
         self._pruning = next((each for each in _callbacks(trainer) if isinstance(each, DynamicPruning)), None)
         if trainer.global_step == 0:  # a checkpoint, if there is one, is loaded later
-            counts: dict[str, Any] = {"step": 0, "seconds": 0.0, "tokens": 0, "layers": None}
+            counts: dict[str, Any] = {"step": 0, "seconds": 0.0, "tokens": 0}
             self._facts, self._earlier = counts | {"states": [], "protocols": [], "about": {}}, []
-            self._facts["now"] = asdict(State("latest", 0))
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         trial = trainer.fast_dev_run or any(isinstance(logger, DummyLogger) for logger in trainer.loggers)  # type: ignore[attr-defined]
@@ -128,8 +125,8 @@ class RunRecord(L.Callback):
             size = sum(layer.size for layer in updater.layers.values())
             targets = {"targeted layers": len(updater.layers), "targeted weights": size}
             about = {**updater.settings(), **asdict(updater.timing), **targets, **about}
-        self._facts |= {"finished": False, "about": about}
-        self._facts["now"]["name"] = "latest"  # also where a run goes on that had ended
+        now = self._facts.get("now", asdict(State("", step))) | {"name": "latest"}  # a run may go on that had ended
+        self._facts |= {"finished": False, "about": about, "now": now}
         self._write(step)
 
     # --- in training -------------------------------------------------------------------------------------------------
@@ -146,17 +143,17 @@ class RunRecord(L.Callback):
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             step, report = steps_done(trainer), self._pruning.last_report if self._pruning else None
             self._facts["now"] = _validated(trainer, "latest", step, report.sparsity if report else None)
-            self._write(step, report)
+            self._write(step)
 
     # --- after training, and checkpoints -----------------------------------------------------------------------------
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._facts["finished"] = True
-        updater = self._updater()  # counts now: after this, masks may be folded into the weights
-        step, report = steps_done(trainer, in_batch=False), updater.report() if updater else None
+        step, updater = steps_done(trainer, in_batch=False), self._updater()
         now = self._facts["now"] if self._facts["now"]["step"] == step else asdict(State("", step))
-        self._facts["now"] = now | {"name": "at the end", "sparsity": report.sparsity if report else None}
-        self._write(step, report)
+        sparsity = updater.report().sparsity if updater else None  # now: later, masks may be folded into the weights
+        self._facts["now"] = now | {"name": "at the end", "sparsity": sparsity}
+        self._write(step)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         evaluations = [each for each in _callbacks(trainer) if isinstance(each, Evaluation)]
@@ -179,16 +176,11 @@ class RunRecord(L.Callback):
     def _seconds(self) -> float:
         return self._counted + time.perf_counter() - self._began if self._began else self._facts["seconds"]
 
-    def _write(self, step: int, report: UpdateReport | None = None) -> None:
+    def _write(self, step: int) -> None:
         self._facts |= {"step": step, "seconds": self._seconds()}
         self._facts["about"]["peak memory of the process, GiB"] = environment.peak_bytes() / 2**30
         if torch.cuda.is_available():
             self._facts["about"]["peak memory of the accelerator, GiB"] = torch.cuda.max_memory_allocated() / 2**30
-        if report is not None:
-            self._facts["layers"] = {
-                name: {"size": layer.size, "zeros": layer.zeros, "differing": report.differing.get(name, 0)}
-                for name, layer in report.layers.items()
-            }
         if self.folder is not None and self._logger is not None:
             self._logger.save()
             self.folder.mkdir(parents=True, exist_ok=True)

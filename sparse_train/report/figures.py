@@ -2,7 +2,7 @@
 
 import html
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ _STYLE: Any = {**dict.fromkeys(_COLOURED, _INK), "font.size": 9, "axes.titlesize
 @rc_context(_STYLE)
 def curves(
     caption: str,
-    runs: Mapping[str, Mapping[str, Points]],
+    lines: Sequence[tuple[str, str, Points]],
     label: str,
     *,
     levels: Mapping[float, str] | None = None,
@@ -33,21 +33,21 @@ def curves(
 
     Args:
         caption: under the picture.
-        runs: points by kind of value, by run.
+        lines: run, kind of value, and points.
         label: of the vertical axis. With "%", values are shares, and the axis begins at 0.
         levels: values to compare with, and their names; drawn as dotted horizontal lines.
         log: whether the vertical axis is logarithmic.
     """
     scale = 100 if "%" in label else 1
+    names = list(dict.fromkeys(run for run, _, _ in lines))
     lines = [
         (run, kind, finite)
-        for run, kinds in runs.items()
-        for kind, points in kinds.items()
+        for run, kind, points in lines
         if (finite := [(step, scale * value) for step, value in points if np.isfinite(value)])
     ]
     if not lines:
         return ""
-    names, kinds = list(runs), list(dict.fromkeys(kind for _, kind, _ in lines))
+    kinds = list(dict.fromkeys(kind for _, kind, _ in lines))
     figure = Figure(figsize=(7.4, 3.1), layout="constrained")
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)

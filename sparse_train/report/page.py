@@ -49,8 +49,7 @@ def sections(runs: Sequence[Run]) -> dict[str, Sequence[str]]:
         "Perplexity and loss": _learning(runs),
         "Evaluation": _evaluation(runs),
         "Masks": _masks(runs),
-        "Time": [_side_by_side(runs, _time), paragraph(_TIME)],
-        "Settings, machine and memory": [_side_by_side(runs, _about)],
+        "Time, settings and machine": [_side_by_side(runs, _costs), paragraph(_COSTS)],
         "Recipe": recipes,
     }
 
@@ -70,8 +69,9 @@ def _summary(runs: Sequence[Run]) -> list[str]:
 
 
 def _learning(runs: Sequence[Run]) -> list[str]:
-    perplexity = {run.name: {"": run.validation("perplexity")} for run in runs}
-    loss = {run.name: {"training": run.training_loss(), "validation": run.validation("loss")} for run in runs}
+    perplexity = [(run.name, "", run.validation("perplexity")) for run in runs]
+    training = [(run.name, "training", run.training_loss()) for run in runs]
+    validation = [(run.name, "validation", run.validation("loss")) for run in runs]
     levels: dict[float, str] = {}
     for run in runs:
         for state in run.before[:1]:
@@ -80,7 +80,7 @@ def _learning(runs: Sequence[Run]) -> list[str]:
     text = "Perplexity on the validation text; at step 0, after the first mask."
     return [
         curves(text, perplexity, "perplexity", levels=levels, log=True),
-        curves("Loss in training (one batch each) and in validation.", loss, "loss"),
+        curves("Loss in training (one batch each) and in validation.", training + validation, "loss"),
     ]
 
 
@@ -93,44 +93,37 @@ def _evaluation(runs: Sequence[Run]) -> list[str]:
 
 
 def _masks(runs: Sequence[Run]) -> list[str]:
-    flips = {run.name: {"": run.flips()} for run in runs}
-    since_first = {run.name: {"": run.curve("sparsity/initial_flip_rate")} for run in runs}
-    sparsity = {
-        run.name: {"target": run.curve("sparsity/target"), "counted": run.curve("sparsity/actual")} for run in runs
-    }
-    gradual = any(len({value for _, value in kinds["target"]}) > 1 for kinds in sparsity.values())
+    flips = [(run.name, "", run.flips()) for run in runs]
+    since_first = [(run.name, "", run.curve("sparsity/initial_flip_rate")) for run in runs]
+    target = [(run.name, "target", run.curve("sparsity/target")) for run in runs]
+    counted = [(run.name, "counted", run.curve("sparsity/actual")) for run in runs]
+    gradual = any(len({value for _, value in points}) > 1 for _, _, points in target)
     text = "Mask entries that an update changed, as a share of the targeted weights; without the first mask."
     return [
         curves(text, flips, "flip rate, %"),
         curves("Mask entries that differ from the first mask.", since_first, "initial flip rate, %"),
-        curves("Sparsity over the run.", sparsity, "sparsity, %") if gradual else "",
+        curves("Sparsity over the run.", target + counted, "sparsity, %") if gradual else "",
     ]
 
 
 # --- facts -----------------------------------------------------------------------------------------------------------
 
-_TIME = (
-    "Of training, with validations. An update scores weights and selects masks; recording activations for it counts as "
-    "part of the training steps. Tokens include padding."
+_COSTS = (
+    "Time is that of training, with validations. An update scores weights and selects masks; recording activations for "
+    "it counts as part of the training steps. Tokens include padding."
 )
 
 
-def _time(run: Run) -> dict[str, str]:
+def _costs(run: Run) -> dict[str, str]:
     seconds, tokens = run.facts["seconds"], run.facts["tokens"]
     updating = sum(value for step, value in run.curve("sparsity/update_seconds") if step > 0)
+    about = {name: fact for name, fact in run.facts["about"].items() if fact not in (None, [])}
     return {
         "wall time": f"{seconds:,.1f} s",
         "of it in mask updates": f"{updating:,.1f} s ({updating / seconds:.1%})" if seconds else "",
         "tokens trained on": f"{tokens:,}",
         "tokens per second": f"{tokens / seconds:,.0f}" if seconds else "",
-    }
-
-
-def _about(run: Run) -> dict[str, str]:
-    return {
-        name: f"{fact:,.6g}" if isinstance(fact, float) else str(fact)
-        for name, fact in run.facts["about"].items()
-        if fact not in (None, [])
+        **{name: f"{fact:,.6g}" if isinstance(fact, float) else str(fact) for name, fact in about.items()},
     }
 
 

@@ -69,17 +69,7 @@ def test_a_run_leaves_its_record(tmp_path):
     found = facts(tmp_path)
     assert (found["finished"], found["step"], found["tokens"]) == (True, 12, 12 * 2 * 16)
     assert found["about"]["peak memory of the process, GiB"] > 0.1
-    weights = {name: each.weight for name, each in module.named_modules() if name in found["layers"]}
-    assert len(weights) == 14
-    layers = found["layers"].items()
-    assert {name: weight.numel() for name, weight in weights.items()} == {name: each["size"] for name, each in layers}
-    zeros = {name: int((weight == 0).sum()) for name, weight in weights.items()}
-    assert zeros == {name: each["zeros"] for name, each in layers}
-    (run,) = collect([tmp_path])
-    assert run.now.sparsity == 0.5
-    size = sum(each["size"] for _, each in layers)
-    assert sum(each["differing"] for _, each in layers) / size == run.curve("sparsity/initial_flip_rate")[-1][1] > 0
-
+    assert found["about"]["targeted layers"] == 14
     now = collect([tmp_path])[0].now
     last = float(module.trainer.callback_metrics["val_loss"])
     assert (now.name, now.step, now.sparsity) == ("at the end", 12, 0.5)
@@ -164,7 +154,7 @@ def test_a_killed_and_resumed_run_has_one_history(tmp_path):
         assert found["about"]["resumed at steps"] == [5]
         assert (found["tokens"], found["finished"]) == (12 * 2 * 16, True)
         assert run.before == uninterrupted.before
-        assert found["layers"] == facts(whole)["layers"]
+        assert run.now == uninterrupted.now
         for name in ("sparsity/flip_rate", "sparsity/initial_flip_rate", "sparsity/actual", "loss", "val_loss"):
             assert run.curve(name) == uninterrupted.curve(name), name
 
@@ -209,7 +199,7 @@ def test_micro_batches_are_no_steps(tmp_path):
 def test_a_dense_run_has_a_record_too(tmp_path):
     fit(tmp_path, steps=4, callbacks=[RunRecord()])
     found = facts(tmp_path)
-    assert found["layers"] is None
+    assert found["now"]["sparsity"] is None
     assert [state["name"] for state in found["states"]] == ["dense"]
 
 

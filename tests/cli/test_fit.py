@@ -61,8 +61,8 @@ def test_fit_export_and_resume(fit, model_folder, capsys):
     model = AutoModelForCausalLM.from_pretrained("exported")
     assert set(model.state_dict()) == set(shallow_llama().state_dict())
     card = Path("exported/README.md").read_text()
-    assert "updated every 2 steps" in card and "at the last validation" in card
-    assert "max_steps: 6" in card[card.index("```yaml") :]
+    assert "update_freq: 2\n" in card and "at the last validation" in card
+    assert "max_steps: 6" in card[card.index("## Recipe") :]
     assert ((model.model.layers[1].mlp.down_proj.weight.reshape(-1, 4) == 0).sum(1) == 2).all()
 
     metrics = Path("run/version_0/metrics.csv").read_text()

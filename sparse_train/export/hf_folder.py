@@ -98,9 +98,9 @@ def _check_written(folder: Path, layers: Sequence[LayerSparsity]) -> None:
     """Count the zeros of the files again; ValueError if they are not those that the card will state."""
     checkpoint, counted = Checkpoint(folder), {f"{layer.name}.weight": layer.zeros for layer in layers}
     for key in counted.keys() & checkpoint.files.keys():  # tied weights and fused experts have other names there
-        weight = checkpoint.read([key])[key]
+        weight, file = checkpoint.read([key])[key], checkpoint.files[key]
         if (zeros := weight.numel() - int(weight.count_nonzero())) != counted[key]:
-            raise ValueError(f"{key} has {zeros} zeros in {checkpoint.files[key].name}, and {counted[key]} in the model.")
+            raise ValueError(f"{key} has {zeros} zeros in {file.name}, and {counted[key]} in the model.")
 
 
 def size_of(model: Any, dtype: torch.dtype | None) -> int:

@@ -73,7 +73,7 @@ def test_fit_export_and_resume(fit, model_folder, capsys):
 
     checkpoint = next(Path("run").rglob("*.ckpt"))
     cli.main(["export", str(checkpoint), "from_checkpoint", f"--tokenizer={model_folder}"])
-    assert "updated every 2 steps" in Path("from_checkpoint/README.md").read_text()
+    assert "update_freq: 2\n" in Path("from_checkpoint/README.md").read_text()
     again = AutoModelForCausalLM.from_pretrained("from_checkpoint")
     for key, value in again.state_dict().items():
         assert torch.equal(value, model.state_dict()[key]), key
@@ -87,7 +87,7 @@ def test_fit_export_and_resume(fit, model_folder, capsys):
 
     # a run that is at its end already trains nothing, and is what it was
     fit(*pruned, "--trainer.logger.init_args.save_dir=end", going_on, "--export=ended", "--dtype=bfloat16")
-    assert "updated every 2 steps" in Path("ended/README.md").read_text()
+    assert "update_freq: 2\n" in Path("ended/README.md").read_text()
     cli.main(["export", str(checkpoint), "half", f"--tokenizer={model_folder}", "--dtype=bfloat16"])
     for folder in ("ended", "half"):
         assert AutoModelForCausalLM.from_pretrained(folder, dtype="auto").dtype == torch.bfloat16

@@ -29,9 +29,9 @@ pytestmark = pytest.mark.filterwarnings("ignore")
     ("arguments", "message"),
     [
         ({"hardness_ce": -1}, "hardness_ce is the weight of a loss, at least 0 and finite, got -1"),
-        ({"hardness_kldiv": math.nan}, "hardness_kldiv is above 0 and finite, got nan"),
+        ({"hardness_kldiv": math.nan}, "hardness_kldiv must be above 0 and finite, got nan"),
         ({"hardness_kldiv": 0}, "leave distillation out"),
-        ({"temperature": 0}, "temperature is above 0 and finite, got 0"),
+        ({"temperature": 0}, "temperature must be above 0 and finite, got 0"),
         ({"cache": "x", "top_k": 0}, "top_k must be at least 1, got 0"),
     ],
 )

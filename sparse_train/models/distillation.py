@@ -86,11 +86,7 @@ class Distillation:
     """Train on ``hardness_ce * CE + hardness_kldiv * KL``, see ``distillation_loss``.
 
     The defaults are the plain sum. AST (Huang et al., arXiv 2407.20584), 2:4 with changing masks, weights CE and KL 1
-    to 2 at temperature 2, and found KL alone better than distances of hidden states; adding those did not help here
-    either (docs/results.md).
-
-    A teacher that has not seen the run's kind of text can end up worse at it than the student, and hold it back. Then
-    train the dense model on the same text first and use that as the teacher, or lower ``hardness_kldiv``.
+    to 2 at temperature 2. docs/settings.md says what to set.
 
     Args:
         teacher: a model source, or a Hugging Face id or local folder, with the student's tokenizer. Default: the

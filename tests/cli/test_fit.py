@@ -39,7 +39,7 @@ def fit(model_folder, text):
 
 def test_a_distilled_model_names_its_teacher_and_its_report_shows_the_loss_that_was_trained(fit, model_folder):
     fit("--trainer.max_steps=3", "--trainer.log_every_n_steps=1", "--export=exported", recipe="smollm2_2of4_distill")
-    assert f"| teacher | {model_folder}, dense |" in Path("exported/README.md").read_text()
+    assert f"teacher: {model_folder}, dense\n" in Path("exported/README.md").read_text()
     rows = csv.DictReader(Path("run/version_0/metrics.csv").read_text().splitlines())
     trained = [f"{float(row['train/loss']):.4g}" for row in rows if row["train/loss"]]
     report = Path("run/version_0/report.html").read_text()
@@ -156,9 +156,7 @@ def test_low_rank_fits_export_zeros(fit, recipe, base):
             assert ((weight.reshape(-1, 4) != 0).sum(1) == 2).all(), name
     cli.main(["inspect", "exported", "--verify"])
     assert Path("exported/adapter/adapter_model.safetensors").exists() == (recipe == "lora")
-    assert ("| mask_lora | r=8, lora_alpha=16 on 4 of 14" in Path("exported/README.md").read_text()) == (
-        recipe != "lora"
-    )
+    assert ("mask_lora: r=8, lora_alpha=16 on 4 of 14" in Path("exported/README.md").read_text()) == (recipe != "lora")
 
 
 @pytest.mark.usefixtures("without_pictures")

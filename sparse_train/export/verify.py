@@ -24,12 +24,7 @@ RECORD = "pruning.json"
 def verify(folder: str | Path) -> dict[str, Any]:
     """``compare`` a folder with its own record; ValueError if it has none. Holds one weight at a time."""
     folder = Path(folder)
-    if not (folder / RECORD).is_file():
-        raise ValueError(
-            f"{folder} has no {RECORD}, which says what its zeros should be: sparse-train prune, fit --export and "
-            "export write it, and SparseTrainerCallback to its checkpoints."
-        )
-    with reading(folder / RECORD):
+    with reading(folder / RECORD, lambda: " It says what zeros should be: prune, fit --export and export write it."):
         record = json.loads((folder / RECORD).read_text())
         _recipe(record)
     checkpoint = Checkpoint(folder)

@@ -115,4 +115,6 @@ class TextBlocks(L.LightningDataModule):
 
     def _measured(self, split: Split, most: int | None = None) -> Any:
         blocks = self._blocks[split]
-        return DataLoader(blocks.take(min(len(blocks), most or len(blocks))), self.batch_size) if len(blocks) else []
+        if most is not None:
+            blocks = blocks.select(range(min(most, len(blocks))))
+        return DataLoader(blocks, batch_size=self.batch_size) if len(blocks) else []

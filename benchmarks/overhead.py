@@ -190,7 +190,6 @@ def main(
     with torch.autocast(device, torch.bfloat16):
         for batch in batches:
             cache(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-    cache.close()
 
     def unrecorded(batch: dict[str, torch.Tensor]) -> None:
         with recorder.paused():

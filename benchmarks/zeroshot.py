@@ -192,7 +192,7 @@ def _items_of(task: str, task_data: str | None) -> str:
 def _run_of(folder: Path) -> dict[str, Any]:
     """Seed, steps and learning rate of the run that wrote a folder, from the recipe in its model card."""
     card = folder / CARD
-    found = re.search(r"^```yaml\n(.*?)^```", card.read_text(), re.M | re.S) if card.is_file() else None
+    found = re.search(r"^## Recipe\n\n```yaml\n(.*?)^```", card.read_text(), re.M | re.S) if card.is_file() else None
     if found is None:
         raise SystemExit(f"{folder} has no {CARD} with a recipe. benchmarks/quality.py --export writes such folders.")
     recipe = yaml.safe_load(found[1])

@@ -1,6 +1,7 @@
 """``Evaluation``: perplexity and zero-shot accuracy of the model that Lightning trains, while it trains."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -21,10 +22,6 @@ from sparse_train.models.sources import ModelSource, as_model_source
 from sparse_train.oneshot.first_mask import causal_lm
 
 _AUTOCAST = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
-_EVALUATE: dict[str, Callable[..., PerplexityResult | ZeroShotResult]] = {
-    "perplexity": evaluate_perplexity,
-    "zero_shot": evaluate_zero_shot,
-}
 
 
 class Evaluation(L.Callback):
@@ -79,24 +76,13 @@ class Evaluation(L.Callback):
         counts = {"every_n_steps": every_n_steps, "tasks_every_n_steps": tasks_every_n_steps, "limit": limit}
         for name, count in counts.items():
             check_positive(name, 1 if count is None else count)
-        self._text = text
-        self._source = None if tokenizer is None else as_model_source(tokenizer)
-        self._every: dict[str, int | None] = {}
+        self._text, self._split, self._window, self._max_tokens = text, split, window, max_tokens
+        self._tasks, self._task_data, self._limit = task_names(tasks) if tasks else [], task_data, limit
+        self._batch_size, self._source = batch_size, None if tokenizer is None else as_model_source(tokenizer)
+        every = {"perplexity": (text is not None, every_n_steps), "zero_shot": (bool(tasks), tasks_every_n_steps)}
+        self._every = {kind: steps for kind, (wanted, steps) in every.items() if wanted}
         """Kinds of measurement that are wanted, and the steps between them."""
-        self._arguments: dict[str, dict[str, Any]] = {}
-        """Of each kind's function."""
-        common = {"batch_size": batch_size, "model_name": "the model in training"}
-        if text is not None:
-            self._every["perplexity"] = every_n_steps
-            self._arguments["perplexity"] = {"window": window, "max_tokens": max_tokens, "split": split, **common}
-        if tasks:
-            self._every["zero_shot"] = tasks_every_n_steps
-            self._arguments["zero_shot"] = {
-                "tasks": task_names(tasks),
-                "task_data": task_data,
-                "limit": limit,
-                **common,
-            }
+        self._measure_by: dict[str, Callable[[nn.Module], PerplexityResult | ZeroShotResult]] = {}
         self._step = 0
         self._measured: dict[str, int] = {}
         """Step of the last measurement of each kind."""
@@ -123,16 +109,28 @@ class Evaluation(L.Callback):
                 f"Evaluation does not know the tokenizer of {type(pl_module).__name__}. Give it as tokenizer=, a model "
                 "source, Hugging Face id or local folder."
             )
+        common: dict[str, Any] = {
+            "autocast": _AUTOCAST.get(str(trainer.precision)),
+            "batch_size": self._batch_size,
+            "model_name": "the model in training",
+        }
         with isolated_rng():
             tokenizer = source.tokenizer()
             if (text := self._text) is not None:
-                own = self._arguments["perplexity"]
-                own |= {"data_name": text.name, "tokenizer_name": source.name}
-                own["ids"] = token_ids(text.documents(own["split"]), tokenizer, text.separator)
-                check_length(own["ids"], own["window"], own["max_tokens"])
-            if own := self._arguments.get("zero_shot", {}):
-                own["tokenizer"] = tokenizer
-                check_tasks(own["tasks"], own["task_data"])
+                ids = token_ids(text.documents(self._split), tokenizer, text.separator)
+                self._measure_by["perplexity"] = partial(
+                    evaluate_perplexity,
+                    ids=check_length(ids, self._window, self._max_tokens),
+                    window=self._window,
+                    data_name=text.name,
+                    split=self._split,
+                    tokenizer_name=source.name,
+                    **common,
+                )
+            if self._tasks:
+                check_tasks(self._tasks, self._task_data)
+                own = {"tasks": self._tasks, "task_data": self._task_data, "limit": self._limit, **common}
+                self._measure_by["zero_shot"] = partial(evaluate_zero_shot, tokenizer=tokenizer, **own)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._step = trainer.global_step
@@ -155,8 +153,7 @@ class Evaluation(L.Callback):
     def _measure(self, trainer: L.Trainer, pl_module: L.LightningModule, kind: str, step: int) -> dict[str, float]:
         found: tuple[dict[str, float], str] = {}, ""
         if trainer.is_global_zero:
-            autocast = _AUTOCAST.get(str(trainer.precision))
-            result = _EVALUATE[kind](_model(pl_module), autocast=autocast, **self._arguments[kind])
+            result = self._measure_by[kind](_model(pl_module))
             found = result.metrics, result.protocol
             for logger in trainer.loggers:  # directly: evaluations need not coincide with log_every_n_steps
                 logger.log_metrics(result.metrics, step=step)

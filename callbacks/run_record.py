@@ -1,9 +1,9 @@
 """``RunRecord``: what is not a metric of a training run, in ``run.json`` beside Lightning's ``metrics.csv``.
 
 states                validations before training, of "dense" and "after the first mask", as ``report.runs.State``
+now                   the latest validation, or the one at the end
 step, seconds, tokens optimizer steps done, training time, and tokens trained on (with padding), so far
-layers                size, zeros, and mask entries that differ from the first mask, of each targeted layer
-finished              whether the run came to its end; zeros are then those of its final weights
+finished              whether the run came to its end; the sparsity of ``now`` is then that of its final weights
 protocols             what ``Evaluation`` callbacks measured
 about                 what the page lists: settings, when and on what the run ran, peak memory of the first process
 """
@@ -30,7 +30,6 @@ from sparse_train.callbacks.dynamic_pruning import DynamicPruning
 from sparse_train.callbacks.evaluation import Evaluation
 from sparse_train.callbacks.lightning_trainer import steps_done
 from sparse_train.files import replacing
-from sparse_train.pruning.update import UpdateReport
 from sparse_train.pruning.updater import MaskUpdater
 from sparse_train.report.runs import METRICS, RECORD, State, named, read_metrics
 
@@ -68,7 +67,7 @@ class RunRecord(L.Callback):
         self._began, self.folder = 0.0, None
         self._pruning = next((each for each in _callbacks(trainer) if isinstance(each, DynamicPruning)), None)
         if trainer.global_step == 0:  # a checkpoint, if there is one, is loaded later
-            counts: dict[str, Any] = {"step": 0, "seconds": 0.0, "tokens": 0, "layers": None}
+            counts: dict[str, Any] = {"step": 0, "seconds": 0.0, "tokens": 0}
             self._facts, self._earlier = counts | {"states": [], "protocols": [], "about": {}}, []
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -97,13 +96,11 @@ class RunRecord(L.Callback):
                     layer.weight_mask.copy_(mask)
 
     def _add_state(self, trainer: L.Trainer, name: str) -> None:
-        values = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val")}
-        perplexity, loss = (values.get(named(word, list(values)) or "") for word in ("perplexity", "loss"))
         updater = self._updater()
         sparsity = updater.report().sparsity if updater and updater.sparsity else None
         if name == "dense" and sparsity and sparsity > 0.01:
             name = "without masks"  # the model was pruned before the run
-        self._facts["states"].insert(0, asdict(State(name, 0, perplexity, loss, sparsity)))
+        self._facts["states"].insert(0, _validated(trainer, name, 0, sparsity))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._began, self._counted = time.perf_counter(), self._facts["seconds"]
@@ -128,7 +125,8 @@ class RunRecord(L.Callback):
             size = sum(layer.size for layer in updater.layers.values())
             targets = {"targeted layers": len(updater.layers), "targeted weights": size}
             about = {**updater.settings(), **asdict(updater.timing), **targets, **about}
-        self._facts |= {"finished": False, "about": about}
+        now = self._facts.get("now", asdict(State("", step))) | {"name": "latest"}  # a run may go on that had ended
+        self._facts |= {"finished": False, "about": about, "now": now}
         self._write(step)
 
     # --- in training -------------------------------------------------------------------------------------------------
@@ -143,14 +141,19 @@ class RunRecord(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._write(steps_done(trainer))
+            step, report = steps_done(trainer), self._pruning.last_report if self._pruning else None
+            self._facts["now"] = _validated(trainer, "latest", step, report.sparsity if report else None)
+            self._write(step)
 
     # --- after training, and checkpoints -----------------------------------------------------------------------------
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._facts["finished"] = True
-        updater = self._updater()  # counts now: after this, masks may be folded into the weights
-        self._write(steps_done(trainer, in_batch=False), updater.report() if updater else None)
+        step, updater = steps_done(trainer, in_batch=False), self._updater()
+        now = self._facts["now"] if self._facts["now"]["step"] == step else asdict(State("", step))
+        sparsity = updater.report().sparsity if updater else None  # now: later, masks may be folded into the weights
+        self._facts["now"] = now | {"name": "at the end", "sparsity": sparsity}
+        self._write(step)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         evaluations = [each for each in _callbacks(trainer) if isinstance(each, Evaluation)]
@@ -173,17 +176,11 @@ class RunRecord(L.Callback):
     def _seconds(self) -> float:
         return self._counted + time.perf_counter() - self._began if self._began else self._facts["seconds"]
 
-    def _write(self, step: int, report: UpdateReport | None = None) -> None:
+    def _write(self, step: int) -> None:
         self._facts |= {"step": step, "seconds": self._seconds()}
         self._facts["about"]["peak memory of the process, GiB"] = environment.peak_bytes() / 2**30
         if torch.cuda.is_available():
             self._facts["about"]["peak memory of the accelerator, GiB"] = torch.cuda.max_memory_allocated() / 2**30
-        report = report or (self._pruning.last_report if self._pruning else None)
-        if report is not None:
-            self._facts["layers"] = {
-                name: {"size": layer.size, "zeros": layer.zeros, "differing": report.differing.get(name, 0)}
-                for name, layer in report.layers.items()
-            }
         if self.folder is not None and self._logger is not None:
             self._logger.save()
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -192,6 +189,13 @@ class RunRecord(L.Callback):
 
     def _updater(self) -> MaskUpdater | None:
         return None if self._pruning is None else self._pruning.updater
+
+
+def _validated(trainer: L.Trainer, name: str, step: int, sparsity: float | None) -> dict[str, Any]:
+    """The state with the perplexity and loss of the validation that has just ended."""
+    values = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val")}
+    perplexity, loss = (values.get(named(word, list(values)) or "") for word in ("perplexity", "loss"))
+    return asdict(State(name, step, perplexity, loss, sparsity))
 
 
 def _callbacks(trainer: L.Trainer) -> list[L.Callback]:

@@ -1,4 +1,4 @@
-"""Sparsity of a model, counted on its weights, and 2:4 weights on the sparse tensor cores of GPUs.
+"""Sparsity of a model, counted on its weights, and whether GPUs with 2:4 sparse tensor cores could compute with them.
 
 Shape suffixes: O out_features, I in_features, E experts.
 """
@@ -148,44 +148,3 @@ def summary(model: nn.Module) -> str:
         f"weights, {share:.4f} of all {parameters:,} parameters."
     )
     return "\n".join(rows)
-
-
-def to_sparse_semi_structured(model: nn.Module) -> dict[str, str | None]:
-    """Let the 2:4 layers of a model compute on sparse tensor cores, for inference.
-
-    If hardware, dtype and shape allow it and zeros are 2:4, the weight of a plain ``nn.Linear`` is replaced by its
-    compressed form (``torch.sparse.to_sparse_semi_structured``), which takes 9/16 of the memory. It has no gradient,
-    and ``save_pretrained`` cannot write it, so convert a loaded model and keep the folder.
-
-    The conversion itself has never been run by its authors, who had no GPU. Compare the model's outputs before and
-    after.
-
-    Args:
-        model: on its GPU, in float16 or bfloat16, squashed.
-
-    Returns:
-        For each linear layer, None if it was converted, or the reason why it was not.
-    """
-    reasons = {layer.name: layer.why_not_2of4 for layer in layer_sparsities(model)}
-    for name in [name for name, reason in reasons.items() if reason is None]:
-        module = model.get_submodule(name)
-        if type(module) is not nn.Linear:
-            reasons[name] = f"it is a {type(module).__name__}, not a plain nn.Linear; squash a masked model first"
-        elif (reason := why_not_device(module.weight.device)) is not None:
-            reasons[name] = reason
-        else:
-            compressed = torch.sparse.to_sparse_semi_structured(module.weight.detach().contiguous())
-            module.weight = nn.Parameter(compressed, requires_grad=False)
-    return reasons
-
-
-def why_not_device(device: torch.device) -> str | None:
-    """Why this device cannot compute 2:4; None if it can."""
-    if device.type != "cuda":
-        return f"it is on {device.type}, and 2:4 needs a CUDA GPU"
-    major, minor = torch.cuda.get_device_capability(device)
-    if major < 8:
-        return f"the GPU has compute capability {major}.{minor}, and 2:4 needs 8.0 (Ampere) or later"
-    if not torch.backends.cusparselt.is_available():
-        return "this build of torch has no cuSPARSELt"
-    return None

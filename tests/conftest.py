@@ -94,8 +94,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 def without_pictures():
     """A context in which reports are words alone: to draw takes longer than a short run. cli/test_json.py draws."""
-    drawn = dict.fromkeys(("curves", "heat_maps"), lambda *_, **__: "")
-    return mock.patch.multiple("sparse_train.report.page", **drawn)
+    return mock.patch("sparse_train.report.page.curves", return_value="")
 
 
 @pytest.fixture(scope="session")

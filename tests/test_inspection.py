@@ -3,7 +3,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
 
 from sparse_train import Magnitude, prune
 from sparse_train.cli.main import main
@@ -12,10 +11,7 @@ from sparse_train.inspection import (
     DTYPES_2OF4,
     LayerSparsity,
     summary,
-    to_sparse_semi_structured,
-    why_not_device,
 )
-from sparse_train.patterns import NM
 from tests.conftest import tiny_llama
 
 
@@ -23,13 +19,6 @@ def pruned(dtype=torch.bfloat16):
     model = tiny_llama()
     prune(model, criterion=Magnitude(), ignore=["re:.*down_proj"])
     return model.to(dtype)
-
-
-def two_of_four(out_features=32, in_features=64, dtype=torch.bfloat16):
-    layer = nn.Linear(in_features, out_features, bias=False)
-    with torch.no_grad():
-        layer.weight *= NM(2, 4).mask(layer.weight.abs(), 0.5)
-    return layer.to(dtype)
 
 
 @pytest.mark.parametrize(
@@ -80,73 +69,6 @@ def test_the_command_counts_in_the_dtype_on_disk(tmp_path, capsys, monkeypatch):
         assert "does not fit 2:4, it is dense: model.layers.0.mlp.down_proj" in shown
         assert ("fits 2:4; it is float32, and tensor cores compute" in shown) == (folder == "float32")
         assert "…" not in shown
-
-
-# --- conversion for sparse tensor cores ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("capability", "built", "reason"),
-    [
-        ((7, 5), True, "compute capability 7.5"),
-        ((8, 0), True, None),
-        ((8, 6), False, "no cuSPARSELt"),
-    ],
-)
-def test_devices(monkeypatch, capability, built, reason):
-    assert why_not_device(torch.device("cpu")) == "it is on cpu, and 2:4 needs a CUDA GPU"
-    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
-    monkeypatch.setattr("torch.backends.cusparselt.is_available", lambda: built)
-    found = why_not_device(torch.device("cuda", 0))
-    assert found is None if reason is None else reason in found
-
-
-def test_a_model_on_a_cpu_is_left_as_it_is_and_every_layer_has_its_reason():
-    model = pruned()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    reasons = to_sparse_semi_structured(model)
-    assert len(reasons) == 22
-    assert reasons["model.layers.0.mlp.up_proj"].startswith("it is on cpu")
-    assert reasons["model.layers.0.mlp.down_proj"] == "it is dense"
-    assert reasons["lm_head"] == "its zeros are unstructured, not 2:4"  # the embedding of padding
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
-@pytest.mark.filterwarnings("ignore:Sparse CSR")
-def test_layers_that_can_are_converted_and_the_others_are_not(monkeypatch):
-    """The compressing itself needs a GPU: here a stand-in shows what is given to it, and where its result goes."""
-    given = []
-
-    def compress(weight):
-        given.append(weight)
-        return weight.to_sparse_csr() * 1
-
-    class Linear(nn.Linear):  # of another library
-        pass
-
-    monkeypatch.setattr("sparse_train.inspection.why_not_device", lambda device: None)
-    monkeypatch.setattr("torch.sparse.to_sparse_semi_structured", compress)
-    masked, other = two_of_four(), Linear(16, 16).bfloat16()
-    prune(nn.Sequential(masked), criterion=Magnitude(), targets=["0"], squash=False)
-    other.weight.data[:, ::2] = 0
-    model = nn.Sequential(two_of_four(), two_of_four(20, 32), two_of_four(dtype=torch.float32), masked, other)
-    reasons = to_sparse_semi_structured(model)
-    assert [name for name, reason in reasons.items() if reason is None] == ["0"]
-    assert "squash a masked model first" in reasons["3"] and "it is a Linear" in reasons["4"]
-    assert len(given) == 1 and given[0].is_contiguous() and not given[0].requires_grad
-    assert model[0].weight.layout == torch.sparse_csr and not model[0].weight.requires_grad
-    assert isinstance(model[0].weight, nn.Parameter)
-
-
-@pytest.mark.skipif(
-    not torch.cuda.is_available() or why_not_device(torch.device("cuda")) is not None, reason="needs a GPU with 2:4"
-)
-def test_outputs_on_a_gpu():
-    layer = two_of_four(128, 256).cuda()
-    x = torch.randn(64, 256, device="cuda", dtype=torch.bfloat16)
-    expected = layer(x)
-    assert to_sparse_semi_structured(layer) == {"": None}
-    torch.testing.assert_close(layer(x), expected, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("squash", [True, False])

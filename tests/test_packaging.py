@@ -42,7 +42,7 @@ def test_the_wheel_holds_what_the_tree_holds(wheel):
     tree = set()
     for top in ("sparse_train", "callbacks", "recipes", "configs"):
         for path in (ROOT / top).rglob("*"):
-            if path.suffix in (".py", ".yaml", ".json", ".typed") and not path.parent.is_symlink():
+            if path.suffix in (".py", ".yaml", ".json", ".typed", ".html") and not path.parent.is_symlink():
                 inside = path.relative_to(ROOT).as_posix()
                 tree.add(inside if top == "sparse_train" else f"sparse_train/{inside}")
     tree = {name for name in tree if "__pycache__" not in name}

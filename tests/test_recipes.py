@@ -258,7 +258,7 @@ def test_evaluation_joins_a_recipe_by_its_name():
     )
     evaluation = next(c for c in cli.trainer.callbacks if isinstance(c, Evaluation))
     assert evaluation._text == PackagedWikipedia()
-    assert evaluation._arguments["zero_shot"]["tasks"] == ["boolq", "rte"]
+    assert evaluation._tasks == ["boolq", "rte"]
     assert any(isinstance(c, DynamicPruning) for c in cli.trainer.callbacks)
 
 

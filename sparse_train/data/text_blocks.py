@@ -64,58 +64,57 @@ class TextBlocks(L.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         wanted: dict[str, list[Split]] = {"fit": ["train", "validation"], "test": ["test"]}
-        tokenizer = self.tokenizer_source.tokenizer()
         for split in wanted.get(stage, ["validation"]):
             if split not in self._blocks:
-                self._blocks[split] = self._read(self.text, split, tokenizer, self.pack)
+                self._blocks[split] = self._read(self.text, split, self.pack)
         if stage == "fit" and not len(self._blocks["validation"]):
             train = self._blocks["train"]
             first = len(train) - int(self.hold_out * len(train))
-            ranks = self.trainer.world_size if self.trainer is not None else 1
-            if self.batch_size * ranks <= first < len(train):
+            if self.batch_size * self._ranks <= first < len(train):
                 rank_zero_info(
                     f"The text has no validation split: its last {len(train) - first} of {len(train)} blocks are not "
                     "trained on, but measured (data.hold_out)."
                 )
                 self._blocks["train"] = train.select(range(first))
-                self._blocks["validation"] = self._measured(train.select(range(first, len(train))))
+                self._blocks["validation"] = train.select(range(first, len(train)))
 
-    def _read(self, text: TextSource, split: Split, tokenizer: Any, pack: bool) -> Any:
-        train, ranks = split == "train", 1 if self.trainer is None else self.trainer.world_size
-        blocks = blocks_of(text.documents(split), tokenizer, self.block_size, pack=pack, drop_rest=train)
-        if train and len(blocks) < self.batch_size * ranks:
+    @property
+    def _ranks(self) -> int:
+        return 1 if self.trainer is None else self.trainer.world_size
+
+    def _read(self, text: TextSource, split: Split, pack: bool) -> Any:
+        tokenizer = self.tokenizer_source.tokenizer()
+        blocks = blocks_of(text.documents(split), tokenizer, self.block_size, pack=pack, drop_rest=split == "train")
+        if split == "train" and len(blocks) < self.batch_size * self._ranks:
             raise ValueError(
                 f"The training split of {text.name} gives {len(blocks)} blocks of {self.block_size} tokens, fewer than "
-                f"one batch of {self.batch_size} for each of {ranks} processes. Use a smaller block_size, or more text."
+                f"one batch of {self.batch_size} for each of {self._ranks} processes. Use a smaller block_size, or "
+                "more text."
             )
-        return self._measured(blocks) if split == "validation" else blocks
-
-    def _measured(self, blocks: Any) -> Any:
-        most = self.max_validation_blocks
-        return blocks if most is None else blocks.select(range(min(len(blocks), most)))
+        return blocks
 
     def calibration_dataloader(self) -> Any:
         """Blocks for the first mask; None if they are those of training."""
         if self.calibration_text is None:
             return None
-        blocks = self._read(self.calibration_text, "train", self.tokenizer_source.tokenizer(), pack=True)
+        blocks = self._read(self.calibration_text, "train", pack=True)
         order = torch.Generator().manual_seed(0)
         return DataLoader(blocks, batch_size=self.batch_size, shuffle=True, generator=order, drop_last=True)
 
     def train_dataloader(self) -> Any:
-        blocks, world_size, rank = self._blocks["train"], 1, 0
-        if self.trainer is not None:
-            world_size, rank = self.trainer.world_size, self.trainer.global_rank
+        blocks, rank = self._blocks["train"], 0 if self.trainer is None else self.trainer.global_rank
         # Its order depends only on seed and epoch, so that epochs after a resumed one are also the same.
-        sampler = StatefulDistributedSampler(blocks, world_size, rank, shuffle=True, seed=self.seed, drop_last=True)
+        sampler = StatefulDistributedSampler(blocks, self._ranks, rank, shuffle=True, seed=self.seed, drop_last=True)
         return StatefulDataLoader(blocks, batch_size=self.batch_size, sampler=sampler, drop_last=True)
 
     def val_dataloader(self) -> Any:
-        return self._evaluation_loader("validation")
+        return self._measured("validation", self.max_validation_blocks)
 
     def test_dataloader(self) -> Any:
-        return self._evaluation_loader("test")
+        return self._measured("test")
 
-    def _evaluation_loader(self, split: Split) -> Any:
+    def _measured(self, split: Split, most: int | None = None) -> Any:
         blocks = self._blocks[split]
+        if most is not None:
+            blocks = blocks.select(range(min(most, len(blocks))))
         return DataLoader(blocks, batch_size=self.batch_size) if len(blocks) else []

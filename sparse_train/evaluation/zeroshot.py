@@ -27,6 +27,7 @@ from sparse_train.arguments import check_positive, did_you_mean
 from sparse_train.environment import isolated_rng
 from sparse_train.evaluation.perplexity import computed_in, undisturbed
 from sparse_train.evaluation.task_data import TASKS_FOLDER, WANDA7, task_file
+from sparse_train.files import reading
 
 _METRICS = ("acc", "acc_norm", "exact_match")
 """Metrics that count as accuracy; the first one that a task reports is used."""
@@ -123,7 +124,8 @@ def evaluate_zero_shot(
     Args:
         model: a transformers causal language model.
         tokenizer: its tokenizer.
-        tasks: names of lm-eval's tasks, groups or tags; "wanda7" stands for the seven tasks of the Wanda paper.
+        tasks: names of lm-eval's tasks, groups or tags, or files of one's own in its format (``TASK.yaml``); "wanda7"
+            stands for the seven tasks of the Wanda paper.
         task_data: folder with the items of those seven in JSONL files, see docs/evaluation.md; None = from the hub.
         limit: use only the first items of each task.
         batch_size: requests per forward pass.
@@ -169,7 +171,7 @@ def evaluate_zero_shot(
     return ZeroShotResult(
         tasks=tuple(_accuracy(name, found["results"][name], found["samples"].get(name, [])) for name in reported),
         model=model_name,
-        data=_data(reported, task_data),
+        data=_data(names, task_data),
         num_fewshot=0,
         limit=limit,
         max_length=lm.max_length,
@@ -196,21 +198,16 @@ def check_tasks(names: Sequence[str], task_data: str | Path | None = None, *, pr
 
 def _load_tasks(names: Sequence[str], task_data: str | Path | None) -> tuple[dict[str, Any], list[str]]:
     """lm-eval's tasks, and what it reports of them: tasks, those of tags, and groups with a common mean."""
-    others = task_data is None or not set(names) <= set(WANDA7)
+    others = any(not _is_file(name) and (task_data is None or name not in WANDA7) for name in names)
     manager = _task_manager(None if task_data is None else str(task_data), others)
     loaded: dict[str, dict[str, Any]] = {"tasks": {}, "groups": {}}
     reported: list[str] = []
     for name in names:
-        if name not in manager.task_index:
+        if name not in manager.task_index and not _is_file(name):
             close = did_you_mean(name, {*manager.task_index, "wanda7", "perplexity"})
             raise ValueError(f"lm-eval has no task {name!r}.{close} lm_eval ls tasks shows all.")
-        try:
+        with reading(name, lambda: " Without a hub, --task_data has the items of wanda7 (docs/evaluation.md)."):
             found = manager.load([name])
-        except (OSError, RuntimeError) as error:  # the hub cannot be reached, or no longer has the data set
-            raise ValueError(
-                f"Cannot get the data of {name}: {error}. Without a hub there are the tasks {', '.join(WANDA7)}, from "
-                "files in --task_data (docs/evaluation.md)."
-            ) from error
         group = found["groups"].get(name)
         reported += [name] if group is not None and group.has_aggregation else found["tasks"]
         for kind, own in loaded.items():
@@ -250,10 +247,19 @@ def _accuracy(name: str, found: dict[str, Any], samples: list[dict[str, Any]]) -
     )
 
 
+def _is_file(name: str) -> bool:
+    return name.endswith(".yaml")
+
+
 def _data(names: Sequence[str], task_data: str | Path | None) -> str:
-    files = [task_file(task_data, name).name for name in names if name in WANDA7] if task_data is not None else []
-    parts = [f"{', '.join(files)} of {task_data}"] if files else []
-    return " and ".join(parts if len(files) == len(names) else [*parts, "lm-eval's data sets"])
+    """Where the items of tasks come from: files, or the data sets of lm-eval's own definitions."""
+
+    def source(name: str) -> str:
+        if task_data is not None and name in WANDA7:
+            return str(task_file(task_data, name))
+        return name if _is_file(name) else "lm-eval's data sets"
+
+    return ", ".join(dict.fromkeys(map(source, names)))
 
 
 @contextmanager

@@ -6,17 +6,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import yaml  # type: ignore[import-untyped,unused-ignore]
+
 from sparse_train.inspection import LayerSparsity, by_projection, overall_sparsity, pruned
 
 FILE_NAME = "README.md"
 
-_LIMITS = """\
+_LIMITS = """
 ## What it is not
 
 - Not smaller: these are dense safetensors with zeros in them. Any compressor makes a smaller file of them, for storing
   and sending.
 - Not faster on a CPU: plain PyTorch multiplies zeros like other numbers. On GPUs with 2:4 sparse tensor cores, layers
-  that are 2:4 can be converted (`sparse_train.inspection.to_sparse_semi_structured`); no claim is made about the speed.
+  that are 2:4 can be converted (`torch.sparse.to_sparse_semi_structured`); no claim is made about the speed.
 - Not a sparse checkpoint for vLLM or compressed-tensors, which no longer load those. They load it as a dense model.
 """
 
@@ -32,8 +34,7 @@ class ModelCard:
     license: str | None = None
     """The hub's identifier, such as "apache-2.0"; only if it is known."""
     made: Mapping[str, Any] = field(default_factory=dict)
-    """How the model was made: each entry is a row of the table, nested as in a recipe; an object of a class is a
-    mapping with its name under "class"."""
+    """How the model was made: plain data, nested as in a recipe."""
     perplexity: str | None = None
     """Perplexity, with its protocol."""
     recipe: str | None = None
@@ -58,27 +59,28 @@ class ModelCard:
             tags=["sparse-train", "sparse", "pruned", *patterns],
         )
         whole = f", {overall_sparsity(layers):.4f} of all linear layers'" if len(layers) > len(found) else ""
-        rows = {
+        made = {
             "base model": self.base_model,
             **self.made,
             "counted sparsity": f"{overall_sparsity(found):.4f} of the {len(found)} pruned layers' weights{whole}, "
             "counted on the weights that are written here",
             "perplexity": self.perplexity,
-            "made with": [f"{name} {version(name)}" for name in ("sparse-train", "torch", "transformers")],
+            "made with": ", ".join(f"{name} {version(name)}" for name in ("sparse-train", "torch", "transformers")),
         }
-        table = [(name, _shown(value).replace("|", "\\|").replace("\n", " ")) for name, value in rows.items()]
+        known = {name: value for name, value in made.items() if value not in (None, [])}
         parts = [
             f"---\n{front.to_yaml()}\n---\n",
             f"# {self.base_model or 'A language model'}, {', '.join(patterns) or 'dense'}\n",
-            _table(("", ""), [row for row in table if row[1]]),
+            _yaml(yaml.safe_dump(known, sort_keys=False, allow_unicode=True, width=120)),
             "Plain `AutoModelForCausalLM.from_pretrained` reads it: pruned weights are exact zeros in ordinary layers. "
             "N:M counts N kept of every M consecutive inputs.\n",
             "## By projection\n",
-            _table(("projection", "layers", "sparsity", "pattern"), by_projection(layers)),
+            "| projection | layers | sparsity | pattern |\n| --- | --- | --- | --- |",
+            *(f"| {' | '.join(row)} |" for row in by_projection(layers)),
             _LIMITS,
         ]
         if self.recipe:
-            parts.append(f"## Recipe\n\n```yaml\n{self.recipe.strip()}\n```\n")
+            parts += ["## Recipe\n", _yaml(self.recipe)]
         return "\n".join(parts)
 
 
@@ -88,13 +90,7 @@ def write_card(folder: Path, card: ModelCard, layers: Sequence[LayerSparsity]) -
 
 def training_rows(settings: Mapping[str, Any], timing: Mapping[str, Any], steps: int) -> dict[str, Any]:
     """How a run of ``MaskUpdater`` made a model, from its settings, its resolved timing and its number of steps."""
-    return {
-        "method": "trained sparse",
-        **{name: value for name, value in settings.items() if name not in timing},
-        "masks": f"updated every {timing['update_freq']} steps from step {timing['start_step']} to "
-        f"{timing['end_step']}, then frozen; {steps} steps in all",
-        "window": timing["window"],
-    }
+    return {"method": "trained sparse", **settings, **timing, "steps": steps}
 
 
 def oneshot_rows(details: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,17 +99,5 @@ def oneshot_rows(details: Mapping[str, Any]) -> dict[str, Any]:
     return {"method": "pruned in one shot, without training", **stage, "calibration": calibration}
 
 
-def _shown(value: Any) -> str:
-    """Data as text: ``Cubic(final_sparsity 0.5)``, ``text c4, seed 0``, ``a, b``; "" for None and what is empty."""
-    if isinstance(value, Mapping):
-        entries = ", ".join(f"{key} {_shown(each)}" for key, each in value.items() if key != "class" and _shown(each))
-        name = value.get("class", "")
-        return f"{name}({entries})" if name and entries else name or entries
-    if isinstance(value, (list, tuple)):
-        return ", ".join(map(_shown, value))
-    return f"{value:g}" if isinstance(value, float) else "" if value is None else str(value)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+def _yaml(text: str) -> str:
+    return f"```yaml\n{text.strip()}\n```\n"

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from sparse_train.distributed.collectives import rank
 from sparse_train.distributed.engines import layout_of, whole_state_dict
@@ -97,13 +96,11 @@ def renamed(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_written(folder: Path, layers: Sequence[LayerSparsity]) -> None:
     """Count the zeros of the files again; ValueError if they are not those that the card will state."""
-    counted = {f"{layer.name}.weight": layer.zeros for layer in layers}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as opened:
-            for key in counted.keys() & set(opened.keys()):  # tied weights and fused experts have other names there
-                weight = opened.get_tensor(key)
-                if (zeros := weight.numel() - int(weight.count_nonzero())) != counted[key]:
-                    raise ValueError(f"{key} has {zeros} zeros in {file.name}, and {counted[key]} in the model.")
+    checkpoint, counted = Checkpoint(folder), {f"{layer.name}.weight": layer.zeros for layer in layers}
+    for key in counted.keys() & checkpoint.files.keys():  # tied weights and fused experts have other names there
+        weight, file = checkpoint.read([key])[key], checkpoint.files[key]
+        if (zeros := weight.numel() - int(weight.count_nonzero())) != counted[key]:
+            raise ValueError(f"{key} has {zeros} zeros in {file.name}, and {counted[key]} in the model.")
 
 
 def size_of(model: Any, dtype: torch.dtype | None) -> int:

@@ -6,7 +6,6 @@ Shape suffixes: O out_features, I in_features.
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +24,7 @@ RECORD = "pruning.json"
 def verify(folder: str | Path) -> dict[str, Any]:
     """``compare`` a folder with its own record; ValueError if it has none. Holds one weight at a time."""
     folder = Path(folder)
-    if not (folder / RECORD).is_file():
-        raise ValueError(
-            f"{folder} has no {RECORD}, which says what its zeros should be: sparse-train prune, fit --export and "
-            "export write it, and SparseTrainerCallback to its checkpoints."
-        )
-    with reading(folder / RECORD):
+    with reading(folder / RECORD, lambda: " It says what zeros should be: prune, fit --export and export write it."):
         record = json.loads((folder / RECORD).read_text())
         _recipe(record)
     checkpoint = Checkpoint(folder)
@@ -49,25 +43,6 @@ def _recipe(record: Mapping[str, Any]) -> tuple[Pattern, float | None, dict[str,
     return pattern, wanted, layers
 
 
-@dataclass(frozen=True)
-class _Zeros:
-    """Of a layer: weights, inputs, zeros of its pattern, zeros found, and zeros of its pattern that were not."""
-
-    size: int
-    inputs: int
-    expected: int
-    found: int
-    missing: int
-
-
-def _count(weight_OI: Tensor, pattern: Pattern, sparsity: float) -> _Zeros:
-    nonzero_OI = weight_OI != 0
-    # with itself as the scores, as in check_masks: a pattern drops a weight only if a group has too few zeros
-    keep_OI = pattern.mask(nonzero_OI.float(), sparsity)
-    expected, found, missing = (int(each.sum()) for each in (~keep_OI, ~nonzero_OI, nonzero_OI & ~keep_OI))
-    return _Zeros(weight_OI.numel(), weight_OI.shape[1], expected, found, missing)
-
-
 def compare(record: Mapping[str, Any], checkpoint: Checkpoint, model: nn.Module) -> dict[str, Any]:
     """Compare the zeros of files with how they were made. A group may be sparser than that, and never denser.
 
@@ -81,22 +56,25 @@ def compare(record: Mapping[str, Any], checkpoint: Checkpoint, model: nn.Module)
         ValueError: names each layer that is denser, what was expected and what was found.
     """
     pattern, wanted, shares = _recipe(record)
-    layers = {name: _count(weight, pattern, shares[name]) for name, weight in _weights(checkpoint, model, shares)}
-    wrong = [
-        f"{name}: {group_label(pattern)} at a sparsity of {shares[name]:.6g} has {each.expected} zeros; found "
-        f"{each.found}, and {each.missing} of the expected are missing"
-        for name, each in layers.items()
-        if each.missing
-    ]
-    size, found = sum(each.size for each in layers.values()), sum(each.found for each in layers.values())
-    rounding = max((1 / each.inputs for each in layers.values()), default=0)  # rows prune whole counts
+    wrong, size, found, expected, rounding = [], 0, 0, 0, 0.0
+    for name, weight_OI in _weights(checkpoint, model, shares):
+        nonzero_OI = weight_OI != 0
+        # with itself as the scores, as in check_masks: a pattern drops a weight only if a group has too few zeros
+        keep_OI = pattern.mask(nonzero_OI.float(), shares[name])
+        own, zeros, missing = (int(each.sum()) for each in (~keep_OI, ~nonzero_OI, nonzero_OI & ~keep_OI))
+        if missing:
+            wrong.append(
+                f"{name}: {group_label(pattern)} at a sparsity of {shares[name]:.6g} has {own} zeros; found {zeros}, "
+                f"and {missing} of the expected are missing"
+            )
+        size, found, expected = size + weight_OI.numel(), found + zeros, expected + own
+        rounding = max(rounding, 1 / weight_OI.shape[1])  # rows prune whole counts
     if wanted is not None and found < (wanted - rounding) * size:
-        wrong.append(f"all {len(layers)} layers: expected a sparsity of {wanted:g}, found {found / size:.6g}")
-    if wrong or not layers:
+        wrong.append(f"all {len(shares)} layers: expected a sparsity of {wanted:g}, found {found / size:.6g}")
+    if wrong or not shares:
         some = "\n".join(wrong[:10]) + (f"\nand {len(wrong) - 10} more" if len(wrong) > 10 else "")
         raise ValueError(f"{checkpoint.folder} has not the zeros that {RECORD} says:\n{some or 'no layer is named'}")
-    zeros_kept = found - sum(each.expected for each in layers.values())
-    return {"layers": len(layers), "sparsity": found / size, "zeros_kept": zeros_kept}
+    return {"layers": len(shares), "sparsity": found / size, "zeros_kept": found - expected}
 
 
 def _weights(checkpoint: Checkpoint, model: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:

@@ -119,16 +119,7 @@ class CausalLM(L.LightningModule):
         if self.compile_blocks:  # not earlier, because one-shot pruning for a first mask calls blocks in other ways
             _compile_blocks(self.model)
 
-    def configure_callbacks(self) -> list[L.Callback]:
-        return [] if self.distillation is None else [_KeepsAnswers()]
-
-    def close_teacher(self) -> None:
-        """Write what a cached teacher has said so far."""
-        if self._teacher is not None:
-            self._teacher.close()
-
     def on_fit_end(self) -> None:
-        self.close_teacher()
         self._teacher = None  # not part of this module, so nothing else would free its memory
         for block in _blocks(self.model):
             block._compiled_call_impl = None  # undo compile(), for export; torch has no public API for this
@@ -220,14 +211,6 @@ class CausalLM(L.LightningModule):
                 "The checkpoint is of a sparse run, and this run has no DynamicPruning callback: its masks would be "
                 "lost, or never change. Add the callback, or export the checkpoint (sparse-train export) first."
             )
-
-
-class _KeepsAnswers(L.Callback):
-    """Closes the teacher of a run that is interrupted, of which only callbacks are told."""
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        assert isinstance(pl_module, CausalLM)
-        pl_module.close_teacher()
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:

@@ -2,7 +2,6 @@
 
 import pickle
 from collections.abc import Mapping
-from io import BufferedReader
 from pathlib import Path
 from typing import Any, TypeVar
 from unittest import mock
@@ -23,9 +22,6 @@ _LIGHTNING_METADATA = "meta.pt"  # file that Lightning puts next to it
 _DEEPSPEED_TAG = "checkpoint"  # the tag that Lightning uses
 _FORM: dict[str, Any] = {"pytorch-lightning_version": str, "state_dict": dict, "callbacks": (dict, type(None))}
 """What Lightning writes to each checkpoint; callbacks have no state in one of weights only."""
-_CLIENT_KEYS = (
-    *("callbacks", "model_config", "generation_config", "adapter_config", "model_source", "global_step", "epoch"),
-)
 
 
 def read_checkpoint(checkpoint: str | Path) -> dict[str, Any]:
@@ -145,14 +141,10 @@ def _read_fsdp2_metadata(path: Path) -> Any:
 class _MetadataUnpickler(pickle.Unpickler):
     """Refuses all but what torch writes to the metadata of a distributed checkpoint."""
 
-    def __init__(self, opened: BufferedReader) -> None:
-        super().__init__(opened)
-        self._file = Path(opened.name)
-
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if not is_dtype and name not in _IN_METADATA.get(module, ()):
-            raise ValueError(calls(self._file, f"{module}.{name}"))
+            raise ValueError(calls(Path(_FSDP2_METADATA), f"{module}.{name}"))
         return super().find_class(module, name)
 
 
@@ -217,9 +209,8 @@ def _read_deepspeed(path: Path) -> dict[str, Any]:
     states = sorted((path / _DEEPSPEED_TAG).glob("*model_states.pt"))[0]
     content = load_plain(states)
     check_plain(path)  # DeepSpeed would unpickle anything
-    client = {key: content[key] for key in _CLIENT_KEYS if key in content}
     state = get_fp32_state_dict_from_zero_checkpoint(str(path), tag=_DEEPSPEED_TAG)
     for key in state:
         if key.endswith(MASK_NAME):  # some versions turn all buffers into floats
             state[key] = state[key].to(torch.uint8)
-    return client | {"state_dict": state}
+    return {key: value for key, value in content.items() if key != "module"} | {"state_dict": state}

@@ -11,16 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from sparse_train.files import reading, replacing
+from sparse_train.arguments import check_positive
+from sparse_train.files import reading
 from sparse_train.models.lora import LoRA
 from sparse_train.models.losses import TopK, distillation_loss, top_k
 from sparse_train.models.sources import ModelSource, as_model_source
-
-_BLOCKS_A_FILE = 64
 
 
 class Teacher:
@@ -38,15 +36,12 @@ class Teacher:
         logits_BLV: Tensor = self.model(use_cache=False, **inputs).logits
         return logits_BLV
 
-    def close(self) -> None:
-        """Nothing is kept."""
-
 
 class CachedTeacher:
     """What a teacher said about each block of tokens, in a folder; only for blocks that are not there it is asked.
 
-    Blocks are found by their content, so that their order, the batch size and the number of processes may change, and
-    several runs may share a folder. An entry is a ``TopK`` in a file of safetensors, its log-probabilities in float16:
+    A block's file of safetensors is named by its content, so that the order of blocks, the batch size and the number of
+    processes may change, and several runs may share a folder. It holds a ``TopK``, its log-probabilities in float16:
     down to -16 they are off by 0.004 at most.
 
     Args:
@@ -59,62 +54,39 @@ class CachedTeacher:
         self.folder, self.load, self.k, self.temperature = folder, load, k, temperature
         folder.mkdir(parents=True, exist_ok=True)
         self._teacher: Teacher | None = None
-        self._unsaved: dict[str, TopK] = {}
-        self._saved: dict[str, Any] = {}
-        for path in sorted(folder.glob("*.safetensors")):
-            self._open(path)
 
     def __call__(self, *, input_ids: Tensor, attention_mask: Tensor) -> TopK:
-        keys = [
-            hashlib.sha256(torch.stack([ids, mask]).numpy().tobytes()).hexdigest()
-            for ids, mask in zip(input_ids.cpu(), attention_mask.to("cpu", input_ids.dtype), strict=True)
-        ]
-        new = [i for i, key in enumerate(keys) if key not in self._saved and key not in self._unsaved]
+        blocks = zip(input_ids.cpu(), attention_mask.to("cpu", input_ids.dtype), strict=True)
+        names = [hashlib.sha256(torch.stack(block).numpy().tobytes()).hexdigest() for block in blocks]
+        paths = [self.folder / f"{name}.safetensors" for name in names]
+        new = [i for i, path in enumerate(paths) if not path.exists()]
         if new:
             self._teacher = self._teacher or self.load()
             logits_BLV = self._teacher(input_ids=input_ids[new], attention_mask=attention_mask[new])
             ids_BLK, log_probs_BLK, log_rest_BL = (part.cpu() for part in top_k(logits_BLV, self.k, self.temperature))
-            found = zip(ids_BLK, log_probs_BLK.half(), log_rest_BL, strict=True)
-            self._unsaved |= {keys[i]: TopK(*parts) for i, parts in zip(new, found, strict=True)}
-            if len(self._unsaved) >= _BLOCKS_A_FILE:
-                self.close()
-        entries = [self._unsaved[key] if key in self._unsaved else self._read(key) for key in keys]
-        ids, log_probs, log_rest = zip(*entries, strict=True)
+            for i, *answer in zip(new, ids_BLK, log_probs_BLK.half(), log_rest_BL, strict=True):
+                _write(paths[i], TopK(*answer))
+        ids, log_probs, log_rest = zip(*map(_read, paths), strict=True)
         parts = ids, [each.float() for each in log_probs], log_rest
         return TopK(*(torch.stack(part).to(input_ids.device) for part in parts))
 
-    def close(self) -> None:
-        """Write the blocks that are not in the folder yet."""
-        if self._unsaved:
-            path = self.folder / f"{uuid.uuid4().hex}.safetensors"  # of no other run that writes here
-            tensors = {
-                f"{key}.{part}": value
-                for key, entry in self._unsaved.items()
-                for part, value in entry._asdict().items()
-            }
-            with replacing(path) as beside:
-                save_file(tensors, beside)
-            self._open(path)
-            self._unsaved = {}
 
-    def _open(self, path: Path) -> None:
-        with reading(path, lambda: " It is a part of a teacher's cache: remove it, and it is made anew."):
-            file: Any = safe_open(path, framework="pt")
-        self._saved |= {name.partition(".")[0]: file for name in file.keys()}  # noqa: SIM118  no mapping
+def _write(path: Path, answer: TopK) -> None:
+    beside = path.with_suffix(f".{uuid.uuid4().hex}")  # of no other run that writes here
+    beside.write_bytes(save(answer._asdict()))
+    beside.replace(path)
 
-    def _read(self, key: str) -> TopK:
-        return TopK(*(self._saved[key].get_tensor(f"{key}.{part}") for part in TopK._fields))
+
+def _read(path: Path) -> TopK:
+    with reading(path, lambda: " It is a part of a teacher's cache: remove it, and it is made anew."):
+        return TopK(**load_file(path))
 
 
 class Distillation:
     """Train on ``hardness_ce * CE + hardness_kldiv * KL``, see ``distillation_loss``.
 
     The defaults are the plain sum. AST (Huang et al., arXiv 2407.20584), 2:4 with changing masks, weights CE and KL 1
-    to 2 at temperature 2, and found KL alone better than distances of hidden states; adding those did not help here
-    either (docs/results.md).
-
-    A teacher that has not seen the run's kind of text can end up worse at it than the student, and hold it back. Then
-    train the dense model on the same text first and use that as the teacher, or lower ``hardness_kldiv``.
+    to 2 at temperature 2. docs/settings.md says what to set.
 
     Args:
         teacher: a model source, or a Hugging Face id or local folder, with the student's tokenizer. Default: the
@@ -141,15 +113,12 @@ class Distillation:
     ) -> None:
         if not 0 <= hardness_ce < math.inf:
             raise ValueError(f"hardness_ce is the weight of a loss, at least 0 and finite, got {hardness_ce}.")
-        if not 0 < hardness_kldiv < math.inf:
-            raise ValueError(
-                f"hardness_kldiv is the weight of what is learnt from the teacher, above 0 and finite, got "
-                f"{hardness_kldiv}. Leave distillation out to train only on cross-entropy."
-            )
-        if not 0 < temperature < math.inf:
-            raise ValueError(f"temperature divides logits, so it is above 0 and finite, got {temperature}.")
-        if top_k < 1:
-            raise ValueError(f"top_k is a number of tokens, at least 1, got {top_k}.")
+        for name, value in (("hardness_kldiv", hardness_kldiv), ("temperature", temperature)):
+            if not 0 < value < math.inf:
+                raise ValueError(
+                    f"{name} must be above 0 and finite, got {value}. Without a teacher, leave distillation out."
+                )
+        check_positive("top_k", top_k)
         self.teacher = None if teacher is None else as_model_source(teacher)
         self.hardness_ce, self.hardness_kldiv, self.temperature = hardness_ce, hardness_kldiv, temperature
         self.cache, self.top_k = cache, top_k

@@ -80,16 +80,12 @@ def distillation_loss(
 
 def top_k(logits_BLV: Tensor, k: int, temperature: float = 1.0) -> TopK:
     """The K = min(k, V) most likely tokens of each position, with log-probabilities in float32 at a temperature."""
-    logits_TV = logits_BLV.flatten(0, 1)
-    ids_TK = logits_TV.new_empty((len(logits_TV), min(k, logits_TV.shape[1])), dtype=torch.int32)
-    log_p_TK, log_rest_T = ids_TK.to(torch.float32), logits_TV.new_empty(len(logits_TV), dtype=torch.float32)
+    logits_TV, found = logits_BLV.flatten(0, 1), []
     for chunk in _chunks(None, logits_TV):
         log_p_CV = F.log_softmax(logits_TV[chunk].float() / temperature, dim=-1)
-        log_p_TK[chunk], ids_CK = log_p_CV.topk(ids_TK.shape[1])
-        ids_TK[chunk] = ids_CK
-        log_rest_T[chunk] = log_p_CV.exp_().scatter_(1, ids_CK, 0).sum(1).log()
-    batch, length = logits_BLV.shape[:2]
-    return TopK(ids_TK.view(batch, length, -1), log_p_TK.view(batch, length, -1), log_rest_T.view(batch, length))
+        log_p_CK, ids_CK = log_p_CV.topk(min(k, log_p_CV.shape[1]))
+        found.append((ids_CK.int(), log_p_CK, log_p_CV.exp_().scatter_(1, ids_CK, 0).sum(1).log()))
+    return TopK(*(torch.cat(part).unflatten(0, logits_BLV.shape[:2]) for part in zip(*found, strict=True)))
 
 
 def mean_over_tokens(device: torch.device, *, sync: bool = True) -> MeanMetric:

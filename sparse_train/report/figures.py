@@ -1,19 +1,14 @@
-"""Pictures of a report: curves over steps, and values by layer as heat maps; "" if there is nothing to draw.
-
-Shape suffixes: R rows (blocks) and C columns (projections) of a heat map.
-"""
+"""Pictures of a report: curves over steps; "" if there is nothing to draw."""
 
 import html
 import io
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
-from numpy.typing import NDArray
 
 from sparse_train.report.runs import Points
 
@@ -28,7 +23,7 @@ _STYLE: Any = {**dict.fromkeys(_COLOURED, _INK), "font.size": 9, "axes.titlesize
 @rc_context(_STYLE)
 def curves(
     caption: str,
-    runs: Mapping[str, Mapping[str, Points]],
+    lines: Sequence[tuple[str, str, Points]],
     label: str,
     *,
     levels: Mapping[float, str] | None = None,
@@ -38,21 +33,21 @@ def curves(
 
     Args:
         caption: under the picture.
-        runs: points by kind of value, by run.
+        lines: run, kind of value, and points.
         label: of the vertical axis. With "%", values are shares, and the axis begins at 0.
         levels: values to compare with, and their names; drawn as dotted horizontal lines.
         log: whether the vertical axis is logarithmic.
     """
     scale = 100 if "%" in label else 1
+    names = list(dict.fromkeys(run for run, _, _ in lines))
     lines = [
         (run, kind, finite)
-        for run, kinds in runs.items()
-        for kind, points in kinds.items()
+        for run, kind, points in lines
         if (finite := [(step, scale * value) for step, value in points if np.isfinite(value)])
     ]
     if not lines:
         return ""
-    names, kinds = list(runs), list(dict.fromkeys(kind for _, kind, _ in lines))
+    kinds = list(dict.fromkeys(kind for _, kind, _ in lines))
     figure = Figure(figsize=(7.4, 3.1), layout="constrained")
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
@@ -88,48 +83,6 @@ def curves(
 def _ends(points: Points) -> str:
     (start, first), (end, last) = points[0], points[-1]
     return f"{first:.4g} at step {start} to {last:.4g} at step {end}"
-
-
-@rc_context(_STYLE)
-def heat_maps(caption: str, panels: Mapping[str, Mapping[str, float]]) -> str:
-    """Shares by layer, in percent, one row per block and one column per projection; panels are side by side."""
-    grids = {title: grid(values) for title, values in panels.items() if values}
-    if not grids:
-        return ""
-    rows = max(len(blocks) for blocks, _, _ in grids.values())
-    figure = Figure(figsize=(7.4, min(20.0, 1.7 + 0.2 * rows)), layout="constrained")
-    spread = []
-    for axes, (title, (blocks, columns, values_RC)) in zip(
-        figure.subplots(1, len(grids), squeeze=False)[0], grids.items(), strict=True
-    ):
-        percent_RC = 100 * values_RC
-        low, high = float(np.nanmin(percent_RC)), float(np.nanmax(percent_RC))
-        spread.append(f"{title}: {low:.2f} to {high:.2f}")
-        room = max(0.0, 5 - (high - low) / 2)  # colours span ten points at least, so that noise stays pale
-        image = axes.imshow(percent_RC, aspect="auto", cmap="Blues", vmin=max(0.0, low - room), vmax=high + room)
-        figure.colorbar(image, ax=axes, fraction=0.05, pad=0.02)
-        every = -(-len(columns) // 20)  # as many labels as fit
-        axes.set_xticks(range(0, len(columns), every), columns[::every], rotation=90)
-        axes.set_yticks(range(len(blocks)), blocks)
-        axes.set(title=title, ylabel="block")
-    return _html(figure, caption, f"Heat map by block and projection. {'; '.join(spread)}.")
-
-
-def grid(values: Mapping[str, float]) -> tuple[list[str], list[str], NDArray[np.float64]]:
-    """Values by layer name as (labels of blocks, names of projections, values_RC), NaN if there is no value.
-
-    The block is the first number in a name; layers outside any block get a separate row.
-    """
-    cells: dict[tuple[int, str], float] = {}
-    for name, value in values.items():
-        match = re.match(r"(?:.*?\.)?(\d+)\.(.+)", name)
-        cells[(int(match[1]), match[2]) if match else (-1, name)] = value
-    columns = list(dict.fromkeys(column for _, column in cells))
-    blocks = sorted({block for block, _ in cells})
-    values_RC = np.array([[cells.get((block, column), np.nan) for column in columns] for block in blocks])
-    short = [column.rsplit(".", 1)[-1] for column in columns]
-    labels = short if len(set(short)) == len(short) else columns
-    return ["-" if block < 0 else str(block) for block in blocks], labels, values_RC
 
 
 def _html(figure: Figure, caption: str, alt: str) -> str:

@@ -6,8 +6,10 @@ from pathlib import Path
 from string import Template
 
 from sparse_train.files import replacing
-from sparse_train.report.figures import curves, heat_maps
-from sparse_train.report.runs import Run, closing, collect, evaluations
+from sparse_train.report.figures import curves
+from sparse_train.report.runs import Run, closing, collect
+
+_TEMPLATE = Path(__file__).with_name("page.html")
 
 
 def write_run_report(
@@ -35,7 +37,8 @@ def write_run_report(
     path = Path(out) / "report.html"
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as beside:
-        beside.write_text(_PAGE.substitute(title=html.escape(title), body="\n".join(parts)), encoding="utf-8")
+        page = Template(_TEMPLATE.read_text(encoding="utf-8"))
+        beside.write_text(page.substitute(title=html.escape(title), body="\n".join(parts)), encoding="utf-8")
     return path
 
 
@@ -46,9 +49,7 @@ def sections(runs: Sequence[Run]) -> dict[str, Sequence[str]]:
         "Perplexity and loss": _learning(runs),
         "Evaluation": _evaluation(runs),
         "Masks": _masks(runs),
-        "Sparsity by layer": [_layers(run, runs) for run in runs],
-        "Time": [_side_by_side(runs, _time), paragraph(_TIME)],
-        "Settings, machine and memory": [_side_by_side(runs, _about)],
+        "Time, settings and machine": [_side_by_side(runs, _costs), paragraph(_COSTS)],
         "Recipe": recipes,
     }
 
@@ -63,79 +64,66 @@ def _summary(runs: Sequence[Run]) -> list[str]:
     ]
     for run in runs:
         if not run.facts["finished"]:
-            notes.append(f"{_of(run, runs)}not ended, or cut off: the last record is of step {run.steps:,}.")
+            notes.append(f"{_of(run, runs)}not ended, or cut off: the last record is of step {run.facts['step']:,}.")
     return [table(*closing(runs), words=min(len(runs), 2)), *map(paragraph, notes)]
 
 
 def _learning(runs: Sequence[Run]) -> list[str]:
-    perplexity = {run.name: {"": run.validation("perplexity")} for run in runs}
-    loss = {run.name: {"training": run.training_loss(), "validation": run.validation("loss")} for run in runs}
+    perplexity = [(run.name, "", run.validation("perplexity")) for run in runs]
+    training = [(run.name, "training", run.training_loss()) for run in runs]
+    validation = [(run.name, "validation", run.validation("loss")) for run in runs]
     levels: dict[float, str] = {}
     for run in runs:
-        for state in run.before()[:1]:
+        for state in run.before[:1]:
             if state.perplexity is not None:
                 levels.setdefault(state.perplexity, _of(run, runs) + state.name)
     text = "Perplexity on the validation text; at step 0, after the first mask."
     return [
         curves(text, perplexity, "perplexity", levels=levels, log=True),
-        curves("Loss in training (one batch each) and in validation.", loss, "loss"),
+        curves("Loss in training (one batch each) and in validation.", training + validation, "loss"),
     ]
 
 
 def _evaluation(runs: Sequence[Run]) -> list[str]:
     def last(run: Run) -> dict[str, str]:
-        found = {name: run.curve(name)[-1] for name in evaluations(run)}
-        return {name: f"{value:.4f} at step {step:,}" for name, (step, value) in found.items()}
+        return {name: f"{value:.4f} at step {step:,}" for name, (step, value) in run.evaluations().items()}
 
     protocols = dict.fromkeys(protocol for run in runs for protocol in run.facts["protocols"])
     return [_side_by_side(runs, last), *map(paragraph, protocols)] if any(map(last, runs)) else []
 
 
 def _masks(runs: Sequence[Run]) -> list[str]:
-    flips = {run.name: {"": run.flips()} for run in runs}
-    since_first = {run.name: {"": run.curve("sparsity/initial_flip_rate")} for run in runs}
-    sparsity = {
-        run.name: {"target": run.curve("sparsity/target"), "counted": run.curve("sparsity/actual")} for run in runs
-    }
-    gradual = any(len({value for _, value in kinds["target"]}) > 1 for kinds in sparsity.values())
+    flips = [(run.name, "", run.flips()) for run in runs]
+    since_first = [(run.name, "", run.curve("sparsity/initial_flip_rate")) for run in runs]
+    target = [(run.name, "target", run.curve("sparsity/target")) for run in runs]
+    counted = [(run.name, "counted", run.curve("sparsity/actual")) for run in runs]
+    gradual = any(len({value for _, value in points}) > 1 for _, _, points in target)
     text = "Mask entries that an update changed, as a share of the targeted weights; without the first mask."
     return [
         curves(text, flips, "flip rate, %"),
         curves("Mask entries that differ from the first mask.", since_first, "initial flip rate, %"),
-        curves("Sparsity over the run.", sparsity, "sparsity, %") if gradual else "",
+        curves("Sparsity over the run.", target + counted, "sparsity, %") if gradual else "",
     ]
-
-
-def _layers(run: Run, runs: Sequence[Run]) -> str:
-    text = "Zeros, counted on the weights; and mask entries that differ from the first mask."
-    panels = {"zeros, %": run.by_layer("zeros"), "initial flip rate, %": run.by_layer("differing")}
-    return heat_maps(_of(run, runs) + text, panels)
 
 
 # --- facts -----------------------------------------------------------------------------------------------------------
 
-_TIME = (
-    "Of training, with validations. An update scores weights and selects masks; recording activations for it counts as "
-    "part of the training steps. Tokens include padding."
+_COSTS = (
+    "Time is that of training, with validations. An update scores weights and selects masks; recording activations for "
+    "it counts as part of the training steps. Tokens include padding."
 )
 
 
-def _time(run: Run) -> dict[str, str]:
+def _costs(run: Run) -> dict[str, str]:
     seconds, tokens = run.facts["seconds"], run.facts["tokens"]
     updating = sum(value for step, value in run.curve("sparsity/update_seconds") if step > 0)
+    about = {name: fact for name, fact in run.facts["about"].items() if fact not in (None, [])}
     return {
         "wall time": f"{seconds:,.1f} s",
         "of it in mask updates": f"{updating:,.1f} s ({updating / seconds:.1%})" if seconds else "",
         "tokens trained on": f"{tokens:,}",
         "tokens per second": f"{tokens / seconds:,.0f}" if seconds else "",
-    }
-
-
-def _about(run: Run) -> dict[str, str]:
-    return {
-        name: f"{fact:,.6g}" if isinstance(fact, float) else str(fact)
-        for name, fact in run.facts["about"].items()
-        if fact not in (None, [])
+        **{name: f"{fact:,.6g}" if isinstance(fact, float) else str(fact) for name, fact in about.items()},
     }
 
 
@@ -168,32 +156,3 @@ def _side_by_side(runs: Sequence[Run], facts: Callable[[Run], Mapping[str, str]]
 
 def _of(run: Run, runs: Sequence[Run]) -> str:
     return f"{run.name}: " if len(runs) > 1 else ""
-
-
-_PAGE = Template("""\
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>$title</title>
-<style>
-body { font: 16px/1.55 system-ui, sans-serif; max-width: 52rem; margin: 2.5rem auto; padding: 0 1.25rem; }
-h2 { font-size: 1.2rem; margin-top: 2.6rem; padding-top: .8rem; border-top: 1px solid #8886; }
-table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem 1.8rem .35rem 0; border-bottom: 1px solid #8886; text-align: right; vertical-align: top; }
-.words { text-align: left; }
-.wide, pre { overflow-x: auto; }
-figure { margin: 1.4rem 0; break-inside: avoid; }
-svg { width: 100%; height: auto; }
-figcaption { font-size: .88rem; opacity: .7; }
-pre { font-size: .8rem; background: #8882; padding: .9rem 1rem; }
-</style>
-</head>
-<body>
-<h1>$title</h1>
-$body
-</body>
-</html>
-""")

@@ -27,9 +27,9 @@ class State:
     name: str
     """"dense" ("without masks", if it had been pruned before), "after the first mask", "at the end", or "latest"."""
     step: int
-    perplexity: float | None
-    loss: float | None
-    sparsity: float | None
+    perplexity: float | None = None
+    loss: float | None = None
+    sparsity: float | None = None
     """Share of zeros among the targeted weights, counted on the weights."""
 
 
@@ -41,111 +41,77 @@ class Run:
     folder: Path
     facts: Mapping[str, Any]
     """What is not a metric; ``RunRecord`` lists it."""
-    metrics: Sequence[Mapping[str, float]]
-    """Rows of ``metrics.csv``, with the optimizer steps done as "step"."""
+    curves: Mapping[str, Points]
+    """What ``metrics.csv`` holds of each metric."""
     recipe: str | None
     """Resolved YAML; None if there is none beside the metrics."""
 
     @property
-    def steps(self) -> int:
-        """Optimizer steps up to the last record."""
-        logged = [] if self.facts["finished"] else [row["step"] for row in self.metrics]
-        return int(max([self.facts["step"], *logged]))
-
-    @property
-    def sparsity(self) -> float | None:
-        """Share of zeros among the targeted weights, counted on them; None for a dense run."""
-        if layers := self.facts["layers"]:
-            return float(sum(each["zeros"] for each in layers.values()) / sum(each["size"] for each in layers.values()))
-        return self.last("sparsity/").get("actual")
-
-    def curve(self, name: str | None) -> Points:
-        return [(int(row["step"]), row[name]) for row in self.metrics if name is not None and name in row]
-
-    def last(self, prefix: str) -> dict[str, float]:
-        """The last value of each metric whose name begins with ``prefix``, by the rest of its name."""
-        return {
-            name.removeprefix(prefix): value
-            for row in self.metrics
-            for name, value in row.items()
-            if name.startswith(prefix)
-        }
-
-    def training_loss(self) -> Points:
-        return self.curve(named("loss", [n for n in self.last("") if not n.startswith(("val", "test", *_OWN))]))
-
-    def validation(self, word: str) -> Points:
-        """Perplexity or loss in validation, from the first mask on."""
-        before = [state for state in self.before() if getattr(state, word) is not None]
-        points = self.curve(named(word, [name for name in self.last("") if name.startswith("val")]))
-        return [*((state.step, getattr(state, word)) for state in before[-1:]), *points]
-
-    def flips(self) -> Points:
-        """Flip rates of the updates after the first mask."""
-        masked = self.curve("sparsity/actual")
-        return [(step, rate) for step, rate in self.curve("sparsity/flip_rate") if step > masked[0][0]]
-
-    def by_layer(self, fact: str) -> dict[str, float]:
-        return {name: each[fact] / each["size"] for name, each in (self.facts["layers"] or {}).items()}
-
     def before(self) -> list[State]:
         """The model before training: dense, after the first mask."""
         return [State(**state) for state in self.facts["states"]]
 
+    @property
     def now(self) -> State:
         """The model at the end, or at the latest validation of a run that has not ended."""
-        perplexity, loss = self.validation("perplexity"), self.validation("loss")
-        if self.facts["finished"]:
-            name, step, sparsity = "at the end", self.steps, self.sparsity
-        else:
-            step = max((points[-1][0] for points in (perplexity, loss) if points), default=self.steps)
-            actual = [value for at, value in self.curve("sparsity/actual") if at <= step]
-            name, sparsity = "latest", actual[-1] if actual else None
-        # Lightning logs a step too high, or one too low, after the resume of a run that had ended
-        values = [points[-1][1] if points and points[-1][0] >= step - 1 else None for points in (perplexity, loss)]
-        return State(name, step, values[0], values[1], sparsity)
+        return State(**self.facts["now"])
+
+    def curve(self, name: str | None) -> Points:
+        return self.curves.get(name or "", [])
+
+    def training_loss(self) -> Points:
+        return self.curve(named("loss", [n for n in self.curves if not n.startswith(("val", "test", *_OWN))]))
+
+    def validation(self, word: str) -> Points:
+        """Perplexity or loss in validation, from the first mask on."""
+        before = [(state.step, value) for state in self.before if (value := getattr(state, word)) is not None]
+        return [*before[-1:], *self.curve(named(word, [name for name in self.curves if name.startswith("val")]))]
+
+    def evaluations(self) -> dict[str, tuple[int, float]]:
+        """The last step and value of what ``Evaluation`` callbacks measured, by metric."""
+        return {name: self.curves[name][-1] for name in self.curves if name.startswith(("evaluation/", "zero_shot/"))}
+
+    def flips(self) -> Points:
+        """Flip rates of the updates after the first mask."""
+        return self.curve("sparsity/flip_rate")[1:]
 
 
 def closing(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     """Columns and rows of the summary of runs: dense, after the first mask, at the end; without empty columns."""
     columns: dict[str, list[str]] = defaultdict(list)
     for run in runs:
-        for state in [*run.before(), run.now()]:
+        for state in [*run.before, run.now]:
             flips = sum(value for step, value in run.flips() if step <= state.step)
             columns["run"].append(run.name if len(runs) > 1 else "")
             columns["state"].append(state.name)
             columns["step"].append(f"{state.step:,}")
-            columns["perplexity"].append(number(state.perplexity, ".2f"))
-            columns["loss"].append(number(state.loss, ".4f"))
-            columns["sparsity"].append(number(state.sparsity, ".4f"))
-            columns["flips so far"].append("" if run.sparsity is None else f"{flips:.2%}")
+            columns["perplexity"].append(_number(state.perplexity, ".2f"))
+            columns["loss"].append(_number(state.loss, ".4f"))
+            columns["sparsity"].append(_number(state.sparsity, ".4f"))
+            columns["flips so far"].append("" if run.now.sparsity is None else f"{flips:.2%}")
     known = {name: cells for name, cells in columns.items() if any(cells)}
     return list(known), [list(row) for row in zip(*known.values(), strict=True)]
 
 
 def headline(run: Run) -> dict[str, Any]:
     """The main results of one run, for JSON; docs/terminal.md explains them. None = not measured."""
-    before = {state.name: state.perplexity for state in run.before()}
-    flips, evaluated = run.flips(), {name: run.curve(name)[-1][1] for name in evaluations(run)}
+    before = {state.name: state.perplexity for state in run.before}
+    updates, since_first = run.flips(), run.curve("sparsity/initial_flip_rate")
     return {
         "name": run.name,
         "folder": str(run.folder),
         "finished": run.facts["finished"],
-        "steps": run.steps,
+        "steps": run.facts["step"],
         "seconds": run.facts["seconds"],
         "tokens": run.facts["tokens"],
-        "sparsity": run.sparsity,
-        "flip_rate": flips[-1][1] if flips else None,
-        "initial_flip_rate": run.last("sparsity/").get("initial_flip_rate"),
-        "perplexity": run.now().perplexity,
+        "sparsity": run.now.sparsity,
+        "flip_rate": updates[-1][1] if updates else None,
+        "initial_flip_rate": since_first[-1][1] if since_first else None,
+        "perplexity": run.now.perplexity,
         "perplexity_first_mask": before.get("after the first mask"),
         "perplexity_dense": before.get("dense"),
-        "evaluation": evaluated,
+        "evaluation": {name: value for name, (_, value) in run.evaluations().items()},
     }
-
-
-def evaluations(run: Run) -> list[str]:
-    return [name for name in run.last("") if name.startswith(("evaluation/", "zero_shot/"))]
 
 
 def named(word: str, names: Sequence[str]) -> str | None:
@@ -154,7 +120,7 @@ def named(word: str, names: Sequence[str]) -> str | None:
     return next((name for name in found if name.rpartition("/")[2] == word), found[0] if found else None)
 
 
-def number(value: float | None, form: str) -> str:
+def _number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
@@ -187,16 +153,17 @@ def _find(folder: Path) -> Path:
 
 def _read(folder: Path, name: str) -> Run:
     recipe = folder / "config.yaml"
+    curves: dict[str, Points] = defaultdict(list)
     with reading(folder):
-        metrics = [  # Lightning's are at the number of steps done, minus 1
-            row | {"step": row["step"] + (not any(name.startswith(_OWN) for name in row))}
-            for row in read_metrics(folder / METRICS)
-        ]
+        for row in read_metrics(folder / METRICS):
+            for metric, value in row.items():
+                if metric not in ("step", "epoch"):  # steps of Lightning's are those done, minus 1
+                    curves[metric].append((int(row["step"]) + (not metric.startswith(_OWN)), value))
         run = Run(
             name=name,
             folder=folder,
             facts=json.loads((folder / RECORD).read_text(encoding="utf-8")),
-            metrics=sorted(metrics, key=lambda row: row["step"]),
+            curves=dict(curves),
             recipe=without_homes(recipe.read_text(encoding="utf-8")) if recipe.exists() else None,
         )
         headline(run)  # needs what a record holds

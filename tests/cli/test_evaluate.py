@@ -21,7 +21,7 @@ def test_evaluate_on_tasks(model_folder, text, capsys):
     found = json.loads(printed)
     assert found["perplexity"]["tokens"] == 620
     assert found["zero_shot"]["tasks"][0]["n"] == found["zero_shot"]["limit"] == 2
-    assert found["zero_shot"]["data"] == "rte.jsonl of data"
+    assert found["zero_shot"]["data"] == "data/rte.jsonl"
     cli.main([*options, "--tasks", "rte"])
     table = capsys.readouterr().out
     row = next(line for line in table.splitlines() if "rte" in line)

@@ -38,7 +38,7 @@ def test_prune_evaluate_and_inspect(model_folder, text, capsys):
     details = json.loads(Path("pruned/pruning.json").read_text())
     assert details["sparsity"] == pytest.approx(0.5, abs=1e-3)
     card = Path("pruned/README.md").read_text()
-    assert "| pruned in one shot, without training |" in card and "| Wanda() |" in card
+    assert "method: pruned in one shot, without training\n" in card and "criterion: Wanda()\n" in card
     calibration = details["calibration"]
     assert (calibration["num_calibration_samples"], calibration["max_seq_length"], calibration["seed"]) == (4, 32, 0)
 

@@ -236,6 +236,31 @@ def test_a_group_with_a_mean_of_its_own_is_one_row(seven, tmp_path, monkeypatch)
     assert both[0].items == ()
 
 
+def test_a_task_file_of_ones_own(tmp_path):
+    items = [{"question": f"q{i}", "options": ["a b", "c"], "answer": i % 2} for i in range(3)]
+    (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, items)))
+    task = {
+        "task": "mine",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "items.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "answer",
+        "doc_to_choice": "options",
+        "metric_list": [{"metric": "acc"}],
+    }
+    file = tmp_path / "mine.yaml"
+    file.write_text(json.dumps(task))
+    result = evaluate_zero_shot(tiny_llama(), tiny_tokenizer(), [str(file)])
+    assert [(row.task, row.n, row.metric) for row in result.tasks] == [("mine", 3, "acc")]
+    assert result.data == str(file)
+    for text in ("[1", "task: other", None):
+        file.unlink() if text is None else file.write_text(text)
+        with pytest.raises(ValueError, match=r"Cannot load .*mine\.yaml|no accuracy"):
+            evaluate_zero_shot(tiny_llama(), tiny_tokenizer(), [str(file)])
+
+
 # --- What is reported ------------------------------------------------------------------------------------------------
 
 
@@ -267,7 +292,7 @@ def test_limit_and_protocol(seven, capsys):
     assert [row.n for row in result.tasks] == [4, 4]
     assert (result.model, result.limit, result.max_length) == ("tiny", 4, 128)
     assert (result.computed_in, result.num_fewshot) == ("bfloat16", 0)
-    assert result.data == f"arc_easy9.jsonl, rte.jsonl of {seven}"
+    assert result.data == f"{seven}/arc_easy9.jsonl, {seven}/rte.jsonl"
     printed = capsys.readouterr()
     assert printed.out == printed.err == ""
 
@@ -356,7 +381,7 @@ def test_other_mistakes(monkeypatch):
         evaluate_zero_shot(model, tokenizer, [""])
     with pytest.raises(ValueError, match="limit must be at least 1, got 0"):
         evaluate_zero_shot(model, tokenizer, limit=0)
-    with pytest.raises(ValueError, match=r"Cannot get the data of sciq.*Without a hub there are the tasks boolq"):
+    with pytest.raises(ValueError, match=r"Cannot load 'sciq'.*Without a hub, --task_data"):
         evaluate_zero_shot(model, tokenizer, ["sciq"])
     pages = Dataset.from_list([{"page": "A text."}])
     splits = dict.fromkeys(("train", "validation", "test"), pages)

@@ -47,7 +47,7 @@ def test_a_model_is_written_in_the_dtype_of_its_files_or_another(bfloat16_folder
         live = model.model.layers[0].mlp.up_proj
         exact = live.weight if squash else live.masked_weight()
         assert torch.equal(weight, exact.to(dtype))
-        assert "| counted sparsity | 0.5000 of the 21 pruned layers' weights" in (out / "README.md").read_text()
+        assert "counted sparsity: 0.5000 of the 21 pruned layers' weights" in (out / "README.md").read_text()
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 

@@ -137,7 +137,7 @@ def test_what_the_trainer_writes(tmp_path):
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        (None, "has no pruning.json, which says what its zeros should be"),
+        (None, "pruning.json'. It says what zeros should be"),
         ("[]", "Cannot load .*pruning.json"),
         (f'{{"stages": [{json.dumps(STAGE)}], "layers": {{}}}}', "no layer is named"),
     ],

@@ -61,7 +61,7 @@ def test_on_a_sparse_folder_adapters_alone_are_trained_and_exported_beside_it(tm
         by_config = AutoPeftModelForCausalLM.from_pretrained(out / "adapter").eval()
         torch.testing.assert_close(by_config(input_ids=ids[0]).logits, expected)
         card = (out / "README.md").read_text()
-        assert "| adapter | LoRA, r 2, lora_alpha 16, on q_proj, v_proj" in card
+        assert "adapter: LoRA, r 2, lora_alpha 16, on q_proj, v_proj" in card
         assert "0.5000 of the 14 pruned layers' weights" in card
         assert "base_layer" not in card
     assert not torch.allclose(AutoModelForCausalLM.from_pretrained(exports[0])(input_ids=ids[0]).logits, expected)

@@ -1,30 +1,17 @@
 import re
 import warnings
 
-import numpy as np
-
-from sparse_train.report.figures import curves, grid, heat_maps
-
-
-def test_grid_has_a_row_for_each_block_and_a_column_for_each_projection():
-    values = {"model.layers.10.mlp.up_proj": 0.3, "model.layers.2.mlp.up_proj": 0.1, "model.layers.2.attn.q_proj": 0.2}
-    blocks, columns, values_RC = grid(values | {"lm_head": 0.4})
-    assert blocks == ["-", "2", "10"]
-    assert columns == ["up_proj", "q_proj", "lm_head"]
-    np.testing.assert_array_equal(values_RC, [[np.nan, np.nan, 0.4], [0.1, 0.2, np.nan], [0.3, np.nan, np.nan]])
-    # where the last part would not tell projections apart, the whole name does
-    assert grid({"h.0.a.proj": 0.1, "h.0.b.proj": 0.2})[1] == ["a.proj", "b.proj"]
+from sparse_train.report.figures import curves
 
 
 def test_nothing_is_drawn_of_nothing():
-    assert curves("", {"run": {"": []}}, "loss") == ""
-    assert curves("", {"run": {"": [(1, float("nan"))]}}, "loss") == ""
-    assert heat_maps("", {"zeros": {}}) == ""
+    assert curves("", [("run", "", [])], "loss") == ""
+    assert curves("", [("run", "", [(1, float("nan"))])], "loss") == ""
 
 
 def test_a_picture_takes_the_colour_of_the_pages_text_and_loads_nothing():
     for point in ((0, 0.0), (1, 0.03)):
-        picture = curves("caption", {"run": {"": [point]}}, "flip rate, %")
+        picture = curves("caption", [("run", "", [point])], "flip rate, %")
         assert "currentColor" in picture
         assert not re.search(r"(?:src|href)=\"(?!#|data:)", picture)
         assert f"run {100 * point[1]:g} at step {point[0]}" in picture
@@ -32,7 +19,7 @@ def test_a_picture_takes_the_colour_of_the_pages_text_and_loads_nothing():
 
 def test_runs_have_colours_and_kinds_have_dashes():
     points = [(step, 1.0 + step) for step in range(4)]
-    picture = curves("", {"a": {"x": points, "y": points}, "b": {"x": points}}, "loss", levels={2.0: "dense"})
+    picture = curves("", [("a", "x", points), ("a", "y", points), ("b", "x", points)], "loss", levels={2.0: "dense"})
     text = re.sub(r"\s+", " ", picture)
     assert all(f">{name}</text>" in text for name in ("a, x", "a, y", "b, x", "dense"))
     assert len(set(re.findall(r"stroke: (#[0-9a-f]{6})", text))) == 2
@@ -40,7 +27,11 @@ def test_runs_have_colours_and_kinds_have_dashes():
 
 
 def test_a_legend_of_long_names_stays_inside_the_picture():
-    flips = {"since the update before": [(0, 0.0), (1, 0.4)], "since the first mask": [(0, 0.0), (1, 0.39)]}
+    flips = [
+        (run, kind, [(0, 0.0), (1, 0.4)])
+        for run in ("static mask, fine-tuned", "dynamically re-pruned")
+        for kind in ("since the update before", "since the first mask")
+    ]
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a layout that collapsed
-        curves("c", {"static mask, fine-tuned": flips, "dynamically re-pruned": flips}, "flip rate, %")
+        curves("c", flips, "flip rate, %")

@@ -1,7 +1,7 @@
-"""One line for a mistake on the command line or in a recipe: what is wrong, where, and what to write instead.
+"""The part of jsonargparse's messages that a user needs, and the name that was meant.
 
 jsonargparse reports what every member of a union of types would have accepted. For Lightning's trainer that is a page
-in which the actual cause is easily missed. ``explain`` finds the first cause in the message.
+in which the actual cause is easily missed: the first line that is not about a type.
 """
 
 import difflib
@@ -16,67 +16,48 @@ from jsonargparse import ArgumentParser
 
 from sparse_train.arguments import did_you_mean
 
-_LONG = 4000  # characters; a longer text is the content of a file, or of a model
-_KEY = re.compile(r'Parser key "([^"]+)"')
-_CAUSE = re.compile(
-    r"""
-      (?:[Uu]nrecognized\ arguments:\ |does\ not\ accept\ option\ ['"]|^Option\ ['"])(?P<option>[^\s'"=]+)
-    | Problem\ with\ given\ class_path\ '(?P<owner>[^']+)':\s+Option\ '(?P<argument>[^']+)'\ is\ not\ accepted
-    | (?:dot\ import\ path\ string|Unexpected\ import\ path\ format):\ (?P<name>\S+)
-    | Expected\ an\ instantiatable\ class,\ but\ (?P<abstract>\S+)
-    | Problem\ with\ given\ class_path\ '(?P<missing>[^']+)':\s+(?:No\ module\ named|module\ '\S+'\ has\ no\ attr)
-    | Unable\ to\ load\ config\ '(?P<group>[^']+)'
-    | Expected\ an?\ (?P<type>\S.*)\.\ Got\ value:\ (?P<value>.*)
-    | Subtypes:\ \[(?P<types>.*)\]\s+Errors:\n
-      (?:\s*(?:-\ Expected\ (?!a\ dot|an\ inst)|-\ Not\ a\ valid|Subclass\ types|-\ a\ class|-\ a\ dict).*\n)+?
-      \s*Given\ value\ type:\ .*\s+Given\ value:\ (?P<given>.*)
-    | Union\ subtypes(?:.*\n)+?  # a ValueError of a class that was being created, which is listed among others
-      \s*-\ (?!Expected|Not\ a\ valid|Problem|Does\ not|Import\ path|Parser\ key|a\ class|a\ dict)
-      (?P<own>[^\n]+(?:\n(?!\s*-\ |\s*Given\ value).*)*)
-    """,
-    re.VERBOSE,
+_LONG = 1000  # characters; a longer value is the content of a file, or of a model
+_ABOUT_TYPES = re.compile(
+    r"$|Parser key \S+:$|Does not validate|Subtypes|Errors:$|Expected [^:]*$|Not a valid|Subclass types|a class path|"
+    r"a dict|Given value type|Problem with given|Import path"
 )
-"""The causes that a message can have; the leftmost is what went wrong."""
+_NO_OPTION = re.compile(r"[Uu]nrecognized arguments: (\S+)|.*accept option ['\"]([^'\"]+)|Option '([^']+)'")
+_NO_CLASS = re.compile(
+    r"(?:Expected a dot import path string|Unexpected import path format): (\S+)|(?:No module named|module) '"
+)
 
 
 def explain(message: str, options: Iterable[str]) -> str:
-    """The part of a message of jsonargparse that a user needs.
+    """The cause in a message of jsonargparse, its key, and a similar name, or all names that there are.
 
     Args:
         message: the argument of ``ArgumentParser.error``.
         options: option strings of the parser, such as "--trainer.max_steps".
-
-    Returns:
-        The first cause in the message, the key that it is about and, if there is one, a similar name. Messages of
-        another form are returned unchanged.
     """
-    found = _CAUSE.search(message)
-    if found is None:
-        return message if len(message) < _LONG else message[:_LONG] + " ..."
-    where = ".".join(_KEY.findall(message[: found.start()]))
-    if found["option"]:
-        return _no_option(found["option"].rstrip("+"), options, "--" if "nrecognized" in found[0] else "")
-    if found["argument"]:
-        module, _, owner = found["owner"].rpartition(".")
+    lines = [line.strip(" -") for line in message.splitlines()]
+    cause = next((line for line in lines if not _ABOUT_TYPES.match(line)), message)
+    before = message.partition(cause)[0]
+    *_, owner = ["", *re.findall(r"given class_path '([^']+)'", before)]
+    if found := _NO_OPTION.match(cause):
+        name = next(filter(None, found.groups())).partition("=")[0].rstrip("+")
+        if not owner:
+            return _no_option(name, options, "--" if found[1] else "")
+        module, _, cls = owner.rpartition(".")
         # jsonargparse also finds the arguments that a class hands on as ``**settings``
-        accepted = ArgumentParser().add_class_arguments(getattr(import_module(module), owner), fail_untyped=False)
-        name = found["argument"].rstrip("+")
+        accepted = ArgumentParser().add_class_arguments(getattr(import_module(module), cls), fail_untyped=False)
         similar = did_you_mean(name.partition(".")[0], [*accepted, "init_args"]) or f" It has {', '.join(accepted)}."
-        said = f"{owner} has no argument {name!r}.{similar}"
-    elif name := found["name"] or found["missing"]:
-        similar = did_you_mean(name.rpartition(".")[2], _classes())
-        said = f"there is no class {name!r}.{similar or ' Name your own as MODULE.CLASS.'}"
-    elif found["abstract"]:
-        said = "say which class these arguments are for, by its name."
-    elif found["group"]:
-        said = f"takes a YAML file, got {found['group']!r}. Its keys are also options, such as --{where}.KEY."
-    elif found["own"]:
-        said = found["own"]
-    elif "None" in (found["value"], found["given"]):
-        return f"{where} must be given, by --{where} or in a --config."
-    else:
-        said = _wrong_value(found["type"] or found["types"], found["value"] or found["given"] or "")
-    return f"{where}: {said}" if where else said
+        cause = f"{cls} has no argument {name!r}.{similar}"
+    elif found := _NO_CLASS.match(cause):
+        name = found[1] or owner
+        modules = [module for known, module in sys.modules.items() if known.startswith("sparse_train")]
+        classes = {known for module in modules for known, each in vars(module).items() if inspect.isclass(each)}
+        similar = did_you_mean(name.rpartition(".")[2], classes) or " Name your own as MODULE.CLASS."
+        cause = f"there is no class {name!r}.{similar}"
+    elif cause.startswith("Given value:"):  # of the innermost union, whose types have come last
+        *_, types = ["others", *re.findall(r"Subtypes: (.*)", before)]
+        cause = f"expected one of {types}, got {cause.partition(': ')[2]!r}."
+    where = ".".join(re.findall(r'Parser key "([^"]+)"', before))
+    return (f"{where}: {cause}" if where else cause)[:_LONG]
 
 
 def _no_option(name: str, options: Iterable[str], dashes: str) -> str:
@@ -86,25 +67,11 @@ def _no_option(name: str, options: Iterable[str], dashes: str) -> str:
     known = [".".join(key[: depth + 1]) for key in keys for depth in range(len(key))]
     beginnings = accumulate(name.lstrip("-").split("."), "{}.{}".format)
     name = next((each for each in beginnings if each not in known), name)  # the shortest that does not exist
+    section, _, last = name.rpartition(".")
     lasts = {each.rpartition(".")[2]: each for each in reversed(known)}  # users leave out sections
-    close = difflib.get_close_matches(name.rpartition(".")[2], lasts, n=1)
-    section = name.rpartition(".")[0]
-    beside = {last for parent, _, last in (key.rpartition(".") for key in known) if parent == section}
-    similar = f" Did you mean {dashes + lasts[close[0]]!r}?" if close else f" There are {', '.join(sorted(beside))}."
-    return f"there is no {'option' if dashes else 'key'} {dashes}{name}.{similar}"
-
-
-def _classes() -> set[str]:
-    modules = [module for name, module in sys.modules.items() if name.startswith("sparse_train")]
-    return {name for module in modules for name, each in vars(module).items() if inspect.isclass(each)}
-
-
-def _wrong_value(types: str, value: str) -> str:
-    literals = re.findall(r"Literal\[([^\]]*)\]", types)
-    choices = [choice for literal in literals for choice in re.findall(r"'([^']*)'", literal)]
-    plain = re.sub(r"<class '([^']+)'>", r"\1", types).replace(", NoneType", "")
-    takes = f"one of {', '.join(choices)}" if choices else plain.replace(", ", " or ")
-    if "Sequence[" in types and not value.startswith("["):
-        return f"takes a list, such as [{value}], got {value!r}."
-    way_out = " A class is given by its name, or by a mapping with class_path and init_args." if "{" in value else ""
-    return f"takes {takes}, got {value!r}.{did_you_mean(value, choices) or way_out}"
+    if close := difflib.get_close_matches(last, lasts, n=1):
+        similar = f"Did you mean {dashes + lasts[close[0]]!r}?"
+    else:
+        beside = {key.rpartition(".")[2] for key in known if key.rpartition(".")[0] == section}
+        similar = f"There are {', '.join(sorted(beside))}."
+    return f"there is no {'option' if dashes else 'key'} {dashes}{name}. {similar}"

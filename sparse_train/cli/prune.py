@@ -1,7 +1,6 @@
 """``sparse-train prune``: one model to one folder."""
 
 from dataclasses import replace
-from importlib.metadata import version
 from json import dumps
 from pathlib import Path
 from time import perf_counter as now
@@ -15,6 +14,7 @@ from sparse_train.data.blocks import calibration_batches
 from sparse_train.data.texts import PackagedWikipedia, TextSource
 from sparse_train.distributed.collectives import joined, rank, world_size
 from sparse_train.distributions import SparsityDistribution
+from sparse_train.environment import versions
 from sparse_train.evaluation.perplexity import check_window
 from sparse_train.export import export_model
 from sparse_train.export.card import ModelCard, oneshot_rows, write_card
@@ -137,7 +137,7 @@ def prune(
             "device": own_device,
             "seconds": {"forwards": report.forward_seconds, "pruning": report.pruning_seconds},
             "layers": {name: update.flips / update.size for name, update in report.layers.items()},
-            "versions": {name: version(name) for name in ("torch", "transformers", "sparse-train")},
+            "versions": versions(),
             "streaming": streaming,
         }
         card = ModelCard(source.name, source.hub_id, source.license, oneshot_rows(details))

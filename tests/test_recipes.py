@@ -258,10 +258,10 @@ def test_low_rank_recipes_are_the_papers_and_can_be_changed():
 
 
 def test_one_folder_is_that_of_logs_and_checkpoints():
-    for options in ([], ["--trainer.logger=CSVLogger"], ["--trainer.logger+=CSVLogger"]):
-        trainer = parse_fit(f"--config={BASE}", "--trainer.default_root_dir=elsewhere", *options).trainer
-        assert Path(trainer.log_dir).parts[0] == "elsewhere"
-        assert Path(trainer.default_root_dir).name == "elsewhere"
+    trainer = parse_fit(f"--config={BASE}", "--trainer.default_root_dir=elsewhere").trainer
+    assert Path(trainer.log_dir) == Path("elsewhere/version_0")
+    assert Path(trainer.default_root_dir).name == "elsewhere"
+    assert parse_fit(f"--config={BASE}", "--trainer.logger=false").trainer.loggers == []
 
 
 def test_evaluation_joins_a_recipe_by_its_name():

@@ -84,10 +84,6 @@ class SparseTrainCLI(LightningCLI):
         options = self.config[self.config.subcommand]
         if "verbose" in options:  # validate and test: Lightning's table has frames, even outside a terminal
             options.verbose = False
-        self._folder, loggers = options.trainer.default_root_dir or "lightning_logs", options.trainer.logger
-        for logger in loggers if isinstance(loggers, list) else [loggers]:
-            if "save_dir" in (given := getattr(logger, "init_args", {})) and given["save_dir"] is None:
-                given["save_dir"] = self._folder  # an assertion of Lightning's loggers otherwise
         arguments = getattr(options.trainer.strategy, "init_args", None)
         if arguments is not None and isinstance(arguments.get("config"), str):
             arguments.config = shipped(arguments.config)  # DeepSpeed's JSON file
@@ -96,7 +92,7 @@ class SparseTrainCLI(LightningCLI):
         """Adds logs beside the checkpoints and progress that suits the terminal, unless the recipe sets others."""
         own, seen = self.config_init[self.subcommand].trainer, terminal.bars_are_seen()
         if own.logger is None:
-            kwargs["logger"] = CSVLogger(self._folder, name="")
+            kwargs["logger"] = CSVLogger(own.default_root_dir or "lightning_logs", name="")
         given = own.callbacks if isinstance(own.callbacks, list) else [own.callbacks] if own.callbacks else []
         if own.enable_progress_bar is None and not any(isinstance(callback, ProgressBar) for callback in given):
             bar = RichProgressBar(console_kwargs={"stderr": True}) if seen else TrainingLines()

@@ -179,6 +179,12 @@ def test_mistakes_that_classes_find(options, said):
     assert "Callback" not in message
 
 
+def test_an_argument_that_a_class_lacks(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([*FIT, "--trainer.logger=CSVLogger"])
+    assert "trainer.logger: the following arguments are required: save_dir\n" in capsys.readouterr().err
+
+
 def test_a_model_that_was_meant_to_be_a_class(monkeypatch):
     with pytest.raises(SystemExit, match="Did you mean 'PackagedSmolLM2'"):
         cli.main(["inspect", "PackagedSmolLM"])

@@ -175,7 +175,6 @@ def _train(
                 "--model.compile_blocks=true",
                 f"--trainer.max_steps={steps}",
                 f"--trainer.default_root_dir={folder}",
-                f"--trainer.logger.init_args.save_dir={folder}",
                 "--trainer.gradient_clip_val=1.0",
                 "--trainer.enable_checkpointing=false",
                 "--trainer.limit_val_batches=0",

@@ -26,7 +26,7 @@ OVERLAYS = {
     "precision": "Overlays: precision",
     "strategy": "Overlays: many processes",
     "calibration": "Overlays of prune: calibration text",
-    "perplexity": "Overlays of prune: perplexity afterwards",
+    "perplexity": "Overlays of evaluate: text",
 }
 
 

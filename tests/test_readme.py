@@ -269,9 +269,8 @@ def _small(command, options, model_folder, text_file) -> list[str]:
     short = ["--window=32", "--max_tokens=640"]
     if command in ("fit", "validate", "test"):
         measured = [f"--trainer.callbacks.text={text}", "--trainer.callbacks.window=32"]
-        base = ".base" if any(option.endswith("2of4_lora.yaml") for option in options) else ""
         return [
-            f"--model.model{base}={model_folder}",
+            f"--model.model={model_folder}",
             f"--data.text={text}",
             "--data.block_size=32",
             "--trainer.max_steps=6",
@@ -282,8 +281,7 @@ def _small(command, options, model_folder, text_file) -> list[str]:
         ]
     if command == "prune":
         own_text = () if "--text" in options else (f"--text={text}",)
-        measured = (f"--perplexity={text}", *short) if "PackagedWikipedia" in options else ()
-        return [f"--model={model_folder}", *own_text, "--num_calibration_samples=4", "--max_seq_length=32", *measured]
+        return [f"--model={model_folder}", *own_text, "--num_calibration_samples=4", "--max_seq_length=32"]
     if command == "evaluate" and "--task_data" not in options:
         return [*short, *(() if "--text" in options else (f"--text={text}",))]
     return []
@@ -297,9 +295,9 @@ def test_command_lines_run(line, elsewhere, left_behind, model_folder, text_file
     before = _files()
     with without_pictures() if command == "fit" and not FULL else nullcontext():
         main([command, *options, *(() if FULL else _small(command, options, model_folder, text_file))])
-    places = COMMANDS[command].positional if options[0][0] != "-" else ()
+    places = {"prune": ("model", "out"), "export": ("checkpoint", "out")}.get(command, ())
     out = [folder for name, folder in pairwise(options) if name in ("--out", "--export")]
-    out += [folder for name, folder in zip(places, options, strict=False) if name == "out"]
+    out += [folder for name, folder in zip(places, options, strict=False) if name == "out" and options[0][0] != "-"]
     assert all(any(Path(folder) in path.parents for path in _files() - before) for folder in out)
     assert command in ("inspect", "evaluate", "validate", "test") or _files() - before
 

@@ -9,6 +9,7 @@ import yaml
 from sparse_train import NM, OWL, Cubic, Magnitude, MaskLoRA, Regrow, SparseGPT, Wanda
 from sparse_train.callbacks import DynamicPruning, Evaluation
 from sparse_train.cli import lightning_cli
+from sparse_train.cli.evaluate import evaluate
 from sparse_train.cli.parser import parser_of
 from sparse_train.cli.prune import prune
 from sparse_train.data.texts import HubText, PackagedQuestions, PackagedWikipedia, PythonStandardLibrary, TextFiles
@@ -18,8 +19,8 @@ from sparse_train.models.sources import PackagedSmolLM2, Pretrained
 
 ROOT = Path(__file__).parent.parent
 RECIPES, CONFIGS = sorted((ROOT / "recipes").rglob("*.yaml")), sorted((ROOT / "configs").rglob("*.yaml"))
-FOR_PRUNE = [path for path in CONFIGS if path.parent.name in ("calibration", "perplexity")]
-FOR_FIT = [path for path in CONFIGS if path not in FOR_PRUNE]
+FOR_OTHERS = {"calibration": prune, "perplexity": evaluate}
+FOR_FIT = [path for path in CONFIGS if path.parent.name not in FOR_OTHERS]
 FIT = [path for path in RECIPES if "trainer" in yaml.safe_load(path.read_text())]
 PRUNE = [path for path in RECIPES if path not in FIT]
 BASE = ROOT / "recipes" / "smollm2_2of4.yaml"
@@ -114,11 +115,15 @@ def test_pruning_recipes(path):
     assert isinstance(arguments.criterion, (Wanda, SparseGPT))
 
 
-@pytest.mark.parametrize("path", FOR_PRUNE, ids=lambda p: f"{p.parent.name}/{p.stem}")
-def test_overlays_of_prune(path):
-    parser = parser_of("prune", prune)
-    recipe = ROOT / "recipes" / "oneshot_wanda_2of4.yaml"
-    arguments = parser.instantiate(parser.parse_args([f"--config={recipe}", f"--config={path}"]))
+@pytest.mark.parametrize(
+    "path", [path for path in CONFIGS if path not in FOR_FIT], ids=lambda p: f"{p.parent.name}/{p.stem}"
+)
+def test_overlays_of_prune_and_evaluate(path):
+    command = FOR_OTHERS[path.parent.name]
+    parser = parser_of(command.__name__, command)
+    arguments = parser.instantiate(
+        parser.parse_args(["--model=x", *["--out=y"] * (command is prune), f"--config={path}"])
+    )
     for key, value in yaml.safe_load(path.read_text()).items():
         if isinstance(value, dict):
             assert isinstance(getattr(arguments, key), HubText)
@@ -234,8 +239,13 @@ def test_distillation_is_a_class_or_the_mapping_of_its_arguments(tmp_path):
 
 
 def test_low_rank_recipes_are_the_papers_and_can_be_changed():
-    source = parse_fit(f"--config={ROOT / 'recipes' / 'smollm2_2of4_lora.yaml'}").model.source
-    assert source == LoRA(PackagedSmolLM2(), 8, 16, 0.05, ["q_proj", "v_proj"])
+    recipe = f"--config={ROOT / 'recipes' / 'smollm2_2of4_lora.yaml'}"
+    for changes, model, rank in (
+        ([], PackagedSmolLM2(), 8),
+        (["--model.model=org/x", "--model.lora.r=4"], Pretrained("org/x"), 4),
+    ):
+        module = parse_fit(recipe, *changes).model
+        assert (module.source, module.lora) == (model, LoRA(rank, 16, 0.05, ["q_proj", "v_proj"]))
     recipe, given = ROOT / "recipes" / "smollm2_2of4_mask_lora.yaml", "--trainer.callbacks.mask_lora"
     for changes, expected in (
         ([], MaskLoRA(8, 16, ["q_proj", "v_proj"])),
@@ -245,6 +255,13 @@ def test_low_rank_recipes_are_the_papers_and_can_be_changed():
     ):
         cli = parse_fit(f"--config={recipe}", *changes)
         assert next(c for c in cli.trainer.callbacks if isinstance(c, DynamicPruning))._mask_lora == expected
+
+
+def test_one_folder_is_that_of_logs_and_checkpoints():
+    trainer = parse_fit(f"--config={BASE}", "--trainer.default_root_dir=elsewhere").trainer
+    assert Path(trainer.log_dir) == Path("elsewhere/version_0")
+    assert Path(trainer.default_root_dir).name == "elsewhere"
+    assert parse_fit(f"--config={BASE}", "--trainer.logger=false").trainer.loggers == []
 
 
 def test_evaluation_joins_a_recipe_by_its_name():

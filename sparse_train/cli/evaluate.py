@@ -1,6 +1,5 @@
 """``sparse-train evaluate``: perplexity and zero-shot accuracy of a model."""
 
-import functools
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from sparse_train.data.texts import PackagedWikipedia, Split, TextSource
 from sparse_train.evaluation import evaluate_perplexity, evaluate_zero_shot, token_ids
 from sparse_train.evaluation.perplexity import check_length
 from sparse_train.evaluation.zeroshot import check_tasks, task_names
+from sparse_train.models.lora import LoRA
 from sparse_train.models.sources import Autocast, ModelSource, as_model_source, torch_dtype
 from sparse_train.terminal import bars_are_seen
 
@@ -19,6 +19,7 @@ def evaluate(
     tasks: str | None = None,
     task_data: str | None = None,
     tokenizer: ModelSource | str | None = None,
+    adapter: str | None = None,
     limit: int | None = None,
     text: TextSource | None = None,
     split: Split = "test",
@@ -38,6 +39,7 @@ def evaluate(
             or any task of lm-eval; default: perplexity.
         task_data: folder with JSONL files of wanda7's items, see docs/evaluation.md; default: from the hub.
         tokenizer: model source, Hugging Face id or folder with the tokenizer; default: that of the model.
+        adapter: folder of an adapter of peft that is added to the model.
         limit: use only the first items of each zero-shot task.
         text: for perplexity: files or folders of .txt and .jsonl, or a text source; default: the packaged Wikipedia
             text.
@@ -58,24 +60,53 @@ def evaluate(
     zero_shot = [name for name in names if name != "perplexity"]
     if zero_shot:
         check_tasks(zero_shot, task_data, progress=bars_are_seen())
-    source, measure = as_model_source(model, dtype="auto"), None
+    source = as_model_source(model, dtype="auto")
     reader = source if tokenizer is None else as_model_source(tokenizer)
-    common: dict[str, Any] = {"batch_size": batch_size, "autocast": torch_dtype(autocast)}
-    if "perplexity" in names:
-        options: dict[str, Any] = {"window": window, "max_tokens": max_tokens, "bos": bos, "stride": stride}
-        measure = perplexity_on(source, reader, text or PackagedWikipedia(), split, **options, **common)
-    loaded = source.load().to(device)
+    text = text or PackagedWikipedia()
+    if "perplexity" in names:  # before the model is loaded, which takes longer
+        ids, prefix = _ids(text, split, reader.tokenizer(), bos)
+        check_length(ids, window, max_tokens)
+    loaded = source.load()
+    if adapter is not None:
+        loaded = LoRA(adapter=adapter).added_to(loaded)
+    loaded.to(device)
+    common: dict[str, Any] = {
+        "batch_size": batch_size,
+        "autocast": torch_dtype(autocast),
+        "model_name": source.name if adapter is None else f"{source.name} with {adapter}",
+    }
     found: dict[str, Any] = {}
-    if measure is not None:
-        perplexity = measure(loaded)
+    if "perplexity" in names:
+        perplexity = evaluate_perplexity(
+            loaded,
+            ids,
+            window=window,
+            stride=stride,
+            prefix=prefix,
+            max_tokens=max_tokens,
+            tokenizer_name=reader.name,
+            data_name=text.name,
+            split=split,
+            progress=True,  # a line a minute where bars are not seen
+            **common,
+        )
         found["perplexity"] = perplexity.as_dict()
         print(perplexity.line(), flush=True)  # now: a task may fail
     if zero_shot:
-        common |= {"task_data": task_data, "limit": limit, "model_name": source.name, "progress": bars_are_seen()}
+        common |= {"task_data": task_data, "limit": limit, "progress": bars_are_seen()}
         accuracy = evaluate_zero_shot(loaded, reader.tokenizer(), zero_shot, **common)
         found["zero_shot"] = accuracy.as_dict()
         show_zero_shot(accuracy)
     return dict(found["perplexity"]) if tasks is None else found
+
+
+def _ids(text: TextSource, split: Split, tokenizer: Any, bos: bool) -> tuple[Any, list[int]]:
+    """The tokens of a text, and those that are put in front of every window."""
+    documents = text.documents(split)
+    if not documents:
+        raise ValueError(f"{text.name} has no text in its {split} split; give a text that has one.")
+    prefix = beginning(tokenizer) if bos else []
+    return token_ids(documents, tokenizer, text.separator)[len(prefix) :], prefix  # the text begins with it, too
 
 
 def chosen_device(device: str | None) -> str:
@@ -87,40 +118,3 @@ def chosen_device(device: str | None) -> str:
     except (RuntimeError, NotImplementedError, AssertionError) as error:
         raise ValueError(f"torch cannot compute on device={device!r} here ({error}). Use cpu or cuda.") from error
     return device
-
-
-def perplexity_on(
-    source: ModelSource,
-    reader: ModelSource,
-    text: TextSource,
-    split: Split = "test",
-    *,
-    window: int,
-    max_tokens: int | None,
-    bos: bool,
-    **options: Any,
-) -> functools.partial[Any]:
-    """``evaluate_perplexity`` as a function of a model; its text is read and tokenised now, before a command's work.
-
-    ``source`` is that of the model, ``reader`` that of its tokenizer. With ``bos``, the tokens with which the text
-    begins are in front of every window. Raises ValueError if the split has less than one window of text.
-    """
-    documents, tokenizer = text.documents(split), reader.tokenizer()
-    if not documents:
-        raise ValueError(f"{text.name} has no text in its {split} split; give a text that has one.")
-    prefix = beginning(tokenizer) if bos else []
-    ids = token_ids(documents, tokenizer, text.separator)[len(prefix) :]  # the text begins with it, too
-    check_length(ids, window, max_tokens)
-    return functools.partial(
-        evaluate_perplexity,
-        ids=ids,
-        window=window,
-        prefix=prefix,
-        max_tokens=max_tokens,
-        model_name=source.name,
-        tokenizer_name=reader.name,
-        data_name=text.name,
-        split=split,
-        progress=True,  # a line a minute where bars are not seen
-        **options,
-    )

@@ -11,9 +11,9 @@ from typing import Any, NoReturn
 
 import lightning as L
 import torch
-import yaml  # type: ignore[import-untyped,unused-ignore]
 from lightning.pytorch.callbacks import LambdaCallback, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -73,16 +73,6 @@ class SparseTrainCLI(LightningCLI):
         """Finds the "last" checkpoint, and refuses one that would run code, before Lightning or an engine reads it."""
         super().parse_arguments(parser, args)
         options = self.config[self.config.subcommand]
-        chosen = getattr(options.model.model, "class_path", "")
-        for path in filter(None, options.get("config") or []):  # None for one that is no file
-            named = yaml.safe_load(Path(str(path)).read_text())
-            for key in ("model", "model", "class_path"):
-                named = named.get(key) if isinstance(named, dict) else None
-            if str(named).endswith("LoRA") and not chosen.endswith("LoRA"):
-                raise ValueError(
-                    "The recipe trains adapters, and --model.model replaces them and their base by a model that is "
-                    "trained whole. Name another base: --model.model.base."
-                )
         if options.ckpt_path == "last":  # Lightning looks in the folder of this run, which is new, and trains anew
             options.ckpt_path = str(newest_checkpoint(options.trainer.default_root_dir or "."))
         if options.ckpt_path:
@@ -103,8 +93,10 @@ class SparseTrainCLI(LightningCLI):
             arguments.config = shipped(arguments.config)  # DeepSpeed's JSON file
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """Adds progress that suits the terminal, unless the recipe sets something else."""
+        """Adds logs beside the checkpoints and progress that suits the terminal, unless the recipe sets others."""
         own, seen = self.config_init[self.subcommand].trainer, terminal.bars_are_seen()
+        if own.logger is None:
+            kwargs["logger"] = CSVLogger(own.default_root_dir or "lightning_logs", name="")
         given = own.callbacks if isinstance(own.callbacks, list) else [own.callbacks] if own.callbacks else []
         if own.enable_progress_bar is None and not any(isinstance(callback, ProgressBar) for callback in given):
             bar = RichProgressBar(console_kwargs={"stderr": True}) if seen else TrainingLines()
@@ -120,10 +112,9 @@ class SparseTrainCLI(LightningCLI):
         self.trainer.callbacks.append(LambdaCallback(on_exception=_say_how_to_go_on))  # type: ignore[attr-defined]
         if self.config.fit.ckpt_path:
             check_engine(self.config.fit.ckpt_path, self.trainer.strategy)
-        if (out := self.config.fit.export) and self.trainer.is_global_zero:
+        if out := self.config.fit.export:
             check_free(Path(out))
-        if out:  # in all processes, when there is a model: one that ended alone would leave the others waiting
-            dtype = torch_dtype(self.config.fit.dtype)
+            dtype = torch_dtype(self.config.fit.dtype)  # the size is known when there is a model
             in_time = LambdaCallback(on_fit_start=lambda *_: check_space(Path(out), size_of(self.model.model, dtype)))
             self.trainer.callbacks.append(in_time)  # type: ignore[attr-defined]
 
@@ -136,6 +127,12 @@ class SparseTrainCLI(LightningCLI):
             if out:
                 tokenizer, dtype = self.model.source.tokenizer(), torch_dtype(self.config.fit.dtype)
                 export_model(self.model.model, tokenizer, out, self._card(), dtype=dtype)
+        if self.result is not None:
+            if self.result["report"]:
+                show_run(collect([self.result["folder"]])[0])
+            for name, said in {"checkpoint": "checkpoint:", "export": "exported to", "report": "report:"}.items():
+                if self.result[name]:
+                    print(said, self.result[name])
 
     def _report(self, out: str | None) -> dict[str, Any]:
         """Write the report of the run. Returns the results, for JSON."""
@@ -175,6 +172,8 @@ class SparseTrainCLI(LightningCLI):
     def after_validate(self) -> None:
         if self.trainer.is_global_zero:
             self.result = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+            for name, value in self.result.items():
+                print(f"{name}  {value:.4f}")
 
     after_test = after_validate
 
@@ -183,7 +182,7 @@ def run(args: list[str], cli: type[SparseTrainCLI] = SparseTrainCLI, debug: bool
     """Parse ``args`` (``["fit", "--config", ...]``), create the objects that they name, and run them."""
     command, *options = args
     try:
-        made = cli(
+        return cli(
             CausalLM,
             TextBlocks,
             args=[command, *spelt_out(options, (), "--data.text", *_SPLITS[command])],
@@ -198,20 +197,6 @@ def run(args: list[str], cli: type[SparseTrainCLI] = SparseTrainCLI, debug: bool
     except SIGTERMException:  # its own exit status is that of a finished run
         print(f"sparse-train {command}: ended by SIGTERM, before the run was complete.", file=sys.stderr)
         sys.exit(128 + signal.SIGTERM)
-    if made.result is not None:
-        _show(command, made.result)
-    return made
-
-
-def _show(command: str, result: dict[str, Any]) -> None:
-    if command == "fit":
-        if result["report"]:
-            show_run(collect([result["folder"]])[0])
-        named = {"checkpoint": "checkpoint:", "export": "exported to", "report": "report:"}
-        lines = [f"{said} {result[name]}" for name, said in named.items() if result[name]]
-    else:
-        lines = [f"{name}  {value:.4f}" for name, value in result.items()]
-    print("\n".join(lines))
 
 
 def _say_how_to_go_on(trainer: L.Trainer, pl_module: L.LightningModule, error: BaseException) -> None:
@@ -261,8 +246,7 @@ class TrainingLines(ProgressBar):
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         if self._is_time():
-            self.has_dataloader_changed(dataloader_idx)
-            self._print("validation: batch", f"{batch_idx + 1}/{self.total_val_batches_current_dataloader}")
+            self._print(f"validation: batch {batch_idx + 1}/{trainer.num_val_batches[dataloader_idx]}")
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
@@ -280,7 +264,7 @@ class TrainingLines(ProgressBar):
         metrics = [f"{name} {float(value):.4g}" for name, value in trainer.progress_bar_metrics.items()]
         self._print(", ".join([*parts, *metrics]))
 
-    def _print(self, *words: str) -> None:
+    def _print(self, line: str) -> None:
         self._last = time.monotonic()
         if self.trainer.is_global_zero:
-            print(*words, file=sys.stderr, flush=True)
+            print(line, file=sys.stderr, flush=True)

@@ -1,7 +1,7 @@
 """Entry point of ``sparse-train``.
 
 The function of a command is in the module of the same name beside this one, and is imported when it is called: a help
-page should not wait for Lightning. ``fit``, ``validate`` and ``test`` share ``sparse_train.cli.fit``.
+page should not wait for Lightning. ``fit``, ``validate`` and ``test`` share ``sparse_train.cli.lightning_cli``.
 """
 
 import signal
@@ -9,25 +9,11 @@ import sys
 from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from sparse_train.arguments import did_you_mean
-from sparse_train.cli.commands import COMMANDS
+from sparse_train.cli.commands import COMMANDS, USAGE, USAGE_OF_FIT
 from sparse_train.cli.streams import dumps, nothing_on_stdout, quiet_libraries
-
-_USAGE = """\
-usage: sparse-train COMMAND [options]
-
-Keep a language model at a target sparsity while it trains.
-
-commands:
-{commands}
-"sparse-train COMMAND --help" lists a command's options. --json prints the result as one JSON object; --debug shows
-where an error came from. --config also finds the recipes/ and configs/ that come with the package, from any folder, and
-may be given several times; later files win.
-"""
-
-_EXTRAS = {"accelerate": "trainer", "deepspeed": "deepspeed", "gguf": "gguf", "lm_eval": "eval", "peft": "peft"}
-"""Packages that ``pip install sparse-train`` leaves out, and the extra that has them."""
 
 
 def main(args: list[str] | None = None) -> None:
@@ -43,7 +29,7 @@ def main(args: list[str] | None = None) -> None:
     if not args or args[0] in ("-h", "--help"):
         width = max(map(len, COMMANDS)) + 2
         rows = (f"  {name:{width}}{command.summary:36}{command.example}\n" for name, command in COMMANDS.items())
-        print(_USAGE.format(commands="".join(rows)), end="")
+        print(USAGE.format(commands="".join(rows)), end="")
         return
     name, *options = args
     if name not in COMMANDS:
@@ -61,12 +47,10 @@ def main(args: list[str] | None = None) -> None:
     except Exception as error:
         if debug or not _is_the_users(error):
             raise
-        from sparse_train.cli.mistakes import explain
-
-        extra = _EXTRAS.get((getattr(error, "name", None) or "").partition(".")[0])
-        install = f". In the clone, install it: pip install '.[{extra}]'." if extra else ""
-        wrapped = "Union subtypes" in str(error)  # jsonargparse has wrapped the error of a class that it created
-        sys.exit(f"sparse-train {name}: {explain(str(error), []) if wrapped else error}{install}")
+        said = str(error)
+        if "Union subtypes" in said:  # jsonargparse has wrapped the error of a class that it created
+            said = import_module("sparse_train.cli.mistakes").explain(said, [])
+        sys.exit(f"sparse-train {name}: {said}")
 
 
 def run(name: str, options: list[str], debug: bool = False) -> None:
@@ -75,12 +59,26 @@ def run(name: str, options: list[str], debug: bool = False) -> None:
     quiet_libraries()
     with nothing_on_stdout() if as_json else nullcontext():
         if name in ("fit", "validate", "test"):
-            found = import_module("sparse_train.cli.fit").fit(name, options, debug)
+            found = _fit(name, options, debug)
         else:
             call = import_module("sparse_train.cli.parser").call
             found = call(name, getattr(import_module(f"sparse_train.cli.{name}"), name), options, debug)
     if as_json and found is not None:  # None in all processes except the first
         print(dumps(found))
+
+
+def _fit(command: str, options: list[str], debug: bool) -> dict[str, Any] | None:
+    """Run ``fit``, ``validate`` or ``test``, and return its result for JSON; or print their help."""
+    if options[-1:] in (["--help"], ["-h"]):
+        print(USAGE_OF_FIT.format(command=command, example=COMMANDS[command].example), end="")
+        return None
+    if options[-2:] == ["--help", "all"]:
+        options = ["--help"]
+    elif options[-2:] == ["--help", "pruning"]:
+        options = ["--trainer.callbacks.help", "DynamicPruning"]
+    found: dict[str, Any] | None
+    found = import_module("sparse_train.cli.lightning_cli").run([command, *options], debug=debug).result
+    return found
 
 
 def _is_the_users(error: Exception) -> bool:

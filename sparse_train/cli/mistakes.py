@@ -25,6 +25,7 @@ _CAUSE = re.compile(
     | (?:dot\ import\ path\ string|Unexpected\ import\ path\ format):\ (?P<name>\S+)
     | Expected\ an\ instantiatable\ class,\ but\ (?P<abstract>\S+)
     | Problem\ with\ given\ class_path\ '(?P<missing>[^']+)':\s+(?:No\ module\ named|module\ '\S+'\ has\ no\ attr)
+    | (?P<required>the\ following\ arguments\ are\ required:\ .*)
     | Unable\ to\ load\ config\ '(?P<group>[^']+)'
     | Expected\ an?\ (?P<type>\S.*)\.\ Got\ value:\ (?P<value>.*)
     | Subtypes:\ \[(?P<types>.*)\]\s+Errors:\n
@@ -70,8 +71,8 @@ def explain(message: str, options: Iterable[str]) -> str:
         said = "say which class these arguments are for, by its name."
     elif found["group"]:
         said = f"takes a YAML file, got {found['group']!r}. Its keys are also options, such as --{where}.KEY."
-    elif found["own"]:
-        said = found["own"]
+    elif said_so := found["required"] or found["own"]:
+        said = said_so
     elif "None" in (found["value"], found["given"]):
         return f"{where} must be given, by --{where} or in a --config."
     else:

@@ -5,7 +5,8 @@ import json
 import re
 import sys
 from collections.abc import Callable, Sequence
-from importlib import import_module, resources
+from importlib import resources
+from inspect import signature
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -51,10 +52,9 @@ class Parser(ArgumentParser):
         sys.exit(2)
 
 
-def settings(name: str, debug: bool = False) -> dict[str, Any]:
-    places = "".join(f"{place.upper()} " for place in COMMANDS[name].positional)
+def settings(name: str, debug: bool = False, places: Sequence[str] = ()) -> dict[str, Any]:
     return {
-        "usage": f"sparse-train {name} {places}[options]",
+        "usage": " ".join(["sparse-train", name, *(place.upper() for place in places), "[options]"]),
         "epilog": f"example:\n  {COMMANDS[name].example}",
         "formatter_class": _Formatter,
         "allow_abbrev": False,  # or a mistyped option would run
@@ -62,10 +62,15 @@ def settings(name: str, debug: bool = False) -> dict[str, Any]:
     }
 
 
+def places(function: Callable[..., Any]) -> list[str]:
+    """Arguments that may also be given by their place: those that must be given."""
+    return [name for name, each in signature(function).parameters.items() if each.default is each.empty]
+
+
 def parser_of(name: str, function: Callable[..., Any], debug: bool = False) -> Parser:
     """The parser of a command that is a function; its options are the arguments of the function."""
     description = (function.__doc__ or "").split("\n\n")[0]
-    parser = Parser(prog=f"sparse-train {name}", description=description, **settings(name, debug))
+    parser = Parser(prog=f"sparse-train {name}", description=description, **settings(name, debug, places(function)))
     parser.add_argument("--config", action="config", help="YAML file with any of these arguments.")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.add_function_arguments(function)
@@ -74,9 +79,8 @@ def parser_of(name: str, function: Callable[..., Any], debug: bool = False) -> P
 
 def call(name: str, function: Callable[..., Any], options: Sequence[str], debug: bool = False) -> Any:
     """Parse the options of a command that is a function, and call it. Returns its result, for JSON."""
-    import_module("sparse_train.models.lora")  # jsonargparse knows a class by its name alone only if it is imported
     parser = parser_of(name, function, debug)
-    arguments = parser.instantiate(parser.parse_args(spelt_out(options, COMMANDS[name].positional)))
+    arguments = parser.instantiate(parser.parse_args(spelt_out(options, places(function))))
     return function(**{key: value for key, value in arguments.items() if key not in ("config", "json")})
 
 
@@ -103,22 +107,21 @@ def spelt_out(options: Sequence[str], positional: Sequence[str] = (), text: str 
         if word.startswith("-"):
             groups.append([])
         groups[-1].append(word)
-    places, (first, *rest) = list(positional), groups
-    if places[-1:] == ["runs..."]:
-        places = ["runs+"] * len(first)
-    found = [f"--{name}={word}" for name, word in zip(places, first, strict=False)] + first[len(places) :]
+    first, *rest = groups
+    if positional == ["runs"]:
+        positional = ["runs+"] * len(first)
+    found = [f"--{name}={word}" for name, word in zip(positional, first, strict=False)] + first[len(positional) :]
     for option, *words in rest:
         name, equals, value = option.partition("=")
         values = [value, *words] if equals else words
         if name in ("--config", "-c") and values:
             found += [f"{name}={shipped(values[0])}", *values[1:]]
-        elif name in ("--text", "--perplexity") and values:
-            name = text if name == "--text" else name
+        elif name == "--text" and values:
             if all(map(_is_path, values)):
                 files = [str(file) for each in values for file in _files(Path(each))]
                 arguments = dict.fromkeys(splits or ("train", "validation", "test"), files)
                 values = [json.dumps({"class_path": "TextFiles", "init_args": arguments})]
-            found += [f"{name}={values[0]}", *values[1:]]
+            found += [f"{text}={values[0]}", *values[1:]]
         elif name in _FLAGS and not values:
             found.append(f"{name}=true")
         else:

@@ -3,11 +3,10 @@
 import io
 import json
 import logging
-import math
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
@@ -30,15 +29,7 @@ def nothing_on_stdout() -> Iterator[None]:
 
 def dumps(found: Any) -> str:
     """JSON on one line; NaN and infinity, which JSON does not have, become null."""
-
-    def finite(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {key: finite(inner) for key, inner in value.items()}
-        if isinstance(value, list | tuple):
-            return [finite(inner) for inner in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return json.dumps(finite(found), allow_nan=False)
+    return json.dumps(json.loads(json.dumps(found), parse_constant=lambda _: None))
 
 
 _LOGGERS = ("lightning.pytorch.utilities.rank_zero", "DeepSpeed")

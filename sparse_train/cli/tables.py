@@ -9,7 +9,7 @@ from typing import Any
 
 from rich import get_console
 
-from sparse_train.evaluation import PerplexityResult, ZeroShotResult
+from sparse_train.evaluation import ZeroShotResult
 from sparse_train.inspection import LayerSparsity, by_projection, overall_sparsity, pruned
 from sparse_train.report import Run, closing
 from sparse_train.terminal import print_table
@@ -25,8 +25,6 @@ def show_pruning(details: dict[str, Any], layers: Sequence[LayerSparsity], folde
         print(f"calibrated on {size} of {data['text']} ({data['sampling']}), seed {data['seed']}")
     seconds = ", ".join(f"{name} {value:.1f} s" for name, value in details["seconds"].items())
     print(f"sparsity of the targeted weights {details['sparsity']:.6f}; {seconds}, on {details['device']}")
-    if found := details.get("perplexity"):
-        print(PerplexityResult(**found).line())
     print_table(["projection", "layers", "sparsity", "pattern"], by_projection(layers), words=(0, 3))
 
 

@@ -42,6 +42,7 @@ class CausalLM(L.LightningModule):
         warmup: share of the run over which the learning rate rises.
         gradient_checkpointing: recompute activations in backward, to save memory.
         compile_blocks: compile the decoder blocks, also of the teacher (``torch.compile``). Tested in one process.
+        lora: train peft's adapters on the frozen model; default: train the model.
         distillation: learn also from a teacher; default: only from the text.
         optimizer: another optimizer than AdamW, which then does not use lr, weight_decay and betas.
         lr_scheduler: another schedule of the learning rate, stepped with the optimizer.
@@ -56,6 +57,7 @@ class CausalLM(L.LightningModule):
         warmup: float = 0.05,
         gradient_checkpointing: bool = False,
         compile_blocks: bool = False,
+        lora: LoRA | None = None,
         distillation: Distillation | None = None,
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
@@ -67,11 +69,10 @@ class CausalLM(L.LightningModule):
         self.model: Any = None
         self.lr, self.weight_decay, self.betas, self.warmup = lr, weight_decay, betas, warmup
         self.gradient_checkpointing, self.compile_blocks = gradient_checkpointing, compile_blocks
-        self.distillation = distillation
+        self.lora, self.distillation = lora, distillation
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
         self._teacher: Teacher | CachedTeacher | None = None
         self._eval_loss: MeanMetric | None = None
-        self._steps_before_fit = 0  # of an earlier fit of the same trainer, which still counts them
 
     def setup(self, stage: str) -> None:
         self._teacher = None  # drop that of an interrupted run, which may be on another device
@@ -80,8 +81,9 @@ class CausalLM(L.LightningModule):
         if self.model is None:
             if self.device_mesh is None:
                 with whole_first():
-                    self.model = self.source.load()
-            elif isinstance(self.source, LoRA):
+                    model = self.source.load()
+                    self.model = model if self.lora is None else self.lora.added_to(model)
+            elif self.lora is not None:
                 raise ValueError('LoRA of peft is not supported under FSDP2. Use strategy="ddp".')
             else:
                 bfloat16 = self.trainer.precision == "bf16-mixed"
@@ -173,15 +175,14 @@ class CausalLM(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _warmup_and_decay(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-        if self.trainer.ckpt_path is None:
-            self._steps_before_fit = self.trainer.global_step
         last = self.trainer.estimated_stepping_batches
         if not math.isfinite(last):
             raise ValueError("The learning rate decays over the whole run, so the run needs an end: set max_steps.")
+        # an earlier fit of the same trainer still counts its steps
+        total = last - (self.trainer.global_step if self.trainer.ckpt_path is None else 0)
+        warmup_steps = max(1, int(self.warmup * total))
 
         def factor(step: int) -> float:
-            total = last - self._steps_before_fit  # not outside, because sharded runs load a checkpoint after this
-            warmup_steps = max(1, int(self.warmup * total))
             if step < warmup_steps:
                 return (step + 1) / warmup_steps
             return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup_steps) / max(1, total - warmup_steps))))
@@ -195,10 +196,8 @@ class CausalLM(L.LightningModule):
         checkpoint["model_source"] = {"name": source.name, "hub_id": source.hub_id, "license": source.license}
         checkpoint["generation_config"] = self.model.generation_config.to_dict()
         checkpoint["adapter_config"] = adapter_config(self.model)
-        checkpoint["steps_before_fit"] = self._steps_before_fit
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._steps_before_fit = checkpoint.get("steps_before_fit", 0)
         # outside a sparse run (validate, load_from_checkpoint) the model is not sparsified yet
         before, in_fit = len(sparse_layers(self)), self._trainer and self._trainer.state.fn == TrainerFn.FITTING
         if "state_dict" in checkpoint:

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from sparse_train.arguments import check_positive
 from sparse_train.files import reading
-from sparse_train.models.lora import LoRA
 from sparse_train.models.losses import TopK, distillation_loss, top_k
 from sparse_train.models.sources import ModelSource, as_model_source
 
@@ -134,9 +133,7 @@ class Distillation:
             prepared: makes a model compute where and as the run does.
             precision: of the run; what is cached depends on it.
         """
-        chosen = self.teacher or (
-            as_model_source(source.base) if isinstance(source, LoRA) else source
-        )  # adapters begin at 0
+        chosen = self.teacher or source
         model = chosen.load()
         theirs, own = (each.config.get_text_config().vocab_size for each in (model, student))
         if theirs != own:

@@ -1,4 +1,4 @@
-"""``LoRA``: a model source that puts peft's adapters on a frozen base, and the parts that such a model is exported in.
+"""``LoRA``: peft's adapters on a frozen base, and the parts that such a model is exported in.
 
 Imports peft only when it is used.
 """
@@ -15,60 +15,48 @@ from torch import Tensor, nn
 from sparse_train.inspection import LayerSparsity, layer_sparsities
 from sparse_train.layers.state_dicts import folded_state_dict
 from sparse_train.layers.targets import adapter_names
-from sparse_train.models.sources import ModelSource, as_model_source
 
 FOLDER = "adapter"
 """Subfolder of the adapter, in the folder of its base."""
 
 
 @dataclass
-class LoRA(ModelSource):
-    """A frozen model with peft's low-rank adapters (Hu et al., arXiv 2106.09685); only the adapters are trained.
+class LoRA:
+    """peft's low-rank adapters (Hu et al., arXiv 2106.09685) on a frozen model: ``CausalLM(model, lora=LoRA())``.
 
-    As in Table 6 of Wanda (arXiv 2306.11695), whose settings are the defaults. The base is a sparse folder, or a dense
-    model that ``DynamicPruning`` prunes at the start of the run. The kept weights of a frozen base do not change, and
+    As in Table 6 of Wanda (arXiv 2306.11695), whose settings are the defaults. The model is a sparse folder, or a dense
+    one that ``DynamicPruning`` prunes at the start of the run. The kept weights of a frozen model do not change, and
     with ``policy: Fixed`` its first mask does not either.
 
-    ``fit --export`` writes the base with its zeros to the folder, and the adapter to ``adapter/`` inside it:
+    ``fit --export`` writes the model with its zeros to the folder, and the adapter to ``adapter/`` inside it:
     ``PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), f"{folder}/adapter")``. **Merging them
     loses the zeros**. For an adapter that can be merged, train with ``DynamicPruning(mask_lora=MaskLoRA())``.
 
     Args:
-        base: a model source, or a Hugging Face id or local folder.
         r: rank.
         lora_alpha: the product of the factors is multiplied by ``lora_alpha / r``.
         lora_dropout: share of an adapter's inputs that are dropped in training.
         target_modules: last parts of the names of layers that get an adapter.
-        adapter: folder of a trained adapter, which is loaded with its own settings, to continue training it or for
-            ``sparse-train evaluate``.
+        adapter: folder of a trained adapter to go on with, which has settings of its own.
     """
 
-    base: ModelSource | str
     r: int = 8
     lora_alpha: int = 16
     lora_dropout: float = 0.05
     target_modules: Sequence[str] = ("q_proj", "v_proj")
     adapter: str | None = None
 
-    def __post_init__(self) -> None:
-        self._base = as_model_source(self.base)
-        self.name = f"{self._base.name} with {self.adapter or f'LoRA of rank {self.r}'}"
-        self.hub_id, self.license = self._base.hub_id, self._base.license
-
-    def tokenizer(self) -> Any:
-        return self._base.tokenizer()
-
-    def load(self) -> Any:
+    def added_to(self, model: Any) -> Any:
+        """A ``PeftModel`` around a transformers model, which is frozen."""
         import peft
 
-        base = self._base.load()
         if self.adapter is not None:
             if not (Path(self.adapter) / "adapter_config.json").is_file():  # peft would ask the hub
                 raise ValueError(f"There is no adapter of peft in {self.adapter!r}: it has no adapter_config.json.")
-            return peft.PeftModel.from_pretrained(base, self.adapter, is_trainable=True)
+            return peft.PeftModel.from_pretrained(model, self.adapter, is_trainable=True)
         own = {name: getattr(self, name) for name in ("r", "lora_alpha", "lora_dropout")}
         config = peft.LoraConfig(**own, target_modules=list(self.target_modules), task_type="CAUSAL_LM")
-        return peft.get_peft_model(base, config)
+        return peft.get_peft_model(model, config)
 
 
 def is_peft(model: Any) -> bool:

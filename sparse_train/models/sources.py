@@ -78,8 +78,8 @@ class Pretrained(ModelSource):
         )
         if getattr(model, "_hf_peft_config_loaded", False):
             raise ValueError(
-                f"{self.path} holds an adapter of peft, apart from its model. Merge it and save the result, or train "
-                "and evaluate with it by the source LoRA."
+                f"{self.path} holds an adapter of peft, apart from its model. Merge it and save the result, or name "
+                "it beside its model: --model.lora.adapter to train it, --adapter to evaluate it."
             )
         if self.gguf_file:  # the weights are dense now, but the model is still marked as quantised and refuses to save
             model.config.__dict__.pop("quantization_config", None)
@@ -106,23 +106,15 @@ class Pretrained(ModelSource):
         """``kind.from_pretrained``, for one of transformers' Auto classes."""
         self._check_path()
         own = {"gguf_file": self.gguf_file, "trust_remote_code": self.trust_remote_code}
-        with reading(self.path, lambda: self._hint(kind.__name__)):
+        with reading(self.path, self._hint):
             return kind.from_pretrained(self.path, **own, **arguments)
 
-    def _hint(self, kind: str) -> str:
-        """What helps when loading fails, beside the words of the library, or raised in their place."""
-        folder = Path(self.path)
-        if not folder.is_dir():
-            sources = [source.__name__ for source in ModelSource.__subclasses__()]
-            return f"{did_you_mean(self.path, sources)} There is no folder of this name, so a hub was asked."
-        if not (folder / "config.json").is_file():
-            return f" {_FOLDERS}"
-        if "Tokenizer" in kind and not any(folder.glob("*token*")):
-            raise ValueError(  # transformers says the same in four lines
-                f"{folder} has no tokenizer. Save one there (tokenizer.save_pretrained(folder)); to evaluate, name a "
-                "folder or id that has it: --tokenizer."
-            )
-        return ""
+    def _hint(self) -> str:
+        """What helps when loading fails, beside the words of the library."""
+        if Path(self.path).is_dir():
+            return "" if (Path(self.path) / "config.json").is_file() else f" {_FOLDERS}"
+        sources = [source.__name__ for source in ModelSource.__subclasses__()]
+        return f"{did_you_mean(self.path, sources)} There is no folder of this name, so a hub was asked."
 
     def _check_path(self) -> None:
         """Raise ValueError at once for what is no folder and no id of a hub, which would be asked in vain."""

@@ -1,6 +1,5 @@
 """Mistakes as users make them, through the real parsers: a short answer with what, where and the way out."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -72,10 +71,7 @@ def answer(arguments, capsys) -> str:
             [*PRUNE, "--text", "TextFiles", "--text.trian+", "x"],
             "TextFiles has no argument 'trian'. Did you mean 'train'?",
         ),
-        (
-            [*PRUNE, "--criterion.a", "1"],
-            "criterion: say which class these arguments are for, by its name.",
-        ),
+        ([*PRUNE, "--criterion.a", "1"], "criterion: say which class these arguments are for, by its name."),
         # classes
         (
             [*FIT, f"{PRUNING}.criterion=Wonda"],
@@ -90,7 +86,7 @@ def answer(arguments, capsys) -> str:
         ([*FIT, f"{PRUNING}.end_step=late"], "trainer.callbacks.end_step: takes int or float, got 'late'."),
         ([*FIT, "--trainer.precision=bf17"], ", bf16, got 'bf17'. Did you mean 'bf16'?"),
         ([*PRUNE, "--sampling=packd"], "sampling: takes one of packed, documents, got 'packd'. Did you mean 'packed'?"),
-        ([*PRUNE, "--bos="], "bos: takes bool, got ''."),
+        (["evaluate", "x", "--bos="], "bos: takes bool, got ''."),
         ([*PRUNE, "--ignore=[a"], "ignore: takes list, got '[a'."),
         (
             ["fit", "--model", "x"],
@@ -184,6 +180,12 @@ def test_mistakes_that_classes_find(options, said):
     assert "Callback" not in message
 
 
+def test_an_argument_that_a_class_lacks(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([*FIT, "--trainer.logger=CSVLogger"])
+    assert "trainer.logger: the following arguments are required: save_dir\n" in capsys.readouterr().err
+
+
 def test_a_model_that_was_meant_to_be_a_class(monkeypatch):
     with pytest.raises(SystemExit, match="Did you mean 'PackagedSmolLM2'"):
         cli.main(["inspect", "PackagedSmolLM"])
@@ -209,9 +211,3 @@ def test_debug_gives_all_of_it():
 
 def test_unknown_messages_stay_as_they_are():
     assert explain("the parser said something new", ["--model"]) == "the parser said something new"
-
-
-def test_a_package_that_is_missing_is_named_with_its_extra(model_folder, text_file, monkeypatch):
-    monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(SystemExit, match=r"peft.*. In the clone, install it: pip install '.\[peft\]'"):
-        cli.main(["evaluate", "--model=LoRA", f"--model.base={model_folder}", f"--text={text_file}", "--window=32"])

@@ -31,7 +31,7 @@ def test_no_command_connects_anywhere(model_folder, text, text_file, monkeypatch
     options = [f"--model.model={model_folder}", f"--data.text={text}", "--data.block_size=32", "--data.batch_size=2"]
     short = ["--trainer.max_steps=2", "--trainer.val_check_interval=2", "--data.max_validation_blocks=2"]
     keep = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.every_n_train_steps=2"]
-    cpu = ["--trainer.accelerator=cpu", "--trainer.default_root_dir=run", "--trainer.logger.init_args.save_dir=run"]
+    cpu = ["--trainer.accelerator=cpu", "--trainer.default_root_dir=run"]
     recipe = ["--config=recipes/smollm2_2of4.yaml", "--config=configs/precision/float32.yaml"]
     main(["fit", *recipe, *options, *short, *keep, *cpu, "--export=fitted"])
     main(["export", str(next(Path("run").rglob("*.ckpt"))), "exported"])

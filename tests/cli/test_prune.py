@@ -5,11 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import SafetensorError
-from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from sparse_train.cli import main as cli
-from sparse_train.evaluation import evaluate_perplexity, token_ids
 from tests.conftest import tiny_llama, tiny_tokenizer
 
 
@@ -75,46 +73,13 @@ def test_a_card_tells_no_share_of_layers_that_were_not_counted(run):
     assert f"{share}, counted on" in streamed and "of all" not in streamed
 
 
-def test_perplexity_is_measured_on_request(run, text_file):
-    text = json.dumps({"class_path": "TextFiles", "init_args": {"test": [str(text_file)]}})
-    _, details = run(f"--perplexity={text}", "--window=32", "--max_tokens=320", "--dtype=bfloat16")
-    found = details["perplexity"]
-    assert found["computed_in"] == "bfloat16"  # what was written is measured
-    assert found["window"] == 32 and found["tokens"] == 310
-
-
 @pytest.mark.parametrize("how", ["--streaming=true", "--seed=1"])
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--window=1"], "window must be at least 2 tokens, got 1"),
-        (["--window=100000"], "fewer than one window of 100000"),
-        (["--window=32", "--max_tokens=-5"], "max_tokens must be at least 1, got -5"),
-        (["--window=65"], "window is 65 tokens, and GPT2LMHeadModel has 64 positions. Use window=64"),
-        (["--window=32", "--max_seq_length=80"], "max_seq_length is 80 tokens, and GPT2LMHeadModel has 64 positions"),
-    ],
-)
-def test_a_measurement_that_cannot_be_made_is_said_before_the_pruning(run, text_file, how, options, message, capsys):
+def test_samples_that_are_too_long_are_said_before_the_pruning(run, how):
     config = GPT2Config(vocab_size=128, n_embd=32, n_layer=2, n_head=4, n_positions=64)
     GPT2LMHeadModel(config).save_pretrained("model")
-    text = json.dumps({"class_path": "TextFiles", "init_args": {"test": [str(text_file)]}})
-    with pytest.raises(SystemExit) as error:
-        run(how, f"--perplexity={text}", *options)
-    assert message in f"{error.value}{capsys.readouterr().err}"
+    with pytest.raises(SystemExit, match="max_seq_length is 80 tokens, and GPT2LMHeadModel has 64 positions"):
+        run(how, "--max_seq_length=80")
     assert [path.name for path in Path().iterdir()] == ["model"]
-
-
-def test_perplexity_with_the_beginning_of_text_in_front_of_each_window(run, text_file, model_folder):
-    tokenizer = tiny_tokenizer()
-    tokenizer._tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    tokenizer.save_pretrained(model_folder)
-    text = json.dumps({"class_path": "TextFiles", "init_args": {"test": [str(text_file)]}})
-    _, without = run(f"--perplexity={text}", "--window=32", "--max_tokens=320")
-    pruned, details = run(f"--perplexity={text}", "--window=32", "--max_tokens=320", "--bos=true", out="with")
-    assert (details["perplexity"]["prefix"], without["perplexity"]["prefix"]) == (1, 0)
-    ids = token_ids([text_file.read_text()], tokenizer)[1:]
-    alone = evaluate_perplexity(pruned, ids, window=32, max_tokens=320, prefix=[1], batch_size=1)
-    assert details["perplexity"]["perplexity"] == alone.perplexity != without["perplexity"]["perplexity"]
 
 
 def test_what_a_folder_holds_beside_the_model_is_kept(run, model_folder):

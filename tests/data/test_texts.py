@@ -81,7 +81,7 @@ def test_penn_treebank_is_read_from_the_hubs_own_copy(monkeypatch):
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     overlay = yaml.safe_load((ROOT / "configs/perplexity/ptb.yaml").read_text())
-    source = HubText(**overlay["perplexity"]["init_args"])
+    source = HubText(**overlay["text"]["init_args"])
     assert source.separator.join(source.documents("test")) == "no it was n't mr. <unk> said N"
     assert asked["path"] == "ptb-text-only/ptb_text_only" and asked["subset"] is None
     assert (asked["split"], asked["revision"]) == ("test", "refs/convert/parquet")

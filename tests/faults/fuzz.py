@@ -59,8 +59,8 @@ OPTIONS = {
     ],
     "prune": [
         *("--mask_structure", "--sparsity", "--criterion", "--distribution", "--targets", "--ignore", "--sampling"),
-        *("--num_calibration_samples", "--max_seq_length", "--batch_size", "--seed", "--seeds", "--perplexity"),
-        *("--window", "--max_tokens", "--bos", "--device", "--streaming", "--activations", "--text", "--config"),
+        *("--num_calibration_samples", "--max_seq_length", "--batch_size", "--seed", "--seeds", "--device"),
+        *("--streaming", "--activations", "--text", "--config"),
     ],
     "evaluate": [
         "--tasks",

@@ -36,7 +36,7 @@ def jobs(shared: Path, pictures: bool = True) -> dict[str, Job]:
         *("fit", "--config=recipes/smollm2_2of4.yaml", "--config=configs/precision/float32.yaml"),
         *(f"--model.model={model}", f"--data.text={files}", "--data.block_size=32", "--data.batch_size=2"),
         *("--data.max_validation_blocks=2", f"--trainer.max_steps={STEPS}", "--trainer.val_check_interval=12"),
-        *("--trainer.logger.init_args.save_dir=run", "--trainer.default_root_dir=run"),
+        "--trainer.default_root_dir=run",
         *("--trainer.callbacks.update_freq=4", "--trainer.callbacks+=ModelCheckpoint"),
         *("--trainer.callbacks.every_n_train_steps=2", "--export=out"),
     ]

@@ -113,21 +113,6 @@ def test_a_resumed_fit_keeps_the_schedule_of_the_whole_run(model_folder, data, t
     assert rates[20:] == pytest.approx(rates[5:10])
 
 
-def test_a_resumed_second_fit_keeps_its_schedule(model_folder, data, tmp_path):
-    rates = []
-    saver = L.pytorch.callbacks.ModelCheckpoint(tmp_path, every_n_train_steps=5, save_top_k=-1, filename="{step}")
-    module = CausalLM(str(model_folder), lr=1e-3)
-    trainer = fit(module, data, Rates(rates), saver, max_steps=5, enable_checkpointing=True)
-    trainer.fit_loop.epoch_loop.max_steps = 15
-    trainer.fit(module, data)
-    path = tmp_path / "step=10.ckpt"
-    again = {"max_steps": 15, "logger": False, "accelerator": "cpu", "enable_progress_bar": False}
-    resumed = L.Trainer(**again, enable_checkpointing=False, callbacks=[Rates(rates)])
-    resumed.fit(CausalLM(str(model_folder), lr=1e-3), data, ckpt_path=path, weights_only=False)
-    assert len(rates) == 20
-    assert rates[15:] == pytest.approx(rates[10:15])
-
-
 def test_a_loss_that_is_not_a_number_is_not_left_out(model_folder, data):
     module = CausalLM(str(model_folder))
     trainer = fit(module, data, max_steps=2)

@@ -1,4 +1,6 @@
-"""peft's adapters on a sparse base as a model source: trained, exported apart from a base that keeps its zeros."""
+"""peft's adapters on a sparse base: trained, exported apart from a base that keeps its zeros."""
+
+import json
 
 import pytest
 import torch
@@ -12,7 +14,6 @@ from sparse_train.export import export_checkpoint, export_model
 from sparse_train.models.causal_lm import CausalLM
 from sparse_train.models.distillation import Distillation
 from sparse_train.models.lora import LoRA
-from sparse_train.models.sources import FromScratch, Pretrained
 from tests.callbacks.runs import loader, trainer
 from tests.conftest import shallow_llama, tiny_tokenizer
 
@@ -36,7 +37,7 @@ class Keeping(CausalLM):
 
 
 def test_on_a_sparse_folder_adapters_alone_are_trained_and_exported_beside_it(tmp_path, sparse_folder, ids):
-    module = Keeping(LoRA(str(sparse_folder), r=2), lr=1e-2, gradient_checkpointing=True)
+    module = Keeping(sparse_folder, lora=LoRA(r=2), lr=1e-2, gradient_checkpointing=True)
     run = trainer(tmp_path, max_steps=4)
     run.fit(module, loader())
     trained = {name for name, p in module.named_parameters() if p.requires_grad}
@@ -68,7 +69,7 @@ def test_on_a_sparse_folder_adapters_alone_are_trained_and_exported_beside_it(tm
 
 
 def test_a_dense_base_is_pruned_at_the_start_of_the_run(tmp_path, model_folder, ids):
-    module = CausalLM(LoRA(Pretrained(str(model_folder)), r=2), lr=1e-2, distillation=Distillation())
+    module = CausalLM(model_folder, lora=LoRA(r=2), lr=1e-2, distillation=Distillation())
     trainer(tmp_path, DynamicPruning("2:4", policy=Fixed()), max_steps=4).fit(module, loader())
     model = module.model.eval()
     out = export_model(model, None, tmp_path / "exported")
@@ -96,30 +97,23 @@ def test_export_before_masks_are_folded_writes_zeros_too(tmp_path):
 
 
 def test_a_trained_adapter_is_loaded_to_go_on_with_or_to_evaluate(tmp_path, sparse_folder, text_file, capsys, ids):
-    model = LoRA(str(sparse_folder), r=2).load()
+    base = AutoModelForCausalLM.from_pretrained
+    model = LoRA(r=2).added_to(base(sparse_folder))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
     out = export_model(model, tiny_tokenizer(), tmp_path / "exported")
-    source = LoRA(str(out), adapter=str(out / "adapter"))
-    again = source.load()
+    again = LoRA(adapter=str(out / "adapter")).added_to(base(out))
     torch.testing.assert_close(again.eval()(input_ids=ids[0]).logits, model.eval()(input_ids=ids[0]).logits)
     assert sum(p.requires_grad for p in again.parameters()) == 8
     text = ["--text=TextFiles", f"--text.test=[{text_file}]", "--max_tokens=512", "--json"]
     found = []
-    for arguments in ([str(out)], ["--model=LoRA", f"--model.base={out}", f"--model.adapter={out / 'adapter'}"]):
-        main(["evaluate", *arguments, *text])
-        found.append(capsys.readouterr().out)
-    assert found[0] != found[1]
+    for arguments in ([], [f"--adapter={out / 'adapter'}"]):
+        main(["evaluate", str(out), *arguments, *text])
+        found.append(json.loads(capsys.readouterr().out))
+    assert found[0]["perplexity"] != found[1]["perplexity"]
+    assert found[1]["model"] == f"{out} with {out / 'adapter'}"
     with pytest.raises(ValueError, match=r"no adapter_config\.json"):
-        LoRA(str(out), adapter=str(out)).load()
-
-
-def test_what_it_says_of_itself_is_its_bases(model_folder):
-    source = LoRA(Pretrained("org/model"))
-    assert source.hub_id == "org/model"
-    assert source.name == "org/model with LoRA of rank 8"
-    assert LoRA(FromScratch("llama", Pretrained("a"))).hub_id is None
-    assert len(LoRA(str(model_folder)).tokenizer()) == len(tiny_tokenizer())
+        LoRA(adapter=str(out)).added_to(base(out))
     with pytest.raises(ValueError, match="positive integer"):
-        LoRA(str(model_folder), r=0).load()
+        LoRA(r=0).added_to(base(out))

@@ -52,7 +52,6 @@ def fit(engine: str, folder: Path, model: Path, text: Path) -> Any:
         "--data.max_validation_blocks=4",
         "--trainer.max_steps=6",
         "--trainer.val_check_interval=3",
-        "--trainer.logger.init_args.save_dir=run",
         "--trainer.default_root_dir=run",
         "--trainer.enable_model_summary=false",
         "--trainer.enable_progress_bar=false",

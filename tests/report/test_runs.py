@@ -84,7 +84,6 @@ def fit(root, recipe, model_folder, text_file, *options):
             "--data.block_size=32",
             "--trainer.max_steps=10",
             "--trainer.val_check_interval=4",
-            f"--trainer.logger.init_args.save_dir={root / recipe}",
             f"--trainer.default_root_dir={root / recipe}",
             "--trainer.enable_checkpointing=false",
             "--trainer.enable_model_summary=false",

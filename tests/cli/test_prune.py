@@ -40,8 +40,6 @@ def run(model_folder, text_file):
         ["--criterion=SparseGPT", "--mask_structure=unstructured", "--sparsity=0.5"],
         ["--criterion=SparseGPT", "--criterion.dampening_frac=0.1"],
         ["--criterion=RIA", "--criterion.a=1.0"],
-        ["--criterion=WandaCumulative", "--mask_structure=unstructured", "--sparsity=0.5"],
-        ["--criterion=Random"],
         ["--mask_structure=unstructured", "--sparsity=0.5", "--distribution=OWL", "--distribution.owl_m=3"],
         [
             "--mask_structure=unstructured",

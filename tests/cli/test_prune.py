@@ -51,7 +51,7 @@ def run(model_folder, text_file):
 )
 def test_methods_and_distributions(run, options, capsys):
     _, details = run(*options)
-    assert details["sparsity"] == pytest.approx(0.5, abs=2e-3)
+    assert -2e-3 < details["sparsity"] - 0.5 < 1 / 32  # rows of 32 prune up to one more where layers differ
     assert "sparsity of the targeted weights 0.5" in capsys.readouterr().out.replace("0.499", "0.5")
 
 

@@ -119,7 +119,6 @@ ARMS: dict[str, Arm] = {
     "dynamic_slow_shadows_distill": _arm("smollm2_2of4", "policy=variants.SlowShadows", distil=True),
     # weights come back by their gradient
     "regrow": _arm("smollm2_2of4", "policy=Regrow"),
-    "regrow_times_norm": _arm("smollm2_2of4", "policy=Regrow", "policy.times_norm=true"),
     # from a model that was pruned before: its pruned weights are zeros, not their former values
     "static_from_sparsegpt": _arm("smollm2_2of4_static", "first_mask=FromZeros", start="oneshot_sparsegpt"),
     "dynamic_from_sparsegpt": _arm("smollm2_2of4", "first_mask=FromZeros", start="oneshot_sparsegpt"),
@@ -176,7 +175,6 @@ ARMS: dict[str, Arm] = {
     # low-rank, on q and v: outside the mask, where merging loses zeros, and inside it
     "lora": _arm("smollm2_2of4_lora"),
     "mask_lora": _arm("smollm2_2of4_mask_lora"),
-    "mask_lora_exact": _arm("smollm2_2of4_mask_lora", "mask_lora.exact_gradient=true"),
     "mask_lora_fixed": _arm("smollm2_2of4_mask_lora", "policy=Fixed"),
     # from scratch: smoke runs
     "scratch_dense": _arm("pretrain_llama_dense"),

@@ -51,7 +51,6 @@ VARIANTS = {
     "dynamic_dormant": "policy Dormant",
     "dynamic_slow_shadows": "pruned weights move by 0.4 of the optimizer's steps",
     "regrow": "Regrow: back by the gradient",
-    "regrow_times_norm": "Regrow: back by the gradient times norm",
 }
 STARTS = {
     "oneshot_wanda": "one-shot Wanda, untrained",
@@ -123,7 +122,6 @@ LOW_RANK = {
     "oneshot_wanda": "none: one-shot Wanda",
     "lora": "LoRA on a frozen 2:4 base (not sparse after merging)",
     "mask_lora": "mask_lora, re-pruned, straight-through gradient",
-    "mask_lora_exact": "mask_lora, re-pruned, gradient of the loss",
     "mask_lora_fixed": "mask_lora, fixed masks",
     "static": "full, fixed masks",
     "dynamic": "full, re-pruned",

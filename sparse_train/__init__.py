@@ -8,8 +8,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sparse_train.criteria import RIA, Criterion, LayerContext, Magnitude, Random, Wanda, WandaCumulative
-    from sparse_train.distributions import OWL, Explicit, PerBlock, SparsityDistribution, Uniform
+    from sparse_train.criteria import RIA, Criterion, LayerContext, Magnitude, Wanda
+    from sparse_train.distributions import OWL, Explicit, SparsityDistribution, Uniform
     from sparse_train.inspection import summary
     from sparse_train.layers.mask_lora import MaskLoRA, add_mask_lora, merge_mask_lora
     from sparse_train.layers.masked_layer import SparseLinear, sparse_layers
@@ -48,9 +48,7 @@ __all__ = [
     "MaskUpdater",
     "OneShot",
     "Pattern",
-    "PerBlock",
     "PruningConfig",
-    "Random",
     "Regrow",
     "Schedule",
     "Solver",
@@ -62,7 +60,6 @@ __all__ = [
     "Unstructured",
     "UpdateReport",
     "Wanda",
-    "WandaCumulative",
     "add_mask_lora",
     "keep_zeros",
     "load_from_checkpoint",

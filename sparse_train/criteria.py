@@ -3,7 +3,6 @@
 Shape suffixes: O out_features (under FSDP2, the rows that a process holds), I in_features, J packed mask bytes.
 """
 
-import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,7 +12,6 @@ import torch
 from torch import Tensor
 
 from sparse_train.layers import masks
-from sparse_train.patterns import Group
 from sparse_train.statistics import Statistics
 
 
@@ -57,8 +55,6 @@ class Criterion(ABC):
     """Whether the scores of a row need nothing from other rows. Each process can then score the rows that it holds
     (FSDP2), and on the CPU several threads score blocks of rows at a time: ``scores`` then has no state and draws no
     random numbers."""
-    group: ClassVar[Group] = "row"
-    """The group in which "unstructured" compares weights under this criterion; ``Unstructured(group=...)`` sets it."""
 
     @abstractmethod
     def scores(self, layer: LayerContext) -> Tensor:
@@ -79,31 +75,6 @@ class Wanda(Criterion):
 
     def scores(self, layer: LayerContext) -> Tensor:
         return layer.weight_OI.abs().float().mul_(layer.norm_I)
-
-
-@dataclass(frozen=True)
-class WandaCumulative(Criterion):
-    """The share of a row's summed Wanda score that is lost if this weight and all lower ones in the row are pruned.
-
-    The variant of Wanda in the paper's code (``use_variant``): every row of a layer loses weights until the same share
-    of its summed score is gone, so rows end with different counts. The paper's code finds the share by bisection; here
-    shares are compared over the layer, ``Unstructured(group="layer")``, so the count is exact.
-    """
-
-    needs_activations: ClassVar[bool] = True
-    rowwise: ClassVar[bool] = True
-    group: ClassVar[Group] = "layer"
-
-    def scores(self, layer: LayerContext) -> Tensor:
-        scores_OI = Wanda().scores(layer)
-        sorted_OI, order_OI = scores_OI.sort(dim=1, stable=True)
-        # float64: with thousands of inputs, a float32 running sum would make neighbours equal that Wanda distinguishes
-        share_OI = sorted_OI.double()
-        # on the CPU with deterministic algorithms: GPUs may round differently
-        cpu = torch.are_deterministic_algorithms_enabled()
-        share_OI = (share_OI.cpu() if cpu else share_OI).cumsum_(1).to(scores_OI.device)
-        share_OI /= share_OI[:, -1:].clamp_min(torch.finfo(torch.float64).tiny)
-        return torch.empty_like(scores_OI).scatter_(1, order_OI, share_OI.float())
 
 
 @dataclass(frozen=True)
@@ -141,23 +112,3 @@ class Magnitude(Criterion):
 
     def scores(self, layer: LayerContext) -> Tensor:
         return layer.weight_OI.abs().float()
-
-
-@dataclass(frozen=True)
-class Random(Criterion):
-    """Uniform random scores: the baseline that a method has to beat. Weights that are zero are pruned first.
-
-    Args:
-        seed: the same seed and weights give the same scores; so with a policy by which weights come back, each update
-            draws a new mask. ``Fixed()`` keeps the first one.
-    """
-
-    seed: int = 0
-
-    def scores(self, layer: LayerContext) -> Tensor:
-        # The first row of the layer distinguishes layers of equal shape, without a state that has to be kept or saved.
-        weight_OI = layer.weight_OI
-        row = weight_OI[0].detach().float().cpu().numpy().tobytes()
-        generator = torch.Generator().manual_seed(zlib.crc32(row, self.seed))
-        scores_OI = torch.rand(weight_OI.shape, generator=generator, dtype=torch.float32).to(weight_OI.device)
-        return torch.where(weight_OI != 0, scores_OI + torch.finfo(torch.float32).tiny, 0)

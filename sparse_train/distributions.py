@@ -9,7 +9,6 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import ClassVar
 
 from sparse_train.arguments import check_sparsity, did_you_mean
@@ -102,31 +101,6 @@ def _complete(shapes: Shapes, named: Shares, sparsity: float | None) -> dict[str
 
 
 @dataclass(frozen=True)
-class PerBlock(SparsityDistribution):
-    """One sparsity per decoder block, in their order, like the list of llm-compressor.
-
-    Args:
-        blocks: sparsities of all blocks up to the last one with a targeted layer. Layers outside the blocks share what
-            is left of the model-wide sparsity.
-    """
-
-    blocks: list[float]
-
-    def __post_init__(self) -> None:
-        for index, value in enumerate(self.blocks):
-            check_sparsity(f"blocks[{index}]", value)
-
-    def sparsities(self, shapes: Shapes, sparsity: float | None, outliers: Outliers) -> dict[str, float]:
-        inside = {name: shape.block for name, shape in shapes.items() if shape.block is not None}
-        count = max(inside.values(), default=-1) + 1
-        if len(self.blocks) != count:
-            raise ValueError(
-                f"PerBlock has {len(self.blocks)} sparsities, but the targeted layers are in {count} decoder blocks."
-            )
-        return _complete(shapes, {name: self.blocks[block] for name, block in inside.items()}, sparsity)
-
-
-@dataclass(frozen=True)
 class Explicit(SparsityDistribution):
     """Sparsities by name; layers that are not named share what is left of the model-wide sparsity.
 
@@ -202,12 +176,10 @@ class OWL(SparsityDistribution):
         mean = sum(scaled[block] * size for block, size in sizes.items()) / sum(sizes.values())
         found = {block: model_wide - self.owl_lmbda * (scaled[block] - mean) for block in sizes}
         if min(found.values()) < -1e-12 or max(found.values()) >= 1:
-            # the densest block may be fully dense, the sparsest must keep something
-            bound = min(model_wide / (2 - mean), (1 - model_wide) / mean * (1 - 1e-6))
             raise ValueError(
                 f"owl_lmbda={self.owl_lmbda:g} at a sparsity of {model_wide:g} would give blocks sparsities from "
-                f"{min(found.values()):.4g} to {max(found.values()):.4g}. Make owl_lmbda at most "
-                f"{math.floor(bound * 1e4) / 1e4:g}."
+                f"{min(found.values()):.4g} to {max(found.values()):.4g}, which must be at least 0 and below 1. Make "
+                "owl_lmbda smaller."
             )
         return {n: model_wide if s.block is None else max(0.0, found[s.block]) for n, s in shapes.items()}
 
@@ -230,58 +202,21 @@ def check_pattern(distribution: SparsityDistribution, pattern: Pattern) -> None:
     )
 
 
-def fit_counts(
-    shapes: Shapes, sparsities: Shares, pattern: Pattern, sparsity: float, least: Shares = MappingProxyType({})
-) -> dict[str, float]:
-    """Round sparsities to whole counts so that the zeros of all layers are as near to ``sparsity`` as counts allow.
-
-    Each layer prunes, in all its groups, either the count below its sparsity or the one above; layers that lose most by
-    rounding down are rounded up first. A layer whose sparsity is a whole count keeps it.
-
-    Args:
-        least: sparsities that layers must not fall below. Layers that an earlier rounding has left with more than their
-            share keep it, and if that is too much for the model, others wait between ``least`` and their share.
+def whole_counts(shapes: Shapes, sparsities: Shares, pattern: Pattern) -> dict[str, float]:
+    """Round sparsities up to whole counts: each group prunes at most one weight more, and the model no weight less.
 
     Returns:
         ``(count + 0.5) / members``, for which ``int(members * that)`` is always the count. A user-defined pattern
         rounds by its own rules, and gets the sparsities unchanged.
     """
-    if not isinstance(pattern, Unstructured) or pattern.model_wide:
+    if not isinstance(pattern, Unstructured):
         return dict(sparsities)
-    by_row = pattern.group == "row"
-    members = {name: shape.columns if by_row else shape.size for name, shape in shapes.items()}  # weights per group
-    steps = {name: shape.rows if by_row else 1 for name, shape in shapes.items()}  # weights of one more in each group
-    exact = {name: members[name] * sparsities[name] for name in shapes}
-    lowest = {name: int(members[name] * least.get(name, 0.0) + _ROUNDING) for name in shapes}
-    counts = {name: max(lowest[name], min(int(exact[name] + _ROUNDING), members[name] - 1)) for name in shapes}
-    missing = sparsity * sum(shape.size for shape in shapes.values())
-    missing -= sum(counts[name] * steps[name] for name in shapes)
-    surplus = sum(max(0.0, counts[name] - exact[name]) * steps[name] for name in shapes)  # must not be given back
-    while min(surplus, -missing) > max(steps.values()) / 2:
-        rising = [name for name in shapes if counts[name] > lowest[name]]
-        if not rising:
-            break
-        name = min(rising, key=lambda name: abs(missing + steps[name]))
-        counts[name] -= 1
-        missing += steps[name]
-        surplus -= steps[name]
-    between = [n for n in shapes if _ROUNDING < exact[n] - counts[n] < 1 and counts[n] + 1 < members[n]]
-    changes = {name: steps[name] for name in sorted(between, key=lambda name: counts[name] - exact[name])}
-
-    def change(name: str) -> bool:
-        """Round a layer up, or down again, if that comes nearer."""
-        nonlocal missing
-        if nearer := abs(missing - changes[name]) < abs(missing):
-            missing -= changes[name]
-            counts[name] += 1 if changes[name] > 0 else -1
-            changes[name] = -changes[name]
-        return nearer
-
-    for name in changes:
-        change(name)
-    while changes and change(min(changes, key=lambda name: abs(missing - changes[name]))):
-        pass
-    return {name: (count + 0.5) / members[name] if count else 0.0 for name, count in counts.items()}
+    found = {}
+    for name, sparsity in sparsities.items():
+        members = shapes[name].columns if pattern.group == "row" else shapes[name].size
+        count = min(math.ceil(members * sparsity - _ROUNDING), members - 1)  # something stays
+        found[name] = (count + 0.5) / members if count else 0.0
+    return found
 
 
 # --- over a run ------------------------------------------------------------------------------------------------------
@@ -292,11 +227,11 @@ _NEAR = 5e-3  # by how much the zeros of a model that was pruned before may miss
 class LayerSparsities:
     """The sparsity of each layer, at every sparsity of the model.
 
-    Uniform ones are passed on: rows prune ``int(I * sparsity)``, as in the Wanda reference. Others are rounded so that
-    the sparsity over all weights is met (``fit_counts``). The distribution divides the final sparsity, once (OWL, whose
-    range is fixed, might not be able to divide a lower one); on the way to it, layers have theirs in proportion. If it
-    needs outliers, they are given, or measured when the first masks are made. A model that has masks already keeps the
-    division that they have (``read``), and a resumed run that of its checkpoint.
+    Uniform ones are passed on: rows prune ``int(I * sparsity)``, as in the Wanda reference. Others are rounded up
+    (``whole_counts``). The distribution divides the final sparsity, once (OWL, whose range is fixed, might not be able
+    to divide a lower one); on the way to it, layers have theirs in proportion, so none gets denser while the model does
+    not. If it needs outliers, they are given, or measured when the first masks are made. A model that has masks already
+    keeps the division that they have (``read``), and a resumed run that of its checkpoint.
     """
 
     def __init__(
@@ -323,46 +258,31 @@ class LayerSparsities:
     def divide_by(self, outliers: Outliers) -> None:
         self.final_shares = self._distribution.sparsities(self._shapes, self._final, outliers)
 
-    def at(self, sparsity: float | None, masks: Shares | None = None) -> dict[str, float]:
-        """The sparsity of each layer when that of the model is this; None = the final one.
-
-        Args:
-            masks: sparsities of the layers so far: no layer gets denser while the model does not.
-        """
+    def at(self, sparsity: float | None) -> dict[str, float]:
+        """The sparsity of each layer when that of the model is this; None = the final one."""
         if self._uniform or sparsity == 0:
             return dict.fromkeys(self._shapes, required(self._distribution, sparsity))
         assert self.final_shares is not None, "the division is not known yet"
-        final = mean_sparsity(self._shapes, self.final_shares) if self._final is None else self._final
-        sparsity = final if sparsity is None else sparsity
-        if sparsity > final:
-            raise ValueError(f"The final sparsity, {final:g}, is what is divided: {sparsity:g} must not be above it.")
         shares = self.final_shares
-        if sparsity != final:
-            shares = {name: value * sparsity / final for name, value in shares.items()}
-        if masks is not None:
-            size = sum(shape.size for shape in self._shapes.values())
-            rounding = max(shape.rows for shape in self._shapes.values()) / size  # one weight more in each row
-            masks = masks if mean_sparsity(self._shapes, masks) <= sparsity + rounding else None
-        return fit_counts(self._shapes, shares, self._pattern, sparsity, masks or {})
+        if sparsity != self._final:
+            assert sparsity is not None and self._final is not None
+            if sparsity > self._final:
+                raise ValueError(
+                    f"The final sparsity, {self._final:g}, is what is divided: {sparsity:g} must not be above it."
+                )
+            shares = {name: value * sparsity / self._final for name, value in shares.items()}
+        return whole_counts(self._shapes, shares, self._pattern)
 
     def read(self, masks: Shares, sparsity: float) -> None:
-        """If the division is not known, take that of masks at these sparsities, of a model at this one."""
+        """If the division is not known, take that of masks, in a run that starts at this sparsity and keeps it."""
         if self.known or not sparsity:
             return
         mean = mean_sparsity(self._shapes, masks)
         rounding = 1 / min(shape.columns for shape in self._shapes.values())  # rows prune whole counts
-        if abs(mean - sparsity) > max(_NEAR, rounding):
+        if abs(mean - sparsity) > max(_NEAR, rounding) or sparsity != self._final:
             raise ValueError(
-                f"The masks of the model are at a sparsity of {mean:.4g}, and this run starts at {sparsity:g}. Squash "
-                "the model first to begin with new masks."
+                f"The masks of the model are at a sparsity of {mean:.4g}, and this run starts at {sparsity:g} and ends "
+                f"at {self._final:g}. Start at the final sparsity, which they must have; or give MaskUpdater the "
+                "outliers (OneshotReport.outliers); or squash the model first, to begin with new masks."
             )
-        assert self._final is not None
-        now = {n: share if self._final == sparsity else share * self._final / sparsity for n, share in masks.items()}
-        highest = max(now, key=lambda name: now[name])
-        if now[highest] >= 1:
-            raise ValueError(
-                f"The masks of the model, at a sparsity of {sparsity:g}, are divided so that {highest} would need one "
-                f"of {now[highest]:.4g} at {self._final:g}, and it must be below 1. Give MaskUpdater the outliers "
-                "(OneshotReport.outliers), or start at the final sparsity."
-            )
-        self.final_shares = now
+        self.final_shares = dict(masks)

@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from sparse_train.arguments import check_sparsity, describe, to_python_number
+from sparse_train.arguments import check_sparsity, describe, leave_out, to_python_number
 from sparse_train.selection import keep_highest
 
 Group = Literal["row", "layer", "model"]
@@ -69,8 +69,8 @@ class NM(Pattern):
     def check_layer(self, name: str, in_features: int) -> None:
         if in_features % self.m:
             raise ValueError(
-                f"{self.n}:{self.m} needs in_features divisible by {self.m}, but {name} has {in_features}. "
-                f"Leave the layer dense with ignore=[{name!r}], or use another pattern."
+                f"{self.n}:{self.m} needs in_features divisible by {self.m}, but {name} has {in_features}. Use another "
+                f"pattern, or leave such layers dense. {leave_out([name])}"
             )
 
     def check_target(self, sparsity: float) -> None:

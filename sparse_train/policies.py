@@ -186,11 +186,9 @@ class Regrow(MaskPolicy):
     Args:
         drop_fraction: share of kept weights that are dropped at the first update; falls along a cosine to 0 at the
             last.
-        times_norm: multiply a gradient by the norm of its input feature, as Wanda multiplies a weight.
     """
 
     drop_fraction: float = 0.3
-    times_norm: bool = False
     fraction: float = field(default=0.0, init=False, repr=False, compare=False)
     """Share of kept weights that the update after the running step will drop; 0 = no gradients are needed."""
     gradients: dict[str, Tensor | None] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -207,8 +205,6 @@ class Regrow(MaskPolicy):
     def check(self) -> None:
         for optimizer in self.optimizers.known:
             _moments(optimizer)
-        if self.times_norm and not self.criterion.needs_activations:
-            raise ValueError(f"{self} multiplies gradients by activation norms, and {self.criterion} gathers none.")
         for name, layer in self.layers.items():
             if layer.layout.is_sharded or layer.layout.has_masters:
                 raise ValueError(
@@ -261,14 +257,7 @@ class Regrow(MaskPolicy):
 
     def _gain(self, name: str) -> Tensor | None:
         gradient = self.gradients.get(name) if self.fraction else None
-        if gradient is None:
-            return None
-        layer = self.layers[name]
-        gain_OI = layer.stored(gradient).float().abs()
-        if self.times_norm:
-            assert layer.statistics is not None
-            gain_OI = gain_OI * layer.statistics.norm_I
-        return gain_OI
+        return None if gradient is None else self.layers[name].stored(gradient).float().abs()
 
     @torch.no_grad()
     def after_update(self) -> None:

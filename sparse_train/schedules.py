@@ -6,9 +6,10 @@ A schedule is over progress: 0 at ``start_step``, 1 at ``end_step``. Optimizer s
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 from sparse_train.arguments import check_sparsity, to_python_number
-from sparse_train.patterns import Group, Pattern, parse_pattern
+from sparse_train.patterns import Pattern, parse_pattern
 
 ROUNDING = 1e-9
 """0.58 * 100 is 57.99999999999999: shares are meant in decimals."""
@@ -48,6 +49,8 @@ class Ramp(Schedule):
     final_sparsity: float
     init_sparsity: float = 0.0
     ramp: float = 1.0
+    power: ClassVar[int]
+    """Of the distance to ``final_sparsity``, which falls from 1 to 0."""
 
     def __post_init__(self) -> None:
         check_sparsity("init_sparsity", self.init_sparsity)
@@ -59,18 +62,17 @@ class Ramp(Schedule):
         if not 0 < self.ramp <= 1:
             raise ValueError(f"ramp is the share of the way on which sparsity rises, in (0, 1], got {self.ramp}.")
 
-    def risen(self, progress: float) -> float:
-        return min(1.0, progress / self.ramp)
+    def sparsity(self, progress: float) -> float:
+        left = (1 - min(1.0, progress / self.ramp)) ** self.power
+        sparsity = self.init_sparsity * left + self.final_sparsity * (1 - left)  # exact at both ends
+        return min(sparsity, self.final_sparsity)  # 0.6 * 6 / 7 + 0.6 / 7 is a little more than 0.6
 
 
 @dataclass(frozen=True)
 class Linear(Ramp):
     """A straight line from ``init_sparsity`` to ``final_sparsity`` at the share ``ramp`` of the way, then constant."""
 
-    def sparsity(self, progress: float) -> float:
-        risen = self.risen(progress)
-        sparsity = self.init_sparsity * (1 - risen) + self.final_sparsity * risen  # exact at both ends
-        return min(sparsity, self.final_sparsity)  # 0.6 * 6 / 7 + 0.6 / 7 is a little more than 0.6
+    power: ClassVar[int] = 1
 
 
 @dataclass(frozen=True)
@@ -80,21 +82,20 @@ class Cubic(Ramp):
     Source: Zhu and Gupta, "To prune, or not to prune", arXiv 1710.01878, equation 1.
     """
 
-    def sparsity(self, progress: float) -> float:
-        return self.final_sparsity + (self.init_sparsity - self.final_sparsity) * (1 - self.risen(progress)) ** 3
+    power: ClassVar[int] = 3
 
 
 def resolve_target(
-    mask_structure: str | Pattern, sparsity: float | None, schedule: Schedule | None, group: Group = "row"
+    mask_structure: str | Pattern, sparsity: float | None, schedule: Schedule | None
 ) -> tuple[Pattern, Schedule]:
     """Pattern and schedule from what users write; ValueError if they contradict each other."""
     if schedule is None:
-        pattern, sparsity = parse_pattern(mask_structure, sparsity, group)
+        pattern, sparsity = parse_pattern(mask_structure, sparsity)
         return pattern, Constant(sparsity)
     final = to_python_number(schedule.sparsity(1.0))
     if sparsity is not None and to_python_number(sparsity) != final:
         raise ValueError(f"sparsity={sparsity} is in conflict with the schedule, which ends at {final}: give one.")
-    pattern, _ = parse_pattern(mask_structure, final, group)
+    pattern, _ = parse_pattern(mask_structure, final)
     return pattern, schedule
 
 

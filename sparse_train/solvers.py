@@ -51,12 +51,10 @@ class SparseGPT(Solver):
     Args:
         block_size: number of columns whose mask is chosen together, and whose updates to the rest are applied together.
         dampening_frac: share of the mean diagonal of H that is added to the diagonal.
-        preserve_sparsity_mask: weights that are zero stay zero; groups with more zeros than asked for keep them.
     """
 
     block_size: int = 128
     dampening_frac: float = 0.01
-    preserve_sparsity_mask: bool = False
     group: ClassVar[Group] = "layer"
 
     def __post_init__(self) -> None:
@@ -86,7 +84,6 @@ class SparseGPT(Solver):
                 mask_OI[:, block],
                 factor_II[block, block],
                 diagonal_I[block],
-                before_OI[:, block] == 0 if self.preserve_sparsity_mask else None,
                 pattern,
                 _block_sparsity(pattern, sparsity, rows, start, stop),
             )
@@ -130,13 +127,7 @@ def _block_sparsity(pattern: Pattern, sparsity: float, rows: int, start: int, st
 
 
 def _prune_block(
-    work_OB: Tensor,
-    mask_OB: Tensor,
-    factor_BB: Tensor,
-    diagonal_B: Tensor,
-    fixed_OB: Tensor | None,
-    pattern: Pattern,
-    sparsity: float,
+    work_OB: Tensor, mask_OB: Tensor, factor_BB: Tensor, diagonal_B: Tensor, pattern: Pattern, sparsity: float
 ) -> Tensor:
     """Prune a block of columns in place; returns the errors (O, B) that the columns after it have to compensate."""
     step = pattern.m if isinstance(pattern, NM) else work_OB.shape[1]
@@ -147,11 +138,7 @@ def _prune_block(
             scores_OB = (work_OB[:, part] / diagonal_B[part]).square()
             if has_dead:
                 scores_OB[work_OB[:, part] == 0] = -torch.inf  # zeros are pruned before other weights with score 0
-            if fixed_OB is not None:
-                scores_OB[fixed_OB[:, part]] = -torch.inf
             mask_OB[:, part] = pattern.mask(scores_OB, sparsity)
-            if fixed_OB is not None:
-                mask_OB[:, part] &= ~fixed_OB[:, part]
         value_O = work_OB[:, column].clone()
         error_O = torch.where(mask_OB[:, column], 0.0, value_O) / diagonal_B[column]
         work_OB[:, column:] -= torch.outer(error_O, factor_BB[column, column:])

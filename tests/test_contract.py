@@ -5,13 +5,13 @@ import inspect
 import pytest
 import torch
 
-from sparse_train.criteria import RIA, Criterion, LayerContext, Magnitude, Random, Wanda, WandaCumulative
+from sparse_train.criteria import RIA, Criterion, LayerContext, Magnitude, Wanda
 from sparse_train.patterns import NM, Pattern, Unstructured
 from sparse_train.policies import Dormant, Fixed, MaskPolicy, Regrow, StraightThrough
 from sparse_train.schedules import Constant, Cubic, Linear, Schedule
 from sparse_train.statistics import ActivationNorm
 
-CRITERIA = [Magnitude(), Wanda(), WandaCumulative(), RIA(), Random()]
+CRITERIA = [Magnitude(), Wanda(), RIA()]
 PATTERNS = [
     (Unstructured("row"), 0.5),
     (Unstructured("row"), 0.33),

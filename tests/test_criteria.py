@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from sparse_train import prune
-from sparse_train.criteria import RIA, Criterion, LayerContext, Magnitude, Random, Wanda, WandaCumulative
-from sparse_train.patterns import NM, Unstructured
+from sparse_train.criteria import RIA, Criterion, LayerContext, Magnitude, Wanda
+from sparse_train.patterns import Unstructured
 from sparse_train.statistics import ActivationNorm
 from tests import reference
 from tests.conftest import tiny_llama
@@ -44,28 +44,6 @@ def test_ria_equals_the_formula():
         assert torch.allclose(RIA(a).scores(LayerContext(weight, stats)).double(), expected, rtol=1e-5)
     weight[3], weight[:, 5] = 0, 0  # an empty row and an empty column: 0, not NaN
     assert RIA().scores(LayerContext(weight, stats)).isfinite().all()
-
-
-def test_the_cumulative_variant_equals_bisection():
-    weight, inputs = torch.randn(40, 64), torch.randn(50, 64)
-    stats = ActivationNorm(64)
-    stats.add(inputs)
-    mask = Unstructured("layer").mask(WandaCumulative().scores(LayerContext(weight, stats)), 0.5)
-    expected = reference.cumulative_mask(reference.wanda_scores(weight, inputs), 0.5)
-    assert (mask != expected).sum() <= 2  # bisection stops between two weights; the count here is exact
-    assert int((~mask).sum()) == mask.numel() // 2
-    assert len(set((~mask).sum(1).tolist())) > 1  # rows differ
-    rows = Unstructured("row").mask(WandaCumulative().scores(LayerContext(weight, stats)), 0.5)
-    assert torch.equal(rows, Unstructured("row").mask(Wanda().scores(LayerContext(weight, stats)), 0.5))
-
-
-def test_random_is_the_same_for_a_seed_and_differs_between_layers():
-    weights = torch.randn(2, 16, 32)
-    assert torch.equal(Random(1).scores(LayerContext(weights[0])), Random(1).scores(LayerContext(weights[0])))
-    assert not torch.equal(Random(1).scores(LayerContext(weights[0])), Random(2).scores(LayerContext(weights[0])))
-    assert not torch.equal(Random(1).scores(LayerContext(weights[0])), Random(1).scores(LayerContext(weights[1])))
-    mask = NM(2, 4).mask(Random().scores(LayerContext(weights[0])), 0.5)
-    assert torch.equal(NM(2, 4).mask(Random().scores(LayerContext(weights[0] * mask)), 0.5), mask)  # zeros go first
 
 
 class _Faulty(Criterion):

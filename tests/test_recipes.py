@@ -250,7 +250,6 @@ def test_low_rank_recipes_are_the_papers_and_can_be_changed():
     for changes, expected in (
         ([], MaskLoRA(8, 16, ["q_proj", "v_proj"])),
         ([f"{given}.r=4", f"{given}.target_modules=all-linear"], MaskLoRA(4, 16, "all-linear")),
-        ([f"{given}.exact_gradient=true"], MaskLoRA(8, 16, ["q_proj", "v_proj"], True)),
         ([f"{given}=null"], None),
     ):
         cli = parse_fit(f"--config={recipe}", *changes)

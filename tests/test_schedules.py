@@ -10,9 +10,8 @@ def test_sparsity_only_rises_and_ends_where_it_should():
     for schedule in (Linear, Cubic):
         with pytest.raises(ValueError, match=r"Sparsity rises: init_sparsity \(0.6\)"):
             schedule(0.3, 0.6)
-    assert Linear(0.85, 0.2).sparsity(1.0) == 0.85
-    assert Linear(0.45, 0.1).sparsity(1.0) == 0.45
-    assert Linear(0.45, 0.1).sparsity(0.0) == 0.1
+        assert schedule(0.45, 0.1).sparsity(1.0) == 0.45
+        assert schedule(0.7, 0.2).sparsity(0.0) == 0.2  # of 10 weights, 0.7 - 0.5 would prune one
 
 
 @pytest.mark.parametrize("schedule", [Linear(0.85, 0.2, ramp=0.3), Cubic(0.85, 0.2, ramp=0.3)])
@@ -43,7 +42,7 @@ def test_behind_the_ramp_masks_of_the_full_pattern_are_renewed(llama, ids):
 
 def test_a_sparsity_is_a_schedule_and_none_contradicts_another():
     assert resolve_target("2:4", None, None) == (NM(2, 4), Constant(0.5))
-    assert resolve_target("unstructured", None, Cubic(0.6), "layer") == (Unstructured("layer"), Cubic(0.6))
+    assert resolve_target("unstructured", None, Cubic(0.6)) == (Unstructured("row"), Cubic(0.6))
     with pytest.raises(ValueError, match=r"sparsity=0.5 is in conflict with the schedule, which ends at 0.6"):
         resolve_target("unstructured", 0.5, Cubic(0.6))
     with pytest.raises(ValueError, match="2:4 is a sparsity of 0.5, in conflict with 0.6"):

@@ -42,17 +42,6 @@ def test_counts_are_exact_whatever_the_blocks(pattern, sparsity):
     assert ((~mask).reshape(-1, size).sum(1) == int(size * sparsity)).all()
 
 
-def test_zeros_can_be_preserved():
-    weight = torch.randn(8, 32)
-    weight[:, ::8] = 0
-    weight[0, :4] = 0  # more zeros in a group than 2:4 asks for
-    gram = gram_of(torch.randn(100, 32))
-    solved, mask = SparseGPT(preserve_sparsity_mask=True).solve(weight, gram, NM(2, 4), 0.5)
-    assert not mask[weight == 0].any()
-    assert (mask.reshape(-1, 4).sum(1) <= 2).all() and mask[0, :4].sum() == 0
-    assert (solved[weight == 0] == 0).all()
-
-
 def test_a_dead_input_is_pruned_first_and_changes_nothing():
     weight, inputs = torch.randn(8, 16), torch.randn(100, 16)
     inputs[:, 3] = 0

@@ -28,7 +28,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
-from sparse_train.blocks import class_path, is_conv1d
+from sparse_train.blocks import class_path
 from sparse_train.distributed.collectives import rank
 from sparse_train.export.verify import RECORD
 from sparse_train.files import load_plain, replacing
@@ -270,9 +270,7 @@ def _zeros_to_masks(module: nn.Module, state_dict: dict[str, Any], prefix: str, 
     for name, layer in sparse_layers(module).items():
         weight, mask = (f"{prefix}{name}.{suffix}" for suffix in ("weight", MASK_NAME))
         if weight in state_dict and mask not in state_dict:
-            stored = state_dict[weight]
-            nonzero_OI = (stored.t() if is_conv1d(layer) else stored) != 0  # type: ignore[arg-type]
-            state_dict[mask] = masks.pack(nonzero_OI)
+            state_dict[mask] = masks.pack(layer.stored(state_dict[weight]) != 0)
 
 
 def _shadow(layer: MaskedLayer) -> dict[str, Tensor]:

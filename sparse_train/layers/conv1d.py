@@ -9,6 +9,7 @@ class SparseConv1D(MaskedLayer, Conv1D):  # type: ignore[misc]
     """A ``Conv1D`` whose forward uses only kept weights; the parameter stays (I, O), masks and scores are (O, I)."""
 
     is_transposed = True
+    dense = Conv1D
     nf: int
     nx: int
 

@@ -37,13 +37,11 @@ class MaskLoRA:
         lora_alpha: the product is multiplied by ``lora_alpha / r``.
         target_modules: last parts of the names of masked layers, as in peft; "all-linear" = all masked layers. Masked
             layers that have no adapter stay frozen.
-        exact_gradient: A and B get the gradient of the loss, also under ``StraightThrough``.
     """
 
     r: int = 8
     lora_alpha: int = 16
     target_modules: Sequence[str] | Literal["all-linear"] = ("q_proj", "v_proj")
-    exact_gradient: bool = False
 
     def __post_init__(self) -> None:
         if self.r < 1 or self.lora_alpha <= 0:
@@ -65,7 +63,6 @@ class MaskLoRALinear(SparseLinear):
     mask_lora_A: Tensor
     mask_lora_B: Tensor
     lora_alpha: int
-    exact_gradient: bool
 
     @property
     def scale(self) -> float:
@@ -80,7 +77,7 @@ class MaskLoRALinear(SparseLinear):
             self.bias,
             (self.mask_lora_A, self.mask_lora_B),
             scale=self.scale,
-            straight_through=self.straight_through and not self.exact_gradient,
+            straight_through=self.straight_through,
         )
 
     def unmasked_weight(self) -> Tensor:
@@ -92,7 +89,7 @@ class MaskLoRALinear(SparseLinear):
     @torch.no_grad()
     def merge(self) -> None:
         self.weight.copy_(self.unmasked_weight())
-        for name in (*FACTOR_NAMES, "lora_alpha", "exact_gradient"):
+        for name in (*FACTOR_NAMES, "lora_alpha"):
             delattr(self, name)
         self.__class__ = SparseLinear  # type: ignore[assignment]
 
@@ -103,23 +100,17 @@ class MaskLoRALinear(SparseLinear):
             nn.init.zeros_(self.mask_lora_B)
 
     def get_extra_state(self) -> Tensor:  # accelerate and safetensors save tensors alone
-        return torch.tensor([self.lora_alpha, int(self.exact_gradient)])
+        return torch.tensor(self.lora_alpha)
 
     def set_extra_state(self, state: Tensor) -> None:
-        self.lora_alpha, self.exact_gradient = settings_of(state)
+        self.lora_alpha = int(state)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {described(self)}"
 
 
-def settings_of(extra_state: Tensor) -> tuple[int, bool]:
-    lora_alpha, exact_gradient = extra_state.tolist()
-    return lora_alpha, bool(exact_gradient)
-
-
 def described(layer: MaskLoRALinear) -> str:
-    exact = ", exact gradient" if layer.exact_gradient else ""
-    return f"r={layer.mask_lora_A.shape[0]}, lora_alpha={layer.lora_alpha}{exact}"
+    return f"r={layer.mask_lora_A.shape[0]}, lora_alpha={layer.lora_alpha}"
 
 
 def describe_adapters(layers: Mapping[str, MaskedLayer]) -> str | None:
@@ -156,7 +147,7 @@ def add_mask_lora(model: nn.Module, lora: MaskLoRA | None = None) -> list[nn.Par
     model.requires_grad_(False)
     for layer in _wanted(model, lora).values():
         if not layer.adapted:
-            attach_factors(layer, lora.r, lora.lora_alpha, lora.exact_gradient)
+            attach_factors(layer, lora.r, lora.lora_alpha)
     adapted = [layer for layer in sparse_layers(model).values() if layer.adapted]
     factors = [getattr(layer, name) for layer in adapted for name in FACTOR_NAMES]
     for factor in factors:
@@ -168,8 +159,7 @@ def check_mask_lora(model: nn.Module, lora: MaskLoRA) -> None:
     """Raise the ValueErrors of ``add_mask_lora``, without changing anything."""
     for name, layer in _wanted(model, lora).items():
         if isinstance(layer, MaskLoRALinear):
-            found = (layer.mask_lora_A.shape[0], layer.lora_alpha, layer.exact_gradient)
-            if found != (lora.r, lora.lora_alpha, lora.exact_gradient):
+            if (layer.mask_lora_A.shape[0], layer.lora_alpha) != (lora.r, lora.lora_alpha):
                 raise ValueError(
                     f"{name} has an adapter already ({described(layer)}), and {lora} asks for another. Use the same, "
                     "such as that of the checkpoint, or call merge_mask_lora(model) first."
@@ -199,7 +189,7 @@ def check_whole(name: str, layer: MaskedLayer) -> None:
         )
 
 
-def attach_factors(layer: MaskedLayer, rank: int, lora_alpha: int, exact_gradient: bool) -> None:
+def attach_factors(layer: MaskedLayer, rank: int, lora_alpha: int) -> None:
     """Give a ``SparseLinear`` an adapter, and freeze its weight."""
     assert isinstance(layer, SparseLinear)
     weight = layer.weight
@@ -212,7 +202,7 @@ def attach_factors(layer: MaskedLayer, rank: int, lora_alpha: int, exact_gradien
     nn.init.kaiming_uniform_(layer.get_parameter(FACTOR_NAMES[0]), a=math.sqrt(5))
     layer.__class__ = MaskLoRALinear
     assert isinstance(layer, MaskLoRALinear)
-    layer.lora_alpha, layer.exact_gradient = lora_alpha, exact_gradient
+    layer.lora_alpha = lora_alpha
 
 
 def _wanted(model: nn.Module, lora: MaskLoRA) -> dict[str, MaskedLayer]:

@@ -142,6 +142,8 @@ class MaskedLayer(MaskedMatrix):
 
     is_transposed = False
     """Whether the parameter is stored (I, O)."""
+    dense: type[nn.Module] = nn.Linear
+    """The class after ``squash``."""
     had_adapter = False
     frozen = False
     weight: Tensor
@@ -186,10 +188,7 @@ class MaskedLayer(MaskedMatrix):
         self.layout.rewrite(function, self.stored(self.unpacked_mask()))
 
     def write_zeros(self) -> None:
-        if self.layout.is_sharded or self.layout.has_masters:
-            self.rewrite(lambda weight, keep: torch.where(keep, weight, 0))
-        else:
-            super().write_zeros()  # the same result, without a bool per weight
+        self.rewrite(lambda weight, keep: torch.where(keep, weight, 0))
 
     def merge(self) -> None:
         """Fold an adapter inside the mask into the weight; does nothing if there is none."""
@@ -201,7 +200,6 @@ class MaskedLayer(MaskedMatrix):
         assert isinstance(self, nn.Module)
         self.register_buffer(MASK_NAME, masks.full(self.out_features, self.in_features, self.weight_OI.device))
         self.straight_through, self.statistics, self.recorder = True, None, None
-        _leave_fast_path()
 
     def stop_masking(self) -> None:
         """Lose all that ``start_masking`` has given; the class is about to be changed back."""
@@ -213,7 +211,6 @@ class MaskedLayer(MaskedMatrix):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[misc]
         teach_save_pretrained()  # as sparsify does: a pickled model may be loaded by a process that has not called it
-        _leave_fast_path()
 
     # --- forward -----------------------------------------------------------------------------------------------------
 
@@ -235,11 +232,6 @@ class MaskedLayer(MaskedMatrix):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {MASK_NAME}"
-
-
-def _leave_fast_path() -> None:
-    """In eval mode, ``nn.TransformerEncoderLayer`` would read the weights of its layers, kept and pruned, from here."""
-    torch.backends.mha.set_fastpath_enabled(False)  # of the process: which module a layer is in is not known here
 
 
 class SparseLinear(MaskedLayer, nn.Linear):

@@ -11,7 +11,7 @@ from torch import nn
 from sparse_train.blocks import CONV1D, class_path
 from sparse_train.distributed.fsdp2 import reshard
 from sparse_train.layers.adapters import check_adapters, note_adapters
-from sparse_train.layers.mask_lora import attach_factors, settings_of
+from sparse_train.layers.mask_lora import attach_factors
 from sparse_train.layers.masked_layer import FALCON_LINEAR, MaskedLayer, SparseLinear, sparse_layers
 from sparse_train.layers.masks import FACTOR_NAMES, MASK_NAME
 from sparse_train.layers.state_dicts import EXTRA_STATE, is_mask, refusals, refuse_dense, teach_save_pretrained
@@ -37,6 +37,7 @@ def sparsify(model: nn.Module, layers: Iterable[nn.Module]) -> None:
     if not refusals(model):
         model.register_load_state_dict_pre_hook(refuse_dense)
     _keep_from_ddp(model)
+    _leave_fast_path(model)
     note_adapters(model)
     teach_save_pretrained()
 
@@ -87,6 +88,15 @@ def _keep_from_ddp(model: nn.Module) -> None:
         setattr(model, _DDP_IGNORES, [*others, *names])
 
 
+def _leave_fast_path(model: nn.Module) -> None:
+    """In eval mode, ``nn.TransformerEncoderLayer`` would read the weights of its layers, kept and pruned alike."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0  # its condition for the fast path; not used otherwise
+        elif isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False  # which only layers on that path can read
+
+
 def sparsify_like(module: nn.Module, state_dict: Mapping[str, Any], prefix: str = "") -> None:
     """Sparsify the layers of ``module`` whose masks are in ``state_dict``, so that the state can be loaded.
 
@@ -102,12 +112,10 @@ def sparsify_like(module: nn.Module, state_dict: Mapping[str, Any], prefix: str 
         assert isinstance(layer, MaskedLayer)
         factor = state_dict.get(f"{prefix}{name}.{FACTOR_NAMES[0]}")
         if factor is not None and not layer.adapted:
-            attach_factors(layer, factor.shape[0], *settings_of(state_dict[f"{prefix}{name}.{EXTRA_STATE}"]))
+            attach_factors(layer, factor.shape[0], int(state_dict[f"{prefix}{name}.{EXTRA_STATE}"]))
 
 
 # --- classes ---------------------------------------------------------------------------------------------------------
-
-SPARSE_CONV1D = "sparse_train.layers.conv1d.SparseConv1D"
 
 
 @functools.cache
@@ -125,8 +133,6 @@ def sparse_class(cls: Any) -> type:
 
 @functools.cache
 def dense_class(cls: Any) -> type:
-    if cls is SparseLinear:
-        return nn.Linear
-    if class_path(cls) == SPARSE_CONV1D:
-        return next(base for base in cls.__bases__ if base is not MaskedLayer)  # type: ignore[no-any-return]
+    if cls.__bases__[-1] is not SparseLinear:
+        return cls.dense  # type: ignore[no-any-return]
     return type(cls.__name__.removesuffix("Sparse"), (cls.__bases__[0], nn.Linear), dict(cls.__dict__))

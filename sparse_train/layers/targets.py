@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from sparse_train.arguments import did_you_mean, leave_out
+from sparse_train.arguments import did_you_mean
 from sparse_train.blocks import (
     FusedExperts,
     dimensions,
@@ -90,17 +90,10 @@ def select(
         )
 
     layers = {name: model.get_submodule(name) for name in chosen if name not in fused}
-    misfits: dict[str, ValueError] = {}
     for name in chosen:
         if name in layers:
             check_maskable(model, name, layers[name], adapters, tied)
-        try:
-            pattern.check_layer(name, (shape_OI(layers[name]) if name in layers else fused[name].shape_OI)[1])
-        except ValueError as error:
-            misfits[name] = error
-    if misfits:
-        first, others = next(iter(misfits.values())), len(misfits) - 1
-        raise ValueError(f"{first} The same is true of {others} more. {leave_out(misfits)}" if others else str(first))
+        pattern.check_layer(name, (shape_OI(layers[name]) if name in layers else fused[name].shape_OI)[1])
     _log.info("Pruning %s.", named(chosen))
     if targets is None and (blocks is not None or own_use):
         _warn_of_dense(model, blocks or "", fused, own_use)
@@ -111,16 +104,15 @@ def _in_blocks(model: nn.Module, blocks: str, fused: Mapping[str, FusedExperts],
     """Linear layers and fused experts of the decoder blocks, but for those that decide which experts run."""
     inside = set(model.get_submodule(blocks).modules())  # a block may also have another name, which comes first
     routers = router_names(model, blocks)
-    weights = sum(numel(each) for name in routers - ignored for each in model.get_submodule(name).parameters())
+    dense = routers - ignored
+    weights = sum(numel(each) for name in dense for each in model.get_submodule(name).parameters())
     share = weights / max(1, sum(map(numel, model.parameters())))
     if share > _ROUTERS:
         _log.warning(
             "%d linear layers, such as %s, are taken for routers or gates of experts and stay dense (%.1f %% of the "
             "model's parameters). Where they are none, name what is to be pruned: targets=['Linear'] is all linear "
             "layers.",
-            len(routers - ignored),
-            min(routers - ignored),
-            100 * share,
+            *(len(dense), min(dense), 100 * share),
         )
     found = [name for name, module in model.named_modules() if is_linear(module) and module in inside]
     found += [name for name in fused if name.startswith(f"{blocks}.")]

@@ -171,12 +171,7 @@ class DiskShelf(Shelf):
     """
 
     def __init__(
-        self,
-        model: Any,
-        checkpoint: Checkpoint,
-        selection: Selection,
-        work: Path,
-        device: torch.device,
+        self, model: Any, checkpoint: Checkpoint, selection: Selection, work: Path, device: torch.device
     ) -> None:
         super().__init__(model, {**selection.layers, **expert_matrices(selection.experts)}, device)
         self.checkpoint, self.work = checkpoint, work
@@ -197,13 +192,10 @@ class DiskShelf(Shelf):
             )
         names = {id(module): name for name, module in model.named_modules()}
         self._prefix = names[id(self.blocks[0])].rpartition(".")[0]
+        inside = [f"{self._prefix}.{block}." for block in range(len(self.blocks))]
         full = {key: self._full_name(key) for key in checkpoint.files}
-        self._keys = [
-            [key for key, name in full.items() if name.startswith(f"{self._prefix}.{block}.")]
-            for block in range(len(self.blocks))
-        ]
-        inside = {key for keys in self._keys for key in keys}
-        self._rest = [key for key in full if key not in inside]
+        self._keys = [[key for key, name in full.items() if name.startswith(prefix)] for prefix in inside]
+        self._rest = [key for key, name in full.items() if not name.startswith(tuple(inside))]
         count = len(self.blocks) + 1
         self.shards = [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
         """Of each block, and of the rest."""
@@ -245,9 +237,8 @@ class DiskShelf(Shelf):
         head, embeddings = self.model.get_output_embeddings(), self.model.get_input_embeddings()
         of_head = tuple(f"{name}." for name, module in self.model.named_modules() if module is head)
         unneeded = () if head is not None and head.weight is embeddings.weight else of_head
-        tensors, shard = self.checkpoint.read(self._rest), self.work / self.shards[-1]
-        if not shard.is_file():
-            _write_shard(shard, tensors)
+        tensors = self.checkpoint.read(self._rest)
+        _write_shard(self.work / self.shards[-1], tensors)
         self._put({key: value for key, value in tensors.items() if not self._full_name(key).startswith(unneeded)})
         others = (f"{self._prefix}.", *of_head)
         self._check_loaded((n, p) for n, p in self.model.named_parameters() if not n.startswith(others))
@@ -337,20 +328,21 @@ def unfinished(out: Path, settings: Sequence[str]) -> Iterator[Path]:
             raise ValueError(
                 f"Another process is writing {work}. Wait until it has finished, or choose another folder."
             ) from error
-        before = _read_progress(work)["settings"]
-        if before != list(settings) and _has_begun(work):
-            raise ValueError(
-                f"{work} holds an unfinished run with other settings ({', '.join(set(before) - set(settings))}). "
-                "Finish that one with its own settings, or remove the folder."
-            )
-        if not _has_begun(work):
-            for shard in work.glob("model-*.safetensors"):  # of a run with any settings that had finished no block
+        progress = _read_progress(work)
+        if not progress["updates"]:  # of any run that finished no block
+            for shard in work.glob("model-*.safetensors"):
                 shard.unlink()
             _write_json(work / _PROGRESS, {"settings": list(settings), "outliers": {}, "updates": {}})
+        elif progress["settings"] != list(settings):
+            raise ValueError(
+                f"{work} holds an unfinished run with other settings "
+                f"({', '.join(set(progress['settings']) - set(settings))}). Finish that one with its own settings, or "
+                "remove the folder."
+            )
         try:
             yield work
         except BaseException:  # Ctrl-C too
-            if not _has_begun(work):
+            if not _read_progress(work)["updates"]:
                 shutil.rmtree(work)
             raise
         if out.exists():
@@ -364,10 +356,6 @@ def _read_progress(work: Path) -> dict[str, Any]:
     path = work / _PROGRESS
     found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"settings": [], "updates": {}}
     return found
-
-
-def _has_begun(work: Path) -> bool:
-    return bool(_read_progress(work)["updates"])
 
 
 def fingerprint(batches: Iterable[Batch]) -> str:

@@ -63,10 +63,11 @@ class Plan:
             criterion if isinstance(criterion, Solver) else require_type("criterion", criterion, Wanda(), Criterion)
         )
         distribution = require_type("distribution", distribution, Uniform(), SparsityDistribution)
+        group = method.group if isinstance(method, Solver) else "row"
         if sparsity is None and not isinstance(distribution, Uniform):
-            pattern = parse_word(mask_structure, method.group)
+            pattern = parse_word(mask_structure, group)
         else:
-            pattern, sparsity = parse_pattern(mask_structure, sparsity, method.group)
+            pattern, sparsity = parse_pattern(mask_structure, sparsity, group)
         check_pattern(distribution, pattern)
         if isinstance(method, Solver):
             method.check_pattern(pattern)
@@ -203,11 +204,7 @@ class MemoryShelf(Shelf):
 
 
 def walk(
-    shelf: Shelf,
-    plan: Plan,
-    batches: Iterable[Batch] | None,
-    progress: bool = False,
-    context: Context = nullcontext,
+    shelf: Shelf, plan: Plan, batches: Iterable[Batch] | None, progress: bool = False, context: Context = nullcontext
 ) -> OneshotReport:
     """Prune the targets of a shelf: those in blocks one block after the other, then the others, all together.
 
@@ -269,10 +266,7 @@ def _measure_outliers(
 
 @torch.no_grad()
 def _prune_layers(
-    layers: Mapping[str, MaskedMatrix],
-    plan: Plan,
-    sparsity: Mapping[str, float],
-    save: Callable[[MaskedMatrix], None],
+    layers: Mapping[str, MaskedMatrix], plan: Plan, sparsity: Mapping[str, float], save: Callable[[MaskedMatrix], None]
 ) -> dict[str, LayerUpdate]:
     """Set the masks of calibrated layers, and their weights if the method is a ``Solver``, and write experts' zeros."""
     if plan.statistics is not None:

@@ -26,13 +26,7 @@ from sparse_train.layers.targets import named, select
 from sparse_train.patterns import Pattern, Unstructured, group_label
 from sparse_train.policies import Optimizers
 from sparse_train.pruning.config import FromZeros, PruningConfig, as_data, check_same
-from sparse_train.pruning.recording import (
-    RunningNorms,
-    check_agreement,
-    check_statistics,
-    tensors_of,
-    warn_of_padding,
-)
+from sparse_train.pruning.recording import RunningNorms, check_agreement, check_statistics, tensors_of, warn_of_padding
 from sparse_train.pruning.update import (
     LayerUpdate,
     Rules,
@@ -48,7 +42,6 @@ from sparse_train.pruning.zeros import masks_from_zeros, warn_of_filled_zeros
 from sparse_train.schedules import Timing
 
 _log = logging.getLogger(__name__)
-_STRIDE = 128  # whole first masks would double the memory of masks
 
 
 def mask_targets(model: nn.Module, config: PruningConfig) -> dict[str, MaskedLayer]:
@@ -318,8 +311,7 @@ class MaskUpdater:
         if target and not self._division.known:
             check_statistics(self.layers)
             self._division.divide_by(measure_outliers(self._shapes, self.layers, config.distribution.owl_m))
-        now = None if isinstance(config.distribution, Uniform) else mask_shares(self.layers, config.pattern)
-        rules = Rules(config.criterion, config.pattern, self._division.at(target, now), self.policy, self._optimizers)
+        rules = Rules(config.criterion, config.pattern, self._division.at(target), self.policy, self._optimizers)
         changes = update_masks(self.layers, rules)
         self.policy.after_update()
         self.norms.fade()
@@ -335,20 +327,15 @@ class MaskUpdater:
     def _report(self, changes: dict[str, LayerUpdate], began: float) -> UpdateReport:
         if self.sparsity is not None:
             self._keep_first_rows()
-        differing, now = {}, self._sampled_rows()
+        differing = {}
         for name, first_SJ in self._first_rows.items():
-            scale = self.layers[name].out_features / len(first_SJ)
-            differing[name] = masks.count_differing(now[name], first_SJ.to(now[name].device)) * scale
+            now_SJ, scale = _sampled_rows(self.layers[name]), self.layers[name].out_features / len(first_SJ)
+            differing[name] = masks.count_differing(now_SJ, first_SJ.to(now_SJ.device)) * scale
         return UpdateReport(self.steps, self.sparsity or 0.0, changes, differing, time.perf_counter() - began)
 
     def _keep_first_rows(self) -> None:
         if not self._first_rows:
-            self._first_rows = {name: rows_SJ.clone() for name, rows_SJ in self._sampled_rows().items()}
-
-    def _sampled_rows(self) -> dict[str, Tensor]:
-        """Every 128th row of each mask, but at least four rows per layer, packed (S, J)."""
-        strides = {name: max(1, min(_STRIDE, layer.out_features // 4)) for name, layer in self.layers.items()}
-        return {name: layer.weight_mask[:: strides[name]] for name, layer in self.layers.items()}
+            self._first_rows = {name: _sampled_rows(layer).clone() for name, layer in self.layers.items()}
 
     def finish(self) -> None:
         """Call once before ``squash``, for last checks of the masks; warns if they are not at the final sparsity."""
@@ -414,3 +401,8 @@ class MaskUpdater:
             self.timing.in_words() if self._masks_change() else "masks do not change",
         )
         return "; ".join(parts)
+
+
+def _sampled_rows(layer: MaskedLayer) -> Tensor:
+    """Every 128th row of a mask, but at least four, packed (S, J): whole first masks would double their memory."""
+    return layer.weight_mask[:: max(1, min(128, layer.out_features // 4))]

@@ -97,10 +97,9 @@ def test_its_random_numbers_are_its_own(tmp_path):
     assert torch.equal(torch.get_rng_state(), after)
 
 
-@pytest.mark.parametrize(("batches", "given"), [([], "none at all"), ([[1, 2]], "a list"), ([{"x": 1}], "a dict")])
-def test_a_loader_that_no_model_could_take_is_refused(batches, given, tmp_path):
-    with pytest.raises(ValueError, match=f"calibration_dataloader gave {given}"):
-        first_update(tmp_path, With(batches))
+def test_a_loader_that_no_model_could_take_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="A calibration batch is .* got a list"):
+        first_update(tmp_path, With([[1, 2]]))
 
 
 class Drawing(Tokens):

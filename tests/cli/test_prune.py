@@ -38,8 +38,6 @@ def run(model_folder, text_file):
         ["--criterion=SparseGPT", "--mask_structure=unstructured", "--sparsity=0.5"],
         ["--criterion=SparseGPT", "--criterion.dampening_frac=0.1"],
         ["--criterion=RIA", "--criterion.a=1.0"],
-        ["--criterion=WandaCumulative", "--mask_structure=unstructured", "--sparsity=0.5"],
-        ["--criterion=Random"],
         ["--mask_structure=unstructured", "--sparsity=0.5", "--distribution=OWL", "--distribution.owl_m=3"],
         [
             "--mask_structure=unstructured",
@@ -51,7 +49,7 @@ def run(model_folder, text_file):
 )
 def test_methods_and_distributions(run, options, capsys):
     _, details = run(*options)
-    assert details["sparsity"] == pytest.approx(0.5, abs=2e-3)
+    assert -2e-3 < details["sparsity"] - 0.5 < 1 / 32  # rows of 32 prune up to one more where layers differ
     assert "sparsity of the targeted weights 0.5" in capsys.readouterr().out.replace("0.499", "0.5")
 
 

@@ -16,7 +16,6 @@ def decoder(blocks=2, hidden=8, inner=12):
 
 
 HEAD = {"lm_head": LayerShape(None, 20, 8)}
-TOTAL = 2 * (64 + 96 + 96)  # weights of decoder()
 
 
 def divide(distribution, pattern, shapes, sparsity, outliers):

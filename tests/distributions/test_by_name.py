@@ -1,9 +1,9 @@
-"""Distributions that need no data: by name, by block, and the same everywhere."""
+"""Distributions that need no data: by name, and the same everywhere."""
 
 import pytest
 import torch
 
-from sparse_train.distributions import Explicit, PerBlock, Uniform
+from sparse_train.distributions import Explicit, Uniform
 from sparse_train.patterns import NM, Unstructured
 from tests.distributions.shapes import HEAD, decoder, divide, over_all, short
 from tests.reference import row_mask
@@ -83,48 +83,10 @@ def test_explicit_refuses(layers, sparsity, message):
 def test_values_outside_the_range_are_refused_at_once():
     with pytest.raises(ValueError, match="The sparsity of 'up_proj' must be at least 0 and below 1.*got 1"):
         Explicit({"q_proj": 0.5, "up_proj": 1.0})
-    with pytest.raises(ValueError, match=r"blocks\[1\] must be at least 0.*For 50 % write 0.5"):
-        PerBlock([0.5, 50])
+    with pytest.raises(ValueError, match="must be at least 0.*For 50 % write 0.5"):
+        Explicit({"up_proj": 50})
     with pytest.raises(ValueError, match="got nan"):
-        PerBlock([float("nan")])
-
-
-def test_per_block():
-    for sparsity in (None, 0.4, 0.4009):
-        found = PerBlock([0.3, 0.5]).sparsities(decoder(), sparsity, {})
-        assert list(found) == list(decoder()) and list(found.values()) == [0.3] * 3 + [0.5] * 3
-
-
-def test_per_block_values_go_by_index():
-    shapes = {name: shape for name, shape in decoder(3).items() if shape.block != 1}
-    assert list(PerBlock([0.1, 0.2, 0.3]).sparsities(shapes, None, {}).values()) == [0.1] * 3 + [0.3] * 3
-
-
-def test_layers_outside_the_blocks_share_what_is_left():
-    shapes = decoder() | HEAD
-    found = PerBlock([0.3, 0.5]).sparsities(shapes, 0.4, {})
-    assert found["lm_head"] == pytest.approx(0.4) and over_all(shapes, found) == pytest.approx(0.4)
-
-
-@pytest.mark.parametrize(
-    ("blocks", "shapes", "sparsity", "message"),
-    [
-        ([0.5], decoder(), None, "PerBlock has 1 sparsities, but the targeted layers are in 2 decoder blocks"),
-        ([0.5] * 3, decoder(), None, "has 3 sparsities, but .* in 2 decoder"),
-        ([0.5] * 2, HEAD, 0.5, "has 2 sparsities, but .* in 0 decoder"),
-        ([0.5] * 2, decoder() | HEAD, None, "1 of 7 layers are not given a sparsity .lm_head is the first"),
-        (
-            [0.4, 0.6],
-            decoder(),
-            0.6,
-            "sparsities of the layers give 0.5 over all weights, in conflict with sparsity=0.6",
-        ),
-        ([0.4, 0.6], decoder(), -0.5, "at least 0 and below 1"),
-    ],
-)
-def test_per_block_refuses(blocks, shapes, sparsity, message):
-    with pytest.raises(ValueError, match=message):
-        PerBlock(blocks).sparsities(shapes, sparsity, {})
+        Explicit({"up_proj": float("nan")})
 
 
 def test_uniform_rows_prune_what_the_wanda_reference_prunes():

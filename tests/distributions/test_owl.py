@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sparse_train import sparsify
-from sparse_train.distributions import OWL, Explicit, LayerShape, PerBlock, Uniform
+from sparse_train.distributions import OWL, Explicit, LayerShape, Uniform
 from sparse_train.pruning.update import outlier_share
 from sparse_train.statistics import ActivationNorm
 from tests.distributions.shapes import HEAD, decoder, over_all
@@ -79,9 +79,8 @@ def test_owl_looks_only_at_blocks_with_layers():
     ("distribution", "sparsity", "message"),
     [
         (OWL(), 0.05, "owl_lmbda=0.08 at a sparsity of 0.05 would give blocks sparsities from -0.03 to 0.13"),
-        (OWL(), 0.05, r"Make owl_lmbda at most 0\.05\."),
-        (OWL(owl_lmbda=0.2), 0.9, r"from 0.7 to 1.1.*Make owl_lmbda at most 0\.09"),
-        (OWL(owl_lmbda=0.3), 0.75, r"Make owl_lmbda at most 0\.2499"),  # at 0.25 the sparsest block would be empty
+        (OWL(owl_lmbda=0.2), 0.9, r"from 0.7 to 1.1.*Make owl_lmbda smaller"),
+        (OWL(owl_lmbda=0.25), 0.75, "from 0.5 to 1, which must"),  # the sparsest block would be empty
         (OWL(), 0.0, "owl_lmbda=0.08 at a sparsity of 0 would"),
         (OWL(), None, "OWL divides a sparsity: give one"),
         (OWL(), 60, "write 0.6"),
@@ -94,30 +93,13 @@ def test_owl_and_uniform_refuse(distribution, sparsity, message):
         distribution.sparsities(decoder(), sparsity, {0: 0.03, 1: 0.01})
 
 
-@given(
-    shares=st.lists(st.floats(0, 1), min_size=2, max_size=8, unique=True),
-    sparsity=st.floats(0.01, 0.99),
-    lmbda=st.floats(0, 0.99),
-)
-def test_the_owl_lmbda_that_the_error_proposes_works(shares, sparsity, lmbda):
-    shapes = {f"{block}": LayerShape(block, 1 + block, 4) for block in range(len(shares))}
-    outliers = dict(enumerate(shares))
-    try:
-        found = OWL(owl_lmbda=lmbda).sparsities(shapes, sparsity, outliers)
-    except ValueError as error:
-        proposed = float(str(error).rpartition("at most ")[2].rstrip("."))
-        assert proposed < lmbda
-        found = OWL(owl_lmbda=proposed).sparsities(shapes, sparsity, outliers)
-    assert all(0 <= value < 1 for value in found.values())
-
-
 def test_owl_needs_blocks_and_sensible_numbers():
     with pytest.raises(ValueError, match="no targeted layer is in one. Use Uniform"):
         OWL().sparsities(HEAD, 0.5, {})
     for wrong in ({"owl_m": 0}, {"owl_m": float("nan")}, {"owl_lmbda": -0.1}, {"owl_lmbda": 1}):
         with pytest.raises(ValueError, match=f"{next(iter(wrong))} .*got"):
             OWL(**wrong)
-    assert OWL.needs_outliers and not any(cls.needs_outliers for cls in (Uniform, Explicit, PerBlock))
+    assert OWL.needs_outliers and not any(cls.needs_outliers for cls in (Uniform, Explicit))
 
 
 def matrices(weights):

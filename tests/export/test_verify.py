@@ -6,7 +6,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from sparse_train import FirstWindow, PerBlock
+from sparse_train import Explicit, FirstWindow
 from sparse_train.callbacks import DynamicPruning
 from sparse_train.cli.main import main
 from sparse_train.export import ModelCard, export_checkpoint, export_model
@@ -60,7 +60,10 @@ def dense(tmp_path_factory):
 
 
 GROUP = "--mask_structure=Unstructured --mask_structure.group="
-BLOCKS = "--distribution=PerBlock --distribution.blocks=[0.4,0.5,0.6]"
+BY_NAME = {f"re:.*layers.{block}": 0.4 + block / 10 for block in range(3)}
+BLOCKS = "--distribution=" + json.dumps(
+    {"class_path": "Explicit", "init_args": {"layers": BY_NAME}}, separators=(",", ":")
+)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +104,7 @@ def test_weights_that_are_stored_transposed(tmp_path):
 
 def test_what_a_run_exports_and_a_model_that_is_not_that_of_the_run(dense, tmp_path):
     settings = {"update_freq": 2, "first_mask": FirstWindow(), "squash": False}
-    pruning = DynamicPruning("unstructured", 0.5, distribution=PerBlock([0.4, 0.5, 0.6]), **settings)
+    pruning = DynamicPruning("unstructured", 0.5, distribution=Explicit(BY_NAME), **settings)
     run = trainer(tmp_path, pruning, max_steps=2)
     run.fit(CausalLM(str(dense)), loader())
     run.save_checkpoint(tmp_path / "x.ckpt")

@@ -256,9 +256,8 @@ SCENARIOS: dict[str, Scenario] = {
     "50 % Dormant": lambda: fit("unstructured", 0.5, policy=api.Dormant()),
     "50 % Regrow": lambda: fit("unstructured", 0.5, policy=api.Regrow()),
     "50 % Regrow, resumed": lambda: fit("unstructured", 0.5, policy=api.Regrow(), resumed=True),
-    "2:4 Regrow by norms": lambda: fit(policy=api.Regrow(0.5, times_norm=True), accumulate=2),
+    "2:4 Regrow": lambda: fit(policy=api.Regrow(0.5), accumulate=2),
     # criteria and groups
-    "50 % WandaCumulative": lambda: fit("unstructured", 0.5, criterion=api.WandaCumulative()),
     "2:4 RIA": lambda: fit(criterion=api.RIA()),
     "50 % RIA in layers": lambda: fit(LAYER, 0.5, criterion=api.RIA()),
     "2:4 Magnitude": lambda: fit(criterion=api.Magnitude()),
@@ -278,7 +277,7 @@ SCENARIOS: dict[str, Scenario] = {
     # adapters inside masks
     "2:4 mask_lora": lambda: fit(mask_lora=api.MaskLoRA(r=4)),
     "2:4 mask_lora, resumed": lambda: fit(mask_lora=api.MaskLoRA(r=4), resumed=True),
-    "2:4 mask_lora on all": lambda: fit(mask_lora=api.MaskLoRA(4, target_modules="all-linear", exact_gradient=True)),
+    "2:4 mask_lora on all": lambda: fit(mask_lora=api.MaskLoRA(4, target_modules="all-linear")),
     # other loops
     "loop 2:4": lambda: loop(**api.loop_first_window()),
     "loop 2:4, resumed": lambda: loop(**api.loop_first_window(), resumed=True),
@@ -301,7 +300,6 @@ SCENARIOS: dict[str, Scenario] = {
     "one-shot 50 %, from disk": lambda: streamed("unstructured", 0.5),
     "one-shot 50 % in the model": lambda: one_shot(MODEL, 0.5),
     "one-shot 2:4 of bfloat16": lambda: one_shot(dtype=torch.bfloat16),
-    "one-shot 50 % WandaCumulative": lambda: one_shot("unstructured", 0.5, criterion=api.WandaCumulative()),
     "one-shot 2:4 RIA": lambda: one_shot(criterion=api.RIA()),
     "one-shot 50 % RIA in layers": lambda: one_shot(LAYER, 0.5, criterion=api.RIA()),
     "one-shot 2:4 SparseGPT": lambda: one_shot(criterion=api.SparseGPT(block_size=16)),
@@ -310,7 +308,6 @@ SCENARIOS: dict[str, Scenario] = {
     "one-shot 50 % Magnitude in layers": lambda: one_shot(LAYER, 0.5, criterion=api.Magnitude()),
     "one-shot 60 % OWL": lambda: one_shot("unstructured", 0.6, **OWL),
     "one-shot 60 % OWL, from disk": lambda: streamed("unstructured", 0.6, **OWL),
-    "one-shot by block": lambda: one_shot("unstructured", **api.distribution(api.PerBlock([0.4, 0.6]))),
     "one-shot by name": lambda: one_shot("unstructured", 0.5, **api.distribution(api.Explicit({"down_proj": 0.25}))),
     "one-shot 2:4 GPT-2": lambda: one_shot(family="gpt2"),
     "one-shot 50 % SparseGPT GPT-2": lambda: one_shot("unstructured", 0.5, family="gpt2", criterion=api.SparseGPT()),

@@ -170,35 +170,18 @@ def test_what_cannot_be_is_said(make, word):
 
 
 def test_a_state_dict_brings_adapters_or_is_refused():
-    model, other, bare = adapted(MaskLoRA(r=2, lora_alpha=5, exact_gradient=True)), tiny_llama(), pruned()
+    model, other, bare = adapted(MaskLoRA(r=2, lora_alpha=5)), tiny_llama(), pruned()
     sparsify_like(other, model.state_dict())
     other.load_state_dict(model.state_dict())
     layer = other.model.layers[0].self_attn.q_proj
     assert isinstance(layer, MaskLoRALinear)
-    assert (layer.scale, layer.exact_gradient, layer.weight.requires_grad) == (2.5, True, False)
+    assert (layer.scale, layer.weight.requires_grad) == (2.5, False)
     left, right = folded_state_dict(model), folded_state_dict(other)
     assert all(torch.equal(left[name], right[name]) for name in left)
     with pytest.raises(ValueError, match="the checkpoint has a mask_lora adapter, and the model has none"):
         bare.load_state_dict(model.state_dict())
     with pytest.raises(ValueError, match="the model has a mask_lora adapter, and the checkpoint has none"):
         model.load_state_dict(pruned().state_dict())
-
-
-def test_exact_gradient_is_that_of_fixed(ids):
-    found = {}
-    for name, lora, straight_through in (
-        ("fixed", MaskLoRA(r=2), False),
-        ("exact", MaskLoRA(r=2, exact_gradient=True), True),
-        ("straight", MaskLoRA(r=2), True),
-    ):
-        torch.manual_seed(0)
-        model = adapted(lora)
-        for layer in sparse_layers(model).values():
-            layer.straight_through = straight_through
-        model(input_ids=ids[0], labels=ids[0]).loss.backward()
-        found[name] = model.model.layers[1].self_attn.v_proj.mask_lora_A.grad
-    assert torch.equal(found["fixed"], found["exact"])
-    assert not torch.allclose(found["fixed"], found["straight"])
 
 
 def test_in_half_precision_factors_are_float32(ids):
@@ -294,7 +277,7 @@ def test_a_run_with_another_adapter_is_not_resumed(tmp_path):
     path = tmp_path / "middle.ckpt"
     with pytest.raises(SystemExit):
         trainer(tmp_path, DynamicPruning("2:4", mask_lora=MaskLoRA()), Interrupt(2, path)).fit(InInit(), loader())
-    other = trainer(tmp_path, DynamicPruning("2:4", mask_lora=MaskLoRA(exact_gradient=True)))
+    other = trainer(tmp_path, DynamicPruning("2:4", mask_lora=MaskLoRA(lora_alpha=8)))
     with pytest.raises(ValueError, match=r"has an adapter already \(r=8, lora_alpha=16\)"):
         other.fit(InInit(), loader(), ckpt_path=path)
 

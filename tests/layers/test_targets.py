@@ -105,7 +105,6 @@ def test_encoder_layers_of_torch_compute_with_their_masks_in_eval_mode_too():
     model = nn.TransformerEncoder(layer, 2)
     by_hand, x = copy.deepcopy(model), torch.randn(3, 5, 8)
     padding = torch.arange(5) >= torch.tensor([[3], [5], [4]])
-    torch.backends.mha.set_fastpath_enabled(True)
     chosen = select(model, PATTERN).layers
     assert list(chosen) == [f"layers.{block}.linear{number}" for block in (0, 1) for number in (1, 2)]
     sparsify(model, chosen.values())
@@ -123,9 +122,8 @@ def test_encoder_layers_of_torch_compute_with_their_masks_in_eval_mode_too():
                 torch.testing.assert_close(found[~padding], expected[~padding])
 
     check(model)
-    stored = pickle.dumps(model)
-    torch.backends.mha.set_fastpath_enabled(True)  # as it is in another process
-    check(pickle.loads(stored))
+    check(pickle.loads(pickle.dumps(model)))
+    assert torch.backends.mha.get_fastpath_enabled()  # other models of the process keep it
 
 
 def overridden():
@@ -169,7 +167,7 @@ class FalconLinear(nn.Linear):  # the name of a class of transformers, and nothi
         (
             tiny_llama(intermediate_size=30),
             {},
-            r"by 4.*2 more. .*\(down_proj\)",
+            r"by 4.*\(down_proj\)",
         ),
         (tiny_llama(), {"targets": ["lm_head"]}, "shares its weight"),
     ],
@@ -297,7 +295,7 @@ def test_peft_adapters_are_never_targets(llama):
 
 def test_the_expression_that_an_error_offers_leaves_out_what_does_not_fit_and_no_more():
     model = tiny_llama(intermediate_size=30)
-    with pytest.raises(ValueError, match="The same is true of") as error:
+    with pytest.raises(ValueError, match="needs in_features divisible by 4") as error:
         select(model, PATTERN)
     offered = re.search(r"ignore=\['(re:.*)'\]\.$", str(error.value))[1]
     chosen = names(model, ignore=[offered])

@@ -90,7 +90,7 @@ def test_on_the_way_to_a_sparsity_layers_have_theirs_in_proportion(ids):
     assert outliers
     masks = kept(root.net).values()
     pruned = sum(int((~mask).sum()) for mask in masks) / sum(mask.numel() for mask in masks)
-    assert pruned == pytest.approx(0.3, abs=2e-3)
+    assert 0 <= pruned - 0.3 < 1 / 32  # rows of 32 prune up to one more
     assert MaskUpdater(root, config=config, total_steps=100, outliers=outliers).sparsity == pytest.approx(0.3)
 
 

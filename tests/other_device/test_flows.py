@@ -19,7 +19,6 @@ from sparse_train import (
     StraightThrough,
     Unstructured,
     Wanda,
-    WandaCumulative,
 )
 from tests.other_device import device, flows
 from tests.ranks.launch import TIMEOUT, run
@@ -37,7 +36,6 @@ TRAINING = {
     "regrow": {"policy": Regrow()},
     "owl": {"mask_structure": "unstructured", "sparsity": 0.6, "distribution": OWL(owl_m=2)},
     "model-wide": {"mask_structure": Unstructured("model"), "sparsity": 0.5},
-    "cumulative": {"mask_structure": "unstructured", "sparsity": 0.5, "criterion": WandaCumulative()},
 }
 
 
@@ -76,7 +74,6 @@ def test_training(both, settings):
         (Wanda(), "2:4"),
         (Magnitude(), "unstructured"),
         (RIA(), "2:4"),
-        (WandaCumulative(), "unstructured"),
         (SparseGPT(block_size=16), "2:4"),
         (SparseGPT(block_size=16), "unstructured"),
     ],

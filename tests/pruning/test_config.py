@@ -21,9 +21,7 @@ from sparse_train import (
     Regrow,
     SparseGPT,
     StraightThrough,
-    Unstructured,
     Wanda,
-    WandaCumulative,
 )
 from sparse_train.callbacks import DynamicPruning
 from sparse_train.integrations.transformers import SparseTrainerCallback
@@ -49,14 +47,6 @@ def test_all_that_drive_a_run_take_the_settings_and_know_no_others(driver, llama
     assert driver(**more, config=config).config is config if driver is not MaskUpdater else True
     with pytest.raises(TypeError, match="hysteresis"):
         driver(**more, hysteresis=0.1)
-
-
-def test_the_word_unstructured_compares_what_the_criterion_says():
-    assert PruningConfig("unstructured", 0.5).pattern == Unstructured("row")
-    assert PruningConfig("unstructured", 0.5, criterion=WandaCumulative()).pattern == Unstructured("layer")
-    rising = PruningConfig("unstructured", schedule=Cubic(0.5), criterion=WandaCumulative())
-    assert rising.pattern == Unstructured("layer")
-    assert PruningConfig(Unstructured("row"), 0.5, criterion=WandaCumulative()).pattern == Unstructured("row")
 
 
 def test_the_first_sparsity_is_none_if_masks_come_later():

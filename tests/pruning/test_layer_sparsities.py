@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, example, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -18,7 +18,6 @@ from sparse_train import (
     Magnitude,
     MaskUpdater,
     Pattern,
-    PerBlock,
     StraightThrough,
     Uniform,
     Unstructured,
@@ -49,11 +48,6 @@ def pruned_by_row(layer):
     return int(counts[0])
 
 
-def set_masks(layers, sparsities):
-    for name, layer in layers.items():
-        layer.set_mask(Unstructured().mask(torch.rand(layer.out_features, layer.in_features), sparsities[name]))
-
-
 def train(model, steps=12, seed=3, **settings):
     updater = MaskUpdater(model, "unstructured", total_steps=steps, update_freq=2, end_step=steps - 2, **settings)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -70,10 +64,6 @@ def train(model, steps=12, seed=3, **settings):
 
 def division(model, layers, distribution, pattern, final):
     return LayerSparsities(distribution, shapes_of(model, layers), pattern, final)
-
-
-def after(by_layer, layers, sparsity):
-    return by_layer.at(sparsity, mask_shares(layers, Unstructured()))
 
 
 def test_uniform_is_one_number():
@@ -94,40 +84,22 @@ def test_by_hand():
     assert count == {"layer0": 8, "layer1": 2, "layer2": 20}
     count = {name: int(value * layers[name].in_features) for name, value in by_layer.at(0.25).items()}
     assert count == {"layer0": 4, "layer1": 1, "layer2": 10}
+    count = {name: int(value * layers[name].in_features) for name, value in by_layer.at(0.26).items()}
+    assert count == {"layer0": 5, "layer1": 2, "layer2": 11}
 
 
-@settings(suppress_health_check=[HealthCheck.filter_too_much])  # six of ten shapes do not fit the named shares
-@given(
-    steps=st.lists(st.floats(0, 0.6), min_size=1, max_size=6),
-    shapes=st.just(SHAPES) | st.lists(st.tuples(st.integers(4, 9), st.integers(20, 40)), min_size=4, max_size=4),
-)
-@example([0.571, 0.574], [(7, 36), (5, 21), (4, 14), (9, 12)])  # the first leaves layers with more than their share
-def test_a_rising_sparsity_makes_no_layer_denser_and_is_met(steps, shapes):
-    model, layers = layers_of(shapes)
-    try:
-        by_layer = division(model, layers, divides("by name"), Unstructured(), 0.6)
-    except ValueError:  # what is named leaves the last layer less than nothing, or more than all
-        assume(False)
-    assume(
-        all(share * layers[n].in_features <= layers[n].in_features - 1 for n, share in by_layer.final_shares.items())
-    )
-    half_a_step = max(layer.out_features for layer in layers.values()) / 2
-    size = sum(layer.in_features * layer.out_features for layer in layers.values())
-    before = dict.fromkeys(layers, 0)
-    for sparsity in [*sorted(steps), 0.6]:
-        set_masks(layers, after(by_layer, layers, sparsity))
-        now = {name: pruned_by_row(layer) for name, layer in layers.items()}
-        assert all(now[name] >= before[name] for name in layers)
-        zeros = sum(now[name] * layer.out_features for name, layer in layers.items())
-        assert abs(zeros - sparsity * size) <= half_a_step + 1e-4
-        before = now
-
-
-def test_a_falling_sparsity_may_make_layers_denser():
+@given(steps=st.lists(st.floats(0, 0.6), min_size=1, max_size=6))
+def test_a_rising_sparsity_makes_no_layer_denser_and_is_met(steps):
     model, layers = layers_of()
     by_layer = division(model, layers, divides("by name"), Unstructured(), 0.6)
-    set_masks(layers, after(by_layer, layers, 0.6))
-    assert after(by_layer, layers, 0.3) == by_layer.at(0.3)
+    size = sum(layer.size for layer in layers.values())
+    before = dict.fromkeys(layers, 0)
+    for sparsity in [*sorted(steps), 0.6]:
+        now = {name: int(value * layers[name].in_features) for name, value in by_layer.at(sparsity).items()}
+        assert all(now[name] >= before[name] for name in layers)
+        zeros = sum(now[name] * layer.out_features for name, layer in layers.items())
+        assert -1e-4 <= zeros - sparsity * size < sum(layer.out_features for layer in layers.values())
+        before = now
 
 
 def test_more_than_everything_is_refused():
@@ -153,7 +125,7 @@ def test_read_from_masks_it_is_what_they_have(group):
     with pytest.raises(ValueError, match=r"at a sparsity of 0\.\d+, and this run starts at 0\.4"):
         other.read(mask_shares(layers, pattern), 0.4)
     rising = division(model, layers, OWL(), pattern, 0.9)
-    with pytest.raises(ValueError, match=r"would need one of 1\.\d+ at 0\.9, and it must be below 1"):
+    with pytest.raises(ValueError, match=r"starts at 0\.6 and ends at 0\.9\. Start at the final sparsity"):
         rising.read(mask_shares(layers, pattern), 0.6)
     assert not rising.known
 
@@ -266,7 +238,7 @@ def test_a_gradual_run_reaches_the_sparsities_in_proportion(distribution, policy
         for earlier, later in itertools.pairwise(masks):
             assert all(not (later[name] & ~earlier[name]).any() for name in earlier)
     size = sum(mask.numel() for mask in masks[0].values())
-    assert sum(counts[-1].values()) / size == pytest.approx(0.6, abs=64 / size)
+    assert 0 <= sum(counts[-1].values()) / size - 0.6 < 1 / 32  # of 32 inputs or more, rows prune up to one more
     last = {name: count / masks[0][name].numel() for name, count in counts[-1].items()}
     exact = updater._division.final_shares
     assert all(abs(last[name] - exact[name]) <= 1.01 / masks[0][name].shape[1] for name in last)
@@ -298,7 +270,6 @@ def test_a_pattern_of_ones_own_rounds_as_it_likes(ids):
         ({"criterion": Magnitude(), "distribution": OWL()}, r"OWL\(.*\) reads activations, and Magnitude\(\) does not"),
         ({"distribution": Explicit({"nose": 0.1})}, "'nose' is not the name of a targeted layer"),
         ({"distribution": OWL}, r"distribution is an object such as Uniform\(\), got .* Write OWL\(\)"),
-        ({"distribution": PerBlock([0.1, 0.2])}, "PerBlock has 2 sparsities"),
         ({"mask_structure": Unstructured("model"), "distribution": OWL()}, "compares over the whole model"),
     ],
 )

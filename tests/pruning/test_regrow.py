@@ -132,9 +132,8 @@ def by_sorting(weight, norms, mask, gradient, sparsity, fraction):
     return new
 
 
-@pytest.mark.parametrize("times_norm", [False, True])
-def test_an_update_is_rigl_on_the_gradient_of_the_masked_model(times_norm):
-    model, updater, optimizer = fresh(policy=Regrow(0.4, times_norm), window=1.0)
+def test_an_update_is_rigl_on_the_gradient_of_the_masked_model():
+    model, updater, optimizer = fresh(policy=Regrow(0.4), window=1.0)
     inputs: dict[str, list] = {}
     for name, layer in updater.layers.items():
         layer.register_forward_pre_hook(lambda m, args, name=name: inputs.setdefault(name, []).append(args[0].detach()))
@@ -154,7 +153,7 @@ def test_an_update_is_rigl_on_the_gradient_of_the_masked_model(times_norm):
     plain(input_ids=batch, labels=batch).loss.backward()
     flips = 0
     for name, layer in updater.layers.items():
-        gradient = plain.get_submodule(name).weight.grad.abs() * (norm[name] if times_norm else 1)
+        gradient = plain.get_submodule(name).weight.grad.abs()
         fraction = fraction_at(4 / 20)
         expected = by_sorting(weights[name], norm[name], old[name], gradient, 0.6, fraction)
         new = layer.unpacked_mask()
@@ -388,8 +387,6 @@ def test_what_is_missing_is_named():
         updater.step()
     with pytest.raises(ValueError, match=r"RMSprop: Regrow clears .* can do that for torch's AdamW, Adam and SGD"):
         updater.before_optimizer_step(torch.optim.RMSprop(model.parameters()))
-    with pytest.raises(ValueError, match="multiplies gradients by activation norms, and Magnitude"):
-        fresh("2:4", policy=Regrow(times_norm=True), criterion=Magnitude())
     for fraction in (0.0, 1.1, float("nan")):
         with pytest.raises(ValueError, match="drop_fraction is the share of kept weights"):
             Regrow(fraction)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from sparse_train import Fixed, Magnitude, MaskUpdater, Regrow, Unstructured, prune, sparse_layers, squash
+from sparse_train import Fixed, Magnitude, MaskUpdater, Unstructured, prune, sparse_layers, squash
 from sparse_train.schedules import Linear
 from tests.conftest import VOCABULARY, shallow_llama
 from tests.pruning.loops import equal, snapshot, train
@@ -43,9 +43,6 @@ def test_an_updater_that_fails_leaves_another_ones_layers_alone():
     state = first.state_dict()
     with pytest.raises(ValueError, match="update_freq = 10, and this run has 5"):
         MaskUpdater(model, "2:4", criterion=Magnitude(), targets=["re:.*q_proj"], update_freq=5, state=state)
-    times_norm = Regrow(times_norm=True)
-    with pytest.raises(ValueError, match="multiplies gradients by activation norms"):
-        MaskUpdater(model, "2:4", criterion=Magnitude(), targets=["re:.*q_proj"], policy=times_norm, total_steps=20)
     first.step()
     assert sparse_layers(model).keys() == first.layers.keys()
     assert torch.equal(model.model.layers[0].self_attn.q_proj.weight, weight)

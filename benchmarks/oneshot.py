@@ -20,7 +20,7 @@ import rows
 import torch
 from jsonargparse import auto_cli
 
-from sparse_train import RIA, Magnitude, SparseGPT, Unstructured, Wanda
+from sparse_train import RIA, Magnitude, SparseGPT, Unstructured, Wanda, WandaCumulative
 from sparse_train.data.blocks import calibration_batches
 from sparse_train.data.texts import HubText, TextFiles, TextSource
 from sparse_train.evaluation import evaluate_perplexity, token_ids
@@ -34,6 +34,7 @@ METHODS: dict[str, tuple[Callable[[], Any], str]] = {
     "wanda": (Wanda, "row"),
     "wanda_layer": (Wanda, "layer"),
     "wanda_model": (Wanda, "model"),
+    "wanda_variant": (WandaCumulative, "layer"),
     "ria": (RIA, "row"),
     "ria_layer": (RIA, "layer"),
     "sparsegpt": (SparseGPT, "layer"),

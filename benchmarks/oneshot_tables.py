@@ -19,7 +19,7 @@ METHODS = {
     "magnitude_layer": "magnitude, per layer (the paper's baseline)",
     "magnitude": "magnitude, per row",
     "wanda": "Wanda",
-    "wanda_variant": "Wanda, cumulative variant (last run with commit df679dc)",
+    "wanda_variant": "Wanda, cumulative variant",
     "ria": "RIA, a = 0.5, per row",
     "ria_layer": "RIA, a = 0.5, per layer (as its code does)",
     "sparsegpt": "SparseGPT",

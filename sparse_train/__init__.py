@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sparse_train.criteria import RIA, Criterion, LayerContext, Magnitude, Wanda
+    from sparse_train.criteria import RIA, Criterion, LayerContext, Magnitude, Wanda, WandaCumulative
     from sparse_train.distributions import OWL, Explicit, SparsityDistribution, Uniform
     from sparse_train.inspection import summary
     from sparse_train.layers.mask_lora import MaskLoRA, add_mask_lora, merge_mask_lora
@@ -60,6 +60,7 @@ __all__ = [
     "Unstructured",
     "UpdateReport",
     "Wanda",
+    "WandaCumulative",
     "add_mask_lora",
     "keep_zeros",
     "load_from_checkpoint",

@@ -78,6 +78,30 @@ class Wanda(Criterion):
 
 
 @dataclass(frozen=True)
+class WandaCumulative(Criterion):
+    """The share of a row's summed Wanda score that is lost if this weight and all lower ones in the row are pruned.
+
+    The variant of Wanda in the paper's code (``use_variant``): every row of a layer loses weights until the same share
+    of its summed score is gone, so rows end with different counts. The paper's code finds the share by bisection. Use
+    ``Unstructured(group="layer")``, whose count is exact; within rows, this selects what ``Wanda`` does.
+    """
+
+    needs_activations: ClassVar[bool] = True
+    rowwise: ClassVar[bool] = True
+
+    def scores(self, layer: LayerContext) -> Tensor:
+        scores_OI = Wanda().scores(layer)
+        sorted_OI, order_OI = scores_OI.sort(dim=1, stable=True)
+        # float64: with thousands of inputs, a float32 running sum would make neighbours equal that Wanda distinguishes
+        share_OI = sorted_OI.double()
+        # on the CPU with deterministic algorithms: GPUs may round differently
+        cpu = torch.are_deterministic_algorithms_enabled()
+        share_OI = (share_OI.cpu() if cpu else share_OI).cumsum_(1).to(scores_OI.device)
+        share_OI /= share_OI[:, -1:].clamp_min(torch.finfo(torch.float64).tiny)
+        return torch.empty_like(scores_OI).scatter_(1, order_OI, share_OI.float())
+
+
+@dataclass(frozen=True)
 class RIA(Criterion):
     """``(|W_ij| / sum_i |W_ij| + |W_ij| / sum_j |W_ij|) * ||X_j||_2 ** a``.
 

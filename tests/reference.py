@@ -32,6 +32,18 @@ def ria_scores(weight_OI: Tensor, inputs_TI: Tensor, a: float) -> Tensor:
     return (size / size.sum(0) + size / size.sum(1, keepdim=True)) * inputs_TI.double().pow(2).sum(0).sqrt() ** a
 
 
+def cumulative_mask(scores_OI: Tensor, sparsity: float) -> Tensor:
+    """Wanda's variant: rows lose weights until a share alpha of their scores is gone; alpha found by bisection."""
+    values, order = scores_OI.double().sort(dim=1, stable=True)
+    gone = values.cumsum(1) / values.sum(1, keepdim=True)
+    low, high = 0.0, 1.0
+    for _ in range(100):
+        alpha = (low + high) / 2
+        low, high = (low, alpha) if (gone <= alpha).double().mean() > sparsity else (alpha, high)
+    keep = torch.ones_like(scores_OI, dtype=torch.bool)
+    return keep.scatter(1, order, gone > low)
+
+
 def sparsegpt(weight_OI: Tensor, inputs_TI: Tensor, kept: int | None, group: int, block: int, damp: float):
     """Algorithm 1 of arXiv 2301.00774, a row at a time, in float64; ``kept`` of ``group``, or half of each block.
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from sparse_train import prune
-from sparse_train.criteria import RIA, Criterion, LayerContext, Magnitude, Wanda
+from sparse_train.criteria import RIA, Criterion, LayerContext, Magnitude, Wanda, WandaCumulative
 from sparse_train.patterns import Unstructured
 from sparse_train.statistics import ActivationNorm
 from tests import reference
@@ -83,3 +83,16 @@ def test_scores_of_other_dtypes_are_taken_as_float32(structure, dtype):
     prune(theirs, mask_structure=structure, sparsity=sparsity, criterion=expected)
     for name, value in ours.state_dict().items():
         assert torch.equal(value, theirs.state_dict()[name])
+
+
+def test_the_cumulative_variant_equals_bisection():
+    weight, inputs = torch.randn(40, 64), torch.randn(50, 64)
+    stats = ActivationNorm(64)
+    stats.add(inputs)
+    mask = Unstructured("layer").mask(WandaCumulative().scores(LayerContext(weight, stats)), 0.5)
+    expected = reference.cumulative_mask(reference.wanda_scores(weight, inputs), 0.5)
+    assert (mask != expected).sum() <= 2  # bisection stops between two weights; the count here is exact
+    assert int((~mask).sum()) == mask.numel() // 2
+    assert len(set((~mask).sum(1).tolist())) > 1  # rows differ
+    rows = Unstructured("row").mask(WandaCumulative().scores(LayerContext(weight, stats)), 0.5)
+    assert torch.equal(rows, Unstructured("row").mask(Wanda().scores(LayerContext(weight, stats)), 0.5))

@@ -259,6 +259,7 @@ SCENARIOS: dict[str, Scenario] = {
     "2:4 Regrow": lambda: fit(policy=api.Regrow(0.5), accumulate=2),
     # criteria and groups
     "2:4 RIA": lambda: fit(criterion=api.RIA()),
+    "50 % WandaCumulative": lambda: fit(LAYER, 0.5, criterion=api.WandaCumulative()),
     "50 % RIA in layers": lambda: fit(LAYER, 0.5, criterion=api.RIA()),
     "2:4 Magnitude": lambda: fit(criterion=api.Magnitude()),
     "50 % Magnitude in layers": lambda: fit(LAYER, 0.5, criterion=api.Magnitude()),
@@ -301,6 +302,7 @@ SCENARIOS: dict[str, Scenario] = {
     "one-shot 50 % in the model": lambda: one_shot(MODEL, 0.5),
     "one-shot 2:4 of bfloat16": lambda: one_shot(dtype=torch.bfloat16),
     "one-shot 2:4 RIA": lambda: one_shot(criterion=api.RIA()),
+    "one-shot 50 % WandaCumulative": lambda: one_shot(LAYER, 0.5, criterion=api.WandaCumulative()),
     "one-shot 50 % RIA in layers": lambda: one_shot(LAYER, 0.5, criterion=api.RIA()),
     "one-shot 2:4 SparseGPT": lambda: one_shot(criterion=api.SparseGPT(block_size=16)),
     "one-shot 50 % SparseGPT": lambda: one_shot("unstructured", 0.5, criterion=api.SparseGPT(block_size=16)),

@@ -78,7 +78,7 @@ def test_every_field_and_flag_is_in_a_table():
     named = {name for field, theirs, _ in MODIFIERS for name in re.findall(r"\w+", field + theirs)}
     assert named >= set(FIELDS.split())
     assert {flag for theirs, _ in SCRIPTS for flag in re.findall(r"--\w+", theirs)} == set(FLAGS.split())
-    assert len(OF_FIELDS) >= 13 and len(OF_FLAGS) >= 10
+    assert len(OF_FIELDS) >= 13 and len(OF_FLAGS) >= 11
 
 
 @pytest.mark.parametrize(("theirs", "ours"), OF_FIELDS)
@@ -113,7 +113,7 @@ def test_fields_of_llm_compressor(theirs, ours, run):
 
 @pytest.mark.parametrize(("theirs", "ours"), OF_FLAGS)
 def test_flags_of_the_scripts(theirs, ours, run):
-    asked = dict(zip(*[iter(shlex.split(theirs))] * 2, strict=True))
+    asked = dict(zip(*[iter(shlex.split(theirs.replace("--use_variant", "--use_variant true")))] * 2, strict=True))
     if "--prune_method" not in asked:
         options = spelt_out(["ID", "DIR", *shlex.split(ours)], ["model", "out"])
         parsed = parser_of("prune", prune).parse_args(options)
@@ -122,11 +122,12 @@ def test_flags_of_the_scripts(theirs, ours, run):
         return
     _, after, details = run(ours)
     (stage,), masks = details["stages"], zeros(after)
-    assert stage["criterion"].partition("(")[0].lower() == asked["--prune_method"]
+    method = asked["--prune_method"] + ("cumulative" if "--use_variant" in asked else "")
+    assert stage["criterion"].partition("(")[0].lower() == method
     assert details["sparsity"] == pytest.approx(float(asked["--sparsity_ratio"]), abs=1e-2)
     if asked["--sparsity_type"] == "unstructured":  # only Wanda compares within rows there
         rows_differ = any(len(set(mask.sum(1).tolist())) > 1 for mask in masks.values())
-        assert rows_differ == (asked["--prune_method"] != "wanda")
+        assert rows_differ == (method != "wanda")
     else:
         assert counts_n_pruned(masks, asked["--sparsity_type"])
 

@@ -114,6 +114,7 @@ TAUGHT_2OF4 = {
     "static_distill": "static, no gradient to pruned weights",
     "dynamic_distill": "re-pruned every 10 steps (the default)",
     "dynamic_dormant_distill": "re-pruned every 10 steps, policy Dormant",
+    "ast_distill": "AST: magnitude, decay of pruned weights 0.01",
     "cast_distill": "CAST without scales, decay 3",
     "cast10_distill": "CAST without scales, decay 10",
 }

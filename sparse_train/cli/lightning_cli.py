@@ -34,7 +34,9 @@ from sparse_train.report.runs import without_homes
 
 _log = logging.getLogger(__name__)
 _SPLITS = {"fit": ("train",), "validate": ("validation",), "test": ("test",)}
-"""The split that the files of ``--text`` are, by command. What is trained on is not measured."""
+"""The split that the files of ``--text`` are, by command."""
+_RUNS = "lightning_logs"
+"""Where a run without ``default_root_dir`` writes."""
 
 
 class _Parser(Parser, LightningArgumentParser):
@@ -74,7 +76,7 @@ class SparseTrainCLI(LightningCLI):
         super().parse_arguments(parser, args)
         options = self.config[self.config.subcommand]
         if options.ckpt_path == "last":  # Lightning looks in the folder of this run, which is new, and trains anew
-            options.ckpt_path = str(newest_checkpoint(options.trainer.default_root_dir or "."))
+            options.ckpt_path = str(newest_checkpoint(options.trainer.default_root_dir or _RUNS))
         if options.ckpt_path:
             check_plain(options.ckpt_path)
             if options.get("weights_only", True) is None:  # where this is not set, Lightning trusts what it downloads
@@ -96,7 +98,7 @@ class SparseTrainCLI(LightningCLI):
         """Adds logs beside the checkpoints and progress that suits the terminal, unless the recipe sets others."""
         own, seen = self.config_init[self.subcommand].trainer, terminal.bars_are_seen()
         if own.logger is None:
-            kwargs["logger"] = CSVLogger(own.default_root_dir or "lightning_logs", name="")
+            kwargs["logger"] = CSVLogger(own.default_root_dir or _RUNS, name="")
         given = own.callbacks if isinstance(own.callbacks, list) else [own.callbacks] if own.callbacks else []
         if own.enable_progress_bar is None and not any(isinstance(callback, ProgressBar) for callback in given):
             bar = RichProgressBar(console_kwargs={"stderr": True}) if seen else TrainingLines()

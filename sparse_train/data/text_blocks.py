@@ -63,11 +63,12 @@ class TextBlocks(L.LightningDataModule):
         self._blocks: dict[Split, Any] = {}
 
     def setup(self, stage: str) -> None:
-        wanted: dict[str, list[Split]] = {"fit": ["train", "validation"], "test": ["test"]}
-        for split in wanted.get(stage, ["validation"]):
-            if split not in self._blocks:
-                self._blocks[split] = self._read(self.text, split, self.pack)
-        if stage == "fit" and not len(self._blocks["validation"]):
+        measured: Split = "test" if stage == "test" else "validation"
+        self._add(measured)
+        if stage == "fit":
+            self._add("train")
+        if measured == "validation" and not len(self._blocks["validation"]) and self.hold_out:
+            self._add("train")
             train = self._blocks["train"]
             first = len(train) - int(self.hold_out * len(train))
             if self.batch_size * self._ranks <= first < len(train):
@@ -77,6 +78,12 @@ class TextBlocks(L.LightningDataModule):
                 )
                 self._blocks["train"] = train.select(range(first))
                 self._blocks["validation"] = train.select(range(first, len(train)))
+        if stage != "fit" and not len(self._blocks[measured]):
+            raise ValueError(f"{self.text.name} has no text in its {measured} split; give a text that has one.")
+
+    def _add(self, split: Split) -> None:
+        if split not in self._blocks:
+            self._blocks[split] = self._read(self.text, split, self.pack)
 
     @property
     def _ranks(self) -> int:

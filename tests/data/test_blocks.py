@@ -200,3 +200,14 @@ def test_calibration_text_gives_its_training_split_in_blocks_of_the_same_length(
     assert set(decoded(batches[0]["input_ids"])) < {"abc</s>", "defg", "h</s></s>i"}
     with pytest.raises(ValueError, match="short texts gives 0 blocks of 64 tokens"):
         TextBlocks(source, Short(), block_size=64, calibration_text=Short()).calibration_dataloader()
+
+
+def test_what_a_run_holds_out_is_what_validate_measures(model_folder, text_file):
+    text = TextFiles(train=[str(text_file)])
+    run, alone = (TextBlocks(str(model_folder), text, block_size=32, batch_size=4, hold_out=0.1) for _ in range(2))
+    run.setup("fit")
+    alone.setup("validate")
+    held, measured = ([row["input_ids"].tolist() for row in each.val_dataloader().dataset] for each in (run, alone))
+    assert held == measured and len(held) > 1
+    with pytest.raises(ValueError, match="has no text in its test split"):
+        alone.setup("test")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sparse_train.layers import masks
+from sparse_train.patterns import Group
 from sparse_train.statistics import Statistics
 
 
@@ -55,6 +56,8 @@ class Criterion(ABC):
     """Whether the scores of a row need nothing from other rows. Each process can then score the rows that it holds
     (FSDP2), and on the CPU several threads score blocks of rows at a time: ``scores`` then has no state and draws no
     random numbers."""
+    group: ClassVar[Group] = "row"
+    """The group in which "unstructured" compares weights under this criterion; ``Unstructured(group=...)`` sets it."""
 
     @abstractmethod
     def scores(self, layer: LayerContext) -> Tensor:
@@ -82,12 +85,13 @@ class WandaCumulative(Criterion):
     """The share of a row's summed Wanda score that is lost if this weight and all lower ones in the row are pruned.
 
     The variant of Wanda in the paper's code (``use_variant``): every row of a layer loses weights until the same share
-    of its summed score is gone, so rows end with different counts. The paper's code finds the share by bisection. Use
-    ``Unstructured(group="layer")``, whose count is exact; within rows, this selects what ``Wanda`` does.
+    of its summed score is gone, so rows end with different counts. The paper's code finds the share by bisection; here
+    shares are compared over the layer, ``Unstructured(group="layer")``, so the count is exact.
     """
 
     needs_activations: ClassVar[bool] = True
     rowwise: ClassVar[bool] = True
+    group: ClassVar[Group] = "layer"
 
     def scores(self, layer: LayerContext) -> Tensor:
         scores_OI = Wanda().scores(layer)

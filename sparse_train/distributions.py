@@ -203,7 +203,7 @@ def check_pattern(distribution: SparsityDistribution, pattern: Pattern) -> None:
 
 
 def whole_counts(shapes: Shapes, sparsities: Shares, pattern: Pattern) -> dict[str, float]:
-    """Round sparsities up to whole counts: each group prunes at most one weight more, and the model no weight less.
+    """Round sparsities up to whole counts: each group prunes at most one weight more, and keeps at least one.
 
     Returns:
         ``(count + 0.5) / members``, for which ``int(members * that)`` is always the count. A user-defined pattern

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from sparse_train.arguments import check_sparsity, to_python_number
-from sparse_train.patterns import Pattern, parse_pattern
+from sparse_train.patterns import Group, Pattern, parse_pattern
 
 ROUNDING = 1e-9
 """0.58 * 100 is 57.99999999999999: shares are meant in decimals."""
@@ -86,16 +86,16 @@ class Cubic(Ramp):
 
 
 def resolve_target(
-    mask_structure: str | Pattern, sparsity: float | None, schedule: Schedule | None
+    mask_structure: str | Pattern, sparsity: float | None, schedule: Schedule | None, group: Group = "row"
 ) -> tuple[Pattern, Schedule]:
     """Pattern and schedule from what users write; ValueError if they contradict each other."""
     if schedule is None:
-        pattern, sparsity = parse_pattern(mask_structure, sparsity)
+        pattern, sparsity = parse_pattern(mask_structure, sparsity, group)
         return pattern, Constant(sparsity)
     final = to_python_number(schedule.sparsity(1.0))
     if sparsity is not None and to_python_number(sparsity) != final:
         raise ValueError(f"sparsity={sparsity} is in conflict with the schedule, which ends at {final}: give one.")
-    pattern, _ = parse_pattern(mask_structure, final)
+    pattern, _ = parse_pattern(mask_structure, final, group)
     return pattern, schedule
 
 

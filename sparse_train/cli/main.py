@@ -15,6 +15,9 @@ from sparse_train.arguments import did_you_mean
 from sparse_train.cli.commands import COMMANDS, USAGE, USAGE_OF_FIT
 from sparse_train.cli.streams import dumps, nothing_on_stdout, quiet_libraries
 
+_EXTRAS = {"accelerate": "trainer", "deepspeed": "deepspeed", "gguf": "gguf", "lm_eval": "eval", "peft": "peft"}
+"""Packages that ``pip install sparse-train`` leaves out, and the extra that has them."""
+
 
 def main(args: list[str] | None = None) -> None:
     """Run a command line; ``args`` default to that of the process.
@@ -50,6 +53,8 @@ def main(args: list[str] | None = None) -> None:
         said = str(error)
         if "Union subtypes" in said:  # jsonargparse has wrapped the error of a class that it created
             said = import_module("sparse_train.cli.mistakes").explain(said, [])
+        if extra := _EXTRAS.get((getattr(error, "name", None) or "").partition(".")[0]):
+            said += f". In the clone, install it: pip install '.[{extra}]'."
         sys.exit(f"sparse-train {name}: {said}")
 
 

@@ -20,9 +20,9 @@ from sparse_train.models.sources import ModelSource, as_model_source
 class TextBlocks(L.LightningDataModule):
     """Batches of ``{"input_ids", "attention_mask", "labels"}``, each (B, L).
 
-    Documents become blocks of ``block_size`` tokens as ``sparse_train.data.blocks_of`` says. The rest at the end of a
-    split is dropped in training and padded in evaluation. The training loader is stateful: a run resumed in the middle
-    of an epoch continues with the next batch.
+    Documents become blocks of ``block_size`` tokens as ``sparse_train.data.blocks.blocks_of`` says. The rest at the end
+    of a split is dropped in training and padded in evaluation. The training loader is stateful: a run resumed in the
+    middle of an epoch continues with the next batch.
 
     Args:
         tokenizer: a model source, or a Hugging Face id or folder with a tokenizer.

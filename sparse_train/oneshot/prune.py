@@ -47,8 +47,8 @@ def prune(
         model: any ``nn.Module`` with linear layers, which is called with the batches.
         batches: calibration data: token ids (B, L) or dicts of model inputs. Not needed by ``Magnitude``.
         mask_structure, sparsity, distribution, targets, ignore: as in ``PruningConfig``; fused experts of
-            Mixture-of-Experts blocks are pruned too. With "unstructured", weights are compared within an
-            output row, or, by ``SparseGPT``, within a layer.
+            Mixture-of-Experts blocks are pruned too. With "unstructured", weights are compared in ``criterion.group``:
+            an output row, or a layer for ``WandaCumulative`` and ``SparseGPT``.
         criterion: a ``Criterion``, or a ``Solver`` such as ``SparseGPT()``; default ``Wanda()``.
         autocast: compute calibration forwards in this dtype, such as ``torch.bfloat16``; the rest stays in float32.
         squash: leave plain linear layers with true zeros. False keeps masks and shadow values, for training; fused

@@ -63,11 +63,10 @@ class Plan:
             criterion if isinstance(criterion, Solver) else require_type("criterion", criterion, Wanda(), Criterion)
         )
         distribution = require_type("distribution", distribution, Uniform(), SparsityDistribution)
-        group = method.group if isinstance(method, Solver) else "row"
         if sparsity is None and not isinstance(distribution, Uniform):
-            pattern = parse_word(mask_structure, group)
+            pattern = parse_word(mask_structure, method.group)
         else:
-            pattern, sparsity = parse_pattern(mask_structure, sparsity, group)
+            pattern, sparsity = parse_pattern(mask_structure, sparsity, method.group)
         check_pattern(distribution, pattern)
         if isinstance(method, Solver):
             method.check_pattern(pattern)

@@ -64,7 +64,7 @@ class PruningConfig:
         mask_structure: "unstructured", "N:M" with N **kept** of every M consecutive inputs, or a ``Pattern``.
         sparsity: share of targeted weights that are zero, in [0, 1); implied by N:M and by ``schedule``.
         update_freq: k, optimizer steps between updates (never micro-batches).
-        criterion: scores weights.
+        criterion: scores weights. Its ``group`` is the group that "unstructured" compares in.
         policy: what pruned weights do between updates.
         schedule: sparsity between ``start_step`` and ``end_step``; default constant.
         distribution: how the final sparsity is divided among layers, such as ``OWL()``. Each layer then keeps its own.
@@ -121,7 +121,7 @@ class PruningConfig:
         self._set("distribution", require_type("distribution", self.distribution, Uniform(), SparsityDistribution))
         require_type("schedule", self.schedule, Cubic(0.5), Schedule)
         require_type("first_mask", self.first_mask, OneShot(), FirstMask)
-        pattern, target = resolve_target(self.mask_structure, self.sparsity, self.schedule)
+        pattern, target = resolve_target(self.mask_structure, self.sparsity, self.schedule, self.criterion.group)
         self._set("pattern", pattern)
         self._set("target", target)
         check_pattern(self.distribution, pattern)

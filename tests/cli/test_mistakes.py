@@ -1,5 +1,6 @@
 """Mistakes as users make them, through the real parsers: a short answer with what, where and the way out."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -207,6 +208,14 @@ def test_debug_gives_all_of_it():
     for command in ([*PRUNE, "--criterion=Wonda"], [*FIT, f"{PRUNING}.criterion=Wonda"]):
         with pytest.raises(Exception, match="Does not validate against any of the Union subtypes"):
             cli.main([*command, "--debug"])
+
+
+def test_a_package_that_is_missing_is_named_with_its_extra(model_folder, text_file, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    Path("adapter").mkdir()
+    Path("adapter/adapter_config.json").write_text("{}")
+    with pytest.raises(SystemExit, match=r"peft.*. In the clone, install it: pip install '.\[peft\]'"):
+        cli.main(["evaluate", str(model_folder), "--adapter=adapter", f"--text={text_file}", "--window=32"])
 
 
 def test_unknown_messages_stay_as_they_are():

@@ -158,7 +158,7 @@ def without_work() -> Iterator[tuple[Path, Path]]:
     """Commands end where work would begin. Gives a model folder and a text, and a current folder of its own."""
     ends = mock.Mock(side_effect=SystemExit(0))
     patches = [mock.patch.object(L.Trainer, name, ends) for name in ("fit", "validate", "test")]
-    patches += [mock.patch.object(Pretrained, "load", ends), mock.patch.object(prune._Job, "stream", ends)]
+    patches += [mock.patch.object(Pretrained, "load", ends), mock.patch.object(prune, "model_without_weights", ends)]
     before = Path.cwd()
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack, warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -21,7 +21,9 @@ from sparse_train import (
     Regrow,
     SparseGPT,
     StraightThrough,
+    Unstructured,
     Wanda,
+    WandaCumulative,
 )
 from sparse_train.callbacks import DynamicPruning
 from sparse_train.integrations.transformers import SparseTrainerCallback
@@ -170,3 +172,11 @@ def test_recipes_name_a_policy_of_a_users_own(tmp_path, monkeypatch):
     yaml = "pruning:\n  policy:\n    class_path: tests.pruning.test_config.Counting\n    init_args: {limit: 3}\n"
     found = parsed(yaml=yaml).policy
     assert isinstance(found, Counting) and found.limit == 3
+
+
+def test_the_word_unstructured_compares_what_the_criterion_says():
+    assert PruningConfig("unstructured", 0.5).pattern == Unstructured("row")
+    assert PruningConfig("unstructured", 0.5, criterion=WandaCumulative()).pattern == Unstructured("layer")
+    rising = PruningConfig("unstructured", schedule=Cubic(0.5), criterion=WandaCumulative())
+    assert rising.pattern == Unstructured("layer")
+    assert PruningConfig(Unstructured("row"), 0.5, criterion=WandaCumulative()).pattern == Unstructured("row")

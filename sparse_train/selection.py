@@ -21,7 +21,7 @@ from torch import Tensor
 T = TypeVar("T")
 
 BLOCK = 1 << 19
-"""Scores that a thread takes at a time, 2 MiB of float32: near its cache, and threads seldom wait for the interpreter."""
+"""Scores that a thread takes at a time: 2 MiB of float32, near its cache, and few waits for the interpreter."""
 _PAIRWISE_UP_TO = 16  # for larger M, a partition costs less than M (M - 1) / 2 comparisons
 
 

@@ -43,8 +43,8 @@ class UpdateReport:
 
     step: int
     target_sparsity: float
-    layers: Mapping[str, LayerUpdate]
-    differing: Mapping[str, float]
+    layers: Mapping[str, LayerUpdate] = field(repr=False)
+    differing: Mapping[str, float] = field(repr=False)
     """Mask entries of each layer that differ from the first mask, counted on every 128th row, at least four of each."""
     seconds: float
 

@@ -106,10 +106,8 @@ class RunRecord(L.Callback):
         self._began, self._counted = time.perf_counter(), self._facts["seconds"]
         if self._logger is not None:
             self.folder = Path(self._logger.log_dir)
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", ".*is not empty")  # a new logger deletes an older metrics.csv
-                for row in self._earlier:
-                    self._logger.experiment.log_metrics(row, int(row["step"]))
+            for row in self._earlier:
+                self._logger.experiment.log_metrics(row, int(row["step"]))
         self._earlier = []
         before, step = self._facts["about"], steps_done(trainer, in_batch=False)
         resumed = before.get("resumed at steps", [])
@@ -213,6 +211,9 @@ def _csv_logger(trainer: L.Trainer) -> CSVLogger:
     folder = trainer.log_dir or trainer.default_root_dir  # collective: on all ranks
     logger = CSVLogger(folder, name="", version="")
     trainer.loggers = [*trainer.loggers, logger]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is not empty")  # it deletes nothing but an older metrics.csv
+        _ = logger.experiment
     return logger
 
 

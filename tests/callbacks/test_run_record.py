@@ -210,15 +210,6 @@ def test_without_a_csv_logger_there_are_metrics_too_and_checkpoints_stay_where_t
     assert list((tmp_path / "checkpoints").iterdir())
 
 
-def test_a_run_that_was_at_its_end_keeps_its_metrics_when_it_is_started_again(tmp_path):
-    def again(ckpt_path=None):
-        saver = ModelCheckpoint(tmp_path / "saved", save_last=True)
-        fit(tmp_path, logger=False, callbacks=[DynamicPruning("2:4"), RunRecord(), saver], ckpt_path=ckpt_path)
-        return (tmp_path / "metrics.csv").read_text()
-
-    assert again() == again(tmp_path / "saved" / "last.ckpt")
-
-
 def test_only_rank_0_writes_and_a_dev_run_leaves_nothing(tmp_path, monkeypatch):
     fit(tmp_path / "dev", callbacks=[DynamicPruning("2:4"), RunRecord()], fast_dev_run=True, max_steps=1, logger=False)
     monkeypatch.setattr(L.Trainer, "is_global_zero", False)

@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 UNTIMED = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}  # machines are noisy: no test is timed
 settings.register_profile("untimed", **UNTIMED)
@@ -75,6 +75,18 @@ def llama() -> LlamaForCausalLM:
 def ids() -> list[torch.Tensor]:
     """Four batches of token ids (2, 16)."""
     return list(torch.randint(3, VOCABULARY, (4, 2, 16)))
+
+
+def tiny_gemma3() -> PreTrainedModel:
+    """A model that reads images; its checkpoints call ``model.language_model.`` ``language_model.model.``."""
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text |= {"vocab_size": 160, "num_key_value_heads": 2, "head_dim": 8, "layer_types": ["full_attention"] * 2}
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 16, "patch_size": 8}
+    special = {"image_token_index": 150, "boi_token_index": 151, "eoi_token_index": 152, "mm_tokens_per_image": 4}
+    return Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=vision, **special)).eval()
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

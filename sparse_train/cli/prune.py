@@ -18,6 +18,7 @@ from sparse_train.environment import versions
 from sparse_train.evaluation.perplexity import check_window
 from sparse_train.export import export_model
 from sparse_train.export.card import ModelCard, oneshot_rows, write_card
+from sparse_train.export.hf_folder import check_written, size_of
 from sparse_train.files import check_free, check_space, replacing
 from sparse_train.inspection import LayerSparsity, layer_sparsities
 from sparse_train.models.sources import Autocast, Dtype, ModelSource, Pretrained, as_model_source, torch_dtype
@@ -110,7 +111,7 @@ def prune(
         # what would fail after the pruning or in it
         if plan.needs_data:
             check_window(loaded, max_seq_length, name="max_seq_length")
-        check_space(folder, sum(weight.numel() * weight.element_size() for weight in loaded.parameters()))
+        check_space(folder, size_of(loaded, torch_dtype(dtype)))
         batches = _own_batches(source, text, calibration) if plan.needs_data else None
         if streaming:
             report = prune_checkpoint(files, folder, batches, **method, device=own_device, progress=True)
@@ -143,6 +144,7 @@ def prune(
         card = ModelCard(source.name, source.hub_id, source.license, oneshot_rows(details))
         if streaming:
             layers = _pruned_layers(report, group_label(plan.pattern))
+            check_written(folder, layers, loaded)
             write_card(folder, card, layers)
         else:
             layers = layer_sparsities(loaded)

@@ -23,7 +23,7 @@ from sparse_train.layers.state_dicts import folded_state_dict
 from sparse_train.models import lora
 from sparse_train.models.checkpoints import PRUNING_STATE, read_checkpoint
 from sparse_train.models.sources import PackagedSmolLM2, Pretrained
-from sparse_train.oneshot.disk import Checkpoint
+from sparse_train.oneshot.disk import Checkpoint, names_in_model
 from sparse_train.pruning.updater import as_record, check_restored_masks
 
 _log = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ def export_model(
         else:
             base, layers = model, layer_sparsities(model, written)
             model.save_pretrained(beside, state_dict=written)  # for a sparsified model, pruned weights become zeros
-        _check_written(beside, layers)
+        check_written(beside, layers, base)
         if dtype is not None:  # save_pretrained has written that of the model in memory
             config = copy.deepcopy(base.config)
             config.dtype = dtype
@@ -94,13 +94,14 @@ def renamed(record: Mapping[str, Any]) -> dict[str, Any]:
     return {**record, "layers": {lora.bare(n.removeprefix("model.")): share for n, share in record["layers"].items()}}
 
 
-def _check_written(folder: Path, layers: Sequence[LayerSparsity]) -> None:
-    """Count the zeros of the files again; ValueError if they are not those that the card will state."""
+def check_written(folder: Path, layers: Sequence[LayerSparsity], model: Any) -> None:
+    """Count the zeros of the files again; ValueError if they are not those that the card states."""
     checkpoint, counted = Checkpoint(folder), {f"{layer.name}.weight": layer.zeros for layer in layers}
-    for key in counted.keys() & checkpoint.files.keys():  # tied weights and fused experts have other names there
+    names = names_in_model(model, checkpoint.files, converted=False)
+    for key in (key for key, name in names.items() if name in counted):  # tied weights and fused experts are not
         weight, file = checkpoint.read([key])[key], checkpoint.files[key]
-        if (zeros := weight.numel() - int(weight.count_nonzero())) != counted[key]:
-            raise ValueError(f"{key} has {zeros} zeros in {file.name}, and {counted[key]} in the model.")
+        if (zeros := weight.numel() - int(weight.count_nonzero())) != counted[names[key]]:
+            raise ValueError(f"{key} has {zeros} zeros in {file.name}, and {counted[names[key]]} in the model.")
 
 
 def size_of(model: Any, dtype: torch.dtype | None) -> int:

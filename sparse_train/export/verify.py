@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sparse_train.blocks import fused_experts, is_conv1d
 from sparse_train.files import reading
-from sparse_train.oneshot.disk import Checkpoint, model_without_weights
+from sparse_train.oneshot.disk import Checkpoint, model_without_weights, names_in_model
 from sparse_train.patterns import Pattern, Unstructured, group_label, parse_word
 
 RECORD = "pruning.json"
@@ -31,16 +31,16 @@ def verify(folder: str | Path) -> dict[str, Any]:
     return compare(record, checkpoint, model_without_weights(folder, checkpoint))
 
 
-def _recipe(record: Mapping[str, Any]) -> tuple[Pattern, float | None, dict[str, float]]:
-    """The pattern within each layer, the sparsity of the model, and what the pattern has in each layer."""
+def _recipe(record: Mapping[str, Any]) -> tuple[Pattern, dict[str, float], float | None]:
+    """The pattern within each layer, what it has in each, and the sparsity of the model where that says more."""
     # a little more, so that rounding loses no weight
     stage, layers = record["stages"][-1], {name: float(share) + 1e-10 for name, share in record["layers"].items()}
     label, wanted = stage["mask_structure"], stage["wanted_sparsity"]
     known = re.fullmatch(r"\d+:\d+|unstructured|unstructured \(layer\)", label)  # not over the model, or a user's own
     pattern = parse_word(label.split()[0], "layer" if "(" in label else "row") if known else Unstructured("layer")
     if known and stage["distribution"] == "Uniform()":
-        layers = dict.fromkeys(layers, wanted)
-    return pattern, wanted, layers
+        layers, wanted = dict.fromkeys(layers, wanted), None  # each is compared with it; N:M goes through whole counts
+    return pattern, layers, wanted
 
 
 def compare(record: Mapping[str, Any], checkpoint: Checkpoint, model: nn.Module) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def compare(record: Mapping[str, Any], checkpoint: Checkpoint, model: nn.Module)
     Raises:
         ValueError: names each layer that is denser, what was expected and what was found.
     """
-    pattern, wanted, shares = _recipe(record)
+    pattern, shares, wanted = _recipe(record)
     wrong, size, found, expected, rounding = [], 0, 0, 0, 0.0
     for name, weight_OI in _weights(checkpoint, model, shares):
         nonzero_OI = weight_OI != 0
@@ -80,15 +80,16 @@ def compare(record: Mapping[str, Any], checkpoint: Checkpoint, model: nn.Module)
 def _weights(checkpoint: Checkpoint, model: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
     """These layers by name, one after the other, (O, I)."""
     experts = fused_experts(model)
+    keys = {name: key for key, name in names_in_model(model, checkpoint.files, converted=False).items()}
     for name in names:
         own, _, index = name.partition("[")
-        key = own if own in experts else f"{own}.weight"
-        if key not in checkpoint.files:
+        stored = own if own in experts else f"{own}.weight"
+        if stored not in keys:
             raise ValueError(
-                f"{checkpoint.folder} has no tensor {key}, which {RECORD} names, or holds it under another name, as "
+                f"{checkpoint.folder} has no tensor {stored}, which {RECORD} names, or holds it in other parts, as "
                 "some models do with experts. Then load the model and look at sparse_train.summary(model)."
             )
-        weight = checkpoint.read([key])[key]
+        weight = checkpoint.read([keys[stored]])[keys[stored]]
         if own in experts:
             weight, transposed = weight[int(index.rstrip("]"))], experts[own].transposed
         else:

@@ -290,6 +290,11 @@ def check_complete(folder: Path) -> None:
 
     Without the files of optimizer, schedule or random numbers, the Trainer would go on to another result.
     """
+    if (folder / TRAINER_STATE_NAME).is_file() and not (folder / STATE_FILE).is_file():
+        raise ValueError(
+            f"There is no {STATE_FILE} in {folder}, so there is no sparse run to resume: the checkpoint was "
+            "written without SparseTrainerCallback, or with save_only_model. Load it as a model and start a new run."
+        )
     missing = [name for name in ("optimizer.*", "scheduler.pt", "rng_state*.pth") if not any(folder.glob(name))]
     try:
         json.loads((folder / TRAINER_STATE_NAME).read_text())  # which the Trainer writes last
@@ -306,15 +311,10 @@ def check_complete(folder: Path) -> None:
 def restore_state(folder: Path, layers: Mapping[str, MaskedLayer], step: int) -> dict[str, Any]:
     """Restore the masks and shadow values of layers whose kept weights come from a checkpoint at this step.
 
-    Returns the updater's state. Raises ValueError, and changes nothing, if there is no state, or if the kept weights
-    or the step are not those of the checkpoint that it was written for.
+    Returns the updater's state. Raises ValueError, and changes nothing, if the kept weights or the step are not those
+    of the checkpoint that it was written for.
     """
     path = folder / STATE_FILE
-    if not path.is_file():
-        raise ValueError(
-            f"There is no {STATE_FILE} in {folder}, so there is no sparse run to resume: the checkpoint was "
-            "written without SparseTrainerCallback, or with save_only_model. Load it as a model and start a new run."
-        )
     content: dict[str, Any] = load_plain(path)
     saved: dict[str, dict[str, Tensor]] = content["layers"]
     check_same_layers(saved, layers)

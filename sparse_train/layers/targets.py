@@ -168,7 +168,7 @@ def _match(model: nn.Module, patterns: Sequence[str], argument: str, fused: Mapp
             names = {n for n in layers if any(n == hit or n.startswith(f"{hit}.") for hit in hits)} or hits
         if not names:
             kinds = sorted({name.rpartition(".")[2] for name in layers})
-            meant = did_you_mean(text, layers) or did_you_mean(text.strip("re:.*$"), kinds, "re:.*")
+            meant = did_you_mean(text, layers) or did_you_mean(text.removeprefix("re:").strip(".*$"), kinds, "re:.*")
             raise ValueError(
                 f"{argument}: {text!r} matches no layer of {type(model).__name__}. Names are matched from their "
                 f"start; for their end write 're:.*q_proj$'.{meant}"

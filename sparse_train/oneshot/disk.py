@@ -36,6 +36,7 @@ _log = logging.getLogger(__name__)
 
 INDEX = "model.safetensors.index.json"
 _PROGRESS, _LOCK = "progress.json", ".lock"
+_IN_MEMORY = "Load the model and use prune without streaming."
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -104,7 +105,10 @@ def write_index(folder: Path, shards: Iterable[str]) -> None:
     weight_map: dict[str, str] = {}
     for name in shards:
         with safe_open(folder / name, framework="pt") as opened:
-            weight_map |= dict.fromkeys(opened.keys(), name)
+            own = dict.fromkeys(opened.keys(), name)
+        if twice := sorted(weight_map.keys() & own.keys()):
+            raise ValueError(f"{twice[0]} is in {weight_map[twice[0]]} and in {name} of {folder}. {_IN_MEMORY}")
+        weight_map |= own
     total = sum((folder / name).stat().st_size for name in set(weight_map.values()))
     _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
@@ -157,6 +161,26 @@ def model_without_weights(path: Path, checkpoint: Checkpoint) -> Any:
     return model.eval()
 
 
+def names_in_model(model: Any, keys: Iterable[str], *, converted: bool = True) -> dict[str, str]:
+    """By key of a checkpoint, the name that its tensor has in a transformers model.
+
+    With ``converted``, also tensors that transformers splits or fuses, by the first of what they become part of.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+    mapping, state = get_model_conversion_mapping(model), model.state_dict()
+    parts = [[each for each in mapping if isinstance(each, kind)] for kind in (WeightRenaming, WeightConverter)]
+    found = {}
+    for key in sorted(keys, key=dot_natural_key):  # as in loading: some renamings apply after others only
+        name, converter = rename_source_key(key, *parts, model.base_model_prefix, state)
+        if name not in state and key in state:  # stored under its name already
+            name, converter = key, None
+        if converted or converter is None:
+            found[key] = name
+    return found
+
+
 # --- the shelf -------------------------------------------------------------------------------------------------------
 
 
@@ -193,9 +217,11 @@ class DiskShelf(Shelf):
         names = {id(module): name for name, module in model.named_modules()}
         self._prefix = names[id(self.blocks[0])].rpartition(".")[0]
         inside = [f"{self._prefix}.{block}." for block in range(len(self.blocks))]
-        full = {key: self._full_name(key) for key in checkpoint.files}
-        self._keys = [[key for key, name in full.items() if name.startswith(prefix)] for prefix in inside]
-        self._rest = [key for key, name in full.items() if not name.startswith(tuple(inside))]
+        self._names = names_in_model(model, checkpoint.files)
+        self._keys = [[key for key, name in self._names.items() if name.startswith(prefix)] for prefix in inside]
+        self._rest = [key for key, name in self._names.items() if not name.startswith(tuple(inside))]
+        if missing := [prefix for prefix, keys in zip(inside, self._keys, strict=True) if not keys]:
+            raise ValueError(f"No tensor of {checkpoint.folder} is known as {missing[0]}*. {_IN_MEMORY}")
         count = len(self.blocks) + 1
         self.shards = [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
         """Of each block, and of the rest."""
@@ -239,7 +265,7 @@ class DiskShelf(Shelf):
         unneeded = () if head is not None and head.weight is embeddings.weight else of_head
         tensors = self.checkpoint.read(self._rest)
         _write_shard(self.work / self.shards[-1], tensors)
-        self._put({key: value for key, value in tensors.items() if not self._full_name(key).startswith(unneeded)})
+        self._put({key: value for key, value in tensors.items() if not self._names[key].startswith(unneeded)})
         others = (f"{self._prefix}.", *of_head)
         self._check_loaded((n, p) for n, p in self.model.named_parameters() if not n.startswith(others))
         for module in self.model.modules():
@@ -286,14 +312,10 @@ class DiskShelf(Shelf):
         if stray and unknown:
             raise ValueError(
                 f"{self.checkpoint.folder} calls a weight {unknown[0]}, and transformers would write {stray[0]}, so "
-                "the checkpoint cannot be written back under its own names. Load the model and use prune."
+                f"the checkpoint cannot be written back under its own names. {_IN_MEMORY}"
             )
         # Every weight of the block has its key; keys that the model does not know are old buffers, which are kept.
         return named | self.checkpoint.read(unknown)
-
-    def _full_name(self, key: str) -> str:
-        base = f"{self.model.base_model_prefix}."
-        return base + key if self._prefix.startswith(base) and not key.startswith((base, "lm_head")) else key
 
     def _shard(self, block: int) -> Path:
         return self.work / self.shards[block]

@@ -300,7 +300,7 @@ def _solve(name: str, layer: MaskedMatrix, solver: Solver, pattern: Pattern, spa
         raise ValueError(f"{name}: the solved weights are not finite; a larger dampening_frac makes it more stable.")
     layer.weight_OI.copy_(weight_OI)
     keep_OJ = masks.pack(mask_OI)
-    return replace_mask(layer, keep_OJ, masks.count(masks.pack(weight_OI != 0) & keep_OJ))
+    return replace_mask(layer, keep_OJ, masks.count(masks.pack(layer.weight_OI != 0) & keep_OJ))
 
 
 def _release(layers: Mapping[str, MaskedMatrix]) -> None:

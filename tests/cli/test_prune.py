@@ -8,6 +8,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from sparse_train.cli import main as cli
+from sparse_train.oneshot.prune import prune_checkpoint
 from tests.conftest import tiny_llama, tiny_tokenizer
 
 
@@ -62,6 +63,17 @@ def test_streaming_gives_the_same_model(run, capsys):
     assert sorted(path.name for path in Path().iterdir()) == ["model", "streamed", "whole"]
 
 
+def test_streamed_files_that_are_dense_are_told(run, monkeypatch):
+    def forgets(path, out, *args, **kwargs):
+        report = prune_checkpoint(path, out, *args, **kwargs)
+        shutil.copy(Path(path, "model.safetensors"), out)  # which is read before shards
+        return report
+
+    monkeypatch.setattr("sparse_train.cli.prune.prune_checkpoint", forgets)
+    with pytest.raises(SystemExit, match="proj.weight has 0 zeros in model.safetensors"):
+        run("--streaming=true")
+
+
 def test_a_card_tells_no_share_of_layers_that_were_not_counted(run):
     run("--ignore=['re:.*down_proj']", out="whole")
     run("--ignore=['re:.*down_proj']", "--streaming=true", out="streamed")
@@ -94,6 +106,11 @@ def test_a_full_disk_is_said_before_the_pruning_and_after_it(run, monkeypatch):
         full.setattr(shutil, "disk_usage", lambda path: free)
         with pytest.raises(SystemExit, match="out needs about 0.0 GB, and 0.0 GB are free"):
             run()
+        weights = 4 * sum(weight.numel() for weight in tiny_llama().parameters())
+        free = free._replace(free=weights * 3 // 4)
+        with pytest.raises(SystemExit, match="out needs about"):
+            run()
+        run("--dtype=bfloat16", out="half")
 
     def fill(*args, **kwargs):
         raise SafetensorError("I/O error: No space left on device (os error 28)")

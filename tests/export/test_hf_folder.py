@@ -14,7 +14,7 @@ from sparse_train.export import export_checkpoint, export_model
 from sparse_train.models.causal_lm import CausalLM
 from sparse_train.models.sources import FromScratch, Pretrained
 from tests.callbacks.runs import loader, trainer
-from tests.conftest import tiny_llama, tiny_tokenizer
+from tests.conftest import tiny_gemma3, tiny_llama, tiny_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
@@ -51,10 +51,11 @@ def test_a_model_is_written_in_the_dtype_of_its_files_or_another(bfloat16_folder
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_files_without_the_zeros_of_the_model_are_not_left(tmp_path, monkeypatch):
-    model = tiny_llama()
-    prune(model, criterion=Magnitude(), squash=False)
-    monkeypatch.setattr(model, "save_pretrained", lambda folder, **_: tiny_llama().save_pretrained(folder))
+@pytest.mark.parametrize(("make", "blocks"), [(tiny_llama, "model"), (tiny_gemma3, "model.language_model")])
+def test_files_without_the_zeros_of_the_model_are_not_left(make, blocks, tmp_path, monkeypatch):
+    model = make()
+    prune(model, criterion=Magnitude(), targets=[f"{blocks}.layers"], squash=False)
+    monkeypatch.setattr(model, "save_pretrained", lambda folder, **_: make().save_pretrained(folder))
     with pytest.raises(ValueError, match=r"has 0 zeros in model.safetensors, and \d+ in the model"):
         export_model(model, None, tmp_path / "out")
     assert not list(tmp_path.iterdir())

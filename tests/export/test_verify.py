@@ -6,7 +6,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from sparse_train import Explicit, FirstWindow
+from sparse_train import Explicit, FirstWindow, Magnitude, prune
 from sparse_train.callbacks import DynamicPruning
 from sparse_train.cli.main import main
 from sparse_train.export import ModelCard, export_checkpoint, export_model
@@ -16,7 +16,7 @@ from sparse_train.models.causal_lm import CausalLM
 from sparse_train.oneshot.disk import Checkpoint
 from sparse_train.pruning.updater import as_record
 from tests.callbacks.runs import loader, trainer
-from tests.conftest import tiny_llama, tiny_tokenizer
+from tests.conftest import tiny_gemma3, tiny_llama, tiny_tokenizer
 from tests.integrations import runs
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -124,6 +124,19 @@ def test_what_a_run_exports_and_a_model_that_is_not_that_of_the_run(dense, tmp_p
     none = record | {"layers": dict.fromkeys(record["layers"], 0.0)}  # as of masks that keep everything
     with pytest.raises(ValueError, match="all 21 layers: expected a sparsity of 0.5, found 0"):
         export_model(tiny_llama(), None, tmp_path / "other", ModelCard(pruning=none))
+
+
+def test_keys_that_are_not_the_names_of_the_model_in_the_middle_of_a_schedule(tmp_path):
+    """N:M goes through whole counts: at a sparsity of 0.3, 2:4 is 3:4."""
+    model = tiny_gemma3()
+    layers = prune(model, None, "3:4", criterion=Magnitude(), targets=["model.language_model.layers"]).layers
+    record = {"stages": [STAGE | {"wanted_sparsity": 0.3}], "layers": dict.fromkeys(layers, 0.25)}
+    out = export_model(model, None, tmp_path / "out", ModelCard(pruning=record))
+    assert verify(out) == {"layers": 14, "sparsity": 0.25, "zeros_kept": 0}
+    up = "model.language_model.layers.0.mlp.up_proj"
+    change(out, "language_model.model.layers.0.mlp.up_proj.weight", fill(0, 1))
+    with pytest.raises(ValueError, match=f"{up}: 2:4 at a sparsity of 0.3 has 512 zeros; found 511, and 1 of"):
+        verify(out)
 
 
 def test_what_the_trainer_writes(tmp_path):

@@ -70,9 +70,11 @@ def test_the_state_of_another_step_is_refused_where_kept_weights_cannot_tell(tmp
 
 def test_what_cannot_be_resumed_says_why(tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 5, "max_steps": 5}
-    trainer(tmp_path, **settings).train()
-    with pytest.raises(ValueError, match="no sparse_training_state.pt.* written without SparseTrainerCallback"):
-        trainer(tmp_path, pruning()).train(resume_from_checkpoint=True)
+    for callbacks, more in (((), {}), ((pruning(),), {"save_only_model": True})):
+        trainer(tmp_path, *callbacks, **settings, **more).train()
+        with pytest.raises(ValueError, match="no sparse_training_state.pt.* without SparseTrainerCallback, or with"):
+            trainer(tmp_path, pruning()).train(resume_from_checkpoint=True)
+        shutil.rmtree(tmp_path / "checkpoint-5")
     trainer(tmp_path, pruning(), **settings).train()
     assert (tmp_path / "checkpoint-5" / STATE_FILE).is_file()
     with pytest.raises(ValueError, match="update_freq = 4, and this run has 3"):

@@ -323,6 +323,8 @@ def test_routers_and_gates_of_experts_stay_dense_unless_they_are_named():
     model.layers = nn.ModuleList([Mixture(), Mixture()])
     assert names(model) == ["layers.0.gate_proj", "layers.1.gate_proj"]
     assert len(names(model, targets=["Linear"])) == 8
+    with pytest.raises(ValueError, match=r"Did you mean 're:\.\*router"):
+        names(model, targets=["re:.*ruoter$"])
 
 
 class SwiGLUGate(nn.Module):

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTJConfig, GPTJForCausalLM
 
 from sparse_train import OWL, Criterion, Magnitude, SparseGPT, Unstructured, Wanda, prune
-from sparse_train.oneshot import walk
+from sparse_train.oneshot import disk, walk
 from sparse_train.oneshot.disk import Checkpoint, copy_companions, copy_others, model_without_weights, unfinished
 from sparse_train.oneshot.prune import prune_checkpoint
-from tests.conftest import tiny_llama, tiny_tokenizer
+from tests.conftest import tiny_gemma3, tiny_llama, tiny_tokenizer
 from tests.oneshot.test_experts import tiny_moe
 from tests.oneshot.test_prune import tiny
 from tests.ranks import launch
@@ -48,6 +49,25 @@ def test_block_by_block_from_disk_equals_in_memory(make, family, tmp_path, ids):
     assert report.sparsity == expected.sparsity and report.layers.keys() == expected.layers.keys()
     assert {f: f.read_bytes() for f in (tmp_path / "dense").iterdir()} == before
     assert sorted(f.name for f in tmp_path.iterdir()) == ["dense", "sparse"]
+
+
+@pytest.mark.parametrize("criterion", [Magnitude(), Wanda()])
+def test_blocks_whose_keys_do_not_begin_as_in_the_model(criterion, tmp_path, ids):
+    how, model = {"criterion": criterion, "targets": ["model.language_model.layers"]}, tiny_gemma3()
+    save(model, tmp_path / "dense")
+    before = Checkpoint(tmp_path / "dense").files
+    assert "language_model.model.layers.0.mlp.up_proj.weight" in before
+    prune_checkpoint(tmp_path / "dense", tmp_path / "sparse", ids, **how)
+    prune(model, ids, **how)
+    assert_equal(tmp_path / "sparse", model)
+    assert Checkpoint(tmp_path / "sparse").files.keys() == before.keys()
+
+
+def test_a_key_in_two_shards_is_refused(tmp_path):
+    for name in ("a", "b"):
+        save_file({"x": torch.ones(1), name: torch.ones(1)}, tmp_path / name)
+    with pytest.raises(ValueError, match="x is in a and in b"):
+        disk.write_index(tmp_path, ["a", "b"])
 
 
 @pytest.mark.parametrize(
@@ -144,12 +164,13 @@ def drop_a_file(folder):
     next(folder.glob("model-00002-of-*.safetensors")).unlink()
 
 
-def drop_weights(folder):
-    from safetensors.torch import load_file, save_file
+def drop_weights(part):
+    def drop(folder):
+        file = folder / "model.safetensors"
+        kept = {key: value for key, value in load_file(file).items() if part not in key}
+        save_file(kept, file, metadata={"format": "pt"})
 
-    file = folder / "model.safetensors"
-    kept = {key: value for key, value in load_file(file).items() if "layers.0.mlp" not in key}
-    save_file(kept, file, metadata={"format": "pt"})
+    return drop
 
 
 @pytest.mark.parametrize(
@@ -163,7 +184,8 @@ def drop_weights(folder):
         (write_index('{"weight_'), {}, {}, r"Cannot load .*index.json'. "),
         (write_index('{"weight_map": {"x": "/etc/passwd"}}'), {}, {}, "which is outside its folder"),
         (drop_a_file, {"max_shard_size": "100KB"}, {}, "Cannot load .*No such file"),
-        (drop_weights, {}, {}, "has no weights for model.layers.0.mlp"),
+        (drop_weights("layers.0.mlp"), {}, {}, "has no weights for model.layers.0.mlp"),
+        (drop_weights("layers.1"), {}, {}, r"is known as model.layers.1.\*. Load the model and use prune"),
         (lambda f: (f / "model.safetensors").unlink(), {}, {}, "only safetensors can be read block by block"),
         (None, {}, {"targets": ["lm_head"]}, "lm_head"),
         (None, {}, {"mask_structure": Unstructured("model"), "sparsity": 0.5}, "never in memory here"),
@@ -252,8 +274,6 @@ def test_half_precision_checkpoints_stay_half(tmp_path, ids):
 
 
 def test_old_buffers_in_a_checkpoint_go_along(tmp_path, ids):
-    from safetensors.torch import load_file, save_file
-
     model = tiny("gpt2")
     save(model, tmp_path / "dense")
     file = tmp_path / "dense" / "model.safetensors"
@@ -286,8 +306,6 @@ def test_a_kill_before_the_last_rename_is_finished_by_the_same_call_only(tmp_pat
 
 
 def test_missing_embeddings_and_quantised_checkpoints_are_refused(tmp_path, ids):
-    from safetensors.torch import load_file, save_file
-
     save(tiny_llama(), tmp_path / "dense")
     file = tmp_path / "dense" / "model.safetensors"
     whole = load_file(file)

@@ -409,3 +409,17 @@ def test_a_progress_bar_changes_nothing_and_is_for_terminals(ids, capsys):
     prune(plain, ids, "unstructured", 0.6, distribution=OWL(owl_m=2.0))
     assert all(map(torch.equal, shown.parameters(), plain.parameters()))
     assert capsys.readouterr().err == ""
+
+
+class _Tiny(SparseGPT):
+    def solve(self, weight_OI, gram_II, pattern, sparsity):
+        weight_OI, mask_OI = super().solve(weight_OI, gram_II, pattern, sparsity)
+        weight_OI[0] = 1e-9
+        return weight_OI, mask_OI
+
+
+def test_zeros_are_counted_on_the_weights_as_stored(ids):
+    model = tiny_llama().half()  # in which 1e-9 is zero
+    report = prune(model, ids, criterion=_Tiny())
+    for name, layer in report.layers.items():
+        assert layer.zeros == (model.get_submodule(name).weight == 0).sum(), name

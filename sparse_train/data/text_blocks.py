@@ -78,8 +78,6 @@ class TextBlocks(L.LightningDataModule):
                 )
                 self._blocks["train"] = train.select(range(first))
                 self._blocks["validation"] = train.select(range(first, len(train)))
-        if stage != "fit" and not len(self._blocks[measured]):
-            raise ValueError(f"{self.text.name} has no text in its {measured} split; give a text that has one.")
 
     def _add(self, split: Split) -> None:
         if split not in self._blocks:
@@ -124,4 +122,6 @@ class TextBlocks(L.LightningDataModule):
         blocks = self._blocks[split]
         if most is not None:
             blocks = blocks.select(range(min(most, len(blocks))))
+        if not len(blocks) and (split == "test" or (self.trainer is not None and self.trainer.validating)):
+            raise ValueError(f"{self.text.name} has no text in its {split} split; give a text that has one.")
         return DataLoader(blocks, batch_size=self.batch_size) if len(blocks) else []

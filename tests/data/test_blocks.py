@@ -209,5 +209,6 @@ def test_what_a_run_holds_out_is_what_validate_measures(model_folder, text_file)
     alone.setup("validate")
     held, measured = ([row["input_ids"].tolist() for row in each.val_dataloader().dataset] for each in (run, alone))
     assert held == measured and len(held) > 1
+    alone.setup("test")
     with pytest.raises(ValueError, match="has no text in its test split"):
-        alone.setup("test")
+        alone.test_dataloader()

@@ -175,7 +175,7 @@ def main(device: str = "cuda", small: bool = False, parts: list[str] | None = No
         print(f"{name} ...", flush=True)
         try:
             text = PARTS[name](device, small)
-        except Exception:
+        except Exception:  # whatever it is, it stands on the page, and the next part does not need this one
             text = f"**Failed:**\n\n```text\n{traceback.format_exc().strip()}\n```"
         page.append(f"## {name.capitalize()}\n\n{text}")
         Path(out).write_text("\n\n".join(page) + "\n")  # after each part: what is there stays

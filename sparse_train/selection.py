@@ -2,7 +2,7 @@
 
 Shape suffixes: G groups, M members of a group.
 
-On the CPU, numpy processes the matrix in threads, in blocks of rows that fit the cache: at 4096 x 11008 that is more
+On the CPU, numpy processes the matrix in threads, in blocks of rows: at 4096 x 11008 that is more
 than ten times faster than sorting rows (``benchmarks/selection.py``). Other devices use torch.
 """
 
@@ -98,7 +98,7 @@ def _in_blocks(select: _BlockSelection, scores_GM: Tensor, kept: int) -> Tensor:
 
 
 def row_blocks(rows: int, columns: int) -> list[slice]:
-    """Blocks of rows that fit the cache, the same number for every thread."""
+    """Blocks of about ``BLOCK`` scores, the same number for every thread."""
     threads, fit = torch.get_num_threads(), max(1, BLOCK // columns)
     blocks = -(-rows // (fit * threads)) * threads
     size = max(1, -(-rows // blocks))

@@ -36,7 +36,7 @@ def evaluate(
     Args:
         model: Hugging Face id or local folder, whose weights keep their dtype; or a model source.
         tasks: what to measure, separated by commas: perplexity, wanda7 (the seven zero-shot tasks of the Wanda paper),
-            or any task of lm-eval; default: perplexity.
+            or any task of lm-eval, by its name or in a file of your own (TASK.yaml); default: perplexity.
         task_data: folder with JSONL files of wanda7's items, see docs/evaluation.md; default: from the hub.
         tokenizer: model source, Hugging Face id or folder with the tokenizer; default: that of the model.
         adapter: folder of an adapter of peft that is added to the model.

@@ -143,7 +143,7 @@ def growth(part: dict[str, Any]) -> list[str]:
         machine(part),
         "Llamas of random weights, 2:4, bfloat16 autocast; one size at a time differs from "
         f"{base['width']} wide, {base['blocks']} blocks, {base['tokens']} tokens a step; "
-        f"{len(base['seconds']['dense'])} rounds. Against the dense step, where less than 1 is noise of the machine:\n",
+        f"{len(base['seconds']['dense'])} rounds. Against the dense step:\n",
         "![Cost of re-pruning against width, blocks, tokens and k](pictures/growth.svg)\n",
         table(["width", "blocks", "tokens", "dense step, s", "an update, ms", "k = 10", "k = 1"], lines),
         "How it grows with processes: [computed](scaling.md).\n",

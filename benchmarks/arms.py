@@ -40,6 +40,7 @@ class Arm:
         teacher: whether it learns from the model that --teacher names.
         start: one of ``ONESHOT``: the arm starts from its pruned model, with zeros; default: the dense model.
         text: the text to train on; its validation and test articles, or files, are used for evaluation.
+        optimizer: another one than AdamW.
     """
 
     recipe: str
@@ -47,6 +48,7 @@ class Arm:
     teacher: bool = False
     start: str | None = None
     text: TextSource = field(default_factory=PackagedWikipedia)
+    optimizer: str | None = None
 
 
 def _arm(
@@ -56,10 +58,11 @@ def _arm(
     distil: bool = False,
     start: str | None = None,
     text: TextSource | None = None,
+    optimizer: str | None = None,
 ) -> Arm:
     own = [change if change.startswith("--") else f"{CALLBACK}.{change}" for change in changes]
     learns = _DISTILLATION if distil or teacher else []
-    return Arm(f"recipes/{recipe}.yaml", learns + own, teacher, start, text or PackagedWikipedia())
+    return Arm(f"recipes/{recipe}.yaml", learns + own, teacher, start, text or PackagedWikipedia(), optimizer)
 
 
 def _shifted(*changes: str) -> Arm:
@@ -132,6 +135,10 @@ ARMS: dict[str, Arm] = {
     ),
     "static_distill_tuned": _arm("smollm2_2of4_static", teacher=True),
     "dynamic_distill_tuned": _arm("smollm2_2of4", teacher=True),
+    # another optimizer
+    "muon_static_distill": _arm("smollm2_2of4_static", distil=True, optimizer="variants.MuonAndAdamW"),
+    "muon_dormant_distill": _arm("smollm2_2of4", "policy=Dormant", distil=True, optimizer="variants.MuonAndAdamW"),
+    "muon_dynamic_distill": _arm("smollm2_2of4", distil=True, optimizer="variants.MuonAndAdamW"),
     # weights swap places by what the optimizer's moments say of them
     "swaps_distill": _arm("smollm2_2of4", *_SWAPS, distil=True),
     "swaps_k40_distill": _arm("smollm2_2of4", *_SWAPS, "update_freq=40", distil=True),

@@ -154,6 +154,7 @@ def _train(
     calibrated = "mask_structure" in Path(arm.recipe).read_text() and arm.start is None
     batches = -(-CALIBRATION_BLOCKS // batch_size)
     first_mask = [f"{CALLBACK}.first_mask=OneShot", f"{CALLBACK}.first_mask.batches={batches}"] if calibrated else []
+    optimizer = [f"--model.optimizer={arm.optimizer}", f"--model.optimizer.lr={lr}"] if arm.optimizer else []
     with tempfile.TemporaryDirectory() as folder:
         start = Path(folder, "start")
         if arm.start is not None:
@@ -172,6 +173,7 @@ def _train(
                 f"--data.seed={seed}",
                 f"--data.batch_size={batch_size}",
                 f"--model.lr={lr}",
+                *optimizer,
                 "--model.compile_blocks=true",
                 f"--trainer.max_steps={steps}",
                 f"--trainer.default_root_dir={folder}",

@@ -1,4 +1,6 @@
-"""Policies of masks, and callbacks, that some arms use. They are not in the package: these runs show if they should be.
+"""Policies of masks, callbacks and an optimizer that some arms use.
+
+They are not in the package: these runs show if they should be.
 
     --trainer.callbacks.policy=variants.EvidenceSwaps
 
@@ -8,14 +10,14 @@ a group, P pairs of a pruned and a kept weight of a group.
 
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import lightning as L
 import torch
-from torch import Tensor
-from torch.optim import Adam, AdamW, Optimizer
+from torch import Tensor, nn
+from torch.optim import Adam, AdamW, Muon, Optimizer
 
 from sparse_train import LayerContext, MaskPolicy, StraightThrough
 from sparse_train.callbacks import DynamicPruning
@@ -256,6 +258,45 @@ def _pairs(layer: LayerContext, group_size: int) -> tuple[Tensor, Tensor, Tensor
     gain_GP, back_GP = gain_OI.view(-1, size).topk(pairs)
     cost_GP, gone_GP = cost_OI.view(-1, size).topk(pairs, largest=False)
     return gain_GP / cost_GP.clamp_min(tiny), back_GP, gone_GP
+
+
+# --- how weights learn -----------------------------------------------------------------------------------------------
+
+
+class MuonAndAdamW(Optimizer):
+    """Muon for the matrices of decoder blocks, AdamW for embeddings and norms, as one optimizer.
+
+    Its rate is AdamW's: Muon's updates are scaled to the root mean square of AdamW's. Pruned weights move too, as the
+    update of a matrix is dense even if its gradient has zeros; a mask ignores them.
+
+    Args:
+        params: a matrix with ten times more rows than columns is an embedding.
+        lr: of both.
+        betas: of AdamW.
+        momentum: of Muon.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter],
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.95),
+        momentum: float = 0.95,
+    ) -> None:
+        every = list(params)
+        matrices = [p for p in every if p.ndim == 2 and p.shape[0] < 10 * p.shape[1]]
+        chosen = {id(p) for p in matrices}
+        rest = [p for p in every if id(p) not in chosen]
+        muon = Muon(matrices, lr, weight_decay=0.0, momentum=momentum, adjust_lr_fn="match_rms_adamw")
+        self._parts = [muon, AdamW(rest, lr, betas, weight_decay=0.0)]
+        super().__init__(every, {"lr": lr})
+        self.param_groups = [group for part in self._parts for group in part.param_groups]
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        loss = None if closure is None else closure()
+        for part in self._parts:
+            part.step()
+        return loss
 
 
 # --- what a run does besides -----------------------------------------------------------------------------------------

@@ -110,7 +110,7 @@ class Module(lightning.LightningModule):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("block", named(block for block in BLOCKS if block.language in ("python", "diff")))
-def test_python_blocks_run(block, elsewhere, monkeypatch):
+def test_python_blocks_run(block, elsewhere, monkeypatch, model_folder, text_file):
     monkeypatch.setattr(lightning, "Trainer", Trainer)
     model, code = tiny_llama(), block.code
     batches = list(torch.randint(3, VOCABULARY, (12, 2, 16)))
@@ -129,9 +129,13 @@ def test_python_blocks_run(block, elsewhere, monkeypatch):
     }
     if "best.ckpt" in code:
         _save_checkpoint()
+    if "my_model" in code:
+        shutil.copytree(model_folder, "my_model")
+        shutil.copy(text_file, "my_text.txt")
     exec(compile(code, "block", "exec"), names)
     if any(word in code for word in ("squash(", "prune(", "fit(")):
-        weight = model.model.layers[0].mlp.up_proj.weight
+        used = names["model"] if "my_model" in code else model
+        weight = used.model.layers[0].mlp.up_proj.weight
         assert (weight == 0).float().mean() == 0.5
         assert ((weight.reshape(-1, 4) == 0).sum(1) == 2).all() != ('"unstructured"' in code)
     if "saved[" in code:

@@ -93,7 +93,8 @@ def check_length(ids: Tensor, window: int, max_tokens: int | None = None) -> Ten
         raise ValueError(f"window must be at least 2 tokens, got {window}: the first one has no loss.")
     ids = ids[:max_tokens]
     if len(ids) < window:
-        raise ValueError(f"The split has {len(ids)} tokens, fewer than one window of {window}: make it smaller.")
+        found = f"The text has {len(ids)} tokens, fewer than one window of {window}"
+        raise ValueError(f"{found}. Use a smaller window, or a split with more text.")
     return ids
 
 

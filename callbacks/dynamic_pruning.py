@@ -93,7 +93,7 @@ class DynamicPruning(L.Callback):
         squash: bool = True,
         **settings: Any,
     ) -> None:
-        self.config = config or PruningConfig(mask_structure, sparsity, **settings)
+        self.config = PruningConfig.of(config, mask_structure, sparsity, **settings)
         """The settings of the run."""
         require_type("mask_lora", mask_lora, MaskLoRA(), MaskLoRA)
         self._mask_lora, self._squash = mask_lora, squash

@@ -117,10 +117,10 @@ class Timing:
     """Steps before an update over which activations are recorded, at most ``update_freq``."""
 
     def in_words(self) -> str:
-        if self.start_step == self.end_step:
-            return f"masks change only at step {self.end_step}"
-        every = f"every {self.update_freq} steps from step {self.start_step} on and at step {self.end_step}"
-        return f"masks change {every}, and are frozen afterwards"
+        steps = [*map(str, range(self.start_step, self.end_step, self.update_freq)), str(self.end_step)]
+        if len(steps) > 4:
+            steps[2:-1] = ["..."]
+        return f"masks change at step{'s' * (len(steps) > 1)} {', '.join(steps)}, then freeze"
 
     def is_update(self, step: int) -> bool:
         return self.next_update(step - 1) == step

@@ -110,7 +110,7 @@ class Module(lightning.LightningModule):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("block", named(block for block in BLOCKS if block.language in ("python", "diff")))
-def test_python_blocks_run(block, elsewhere, monkeypatch):
+def test_python_blocks_run(block, elsewhere, monkeypatch, model_folder, text_file):
     monkeypatch.setattr(lightning, "Trainer", Trainer)
     model, code = tiny_llama(), block.code
     batches = list(torch.randint(3, VOCABULARY, (12, 2, 16)))
@@ -129,9 +129,13 @@ def test_python_blocks_run(block, elsewhere, monkeypatch):
     }
     if "best.ckpt" in code:
         _save_checkpoint()
+    if "my_model" in code:
+        shutil.copytree(model_folder, "my_model")
+        shutil.copy(text_file, "my_text.txt")
     exec(compile(code, "block", "exec"), names)
     if any(word in code for word in ("squash(", "prune(", "fit(")):
-        weight = model.model.layers[0].mlp.up_proj.weight
+        used = names["model"] if "my_model" in code else model
+        weight = used.model.layers[0].mlp.up_proj.weight
         assert (weight == 0).float().mean() == 0.5
         assert ((weight.reshape(-1, 4) == 0).sum(1) == 2).all() != ('"unstructured"' in code)
     if "saved[" in code:
@@ -156,7 +160,7 @@ def _save_checkpoint():
     torch.save({"state_dict": module.state_dict(), "pytorch-lightning_version": lightning.__version__}, "best.ckpt")
 
 
-@pytest.mark.parametrize("block", named(block for block in BLOCKS if block.language == "yaml"))
+@pytest.mark.parametrize("block", named(block for block in BLOCKS if block.language == "yaml" and not block.mark))
 def test_yaml_blocks_are_overlays(block, elsewhere, tmp_path):
     (tmp_path / "overlay.yaml").write_text(block.text)
     lightning_cli.run(["fit", f"--config={BASE}", f"--config={tmp_path / 'overlay.yaml'}"], WithoutObjects)
@@ -165,7 +169,8 @@ def test_yaml_blocks_are_overlays(block, elsewhere, tmp_path):
 def test_there_are_commands_and_few_are_not_run():
     assert {line.split()[1] for line in COMMAND_LINES} == set(COMMANDS)
     marked = [mark for mark in COMMAND_LINES.values() if mark]
-    assert {block.mark for block in BLOCKS} <= {"", "needs: hub", "needs: gpu", "needs: nodes", "file: my_scores.py"}
+    files = {"file: my_scores.py", "file: my_task.yaml"}
+    assert {block.mark for block in BLOCKS} <= {"", "needs: hub", "needs: gpu", "needs: nodes", *files}
     assert 4 * len(marked) <= len(COMMAND_LINES)
 
 
@@ -261,6 +266,7 @@ def _prepare(command, options, left_behind, text_file):
     for task in WANDA7:
         item = {"rte": rte, "winogrande": winogrande, "boolq": passage}.get(task, question)
         Path(f"data/zeroshot/{task}.jsonl").write_text(f"{item}\n" * 3)
+    Path("my_items.jsonl").write_text(f"{question}\n" * 3)
 
 
 def _small(command, options, model_folder, text_file) -> list[str]:
@@ -282,7 +288,7 @@ def _small(command, options, model_folder, text_file) -> list[str]:
     if command == "prune":
         own_text = () if "--text" in options else (f"--text={text}",)
         return [f"--model={model_folder}", *own_text, "--num_calibration_samples=4", "--max_seq_length=32"]
-    if command == "evaluate" and "--task_data" not in options:
+    if command == "evaluate" and not {"--task_data", "my_task.yaml"} & {*options}:
         return [*short, *(() if "--text" in options else (f"--text={text}",))]
     return []
 

@@ -1,5 +1,6 @@
 """``sparse-train prune``: one model to one folder."""
 
+import sys
 from dataclasses import replace
 from json import dumps
 from pathlib import Path
@@ -112,6 +113,8 @@ def prune(
         if plan.needs_data:
             check_window(loaded, max_seq_length, name="max_seq_length")
         check_space(folder, size_of(loaded, torch_dtype(dtype)))
+        if plan.needs_data and rank() == 0:
+            print(f"reading {text.name}", file=sys.stderr)
         batches = _own_batches(source, text, calibration) if plan.needs_data else None
         if streaming:
             report = prune_checkpoint(files, folder, batches, **method, device=own_device, progress=True)

@@ -35,6 +35,7 @@ def dumps(found: Any) -> str:
 _LOGGERS = ("lightning.pytorch.utilities.rank_zero", "DeepSpeed")
 _WARNINGS = [
     "LightningCLI's args parameter",  # main has removed the command from sys.argv
+    "The dirpath has changed from",  # of checkpoints: each command has a folder of its own
     # Lightning's model summary shows the size of 32-bit weights, which is correct
     r"Precision \S+ is not supported by the model summary",
     # jsonargparse from 4.49 on, about an argument name that Lightning and older versions use

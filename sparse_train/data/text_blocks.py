@@ -70,7 +70,7 @@ class TextBlocks(L.LightningDataModule):
         if measured == "validation" and not len(self._blocks["validation"]) and self.hold_out:
             self._add("train")
             train = self._blocks["train"]
-            first = len(train) - int(self.hold_out * len(train))
+            first = len(train) - max(1, int(self.hold_out * len(train)))
             if self.batch_size * self._ranks <= first < len(train):
                 rank_zero_info(
                     f"The text has no validation split: its last {len(train) - first} of {len(train)} blocks are not "

@@ -90,7 +90,7 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
         squash: bool = True,
         **settings: Any,
     ) -> None:
-        self.config = config or PruningConfig(mask_structure, sparsity, **settings)
+        self.config = PruningConfig.of(config, mask_structure, sparsity, **settings)
         """The settings of the run."""
         policy = self.config.policy
         if type(policy).before_optimizer_step is not MaskPolicy.before_optimizer_step:

@@ -52,7 +52,8 @@ class CalibrationPass:
         context: Context = nullcontext,
     ) -> None:
         self._model, self._blocks, self._device, self._keep, self._context = model, blocks, device, keep, context
-        self._batches = [_checked(batch, model, device) for batch in batches]
+        given = batches if isinstance(batches, Iterable) else [batches]  # such as a tokenizer, which is refused
+        self._batches = [_checked(batch, model, device) for batch in given]
         if not self._batches:
             raise ValueError("There is no calibration data: the iterable of batches is empty.")
         self._recorder = Recorder()
@@ -221,7 +222,7 @@ def _moved(value: Any, device: torch.device) -> Any:
 def _checked(batch: Batch, model: nn.Module, device: torch.device) -> Batch:
     """A batch as the model is called with it, on the device."""
     config = getattr(model, "config", None)
-    what = "A calibration batch is a tensor of token ids (B, L) or a dict of model inputs, got"
+    what = "Calibration data is a list, or the like, of tensors of token ids (B, L) or dicts of model inputs. This has"
     if isinstance(batch, Mapping):
         needs_labels = getattr(config, "is_encoder_decoder", False)  # which makes inputs of them; no loss is needed
         named = {key: value for key, value in batch.items() if key != "labels" or needs_labels}
@@ -231,9 +232,9 @@ def _checked(batch: Batch, model: nn.Module, device: torch.device) -> Batch:
     else:
         raise ValueError(f"{what} a {type(batch).__name__}.")
     ids = batch.get("input_ids") if isinstance(batch, Mapping) else batch
-    if config is not None and isinstance(ids, Tensor) and ids.dim() == 1:
+    if config is not None and isinstance(ids, Tensor) and ids.dim() < 2:
         raise ValueError(
-            f"{what} ids of shape ({len(ids)},): one sample. Put a batch dimension in front "
+            f"{what} ids of shape {tuple(ids.shape)}: one sample. Put a batch dimension in front "
             "(ids[None]), or use a DataLoader."
         )
     if isinstance(ids, Tensor) and not ids.is_floating_point():

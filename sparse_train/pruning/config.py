@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
-from sparse_train.arguments import check_positive, describe, require_type, to_python_number
+from sparse_train.arguments import check_positive, describe, did_you_mean, require_type, to_python_number
 from sparse_train.criteria import Criterion, Wanda
 from sparse_train.distributions import SparsityDistribution, Uniform, check_pattern
 from sparse_train.patterns import Pattern, group_label
@@ -133,6 +133,19 @@ class PruningConfig:
         decay = self.norm_decay
         if decay != "frozen" and not (isinstance(decay, (int, float)) and 0 <= decay <= 1):
             raise ValueError(f'norm_decay is the factor of earlier norms, from 0 to 1, or "frozen", got {decay!r}.')
+
+    @classmethod
+    def of(
+        cls, config: "PruningConfig | None", mask_structure: str | Pattern, sparsity: float | None, **settings: Any
+    ) -> "PruningConfig":
+        """``config``, or the settings as one; TypeError for a name that is none, ValueError for both."""
+        names = [each.name for each in fields(cls) if each.init]
+        for name in settings.keys() - names:
+            raise TypeError(f"There is no setting {name!r}.{did_you_mean(name, names)}")
+        own = cls(mask_structure, sparsity, **settings)
+        if config is not None and own not in (config, cls()):
+            raise ValueError("Give config or settings, not both; dataclasses.replace(config, ...) changes some.")
+        return config or own
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)  # the class is frozen for everyone else

@@ -130,7 +130,7 @@ class MaskUpdater:
         state: Mapping[str, Any] | None = None,
         **settings: Any,
     ) -> None:
-        self.config = config or PruningConfig(mask_structure, sparsity, **settings)
+        self.config = PruningConfig.of(config, mask_structure, sparsity, **settings)
         self._model = model
         before = {id(layer) for layer in sparse_layers(model).values()}  # masked by one-shot pruning or another updater
         self.layers = mask_targets(model, self.config) if layers is None else dict(layers)

@@ -128,7 +128,10 @@ def _number(value: float | None, form: str) -> str:
 
 
 def collect(folders: Sequence[str | Path]) -> list[Run]:
-    """Read runs: each from the folder with its ``run.json``, or one above it. ValueError for none or several there."""
+    """Read runs: each from the folder with its ``run.json``, or one above it. ValueError for none or several there.
+
+    A run that was resumed has a folder of each part; the latest holds all of it.
+    """
     if not folders:
         raise ValueError("There is no run to report. Name the folder of one, such as runs/smollm2_2of4/version_0.")
     found = [_find(Path(folder)) for folder in folders]
@@ -140,7 +143,13 @@ def collect(folders: Sequence[str | Path]) -> list[Run]:
 
 
 def _find(folder: Path) -> Path:
-    found = [folder] if (folder / RECORD).exists() else sorted(path.parent for path in folder.glob(f"**/{RECORD}"))
+    records = [folder / RECORD] if (folder / RECORD).exists() else folder.glob(f"**/{RECORD}")
+    latest: dict[Any, Path] = {}
+    for record in sorted(records, key=lambda path: path.stat().st_mtime_ns):
+        with reading(record):
+            begun = json.loads(record.read_text(encoding="utf-8"))["about"]["begun"]
+        latest[record.parent.parent, begun] = record.parent
+    found = sorted(latest.values())
     if len(found) > 1:
         raise ValueError(f"{folder} holds {len(found)} runs: {', '.join(map(str, found))}. Name those to report.")
     if not found:

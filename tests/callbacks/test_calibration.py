@@ -98,7 +98,7 @@ def test_its_random_numbers_are_its_own(tmp_path):
 
 
 def test_a_loader_that_no_model_could_take_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="A calibration batch is .* got a list"):
+    with pytest.raises(ValueError, match="Calibration data is .* This has a list"):
         first_update(tmp_path, With([[1, 2]]))
 
 

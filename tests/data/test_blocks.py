@@ -121,6 +121,9 @@ def test_a_text_without_validation_is_held_out_in_part(model_folder, text_file):
         for each in (whole, part)
     )
     assert len(held) == len(all_blocks) // 10 and trained + held == all_blocks
+    little = TextBlocks(str(model_folder), TextFiles(train=[str(text_file)]), block_size=32, hold_out=1e-9)
+    little.setup("fit")
+    assert len(little.val_dataloader().dataset) == 1
 
 
 def test_seed_decides_the_order(model_folder, text_file, data):

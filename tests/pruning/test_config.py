@@ -47,8 +47,11 @@ def test_all_that_drive_a_run_take_the_settings_and_know_no_others(driver, llama
     config = PruningConfig("1:4", **settings)
     assert by_name.config == config
     assert driver(**more, config=config).config is config if driver is not MaskUpdater else True
-    with pytest.raises(TypeError, match="hysteresis"):
-        driver(**more, hysteresis=0.1)
+    with pytest.raises(TypeError, match="no setting 'upate_freq'. Did you mean 'update_freq'"):
+        driver(**more, upate_freq=5)
+    for both in ({"update_freq": 5}, {"mask_structure": "3:4"}):
+        with pytest.raises(ValueError, match="config or settings, not both"):
+            driver(**more, config=config, **both)
 
 
 def test_the_first_sparsity_is_none_if_masks_come_later():

@@ -235,8 +235,10 @@ def test_the_folder_above_will_do_where_it_holds_one_run(facts, tmp_path):
     run = leave(tmp_path / "run" / "version_0", facts)
     assert collect([tmp_path / "run"])[0].folder == run
     assert collect([tmp_path])[0].folder == run
-    leave(tmp_path / "run" / "version_1", facts)
-    with pytest.raises(ValueError, match="holds 2 runs"):
+    resumed = leave(tmp_path / "run" / "version_10", facts)  # the same beginning: all of the run is in the later folder
+    assert collect([tmp_path / "run"])[0].folder == resumed
+    leave(tmp_path / "run" / "version_11", facts | {"about": {"begun": "2026-01-01T00:00:00+00:00"}})
+    with pytest.raises(ValueError, match="holds 2 runs: .*version_10, .*version_11"):
         collect([tmp_path / "run"])
 
 

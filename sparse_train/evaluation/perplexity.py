@@ -22,7 +22,7 @@ from sparse_train.blocks import check_ids
 from sparse_train.data.blocks import beginning
 from sparse_train.data.texts import only_texts
 from sparse_train.environment import isolated_rng
-from sparse_train.models.losses import IGNORED, next_token_loss
+from sparse_train.models.losses import IGNORED, mean_over_tokens, next_token_loss
 from sparse_train.oneshot.forwards import inference
 from sparse_train.terminal import with_bar
 
@@ -171,15 +171,15 @@ def evaluate_perplexity(
     labels = torch.cat([torch.full_like(front_WP, IGNORED), windows_WL.masked_fill(~scored_WL, IGNORED)], 1)
     batches = list(zip(inputs.split(batch_size), labels.split(batch_size), strict=True))
     device = next(model.parameters()).device
-    total = torch.zeros((), device=device)
+    metric = mean_over_tokens(device, sync=False)  # other processes may not be measuring: waiting for them would hang
     with undisturbed(model):
         for ids_BL, labels_BL in with_bar(batches, "perplexity", shown=progress):
             with torch.autocast(device.type, autocast, enabled=autocast is not None):
                 logits_BLV = model(input_ids=ids_BL.to(device), use_cache=False).logits
             loss, count = next_token_loss(logits_BLV, labels_BL.to(device))
-            total += loss * count
+            metric.update(loss, weight=count)
     return PerplexityResult(
-        perplexity=float((total.cpu().double() / tokens).exp()),
+        perplexity=float(metric.compute().double().exp()),
         model=model_name,
         data=data_name,
         split=split,

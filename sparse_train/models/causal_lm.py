@@ -20,7 +20,7 @@ from sparse_train.layers.sparsify import sparsify_like
 from sparse_train.models.checkpoints import PRUNING_STATE
 from sparse_train.models.distillation import CachedTeacher, Distillation, Teacher, cast_linear
 from sparse_train.models.lora import LoRA, adapter_config
-from sparse_train.models.losses import next_token_loss
+from sparse_train.models.losses import mean_over_tokens, next_token_loss
 from sparse_train.models.sources import ModelSource, as_model_source, load_sharded
 
 
@@ -139,10 +139,8 @@ class CausalLM(L.LightningModule):
         return loss
 
     def on_validation_epoch_start(self) -> None:
-        # a new one each time, because a trainer in true half precision casts what the module holds; sums need float32.
-        # By default, a batch whose loss is NaN would be left out.
-        self._eval_loss = MeanMetric(nan_strategy=float("nan")).to(self.device)
-        self._eval_loss.set_dtype(torch.float32)
+        # a new one each time, because a trainer in true half precision casts what the module holds; sums need float32
+        self._eval_loss = mean_over_tokens(self.device)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         logits_BLV = self(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits

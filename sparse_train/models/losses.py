@@ -6,11 +6,14 @@ chunk, K largest of the vocabulary, S sums.
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from torchmetrics import MeanMetric
 
 IGNORED = -100
 """transformers' label of positions without a loss."""
@@ -85,6 +88,16 @@ def top_k(logits_BLV: Tensor, k: int, temperature: float = 1.0) -> TopK:
         log_p_CK, ids_CK = log_p_CV.topk(min(k, log_p_CV.shape[1]))
         found.append((ids_CK.int(), log_p_CK, log_p_CV.exp_().scatter_(1, ids_CK, 0).sum(1).log()))
     return TopK(*(torch.cat(part).unflatten(0, logits_BLV.shape[:2]) for part in zip(*found, strict=True)))
+
+
+def mean_over_tokens(device: torch.device, *, sync: bool = True) -> "MeanMetric":
+    """A metric for the mean of ``next_token_loss`` over batches, in float32, and over all processes if ``sync``."""
+    from torchmetrics import MeanMetric  # takes 3 s, which prune and a mistyped option do not need
+
+    # by default, a batch whose loss is NaN would be left out
+    metric = MeanMetric(nan_strategy=float("nan"), sync_on_compute=sync).to(device)
+    metric.set_dtype(torch.float32)
+    return metric
 
 
 def _shifted(labels_BL: Tensor) -> Tensor:

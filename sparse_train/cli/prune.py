@@ -30,6 +30,7 @@ from sparse_train.oneshot.prune import prune_checkpoint
 from sparse_train.oneshot.walk import OneshotReport, Plan
 from sparse_train.patterns import Pattern, group_label
 from sparse_train.solvers import Solver
+from sparse_train.terminal import bars_are_seen
 
 Details = dict[str, Any]
 """The record of a pruning, as stored in pruning.json."""
@@ -113,7 +114,7 @@ def prune(
         if plan.needs_data:
             check_window(loaded, max_seq_length, name="max_seq_length")
         check_space(folder, size_of(loaded, torch_dtype(dtype)))
-        if plan.needs_data and rank() == 0:
+        if plan.needs_data and rank() == 0 and bars_are_seen():
             print(f"reading {text.name}", file=sys.stderr)
         batches = _own_batches(source, text, calibration) if plan.needs_data else None
         if streaming:

@@ -27,7 +27,7 @@ from sparse_train.layers.masked_layer import MaskedMatrix
 from sparse_train.oneshot.calibration import WAY_OUT, CalibrationPass
 from sparse_train.oneshot.experts import ExpertMatrix, fall_back
 from sparse_train.oneshot.forwards import Batch, Context, inference
-from sparse_train.patterns import Pattern, parse_pattern, parse_word
+from sparse_train.patterns import Pattern, parse_pattern
 from sparse_train.pruning.recording import check_nothing_dropped, check_statistics, tensors_of
 from sparse_train.pruning.update import LayerUpdate, Rules, outlier_share, replace_mask, sparsity_of, update_masks
 from sparse_train.solvers import Solver
@@ -44,8 +44,8 @@ class Plan:
 
     method: Method
     pattern: Pattern
-    sparsity: float | None
-    """Over all targets; None if ``distribution`` gives all of them."""
+    sparsity: float
+    """Over all targets."""
     distribution: SparsityDistribution = field(default_factory=Uniform)
     final: float | None = None
     """What ``distribution`` divides, if ``sparsity`` is on the way to it."""
@@ -63,10 +63,7 @@ class Plan:
             criterion if isinstance(criterion, Solver) else require_type("criterion", criterion, Wanda(), Criterion)
         )
         distribution = require_type("distribution", distribution, Uniform(), SparsityDistribution)
-        if sparsity is None and not isinstance(distribution, Uniform):
-            pattern = parse_word(mask_structure, method.group)
-        else:
-            pattern, sparsity = parse_pattern(mask_structure, sparsity, method.group)
+        pattern, sparsity = parse_pattern(mask_structure, sparsity, method.group)
         check_pattern(distribution, pattern)
         if isinstance(method, Solver):
             method.check_pattern(pattern)

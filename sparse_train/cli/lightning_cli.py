@@ -156,7 +156,7 @@ class SparseTrainCLI(LightningCLI):
         source, made, pruning = self.model.source, {"method": "trained without re-pruning"}, None
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, DynamicPruning):
-                pruning = callback.record and renamed(callback.record)
+                pruning = callback.pruning_json and renamed(callback.pruning_json)
                 if updater := callback.updater:
                     made = training_rows(updater.settings(), asdict(updater.timing), updater.steps)
                 elif state := callback.state_dict():  # the state at the end

@@ -59,7 +59,7 @@ class MaskLoRALinear(SparseLinear):
     ``mask_lora_A`` (r, I) and ``mask_lora_B`` (O, r) are parameters next to the frozen ``weight``.
     """
 
-    adapted = True
+    has_factors = True
     mask_lora_A: Tensor
     mask_lora_B: Tensor
     lora_alpha: int
@@ -113,7 +113,7 @@ def described(layer: MaskLoRALinear) -> str:
     return f"r={layer.mask_lora_A.shape[0]}, lora_alpha={layer.lora_alpha}"
 
 
-def describe_adapters(layers: Mapping[str, MaskedLayer]) -> str | None:
+def describe_factors(layers: Mapping[str, MaskedLayer]) -> str | None:
     """The adapters of masked layers in words, for checkpoints and model cards; None if there are none."""
     found = [described(layer) for layer in layers.values() if isinstance(layer, MaskLoRALinear)]
     return f"{', '.join(sorted(set(found)))} on {len(found)} of {len(layers)} layers" if found else None
@@ -146,9 +146,9 @@ def add_mask_lora(model: nn.Module, lora: MaskLoRA | None = None) -> list[nn.Par
     check_mask_lora(model, lora)
     model.requires_grad_(False)
     for layer in _wanted(model, lora).values():
-        if not layer.adapted:
+        if not layer.has_factors:
             attach_factors(layer, lora.r, lora.lora_alpha)
-    adapted = [layer for layer in sparse_layers(model).values() if layer.adapted]
+    adapted = [layer for layer in sparse_layers(model).values() if layer.has_factors]
     factors = [getattr(layer, name) for layer in adapted for name in FACTOR_NAMES]
     for factor in factors:
         factor.requires_grad_(True)
@@ -181,8 +181,8 @@ def merge_mask_lora(model: nn.Module) -> None:
 
 def check_whole(name: str, layer: MaskedLayer) -> None:
     """Raise ValueError if an engine divides the weight of a layer, or the factors of its adapter."""
-    held = [layout_of(getattr(layer, each)) for each in ("weight", *(FACTOR_NAMES if layer.adapted else ()))]
-    if any(layout.is_sharded for layout in held) or (layer.adapted and held[1].has_masters):
+    held = [layout_of(getattr(layer, each)) for each in ("weight", *(FACTOR_NAMES if layer.has_factors else ()))]
+    if any(layout.is_sharded for layout in held) or (layer.has_factors and held[1].has_masters):
         raise ValueError(
             f"{name} has a mask_lora adapter, and its parameters are divided among processes (FSDP2, DeepSpeed), where "
             "the sum of the two cannot be masked. Train in one process or with DDP, or without mask_lora."

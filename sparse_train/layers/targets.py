@@ -124,7 +124,7 @@ def _without_blocks(model: nn.Module, pattern: Pattern, never: set[str], ignored
     frozen = frozen_linears(model)
     found = [name for name, module in model.named_modules() if is_linear(module) and name not in never | frozen]
     # if mask_lora has been added already, it has frozen the last layer
-    if found and not getattr(model.get_submodule(found[-1]), "adapted", False):
+    if found and not getattr(model.get_submodule(found[-1]), "has_factors", False):
         del found[-1]
     if frozen and found:
         _log.info("%d linear layers stay dense, which are frozen beside others: %s, ...", len(frozen), min(frozen))
@@ -167,8 +167,8 @@ def _match(model: nn.Module, patterns: Sequence[str], argument: str, fused: Mapp
             hits |= set(fused) if text == "Linear" else {text} & set(fused)  # an expert is also a linear map
             names = {n for n in layers if any(n == hit or n.startswith(f"{hit}.") for hit in hits)} or hits
         if not names:
-            kinds = sorted({name.rpartition(".")[2] for name in layers})
-            meant = did_you_mean(text, layers) or did_you_mean(text.removeprefix("re:").strip(".*$"), kinds, "re:.*")
+            ends = sorted({f"re:.*{name.rpartition('.')[2]}" for name in layers})
+            meant = did_you_mean(f"re:.*{text.removeprefix('re:').strip('.*$')}", [*ends, *layers])
             raise ValueError(
                 f"{argument}: {text!r} matches no layer of {type(model).__name__}. Names are matched from their "
                 f"start; for their end write 're:.*q_proj$'.{meant}"

@@ -72,9 +72,9 @@ class CalibrationPass:
         paddings = [batch.get("attention_mask") if isinstance(batch, Mapping) else None for batch in self._batches]
         given = [mask for mask in paddings if mask is not None]
         if given and reads_two_texts(self._model, layers.values()):
-            recorder.mask_misfit, paddings = ONE_OF_TWO_TEXTS, [None] * len(self._batches)
+            recorder.token_mask_misfit, paddings = ONE_OF_TWO_TEXTS, [None] * len(self._batches)
         elif experts and not all(bool(mask.all()) for mask in given):
-            recorder.mask_misfit = "(tokens that are routed to experts, I)"
+            recorder.token_mask_misfit = "(tokens that are routed to experts, I)"
         recorder.when = "always"
         try:
             with ExpertRecorder(experts) if experts else nullcontext():

@@ -11,7 +11,7 @@ from typing import Any
 
 from sparse_train.files import reading
 
-RECORD, METRICS = "run.json", "metrics.csv"
+RUN_FILE, METRICS = "run.json", "metrics.csv"
 
 Points = list[tuple[int, float]]
 """(optimizer steps done, value), in the order of steps."""
@@ -140,13 +140,13 @@ def collect(folders: Sequence[str | Path]) -> list[Run]:
 
 
 def _find(folder: Path) -> Path:
-    found = [folder] if (folder / RECORD).exists() else sorted(path.parent for path in folder.glob(f"**/{RECORD}"))
+    found = [folder] if (folder / RUN_FILE).exists() else sorted(path.parent for path in folder.glob(f"**/{RUN_FILE}"))
     if len(found) > 1:
         raise ValueError(f"{folder} holds {len(found)} runs: {', '.join(map(str, found))}. Name those to report.")
     if not found:
         raise ValueError(
-            f"{folder} has no {RECORD}: no run was recorded there. sparse-train fit writes one into the folder of its "
-            "logger (such as version_0); your own trainer does with the callback sparse_train.callbacks.RunRecord."
+            f"{folder} has no {RUN_FILE}: no run was recorded there. sparse-train fit writes one into the folder of "
+            "its logger (such as version_0); your own trainer does with the callback sparse_train.callbacks.RunRecord."
         )
     return found[0]
 
@@ -162,7 +162,7 @@ def _read(folder: Path, name: str) -> Run:
         run = Run(
             name=name,
             folder=folder,
-            facts=json.loads((folder / RECORD).read_text(encoding="utf-8")),
+            facts=json.loads((folder / RUN_FILE).read_text(encoding="utf-8")),
             curves=dict(curves),
             recipe=without_homes(recipe.read_text(encoding="utf-8")) if recipe.exists() else None,
         )

@@ -15,7 +15,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from sparse_train import Cubic, FirstWindow, Fixed, OneShot, sparse_layers
 from sparse_train.callbacks import DynamicPruning, RunRecord
-from sparse_train.report.runs import RECORD
+from sparse_train.report.runs import RUN_FILE
 from tests.callbacks.runs import (
     Classifier,
     ExactAfterEveryStep,
@@ -338,4 +338,4 @@ def test_of_several_optimizers_all_callbacks_count_batches_as_loggers_do(tmp_pat
     updates = [int(row["step"]) for row in rows if row["sparsity/flip_rate"]]
     assert losses == list(range(8))
     assert updates[-4:] == [2, 4, 6, 8]
-    assert json.loads((record.folder / RECORD).read_text())["step"] == 8
+    assert json.loads((record.folder / RUN_FILE).read_text())["step"] == 8

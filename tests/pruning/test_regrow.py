@@ -79,7 +79,7 @@ def test_counts_are_exact_in_every_group(case, fraction, seed):
 
 def fraction_at(progress):
     policy = Regrow(0.4)
-    policy.begin({}, Magnitude(), Optimizers(), 1)
+    policy.begin({}, Optimizers(), 1)
     policy.before_step(progress)
     return policy.fraction
 

@@ -197,7 +197,7 @@ def whole_counts(shapes: Shapes, sparsities: Shares, pattern: Pattern) -> dict[s
 _NEAR = 5e-3  # by how much the zeros of a model that was pruned before may miss a sparsity
 
 
-class LayerSparsities:
+class Division:
     """The sparsity of each layer, at every sparsity of the model.
 
     Uniform ones are passed on: rows prune ``int(I * sparsity)``, as in the Wanda reference. Others are rounded up

@@ -37,9 +37,9 @@ _MISSING = (LookupError, AttributeError, TypeError)  # raised by code that finds
 class CalibrationPass:
     """Runs calibration batches through a model or through one block of it at a time, recording activations.
 
-    ``labels`` of batches are dropped, and an ``attention_mask`` (B, L) marks padding. ``keep`` is the device where the
-    outputs of a block are kept for the next one, in their own dtype. Forwards are computed under ``context``, and the
-    caller has put the model under ``inference``.
+    ``labels`` of batches are dropped, and an ``attention_mask`` (B, L) marks padding. ``keep_on`` is the device where
+    the outputs of a block are kept for the next one, in their own dtype. Forwards are computed under ``context``, and
+    the caller has put the model under ``inference``.
     """
 
     def __init__(
@@ -48,10 +48,10 @@ class CalibrationPass:
         blocks: Sequence[nn.Module],
         batches: Iterable[Batch],
         device: torch.device,
-        keep: torch.device,
+        keep_on: torch.device,
         context: Context = nullcontext,
     ) -> None:
-        self._model, self._blocks, self._device, self._keep, self._context = model, blocks, device, keep, context
+        self._model, self._blocks, self._device, self._keep_on, self._context = model, blocks, device, keep_on, context
         self._batches = [_checked(batch, model, device) for batch in batches]
         if not self._batches:
             raise ValueError("There is no calibration data: the iterable of batches is empty.")
@@ -101,7 +101,7 @@ class CalibrationPass:
                     torch.cuda.synchronize(self._device)  # otherwise the time is counted where the result is needed
                 self.seconds += time.perf_counter() - began
                 if keep:
-                    self._kept[index] = _moved(output, self._keep)
+                    self._kept[index] = _moved(output, self._keep_on)
 
     def _at_block(
         self, block: int, index: int, act: Callable[..., Any], change: Callable[[Tensor], Tensor] = Tensor.clone

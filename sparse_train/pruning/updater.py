@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from sparse_train.blocks import ONE_OF_TWO_TEXTS, frozen_linears, reads_two_texts
 from sparse_train.distributed.collectives import rank
 from sparse_train.distributed.fsdp2 import reshard
-from sparse_train.distributions import LayerSparsities, Outliers, Uniform
+from sparse_train.distributions import Division, Outliers, Uniform
 from sparse_train.layers import masks
 from sparse_train.layers.adapters import check_adapters
 from sparse_train.layers.mask_lora import check_whole, describe_factors
@@ -160,7 +160,7 @@ class MaskUpdater:
         self._shapes = shapes_of(self._model, self.layers)
         self._two_texts = reads_two_texts(self._model, self.layers.values())
         final = config.sparsity_at(1.0)
-        self._division = LayerSparsities(config.distribution, self._shapes, config.pattern, final, outliers)
+        self._division = Division(config.distribution, self._shapes, config.pattern, final, outliers)
         self._optimizers, self.policy = Optimizers(), copy.deepcopy(config.policy)
         self.policy.begin(self.layers, self._optimizers, config.update_freq)
         self.policy.check()

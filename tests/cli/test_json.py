@@ -154,7 +154,7 @@ def test_logs_hold_no_bars_no_frames_and_no_codes(name, done):
     assert code == 0, err
     assert not re.search(r"[\x1b\r\u2500-\u259f]", out + err)
     if name == "plain_fit":
-        assert "step 2/4, " in err and "Tip" not in err
+        assert "step: 2/4, " in err and "Tip" not in err
         words = [line.split() for line in out.splitlines()]
         assert [row[0] for row in words[:4]] == ["state", "dense", "after", "at"]
         assert words[3][:4] == ["at", "the", "end", "4"]

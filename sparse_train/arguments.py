@@ -28,9 +28,9 @@ def check_sparsity(name: str, value: float) -> None:
         )
 
 
-def check_positive(name: str, value: int) -> None:
-    """Raise ValueError unless ``value`` is at least 1."""
-    if value < 1:
+def check_positive(name: str, value: int | None) -> None:
+    """Raise ValueError unless ``value`` is at least 1, or None: not given."""
+    if value is not None and value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}.")
 
 

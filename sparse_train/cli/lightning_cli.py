@@ -134,10 +134,9 @@ class SparseTrainCLI(LightningCLI):
 
     def _report(self, out: str | None) -> dict[str, Any]:
         """Write the report of the run. Returns the results, for JSON."""
-        kinds, callbacks = ("best_model_path", "last_model_path"), self.trainer.checkpoint_callbacks
-        paths = filter(None, (getattr(callback, kind, "") for callback in callbacks for kind in kinds))
-        found: dict[str, Any] = {"export": out, "report": None, "checkpoint": next(paths, None)}
-        if not (out or found["checkpoint"] or self.config.fit.ckpt_path) and self.trainer.checkpoint_callbacks:
+        checkpoint = _checkpoint(self.trainer, "best_model_path", "last_model_path")
+        found: dict[str, Any] = {"export": out, "report": None, "checkpoint": checkpoint}
+        if not (out or checkpoint or self.config.fit.ckpt_path) and self.trainer.checkpoint_callbacks:
             _log.warning(
                 "The run ended before its first checkpoint, so the trained model is not kept. Give --export FOLDER, or "
                 "write checkpoints earlier (trainer.val_check_interval, or every_n_train_steps of ModelCheckpoint)."
@@ -200,10 +199,15 @@ def run(args: list[str], cli: type[SparseTrainCLI] = SparseTrainCLI, debug: bool
 def _say_how_to_go_on(trainer: L.Trainer, pl_module: L.LightningModule, error: BaseException) -> None:
     """After Ctrl-C, which Lightning ends with an exit status and no word on what is left."""
     if isinstance(error, KeyboardInterrupt) and trainer.is_global_zero:
-        kinds = ("last_model_path", "best_model_path")
-        last = next(filter(None, (getattr(trainer.checkpoint_callback, kind, "") for kind in kinds)), None)
+        last = _checkpoint(trainer, "last_model_path", "best_model_path")
         left = f"To go on: --ckpt_path {last}" if last else "It has written no checkpoint"
         print(f"sparse-train fit: interrupted at step {trainer.global_step}. {left}.", file=sys.stderr)
+
+
+def _checkpoint(trainer: L.Trainer, *kinds: str) -> str | None:
+    """The checkpoint of the first of these kinds that the run has written."""
+    paths = (getattr(callback, kind, None) for kind in kinds for callback in trainer.checkpoint_callbacks)
+    return next(filter(None, paths), None)
 
 
 class WholeCheckpoints(TorchCheckpointIO):

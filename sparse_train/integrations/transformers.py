@@ -28,7 +28,6 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
-from sparse_train.blocks import class_path
 from sparse_train.distributed.collectives import rank
 from sparse_train.export.verify import PRUNING_FILE
 from sparse_train.files import load_plain, replacing
@@ -245,7 +244,7 @@ def check_trainer(args: Any, model: nn.Module, config: PruningConfig) -> None:
             "load_best_model_at_end would bring a checkpoint back from before the final sparsity, as denser models "
             "have the lower loss. Leave it out, or train at a constant sparsity from start_step 0."
         )
-    if any(class_path(cls) == "peft.peft_model.PeftModel" for cls in type(model).__mro__):
+    if lora.is_peft(model):
         raise ValueError(
             "load_best_model_at_end brings the adapters of an earlier step back, but not the masks of their base. "
             "Leave it out for models of peft."

@@ -245,7 +245,7 @@ class Division:
         return whole_counts(self._shapes, shares, self._pattern)
 
     def read(self, masks: Shares, sparsity: float) -> None:
-        """If the division is not known, take that of masks, in a run that starts at this sparsity and keeps it."""
+        """Take over the division that masks have, if it is not known; the run must start at its final sparsity."""
         if self.known or not sparsity:
             return
         mean = mean_sparsity(self._shapes, masks)

@@ -106,10 +106,10 @@ class CalibrationPass:
     def _at_block(
         self, block: int, index: int, act: Callable[..., Any], change: Callable[[Tensor], Tensor] = Tensor.clone
     ) -> Any:
-        """Call the model on a batch up to a block, with the kept output of the block before in place of all before.
+        """Call the model on a batch up to a block; returns what ``act`` makes of the block's forward and its arguments.
 
-        The result is that of ``act``, called with the block's own forward and its arguments. ``change`` is done to the
-        outputs of blocks before the last one, which should change nothing.
+        The blocks before it do not run: the last of them returns its kept output, and the others that output after
+        ``change``, which should make no difference.
         """
         called: list[int] = []
         kept = _moved(self._kept[index], self._device) if block else None

@@ -267,7 +267,7 @@ def check_masks(layers: Mapping[str, MaskedMatrix], pattern: Pattern, sparsity: 
 
 
 def mask_shares(layers: Mapping[str, MaskedMatrix], pattern: Pattern) -> dict[str, float]:
-    """The sparsity of each layer's mask, for which the pattern would prune as many."""
+    """By layer, the sparsity at which the pattern prunes as many weights as the mask does."""
     found = {}
     for name, layer in layers.items():
         pruned = layer.size - masks.count(layer.weight_mask)

@@ -30,7 +30,7 @@ from sparse_train.callbacks.checks import check_built, check_fit
 from sparse_train.layers.mask_lora import MaskLoRA, add_mask_lora, check_mask_lora
 from sparse_train.layers.masked_layer import MaskedLayer, sparse_layers
 from sparse_train.layers.sparsify import unmask
-from sparse_train.layers.targets import named
+from sparse_train.layers.targets import in_words
 from sparse_train.models.checkpoints import PRUNING_STATE
 from sparse_train.oneshot.first_mask import set_first_mask
 from sparse_train.patterns import Pattern
@@ -159,7 +159,7 @@ class DynamicPruning(L.Callback):
         state, total_steps, outliers = self._restored, None, None
         check_built(trainer, pl_module, state is not None)
         if state is None:
-            rank_zero_info(f"DynamicPruning: preparing the first mask of {named(self._layers)}.")
+            rank_zero_info(f"DynamicPruning: preparing the first mask of {in_words(self._layers)}.")
             outliers = set_first_mask(
                 pl_module,
                 self._layers,

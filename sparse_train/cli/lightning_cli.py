@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from sparse_train import terminal
 from sparse_train.callbacks import DynamicPruning, RunRecord
-from sparse_train.cli.parser import Parser, settings, shipped, spelt_out
+from sparse_train.cli.parser import Parser, parser_arguments, shipped, spelt_out
 from sparse_train.cli.tables import show_run
 from sparse_train.data.text_blocks import TextBlocks
 from sparse_train.export import ModelCard, export_model
@@ -189,7 +189,7 @@ def run(args: list[str], cli: type[SparseTrainCLI] = SparseTrainCLI, debug: bool
             auto_configure_optimizers=False,
             parser_class=_Parser,
             parser_kwargs={"prog": "sparse-train", "allow_abbrev": False, "exit_on_error": not debug}
-            | {command: settings(command, debug)},
+            | {command: parser_arguments(command, debug)},
         )
     except SIGTERMException:  # its own exit status is that of a finished run
         print(f"sparse-train {command}: ended by SIGTERM, before the run was complete.", file=sys.stderr)

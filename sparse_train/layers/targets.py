@@ -94,7 +94,7 @@ def select(
         if name in layers:
             check_maskable(model, name, layers[name], adapters, tied)
         pattern.check_layer(name, (shape_OI(layers[name]) if name in layers else fused[name].shape_OI)[1])
-    _log.info("Pruning %s.", named(chosen))
+    _log.info("Pruning %s.", in_words(chosen))
     if targets is None and (blocks is not None or own_use):
         _warn_of_dense(model, blocks or "", fused, own_use)
     return Selection(layers, {name: fused[name] for name in chosen if name in fused})
@@ -138,7 +138,7 @@ def _without_blocks(model: nn.Module, pattern: Pattern, never: set[str], ignored
     return fitting
 
 
-def named(layers: Iterable[str]) -> str:
+def in_words(layers: Iterable[str]) -> str:
     """Which layers these are: "21 layers in model.layers", or "3 layers: fc1, ..., fc3" where no module holds them."""
     names = list(layers)
     common = posixpath.commonpath([name.rpartition(".")[0].replace(".", "/") for name in names]).replace("/", ".")

@@ -22,7 +22,7 @@ from sparse_train.layers.adapters import check_adapters
 from sparse_train.layers.mask_lora import check_whole, describe_factors
 from sparse_train.layers.masked_layer import MaskedLayer, sparse_layers
 from sparse_train.layers.sparsify import sparsify, unmask
-from sparse_train.layers.targets import named, select
+from sparse_train.layers.targets import in_words, select
 from sparse_train.patterns import Pattern, Unstructured, group_label
 from sparse_train.policies import Optimizers
 from sparse_train.pruning.config import FromZeros, PruningConfig, as_data, check_same
@@ -401,7 +401,7 @@ class MaskUpdater:
     def plan(self) -> str:
         """Which layers are pruned and how far, and when masks change, in words."""
         parts = (
-            f"{named(self.layers)} at {group_label(self.config.pattern)}",
+            f"{in_words(self.layers)} at {group_label(self.config.pattern)}",
             f"final sparsity {self.config.sparsity_at(1.0):g}",
             self.timing.in_words() if self._masks_change() else "masks do not change",
         )

@@ -137,8 +137,6 @@ ARMS: dict[str, Arm] = {
     "dynamic_distill_tuned": _arm("smollm2_2of4", teacher=True),
     # another optimizer
     "muon_static_distill": _arm("smollm2_2of4_static", distil=True, optimizer="variants.MuonAndAdamW"),
-    "muon_dormant_distill": _arm("smollm2_2of4", "policy=Dormant", distil=True, optimizer="variants.MuonAndAdamW"),
-    "muon_dynamic_distill": _arm("smollm2_2of4", distil=True, optimizer="variants.MuonAndAdamW"),
     # weights swap places by what the optimizer's moments say of them
     "swaps_distill": _arm("smollm2_2of4", *_SWAPS, distil=True),
     "swaps_k40_distill": _arm("smollm2_2of4", *_SWAPS, "update_freq=40", distil=True),

@@ -115,6 +115,7 @@ TAUGHT_2OF4 = {
     "dynamic_distill": "re-pruned every 10 steps (the default)",
     "dynamic_dormant_distill": "re-pruned every 10 steps, policy Dormant",
     "ast_distill": "AST: magnitude, decay of pruned weights 0.01",
+    "muon_static_distill": "static, Muon instead of AdamW",
     "cast_distill": "CAST without scales, decay 3",
     "cast10_distill": "CAST without scales, decay 10",
 }

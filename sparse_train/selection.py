@@ -98,10 +98,9 @@ def _in_blocks(select: _BlockSelection, scores_GM: Tensor, kept: int) -> Tensor:
 
 
 def row_blocks(rows: int, columns: int) -> list[slice]:
-    """Blocks of about ``BLOCK`` scores, the same number for every thread."""
-    threads, fit = torch.get_num_threads(), max(1, BLOCK // columns)
-    blocks = -(-rows // (fit * threads)) * threads
-    size = max(1, -(-rows // blocks))
+    """Blocks of at most ``BLOCK`` scores, of about the same size."""
+    blocks = -(-rows // max(1, BLOCK // columns))
+    size = -(-rows // blocks)
     return [slice(start, start + size) for start in range(0, rows, size)]
 
 
@@ -137,10 +136,9 @@ def _threshold_block(scores: _Array, keep: _Array, kept: int) -> None:
     scores = _ordered_integers(scores)
     threshold = np.partition(scores, pruned - 1, axis=1)[:, pruned - 1 : pruned]
     np.greater(scores, threshold, out=keep)
-    # four times as fast as a sum of bools
-    missing = kept - np.bitwise_count(np.packbits(keep, axis=1)).sum(axis=1, dtype=np.int64)
-    rows = np.flatnonzero(missing)
-    if len(rows):
+    if np.count_nonzero(keep) < len(scores) * kept:  # ties; not counted by row at first, which takes longer
+        missing = kept - np.count_nonzero(keep, axis=1)
+        rows = np.flatnonzero(missing)
         tied = scores[rows] == threshold[rows]
         first_kept = np.count_nonzero(tied, axis=1) - missing[rows]
         keep[rows] |= tied & (np.cumsum(tied, axis=1) > first_kept[:, None])
@@ -158,12 +156,11 @@ def _ordered_integers(scores: _Array) -> _Array:
 
 def _comparison_block(scores: _Array, keep: _Array, kept: int) -> None:
     members = scores.shape[1]
-    columns = [np.ascontiguousarray(scores[:, i]) for i in range(members)]
-    ranks = np.zeros((members, len(scores)), dtype=np.uint8)
-    for low in range(members):
+    columns = np.ascontiguousarray(scores.T)
+    ranks = np.repeat(np.arange(members, dtype=np.uint8)[::-1], len(scores)).reshape(columns.shape)
+    for low in range(members):  # at first with the rank it has if it beats all that come after
         for high in range(low + 1, members):
             high_wins = (columns[low] <= columns[high]).view(np.uint8)
             ranks[high] += high_wins
-            ranks[low] += high_wins ^ 1
-    for i in range(members):
-        np.greater_equal(ranks[i], members - kept, out=keep[:, i])
+            ranks[low] -= high_wins
+    np.stack(list(ranks >= members - kept), axis=1, out=keep)

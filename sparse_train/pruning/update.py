@@ -7,8 +7,9 @@ Shape suffixes: O out_features, I in_features, J packed mask bytes.
 
 import math
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 
 import numpy as np
 import torch
@@ -123,7 +124,7 @@ def update_masks(layers: Mapping[str, MaskedMatrix], rules: Rules) -> dict[str, 
     if rules.pattern.model_wide:
         chosen = _choose_together(layers, rules)
     else:
-        chosen = {name: _choose(name, layer, rules) for name, layer in layers.items()}
+        chosen = {name: choice for some in _portions(layers, rules) for name, choice in _choose(some, rules).items()}
     if rules.by_rows:
         sharded = [layer.has_rows for layer in layers.values()]
         counts = _sum_counts(layers, [[each.nonzero, not each.finite] for each in chosen.values()], sharded)
@@ -149,19 +150,41 @@ def replace_mask(layer: MaskedMatrix, packed_OJ: Tensor, nonzero: int) -> LayerU
 # --- scores -> masks -------------------------------------------------------------------------------------------------
 
 
-def _choose(name: str, layer: MaskedMatrix, rules: Rules) -> _Choice:
-    """The mask of a layer of its own. By rows, each process chooses in those that it holds, and counts those."""
+TOGETHER = 1 << 24
+"""Weights of layers whose masks threads choose together: many layers of a small model, or one of a large one."""
+
+
+def _portions(layers: Mapping[str, MaskedMatrix], rules: Rules) -> Iterator[dict[str, MaskedMatrix]]:
+    """On the CPU and by rows, layers of together at most ``TOGETHER`` weights; else each layer alone."""
+    portion: dict[str, MaskedMatrix] = {}
+    for name, layer in layers.items():
+        most = TOGETHER if rules.by_rows and layer.weight_mask.device.type == "cpu" else 0
+        if portion and sum(each.size for each in portion.values()) + layer.size > most:
+            yield portion
+            portion = {}
+        portion[name] = layer
+    yield portion
+
+
+def _choose(layers: Mapping[str, MaskedMatrix], rules: Rules) -> dict[str, _Choice]:
+    """The masks of layers of their own. By rows, each process chooses in those that it holds, and counts those."""
 
     def choose(context: LayerContext) -> _Choice:
         scores_OI, nonzero_OI, finite = _score(context, rules)
         keep_OI = nonzero_OI  # for the shape alone: no mask is replaced if a score is not finite
         if finite:
-            keep_OI = rules.policy.select(scores_OI, [name], rules.pattern, rules.sparsity[name])
+            keep_OI = rules.policy.select(scores_OI, [context.name], rules.pattern, rules.sparsity[context.name])
         keep_OJ = masks.pack(keep_OI)
         return _Choice(keep_OJ, masks.count(keep_OJ & masks.pack(nonzero_OI)), finite)
 
-    with _contexts(name, layer, rules) as contexts:
-        parts = in_threads(choose, contexts)
+    with ExitStack() as stack:
+        contexts = {name: stack.enter_context(_contexts(name, layer, rules)) for name, layer in layers.items()}
+        found = iter(in_threads(choose, [each for parts in contexts.values() for each in parts]))
+    return {name: _join(layers[name], list(islice(found, len(parts))), rules) for name, parts in contexts.items()}
+
+
+def _join(layer: MaskedMatrix, parts: list[_Choice], rules: Rules) -> _Choice:
+    """The choice for a layer, from those for blocks of its rows."""
     keep_OJ = parts[0].keep_OJ
     if len(parts) > 1:  # on the CPU, by numpy, which leaves no threads of OpenMP spinning beside those of in_threads
         keep_OJ = torch.from_numpy(np.concatenate([part.keep_OJ.numpy() for part in parts]))
@@ -213,7 +236,7 @@ def _score(layer: LayerContext, rules: Rules) -> tuple[Tensor, Tensor, bool]:
             f"{tuple(weight_OI.shape)}: a criterion returns a score for each weight (Criterion.scores)."
         )
     # if the sum is finite, all scores are, and it is ten times faster to check; it may overflow with finite scores
-    finite = bool(scores_OI.sum().isfinite()) or bool(scores_OI.isfinite().all())
+    finite = math.isfinite(float(scores_OI.sum())) or bool(scores_OI.isfinite().all())
     if layer.stats is not None and bool((layer.stats.sum_squares_I == 0).any()):
         # A feature that is always zero makes its scores 0. Weights that are already zero are then pruned first, so that
         # pruning twice gives the same result as pruning once.

@@ -91,28 +91,34 @@ def test_masks_are_the_same_row_by_row(structure, sparsity, options, monkeypatch
     assert reports == reports_in_rows
 
 
+@pytest.mark.parametrize("together", [1, 700, 1 << 24])
 @pytest.mark.parametrize("pattern", [Unstructured(), NM(2, 4)])
-def test_masks_and_counts_are_the_same_in_two_threads(pattern, monkeypatch):
-    layer = nn.Linear(20, 30)
+def test_masks_and_counts_are_the_same_in_two_threads(pattern, together, monkeypatch):
+    model = nn.Sequential(nn.Linear(20, 30), nn.Linear(8, 10), nn.Linear(12, 5))
     with torch.no_grad():
-        layer.weight[3:9] = layer.weight[3:9].round(decimals=1)  # ties and zeros
-    sparsify(layer, [layer])
-    layer.statistics = ActivationNorm(20)
-    layer.statistics.add(torch.randn(8, 20))
+        model[0].weight[3:9] = model[0].weight[3:9].round(decimals=1)  # ties and zeros
+    sparsify(model, list(model))
+    layers = dict(model.named_children())
+    for layer in model:
+        layer.statistics = ActivationNorm(layer.in_features)
+        layer.statistics.add(torch.randn(8, layer.in_features))
 
     def update():
-        layer.keep_all()
-        return update_masks({"": layer}, Rules(Wanda(), pattern, {"": 0.5})), layer.weight_mask.clone()
+        for layer in model:
+            layer.keep_all()
+        found = update_masks(layers, Rules(Wanda(), pattern, dict.fromkeys(layers, 0.5)))
+        return found, [layer.weight_mask.clone() for layer in model]
 
-    report, mask = update()
+    report, masks = update()
     monkeypatch.setattr("sparse_train.selection.BLOCK", 80)
+    monkeypatch.setattr("sparse_train.pruning.update.TOGETHER", together)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
         found, own = update()
     finally:
         torch.set_num_threads(threads)
-    assert found == report and torch.equal(own, mask)
+    assert found == report and all(map(torch.equal, own, masks))
 
 
 def test_a_report_before_the_first_mask_is_not_taken_for_it():

@@ -30,13 +30,13 @@ from sparse_train.callbacks.checks import check_built, check_fit
 from sparse_train.layers.mask_lora import MaskLoRA, add_mask_lora, check_mask_lora
 from sparse_train.layers.masked_layer import MaskedLayer, sparse_layers
 from sparse_train.layers.sparsify import unmask
-from sparse_train.layers.targets import named
+from sparse_train.layers.targets import in_words
 from sparse_train.models.checkpoints import PRUNING_STATE
 from sparse_train.oneshot.first_mask import set_first_mask
 from sparse_train.patterns import Pattern
 from sparse_train.pruning.config import PruningConfig, check_same
 from sparse_train.pruning.update import UpdateReport
-from sparse_train.pruning.updater import MaskUpdater, as_record, check_restored_masks, mask_targets
+from sparse_train.pruning.updater import MaskUpdater, check_restored_masks, mask_targets, pruning_json
 
 _NO_MASK = {f"sparsity/{name}": 0.0 for name in ("target", "actual", "flip_rate", "initial_flip_rate")}
 """Logged before the first mask. Not counted on the weights: with sharded weights that would cost communication."""
@@ -108,7 +108,7 @@ class DynamicPruning(L.Callback):
         """The running updater; None before the run has begun."""
         self.last_report: UpdateReport | None = None
         """Report of the latest update of the fit, in this process; None before the first."""
-        self.record: dict[str, Any] | None = None
+        self.pruning_json: dict[str, Any] | None = None
         """Where the zeros of a finished run are, for ``pruning.json`` of its model."""
 
     @property
@@ -159,7 +159,7 @@ class DynamicPruning(L.Callback):
         state, total_steps, outliers = self._restored, None, None
         check_built(trainer, pl_module, state is not None)
         if state is None:
-            rank_zero_info(f"DynamicPruning: preparing the first mask of {named(self._layers)}.")
+            rank_zero_info(f"DynamicPruning: preparing the first mask of {in_words(self._layers)}.")
             outliers = set_first_mask(
                 pl_module,
                 self._layers,
@@ -238,11 +238,11 @@ class DynamicPruning(L.Callback):
                     "what self.optimizers() returns, which Lightning counts; do not use use_pl_optimizer=False."
                 )
             self.updater.finish()
-            self.record = as_record(self.updater.settings(), self.updater.sparsity, self.updater.layers)
+            self.pruning_json = pruning_json(self.updater.settings(), self.updater.sparsity, self.updater.layers)
         elif self._restored is not None:
             check_same(self._restored["settings"], self.config.as_data())  # no updater has checked them
             check_restored_masks(self._restored["masks"], self._layers, self._restored["sparsity"])
-            self.record = as_record(self._restored["settings"], self._restored["sparsity"], self._layers)
+            self.pruning_json = pruning_json(self._restored["settings"], self._restored["sparsity"], self._layers)
             rank_zero_warn(f"The run is at step {trainer.global_step} already, where it ends: nothing was trained.")
         else:
             rank_zero_warn("The run had no step, so nothing was pruned.")
@@ -274,7 +274,7 @@ class DynamicPruning(L.Callback):
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         if self._mask_lora is not None:
             check_mask_lora(pl_module, self._mask_lora)  # compares with the adapters of the checkpoint
-        elif any(layer.adapted for layer in sparse_layers(pl_module).values()):
+        elif any(layer.has_factors for layer in sparse_layers(pl_module).values()):
             raise ValueError(
                 "The checkpoint was written with mask_lora, and this run has none, so it would train other weights. "
                 "Give DynamicPruning the mask_lora that it had, or export the checkpoint and start from that."

@@ -75,7 +75,7 @@ class Evaluation(L.Callback):
             raise ValueError("Evaluation needs something to measure: a text for perplexity, or tasks, such as wanda7.")
         counts = {"every_n_steps": every_n_steps, "tasks_every_n_steps": tasks_every_n_steps, "limit": limit}
         for name, count in counts.items():
-            check_positive(name, 1 if count is None else count)
+            check_positive(name, count)
         self._text, self._split, self._window, self._max_tokens = text, split, window, max_tokens
         self._tasks, self._task_data, self._limit = task_names(tasks) if tasks else [], task_data, limit
         self._batch_size, self._source = batch_size, None if tokenizer is None else as_model_source(tokenizer)

@@ -68,9 +68,9 @@ def forget(pl_module: L.LightningModule) -> None:
 
 
 def masks_as_loaded(pl_module: L.LightningModule) -> Callable[[], None]:
-    """Mask the layers that have a mask in a state dict which the module loads. Returns a function that ends this.
+    """Give layers a mask when the module loads a state dict that has one. Returns a function that ends this.
 
-    It makes a module that was dense dense again, with the zeros of the loaded masks.
+    If the module had no masks before, those that it has loaded are then folded into its weights.
     """
     was_dense = not sparse_layers(pl_module)
     hook = pl_module.register_load_state_dict_pre_hook(_sparsify_as_loaded)  # type: ignore[no-untyped-call]

@@ -31,7 +31,7 @@ from sparse_train.callbacks.evaluation import Evaluation
 from sparse_train.callbacks.lightning_trainer import steps_done
 from sparse_train.files import replacing
 from sparse_train.pruning.updater import MaskUpdater
-from sparse_train.report.runs import METRICS, RECORD, State, named, read_metrics
+from sparse_train.report.runs import METRICS, RUN_FILE, State, named, read_metrics
 
 
 class RunRecord(L.Callback):
@@ -116,7 +116,7 @@ class RunRecord(L.Callback):
             "precision": str(trainer.precision),
             "processes": trainer.world_size,
             "seed": os.environ.get("PL_GLOBAL_SEED"),
-            "begun": before.get("begun", datetime.now(UTC).isoformat(timespec="seconds")),
+            "begun": before.get("begun", datetime.now(UTC).isoformat(timespec="milliseconds")),
             "resumed at steps": [*resumed, step] if before else resumed,
             **environment.machine(),
             **environment.versions(),
@@ -184,7 +184,7 @@ class RunRecord(L.Callback):
         if self.folder is not None and self._logger is not None:
             self._logger.save()
             self.folder.mkdir(parents=True, exist_ok=True)
-            with replacing(self.folder / RECORD) as beside:
+            with replacing(self.folder / RUN_FILE) as beside:
                 beside.write_text(json.dumps(self._facts, indent=1), encoding="utf-8")
 
     def _updater(self) -> MaskUpdater | None:

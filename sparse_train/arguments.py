@@ -28,9 +28,9 @@ def check_sparsity(name: str, value: float) -> None:
         )
 
 
-def check_positive(name: str, value: int) -> None:
-    """Raise ValueError unless ``value`` is at least 1."""
-    if value < 1:
+def check_positive(name: str, value: int | None) -> None:
+    """Raise ValueError unless ``value`` is at least 1, or None: not given."""
+    if value is not None and value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}.")
 
 
@@ -52,10 +52,10 @@ def describe(part: Any) -> str:
     return f"{type(part).__name__}({', '.join(f'{name}={value!r}' for name, value in sorted(vars(part).items()))})"
 
 
-def did_you_mean(word: str, candidates: Iterable[str], prefix: str = "") -> str:
-    """ " Did you mean ...?" or nothing, to append to an error; ``prefix`` is put before each candidate."""
+def did_you_mean(word: str, candidates: Iterable[str]) -> str:
+    """ " Did you mean ...?" or nothing, to append to an error."""
     close = difflib.get_close_matches(word, list(candidates), n=3, cutoff=0.5)
-    return f" Did you mean {' or '.join(repr(prefix + name) for name in close)}?" if close else ""
+    return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
 def leave_out(names: Iterable[str]) -> str:

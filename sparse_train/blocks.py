@@ -121,7 +121,7 @@ def _trains(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())
 
 
-def blocks_of(model: nn.Module, layers: Iterable[Any]) -> list[nn.Module]:
+def decoder_blocks(model: nn.Module, layers: Iterable[Any]) -> list[nn.Module]:
     """The list of blocks that holds most of ``layers``, which are modules of the model; empty if none holds any."""
     wanted, most = set(map(id, layers)), 0
     found: list[nn.Module] = []

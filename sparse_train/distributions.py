@@ -46,20 +46,13 @@ class SparsityDistribution(ABC):
     """Scores above this multiple of their mean are outliers."""
 
     @abstractmethod
-    def sparsities(self, shapes: Shapes, sparsity: float | None, outliers: Outliers) -> dict[str, float]:
-        """The sparsity of each layer. Over all weights it is ``sparsity``, before rounding to counts; None if the
-        distribution itself determines that. ``outliers`` is empty unless ``needs_outliers``."""
-
-
-def required(distribution: SparsityDistribution, sparsity: float | None) -> float:
-    """The sparsity, for distributions that need one."""
-    if sparsity is None:
-        raise ValueError(f"{type(distribution).__name__} divides a sparsity: give one, such as sparsity=0.5.")
-    check_sparsity("sparsity", sparsity)
-    return sparsity
+    def sparsities(self, shapes: Shapes, sparsity: float, outliers: Outliers) -> dict[str, float]:
+        """The sparsity of each layer. Over all weights it is ``sparsity``, before rounding to counts. ``outliers`` is
+        empty unless ``needs_outliers``."""
 
 
 def mean_sparsity(shapes: Shapes, sparsities: Shares) -> float:
+    """Over all weights; layers without a sparsity keep everything."""
     return sum(shapes[n].size * s for n, s in sparsities.items()) / sum(shape.size for shape in shapes.values())
 
 
@@ -67,37 +60,8 @@ def mean_sparsity(shapes: Shapes, sparsities: Shares) -> float:
 class Uniform(SparsityDistribution):
     """The same sparsity in every layer."""
 
-    def sparsities(self, shapes: Shapes, sparsity: float | None, outliers: Outliers) -> dict[str, float]:
-        return dict.fromkeys(shapes, required(self, sparsity))
-
-
-def _complete(shapes: Shapes, named: Shares, sparsity: float | None) -> dict[str, float]:
-    """The sparsities of named layers; the others share what is left of the model-wide one."""
-    if sparsity is not None:
-        check_sparsity("sparsity", sparsity)
-    unnamed = [name for name in shapes if name not in named]
-    if not unnamed:
-        mean = mean_sparsity(shapes, named)
-        if sparsity is not None and abs(sparsity - mean) > _AGREEMENT:
-            raise ValueError(
-                f"The sparsities of the layers give {mean:.4g} over all weights, in conflict with sparsity="
-                f"{sparsity:g}. Leave sparsity out, or change the others."
-            )
-        return {name: named[name] for name in shapes}
-    if sparsity is None:
-        raise ValueError(
-            f"{len(unnamed)} of {len(shapes)} layers are not given a sparsity ({unnamed[0]} is the first), so the "
-            "model-wide sparsity is needed: give it, or name every layer."
-        )
-    total = sum(shape.size for shape in shapes.values())
-    share = sum(shapes[name].size * value for name, value in named.items()) / total
-    rest = (sparsity - share) * total / sum(shapes[name].size for name in unnamed)
-    if not -1e-12 <= rest < 1:
-        raise ValueError(
-            f"A sparsity of {sparsity:g} cannot be met: the named layers' zeros are {share:.4g} of all weights, so "
-            f"the others would need a sparsity of {rest:.4g}. Change the sparsity or those of the named layers."
-        )
-    return {name: named.get(name, max(0.0, rest)) for name in shapes}
+    def sparsities(self, shapes: Shapes, sparsity: float, outliers: Outliers) -> dict[str, float]:
+        return dict.fromkeys(shapes, sparsity)
 
 
 @dataclass(frozen=True)
@@ -116,7 +80,7 @@ class Explicit(SparsityDistribution):
         for target, value in self.layers.items():
             check_sparsity(f"The sparsity of {target!r}", value)
 
-    def sparsities(self, shapes: Shapes, sparsity: float | None, outliers: Outliers) -> dict[str, float]:
+    def sparsities(self, shapes: Shapes, sparsity: float, outliers: Outliers) -> dict[str, float]:
         found: dict[str, float] = {}
         for target, value in self.layers.items():
             if target.startswith("re:"):
@@ -127,7 +91,17 @@ class Explicit(SparsityDistribution):
                 parts = sorted({part for name in shapes for part in _heads_and_tails(name)})
                 raise ValueError(f"{target!r} is not the name of a targeted layer." + did_you_mean(target, parts))
             found |= dict.fromkeys(hits, value)
-        return _complete(shapes, found, sparsity)
+        total = sum(shape.size for shape in shapes.values())
+        share = mean_sparsity(shapes, found)
+        unnamed = sum(shape.size for name, shape in shapes.items() if name not in found)
+        rest = (sparsity - share) * total / max(1, unnamed)
+        if not (-1e-12 <= rest < 1 if unnamed else abs(sparsity - share) <= _AGREEMENT):
+            others = f"the others would need a sparsity of {rest:.4g}" if unnamed else "there are no others"
+            raise ValueError(
+                f"A sparsity of {sparsity:g} cannot be met: the named layers' zeros are {share:.4g} of all weights, "
+                f"and {others}. Change the sparsity or those of the named layers."
+            )
+        return {name: found.get(name, max(0.0, rest)) for name in shapes}
 
 
 def _heads_and_tails(name: str) -> list[str]:
@@ -160,8 +134,7 @@ class OWL(SparsityDistribution):
         if not 0 <= self.owl_lmbda < 1:
             raise ValueError(f"owl_lmbda is a share of weights, at least 0 and below 1, got {self.owl_lmbda}.")
 
-    def sparsities(self, shapes: Shapes, sparsity: float | None, outliers: Outliers) -> dict[str, float]:
-        model_wide = required(self, sparsity)
+    def sparsities(self, shapes: Shapes, sparsity: float, outliers: Outliers) -> dict[str, float]:
         sizes: Counter[int] = Counter()
         for shape in shapes.values():
             if shape.block is not None:
@@ -171,17 +144,17 @@ class OWL(SparsityDistribution):
         assert sizes.keys() <= outliers.keys(), (sizes, outliers)
         low, high = min(outliers[block] for block in sizes), max(outliers[block] for block in sizes)
         if low == high:
-            return dict.fromkeys(shapes, model_wide)
+            return dict.fromkeys(shapes, sparsity)
         scaled = {block: 2 * (outliers[block] - low) / (high - low) for block in sizes}  # in units of owl_lmbda
         mean = sum(scaled[block] * size for block, size in sizes.items()) / sum(sizes.values())
-        found = {block: model_wide - self.owl_lmbda * (scaled[block] - mean) for block in sizes}
+        found = {block: sparsity - self.owl_lmbda * (scaled[block] - mean) for block in sizes}
         if min(found.values()) < -1e-12 or max(found.values()) >= 1:
             raise ValueError(
-                f"owl_lmbda={self.owl_lmbda:g} at a sparsity of {model_wide:g} would give blocks sparsities from "
+                f"owl_lmbda={self.owl_lmbda:g} at a sparsity of {sparsity:g} would give blocks sparsities from "
                 f"{min(found.values()):.4g} to {max(found.values()):.4g}, which must be at least 0 and below 1. Make "
                 "owl_lmbda smaller."
             )
-        return {n: model_wide if s.block is None else max(0.0, found[s.block]) for n, s in shapes.items()}
+        return {n: sparsity if s.block is None else max(0.0, found[s.block]) for n, s in shapes.items()}
 
 
 # --- whole counts ----------------------------------------------------------------------------------------------------
@@ -224,7 +197,7 @@ def whole_counts(shapes: Shapes, sparsities: Shares, pattern: Pattern) -> dict[s
 _NEAR = 5e-3  # by how much the zeros of a model that was pruned before may miss a sparsity
 
 
-class LayerSparsities:
+class Division:
     """The sparsity of each layer, at every sparsity of the model.
 
     Uniform ones are passed on: rows prune ``int(I * sparsity)``, as in the Wanda reference. Others are rounded up
@@ -239,7 +212,7 @@ class LayerSparsities:
         distribution: SparsityDistribution,
         shapes: Shapes,
         pattern: Pattern,
-        final: float | None,
+        final: float,
         outliers: Outliers | None = None,
     ) -> None:
         self._distribution, self._shapes, self._pattern, self._final = distribution, shapes, pattern, final
@@ -258,23 +231,21 @@ class LayerSparsities:
     def divide_by(self, outliers: Outliers) -> None:
         self.final_shares = self._distribution.sparsities(self._shapes, self._final, outliers)
 
-    def at(self, sparsity: float | None) -> dict[str, float]:
-        """The sparsity of each layer when that of the model is this; None = the final one."""
+    def at(self, sparsity: float) -> dict[str, float]:
+        """The sparsity of each layer when that of the model is this."""
         if self._uniform or sparsity == 0:
-            return dict.fromkeys(self._shapes, required(self._distribution, sparsity))
+            return dict.fromkeys(self._shapes, sparsity)
         assert self.final_shares is not None, "the division is not known yet"
-        shares = self.final_shares
-        if sparsity != self._final:
-            assert sparsity is not None and self._final is not None
-            if sparsity > self._final:
-                raise ValueError(
-                    f"The final sparsity, {self._final:g}, is what is divided: {sparsity:g} must not be above it."
-                )
-            shares = {name: value * sparsity / self._final for name, value in shares.items()}
+        if sparsity > self._final:
+            raise ValueError(
+                f"The final sparsity, {self._final:g}, is what is divided: {sparsity:g} must not be above it."
+            )
+        # at the final sparsity, the factor is exactly 1
+        shares = {name: value * (sparsity / self._final) for name, value in self.final_shares.items()}
         return whole_counts(self._shapes, shares, self._pattern)
 
     def read(self, masks: Shares, sparsity: float) -> None:
-        """If the division is not known, take that of masks, in a run that starts at this sparsity and keeps it."""
+        """Take over the division that masks have, if it is not known; the run must start at its final sparsity."""
         if self.known or not sparsity:
             return
         mean = mean_sparsity(self._shapes, masks)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from sparse_train.blocks import class_path
-from sparse_train.criteria import Criterion, LayerContext
+from sparse_train.criteria import LayerContext
 from sparse_train.layers import masks
 from sparse_train.layers.masked_layer import MaskedLayer
 from sparse_train.patterns import Pattern, Unstructured
@@ -25,7 +25,7 @@ class Optimizers:
     def __init__(self) -> None:
         self.known: list[Optimizer] = []
 
-    def watch(self, optimizer: Any) -> Optimizer:
+    def add(self, optimizer: Any) -> Optimizer:
         """Remember an optimizer, and return it without accelerate's wrapper."""
         wrapped = class_path(type(optimizer)) == "accelerate.optimizer.AcceleratedOptimizer"
         own: Optimizer = optimizer.optimizer if wrapped else optimizer
@@ -68,11 +68,9 @@ class MaskPolicy:  # no dataclass itself: jsonargparse would take that for a gro
         """Whether it leaves rows to themselves: it scores and selects as the base class does."""
         return (type(self).scores, type(self).select) == (MaskPolicy.scores, MaskPolicy.select)
 
-    def begin(
-        self, layers: Mapping[str, MaskedLayer], criterion: Criterion, optimizers: Optimizers, update_freq: int
-    ) -> None:
+    def begin(self, layers: Mapping[str, MaskedLayer], optimizers: Optimizers, update_freq: int) -> None:
         """Called once, before the first mask."""
-        self.layers, self.criterion, self.optimizers, self.update_freq = layers, criterion, optimizers, update_freq
+        self.layers, self.optimizers, self.update_freq = layers, optimizers, update_freq
 
     def check(self) -> None:
         """Raise ValueError if the policy does not work with the layers as they are: after ``begin``, at each update."""
@@ -147,10 +145,10 @@ class StraightThrough(MaskPolicy):
     def check(self) -> None:
         shrunk = 1 - (1 - self.srste_decay) ** self.update_freq
         for name, layer in self.layers.items() if self.srste_decay else ():
-            if layer.adapted or not layer.weight.requires_grad:
+            if layer.has_factors or not layer.weight.requires_grad:
                 raise ValueError(
-                    f"{name} is frozen{' by mask_lora' if layer.adapted else ''}, and {self} would shrink its pruned "
-                    "weights. Set srste_decay to 0, or leave the layer out (ignore)."
+                    f"{name} is frozen{' by mask_lora' if layer.has_factors else ''}, and {self} would shrink its "
+                    "pruned weights. Set srste_decay to 0, or leave the layer out (ignore)."
                 )
             # masters shrink in float32
             if shrunk < torch.finfo(layer.weight.dtype).eps / 2 and not layer.layout.has_masters:
@@ -211,7 +209,7 @@ class Regrow(MaskPolicy):
                     f"{name} is divided among processes, or DeepSpeed holds copies of it. {self} needs whole gradients "
                     "and an optimizer that it can clear: train with DDP, or use StraightThrough()."
                 )
-            if layer.adapted:
+            if layer.has_factors:
                 raise ValueError(
                     f"{name} is frozen by mask_lora, and {self} would write into it: weights come back from zero. Use "
                     "Fixed() or StraightThrough(), or train without mask_lora."

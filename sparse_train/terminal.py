@@ -4,7 +4,7 @@ import io
 import os
 import sys
 from collections.abc import Collection, Iterable, Sequence
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 T = TypeVar("T")
 SECONDS_BETWEEN_LINES = 60.0
@@ -22,14 +22,22 @@ def with_bar(items: Collection[T], label: str, *, shown: bool) -> Iterable[T]:
     """
     if not shown:  # tqdm is not needed
         return items
+    if bars_are_seen():
+        from tqdm import tqdm
+
+        return cast(Iterable[T], tqdm(items, label, leave=False, dynamic_ncols=True))
+    return cast(Iterable[T], lines(label, iterable=items))
+
+
+def lines(label: str, *, disable: bool = False, **arguments: Any) -> Any:
+    """A bar of tqdm that is a line of text on stderr: every minute when it moves, and when it is refreshed."""
     from tqdm import tqdm
 
-    if bars_are_seen():
-        return cast(Iterable[T], tqdm(items, label, leave=False, dynamic_ncols=True))
-    every, form = SECONDS_BETWEEN_LINES, "{desc}: {n_fmt}/{total_fmt}, {remaining} left"
-    often = {"delay": every, "mininterval": every, "miniters": 1}
-    # disable=False is said, because the commands set TQDM_DISABLE against the bars of other libraries
-    return cast(Iterable[T], tqdm(items, label, leave=False, disable=False, file=_Lines(), bar_format=form, **often))
+    form = "{desc}: {n_fmt}/{total_fmt}, {remaining} left{postfix}"
+    often = {"delay": SECONDS_BETWEEN_LINES, "mininterval": SECONDS_BETWEEN_LINES, "miniters": 1}
+    # disable is given even if False, because the commands set TQDM_DISABLE against the bars of other libraries
+    own = {"file": _Lines(), "bar_format": form, "disable": disable, "leave": False, "position": 0}
+    return tqdm(desc=label, **own, **often, **arguments)
 
 
 class _Lines(io.StringIO):

@@ -73,7 +73,7 @@ def test_padding_does_not_count_even_where_it_is_not_finite():
     torch.testing.assert_close(norm.sum_squares_I, x[mask.bool()].square().sum(0))
     assert int(norm.tokens) == 3
     recorder = Recorder(token_mask=torch.ones(7))  # a mask of another shape says nothing about these tokens
-    assert recorder.mask_for(x) is None and recorder.mask_misfit == "(2, 3, 4)"
+    assert recorder.token_mask_for(x) is None and recorder.token_mask_misfit == "(2, 3, 4)"
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -181,7 +181,7 @@ def test_statistics_survive_a_cast_of_the_model():
 
 def test_a_token_mask_follows_the_input():
     recorder = Recorder(token_mask=torch.ones(2, 3))
-    assert recorder.mask_for(torch.ones(2, 3, 4, device="meta")) is recorder.token_mask
+    assert recorder.token_mask_for(torch.ones(2, 3, 4, device="meta")) is recorder.token_mask
     assert recorder.token_mask.device.type == "meta"
 
 

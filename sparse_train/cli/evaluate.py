@@ -3,15 +3,13 @@
 import sys
 from typing import Any
 
-import torch
-
 from sparse_train.data.blocks import beginning
 from sparse_train.data.texts import PackagedWikipedia, Split, TextSource
 from sparse_train.evaluation import evaluate_perplexity, evaluate_zero_shot, token_ids
 from sparse_train.evaluation.perplexity import check_length
 from sparse_train.evaluation.zeroshot import check_tasks, task_names
 from sparse_train.models.lora import LoRA
-from sparse_train.models.sources import Autocast, ModelSource, as_model_source, torch_dtype
+from sparse_train.models.sources import Autocast, ModelSource, as_model_source, chosen_device, torch_dtype
 from sparse_train.terminal import bars_are_seen
 
 
@@ -110,14 +108,3 @@ def _ids(text: TextSource, split: Split, tokenizer: Any, bos: bool) -> tuple[Any
         raise ValueError(f"{text.name} has no text in its {split} split; give a text that has one.")
     prefix = beginning(tokenizer) if bos else []
     return token_ids(documents, tokenizer, text.separator)[len(prefix) :], prefix  # the text begins with it, too
-
-
-def chosen_device(device: str | None) -> str:
-    """The device that was named; otherwise a GPU if there is one. Raises ValueError if torch cannot compute there."""
-    if device is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.ones(1, device=device).item()
-    except (RuntimeError, NotImplementedError, AssertionError) as error:
-        raise ValueError(f"torch cannot compute on device={device!r} here ({error}). Use cpu or cuda.") from error
-    return device

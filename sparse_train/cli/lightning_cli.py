@@ -3,9 +3,7 @@
 import logging
 import signal
 import sys
-import time
 from dataclasses import asdict
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,7 +17,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from sparse_train import terminal
 from sparse_train.callbacks import DynamicPruning, RunRecord
-from sparse_train.cli.parser import Parser, settings, shipped, spelt_out
+from sparse_train.cli.parser import Parser, parser_arguments, shipped, spelt_out
 from sparse_train.cli.tables import show_run
 from sparse_train.data.text_blocks import TextBlocks
 from sparse_train.export import ModelCard, export_model
@@ -27,7 +25,7 @@ from sparse_train.export.card import training_rows
 from sparse_train.export.hf_folder import renamed, size_of
 from sparse_train.files import check_free, check_space, replacing
 from sparse_train.models.causal_lm import CausalLM
-from sparse_train.models.checkpoints import check_engine, check_plain, newest_checkpoint
+from sparse_train.models.checkpoints import check_plain, newest_checkpoint
 from sparse_train.models.sources import Dtype, torch_dtype
 from sparse_train.report import collect, headline, write_run_report
 from sparse_train.report.runs import without_homes
@@ -112,8 +110,6 @@ class SparseTrainCLI(LightningCLI):
 
     def before_fit(self) -> None:
         self.trainer.callbacks.append(LambdaCallback(on_exception=_say_how_to_go_on))  # type: ignore[attr-defined]
-        if self.config.fit.ckpt_path:
-            check_engine(self.config.fit.ckpt_path, self.trainer.strategy)
         if out := self.config.fit.export:
             check_free(Path(out))
             dtype = torch_dtype(self.config.fit.dtype)  # the size is known when there is a model
@@ -138,10 +134,9 @@ class SparseTrainCLI(LightningCLI):
 
     def _report(self, out: str | None) -> dict[str, Any]:
         """Write the report of the run. Returns the results, for JSON."""
-        kinds, callbacks = ("best_model_path", "last_model_path"), self.trainer.checkpoint_callbacks
-        paths = filter(None, (getattr(callback, kind, "") for callback in callbacks for kind in kinds))
-        found: dict[str, Any] = {"export": out, "report": None, "checkpoint": next(paths, None)}
-        if not (out or found["checkpoint"] or self.config.fit.ckpt_path) and self.trainer.checkpoint_callbacks:
+        checkpoint = _checkpoint(self.trainer, "best_model_path", "last_model_path")
+        found: dict[str, Any] = {"export": out, "report": None, "checkpoint": checkpoint}
+        if not (out or checkpoint or self.config.fit.ckpt_path) and self.trainer.checkpoint_callbacks:
             _log.warning(
                 "The run ended before its first checkpoint, so the trained model is not kept. Give --export FOLDER, or "
                 "write checkpoints earlier (trainer.val_check_interval, or every_n_train_steps of ModelCheckpoint)."
@@ -156,7 +151,7 @@ class SparseTrainCLI(LightningCLI):
         source, made, pruning = self.model.source, {"method": "trained without re-pruning"}, None
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, DynamicPruning):
-                pruning = callback.record and renamed(callback.record)
+                pruning = callback.pruning_json and renamed(callback.pruning_json)
                 if updater := callback.updater:
                     made = training_rows(updater.settings(), asdict(updater.timing), updater.steps)
                 elif state := callback.state_dict():  # the state at the end
@@ -194,7 +189,7 @@ def run(args: list[str], cli: type[SparseTrainCLI] = SparseTrainCLI, debug: bool
             auto_configure_optimizers=False,
             parser_class=_Parser,
             parser_kwargs={"prog": "sparse-train", "allow_abbrev": False, "exit_on_error": not debug}
-            | {command: settings(command, debug)},
+            | {command: parser_arguments(command, debug)},
         )
     except SIGTERMException:  # its own exit status is that of a finished run
         print(f"sparse-train {command}: ended by SIGTERM, before the run was complete.", file=sys.stderr)
@@ -204,10 +199,15 @@ def run(args: list[str], cli: type[SparseTrainCLI] = SparseTrainCLI, debug: bool
 def _say_how_to_go_on(trainer: L.Trainer, pl_module: L.LightningModule, error: BaseException) -> None:
     """After Ctrl-C, which Lightning ends with an exit status and no word on what is left."""
     if isinstance(error, KeyboardInterrupt) and trainer.is_global_zero:
-        kinds = ("last_model_path", "best_model_path")
-        last = next(filter(None, (getattr(trainer.checkpoint_callback, kind, "") for kind in kinds)), None)
+        last = _checkpoint(trainer, "last_model_path", "best_model_path")
         left = f"To go on: --ckpt_path {last}" if last else "It has written no checkpoint"
         print(f"sparse-train fit: interrupted at step {trainer.global_step}. {left}.", file=sys.stderr)
+
+
+def _checkpoint(trainer: L.Trainer, *kinds: str) -> str | None:
+    """The checkpoint of the first of these kinds that the run has written."""
+    paths = (getattr(callback, kind, None) for kind in kinds for callback in trainer.checkpoint_callbacks)
+    return next(filter(None, paths), None)
 
 
 class WholeCheckpoints(TorchCheckpointIO):
@@ -226,47 +226,33 @@ class WholeCheckpoints(TorchCheckpointIO):
 class TrainingLines(ProgressBar):
     """A line on stderr after each validation, and every minute in between, with what Lightning's bar shows.
 
-    "step 25/100, 0:01:20 left, train/loss 3.245, val/perplexity 25.17, sparsity/actual 0.5, ..."
+    "step: 25/100, 01:20 left, train/loss 3.245, val/perplexity 25.17, sparsity/actual 0.5, ..."
     """
 
-    def disable(self) -> None:
-        """In all processes except the first, which is where ``_print`` prints."""
+    disabled = False
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
-        self._last = time.monotonic()
+    def disable(self) -> None:
+        self.disabled = True  # in all processes except the first
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._began = self._last = time.monotonic()
-        self._first_step = trainer.global_step
+        total, begun = trainer.estimated_stepping_batches, trainer.global_step
+        self._steps = terminal.lines("step", total=total, initial=begun, disable=self.disabled)
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
-        if self._is_time():
-            self._line(trainer)
+        self._say(trainer)
+        self._steps.update(trainer.global_step - self._steps.n)
 
-    def on_validation_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        if self._is_time():
-            self._print(f"validation: batch {batch_idx + 1}/{trainer.num_val_batches[dataloader_idx]}")
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._batches = terminal.lines("validation", total=sum(trainer.num_val_batches), disable=self.disabled)
+
+    def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        self._batches.update()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._line(trainer)
+            self._say(trainer)
+            self._steps.refresh()
 
-    def _is_time(self) -> bool:
-        return time.monotonic() - self._last >= terminal.SECONDS_BETWEEN_LINES
-
-    def _line(self, trainer: L.Trainer) -> None:
-        step, total = trainer.global_step, trainer.estimated_stepping_batches
-        parts = [f"step {step}/{total}"]
-        if total != float("inf") and step > self._first_step:
-            seconds = (time.monotonic() - self._began) / (step - self._first_step) * (total - step)
-            parts.append(f"{timedelta(seconds=round(seconds))} left")
-        metrics = [f"{name} {float(value):.4g}" for name, value in trainer.progress_bar_metrics.items()]
-        self._print(", ".join([*parts, *metrics]))
-
-    def _print(self, line: str) -> None:
-        self._last = time.monotonic()
-        if self.trainer.is_global_zero:
-            print(line, file=sys.stderr, flush=True)
+    def _say(self, trainer: L.Trainer) -> None:
+        metrics = (f"{name} {float(value):.4g}" for name, value in trainer.progress_bar_metrics.items())
+        self._steps.set_postfix_str(", ".join(metrics), refresh=False)

@@ -52,9 +52,9 @@ class Parser(ArgumentParser):
         sys.exit(2)
 
 
-def settings(name: str, debug: bool = False, places: Sequence[str] = ()) -> dict[str, Any]:
+def parser_arguments(name: str, debug: bool = False, positional: Sequence[str] = ()) -> dict[str, Any]:
     return {
-        "usage": " ".join(["sparse-train", name, *(place.upper() for place in places), "[options]"]),
+        "usage": " ".join(["sparse-train", name, *(place.upper() for place in positional), "[options]"]),
         "epilog": f"example:\n  {COMMANDS[name].example}",
         "formatter_class": _Formatter,
         "allow_abbrev": False,  # or a mistyped option would run
@@ -70,7 +70,9 @@ def places(function: Callable[..., Any]) -> list[str]:
 def parser_of(name: str, function: Callable[..., Any], debug: bool = False) -> Parser:
     """The parser of a command that is a function; its options are the arguments of the function."""
     description = (function.__doc__ or "").split("\n\n")[0]
-    parser = Parser(prog=f"sparse-train {name}", description=description, **settings(name, debug, places(function)))
+    parser = Parser(
+        prog=f"sparse-train {name}", description=description, **parser_arguments(name, debug, places(function))
+    )
     parser.add_argument("--config", action="config", help="YAML file with any of these arguments.")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.add_function_arguments(function)

@@ -8,7 +8,6 @@ from time import perf_counter as now
 from typing import Any, Literal
 
 from sparse_train.arguments import describe
-from sparse_train.cli.evaluate import chosen_device
 from sparse_train.cli.tables import show_pruning
 from sparse_train.criteria import Criterion
 from sparse_train.data.blocks import calibration_batches
@@ -20,9 +19,18 @@ from sparse_train.evaluation.perplexity import check_window
 from sparse_train.export import export_model
 from sparse_train.export.card import ModelCard, oneshot_rows, write_card
 from sparse_train.export.hf_folder import check_written, size_of
+from sparse_train.export.verify import PRUNING_FILE
 from sparse_train.files import check_free, check_space, replacing
 from sparse_train.inspection import LayerSparsity, layer_sparsities
-from sparse_train.models.sources import Autocast, Dtype, ModelSource, Pretrained, as_model_source, torch_dtype
+from sparse_train.models.sources import (
+    Autocast,
+    Dtype,
+    ModelSource,
+    Pretrained,
+    as_model_source,
+    chosen_device,
+    torch_dtype,
+)
 from sparse_train.oneshot.disk import Checkpoint, copy_others, model_without_weights
 from sparse_train.oneshot.forwards import Batch
 from sparse_train.oneshot.prune import prune as prune_model
@@ -33,7 +41,7 @@ from sparse_train.solvers import Solver
 from sparse_train.terminal import bars_are_seen
 
 Details = dict[str, Any]
-"""The record of a pruning, as stored in pruning.json."""
+"""Plain data about a pruning, in the end what pruning.json holds."""
 
 
 def prune(
@@ -83,7 +91,7 @@ def prune(
 
     Under ``torchrun``, each process uses its part of the calibration data, with two reduces per block; rank 0 writes.
     """
-    method: dict[str, Any] = {
+    method: Details = {
         "mask_structure": mask_structure,
         "sparsity": sparsity,
         "criterion": criterion,
@@ -92,7 +100,7 @@ def prune(
         "ignore": ignore,
         "autocast": torch_dtype(autocast),
     }
-    calibration: dict[str, Any] = {
+    calibration: Details = {
         "num_calibration_samples": num_calibration_samples,
         "max_seq_length": max_seq_length,
         "sampling": sampling,
@@ -123,28 +131,8 @@ def prune(
             report = prune_model(loaded, batches, **method, progress=rank() == 0)
         if rank() != 0:
             return None
-        calibration |= {"autocast": autocast, "processes": world_size()}
-        details: Details = {
-            "model": source.name,
-            "stages": [
-                {
-                    "criterion": describe(plan.method),
-                    "mask_structure": group_label(plan.pattern),
-                    "wanted_sparsity": plan.sparsity,
-                    "sparsity": report.sparsity,
-                    "distribution": describe(plan.distribution),
-                    "targets": targets,
-                    "ignore": ignore,
-                }
-            ],
-            "sparsity": report.sparsity,
-            "calibration": {"text": text.name, **calibration} if plan.needs_data else None,
-            "device": own_device,
-            "seconds": {"forwards": report.forward_seconds, "pruning": report.pruning_seconds},
-            "layers": {name: update.flips / update.size for name, update in report.layers.items()},
-            "versions": versions(),
-            "streaming": streaming,
-        }
+        data = {"text": text.name, **calibration, "autocast": autocast, "processes": world_size()}
+        details = _details(source.name, plan, report, method, data, own_device) | {"streaming": streaming}
         card = ModelCard(source.name, source.hub_id, source.license, oneshot_rows(details))
         if streaming:
             layers = _pruned_layers(report, group_label(plan.pattern))
@@ -156,10 +144,35 @@ def prune(
             if isinstance(source, Pretrained):
                 copy_others(Path(source.path), folder)
         details["seconds"]["all"] = now() - began
-        with replacing(folder / "pruning.json") as beside:
+        with replacing(folder / PRUNING_FILE) as beside:
             beside.write_text(dumps(details, indent=2) + "\n")
     show_pruning(details, layers, folder)
     return {"out": out, **details}
+
+
+def _details(
+    model: str, plan: Plan, report: OneshotReport, method: Details, calibration: Details, device: str
+) -> Details:
+    """What ``pruning.json`` says, but for the time of everything."""
+    stage = {
+        "criterion": describe(plan.method),
+        "mask_structure": group_label(plan.pattern),
+        "wanted_sparsity": plan.sparsity,
+        "sparsity": report.sparsity,
+        "distribution": describe(plan.distribution),
+        "targets": method["targets"],
+        "ignore": method["ignore"],
+    }
+    return {
+        "model": model,
+        "stages": [stage],
+        "sparsity": report.sparsity,
+        "calibration": calibration if plan.needs_data else None,
+        "device": device,
+        "seconds": {"forwards": report.forward_seconds, "pruning": report.pruning_seconds},
+        "layers": {name: update.flips / update.size for name, update in report.layers.items()},
+        "versions": versions(),
+    }
 
 
 def _files_of(source: ModelSource) -> Path:

@@ -87,8 +87,7 @@ def token_ids(documents: list[str], tokenizer: Any, separator: str = "\n\n") -> 
 
 def check_length(ids: Tensor, window: int, max_tokens: int | None = None) -> Tensor:
     """The first ``max_tokens`` of a text. Raises ValueError if that is no whole window, or one too short for a loss."""
-    if max_tokens is not None:
-        check_positive("max_tokens", max_tokens)
+    check_positive("max_tokens", max_tokens)
     if window < 2:
         raise ValueError(f"window must be at least 2 tokens, got {window}: the first one has no loss.")
     ids = ids[:max_tokens]

@@ -136,8 +136,7 @@ def evaluate_zero_shot(
     Raises:
         ValueError: a task or its items are not there or do not fit, or an argument is out of range.
     """
-    if limit is not None:
-        check_positive("limit", limit)
+    check_positive("limit", limit)
     check_positive("batch_size", batch_size)
     names = task_names(tasks)
     with undisturbed(model), _quiet(progress):

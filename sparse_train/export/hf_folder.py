@@ -14,7 +14,7 @@ import torch
 from sparse_train.distributed.collectives import rank
 from sparse_train.distributed.engines import layout_of, whole_state_dict
 from sparse_train.export.card import ModelCard, training_rows, write_card
-from sparse_train.export.verify import RECORD, compare
+from sparse_train.export.verify import PRUNING_FILE, compare
 from sparse_train.files import reading, written_whole
 from sparse_train.inspection import LayerSparsity, layer_sparsities
 from sparse_train.layers.masked_layer import sparse_layers
@@ -24,7 +24,7 @@ from sparse_train.models import lora
 from sparse_train.models.checkpoints import PRUNING_STATE, read_checkpoint
 from sparse_train.models.sources import PackagedSmolLM2, Pretrained
 from sparse_train.oneshot.disk import Checkpoint, names_in_model
-from sparse_train.pruning.updater import as_record, check_restored_masks
+from sparse_train.pruning.updater import check_restored_masks, pruning_json
 
 _log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def export_model(
     if rank() != 0:
         return out
     card, dtype = card or ModelCard(), dtype or _narrower_dtype_of_files(model)
-    if any(layer.adapted for layer in sparse_layers(model).values()):
+    if any(layer.has_factors for layer in sparse_layers(model).values()):
         state = folded_state_dict(model, state)  # before the conversion: factors are summed in their own precision
     written = state if dtype is None else _in_dtype(state, dtype)
     with written_whole(out) as beside:
@@ -84,14 +84,14 @@ def export_model(
             tokenizer.save_pretrained(beside)
         write_card(beside, card, layers)
         if card.pruning is not None:
-            (beside / RECORD).write_text(json.dumps(card.pruning, indent=2) + "\n")
+            (beside / PRUNING_FILE).write_text(json.dumps(card.pruning, indent=2) + "\n")
             compare(card.pruning, Checkpoint(beside), base)
     return out
 
 
-def renamed(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The record of a run of ``CausalLM`` with the names that layers have in its exported model."""
-    return {**record, "layers": {lora.bare(n.removeprefix("model.")): share for n, share in record["layers"].items()}}
+def renamed(pruning: Mapping[str, Any]) -> dict[str, Any]:
+    """The ``pruning_json`` of a run of ``CausalLM`` with the names that layers have in its exported model."""
+    return {**pruning, "layers": {lora.bare(n.removeprefix("model.")): share for n, share in pruning["layers"].items()}}
 
 
 def check_written(folder: Path, layers: Sequence[LayerSparsity], model: Any) -> None:
@@ -184,7 +184,7 @@ def export_checkpoint(
         if run := content.get("callbacks", {}).get(PRUNING_STATE):
             layers = {f"model.{name}": layer for name, layer in sparse_layers(model).items()}
             check_restored_masks(run["masks"], layers, run["sparsity"])
-            card = replace(card, pruning=renamed(as_record(run["settings"], run["sparsity"], layers)))
+            card = replace(card, pruning=renamed(pruning_json(run["settings"], run["sparsity"], layers)))
     squash(model)  # before weights are converted to their dtype: factors of adapters may have a higher precision
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
         if name in state:

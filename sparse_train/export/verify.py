@@ -16,25 +16,26 @@ from sparse_train.files import reading
 from sparse_train.oneshot.disk import Checkpoint, model_without_weights, names_in_model
 from sparse_train.patterns import Pattern, Unstructured, group_label, parse_word
 
-RECORD = "pruning.json"
+PRUNING_FILE = "pruning.json"
 """How a model was pruned. Compared are ``mask_structure`` (as ``group_label`` writes it), ``wanted_sparsity`` and
 ``distribution`` of the last of its ``stages``; and ``layers``, by name the share that the mask of a layer prunes."""
 
 
 def verify(folder: str | Path) -> dict[str, Any]:
-    """``compare`` a folder with its own record; ValueError if it has none. Holds one weight at a time."""
+    """``compare`` a folder with its own ``pruning.json``; ValueError if it has none. Holds one weight at a time."""
     folder = Path(folder)
-    with reading(folder / RECORD, lambda: " It says what zeros should be: prune, fit --export and export write it."):
-        record = json.loads((folder / RECORD).read_text())
-        _recipe(record)
+    hint = " It says what zeros should be: prune, fit --export and export write it."
+    with reading(folder / PRUNING_FILE, lambda: hint):
+        pruning = json.loads((folder / PRUNING_FILE).read_text())
+        _recipe(pruning)
     checkpoint = Checkpoint(folder)
-    return compare(record, checkpoint, model_without_weights(folder, checkpoint))
+    return compare(pruning, checkpoint, model_without_weights(folder, checkpoint))
 
 
-def _recipe(record: Mapping[str, Any]) -> tuple[Pattern, dict[str, float], float | None]:
+def _recipe(pruning: Mapping[str, Any]) -> tuple[Pattern, dict[str, float], float | None]:
     """The pattern within each layer, what it has in each, and the sparsity of the model where that says more."""
     # a little more, so that rounding loses no weight
-    stage, layers = record["stages"][-1], {name: float(share) + 1e-10 for name, share in record["layers"].items()}
+    stage, layers = pruning["stages"][-1], {name: float(share) + 1e-10 for name, share in pruning["layers"].items()}
     label, wanted = stage["mask_structure"], stage["wanted_sparsity"]
     known = re.fullmatch(r"\d+:\d+|unstructured|unstructured \(layer\)", label)  # not over the model, or a user's own
     pattern = parse_word(label.split()[0], "layer" if "(" in label else "row") if known else Unstructured("layer")
@@ -43,7 +44,7 @@ def _recipe(record: Mapping[str, Any]) -> tuple[Pattern, dict[str, float], float
     return pattern, layers, wanted
 
 
-def compare(record: Mapping[str, Any], checkpoint: Checkpoint, model: nn.Module) -> dict[str, Any]:
+def compare(pruning: Mapping[str, Any], checkpoint: Checkpoint, model: nn.Module) -> dict[str, Any]:
     """Compare the zeros of files with how they were made. A group may be sparser than that, and never denser.
 
     Every row, group of M or layer is compared with the sparsity of its layer, and all layers with that of the model.
@@ -55,7 +56,7 @@ def compare(record: Mapping[str, Any], checkpoint: Checkpoint, model: nn.Module)
     Raises:
         ValueError: names each layer that is denser, what was expected and what was found.
     """
-    pattern, shares, wanted = _recipe(record)
+    pattern, shares, wanted = _recipe(pruning)
     wrong, size, found, expected, rounding = [], 0, 0, 0, 0.0
     for name, weight_OI in _weights(checkpoint, model, shares):
         nonzero_OI = weight_OI != 0
@@ -73,7 +74,9 @@ def compare(record: Mapping[str, Any], checkpoint: Checkpoint, model: nn.Module)
         wrong.append(f"all {len(shares)} layers: expected a sparsity of {wanted:g}, found {found / size:.6g}")
     if wrong or not shares:
         some = "\n".join(wrong[:10]) + (f"\nand {len(wrong) - 10} more" if len(wrong) > 10 else "")
-        raise ValueError(f"{checkpoint.folder} has not the zeros that {RECORD} says:\n{some or 'no layer is named'}")
+        raise ValueError(
+            f"{checkpoint.folder} has not the zeros that {PRUNING_FILE} says:\n{some or 'no layer is named'}"
+        )
     return {"layers": len(shares), "sparsity": found / size, "zeros_kept": found - expected}
 
 
@@ -86,8 +89,8 @@ def _weights(checkpoint: Checkpoint, model: nn.Module, names: Iterable[str]) -> 
         stored = own if own in experts else f"{own}.weight"
         if stored not in keys:
             raise ValueError(
-                f"{checkpoint.folder} has no tensor {stored}, which {RECORD} names, or holds it in other parts, as "
-                "some models do with experts. Then load the model and look at sparse_train.summary(model)."
+                f"{checkpoint.folder} has no tensor {stored}, which {PRUNING_FILE} names, or holds it in other parts, "
+                "as some models do with experts. Then load the model and look at sparse_train.summary(model)."
             )
         weight = checkpoint.read([keys[stored]])[keys[stored]]
         if own in experts:

@@ -28,9 +28,8 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
-from sparse_train.blocks import class_path
 from sparse_train.distributed.collectives import rank
-from sparse_train.export.verify import RECORD
+from sparse_train.export.verify import PRUNING_FILE
 from sparse_train.files import load_plain, replacing
 from sparse_train.layers import masks
 from sparse_train.layers.masked_layer import MaskedLayer, sparse_layers
@@ -42,7 +41,7 @@ from sparse_train.oneshot.forwards import under_autocast
 from sparse_train.patterns import Pattern
 from sparse_train.policies import MaskPolicy
 from sparse_train.pruning.config import PruningConfig
-from sparse_train.pruning.updater import MaskUpdater, as_record, check_same_layers, mask_targets
+from sparse_train.pruning.updater import MaskUpdater, check_same_layers, mask_targets, pruning_json
 
 _log = logging.getLogger(__name__)
 
@@ -125,7 +124,7 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
         self._hooks = [loading, model.register_forward_pre_hook(self._before_forward, with_kwargs=True)]
         layers = mask_targets(model, self.config)
         for name, layer in layers.items():
-            if layer.layout.is_sharded or layer.adapted:
+            if layer.layout.is_sharded or layer.has_factors:
                 raise ValueError(
                     f"{name} is divided among processes or has a mask_lora adapter, and a checkpoint of the Trainer "
                     f"would not hold it whole. {_LIGHTNING}"
@@ -193,12 +192,12 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
             folder.mkdir(parents=True, exist_ok=True)
             with replacing(folder / STATE_FILE) as temporary:
                 torch.save({"layers": layers, "updater": updater_state}, temporary)
-            self._write_record(folder)
+            self._write_pruning(folder)
 
-    def _write_record(self, folder: Path) -> None:
+    def _write_pruning(self, folder: Path) -> None:
         assert self.updater is not None
-        record = as_record(self.updater.settings(), self.updater.sparsity, self.updater.layers)
-        (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+        pruning = pruning_json(self.updater.settings(), self.updater.sparsity, self.updater.layers)
+        (folder / PRUNING_FILE).write_text(json.dumps(pruning, indent=2) + "\n")
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not (Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE_FILE).exists():
@@ -213,7 +212,7 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
         if lora.is_peft(model) and args.should_save:
             _save_base(model, Path(args.output_dir) / "base")
         elif args.should_save:
-            self._write_record(Path(args.output_dir))  # where save_model() puts the model
+            self._write_pruning(Path(args.output_dir))  # where save_model() puts the model
         if self._squash:
             unmask(model)
         else:
@@ -245,7 +244,7 @@ def check_trainer(args: Any, model: nn.Module, config: PruningConfig) -> None:
             "load_best_model_at_end would bring a checkpoint back from before the final sparsity, as denser models "
             "have the lower loss. Leave it out, or train at a constant sparsity from start_step 0."
         )
-    if any(class_path(cls) == "peft.peft_model.PeftModel" for cls in type(model).__mro__):
+    if lora.is_peft(model):
         raise ValueError(
             "load_best_model_at_end brings the adapters of an earlier step back, but not the masks of their base. "
             "Leave it out for models of peft."

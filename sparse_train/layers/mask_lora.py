@@ -6,7 +6,6 @@ Shape suffixes: O out_features, I in_features, R rank.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +14,6 @@ from sparse_train.distributed.engines import layout_of
 from sparse_train.layers.functional import low_rank_sum, masked_linear
 from sparse_train.layers.masked_layer import MaskedLayer, SparseLinear, sparse_layers
 from sparse_train.layers.masks import FACTOR_NAMES
-
-ALL_LINEAR = "all-linear"
 
 
 @dataclass(frozen=True)
@@ -35,22 +32,17 @@ class MaskLoRA:
     Args:
         r: rank.
         lora_alpha: the product is multiplied by ``lora_alpha / r``.
-        target_modules: last parts of the names of masked layers, as in peft; "all-linear" = all masked layers. Masked
-            layers that have no adapter stay frozen.
+        target_modules: last part of the names of masked layers, or several, as in peft; "all-linear" = all masked
+            layers. Masked layers that have no adapter stay frozen.
     """
 
     r: int = 8
     lora_alpha: int = 16
-    target_modules: Sequence[str] | Literal["all-linear"] = ("q_proj", "v_proj")
+    target_modules: Sequence[str] | str = ("q_proj", "v_proj")
 
     def __post_init__(self) -> None:
         if self.r < 1 or self.lora_alpha <= 0:
             raise ValueError(f"r must be at least 1 and lora_alpha above 0, got {self.r} and {self.lora_alpha}.")
-        if isinstance(self.target_modules, str) and self.target_modules != ALL_LINEAR:
-            raise ValueError(
-                f"target_modules is a list of names or {ALL_LINEAR!r}, got the text {self.target_modules!r}; write "
-                f"[{self.target_modules!r}]."
-            )
 
 
 class MaskLoRALinear(SparseLinear):
@@ -59,7 +51,7 @@ class MaskLoRALinear(SparseLinear):
     ``mask_lora_A`` (r, I) and ``mask_lora_B`` (O, r) are parameters next to the frozen ``weight``.
     """
 
-    adapted = True
+    has_factors = True
     mask_lora_A: Tensor
     mask_lora_B: Tensor
     lora_alpha: int
@@ -113,7 +105,7 @@ def described(layer: MaskLoRALinear) -> str:
     return f"r={layer.mask_lora_A.shape[0]}, lora_alpha={layer.lora_alpha}"
 
 
-def describe_adapters(layers: Mapping[str, MaskedLayer]) -> str | None:
+def describe_factors(layers: Mapping[str, MaskedLayer]) -> str | None:
     """The adapters of masked layers in words, for checkpoints and model cards; None if there are none."""
     found = [described(layer) for layer in layers.values() if isinstance(layer, MaskLoRALinear)]
     return f"{', '.join(sorted(set(found)))} on {len(found)} of {len(layers)} layers" if found else None
@@ -146,9 +138,9 @@ def add_mask_lora(model: nn.Module, lora: MaskLoRA | None = None) -> list[nn.Par
     check_mask_lora(model, lora)
     model.requires_grad_(False)
     for layer in _wanted(model, lora).values():
-        if not layer.adapted:
+        if not layer.has_factors:
             attach_factors(layer, lora.r, lora.lora_alpha)
-    adapted = [layer for layer in sparse_layers(model).values() if layer.adapted]
+    adapted = [layer for layer in sparse_layers(model).values() if layer.has_factors]
     factors = [getattr(layer, name) for layer in adapted for name in FACTOR_NAMES]
     for factor in factors:
         factor.requires_grad_(True)
@@ -181,8 +173,8 @@ def merge_mask_lora(model: nn.Module) -> None:
 
 def check_whole(name: str, layer: MaskedLayer) -> None:
     """Raise ValueError if an engine divides the weight of a layer, or the factors of its adapter."""
-    held = [layout_of(getattr(layer, each)) for each in ("weight", *(FACTOR_NAMES if layer.adapted else ()))]
-    if any(layout.is_sharded for layout in held) or (layer.adapted and held[1].has_masters):
+    held = [layout_of(getattr(layer, each)) for each in ("weight", *(FACTOR_NAMES if layer.has_factors else ()))]
+    if any(layout.is_sharded for layout in held) or (layer.has_factors and held[1].has_masters):
         raise ValueError(
             f"{name} has a mask_lora adapter, and its parameters are divided among processes (FSDP2, DeepSpeed), where "
             "the sum of the two cannot be masked. Train in one process or with DDP, or without mask_lora."
@@ -206,8 +198,9 @@ def attach_factors(layer: MaskedLayer, rank: int, lora_alpha: int) -> None:
 
 
 def _wanted(model: nn.Module, lora: MaskLoRA) -> dict[str, MaskedLayer]:
-    layers = sparse_layers(model)
-    ends = [""] if lora.target_modules == ALL_LINEAR else [f".{end}" for end in lora.target_modules]
+    layers, wanted = sparse_layers(model), lora.target_modules
+    parts = [wanted] if isinstance(wanted, str) else wanted
+    ends = [""] if wanted == "all-linear" else [f".{part}" for part in parts]
     found = [{name: layer for name, layer in layers.items() if f".{name}".endswith(end)} for end in ends]
     if not all(found):
         known = sorted({name.rpartition(".")[2] for name in layers})

@@ -34,7 +34,7 @@ class Recorder:
     """Which tokens of the current batch count (B, L); None = all."""
     last: LastSums = field(default_factory=LastSums)
     """Reused by layers that read the same tensor."""
-    mask_misfit: str | None = None
+    token_mask_misfit: str | None = None
     """Shape of the first input that the token mask did not fit, for a single warning."""
     warned: bool = False
     is_paused: bool = False
@@ -44,14 +44,14 @@ class Recorder:
         in_training = self.when == "training" and (training or torch.is_grad_enabled())
         return not self.is_paused and (in_training or self.when == "always")
 
-    def mask_for(self, x: Tensor) -> Tensor | None:
+    def token_mask_for(self, x: Tensor) -> Tensor | None:
         """The token mask of an input (..., I); None if there is none, or if it does not fit."""
         mask = self.token_mask
         if mask is None:
             return None
         # an entry for every token of (B, L, I) or (B * L, I)
         if mask.shape != x.shape[:-1] and (x.dim() != 2 or mask.numel() != len(x)):
-            self.mask_misfit = self.mask_misfit or f"{tuple(x.shape)}"
+            self.token_mask_misfit = self.token_mask_misfit or f"{tuple(x.shape)}"
             return None
         if mask.device != x.device:
             mask = self.token_mask = mask.to(x.device)
@@ -74,7 +74,7 @@ class MaskedMatrix:
         weight_mask: packed mask, uint8 (O, ceil(I / 8)), see ``sparse_train.layers.masks``.
         statistics: of the input; None if nothing needs them.
         in_features, out_features: I and O.
-        adapted: whether a low-rank adapter is part of the weight, see ``sparse_train.layers.mask_lora``.
+        has_factors: whether a low-rank adapter is part of the weight, see ``sparse_train.layers.mask_lora``.
         has_rows: whether each process holds some rows (FSDP2), which it can score and select alone.
 
     To score, ``read``: it works under every engine. To compute or count with what the forward uses, ``masked_weight``.
@@ -82,7 +82,7 @@ class MaskedMatrix:
     itself, for code that has refused engines that divide it.
     """
 
-    adapted: bool = False
+    has_factors: bool = False
     has_rows: bool = False
     weight_mask: Tensor
     statistics: Statistics | None
@@ -217,7 +217,7 @@ class MaskedLayer(MaskedMatrix):
     def forward(self, x: Tensor) -> Tensor:
         recorder = self.recorder
         if recorder is not None and self.statistics is not None and recorder.wants(self.training and not self.frozen):
-            self.statistics.add(x, recorder.mask_for(x), recorder.last)
+            self.statistics.add(x, recorder.token_mask_for(x), recorder.last)
         return self.product(x)
 
     def product(self, x: Tensor) -> Tensor:

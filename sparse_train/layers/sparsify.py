@@ -111,7 +111,7 @@ def sparsify_like(module: nn.Module, state_dict: Mapping[str, Any], prefix: str 
     for name, layer in zip(names, layers, strict=True):
         assert isinstance(layer, MaskedLayer)
         factor = state_dict.get(f"{prefix}{name}.{FACTOR_NAMES[0]}")
-        if factor is not None and not layer.adapted:
+        if factor is not None and not layer.has_factors:
             attach_factors(layer, factor.shape[0], int(state_dict[f"{prefix}{name}.{EXTRA_STATE}"]))
 
 

@@ -45,7 +45,7 @@ def folded_state_dict(
         name = key.removesuffix(MASK_NAME)
         weight = state[f"{name}weight"].detach()
         layer: Any = model.get_submodule(name.removesuffix("."))
-        if getattr(layer, "adapted", False) and name + FACTOR_NAMES[0] in folded:  # or the state is folded already
+        if getattr(layer, "has_factors", False) and name + FACTOR_NAMES[0] in folded:  # or the state is folded already
             weight = layer.summed(weight, *(folded.pop(name + factor).detach() for factor in FACTOR_NAMES))
             folded.pop(name + EXTRA_STATE, None)
         is_stored_OI = not is_conv1d(layer)
@@ -110,7 +110,7 @@ def refuse_dense(module: nn.Module, state_dict: dict[str, Any], prefix: str, *ar
     layers = {name: each for name, each in masked_modules(module, prefix).items() if f"{name}weight" in state_dict}
     for name, layer in layers.items():
         in_file = name + FACTOR_NAMES[0] in state_dict
-        if in_file != layer.adapted:
+        if in_file != layer.has_factors:
             with_adapters, without = ("checkpoint", "model") if in_file else ("model", "checkpoint")
             raise ValueError(
                 f"{name.removesuffix('.')}: the {with_adapters} has a mask_lora adapter, and the {without} has none. "
@@ -132,7 +132,7 @@ def refuse_dense(module: nn.Module, state_dict: dict[str, Any], prefix: str, *ar
 
 def _has_zeros_of(layer: Any, weight: Any) -> bool:
     """Whether a stored weight is zero wherever the layer's mask prunes; False with an adapter, or if sharded."""
-    if layer.adapted or layer.layout.is_sharded or weight.shape != layer.weight.shape:
+    if layer.has_factors or layer.layout.is_sharded or weight.shape != layer.weight.shape:
         return False
     if layer.weight_mask.is_meta or weight.is_meta:  # there is nothing to compare
         return False

@@ -94,7 +94,7 @@ def select(
         if name in layers:
             check_maskable(model, name, layers[name], adapters, tied)
         pattern.check_layer(name, (shape_OI(layers[name]) if name in layers else fused[name].shape_OI)[1])
-    _log.info("Pruning %s.", named(chosen))
+    _log.info("Pruning %s.", in_words(chosen))
     if targets is None and (blocks is not None or own_use):
         _warn_of_dense(model, blocks or "", fused, own_use)
     return Selection(layers, {name: fused[name] for name in chosen if name in fused})
@@ -124,7 +124,7 @@ def _without_blocks(model: nn.Module, pattern: Pattern, never: set[str], ignored
     frozen = frozen_linears(model)
     found = [name for name, module in model.named_modules() if is_linear(module) and name not in never | frozen]
     # if mask_lora has been added already, it has frozen the last layer
-    if found and not getattr(model.get_submodule(found[-1]), "adapted", False):
+    if found and not getattr(model.get_submodule(found[-1]), "has_factors", False):
         del found[-1]
     if frozen and found:
         _log.info("%d linear layers stay dense, which are frozen beside others: %s, ...", len(frozen), min(frozen))
@@ -138,7 +138,7 @@ def _without_blocks(model: nn.Module, pattern: Pattern, never: set[str], ignored
     return fitting
 
 
-def named(layers: Iterable[str]) -> str:
+def in_words(layers: Iterable[str]) -> str:
     """Which layers these are: "21 layers in model.layers", or "3 layers: fc1, ..., fc3" where no module holds them."""
     names = list(layers)
     common = posixpath.commonpath([name.rpartition(".")[0].replace(".", "/") for name in names]).replace("/", ".")
@@ -167,8 +167,8 @@ def _match(model: nn.Module, patterns: Sequence[str], argument: str, fused: Mapp
             hits |= set(fused) if text == "Linear" else {text} & set(fused)  # an expert is also a linear map
             names = {n for n in layers if any(n == hit or n.startswith(f"{hit}.") for hit in hits)} or hits
         if not names:
-            kinds = sorted({name.rpartition(".")[2] for name in layers})
-            meant = did_you_mean(text, layers) or did_you_mean(text.removeprefix("re:").strip(".*$"), kinds, "re:.*")
+            ends = sorted({f"re:.*{name.rpartition('.')[2]}" for name in layers})
+            meant = did_you_mean(f"re:.*{text.removeprefix('re:').strip('.*$')}", [*ends, *layers])
             raise ValueError(
                 f"{argument}: {text!r} matches no layer of {type(model).__name__}. Names are matched from their "
                 f"start; for their end write 're:.*q_proj$'.{meant}"

@@ -102,18 +102,6 @@ def newest_checkpoint(folder: str | Path) -> Path:
     return max(found, key=lambda path: path.stat().st_mtime_ns)
 
 
-def check_engine(checkpoint: str | Path, strategy: Any) -> None:
-    """Raise ValueError if a Lightning strategy cannot resume from a checkpoint of another strategy."""
-    path, name = Path(checkpoint), type(strategy).__name__
-    engines = {"ModelParallelStrategy": path / _FSDP2_METADATA, "DeepSpeedStrategy": path / _DEEPSPEED_TAG}
-    for engine, sign in engines.items():
-        if sign.exists() and all(cls.__name__ != engine for cls in type(strategy).__mro__):
-            raise ValueError(
-                f"{path} was written under {engine}, and this run has {name}, which cannot resume from it. Use the "
-                "same strategy, or start a run from what sparse-train export makes of it."
-            )
-
-
 def check_plain(checkpoint: str | Path) -> None:
     """Raise ValueError if resuming from a checkpoint of any engine would run code that is in it.
 

@@ -216,6 +216,17 @@ def torch_dtype(name: Dtype | None) -> torch.dtype | None:
     return name and getattr(torch, name)
 
 
+def chosen_device(device: str | None) -> str:
+    """The device that was named; otherwise a GPU if there is one. Raises ValueError if torch cannot compute there."""
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.ones(1, device=device).item()
+    except (RuntimeError, NotImplementedError, AssertionError) as error:
+        raise ValueError(f"torch cannot compute on device={device!r} here ({error}). Use cpu or cuda.") from error
+    return device
+
+
 def packaged_file(package: str, pattern: str) -> Path:
     """The file of an installed package that matches a pattern; the package is not imported."""
     try:

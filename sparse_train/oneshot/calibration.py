@@ -37,9 +37,9 @@ _MISSING = (LookupError, AttributeError, TypeError)  # raised by code that finds
 class CalibrationPass:
     """Runs calibration batches through a model or through one block of it at a time, recording activations.
 
-    ``labels`` of batches are dropped, and an ``attention_mask`` (B, L) marks padding. ``keep`` is the device where the
-    outputs of a block are kept for the next one, in their own dtype. Forwards are computed under ``context``, and the
-    caller has put the model under ``inference``.
+    ``labels`` of batches are dropped, and an ``attention_mask`` (B, L) marks padding. ``keep_on`` is the device where
+    the outputs of a block are kept for the next one, in their own dtype. Forwards are computed under ``context``, and
+    the caller has put the model under ``inference``.
     """
 
     def __init__(
@@ -48,10 +48,10 @@ class CalibrationPass:
         blocks: Sequence[nn.Module],
         batches: Iterable[Batch],
         device: torch.device,
-        keep: torch.device,
+        keep_on: torch.device,
         context: Context = nullcontext,
     ) -> None:
-        self._model, self._blocks, self._device, self._keep, self._context = model, blocks, device, keep, context
+        self._model, self._blocks, self._device, self._keep_on, self._context = model, blocks, device, keep_on, context
         given = batches if isinstance(batches, Iterable) else [batches]  # such as a tokenizer, which is refused
         self._batches = [_checked(batch, model, device) for batch in given]
         if not self._batches:
@@ -73,9 +73,9 @@ class CalibrationPass:
         paddings = [batch.get("attention_mask") if isinstance(batch, Mapping) else None for batch in self._batches]
         given = [mask for mask in paddings if mask is not None]
         if given and reads_two_texts(self._model, layers.values()):
-            recorder.mask_misfit, paddings = ONE_OF_TWO_TEXTS, [None] * len(self._batches)
+            recorder.token_mask_misfit, paddings = ONE_OF_TWO_TEXTS, [None] * len(self._batches)
         elif experts and not all(bool(mask.all()) for mask in given):
-            recorder.mask_misfit = "(tokens that are routed to experts, I)"
+            recorder.token_mask_misfit = "(tokens that are routed to experts, I)"
         recorder.when = "always"
         try:
             with ExpertRecorder(experts) if experts else nullcontext():
@@ -102,15 +102,15 @@ class CalibrationPass:
                     torch.cuda.synchronize(self._device)  # otherwise the time is counted where the result is needed
                 self.seconds += time.perf_counter() - began
                 if keep:
-                    self._kept[index] = _moved(output, self._keep)
+                    self._kept[index] = _moved(output, self._keep_on)
 
     def _at_block(
         self, block: int, index: int, act: Callable[..., Any], change: Callable[[Tensor], Tensor] = Tensor.clone
     ) -> Any:
-        """Call the model on a batch up to a block, with the kept output of the block before in place of all before.
+        """Call the model on a batch up to a block; returns what ``act`` makes of the block's forward and its arguments.
 
-        The result is that of ``act``, called with the block's own forward and its arguments. ``change`` is done to the
-        outputs of blocks before the last one, which should change nothing.
+        The blocks before it do not run: the last of them returns its kept output, and the others that output after
+        ``change``, which should make no difference.
         """
         called: list[int] = []
         kept = _moved(self._kept[index], self._device) if block else None

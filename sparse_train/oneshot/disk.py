@@ -199,7 +199,7 @@ class DiskShelf(Shelf):
     ) -> None:
         super().__init__(model, {**selection.layers, **expert_matrices(selection.experts)}, device)
         self.checkpoint, self.work = checkpoint, work
-        self.keep = torch.device("cpu")
+        self.keep_on = torch.device("cpu")
         self._progress = _read_progress(work)
         self.outliers = {int(block): share for block, share in self._progress["outliers"].items()}
         self.updates = {name: LayerUpdate(**each) for name, each in self._progress["updates"].items()}

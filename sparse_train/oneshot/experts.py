@@ -73,10 +73,10 @@ class ExpertRecorder(TorchFunctionMode):
             named = (kwargs[name] for name in ("input", "weight", "other", "mat2") if name in kwargs)
             x, weight = (*args, *named, None, None)[:2]
             if isinstance(x, Tensor) and isinstance(weight, Tensor) and weight.dim() in (2, 3):
-                self._watch(x, weight, _INPUT_AXIS[func])
+                self._record_product(x, weight, _INPUT_AXIS[func])
         return func(*args, **kwargs)
 
-    def _watch(self, x: Tensor, weight: Tensor, input_axis: int) -> None:
+    def _record_product(self, x: Tensor, weight: Tensor, input_axis: int) -> None:
         first = self._matrices.get(_place(weight))
         if first is None:
             return

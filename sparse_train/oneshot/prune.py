@@ -61,7 +61,7 @@ def prune(
     try:
         sparsify(model, dense)
         masked = {name: layer for name, layer in selection.layers.items() if isinstance(layer, MaskedLayer)}
-        adapted = next((name for name, layer in masked.items() if layer.adapted), None)
+        adapted = next((name for name, layer in masked.items() if layer.has_factors), None)
         if adapted is not None and isinstance(plan.method, Solver):
             raise ValueError(
                 f"{adapted} has a mask_lora adapter, and {plan.method} would write its frozen weight. Call "

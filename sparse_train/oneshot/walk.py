@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from sparse_train.arguments import require_type
-from sparse_train.blocks import blocks_of, shape_OI
+from sparse_train.blocks import decoder_blocks, shape_OI
 from sparse_train.criteria import Criterion, Wanda
 from sparse_train.distributed.collectives import sum_over_ranks
 from sparse_train.distributions import (
+    Division,
     LayerShape,
-    LayerSparsities,
     Outliers,
     SparsityDistribution,
     Uniform,
@@ -27,7 +27,7 @@ from sparse_train.layers.masked_layer import MaskedMatrix
 from sparse_train.oneshot.calibration import WAY_OUT, CalibrationPass
 from sparse_train.oneshot.experts import ExpertMatrix, fall_back
 from sparse_train.oneshot.forwards import Batch, Context, inference
-from sparse_train.patterns import Pattern, parse_pattern, parse_word
+from sparse_train.patterns import Pattern, parse_pattern
 from sparse_train.pruning.recording import check_nothing_dropped, check_statistics, tensors_of
 from sparse_train.pruning.update import LayerUpdate, Rules, outlier_share, replace_mask, sparsity_of, update_masks
 from sparse_train.solvers import Solver
@@ -44,8 +44,8 @@ class Plan:
 
     method: Method
     pattern: Pattern
-    sparsity: float | None
-    """Over all targets; None if ``distribution`` gives all of them."""
+    sparsity: float
+    """Over all targets."""
     distribution: SparsityDistribution = field(default_factory=Uniform)
     final: float | None = None
     """What ``distribution`` divides, if ``sparsity`` is on the way to it."""
@@ -63,10 +63,7 @@ class Plan:
             criterion if isinstance(criterion, Solver) else require_type("criterion", criterion, Wanda(), Criterion)
         )
         distribution = require_type("distribution", distribution, Uniform(), SparsityDistribution)
-        if sparsity is None and not isinstance(distribution, Uniform):
-            pattern = parse_word(mask_structure, method.group)
-        else:
-            pattern, sparsity = parse_pattern(mask_structure, sparsity, method.group)
+        pattern, sparsity = parse_pattern(mask_structure, sparsity, method.group)
         check_pattern(distribution, pattern)
         if isinstance(method, Solver):
             method.check_pattern(pattern)
@@ -115,14 +112,14 @@ class Shelf(ABC):
         self, model: Any, targets: Mapping[str, nn.Module | ExpertMatrix], device: torch.device, together: bool = False
     ) -> None:
         self.model, self.device = model, device
-        self.keep = device
+        self.keep_on = device
         """Where the outputs of a block are kept for the next one."""
         self.shapes: dict[str, LayerShape] = {}
         self.updates: dict[str, LayerUpdate] = {}
         """Of the targets that are done."""
         self.outliers: dict[int, float] = {}
         parts = {n: each.experts.parameter if isinstance(each, ExpertMatrix) else each for n, each in targets.items()}
-        self.blocks = [] if together else blocks_of(model, parts.values())
+        self.blocks = [] if together else decoder_blocks(model, parts.values())
         places: dict[int, list[int]] = {}
         for index, block in enumerate(self.blocks):
             for part in (*block.modules(), *block.parameters()):
@@ -218,13 +215,13 @@ def walk(
                 "tensors (B, L) or of dicts of model inputs (in a recipe: a data section). Magnitude() needs none."
             )
         # reads the batches, which the model itself may generate, as they are asked for: before its modes are set
-        calibration = CalibrationPass(shelf.model, shelf.blocks, batches, shelf.device, shelf.keep, context)
+        calibration = CalibrationPass(shelf.model, shelf.blocks, batches, shelf.device, shelf.keep_on, context)
     experts = {"_experts_implementation": "eager"}  # one by one
     with inference(shelf.model, use_cache=False, **experts):  # once, since it goes through all modules
         if calibration is not None and plan.distribution.needs_outliers and not shelf.outliers:
             shelf.outliers = _measure_outliers(shelf, plan.distribution, calibration, progress)
         final = plan.sparsity if plan.final is None else plan.final
-        division = LayerSparsities(plan.distribution, shelf.shapes, plan.pattern, final, shelf.outliers)
+        division = Division(plan.distribution, shelf.shapes, plan.pattern, final, shelf.outliers)
         sparsity = division.at(plan.sparsity)
 
         def prune(block: int | None) -> None:

@@ -67,9 +67,9 @@ class PruningConfig:
         criterion: scores weights. Its ``group`` is the group that "unstructured" compares in.
         policy: what pruned weights do between updates.
         schedule: sparsity between ``start_step`` and ``end_step``; default constant.
-        distribution: how the final sparsity is divided among layers, such as ``OWL()``. Each layer then keeps its own.
-            Before, layers have theirs in proportion. If the model has masks or zeros already, ``OWL`` keeps the
-            division that they have. "unstructured" only.
+        distribution: how the final sparsity is divided among layers, such as ``OWL()``; on the way to it, layers have
+            a lower one in proportion. If the model has masks or zeros already, ``OWL`` keeps their division.
+            "unstructured" only.
         targets: list of layers by name, class name, or "re:" regular expression. Default: the linear layers of the
             decoder blocks; in a model without such blocks, all but the last. See ``layers.targets.select``.
         ignore: list of layers to leave dense, in the same forms.

@@ -90,13 +90,13 @@ def not_finite(where: str) -> ValueError:
 
 def warn_of_padding(recorder: Recorder) -> None:
     """Warn once that a token mask did not fit an input, so that padding counts in its statistics."""
-    if recorder.mask_misfit is not None and not recorder.warned:
+    if recorder.token_mask_misfit is not None and not recorder.warned:
         recorder.warned = True
         _log.warning(
             "The batch's attention_mask does not fit a layer's input of shape %s, so padding counts in its activation "
             "statistics. Override DynamicPruning.token_mask, or set MaskUpdater.token_mask, to say which tokens count; "
             "in one-shot pruning calibrate on samples without padding.",
-            recorder.mask_misfit,
+            recorder.token_mask_misfit,
         )
 
 
@@ -116,7 +116,7 @@ class RunningNorms:
         self.final = False
         """Whether norms are frozen."""
         self._tokens: dict[str, int] = {}  # after the last update
-        self._warned = self._watching = False
+        self._warned = self._probing = False
 
     def check_own(self) -> None:
         """Raise ValueError if layers now record for another run, or are no longer masked."""
@@ -139,18 +139,18 @@ class RunningNorms:
     def record(self, wanted: bool) -> None:
         """Set whether the next step is recorded, if the criterion needs activations and they are not frozen."""
         needed = wanted and self._wanted and not self.final
-        self.recorder.when = "training" if needed or self._watching else "never"
+        self.recorder.when = "training" if needed or self._probing else "never"
 
-    def watch(self) -> None:
+    def probe(self) -> None:
         """Record one step in a run that needs no norms, only to see which layers it reaches; see ``check_reached``."""
         attach(self._layers.values(), self.recorder, ActivationNorm)
-        self._watching = True
+        self._probing = True
 
     def check_reached(self) -> None:
-        """Warn of layers that the step since ``watch`` has not reached: their masks may have no effect."""
-        if not self._watching:
+        """Warn of layers that the step since ``probe`` has not reached: their masks may have no effect."""
+        if not self._probing:
             return
-        self._watching = False
+        self._probing = False
         unreached = [name for name, norm in norms_of(self._layers).items() if not int(norm.tokens)]
         attach(self._layers.values(), self.recorder, ActivationNorm if self._wanted else None)
         if unreached and rank() == 0:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sparse_train.blocks import blocks_of
+from sparse_train.blocks import decoder_blocks
 from sparse_train.criteria import Criterion, LayerContext, Wanda
 from sparse_train.distributed.collectives import gather_rows, rank, sum_over_ranks
 from sparse_train.distributions import LayerShape, Shapes
@@ -290,7 +290,7 @@ def check_masks(layers: Mapping[str, MaskedMatrix], pattern: Pattern, sparsity: 
 
 
 def mask_shares(layers: Mapping[str, MaskedMatrix], pattern: Pattern) -> dict[str, float]:
-    """The sparsity of each layer's mask, for which the pattern would prune as many."""
+    """By layer, the sparsity at which the pattern prunes as many weights as the mask does."""
     found = {}
     for name, layer in layers.items():
         pruned = layer.size - masks.count(layer.weight_mask)
@@ -307,7 +307,7 @@ def mask_shares(layers: Mapping[str, MaskedMatrix], pattern: Pattern) -> dict[st
 
 def shapes_of(model: nn.Module, layers: Mapping[str, MaskedMatrix]) -> Shapes:
     """Size and decoder block of each layer."""
-    blocks = blocks_of(model, layers.values())
+    blocks = decoder_blocks(model, layers.values())
     block_of = {id(module): index for index, block in enumerate(blocks) for module in block.modules()}
     return {n: LayerShape(block_of.get(id(m)), m.out_features, m.in_features) for n, m in layers.items()}
 

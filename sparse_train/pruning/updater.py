@@ -16,13 +16,13 @@ from torch.optim import Optimizer
 from sparse_train.blocks import ONE_OF_TWO_TEXTS, frozen_linears, reads_two_texts
 from sparse_train.distributed.collectives import rank
 from sparse_train.distributed.fsdp2 import reshard
-from sparse_train.distributions import LayerSparsities, Outliers, Uniform
+from sparse_train.distributions import Division, Outliers, Uniform
 from sparse_train.layers import masks
 from sparse_train.layers.adapters import check_adapters
-from sparse_train.layers.mask_lora import check_whole, describe_adapters
+from sparse_train.layers.mask_lora import check_whole, describe_factors
 from sparse_train.layers.masked_layer import MaskedLayer, sparse_layers
 from sparse_train.layers.sparsify import sparsify, unmask
-from sparse_train.layers.targets import named, select
+from sparse_train.layers.targets import in_words, select
 from sparse_train.patterns import Pattern, Unstructured, group_label
 from sparse_train.policies import Optimizers
 from sparse_train.pruning.config import FromZeros, PruningConfig, as_data, check_same
@@ -76,7 +76,9 @@ def check_restored_masks(saved: Mapping[str, int], layers: Mapping[str, MaskedLa
         )
 
 
-def as_record(settings: Mapping[str, Any], sparsity: float | None, layers: Mapping[str, MaskedLayer]) -> dict[str, Any]:
+def pruning_json(
+    settings: Mapping[str, Any], sparsity: float | None, layers: Mapping[str, MaskedLayer]
+) -> dict[str, Any]:
     """What a run with these settings (``as_data``) prunes now, as ``pruning.json`` says it."""
     uniform = settings["distribution"] == as_data(Uniform())
     stage = {
@@ -135,7 +137,12 @@ class MaskUpdater:
         before = {id(layer) for layer in sparse_layers(model).values()}  # masked by one-shot pruning or another updater
         self.layers = mask_targets(model, self.config) if layers is None else dict(layers)
         try:
-            self._begin(total_steps, outliers, state)
+            self._examine(outliers)
+            if state is None:
+                self._start(total_steps)
+            else:
+                self._resume(state)
+            self._prepare_step()
         except BaseException as error:
             unmask(model, [layer for layer in self.layers.values() if id(layer) not in before])  # to plain layers
             damaged = isinstance(error, (LookupError, TypeError, AttributeError, RuntimeError))
@@ -143,55 +150,66 @@ class MaskUpdater:
                 raise ValueError(f"The state of the run is no updater's, or damaged: {error!r}.") from error
             raise
 
-    def _begin(
-        self, total_steps: int | float | None, outliers: Outliers | None, state: Mapping[str, Any] | None
-    ) -> None:
-        """Checks settings, masks and state before anything in the layers changes."""
+    def _examine(self, outliers: Outliers | None) -> None:
+        """Look at layers and settings, and raise ValueError if they do not fit; no layer changes."""
         config = self.config
         for name, layer in self.layers.items():
-            if layer.adapted:
+            if layer.has_factors:
                 check_whole(name, layer)
-        self._adapters = describe_adapters(self.layers)
+        self._factors = describe_factors(self.layers)
         self._shapes = shapes_of(self._model, self.layers)
-        self._division = LayerSparsities(
-            config.distribution, self._shapes, config.pattern, config.sparsity_at(1.0), outliers
-        )
+        self._two_texts = reads_two_texts(self._model, self.layers.values())
+        final = config.sparsity_at(1.0)
+        self._division = Division(config.distribution, self._shapes, config.pattern, final, outliers)
         self._optimizers, self.policy = Optimizers(), copy.deepcopy(config.policy)
-        self.policy.begin(self.layers, config.criterion, self._optimizers, config.update_freq)
+        self.policy.begin(self.layers, self._optimizers, config.update_freq)
         self.policy.check()
-        has_masks = state is None and self._has_masks()
-        if state is None:
-            self.timing = config.timing(total_steps, has_masks)
-        else:
-            check_same(state["settings"], self.settings())
-            check_same_layers(state["masks"], self.layers)
-        self.norms = RunningNorms(self.layers, config.criterion, config.norm_decay)
-        frozen = frozen_linears(self._model)
-        for name, layer in self.layers.items():
-            layer.straight_through, layer.frozen = self.policy.straight_through, name in frozen
         self.steps = self._last_update = 0
         self.sparsity: float | None = None
         """Target sparsity of the current masks; None before the first."""
         self._first_rows: dict[str, Tensor] = {}  # every 128th row of the first masks, packed
         self._restored_masks: dict[str, int] = {}  # fingerprints, until the first step after a resume
         self._prunes = False  # whether masks pruned anything when they were last changed or checked
-        self._two_texts = reads_two_texts(self._model, self.layers.values())
-        if state is not None:
-            self._restore(state)
-        elif has_masks:
-            self.sparsity, self._prunes = config.sparsity_at(0.0), not self._all_kept()
+
+    def _start(self, total_steps: int | float | None) -> None:
+        has_masks = self._settle_first_masks()
+        self.timing = self.config.timing(total_steps, has_masks)
+        self._take_layers()
+        if has_masks:
+            self.sparsity, self._prunes = self.config.sparsity_at(0.0), not self._all_kept()
             self.norms.begin_with_first_masks()
             self._keep_first_rows()
         elif self.timing.is_update(0):
             self.update()
-        if state is None:
-            warn_of_filled_zeros(self.layers)
-            if not (config.criterion.needs_activations and self._masks_change()):
-                self.norms.watch()
-        self._prepare_step()
+        warn_of_filled_zeros(self.layers)
+        if not (self.config.criterion.needs_activations and self._masks_change()):
+            self.norms.probe()
 
-    def _has_masks(self) -> bool:
-        """Whether the run starts with masks, from zeros if the settings say so; ValueError if they do not fit.
+    def _resume(self, state: Mapping[str, Any]) -> None:
+        check_same(state["settings"], self.settings())
+        check_same_layers(state["masks"], self.layers)
+        self._take_layers()
+        self.norms.load_state_dict(state["norms"])
+        self.steps, self._last_update = operator.index(state["steps"]), operator.index(state["last_update"])
+        self.sparsity = state["sparsity"]
+        # of the whole run, including the part that is done
+        self.timing = Timing(**{name: operator.index(steps) for name, steps in state["timing"].items()})
+        device = next(iter(self.layers.values())).weight_mask.device
+        self._first_rows = {name: rows_SJ.to(device) for name, rows_SJ in state["first_rows"].items()}
+        self._restored_masks = dict(state["masks"])
+        if (shares := state["layer_sparsities"]) is not None:
+            self._division.final_shares = {name: shares[name] for name in self.layers}
+        self.policy.load_state_dict(state["policy"])
+
+    def _take_layers(self) -> None:
+        """Connect the layers with this run: from now on they record for it, and follow its policy."""
+        self.norms = RunningNorms(self.layers, self.config.criterion, self.config.norm_decay)
+        frozen = frozen_linears(self._model)
+        for name, layer in self.layers.items():
+            layer.straight_through, layer.frozen = self.policy.straight_through, name in frozen
+
+    def _settle_first_masks(self) -> bool:
+        """Make masks of zeros if the settings say so, and check those that are there; False if the run has none yet.
 
         Masks that prune something were set before: by the callbacks, which carry ``OneShot`` out before this, or by
         ``prune(..., squash=False)``. Without them, a run that starts at a sparsity of 0 has masks, too: all ones.
@@ -237,7 +255,7 @@ class MaskUpdater:
             misfit = "(a part of a nested batch)"
         if isinstance(mask, Tensor) and self._two_texts:
             misfit, mask = ONE_OF_TWO_TEXTS, None
-        self.norms.recorder.mask_misfit = self.norms.recorder.mask_misfit or misfit
+        self.norms.recorder.token_mask_misfit = self.norms.recorder.token_mask_misfit or misfit
         return mask if isinstance(mask, Tensor) else None
 
     def paused(self) -> AbstractContextManager[None]:
@@ -248,12 +266,12 @@ class MaskUpdater:
     def watch(self, optimizers: Iterable[Optimizer]) -> None:
         """Pass the optimizers that train the layers, for policies and criteria that look at their state."""
         for optimizer in optimizers:
-            self._optimizers.watch(optimizer)
+            self._optimizers.add(optimizer)
         self.policy.check()
 
     def before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Call after backward, before clipping and ``optimizer.step()``, for policies that look at gradients."""
-        self.policy.before_optimizer_step(self._optimizers.watch(optimizer))
+        self.policy.before_optimizer_step(self._optimizers.add(optimizer))
 
     def step(self) -> UpdateReport | None:
         """Call after every optimizer step, before the next forward. Returns a report at update steps."""
@@ -375,28 +393,15 @@ class MaskUpdater:
             "layer_sparsities": self._division.final_shares,
         }
 
-    def _restore(self, state: Mapping[str, Any]) -> None:
-        self.norms.load_state_dict(state["norms"])
-        self.steps, self._last_update = operator.index(state["steps"]), operator.index(state["last_update"])
-        self.sparsity = state["sparsity"]
-        # of the whole run, including the part that is done
-        self.timing = Timing(**{name: operator.index(steps) for name, steps in state["timing"].items()})
-        device = next(iter(self.layers.values())).weight_mask.device
-        self._first_rows = {name: rows_SJ.to(device) for name, rows_SJ in state["first_rows"].items()}
-        self._restored_masks = dict(state["masks"])
-        if (shares := state["layer_sparsities"]) is not None:
-            self._division.final_shares = {name: shares[name] for name in self.layers}
-        self.policy.load_state_dict(state["policy"])
-
     def settings(self) -> dict[str, Any]:
         """The settings as data; a run and one that continues it must share them, up to ``_FREE`` ones."""
-        self._adapters = describe_adapters(self.layers) or self._adapters  # after a merge, those from before
-        return {**self.config.as_data(), "mask_lora": self._adapters}
+        self._factors = describe_factors(self.layers) or self._factors  # after a merge, those from before
+        return {**self.config.as_data(), "mask_lora": self._factors}
 
     def plan(self) -> str:
         """Which layers are pruned and how far, and when masks change, in words."""
         parts = (
-            f"{named(self.layers)} at {group_label(self.config.pattern)}",
+            f"{in_words(self.layers)} at {group_label(self.config.pattern)}",
             f"final sparsity {self.config.sparsity_at(1.0):g}",
             self.timing.in_words() if self._masks_change() else "masks do not change",
         )

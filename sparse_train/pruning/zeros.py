@@ -8,7 +8,7 @@ from torch import nn
 
 from sparse_train.criteria import Magnitude
 from sparse_train.distributed.collectives import rank, sum_over_ranks
-from sparse_train.distributions import LayerSparsities
+from sparse_train.distributions import Division
 from sparse_train.layers import masks
 from sparse_train.layers.masked_layer import MaskedLayer, sparse_layers
 from sparse_train.layers.sparsify import sparsify, unmask
@@ -65,9 +65,7 @@ def keep_zeros(model: nn.Module, targets: Sequence[str] | None = None, ignore: S
     return sparsity_of(measure(masked))
 
 
-def masks_from_zeros(
-    layers: Mapping[str, MaskedLayer], pattern: Pattern, sparsity: float, division: LayerSparsities
-) -> None:
+def masks_from_zeros(layers: Mapping[str, MaskedLayer], pattern: Pattern, sparsity: float, division: Division) -> None:
     """Make the first masks of a run from the zeros of a model that was pruned before.
 
     Raises ValueError, and masks keep everything as before, if the zeros do not follow pattern and sparsity. How the

@@ -11,7 +11,7 @@ from typing import Any
 
 from sparse_train.files import reading
 
-RECORD, METRICS = "run.json", "metrics.csv"
+RUN_FILE, METRICS = "run.json", "metrics.csv"
 
 Points = list[tuple[int, float]]
 """(optimizer steps done, value), in the order of steps."""
@@ -143,7 +143,7 @@ def collect(folders: Sequence[str | Path]) -> list[Run]:
 
 
 def _find(folder: Path) -> Path:
-    records = [folder / RECORD] if (folder / RECORD).exists() else folder.glob(f"**/{RECORD}")
+    records = [folder / RUN_FILE] if (folder / RUN_FILE).exists() else folder.glob(f"**/{RUN_FILE}")
     latest: dict[Any, Path] = {}
     for record in sorted(records, key=lambda path: path.stat().st_mtime_ns):
         with reading(record):
@@ -154,8 +154,8 @@ def _find(folder: Path) -> Path:
         raise ValueError(f"{folder} holds {len(found)} runs: {', '.join(map(str, found))}. Name those to report.")
     if not found:
         raise ValueError(
-            f"{folder} has no {RECORD}: no run was recorded there. sparse-train fit writes one into the folder of its "
-            "logger (such as version_0); your own trainer does with the callback sparse_train.callbacks.RunRecord."
+            f"{folder} has no {RUN_FILE}: no run was recorded there. sparse-train fit writes one into the folder of "
+            "its logger (such as version_0); your own trainer does with the callback sparse_train.callbacks.RunRecord."
         )
     return found[0]
 
@@ -171,7 +171,7 @@ def _read(folder: Path, name: str) -> Run:
         run = Run(
             name=name,
             folder=folder,
-            facts=json.loads((folder / RECORD).read_text(encoding="utf-8")),
+            facts=json.loads((folder / RUN_FILE).read_text(encoding="utf-8")),
             curves=dict(curves),
             recipe=without_homes(recipe.read_text(encoding="utf-8")) if recipe.exists() else None,
         )

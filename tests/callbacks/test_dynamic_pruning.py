@@ -15,7 +15,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from sparse_train import Cubic, FirstWindow, Fixed, OneShot, sparse_layers
 from sparse_train.callbacks import DynamicPruning, RunRecord
-from sparse_train.report.runs import RECORD
+from sparse_train.report.runs import RUN_FILE
 from tests.callbacks.runs import (
     Classifier,
     ExactAfterEveryStep,
@@ -267,7 +267,7 @@ class Validations(L.Callback):
 def test_metrics_are_there_for_other_callbacks_ahead_of_the_first_update(tmp_path, settings):
     early, seen = EarlyStopping("sparsity/flip_rate", mode="min", patience=99), Validations()
     pruning = DynamicPruning("2:4", update_freq=5, **settings)
-    run = trainer(tmp_path, pruning, early, seen, val_check_interval=2)
+    run = trainer(tmp_path, pruning, early, seen, val_check_interval=2, limit_val_batches=1)
     run.fit(InInit(), loader(), loader())
     assert len(seen.seen) == 6 and all(None not in each for each in seen.seen)
 
@@ -279,7 +279,8 @@ def test_metrics_of_the_latest_update_are_there_after_a_resume(tmp_path):
     last = pruning.last_report.flip_rate
     assert last > 0
     seen = Validations()
-    again = trainer(tmp_path, DynamicPruning("2:4", update_freq=4), seen, max_steps=16, val_check_interval=1)
+    validating = {"val_check_interval": 1, "limit_val_batches": 1}
+    again = trainer(tmp_path, DynamicPruning("2:4", update_freq=4), seen, max_steps=16, **validating)
     again.fit(InInit(), loader(), loader(), ckpt_path=path, weights_only=False)
     assert seen.seen and all(each[0] == pytest.approx(last) for each in seen.seen)
 
@@ -338,4 +339,4 @@ def test_of_several_optimizers_all_callbacks_count_batches_as_loggers_do(tmp_pat
     updates = [int(row["step"]) for row in rows if row["sparsity/flip_rate"]]
     assert losses == list(range(8))
     assert updates[-4:] == [2, 4, 6, 8]
-    assert json.loads((record.folder / RECORD).read_text())["step"] == 8
+    assert json.loads((record.folder / RUN_FILE).read_text())["step"] == 8

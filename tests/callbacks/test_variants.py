@@ -49,11 +49,13 @@ def uninterrupted(tmp_path_factory):
     return of
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(
-    ("first_mask", "at", "before"),
-    [(OneShot(), 6, False), (FirstWindow(), 8, False), (OneShot(), 8, True)],
-    ids=["in a window", "at an update", "in the middle of an update"],
+    ("variant", "first_mask", "at", "before"),
+    [
+        *((variant, OneShot(), 6, False) for variant in VARIANTS),  # in a window
+        ("regrow", FirstWindow(), 8, False),  # at an update
+        *((variant, OneShot(), 8, True) for variant in ("decaying norms", "regrow")),  # in the middle of one
+    ],
 )
 def test_every_variant_resumes_bit_for_bit(tmp_path, uninterrupted, variant, first_mask, at, before):
     def callback():

@@ -8,7 +8,7 @@ from huggingface_hub import constants
 
 from sparse_train.cli.main import main
 
-pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("elsewhere")]
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("elsewhere", "without_pictures")]
 
 
 def test_no_command_connects_anywhere(model_folder, text, text_file, monkeypatch):

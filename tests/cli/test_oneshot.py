@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparse_train.cli import main as cli
-from sparse_train.cli.evaluate import chosen_device
+from sparse_train.models.sources import chosen_device
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("elsewhere")]
 

@@ -17,7 +17,7 @@ from sparse_train.data.texts import TextSource
 from sparse_train.models.causal_lm import CausalLM
 from sparse_train.models.sources import PackagedSmolLM2, Pretrained
 from tests.conftest import tiny_llama, tiny_tokenizer
-from tests.data.test_blocks import Seen, quiet_trainer
+from tests.data.test_blocks import quiet_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
@@ -162,22 +162,6 @@ def chat_folder(tmp_path):
     tiny_llama().save_pretrained(tmp_path / "model")
     chat_tokenizer().save_pretrained(tmp_path / "model")
     return tmp_path / "model"
-
-
-@pytest.mark.parametrize("pack", [True, False])
-def test_a_resumed_run_gets_the_next_batch(chat_folder, tmp_path, pack):
-    def run(module, **arguments):
-        data = TextBlocks(str(chat_folder), Talks(), block_size=96, batch_size=2, pack=pack)
-        quiet_trainer(max_epochs=2).fit(module, data, **arguments)
-        return module.sums
-
-    whole = run(Seen())
-    assert len(whole) > 12
-    first = Seen(3)
-    first.path = tmp_path / "3.ckpt"
-    with pytest.raises(SystemExit):
-        run(first)
-    assert first.sums + run(Seen(), ckpt_path=first.path, weights_only=False) == whole
 
 
 def test_padding_does_not_count_in_activation_statistics(chat_folder):

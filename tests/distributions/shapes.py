@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from sparse_train.distributions import LayerShape, LayerSparsities
+from sparse_train.distributions import Division, LayerShape
 
 
 def decoder(blocks=2, hidden=8, inner=12):
@@ -19,7 +19,7 @@ HEAD = {"lm_head": LayerShape(None, 20, 8)}
 
 
 def divide(distribution, pattern, shapes, sparsity, outliers):
-    return LayerSparsities(distribution, shapes, pattern, sparsity, outliers).at(sparsity)
+    return Division(distribution, shapes, pattern, sparsity, outliers).at(sparsity)
 
 
 def short(found):

@@ -51,7 +51,7 @@ def test_explicit_may_leave_nothing_and_the_last_name_counts():
 
 def test_explicit_with_every_layer_named():
     everything = Explicit({"model.layers.0": 0.4, "model.layers.1": 0.6})
-    for sparsity in (None, 0.5, 0.5009):
+    for sparsity in (0.5, 0.5009):
         found = everything.sparsities(decoder(), sparsity, {})
         assert list(found) == list(decoder()) and list(found.values()) == [0.4] * 3 + [0.6] * 3
 
@@ -61,13 +61,7 @@ def test_explicit_with_every_layer_named():
     [
         ({"up_proj": 0.9}, 0.3, "named layers' zeros are 0.3375 of all weights.*need a sparsity of -0.06"),
         ({"up_proj": 0.1}, 0.9, "named layers' zeros are 0.0375 of all weights.*need a sparsity of 1.38"),
-        (
-            {"up_proj": 0.5},
-            None,
-            "4 of 6 layers are not given.*q_proj is the first.*model-wide sparsity is needed",
-        ),
-        ({"up_proj": 0.5}, 1.0, "at least 0 and below 1"),
-        ({"model": 0.5}, 0.502, "give 0.5 over all weights, in conflict with sparsity=0.502. Leave sparsity out"),
+        ({"model": 0.5}, 0.502, "0.502 cannot be met.*0.5 of all weights, and there are no others"),
         ({"up_prj": 0.5}, 0.5, "'up_prj' is not the name of a targeted layer. Did you mean .*'up_proj'"),
         ({"layers.0": 0.5}, 0.5, "'layers.0' is not the name of a targeted layer. Did you mean .*'model.layers.0'"),
         ({"mlp": 0.5}, 0.5, "'mlp' is not the name"),

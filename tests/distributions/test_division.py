@@ -55,7 +55,7 @@ def test_a_pattern_of_ones_own_gets_its_sparsities():
         def mask(self, scores_OI, sparsity):
             raise NotImplementedError
 
-    assert set(divide(Explicit({"model": 0.33}), Mine(), decoder(), None, {}).values()) == {0.33}
+    assert set(divide(Explicit({"model": 0.33}), Mine(), decoder(), 0.33, {}).values()) == {0.33}
 
 
 @pytest.mark.parametrize("distribution", [OWL(), Explicit({"up_proj": 0.5})])

@@ -11,10 +11,10 @@ from sparse_train.callbacks import DynamicPruning
 from sparse_train.cli.main import main
 from sparse_train.export import ModelCard, export_checkpoint, export_model
 from sparse_train.export.hf_folder import renamed
-from sparse_train.export.verify import RECORD, verify
+from sparse_train.export.verify import PRUNING_FILE, verify
 from sparse_train.models.causal_lm import CausalLM
 from sparse_train.oneshot.disk import Checkpoint
-from sparse_train.pruning.updater import as_record
+from sparse_train.pruning.updater import pruning_json
 from tests.callbacks.runs import loader, trainer
 from tests.conftest import tiny_gemma3, tiny_llama, tiny_tokenizer
 from tests.integrations import runs
@@ -110,14 +110,14 @@ def test_what_a_run_exports_and_a_model_that_is_not_that_of_the_run(dense, tmp_p
     run.save_checkpoint(tmp_path / "x.ckpt")
     out = export_checkpoint(tmp_path / "x.ckpt", tmp_path / "out")
     assert verify(out)["layers"] == 21
-    record = json.loads((out / RECORD).read_text())
-    assert record["layers"].keys() == {n.removeprefix("model.") for n in pruning.record["layers"]}
+    record = json.loads((out / PRUNING_FILE).read_text())
+    assert record["layers"].keys() == {n.removeprefix("model.") for n in pruning.pruning_json["layers"]}
     with pytest.raises(ValueError, match=r"(?s)layers\.0\.self_attn\.q_proj: .* found 0, .*and 12 more"):
         export_model(tiny_llama(), None, tmp_path / "other", ModelCard(pruning=record))
     assert not (tmp_path / "other").exists()
     sparsest = next(iter(pruning.updater.layers.values())).weight_mask[3]
     sparsest.zero_()  # as where a model has had zeros beyond the pattern
-    assert renamed(as_record(pruning.updater.settings(), 0.5, pruning.updater.layers)) == record
+    assert renamed(pruning_json(pruning.updater.settings(), 0.5, pruning.updater.layers)) == record
     change(out, f"{UP}.weight", move)
     with pytest.raises(ValueError, match=f"{UP}: unstructured at a sparsity of 0.5 has 1024 zeros; found 1024, and 1 "):
         verify(out)
@@ -161,6 +161,6 @@ def test_what_the_trainer_writes(tmp_path):
 def test_folders_that_record_nothing(tmp_path, record, message):
     out = export_model(tiny_llama(), None, tmp_path / "out")
     if record is not None:
-        (out / RECORD).write_text(record)
+        (out / PRUNING_FILE).write_text(record)
     with pytest.raises(ValueError, match=message):
         verify(out)

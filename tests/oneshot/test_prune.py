@@ -359,7 +359,7 @@ def test_padding_does_not_count_where_tokens_are_flattened(architecture, ids, ca
 @pytest.mark.parametrize("method", [Wanda(), SparseGPT()])
 @pytest.mark.parametrize("structure", ["2:4", "unstructured"])
 def test_twice_is_once_where_inputs_die(method, structure):
-    for seed in range(6):
+    for seed in range(3):
         torch.manual_seed(seed)
         model = tiny("opt")  # ReLU: what fc1 loses is an input of fc2 that never comes
         batch = [torch.randint(3, VOCABULARY, (1, 4))]

@@ -26,7 +26,7 @@ from sparse_train import (
     sparsify,
     squash,
 )
-from sparse_train.distributions import LayerSparsities
+from sparse_train.distributions import Division
 from sparse_train.pruning.update import mask_shares, shapes_of
 from tests.conftest import VOCABULARY, tiny_llama
 from tests.distributions.test_owl import papers_outlier_ratio, papers_sparsities
@@ -63,7 +63,7 @@ def train(model, steps=12, seed=3, **settings):
 
 
 def division(model, layers, distribution, pattern, final):
-    return LayerSparsities(distribution, shapes_of(model, layers), pattern, final)
+    return Division(distribution, shapes_of(model, layers), pattern, final)
 
 
 def test_uniform_is_one_number():
@@ -137,7 +137,7 @@ def test_layers_keep_their_own_sparsities(ids):
     model = tiny_llama()
     updater, masks = train(model, sparsity=0.6, distribution=EXPLICIT, criterion=Magnitude())
     shapes = shapes_of(model, updater.layers)
-    wanted = LayerSparsities(EXPLICIT, shapes, Unstructured(), 0.6).at(0.6)
+    wanted = Division(EXPLICIT, shapes, Unstructured(), 0.6).at(0.6)
     assert len(masks) == 5
     for each in masks:
         assert {n: int((~mask).sum(1)[0]) for n, mask in each.items()} == {

@@ -46,7 +46,7 @@ def test_counts_are_exact_in_every_group_under_every_policy(policy, case, seed):
     layer.statistics = ActivationNorm(16)
     layer.statistics.add(torch.randn(5, 16))
     policy = copy.deepcopy(policy)
-    policy.begin({"a": layer}, Wanda(), Optimizers(), 1)
+    policy.begin({"a": layer}, Optimizers(), 1)
     policy.before_step(0.0)
     if isinstance(policy, Regrow):
         policy.gradients = {"a": torch.randn(8, 16)}

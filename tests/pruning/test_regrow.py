@@ -79,7 +79,7 @@ def test_counts_are_exact_in_every_group(case, fraction, seed):
 
 def fraction_at(progress):
     policy = Regrow(0.4)
-    policy.begin({}, Magnitude(), Optimizers(), 1)
+    policy.begin({}, Optimizers(), 1)
     policy.before_step(progress)
     return policy.fraction
 
@@ -351,7 +351,7 @@ def test_interrupted_equals_uninterrupted_between_the_optimizer_and_the_update()
 def test_compiled_forwards_make_the_same_masks():
     def masks(compiled):
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 4))
+        model = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 4))
         updater = MaskUpdater(model, "2:4", update_freq=2, window=1.0, total_steps=8, policy=Regrow(1.0))
         forward = torch.compile(model, backend="aot_eager") if compiled else model
         optimizer = SGD(model.parameters(), lr=0.5)

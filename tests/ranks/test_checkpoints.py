@@ -8,7 +8,6 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.strategies import DDPStrategy
 from transformers import AutoModelForCausalLM
 
 from sparse_train import FirstWindow
@@ -17,7 +16,7 @@ from sparse_train.distributed.collectives import rank, world_size
 from sparse_train.distributed.engines import whole_state_dict
 from sparse_train.export import export_checkpoint
 from sparse_train.models.causal_lm import CausalLM
-from sparse_train.models.checkpoints import check_engine, check_plain
+from sparse_train.models.checkpoints import check_plain
 from tests.ranks import engines, launch
 
 ONE_FILE = "fsdp2 in one file"
@@ -111,10 +110,6 @@ def test_resumed_on_as_many_ranks_equals_uninterrupted_and_exports_without_them(
 
     check_plain(tmp_path / "middle.ckpt")
     export_checkpoint(tmp_path / "middle.ckpt", tmp_path / "model")
-    if engine in ("fsdp2", "zero2"):
-        with pytest.raises(ValueError, match="cannot resume from it. Use the same strategy"):
-            check_engine(tmp_path / "middle.ckpt", DDPStrategy())
-        check_engine(tmp_path / "middle.ckpt", engines.strategy(engine))
     if engine == "fsdp2":
         with pytest.raises(ValueError, match="part of a checkpoint folder"):
             export_checkpoint(tmp_path / "middle.ckpt" / "meta.pt", tmp_path / "other")

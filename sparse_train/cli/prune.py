@@ -19,7 +19,8 @@ from sparse_train.evaluation.perplexity import check_window
 from sparse_train.export import export_model
 from sparse_train.export.card import ModelCard, oneshot_rows, write_card
 from sparse_train.export.hf_folder import check_written, size_of
-from sparse_train.files import check_free, check_space, replacing
+from sparse_train.export.verify import RECORD
+from sparse_train.files import check_free, check_space, written_whole
 from sparse_train.inspection import LayerSparsity, layer_sparsities
 from sparse_train.models.sources import Autocast, Dtype, ModelSource, Pretrained, as_model_source, torch_dtype
 from sparse_train.oneshot.disk import Checkpoint, copy_others, model_without_weights
@@ -113,47 +114,53 @@ def prune(
             check_window(loaded, max_seq_length, name="max_seq_length")
         check_space(folder, size_of(loaded, torch_dtype(dtype)))
         batches = _own_batches(source, text, calibration) if plan.needs_data else None
+        calibration |= {"autocast": autocast, "processes": world_size()}
+        details, layers = Details(), list[LayerSparsity]()
+
+        def complete(written: Path, report: OneshotReport) -> None:
+            """Write what is missing in the folder, before it gets its name."""
+            details.update(
+                model=source.name,
+                stages=[
+                    {
+                        "criterion": describe(plan.method),
+                        "mask_structure": group_label(plan.pattern),
+                        "wanted_sparsity": plan.sparsity,
+                        "sparsity": report.sparsity,
+                        "distribution": describe(plan.distribution),
+                        "targets": targets,
+                        "ignore": ignore,
+                    }
+                ],
+                sparsity=report.sparsity,
+                calibration={"text": text.name, **calibration} if plan.needs_data else None,
+                device=own_device,
+                seconds={"forwards": report.forward_seconds, "pruning": report.pruning_seconds},
+                layers={name: update.flips / update.size for name, update in report.layers.items()},
+                versions=versions(),
+                streaming=streaming,
+            )
+            card = ModelCard(source.name, source.hub_id, source.license, oneshot_rows(details))
+            if streaming:
+                layers.extend(_pruned_layers(report, group_label(plan.pattern)))
+                check_written(written, layers, loaded)
+                write_card(written, card, layers)
+            else:
+                layers.extend(layer_sparsities(loaded))
+                export_model(loaded, source.tokenizer(), written, card, dtype=torch_dtype(dtype))
+                if isinstance(source, Pretrained):
+                    copy_others(Path(source.path), written)
+            details["seconds"]["all"] = now() - began
+            (written / RECORD).write_text(dumps(details, indent=2) + "\n")
+
         if streaming:
-            report = prune_checkpoint(files, folder, batches, **method, device=own_device, progress=True)
+            prune_checkpoint(files, folder, batches, **method, complete=complete, device=own_device, progress=True)
         else:
             report = prune_model(loaded, batches, **method, progress=rank() == 0)
-        if rank() != 0:
-            return None
-        calibration |= {"autocast": autocast, "processes": world_size()}
-        details: Details = {
-            "model": source.name,
-            "stages": [
-                {
-                    "criterion": describe(plan.method),
-                    "mask_structure": group_label(plan.pattern),
-                    "wanted_sparsity": plan.sparsity,
-                    "sparsity": report.sparsity,
-                    "distribution": describe(plan.distribution),
-                    "targets": targets,
-                    "ignore": ignore,
-                }
-            ],
-            "sparsity": report.sparsity,
-            "calibration": {"text": text.name, **calibration} if plan.needs_data else None,
-            "device": own_device,
-            "seconds": {"forwards": report.forward_seconds, "pruning": report.pruning_seconds},
-            "layers": {name: update.flips / update.size for name, update in report.layers.items()},
-            "versions": versions(),
-            "streaming": streaming,
-        }
-        card = ModelCard(source.name, source.hub_id, source.license, oneshot_rows(details))
-        if streaming:
-            layers = _pruned_layers(report, group_label(plan.pattern))
-            check_written(folder, layers, loaded)
-            write_card(folder, card, layers)
-        else:
-            layers = layer_sparsities(loaded)
-            export_model(loaded, source.tokenizer(), folder, card, dtype=torch_dtype(dtype))
-            if isinstance(source, Pretrained):
-                copy_others(Path(source.path), folder)
-        details["seconds"]["all"] = now() - began
-        with replacing(folder / "pruning.json") as beside:
-            beside.write_text(dumps(details, indent=2) + "\n")
+            if rank() != 0:
+                return None
+            with written_whole(folder) as beside:
+                complete(beside, report)
     show_pruning(details, layers, folder)
     return {"out": out, **details}
 

@@ -8,6 +8,7 @@ of errors and assertions get none.
 """
 
 import ast
+import importlib
 import os
 import random
 import resource
@@ -106,6 +107,10 @@ def survives(module: str, source: str) -> bool:
             os.dup2(null, 2)
             os.chdir(folder)
             sys.path[:] = [folder, *(path for path in sys.path if path not in ("", str(_ROOT)))]
+            for name in [name for name in sys.modules if name.partition(".")[0] == "tests"]:
+                del sys.modules[name]
+            importlib.import_module("tests.conftest")  # loads another profile
+            hypothesis.settings.load_profile("mutants")
             os.environ["PYTHONPATH"] = folder  # for processes that tests start
             tests = TESTS[module].split()
             chosen = [] if any(name.startswith("ranks") for name in tests) else ["-k", _FAST]
@@ -118,7 +123,6 @@ def main(seed: str = "0", start: str = "0", stop: str = "9999", *modules: str) -
     hypothesis.settings.register_profile(
         "mutants", deadline=None, database=None, derandomize=True, phases=phases, max_examples=50
     )
-    os.environ["HYPOTHESIS_PROFILE"] = "mutants"
     sources = {name: (_ROOT / "sparse_train" / f"{name.replace('.', '/')}.py").read_text() for name in modules or TESTS}
     numbers = [(name, n) for name, text in sources.items() for n in range(len(list(places(ast.parse(text)))))]
     random.Random(int(seed)).shuffle(numbers)

@@ -10,6 +10,7 @@ about                 what the page lists: settings, when and on what the run ra
 
 import json
 import os
+import re
 import time
 import warnings
 from collections.abc import Mapping
@@ -106,8 +107,9 @@ class RunRecord(L.Callback):
         self._began, self._counted = time.perf_counter(), self._facts["seconds"]
         if self._logger is not None:
             self.folder = Path(self._logger.log_dir)
+            writer = self._logger.experiment  # deletes an older metrics.csv
             for row in self._earlier:
-                self._logger.experiment.log_metrics(row, int(row["step"]))
+                writer.log_metrics(row, int(row["step"]))
         self._earlier = []
         before, step = self._facts["about"], steps_done(trainer, in_batch=False)
         resumed = before.get("resumed at steps", [])
@@ -209,12 +211,21 @@ def _csv_logger(trainer: L.Trainer) -> CSVLogger:
         if isinstance(logger, CSVLogger):
             return logger
     folder = trainer.log_dir or trainer.default_root_dir  # collective: on all ranks
-    logger = CSVLogger(folder, name="", version="")
+    warnings.filterwarnings("ignore", f"Experiment logs directory {re.escape(folder)} exists")  # no logs but ours
+    logger = _Metrics(folder, name="", version="")
     trainer.loggers = [*trainer.loggers, logger]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*is not empty")  # it deletes nothing but an older metrics.csv
-        _ = logger.experiment
     return logger
+
+
+class _Metrics(CSVLogger):
+    """Replaces an older file when training begins. Lightning would before, also where a run had come to its end."""
+
+    def log_hyperparams(self, params: Any = None) -> None:
+        pass
+
+    def save(self) -> None:
+        if self._experiment is not None:
+            super().save()
 
 
 def _tokens(batch: Any) -> int:

@@ -20,7 +20,7 @@ from sparse_train.export import export_model
 from sparse_train.export.card import ModelCard, oneshot_rows, write_card
 from sparse_train.export.hf_folder import check_written, size_of
 from sparse_train.export.verify import PRUNING_FILE
-from sparse_train.files import check_free, check_space, replacing
+from sparse_train.files import check_free, check_space, written_whole
 from sparse_train.inspection import LayerSparsity, layer_sparsities
 from sparse_train.models.sources import (
     Autocast,
@@ -125,27 +125,33 @@ def prune(
         if plan.needs_data and rank() == 0 and bars_are_seen():
             print(f"reading {text.name}", file=sys.stderr)
         batches = _own_batches(source, text, calibration) if plan.needs_data else None
+        details, layers = Details(), list[LayerSparsity]()
+
+        def complete(written: Path, report: OneshotReport) -> None:
+            """Write what is missing in the folder, before it gets its name."""
+            data = {"text": text.name, **calibration, "autocast": autocast, "processes": world_size()}
+            details.update(_details(source.name, plan, report, method, data, own_device), streaming=streaming)
+            card = ModelCard(source.name, source.hub_id, source.license, oneshot_rows(details))
+            if streaming:
+                layers.extend(_pruned_layers(report, group_label(plan.pattern)))
+                check_written(written, layers, loaded)
+                write_card(written, card, layers)
+            else:
+                layers.extend(layer_sparsities(loaded))
+                export_model(loaded, source.tokenizer(), written, card, dtype=torch_dtype(dtype))
+                if isinstance(source, Pretrained):
+                    copy_others(Path(source.path), written)
+            details["seconds"]["all"] = now() - began
+            (written / PRUNING_FILE).write_text(dumps(details, indent=2) + "\n")
+
         if streaming:
-            report = prune_checkpoint(files, folder, batches, **method, device=own_device, progress=True)
+            prune_checkpoint(files, folder, batches, **method, complete=complete, device=own_device, progress=True)
         else:
             report = prune_model(loaded, batches, **method, progress=rank() == 0)
-        if rank() != 0:
-            return None
-        data = {"text": text.name, **calibration, "autocast": autocast, "processes": world_size()}
-        details = _details(source.name, plan, report, method, data, own_device) | {"streaming": streaming}
-        card = ModelCard(source.name, source.hub_id, source.license, oneshot_rows(details))
-        if streaming:
-            layers = _pruned_layers(report, group_label(plan.pattern))
-            check_written(folder, layers, loaded)
-            write_card(folder, card, layers)
-        else:
-            layers = layer_sparsities(loaded)
-            export_model(loaded, source.tokenizer(), folder, card, dtype=torch_dtype(dtype))
-            if isinstance(source, Pretrained):
-                copy_others(Path(source.path), folder)
-        details["seconds"]["all"] = now() - began
-        with replacing(folder / PRUNING_FILE) as beside:
-            beside.write_text(dumps(details, indent=2) + "\n")
+            if rank() != 0:
+                return None
+            with written_whole(folder) as beside:
+                complete(beside, report)
     show_pruning(details, layers, folder)
     return {"out": out, **details}
 

@@ -111,7 +111,9 @@ class CausalLM(L.LightningModule):
         """A teacher that computes where and as the model does."""
         teacher = self.trainer.precision_plugin.convert_module(teacher).to(self.device)
         autocast = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(str(self.trainer.precision))
-        if autocast is not None:
+        if autocast is not None and next(self.model.parameters()).dtype == autocast:
+            teacher = teacher.to(autocast)  # DeepSpeed casts the model and does not autocast
+        elif autocast is not None:
             cast_linear(teacher, autocast)
         if self.compile_blocks:
             _compile_blocks(teacher)

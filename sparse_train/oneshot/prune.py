@@ -1,7 +1,7 @@
 """``prune``, for a model in memory, and ``prune_checkpoint``, for one that need not fit in memory."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -99,6 +99,7 @@ def prune_checkpoint(
     autocast: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     progress: bool = False,
+    complete: Callable[[Path, OneshotReport], None] | None = None,
 ) -> OneshotReport:
     """Prune a checkpoint of a decoder-only transformers model; the result is the same as that of ``prune``.
 
@@ -112,6 +113,7 @@ def prune_checkpoint(
         mask_structure, sparsity, criterion, distribution, targets, ignore, autocast, progress: see ``prune``; targets
             outside the decoder blocks and groups over the whole model need the whole model.
         device: where blocks compute, one at a time.
+        complete: called with the folder before it gets its name, to add files to it.
     """
     from sparse_train.oneshot import disk  # needs safetensors
 
@@ -132,4 +134,6 @@ def prune_checkpoint(
         report = walk(shelf, plan, batches, progress, under_autocast(autocast, shelf.device))
         disk.write_index(work, shelf.shards)
         disk.copy_companions(path, work)
+        if complete is not None:
+            complete(work, report)
     return report

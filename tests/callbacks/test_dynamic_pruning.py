@@ -61,6 +61,7 @@ def test_flip_rate_is_logged_and_above_zero(tmp_path):
     rows = flip_rates(tmp_path, mask_structure="2:4", log_layers=True)
     of_layers = [float(value) for name, value in rows[-1].items() if name.startswith("layers/flip_rate/")]
     assert len(of_layers) == 14 and 0 <= min(of_layers) <= float(rows[-1]["sparsity/flip_rate"]) <= max(of_layers) <= 1
+    assert [value for name, value in rows[-1].items() if name.startswith("layers/sparsity/")] == ["0.5"] * 14
     assert [row["step"] for row in rows] == ["0", "4", "8", "9"]  # the first mask; frozen at three quarters
     assert [float(row["sparsity/flip_rate"]) > 0 for row in rows] == [False, True, True, True]
     assert all(float(row["sparsity/target"]) == float(row["sparsity/actual"]) == 0.5 for row in rows)

@@ -210,6 +210,15 @@ def test_without_a_csv_logger_there_are_metrics_too_and_checkpoints_stay_where_t
     assert list((tmp_path / "checkpoints").iterdir())
 
 
+def test_a_finished_run_that_is_started_again_keeps_its_metrics(tmp_path):
+    def again(ckpt_path=None):
+        saver = ModelCheckpoint(tmp_path / "saved", save_last=True, every_n_train_steps=2)
+        fit(tmp_path, steps=4, logger=False, callbacks=[RunRecord(), saver], ckpt_path=ckpt_path)
+        return (tmp_path / "metrics.csv").read_text(), facts(tmp_path)
+
+    assert again() == again(tmp_path / "saved" / "last.ckpt")
+
+
 def test_only_rank_0_writes_and_a_dev_run_leaves_nothing(tmp_path, monkeypatch):
     fit(tmp_path / "dev", callbacks=[DynamicPruning("2:4"), RunRecord()], fast_dev_run=True, max_steps=1, logger=False)
     monkeypatch.setattr(L.Trainer, "is_global_zero", False)

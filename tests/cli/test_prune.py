@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -8,7 +10,8 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from sparse_train.cli import main as cli
-from sparse_train.oneshot.prune import prune_checkpoint
+from sparse_train.oneshot import disk
+from sparse_train.oneshot.disk import copy_companions
 from tests.conftest import tiny_llama, tiny_tokenizer
 
 
@@ -43,14 +46,30 @@ def test_streaming_gives_the_same_model(run, capsys):
 
 
 def test_streamed_files_that_are_dense_are_told(run, monkeypatch):
-    def forgets(path, out, *args, **kwargs):
-        report = prune_checkpoint(path, out, *args, **kwargs)
-        shutil.copy(Path(path, "model.safetensors"), out)  # which is read before shards
-        return report
+    def forgets(source, out):
+        copy_companions(source, out)
+        shutil.copy(Path(source, "model.safetensors"), out)  # which is read before shards
 
-    monkeypatch.setattr("sparse_train.cli.prune.prune_checkpoint", forgets)
+    monkeypatch.setattr(disk, "copy_companions", forgets)
     with pytest.raises(SystemExit, match="proj.weight has 0 zeros in model.safetensors"):
         run("--streaming=true")
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("streaming", ["true", "false"])
+def test_a_folder_without_its_record_gets_no_name(streaming, run, monkeypatch):
+    def full(path, *args, **kwargs):
+        if "pruning.json" in path.name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write_text(path, *args, **kwargs)
+
+    write_text = Path.write_text
+    with monkeypatch.context() as on_a_full_disk:
+        on_a_full_disk.setattr(Path, "write_text", full)
+        with pytest.raises(SystemExit, match="No space left"):
+            run(f"--streaming={streaming}")
+    assert not Path("out").exists()
+    assert run(f"--streaming={streaming}")[1]["sparsity"] == 0.5
 
 
 def test_a_card_tells_no_share_of_layers_that_were_not_counted(run):
@@ -95,8 +114,9 @@ def test_a_full_disk_is_said_before_the_pruning_and_after_it(run, monkeypatch):
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", fill)
-    with pytest.raises(SystemExit, match="out could not be written: I/O error: No space left"):
+    with pytest.raises(SystemExit, match="out.* could not be written: I/O error: No space left"):
         run()
+    assert not Path("out").exists()
 
 
 @pytest.mark.parametrize(

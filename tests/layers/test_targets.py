@@ -100,14 +100,15 @@ def test_attention_of_torch_stays_dense(caplog):
     assert "attention.in_proj_weight, attention.out_proj.weight" in caplog.text
 
 
-def test_encoder_layers_of_torch_compute_with_their_masks_in_eval_mode_too():
+@pytest.mark.parametrize("given", ["", "layers"])  # the encoder, or its blocks alone
+def test_encoder_layers_of_torch_compute_with_their_masks_in_eval_mode_too(given):
     layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
     model = nn.TransformerEncoder(layer, 2)
     by_hand, x = copy.deepcopy(model), torch.randn(3, 5, 8)
     padding = torch.arange(5) >= torch.tensor([[3], [5], [4]])
     chosen = select(model, PATTERN).layers
     assert list(chosen) == [f"layers.{block}.linear{number}" for block in (0, 1) for number in (1, 2)]
-    sparsify(model, chosen.values())
+    sparsify(model.get_submodule(given), chosen.values())
     for name, masked in chosen.items():
         mask_OI = torch.rand(masked.out_features, masked.in_features) < 0.5
         masked.set_mask(mask_OI)
@@ -115,10 +116,10 @@ def test_encoder_layers_of_torch_compute_with_their_masks_in_eval_mode_too():
 
     def check(module):
         for training in (True, False):
-            for given in (None, padding):
+            for of_batch in (None, padding):
                 with torch.no_grad():
-                    found = module.train(training)(x, src_key_padding_mask=given)
-                    expected = by_hand.train(training)(x, src_key_padding_mask=given)
+                    found = module.train(training)(x, src_key_padding_mask=of_batch)
+                    expected = by_hand.train(training)(x, src_key_padding_mask=of_batch)
                 torch.testing.assert_close(found[~padding], expected[~padding])
 
     check(model)

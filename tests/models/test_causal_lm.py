@@ -221,10 +221,11 @@ class Compiled(L.Callback):
 def test_an_export_from_before_the_final_sparsity_is_said(model_folder, data, tmp_path, caplog):
     module = CausalLM(str(model_folder))
     rising = DynamicPruning("unstructured", schedule=Cubic(0.5), update_freq=2, end_step=8)
-    saver = L.pytorch.callbacks.ModelCheckpoint(tmp_path, every_n_train_steps=4, save_top_k=-1, filename="{step}")
+    saver = L.pytorch.callbacks.ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")
     fit(module, data, rising, saver, max_steps=8, enable_checkpointing=True)
     export_checkpoint(tmp_path / "step=8.ckpt", tmp_path / "end")
     assert "was written after" not in caplog.text
+    export_checkpoint(tmp_path / "step=1.ckpt", tmp_path / "begin")  # where the sparsity is 0
     export_checkpoint(tmp_path / "step=4.ckpt", tmp_path / "middle")
     assert "was written after 4 steps, at a sparsity of 0.4375: it rises to 0.5 until step 8" in caplog.text
 

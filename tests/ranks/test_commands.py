@@ -56,6 +56,8 @@ def fit(engine: str, folder: Path, model: Path, text: Path) -> Any:
         "--trainer.enable_model_summary=false",
         "--trainer.enable_progress_bar=false",
         "--trainer.callbacks.update_freq=2",
+        "--model.distillation=Distillation",
+        "--model.distillation.cache=answers",
         "--export=exported",
     ]
     with without_pictures():
@@ -73,6 +75,8 @@ def test_from_a_recipe_to_an_exported_model(tmp_path, model_folder, text_file, e
     for name, weight in model.named_parameters():
         if "proj" in name:
             assert ((weight.view(-1, 4) == 0).sum(1) == 2).all(), name
+    answers = list((tmp_path / "answers").glob("*/*"))  # of both processes, which may have asked for the same
+    assert len(answers) == 6 * 2 * 2 and {path.suffix for path in answers} == {".safetensors"}
     metrics = next(tmp_path.rglob("metrics.csv")).read_text()
     for name in ("train/loss", "val/perplexity", "sparsity/flip_rate"):
         assert name in metrics

@@ -118,7 +118,7 @@ class RunRecord(L.Callback):
             "precision": str(trainer.precision),
             "processes": trainer.world_size,
             "seed": os.environ.get("PL_GLOBAL_SEED"),
-            "begun": before.get("begun", datetime.now(UTC).isoformat(timespec="milliseconds")),
+            "begun": before.get("begun", datetime.now(UTC).isoformat(timespec="seconds")),
             "resumed at steps": [*resumed, step] if before else resumed,
             **environment.machine(),
             **environment.versions(),

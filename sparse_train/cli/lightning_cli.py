@@ -232,7 +232,10 @@ class TrainingLines(ProgressBar):
     disabled = False
 
     def disable(self) -> None:
-        self.disabled = True  # in all processes except the first
+        self.disabled = True  # in all processes except the first, and while Lightning looks for a learning rate
+
+    def enable(self) -> None:
+        self.disabled = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         total, begun = trainer.estimated_stepping_batches, trainer.global_step

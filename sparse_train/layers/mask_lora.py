@@ -41,8 +41,8 @@ class MaskLoRA:
     target_modules: Sequence[str] | str = ("q_proj", "v_proj")
 
     def __post_init__(self) -> None:
-        if self.r < 1 or self.lora_alpha <= 0:
-            raise ValueError(f"r must be at least 1 and lora_alpha above 0, got {self.r} and {self.lora_alpha}.")
+        if self.r < 1 or self.lora_alpha < 1 or self.lora_alpha != int(self.lora_alpha):  # state dicts hold an integer
+            raise ValueError(f"r and lora_alpha are whole numbers from 1 on, got {self.r} and {self.lora_alpha}.")
 
 
 class MaskLoRALinear(SparseLinear):

@@ -55,7 +55,9 @@ class LoRA:
                 raise ValueError(f"There is no adapter of peft in {self.adapter!r}: it has no adapter_config.json.")
             return peft.PeftModel.from_pretrained(model, self.adapter, is_trainable=True)
         own = {name: getattr(self, name) for name in ("r", "lora_alpha", "lora_dropout")}
-        config = peft.LoraConfig(**own, target_modules=list(self.target_modules), task_type="CAUSAL_LM")
+        names = self.target_modules
+        names = names if isinstance(names, str) else list(names)  # a text as peft reads it, such as "all-linear"
+        config = peft.LoraConfig(**own, target_modules=names, task_type="CAUSAL_LM")
         return peft.get_peft_model(model, config)
 
 

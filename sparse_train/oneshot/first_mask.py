@@ -71,9 +71,8 @@ def set_first_mask(
                 )
                 raise
         if rank() == 0:
-            level = logging.WARNING if walks else logging.INFO  # missing batches are a surprise
             why = f"one-shot pruning needs {_NEEDED}"
-            _log.log(level, "The first steps run dense, and their activations give the first mask: %s.", why)
+            _log.warning("The first steps run dense, and their activations give the first mask: %s.", why)
     if first.criterion is not None:
         raise ValueError(
             f"first_mask is {first}, but no one-shot pruning makes the first mask here: it does at start_step 0, if "

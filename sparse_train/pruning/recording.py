@@ -14,7 +14,7 @@ from sparse_train.distributed.collectives import gather_objects, rank, sum_over_
 from sparse_train.layers import masks
 from sparse_train.layers.masked_layer import MaskedLayer, MaskedMatrix, Recorder
 from sparse_train.pruning.config import NormDecay
-from sparse_train.statistics import ActivationNorm, Statistics
+from sparse_train.statistics import ActivationNorm, LastSums, Statistics
 
 _log = logging.getLogger(__name__)
 
@@ -138,6 +138,7 @@ class RunningNorms:
 
     def record(self, wanted: bool) -> None:
         """Set whether the next step is recorded, if the criterion needs activations and they are not frozen."""
+        self.recorder.last = LastSums()  # a loader may fill the next batch into the same memory
         needed = wanted and self._wanted and not self.final
         self.recorder.when = "training" if needed or self._probing else "never"
 

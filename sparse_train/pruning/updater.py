@@ -144,7 +144,10 @@ class MaskUpdater:
                 self._resume(state)
             self._prepare_step()
         except BaseException as error:
-            unmask(model, [layer for layer in self.layers.values() if id(layer) not in before])  # to plain layers
+            new = [layer for layer in self.layers.values() if id(layer) not in before]
+            for layer in new:
+                layer.keep_all()  # a mask that is there already would be folded into the weights
+            unmask(model, new)
             damaged = isinstance(error, (LookupError, TypeError, AttributeError, RuntimeError))
             if state is not None and damaged and not isinstance(error, torch.OutOfMemoryError):
                 raise ValueError(f"The state of the run is no updater's, or damaged: {error!r}.") from error
@@ -321,7 +324,7 @@ class MaskUpdater:
         began = time.perf_counter()
         reshard(self._model)
         config, target = self.config, self.config.sparsity_at(self.timing.progress(self.steps))
-        check_agreement(self.layers, tensors_of(self.layers.values()))
+        check_agreement(self.layers, also_sum=tensors_of(self.layers.values()))
         self.norms.check_new()
         check_adapters(self._model)
         self.policy.check()
@@ -368,9 +371,9 @@ class MaskUpdater:
         final = self.config.sparsity_at(1.0)
         if rank() == 0 and self.steps and self.sparsity != final:
             _log.warning(
-                "The run ended after %d steps, before its masks reached the final sparsity of %g: they are at %s. "
+                "The run ended after %d steps, before its masks reached the final sparsity of %g: they are at %g. "
                 "end_step is %d.",
-                *(self.steps, final, self.sparsity, self.timing.end_step),
+                *(self.steps, final, self.sparsity or 0.0, self.timing.end_step),
             )
 
     # --- checkpoints -------------------------------------------------------------------------------------------------

@@ -143,13 +143,9 @@ def collect(folders: Sequence[str | Path]) -> list[Run]:
 
 
 def _find(folder: Path) -> Path:
-    records = [folder / RUN_FILE] if (folder / RUN_FILE).exists() else folder.glob(f"**/{RUN_FILE}")
-    latest: dict[Any, Path] = {}
-    for record in sorted(records, key=lambda path: path.stat().st_mtime_ns):
-        with reading(record):
-            begun = json.loads(record.read_text(encoding="utf-8"))["about"]["begun"]
-        latest[record.parent.parent, begun] = record.parent
-    found = sorted(latest.values())
+    records = [folder / RUN_FILE] if (folder / RUN_FILE).exists() else sorted(folder.glob(f"**/{RUN_FILE}"))
+    parts = {record.parent: _history(record) for record in records}
+    found = [part for part, own in parts.items() if not any(_continues(each, own) for each in parts.values())]
     if len(found) > 1:
         raise ValueError(f"{folder} holds {len(found)} runs: {', '.join(map(str, found))}. Name those to report.")
     if not found:
@@ -158,6 +154,19 @@ def _find(folder: Path) -> Path:
             "its logger (such as version_0); your own trainer does with the callback sparse_train.callbacks.RunRecord."
         )
     return found[0]
+
+
+def _history(record: Path) -> tuple[Path, str, list[int]]:
+    """Of a folder: the one above it, when the run began, and the steps at which it was resumed."""
+    with reading(record):
+        about = json.loads(record.read_text(encoding="utf-8"))["about"]
+        return record.parent.parent, about["begun"], about["resumed at steps"]
+
+
+def _continues(later: tuple[Path, str, list[int]], own: tuple[Path, str, list[int]]) -> bool:
+    """Whether a folder has all of a run that was resumed, and so all of the other one."""
+    steps = own[2]
+    return later[:2] == own[:2] and len(later[2]) > len(steps) and later[2][: len(steps)] == steps
 
 
 def _read(folder: Path, name: str) -> Run:

@@ -156,7 +156,8 @@ def test_a_check_raises_where_adding_would_and_adds_nothing():
 @pytest.mark.parametrize(
     ("make", "word"),
     [
-        (lambda: MaskLoRA(r=0), "at least 1"),
+        (lambda: MaskLoRA(r=0), "from 1 on"),
+        (lambda: MaskLoRA(lora_alpha=2.5), "whole numbers"),  # a state dict would hold 2
         (lambda: add_mask_lora(tiny_llama()), "build the MaskUpdater first"),
         (
             lambda: SparseTrainerCallback("2:4")._prepare(adapted()),

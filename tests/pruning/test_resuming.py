@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from sparse_train import Fixed, Magnitude, MaskUpdater, Unstructured, prune, sparse_layers, squash
+from sparse_train import Dormant, Fixed, Magnitude, MaskUpdater, Unstructured, prune, sparse_layers, squash
 from sparse_train.schedules import Linear
 from tests.conftest import VOCABULARY, shallow_llama
 from tests.pruning.loops import equal, snapshot, train
@@ -46,6 +46,16 @@ def test_an_updater_that_fails_leaves_another_ones_layers_alone():
     first.step()
     assert sparse_layers(model).keys() == first.layers.keys()
     assert torch.equal(model.model.layers[0].self_attn.q_proj.weight, weight)
+
+
+def test_an_updater_that_fails_after_its_first_mask_leaves_the_weights(monkeypatch):
+    model = shallow_llama()
+    before = copy.deepcopy(model.state_dict())
+    monkeypatch.setattr(Dormant, "before_step", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        MaskUpdater(model, "2:4", criterion=Magnitude(), policy=Dormant(), total_steps=20)
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_two_updaters_of_one_layer_are_refused_at_their_first_step():

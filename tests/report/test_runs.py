@@ -232,13 +232,21 @@ def test_names_tell_runs_apart(facts, tmp_path):
 
 
 def test_the_folder_above_will_do_where_it_holds_one_run(facts, tmp_path):
-    run = leave(tmp_path / "run" / "version_0", facts)
+    def part(version, resumed, begun="2026-01-01T00:00:00+00:00"):
+        about = facts["about"] | {"begun": begun, "resumed at steps": resumed}
+        return leave(tmp_path / "run" / version, facts | {"about": about})
+
+    run = part("version_1", [])
     assert collect([tmp_path / "run"])[0].folder == run
     assert collect([tmp_path])[0].folder == run
-    resumed = leave(tmp_path / "run" / "version_10", facts)  # the same beginning: all of the run is in the later folder
+    resumed = part("version_0", [4])  # all of the run is in the folder in which it went on
     assert collect([tmp_path / "run"])[0].folder == resumed
-    leave(tmp_path / "run" / "version_11", facts | {"about": {"begun": "2026-01-01T00:00:00+00:00"}})
-    with pytest.raises(ValueError, match="holds 2 runs: .*version_10, .*version_11"):
+    part("version_2", [4])  # from the same checkpoint in two ways
+    with pytest.raises(ValueError, match="holds 2 runs: .*version_0, .*version_2"):
+        collect([tmp_path / "run"])
+    assert collect([part("version_3", [4, 6])])[0].folder.name == "version_3"
+    part("version_3", [], begun="2026-01-02T00:00:00+00:00")
+    with pytest.raises(ValueError, match="holds 3 runs"):
         collect([tmp_path / "run"])
 
 

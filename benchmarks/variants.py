@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal
 import lightning as L
 import torch
 from torch import Tensor, nn
-from torch.optim import Adam, AdamW, Muon, Optimizer
+from torch.optim import Adam, AdamW, Optimizer
 
 from sparse_train import LayerContext, MaskPolicy, StraightThrough
 from sparse_train.callbacks import DynamicPruning
@@ -267,7 +267,7 @@ class MuonAndAdamW(Optimizer):
     """Muon for the matrices of decoder blocks, AdamW for embeddings and norms, as one optimizer.
 
     Its rate is AdamW's: Muon's updates are scaled to the root mean square of AdamW's. Pruned weights move too, as the
-    update of a matrix is dense even if its gradient has zeros; a mask ignores them.
+    update of a matrix is dense even if its gradient has zeros; a mask ignores them. A resumed run would lose its state.
 
     Args:
         params: a matrix with ten times more rows than columns is an embedding.
@@ -283,6 +283,8 @@ class MuonAndAdamW(Optimizer):
         betas: tuple[float, float] = (0.9, 0.95),
         momentum: float = 0.95,
     ) -> None:
+        from torch.optim import Muon  # of torch 2.9 on
+
         every = list(params)
         matrices = [p for p in every if p.ndim == 2 and p.shape[0] < 10 * p.shape[1]]
         chosen = {id(p) for p in matrices}

@@ -117,9 +117,8 @@ class Timing:
     """Steps before an update over which activations are recorded, at most ``update_freq``."""
 
     def in_words(self) -> str:
-        steps = [*map(str, range(self.start_step, self.end_step, self.update_freq)), str(self.end_step)]
-        if len(steps) > 4:
-            steps[2:-1] = ["..."]
+        before = range(self.start_step, self.end_step, self.update_freq)
+        steps = [*map(str, before if len(before) < 4 else [*before[:2], "..."]), str(self.end_step)]
         return f"masks change at step{'s' * (len(steps) > 1)} {', '.join(steps)}, then freeze"
 
     def is_update(self, step: int) -> bool:

@@ -52,7 +52,8 @@ class CalibrationPass:
         context: Context = nullcontext,
     ) -> None:
         self._model, self._blocks, self._device, self._keep_on, self._context = model, blocks, device, keep_on, context
-        given = batches if isinstance(batches, Iterable) else [batches]  # such as a tokenizer, which is refused
+        many = hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")
+        given: Any = batches if many else [batches]  # such as a tokenizer, which is refused
         self._batches = [_checked(batch, model, device) for batch in given]
         if not self._batches:
             raise ValueError("There is no calibration data: the iterable of batches is empty.")

@@ -143,7 +143,8 @@ class PruningConfig:
         for name in settings.keys() - names:
             raise TypeError(f"There is no setting {name!r}.{did_you_mean(name, names)}")
         own = cls(mask_structure, sparsity, **settings)
-        if config is not None and own not in (config, cls()):
+        given = 0 < len(settings) < len(names) - 2  # the command line gives all, with their defaults
+        if config is not None and (given or own not in (config, cls())):
             raise ValueError("Give config or settings, not both; dataclasses.replace(config, ...) changes some.")
         return config or own
 

@@ -101,7 +101,7 @@ ARMS: dict[str, Arm] = {
     # which score, from the same first mask
     "dynamic_magnitude": _arm("smollm2_2of4", *_FROM_WANDA),
     "dynamic_ria": _arm("smollm2_2of4", "criterion=RIA", *_WANDA_FIRST),
-    "dynamic_frozen_norms": _arm("smollm2_2of4", "norm_decay=frozen"),
+    "dynamic_frozen_norms": _arm("smollm2_2of4", "criterion=variants.FirstNorms"),
     "dynamic_window": _arm("smollm2_2of4", "norm_decay=0"),
     "dynamic_memory50": _arm("smollm2_2of4", "norm_decay=0.5"),
     "dynamic_memory90": _arm("smollm2_2of4", "norm_decay=0.9"),
@@ -147,7 +147,7 @@ ARMS: dict[str, Arm] = {
     "cast10_distill": _arm("smollm2_2of4", *_CAST, "policy.rate=10", distil=True),
     # trained on another text than the first mask was calibrated on
     "static_shift": _shifted("policy=Fixed"),
-    "dynamic_frozen_norms_shift": _shifted("norm_decay=frozen"),
+    "dynamic_frozen_norms_shift": _shifted("criterion=variants.FirstNorms"),
     "dynamic_window_shift": _shifted("norm_decay=0"),
     "dynamic_shift": _shifted(),
     # unstructured
@@ -155,7 +155,7 @@ ARMS: dict[str, Arm] = {
     "static_ste_70": _arm("smollm2_unstructured60", *_70, "end_step=0"),
     "dynamic_70": _arm("smollm2_unstructured60", *_70),
     "dynamic_window_70": _arm("smollm2_unstructured60", *_70, "norm_decay=0"),
-    "dynamic_frozen_norms_70": _arm("smollm2_unstructured60", *_70, "norm_decay=frozen"),
+    "dynamic_frozen_norms_70": _arm("smollm2_unstructured60", *_70, "criterion=variants.FirstNorms"),
     "dynamic_magnitude_70": _arm("smollm2_unstructured60", *_70, *_FROM_WANDA),
     "dynamic_k50_70": _arm("smollm2_unstructured60", *_70, "update_freq=50"),
     "gradual_magnitude_70": _arm(

@@ -1,4 +1,4 @@
-"""Policies of masks, callbacks and an optimizer that some arms use.
+"""A criterion, policies of masks, callbacks and an optimizer that some arms use.
 
 They are not in the package: these runs show if they should be.
 
@@ -19,9 +19,23 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
 
-from sparse_train import LayerContext, MaskPolicy, StraightThrough
+from sparse_train import LayerContext, MaskPolicy, StraightThrough, Wanda
 from sparse_train.callbacks import DynamicPruning
 from sparse_train.policies import only_kept
+
+# --- which norms -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FirstNorms(Wanda):
+    """Wanda with the norms that it has seen first, of each layer: those of the first mask."""
+
+    rowwise: ClassVar[bool] = False  # it has state
+    first: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def scores(self, layer: LayerContext) -> Tensor:
+        return layer.weight_OI.abs().float().mul_(self.first.setdefault(layer.name, layer.norm_I))
+
 
 # --- what pruned weights do ------------------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 Shape suffixes: G groups, M members of a group.
 
-On the CPU, numpy processes the matrix in threads, in blocks of rows: at 4096 x 11008 that is more
+On the CPU, numpy processes the matrix in threads, in chunks of rows: at 4096 x 11008 that is more
 than ten times faster than sorting rows (``benchmarks/selection.py``). Other devices use torch.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 T = TypeVar("T")
 
-BLOCK = 1 << 19
+CHUNK = 1 << 19
 """Scores that a thread takes at a time: 2 MiB of float32, near its cache, and few waits for the interpreter."""
 _PAIRWISE_UP_TO = 16  # for larger M, a partition costs less than M (M - 1) / 2 comparisons
 
@@ -39,7 +39,7 @@ def keep_highest(scores_GM: Tensor, kept: int) -> Tensor:
     pairwise = members <= _PAIRWISE_UP_TO
     if scores_GM.device.type != "cpu":
         return (by_comparison if pairwise else by_threshold)(scores_GM, kept)
-    return _in_blocks(_comparison_block if pairwise else _threshold_block, scores_GM, kept)
+    return _in_chunks(_comparison_chunk if pairwise else _threshold_chunk, scores_GM, kept)
 
 
 def by_threshold(scores_GM: Tensor, kept: int) -> Tensor:
@@ -84,23 +84,22 @@ def by_comparison(scores_GM: Tensor, kept: int) -> Tensor:
     return torch.stack([rank >= members - kept for rank in ranks], dim=1)
 
 
-# --- CPU: the same two methods, on numpy blocks ----------------------------------------------------------------------
+# --- CPU: the same two methods, on numpy chunks ----------------------------------------------------------------------
 
 _Array = np.ndarray  # short, and mypy accepts the bare name
-_BlockSelection = Callable[[_Array, _Array, int], None]
 
 
-def _in_blocks(select: _BlockSelection, scores_GM: Tensor, kept: int) -> Tensor:
+def _in_chunks(select: Callable[[_Array, _Array, int], None], scores_GM: Tensor, kept: int) -> Tensor:
     scores = scores_GM.detach().contiguous().numpy()
     keep = np.empty(scores.shape, dtype=bool)
-    in_threads(lambda part: select(scores[part], keep[part], kept), row_blocks(*scores.shape))
+    in_threads(lambda part: select(scores[part], keep[part], kept), row_chunks(*scores.shape))
     return torch.from_numpy(keep)
 
 
-def row_blocks(rows: int, columns: int) -> list[slice]:
-    """Blocks of at most ``BLOCK`` scores, of about the same size."""
-    blocks = -(-rows // max(1, BLOCK // columns))
-    size = -(-rows // blocks)
+def row_chunks(rows: int, columns: int) -> list[slice]:
+    """Chunks of at most ``CHUNK`` scores, of about the same size."""
+    chunks = -(-rows // max(1, CHUNK // columns))
+    size = -(-rows // chunks)
     return [slice(start, start + size) for start in range(0, rows, size)]
 
 
@@ -131,7 +130,7 @@ def _start() -> None:
 os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked child has the pool, but none of its threads
 
 
-def _threshold_block(scores: _Array, keep: _Array, kept: int) -> None:
+def _threshold_chunk(scores: _Array, keep: _Array, kept: int) -> None:
     pruned = scores.shape[1] - kept
     scores = _ordered_integers(scores)
     threshold = np.partition(scores, pruned - 1, axis=1)[:, pruned - 1 : pruned]
@@ -154,7 +153,7 @@ def _ordered_integers(scores: _Array) -> _Array:
     return ordered
 
 
-def _comparison_block(scores: _Array, keep: _Array, kept: int) -> None:
+def _comparison_chunk(scores: _Array, keep: _Array, kept: int) -> None:
     members = scores.shape[1]
     columns = np.ascontiguousarray(scores.T)
     ranks = np.repeat(np.arange(members, dtype=np.uint8)[::-1], len(scores)).reshape(columns.shape)

@@ -160,6 +160,12 @@ class Statistics(ABC):
         """``||X_j||_2`` over all tokens seen (arXiv 2306.11695, equation 1), float32 (I,)."""
         return self.sum_squares_I.sqrt()
 
+    def norm(self) -> "ActivationNorm":
+        """The norms alone: a copy."""
+        norm = ActivationNorm(len(self.sum_squares_I), self.sums.device)
+        norm.merge_state_dict({"sum_squares": self.sum_squares_I, "tokens": self.tokens, "dropped": self.dropped})
+        return norm
+
     def tensors(self) -> list[Tensor]:
         """Everything counted, as tensors that can be summed over ranks in place."""
         return [self.sums, self.tokens, self.dropped]
@@ -234,12 +240,6 @@ class ActivationGram(Statistics):
         with in_float32(x_TI.device.type):
             self.gram_II.addmm_(x_TI.t(), x_TI)
         self.tokens += len(x_TI)
-
-    def norm(self) -> ActivationNorm:
-        """The norms of the features: a copy of the diagonal."""
-        norm = ActivationNorm(len(self.gram_II), self.gram_II.device)
-        norm.merge_state_dict({"sum_squares": self.sum_squares_I, "tokens": self.tokens, "dropped": self.dropped})
-        return norm
 
 
 # --- precision -------------------------------------------------------------------------------------------------------

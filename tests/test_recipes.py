@@ -184,10 +184,10 @@ def test_every_variant_of_updates_can_be_named():
     )
     config = next(c for c in cli.trainer.callbacks if isinstance(c, DynamicPruning)).config
     assert (config.distribution, config.norm_decay) == (OWL(owl_lmbda=0.1), 0.9)
-    changes = ("policy=Regrow", "policy.drop_fraction=0.2", "norm_decay=frozen", "window=4")
+    changes = ("policy=Regrow", "policy.drop_fraction=0.2", "norm_decay=0.5", "window=4")
     cli = parse_fit(f"--config={BASE}", *(f"{pruning}.{change}" for change in changes))
     config = next(c for c in cli.trainer.callbacks if isinstance(c, DynamicPruning)).config
-    assert (config.policy, config.norm_decay, config.window) == (Regrow(0.2), "frozen", 4)
+    assert (config.policy, config.norm_decay, config.window) == (Regrow(0.2), 0.5, 4)
 
 
 def test_arms_of_the_benchmark_are_runs_of_their_own(monkeypatch):

@@ -48,7 +48,7 @@ def test_all_and_none():
 def test_many_blocks_equal_one(monkeypatch):
     scores = torch.randint(0, 50, (257, 96)).float()
     expected = selection.keep_highest(scores, 48)
-    monkeypatch.setattr(selection, "BLOCK", 500)
+    monkeypatch.setattr(selection, "CHUNK", 500)
     assert torch.equal(selection.keep_highest(scores, 48), expected)
     assert torch.equal(expected, row_mask(scores, 0.5))
 
@@ -96,7 +96,7 @@ def test_a_forked_process_has_threads_of_its_own():
     sum_of_squares(x)
 
     def child():
-        selection._in_blocks(selection._threshold_block, scores, 100)
+        selection._in_chunks(selection._threshold_chunk, scores, 100)
         sum_of_squares(x)
 
     process = multiprocessing.get_context("fork").Process(target=child)

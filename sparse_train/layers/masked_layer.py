@@ -18,7 +18,7 @@ from sparse_train.layers import masks
 from sparse_train.layers.functional import masked_linear
 from sparse_train.layers.masks import MASK_NAME
 from sparse_train.layers.state_dicts import teach_save_pretrained
-from sparse_train.statistics import LastSums, Statistics
+from sparse_train.statistics import ActivationNorm, LastSums, Statistics
 
 FALCON_LINEAR = "transformers.models.falcon.modeling_falcon.FalconLinear"
 """A subclass of ``nn.Linear`` that computes what ``nn.Linear`` does."""
@@ -73,6 +73,7 @@ class MaskedMatrix:
     Attributes:
         weight_mask: packed mask, uint8 (O, ceil(I / 8)), see ``sparse_train.layers.masks``.
         statistics: of the input; None if nothing needs them.
+        calibration_norm: of the one-shot pruning that made the mask, until a run that starts with the mask takes it.
         in_features, out_features: I and O.
         has_factors: whether a low-rank adapter is part of the weight, see ``sparse_train.layers.mask_lora``.
         has_rows: whether each process holds some rows (FSDP2), which it can score and select alone.
@@ -86,6 +87,7 @@ class MaskedMatrix:
     has_rows: bool = False
     weight_mask: Tensor
     statistics: Statistics | None
+    calibration_norm: ActivationNorm | None = None
     recorder: Recorder | None = None
     in_features: int
     out_features: int
@@ -205,7 +207,7 @@ class MaskedLayer(MaskedMatrix):
         """Lose all that ``start_masking`` has given; the class is about to be changed back."""
         for name in (MASK_NAME, "straight_through", "statistics", "recorder"):
             delattr(self, name)
-        for name in ("had_adapter", "frozen"):
+        for name in ("had_adapter", "frozen", "calibration_norm"):
             self.__dict__.pop(name, None)
 
     def __setstate__(self, state: dict[str, Any]) -> None:

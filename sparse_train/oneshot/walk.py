@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from sparse_train.arguments import require_type
 from sparse_train.blocks import decoder_blocks, shape_OI
 from sparse_train.criteria import Criterion, Wanda
-from sparse_train.distributed.collectives import sum_over_ranks
 from sparse_train.distributions import (
     Division,
     LayerShape,
@@ -28,7 +27,7 @@ from sparse_train.oneshot.calibration import WAY_OUT, CalibrationPass
 from sparse_train.oneshot.experts import ExpertMatrix, fall_back
 from sparse_train.oneshot.forwards import Batch, Context, inference
 from sparse_train.patterns import Pattern, parse_pattern
-from sparse_train.pruning.recording import check_nothing_dropped, check_statistics, tensors_of
+from sparse_train.pruning.recording import check_nothing_dropped, check_statistics, sum_statistics
 from sparse_train.pruning.update import LayerUpdate, Rules, outlier_share, replace_mask, sparsity_of, update_masks
 from sparse_train.solvers import Solver
 from sparse_train.statistics import ActivationGram, ActivationNorm, Statistics, in_float32
@@ -173,21 +172,22 @@ class MemoryShelf(Shelf):
     @contextmanager
     def restored_on_failure(self) -> Iterator[None]:
         """Begin with masks that keep everything; if anything inside fails, weights and masks are as before."""
-        before = [(layer, layer.weight_mask.clone()) for layer in self._layers.values()]
+        before = [(layer, layer.weight_mask.clone(), layer.calibration_norm) for layer in self._layers.values()]
         for layer in self._layers.values():
             layer.keep_all()
-            layer.statistics = None
+            layer.calibration_norm = None
         try:
             yield
         except BaseException:
             with torch.no_grad():
                 for layer, weight_OI in self._weights:
                     layer.weight_OI.copy_(weight_OI)
-            for layer, mask_OJ in before:
+            for layer, mask_OJ, norm in before:
                 layer.weight_mask.copy_(mask_OJ)
+                layer.calibration_norm = norm
             raise
         finally:
-            _release(self._layers)
+            _release(self._layers.values())
 
     def load(self, block: int | None) -> dict[str, MaskedMatrix]:
         return {name: self._layers[name] for name in self.names(block)}
@@ -253,9 +253,9 @@ def _measure_outliers(
         layers = shelf.load(block)
         calibration.record(layers, ActivationNorm, block, keep=block < shelf.last)
         if layers:
-            sum_over_ranks(tensors_of(layers.values()))
+            sum_statistics(layers.values())
             found[block] = outlier_share(layers.values(), distribution.owl_m)
-        _release(layers)
+        _release(layers.values())
         shelf.free(block)
     return found
 
@@ -266,7 +266,7 @@ def _prune_layers(
 ) -> dict[str, LayerUpdate]:
     """Set the masks of calibrated layers, and their weights if the method is a ``Solver``, and write experts' zeros."""
     if plan.statistics is not None:
-        sum_over_ranks(tensors_of(layers.values()))
+        sum_statistics(layers.values())
         check_nothing_dropped(layers)
         fall_back(layers)
     if isinstance(plan.method, Solver):
@@ -282,7 +282,9 @@ def _prune_layers(
             if not isinstance(plan.method, Solver):  # for which it is saved
                 save(layer)
             layer.write_zeros()
-    _release(layers)
+        if layer.statistics is not None:
+            layer.calibration_norm = layer.statistics.norm()
+    _release(layers.values())
     return updates
 
 
@@ -300,9 +302,7 @@ def _solve(name: str, layer: MaskedMatrix, solver: Solver, pattern: Pattern, spa
     return replace_mask(layer, keep_OJ, masks.count(masks.pack(layer.weight_OI != 0) & keep_OJ))
 
 
-def _release(layers: Mapping[str, MaskedMatrix]) -> None:
-    """Stop recording, and drop statistics except norms, which are small and remembered in training."""
-    for layer in layers.values():
-        if isinstance(layer.statistics, ActivationGram):
-            layer.statistics = layer.statistics.norm()
-        layer.recorder = None
+def _release(layers: Iterable[MaskedMatrix]) -> None:
+    """Stop recording."""
+    for layer in layers:
+        layer.statistics = layer.recorder = None

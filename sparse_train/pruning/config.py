@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, Literal
+from typing import Any
 
 from sparse_train.arguments import check_positive, describe, did_you_mean, require_type, to_python_number
 from sparse_train.criteria import Criterion, Wanda
@@ -11,9 +11,6 @@ from sparse_train.distributions import SparsityDistribution, Uniform, check_patt
 from sparse_train.patterns import Pattern, group_label
 from sparse_train.policies import MaskPolicy, StraightThrough
 from sparse_train.schedules import ROUNDING, Cubic, Schedule, Timing, resolve_target, whole_steps
-
-NormDecay = float | Literal["frozen"]
-"""How much the norms of earlier windows count: a factor per update, or "frozen" = the first ones, forever."""
 
 
 class FirstMask:
@@ -79,8 +76,7 @@ class PruningConfig:
             optimization, both must be whole numbers; a batch in which any optimizer steps counts as one step.
         window: steps before an update over which activations are recorded; float = share of ``update_freq``.
         norm_decay: factor per update with which activations of earlier windows count. 0 = only the last window; 1 = all
-            windows, including the calibration of the first mask: the default, which trained best (docs/results.md);
-            "frozen" = the norms of the first mask, forever.
+            windows, including the calibration of the first mask: the default, which trained best (docs/results.md).
         first_mask: where the first mask comes from: ``OneShot()``, ``FirstWindow()``, ``FromZeros()``; None = the model
             must have masks already.
 
@@ -100,7 +96,7 @@ class PruningConfig:
     start_step: int | float = 0
     end_step: int | float = 0.75
     window: int | float = 0.5
-    norm_decay: NormDecay = 1.0
+    norm_decay: float = 1.0
     first_mask: FirstMask | None = field(default_factory=OneShot)
 
     pattern: Pattern = field(init=False, repr=False, compare=False)
@@ -130,9 +126,8 @@ class PruningConfig:
                 f"{self.distribution} reads activations, and {self.criterion} does not, so that none are recorded. Use "
                 "Wanda(), or Explicit."
             )
-        decay = self.norm_decay
-        if decay != "frozen" and not (isinstance(decay, (int, float)) and 0 <= decay <= 1):
-            raise ValueError(f'norm_decay is the factor of earlier norms, from 0 to 1, or "frozen", got {decay!r}.')
+        if not (isinstance(self.norm_decay, (int, float)) and 0 <= self.norm_decay <= 1):
+            raise ValueError(f"norm_decay is the factor of earlier norms, from 0 to 1, got {self.norm_decay!r}.")
 
     @classmethod
     def of(

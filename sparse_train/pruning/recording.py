@@ -13,7 +13,6 @@ from sparse_train.criteria import Criterion
 from sparse_train.distributed.collectives import gather_objects, rank, sum_over_ranks, world_size
 from sparse_train.layers import masks
 from sparse_train.layers.masked_layer import MaskedLayer, MaskedMatrix, Recorder
-from sparse_train.pruning.config import NormDecay
 from sparse_train.statistics import ActivationNorm, LastSums, Statistics
 
 _log = logging.getLogger(__name__)
@@ -33,17 +32,19 @@ def norms_of(layers: Mapping[str, MaskedMatrix]) -> dict[str, ActivationNorm]:
 # --- over ranks ------------------------------------------------------------------------------------------------------
 
 
-def tensors_of(layers: Iterable[MaskedMatrix]) -> list[Tensor]:
-    return [tensor for layer in layers if layer.statistics is not None for tensor in layer.statistics.tensors()]
+def sum_statistics(layers: Iterable[MaskedMatrix]) -> None:
+    """Sum the statistics of layers over ranks, in place."""
+    found = [layer.statistics for layer in layers if layer.statistics is not None]
+    sum_over_ranks([tensor for statistics in found for tensor in statistics.tensors()])
 
 
-def check_agreement(layers: Mapping[str, MaskedMatrix], also_sum: Iterable[Tensor] = ()) -> None:
-    """Raise ValueError, on every rank, if ranks hold different masks; one small reduce, also of other tensors."""
+def check_agreement(layers: Mapping[str, MaskedMatrix]) -> None:
+    """Raise ValueError, on every rank, if ranks hold different masks; one small reduce."""
     if world_size() == 1:
         return
     # a row for each mask: its fingerprint as zeros and ones; ranks agree on a bit if its sum is 0 or all
     bits = torch.stack([masks.fingerprint(layer.weight_mask) for layer in layers.values()]).long()
-    sum_over_ranks([*also_sum, bits])
+    sum_over_ranks([bits])
     differing = ((bits > 0) & (bits < world_size())).any(1).tolist()
     for name, differs in zip(layers, differing, strict=True):
         if differs:
@@ -106,15 +107,11 @@ def warn_of_padding(recorder: Recorder) -> None:
 class RunningNorms:
     """Records activations in the steps before an update, and keeps the norms of earlier windows."""
 
-    def __init__(self, layers: Mapping[str, MaskedLayer], criterion: Criterion, norm_decay: NormDecay) -> None:
+    def __init__(self, layers: Mapping[str, MaskedLayer], criterion: Criterion, norm_decay: float) -> None:
         self._layers, self._wanted, self._decay = layers, criterion.needs_activations, norm_decay
-        # norms of a layer with a recorder are those of an earlier run, and complete only on rank 0
-        self._of_first_mask = norms_of({name: layer for name, layer in layers.items() if layer.recorder is None})
         self.recorder = Recorder()
         """The recorder of all layers."""
         attach(layers.values(), self.recorder, ActivationNorm if self._wanted else None)
-        self.final = False
-        """Whether norms are frozen."""
         self._tokens: dict[str, int] = {}  # after the last update
         self._warned = self._probing = False
 
@@ -128,8 +125,10 @@ class RunningNorms:
             )
 
     def begin_with_first_masks(self) -> None:
-        """Count the norms of the first masks, if all layers have some, as a window that an update has just used."""
-        first, self._of_first_mask = self._of_first_mask, {}
+        """Count the norms that one-shot pruning has left, if it has in all layers, as a window that an update used."""
+        first = {name: norm for name, layer in self._layers.items() if (norm := layer.calibration_norm) is not None}
+        for layer in self._layers.values():
+            layer.calibration_norm = None
         own = norms_of(self._layers)
         if self._decay and all(name in first and int(first[name].tokens) for name in own):
             for name, norm in own.items():
@@ -137,10 +136,9 @@ class RunningNorms:
             self.fade()
 
     def record(self, wanted: bool) -> None:
-        """Set whether the next step is recorded, if the criterion needs activations and they are not frozen."""
+        """Set whether the next step is recorded, if the criterion needs activations."""
         self.recorder.last = LastSums()  # a loader may fill the next batch into the same memory
-        needed = wanted and self._wanted and not self.final
-        self.recorder.when = "training" if needed or self._probing else "never"
+        self.recorder.when = "training" if (wanted and self._wanted) or self._probing else "never"
 
     def probe(self) -> None:
         """Record one step in a run that needs no norms, only to see which layers it reaches; see ``check_reached``."""
@@ -192,14 +190,13 @@ class RunningNorms:
         They are already sums over ranks, so only rank 0 continues with them: the next sum over ranks is then exact, and
         checkpoints hold them once.
         """
-        norms, factor = norms_of(self._layers), 1.0 if self._decay == "frozen" else self._decay
+        norms = norms_of(self._layers)
         for norm in norms.values():
-            if factor:
-                norm.fade(factor)
+            if self._decay:
+                norm.fade(self._decay)
             else:
                 norm.reset()
-        self.final = self._decay == "frozen"
-        if factor and not self.final:
+        if self._decay:
             self._tokens = {name: int(norm.tokens) for name, norm in norms.items()}
         if rank() != 0:
             for norm in norms.values():
@@ -208,13 +205,12 @@ class RunningNorms:
     def state_dict(self) -> dict[str, Any]:
         """The state of all ranks; all of them must call."""
         own = {name: norm.state_dict() for name, norm in norms_of(self._layers).items()}
-        return {"norms_by_rank": gather_objects(own), "tokens": self._tokens, "final": self.final}
+        return {"norms_by_rank": gather_objects(own), "tokens": self._tokens}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Each rank gets its own norms back; if the number of ranks has changed, rank 0 gets their sum."""
         by_rank: Sequence[Mapping[str, dict[str, Tensor]]] = state["norms_by_rank"]
         self._tokens = {name: operator.index(tokens) for name, tokens in state["tokens"].items()}
-        self.final = bool(state["final"])
         own, same_ranks = norms_of(self._layers), len(by_rank) == world_size()
         for norm in own.values():
             norm.reset()

@@ -24,7 +24,7 @@ from sparse_train.layers.masked_layer import MaskedLayer, MaskedMatrix
 from sparse_train.patterns import Pattern, Unstructured
 from sparse_train.policies import MaskPolicy, Optimizers, StraightThrough
 from sparse_train.pruning.recording import check_statistics
-from sparse_train.selection import in_threads, row_blocks
+from sparse_train.selection import in_threads, row_chunks
 
 
 @dataclass(frozen=True)
@@ -102,14 +102,15 @@ class Rules:
         return self.criterion.rowwise and self.pattern.rowwise and self.policy.rowwise
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Choice:
-    """A new mask, before anything is changed."""
+    """A new mask, or that of some rows, before anything is changed."""
 
     keep_OJ: Tensor
     nonzero: int
-    """Number of kept weights that are not zero."""
+    """Number of kept weights that are not zero; of a sharded layer, at first only those of this process."""
     finite: bool
+    """Whether all scores are; of a sharded layer, at first only those of this process."""
 
 
 @torch.no_grad()
@@ -126,10 +127,8 @@ def update_masks(layers: Mapping[str, MaskedMatrix], rules: Rules) -> dict[str, 
     else:
         chosen = {name: choice for some in _portions(layers, rules) for name, choice in _choose(some, rules).items()}
     if rules.by_rows:
-        sharded = [layer.has_rows for layer in layers.values()]
-        counts = _sum_counts(layers, [[each.nonzero, not each.finite] for each in chosen.values()], sharded)
-        for choice, (nonzero, bad) in zip(chosen.values(), counts, strict=True):
-            choice.nonzero, choice.finite = nonzero, not bad
+        counts = _sum_counts(layers, {name: [each.nonzero, not each.finite] for name, each in chosen.items()})
+        chosen = {name: _Choice(chosen[name].keep_OJ, nonzero, not bad) for name, (nonzero, bad) in counts.items()}
     for name, choice in chosen.items():
         if not choice.finite:
             raise ValueError(
@@ -156,9 +155,10 @@ TOGETHER = 1 << 24
 
 def _portions(layers: Mapping[str, MaskedMatrix], rules: Rules) -> Iterator[dict[str, MaskedMatrix]]:
     """On the CPU and by rows, layers of together at most ``TOGETHER`` weights; else each layer alone."""
+    on_cpu = all(layer.weight_mask.device.type == "cpu" for layer in layers.values())
+    most = TOGETHER if rules.by_rows and on_cpu else 0
     portion: dict[str, MaskedMatrix] = {}
     for name, layer in layers.items():
-        most = TOGETHER if rules.by_rows and layer.weight_mask.device.type == "cpu" else 0
         if portion and sum(each.size for each in portion.values()) + layer.size > most:
             yield portion
             portion = {}
@@ -167,7 +167,7 @@ def _portions(layers: Mapping[str, MaskedMatrix], rules: Rules) -> Iterator[dict
 
 
 def _choose(layers: Mapping[str, MaskedMatrix], rules: Rules) -> dict[str, _Choice]:
-    """The masks of layers of their own. By rows, each process chooses in those that it holds, and counts those."""
+    """The masks of layers, each for itself. By rows, each process chooses in those that it holds, and counts those."""
 
     def choose(context: LayerContext) -> _Choice:
         scores_OI, nonzero_OI, finite = _score(context, rules)
@@ -184,7 +184,7 @@ def _choose(layers: Mapping[str, MaskedMatrix], rules: Rules) -> dict[str, _Choi
 
 
 def _join(layer: MaskedMatrix, parts: list[_Choice], rules: Rules) -> _Choice:
-    """The choice for a layer, from those for blocks of its rows."""
+    """The choice for a layer, from those for chunks of its rows."""
     keep_OJ = parts[0].keep_OJ
     if len(parts) > 1:  # on the CPU, by numpy, which leaves no threads of OpenMP spinning beside those of in_threads
         keep_OJ = torch.from_numpy(np.concatenate([part.keep_OJ.numpy() for part in parts]))
@@ -213,13 +213,13 @@ def _choose_together(layers: Mapping[str, MaskedMatrix], rules: Rules) -> dict[s
 
 @contextmanager
 def _contexts(name: str, layer: MaskedMatrix, rules: Rules) -> Iterator[list[LayerContext]]:
-    """A layer as criterion and policy see it: by rows, those of this process, in blocks that stay in the cache."""
+    """A layer as criterion and policy see it: by rows, those of this process, in chunks that stay in the cache."""
     stats = layer.statistics if rules.criterion.needs_activations else None
     state = rules.optimizers.state_of(layer, rules.by_rows) if isinstance(layer, MaskedLayer) else {}
     with layer.read(rules.by_rows) as (weight_OI, rows):
         mask_OJ, parts = layer.weight_mask[rows], [slice(None)]
         if rules.by_rows and weight_OI.device.type == "cpu" and len(weight_OI):  # a process may hold no rows
-            parts = row_blocks(*weight_OI.shape)
+            parts = row_chunks(*weight_OI.shape)
         yield [
             LayerContext(weight_OI[part], stats, name, mask_OJ[part], {key: each[part] for key, each in state.items()})
             for part in parts
@@ -252,24 +252,23 @@ def _score(layer: LayerContext, rules: Rules) -> tuple[Tensor, Tensor, bool]:
 
 def measure(layers: Mapping[str, MaskedMatrix]) -> dict[str, LayerUpdate]:
     """Count the zeros of masked layers, without changing anything; if rows are sharded, with one reduce."""
-    counts, sharded = [], []
-    for layer in layers.values():
+    counts = {}
+    for name, layer in layers.items():
         with layer.read(by_rows=True) as (weight_OI, rows):
-            counts.append([masks.count(masks.pack(weight_OI.bool()) & layer.weight_mask[rows])])
-        sharded.append(layer.has_rows)
-    found = zip(layers.items(), _sum_counts(layers, counts, sharded), strict=True)
-    return {name: LayerUpdate(layer.size, layer.size - nonzero, 0) for (name, layer), (nonzero,) in found}
+            counts[name] = [masks.count(masks.pack(weight_OI.bool()) & layer.weight_mask[rows])]
+    nonzero = {name: number for name, (number,) in _sum_counts(layers, counts).items()}
+    return {name: LayerUpdate(layer.size, layer.size - nonzero[name], 0) for name, layer in layers.items()}
 
 
-def _sum_counts(layers: Mapping[str, MaskedMatrix], counts: list[list[int]], sharded: list[bool]) -> list[list[int]]:
+def _sum_counts(layers: Mapping[str, MaskedMatrix], counts: Mapping[str, list[int]]) -> Mapping[str, list[int]]:
     """Counts of each layer over all processes; of layers that are not sharded, all of them have counted the same."""
-    if not any(sharded):
+    sharded = {name: layer.has_rows for name, layer in layers.items()}
+    if not any(sharded.values()):
         return counts
-    mine = [each if part or rank() == 0 else [0] * len(each) for each, part in zip(counts, sharded, strict=True)]
+    mine = [each if sharded[name] or rank() == 0 else [0] * len(each) for name, each in counts.items()]
     total = torch.tensor(mine, dtype=torch.int64, device=next(iter(layers.values())).weight_mask.device)
     sum_over_ranks([total])
-    found: list[list[int]] = total.tolist()
-    return found
+    return dict(zip(counts, total.tolist(), strict=True))
 
 
 def check_masks(layers: Mapping[str, MaskedMatrix], pattern: Pattern, sparsity: Mapping[str, float]) -> None:

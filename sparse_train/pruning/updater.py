@@ -26,7 +26,13 @@ from sparse_train.layers.targets import in_words, select
 from sparse_train.patterns import Pattern, Unstructured, group_label
 from sparse_train.policies import Optimizers
 from sparse_train.pruning.config import FromZeros, PruningConfig, as_data, check_same
-from sparse_train.pruning.recording import RunningNorms, check_agreement, check_statistics, tensors_of, warn_of_padding
+from sparse_train.pruning.recording import (
+    RunningNorms,
+    check_agreement,
+    check_statistics,
+    sum_statistics,
+    warn_of_padding,
+)
 from sparse_train.pruning.update import (
     LayerUpdate,
     Rules,
@@ -134,10 +140,17 @@ class MaskUpdater:
     ) -> None:
         self.config = PruningConfig.of(config, mask_structure, sparsity, **settings)
         self._model = model
+        self.steps = self._last_update = 0
+        self.sparsity: float | None = None
+        """Target sparsity of the current masks; None before the first."""
+        self._first_rows: dict[str, Tensor] = {}  # every 128th row of the first masks, packed
+        self._restored_masks: dict[str, int] = {}  # fingerprints, until the first step after a resume
+        self._prunes = False  # whether masks pruned anything when they were last changed or checked
+        self._optimizers, self.policy = Optimizers(), copy.deepcopy(self.config.policy)
         before = {id(layer) for layer in sparse_layers(model).values()}  # masked by one-shot pruning or another updater
         self.layers = mask_targets(model, self.config) if layers is None else dict(layers)
         try:
-            self._examine(outliers)
+            self._look_at_layers(outliers)
             if state is None:
                 self._start(total_steps)
             else:
@@ -153,8 +166,8 @@ class MaskUpdater:
                 raise ValueError(f"The state of the run is no updater's, or damaged: {error!r}.") from error
             raise
 
-    def _examine(self, outliers: Outliers | None) -> None:
-        """Look at layers and settings, and raise ValueError if they do not fit; no layer changes."""
+    def _look_at_layers(self, outliers: Outliers | None) -> None:
+        """Keep what the run needs to know of its layers, which stay as they are; ValueError if settings do not fit."""
         config = self.config
         for name, layer in self.layers.items():
             if layer.has_factors:
@@ -164,18 +177,12 @@ class MaskUpdater:
         self._two_texts = reads_two_texts(self._model, self.layers.values())
         final = config.sparsity_at(1.0)
         self._division = Division(config.distribution, self._shapes, config.pattern, final, outliers)
-        self._optimizers, self.policy = Optimizers(), copy.deepcopy(config.policy)
         self.policy.begin(self.layers, self._optimizers, config.update_freq)
         self.policy.check()
-        self.steps = self._last_update = 0
-        self.sparsity: float | None = None
-        """Target sparsity of the current masks; None before the first."""
-        self._first_rows: dict[str, Tensor] = {}  # every 128th row of the first masks, packed
-        self._restored_masks: dict[str, int] = {}  # fingerprints, until the first step after a resume
-        self._prunes = False  # whether masks pruned anything when they were last changed or checked
 
     def _start(self, total_steps: int | float | None) -> None:
-        has_masks = self._settle_first_masks()
+        """Begin a run: its first masks are there, are made of zeros now, or come later, from the first window."""
+        has_masks = self._has_first_masks()
         self.timing = self.config.timing(total_steps, has_masks)
         self._take_layers()
         if has_masks:
@@ -211,27 +218,26 @@ class MaskUpdater:
         for name, layer in self.layers.items():
             layer.straight_through, layer.frozen = self.policy.straight_through, name in frozen
 
-    def _settle_first_masks(self) -> bool:
-        """Make masks of zeros if the settings say so, and check those that are there; False if the run has none yet.
+    def _has_first_masks(self) -> bool:
+        """Whether the run has its first masks: made from zeros now, or set before, and then they are checked.
 
-        Masks that prune something were set before: by the callbacks, which carry ``OneShot`` out before this, or by
-        ``prune(..., squash=False)``. Without them, a run that starts at a sparsity of 0 has masks, too: all ones.
+        The callbacks carry ``OneShot`` out before this; a plain loop calls ``prune(..., squash=False)``. If nothing is
+        to be pruned yet, masks that keep everything are right.
         """
-        first, config = self.config.sparsity_at(0.0), self.config
-        dense = self._all_kept()
+        config, first, dense = self.config, self.config.sparsity_at(0.0), self._all_kept()
         if dense and isinstance(config.first_mask, FromZeros):
             masks_from_zeros(self.layers, config.pattern, first, self._division)
-            return True
-        if dense and config.first_mask is None:
+        elif dense and config.first_mask is None:
             raise ValueError(
                 "first_mask is None, so the model must have masks already, and none of its targets has a pruned "
                 "weight. Prune it first (prune(..., squash=False)), or let the run make its mask: first_mask=OneShot()."
             )
-        if dense and first:
+        elif dense and first:
             return False
-        if not self._division.known:  # if nothing is to be pruned yet, masks that keep everything are right
-            self._division.read(mask_shares(self.layers, config.pattern), first)
-        check_masks(self.layers, config.pattern, self._division.at(first))
+        else:
+            if not self._division.known:
+                self._division.read(mask_shares(self.layers, config.pattern), first)
+            check_masks(self.layers, config.pattern, self._division.at(first))
         return True
 
     # --- in each step ------------------------------------------------------------------------------------------------
@@ -283,10 +289,10 @@ class MaskUpdater:
         self._check_restored_masks()
         self.steps += 1
         warn_of_padding(self.norms.recorder)
-        report, due, frozen = None, self.timing.is_update(self.steps), self.steps - self.timing.end_step
+        report, due, after_end = None, self.timing.is_update(self.steps), self.steps - self.timing.end_step
         if due and self._would_change(self.steps):
             report = self.update()
-        elif due or (frozen > 0 and frozen % self.timing.update_freq == 0):
+        elif due or (after_end > 0 and after_end % self.timing.update_freq == 0):
             check_agreement(self.layers)
             report = self.report() if due else None
         self._prepare_step()
@@ -324,7 +330,8 @@ class MaskUpdater:
         began = time.perf_counter()
         reshard(self._model)
         config, target = self.config, self.config.sparsity_at(self.timing.progress(self.steps))
-        check_agreement(self.layers, also_sum=tensors_of(self.layers.values()))
+        check_agreement(self.layers)
+        sum_statistics(self.layers.values())
         self.norms.check_new()
         check_adapters(self._model)
         self.policy.check()

@@ -14,7 +14,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWa
 
 VARIANTS = {
     "decaying norms": {"norm_decay": 0.5},
-    "frozen norms": {"norm_decay": "frozen"},
     "regrow": {"policy": Regrow()},
 }
 
@@ -165,7 +164,7 @@ class TokensRemembered(L.Callback):
             self.tokens = {float(layer.statistics.tokens) for layer in layers}
 
 
-@pytest.mark.parametrize(("decay", "share"), [(0.0, 0), (0.5, 0.5), (1.0, 1), ("frozen", 1)])
+@pytest.mark.parametrize(("decay", "share"), [(0.0, 0), (0.5, 0.5), (1.0, 1)])
 def test_norms_of_the_first_mask_are_the_first_that_are_remembered(tmp_path, decay, share):
     seen = TokensRemembered()
     pruning = DynamicPruning("2:4", update_freq=4, first_mask=OneShot(batches=3), norm_decay=decay)

@@ -112,7 +112,7 @@ def loop_existing_masks() -> Arguments:
     return existing_masks()
 
 
-def norm_decay(factor: float | str) -> Arguments:
+def norm_decay(factor: float) -> Arguments:
     """Arguments of a callback or of ``MaskUpdater``: how much the norms of earlier windows count."""
     return {"norm_decay": factor}
 

@@ -273,8 +273,6 @@ SCENARIOS: dict[str, Scenario] = {
     # memory of norms
     "2:4, last window": lambda: fit(**api.norm_decay(0.0)),
     "2:4, fading windows": lambda: fit(**api.norm_decay(0.5)),
-    "2:4, frozen norms": lambda: fit(**api.norm_decay("frozen")),
-    "2:4, frozen norms of the first window": lambda: fit(**api.norm_decay("frozen"), **api.first_window()),
     # adapters inside masks
     "2:4 mask_lora": lambda: fit(mask_lora=api.MaskLoRA(r=4)),
     "2:4 mask_lora, resumed": lambda: fit(mask_lora=api.MaskLoRA(r=4), resumed=True),
@@ -288,9 +286,6 @@ SCENARIOS: dict[str, Scenario] = {
         ROWS, 0.5, start=lambda: with_zeros(ROWS, 0.5), policy=api.Fixed(), **api.loop_from_zeros()
     ),
     "loop 2:4 from masks": lambda: loop(start=with_masks, **api.loop_existing_masks()),
-    "loop 2:4 from masks, frozen norms": lambda: loop(
-        start=with_masks, **api.loop_existing_masks(), **api.norm_decay("frozen")
-    ),
     "loop 50 % Regrow": lambda: loop("unstructured", 0.5, policy=api.Regrow(), **api.loop_first_window()),
     "loop 2:4 GPT-2": lambda: loop(start=lambda: with_masks("gpt2"), **api.loop_existing_masks()),
     "transformers.Trainer 2:4": transformers_trainer,

@@ -278,8 +278,8 @@ def test_keeping_the_training_state(llama, ids):
     assert all(layer.recorder is None for layer in sparse_layers(llama).values())
     prune(llama, ids, "2:4", criterion=SparseGPT(), squash=False)
     for layer in sparse_layers(llama).values():
-        assert type(layer.statistics) is ActivationNorm  # and not the second moments, which are large
-        assert int(layer.statistics.tokens) == sum(map(torch.numel, ids))
+        assert type(layer.calibration_norm) is ActivationNorm  # and not the second moments, which are large
+        assert int(layer.calibration_norm.tokens) == sum(map(torch.numel, ids))
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ class AnyOrder(RuleBasedStateMachine):
         structure=st.sampled_from([*STRUCTURES, RISING]),
         policy=st.sampled_from(POLICIES),
         steps=st.sampled_from([(1, 1), (2, 1), (3, 3), (4, 2)]),
-        decay=st.sampled_from([0.0, 0.5, 1.0, "frozen"]),
+        decay=st.sampled_from([0.0, 0.5, 1.0, 0.25]),
     )
     def start(self, structure, policy, steps, decay):
         freq, window = steps

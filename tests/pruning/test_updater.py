@@ -85,7 +85,7 @@ def test_masks_are_the_same_row_by_row(structure, sparsity, options, monkeypatch
         return model, [report.layers for report in train(model, updater, 8, optimizer)]
 
     whole, reports = run()
-    monkeypatch.setattr("sparse_train.selection.BLOCK", 1)
+    monkeypatch.setattr("sparse_train.selection.CHUNK", 1)
     in_rows, reports_in_rows = run()
     assert equal(snapshot(whole), snapshot(in_rows))
     assert reports == reports_in_rows
@@ -110,7 +110,7 @@ def test_masks_and_counts_are_the_same_in_two_threads(pattern, together, monkeyp
         return found, [layer.weight_mask.clone() for layer in model]
 
     report, masks = update()
-    monkeypatch.setattr("sparse_train.selection.BLOCK", 80)
+    monkeypatch.setattr("sparse_train.selection.CHUNK", 80)
     monkeypatch.setattr("sparse_train.pruning.update.TOGETHER", together)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)

@@ -142,7 +142,7 @@ def decaying(engine: str, folder: Path) -> int:
 
 
 def test_masters_are_rewritten_where_they_are(tmp_path):
-    assert launch.run(decaying, "zero2", tmp_path) == [2 * UPDATES, 2 * UPDATES]  # of floats, and of integers
+    assert launch.run(decaying, "zero2", tmp_path) == [3 * UPDATES, 3 * UPDATES]  # masks, floats, integers
 
 
 class Calls(L.Callback):

@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 CHUNK = 1 << 19
 """Scores that a thread takes at a time: 2 MiB of float32, near its cache, and few waits for the interpreter."""
-_PAIRWISE_UP_TO = 16  # for larger M, a partition costs less than M (M - 1) / 2 comparisons
+_PAIRWISE = (2, 4, 8)  # M bytes are a word of numpy; above 8, a partition costs less than comparing all pairs
 
 
 def keep_highest(scores_GM: Tensor, kept: int) -> Tensor:
@@ -36,7 +36,7 @@ def keep_highest(scores_GM: Tensor, kept: int) -> Tensor:
     assert 0 <= kept <= members, (kept, members)
     if kept in (0, members) or not len(scores_GM):  # a process may have no rows
         return torch.full_like(scores_GM, kept > 0, dtype=torch.bool)
-    pairwise = members <= _PAIRWISE_UP_TO
+    pairwise = members in _PAIRWISE
     if scores_GM.device.type != "cpu":
         return (by_comparison if pairwise else by_threshold)(scores_GM, kept)
     return _in_chunks(_comparison_chunk if pairwise else _threshold_chunk, scores_GM, kept)
@@ -155,11 +155,14 @@ def _ordered_integers(scores: _Array) -> _Array:
 
 def _comparison_chunk(scores: _Array, keep: _Array, kept: int) -> None:
     members = scores.shape[1]
-    columns = np.ascontiguousarray(scores.T)
-    ranks = np.repeat(np.arange(members, dtype=np.uint8)[::-1], len(scores)).reshape(columns.shape)
-    for low in range(members):  # at first with the rank it has if it beats all that come after
-        for high in range(low + 1, members):
-            high_wins = (columns[low] <= columns[high]).view(np.uint8)
-            ranks[high] += high_wins
-            ranks[low] -= high_wins
-    np.stack(list(ranks >= members - kept), axis=1, out=keep)
+    word = np.dtype(f"<u{members}").type  # a group's ranks in one number, a byte for each member
+    row, higher_wins = scores.reshape(-1), np.zeros(scores.shape, dtype=bool)
+    ranks = np.full(len(scores), word(sum((members - 1 - low) << 8 * low for low in range(members))))  # if all low win
+    for apart in range(1, members):
+        np.less_equal(row[:-apart], row[apart:], out=higher_wins.reshape(-1)[:-apart])
+        wins = higher_wins.view(word)[:, 0] & word((1 << 8 * (members - apart)) - 1)  # of pairs inside a group
+        wins *= word(
+            (1 << 8 * apart) - 1
+        )  # 1 more for the higher one, ``apart`` bytes further, and 1 less for the lower
+        ranks += wins
+    np.greater_equal(ranks.view(np.uint8).reshape(scores.shape), members - kept, out=keep)

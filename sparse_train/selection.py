@@ -155,14 +155,12 @@ def _ordered_integers(scores: _Array) -> _Array:
 
 def _comparison_chunk(scores: _Array, keep: _Array, kept: int) -> None:
     members = scores.shape[1]
-    word = np.dtype(f"<u{members}").type  # a group's ranks in one number, a byte for each member
+    word = np.dtype(f"<u{members}")  # a group's ranks in one number, a byte for each member
     row, higher_wins = scores.reshape(-1), np.zeros(scores.shape, dtype=bool)
-    ranks = np.full(len(scores), word(sum((members - 1 - low) << 8 * low for low in range(members))))  # if all low win
+    ranks = np.full(len(scores), sum((members - 1 - low) << 8 * low for low in range(members)), word)  # if all low win
     for apart in range(1, members):
         np.less_equal(row[:-apart], row[apart:], out=higher_wins.reshape(-1)[:-apart])
-        wins = higher_wins.view(word)[:, 0] & word((1 << 8 * (members - apart)) - 1)  # of pairs inside a group
-        wins *= word(
-            (1 << 8 * apart) - 1
-        )  # 1 more for the higher one, ``apart`` bytes further, and 1 less for the lower
+        wins = higher_wins.view(word)[:, 0] & ((1 << 8 * (members - apart)) - 1)  # of pairs inside a group
+        wins *= (1 << 8 * apart) - 1  # one more for the higher member, ``apart`` bytes further, one less for the lower
         ranks += wins
     np.greater_equal(ranks.view(np.uint8).reshape(scores.shape), members - kept, out=keep)

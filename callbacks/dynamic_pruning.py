@@ -34,7 +34,7 @@ from sparse_train.layers.targets import in_words
 from sparse_train.models.checkpoints import PRUNING_STATE
 from sparse_train.oneshot.first_mask import set_first_mask
 from sparse_train.patterns import Pattern
-from sparse_train.pruning.config import PruningConfig, check_same
+from sparse_train.pruning.config import OneShot, PruningConfig, check_same
 from sparse_train.pruning.update import UpdateReport
 from sparse_train.pruning.updater import MaskUpdater, check_restored_masks, mask_targets, pruning_json
 
@@ -67,7 +67,7 @@ class DynamicPruning(L.Callback):
     dropout. To resume in the middle of an epoch, the data loader must be stateful, as that of ``TextBlocks`` is.
 
     Args:
-        mask_structure: "unstructured", "N:M" with N kept of every M consecutive inputs, or a ``Pattern``.
+        mask_structure: "unstructured", "N:M" with N kept of every M consecutive inputs ("2:4"), or a ``Pattern``.
         sparsity: share of targeted weights that are zero; implied by N:M and by ``schedule``.
         settings: those of a ``PruningConfig``, where they are explained.
         config: the settings as one object, instead.
@@ -84,7 +84,7 @@ class DynamicPruning(L.Callback):
 
     def __init__(
         self,
-        mask_structure: str | Pattern = "2:4",
+        mask_structure: str | Pattern | None = None,
         sparsity: float | None = None,
         *,
         config: PruningConfig | None = None,
@@ -100,7 +100,7 @@ class DynamicPruning(L.Callback):
         self.log_layers = log_layers
         self._layers: dict[str, MaskedLayer] = {}  # chosen in setup: other callbacks may freeze layers since
         self._restored: dict[str, Any] | None = None  # of a checkpoint, until the run begins
-        self._global_step = 0
+        self._global_step = 0  # the trainer's when the updater last counted one: micro-batches leave it as it is
         self._metrics: dict[str, float] = {}  # of the latest update, also if an earlier process made it
         self._logged = False
         self._undo_loading: Callable[[], None] | None = None
@@ -135,7 +135,7 @@ class DynamicPruning(L.Callback):
                 lightning_trainer.call_when_built(pl_module, self._mask)
             return
         check_fit(trainer, self, self.config, self._squash)
-        self.updater = self._restored = self.last_report = None
+        self.updater = self._restored = self.last_report = self.pruning_json = None
         lightning_trainer.call_when_built(pl_module, self._mask)
 
     def _mask(self, pl_module: L.LightningModule) -> None:
@@ -159,7 +159,8 @@ class DynamicPruning(L.Callback):
         state, total_steps, outliers = self._restored, None, None
         check_built(trainer, pl_module, state is not None)
         if state is None:
-            rank_zero_info(f"DynamicPruning: preparing the first mask of {in_words(self._layers)}.")
+            if isinstance(self.config.first_mask, OneShot):
+                rank_zero_info(f"DynamicPruning: preparing the first mask of {in_words(self._layers)}.")
             outliers = set_first_mask(
                 pl_module,
                 self._layers,
@@ -247,7 +248,7 @@ class DynamicPruning(L.Callback):
         else:
             rank_zero_warn("The run had no step, so nothing was pruned.")
         if self._squash:
-            unmask(pl_module)
+            unmask(pl_module)  # squash without its checks, which finish() has made
         elif self.updater is not None:
             self.updater.norms.record(False)
 

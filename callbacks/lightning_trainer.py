@@ -14,6 +14,7 @@ from sparse_train.layers.sparsify import sparsify_like, unmask
 from sparse_train.oneshot.first_mask import first_batches, training_batches
 from sparse_train.oneshot.forwards import Batch
 
+# Lightning has no hook after a module has created its layers, so the last of these that the module has is wrapped once.
 _HOOKS = ("configure_model", "setup")  # the later one first; a callback's setup runs before both
 
 

@@ -54,7 +54,7 @@ class Criterion(ABC):
     """Whether ``scores`` reads ``layer.stats``; if not, none are gathered."""
     rowwise: ClassVar[bool] = False
     """Whether the scores of a row need nothing from other rows. Each process can then score the rows that it holds
-    (FSDP2), and on the CPU several threads score blocks of rows at a time: ``scores`` then has no state and draws no
+    (FSDP2), and on the CPU several threads score chunks of rows at a time: ``scores`` then has no state and draws no
     random numbers."""
     group: ClassVar[Group] = "row"
     """The group in which "unstructured" compares weights under this criterion; ``Unstructured(group=...)`` sets it."""

@@ -200,11 +200,12 @@ _NEAR = 5e-3  # by how much the zeros of a model that was pruned before may miss
 class Division:
     """The sparsity of each layer, at every sparsity of the model.
 
-    Uniform ones are passed on: rows prune ``int(I * sparsity)``, as in the Wanda reference. Others are rounded up
-    (``whole_counts``). The distribution divides the final sparsity, once (OWL, whose range is fixed, might not be able
-    to divide a lower one); on the way to it, layers have theirs in proportion, so none gets denser while the model does
-    not. If it needs outliers, they are given, or measured when the first masks are made. A model that has masks already
-    keeps the division that they have (``read``), and a resumed run that of its checkpoint.
+    With ``Uniform``, every layer has the model's sparsity, and a row prunes ``int(I * sparsity)`` weights, as in the
+    Wanda reference. Others are rounded up (``whole_counts``). The distribution divides the final sparsity, once (OWL,
+    whose range is fixed, might not be able to divide a lower one); on the way to it, layers have theirs in proportion,
+    so none gets denser while the model does not. If it needs outliers, they are given, or measured when the first masks
+    are made. A model that has masks already keeps the division that they have (``take_from_masks``), and a resumed run
+    that of its checkpoint.
     """
 
     def __init__(
@@ -219,7 +220,9 @@ class Division:
         self.final_shares: dict[str, float] | None = None
         """The sparsity of each layer at the end; None if all are equal, or not known before the first masks."""
         self._uniform = isinstance(distribution, Uniform)
-        in_blocks = any(shape.block is not None for shape in shapes.values())  # otherwise what needs outliers refuses
+        in_blocks = any(
+            shape.block is not None for shape in shapes.values()
+        )  # without blocks, OWL is asked, and refuses
         if not self._uniform and (outliers is not None or not distribution.needs_outliers or not in_blocks):
             self.divide_by(outliers or {})
 
@@ -244,7 +247,7 @@ class Division:
         shares = {name: value * (sparsity / self._final) for name, value in self.final_shares.items()}
         return whole_counts(self._shapes, shares, self._pattern)
 
-    def read(self, masks: Shares, sparsity: float) -> None:
+    def take_from_masks(self, masks: Shares, sparsity: float) -> None:
         """Take over the division that masks have, if it is not known; the run must start at its final sparsity."""
         if self.known or not sparsity:
             return

@@ -65,7 +65,7 @@ class MaskPolicy:  # no dataclass itself: jsonargparse would take that for a gro
 
     @property
     def rowwise(self) -> bool:
-        """Whether it leaves rows to themselves: it scores and selects as the base class does."""
+        """Whether it scores and selects each row without the others, as the base class does."""
         return (type(self).scores, type(self).select) == (MaskPolicy.scores, MaskPolicy.select)
 
     def begin(self, layers: Mapping[str, MaskedLayer], optimizers: Optimizers, update_freq: int) -> None:
@@ -76,7 +76,7 @@ class MaskPolicy:  # no dataclass itself: jsonargparse would take that for a gro
         """Raise ValueError if the policy does not work with the layers as they are: after ``begin``, at each update."""
 
     def before_step(self, progress: float | None) -> None:
-        """Before the forwards of a step; ``progress`` is that of the update after it, None if there is none."""
+        """Before the forwards of a step; ``progress`` of the update that follows the step, None if none does."""
 
     def before_optimizer_step(self, optimizer: Optimizer) -> None:
         """After backward, before clipping and the optimizer's step."""
@@ -143,8 +143,10 @@ class StraightThrough(MaskPolicy):
             raise ValueError(f"srste_decay is a share per step, at least 0 and below 1, got {self.srste_decay}.")
 
     def check(self) -> None:
+        if not self.srste_decay:
+            return
         shrunk = 1 - (1 - self.srste_decay) ** self.update_freq
-        for name, layer in self.layers.items() if self.srste_decay else ():
+        for name, layer in self.layers.items():
             if layer.has_factors or not layer.weight.requires_grad:
                 raise ValueError(
                     f"{name} is frozen{' by mask_lora' if layer.has_factors else ''}, and {self} would shrink its "
@@ -160,7 +162,9 @@ class StraightThrough(MaskPolicy):
 
     def before_update(self, steps: int) -> None:
         factor = (1 - self.srste_decay) ** steps
-        for layer in self.layers.values() if factor != 1 else ():
+        if factor == 1:
+            return
+        for layer in self.layers.values():
             layer.rewrite(lambda weight, keep: torch.where(keep, weight, weight * factor))
 
 

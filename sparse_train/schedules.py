@@ -132,10 +132,10 @@ class Timing:
             return None
         return min(self.end_step, step + self.update_freq - (step - self.start_step) % self.update_freq)
 
-    def is_recorded(self, step: int) -> bool:
-        """Whether the forwards between steps ``step`` and ``step + 1`` count for the next update."""
+    def recorded_for(self, step: int) -> int | None:
+        """The update for which the forwards between steps ``step`` and ``step + 1`` count; None if there is none."""
         update = self.next_update(step)
-        return update is not None and step >= update - self.window
+        return update if update is not None and step >= update - self.window else None
 
     def progress(self, step: int) -> float:
         """0 at the first update, 1 at the last."""

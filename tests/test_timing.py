@@ -42,9 +42,9 @@ def test_a_run_shorter_than_its_window_still_ends_sparse():
 
 def test_recorded_steps_are_the_window_before_each_update():
     t = timing(update_freq=10, window=3, end_step=20)
-    assert [step for step in range(30) if t.is_recorded(step)] == [7, 8, 9, 17, 18, 19]
-    assert all(timing(window=1.0).is_recorded(step) for step in range(75))
-    assert not any(timing(window=1.0).is_recorded(step) for step in range(75, 100))
+    assert [step for step in range(30) if t.recorded_for(step)] == [7, 8, 9, 17, 18, 19]
+    assert all(timing(window=1.0).recorded_for(step) for step in range(75))
+    assert not any(timing(window=1.0).recorded_for(step) for step in range(75, 100))
 
 
 def test_next_update_and_progress():

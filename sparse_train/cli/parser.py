@@ -108,7 +108,8 @@ def spelt_out(options: Sequence[str], positional: Sequence[str] = (), text: str 
     for word in options:
         if word.startswith("-"):
             groups.append([])
-        groups[-1].append(word)
+        of_flag = groups[-1][:1] and groups[-1][0] in _FLAGS and word not in ("true", "false")
+        groups[0 if of_flag else -1].append(word)
     first, *rest = groups
     if positional == ["runs"]:
         positional = ["runs+"] * len(first)

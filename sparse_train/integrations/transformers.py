@@ -82,7 +82,7 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
 
     def __init__(
         self,
-        mask_structure: str | Pattern = "2:4",
+        mask_structure: str | Pattern | None = None,
         sparsity: float | None = None,
         *,
         config: PruningConfig | None = None,

@@ -18,6 +18,8 @@ from sparse_train.layers.state_dicts import EXTRA_STATE, is_mask, refusals, refu
 
 _log = logging.getLogger(__name__)
 
+_FAST_PATH = {nn.TransformerEncoderLayer: "activation_relu_or_gelu", nn.TransformerEncoder: "use_nested_tensor"}
+"""What lets torch read the weights of these modules' layers itself, kept and pruned alike, in eval mode."""
 _DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"  # torch's name; its setter would drop earlier entries
 
 
@@ -75,6 +77,7 @@ def unmask(model: nn.Module, only: Iterable[MaskedLayer] | None = None) -> None:
     for module in model.modules():
         for key in refusals(module):
             del module._load_state_dict_pre_hooks[key]
+        vars(module).update(vars(module).pop("_fast_path", {}))
 
 
 def _keep_from_ddp(model: nn.Module) -> None:
@@ -89,12 +92,11 @@ def _keep_from_ddp(model: nn.Module) -> None:
 
 
 def _leave_fast_path(model: nn.Module) -> None:
-    """In eval mode, ``nn.TransformerEncoderLayer`` would read the weights of its layers, kept and pruned alike."""
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer):
-            module.activation_relu_or_gelu = 0  # its condition for the fast path; not used otherwise
-        elif isinstance(module, nn.TransformerEncoder):
-            module.use_nested_tensor = False  # which only layers on that path can read
+        for cls, condition in _FAST_PATH.items():
+            if isinstance(module, cls) and "_fast_path" not in vars(module):
+                vars(module)["_fast_path"] = {condition: getattr(module, condition)}
+                setattr(module, condition, False)
 
 
 def sparsify_like(module: nn.Module, state_dict: Mapping[str, Any], prefix: str = "") -> None:

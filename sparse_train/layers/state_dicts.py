@@ -39,7 +39,13 @@ def folded_state_dict(
         device: where to put folded weights, one after the other. Together they need as much memory as the targets,
             which a GPU may not have free in the middle of a run. Default: the device where they were.
     """
-    state = model.state_dict() if state is None else state
+    if state is None:
+        if any(layout_of(layer.weight).is_sharded for layer in masked_modules(model).values()):
+            raise ValueError(
+                "The weights of this model are divided among processes, and its state dict has only parts of them. "
+                "Call sparse_train.export.export_model(model, tokenizer, folder) in every process."
+            )
+        state = model.state_dict()
     folded = {key: value for key, value in state.items() if not is_mask(key)}
     for key, mask_OJ in _masks_for(model, state).items():
         name = key.removesuffix(MASK_NAME)
@@ -83,18 +89,11 @@ def teach_save_pretrained() -> None:
 
     @functools.wraps(original)
     def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
-        layers = masked_modules(self)
-        if not layers:
+        if not masked_modules(self):
             return original(self, *args, **kwargs)
         check_adapters(self)
         bound = signature.bind(self, *args, **kwargs)
-        state = bound.arguments.get("state_dict")
-        if state is None and any(layout_of(layer.weight).is_sharded for layer in layers.values()):
-            raise ValueError(
-                "The weights of this model are divided among processes, so save_pretrained would not write it whole. "
-                "Call sparse_train.export.export_model(model, tokenizer, folder) in every process."
-            )
-        bound.arguments["state_dict"] = folded_state_dict(self, state, "cpu")
+        bound.arguments["state_dict"] = folded_state_dict(self, bound.arguments.get("state_dict"), "cpu")
         return original(*bound.args, **bound.kwargs)
 
     save_pretrained.folds_masks = True  # type: ignore[attr-defined]
@@ -118,11 +117,11 @@ def refuse_dense(module: nn.Module, state_dict: dict[str, Any], prefix: str, *ar
                 "(squash merges)."
             )
     bare = {name: each for name, each in layers.items() if name + MASK_NAME not in state_dict}
-    if all(_has_zeros_of(each, state_dict[f"{name}weight"]) for name, each in bare.items()) and not all(
-        each.weight_mask.is_meta or each.keeps_all() for each in bare.values()
-    ):  # ``save_pretrained`` has written them from this model, or from one with the same masks
+    prunes = any(not each.weight_mask.is_meta and not each.keeps_all() for each in bare.values())
+    if prunes and all(_has_zeros_of(each, state_dict[f"{name}weight"]) for name, each in bare.items()):
+        # ``save_pretrained`` has written them from this model, or from one with the same masks
         state_dict.update({name + MASK_NAME: each.weight_mask for name, each in bare.items()})
-    elif bare and bare.keys() == layers.keys():
+    elif bare and bare.keys() == layers.keys():  # if only some masks are missing, torch says which
         raise ValueError(
             f"The model is sparsified, but this checkpoint holds no masks (no {next(iter(bare))}{MASK_NAME}): it "
             "was saved from a dense or a squashed model. To start sparse training from it, load it into the model "

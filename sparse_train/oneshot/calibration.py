@@ -117,6 +117,8 @@ class CalibrationPass:
         kept = _moved(self._kept[index], self._device) if block else None
         others = tree_map_only(Tensor, change, kept)
 
+        # in place of block ``number``: the block that is asked for runs, and ends the call with what it gives; the one
+        # before it answers with its kept output, and those before that with any of the same shape
         def answer(number: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             called.append(number)
             assert called == list(range(number + 1)), called  # as in the sample that was checked

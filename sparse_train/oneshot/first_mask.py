@@ -52,34 +52,48 @@ def set_first_mask(
         return None
     dense = config.first_sparsity > 0 and all(layer.keeps_all() for layer in layers.values())
     # without activations, the first update makes the same mask
-    if dense and (first.criterion is not None or config.criterion.needs_activations):
-        reshard(root)
-        model, ranks = causal_lm(root, layers.values()), world_size()
-        walks = model is not None and not any(layer.layout.is_sharded for layer in layers.values())
-        found = batches(-(-first.batches // ranks) * ranks) if walks else None  # the same number for each rank
-        if model is not None and found is not None and len(found) >= ranks:
-            method, final = first.criterion or config.criterion, config.sparsity_at(1.0)
-            plan = Plan(method, config.pattern, config.first_sparsity, config.distribution, final)
-            shelf = MemoryShelf(model, layers, together=plan.pattern.model_wide)
-            try:
-                with shelf.restored_on_failure():
-                    return walk(shelf, plan, found[rank() :: ranks], progress, context).outliers or None
-            except Exception as error:
-                error.add_note(
-                    "This happened while one-shot pruning made the first mask from batches of the training data. With "
-                    "first_mask=FirstWindow(), it comes from the first steps; a calibration_dataloader gives others."
-                )
-                raise
-        if rank() == 0:
-            why = f"one-shot pruning needs {_NEEDED}"
-            _log.warning("The first steps run dense, and their activations give the first mask: %s.", why)
+    wanted = dense and (first.criterion is not None or config.criterion.needs_activations)
+    if wanted and (found := _to_calibrate(root, layers, first.batches, batches)) is not None:
+        model, own_batches = found
+        plan = Plan(
+            method=first.criterion or config.criterion,
+            pattern=config.pattern,
+            sparsity=config.first_sparsity,
+            distribution=config.distribution,
+            final=config.sparsity_at(1.0),
+        )
+        shelf = MemoryShelf(model, layers, together=plan.pattern.model_wide)
+        try:
+            with shelf.restored_on_failure():
+                return walk(shelf, plan, own_batches, progress, context).outliers or None
+        except Exception as error:
+            error.add_note(
+                "This happened while one-shot pruning made the first mask from batches of the training data. With "
+                "first_mask=FirstWindow(), it comes from the first steps; a calibration_dataloader gives others."
+            )
+            raise
     if first.criterion is not None:
         raise ValueError(
             f"first_mask is {first}, but no one-shot pruning makes the first mask here: it does at start_step 0, if "
             f"there is something to prune and there are no masks yet, and needs {_NEEDED}. Leave the criterion out of "
             "OneShot, or prune the model before the run (sparse_train.prune)."
         )
+    if wanted and rank() == 0:
+        why = f"one-shot pruning needs {_NEEDED}"
+        _log.warning("The first steps run dense, and their activations give the first mask: %s.", why)
     return None
+
+
+def _to_calibrate(
+    root: nn.Module, layers: Mapping[str, MaskedLayer], count: int, batches: Callable[[int], Sequence[Batch] | None]
+) -> tuple[nn.Module, Sequence[Batch]] | None:
+    """The model to prune, and this process's part of the batches; None if it cannot be pruned in one shot."""
+    reshard(root)
+    model, ranks = causal_lm(root, layers.values()), world_size()
+    if model is None or any(layer.layout.is_sharded for layer in layers.values()):
+        return None
+    found = batches(-(-count // ranks) * ranks)  # the same number for each rank
+    return None if found is None or len(found) < ranks else (model, found[rank() :: ranks])
 
 
 def causal_lm(root: nn.Module, layers: Iterable[MaskedLayer]) -> nn.Module | None:

@@ -2,7 +2,7 @@
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,10 +44,10 @@ class Plan:
     method: Method
     pattern: Pattern
     sparsity: float
-    """Over all targets."""
+    """The sparsity over all targets."""
     distribution: SparsityDistribution = field(default_factory=Uniform)
     final: float | None = None
-    """What ``distribution`` divides, if ``sparsity`` is on the way to it."""
+    """The sparsity that ``distribution`` divides, if ``sparsity`` is on the way to it."""
 
     @classmethod
     def of(
@@ -115,7 +115,7 @@ class Shelf(ABC):
         """Where the outputs of a block are kept for the next one."""
         self.shapes: dict[str, LayerShape] = {}
         self.updates: dict[str, LayerUpdate] = {}
-        """Of the targets that are done."""
+        """What pruning did to the targets that are done."""
         self.outliers: dict[int, float] = {}
         parts = {n: each.experts.parameter if isinstance(each, ExpertMatrix) else each for n, each in targets.items()}
         self.blocks = [] if together else decoder_blocks(model, parts.values())
@@ -153,7 +153,7 @@ class Shelf(ABC):
         """Whether an earlier run has pruned the block; ``load`` then brings it pruned, without masks."""
         return False
 
-    def save(self, layer: MaskedMatrix) -> None:
+    def before_change(self, layer: MaskedMatrix) -> None:
         """Called before the weights of a layer change."""
 
     def finish(self, block: int | None, updates: Mapping[str, LayerUpdate]) -> None:
@@ -192,7 +192,7 @@ class MemoryShelf(Shelf):
     def load(self, block: int | None) -> dict[str, MaskedMatrix]:
         return {name: self._layers[name] for name in self.names(block)}
 
-    def save(self, layer: MaskedMatrix) -> None:
+    def before_change(self, layer: MaskedMatrix) -> None:
         self._weights.append((layer, layer.weight_OI.detach().to("cpu", copy=True)))
 
 
@@ -228,7 +228,7 @@ def walk(
             layers = shelf.load(block)
             if layers and calibration is not None and plan.statistics is not None:
                 calibration.record(layers, plan.statistics, block)
-            shelf.finish(block, _prune_layers(layers, plan, sparsity, shelf.save) if layers else {})
+            shelf.finish(block, _prune_layers(layers, plan, sparsity, shelf) if layers else {})
 
         for block in with_bar(range(len(shelf.blocks)), "pruning", shown=progress and calibration is not None):
             if shelf.is_done(block):
@@ -262,7 +262,7 @@ def _measure_outliers(
 
 @torch.no_grad()
 def _prune_layers(
-    layers: Mapping[str, MaskedMatrix], plan: Plan, sparsity: Mapping[str, float], save: Callable[[MaskedMatrix], None]
+    layers: Mapping[str, MaskedMatrix], plan: Plan, sparsity: Mapping[str, float], shelf: Shelf
 ) -> dict[str, LayerUpdate]:
     """Set the masks of calibrated layers, and their weights if the method is a ``Solver``, and write experts' zeros."""
     if plan.statistics is not None:
@@ -273,14 +273,14 @@ def _prune_layers(
         check_statistics(layers)
         updates = {}
         for name, layer in layers.items():
-            save(layer)
+            shelf.before_change(layer)
             updates[name] = _solve(name, layer, plan.method, plan.pattern, sparsity[name])
     else:
         updates = update_masks(layers, Rules(plan.method, plan.pattern, sparsity))
     for layer in layers.values():
         if isinstance(layer, ExpertMatrix):
-            if not isinstance(plan.method, Solver):  # for which it is saved
-                save(layer)
+            if not isinstance(plan.method, Solver):  # before which it was called
+                shelf.before_change(layer)
             layer.write_zeros()
         if layer.statistics is not None:
             layer.calibration_norm = layer.statistics.norm()

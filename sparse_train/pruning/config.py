@@ -131,17 +131,22 @@ class PruningConfig:
 
     @classmethod
     def of(
-        cls, config: "PruningConfig | None", mask_structure: str | Pattern, sparsity: float | None, **settings: Any
+        cls,
+        config: "PruningConfig | None",
+        mask_structure: str | Pattern | None,
+        sparsity: float | None,
+        **settings: Any,
     ) -> "PruningConfig":
         """``config``, or the settings as one; TypeError for a name that is none, ValueError for both."""
         names = [each.name for each in fields(cls) if each.init]
         for name in settings.keys() - names:
             raise TypeError(f"There is no setting {name!r}.{did_you_mean(name, names)}")
-        own = cls(mask_structure, sparsity, **settings)
-        given = 0 < len(settings) < len(names) - 2  # the command line gives all, with their defaults
-        if config is not None and (given or own not in (config, cls())):
+        if config is None:
+            return cls("2:4" if mask_structure is None else mask_structure, sparsity, **settings)
+        by_default = len(settings) == len(names) - 2 and cls(**settings) == cls()  # as the command line gives them
+        if mask_structure is not None or sparsity is not None or (settings and not by_default):
             raise ValueError("Give config or settings, not both; dataclasses.replace(config, ...) changes some.")
-        return config or own
+        return config
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)  # the class is frozen for everyone else

@@ -19,7 +19,7 @@ _log = logging.getLogger(__name__)
 
 
 def attach(layers: Iterable[MaskedMatrix], recorder: Recorder, statistics: type[Statistics] | None) -> None:
-    """Give layers a common recorder and fresh statistics of this kind."""
+    """Attach one shared recorder, and new empty statistics, to each of the layers."""
     for layer in layers:
         layer.recorder = recorder
         layer.statistics = None if statistics is None else statistics(layer.in_features, layer.weight_mask.device)
@@ -108,10 +108,10 @@ class RunningNorms:
     """Records activations in the steps before an update, and keeps the norms of earlier windows."""
 
     def __init__(self, layers: Mapping[str, MaskedLayer], criterion: Criterion, norm_decay: float) -> None:
-        self._layers, self._wanted, self._decay = layers, criterion.needs_activations, norm_decay
+        self._layers, self._needs_norms, self._decay = layers, criterion.needs_activations, norm_decay
         self.recorder = Recorder()
         """The recorder of all layers."""
-        attach(layers.values(), self.recorder, ActivationNorm if self._wanted else None)
+        attach(layers.values(), self.recorder, ActivationNorm if self._needs_norms else None)
         self._tokens: dict[str, int] = {}  # after the last update
         self._warned = self._probing = False
 
@@ -120,12 +120,12 @@ class RunningNorms:
         lost = [n for n, layer in self._layers.items() if getattr(layer, "recorder", None) is not self.recorder]
         if lost:
             raise ValueError(
-                f"{lost[0]} is no longer this updater's: another MaskUpdater or callback prunes it too, or it was "
-                "squashed. Only one of them may prune a layer; give several of them targets that do not overlap."
+                f"{lost[0]} is pruned by another MaskUpdater or callback, too, or it was squashed. "
+                " Only one of them may prune a layer; give several of them targets that do not overlap."
             )
 
     def begin_with_first_masks(self) -> None:
-        """Count the norms that one-shot pruning has left, if it has in all layers, as a window that an update used."""
+        """Take norms that one-shot pruning has left, if it has in all layers, for a first window with its update."""
         first = {name: norm for name, layer in self._layers.items() if (norm := layer.calibration_norm) is not None}
         for layer in self._layers.values():
             layer.calibration_norm = None
@@ -138,7 +138,7 @@ class RunningNorms:
     def record(self, wanted: bool) -> None:
         """Set whether the next step is recorded, if the criterion needs activations."""
         self.recorder.last = LastSums()  # a loader may fill the next batch into the same memory
-        self.recorder.when = "training" if (wanted and self._wanted) or self._probing else "never"
+        self.recorder.when = "training" if (wanted and self._needs_norms) or self._probing else "never"
 
     def probe(self) -> None:
         """Record one step in a run that needs no norms, only to see which layers it reaches; see ``check_reached``."""
@@ -151,7 +151,7 @@ class RunningNorms:
             return
         self._probing = False
         unreached = [name for name, norm in norms_of(self._layers).items() if not int(norm.tokens)]
-        attach(self._layers.values(), self.recorder, ActivationNorm if self._wanted else None)
+        attach(self._layers.values(), self.recorder, ActivationNorm if self._needs_norms else None)
         if unreached and rank() == 0:
             _log.warning(
                 "The first step reached no forward of %d targets, such as %s. If the model reads their weight in "
@@ -187,8 +187,8 @@ class RunningNorms:
     def fade(self) -> None:
         """After an update: reduce the weight of the norms, or reset them.
 
-        They are already sums over ranks, so only rank 0 continues with them: the next sum over ranks is then exact, and
-        checkpoints hold them once.
+        Every rank holds the sum over ranks now. All but rank 0 begin again at zero, or the next sum would count it
+        several times.
         """
         norms = norms_of(self._layers)
         for norm in norms.values():

@@ -92,8 +92,9 @@ class Rules:
     criterion: Criterion
     pattern: Pattern
     sparsity: Mapping[str, float]
-    """Of each layer, over each of its groups."""
+    """The sparsity of each layer, in each of its groups."""
     policy: MaskPolicy = field(default_factory=StraightThrough)
+    """The default selects by the scores alone, as one-shot pruning does."""
     optimizers: Optimizers = field(default_factory=Optimizers)
 
     @property
@@ -123,7 +124,7 @@ def update_masks(layers: Mapping[str, MaskedMatrix], rules: Rules) -> dict[str, 
     if rules.criterion.needs_activations:
         check_statistics(layers)
     if rules.pattern.model_wide:
-        chosen = _choose_together(layers, rules)
+        chosen = _choose_model_wide(layers, rules)
     else:
         chosen = {name: choice for some in _portions(layers, rules) for name, choice in _choose(some, rules).items()}
     if rules.by_rows:
@@ -149,14 +150,14 @@ def replace_mask(layer: MaskedMatrix, packed_OJ: Tensor, nonzero: int) -> LayerU
 # --- scores -> masks -------------------------------------------------------------------------------------------------
 
 
-TOGETHER = 1 << 24
-"""Weights of layers whose masks threads choose together: many layers of a small model, or one of a large one."""
+PORTION = 1 << 24
+"""Weights of layers whose masks threads choose at a time: many layers of a small model, or one of a large one."""
 
 
 def _portions(layers: Mapping[str, MaskedMatrix], rules: Rules) -> Iterator[dict[str, MaskedMatrix]]:
-    """On the CPU and by rows, layers of together at most ``TOGETHER`` weights; else each layer alone."""
+    """On the CPU and by rows, layers of at most ``PORTION`` weights in sum; else each layer alone."""
     on_cpu = all(layer.weight_mask.device.type == "cpu" for layer in layers.values())
-    most = TOGETHER if rules.by_rows and on_cpu else 0
+    most = PORTION if rules.by_rows and on_cpu else 0
     portion: dict[str, MaskedMatrix] = {}
     for name, layer in layers.items():
         if portion and sum(each.size for each in portion.values()) + layer.size > most:
@@ -171,11 +172,12 @@ def _choose(layers: Mapping[str, MaskedMatrix], rules: Rules) -> dict[str, _Choi
 
     def choose(context: LayerContext) -> _Choice:
         scores_OI, nonzero_OI, finite = _score(context, rules)
-        keep_OI = nonzero_OI  # for the shape alone: no mask is replaced if a score is not finite
-        if finite:
-            keep_OI = rules.policy.select(scores_OI, [context.name], rules.pattern, rules.sparsity[context.name])
+        nonzero_OJ = masks.pack(nonzero_OI)
+        if not finite:
+            return _Choice(nonzero_OJ, 0, False)  # no mask: update_masks raises before it reads one
+        keep_OI = rules.policy.select(scores_OI, [context.name], rules.pattern, rules.sparsity[context.name])
         keep_OJ = masks.pack(keep_OI)
-        return _Choice(keep_OJ, masks.count(keep_OJ & masks.pack(nonzero_OI)), finite)
+        return _Choice(keep_OJ, masks.count(keep_OJ & nonzero_OJ), True)
 
     with ExitStack() as stack:
         contexts = {name: stack.enter_context(_contexts(name, layer, rules)) for name, layer in layers.items()}
@@ -192,7 +194,7 @@ def _join(layer: MaskedMatrix, parts: list[_Choice], rules: Rules) -> _Choice:
     return _Choice(whole_OJ, sum(part.nonzero for part in parts), all(part.finite for part in parts))
 
 
-def _choose_together(layers: Mapping[str, MaskedMatrix], rules: Rules) -> dict[str, _Choice]:
+def _choose_model_wide(layers: Mapping[str, MaskedMatrix], rules: Rules) -> dict[str, _Choice]:
     """The masks of layers that are compared with each other."""
     scores, nonzero, finite = [], [], True
     for name, layer in layers.items():

@@ -9,7 +9,6 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -128,7 +127,7 @@ class MaskUpdater:
     def __init__(
         self,
         model: nn.Module,
-        mask_structure: str | Pattern = "2:4",
+        mask_structure: str | Pattern | None = None,
         sparsity: float | None = None,
         *,
         config: PruningConfig | None = None,
@@ -154,16 +153,18 @@ class MaskUpdater:
             if state is None:
                 self._start(total_steps)
             else:
-                self._resume(state)
+                try:
+                    self._resume(state)
+                    of_policy = state["policy"]
+                except (LookupError, TypeError, AttributeError, RuntimeError) as error:
+                    raise ValueError(f"The state of the run is no updater's, or damaged: {error!r}.") from error
+                self.policy.load_state_dict(of_policy)
             self._prepare_step()
-        except BaseException as error:
+        except BaseException:
             new = [layer for layer in self.layers.values() if id(layer) not in before]
             for layer in new:
                 layer.keep_all()  # a mask that is there already would be folded into the weights
             unmask(model, new)
-            damaged = isinstance(error, (LookupError, TypeError, AttributeError, RuntimeError))
-            if state is not None and damaged and not isinstance(error, torch.OutOfMemoryError):
-                raise ValueError(f"The state of the run is no updater's, or damaged: {error!r}.") from error
             raise
 
     def _look_at_layers(self, outliers: Outliers | None) -> None:
@@ -182,14 +183,14 @@ class MaskUpdater:
 
     def _start(self, total_steps: int | float | None) -> None:
         """Begin a run: its first masks are there, are made of zeros now, or come later, from the first window."""
-        has_masks = self._has_first_masks()
+        has_masks = self._take_or_make_first_masks()
         self.timing = self.config.timing(total_steps, has_masks)
         self._take_layers()
         if has_masks:
             self.sparsity, self._prunes = self.config.sparsity_at(0.0), not self._all_kept()
             self.norms.begin_with_first_masks()
             self._keep_first_rows()
-        elif self.timing.is_update(0):
+        elif self.timing.is_update(0):  # the criterion needs no activations
             self.update()
         warn_of_filled_zeros(self.layers)
         if not (self.config.criterion.needs_activations and self._masks_change()):
@@ -209,7 +210,6 @@ class MaskUpdater:
         self._restored_masks = dict(state["masks"])
         if (shares := state["layer_sparsities"]) is not None:
             self._division.final_shares = {name: shares[name] for name in self.layers}
-        self.policy.load_state_dict(state["policy"])
 
     def _take_layers(self) -> None:
         """Connect the layers with this run: from now on they record for it, and follow its policy."""
@@ -218,8 +218,8 @@ class MaskUpdater:
         for name, layer in self.layers.items():
             layer.straight_through, layer.frozen = self.policy.straight_through, name in frozen
 
-    def _has_first_masks(self) -> bool:
-        """Whether the run has its first masks: made from zeros now, or set before, and then they are checked.
+    def _take_or_make_first_masks(self) -> bool:
+        """Make masks of zeros, or check those that were set before; False if the run has none yet.
 
         The callbacks carry ``OneShot`` out before this; a plain loop calls ``prune(..., squash=False)``. If nothing is
         to be pruned yet, masks that keep everything are right.
@@ -236,7 +236,7 @@ class MaskUpdater:
             return False
         else:
             if not self._division.known:
-                self._division.read(mask_shares(self.layers, config.pattern), first)
+                self._division.take_from_masks(mask_shares(self.layers, config.pattern), first)
             check_masks(self.layers, config.pattern, self._division.at(first))
         return True
 
@@ -309,10 +309,10 @@ class MaskUpdater:
         return all(layer.keeps_all() for layer in self.layers.values())
 
     def _prepare_step(self) -> None:
-        update = self.timing.next_update(self.steps)
+        update = self.timing.recorded_for(self.steps)
         follows = self.sparsity is not None and self.timing.is_update(self.steps + 1)
         self.policy.before_step(self.timing.progress(self.steps + 1) if follows else None)
-        self.norms.record(update is not None and self.timing.is_recorded(self.steps) and self._would_change(update))
+        self.norms.record(update is not None and self._would_change(update))
 
     def _would_change(self, step: int) -> bool:
         if self.sparsity is None or self.policy.regrowth != "never":
@@ -404,7 +404,7 @@ class MaskUpdater:
         }
 
     def settings(self) -> dict[str, Any]:
-        """The settings as data; a run and one that continues it must share them, up to ``_FREE`` ones."""
+        """The settings as data. A run and one that continues it share all but targets, ignore and first_mask."""
         self._factors = describe_factors(self.layers) or self._factors  # after a merge, those from before
         return {**self.config.as_data(), "mask_lora": self._factors}
 

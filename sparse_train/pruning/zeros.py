@@ -76,7 +76,7 @@ def masks_from_zeros(layers: Mapping[str, MaskedLayer], pattern: Pattern, sparsi
         if not division.known:
             for layer in layers.values():
                 _mask_zeros(layer)
-            division.read(mask_shares(layers, pattern), sparsity)
+            division.take_from_masks(mask_shares(layers, pattern), sparsity)
         # by magnitude, masks prune zeros first: if the zeros follow the pattern, nothing else
         found = update_masks(layers, Rules(Magnitude(), pattern, division.at(sparsity)))
         if any(found[name].zeros != dense[name].zeros for name in layers):

@@ -135,7 +135,7 @@ def test_low_rank_fits_export_zeros(fit, recipe):
     for name, weight in model.state_dict().items():
         if name.endswith("proj.weight"):
             assert ((weight.reshape(-1, 4) != 0).sum(1) == 2).all(), name
-    cli.main(["inspect", "exported", "--verify"])
+    cli.main(["inspect", "--verify", "exported"])
     assert Path("exported/adapter/adapter_model.safetensors").exists() == (recipe == "lora")
     assert ("mask_lora: r=8, lora_alpha=16 on 4 of 14" in Path("exported/README.md").read_text()) == (recipe != "lora")
 

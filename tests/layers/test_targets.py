@@ -17,7 +17,7 @@ from transformers import (
 
 from sparse_train import prune
 from sparse_train.blocks import block_lists
-from sparse_train.layers.sparsify import sparsify
+from sparse_train.layers.sparsify import sparsify, squash
 from sparse_train.layers.targets import select
 from sparse_train.patterns import NM, Unstructured
 from tests.conftest import VOCABULARY, tiny_llama
@@ -125,6 +125,10 @@ def test_encoder_layers_of_torch_compute_with_their_masks_in_eval_mode_too(given
     check(model)
     check(pickle.loads(pickle.dumps(model)))
     assert torch.backends.mha.get_fastpath_enabled()  # other models of the process keep it
+    squash(model.get_submodule(given))
+    for module, own in zip(model.modules(), by_hand.modules(), strict=True):
+        for condition in ("activation_relu_or_gelu", "use_nested_tensor"):
+            assert getattr(module, condition, None) == getattr(own, condition, None)
 
 
 def overridden():

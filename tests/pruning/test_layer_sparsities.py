@@ -119,14 +119,14 @@ def test_read_from_masks_it_is_what_they_have(group):
     for name, layer in layers.items():
         layer.set_mask(pattern.mask(torch.rand(layer.out_features, layer.in_features), made.at(0.6)[name]))
     read = division(model, layers, OWL(), pattern, 0.6)
-    read.read(mask_shares(layers, pattern), 0.6)
+    read.take_from_masks(mask_shares(layers, pattern), 0.6)
     assert read.at(0.6) == made.at(0.6)
     other = division(model, layers, OWL(), pattern, 0.6)
     with pytest.raises(ValueError, match=r"at a sparsity of 0\.\d+, and this run starts at 0\.4"):
-        other.read(mask_shares(layers, pattern), 0.4)
+        other.take_from_masks(mask_shares(layers, pattern), 0.4)
     rising = division(model, layers, OWL(), pattern, 0.9)
     with pytest.raises(ValueError, match=r"starts at 0\.6 and ends at 0\.9\. Start at the final sparsity"):
-        rising.read(mask_shares(layers, pattern), 0.6)
+        rising.take_from_masks(mask_shares(layers, pattern), 0.6)
     assert not rising.known
 
 

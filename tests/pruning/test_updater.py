@@ -111,7 +111,7 @@ def test_masks_and_counts_are_the_same_in_two_threads(pattern, together, monkeyp
 
     report, masks = update()
     monkeypatch.setattr("sparse_train.selection.CHUNK", 80)
-    monkeypatch.setattr("sparse_train.pruning.update.TOGETHER", together)
+    monkeypatch.setattr("sparse_train.pruning.update.PORTION", together)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:

@@ -9,6 +9,8 @@ from torch.distributed.tensor import DTensor
 
 from sparse_train.distributed.collectives import rank, world_size
 from sparse_train.distributed.engines import whole_state_dict
+from sparse_train.inspection import summary
+from sparse_train.layers.sparsify import sparsify
 from sparse_train.models.sources import Pretrained, load_sharded
 from tests.conftest import shallow_llama
 from tests.ranks import launch
@@ -26,7 +28,11 @@ def load(folder: Path) -> Any:
     assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
     assert model.lm_head.weight is model.model.embed_tokens.weight or not model.config.tie_word_embeddings
     logits = model(input_ids=torch.arange(3, 19)[None]).logits
-    return logits.detach(), whole_state_dict(model), model.generation_config.eos_token_id
+    state = whole_state_dict(model)
+    sparsify(model, [model.model.layers[0].mlp.up_proj])
+    with pytest.raises(ValueError, match="weights of this model are divided among processes"):
+        summary(model)
+    return logits.detach(), state, model.generation_config.eos_token_id
 
 
 @pytest.mark.parametrize("tied", [True, False])

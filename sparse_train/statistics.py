@@ -25,7 +25,7 @@ _WORTH_THREADS = 2**21  # elements; below this, starting threads takes longer th
 
 def batch_sums(x: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """What one batch (..., I) adds to an ``ActivationNorm``: sum of squares, float32 (I,); number of tokens and of
-    dropped batches, int64 scalars. If the batch is not finite, nothing but 1 to the last. See ``Statistics.add``."""
+    dropped batches, int64 scalars. A batch that is not finite adds only 1, to the last. See ``Statistics.add``."""
     x_TI = x.reshape(-1, x.shape[-1])
     kept_T = None if token_mask is None else token_mask.reshape(-1).bool()
     if kept_T is not None and kept_T.device.type == "cpu" and kept_T.all():

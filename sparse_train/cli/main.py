@@ -52,7 +52,9 @@ def main(args: list[str] | None = None) -> None:
             raise
         said = str(error)
         if "Union subtypes" in said:  # jsonargparse has wrapped the error of a class that it created
-            said = import_module("sparse_train.cli.mistakes").explain(said, [])
+            from sparse_train.cli.mistakes import explain
+
+            said = explain(said, [])
         if extra := _EXTRAS.get((getattr(error, "name", None) or "").partition(".")[0]):
             said += f". In the clone, install it: pip install '.[{extra}]'."
         sys.exit(f"sparse-train {name}: {said}")
@@ -66,7 +68,8 @@ def run(name: str, options: list[str], debug: bool = False) -> None:
         if name in ("fit", "validate", "test"):
             found = _fit(name, options, debug)
         else:
-            call = import_module("sparse_train.cli.parser").call
+            from sparse_train.cli.parser import call
+
             found = call(name, getattr(import_module(f"sparse_train.cli.{name}"), name), options, debug)
     if as_json and found is not None:  # None in all processes except the first
         print(dumps(found))
@@ -81,9 +84,9 @@ def _fit(command: str, options: list[str], debug: bool) -> dict[str, Any] | None
         options = ["--help"]
     elif options[-2:] == ["--help", "pruning"]:
         options = ["--trainer.callbacks.help", "DynamicPruning"]
-    found: dict[str, Any] | None
-    found = import_module("sparse_train.cli.lightning_cli").run([command, *options], debug=debug).result
-    return found
+    from sparse_train.cli.lightning_cli import run as run_lightning
+
+    return run_lightning([command, *options], debug=debug).result
 
 
 def _is_the_users(error: Exception) -> bool:

@@ -75,7 +75,7 @@ def compare(pruning: Mapping[str, Any], checkpoint: Checkpoint, model: nn.Module
     if wrong or not shares:
         some = "\n".join(wrong[:10]) + (f"\nand {len(wrong) - 10} more" if len(wrong) > 10 else "")
         raise ValueError(
-            f"{checkpoint.folder} has not the zeros that {PRUNING_FILE} says:\n{some or 'no layer is named'}"
+            f"{checkpoint.folder} does not have the zeros that {PRUNING_FILE} describes:\n{some or 'no layer is named'}"
         )
     return {"layers": len(shares), "sparsity": found / size, "zeros_kept": found - expected}
 

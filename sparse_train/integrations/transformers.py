@@ -141,7 +141,8 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
         if state.global_step > 0:
             assert self._resumed is not None, "a run that does not begin at step 0 has been resumed"
             restored = restore_state(self._resumed, layers, state.global_step)
-        dtype, outliers = torch.float16 if args.fp16 else torch.bfloat16, None
+        dtype = torch.float16 if args.fp16 else torch.bfloat16
+        outliers = None
         if restored is None:
             outliers = set_first_mask(
                 model,

@@ -205,7 +205,7 @@ def _wanted(model: nn.Module, lora: MaskLoRA) -> dict[str, MaskedLayer]:
     if not all(found):
         known = sorted({name.rpartition(".")[2] for name in layers})
         raise ValueError(
-            f"mask_lora puts adapters inside masks, and the masked layers, {known}, lack one of "
-            f"{lora.target_modules}. In a loop of your own, build the MaskUpdater first, or prune with squash=False."
+            f"mask_lora puts adapters inside masks, and no masked layer is named like one of {lora.target_modules}: "
+            f"they are {known}. In a loop of your own, build the MaskUpdater first, or prune with squash=False."
         )
     return {name: layer for own in found for name, layer in own.items()}

@@ -121,7 +121,7 @@ class MaskedMatrix:
         """The bool mask (O, I), True = kept."""
         return masks.unpack(self.weight_mask, self.in_features)
 
-    def keeps_all(self) -> bool:
+    def is_dense(self) -> bool:
         return masks.count(self.weight_mask) == self.size
 
     def keep_all(self) -> None:

@@ -51,7 +51,7 @@ def squash(model: nn.Module) -> None:
     ValueError if an adapter of peft was merged into a masked layer, or reads the weights it prunes.
     """
     layers = sparse_layers(model)
-    if layers and all(layer.keeps_all() for layer in layers.values()):
+    if layers and all(layer.is_dense() for layer in layers.values()):
         _log.warning(
             "None of the %d masked layers has a pruned weight, so squash leaves a dense model: there was no mask "
             "update before it. MaskUpdater makes its first mask half an interval into a run, or starts from the one "

@@ -117,7 +117,7 @@ def refuse_dense(module: nn.Module, state_dict: dict[str, Any], prefix: str, *ar
                 "(squash merges)."
             )
     bare = {name: each for name, each in layers.items() if name + MASK_NAME not in state_dict}
-    prunes = any(not each.weight_mask.is_meta and not each.keeps_all() for each in bare.values())
+    prunes = any(not each.weight_mask.is_meta and not each.is_dense() for each in bare.values())
     if prunes and all(_has_zeros_of(each, state_dict[f"{name}weight"]) for name, each in bare.items()):
         # ``save_pretrained`` has written them from this model, or from one with the same masks
         state_dict.update({name + MASK_NAME: each.weight_mask for name, each in bare.items()})

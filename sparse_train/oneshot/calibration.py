@@ -197,7 +197,7 @@ def _masked_once(modules: Iterable[nn.Module]) -> Iterator[None]:
     for layer in layers:
         weight_OI, device = layer.unmasked_weight(), layer.weight_mask.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_OI.dtype
-        if layer.keeps_all():
+        if layer.is_dense():
             weight_OI = weight_OI.to(dtype).contiguous()
         else:
             weight_OI = masks.apply(weight_OI, layer.weight_mask, dtype)

@@ -50,7 +50,7 @@ def set_first_mask(
     first = config.first_mask
     if not isinstance(first, OneShot):
         return None
-    dense = config.first_sparsity > 0 and all(layer.keeps_all() for layer in layers.values())
+    dense = config.first_sparsity > 0 and all(layer.is_dense() for layer in layers.values())
     # without activations, the first update makes the same mask
     wanted = dense and (first.criterion is not None or config.criterion.needs_activations)
     if wanted and (found := _to_calibrate(root, layers, first.batches, batches)) is not None:

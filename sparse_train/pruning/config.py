@@ -29,8 +29,8 @@ class OneShot(FirstMask):
     why. So it does in a plain loop, where there is no data to be found: call ``prune(..., squash=False)`` before.
 
     Args:
-        criterion: scores for this mask; default: the criterion of the run. If it is given, a first mask that cannot be
-            made so is an error.
+        criterion: scores for this mask; default: the criterion of the run. If it is given, and one-shot pruning cannot
+            make the first mask, the run raises an error.
         batches: number of batches, over all ranks: from the training data, or, in Lightning, from the loader that a
             data module's ``calibration_dataloader()`` returns.
     """

@@ -72,7 +72,7 @@ def check_restored_masks(saved: Mapping[str, int], layers: Mapping[str, MaskedLa
     own = {name: masks.fingerprint_number(layer.weight_mask) for name, layer in layers.items()}
     wrong = next((name for name, number in saved.items() if own[name] != number), None)
     if wrong is not None:
-        dense = sum(layer.keeps_all() for layer in layers.values())
+        dense = sum(layer.is_dense() for layer in layers.values())
         raise ValueError(
             f"The resumed run was at a sparsity of {sparsity}, and the mask of {wrong} is not the one it had "
             f"({dense} of {len(layers)} layers are dense). The masks are in the model's state dict, as "
@@ -306,7 +306,7 @@ class MaskUpdater:
             self._prunes = self._prunes or not self._all_kept()
 
     def _all_kept(self) -> bool:
-        return all(layer.keeps_all() for layer in self.layers.values())
+        return all(layer.is_dense() for layer in self.layers.values())
 
     def _prepare_step(self) -> None:
         update = self.timing.recorded_for(self.steps)

@@ -57,7 +57,7 @@ def keep_zeros(model: nn.Module, targets: Sequence[str] | None = None, ignore: S
     for layer in masked.values():
         layer.straight_through = False
         _mask_zeros(layer)
-    if all(layer.keeps_all() for layer in masked.values()):
+    if all(layer.is_dense() for layer in masked.values()):
         unmask(model)
         raise ValueError(
             "No weight of the targeted layers is zero, so there is nothing to keep: prune the model first."

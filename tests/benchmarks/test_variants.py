@@ -61,7 +61,7 @@ def test_norms_of_dense_forwards_are_those_of_the_model_without_masks(tmp_path):
                 x_TI = torch.cat([x.flatten(0, 1) for x in inputs[name]])
                 assert layer.statistics.tokens == len(x_TI)
                 torch.testing.assert_close(layer.statistics.sum_squares_I, x_TI.square().sum(0))
-                assert not layer.keeps_all()  # masks are back
+                assert not layer.is_dense()  # masks are back
             seen.append(batch_idx)
 
         def on_before_optimizer_step(self, trainer, pl_module, optimizer):
@@ -80,7 +80,7 @@ def test_growing_decay_runs_dense_and_shrinks_what_would_be_pruned(tmp_path):
     class Watch(L.Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             layers = pruning.updater.layers
-            assert all(layer.keeps_all() for layer in layers.values())
+            assert all(layer.is_dense() for layer in layers.values())
             if batch_idx % 4 == 3:  # just before an update, of what the one before has chosen
                 own = pruning.updater.policy._pruned
                 pruned = sum(float(layer.weight_OI[own[name]].abs().sum()) for name, layer in layers.items())

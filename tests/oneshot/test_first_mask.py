@@ -102,7 +102,7 @@ def test_a_failure_leaves_masks_that_keep_all(ids):
         begin(root, ids, "2:4")
     after = root.state_dict()
     assert all(torch.equal(value.nan_to_num(7), after[key].nan_to_num(7)) for key, value in before.items())
-    assert all(layer.keeps_all() for layer in sparse_layers(root).values())
+    assert all(layer.is_dense() for layer in sparse_layers(root).values())
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_masks_that_are_made_elsewhere_keep_all_here(settings, ids, caplog):
     root = Root()
     assert begin(root, ids, "2:4", **settings)[1] is None
     assert len(sparse_layers(root)) == 21
-    assert all(layer.keeps_all() for layer in sparse_layers(root).values())
+    assert all(layer.is_dense() for layer in sparse_layers(root).values())
     assert "run dense" not in caplog.text
 
 
@@ -163,7 +163,7 @@ def test_an_error_of_a_batch_is_raised_as_it_is_and_says_where_it_comes_from():
     with pytest.raises(IndexError) as caught:  # not another class: a trainer may look for one
         begin(root, [torch.randint(3, VOCABULARY, (2, 17))], "2:4")
     assert "first_mask=FirstWindow()" in caught.value.__notes__[0]
-    assert all(layer.keeps_all() for layer in sparse_layers(root).values())
+    assert all(layer.is_dense() for layer in sparse_layers(root).values())
 
 
 def test_a_copy_of_the_model_as_a_reference_stays_dense(ids):
@@ -172,5 +172,5 @@ def test_a_copy_of_the_model_as_a_reference_stays_dense(ids):
     layers = mask_targets(root, config)
     root.reference = copy.deepcopy(root.net).requires_grad_(False)  # with masks that keep all
     set_first_mask(root, layers, config, lambda count: ids[:count], contextlib.nullcontext, False)
-    assert all(layer.keeps_all() for layer in sparse_layers(root.reference).values())
-    assert not any(layer.keeps_all() for layer in sparse_layers(root.net).values())
+    assert all(layer.is_dense() for layer in sparse_layers(root.reference).values())
+    assert not any(layer.is_dense() for layer in sparse_layers(root.net).values())

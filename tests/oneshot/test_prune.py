@@ -376,7 +376,7 @@ def test_a_failure_leaves_earlier_masks_and_no_new_ones(ids):
     with pytest.raises(ValueError, match="not finite"):
         prune(model, ids, "2:4")
     assert {name.split(".")[2] for name in sparse_layers(model)} == {"0"}
-    assert not any(layer.keeps_all() for layer in sparse_layers(model).values())
+    assert not any(layer.is_dense() for layer in sparse_layers(model).values())
 
 
 def test_one_layer_with_identical_statistics_is_identical():

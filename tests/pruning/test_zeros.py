@@ -70,7 +70,7 @@ def test_nothing_is_guessed_from_zeros(ids, caplog):
     model = tiny_llama()
     prune(model, ids, "2:4")
     updater = MaskUpdater(model, "2:4", update_freq=4, total_steps=12)
-    assert updater.sparsity is None and all(layer.keeps_all() for layer in sparse_layers(model).values())
+    assert updater.sparsity is None and all(layer.is_dense() for layer in sparse_layers(model).values())
     assert "50.0 % of its weights are zeros that the first masks keep" in caplog.text
     assert "first_mask=FromZeros()" in caplog.text
 

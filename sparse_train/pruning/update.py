@@ -76,8 +76,10 @@ class UpdateReport:
 
     def layer_metrics(self) -> dict[str, float]:
         """The metrics of each layer, by name."""
-        found = {f"layers/sparsity/{name}": layer.zeros / layer.size for name, layer in self.layers.items()}
-        return found | {f"layers/flip_rate/{name}": layer.flips / layer.size for name, layer in self.layers.items()}
+        sparsities = {f"layers/sparsity/{name}": layer.zeros / layer.size for name, layer in self.layers.items()}
+        return sparsities | {
+            f"layers/flip_rate/{name}": layer.flips / layer.size for name, layer in self.layers.items()
+        }
 
 
 def sparsity_of(layers: Mapping[str, LayerUpdate]) -> float:
@@ -181,17 +183,18 @@ def _choose(layers: Mapping[str, MaskedMatrix], rules: Rules) -> dict[str, _Choi
 
     with ExitStack() as stack:
         contexts = {name: stack.enter_context(_contexts(name, layer, rules)) for name, layer in layers.items()}
-        found = iter(in_threads(choose, [each for parts in contexts.values() for each in parts]))
-    return {name: _join(layers[name], list(islice(found, len(parts))), rules) for name, parts in contexts.items()}
+        choices = iter(in_threads(choose, [chunk for chunks in contexts.values() for chunk in chunks]))
+    return {name: _join(layers[name], list(islice(choices, len(chunks))), rules) for name, chunks in contexts.items()}
 
 
-def _join(layer: MaskedMatrix, parts: list[_Choice], rules: Rules) -> _Choice:
+def _join(layer: MaskedMatrix, choices: list[_Choice], rules: Rules) -> _Choice:
     """The choice for a layer, from those for chunks of its rows."""
-    keep_OJ = parts[0].keep_OJ
-    if len(parts) > 1:  # on the CPU, by numpy, which leaves no threads of OpenMP spinning beside those of in_threads
-        keep_OJ = torch.from_numpy(np.concatenate([part.keep_OJ.numpy() for part in parts]))
+    keep_OJ = choices[0].keep_OJ
+    if len(choices) > 1:  # on the CPU, by numpy, which leaves no threads of OpenMP spinning beside those of in_threads
+        keep_OJ = torch.from_numpy(np.concatenate([choice.keep_OJ.numpy() for choice in choices]))
     whole_OJ = gather_rows(keep_OJ, layer.out_features) if rules.by_rows and layer.has_rows else keep_OJ
-    return _Choice(whole_OJ, sum(part.nonzero for part in parts), all(part.finite for part in parts))
+    nonzero, finite = sum(choice.nonzero for choice in choices), all(choice.finite for choice in choices)
+    return _Choice(whole_OJ, nonzero, finite)
 
 
 def _choose_model_wide(layers: Mapping[str, MaskedMatrix], rules: Rules) -> dict[str, _Choice]:
@@ -205,12 +208,12 @@ def _choose_model_wide(layers: Mapping[str, MaskedMatrix], rules: Rules) -> dict
         finite &= is_finite
     if not finite:
         return dict.fromkeys(layers, _Choice(nonzero[0], 0, False))
-    row = torch.cat([each.reshape(1, -1) for each in scores], dim=1)
+    row = torch.cat([scores_OI.reshape(1, -1) for scores_OI in scores], dim=1)
     mask = rules.policy.select(row, layers, rules.pattern, rules.sparsity[next(iter(layers))])
-    found = mask.split([each.numel() for each in scores], dim=1)
-    keep = [masks.pack(part.view_as(each)) for part, each in zip(found, scores, strict=True)]
-    counted = zip(layers, keep, nonzero, strict=True)
-    return {name: _Choice(keep_OJ, masks.count(keep_OJ & own_OJ), True) for name, keep_OJ, own_OJ in counted}
+    parts = mask.split([scores_OI.numel() for scores_OI in scores], dim=1)
+    keep = [masks.pack(part.view_as(scores_OI)) for part, scores_OI in zip(parts, scores, strict=True)]
+    named = zip(layers, keep, nonzero, strict=True)
+    return {name: _Choice(keep_OJ, masks.count(keep_OJ & nonzero_OJ), True) for name, keep_OJ, nonzero_OJ in named}
 
 
 @contextmanager
@@ -276,10 +279,10 @@ def _sum_counts(layers: Mapping[str, MaskedMatrix], counts: Mapping[str, list[in
 def check_masks(layers: Mapping[str, MaskedMatrix], pattern: Pattern, sparsity: Mapping[str, float]) -> None:
     """Raise ValueError if the masks of layers do not follow this pattern and sparsity, over all or of each."""
     # With the mask itself as the scores, the pattern selects the mask if it has the right count in every group.
-    found = [layer.unpacked_mask() for layer in layers.values()]
+    unpacked = [layer.unpacked_mask() for layer in layers.values()]
     if pattern.model_wide:
-        found = [torch.cat([mask.reshape(1, -1) for mask in found], dim=1)]
-    for mask, name in zip(found, layers, strict=False):
+        unpacked = [torch.cat([mask.reshape(1, -1) for mask in unpacked], dim=1)]
+    for mask, name in zip(unpacked, layers, strict=False):
         if not torch.equal(pattern.mask(mask.float(), sparsity[name]), mask):
             raise ValueError(
                 f"The model has masks already, and those of {name} are not {pattern} at a sparsity of "
@@ -292,15 +295,15 @@ def check_masks(layers: Mapping[str, MaskedMatrix], pattern: Pattern, sparsity: 
 
 def mask_shares(layers: Mapping[str, MaskedMatrix], pattern: Pattern) -> dict[str, float]:
     """By layer, the sparsity at which the pattern prunes as many weights as the mask does."""
-    found = {}
+    shares = {}
     for name, layer in layers.items():
         pruned = layer.size - masks.count(layer.weight_mask)
         if isinstance(pattern, Unstructured) and pattern.group == "row":
             # zeros that a model has had before pruning make some rows sparser than the pattern
-            found[name] = int((~layer.unpacked_mask()).sum(1).min()) / layer.in_features
+            shares[name] = int((~layer.unpacked_mask()).sum(1).min()) / layer.in_features
         else:  # a user-defined pattern may round down; half a weight more keeps it from losing one to float rounding
-            found[name] = (pruned + (0.5 if pruned and not isinstance(pattern, Unstructured) else 0)) / layer.size
-    return found
+            shares[name] = (pruned + (0.5 if pruned and not isinstance(pattern, Unstructured) else 0)) / layer.size
+    return shares
 
 
 # --- for distributions -----------------------------------------------------------------------------------------------

@@ -53,6 +53,8 @@ def main(args: list[str] | None = None) -> None:
         said = str(error)
         if "Union subtypes" in said:  # jsonargparse has wrapped the error of a class that it created
             said = import_module("sparse_train.cli.mistakes").explain(said, [])
+        if isinstance(error, IsADirectoryError) and name in ("fit", "validate", "test"):
+            said += ". A checkpoint that is a folder is read by the strategy that wrote it (docs/scaling.md)."
         if extra := _EXTRAS.get((getattr(error, "name", None) or "").partition(".")[0]):
             said += f". In the clone, install it: pip install '.[{extra}]'."
         sys.exit(f"sparse-train {name}: {said}")

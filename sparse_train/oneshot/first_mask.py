@@ -58,6 +58,8 @@ def set_first_mask(
         walks = model is not None and not any(layer.layout.is_sharded for layer in layers.values())
         found = batches(-(-first.batches // ranks) * ranks) if walks else None  # the same number for each rank
         if model is not None and found is not None and len(found) >= ranks:
+            if len(found) < first.batches and rank() == 0:
+                _log.warning("The first mask reads %d of %d batches: the data has no more.", len(found), first.batches)
             method, final = first.criterion or config.criterion, config.sparsity_at(1.0)
             plan = Plan(method, config.pattern, config.first_sparsity, config.distribution, final)
             shelf = MemoryShelf(model, layers, together=plan.pattern.model_wide)

@@ -50,8 +50,7 @@ def steps_of_a_run(found: Mapping[str, list[float]], k: int) -> list[float]:
     """Seconds of a re-pruned step in each round: half of the steps before an update are recorded, at least one, and
     each has its share of the update."""
     recorded = -(-k // 2) / k
-    other = found.get("re-pruned, not recorded", found["re-pruned"])
-    rounds = zip(found["re-pruned"], other, found["update"], strict=True)
+    rounds = zip(found["re-pruned"], found["re-pruned, not recorded"], found["update"], strict=True)
     return [recorded * a + (1 - recorded) * b + update / k for a, b, update in rounds]
 
 

@@ -169,8 +169,9 @@ class DynamicPruning(L.Callback):
                 trainer.precision_plugin.forward_context,
                 progress=trainer.is_global_zero and trainer.progress_bar_callback is not None,
             )
-        if pl_module.automatic_optimization:  # steps of this fit only: the trainer may have run an earlier fit
-            total_steps = max(1, trainer.estimated_stepping_batches - trainer.global_step)  # 0 if the fit is over
+        if pl_module.automatic_optimization:  # steps of this run only: the trainer may have run an earlier fit
+            before = trainer.global_step if state is None else 0
+            total_steps = max(1, trainer.estimated_stepping_batches - before)  # 0 if the fit is over
         self.updater = MaskUpdater(
             pl_module, config=self.config, layers=self._layers, total_steps=total_steps, outliers=outliers, state=state
         )

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -50,6 +50,14 @@ def describe(part: Any) -> str:
     if any("__repr__" in vars(cls) for cls in type(part).__mro__[:-1]):
         return repr(part)
     return f"{type(part).__name__}({', '.join(f'{name}={value!r}' for name, value in sorted(vars(part).items()))})"
+
+
+def as_call(data: Any) -> str:
+    """Plain data of an object (``pruning.config.as_data``) as the call that makes it; other data as it is."""
+    if not isinstance(data, Mapping) or "class" not in data:
+        return str(data)
+    arguments = ", ".join(f"{name}={as_call(value)}" for name, value in data.items() if name != "class")
+    return f"{data['class']}({arguments})"
 
 
 def did_you_mean(word: str, candidates: Iterable[str]) -> str:

@@ -55,9 +55,11 @@ class Block:
 
 
 BLOCKS = [
-    Block(page.name, *match)
+    Block(page.name, mark, language, text.replace(" \\\n ", ""))  # commands over several lines
     for page in PAGES
-    for match in re.findall(r"(?:<!-- ((?:needs|file): \S+) -->\n)?```(\w+)\n(.*?)```", page.read_text(), re.S)
+    for mark, language, text in re.findall(
+        r"(?:<!-- ((?:needs|file): \S+) -->\n)?```(\w+)\n(.*?)```", page.read_text(), re.S
+    )
 ]
 COMMAND_LINES = {command.example: "" for command in COMMANDS.values()} | {
     line: block.mark

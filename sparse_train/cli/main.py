@@ -55,6 +55,8 @@ def main(args: list[str] | None = None) -> None:
             from sparse_train.cli.mistakes import explain
 
             said = explain(said, [])
+        if isinstance(error, IsADirectoryError) and name in ("fit", "validate", "test"):
+            said += ". A checkpoint that is a folder is read by the strategy that wrote it (docs/scaling.md)."
         if extra := _EXTRAS.get((getattr(error, "name", None) or "").partition(".")[0]):
             said += f". In the clone, install it: pip install '.[{extra}]'."
         sys.exit(f"sparse-train {name}: {said}")

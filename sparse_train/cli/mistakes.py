@@ -25,7 +25,7 @@ _CAUSE = re.compile(
     | (?:dot\ import\ path\ string|Unexpected\ import\ path\ format):\ (?P<name>\S+)
     | Expected\ an\ instantiatable\ class,\ but\ (?P<abstract>\S+)
     | Problem\ with\ given\ class_path\ '(?P<missing>[^']+)':\s+(?:No\ module\ named|module\ '\S+'\ has\ no\ attr)
-    | (?P<required>the\ following\ arguments\ are\ required:\ .*)
+    | (?P<required>the\ following\ arguments\ are\ required:\ .*|Requirement\ '.*|Neither\ `\w+`\ nor\ .*)
     | Unable\ to\ load\ config\ '(?P<group>[^']+)'
     | Expected\ an?\ (?P<type>\S.*)\.\ Got\ value:\ (?P<value>.*)
     | Subtypes:\ \[(?P<types>.*)\]\s+Errors:\n

@@ -202,7 +202,7 @@ def _wanted(model: nn.Module, lora: MaskLoRA) -> dict[str, MaskedLayer]:
     parts = [wanted] if isinstance(wanted, str) else wanted
     ends = [""] if wanted == "all-linear" else [f".{part}" for part in parts]
     found = [{name: layer for name, layer in layers.items() if f".{name}".endswith(end)} for end in ends]
-    if not all(found):
+    if not found or not all(found):
         known = sorted({name.rpartition(".")[2] for name in layers})
         raise ValueError(
             f"mask_lora puts adapters inside masks, and no masked layer is named like one of {lora.target_modules}: "

@@ -93,7 +93,11 @@ def _to_calibrate(
     if model is None or any(layer.layout.is_sharded for layer in layers.values()):
         return None
     found = batches(-(-count // ranks) * ranks)  # the same number for each rank
-    return None if found is None or len(found) < ranks else (model, found[rank() :: ranks])
+    if found is None or len(found) < ranks:
+        return None
+    if len(found) < count and rank() == 0:
+        _log.warning("The first mask reads %d of %d batches: the data has no more.", len(found), count)
+    return model, found[rank() :: ranks]
 
 
 def causal_lm(root: nn.Module, layers: Iterable[MaskedLayer]) -> nn.Module | None:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
-from sparse_train.arguments import check_positive, describe, did_you_mean, require_type, to_python_number
+from sparse_train.arguments import as_call, check_positive, describe, did_you_mean, require_type, to_python_number
 from sparse_train.criteria import Criterion, Wanda
 from sparse_train.distributions import SparsityDistribution, Uniform, check_pattern
 from sparse_train.patterns import Pattern, group_label
@@ -31,8 +31,8 @@ class OneShot(FirstMask):
     Args:
         criterion: scores for this mask; default: the criterion of the run. If it is given, and one-shot pruning cannot
             make the first mask, the run raises an error.
-        batches: number of batches, over all ranks: from the training data, or, in Lightning, from the loader that a
-            data module's ``calibration_dataloader()`` returns.
+        batches: number of batches, over all ranks, or all if there are fewer: from the training data, or, in Lightning,
+            from the loader that a data module's ``calibration_dataloader()`` returns.
     """
 
     criterion: Criterion | None = None
@@ -218,6 +218,6 @@ def check_same(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     for name, now in own.items():
         if name not in _FREE and saved.get(name) != now:
             raise ValueError(
-                f"The checkpoint was written with {name} = {saved.get(name)}, and this run has {now}. Resume with the "
-                "same setting, or start a new run from the exported model."
+                f"The checkpoint was written with {name} = {as_call(saved.get(name))}, and this run has "
+                f"{as_call(now)}. Resume with the same setting, or start a new run from the exported model."
             )

@@ -154,7 +154,7 @@ class MaskUpdater:
                 self._start(total_steps)
             else:
                 try:
-                    self._resume(state)
+                    self._resume(state, total_steps)
                     of_policy = state["policy"]
                 except (LookupError, TypeError, AttributeError, RuntimeError) as error:
                     raise ValueError(f"The state of the run is no updater's, or damaged: {error!r}.") from error
@@ -196,7 +196,7 @@ class MaskUpdater:
         if not (self.config.criterion.needs_activations and self._masks_change()):
             self.norms.probe()
 
-    def _resume(self, state: Mapping[str, Any]) -> None:
+    def _resume(self, state: Mapping[str, Any], total_steps: int | float | None) -> None:
         check_same(state["settings"], self.settings())
         check_same_layers(state["masks"], self.layers)
         self._take_layers()
@@ -205,6 +205,9 @@ class MaskUpdater:
         self.sparsity = state["sparsity"]
         # of the whole run, including the part that is done
         self.timing = Timing(**{name: operator.index(steps) for name, steps in state["timing"].items()})
+        share, end = self.config.end_step, self.timing.end_step
+        if isinstance(share, float) and share * (total_steps or 0) >= end + 1 and self._masks_change() and rank() == 0:
+            _log.warning("Masks freeze at step %d, as in the run that is resumed, although this run is longer.", end)
         device = next(iter(self.layers.values())).weight_mask.device
         self._first_rows = {name: rows_SJ.to(device) for name, rows_SJ in state["first_rows"].items()}
         self._restored_masks = dict(state["masks"])

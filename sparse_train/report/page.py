@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from string import Template
 
+from sparse_train.arguments import as_call
 from sparse_train.files import replacing
 from sparse_train.report.figures import curves
 from sparse_train.report.runs import Run, closing, collect
@@ -101,7 +102,7 @@ def _masks(runs: Sequence[Run]) -> list[str]:
     text = "Mask entries that an update changed, as a share of the targeted weights; without the first mask."
     return [
         curves(text, flips, "flip rate, %"),
-        curves("Mask entries that differ from the first mask.", since_first, "initial flip rate, %"),
+        curves("Entries that differ from the first mask, in every 128th row.", since_first, "initial flip rate, %"),
         curves("Sparsity over the run.", target + counted, "sparsity, %") if gradual else "",
     ]
 
@@ -123,7 +124,7 @@ def _costs(run: Run) -> dict[str, str]:
         "of it in mask updates": f"{updating:,.1f} s ({updating / seconds:.1%})" if seconds else "",
         "tokens trained on": f"{tokens:,}",
         "tokens per second": f"{tokens / seconds:,.0f}" if seconds else "",
-        **{name: f"{fact:,.6g}" if isinstance(fact, float) else str(fact) for name, fact in about.items()},
+        **{name: f"{fact:,.6g}" if isinstance(fact, float) else as_call(fact) for name, fact in about.items()},
     }
 
 

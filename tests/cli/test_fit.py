@@ -183,7 +183,7 @@ def test_a_run_that_is_terminated_has_not_succeeded(fit, monkeypatch, capsys):
 
 
 @pytest.mark.usefixtures("without_pictures")
-def test_the_last_checkpoint_is_that_of_an_earlier_run_or_an_error(fit, monkeypatch):
+def test_the_last_checkpoint_is_that_of_an_earlier_run_or_an_error(fit, monkeypatch, model_folder, caplog):
     step, trained = CausalLM.training_step, []
     monkeypatch.setattr(CausalLM, "training_step", lambda *args: trained.append(1) or step(*args))
     often = "--trainer.val_check_interval=2"
@@ -191,9 +191,15 @@ def test_the_last_checkpoint_is_that_of_an_earlier_run_or_an_error(fit, monkeypa
         fit(often, "--ckpt_path=last")
     assert not trained
     fit(often)
-    fit(often, "--trainer.max_steps=4", "--ckpt_path=last")  # its own folder, version_1, has no checkpoint
+    shutil.copytree(model_folder, "another")  # of the same shapes, so that nothing else would refuse it
+    with pytest.raises(SystemExit, match="step=2.ckpt is of a run of .*, and this is one of another"):
+        fit(often, "--model.model=another", "--ckpt_path=last")
+    shutil.copytree("another", Path("moved", model_folder.name))
+    moved = f"--model.model=moved/{model_folder.name}"
+    fit(often, moved, "--trainer.max_steps=4", "--ckpt_path=last")  # its own folder, version_1, has no checkpoint
+    assert "Masks freeze at step 1, as in the run that is resumed" in caplog.text
     assert len(trained) == 4
-    assert list(Path("run/version_1").rglob("*step=4.ckpt"))
+    assert list(Path("run").rglob("*step=4.ckpt"))
 
 
 @pytest.mark.usefixtures("without_pictures")
@@ -232,6 +238,7 @@ def test_an_export_is_complete_or_absent(monkeypatch):
     model = tiny_llama()
     tokenizer = tiny_tokenizer()
     monkeypatch.setattr(type(tokenizer), "save_pretrained", lambda *args: (_ for _ in ()).throw(OSError("disk full")))
+    Path("out/.model.writing.of_a_killed_export").mkdir(parents=True)
     with pytest.raises(OSError, match="disk full"):
         export_model(model, tokenizer, "out/model")
     assert list(Path("out").iterdir()) == []

@@ -13,7 +13,7 @@ from tests.conftest import VOCABULARY, shallow_llama
 from tests.pruning.loops import equal, snapshot, train
 
 
-def test_interrupted_equals_uninterrupted():
+def test_interrupted_equals_uninterrupted(caplog):
     def fresh(state=None):
         model = shallow_llama()
         updater = MaskUpdater(model, "2:4", update_freq=4, total_steps=20, state=state)
@@ -25,6 +25,7 @@ def test_interrupted_equals_uninterrupted():
     assert any(int(s["tokens"]) for s in middle[1]["norms"]["norms_by_rank"][0].values())
     train(model, updater, 9, optimizer, seed=2)
     other, resumed, second = fresh(middle[1])
+    assert "Masks freeze" not in caplog.text  # as it says of a longer run
     other.load_state_dict(middle[0])
     second.load_state_dict(middle[2])
     reports = train(other, resumed, 9, second, seed=2)

@@ -158,7 +158,7 @@ def test_fit_leaves_a_page_of_the_run(sparse, facts, rows):
     assert shown["of it in mask updates"] == f"{took:,.1f} s ({took / facts['seconds']:.1%})"
     assert shown["targeted layers"] == "14"
     assert shown["seed"] == "0"
-    assert shown["mask_structure"] == "2:4"
+    assert shown["mask_structure"] == "2:4" and shown["policy"] == "StraightThrough(srste_decay=0.0)"
     assert shown["torch"] == torch.__version__
     assert "update_freq: 2" in page.text
 

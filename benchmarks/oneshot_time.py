@@ -11,7 +11,7 @@ of columns, zeros are written by index, and the block runs again for its outputs
 Times are wall clock. Statistics are timed inside the forwards. Everything that is neither forward nor statistics counts
 as scores, selection and zeros; for ours, that includes inserting and removing the masked layers. With autocast, our
 forwards compute in bfloat16, and all else in float32. If llm-compressor is installed, which is none of this project's
-packages, its Wanda takes its turn; only the whole of it is timed.
+packages, its Wanda and SparseGPT take their turns; only the whole of each is timed.
 """
 
 import importlib.util
@@ -180,13 +180,17 @@ def ours(model: Any, samples: list[Tensor], structure: str, method: Any, autocas
     return Times(whole.seconds, report.forward_seconds - statistics.seconds, statistics.seconds)
 
 
-def llm_compressor(model: Any, samples: list[Tensor], structure: str, tokenizer: Any) -> Times:
-    """Prune with the Wanda of llm-compressor, block by block."""
+def llm_compressor(model: Any, samples: list[Tensor], structure: str, tokenizer: Any, method: Any) -> Times:
+    """Prune with llm-compressor, block by block."""
     from llmcompressor import oneshot
-    from llmcompressor.modifiers.pruning import WandaPruningModifier
+    from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
 
-    how = "0:0" if structure == "unstructured" else structure
-    wanda = WandaPruningModifier(sparsity=0.5, mask_structure=how, targets=["Linear"], ignore=["re:.*lm_head"])
+    how = {"mask_structure": "0:0" if structure == "unstructured" else structure, "sparsity": 0.5}
+    chosen = {"targets": ["Linear"], "ignore": ["re:.*lm_head"], **how}
+    if isinstance(method, SparseGPT):
+        modifier = SparseGPTModifier(block_size=method.block_size, dampening_frac=method.dampening_frac, **chosen)
+    else:
+        modifier = WandaPruningModifier(**chosen)
     data = DataLoader([{"input_ids": sample[0]} for sample in samples], batch_size=1)
     whole = Clock()
     with tempfile.TemporaryDirectory() as folder, whole:
@@ -196,7 +200,7 @@ def llm_compressor(model: Any, samples: list[Tensor], structure: str, tokenizer:
             model=model,
             processor=tokenizer,
             dataset=data,
-            recipe=[wanda],
+            recipe=[modifier],
             pipeline="sequential",
             num_calibration_samples=len(samples),
             max_seq_length=samples[0].shape[1],
@@ -270,12 +274,15 @@ def main(
     runs: dict[str, Callable[[Any], Times]] = {PLAIN: lambda model: plain(model, single, structure)}
     own: Any = partial(ours, samples=batches, structure=structure, method=Wanda())
     runs |= {OURS: own, "Wanda, ours, autocast": partial(own, autocast=torch.bfloat16)}
+    theirs: Any = partial(llm_compressor, samples=single, structure=structure, tokenizer=source.tokenizer())
+    has_theirs = importlib.util.find_spec("llmcompressor") is not None
+    if has_theirs:
+        runs["Wanda, llm-compressor"] = partial(theirs, method=Wanda())
     if sparsegpt:
         runs["SparseGPT, ours"] = partial(own, method=SparseGPT())
-    if importlib.util.find_spec("llmcompressor"):
-        runs["Wanda, llm-compressor"] = partial(
-            llm_compressor, samples=single, structure=structure, tokenizer=source.tokenizer()
-        )
+        runs["SparseGPT, ours, autocast"] = partial(own, method=SparseGPT(), autocast=torch.bfloat16)
+        if has_theirs:
+            runs["SparseGPT, llm-compressor"] = partial(theirs, method=SparseGPT())
     plain(source.load(), single[:1], structure)  # warm up libraries and the allocator
     taken: dict[str, list[Times]] = {name: [] for name in runs}
     pruned = {}

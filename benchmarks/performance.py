@@ -114,16 +114,18 @@ def step(part: dict[str, Any]) -> list[str]:
 
 def oneshot(part: dict[str, Any]) -> list[str]:
     found: dict[str, list[dict[str, float]]] = part["seconds"]
-    plain = [each["whole"] for each in found["Wanda, plain procedure"]]
+    plain = found["Wanda, plain procedure"]
     lines = []
     for name, each in found.items():
-        whole, cells = [times["whole"] for times in each], ["", ""]
+        cells = [""] * 4
         if all("forward" in times for times in each):
-            forwards = [times["forward"] + times["statistics"] for times in each]
-            rest = [times["whole"] - all_of for times, all_of in zip(each, forwards, strict=True)]
-            cells = [spread(forwards, 1), spread(rest, 1)]
-        lines.append([name, *cells, spread(whole, 1), spread(ratios(plain, whole), 2)])
-    head = ["what", "forwards with statistics, s", "the rest, s", "whole, s", "plain / this"]
+            pruning, of_plain = ([times["whole"] - times["forward"] for times in some] for some in (each, plain))
+            cells = [spread([times[part] for times in each], 1) for part in ("forward", "statistics")]
+            cells += [spread(pruning, 1), spread(ratios(of_plain, pruning), 2)]
+        whole, of_plain = ([times["whole"] for times in some] for some in (each, plain))
+        lines.append([name, *cells, spread(whole, 1), spread(ratios(of_plain, whole), 2)])
+    without = "without forwards, with statistics"
+    head = ["what", "forwards, s", "statistics, s", f"{without}, s", "plain / this", "whole, s", "plain / this"]
     return ["## One-shot pruning\n", machine(part), f"{part['title']}, float32 weights:\n", table(head, lines)]
 
 

@@ -3,9 +3,10 @@
 Shape suffixes: T tokens, I in_features.
 """
 
+import functools
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from sparse_train.selection import in_threads
 
+_Sums = tuple[Tensor, Tensor | int, Tensor | int]
 _PART = 2**24  # elements, 64 MiB in float32: large enough to keep a GPU busy
 _CHUNK = 128  # rows
 _WORTH_THREADS = 2**21  # elements; below this, starting threads takes longer than the work
@@ -23,26 +25,27 @@ _WORTH_THREADS = 2**21  # elements; below this, starting threads takes longer th
 # --- one batch -------------------------------------------------------------------------------------------------------
 
 
-def batch_sums(x: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def batch_sums(x: Tensor, token_mask: Tensor | None) -> _Sums:
     """What one batch (..., I) adds to an ``ActivationNorm``: sum of squares, float32 (I,); number of tokens and of
-    dropped batches, int64 scalars. A batch that is not finite adds only 1, to the last. See ``Statistics.add``."""
+    dropped batches. A batch that is not finite adds only 1, to the last. See ``Statistics.add``."""
     x_TI = x.reshape(-1, x.shape[-1])
     kept_T = None if token_mask is None else token_mask.reshape(-1).bool()
     if kept_T is not None and kept_T.device.type == "cpu" and kept_T.all():
         kept_T = None  # as of packed text: half the time; a GPU would have to wait for the answer
     # in parts: a float32 copy of a whole long batch would raise the peak memory of the run, in recorded steps
     rows = max(1, _PART // max(1, x_TI.shape[1]))
-    sums_I = torch.zeros(x_TI.shape[1], dtype=torch.float32, device=x.device)
-    for start in range(0, len(x_TI), rows):
-        part_TI = x_TI[start : start + rows]
-        if kept_T is not None:
-            # ``where`` and not a product: padding may hold infinities or NaN
-            part_TI = torch.where(kept_T[start : start + rows, None], part_TI.float(), 0)
-        sums_I += sum_of_squares(part_TI)
+    parts: Iterable[Tensor] = x_TI.split(rows)
+    if kept_T is not None:
+        # ``where`` and not a product: padding may hold infinities or NaN
+        masked = zip(kept_T.split(rows), parts, strict=True)
+        parts = (torch.where(kept_T[:, None], part_TI.float(), 0) for kept_T, part_TI in masked)
+    sums_I = functools.reduce(torch.add, map(sum_of_squares, parts))
+    tokens = len(x_TI) if kept_T is None else kept_T.sum()
+    if sums_I.device.type == "cpu" and np.isfinite(sums_I.numpy()).all():
+        return sums_I, tokens, 0
     # decided on the device, because asking for the answer here would make every forward wait for it
     finite = sums_I.isfinite().all()
-    tokens = finite * (len(x_TI) if kept_T is None else kept_T.sum())
-    return torch.where(finite, sums_I, 0), tokens, (~finite).long()
+    return torch.where(finite, sums_I, 0), finite * tokens, (~finite).long()
 
 
 def sum_of_squares(x_TI: Tensor) -> Tensor:
@@ -79,7 +82,7 @@ def _(x: Tensor, token_mask: Tensor | None, sum_squares_I: Tensor, tokens: Tenso
     return None
 
 
-def _add_to(sums: tuple[Tensor, ...], batch: tuple[Tensor, ...]) -> None:
+def _add_to(sums: Iterable[Tensor], batch: _Sums) -> None:
     for total, new in zip(sums, batch, strict=True):
         total += new
 
@@ -99,9 +102,9 @@ class LastSums:
         self._x: Any = lambda: None  # a weak reference: the sums must not keep an input alive
         self._version = 0
         self._token_mask: Tensor | None = None
-        self._sums: tuple[Tensor, Tensor, Tensor] | None = None
+        self._sums: _Sums | None = None
 
-    def of(self, x: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def of(self, x: Tensor, token_mask: Tensor | None) -> _Sums:
         """``batch_sums(x, token_mask)``, computed once as long as the tensor lives and is not changed."""
         version = 0 if x.is_inference() else x._version  # a tensor that was changed in place is another input
         same = self._x() is x and self._version == version and self._token_mask is token_mask
@@ -195,7 +198,7 @@ class ActivationNorm(Statistics):
         if torch.compiler.is_compiling():
             _accumulate(x.detach(), token_mask, *self.tensors())
         elif not recomputing():
-            _add_to(tuple(self.tensors()), (last or LastSums()).of(x, token_mask))
+            _add_to(self.tensors(), (last or LastSums()).of(x, token_mask))
 
     def fade(self, factor: float) -> None:
         """Multiply what was seen by ``factor``, above 0 and at most 1, in place; token counts are rounded up."""

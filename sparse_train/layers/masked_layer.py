@@ -115,7 +115,7 @@ class MaskedMatrix:
         yield self.unmasked_weight(), slice(0, self.out_features)
 
     def write_zeros(self) -> None:
-        self.weight_OI.copy_(self.masked_weight())
+        self.weight_OI.copy_(masks.apply(self.weight_OI.detach(), self.weight_mask))
 
     def unpacked_mask(self) -> Tensor:
         """The bool mask (O, I), True = kept."""
@@ -190,7 +190,10 @@ class MaskedLayer(MaskedMatrix):
         self.layout.rewrite(function, self.stored(self.unpacked_mask()))
 
     def write_zeros(self) -> None:
-        self.rewrite(lambda weight, keep: torch.where(keep, weight, 0))
+        if self.layout.is_sharded or self.layout.has_masters:
+            self.rewrite(lambda weight, keep: torch.where(keep, weight, 0))
+        else:
+            super().write_zeros()  # by bits, several times as fast
 
     def merge(self) -> None:
         """Fold an adapter inside the mask into the weight; does nothing if there is none."""

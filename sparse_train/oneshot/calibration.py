@@ -6,6 +6,7 @@ own code then passes block i its other inputs (masks, position embeddings), and 
 """
 
 import functools
+import inspect
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -164,17 +165,20 @@ class CalibrationPass:
                 outputs.append(forward(*args, **kwargs))
             return tree_map_only(Tensor, Tensor.clone, outputs[0])
 
+        model: Any = self._model
+        if "logits_to_keep" in inspect.signature(model.forward).parameters:
+            model = functools.partial(model, logits_to_keep=1)  # of a large head, all take longer than a block
         try:
             with answering(self._blocks, answer):
-                call(self._model, one_sample(self._batches[0]))
+                call(model, one_sample(self._batches[0]))
         except (*_MISSING, RuntimeError) as error:  # if a block itself fails, it will raise when its turn comes
             # otherwise it failed before the blocks, as it will again; or after them: a head that is not loaded yet
             if called and called != list(range(len(self._blocks))):
-                model, why = type(self._model).__name__, f"{type(error).__name__}: {error}"
+                why = f"{type(error).__name__}: {error}"
                 _log.warning(
                     "Whether the blocks of %s run once each could not be told (%s); in a model that loops over them, "
                     "masks would be wrong.",
-                    *(model, why),
+                    *(type(self._model).__name__, why),
                 )
         if called != list(range(len(called))):
             raise ValueError(

@@ -49,9 +49,9 @@ def test_a_part_of_a_longer_mask(start):
 
 @pytest.mark.parametrize("in_features", [4, 12, 20, 576])
 def test_full_keeps_everything_and_leaves_spare_bits_zero(in_features):
-    full = masks.full(3, in_features)
-    assert torch.equal(full, masks.pack(torch.ones(3, in_features, dtype=torch.bool)))
-    assert masks.count(full) == 3 * in_features
+    full = masks.full(8, in_features)
+    assert torch.equal(full, masks.pack(torch.ones(8, in_features, dtype=torch.bool)))
+    assert masks.count(full) == masks.count(full.t()) == 8 * in_features
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

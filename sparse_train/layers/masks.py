@@ -94,15 +94,20 @@ def fill_full(packed_OJ: Tensor, in_features: int) -> None:
 
 def count(packed_OJ: Tensor) -> int:
     if packed_OJ.device.type == "cpu":
-        packed = packed_OJ.contiguous().numpy()
-        words = packed if packed.shape[1] % 8 else packed.view(np.uint64)  # fewer numbers to add up
-        return int(np.bitwise_count(words).sum())
+        return int(np.bitwise_count(_words(packed_OJ)).sum())
     return int(_popcount_table(packed_OJ.device)[packed_OJ.int()].sum())
 
 
 def count_differing(a_OJ: Tensor, b_OJ: Tensor) -> int:
     """Number of entries in which two packed masks of equal shape differ."""
+    if a_OJ.device.type == "cpu":  # by numpy: torch would wake threads for each of many small masks
+        return int(np.bitwise_count(_words(a_OJ) ^ _words(b_OJ)).sum())
     return count(a_OJ ^ b_OJ)
+
+
+def _words(packed_OJ: Tensor) -> np.ndarray:
+    packed = packed_OJ.contiguous().numpy()
+    return packed if packed.shape[1] % 8 else packed.view(np.uint64)  # fewer numbers to add up
 
 
 def fingerprint(packed_OJ: Tensor) -> Tensor:

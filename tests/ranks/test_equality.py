@@ -4,7 +4,7 @@ import functools
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import pytest
@@ -25,10 +25,21 @@ from sparse_train import (
     sparse_layers,
 )
 from sparse_train.callbacks import DynamicPruning
+from sparse_train.criteria import LayerContext
 from sparse_train.distributed.collectives import world_size
 from sparse_train.distributed.engines import whole_state_dict
 from sparse_train.layers.masks import count_differing
 from tests.ranks import engines, launch
+
+
+@dataclass(frozen=True)
+class ByMomentum(Criterion):
+    """Reads what the optimizer holds of the rows of each process."""
+
+    rowwise: ClassVar[bool] = True
+
+    def scores(self, layer: LayerContext) -> torch.Tensor:
+        return layer.optimizer_state.get("exp_avg", layer.weight_OI).abs()
 
 
 @dataclass(frozen=True)
@@ -44,6 +55,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "cumulative norms": {"mask_structure": "2:4"},
     "wanda row": {"mask_structure": "unstructured", "sparsity": 0.6},
     "magnitude": {"mask_structure": "4:8", "criterion": Magnitude()},
+    "momentum": {"mask_structure": "2:4", "criterion": ByMomentum()},
     "not row by row": {"mask_structure": Unstructured("layer"), "sparsity": 0.5, "criterion": RIA()},
     "regrow": {"mask_structure": "unstructured", "sparsity": 0.6, "policy": Regrow(1.0)},
     "decaying norms": {"mask_structure": "2:4", "norm_decay": 0.5},
@@ -111,7 +123,8 @@ CASES = [(engine, "decaying shadows") for engine in engines.ENGINES]
 CASES += [(engine, "cumulative norms") for engine in ("ddp", "zero2", "zero3")]
 CASES += [("ddp", "decaying norms"), ("ddp", "regrow"), ("ddp", "confirmed")]
 CASES += [
-    ("fsdp2", method) for method in ("cumulative norms", "wanda row", "magnitude", "not row by row", "model", "owl")
+    ("fsdp2", method)
+    for method in ("cumulative norms", "wanda row", "magnitude", "momentum", "not row by row", "model", "owl")
 ]
 CASES += [("zero3", "not row by row"), ("ddp", "owl"), ("zero3", "owl")]
 

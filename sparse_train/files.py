@@ -1,7 +1,6 @@
 """Files and folders that are complete or absent; files of ``torch.save``, read without running code in them."""
 
 import errno
-import glob
 import io
 import os
 import re
@@ -68,18 +67,14 @@ def calls(path: Path, name: str) -> str:
 
 @contextmanager
 def written_whole(out: Path) -> Iterator[Path]:
-    """A new folder to write to, which is renamed to ``out`` at the end; after an error, nothing is left of it, and what
-    a killed process has left goes at the next call.
+    """A new folder to write to, which is renamed to ``out`` at the end; after an error, nothing is left of it.
 
     Raises:
         ValueError: ``out`` exists and is not an empty folder.
     """
     check_free(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{out.name}.writing."
-    for leftover in out.parent.glob(f"{glob.escape(prefix)}*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    beside = Path(tempfile.mkdtemp(prefix=prefix, dir=out.parent))
+    beside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         yield beside
         if out.exists():

@@ -4,13 +4,13 @@ Shape suffixes: B batch, L sequence length, V vocabulary.
 """
 
 import math
-from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
@@ -202,10 +202,10 @@ class CausalLM(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint.get("model_source", {}).get("name", self.source.name)
-        if self._trainer and Path(saved).name != Path(self.source.name).name:  # a folder may have been moved
-            raise ValueError(
-                f"{self._trainer.ckpt_path} is of a run of {saved}, and this is one of {self.source.name}. Give that "
-                "model (--model.model), or a checkpoint of this one (--ckpt_path FILE)."
+        if self._trainer and saved != self.source.name:
+            rank_zero_warn(
+                f"{self._trainer.ckpt_path} is of a run of {saved}, and this is one of {self.source.name}. Weights are "
+                "those of the checkpoint. If this is another model, name a checkpoint of it (--ckpt_path FILE)."
             )
         # outside a sparse run (validate, load_from_checkpoint) the model is not sparsified yet
         before, in_fit = len(sparse_layers(self)), self._trainer and self._trainer.state.fn == TrainerFn.FITTING

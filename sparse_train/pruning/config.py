@@ -141,6 +141,7 @@ class PruningConfig:
         names = [each.name for each in fields(cls) if each.init]
         for name in settings.keys() - names:
             raise TypeError(f"There is no setting {name!r}.{did_you_mean(name, names)}")
+        require_type("config", config, cls(), cls)
         if config is None:
             return cls("2:4" if mask_structure is None else mask_structure, sparsity, **settings)
         by_default = len(settings) == len(names) - 2 and cls(**settings) == cls()  # as the command line gives them

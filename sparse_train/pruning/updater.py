@@ -160,6 +160,8 @@ class MaskUpdater:
                     raise ValueError(f"The state of the run is no updater's, or damaged: {error!r}.") from error
                 self.policy.load_state_dict(of_policy)
             self._prepare_step()
+            for layer in self.layers.values():
+                layer.calibration_norm = None  # this run has taken it, or has norms of its own
         except BaseException:
             new = [layer for layer in self.layers.values() if id(layer) not in before]
             for layer in new:

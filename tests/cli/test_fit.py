@@ -191,12 +191,12 @@ def test_the_last_checkpoint_is_that_of_an_earlier_run_or_an_error(fit, monkeypa
         fit(often, "--ckpt_path=last")
     assert not trained
     fit(often)
-    shutil.copytree(model_folder, "another")  # of the same shapes, so that nothing else would refuse it
-    with pytest.raises(SystemExit, match="step=2.ckpt is of a run of .*, and this is one of another"):
-        fit(often, "--model.model=another", "--ckpt_path=last")
-    shutil.copytree("another", Path("moved", model_folder.name))
-    moved = f"--model.model=moved/{model_folder.name}"
-    fit(often, moved, "--trainer.max_steps=4", "--ckpt_path=last")  # its own folder, version_1, has no checkpoint
+    shutil.copytree(model_folder, "another")  # or the same, moved
+    with pytest.warns(
+        match="step=2.ckpt is of a run of .*, and this is one of another. Weights are those of the check"
+    ):
+        # its own folder, version_1, has no checkpoint
+        fit(often, "--model.model=another", "--trainer.max_steps=4", "--ckpt_path=last")
     assert "Masks freeze at step 1, as in the run that is resumed" in caplog.text
     assert len(trained) == 4
     assert list(Path("run").rglob("*step=4.ckpt"))
@@ -238,7 +238,6 @@ def test_an_export_is_complete_or_absent(monkeypatch):
     model = tiny_llama()
     tokenizer = tiny_tokenizer()
     monkeypatch.setattr(type(tokenizer), "save_pretrained", lambda *args: (_ for _ in ()).throw(OSError("disk full")))
-    Path("out/.model.writing.of_a_killed_export").mkdir(parents=True)
     with pytest.raises(OSError, match="disk full"):
         export_model(model, tokenizer, "out/model")
     assert list(Path("out").iterdir()) == []

@@ -72,6 +72,7 @@ def test_it_is_that_of_prune_with_its_norms_and_a_run_begins_with_it(structure, 
     assert all(torch.equal(kept(root.net)[name], mask) for name, mask in expected.items())
     for name, layer in sparse_layers(root.net).items():  # norm_decay is 1
         assert torch.equal(layer.statistics.norm_I, norms[name])
+        assert layer.calibration_norm is None  # a second run of these layers has norms of its own
 
 
 def test_under_the_autocast_of_a_run_it_is_that_of_prune_under_autocast(ids):

@@ -121,9 +121,9 @@ def refuse_dense(module: nn.Module, state_dict: dict[str, Any], prefix: str, *ar
     if prunes and all(_has_zeros_of(each, state_dict[f"{name}weight"]) for name, each in bare.items()):
         # ``save_pretrained`` has written them from this model, or from one with the same masks
         state_dict.update({name + MASK_NAME: each.weight_mask for name, each in bare.items()})
-    elif bare and bare.keys() == layers.keys():  # if only some masks are missing, torch says which
+    elif bare:
         raise ValueError(
-            f"The model is sparsified, but this checkpoint holds no masks (no {next(iter(bare))}{MASK_NAME}): it "
+            f"The model is sparsified, but this checkpoint holds no masks (no {next(iter(bare))}{MASK_NAME}), as if it "
             "was saved from a dense or a squashed model. To start sparse training from it, load it into the model "
             "before sparsifying, and leave ckpt_path out; to continue a sparse run, use a checkpoint that it wrote."
         )

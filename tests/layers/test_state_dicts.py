@@ -92,6 +92,11 @@ def test_a_dense_state_dict_is_refused_with_a_way_out():
     assert "before sparsifying" in str(error.value)
     squash(model)
     model.load_state_dict(dense)
+    state = masked_llama().state_dict()
+    del state["model.layers.0.mlp.up_proj.weight_mask"]
+    model = masked_llama()
+    with pytest.raises(ValueError, match="no model.layers.0.mlp.up_proj.weight_mask"):
+        model.load_state_dict(state, strict=False)
 
 
 def test_averaged_parameters_without_masks_are_saved_with_those_of_the_model(tmp_path):

@@ -96,8 +96,9 @@ def _no_option(name: str, options: Iterable[str], dashes: str) -> str:
 
 
 def _classes() -> set[str]:
-    modules = [module for name, module in sys.modules.items() if name.startswith("sparse_train")]
-    return {name for module in modules for name, each in vars(module).items() if inspect.isclass(each)}
+    modules = [module for name, module in sys.modules.items() if re.match(r"sparse_train\.(?!cli|report)", name)]
+    found = {name for module in modules for name, each in vars(module).items() if inspect.isclass(each)}
+    return {name for name in found if not name.startswith("_")}
 
 
 def _wrong_value(types: str, value: str) -> str:

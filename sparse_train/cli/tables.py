@@ -25,7 +25,7 @@ def show_pruning(details: dict[str, Any], layers: Sequence[LayerSparsity], folde
         print(f"calibrated on {size} of {data['text']} ({data['sampling']}), seed {data['seed']}")
     seconds = ", ".join(f"{name} {value:.1f} s" for name, value in details["seconds"].items())
     print(f"sparsity of the targeted weights {details['sparsity']:.6f}; {seconds}, on {details['device']}")
-    print_table(["projection", "layers", "sparsity", "pattern"], by_projection(layers), words=(0, 3))
+    print_table(["projection", "layers", "sparsity", "pattern"], by_projection(pruned(layers)), words=(0, 3))
 
 
 def show_inspection(name: str, layers: Sequence[LayerSparsity], model_bytes: int) -> None:

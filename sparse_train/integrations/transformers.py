@@ -372,6 +372,11 @@ def _train(found: Any, train: Any, self: Any, resume_from_checkpoint: Any = None
     folder = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
     if found and folder:
         check_complete(Path(folder))
+    elif folder and (Path(folder) / STATE_FILE).exists():
+        raise ValueError(
+            f"{folder} is of a sparse run, and the Trainer has no SparseTrainerCallback, without which training would "
+            "fill its zeros. Add the callback."
+        )
     for callback in found:
         callback._resumed = Path(folder) if folder else None
     return train(self, resume_from_checkpoint, *args, **kwargs)

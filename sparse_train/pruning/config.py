@@ -146,7 +146,7 @@ class PruningConfig:
             return cls("2:4" if mask_structure is None else mask_structure, sparsity, **settings)
         by_default = len(settings) == len(names) - 2 and cls(**settings) == cls()  # as the command line gives them
         if mask_structure is not None or sparsity is not None or (settings and not by_default):
-            raise ValueError("Give config or settings, not both; dataclasses.replace(config, ...) changes some.")
+            raise ValueError("Give config or settings, not both: write the settings into the config.")
         return config
 
     def _set(self, name: str, value: Any) -> None:
@@ -220,5 +220,5 @@ def check_same(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
         if name not in _FREE and saved.get(name) != now:
             raise ValueError(
                 f"The checkpoint was written with {name} = {as_call(saved.get(name))}, and this run has "
-                f"{as_call(now)}. Resume with the same setting, or start a new run from the exported model."
+                f"{as_call(now)}. Resume with the same setting, or start a new run (docs/faq.md)."
             )

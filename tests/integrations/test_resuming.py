@@ -77,6 +77,8 @@ def test_what_cannot_be_resumed_says_why(tmp_path):
         shutil.rmtree(tmp_path / "checkpoint-5")
     trainer(tmp_path, pruning(), **settings).train()
     assert (tmp_path / "checkpoint-5" / STATE_FILE).is_file()
+    with pytest.raises(ValueError, match="is of a sparse run, and the Trainer has no SparseTrainerCallback"):
+        trainer(tmp_path).train(resume_from_checkpoint=True)
     with pytest.raises(ValueError, match="update_freq = 4, and this run has 3"):
         trainer(tmp_path, pruning(update_freq=3)).train(resume_from_checkpoint=True)
     with pytest.raises(ValueError, match="in only one of them"):

@@ -26,6 +26,14 @@ def test_round_trip_and_counts(out_features, in_features, seed):
     assert masks.count_differing(packed, masks.pack(b)) == int((a != b).sum())
 
 
+@pytest.mark.parametrize("rows", range(1, 10))
+def test_fingerprints_of_masks_of_any_number_of_bytes(rows):
+    mask_OI = torch.zeros(rows, 5, dtype=torch.bool)
+    other_OI = mask_OI.clone()
+    other_OI[-1, -1] = True
+    assert masks.fingerprint_number(masks.pack(mask_OI)) != masks.fingerprint_number(masks.pack(other_OI))
+
+
 def test_fingerprints_tell_masks_apart_by_every_bit_and_its_place():
     mask = torch.rand(16, 24, generator=torch.Generator().manual_seed(0)) < 0.5
     flipped = [mask.reshape(-1) ^ (torch.arange(mask.numel()) == at) for at in range(mask.numel())]

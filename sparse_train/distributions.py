@@ -220,9 +220,8 @@ class Division:
         self.final_shares: dict[str, float] | None = None
         """The sparsity of each layer at the end; None if all are equal, or not known before the first masks."""
         self._uniform = isinstance(distribution, Uniform)
-        in_blocks = any(
-            shape.block is not None for shape in shapes.values()
-        )  # without blocks, OWL is asked, and refuses
+        # without blocks there will be no outliers: OWL is asked at once, and refuses
+        in_blocks = any(shape.block is not None for shape in shapes.values())
         if not self._uniform and (outliers is not None or not distribution.needs_outliers or not in_blocks):
             self.divide_by(outliers or {})
 

@@ -121,7 +121,7 @@ class RunningNorms:
         if lost:
             raise ValueError(
                 f"{lost[0]} is pruned by another MaskUpdater or callback, too, or it was squashed. "
-                " Only one of them may prune a layer; give several of them targets that do not overlap."
+                "Only one of them may prune a layer; give several of them targets that do not overlap."
             )
 
     def begin_with_first_masks(self) -> None:

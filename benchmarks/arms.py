@@ -86,8 +86,14 @@ _GRADUAL = (
 )
 _AST = ("criterion=Magnitude", "policy=variants.RisingDecay", "end_step=1.0")
 _CAST = ("criterion=Magnitude", "policy=variants.GrowingDecay", "end_step=1.0")
+_SRSTE = ("criterion=Magnitude", "policy=variants.CoupledDecay", "update_freq=1", "window=1", "end_step=1.0")
+_SPARSEGPT = ("first_mask=OneShot", "first_mask.criterion=SparseGPT")
 _SWAPS = (*_FROM_WANDA, "policy=variants.EvidenceSwaps")
 _70 = ("mask_structure=unstructured", "sparsity=0.7")
+_GRADUAL_70 = (
+    *("mask_structure=unstructured", "criterion=Magnitude", "policy=Fixed", "end_step=0.5"),
+    *("sparsity=0.7", "schedule=Cubic", "schedule.final_sparsity=0.7"),
+)
 
 ARMS: dict[str, Arm] = {
     "dense": _arm("smollm2_dense"),
@@ -158,11 +164,7 @@ ARMS: dict[str, Arm] = {
     "dynamic_frozen_norms_70": _arm("smollm2_unstructured60", *_70, "criterion=variants.FirstNorms"),
     "dynamic_magnitude_70": _arm("smollm2_unstructured60", *_70, *_FROM_WANDA),
     "dynamic_k50_70": _arm("smollm2_unstructured60", *_70, "update_freq=50"),
-    "gradual_magnitude_70": _arm(
-        "smollm2_unstructured60",
-        *("mask_structure=unstructured", "criterion=Magnitude", "policy=Fixed", "end_step=0.5"),
-        *("sparsity=0.7", "schedule=Cubic", "schedule.final_sparsity=0.7"),
-    ),
+    "gradual_magnitude_70": _arm("smollm2_unstructured60", *_GRADUAL_70),
     # layers of different sparsities
     "static_owl_70": _arm("smollm2_unstructured60", *_70, "distribution=OWL", "policy=Fixed"),
     "dynamic_owl_70": _arm("smollm2_unstructured60", *_70, "distribution=OWL"),
@@ -177,6 +179,17 @@ ARMS: dict[str, Arm] = {
     ),
     # RigL (arXiv 1911.11134), from Wanda's first mask
     "rigl_70_distill": _arm("smollm2_unstructured60", *_70, *_FROM_WANDA, "policy=Regrow", distil=True),
+    # other methods at 70 %, with the same teacher: AST, CAST, SR-STE (arXiv 2102.04010: magnitude at each step),
+    # gradual magnitude, SparseGPT's mask and weights, LoRA on a pruned model
+    "ast_70_distill": _arm("smollm2_unstructured60", *_70, *_AST, distil=True),
+    "cast_70_distill": _arm("smollm2_unstructured60", *_70, *_CAST, distil=True),
+    "srste_70_distill": _arm("smollm2_unstructured60", *_70, *_SRSTE, distil=True),
+    "gradual_magnitude_70_distill": _arm("smollm2_unstructured60", *_GRADUAL_70, distil=True),
+    "static_sparsegpt_70_distill": _arm("smollm2_unstructured60", *_70, *_SPARSEGPT, "policy=Fixed", distil=True),
+    "dynamic_dormant_sparsegpt_70_distill": _arm(
+        "smollm2_unstructured60", *_70, *_SPARSEGPT, "policy=Dormant", distil=True
+    ),
+    "lora_70_distill": _arm("smollm2_2of4_lora", *_70, distil=True),
     # low-rank, on q and v: outside the mask, where merging loses zeros, and inside it
     "lora": _arm("smollm2_2of4_lora"),
     "mask_lora": _arm("smollm2_2of4_mask_lora"),

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from sparse_train.arguments import check_sparsity, did_you_mean
-from sparse_train.patterns import NM, Pattern, Unstructured
+from sparse_train.patterns import NM, Pattern, Unstructured, share_of
 
 _AGREEMENT = 1e-3  # allowed difference from the mean of the layers' sparsities, which are written with few digits
 
@@ -179,8 +179,7 @@ def whole_counts(shapes: Shapes, sparsities: Shares, pattern: Pattern) -> dict[s
     """Round sparsities up to whole counts: each group prunes at most one weight more, and keeps at least one.
 
     Returns:
-        ``(count + 0.5) / members``, for which ``int(members * that)`` is always the count. A user-defined pattern
-        rounds by its own rules, and gets the sparsities unchanged.
+        The ``share_of`` each count. A user-defined pattern rounds by its own rules, and gets the sparsities unchanged.
     """
     if not isinstance(pattern, Unstructured):
         return dict(sparsities)
@@ -188,7 +187,7 @@ def whole_counts(shapes: Shapes, sparsities: Shares, pattern: Pattern) -> dict[s
     for name, sparsity in sparsities.items():
         members = shapes[name].columns if pattern.group == "row" else shapes[name].size
         count = min(math.ceil(members * sparsity - _ROUNDING), members - 1)  # something stays
-        found[name] = (count + 0.5) / members if count else 0.0
+        found[name] = share_of(count, members)
     return found
 
 

@@ -104,6 +104,11 @@ class Unstructured(Pattern):
         return keep_highest(grouped, members - int(members * sparsity)).view_as(scores_OI)
 
 
+def share_of(count: int, members: int) -> float:
+    """The sparsity at which exactly ``count`` of a group are pruned: half a weight more, which ``int`` drops again."""
+    return min((count + 0.5) / members, 1.0) if count else 0.0
+
+
 def parse_pattern(mask_structure: str | Pattern, sparsity: float | None, group: Group = "row") -> tuple[Pattern, float]:
     """The pattern and its final sparsity from what users write.
 

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sparse_train.patterns import NM, Group, Pattern
+from sparse_train.patterns import NM, Group, Pattern, share_of
 
 _log = logging.getLogger(__name__)
 
@@ -123,7 +123,7 @@ def _block_sparsity(pattern: Pattern, sparsity: float, rows: int, start: int, st
     per_column = rows if getattr(pattern, "group", "row") == "layer" else 1
     members = per_column * (stop - start)
     count = int(per_column * stop * sparsity) - int(per_column * start * sparsity)
-    return min((count + 0.5) / members, 1.0)  # half a weight more, so that int(members * this) is always count
+    return share_of(count, members)
 
 
 def _prune_block(

@@ -21,7 +21,7 @@ from sparse_train.distributed.collectives import gather_rows, rank, sum_over_ran
 from sparse_train.distributions import LayerShape, Shapes
 from sparse_train.layers import masks
 from sparse_train.layers.masked_layer import MaskedLayer, MaskedMatrix
-from sparse_train.patterns import Pattern, Unstructured
+from sparse_train.patterns import Pattern, Unstructured, share_of
 from sparse_train.policies import MaskPolicy, Optimizers, StraightThrough
 from sparse_train.pruning.recording import check_statistics
 from sparse_train.selection import in_threads, row_chunks
@@ -301,8 +301,9 @@ def mask_shares(layers: Mapping[str, MaskedMatrix], pattern: Pattern) -> dict[st
         if isinstance(pattern, Unstructured) and pattern.group == "row":
             # zeros that a model has had before pruning make some rows sparser than the pattern
             shares[name] = int((~layer.unpacked_mask()).sum(1).min()) / layer.in_features
-        else:  # a user-defined pattern may round down; half a weight more keeps it from losing one to float rounding
-            shares[name] = (pruned + (0.5 if pruned and not isinstance(pattern, Unstructured) else 0)) / layer.size
+        else:  # a user-defined pattern may round down
+            exact = isinstance(pattern, Unstructured)
+            shares[name] = pruned / layer.size if exact else share_of(pruned, layer.size)
     return shares
 
 

@@ -2,7 +2,18 @@
 
 from dataclasses import dataclass, field
 
-from sparse_train import OWL, Criterion, Magnitude, Solver, SparseGPT, SparsityDistribution, Uniform, Wanda
+from sparse_train import (
+    OWL,
+    Criterion,
+    Magnitude,
+    Pattern,
+    Solver,
+    SparseGPT,
+    SparsityDistribution,
+    Uniform,
+    Unstructured,
+    Wanda,
+)
 from sparse_train.data.texts import PackagedWikipedia, PythonStandardLibrary, TextSource
 
 CALLBACK = "--trainer.callbacks"
@@ -25,7 +36,7 @@ class Untrained:
     """
 
     method: Criterion | Solver
-    mask_structure: str = "2:4"
+    mask_structure: str | Pattern = "2:4"
     sparsity: float | None = None
     distribution: SparsityDistribution = field(default_factory=Uniform)
 
@@ -76,6 +87,7 @@ ONESHOT = {
     "oneshot_magnitude": Untrained(Magnitude()),
     "oneshot_sparsegpt": Untrained(SparseGPT()),
     "oneshot_wanda_70": Untrained(Wanda(), "unstructured", 0.7),
+    "oneshot_sparsegpt_70": Untrained(SparseGPT(), Unstructured("row"), 0.7),
     "oneshot_owl_70": Untrained(Wanda(), "unstructured", 0.7, OWL()),
 }
 _WANDA_FIRST = ("first_mask=OneShot", "first_mask.criterion=Wanda")
@@ -87,7 +99,7 @@ _GRADUAL = (
 _AST = ("criterion=Magnitude", "policy=variants.RisingDecay", "end_step=1.0")
 _CAST = ("criterion=Magnitude", "policy=variants.GrowingDecay", "end_step=1.0")
 _SRSTE = ("criterion=Magnitude", "policy=variants.CoupledDecay", "update_freq=1", "window=1", "end_step=1.0")
-_SPARSEGPT = ("first_mask=OneShot", "first_mask.criterion=SparseGPT")
+_FROM_ZEROS = ("first_mask=FromZeros", "--model.distillation.teacher=PackagedSmolLM2")
 _SWAPS = (*_FROM_WANDA, "policy=variants.EvidenceSwaps")
 _70 = ("mask_structure=unstructured", "sparsity=0.7")
 _GRADUAL_70 = (
@@ -146,6 +158,9 @@ ARMS: dict[str, Arm] = {
     # weights swap places by what the optimizer's moments say of them
     "swaps_distill": _arm("smollm2_2of4", *_SWAPS, distil=True),
     "swaps_k40_distill": _arm("smollm2_2of4", *_SWAPS, "update_freq=40", distil=True),
+    # a better start: SparseGPT's mask and weights; masks that move only early
+    "static_sparsegpt_distill": _arm("smollm2_2of4_static", *_FROM_ZEROS, start="oneshot_sparsegpt", distil=True),
+    "dynamic_dormant_stop25_distill": _arm("smollm2_2of4", "policy=Dormant", "end_step=0.25", distil=True),
     # AST (arXiv 2407.20584): magnitude from the start, a decay that rises for a quarter of the run, masks never frozen
     "ast_distill": _arm("smollm2_2of4", *_AST, distil=True),
     # CAST (arXiv 2509.25996), without scales: dense forwards, and a growing decay of what magnitude prunes
@@ -185,9 +200,8 @@ ARMS: dict[str, Arm] = {
     "cast_70_distill": _arm("smollm2_unstructured60", *_70, *_CAST, distil=True),
     "srste_70_distill": _arm("smollm2_unstructured60", *_70, *_SRSTE, distil=True),
     "gradual_magnitude_70_distill": _arm("smollm2_unstructured60", *_GRADUAL_70, distil=True),
-    "static_sparsegpt_70_distill": _arm("smollm2_unstructured60", *_70, *_SPARSEGPT, "policy=Fixed", distil=True),
-    "dynamic_dormant_sparsegpt_70_distill": _arm(
-        "smollm2_unstructured60", *_70, *_SPARSEGPT, "policy=Dormant", distil=True
+    "static_sparsegpt_70_distill": _arm(
+        "smollm2_unstructured60", *_70, *_FROM_ZEROS, "policy=Fixed", start="oneshot_sparsegpt_70", distil=True
     ),
     "lora_70_distill": _arm("smollm2_2of4_lora", *_70, distil=True),
     # low-rank, on q and v: outside the mask, where merging loses zeros, and inside it

@@ -65,8 +65,9 @@ def explain(message: str, options: Iterable[str]) -> str:
         similar = did_you_mean(name.partition(".")[0], [*accepted, "init_args"]) or f" It has {', '.join(accepted)}."
         said = f"{owner} has no argument {name!r}.{similar}"
     elif name := found["name"] or found["missing"]:
-        similar = did_you_mean(name.rpartition(".")[2], _classes())
-        said = f"there is no class {name!r}.{similar or ' Name your own as MODULE.CLASS.'}"
+        known, own = _classes(), name.rpartition(".")[2]
+        similar = did_you_mean(own, known) or " Name your own as MODULE.CLASS."
+        said = f"{name} is not of the kind that is wanted." if own in known else f"there is no class {name!r}.{similar}"
     elif found["abstract"]:
         said = "say which class these arguments are for, by its name."
     elif found["group"]:

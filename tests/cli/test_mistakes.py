@@ -58,6 +58,10 @@ def answer(arguments, capsys) -> str:
             [*FIT, f"{PRUNING}.criterion=Wonda"],
             "trainer.callbacks.criterion: there is no class 'Wonda'. Did you mean 'Wanda",
         ),
+        (
+            [*FIT, f"{PRUNING}.first_mask=OneShot", f"{PRUNING}.first_mask.criterion=SparseGPT"],
+            "trainer.callbacks.first_mask.criterion: SparseGPT is not of the kind that is wanted.",
+        ),
         ([*FIT, "--trainer.callbacks+=Evaluaton"], "there is no class 'Evaluaton'. Did you mean 'Evaluation'"),
         ([*PRUNE, "--criterion=nowhere.Score"], "criterion: there is no class 'nowhere.Score'."),
         ([*PRUNE, "--criterion=sparse_train.Wonda"], "there is no class 'sparse_train.Wonda'. Did you mean 'Wanda'"),

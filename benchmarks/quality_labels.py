@@ -87,6 +87,7 @@ SHIFT = {
 }
 UNSTRUCTURED = {
     "oneshot_wanda_70": "one-shot Wanda, untrained",
+    "oneshot_sparsegpt_70": "one-shot SparseGPT, within rows, untrained",
     "oneshot_owl_70": "one-shot Wanda, divided by OWL, untrained",
     "static_70": "static, no gradient to pruned weights",
     "static_ste_70": "static, straight-through",
@@ -104,16 +105,28 @@ TAUGHT_70 = {
     "static_70_distill": "static, no gradient to pruned weights",
     "dynamic_70_distill": "re-pruned every 10 steps (the default)",
     "dynamic_dormant_70_distill": "re-pruned every 10 steps, policy Dormant",
-    "swaps_70_distill": "swapped by evidence every 10 steps",
-    "regrow_70_distill": "Regrow: gradient",
-    "regrow5_70_distill": "Regrow: gradient, drop_fraction 0.05",
-    "rigl_70_distill": "RigL: dropped by magnitude, grown by gradient",
 }
 """With the untouched teacher, in steps of 512 tokens."""
+METHODS_70 = {
+    **TAUGHT_70,
+    "static_sparsegpt_70_distill": "SparseGPT's mask and weights, then static",
+    "swaps_70_distill": "swapped by evidence every 10 steps",
+    "ast_70_distill": "AST: magnitude every 10 steps, decay of pruned weights 0.01",
+    "srste_70_distill": "SR-STE: magnitude every step, decay of pruned weights 2e-4",
+    "regrow_70_distill": "Regrow: dropped by Wanda, grown by gradient, 30 % at first",
+    "regrow5_70_distill": "Regrow, 5 % at first",
+    "rigl_70_distill": "RigL: dropped by magnitude, grown by gradient, 30 % at first",
+    "gradual_magnitude_70_distill": "gradual magnitude: from dense to 70 % until step 25",
+    "cast_70_distill": "CAST without scales, decay 3",
+    "lora_70_distill": "LoRA, r 8 on q and v, on a frozen model at 70 %",
+}
+"""The methods of the field in that setting."""
 TAUGHT_2OF4 = {
     "static_distill": "static, no gradient to pruned weights",
     "dynamic_distill": "re-pruned every 10 steps (the default)",
     "dynamic_dormant_distill": "re-pruned every 10 steps, policy Dormant",
+    "dynamic_dormant_stop25_distill": "re-pruned until a quarter of the run, policy Dormant",
+    "static_sparsegpt_distill": "SparseGPT's mask and weights, then static",
     "ast_distill": "AST: magnitude, decay of pruned weights 0.01",
     "muon_static_distill": "static, Muon instead of AdamW",
     "cast_distill": "CAST without scales, decay 3",

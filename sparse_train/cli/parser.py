@@ -16,6 +16,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, get_loader, set_l
 from sparse_train.arguments import did_you_mean
 from sparse_train.cli.commands import COMMANDS
 from sparse_train.cli.mistakes import explain
+from sparse_train.files import reading
 
 # --- YAML: 2:4 without quotes, which YAML 1.1 reads as 124, a number in base 60 ---------------------------------------
 
@@ -118,7 +119,11 @@ def spelt_out(options: Sequence[str], positional: Sequence[str] = (), text: str 
         name, equals, value = option.partition("=")
         values = [value, *words] if equals else words
         if name in ("--config", "-c") and values:
-            found += [f"{name}={shipped(values[0])}", *values[1:]]
+            path = shipped(values[0])
+            if Path(path).is_file():  # the parser's own error would name no file
+                with reading(path):
+                    _load_with_n_of_m(Path(path).read_text())
+            found += [f"{name}={path}", *values[1:]]
         elif name == "--text" and values:
             if all(map(_is_path, values)):
                 files = [str(file) for each in values for file in _files(Path(each))]

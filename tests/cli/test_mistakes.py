@@ -183,3 +183,9 @@ def test_a_package_that_is_missing_is_named_with_its_extra(model_folder, text_fi
 
 def test_unknown_messages_stay_as_they_are():
     assert explain("the parser said something new", ["--model"]) == "the parser said something new"
+
+
+def test_a_recipe_that_is_no_yaml_is_named_with_the_line(tmp_path):
+    (tmp_path / "mine.yaml").write_text("model:\n  lr: 1\n data: [\n")
+    with pytest.raises(SystemExit, match=r"mine\.yaml.*line 3"):
+        cli.main(["fit", "--config", "mine.yaml"])

@@ -20,10 +20,10 @@ def low_rank_sum(weight_OI: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float) ->
 
 
 class _MaskedLinear(torch.autograd.Function):
-    """Saves weight, factors, packed mask and, if weight or factors are trained, x, but no masked copy.
+    """Holds between forward and backward what a dense layer holds, and the packed mask.
 
-    The masked weight is recomputed in backward: saving it would hold a second model between forward and backward
-    (under FSDP2 or ZeRO-3, the whole gathered one).
+    Under autocast, both hold the weight as it was cast: here, the masked one. Otherwise the masked weight is made again
+    in backward: to hold it would take a second model (under FSDP2 or ZeRO-3, the whole gathered one).
     """
 
     @staticmethod
@@ -45,29 +45,33 @@ class _MaskedLinear(torch.autograd.Function):
             raise RuntimeError(f"input is {x.dtype} and weight is {weight_OI.dtype}; they must have the same dtype")
         ctx.x_dtype, ctx.has_bias, ctx.device_type, ctx.dtype = x.dtype, bias_O is not None, device, dtype
         ctx.scale, ctx.straight_through = scale, straight_through
+        ctx.weight_dtype, ctx.cast = weight_OI.dtype, dtype != weight_OI.dtype
         x = x.to(dtype)
         # of a frozen weight, the gradient does not need the input, which a dense layer would not hold either
         trained = ctx.needs_input_grad[1] or ctx.needs_input_grad[4] or ctx.needs_input_grad[5]
-        ctx.save_for_backward(x if trained else None, weight_OI, mask_OJ, a_RI, b_OR)
         with torch.autocast(device, enabled=False):  # factors are summed in full precision, as a merge sums them
-            total_OI = weight_OI if a_RI is None or b_OR is None else low_rank_sum(weight_OI, a_RI, b_OR, scale)
-            return F.linear(x, masks.apply(total_OI, mask_OJ, dtype), None if bias_O is None else bias_O.to(dtype))
+            masked_OI = _masked(weight_OI, mask_OJ, a_RI, b_OR, scale, dtype)
+            held_OI = masked_OI if ctx.cast else weight_OI
+            ctx.save_for_backward(
+                x if trained else None, held_OI if ctx.needs_input_grad[0] else None, mask_OJ, a_RI, b_OR
+            )
+            return F.linear(x, masked_OI, None if bias_O is None else bias_O.to(dtype))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # a second derivative will be asked for
             raise RuntimeError("Masked layers have no second derivative (create_graph=True).")
-        x, weight_OI, mask_OJ, a_RI, b_OR = ctx.saved_tensors
+        x, held_OI, mask_OJ, a_RI, b_OR = ctx.saved_tensors
         wants_x, wants_weight, _, wants_bias, wants_a, wants_b, _, _ = ctx.needs_input_grad
         grad_x = grad_weight_OI = grad_bias_O = grad_a_RI = grad_b_OR = None
         with torch.autocast(ctx.device_type, enabled=False):  # in case the caller runs backward inside autocast
             grad = grad.to(ctx.dtype)
             grad_TO = grad.reshape(-1, grad.shape[-1])
             if wants_x:
-                total_OI = weight_OI if a_RI is None else low_rank_sum(weight_OI, a_RI, b_OR, ctx.scale)
-                grad_x = grad.matmul(masks.apply(total_OI, mask_OJ, ctx.dtype)).to(ctx.x_dtype)
+                masked_OI = held_OI if ctx.cast else _masked(held_OI, mask_OJ, a_RI, b_OR, ctx.scale, ctx.dtype)
+                grad_x = grad.matmul(masked_OI).to(ctx.x_dtype)
             if wants_weight:
-                grad_weight_OI = grad_TO.t().mm(x.reshape(-1, x.shape[-1])).to(weight_OI.dtype)
+                grad_weight_OI = grad_TO.t().mm(x.reshape(-1, x.shape[-1])).to(ctx.weight_dtype)
                 if not ctx.straight_through:
                     grad_weight_OI = masks.apply(grad_weight_OI, mask_OJ)
             if wants_a or wants_b:
@@ -75,6 +79,13 @@ class _MaskedLinear(torch.autograd.Function):
             if ctx.has_bias and wants_bias:
                 grad_bias_O = grad_TO.sum(0)
         return grad_x, grad_weight_OI, None, grad_bias_O, grad_a_RI, grad_b_OR, None, None
+
+
+def _masked(
+    weight_OI: Tensor, mask_OJ: Tensor, a_RI: Tensor | None, b_OR: Tensor | None, scale: float, dtype: torch.dtype
+) -> Tensor:
+    total_OI = weight_OI if a_RI is None or b_OR is None else low_rank_sum(weight_OI, a_RI, b_OR, scale)
+    return masks.apply(total_OI, mask_OJ, dtype)
 
 
 def _grad_of_factors(

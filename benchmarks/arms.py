@@ -100,6 +100,7 @@ _AST = ("criterion=Magnitude", "policy=variants.RisingDecay", "end_step=1.0")
 _CAST = ("criterion=Magnitude", "policy=variants.GrowingDecay", "end_step=1.0")
 _SRSTE = ("criterion=Magnitude", "policy=variants.CoupledDecay", "update_freq=1", "window=1", "end_step=1.0")
 _FROM_ZEROS = ("first_mask=FromZeros", "--model.distillation.teacher=PackagedSmolLM2")
+_SOLVED = "--trainer.callbacks+=variants.SolvedStart"
 _SWAPS = (*_FROM_WANDA, "policy=variants.EvidenceSwaps")
 _70 = ("mask_structure=unstructured", "sparsity=0.7")
 _GRADUAL_70 = (
@@ -160,6 +161,8 @@ ARMS: dict[str, Arm] = {
     "swaps_k40_distill": _arm("smollm2_2of4", *_SWAPS, "update_freq=40", distil=True),
     # a better start: SparseGPT's mask and weights; masks that move only early
     "static_sparsegpt_distill": _arm("smollm2_2of4_static", *_FROM_ZEROS, start="oneshot_sparsegpt", distil=True),
+    "dynamic_sparsegpt_distill": _arm("smollm2_2of4", _SOLVED, distil=True),
+    "dynamic_dormant_sparsegpt_distill": _arm("smollm2_2of4", "policy=Dormant", _SOLVED, distil=True),
     "dynamic_dormant_stop25_distill": _arm("smollm2_2of4", "policy=Dormant", "end_step=0.25", distil=True),
     # AST (arXiv 2407.20584): magnitude from the start, a decay that rises for a quarter of the run, masks never frozen
     "ast_distill": _arm("smollm2_2of4", *_AST, distil=True),
@@ -200,6 +203,9 @@ ARMS: dict[str, Arm] = {
     "cast_70_distill": _arm("smollm2_unstructured60", *_70, *_CAST, distil=True),
     "srste_70_distill": _arm("smollm2_unstructured60", *_70, *_SRSTE, distil=True),
     "gradual_magnitude_70_distill": _arm("smollm2_unstructured60", *_GRADUAL_70, distil=True),
+    "dynamic_dormant_sparsegpt_70_distill": _arm(
+        "smollm2_unstructured60", *_70, "policy=Dormant", _SOLVED, distil=True
+    ),
     "static_sparsegpt_70_distill": _arm(
         "smollm2_unstructured60", *_70, *_FROM_ZEROS, "policy=Fixed", start="oneshot_sparsegpt_70", distil=True
     ),

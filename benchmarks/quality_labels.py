@@ -109,6 +109,7 @@ TAUGHT_70 = {
 """With the untouched teacher, in steps of 512 tokens."""
 METHODS_70 = {
     **TAUGHT_70,
+    "dynamic_dormant_sparsegpt_70_distill": "SparseGPT's mask and weights, re-pruned every 10 steps, policy Dormant",
     "static_sparsegpt_70_distill": "SparseGPT's mask and weights, then static",
     "swaps_70_distill": "swapped by evidence every 10 steps",
     "ast_70_distill": "AST: magnitude every 10 steps, decay of pruned weights 0.01",
@@ -127,6 +128,8 @@ TAUGHT_2OF4 = {
     "dynamic_dormant_distill": "re-pruned every 10 steps, policy Dormant",
     "dynamic_dormant_stop25_distill": "re-pruned until a quarter of the run, policy Dormant",
     "static_sparsegpt_distill": "SparseGPT's mask and weights, then static",
+    "dynamic_sparsegpt_distill": "SparseGPT's mask and weights, re-pruned every 10 steps (the default)",
+    "dynamic_dormant_sparsegpt_distill": "SparseGPT's mask and weights, re-pruned every 10 steps, policy Dormant",
     "ast_distill": "AST: magnitude, decay of pruned weights 0.01",
     "muon_static_distill": "static, Muon instead of AdamW",
     "cast_distill": "CAST without scales, decay 3",

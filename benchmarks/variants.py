@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
 
-from sparse_train import LayerContext, MaskPolicy, StraightThrough, Wanda
+from sparse_train import LayerContext, MaskPolicy, SparseGPT, StraightThrough, Wanda, prune
 from sparse_train.callbacks import DynamicPruning
+from sparse_train.oneshot.first_mask import random_batches
 from sparse_train.policies import only_kept
 
 # --- which norms -----------------------------------------------------------------------------------------------------
@@ -316,6 +317,35 @@ class MuonAndAdamW(Optimizer):
 
 
 # --- what a run does besides -----------------------------------------------------------------------------------------
+
+
+class SolvedStart(L.Callback):
+    """SparseGPT's masks and kept weights at the start of a run; pruned weights hold their former values.
+
+    Zeros are counted in rows, as the patterns of the runs do, and forwards run under bfloat16 autocast, as in them.
+
+    Args:
+        blocks: sequences of training text, those that calibrate the first masks of other arms.
+    """
+
+    def __init__(self, blocks: int = 32) -> None:
+        self.blocks = blocks
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        (pruning,) = [each for each in trainer.callbacks if isinstance(each, DynamicPruning)]  # type: ignore[attr-defined]
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        size, dataset = data.batch_size, data.train_dataloader().dataset
+        model: Any = pl_module.model
+        prune(
+            model,
+            random_batches(dataset, size, None, self.blocks // size),
+            pruning.config.pattern,
+            pruning.config.sparsity,
+            criterion=SparseGPT(),
+            autocast=torch.bfloat16,
+            squash=False,
+            progress=True,
+        )
 
 
 class DenseNorms(L.Callback):

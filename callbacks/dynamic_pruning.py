@@ -250,8 +250,6 @@ class DynamicPruning(L.Callback):
             rank_zero_warn("The run had no step, so nothing was pruned.")
         if self._squash:
             unmask(pl_module)  # squash without its checks, which finish() has made
-        elif self.updater is not None:
-            self.updater.norms.record(False)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         if self.updater is None:

@@ -1,17 +1,19 @@
 """What callbacks need from Lightning's trainer: its steps, batches for calibration, and when modules have layers."""
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import nn
 
+from sparse_train.environment import isolated_rng
 from sparse_train.layers.masked_layer import sparse_layers
 from sparse_train.layers.sparsify import sparsify_like, unmask
-from sparse_train.oneshot.first_mask import first_batches, training_batches
+from sparse_train.oneshot.first_mask import training_batches
 from sparse_train.oneshot.forwards import Batch
 
 # Lightning has no hook after a module has created its layers, so the last of these that the module has is wrapped once.
@@ -38,7 +40,9 @@ def calibration_batches(trainer: L.Trainer, count: int) -> list[Batch] | None:
     ask = getattr(getattr(trainer, "datamodule", None), "calibration_dataloader", None)
     own = ask() if ask is not None else None
     if own is not None:
-        return first_batches(own, count)
+        with isolated_rng():
+            torch.manual_seed(0)  # the same batches in each process
+            return list(itertools.islice(own, count))
     return training_batches(trainer.train_dataloader, count)
 
 
@@ -74,7 +78,9 @@ def masks_as_loaded(pl_module: L.LightningModule) -> Callable[[], None]:
     If the module had no masks before, those that it has loaded are then folded into its weights.
     """
     was_dense = not sparse_layers(pl_module)
-    hook = pl_module.register_load_state_dict_pre_hook(_sparsify_as_loaded)  # type: ignore[no-untyped-call]
+    hook = pl_module.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]
+        lambda module, state_dict, prefix, *_: sparsify_like(module, state_dict, prefix)
+    )
 
     def end() -> None:
         hook.remove()
@@ -82,10 +88,6 @@ def masks_as_loaded(pl_module: L.LightningModule) -> Callable[[], None]:
             unmask(pl_module)
 
     return end
-
-
-def _sparsify_as_loaded(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-    sparsify_like(module, state_dict, prefix)
 
 
 # --- averaged models -------------------------------------------------------------------------------------------------

@@ -67,7 +67,7 @@ class RunRecord(L.Callback):
             return
         self._began, self.folder = 0.0, None
         self._pruning = next((each for each in _callbacks(trainer) if isinstance(each, DynamicPruning)), None)
-        if trainer.global_step == 0:  # a checkpoint, if there is one, is loaded later
+        if trainer.global_step == 0 or not self._facts:  # a checkpoint, if there is one, is loaded later
             counts: dict[str, Any] = {"step": 0, "seconds": 0.0, "tokens": 0}
             self._facts, self._earlier = counts | {"states": [], "protocols": [], "about": {}}, []
 

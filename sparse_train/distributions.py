@@ -245,11 +245,11 @@ class Division:
         shares = {name: value * (sparsity / self._final) for name, value in self.final_shares.items()}
         return whole_counts(self._shapes, shares, self._pattern)
 
-    def take_from_masks(self, masks: Shares, sparsity: float) -> None:
-        """Take over the division that masks have, if it is not known; the run must start at its final sparsity."""
-        if self.known or not sparsity:
+    def take_from_masks(self, shares: Shares, sparsity: float) -> None:
+        """Take over the division that masks have (``mask_shares``); the run must start at its final sparsity."""
+        if not sparsity:
             return
-        mean = mean_sparsity(self._shapes, masks)
+        mean = mean_sparsity(self._shapes, shares)
         rounding = 1 / min(shape.columns for shape in self._shapes.values())  # rows prune whole counts
         if abs(mean - sparsity) > max(_NEAR, rounding) or sparsity != self._final:
             raise ValueError(
@@ -257,4 +257,4 @@ class Division:
                 f"at {self._final:g}. Start at the final sparsity, which they must have; or give MaskUpdater the "
                 "outliers (OneshotReport.outliers); or squash the model first, to begin with new masks."
             )
-        self.final_shares = dict(masks)
+        self.final_shares = dict(shares)

@@ -41,9 +41,8 @@ def machine() -> dict[str, Any]:
         "processor": processor,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "memory": f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.1f} GiB",
     }
-    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
-        found["memory"] = f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.1f} GiB"
     if torch.cuda.is_available():
         found["accelerators"] = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return found

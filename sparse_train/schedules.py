@@ -124,6 +124,10 @@ class Timing:
     def is_update(self, step: int) -> bool:
         return self.next_update(step - 1) == step
 
+    def is_compared(self, step: int) -> bool:
+        """Whether processes compare their masks: at updates, and every ``update_freq`` steps after the last."""
+        return self.is_update(step) or (step > self.end_step and (step - self.end_step) % self.update_freq == 0)
+
     def next_update(self, step: int) -> int | None:
         """The first update after ``step``; None when masks are frozen."""
         if step < self.start_step:

@@ -8,7 +8,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -130,18 +130,16 @@ class Statistics(ABC):
     Plain tensors and not buffers: casting a model to bfloat16 must not cast its statistics.
     """
 
+    dimensions: ClassVar[int]
+    """Of ``sums``, each of the layer's inputs."""
+
     def __init__(self, in_features: int, device: torch.device | str | None = None) -> None:
-        self.sums = torch.zeros(self.shape(in_features), dtype=torch.float32, device=device)
+        self.sums = torch.zeros((in_features,) * self.dimensions, dtype=torch.float32, device=device)
         self.tokens = torch.zeros((), dtype=torch.int64, device=device)
         """Tokens counted."""
         self.dropped = torch.zeros_like(self.tokens)
         """Forwards since the last ``fade`` or ``reset`` that were left out because an input was not finite, as in a
         step that overflows float16 and that a loss scaler then skips."""
-
-    @staticmethod
-    @abstractmethod
-    def shape(in_features: int) -> tuple[int, ...]:
-        """The shape of ``sums``."""
 
     @abstractmethod
     def add(self, x: Tensor, token_mask: Tensor | None = None, last: LastSums | None = None) -> None:
@@ -185,9 +183,7 @@ class Statistics(ABC):
 class ActivationNorm(Statistics):
     """Sum of squares of each input feature over the tokens seen, and the number of tokens."""
 
-    @staticmethod
-    def shape(in_features: int) -> tuple[int, ...]:
-        return (in_features,)
+    dimensions = 1
 
     @property
     def sum_squares_I(self) -> Tensor:
@@ -223,9 +219,7 @@ class ActivationGram(Statistics):
     Only for calibration: takes I * I floats, does not detect recomputed forwards, and drops nothing.
     """
 
-    @staticmethod
-    def shape(in_features: int) -> tuple[int, ...]:
-        return in_features, in_features
+    dimensions = 2
 
     @property
     def gram_II(self) -> Tensor:

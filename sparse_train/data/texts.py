@@ -169,7 +169,8 @@ class TextFiles(TextSource):
 
     def __post_init__(self) -> None:
         paths = [*self.train, *self.validation, *self.test]
-        self.name = ", ".join(dict.fromkeys(Path(path).name for path in paths))  # one file may serve several splits
+        names = list(dict.fromkeys(Path(path).name for path in paths))  # one file may serve several splits
+        self.name = ", ".join(names if len(names) < 5 else [*names[:3], f"and {len(names) - 3} more"])
 
     def documents(self, split: Split) -> list[Any]:
         if not self.name:

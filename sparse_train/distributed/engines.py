@@ -9,15 +9,14 @@ from sparse_train.distributed.fsdp2 import Rows, reshard
 from sparse_train.distributed.layout import Layout, Whole
 from sparse_train.distributed.zero import Flat, Masters
 
-LAYOUTS: tuple[type[Layout], ...] = (Flat, Masters, Rows, Whole)
-
 
 def layout_of(parameter: Any) -> Layout:
     """What this process holds of a parameter.
 
     Looked up at each use: an engine may take a parameter over after its layer got a mask.
     """
-    return next(layout for layout in LAYOUTS if layout.holds(parameter))(parameter)
+    layouts: tuple[type[Layout], ...] = (Flat, Masters, Rows, Whole)
+    return next(layout for layout in layouts if layout.holds(parameter))(parameter)
 
 
 def whole_state_dict(model: nn.Module) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from sparse_train.blocks import numel
 from sparse_train.distributed.collectives import rank
 from sparse_train.distributed.engines import layout_of, whole_state_dict
 from sparse_train.export.card import ModelCard, training_rows, write_card
@@ -107,7 +108,7 @@ def check_written(folder: Path, layers: Sequence[LayerSparsity], model: Any) -> 
 def size_of(model: Any, dtype: torch.dtype | None) -> int:
     """Bytes that ``export_model`` will write, about."""
     dtype = dtype or _narrower_dtype_of_files(model)
-    return sum(weight.numel() * (dtype or weight.dtype).itemsize for weight in model.parameters())
+    return sum(numel(weight) * (dtype or weight.dtype).itemsize for weight in model.parameters())
 
 
 def _narrower_dtype_of_files(model: Any) -> torch.dtype | None:

@@ -101,6 +101,7 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
         self._hooks: list[Any] = []
         self._unlogged: dict[str, float] = {}
         self._resumed: Path | None = None
+        self._saved_step: int | None = None  # of the last checkpoint
         self.updater: MaskUpdater | None = None
         """The running updater; None before the run has begun."""
 
@@ -184,6 +185,7 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
     def save_state(self, args: Any, state: Any) -> None:
         """Write what the model of a checkpoint will lack; called in every process."""
         assert self.updater is not None
+        self._saved_step = state.global_step
         if args.save_only_model or state.is_hyper_param_search:
             return  # such a run is not resumed
         updater_state = {**self.updater.state_dict(), "metrics": self._unlogged}  # norms of all ranks
@@ -201,7 +203,8 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
         (folder / PRUNING_FILE).write_text(json.dumps(pruning, indent=2) + "\n")
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not (Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE_FILE).exists():
+        # not whether the file exists: on a node with disks of its own, it does not, and the others would wait
+        if self._saved_step != state.global_step:
             self.save_state(args, state)  # a Trainer that saves checkpoints in its own way
 
     def on_train_end(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
@@ -216,8 +219,6 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
             self._write_pruning(Path(args.output_dir))  # where save_model() puts the model
         if self._squash:
             unmask(model)
-        else:
-            self.updater.norms.record(False)
 
 
 def check_trainer(args: Any, model: nn.Module, config: PruningConfig) -> None:

@@ -86,7 +86,7 @@ class MaskedMatrix:
     has_factors: bool = False
     has_rows: bool = False
     weight_mask: Tensor
-    statistics: Statistics | None
+    statistics: Statistics | None = None
     calibration_norm: ActivationNorm | None = None
     recorder: Recorder | None = None
     in_features: int
@@ -150,7 +150,7 @@ class MaskedLayer(MaskedMatrix):
     frozen = False
     weight: Tensor
     bias: Any
-    straight_through: bool
+    straight_through = True
     training: bool
 
     # --- the parameter, under any engine -----------------------------------------------------------------------------
@@ -201,16 +201,14 @@ class MaskedLayer(MaskedMatrix):
     # --- masking -----------------------------------------------------------------------------------------------------
 
     def start_masking(self) -> None:
-        """Get a mask that keeps everything, and whatever else a masked layer has; the class has just been changed."""
+        """Get a mask that keeps everything; the class has just been changed, and has the rest."""
         assert isinstance(self, nn.Module)
         self.register_buffer(MASK_NAME, masks.full(self.out_features, self.in_features, self.weight_OI.device))
-        self.straight_through, self.statistics, self.recorder = True, None, None
 
     def stop_masking(self) -> None:
-        """Lose all that ``start_masking`` has given; the class is about to be changed back."""
-        for name in (MASK_NAME, "straight_through", "statistics", "recorder"):
-            delattr(self, name)
-        for name in ("had_adapter", "frozen", "calibration_norm"):
+        """Lose the mask, and what was set beside it; the class is about to be changed back."""
+        delattr(self, MASK_NAME)
+        for name in ("straight_through", "statistics", "recorder", "had_adapter", "frozen", "calibration_norm"):
             self.__dict__.pop(name, None)
 
     def __setstate__(self, state: dict[str, Any]) -> None:

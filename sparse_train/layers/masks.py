@@ -80,7 +80,7 @@ def apply(weight_OI: Tensor, packed_OJ: Tensor, dtype: torch.dtype | None = None
 
 def full(out_features: int, in_features: int, device: torch.device | str | None = None) -> Tensor:
     """The packed mask that keeps everything, spare bits 0."""
-    packed_OJ = torch.full((out_features, packed_width(in_features)), 255, dtype=torch.uint8, device=device)
+    packed_OJ = torch.empty((out_features, packed_width(in_features)), dtype=torch.uint8, device=device)
     fill_full(packed_OJ, in_features)
     return packed_OJ
 
@@ -95,7 +95,8 @@ def fill_full(packed_OJ: Tensor, in_features: int) -> None:
 def count(packed_OJ: Tensor) -> int:
     if packed_OJ.device.type == "cpu":
         return int(np.bitwise_count(_words(packed_OJ)).sum())
-    return int(_popcount_table(packed_OJ.device)[packed_OJ.int()].sum())
+    bits_V = _byte_table(torch.uint8, packed_OJ.device).sum(1)
+    return int(bits_V[packed_OJ.int()].sum())
 
 
 def count_differing(a_OJ: Tensor, b_OJ: Tensor) -> int:
@@ -134,9 +135,3 @@ def _byte_table(integer: torch.dtype, device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # a table created under inference_mode could not be used in training
         bit_VB = torch.arange(256)[:, None] >> torch.arange(8) & 1
         return (bit_VB if integer == torch.uint8 else -bit_VB).to(integer).to(device)
-
-
-@cache
-def _popcount_table(device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return (torch.arange(256)[:, None] >> torch.arange(8) & 1).sum(1).to(torch.int32).to(device)

@@ -105,16 +105,17 @@ def sparsify_like(module: nn.Module, state_dict: Mapping[str, Any], prefix: str 
     To load the state of a sparse model into a dense one: ``sparsify_like(module, state)``, then
     ``module.load_state_dict(state)``, and ``squash(module)`` for true zeros. For Lightning, ``load_from_checkpoint``.
     """
-    names = [key.removeprefix(prefix).removesuffix(f".{MASK_NAME}") for key in state_dict if is_mask(key)]
+    names = [key.removeprefix(prefix).removesuffix(MASK_NAME).removesuffix(".") for key in state_dict if is_mask(key)]
     layers = [module.get_submodule(name) for name in names]
     new = [layer for layer in layers if not isinstance(layer, MaskedLayer)]
     if new:
         sparsify(module, new)
     for name, layer in zip(names, layers, strict=True):
         assert isinstance(layer, MaskedLayer)
-        factor = state_dict.get(f"{prefix}{name}.{FACTOR_NAMES[0]}")
+        place = f"{prefix}{name}." if name else prefix
+        factor = state_dict.get(place + FACTOR_NAMES[0])
         if factor is not None and not layer.has_factors:
-            attach_factors(layer, factor.shape[0], int(state_dict[f"{prefix}{name}.{EXTRA_STATE}"]))
+            attach_factors(layer, factor.shape[0], int(state_dict[place + EXTRA_STATE]))
 
 
 # --- classes ---------------------------------------------------------------------------------------------------------

@@ -30,7 +30,6 @@ class ExpertMatrix(MaskedMatrix):
         self.experts, self.index = experts, index
         self.out_features, self.in_features = experts.shape_OI
         self.weight_mask = masks.full(self.out_features, self.in_features, experts.parameter.device)
-        self.statistics = None
 
     @property
     def weight_OI(self) -> Tensor:

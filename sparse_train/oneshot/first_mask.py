@@ -149,13 +149,6 @@ def random_batches(
     return batches if _usable(batches) else None
 
 
-def first_batches(loader: Iterable[Any], count: int) -> list[Batch]:
-    """The first batches of a loader for calibration, the same in each process; random states are restored."""
-    with isolated_rng():
-        torch.manual_seed(0)
-        return list(itertools.islice(loader, count))
-
-
 def _usable(batches: Sequence[Any]) -> bool:
     ids = [batch.get("input_ids") if isinstance(batch, Mapping) else batch for batch in batches]
     return bool(ids) and all(isinstance(b, Tensor) and not (b.is_floating_point() or b.is_complex()) for b in ids)

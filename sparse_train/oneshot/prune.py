@@ -123,7 +123,7 @@ def prune_checkpoint(
         raise ValueError(f"{plan.pattern} compares over the whole model, which is never in memory here. Use prune.")
     checkpoint = disk.Checkpoint(path)
     batches = list(batches) if plan.needs_data and batches is not None else None
-    parts = (plan.pattern, plan.sparsity, plan.method, plan.distribution, targets, list(ignore or ()))
+    parts = (plan.pattern, plan.sparsity, plan.method, plan.distribution, targets, list(ignore))
     data = f"autocast={autocast}", checkpoint.fingerprint, disk.fingerprint(batches or [])
     settings = [*map(describe, parts), *data]
     with disk.unfinished(out, settings) as work:

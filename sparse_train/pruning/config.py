@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
-from sparse_train.arguments import as_call, check_positive, describe, did_you_mean, require_type, to_python_number
+from sparse_train.arguments import as_call, describe, did_you_mean, require_type, to_python_number
 from sparse_train.criteria import Criterion, Wanda
 from sparse_train.distributions import SparsityDistribution, Uniform, check_pattern
 from sparse_train.patterns import Pattern, group_label
@@ -39,7 +39,8 @@ class OneShot(FirstMask):
     batches: int = 8
 
     def __post_init__(self) -> None:
-        check_positive("OneShot.batches", self.batches)
+        if type(self.batches) is not int or self.batches < 1:
+            raise ValueError(f"OneShot.batches must be at least 1, got {self.batches!r}.")
         require_type("OneShot.criterion", self.criterion, Wanda(), Criterion)
 
 

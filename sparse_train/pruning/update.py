@@ -77,9 +77,7 @@ class UpdateReport:
     def layer_metrics(self) -> dict[str, float]:
         """The metrics of each layer, by name."""
         sparsities = {f"layers/sparsity/{name}": layer.zeros / layer.size for name, layer in self.layers.items()}
-        return sparsities | {
-            f"layers/flip_rate/{name}": layer.flips / layer.size for name, layer in self.layers.items()
-        }
+        return sparsities | {f"layers/flip_rate/{n}": layer.flips / layer.size for n, layer in self.layers.items()}
 
 
 def sparsity_of(layers: Mapping[str, LayerUpdate]) -> float:
@@ -112,8 +110,8 @@ class _Choice:
     keep_OJ: Tensor
     nonzero: int
     """Number of kept weights that are not zero; of a sharded layer, at first only those of this process."""
-    finite: bool
-    """Whether all scores are; of a sharded layer, at first only those of this process."""
+    bad: int
+    """Number of chunks with scores that are not finite; of a sharded layer, at first only those of this process."""
 
 
 @torch.no_grad()
@@ -130,10 +128,10 @@ def update_masks(layers: Mapping[str, MaskedMatrix], rules: Rules) -> dict[str, 
     else:
         chosen = {name: choice for some in _portions(layers, rules) for name, choice in _choose(some, rules).items()}
     if rules.by_rows:
-        counts = _sum_counts(layers, {name: [each.nonzero, not each.finite] for name, each in chosen.items()})
-        chosen = {name: _Choice(chosen[name].keep_OJ, nonzero, not bad) for name, (nonzero, bad) in counts.items()}
+        counts = _sum_counts(layers, {name: [each.nonzero, each.bad] for name, each in chosen.items()})
+        chosen = {name: _Choice(chosen[name].keep_OJ, *own) for name, own in counts.items()}
     for name, choice in chosen.items():
-        if not choice.finite:
+        if choice.bad:
             raise ValueError(
                 f"{name}: scores are not finite, because a weight is infinite or NaN, or too large for its "
                 "activations; masks were not changed. Lower the learning rate, or find out where the weight got its "
@@ -176,10 +174,10 @@ def _choose(layers: Mapping[str, MaskedMatrix], rules: Rules) -> dict[str, _Choi
         scores_OI, nonzero_OI, finite = _score(context, rules)
         nonzero_OJ = masks.pack(nonzero_OI)
         if not finite:
-            return _Choice(nonzero_OJ, 0, False)  # no mask: update_masks raises before it reads one
+            return _Choice(nonzero_OJ, 0, 1)  # no mask: update_masks raises before it reads one
         keep_OI = rules.policy.select(scores_OI, [context.name], rules.pattern, rules.sparsity[context.name])
         keep_OJ = masks.pack(keep_OI)
-        return _Choice(keep_OJ, masks.count(keep_OJ & nonzero_OJ), True)
+        return _Choice(keep_OJ, masks.count(keep_OJ & nonzero_OJ), 0)
 
     with ExitStack() as stack:
         contexts = {name: stack.enter_context(_contexts(name, layer, rules)) for name, layer in layers.items()}
@@ -193,27 +191,26 @@ def _join(layer: MaskedMatrix, choices: list[_Choice], rules: Rules) -> _Choice:
     if len(choices) > 1:  # on the CPU, by numpy, which leaves no threads of OpenMP spinning beside those of in_threads
         keep_OJ = torch.from_numpy(np.concatenate([choice.keep_OJ.numpy() for choice in choices]))
     whole_OJ = gather_rows(keep_OJ, layer.out_features) if rules.by_rows and layer.has_rows else keep_OJ
-    nonzero, finite = sum(choice.nonzero for choice in choices), all(choice.finite for choice in choices)
-    return _Choice(whole_OJ, nonzero, finite)
+    return _Choice(whole_OJ, sum(each.nonzero for each in choices), sum(each.bad for each in choices))
 
 
 def _choose_model_wide(layers: Mapping[str, MaskedMatrix], rules: Rules) -> dict[str, _Choice]:
     """The masks of layers that are compared with each other."""
-    scores, nonzero, finite = [], [], True
+    scores, nonzero, bad = [], [], {}
     for name, layer in layers.items():
         with _contexts(name, layer, rules) as (context,):
-            scores_OI, nonzero_OI, is_finite = _score(context, rules)
+            scores_OI, nonzero_OI, finite = _score(context, rules)
         scores.append(scores_OI)
         nonzero.append(masks.pack(nonzero_OI))
-        finite &= is_finite
-    if not finite:
-        return dict.fromkeys(layers, _Choice(nonzero[0], 0, False))
+        bad[name] = int(not finite)
+    if any(bad.values()):  # no masks, as in _choose
+        return {name: _Choice(nonzero[0], 0, own) for name, own in bad.items()}
     row = torch.cat([scores_OI.reshape(1, -1) for scores_OI in scores], dim=1)
     mask = rules.policy.select(row, layers, rules.pattern, rules.sparsity[next(iter(layers))])
     parts = mask.split([scores_OI.numel() for scores_OI in scores], dim=1)
     keep = [masks.pack(part.view_as(scores_OI)) for part, scores_OI in zip(parts, scores, strict=True)]
     named = zip(layers, keep, nonzero, strict=True)
-    return {name: _Choice(keep_OJ, masks.count(keep_OJ & nonzero_OJ), True) for name, keep_OJ, nonzero_OJ in named}
+    return {name: _Choice(keep_OJ, masks.count(keep_OJ & nonzero_OJ), 0) for name, keep_OJ, nonzero_OJ in named}
 
 
 @contextmanager

@@ -12,10 +12,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sparse_train.arguments import as_call
 from sparse_train.blocks import ONE_OF_TWO_TEXTS, frozen_linears, reads_two_texts
 from sparse_train.distributed.collectives import rank
 from sparse_train.distributed.fsdp2 import reshard
-from sparse_train.distributions import Division, Outliers, Uniform
+from sparse_train.distributions import Division, Outliers
 from sparse_train.layers import masks
 from sparse_train.layers.adapters import check_adapters
 from sparse_train.layers.mask_lora import check_whole, describe_factors
@@ -24,7 +25,7 @@ from sparse_train.layers.sparsify import sparsify, unmask
 from sparse_train.layers.targets import in_words, select
 from sparse_train.patterns import Pattern, Unstructured, group_label
 from sparse_train.policies import Optimizers
-from sparse_train.pruning.config import FromZeros, PruningConfig, as_data, check_same
+from sparse_train.pruning.config import FromZeros, PruningConfig, check_same
 from sparse_train.pruning.recording import (
     RunningNorms,
     check_agreement,
@@ -85,14 +86,13 @@ def pruning_json(
     settings: Mapping[str, Any], sparsity: float | None, layers: Mapping[str, MaskedLayer]
 ) -> dict[str, Any]:
     """What a run with these settings (``as_data``) prunes now, as ``pruning.json`` says it."""
-    uniform = settings["distribution"] == as_data(Uniform())
-    stage = {
-        "mask_structure": settings["mask_structure"],
-        "wanted_sparsity": sparsity or 0.0,
-        "distribution": "Uniform()" if uniform else str(settings["distribution"]),
+    label, distribution = settings["mask_structure"], as_call(settings["distribution"])
+    stage = {"mask_structure": label, "wanted_sparsity": sparsity or 0.0, "distribution": distribution}
+    # as verify reads them: of each row, or else of the whole layer
+    return {
+        "stages": [stage],
+        "layers": mask_shares(layers, Unstructured("row" if label == "unstructured" else "layer")),
     }
-    by_row = stage["mask_structure"] == "unstructured"
-    return {"stages": [stage], "layers": mask_shares(layers, Unstructured("row" if by_row else "layer"))}
 
 
 class MaskUpdater:
@@ -229,20 +229,22 @@ class MaskUpdater:
         The callbacks carry ``OneShot`` out before this; a plain loop calls ``prune(..., squash=False)``. If nothing is
         to be pruned yet, masks that keep everything are right.
         """
-        config, first, dense = self.config, self.config.sparsity_at(0.0), self._all_kept()
-        if dense and isinstance(config.first_mask, FromZeros):
-            masks_from_zeros(self.layers, config.pattern, first, self._division)
-        elif dense and config.first_mask is None:
-            raise ValueError(
-                "first_mask is None, so the model must have masks already, and none of its targets has a pruned "
-                "weight. Prune it first (prune(..., squash=False)), or let the run make its mask: first_mask=OneShot()."
-            )
-        elif dense and first:
-            return False
-        else:
-            if not self._division.known:
-                self._division.take_from_masks(mask_shares(self.layers, config.pattern), first)
-            check_masks(self.layers, config.pattern, self._division.at(first))
+        config, first = self.config, self.config.sparsity_at(0.0)
+        if self._all_kept():
+            if isinstance(config.first_mask, FromZeros):
+                masks_from_zeros(self.layers, config.pattern, first, self._division)
+                return True
+            if config.first_mask is None:
+                raise ValueError(
+                    "first_mask is None, so the model must have masks already, and none of its targets has a pruned "
+                    "weight. Prune it first (prune(..., squash=False)), or let the run make its mask: "
+                    "first_mask=OneShot()."
+                )
+            if first:
+                return False
+        if not self._division.known:
+            self._division.take_from_masks(mask_shares(self.layers, config.pattern), first)
+        check_masks(self.layers, config.pattern, self._division.at(first))
         return True
 
     # --- in each step ------------------------------------------------------------------------------------------------
@@ -294,10 +296,10 @@ class MaskUpdater:
         self._check_restored_masks()
         self.steps += 1
         warn_of_padding(self.norms.recorder)
-        report, due, after_end = None, self.timing.is_update(self.steps), self.steps - self.timing.end_step
+        report, due = None, self.timing.is_update(self.steps)
         if due and self._would_change(self.steps):
             report = self.update()
-        elif due or (after_end > 0 and after_end % self.timing.update_freq == 0):
+        elif self.timing.is_compared(self.steps):
             check_agreement(self.layers)
             report = self.report() if due else None
         self._prepare_step()
@@ -371,7 +373,9 @@ class MaskUpdater:
             self._first_rows = {name: _sampled_rows(layer).clone() for name, layer in self.layers.items()}
 
     def finish(self) -> None:
-        """Call once before ``squash``, for last checks of the masks; warns if they are not at the final sparsity."""
+        """Call once before ``squash``: stops recording, and makes last checks; warns if the masks are not at the final
+        sparsity."""
+        self.norms.record(False)
         check_agreement(self.layers)
         check_adapters(self._model)
         self._check_restored_masks()

@@ -100,9 +100,10 @@ def masks_from_zeros(layers: Mapping[str, MaskedLayer], pattern: Pattern, sparsi
 def warn_of_filled_zeros(layers: Mapping[str, MaskedLayer]) -> None:
     """Warn if the masks of layers keep zeros of a model that was pruned before, so that training fills them."""
     counts = measure(layers)
-    pruned = sum(layer.size - masks.count(layer.weight_mask) for layer in layers.values())
-    zeros = sum(each.zeros for each in counts.values() if each.zeros < each.size)  # new layers may begin at zero
-    share = (zeros - pruned) / sum(each.size for each in counts.values())
+    kept = {name: masks.count(layer.weight_mask) for name, layer in layers.items()}
+    # new layers may begin at zero
+    filled = sum(each.zeros - each.size + kept[n] for n, each in counts.items() if each.zeros < each.size)
+    share = filled / sum(each.size for each in counts.values())
     if share > _A_FEW and rank() == 0:
         _log.warning(
             "The model was pruned before: %.1f %% of its weights are zeros that the first masks keep, so training "

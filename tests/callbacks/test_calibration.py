@@ -10,7 +10,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler,
 
 from sparse_train import FirstWindow
 from sparse_train.callbacks import DynamicPruning
-from sparse_train.oneshot.first_mask import first_batches, random_batches
+from sparse_train.oneshot.first_mask import random_batches
 from tests.callbacks.runs import InInit, Tokens, loader, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -116,5 +116,4 @@ def test_reading_for_calibration_moves_no_generator():
 
     before = states()
     assert len(random_batches(Drawing(), 2, None, 3)) == 3
-    assert len(first_batches(DataLoader(Drawing(), batch_size=2), 3)) == 3
     assert states() == before

@@ -7,6 +7,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from sparse_train import Explicit, FirstWindow, Magnitude, prune
+from sparse_train.arguments import describe
 from sparse_train.callbacks import DynamicPruning
 from sparse_train.cli.main import main
 from sparse_train.export import ModelCard, export_checkpoint, export_model
@@ -111,6 +112,7 @@ def test_what_a_run_exports_and_a_model_that_is_not_that_of_the_run(dense, tmp_p
     out = export_checkpoint(tmp_path / "x.ckpt", tmp_path / "out")
     assert verify(out)["layers"] == 21
     record = json.loads((out / PRUNING_FILE).read_text())
+    assert record["stages"][0]["distribution"] == describe(Explicit(BY_NAME))  # as prune writes it
     assert record["layers"].keys() == {n.removeprefix("model.") for n in pruning.pruning_json["layers"]}
     with pytest.raises(ValueError, match=r"(?s)layers\.0\.self_attn\.q_proj: .* found 0, .*and 12 more"):
         export_model(tiny_llama(), None, tmp_path / "other", ModelCard(pruning=record))

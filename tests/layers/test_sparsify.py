@@ -53,6 +53,14 @@ def test_a_checkpoint_of_a_sparse_run_loads_into_a_module_that_knows_nothing_of_
         assert torch.equal(other.get_submodule(name).weight, layer.masked_weight())
 
 
+def test_a_module_that_is_itself_the_layer_loads_too():
+    layer, other = (torch.nn.Linear(8, 8) for _ in range(2))
+    sparsify(layer, [layer])
+    sparsify_like(other, layer.state_dict())
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other.weight, layer.weight)
+
+
 def test_sparsify_and_squash_are_idempotent():
     layer, mask = sparse_linear()
     sparsify(layer, [layer])

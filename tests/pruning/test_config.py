@@ -84,8 +84,9 @@ def test_mistakes_are_found_at_construction(settings, message):
 
 
 def test_mistakes_in_a_first_mask_are_found_at_construction():
-    with pytest.raises(ValueError, match="OneShot.batches must be at least 1, got 0"):
-        OneShot(batches=0)
+    for batches in (0, None):
+        with pytest.raises(ValueError, match=f"OneShot.batches must be at least 1, got {batches}"):
+            OneShot(batches=batches)
     with pytest.raises(ValueError, match=r"Write Magnitude\(\)"):
         OneShot(Magnitude)
     with pytest.raises(ValueError, match=r"OneShot.criterion is an object such as Wanda"):

@@ -358,11 +358,12 @@ def test_an_error_in_the_middle_changes_no_mask_and_no_kept_weight():
     for (mask, weight), (new_mask, new_weight) in zip(before, kept(), strict=True):
         assert torch.equal(mask, new_mask) and torch.equal(weight, new_weight)
 
-    dense = shallow_llama()
-    dense.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
-    with pytest.raises(ValueError, match="scores are not finite"):
-        MaskUpdater(dense, "2:4", criterion=Magnitude(), total_steps=20)
-    assert not sparse_layers(dense)
+    for group in ("row", "model"):
+        dense = shallow_llama()
+        dense.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
+        with pytest.raises(ValueError, match=r"^model.layers.1.mlp.up_proj: scores are not finite"):
+            MaskUpdater(dense, Unstructured(group), 0.5, criterion=Magnitude(), total_steps=20)
+        assert not sparse_layers(dense)
 
 
 def test_padding_that_cannot_be_told_apart_is_said_once(caplog):

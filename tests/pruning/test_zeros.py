@@ -152,3 +152,11 @@ def test_a_layer_that_begins_at_zero_was_not_pruned(caplog):
     torch.nn.init.zeros_(model.model.layers[2].mlp.down_proj.weight)
     MaskUpdater(model, "2:4", start_step=4, total_steps=12)
     assert not caplog.records
+
+
+def test_a_layer_that_begins_at_zero_hides_no_zeros_of_others(caplog):
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(64, 64) for name in ("a", "b", "last")})
+    prune(model, mask_structure="unstructured", sparsity=0.6, criterion=Magnitude())
+    torch.nn.init.zeros_(model["b"].weight)
+    MaskUpdater(model, "2:4", criterion=Magnitude(), total_steps=12)
+    assert "zeros that the first masks keep" in caplog.text

@@ -8,7 +8,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from sparse_train import sparse_layers
-from sparse_train.distributed.collectives import world_size
+from sparse_train.distributed.collectives import rank, world_size
 from sparse_train.integrations.transformers import SparseTrainerCallback
 from tests.conftest import shallow_llama
 from tests.integrations.runs import Tokens
@@ -54,6 +54,14 @@ def test_two_processes_make_the_masks_of_one(ddp, tmp_path):
                 assert torch.equal(state[name], value), name
             else:
                 torch.testing.assert_close(state[name], value, msg=name)
+
+
+def train_apart(folder: Path) -> dict[str, Any]:
+    return train(folder / f"node{rank()}")
+
+
+def test_processes_without_a_common_disk_write_checkpoints(tmp_path):
+    assert len(launch.run(train_apart, tmp_path)) == 2
 
 
 def test_a_resumed_run_is_the_uninterrupted_one_on_every_rank(ddp):

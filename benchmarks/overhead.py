@@ -37,7 +37,7 @@ from sparse_train import NM, MaskUpdater, sparse_layers
 from sparse_train.data.blocks import blocks_of
 from sparse_train.data.texts import PackagedWikipedia
 from sparse_train.environment import peak_bytes
-from sparse_train.layers.targets import select
+from sparse_train.layers.targets import find_targets
 from sparse_train.models.distillation import CachedTeacher, Distillation, Teacher, cast_linear
 from sparse_train.models.losses import next_token_loss
 from sparse_train.models.sources import PackagedSmolLM2, as_model_source
@@ -119,7 +119,7 @@ def take_steps(kind: str, model: str, batch_size: int) -> None:
     loaded = source.load()
     student, batches, count = Student(loaded), batches_of(source, batch_size, 3, "cpu"), 0
     if kind == "ModelPruning":
-        pruning = Fields(loaded, list(select(loaded, NM(2, 4), None, []).layers))
+        pruning = Fields(loaded, list(find_targets(loaded, NM(2, 4), None, []).layers))
     elif kind == "re-pruned":
         updater = MaskUpdater(loaded, "2:4", update_freq=1, total_steps=4, end_step=1.0)
         count = sum(layer.size for layer in sparse_layers(loaded).values())

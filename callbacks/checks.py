@@ -40,7 +40,7 @@ def check_fit(trainer: L.Trainer, pruning: L.Callback, config: PruningConfig, sq
             )
     found = [each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)]
     best = next((each.monitor for each in found if each.monitor is not None and each.save_top_k not in (0, -1)), None)
-    if config.first_sparsity < config.sparsity_at(1.0) and best is not None:
+    if config.sparsity_at_step_0 < config.sparsity_at(1.0) and best is not None:
         rank_zero_warn(
             f"ModelCheckpoint keeps the checkpoints with the best {best}, and the sparsity of this run rises. "
             "Denser models have the lower loss, so the best one may be from before the final sparsity. Use the last "

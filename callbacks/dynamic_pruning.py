@@ -30,11 +30,11 @@ from sparse_train.callbacks.checks import check_built, check_fit
 from sparse_train.layers.mask_lora import MaskLoRA, add_mask_lora, check_mask_lora
 from sparse_train.layers.masked_layer import MaskedLayer, sparse_layers
 from sparse_train.layers.sparsify import unmask
-from sparse_train.layers.targets import in_words
+from sparse_train.layers.targets import layers_in_words
 from sparse_train.models.checkpoints import PRUNING_STATE
 from sparse_train.oneshot.first_mask import set_first_mask
 from sparse_train.patterns import Pattern
-from sparse_train.pruning.config import OneShot, PruningConfig, check_same
+from sparse_train.pruning.config import OneShot, PruningConfig, check_same_settings
 from sparse_train.pruning.update import UpdateReport
 from sparse_train.pruning.updater import MaskUpdater, check_restored_masks, mask_targets, pruning_json
 
@@ -160,7 +160,7 @@ class DynamicPruning(L.Callback):
         check_built(trainer, pl_module, state is not None)
         if state is None:
             if isinstance(self.config.first_mask, OneShot):
-                rank_zero_info(f"DynamicPruning: preparing the first mask of {in_words(self._layers)}.")
+                rank_zero_info(f"DynamicPruning: preparing the first mask of {layers_in_words(self._layers)}.")
             outliers = set_first_mask(
                 pl_module,
                 self._layers,
@@ -242,7 +242,7 @@ class DynamicPruning(L.Callback):
             self.updater.finish()
             self.pruning_json = pruning_json(self.updater.settings(), self.updater.sparsity, self.updater.layers)
         elif self._restored is not None:
-            check_same(self._restored["settings"], self.config.as_data())  # no updater has checked them
+            check_same_settings(self._restored["settings"], self.config.as_data())  # no updater has checked them
             check_restored_masks(self._restored["masks"], self._layers, self._restored["sparsity"])
             self.pruning_json = pruning_json(self._restored["settings"], self._restored["sparsity"], self._layers)
             rank_zero_warn(f"The run is at step {trainer.global_step} already, where it ends: nothing was trained.")

@@ -19,7 +19,7 @@ from sparse_train.evaluation.perplexity import check_length
 from sparse_train.evaluation.zeroshot import check_tasks, task_names
 from sparse_train.layers.masked_layer import sparse_layers
 from sparse_train.models.sources import ModelSource, as_model_source
-from sparse_train.oneshot.first_mask import causal_lm
+from sparse_train.oneshot.first_mask import transformers_model
 
 _AUTOCAST = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
 
@@ -166,7 +166,7 @@ class Evaluation(L.Callback):
 
 
 def _model(pl_module: L.LightningModule) -> nn.Module:
-    model = causal_lm(pl_module, sparse_layers(pl_module).values())
+    model = transformers_model(pl_module, sparse_layers(pl_module).values())
     if model is None:
         raise ValueError(
             f"Evaluation needs a transformers model that holds all masked layers, and {type(pl_module).__name__} has "

@@ -8,7 +8,6 @@ protocols             what ``Evaluation`` callbacks measured
 about                 what the page lists: settings, when and on what the run ran, peak memory of the first process
 """
 
-import json
 import os
 import re
 import time
@@ -30,7 +29,7 @@ from sparse_train import environment
 from sparse_train.callbacks.dynamic_pruning import DynamicPruning
 from sparse_train.callbacks.evaluation import Evaluation
 from sparse_train.callbacks.lightning_trainer import steps_done
-from sparse_train.files import replacing
+from sparse_train.files import write_json
 from sparse_train.pruning.updater import MaskUpdater
 from sparse_train.report.runs import METRICS, RUN_FILE, State, named, read_metrics
 
@@ -186,8 +185,7 @@ class RunRecord(L.Callback):
         if self.folder is not None and self._logger is not None:
             self._logger.save()
             self.folder.mkdir(parents=True, exist_ok=True)
-            with replacing(self.folder / RUN_FILE) as beside:
-                beside.write_text(json.dumps(self._facts, indent=1), encoding="utf-8")
+            write_json(self.folder / RUN_FILE, self._facts)
 
     def _updater(self) -> MaskUpdater | None:
         return None if self._pruning is None else self._pruning.updater

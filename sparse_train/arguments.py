@@ -34,14 +34,14 @@ def check_positive(name: str, value: int | None) -> None:
         raise ValueError(f"{name} must be at least 1, got {value}.")
 
 
-def require_type(name: str, value: T | None, default: T, base: type[Any]) -> T:
-    """``value``, or ``default`` for None; ValueError if it is a class, a text, or anything but a ``base``."""
+def require_type(name: str, value: T | None, example: T, base: type[Any]) -> T:
+    """``value``, or ``example`` in place of None; ValueError if it is a class, a text, or anything but a ``base``."""
     if value is None:
-        return default
+        return example
     given: T = value
     if not isinstance(value, base):
         way_out = f" Write {value.__name__}()." if isinstance(value, type) and issubclass(value, base) else ""
-        raise ValueError(f"{name} is an object such as {default!r}, got {value!r}.{way_out}")
+        raise ValueError(f"{name} is an object such as {example!r}, got {value!r}.{way_out}")
     return given
 
 

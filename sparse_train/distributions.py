@@ -175,7 +175,7 @@ def check_pattern(distribution: SparsityDistribution, pattern: Pattern) -> None:
     )
 
 
-def whole_counts(shapes: Shapes, sparsities: Shares, pattern: Pattern) -> dict[str, float]:
+def round_up(shapes: Shapes, sparsities: Shares, pattern: Pattern) -> dict[str, float]:
     """Round sparsities up to whole counts: each group prunes at most one weight more, and keeps at least one.
 
     Returns:
@@ -200,7 +200,7 @@ class Division:
     """The sparsity of each layer, at every sparsity of the model.
 
     With ``Uniform``, every layer has the model's sparsity, and a row prunes ``int(I * sparsity)`` weights, as in the
-    Wanda reference. Others are rounded up (``whole_counts``). The distribution divides the final sparsity, once (OWL,
+    Wanda reference. Others are rounded up (``round_up``). The distribution divides the final sparsity, once (OWL,
     whose range is fixed, might not be able to divide a lower one); on the way to it, layers have theirs in proportion,
     so none gets denser while the model does not. If it needs outliers, they are given, or measured when the first masks
     are made. A model that has masks already keeps the division that they have (``take_from_masks``), and a resumed run
@@ -243,7 +243,7 @@ class Division:
             )
         # at the final sparsity, the factor is exactly 1
         shares = {name: value * (sparsity / self._final) for name, value in self.final_shares.items()}
-        return whole_counts(self._shapes, shares, self._pattern)
+        return round_up(self._shapes, shares, self._pattern)
 
     def take_from_masks(self, shares: Shares, sparsity: float) -> None:
         """Take over the division that masks have (``mask_shares``); the run must start at its final sparsity."""

@@ -2,6 +2,7 @@
 
 import errno
 import io
+import json
 import os
 import re
 import shutil
@@ -96,6 +97,12 @@ def replacing(path: Path) -> Iterator[Path]:
     except BaseException as error:
         beside.unlink(missing_ok=True)
         _raise_from(error, path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON that people can read; the file is complete or as before."""
+    with replacing(path) as beside:
+        beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _raise_from(error: BaseException, out: Path) -> NoReturn:

@@ -42,7 +42,7 @@ class Optimizers:
                     if isinstance(value, Tensor) and value.shape == layer.weight.shape:
                         rows = layout.state_rows(value)
                         if rows is not None:
-                            found[name] = layer.stored(rows)
+                            found[name] = layer.turned(rows)
         return found
 
 
@@ -238,7 +238,7 @@ class Regrow(MaskPolicy):
                 finite = gradient is not None and bool(gradient.isfinite().all())
                 self.gradients[name] = gradient.clone() if gradient is not None and finite else None
                 if gradient is not None:
-                    gradient.masked_fill_(layer.stored(~layer.unpacked_mask()), 0)
+                    gradient.masked_fill_(layer.turned(~layer.unpacked_mask()), 0)
 
     def before_update(self, steps: int) -> None:
         self.before = {name: layer.weight_mask.clone() for name, layer in self.layers.items()}
@@ -259,7 +259,7 @@ class Regrow(MaskPolicy):
 
     def _gain(self, name: str) -> Tensor | None:
         gradient = self.gradients.get(name) if self.fraction else None
-        return None if gradient is None else self.layers[name].stored(gradient).float().abs()
+        return None if gradient is None else self.layers[name].turned(gradient).float().abs()
 
     @torch.no_grad()
     def after_update(self) -> None:
@@ -267,7 +267,7 @@ class Regrow(MaskPolicy):
         for name, layer in self.layers.items():
             old_OI, new_OI = masks.unpack(self.before.pop(name), layer.in_features), layer.unpacked_mask()
             layer.weight_OI.masked_fill_(new_OI & ~old_OI, 0)
-            changed = layer.stored(old_OI ^ new_OI)
+            changed = layer.turned(old_OI ^ new_OI)
             for optimizer in self.optimizers.known:
                 state = optimizer.state.get(layer.weight, {})
                 for moment in _moments(optimizer):

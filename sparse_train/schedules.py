@@ -85,7 +85,7 @@ class Cubic(Ramp):
     power: ClassVar[int] = 3
 
 
-def resolve_target(
+def pattern_and_schedule(
     mask_structure: str | Pattern, sparsity: float | None, schedule: Schedule | None, group: Group = "row"
 ) -> tuple[Pattern, Schedule]:
     """Pattern and schedule from what users write; ValueError if they contradict each other."""

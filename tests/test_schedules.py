@@ -3,7 +3,7 @@ import torch
 
 from sparse_train import Magnitude, MaskUpdater
 from sparse_train.patterns import NM, Unstructured
-from sparse_train.schedules import Constant, Cubic, Linear, resolve_target
+from sparse_train.schedules import Constant, Cubic, Linear, pattern_and_schedule
 
 
 def test_sparsity_only_rises_and_ends_where_it_should():
@@ -41,9 +41,9 @@ def test_behind_the_ramp_masks_of_the_full_pattern_are_renewed(llama, ids):
 
 
 def test_a_sparsity_is_a_schedule_and_none_contradicts_another():
-    assert resolve_target("2:4", None, None) == (NM(2, 4), Constant(0.5))
-    assert resolve_target("unstructured", None, Cubic(0.6)) == (Unstructured("row"), Cubic(0.6))
+    assert pattern_and_schedule("2:4", None, None) == (NM(2, 4), Constant(0.5))
+    assert pattern_and_schedule("unstructured", None, Cubic(0.6)) == (Unstructured("row"), Cubic(0.6))
     with pytest.raises(ValueError, match=r"sparsity=0.5 is in conflict with the schedule, which ends at 0.6"):
-        resolve_target("unstructured", 0.5, Cubic(0.6))
+        pattern_and_schedule("unstructured", 0.5, Cubic(0.6))
     with pytest.raises(ValueError, match="2:4 is a sparsity of 0.5, in conflict with 0.6"):
-        resolve_target("2:4", None, Cubic(0.6))
+        pattern_and_schedule("2:4", None, Cubic(0.6))

@@ -25,7 +25,7 @@ from sparse_train.export.card import training_rows
 from sparse_train.export.hf_folder import renamed, size_of
 from sparse_train.files import check_free, check_space, replacing
 from sparse_train.models.causal_lm import CausalLM
-from sparse_train.models.checkpoints import check_plain, newest_checkpoint
+from sparse_train.models.checkpoints import check_runs_no_code, newest_checkpoint
 from sparse_train.models.sources import Dtype, torch_dtype
 from sparse_train.report import collect, headline, write_run_report
 from sparse_train.report.runs import without_homes
@@ -76,7 +76,7 @@ class SparseTrainCLI(LightningCLI):
         if options.ckpt_path == "last":  # Lightning looks in the folder of this run, which is new, and trains anew
             options.ckpt_path = str(newest_checkpoint(options.trainer.default_root_dir or _RUNS))
         if options.ckpt_path:
-            check_plain(options.ckpt_path)
+            check_runs_no_code(options.ckpt_path)
             if options.get("weights_only", True) is None:  # where this is not set, Lightning trusts what it downloads
                 options.weights_only = True
 

@@ -2,7 +2,6 @@
 
 import sys
 from dataclasses import replace
-from json import dumps
 from pathlib import Path
 from time import perf_counter as now
 from typing import Any, Literal
@@ -20,8 +19,9 @@ from sparse_train.export import export_model
 from sparse_train.export.card import ModelCard, oneshot_rows, write_card
 from sparse_train.export.hf_folder import check_written, size_of
 from sparse_train.export.verify import PRUNING_FILE
-from sparse_train.files import check_free, check_space, written_whole
+from sparse_train.files import check_free, check_space, write_json, written_whole
 from sparse_train.inspection import LayerSparsity, layer_sparsities
+from sparse_train.model_folders import WeightFiles, copy_others, model_without_weights
 from sparse_train.models.sources import (
     Autocast,
     Dtype,
@@ -31,7 +31,6 @@ from sparse_train.models.sources import (
     chosen_device,
     torch_dtype,
 )
-from sparse_train.oneshot.disk import Checkpoint, copy_others, model_without_weights
 from sparse_train.oneshot.forwards import Batch
 from sparse_train.oneshot.prune import prune as prune_model
 from sparse_train.oneshot.prune import prune_checkpoint
@@ -115,7 +114,7 @@ def prune(
     with joined(chosen_device(device)) as own_device:
         if streaming:
             files = _files_of(source)
-            loaded = model_without_weights(files, Checkpoint(files))
+            loaded = model_without_weights(files, WeightFiles(files))
         else:
             loaded = source.load().to(own_device)
         # what would fail after the pruning or in it
@@ -142,7 +141,7 @@ def prune(
                 if isinstance(source, Pretrained):
                     copy_others(Path(source.path), written)
             details["seconds"]["all"] = now() - began
-            (written / PRUNING_FILE).write_text(dumps(details, indent=2) + "\n")
+            write_json(written / PRUNING_FILE, details)
 
         if streaming:
             prune_checkpoint(files, folder, batches, **method, complete=complete, device=own_device, progress=True)

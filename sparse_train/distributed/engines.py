@@ -5,9 +5,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from sparse_train.distributed.collectives import rank
-from sparse_train.distributed.fsdp2 import Rows, reshard
+from sparse_train.distributed.fsdp2 import FSDP2, reshard
 from sparse_train.distributed.layout import Layout, Whole
-from sparse_train.distributed.zero import Flat, Masters
+from sparse_train.distributed.zero import ZeRO3, ZeRO12
 
 
 def layout_of(parameter: Any) -> Layout:
@@ -15,7 +15,7 @@ def layout_of(parameter: Any) -> Layout:
 
     Looked up at each use: an engine may take a parameter over after its layer got a mask.
     """
-    layouts: tuple[type[Layout], ...] = (Flat, Masters, Rows, Whole)
+    layouts: tuple[type[Layout], ...] = (ZeRO3, ZeRO12, FSDP2, Whole)
     return next(layout for layout in layouts if layout.holds(parameter))(parameter)
 
 

@@ -15,7 +15,7 @@ from sparse_train.distributed.collectives import rank, world_size
 from sparse_train.distributed.layout import Elementwise, Layout
 
 
-class Rows(Layout):
+class FSDP2(Layout):
     """Equal chunks of rows, the last ones shorter or empty."""
 
     is_sharded = True

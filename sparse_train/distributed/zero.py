@@ -12,7 +12,7 @@ from sparse_train.distributed.collectives import rank
 from sparse_train.distributed.layout import Elementwise, Layout, Whole
 
 
-class Masters(Whole):
+class ZeRO12(Whole):
     """ZeRO-1 and 2: the parameter is whole, and each process holds a flat piece of some float32 masters."""
 
     has_masters = True
@@ -35,7 +35,7 @@ class Masters(Whole):
         return None
 
 
-class Flat(Layout):
+class ZeRO3(Layout):
     """ZeRO-3: each process holds a flat piece of the parameter, and of its float32 master."""
 
     is_sharded = has_masters = True

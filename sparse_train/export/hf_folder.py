@@ -1,7 +1,6 @@
 """Export: a Hugging Face folder with true zeros, readable by plain ``AutoModelForCausalLM.from_pretrained``."""
 
 import copy
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -16,15 +15,15 @@ from sparse_train.distributed.collectives import rank
 from sparse_train.distributed.engines import layout_of, whole_state_dict
 from sparse_train.export.card import ModelCard, training_rows, write_card
 from sparse_train.export.verify import PRUNING_FILE, compare
-from sparse_train.files import reading, written_whole
+from sparse_train.files import reading, write_json, written_whole
 from sparse_train.inspection import LayerSparsity, layer_sparsities
 from sparse_train.layers.masked_layer import sparse_layers
 from sparse_train.layers.sparsify import sparsify_like, squash
 from sparse_train.layers.state_dicts import folded_state_dict
+from sparse_train.model_folders import WeightFiles, names_in_model
 from sparse_train.models import lora
 from sparse_train.models.checkpoints import PRUNING_STATE, read_checkpoint
 from sparse_train.models.sources import PackagedSmolLM2, Pretrained
-from sparse_train.oneshot.disk import Checkpoint, names_in_model
 from sparse_train.pruning.updater import check_restored_masks, pruning_json
 
 _log = logging.getLogger(__name__)
@@ -85,8 +84,8 @@ def export_model(
             tokenizer.save_pretrained(beside)
         write_card(beside, card, layers)
         if card.pruning is not None:
-            (beside / PRUNING_FILE).write_text(json.dumps(card.pruning, indent=2) + "\n")
-            compare(card.pruning, Checkpoint(beside), base)
+            write_json(beside / PRUNING_FILE, card.pruning)
+            compare(card.pruning, WeightFiles(beside), base)
     return out
 
 
@@ -97,7 +96,7 @@ def renamed(pruning: Mapping[str, Any]) -> dict[str, Any]:
 
 def check_written(folder: Path, layers: Sequence[LayerSparsity], model: Any) -> None:
     """Count the zeros of the files again; ValueError if they are not those that the card states."""
-    checkpoint, counted = Checkpoint(folder), {f"{layer.name}.weight": layer.zeros for layer in layers}
+    checkpoint, counted = WeightFiles(folder), {f"{layer.name}.weight": layer.zeros for layer in layers}
     names = names_in_model(model, checkpoint.files, converted=False)
     for key in (key for key, name in names.items() if name in counted):  # tied weights and fused experts are not
         weight, file = checkpoint.read([key])[key], checkpoint.files[key]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sparse_train.blocks import fused_experts, is_conv1d
 from sparse_train.files import reading
-from sparse_train.oneshot.disk import Checkpoint, model_without_weights, names_in_model
+from sparse_train.model_folders import WeightFiles, model_without_weights, names_in_model
 from sparse_train.patterns import Pattern, Unstructured, group_label, parse_word
 
 PRUNING_FILE = "pruning.json"
@@ -27,12 +27,12 @@ def verify(folder: str | Path) -> dict[str, Any]:
     hint = " It says what zeros should be: prune, fit --export and export write it."
     with reading(folder / PRUNING_FILE, lambda: hint):
         pruning = json.loads((folder / PRUNING_FILE).read_text())
-        _recipe(pruning)
-    checkpoint = Checkpoint(folder)
+        _expected(pruning)
+    checkpoint = WeightFiles(folder)
     return compare(pruning, checkpoint, model_without_weights(folder, checkpoint))
 
 
-def _recipe(pruning: Mapping[str, Any]) -> tuple[Pattern, dict[str, float], float | None]:
+def _expected(pruning: Mapping[str, Any]) -> tuple[Pattern, dict[str, float], float | None]:
     """The pattern within each layer, what it has in each, and the sparsity of the model where that says more."""
     # a little more, so that rounding loses no weight
     stage, layers = pruning["stages"][-1], {name: float(share) + 1e-10 for name, share in pruning["layers"].items()}
@@ -44,7 +44,7 @@ def _recipe(pruning: Mapping[str, Any]) -> tuple[Pattern, dict[str, float], floa
     return pattern, layers, wanted
 
 
-def compare(pruning: Mapping[str, Any], checkpoint: Checkpoint, model: nn.Module) -> dict[str, Any]:
+def compare(pruning: Mapping[str, Any], checkpoint: WeightFiles, model: nn.Module) -> dict[str, Any]:
     """Compare the zeros of files with how they were made. A group may be sparser than that, and never denser.
 
     Every row, group of M or layer is compared with the sparsity of its layer, and all layers with that of the model.
@@ -56,7 +56,7 @@ def compare(pruning: Mapping[str, Any], checkpoint: Checkpoint, model: nn.Module
     Raises:
         ValueError: names each layer that is denser, what was expected and what was found.
     """
-    pattern, shares, wanted = _recipe(pruning)
+    pattern, shares, wanted = _expected(pruning)
     wrong, size, found, expected, rounding = [], 0, 0, 0, 0.0
     for name, weight_OI in _weights(checkpoint, model, shares):
         nonzero_OI = weight_OI != 0
@@ -80,7 +80,7 @@ def compare(pruning: Mapping[str, Any], checkpoint: Checkpoint, model: nn.Module
     return {"layers": len(shares), "sparsity": found / size, "zeros_kept": found - expected}
 
 
-def _weights(checkpoint: Checkpoint, model: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+def _weights(checkpoint: WeightFiles, model: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
     """These layers by name, one after the other, (O, I)."""
     experts = fused_experts(model)
     keys = {name: key for key, name in names_in_model(model, checkpoint.files, converted=False).items()}

@@ -30,7 +30,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from sparse_train.distributed.collectives import rank
 from sparse_train.export.verify import PRUNING_FILE
-from sparse_train.files import load_plain, replacing
+from sparse_train.files import load_plain, replacing, write_json
 from sparse_train.layers import masks
 from sparse_train.layers.masked_layer import MaskedLayer, sparse_layers
 from sparse_train.layers.masks import MASK_NAME
@@ -200,7 +200,7 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
     def _write_pruning(self, folder: Path) -> None:
         assert self.updater is not None
         pruning = pruning_json(self.updater.settings(), self.updater.sparsity, self.updater.layers)
-        (folder / PRUNING_FILE).write_text(json.dumps(pruning, indent=2) + "\n")
+        write_json(folder / PRUNING_FILE, pruning)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # not whether the file exists: on a node with disks of its own, it does not, and the others would wait
@@ -271,7 +271,7 @@ def _zeros_to_masks(module: nn.Module, state_dict: dict[str, Any], prefix: str, 
     for name, layer in sparse_layers(module).items():
         weight, mask = (f"{prefix}{name}.{suffix}" for suffix in ("weight", MASK_NAME))
         if weight in state_dict and mask not in state_dict:
-            state_dict[mask] = masks.pack(layer.stored(state_dict[weight]) != 0)
+            state_dict[mask] = masks.pack(layer.turned(state_dict[weight]) != 0)
 
 
 def _shadow(layer: MaskedLayer) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ def check_adapters(model: nn.Module) -> None:
     for name, layer in masked_modules(model).items():
         adapter = adapters.get(id(layer))
         if adapter is not None:
-            check_reads(adapter)
+            check_no_dora(adapter)
         if layer.had_adapter and (adapter is None or getattr(adapter, "merged", False)):
             raise ValueError(
                 f"{name.removesuffix('.')}: an adapter was merged into a masked layer, whose mask prunes what it "
@@ -34,7 +34,7 @@ def note_adapters(model: nn.Module) -> dict[int, nn.Module]:
     return found
 
 
-def check_reads(adapter: nn.Module) -> None:
+def check_no_dora(adapter: nn.Module) -> None:
     """Raise ValueError for DoRA, which computes with all weights of its base, also those that a mask prunes."""
     if any(getattr(adapter, "use_dora", {}).values()):
         raise ValueError(

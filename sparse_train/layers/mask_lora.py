@@ -157,7 +157,7 @@ def check_mask_lora(model: nn.Module, lora: MaskLoRA) -> None:
                     "such as that of the checkpoint, or call merge_mask_lora(model) first."
                 )
             continue
-        check_whole(name, layer)
+        check_not_divided(name, layer)
         if type(layer) is not SparseLinear:
             raise ValueError(f"{name} is a {type(layer).__name__}; mask_lora adapts nn.Linear layers. Leave it out.")
 
@@ -171,7 +171,7 @@ def merge_mask_lora(model: nn.Module) -> None:
         layer.merge()
 
 
-def check_whole(name: str, layer: MaskedLayer) -> None:
+def check_not_divided(name: str, layer: MaskedLayer) -> None:
     """Raise ValueError if an engine divides the weight of a layer, or the factors of its adapter."""
     held = [layout_of(getattr(layer, each)) for each in ("weight", *(FACTOR_NAMES if layer.has_factors else ()))]
     if any(layout.is_sharded for layout in held) or (layer.has_factors and held[1].has_masters):

@@ -76,7 +76,7 @@ class MaskedMatrix:
         calibration_norm: of the one-shot pruning that made the mask, until a run that starts with the mask takes it.
         in_features, out_features: I and O.
         has_factors: whether a low-rank adapter is part of the weight, see ``sparse_train.layers.mask_lora``.
-        has_rows: whether each process holds some rows (FSDP2), which it can score and select alone.
+        rows_are_divided: whether each process holds some rows (FSDP2), which it can score and select alone.
 
     To score, ``read``: it works under every engine. To compute or count with what the forward uses, ``masked_weight``.
     To change weights in training, ``MaskedLayer.rewrite``: it reaches shards and masters. ``weight_OI`` is the tensor
@@ -84,7 +84,7 @@ class MaskedMatrix:
     """
 
     has_factors: bool = False
-    has_rows: bool = False
+    rows_are_divided: bool = False
     weight_mask: Tensor
     statistics: Statistics | None = None
     calibration_norm: ActivationNorm | None = None
@@ -161,14 +161,14 @@ class MaskedLayer(MaskedMatrix):
         return layout_of(self.weight)
 
     @property
-    def has_rows(self) -> bool:  # type: ignore[override]
+    def rows_are_divided(self) -> bool:  # type: ignore[override]
         return not self.is_transposed and self.layout.own_rows() is not None
 
     @property
     def weight_OI(self) -> Tensor:
-        return self.stored(self.weight)
+        return self.turned(self.weight)
 
-    def stored(self, matrix: Tensor) -> Tensor:
+    def turned(self, matrix: Tensor) -> Tensor:
         """A matrix (O, I) in the orientation of the parameter, or the other way round."""
         return matrix.t() if self.is_transposed else matrix
 
@@ -181,13 +181,13 @@ class MaskedLayer(MaskedMatrix):
             yield own[0].to(device), own[1]  # shards may be in main memory (CPUOffloadPolicy)
         elif layout.is_sharded:
             with layout.gathered() as whole:
-                yield self.stored(whole.detach()).to(device), slice(0, self.out_features)
+                yield self.turned(whole.detach()).to(device), slice(0, self.out_features)
         else:
             yield self.unmasked_weight(), slice(0, self.out_features)
 
     def rewrite(self, function: Elementwise) -> None:
         """Replace the weights by ``function(weights, mask)``, elementwise, with the engine's masters."""
-        self.layout.rewrite(function, self.stored(self.unpacked_mask()))
+        self.layout.rewrite(function, self.turned(self.unpacked_mask()))
 
     def write_zeros(self) -> None:
         if self.layout.is_sharded or self.layout.has_masters:

@@ -136,7 +136,7 @@ def _has_zeros_of(layer: Any, weight: Any) -> bool:
     if layer.weight_mask.is_meta or weight.is_meta:  # there is nothing to compare
         return False
     pruned_OI = ~layer.unpacked_mask().to(weight.device)
-    return not bool((layer.stored(weight)[pruned_OI] != 0).any())
+    return not bool((layer.turned(weight)[pruned_OI] != 0).any())
 
 
 def refusals(module: nn.Module) -> list[int]:

@@ -24,7 +24,7 @@ from sparse_train.blocks import (
     unambiguous_blocks,
 )
 from sparse_train.distributed.engines import layout_of
-from sparse_train.layers.adapters import check_reads
+from sparse_train.layers.adapters import check_no_dora
 from sparse_train.layers.masked_layer import is_plain_linear
 from sparse_train.patterns import Pattern
 
@@ -33,7 +33,7 @@ _ROUTERS = 0.01  # warn if routers have a larger share of the parameters: those 
 
 
 @dataclass(frozen=True)
-class Selection:
+class Targets:
     layers: dict[str, nn.Module]
     """Targets by name, in the model's order: ``nn.Linear`` or transformers' ``Conv1D``."""
     experts: dict[str, FusedExperts] = field(default_factory=dict)
@@ -41,14 +41,14 @@ class Selection:
     masks in training cannot."""
 
 
-def select(
+def find_targets(
     model: nn.Module,
     pattern: Pattern,
     targets: Sequence[str] | None = None,
     ignore: Sequence[str] = (),
     *,
     experts: bool = False,
-) -> Selection:
+) -> Targets:
     """Choose the layers to prune.
 
     Args:
@@ -94,10 +94,10 @@ def select(
         if name in layers:
             check_maskable(model, name, layers[name], adapters, tied)
         pattern.check_layer(name, (shape_OI(layers[name]) if name in layers else fused[name].shape_OI)[1])
-    _log.info("Pruning %s.", in_words(chosen))
+    _log.info("Pruning %s.", layers_in_words(chosen))
     if targets is None and (blocks is not None or own_use):
         _warn_of_dense(model, blocks or "", fused, own_use)
-    return Selection(layers, {name: fused[name] for name in chosen if name in fused})
+    return Targets(layers, {name: fused[name] for name in chosen if name in fused})
 
 
 def _in_blocks(model: nn.Module, blocks: str, fused: Mapping[str, FusedExperts], ignored: set[str]) -> list[str]:
@@ -138,7 +138,7 @@ def _without_blocks(model: nn.Module, pattern: Pattern, never: set[str], ignored
     return fitting
 
 
-def in_words(layers: Iterable[str]) -> str:
+def layers_in_words(layers: Iterable[str]) -> str:
     """Which layers these are: "21 layers in model.layers", or "3 layers: fc1, ..., fc3" where no module holds them."""
     names = list(layers)
     common = posixpath.commonpath([name.rpartition(".")[0].replace(".", "/") for name in names]).replace("/", ".")
@@ -242,7 +242,7 @@ def check_maskable(model: nn.Module, name: str, module: nn.Module, adapters: set
             f"accelerate.hooks.remove_hook_from_submodules. {way_out}."
         )
     if name.endswith(".base_layer"):
-        check_reads(model.get_submodule(name.removesuffix(".base_layer")))
+        check_no_dora(model.get_submodule(name.removesuffix(".base_layer")))
     if weight.dtype.itemsize < 2:
         raise ValueError(f"The weight of {name} is {weight.dtype}: masks are for 16 bits or more. {way_out}.")
     layout_of(weight).check(name)

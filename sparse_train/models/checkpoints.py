@@ -102,7 +102,7 @@ def newest_checkpoint(folder: str | Path) -> Path:
     return max(found, key=lambda path: path.stat().st_mtime_ns)
 
 
-def check_plain(checkpoint: str | Path) -> None:
+def check_runs_no_code(checkpoint: str | Path) -> None:
     """Raise ValueError if resuming from a checkpoint of any engine would run code that is in it.
 
     The engines themselves unpickle what they find, even where tensors and numbers are all that they have written.
@@ -196,7 +196,7 @@ def _read_deepspeed(path: Path) -> dict[str, Any]:
     # every rank has written a file; apart from the model's state, they are the same
     states = sorted((path / _DEEPSPEED_TAG).glob("*model_states.pt"))[0]
     content = load_plain(states)
-    check_plain(path)  # DeepSpeed would unpickle anything
+    check_runs_no_code(path)  # DeepSpeed would unpickle anything
     state = get_fp32_state_dict_from_zero_checkpoint(str(path), tag=_DEEPSPEED_TAG)
     for key in state:
         if key.endswith(MASK_NAME):  # some versions turn all buffers into floats

@@ -55,12 +55,12 @@ class CalibrationPass:
         self._model, self._blocks, self._device, self._keep_on, self._context = model, blocks, device, keep_on, context
         many = hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")
         given: Any = batches if many else [batches]  # such as a tokenizer, which is refused
-        self._batches = [_checked(batch, model, device) for batch in given]
+        self._batches = [_prepared(batch, model, device) for batch in given]
         if not self._batches:
             raise ValueError("There is no calibration data: the iterable of batches is empty.")
         self._recorder = Recorder()
         self._kept: list[Any] = [None] * len(self._batches)
-        self._checked: set[int] = set()
+        self._in_order: set[int] = set()
         self.seconds = 0.0
         """Time spent in forward passes."""
 
@@ -142,17 +142,17 @@ class CalibrationPass:
 
     def _check(self, block: int | None) -> None:
         """Before a block runs for the first time: raise ValueError if blocks do not run one after the other."""
-        if block is None or block in self._checked:
+        if block is None or block in self._in_order:
             return
         with self._context():
-            if not self._checked:
+            if not self._in_order:
                 self._check_order()
             if block > 1:
                 changes: list[Callable[[Tensor], Tensor]] = [Tensor.clone, _reordered]
                 one, other = (self._at_block(block, 0, _tensors, change) for change in changes)
                 if not all(map(torch.equal, one, other)):
                     raise self._needs_more(block, "its input changes with the outputs of earlier ones")
-        self._checked.add(block)
+        self._in_order.add(block)
 
     def _check_order(self) -> None:
         """Raise ValueError unless each block runs once; the first one runs, and all others answer with its output."""
@@ -226,7 +226,7 @@ def _moved(value: Any, device: torch.device) -> Any:
     return tree_map_only(Tensor, lambda tensor: tensor.detach().to(device), value)
 
 
-def _checked(batch: Batch, model: nn.Module, device: torch.device) -> Batch:
+def _prepared(batch: Batch, model: nn.Module, device: torch.device) -> Batch:
     """A batch as the model is called with it, on the device."""
     config = getattr(model, "config", None)
     what = "Calibration data is a list, or the like, of tensors of token ids (B, L) or dicts of model inputs. This has"

@@ -50,7 +50,7 @@ def set_first_mask(
     first = config.first_mask
     if not isinstance(first, OneShot):
         return None
-    dense = config.first_sparsity > 0 and all(layer.is_dense() for layer in layers.values())
+    dense = config.sparsity_at_step_0 > 0 and all(layer.is_dense() for layer in layers.values())
     # without activations, the first update makes the same mask
     wanted = dense and (first.criterion is not None or config.criterion.needs_activations)
     if wanted and (found := _to_calibrate(root, layers, first.batches, batches)) is not None:
@@ -58,13 +58,13 @@ def set_first_mask(
         plan = Plan(
             method=first.criterion or config.criterion,
             pattern=config.pattern,
-            sparsity=config.first_sparsity,
+            sparsity=config.sparsity_at_step_0,
             distribution=config.distribution,
             final=config.sparsity_at(1.0),
         )
         shelf = MemoryShelf(model, layers, together=plan.pattern.model_wide)
         try:
-            with shelf.restored_on_failure():
+            with shelf.pruning_from_dense():
                 return walk(shelf, plan, own_batches, progress, context).outliers or None
         except Exception as error:
             error.add_note(
@@ -89,7 +89,7 @@ def _to_calibrate(
 ) -> tuple[nn.Module, Sequence[Batch]] | None:
     """The model to prune, and this process's part of the batches; None if it cannot be pruned in one shot."""
     reshard(root)
-    model, ranks = causal_lm(root, layers.values()), world_size()
+    model, ranks = transformers_model(root, layers.values()), world_size()
     if model is None or any(layer.layout.is_sharded for layer in layers.values()):
         return None
     found = batches(-(-count // ranks) * ranks)  # the same number for each rank
@@ -100,7 +100,7 @@ def _to_calibrate(
     return model, found[rank() :: ranks]
 
 
-def causal_lm(root: nn.Module, layers: Iterable[MaskedLayer]) -> nn.Module | None:
+def transformers_model(root: nn.Module, layers: Iterable[MaskedLayer]) -> nn.Module | None:
     """The transformers model in ``root`` that holds all of ``layers``, if there is one."""
     wanted = set(layers)
     for module in root.modules():

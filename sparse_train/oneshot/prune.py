@@ -12,7 +12,7 @@ from sparse_train.distributed.collectives import rank
 from sparse_train.distributions import SparsityDistribution
 from sparse_train.layers.masked_layer import MaskedLayer
 from sparse_train.layers.sparsify import sparsify, unmask
-from sparse_train.layers.targets import select
+from sparse_train.layers.targets import find_targets
 from sparse_train.oneshot.experts import expert_matrices
 from sparse_train.oneshot.forwards import Batch, under_autocast
 from sparse_train.oneshot.walk import MemoryShelf, Method, OneshotReport, Plan, walk
@@ -56,7 +56,7 @@ def prune(
         progress: show a progress bar.
     """
     plan = Plan.of(mask_structure, sparsity, criterion, distribution)
-    selection = select(model, plan.pattern, targets, ignore, experts=squash)
+    selection = find_targets(model, plan.pattern, targets, ignore, experts=squash)
     dense = [layer for layer in selection.layers.values() if not isinstance(layer, MaskedLayer)]
     try:
         sparsify(model, dense)
@@ -69,7 +69,7 @@ def prune(
             )
         layers = {**masked, **expert_matrices(selection.experts)}
         shelf = MemoryShelf(model, layers, together=plan.pattern.model_wide)
-        with shelf.restored_on_failure():
+        with shelf.pruning_from_dense():
             report = walk(shelf, plan, batches, progress, under_autocast(autocast, shelf.device))
     except BaseException:
         unmask(model, [layer for layer in dense if isinstance(layer, MaskedLayer)])  # whose masks keep everything
@@ -115,25 +115,26 @@ def prune_checkpoint(
         device: where blocks compute, one at a time.
         complete: called with the folder before it gets its name, to add files to it.
     """
-    from sparse_train.oneshot import disk  # needs safetensors
+    from sparse_train import model_folders  # needs safetensors
+    from sparse_train.oneshot import disk
 
     path, out = Path(path), Path(out)
     plan = Plan.of(mask_structure, sparsity, criterion, distribution)
     if plan.pattern.model_wide:
         raise ValueError(f"{plan.pattern} compares over the whole model, which is never in memory here. Use prune.")
-    checkpoint = disk.Checkpoint(path)
+    checkpoint = model_folders.WeightFiles(path)
     batches = list(batches) if plan.needs_data and batches is not None else None
     parts = (plan.pattern, plan.sparsity, plan.method, plan.distribution, targets, list(ignore))
     data = f"autocast={autocast}", checkpoint.fingerprint, disk.fingerprint(batches or [])
     settings = [*map(describe, parts), *data]
     with disk.unfinished(out, settings) as work:
-        model = disk.model_without_weights(path, checkpoint)
-        selection = select(model, plan.pattern, targets, ignore, experts=True)
+        model = model_folders.model_without_weights(path, checkpoint)
+        selection = find_targets(model, plan.pattern, targets, ignore, experts=True)
         shelf = disk.DiskShelf(model, checkpoint, selection, work, torch.device(device))
         shelf.load_rest()
         report = walk(shelf, plan, batches, progress, under_autocast(autocast, shelf.device))
-        disk.write_index(work, shelf.shards)
-        disk.copy_companions(path, work)
+        model_folders.write_index(work, shelf.shards)
+        model_folders.copy_companions(path, work)
         if complete is not None:
             complete(work, report)
     return report

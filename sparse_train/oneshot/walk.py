@@ -170,7 +170,7 @@ class MemoryShelf(Shelf):
         self._weights: list[tuple[MaskedMatrix, Tensor]] = []
 
     @contextmanager
-    def restored_on_failure(self) -> Iterator[None]:
+    def pruning_from_dense(self) -> Iterator[None]:
         """Begin with masks that keep everything; if anything inside fails, weights and masks are as before."""
         before = [(layer, layer.weight_mask.clone(), layer.calibration_norm) for layer in self._layers.values()]
         for layer in self._layers.values():

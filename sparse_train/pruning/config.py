@@ -10,7 +10,7 @@ from sparse_train.criteria import Criterion, Wanda
 from sparse_train.distributions import SparsityDistribution, Uniform, check_pattern
 from sparse_train.patterns import Pattern, group_label
 from sparse_train.policies import MaskPolicy, StraightThrough
-from sparse_train.schedules import ROUNDING, Cubic, Schedule, Timing, resolve_target, whole_steps
+from sparse_train.schedules import ROUNDING, Cubic, Schedule, Timing, pattern_and_schedule, whole_steps
 
 
 class FirstMask:
@@ -69,7 +69,7 @@ class PruningConfig:
             a lower one in proportion. If the model has masks or zeros already, ``OWL`` keeps their division.
             "unstructured" only.
         targets: list of layers by name, class name, or "re:" regular expression. Default: the linear layers of the
-            decoder blocks; in a model without such blocks, all but the last. See ``layers.targets.select``.
+            decoder blocks; in a model without such blocks, all but the last. See ``layers.targets.find_targets``.
         ignore: list of layers to leave dense, in the same forms.
         start_step: first update; int = steps, float = share of the run. If the first mask needs activations and there
             is none yet, it comes at the earliest ``window`` steps into the run; until then the model is dense.
@@ -102,7 +102,7 @@ class PruningConfig:
 
     pattern: Pattern = field(init=False, repr=False, compare=False)
     """Of ``mask_structure``."""
-    target: Schedule = field(init=False, repr=False, compare=False)
+    resolved_schedule: Schedule = field(init=False, repr=False, compare=False)
     """``schedule``, or the constant ``sparsity``."""
 
     def __post_init__(self) -> None:
@@ -118,9 +118,10 @@ class PruningConfig:
         self._set("distribution", require_type("distribution", self.distribution, Uniform(), SparsityDistribution))
         require_type("schedule", self.schedule, Cubic(0.5), Schedule)
         require_type("first_mask", self.first_mask, OneShot(), FirstMask)
-        pattern, target = resolve_target(self.mask_structure, self.sparsity, self.schedule, self.criterion.group)
+        group = self.criterion.group
+        pattern, schedule = pattern_and_schedule(self.mask_structure, self.sparsity, self.schedule, group)
         self._set("pattern", pattern)
-        self._set("target", target)
+        self._set("resolved_schedule", schedule)
         check_pattern(self.distribution, pattern)
         if self.distribution.needs_outliers and not self.criterion.needs_activations:
             raise ValueError(
@@ -154,13 +155,13 @@ class PruningConfig:
         object.__setattr__(self, name, value)  # the class is frozen for everyone else
 
     @property
-    def first_sparsity(self) -> float:
+    def sparsity_at_step_0(self) -> float:
         """Sparsity of the masks at step 0."""
         return self.sparsity_at(0.0) if self.start_step == 0 else 0.0
 
     def sparsity_at(self, progress: float) -> float:
         """Sparsity of the schedule at ``progress``, always as a Python number."""
-        return float(to_python_number(self.target.sparsity(progress)))
+        return float(to_python_number(self.resolved_schedule.sparsity(progress)))
 
     def timing(self, total_steps: int | float | None, has_masks: bool) -> Timing:
         """When masks change in a run of this length, which starts with masks or makes its first ones.
@@ -215,7 +216,7 @@ _FREE = ("targets", "ignore", "first_mask")
 """What a resumed run may write in other words: the layers themselves are compared, and the first mask is made."""
 
 
-def check_same(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+def check_same_settings(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     """Raise ValueError if a saved run had other settings (``as_data``) than these."""
     for name, now in own.items():
         if name not in _FREE and saved.get(name) != now:

@@ -115,7 +115,7 @@ class RunningNorms:
         self._tokens: dict[str, int] = {}  # after the last update
         self._warned = self._probing = False
 
-    def check_own(self) -> None:
+    def check_attached(self) -> None:
         """Raise ValueError if layers now record for another run, or are no longer masked."""
         lost = [n for n, layer in self._layers.items() if getattr(layer, "recorder", None) is not self.recorder]
         if lost:
@@ -139,11 +139,11 @@ class RunningNorms:
         self.recorder.when = "training" if (wanted and self._needs_norms) or self._probing else "never"
 
     def probe(self) -> None:
-        """Record one step in a run that needs no norms, only to see which layers it reaches; see ``check_reached``."""
+        """Record one step in a run that needs no norms, only to see which layers it reaches."""
         attach(self._layers.values(), self.recorder, ActivationNorm)
         self._probing = True
 
-    def check_reached(self) -> None:
+    def warn_of_unreached(self) -> None:
         """Warn of layers that the step since ``probe`` has not reached: their masks may have no effect."""
         if not self._probing:
             return
@@ -158,7 +158,7 @@ class RunningNorms:
                 *(len(unreached), unreached[0], unreached[0]),
             )
 
-    def check_new(self) -> None:
+    def check_new_tokens(self) -> None:
         """Warn of targets that have nothing new since ``fade``, or whose inputs were sometimes not finite; raise
         ValueError if none was, and nothing is remembered."""
         norms = norms_of(self._layers)

@@ -190,7 +190,7 @@ def _join(layer: MaskedMatrix, choices: list[_Choice], rules: Rules) -> _Choice:
     keep_OJ = choices[0].keep_OJ
     if len(choices) > 1:  # on the CPU, by numpy, which leaves no threads of OpenMP spinning beside those of in_threads
         keep_OJ = torch.from_numpy(np.concatenate([choice.keep_OJ.numpy() for choice in choices]))
-    whole_OJ = gather_rows(keep_OJ, layer.out_features) if rules.by_rows and layer.has_rows else keep_OJ
+    whole_OJ = gather_rows(keep_OJ, layer.out_features) if rules.by_rows and layer.rows_are_divided else keep_OJ
     return _Choice(whole_OJ, sum(each.nonzero for each in choices), sum(each.bad for each in choices))
 
 
@@ -264,7 +264,7 @@ def measure(layers: Mapping[str, MaskedMatrix]) -> dict[str, LayerUpdate]:
 
 def _sum_counts(layers: Mapping[str, MaskedMatrix], counts: Mapping[str, list[int]]) -> Mapping[str, list[int]]:
     """Counts of each layer over all processes; of layers that are not sharded, all of them have counted the same."""
-    sharded = {name: layer.has_rows for name, layer in layers.items()}
+    sharded = {name: layer.rows_are_divided for name, layer in layers.items()}
     if not any(sharded.values()):
         return counts
     mine = [each if sharded[name] or rank() == 0 else [0] * len(each) for name, each in counts.items()]

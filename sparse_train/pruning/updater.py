@@ -19,13 +19,13 @@ from sparse_train.distributed.fsdp2 import reshard
 from sparse_train.distributions import Division, Outliers
 from sparse_train.layers import masks
 from sparse_train.layers.adapters import check_adapters
-from sparse_train.layers.mask_lora import check_whole, describe_factors
+from sparse_train.layers.mask_lora import check_not_divided, describe_factors
 from sparse_train.layers.masked_layer import MaskedLayer, sparse_layers
 from sparse_train.layers.sparsify import sparsify, unmask
-from sparse_train.layers.targets import in_words, select
+from sparse_train.layers.targets import find_targets, layers_in_words
 from sparse_train.patterns import Pattern, Unstructured, group_label
 from sparse_train.policies import Optimizers
-from sparse_train.pruning.config import FromZeros, PruningConfig, check_same
+from sparse_train.pruning.config import FromZeros, PruningConfig, check_same_settings
 from sparse_train.pruning.recording import (
     RunningNorms,
     check_agreement,
@@ -52,7 +52,7 @@ _log = logging.getLogger(__name__)
 
 def mask_targets(model: nn.Module, config: PruningConfig) -> dict[str, MaskedLayer]:
     """Give the targets of a run masks that keep everything, unless they are masked already; returns them by name."""
-    layers = select(model, config.pattern, config.targets, config.ignore).layers
+    layers = find_targets(model, config.pattern, config.targets, config.ignore).layers
     sparsify(model, layers.values())
     return {name: layer for name, layer in layers.items() if isinstance(layer, MaskedLayer)}
 
@@ -174,7 +174,7 @@ class MaskUpdater:
         config = self.config
         for name, layer in self.layers.items():
             if layer.has_factors:
-                check_whole(name, layer)
+                check_not_divided(name, layer)
         self._factors = describe_factors(self.layers)
         self._shapes = shapes_of(self._model, self.layers)
         self._two_texts = reads_two_texts(self._model, self.layers.values())
@@ -199,7 +199,7 @@ class MaskUpdater:
             self.norms.probe()
 
     def _resume(self, state: Mapping[str, Any], total_steps: int | float | None) -> None:
-        check_same(state["settings"], self.settings())
+        check_same_settings(state["settings"], self.settings())
         check_same_layers(state["masks"], self.layers)
         self._take_layers()
         self.norms.load_state_dict(state["norms"])
@@ -291,8 +291,8 @@ class MaskUpdater:
 
     def step(self) -> UpdateReport | None:
         """Call after every optimizer step, before the next forward. Returns a report at update steps."""
-        self.norms.check_own()
-        self.norms.check_reached()
+        self.norms.check_attached()
+        self.norms.warn_of_unreached()
         self._check_restored_masks()
         self.steps += 1
         warn_of_padding(self.norms.recorder)
@@ -339,7 +339,7 @@ class MaskUpdater:
         config, target = self.config, self.config.sparsity_at(self.timing.progress(self.steps))
         check_agreement(self.layers)
         sum_statistics(self.layers.values())
-        self.norms.check_new()
+        self.norms.check_new_tokens()
         check_adapters(self._model)
         self.policy.check()
         self.policy.before_update(0 if self.sparsity is None else self.steps - self._last_update)
@@ -420,7 +420,7 @@ class MaskUpdater:
     def plan(self) -> str:
         """Which layers are pruned and how far, and when masks change, in words."""
         parts = (
-            f"{in_words(self.layers)} at {group_label(self.config.pattern)}",
+            f"{layers_in_words(self.layers)} at {group_label(self.config.pattern)}",
             f"final sparsity {self.config.sparsity_at(1.0):g}",
             self.timing.in_words() if self._masks_change() else "masks do not change",
         )

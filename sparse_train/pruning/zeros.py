@@ -12,7 +12,7 @@ from sparse_train.distributions import Division
 from sparse_train.layers import masks
 from sparse_train.layers.masked_layer import MaskedLayer, sparse_layers
 from sparse_train.layers.sparsify import sparsify, unmask
-from sparse_train.layers.targets import select
+from sparse_train.layers.targets import find_targets
 from sparse_train.patterns import Pattern, Unstructured, group_label
 from sparse_train.pruning.update import Rules, mask_shares, measure, sparsity_of, update_masks
 
@@ -42,7 +42,7 @@ def keep_zeros(model: nn.Module, targets: Sequence[str] | None = None, ignore: S
 
     Args:
         model: changed in place.
-        targets, ignore: which layers, see ``sparse_train.layers.targets.select``.
+        targets, ignore: which layers, see ``sparse_train.layers.targets.find_targets``.
 
     Returns:
         The share of zeros among the targeted weights.
@@ -52,7 +52,7 @@ def keep_zeros(model: nn.Module, targets: Sequence[str] | None = None, ignore: S
     """
     if sparse_layers(model):
         raise ValueError("The model has masks already, which keep its zeros. Squash it first to make new ones.")
-    sparsify(model, select(model, Unstructured(), targets, ignore).layers.values())
+    sparsify(model, find_targets(model, Unstructured(), targets, ignore).layers.values())
     masked = sparse_layers(model)
     for layer in masked.values():
         layer.straight_through = False

@@ -9,9 +9,9 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
+from sparse_train import model_folders
 from sparse_train.cli import main as cli
-from sparse_train.oneshot import disk
-from sparse_train.oneshot.disk import copy_companions
+from sparse_train.model_folders import copy_companions
 from tests.conftest import tiny_llama, tiny_tokenizer
 
 
@@ -50,7 +50,7 @@ def test_streamed_files_that_are_dense_are_told(run, monkeypatch):
         copy_companions(source, out)
         shutil.copy(Path(source, "model.safetensors"), out)  # which is read before shards
 
-    monkeypatch.setattr(disk, "copy_companions", forgets)
+    monkeypatch.setattr(model_folders, "copy_companions", forgets)
     with pytest.raises(SystemExit, match="proj.weight has 0 zeros in model.safetensors"):
         run("--streaming=true")
     assert not Path("out").exists()

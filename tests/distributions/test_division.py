@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparse_train.distributions import OWL, Explicit, LayerShape, check_pattern, whole_counts
+from sparse_train.distributions import OWL, Explicit, LayerShape, check_pattern, round_up
 from sparse_train.patterns import NM, Pattern, Unstructured
 from tests.distributions.shapes import HEAD, decoder, divide, zeros
 
@@ -13,20 +13,20 @@ ROWS, LAYER = Unstructured("row"), Unstructured("layer")
 def test_counts_by_hand():
     shapes = {"a": LayerShape(0, 4, 10), "b": LayerShape(1, 4, 10), "c": LayerShape(2, 8, 10)}
     wanted = {"a": 0.46, "b": 0.5, "c": 0.0}
-    found = whole_counts(shapes, wanted, ROWS)
+    found = round_up(shapes, wanted, ROWS)
     assert found == {"a": 0.55, "b": 0.55, "c": 0.0} and zeros(shapes, found, ROWS) == {"a": 20, "b": 20, "c": 0}
-    assert zeros(shapes, whole_counts(shapes, wanted, LAYER), LAYER) == {"a": 19, "b": 20, "c": 0}
+    assert zeros(shapes, round_up(shapes, wanted, LAYER), LAYER) == {"a": 19, "b": 20, "c": 0}
 
 
 def test_whole_counts_stay_whatever_floats_make_of_them():
     # 100 * 0.29 is 28.999999999999996, and 100 * 0.55 is 55.00000000000001
     shapes = {"a": LayerShape(0, 3, 100), "b": LayerShape(1, 3, 100)}
-    assert zeros(shapes, whole_counts(shapes, {"a": 0.29, "b": 0.55}, ROWS), ROWS) == {"a": 87, "b": 165}
+    assert zeros(shapes, round_up(shapes, {"a": 0.29, "b": 0.55}, ROWS), ROWS) == {"a": 87, "b": 165}
 
 
 def test_a_layer_never_loses_everything():
     shapes = {"a": LayerShape(0, 5, 1), "b": LayerShape(0, 1, 2)}
-    found = whole_counts(shapes, {"a": 0.9, "b": 0.999999999}, ROWS)
+    found = round_up(shapes, {"a": 0.9, "b": 0.999999999}, ROWS)
     assert found["a"] == 0.0 and found["b"] == 0.75 and zeros(shapes, found, ROWS) == {"a": 0, "b": 1}
 
 

@@ -13,8 +13,8 @@ from sparse_train.cli.main import main
 from sparse_train.export import ModelCard, export_checkpoint, export_model
 from sparse_train.export.hf_folder import renamed
 from sparse_train.export.verify import PRUNING_FILE, verify
+from sparse_train.model_folders import WeightFiles
 from sparse_train.models.causal_lm import CausalLM
-from sparse_train.oneshot.disk import Checkpoint
 from sparse_train.pruning.updater import pruning_json
 from tests.callbacks.runs import loader, trainer
 from tests.conftest import tiny_gemma3, tiny_llama, tiny_tokenizer
@@ -27,7 +27,7 @@ STAGE = {"mask_structure": "2:4", "wanted_sparsity": 0.5, "distribution": "Unifo
 
 def change(folder, key, change_OI):
     """Change a weight of a folder in place."""
-    file = Checkpoint(folder).files[key]
+    file = WeightFiles(folder).files[key]
     state = load_file(file)
     change_OI(state[key])
     save_file(state, file, metadata={"format": "pt"})

@@ -7,7 +7,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from sparse_train.layers.masked_layer import SparseLinear, sparse_layers
 from sparse_train.layers.sparsify import sparsify, sparsify_like, squash
 from sparse_train.layers.state_dicts import folded_state_dict
-from sparse_train.layers.targets import select
+from sparse_train.layers.targets import find_targets
 from sparse_train.patterns import NM
 from tests.conftest import tiny_llama
 from tests.layers.test_sparse_linear import sparse_linear
@@ -83,7 +83,7 @@ def test_a_layer_that_fully_shard_has_taken_stays_fsdps():
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     mesh = torch.distributed.init_device_mesh("cpu", (1,))
     fully_shard(model[0], mesh=mesh)
-    sparsify(model, select(model, NM(2, 4), targets=["0"]).layers.values())
+    sparsify(model, find_targets(model, NM(2, 4), targets=["0"]).layers.values())
     assert isinstance(model[0], FSDPModule)
     assert isinstance(model[0], SparseLinear)
     out = model(torch.randn(3, 8))

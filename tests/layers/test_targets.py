@@ -18,7 +18,7 @@ from transformers import (
 from sparse_train import prune
 from sparse_train.blocks import block_lists
 from sparse_train.layers.sparsify import sparsify, squash
-from sparse_train.layers.targets import select
+from sparse_train.layers.targets import find_targets
 from sparse_train.patterns import NM, Unstructured
 from tests.conftest import VOCABULARY, tiny_llama
 
@@ -26,7 +26,7 @@ PATTERN = NM(2, 4)
 
 
 def names(model, **arguments):
-    return list(select(model, arguments.pop("pattern", PATTERN), **arguments).layers)
+    return list(find_targets(model, arguments.pop("pattern", PATTERN), **arguments).layers)
 
 
 def test_default_is_the_linear_layers_of_the_decoder_blocks(llama):
@@ -106,7 +106,7 @@ def test_encoder_layers_of_torch_compute_with_their_masks_in_eval_mode_too(given
     model = nn.TransformerEncoder(layer, 2)
     by_hand, x = copy.deepcopy(model), torch.randn(3, 5, 8)
     padding = torch.arange(5) >= torch.tensor([[3], [5], [4]])
-    chosen = select(model, PATTERN).layers
+    chosen = find_targets(model, PATTERN).layers
     assert list(chosen) == [f"layers.{block}.linear{number}" for block in (0, 1) for number in (1, 2)]
     sparsify(model.get_submodule(given), chosen.values())
     for name, masked in chosen.items():
@@ -179,12 +179,12 @@ class FalconLinear(nn.Linear):  # the name of a class of transformers, and nothi
 )
 def test_what_cannot_be_masked_is_an_error_with_a_way_out(model, arguments, message):
     with pytest.raises(ValueError, match=message):
-        select(model, PATTERN, **arguments)
+        find_targets(model, PATTERN, **arguments)
 
 
 def test_block_weights_out_of_reach_are_listed_with_their_share(caplog):
     config = GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=32, n_positions=16)
-    assert len(select(GPT2LMHeadModel(config), PATTERN).layers) == 8  # Conv1D layers are targets
+    assert len(find_targets(GPT2LMHeadModel(config), PATTERN).layers) == 8  # Conv1D layers are targets
     assert "cannot be masked" not in caplog.text
 
     class Mixed(nn.Module):
@@ -196,7 +196,7 @@ def test_block_weights_out_of_reach_are_listed_with_their_share(caplog):
     model = nn.Module()
     model.layers = nn.ModuleList([Mixed(), Mixed()])
     with caplog.at_level(logging.WARNING):
-        selection = select(model, PATTERN)
+        selection = find_targets(model, PATTERN)
     assert list(selection.layers) == ["layers.0.linear", "layers.1.linear"]
     assert "2 weights cannot be masked and stay dense (78.0 % of" in caplog.text
 
@@ -248,7 +248,7 @@ def test_frozen_layers_are_no_targets_of_ones_own_accord_and_the_error_says_why(
     model = nn.Module()
     model.backbone, model.head = with_blocks().requires_grad_(False), nn.Linear(8, 4)
     with pytest.raises(ValueError, match=r"7 nn.Linear in Module, 6 of them frozen.* targets=\['head'\]"):
-        select(model, PATTERN)
+        find_targets(model, PATTERN)
     assert len(names(model, targets=["backbone"])) == 6
     assert names(nn.Sequential(nn.Linear(8, 8).requires_grad_(False), *mlp())) == ["1", "2", "3"]
 
@@ -267,18 +267,18 @@ def test_adapters_train_a_model_of_which_most_is_frozen():
 def test_two_models_in_training_are_no_guessing_matter():
     pair = Pair(tiny_llama(num_hidden_layers=2), tiny_llama(num_hidden_layers=4))
     with pytest.raises(ValueError, match=r"several lists of blocks \(teacher.model.layers, student.model.layers\)"):
-        select(pair, PATTERN)
+        find_targets(pair, PATTERN)
     assert len(names(pair, targets=["student.model.layers"])) == 14
 
 
 def test_a_weight_that_is_computed_or_tied_under_another_name():
     normed = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), nn.Linear(8, 8))
     with pytest.raises(ValueError, match=r"subclass|is computed .weight_norm"):
-        select(normed, PATTERN, targets=["0"])
+        find_targets(normed, PATTERN, targets=["0"])
     old = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     old[0].weight_v = old[0]._parameters.pop("weight")
     with pytest.raises(ValueError, match="is computed"):
-        select(old, PATTERN, targets=["0"])
+        find_targets(old, PATTERN, targets=["0"])
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
     model.w = model[0].weight
     assert names(model) == ["1"]
@@ -295,13 +295,13 @@ def test_peft_adapters_are_never_targets(llama):
     assert len(names(model, targets=["re:.*q_proj.*"])) == 3
     adapter = next(n for n, m in model.named_modules() if "lora_A" in n and isinstance(m, nn.Linear))
     with pytest.raises(ValueError, match="belongs to a peft adapter"):
-        select(model, PATTERN, targets=[adapter])
+        find_targets(model, PATTERN, targets=[adapter])
 
 
 def test_the_expression_that_an_error_offers_leaves_out_what_does_not_fit_and_no_more():
     model = tiny_llama(intermediate_size=30)
     with pytest.raises(ValueError, match="needs in_features divisible by 4") as error:
-        select(model, PATTERN)
+        find_targets(model, PATTERN)
     offered = re.search(r"ignore=\['(re:.*)'\]\.$", str(error.value))[1]
     chosen = names(model, ignore=[offered])
     assert len(chosen) == 3 * 6
@@ -357,7 +357,7 @@ def test_falcons_linear_layers_are_linear_layers(ids):
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": VOCABULARY}
     model = FalconForCausalLM(FalconConfig(**sizes))
     dense = model(input_ids=ids[0]).logits
-    sparsify(model, select(model, PATTERN).layers.values())
+    sparsify(model, find_targets(model, PATTERN).layers.values())
     torch.testing.assert_close(model(input_ids=ids[0]).logits, dense)
     assert prune(model, ids, "2:4").sparsity == 0.5
 
@@ -365,9 +365,9 @@ def test_falcons_linear_layers_are_linear_layers(ids):
 def test_an_expression_that_leaves_out_what_is_never_pruned_is_no_mistake(llama):
     assert names(llama, ignore=["re:.*lm_head", "re:.*embed_tokens"]) == names(llama)
     with pytest.raises(ValueError, match="'re:.*embed_tokens' matches no layer"):
-        select(llama, PATTERN, targets=["re:.*embed_tokens"])
+        find_targets(llama, PATTERN, targets=["re:.*embed_tokens"])
     with pytest.raises(ValueError, match="'re:.*emded_tokens' matches no layer"):
-        select(llama, PATTERN, ignore=["re:.*emded_tokens"])
+        find_targets(llama, PATTERN, ignore=["re:.*emded_tokens"])
 
 
 def test_a_weight_that_a_mamba_block_reads_itself_stays_dense():

@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from sparse_train.models.checkpoints import check_plain, newest_checkpoint, read_checkpoint
+from sparse_train.models.checkpoints import check_runs_no_code, newest_checkpoint, read_checkpoint
 from tests.conftest import shallow_llama
 
 
@@ -45,11 +45,11 @@ def test_the_newest_checkpoint_is_a_file_or_a_folder_anywhere_below(tmp_path):
 def test_a_file_that_is_cut_off_anywhere_is_refused_by_name(tmp_path):
     path = tmp_path / "epoch=0-step=4.ckpt"
     torch.save({"state_dict": shallow_llama().state_dict(), "global_step": 4, "pytorch-lightning_version": "2.6"}, path)
-    check_plain(path)
+    check_runs_no_code(path)
     whole = path.read_bytes()
     for length in [0, 1, len(whole) - 1, *random.Random(0).sample(range(len(whole)), 97)]:
         path.write_bytes(whole[:length])
-        for read in (check_plain, read_checkpoint):
+        for read in (check_runs_no_code, read_checkpoint):
             with pytest.raises(ValueError, match="step=4.ckpt .*is not complete"):
                 read(path)
 
@@ -57,4 +57,4 @@ def test_a_file_that_is_cut_off_anywhere_is_refused_by_name(tmp_path):
 def test_a_file_that_lightning_did_not_write_is_not_resumed_from(tmp_path):
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
     with pytest.raises(ValueError, match=r"other.ckpt is not a checkpoint of a training run"):
-        check_plain(tmp_path / "other.ckpt")
+        check_runs_no_code(tmp_path / "other.ckpt")

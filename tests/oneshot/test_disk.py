@@ -11,8 +11,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTJConfig, GPTJForCausalLM
 
 from sparse_train import OWL, Criterion, Magnitude, SparseGPT, Unstructured, Wanda, prune
-from sparse_train.oneshot import disk, walk
-from sparse_train.oneshot.disk import Checkpoint, copy_companions, copy_others, model_without_weights, unfinished
+from sparse_train.model_folders import (
+    WeightFiles,
+    copy_companions,
+    copy_others,
+    model_without_weights,
+    write_index,
+)
+from sparse_train.oneshot import walk
+from sparse_train.oneshot.disk import unfinished
 from sparse_train.oneshot.prune import prune_checkpoint
 from tests.conftest import tiny_gemma3, tiny_llama, tiny_tokenizer
 from tests.oneshot.test_experts import tiny_moe
@@ -55,19 +62,19 @@ def test_block_by_block_from_disk_equals_in_memory(make, family, tmp_path, ids):
 def test_blocks_whose_keys_do_not_begin_as_in_the_model(criterion, tmp_path, ids):
     how, model = {"criterion": criterion, "targets": ["model.language_model.layers"]}, tiny_gemma3()
     save(model, tmp_path / "dense")
-    before = Checkpoint(tmp_path / "dense").files
+    before = WeightFiles(tmp_path / "dense").files
     assert "language_model.model.layers.0.mlp.up_proj.weight" in before
     prune_checkpoint(tmp_path / "dense", tmp_path / "sparse", ids, **how)
     prune(model, ids, **how)
     assert_equal(tmp_path / "sparse", model)
-    assert Checkpoint(tmp_path / "sparse").files.keys() == before.keys()
+    assert WeightFiles(tmp_path / "sparse").files.keys() == before.keys()
 
 
 def test_a_key_in_two_shards_is_refused(tmp_path):
     for name in ("a", "b"):
         save_file({"x": torch.ones(1), name: torch.ones(1)}, tmp_path / name)
     with pytest.raises(ValueError, match="x is in a and in b"):
-        disk.write_index(tmp_path, ["a", "b"])
+        write_index(tmp_path, ["a", "b"])
 
 
 @pytest.mark.parametrize(
@@ -152,7 +159,7 @@ def absurd_header(folder):
     file.write_bytes((2**62).to_bytes(8, "little") + file.read_bytes()[8:])
 
 
-def write_index(content):
+def index_of(content):
     def write(folder):
         (folder / "model.safetensors.index.json").write_text(content)
         (folder / "model.safetensors").unlink(missing_ok=True)
@@ -178,11 +185,11 @@ def drop_weights(part):
     [
         (cut_off, {}, {}, "Cannot load .*model.safetensors'. "),
         (absurd_header, {}, {}, "Cannot load .*model.safetensors'. "),
-        (write_index("[]"), {}, {}, r"Cannot load .*index.json'. "),
-        (write_index("{}"), {}, {}, r"Cannot load .*index.json'. "),
-        (write_index('{"weight_map": {"x": 1}}'), {}, {}, r"Cannot load .*index.json'. "),
-        (write_index('{"weight_'), {}, {}, r"Cannot load .*index.json'. "),
-        (write_index('{"weight_map": {"x": "/etc/passwd"}}'), {}, {}, "which is outside its folder"),
+        (index_of("[]"), {}, {}, r"Cannot load .*index.json'. "),
+        (index_of("{}"), {}, {}, r"Cannot load .*index.json'. "),
+        (index_of('{"weight_map": {"x": 1}}'), {}, {}, r"Cannot load .*index.json'. "),
+        (index_of('{"weight_'), {}, {}, r"Cannot load .*index.json'. "),
+        (index_of('{"weight_map": {"x": "/etc/passwd"}}'), {}, {}, "which is outside its folder"),
         (drop_a_file, {"max_shard_size": "100KB"}, {}, "Cannot load .*No such file"),
         (drop_weights("layers.0.mlp"), {}, {}, "has no weights for model.layers.0.mlp"),
         (drop_weights("layers.1"), {}, {}, r"is known as model.layers.1.\*. Load the model and use prune"),
@@ -222,7 +229,7 @@ WITH_BUFFERS = {
 def test_buffers_of_a_16_bit_model_are_those_of_from_pretrained(family, tmp_path):
     save(WITH_BUFFERS[family]().bfloat16(), tmp_path)
     expected = dict(AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").named_buffers())
-    model = model_without_weights(tmp_path, Checkpoint(tmp_path))
+    model = model_without_weights(tmp_path, WeightFiles(tmp_path))
     found = dict(model.named_buffers())
     assert found.keys() == expected.keys()
     assert all(found[name].dtype == buffer.dtype for name, buffer in expected.items())

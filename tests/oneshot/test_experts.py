@@ -5,7 +5,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sparse_train import Magnitude, prune
-from sparse_train.layers.targets import select
+from sparse_train.layers.targets import find_targets
 from sparse_train.oneshot import experts
 from sparse_train.patterns import NM
 from tests.conftest import VOCABULARY
@@ -144,20 +144,20 @@ def test_a_failure_brings_experts_back(ids):
 def test_experts_can_be_named_ignored_and_are_left_to_training(ids, caplog):
     model = tiny_moe("mixtral")
     names = ["model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mlp.experts.down_proj"]
-    assert list(select(model, NM(2, 4), names, experts=True).experts) == names
-    assert list(select(model, NM(2, 4), ["re:.*layers.0.*experts"], experts=True).experts) == names
-    assert names[1] not in select(model, NM(2, 4), ignore=[names[1]], experts=True).experts
-    assert not select(model, NM(2, 4)).experts
+    assert list(find_targets(model, NM(2, 4), names, experts=True).experts) == names
+    assert list(find_targets(model, NM(2, 4), ["re:.*layers.0.*experts"], experts=True).experts) == names
+    assert names[1] not in find_targets(model, NM(2, 4), ignore=[names[1]], experts=True).experts
+    assert not find_targets(model, NM(2, 4)).experts
     assert "4 weights cannot be masked and stay dense" in caplog.text
     prune(model, ids, "2:4")
     caplog.clear()
-    select(model, NM(2, 4))
+    find_targets(model, NM(2, 4))
     assert "experts.gate_up_proj has zeros, as left by one-shot pruning" in caplog.text
 
 
 def test_linear_as_a_class_means_experts_too_and_other_parameters_never(ids):
     model = tiny_moe("mixtral")
-    assert len(select(model, NM(2, 4), ["Linear"], ["lm_head"], experts=True).experts) == 4
+    assert len(find_targets(model, NM(2, 4), ["Linear"], ["lm_head"], experts=True).experts) == 4
     model.model.layers[0].self_attn.bias_table = nn.Parameter(torch.randn(4, 8, 8))
     before = model.model.layers[0].self_attn.bias_table.detach().clone()
     prune(model, None, "2:4", criterion=Magnitude())

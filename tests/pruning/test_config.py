@@ -28,14 +28,14 @@ from sparse_train import (
 from sparse_train.callbacks import DynamicPruning
 from sparse_train.integrations.transformers import SparseTrainerCallback
 from sparse_train.patterns import NM
-from sparse_train.pruning.config import check_same
+from sparse_train.pruning.config import check_same_settings
 
 
 def test_defaults():
     found = PruningConfig()
-    assert (found.pattern, found.target) == (NM(2, 4), Constant(0.5))
+    assert (found.pattern, found.resolved_schedule) == (NM(2, 4), Constant(0.5))
     assert (found.criterion, found.policy, found.first_mask) == (Wanda(), StraightThrough(), OneShot())
-    assert found.first_sparsity == 0.5
+    assert found.sparsity_at_step_0 == 0.5
     assert PruningConfig(criterion=None, policy=None, distribution=None) == found
 
 
@@ -55,8 +55,8 @@ def test_all_that_drive_a_run_take_the_settings_and_know_no_others(driver, llama
 
 
 def test_the_first_sparsity_is_none_if_masks_come_later():
-    assert PruningConfig(schedule=Cubic(0.5)).first_sparsity == 0.0
-    assert PruningConfig(start_step=10).first_sparsity == 0.0
+    assert PruningConfig(schedule=Cubic(0.5)).sparsity_at_step_0 == 0.0
+    assert PruningConfig(start_step=10).sparsity_at_step_0 == 0.0
 
 
 @pytest.mark.parametrize(
@@ -95,8 +95,8 @@ def test_mistakes_in_a_first_mask_are_found_at_construction():
 
 def test_a_run_that_continues_another_has_the_same_settings():
     saved = json.loads(json.dumps(PruningConfig().as_data()))  # plain data
-    check_same(saved, PruningConfig(ignore=["lm_head"], first_mask=FirstWindow()).as_data())
-    check_same(PruningConfig(norm_decay=1).as_data(), PruningConfig(norm_decay=1.0).as_data())
+    check_same_settings(saved, PruningConfig(ignore=["lm_head"], first_mask=FirstWindow()).as_data())
+    check_same_settings(PruningConfig(norm_decay=1).as_data(), PruningConfig(norm_decay=1.0).as_data())
     others = [
         {"mask_structure": "4:8"},
         {"update_freq": 5},
@@ -109,7 +109,7 @@ def test_a_run_that_continues_another_has_the_same_settings():
     ]
     for changes in others:
         with pytest.raises(ValueError, match="Resume with the same setting"):
-            check_same(saved, PruningConfig(**changes).as_data())
+            check_same_settings(saved, PruningConfig(**changes).as_data())
 
 
 # --- jsonargparse ----------------------------------------------------------------------------------------------------

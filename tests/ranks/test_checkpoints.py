@@ -16,7 +16,7 @@ from sparse_train.distributed.collectives import rank, world_size
 from sparse_train.distributed.engines import whole_state_dict
 from sparse_train.export import export_checkpoint
 from sparse_train.models.causal_lm import CausalLM
-from sparse_train.models.checkpoints import check_plain
+from sparse_train.models.checkpoints import check_runs_no_code
 from tests.ranks import engines, launch
 
 ONE_FILE = "fsdp2 in one file"
@@ -108,7 +108,7 @@ def test_resumed_on_as_many_ranks_equals_uninterrupted_and_exports_without_them(
         assert start["steps"] == MIDDLE
         assert same(before, after)
 
-    check_plain(tmp_path / "middle.ckpt")
+    check_runs_no_code(tmp_path / "middle.ckpt")
     export_checkpoint(tmp_path / "middle.ckpt", tmp_path / "model")
     if engine == "fsdp2":
         with pytest.raises(ValueError, match="part of a checkpoint folder"):

@@ -34,9 +34,10 @@ from sparse_train.layers.targets import layers_in_words
 from sparse_train.models.checkpoints import PRUNING_STATE
 from sparse_train.oneshot.first_mask import set_first_mask
 from sparse_train.patterns import Pattern
-from sparse_train.pruning.config import OneShot, PruningConfig, check_same_settings
-from sparse_train.pruning.update import UpdateReport
-from sparse_train.pruning.updater import MaskUpdater, check_restored_masks, mask_targets, pruning_json
+from sparse_train.pruning.config import OneShot, PruningConfig
+from sparse_train.pruning.resuming import check_restored_masks, check_same_settings
+from sparse_train.pruning.update import UpdateReport, pruning_json
+from sparse_train.pruning.updater import MaskUpdater, mask_targets
 
 _NO_MASK = {f"sparsity/{name}": 0.0 for name in ("target", "actual", "flip_rate", "initial_flip_rate")}
 """Logged before the first mask. Not counted on the weights: with sharded weights that would cost communication."""

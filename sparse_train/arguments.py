@@ -1,8 +1,12 @@
-"""Arguments as users write them: checks, the words that describe them, and suggestions for mistyped ones."""
+"""Arguments as users write them: checks, their words and data, and suggestions for mistyped ones.
+
+An object becomes data (``as_data``) or a call (``describe``), and data a call (``as_call``).
+"""
 
 import difflib
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -52,8 +56,21 @@ def describe(part: Any) -> str:
     return f"{type(part).__name__}({', '.join(f'{name}={value!r}' for name, value in sorted(vars(part).items()))})"
 
 
+def as_data(part: Any) -> Any:
+    """An argument as plain data: the class of an object, and its arguments."""
+    if is_dataclass(part) and not isinstance(part, type):
+        own = {each.name: as_data(getattr(part, each.name)) for each in fields(part) if each.init}
+        return {"class": type(part).__name__, **own}
+    if isinstance(part, Mapping):
+        return {key: as_data(value) for key, value in part.items()}
+    if isinstance(part, (list, tuple)):
+        return [as_data(value) for value in part]
+    part = to_python_number(part)
+    return part if part is None or isinstance(part, (str, int, float)) else describe(part)
+
+
 def as_call(data: Any) -> str:
-    """Plain data of an object (``pruning.config.as_data``) as the call that makes it; other data as it is."""
+    """Plain data of an object (``as_data``) as the call that makes it; other data as it is."""
     if not isinstance(data, Mapping) or "class" not in data:
         return str(data)
     arguments = ", ".join(f"{name}={as_call(value)}" for name, value in data.items() if name != "class")

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 CONV1D = "transformers.pytorch_utils.Conv1D"
 ONE_OF_TWO_TEXTS = "(tokens of the other text, I)"
@@ -137,21 +137,6 @@ def reads_two_texts(model: nn.Module, layers: Iterable[Any]) -> bool:
     wanted = set(layers)
     found = (m for m in model.modules() if getattr(getattr(m, "config", None), "is_encoder_decoder", False) is True)
     return any(wanted & set(module.modules()) for module in found)
-
-
-def check_ids(model: nn.Module, ids: Tensor) -> None:
-    """Raise ValueError for token ids that a transformers model has no embeddings for."""
-    if not hasattr(model, "config") or not hasattr(model, "get_input_embeddings"):
-        return
-    try:
-        known = getattr(model.get_input_embeddings(), "num_embeddings", None)  # type: ignore[operator]
-    except NotImplementedError:  # a model whose code is not that of transformers
-        return
-    if known is not None and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < known:
-        raise ValueError(
-            f"Token ids go from {int(ids.min())} to {int(ids.max())}, and {type(model).__name__} has embeddings for 0 "
-            f"to {known - 1}. Are they from the tokenizer of another model?"
-        )
 
 
 # --- experts ---------------------------------------------------------------------------------------------------------

@@ -18,12 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from sparse_train.arguments import check_positive
-from sparse_train.blocks import check_ids
 from sparse_train.data.blocks import beginning
 from sparse_train.data.texts import only_texts
 from sparse_train.environment import isolated_rng
 from sparse_train.models.losses import IGNORED, mean_over_tokens, next_token_loss
-from sparse_train.oneshot.forwards import inference
+from sparse_train.oneshot.forwards import check_ids, inference
 from sparse_train.terminal import with_bar
 
 _log = logging.getLogger(__name__)

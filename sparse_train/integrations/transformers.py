@@ -41,7 +41,9 @@ from sparse_train.oneshot.forwards import under_autocast
 from sparse_train.patterns import Pattern
 from sparse_train.policies import MaskPolicy
 from sparse_train.pruning.config import PruningConfig
-from sparse_train.pruning.updater import MaskUpdater, check_same_layers, mask_targets, pruning_json
+from sparse_train.pruning.resuming import check_same_layers
+from sparse_train.pruning.update import pruning_json
+from sparse_train.pruning.updater import MaskUpdater, mask_targets
 
 _log = logging.getLogger(__name__)
 
@@ -138,7 +140,7 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
         # again: Trainer.add_callback comes after on_init_end, model_init makes a new model, a second run is squashed
         check_trainer(args, model, self.config)
         layers = self._prepare(model)
-        restored = None
+        restored = self._saved_step = None
         if state.global_step > 0:
             assert self._resumed is not None, "a run that does not begin at step 0 has been resumed"
             restored = restore_state(self._resumed, layers, state.global_step)

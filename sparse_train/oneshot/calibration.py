@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from sparse_train.blocks import ONE_OF_TWO_TEXTS, check_ids, reads_two_texts
+from sparse_train.blocks import ONE_OF_TWO_TEXTS, reads_two_texts
 from sparse_train.layers import masks
 from sparse_train.layers.masked_layer import MaskedLayer, MaskedMatrix, Recorder
 from sparse_train.oneshot.experts import ExpertMatrix, ExpertRecorder
-from sparse_train.oneshot.forwards import Batch, Context, Stop, answering, call, one_sample
+from sparse_train.oneshot.forwards import Batch, Context, Stop, answering, call, check_ids, one_sample
 from sparse_train.pruning.recording import attach, warn_of_padding
 from sparse_train.statistics import LastSums, Statistics
 

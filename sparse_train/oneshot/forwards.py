@@ -74,3 +74,18 @@ def one_sample(batch: Batch) -> Batch:
     size = len(batch["input_ids"]) if "input_ids" in batch else 0
     tensors = {key: each for key, each in batch.items() if isinstance(each, Tensor) and each.dim()}
     return {**batch, **{key: each[:1] for key, each in tensors.items() if len(each) == size}}
+
+
+def check_ids(model: nn.Module, ids: Tensor) -> None:
+    """Raise ValueError for token ids that a transformers model has no embeddings for."""
+    if not hasattr(model, "config") or not hasattr(model, "get_input_embeddings"):
+        return
+    try:
+        known = getattr(model.get_input_embeddings(), "num_embeddings", None)  # type: ignore[operator]
+    except NotImplementedError:  # a model whose code is not that of transformers
+        return
+    if known is not None and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < known:
+        raise ValueError(
+            f"Token ids go from {int(ids.min())} to {int(ids.max())}, and {type(model).__name__} has embeddings for 0 "
+            f"to {known - 1}. Are they from the tokenizer of another model?"
+        )

@@ -1,11 +1,11 @@
 """``PruningConfig``: the arguments of a run with re-pruning, in any kind of trainer; and the types of first masks."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
-from sparse_train.arguments import as_call, describe, did_you_mean, require_type, to_python_number
+from sparse_train.arguments import as_data, did_you_mean, require_type, to_python_number
 from sparse_train.criteria import Criterion, Wanda
 from sparse_train.distributions import SparsityDistribution, Uniform, check_pattern
 from sparse_train.patterns import Pattern, group_label
@@ -197,30 +197,3 @@ class PruningConfig:
         """The settings as plain data, for checkpoints, cards and reports; parts name their class."""
         found = {each.name: as_data(getattr(self, each.name)) for each in fields(self) if each.init}
         return {**found, "mask_structure": group_label(self.pattern), "sparsity": self.sparsity_at(1.0)}
-
-
-def as_data(part: Any) -> Any:
-    """An argument as plain data: the class of an object, and its arguments."""
-    if is_dataclass(part) and not isinstance(part, type):
-        own = {each.name: as_data(getattr(part, each.name)) for each in fields(part) if each.init}
-        return {"class": type(part).__name__, **own}
-    if isinstance(part, Mapping):
-        return {key: as_data(value) for key, value in part.items()}
-    if isinstance(part, (list, tuple)):
-        return [as_data(value) for value in part]
-    part = to_python_number(part)
-    return part if part is None or isinstance(part, (str, int, float)) else describe(part)
-
-
-_FREE = ("targets", "ignore", "first_mask")
-"""What a resumed run may write in other words: the layers themselves are compared, and the first mask is made."""
-
-
-def check_same_settings(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    """Raise ValueError if a saved run had other settings (``as_data``) than these."""
-    for name, now in own.items():
-        if name not in _FREE and saved.get(name) != now:
-            raise ValueError(
-                f"The checkpoint was written with {name} = {as_call(saved.get(name))}, and this run has "
-                f"{as_call(now)}. Resume with the same setting, or start a new run (docs/faq.md)."
-            )

@@ -10,11 +10,13 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sparse_train.arguments import as_call
 from sparse_train.blocks import decoder_blocks
 from sparse_train.criteria import Criterion, LayerContext, Wanda
 from sparse_train.distributed.collectives import gather_rows, rank, sum_over_ranks
@@ -302,6 +304,19 @@ def mask_shares(layers: Mapping[str, MaskedMatrix], pattern: Pattern) -> dict[st
             exact = isinstance(pattern, Unstructured)
             shares[name] = pruned / layer.size if exact else share_of(pruned, layer.size)
     return shares
+
+
+def pruning_json(
+    settings: Mapping[str, Any], sparsity: float | None, layers: Mapping[str, MaskedLayer]
+) -> dict[str, Any]:
+    """What a run with these settings (``as_data``) prunes now, as ``pruning.json`` says it."""
+    label, distribution = settings["mask_structure"], as_call(settings["distribution"])
+    stage = {"mask_structure": label, "wanted_sparsity": sparsity or 0.0, "distribution": distribution}
+    # as verify reads them: of each row, or else of the whole layer
+    return {
+        "stages": [stage],
+        "layers": mask_shares(layers, Unstructured("row" if label == "unstructured" else "layer")),
+    }
 
 
 # --- for distributions -----------------------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sparse_train.arguments import as_call
 from sparse_train.blocks import ONE_OF_TWO_TEXTS, frozen_linears, reads_two_texts
 from sparse_train.distributed.collectives import rank
 from sparse_train.distributed.fsdp2 import reshard
@@ -23,9 +22,9 @@ from sparse_train.layers.mask_lora import check_not_divided, describe_factors
 from sparse_train.layers.masked_layer import MaskedLayer, sparse_layers
 from sparse_train.layers.sparsify import sparsify, unmask
 from sparse_train.layers.targets import find_targets, layers_in_words
-from sparse_train.patterns import Pattern, Unstructured, group_label
+from sparse_train.patterns import Pattern, group_label
 from sparse_train.policies import Optimizers
-from sparse_train.pruning.config import FromZeros, PruningConfig, check_same_settings
+from sparse_train.pruning.config import FromZeros, PruningConfig
 from sparse_train.pruning.recording import (
     RunningNorms,
     check_agreement,
@@ -33,6 +32,7 @@ from sparse_train.pruning.recording import (
     sum_statistics,
     warn_of_padding,
 )
+from sparse_train.pruning.resuming import check_restored_masks, check_same_layers, check_same_settings
 from sparse_train.pruning.update import (
     LayerUpdate,
     Rules,
@@ -55,44 +55,6 @@ def mask_targets(model: nn.Module, config: PruningConfig) -> dict[str, MaskedLay
     layers = find_targets(model, config.pattern, config.targets, config.ignore).layers
     sparsify(model, layers.values())
     return {name: layer for name, layer in layers.items() if isinstance(layer, MaskedLayer)}
-
-
-def check_same_layers(saved: Iterable[str], layers: Iterable[str]) -> None:
-    """Raise ValueError if the run of a checkpoint pruned other layers than this one."""
-    differing = sorted({*saved} ^ {*layers})
-    if differing:
-        raise ValueError(
-            f"The run of the checkpoint did not prune the same layers as this one; {differing[0]} is in only one of "
-            "them. Resume with the same targets and ignore, or export the checkpoint and start a new run from that."
-        )
-
-
-def check_restored_masks(saved: Mapping[str, int], layers: Mapping[str, MaskedLayer], sparsity: float | None) -> None:
-    """Raise ValueError if the masks of layers are not those of a state, given as fingerprints (``state["masks"]``)."""
-    check_same_layers(saved, layers)
-    own = {name: masks.fingerprint_number(layer.weight_mask) for name, layer in layers.items()}
-    wrong = next((name for name, number in saved.items() if own[name] != number), None)
-    if wrong is not None:
-        dense = sum(layer.is_dense() for layer in layers.values())
-        raise ValueError(
-            f"The resumed run was at a sparsity of {sparsity}, and the mask of {wrong} is not the one it had "
-            f"({dense} of {len(layers)} layers are dense). The masks are in the model's state dict, as "
-            "buffers named weight_mask: load the model of the same checkpoint (strict_loading=False and "
-            "on_save_checkpoint may leave them out), or start a new run."
-        )
-
-
-def pruning_json(
-    settings: Mapping[str, Any], sparsity: float | None, layers: Mapping[str, MaskedLayer]
-) -> dict[str, Any]:
-    """What a run with these settings (``as_data``) prunes now, as ``pruning.json`` says it."""
-    label, distribution = settings["mask_structure"], as_call(settings["distribution"])
-    stage = {"mask_structure": label, "wanted_sparsity": sparsity or 0.0, "distribution": distribution}
-    # as verify reads them: of each row, or else of the whole layer
-    return {
-        "stages": [stage],
-        "layers": mask_shares(layers, Unstructured("row" if label == "unstructured" else "layer")),
-    }
 
 
 class MaskUpdater:

@@ -28,7 +28,7 @@ from sparse_train import (
 from sparse_train.callbacks import DynamicPruning
 from sparse_train.integrations.transformers import SparseTrainerCallback
 from sparse_train.patterns import NM
-from sparse_train.pruning.config import check_same_settings
+from sparse_train.pruning.resuming import check_same_settings
 
 
 def test_defaults():

@@ -11,8 +11,6 @@ from typing import Any
 from torch import nn
 
 CONV1D = "transformers.pytorch_utils.Conv1D"
-ONE_OF_TWO_TEXTS = "(tokens of the other text, I)"
-"""Which inputs the attention mask of an encoder-decoder model's batch does not fit."""
 
 
 # --- linear layers ---------------------------------------------------------------------------------------------------
@@ -130,13 +128,6 @@ def decoder_blocks(model: nn.Module, layers: Iterable[Any]) -> list[nn.Module]:
         if held > most:
             found, most = list(blocks), held
     return found
-
-
-def reads_two_texts(model: nn.Module, layers: Iterable[Any]) -> bool:
-    """Whether any of ``layers`` is part of an encoder-decoder model, whose batches have a mask for one of two texts."""
-    wanted = set(layers)
-    found = (m for m in model.modules() if getattr(getattr(m, "config", None), "is_encoder_decoder", False) is True)
-    return any(wanted & set(module.modules()) for module in found)
 
 
 # --- experts ---------------------------------------------------------------------------------------------------------

@@ -18,12 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from sparse_train.blocks import ONE_OF_TWO_TEXTS, reads_two_texts
 from sparse_train.layers import masks
 from sparse_train.layers.masked_layer import MaskedLayer, MaskedMatrix, Recorder
 from sparse_train.oneshot.experts import ExpertMatrix, ExpertRecorder
 from sparse_train.oneshot.forwards import Batch, Context, Stop, answering, call, check_ids, one_sample
-from sparse_train.pruning.recording import attach, warn_of_padding
+from sparse_train.pruning.recording import attach, padding_of, reads_two_texts, warn_of_padding
 from sparse_train.statistics import LastSums, Statistics
 
 _log = logging.getLogger(__name__)
@@ -72,12 +71,10 @@ class CalibrationPass:
         self._check(block)
         recorder, experts = self._recorder, [layer for layer in layers.values() if isinstance(layer, ExpertMatrix)]
         attach(layers.values(), recorder, statistics)
-        paddings = [batch.get("attention_mask") if isinstance(batch, Mapping) else None for batch in self._batches]
-        given = [mask for mask in paddings if mask is not None]
-        if given and reads_two_texts(self._model, layers.values()):
-            recorder.token_mask_misfit, paddings = ONE_OF_TWO_TEXTS, [None] * len(self._batches)
-        elif experts and not all(bool(mask.all()) for mask in given):
-            recorder.token_mask_misfit = "(tokens that are routed to experts, I)"
+        two_texts = reads_two_texts(self._model, layers.values())
+        paddings = [padding_of(batch, recorder, two_texts) for batch in self._batches]
+        if experts and not all(mask is None or bool(mask.all()) for mask in paddings):
+            recorder.misfit = "(tokens that are routed to experts, I)"
         recorder.when = "always"
         try:
             with ExpertRecorder(experts) if experts else nullcontext():

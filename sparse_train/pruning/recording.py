@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparse_train.arguments import leave_out
 from sparse_train.criteria import Criterion
@@ -89,15 +89,38 @@ def not_finite(where: str) -> ValueError:
     )
 
 
+def padding_of(batch: Any, recorder: Recorder, two_texts: bool) -> Tensor | None:
+    """``batch["attention_mask"]``; None, and a note for a warning, if it is not known which inputs it is for.
+
+    An encoder-decoder model reads ``two_texts``, and the mask is one of them; so may one inside a nested batch be.
+    """
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    parts = batch if isinstance(batch, (list, tuple)) else batch.values() if isinstance(batch, Mapping) else ()
+    if any(isinstance(part, Mapping) and "attention_mask" in part for part in parts):
+        recorder.misfit = recorder.misfit or "(a part of a nested batch)"
+    if not isinstance(mask, Tensor):
+        return None
+    if two_texts:
+        recorder.misfit = recorder.misfit or "(tokens of the other text, I)"
+    return None if two_texts else mask
+
+
+def reads_two_texts(model: nn.Module, layers: Iterable[Any]) -> bool:
+    """Whether any of ``layers`` is part of an encoder-decoder model, whose batches have a mask for one of two texts."""
+    wanted = set(layers)
+    found = (m for m in model.modules() if getattr(getattr(m, "config", None), "is_encoder_decoder", False) is True)
+    return any(wanted & set(module.modules()) for module in found)
+
+
 def warn_of_padding(recorder: Recorder) -> None:
     """Warn once that a token mask did not fit an input, so that padding counts in its statistics."""
-    if recorder.token_mask_misfit is not None and not recorder.warned:
+    if recorder.misfit is not None and not recorder.warned:
         recorder.warned = True
         _log.warning(
             "The batch's attention_mask does not fit a layer's input of shape %s, so padding counts in its activation "
             "statistics. Override DynamicPruning.token_mask, or set MaskUpdater.token_mask, to say which tokens count; "
             "in one-shot pruning calibrate on samples without padding.",
-            recorder.token_mask_misfit,
+            recorder.misfit,
         )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sparse_train.blocks import ONE_OF_TWO_TEXTS, frozen_linears, reads_two_texts
+from sparse_train.blocks import frozen_linears
 from sparse_train.distributed.collectives import rank
 from sparse_train.distributed.fsdp2 import reshard
 from sparse_train.distributions import Division, Outliers
@@ -29,6 +29,8 @@ from sparse_train.pruning.recording import (
     RunningNorms,
     check_agreement,
     check_statistics,
+    padding_of,
+    reads_two_texts,
     sum_statistics,
     warn_of_padding,
 )
@@ -226,15 +228,7 @@ class MaskUpdater:
         None for an encoder-decoder model, which reads two texts: the mask belongs to one of them. Warns once that the
         padding of both counts. The same for a mask inside a nested batch: it is not known which inputs it is for.
         """
-        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-        parts = batch if isinstance(batch, (list, tuple)) else batch.values() if isinstance(batch, Mapping) else ()
-        misfit = None
-        if any(isinstance(part, Mapping) and "attention_mask" in part for part in parts):
-            misfit = "(a part of a nested batch)"
-        if isinstance(mask, Tensor) and self._two_texts:
-            misfit, mask = ONE_OF_TWO_TEXTS, None
-        self.norms.recorder.token_mask_misfit = self.norms.recorder.token_mask_misfit or misfit
-        return mask if isinstance(mask, Tensor) else None
+        return padding_of(batch, self.norms.recorder, self._two_texts)
 
     def paused(self) -> AbstractContextManager[None]:
         """A context in which forwards do not count in statistics, such as generation in train mode, or a pass on

@@ -99,11 +99,12 @@ def memory(device: str, small: bool) -> str:
     batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
     for name in ("dense", "re-pruned"):
         torch.cuda.reset_peak_memory_stats()
-        student = Student(copy.deepcopy(first).to(device))
-        updater = MaskUpdater(student.model, "2:4", update_freq=1, total_steps=4, end_step=1.0)
+        student, updater = Student(copy.deepcopy(first).to(device)), None
+        if name == "re-pruned":
+            updater = MaskUpdater(student.model, "2:4", update_freq=1, total_steps=4, end_step=1.0)
         for _ in range(3):
             student.step(batch)
-            if name == "re-pruned":
+            if updater is not None:
                 updater.step()
         lines.append([name, f"{torch.cuda.max_memory_allocated() / 2**20:.0f}"])
         del student, updater

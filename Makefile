@@ -70,9 +70,9 @@ bench: $(READY)  # the tables of docs/performance.md; on an idle machine
 	$(BIN)/python benchmarks/selection.py --out benchmarks/performance.json
 	$(BIN)/python benchmarks/overhead.py --out benchmarks/performance.json
 	$(BIN)/python benchmarks/growth.py --out benchmarks/performance.json
-	$(BIN)/python benchmarks/oneshot_time.py --out benchmarks/performance.json
+	$(BIN)/python benchmarks/oneshot_time.py --samples 8 --length 512 --rounds 2 --out benchmarks/performance.json
+	$(BIN)/python benchmarks/oneshot_memory.py --out benchmarks/performance.json
 	$(BIN)/python benchmarks/performance.py --write
-	$(BIN)/python benchmarks/oneshot_memory.py  # of streamed pruning: printed
 
 zeroshot: $(READY)  # the table of docs/results.md: LIMIT items a task, TASK_DATA names local files
 	$(BIN)/python benchmarks/quality.py --arm static --seed 2 --lr 5e-4 --export runs/static

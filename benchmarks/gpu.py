@@ -1,4 +1,4 @@
-"""Everything that waits for a GPU, unattended, on one page: tests, selection, steps, memory, 2:4 products, a run.
+"""Everything that waits for a GPU, unattended, on one page: tests, selection, steps, memory, products, ranks, a run.
 
     python benchmarks/gpu.py                  # an hour or two; writes gpu.md, and names the card in it
     python benchmarks/gpu.py --device cpu --small true --parts '[products, generation]'     # to look at the page
@@ -99,11 +99,12 @@ def memory(device: str, small: bool) -> str:
     batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
     for name in ("dense", "re-pruned"):
         torch.cuda.reset_peak_memory_stats()
-        student = Student(copy.deepcopy(first).to(device))
-        updater = MaskUpdater(student.model, "2:4", update_freq=1, total_steps=4, end_step=1.0)
+        student, updater = Student(copy.deepcopy(first).to(device)), None
+        if name == "re-pruned":
+            updater = MaskUpdater(student.model, "2:4", update_freq=1, total_steps=4, end_step=1.0)
         for _ in range(3):
             student.step(batch)
-            if name == "re-pruned":
+            if updater is not None:
                 updater.step()
         lines.append([name, f"{torch.cuda.max_memory_allocated() / 2**20:.0f}"])
         del student, updater
@@ -157,7 +158,17 @@ def run(device: str, small: bool) -> str:
     return f"{width} wide, {blocks} blocks, 100 steps: {time.perf_counter() - began:.0f} s with start and validation."
 
 
-PARTS = {each.__name__: each for each in (tests, selection, steps, memory, products, generation, run)}
+def ranks(device: str, small: bool) -> str:
+    """Dense and re-pruned steps on two processes."""
+    if device == "cuda" and torch.cuda.device_count() < 2:
+        return "Needs two GPUs."
+    sizes = ["--update_freq=2", "--intervals=1", "--batch_size=1"] if small else ["--rounds=2"]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "benchmarks/ranks.py", *sizes]
+    told = [shell(*command, f"--engine={engine}").strip().splitlines()[-3:] for engine in ("ddp", "fsdp2")]
+    return "\n".join(f"- {'; '.join(lines)}" for lines in told)
+
+
+PARTS = {each.__name__: each for each in (tests, selection, steps, memory, products, generation, ranks, run)}
 
 
 def main(device: str = "cuda", small: bool = False, parts: list[str] | None = None, out: str = "gpu.md") -> None:
@@ -166,7 +177,7 @@ def main(device: str = "cuda", small: bool = False, parts: list[str] | None = No
     Args:
         device: cuda, or cpu for what works there.
         small: tiny sizes.
-        parts: some of tests, selection, steps, memory, products, generation, run; default: all.
+        parts: some of tests, selection, steps, memory, products, generation, ranks, run; default: all.
         out: the page.
     """
     card = torch.cuda.get_device_name() if device == "cuda" else "no GPU"

@@ -17,10 +17,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import performance
+import rows
 import torch
 from jsonargparse import auto_cli
-from rich.console import Console
-from rich.table import Table
 
 WORDS = 32_000
 SAMPLES, LENGTH = 16, 512
@@ -89,6 +89,7 @@ def main(
     hidden_size: int = 2048,
     intermediate_size: int = 5632,
     blocks: int = 19,
+    out: str | None = None,
 ) -> None:
     """Print the table.
 
@@ -96,6 +97,7 @@ def main(
         folder: for the two temporary checkpoints; default: the system's temporary folder.
         method: wanda or sparsegpt.
         hidden_size, intermediate_size, blocks: of the Llama model.
+        out: JSON file for bytes and seconds.
     """
     config = {
         "hidden_size": hidden_size,
@@ -114,12 +116,10 @@ def main(
         before, peak, seconds, forwards, pruning = json.loads(done.stdout.splitlines()[-1])
     finally:
         shutil.rmtree(place)
-    table = Table("what", "measured", "wanted", title=f"{method}, 2:4, {SAMPLES} x {LENGTH} tokens, CPU")
-    table.add_row("checkpoint, float32", f"{size / 2**30:.2f} GiB in {blocks} blocks", "4 GiB, 16 blocks or more")
-    table.add_row("interpreter with libraries", f"{before / 2**20:.0f} MiB", "")
-    table.add_row("peak above it", f"{(peak - before) / 2**20:.0f} MiB", "at most 1024 MiB")
-    table.add_row("whole pipeline", f"{seconds:.0f} s: forwards {forwards:.0f}, pruning {pruning:.0f}, rest disk", "")
-    Console(width=100).print(table)
+    found = {"method": method, "tokens": f"{SAMPLES} x {LENGTH}", "blocks": blocks, "checkpoint": size}
+    found |= {"before": before, "peak": peak, "seconds": seconds, "forwards": forwards, "pruning": pruning}
+    rows.record(out, "streaming", found)
+    print(performance.streamed(found))
 
 
 if __name__ == "__main__":

@@ -13,15 +13,19 @@ Peak memory is the resident memory of processes of their own, which take three s
 """
 
 import copy
+import cProfile
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -33,10 +37,11 @@ from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
-from sparse_train import NM, MaskUpdater, sparse_layers
+from sparse_train import NM, MaskUpdater, sparse_layers, statistics
 from sparse_train.data.blocks import blocks_of
 from sparse_train.data.texts import PackagedWikipedia
 from sparse_train.environment import peak_bytes
+from sparse_train.layers import masks
 from sparse_train.layers.targets import find_targets
 from sparse_train.models.distillation import CachedTeacher, Distillation, Teacher, cast_linear
 from sparse_train.models.losses import next_token_loss
@@ -145,14 +150,82 @@ def peaks(model: str, batch_size: int) -> dict[str, list[int]]:
     return found
 
 
-def profiled(run: Callable[[], object], top: int = 8) -> list[tuple[str, int, float]]:
-    """The operators that take most of the time: name, calls, and share of all."""
-    with profile(activities=[ProfilerActivity.CPU]) as seen:
-        run()
-    events = seen.key_averages()
-    total = sum(event.self_cpu_time_total for event in events)
-    highest = sorted(events, key=lambda event: event.self_cpu_time_total, reverse=True)[:top]
-    return [(event.key, event.count, event.self_cpu_time_total / total) for event in highest]
+TOP = 8
+"""Operators or functions that a profile names."""
+
+
+def profiled(run: Callable[[], object], device: str) -> dict[str, Any]:
+    """The operators of torch that take most of the time (on a GPU: its kernels): name, calls, and share of all."""
+    on_gpu = device == "cuda"
+    with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu]) as seen:
+        wall = seconds(run)
+    events = [
+        (e.key, e.count, e.self_device_time_total if on_gpu else e.self_cpu_time_total) for e in seen.key_averages()
+    ]
+    return highest([(name, calls, time / 1e6) for name, calls, time in events], wall)
+
+
+def functions(seen: cProfile.Profile, wall: float) -> dict[str, Any]:
+    """The same of functions. A ufunc of numpy, such as a comparison, counts for the function that calls it."""
+    named = [(each.code if isinstance(each.code, str) else each.code.co_name, each) for each in seen.getstats()]
+    parts = [(re.sub(r"<.*?method '?([^' ]+)'?.*>", r"\1", name), e.callcount, e.inlinetime) for name, e in named]
+    return highest(parts, wall)
+
+
+def highest(parts: list[tuple[str, int, float]], wall: float) -> dict[str, Any]:
+    total = sum(time for *_, time in parts)
+    top = sorted(parts, key=lambda part: part[2], reverse=True)[:TOP]
+    return {"wall": wall, "sum": total, "top": [(name, calls, time / total) for name, calls, time in top]}
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """cProfile sees one thread, and ``time.thread_time`` counts it alone."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def profiles_of_numpy(step: Callable[[], object], update: Callable[[], object]) -> dict[str, Any]:
+    """Of the sums of squares in a recorded step, and of an update: on the CPU numpy does both, which torch's profiler
+    does not see."""
+    sums, whole, inner = cProfile.Profile(), cProfile.Profile(), statistics.batch_sums
+    with one_thread():
+        statistics.batch_sums = lambda *args: sums.runcall(inner, *args)
+        try:
+            wall_of_step = seconds(step)
+        finally:
+            statistics.batch_sums = inner
+        wall = seconds(lambda: whole.runcall(update))
+    return {"sums of squares": functions(sums, wall_of_step), "update": functions(whole, wall)}
+
+
+def masking(layers: dict[str, Any], rounds: int) -> dict[str, list[float]]:
+    """Processor time of one thread, to mask and cast the weights of all layers, and to cast them alone."""
+    ways: dict[str, Callable[[Any], object]] = {
+        "mask and cast": lambda layer: masks.apply(layer.weight, layer.weight_mask, torch.bfloat16),
+        "cast alone": lambda layer: layer.weight.to(torch.bfloat16),
+    }
+    found: dict[str, list[float]] = {name: [] for name in ways}
+    with one_thread(), torch.no_grad():
+        for _ in range(rounds + 1):
+            for name, way in ways.items():
+                began = time.thread_time()
+                for layer in layers.values():
+                    way(layer)
+                found[name].append(time.thread_time() - began)
+    return {name: times[1:] for name, times in found.items()}
+
+
+def starts(rounds: int = 3) -> dict[str, list[float]]:
+    """Seconds to print the help, in processes of their own."""
+    call = [sys.executable, "-m", "sparse_train.cli.main"]
+    ways = {" ".join(["sparse-train", *more]): [*call, *more] for more in (["--help"], ["fit", "--help"])}
+    run = partial(subprocess.run, check=True, stdout=subprocess.DEVNULL)
+    return {name: [seconds(partial(run, way)) for _ in range(rounds)] for name, way in ways.items()}
 
 
 def main(
@@ -214,11 +287,20 @@ def main(
                 pruning.make_permanent()
                 found["update of ModelPruning"].append(seconds(pruning.update))
     found = {name: times[1:] for name, times in found.items()}  # the first round warms up
-    profiles = {name: profiled(lambda name=name: kinds[name](batches[0])) for name in ("dense", "re-pruned")}  # type: ignore[misc]
-    profiles["update"] = profiled(updater.step)
+    step, recorded = partial(dense.step, batches[0]), partial(sparse.step, batches[0])
+    profiles = {"dense": profiled(step, device), "re-pruned": profiled(recorded, device)}
+    masked: dict[str, list[float]] = {}
+    if device == "cpu":
+        profiles |= profiles_of_numpy(recorded, updater.step)
+        masked = masking(updater.layers, rounds)
+    else:
+        profiles["update"] = profiled(updater.step, device)
     used = peaks(model, batch_size) if memory and device == "cpu" else {}
     tokens = f"{source.name}, {batch_size} x {BLOCK_SIZE} tokens, bfloat16 autocast"
-    rows.record(out, "step", {"model": tokens, "seconds": found, "profiles": profiles, "peaks": used})
+    told = {"model": tokens, "seconds": found, "masking": masked, "profile": profiles, "peaks": used}
+    rows.record(out, "step", told)
+    if device == "cpu":
+        rows.record(out, "start", {"seconds": starts()})
     cores = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
     where = torch.cuda.get_device_name() if device == "cuda" else cores
     title = f"{tokens}, {where}, torch {torch.__version__}"
@@ -232,27 +314,34 @@ def main(
     for name in ("update", "update of ModelPruning"):
         table.add_row(f"{name}, alone", f"{median(found[name]):.3f}", "", "")
     Console(width=120).print(table)
+    for name, times in masked.items():
+        print(f"{name}, weights of all layers: {median(times):.3f} s of one thread")
     for kind, (peak, count) in used.items():
         more = f", {(peak - used['dense'][0]) / count:.3f} byte more for each targeted weight" if count else ""
         print(f"peak memory, {kind}: {peak / 2**20:.0f} MiB, {peak / used['dense'][0]:.3f}x dense{more}")
-    off = [difference(sparse, batch, teacher, cache) for batch in batches]
-    print(
-        f"gradient at the logits of the re-pruned model, from the cache against live: {min(off):.1%} to {max(off):.1%}"
-    )
+    for name, off in zip(
+        ("loss", "KL", "gradient at the logits"),
+        zip(*(differences(sparse, batch, teacher, cache) for batch in batches), strict=True),
+        strict=True,
+    ):
+        print(f"{name} of the re-pruned model, from the cache against live: {min(off):+.2%} to {max(off):+.2%}")
 
 
-def difference(student: Student, batch: dict[str, torch.Tensor], *teachers: Callable[..., Any]) -> float:
-    """Of the gradients of the loss at the student's logits, from two teachers: its norm against that of the first."""
-    inputs, gradients = {name: batch[name] for name in ("input_ids", "attention_mask")}, []
+def differences(student: Student, batch: dict[str, torch.Tensor], *teachers: Callable[..., Any]) -> list[float]:
+    """Between two teachers, against the first: of the loss, of its KL, and the norm of the difference between the
+    gradients of the loss at the student's logits."""
+    inputs, found = {name: batch[name] for name in ("input_ids", "attention_mask")}, []
     with torch.autocast(student.device, torch.bfloat16), torch.no_grad():
         logits_BLV = student.model(use_cache=False, **inputs).logits
         taught = [teacher(**inputs) for teacher in teachers]
     for each in taught:
         leaf_BLV = logits_BLV.float().requires_grad_()
-        DISTILLATION.loss(leaf_BLV, each, batch["labels"])[0].backward()
-        gradients.append(leaf_BLV.grad)
-    live, cached = gradients
-    return float((cached - live).norm() / live.norm())
+        loss, _, kldiv = DISTILLATION.loss(leaf_BLV, each, batch["labels"])
+        loss.backward()
+        found.append((loss.detach(), kldiv, leaf_BLV.grad))
+    (*live, of_live), (*cached, of_cached) = found
+    ratios = [float(b / a) - 1 for a, b in zip(live, cached, strict=True)]
+    return [*ratios, float((of_cached - of_live).norm() / of_live.norm())]
 
 
 if __name__ == "__main__":

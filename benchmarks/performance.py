@@ -8,10 +8,11 @@ import json
 import sys
 from pathlib import Path
 from statistics import median, quantiles
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import rows
+import scaling
 from matplotlib import pyplot as plt
 
 ROOT = Path(__file__).parent.parent
@@ -20,7 +21,9 @@ PICTURE = ROOT / "docs" / "pictures" / "growth.svg"
 BEGIN, END = "<!-- performance -->", "<!-- /performance -->"
 IDLE = 0.5
 """Load below which a machine counts as idle."""
-BLOCKS_7B = 32
+BLOCKS_7B, ROWS = 32, "50 % per row"
+STEPS = {10: 1.02, 1: 1.08}
+"""By k, what a re-pruned step may take at most, against a dense one."""
 WANTED_PEAK, WANTED_BYTES = 1.02, 0.13
 Ways = dict[str, list[float]]
 
@@ -60,6 +63,83 @@ def against(found: dict[str, Ways], base: str, head: str) -> str:
     return table(["pattern", "way", "ms", head], lines)
 
 
+IN_ONE_PASS = (
+    "a compiled loop that scores, selects and packs a row while it is in the cache, where numpy writes magnitudes, "
+    "scores and a copy for the partition in passes of their own"
+)
+ONCE_A_STEP = (
+    "to mask and cast each weight once a step, and not again in backward: a second model would be held in between, and "
+    "gradient checkpointing would have to know of it"
+)
+FEWER = (
+    "sums of squares inside the product that reads the input (they are a third of it), and a masked weight that is "
+    "made for the second forward, and not again for the zeros at the end"
+)
+
+
+class Number(NamedTuple):
+    """What was to be reached."""
+
+    what: str
+    wanted: float
+    measured: list[float]
+    closes: str = "nothing that is known: the same code has reached it in another run"
+    at_most: bool = False
+    unit: str = ""
+
+    def line(self) -> list[str]:
+        middle = median(self.measured)
+        met = middle <= self.wanted if self.at_most else middle >= self.wanted
+        wanted = f"{'at most' if self.at_most else 'at least'} {self.wanted:g}{self.unit}"
+        return [
+            self.what,
+            wanted,
+            spread(self.measured, 3 if middle < 2 else 2 if middle < 10 else 1),
+            "reached" if met else self.closes,
+        ]
+
+
+def numbers(parts: dict[str, Any]) -> list[Number]:
+    """Of what has been measured."""
+    found: list[Number] = []
+    if part := parts.get("selection"):
+        wanted = {"selection": {ROWS: 46, "2:4": 17}, "update": {ROWS: 25, "2:4": 12}}
+        for kind, name in ((kind, name) for kind, of in wanted.items() for name in of):
+            faster = ratios(part[kind][name]["reference"], part[kind][name]["ours"])
+            found.append(Number(f"the reference / {kind}, {name}", wanted[kind][name], faster, IN_ONE_PASS))
+        for name in (ROWS, "2:4") if "model_7b" in part else ():
+            times = [BLOCKS_7B * each for each in part["model_7b"]["block"][name]]
+            found.append(Number(f"update of a LLaMA-7B, {name}", 20, times, IN_ONE_PASS, at_most=True, unit=" s"))
+    if part := parts.get("step"):
+        times = part["seconds"]
+        for k, limit in STEPS.items():
+            own = ratios(rows.steps_of_a_run(times, k), times["dense"])
+            closes = f"{ONCE_A_STEP}; and {IN_ONE_PASS}" if k == 1 else ONCE_A_STEP
+            found.append(Number(f"re-pruned step, k = {k} / dense step", limit, own, closes, at_most=True))
+        for name, limit in (("distilled", 1.7), ("cached teacher", 1.25)):
+            own = ratios(times[name], times["dense"])
+            found.append(Number(f"step, {name} / dense step", limit, own, at_most=True))
+        if part["peaks"]:
+            dense, (peak, count) = part["peaks"]["dense"][0], part["peaks"]["re-pruned"]
+            allowed = round(WANTED_PEAK + WANTED_BYTES * count / dense, 3)
+            found.append(Number("peak memory, re-pruned / dense", allowed, [peak / dense], at_most=True))
+    if part := parts.get("oneshot"):
+        whole = {name: [times["whole"] for times in each] for name, each in part["seconds"].items()}
+        without = {n: [t["whole"] - t.get("forward", 0) for t in each] for n, each in part["seconds"].items()}
+        plain, theirs = "Wanda, plain procedure", "llm-compressor"
+        pairs = [("Wanda", plain, 2), ("Wanda", f"Wanda, {theirs}", 2.5), ("SparseGPT", f"SparseGPT, {theirs}", 2)]
+        pruning = ratios(without[plain], without["Wanda, ours"])
+        found.append(Number("one-shot without forwards: plain procedure / Wanda, ours", 8, pruning, FEWER))
+        for method, slow, limit in pairs:
+            if slow in whole:
+                own = f"{method}, ours, autocast"
+                found.append(Number(f"one-shot: {slow} / {own}", limit, ratios(whole[slow], whole[own])))
+    if part := parts.get("start"):
+        for (name, times), limit in zip(part["seconds"].items(), (0.5, 2), strict=True):
+            found.append(Number(f"`{name}`", limit, times, at_most=True, unit=" s"))
+    return found
+
+
 def selection(part: dict[str, Any]) -> list[str]:
     parts = ["## Selecting, and an update\n", machine(part)]
     parts += [
@@ -83,8 +163,8 @@ def selection(part: dict[str, Any]) -> list[str]:
 def step(part: dict[str, Any]) -> list[str]:
     found: Ways = part["seconds"]
     kinds = {name: times for name, times in found.items() if not name.startswith("update")}
-    for k, wanted in ((1, "1.08"), (10, "1.02")):
-        name = f"re-pruned, k = {k}, with its share of updates (wanted: {wanted})"
+    for k in STEPS:
+        name = f"re-pruned, k = {k}, with its share of updates"
         kinds[name] = rows.steps_of_a_run(found, k)
     lines = [[name, spread(times, 2), spread(ratios(times, found["dense"]), 3)] for name, times in kinds.items()]
     lines += [
@@ -103,13 +183,28 @@ def step(part: dict[str, Any]) -> list[str]:
             f"Wanted: {WANTED_PEAK}x and {WANTED_BYTES} byte for each of {count / 1e6:.0f} M targeted weights, which "
             f"is {allowed:.3f}x; the re-pruned run has {(peak - dense) / count:+.2f} byte a targeted weight.\n",
         ]
-    parts.append("Where the time goes (`torch.profiler`, operators by their own time, one run of each):\n")
+    if times := part.get("masking"):
+        lines = [[name, spread(each, 3)] for name, each in times.items()]
+        parts += [
+            "What a re-pruned step computes beside a dense one, twice: it masks the weights of all layers, where "
+            "autocast alone would cast them to bfloat16. Processor time of one thread:\n",
+            table(["weights of all layers", "s"], lines),
+        ]
+    profiles = part.get("profile", {})
     lines = [
         [name, f"`{operator}`", str(calls), f"{100 * share:.0f} %"]
-        for name, events in part["profiles"].items()
-        for operator, calls, share in events
+        for name, events in profiles.items()
+        for operator, calls, share in events["top"]
     ]
-    return [*parts, table(["of", "operator", "calls", "share"], lines)]
+    if lines:
+        summed = [f"{name}, {each['sum']:.2f} of {each['wall']:.2f} s" for name, each in profiles.items()]
+        parts += [
+            "Where the time goes, by own time, one run of each: operators by `torch.profiler`, which does not see "
+            "numpy; the sums of squares in a recorded step, and an update, by `cProfile` in one thread:\n",
+            table(["of", "operator or function", "calls", "share"], lines),
+            f"All of them together, and the time on the clock: {'; '.join(summed)}.\n",
+        ]
+    return parts
 
 
 def oneshot(part: dict[str, Any]) -> list[str]:
@@ -129,6 +224,22 @@ def oneshot(part: dict[str, Any]) -> list[str]:
     return ["## One-shot pruning\n", machine(part), f"{part['title']}, float32 weights:\n", table(head, lines)]
 
 
+def streaming(part: dict[str, Any]) -> list[str]:
+    return ["## One-shot pruning, streamed\n", machine(part), streamed(part)]
+
+
+def streamed(part: dict[str, Any]) -> str:
+    rest = part["seconds"] - part["forwards"] - part["pruning"]
+    cells = [(part["peak"] - part["before"]) / 2**20, part["before"] / 2**20]
+    cells += [part[name] for name in ("seconds", "forwards", "pruning")]
+    head = ["peak, MiB (wanted: 1024)", "interpreter and libraries, MiB", "whole, s", "forwards, s", "pruning, s"]
+    return (
+        f"{part['method']}, 2:4, {part['tokens']} tokens; a Llama of {part['checkpoint'] / 2**30:.2f} GiB of random "
+        f"float32 weights in {part['blocks']} blocks. Peak resident memory above that of the interpreter:\n\n"
+        + table([*head, "rest: disk, s"], [[f"{cell:.0f}" for cell in (*cells, rest)]])
+    )
+
+
 def growth(part: dict[str, Any]) -> list[str]:
     base = middle(part["sizes"])
     lines = [
@@ -146,9 +257,10 @@ def growth(part: dict[str, Any]) -> list[str]:
         "Llamas of random weights, 2:4, bfloat16 autocast; one size at a time differs from "
         f"{base['width']} wide, {base['blocks']} blocks, {base['tokens']} tokens a step; "
         f"{len(base['seconds']['dense'])} rounds. Against the dense step:\n",
-        "![Cost of re-pruning against width, blocks, tokens and k](pictures/growth.svg)\n",
+        "![Cost of re-pruning against width, blocks, tokens, k and processes](pictures/growth.svg)\n",
         table(["width", "blocks", "tokens", "dense step, s", "an update, ms", "k = 10", "k = 1"], lines),
-        "How it grows with processes: [computed](scaling.md).\n",
+        "The panel on the right is computed, not measured: what a process receives at an update of a Llama-3.1-8B, by "
+        "the formulas of [scaling](scaling.md).\n",
     ]
 
 
@@ -163,7 +275,10 @@ def draw_growth(part: dict[str, Any], out: Path) -> None:
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "growth"
     base, ks = middle(part["sizes"]), (1, 2, 5, 10, 20, 50, 100)
-    figure, all_axes = plt.subplots(1, 4, figsize=(11, 2.6), sharey=True, layout="constrained")
+    figure, (*all_axes, computed) = plt.subplots(1, 5, figsize=(13.5, 2.6), layout="constrained")
+    for axes in all_axes[1:]:
+        axes.sharey(all_axes[0])
+        axes.tick_params(labelleft=False)
     for axes, name in zip(all_axes, ("width", "blocks", "tokens"), strict=False):
         others = [each for each in ("width", "blocks", "tokens") if each != name]
         sizes = [size for size in part["sizes"] if all(size[other] == base[other] for other in others)]
@@ -180,15 +295,38 @@ def draw_growth(part: dict[str, Any], out: Path) -> None:
     all_axes[0].legend()
     for axes in all_axes:
         axes.axhline(1, color="grey", linewidth=0.8)
+    draw_processes(computed)
+    for axes in figure.axes:
         axes.grid(alpha=0.3)
     figure.savefig(out, metadata={"Date": None})
+
+
+def draw_processes(axes: Any) -> None:
+    """What a process receives at an update, by the formulas of docs/scaling.md."""
+    setup, counts = scaling.SETUPS[0], [2**i for i in range(1, 7)]
+    size = setup.layers, setup.blocks
+    reduced, zero3 = sum(scaling.reduce_bytes(*size)), scaling.zero3_bytes(*size, 2)
+    kinds = {
+        "ZeRO-3": [zero3 + reduced for _ in counts],
+        "FSDP2": [each * scaling.gather_bytes(*size, each) + reduced for each in counts],
+        "DDP": [reduced for _ in counts],
+    }
+    for name, received in kinds.items():
+        axes.plot(counts, [each / 1e6 for each in received], "--", label=name)
+    axes.set_xscale("log", base=2)
+    axes.set(yscale="log", xlabel="processes", ylabel="MB received, computed")
+    axes.legend(loc="center right")
 
 
 def tables(path: Path = JSON) -> str:
     """All tables, as Markdown."""
     parts = json.loads(path.read_text())
-    made = {"selection": selection, "step": step, "growth": growth, "oneshot": oneshot}
-    lines = [line for name, show in made.items() if name in parts for line in show(parts[name])]
+    made = {"selection": selection, "step": step, "growth": growth, "oneshot": oneshot, "streaming": streaming}
+    lines = [
+        "## Wanted, and measured\n",
+        table(["what", "wanted", "measured", "what would close it"], [each.line() for each in numbers(parts)]),
+    ]
+    lines += [line for name, show in made.items() if name in parts for line in show(parts[name])]
     lines += [f"Not measured yet: {name}.\n" for name in made if name not in parts]
     return "\n".join(lines)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from transformers import AutoModelForCausalLM
 
@@ -63,6 +64,7 @@ def train(
     checkpointing: bool = False,
     lora: bool = False,
     late: bool = False,
+    compiled: bool = False,
     **settings: Any,
 ) -> dict[str, Any]:
     """Re-pruned for eight steps, the last four of them resumed; then squashed."""
@@ -76,6 +78,8 @@ def train(
         model.to(device)
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
+        if compiled:
+            model.compile(backend="inductor" if device == "cuda" else "aot_eager")  # a test compiles for seconds
         parameters = add_mask_lora(model, MaskLoRA(r=2)) if lora else model.parameters()
         return model.train(), updater, torch.optim.SGD(parameters, lr=0.03)
 
@@ -132,10 +136,12 @@ class Accelerator(L.pytorch.accelerators.Accelerator):
         return other.NAME
 
 
-def lightning(device: str, **settings: Any) -> dict[str, Any]:
+def lightning(device: str, precision: Any = None, **settings: Any) -> dict[str, Any]:
     """A first mask from calibration, updates, validation, a checkpoint, and a run that resumes it."""
-    where: dict[str, Any] = {}
-    if device != "cpu":
+    where: dict[str, Any] = {"accelerator": "gpu"} if device == "cuda" else {}
+    if precision is not None:  # the plugin itself, since the Trainer takes no float16 on a CPU
+        where["plugins"] = MixedPrecision(precision, device)
+    if device == other.NAME:
         where = {"accelerator": "auto", "strategy": SingleDeviceStrategy(torch.device(device, 0), Accelerator())}
     with tempfile.TemporaryDirectory() as folder:
         for path, steps in ((None, 4), (f"{folder}/four.ckpt", 8)):

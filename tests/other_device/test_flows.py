@@ -35,21 +35,23 @@ TRAINING = {
     "decay": {"policy": StraightThrough(srste_decay=0.01)},
     "regrow": {"policy": Regrow()},
     "owl": {"mask_structure": "unstructured", "sparsity": 0.6, "distribution": OWL(owl_m=2)},
+    "checkpointing": {"checkpointing": True},
     "model-wide": {"mask_structure": Unstructured("model"), "sparsity": 0.5},
 }
 
 
 @pytest.fixture(scope="module", params=[pytest.param(device.NAME, marks=NO_BACKENDS), pytest.param("cuda", marks=GPU)])
-def both(request):
-    """What a flow returns on the CPU, and on another device, in whose process all flows run."""
+def there(request):
+    """What a flow returns on another device, in whose process all flows run."""
     context = multiprocessing.get_context("forkserver")
     with ProcessPoolExecutor(1, context, flows.begin, (request.param,)) as process:
+        yield lambda flow, **arguments: process.submit(flows.on, request.param, flow, **arguments).result(TIMEOUT)
 
-        def run_both(flow, **arguments):
-            other = process.submit(flows.on, request.param, flow, **arguments)
-            return flows.on("cpu", flow, **arguments), other.result(TIMEOUT)
 
-        yield run_both
+@pytest.fixture
+def both(there):
+    """What a flow returns on the CPU, and on another device."""
+    return lambda flow, **arguments: (flows.on("cpu", flow, **arguments), there(flow, **arguments))
 
 
 def differing(ours, theirs):
@@ -94,6 +96,24 @@ def test_oneshot_of_conv1d(both, method):
 def test_the_callback(both, settings):
     cpu, other = both("lightning", **settings)
     assert differing(cpu, other) < 0.002 * sum(mask.numel() for mask in cpu.values())
+
+
+@pytest.mark.parametrize("there", ["cpu", pytest.param("cuda", marks=GPU)], indirect=True)
+@pytest.mark.parametrize(
+    ("flow", "settings", "share"),
+    [
+        ("train", {"compiled": True}, 0.002),
+        ("lightning", {"precision": "bf16-mixed"}, 0.1),
+        ("lightning", {"precision": "16-mixed"}, 0.1),
+    ],
+    ids=["compiled", "bf16-mixed", "16-mixed"],
+)
+def test_what_the_stand_in_does_not_have(there, flow, settings, share):
+    """Against the plain run on the CPU; on the CPU, too, so that what runs on a GPU is known to work."""
+    plain, other = flows.on("cpu", flow), there(flow, **settings)
+    for found in (plain, other):
+        found.pop("zeros", None)
+    assert differing(plain, other) < share * sum(mask.numel() for mask in plain.values())
 
 
 def test_streaming(both):

@@ -90,6 +90,7 @@ def written_whole(out: Path) -> Iterator[Path]:
 def replacing(path: Path) -> Iterator[Path]:
     """A file next to ``path`` to write to, which replaces it at the end; after an error, ``path`` is unchanged."""
     beside = path.with_name(f".{path.name}.writing")  # always the same name, so that a leftover is overwritten
+    beside.unlink(missing_ok=True)  # the name can be guessed: a link may be there
     try:
         yield beside
         beside.replace(path)

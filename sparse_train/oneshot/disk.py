@@ -142,7 +142,8 @@ def _copy(file: Path, source: Path, out: Path) -> None:
         _log.warning("%s is a link to a file outside its folder, and is not copied.", file)
     elif file.is_file() and not target.exists():
         target.parent.mkdir(exist_ok=True)
-        shutil.copyfile(file, target)
+        with replacing(target) as beside:  # a part of it would be taken for the file when the run goes on
+            shutil.copyfile(file, beside)
 
 
 def model_without_weights(path: Path, checkpoint: Checkpoint) -> Any:

@@ -47,8 +47,8 @@ def jobs(shared: Path, pictures: bool = True) -> dict[str, Job]:
     fit_starts = partial(_fit_starts, main if pictures else _without_pictures, fit)
     found = [
         Job("fit", fit_starts, _fit_result, "Restored all states from the checkpoint"),
-        Job("prune --streaming", partial(_same_starts, prune), _model_result, "Continuing after"),
-        Job("export", partial(_export_starts, shared / "fit"), _model_result),
+        Job("prune --streaming", partial(_same_starts, prune), model_result, "Continuing after"),
+        Job("export", partial(_export_starts, shared / "fit"), model_result),
         Job("transformers.Trainer", _trainer_starts, _trainer_result, _Says.continues, is_command=False),
     ]
     return {job.name: job for job in found}
@@ -72,7 +72,7 @@ def _export_starts(fitted: Path, folder: Path) -> list[Start]:
     return _same_starts(["export", str(checkpoints(fitted)[0]), "out"], folder)
 
 
-def _model_result(folder: Path) -> dict[str, str]:
+def model_result(folder: Path) -> dict[str, str]:
     """Of every file of the model; the card and the record of a pruning name times and places."""
     return {
         file.name: hashlib.sha256(file.read_bytes()).hexdigest()
@@ -106,7 +106,7 @@ def _fit_result(folder: Path) -> dict[str, str]:
     """Of the exported model, and of what a longer run would go on from."""
     last = next(path for path in checkpoints(folder) if path.name.endswith(f"step={STEPS}.ckpt"))
     content = torch.load(last, weights_only=True)
-    return _model_result(folder) | {
+    return model_result(folder) | {
         "weights and masks": digest(content["state_dict"]),
         "optimizer": digest(content["optimizer_states"]),
         "pruning": digest(content["callbacks"]["DynamicPruning"]),

@@ -19,11 +19,12 @@ from tests.integrations.runs import pruning, trainer
 STEPS = 24
 
 
-def jobs(shared: Path, pictures: bool = True) -> dict[str, Job]:
+def jobs(shared: Path, short: bool = False) -> dict[str, Job]:
     """All jobs by name; a model and a text for them are written to ``shared``.
 
-    What "export" exports is the end of "fit" in the folder ``shared / "fit"``, where that has to run first. Without
-    ``pictures``, the report of "fit" has none: they take longer than the rest of it.
+    What "export" exports is the end of "fit" in the folder ``shared / "fit"``, where that has to run first. ``short``
+    jobs have a report without pictures, which take longer than the rest of "fit", and few calibration samples: most
+    signals then come before the first block of "prune" is done.
     """
     model, text = shared / "model", shared / "text.txt"
     tiny_llama(num_hidden_layers=6).save_pretrained(model)
@@ -41,10 +42,10 @@ def jobs(shared: Path, pictures: bool = True) -> dict[str, Job]:
         *("--trainer.callbacks.every_n_train_steps=2", "--export=out"),
     ]
     prune = [
-        *("prune", str(model), "out", f"--text={files}", "--streaming=true", "--num_calibration_samples=8"),
-        *("--max_seq_length=32", "--mask_structure=2:4"),
+        *("prune", str(model), "out", f"--text={files}", "--streaming=true", "--mask_structure=2:4"),
+        *("--max_seq_length=32", f"--num_calibration_samples={8 if short else 64}"),
     ]
-    fit_starts = partial(_fit_starts, main if pictures else _without_pictures, fit)
+    fit_starts = partial(_fit_starts, _without_pictures if short else main, fit)
     found = [
         Job("fit", fit_starts, _fit_result, "Restored all states from the checkpoint"),
         Job("prune --streaming", partial(_same_starts, prune), model_result, "Continuing after"),

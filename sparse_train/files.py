@@ -88,9 +88,10 @@ def written_whole(out: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, ending: str = "writing") -> Iterator[Path]:
     """A file next to ``path`` to write to, which replaces it at the end; after an error, ``path`` is unchanged."""
-    beside = path.with_name(f".{path.name}.writing")  # always the same name, so that a leftover is overwritten
+    beside = path.with_name(f".{path.name}.{ending}")  # by default the same name, so that a leftover is overwritten
+    beside.unlink(missing_ok=True)  # the name can be guessed: a link may be there
     try:
         yield beside
         beside.replace(path)
@@ -106,12 +107,11 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def _raise_from(error: BaseException, out: Path) -> NoReturn:
-    """Raise an error again, as OSError if safetensors or torch could not write."""
-    hidden = error.__context__ if type(error) is RuntimeError else None  # torch.save puts an error of its own on top
-    if isinstance(hidden, OSError):
-        raise OSError(f"{out} could not be written: {hidden}") from error
-    if type(error).__name__ == "SafetensorError":  # of a library that is not imported here
-        raise OSError(f"{out} could not be written: {error}") from error
+    """Raise an error again, as OSError that names ``out`` if it could not be written."""
+    cause = error.__context__ if type(error) is RuntimeError else error  # torch.save puts an error of its own on top
+    unnamed = isinstance(cause, OSError) and (cause is not error or cause.filename is None)
+    if unnamed or type(error).__name__ == "SafetensorError":  # of a library that is not imported here
+        raise OSError(f"{out} could not be written: {cause}") from error
     raise error
 
 

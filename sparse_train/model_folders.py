@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from sparse_train.files import reading, write_json
+from sparse_train.files import reading, replacing, write_json
 
 _log = logging.getLogger(__name__)
 
@@ -115,7 +115,8 @@ def _copy(file: Path, source: Path, out: Path) -> None:
         _log.warning("%s is a link to a file outside its folder, and is not copied.", file)
     elif file.is_file() and not target.exists():
         target.parent.mkdir(exist_ok=True)
-        shutil.copyfile(file, target)
+        with replacing(target) as beside:  # a part of it would be taken for the file when the run goes on
+            shutil.copyfile(file, beside)
 
 
 def model_without_weights(path: Path, checkpoint: WeightFiles) -> Any:

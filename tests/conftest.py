@@ -1,7 +1,9 @@
 """Small real models, text and tokenizers that tests share; nothing is downloaded."""
 
+import builtins
 import gc
 import os
+import warnings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -30,6 +32,15 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.parent.name not in LONG and item.path.stem not in LONG)
     gc.collect()
     gc.freeze()  # what there is now stays: the collector need not look at it again
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """Inside the filters of a test: one that ignores warnings would ignore those that pyproject.toml makes errors."""
+    for line in item.config.getini("filterwarnings"):
+        action, message, category, module = line.split(":")
+        warnings.filterwarnings(action, message, getattr(builtins, category), module)
+    return (yield)
 
 
 @pytest.fixture(autouse=True)

@@ -85,6 +85,15 @@ def test_scores_of_other_dtypes_are_taken_as_float32(structure, dtype):
         assert torch.equal(value, theirs.state_dict()[name])
 
 
+def test_the_cumulative_variant_sums_in_float64():
+    layer = LayerContext(torch.randn(4, 8192), ActivationNorm(8192))
+    layer.stats.add(torch.randn(4, 8192))
+    scores, order = Wanda().scores(layer).double().sort(dim=1, stable=True)
+    expected = torch.empty_like(scores).scatter(1, order, scores.cumsum(1) / scores.sum(1, keepdim=True))
+    found = WandaCumulative().scores(layer).double()
+    torch.testing.assert_close(found, expected, rtol=7e-8, atol=0)  # rounded to float32 once
+
+
 def test_the_cumulative_variant_equals_bisection():
     weight, inputs = torch.randn(40, 64), torch.randn(50, 64)
     stats = ActivationNorm(64)

@@ -55,21 +55,37 @@ def test_the_wheel_holds_what_the_tree_holds(wheel):
 def test_the_wheel_works_from_another_folder_and_pruning_needs_torch_alone(wheel, tmp_path):
     target = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(target)  # what an installer does; ``make package`` has pip do it
-    script = (
-        "import sys, sparse_train; assert 'torch' not in sys.modules;"
-        "assert all(getattr(sparse_train, name) for name in sparse_train.__all__);"
-        "import torch; layer = torch.nn.Linear(8, 8);"
-        "sparse_train.sparsify(layer, [layer]); sparse_train.squash(layer);"
-        "heavy = {'lightning', 'transformers', 'datasets', 'deepspeed', 'lm_eval', 'peft', 'rich', 'matplotlib',"
-        " 'jsonargparse', 'torchmetrics', 'torchdata'};"
-        "print(sorted(heavy & set(sys.modules)));"
-        "import sparse_train.callbacks as c; print(sparse_train.__file__, c.__file__);"
-        "from sparse_train.callbacks import DynamicPruning; print(DynamicPruning('2:4').config.mask_structure);"
-        "from sparse_train.cli.main import main;"
-        "main(['fit', '--config=recipes/smollm2_2of4.yaml', '--config=configs/strategy/ddp.yaml', '--print_config'])"
-    )
+    script = """if True:
+        import sys, sparse_train
+        assert "torch" not in sys.modules
+        assert all(getattr(sparse_train, name) for name in sparse_train.__all__)
+        import torch
+        x = torch.randn(16, 8)
+        model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+        print(sparse_train.prune(model, mask_structure="2:4", criterion=sparse_train.Magnitude()).sparsity)
+        model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        updater = sparse_train.MaskUpdater(model, "2:4", update_freq=1, total_steps=8)
+        for _ in range(8):
+            (model(x) - x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            updater.step()
+        updater.finish()
+        print(updater.report().sparsity)
+        sparse_train.squash(model)
+        heavy = {"lightning", "transformers", "datasets", "deepspeed", "lm_eval", "peft", "rich", "matplotlib",
+                 "jsonargparse", "torchmetrics", "torchdata"}
+        print(sorted(heavy & set(sys.modules)))
+        import sparse_train.callbacks as c
+        print(sparse_train.__file__, c.__file__)
+        from sparse_train.callbacks import DynamicPruning
+        print(DynamicPruning("2:4").config.mask_structure)
+        from sparse_train.cli.main import main
+        main(["fit", "--config=recipes/smollm2_2of4.yaml", "--config=configs/strategy/ddp.yaml", "--print_config"])
+    """
     out = run(sys.executable, "-c", script, cwd=tmp_path, PYTHONPATH=str(target))
-    assert out.startswith("[]\n")
+    assert out.startswith("0.5\n0.5\n[]\n")
     assert out.count(str(target)) == 2
     assert "\n2:4\n" in out
     assert "strategy: ddp" in out

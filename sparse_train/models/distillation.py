@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from sparse_train.arguments import check_positive
-from sparse_train.files import reading
+from sparse_train.files import reading, replacing
 from sparse_train.models.losses import TopK, distillation_loss, top_k
 from sparse_train.models.sources import ModelSource, as_model_source
 
@@ -71,9 +71,8 @@ class CachedTeacher:
 
 
 def _write(path: Path, answer: TopK) -> None:
-    beside = path.with_suffix(f".{uuid.uuid4().hex}")  # of no other run that writes here
-    beside.write_bytes(save(answer._asdict()))
-    beside.replace(path)
+    with replacing(path, uuid.uuid4().hex) as beside:  # of no other run that writes here
+        beside.write_bytes(save(answer._asdict()))
 
 
 def _read(path: Path) -> TopK:

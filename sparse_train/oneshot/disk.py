@@ -199,7 +199,7 @@ def unfinished(out: Path, settings: Sequence[str]) -> Iterator[Path]:
     check_free(out)
     work = out.parent / f".{out.name}.partial"
     work.mkdir(parents=True, exist_ok=True)
-    with (work / _LOCK).open("w") as lock:
+    with (work / _LOCK).open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system releases it if the process dies
         except BlockingIOError as error:

@@ -275,21 +275,23 @@ def _sum_counts(layers: Mapping[str, MaskedMatrix], counts: Mapping[str, list[in
     return dict(zip(counts, total.tolist(), strict=True))
 
 
-def check_masks(layers: Mapping[str, MaskedMatrix], pattern: Pattern, sparsity: Mapping[str, float]) -> None:
-    """Raise ValueError if the masks of layers do not follow this pattern and sparsity, over all or of each."""
-    # With the mask itself as the scores, the pattern selects the mask if it has the right count in every group.
-    unpacked = [layer.unpacked_mask() for layer in layers.values()]
+def first_misfit(
+    layers: Mapping[str, MaskedMatrix], pattern: Pattern, sparsity: Mapping[str, float], sparser: bool = False
+) -> str | None:
+    """The first layer whose mask does not follow this pattern and sparsity, over all or of each; None if all do.
+
+    With ``sparser``, groups may have more zeros.
+    """
+    # With the mask itself as the scores, the pattern selects the mask if it has the right count in every group, and
+    # drops a kept weight only from one that has too few zeros.
+    unpacked: Iterator[Tensor] = (layer.unpacked_mask() for layer in layers.values())
     if pattern.model_wide:
-        unpacked = [torch.cat([mask.reshape(1, -1) for mask in unpacked], dim=1)]
-    for mask, name in zip(unpacked, layers, strict=False):
-        if not torch.equal(pattern.mask(mask.float(), sparsity[name]), mask):
-            raise ValueError(
-                f"The model has masks already, and those of {name} are not {pattern} at a sparsity of "
-                f"{sparsity[name]:g}, "
-                "which this run starts with (if layers are to differ, give it the distribution, too). Squash the model "
-                "first to begin with new masks; to resume a run, pass its state (MaskUpdater(..., state=...)); to "
-                "train with these masks unchanged, leave updater or callback out, and squash the model at the end."
-            )
+        unpacked = iter([torch.cat([mask.reshape(1, -1) for mask in unpacked], dim=1)])
+    for name, mask in zip(layers, unpacked, strict=False):
+        selected = pattern.mask(mask.float(), sparsity[name])
+        if not torch.equal(selected & mask if sparser else selected, mask):
+            return name
+    return None
 
 
 def mask_shares(layers: Mapping[str, MaskedMatrix], pattern: Pattern) -> dict[str, float]:

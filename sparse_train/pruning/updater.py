@@ -39,7 +39,7 @@ from sparse_train.pruning.update import (
     LayerUpdate,
     Rules,
     UpdateReport,
-    check_masks,
+    first_misfit,
     mask_shares,
     measure,
     measure_outliers,
@@ -108,7 +108,6 @@ class MaskUpdater:
         """Target sparsity of the current masks; None before the first."""
         self._first_rows: dict[str, Tensor] = {}  # every 128th row of the first masks, packed
         self._restored_masks: dict[str, int] = {}  # fingerprints, until the first step after a resume
-        self._prunes = False  # whether masks pruned anything when they were last changed or checked
         self._optimizers, self.policy = Optimizers(), copy.deepcopy(self.config.policy)
         before = {id(layer) for layer in sparse_layers(model).values()}  # masked by one-shot pruning or another updater
         self.layers = mask_targets(model, self.config) if layers is None else dict(layers)
@@ -153,7 +152,7 @@ class MaskUpdater:
         self.timing = self.config.timing(total_steps, has_masks)
         self._take_layers()
         if has_masks:
-            self.sparsity, self._prunes = self.config.sparsity_at(0.0), not self._all_kept()
+            self.sparsity = self.config.sparsity_at(0.0)
             self.norms.begin_with_first_masks()
             self._keep_first_rows()
         elif self.timing.is_update(0):  # the criterion needs no activations
@@ -194,7 +193,7 @@ class MaskUpdater:
         to be pruned yet, masks that keep everything are right.
         """
         config, first = self.config, self.config.sparsity_at(0.0)
-        if self._all_kept():
+        if all(layer.is_dense() for layer in self.layers.values()):
             if isinstance(config.first_mask, FromZeros):
                 masks_from_zeros(self.layers, config.pattern, first, self._division)
                 return True
@@ -208,7 +207,15 @@ class MaskUpdater:
                 return False
         if not self._division.known:
             self._division.take_from_masks(mask_shares(self.layers, config.pattern), first)
-        check_masks(self.layers, config.pattern, self._division.at(first))
+        shares = self._division.at(first)
+        if (name := first_misfit(self.layers, config.pattern, shares)) is not None:
+            raise ValueError(
+                f"The model has masks already, and those of {name} are not {config.pattern} at a sparsity of "
+                f"{shares[name]:g}, which this run starts with (if layers are to differ, give it the distribution, "
+                "too). Squash the model first to begin with new masks; to resume a run, pass its state "
+                "(MaskUpdater(..., state=...)); to train with these masks unchanged, leave updater or callback "
+                "out, and squash the model at the end."
+            )
         return True
 
     # --- in each step ------------------------------------------------------------------------------------------------
@@ -266,10 +273,6 @@ class MaskUpdater:
         saved, self._restored_masks = self._restored_masks, {}
         if saved:
             check_restored_masks(saved, self.layers, self.sparsity)
-            self._prunes = self._prunes or not self._all_kept()
-
-    def _all_kept(self) -> bool:
-        return all(layer.is_dense() for layer in self.layers.values())
 
     def _prepare_step(self) -> None:
         update = self.timing.recorded_for(self.steps)
@@ -306,7 +309,7 @@ class MaskUpdater:
         changes = update_masks(self.layers, rules)
         self.policy.after_update()
         self.norms.fade()
-        self.sparsity, self._last_update, self._prunes = target, self.steps, not self._all_kept()
+        self.sparsity, self._last_update = target, self.steps
         return self._report(changes, began)
 
     def report(self) -> UpdateReport:
@@ -335,10 +338,12 @@ class MaskUpdater:
         check_agreement(self.layers)
         check_adapters(self._model)
         self._check_restored_masks()
-        if self._prunes and self._all_kept():  # at a low sparsity, rows may lose less than one weight each
+        shares = {} if self.sparsity is None else self._division.at(self.sparsity)
+        if shares and (name := first_misfit(self.layers, self.config.pattern, shares, sparser=True)) is not None:
             raise ValueError(
-                f"The run is at a sparsity of {self.sparsity:g}, and no mask prunes anything: masks were replaced "
-                "since the last update, such as by loading another model. Resume from a checkpoint with masks."
+                f"The run is at a sparsity of {self.sparsity:g}, and the mask of {name} prunes less than "
+                f"{self.config.pattern} at {shares[name]:g}: it was replaced since the last update, such as by loading "
+                "another model. Resume from a checkpoint with masks."
             )
         final = self.config.sparsity_at(1.0)
         if rank() == 0 and self.steps and self.sparsity != final:

@@ -110,6 +110,11 @@ class Drawing(Tokens):
         return super().__getitem__(i)
 
 
+def test_calibration_on_a_data_set_takes_random_samples():
+    found = torch.cat([batch["input_ids"] for batch in random_batches(Tokens(), 2, None, 3)])
+    assert not torch.equal(found, Tokens().ids[:6])
+
+
 def test_reading_for_calibration_moves_no_generator():
     def states():
         return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()

@@ -9,6 +9,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from sparse_train.cli.main import main
+from sparse_train.files import replacing, written_whole
 from sparse_train.models.checkpoints import check_runs_no_code, read_checkpoint
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("elsewhere")]
@@ -109,3 +110,16 @@ def test_checkpoints_of_engines_are_looked_at_before_the_engine_reads_them(write
 def test_what_torch_writes_of_a_distributed_checkpoint_is_read():
     plain_fsdp2(Path("x.ckpt"))
     assert torch.equal(read_checkpoint("x.ckpt")["state_dict"]["w"], torch.arange(3.0))
+
+
+def test_a_link_where_something_is_written_is_not_followed():
+    Path("mine").mkdir()
+    Path("mine/file").write_text("mine")
+    Path(".run.json.writing").symlink_to("mine/file")
+    with replacing(Path("run.json")) as beside:
+        beside.write_text("new")
+    assert Path("mine/file").read_text() == "mine" and Path("run.json").read_text() == "new"
+    Path("mine/file").unlink()
+    Path("out").symlink_to("mine")
+    with pytest.raises(ValueError, match="out exists already"), written_whole(Path("out")):
+        pass

@@ -147,10 +147,11 @@ def fault(words: list[str]) -> str | None:
             main(words)
     except SystemExit as end:
         code = 1 if isinstance(end.code, str) else end.code or 0
-        return None if code in (0, 1, 2) else f"exit status {code}"
+        if code not in (0, 1, 2):
+            return f"exit status {code}"
     except BaseException as error:
         return f"{type(error).__name__}: {error}"[:300]
-    return None
+    return "it has printed a traceback" if "Traceback" in said.getvalue() else None
 
 
 @contextlib.contextmanager

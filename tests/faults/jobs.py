@@ -19,11 +19,12 @@ from tests.integrations.runs import pruning, trainer
 STEPS = 24
 
 
-def jobs(shared: Path, pictures: bool = True) -> dict[str, Job]:
+def jobs(shared: Path, short: bool = False) -> dict[str, Job]:
     """All jobs by name; a model and a text for them are written to ``shared``.
 
-    What "export" exports is the end of "fit" in the folder ``shared / "fit"``, where that has to run first. Without
-    ``pictures``, the report of "fit" has none: they take longer than the rest of it.
+    What "export" exports is the end of "fit" in the folder ``shared / "fit"``, where that has to run first. ``short``
+    jobs have a report without pictures, which take longer than the rest of "fit", and few calibration samples: most
+    signals then come before the first block of "prune" is done.
     """
     model, text = shared / "model", shared / "text.txt"
     tiny_llama(num_hidden_layers=6).save_pretrained(model)
@@ -41,14 +42,14 @@ def jobs(shared: Path, pictures: bool = True) -> dict[str, Job]:
         *("--trainer.callbacks.every_n_train_steps=2", "--export=out"),
     ]
     prune = [
-        *("prune", str(model), "out", f"--text={files}", "--streaming=true", "--num_calibration_samples=8"),
-        *("--max_seq_length=32", "--mask_structure=2:4"),
+        *("prune", str(model), "out", f"--text={files}", "--streaming=true", "--mask_structure=2:4"),
+        *("--max_seq_length=32", f"--num_calibration_samples={8 if short else 64}"),
     ]
-    fit_starts = partial(_fit_starts, main if pictures else _without_pictures, fit)
+    fit_starts = partial(_fit_starts, _without_pictures if short else main, fit)
     found = [
         Job("fit", fit_starts, _fit_result, "Restored all states from the checkpoint"),
-        Job("prune --streaming", partial(_same_starts, prune), _model_result, "Continuing after"),
-        Job("export", partial(_export_starts, shared / "fit"), _model_result),
+        Job("prune --streaming", partial(_same_starts, prune), model_result, "Continuing after"),
+        Job("export", partial(_export_starts, shared / "fit"), model_result),
         Job("transformers.Trainer", _trainer_starts, _trainer_result, _Says.continues, is_command=False),
     ]
     return {job.name: job for job in found}
@@ -72,7 +73,7 @@ def _export_starts(fitted: Path, folder: Path) -> list[Start]:
     return _same_starts(["export", str(checkpoints(fitted)[0]), "out"], folder)
 
 
-def _model_result(folder: Path) -> dict[str, str]:
+def model_result(folder: Path) -> dict[str, str]:
     """Of every file of the model; the card and the record of a pruning name times and places."""
     return {
         file.name: hashlib.sha256(file.read_bytes()).hexdigest()
@@ -106,7 +107,7 @@ def _fit_result(folder: Path) -> dict[str, str]:
     """Of the exported model, and of what a longer run would go on from."""
     last = next(path for path in checkpoints(folder) if path.name.endswith(f"step={STEPS}.ckpt"))
     content = torch.load(last, weights_only=True)
-    return _model_result(folder) | {
+    return model_result(folder) | {
         "weights and masks": digest(content["state_dict"]),
         "optimizer": digest(content["optimizer_states"]),
         "pruning": digest(content["callbacks"]["DynamicPruning"]),

@@ -26,7 +26,7 @@ def shared(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def all_jobs(shared):
-    return jobs(shared, pictures=False)
+    return jobs(shared, short=True)
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from sparse_train.models.distillation import CachedTeacher, Distillation, Teache
 from sparse_train.models.losses import top_k
 from sparse_train.models.sources import Pretrained
 from tests.conftest import shallow_llama, tiny_tokenizer
+from tests.faults.disks import FULL, failing
 from tests.models.test_causal_lm import fit
 from tests.reference import distillation_losses
 
@@ -366,3 +367,11 @@ def test_runs_may_share_a_cache_and_a_damaged_file_is_named(tmp_path, ids):
     files[0].write_bytes(files[0].read_bytes()[:100])
     with pytest.raises(ValueError, match=f"{files[0].name}.*remove it, and it is made anew"):
         caches[0](**inputs)
+
+
+def test_an_answer_that_does_not_fit_on_the_disk_is_named_and_leaves_nothing(tmp_path, monkeypatch, ids):
+    monkeypatch.chdir(tmp_path)
+    cache = CachedTeacher(tmp_path, lambda: Teacher(shallow_llama()), k=4, temperature=1.0)
+    with failing(2, FULL), pytest.raises(OSError, match="safetensors could not be written: .*No space left"):
+        cache(input_ids=ids[0], attention_mask=torch.ones_like(ids[0]))
+    assert [file.suffix for file in tmp_path.iterdir()] == [".safetensors"]

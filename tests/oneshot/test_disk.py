@@ -136,17 +136,29 @@ def test_a_killed_run_goes_on_at_the_block_it_was_in(tmp_path, ids, monkeypatch)
 
 def prune_on_a_full_disk(folder, ids):
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+    real = walk._prune_layers
+
+    def fills(layers, *args):
+        if "model.layers.1.mlp.up_proj" in layers:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+        return real(layers, *args)
+
+    walk._prune_layers = fills
     with pytest.raises(OSError) as caught:
         prune_checkpoint(folder / "dense", folder / "sparse", ids, "2:4")
     return str(caught.value)
 
 
-def test_a_full_disk_is_said_and_the_finished_blocks_stay(tmp_path, ids):
-    save(tiny_llama(), tmp_path / "dense")
+def test_a_full_disk_is_said_and_the_finished_blocks_stay(tmp_path, ids, caplog):
+    model = tiny_llama()
+    save(model, tmp_path / "dense")
     assert "could not be written" in launch.alone(prune_on_a_full_disk, tmp_path, ids)
     assert not (tmp_path / "sparse").exists()
-    assert not list((tmp_path / ".sparse.partial").glob("*.writing"))
+    assert not list((tmp_path / ".sparse.partial").glob(".*.writing"))
+    prune_checkpoint(tmp_path / "dense", tmp_path / "sparse", ids, "2:4")
+    assert "Continuing after 1 finished blocks of 3" in caplog.text
+    prune(model, ids, "2:4")
+    assert_equal(tmp_path / "sparse", model)
 
 
 def cut_off(folder):

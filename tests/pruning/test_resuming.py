@@ -187,11 +187,16 @@ def test_masks_that_are_not_those_of_the_state_are_noticed(model_loaded):
             act(resumed())
 
 
-def test_masks_that_were_loaded_over_in_the_run_are_noticed_at_its_end():
+@pytest.mark.parametrize("structure", ["2:4", Unstructured("model")])
+def test_a_mask_that_was_replaced_in_the_run_is_noticed_at_its_end(structure):
     model = shallow_llama()
-    updater = MaskUpdater(model, "2:4", criterion=Magnitude(), update_freq=2, total_steps=4)
-    train(model, updater, 4)
-    dense = {key: value | 0xFF if key.endswith("weight_mask") else value for key, value in snapshot(model).items()}
-    model.load_state_dict(dense)
-    with pytest.raises(ValueError, match="no mask prunes anything"):
+    updater = MaskUpdater(model, structure, 0.5, criterion=Magnitude(), update_freq=2, total_steps=4)
+    for _ in range(4):
+        updater.step()
+    one, *_, another = updater.layers.values()
+    another.set_mask(torch.zeros_like(another.unpacked_mask()))
+    updater.finish()  # sparser is allowed
+    another.keep_all()
+    one.keep_all()
+    with pytest.raises(ValueError, match="The run is at a sparsity of 0.5, and the mask of .* prunes less than"):
         updater.finish()

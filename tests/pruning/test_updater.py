@@ -39,10 +39,15 @@ from tests.reference import row_mask
 def test_dynamic_masks_change_and_stay_exact(structure, sparsity):
     model = shallow_llama()
     updater = MaskUpdater(model, structure, sparsity=sparsity, update_freq=4, total_steps=20)
-    reports = train(model, updater, 20)
+    reports = train(model, updater, 2)
+    first = {name: layer.unpacked_mask() for name, layer in updater.layers.items()}
+    reports += train(model, updater, 18, seed=1)
     assert [report.step for report in reports] == [2, 6, 10, 14, 15]
     assert all(report.flip_rate > 0 for report in reports)
     assert reports[0].initial_flip_rate == 0
+    flips = [(first[n] ^ m.unpacked_mask())[:: m.out_features // 4] for n, m in updater.layers.items()]  # of four rows
+    differing = sum(rows.double().mean() * first[n].numel() for n, rows in zip(first, flips, strict=True))
+    assert reports[-1].initial_flip_rate == pytest.approx(differing / sum(mask.numel() for mask in first.values()))
     assert reports[-1].initial_flip_rate > 0
     for report in reports:
         weights = [layer.masked_weight() for layer in sparse_layers(model).values()]

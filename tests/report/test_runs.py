@@ -219,6 +219,18 @@ def test_a_run_without_metrics_has_a_page_too(facts, tmp_path):
     assert Page(write_run_report([run])).headings == SECTIONS[-2:-1]
 
 
+def test_what_a_run_says_is_text_and_no_markup(sparse, facts, tmp_path):
+    run = tmp_path / "<script>"
+    run.mkdir()
+    facts["about"]["<script>fact"] = "<script>value"
+    facts["protocols"] = ["<script>protocol"]
+    (run / "run.json").write_text(json.dumps(facts))
+    (run / "metrics.csv").write_text("step,evaluation/<script>metric\n1,2.0\n")
+    (run / "config.yaml").write_text("<script>recipe")
+    page = Page(write_run_report([run, sparse], tmp_path, title="<script>title"))  # has no such element
+    assert all(f"<script>{word}" in page.text for word in ("fact", "value", "protocol", "metric", "recipe"))
+
+
 def test_a_script_puts_its_own_table_first(sparse, tmp_path):
     page = Page(write_run_report([sparse], tmp_path, title="A & B", lead=[paragraph("measured <here>")]))
     assert page.text.count("A & B") == 2

@@ -1,28 +1,35 @@
 """Bugs planted one at a time: ``python -m tests.faults.mutants SEED START STOP MODULE ...`` says which no test notices.
 
-A bug is one change of an operator, a condition, a constant or a statement in a module of ``TESTS``. Its tests then run
-in a fork of this process, up to the first that fails: torch and transformers are imported once. They run in a copy of
-the package, so that processes which they start have the bug, too.
+A bug is one change of an operator, a condition, a constant or a statement in a module of ``TESTS``. Its tests that run
+the changed line then run in a fork of this process, the shortest first, up to the first that fails: other libraries are
+imported once. They run in a copy of the package, so that processes which they start have the bug, too.
 Those from START to STOP are tried (default: all) of these modules (default: all), in an order that SEED draws. Messages
 of errors and assertions get none.
 """
 
 import ast
 import importlib
+import json
+import multiprocessing.process
 import os
 import random
 import resource
 import shutil
+import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import hypothesis
+import lightning  # noqa: F401  once, and not in each fork
 import pytest
-from transformers import LlamaForCausalLM  # noqa: F401  once, and not in each fork
+import torchdata.stateful_dataloader  # noqa: F401
+from transformers import LlamaForCausalLM  # noqa: F401
 
 TESTS = {
     "criteria": "test_criteria.py",
@@ -50,7 +57,6 @@ _CHOSEN = {  # one launch trains all cases of an engine
     "distributed.fsdp2": "not ddp and not zero1 and not zero2 and not zero3",
     "distributed.zero": "not ddp and not fsdp2",
 }
-_CPU_SECONDS = 100  # for a bug that never ends
 _PAIRS: list[tuple[type, type]] = [
     *((ast.Lt, ast.LtE), (ast.Gt, ast.GtE), (ast.Eq, ast.NotEq), (ast.Is, ast.IsNot), (ast.In, ast.NotIn)),
     *((ast.Add, ast.Sub), (ast.Mult, ast.Div), (ast.BitAnd, ast.BitOr), (ast.LShift, ast.RShift), (ast.And, ast.Or)),
@@ -59,35 +65,51 @@ _SWAPS = {a: b for pair in _PAIRS for a, b in (pair, pair[::-1])}
 _SWAPS |= {ast.FloorDiv: ast.Mult, ast.Mod: ast.Mult, ast.Pow: ast.Mult, ast.BitXor: ast.BitAnd}
 
 
-def places(node: ast.AST) -> Iterator[tuple[Any, Any, Any]]:
-    """Each change that is possible below a node: where (an object, or a list), the name or index there, and what."""
+class Change(NamedTuple):
+    """One change of a syntax tree."""
+
+    holder: Any
+    """An object, or a list."""
+    key: Any
+    """The name or index there."""
+    new: Any
+    lines: range
+    """The lines that run the changed place; empty if it runs at import, or if a cache may hide that it does."""
+
+
+def places(node: ast.AST, lazy: bool = False) -> Iterator[Change]:
+    """Each change that is possible below a node; ``lazy`` if it is in a function."""
     for name, value in ast.iter_fields(node):
         if name in ("annotation", "returns", "decorator_list"):
             continue
+        if isinstance(node, ast.FunctionDef) and name == "body":
+            lazy = not any("cache" in ast.unparse(each) for each in node.decorator_list)
         parts = enumerate(value) if isinstance(value, list) else [(name, value)]
         holder = value if isinstance(value, list) else node
         for key, each in parts:
             if isinstance(each, (ast.Raise, ast.Assert)) or not isinstance(each, ast.AST):
                 continue
+            placed: Any = each if hasattr(each, "lineno") else node
+            lines = range(placed.lineno, placed.end_lineno + 1) if lazy else range(0)
             if type(each) in _SWAPS:
-                yield holder, key, _SWAPS[type(each)]()
+                yield Change(holder, key, _SWAPS[type(each)](), lines)
             elif isinstance(each, ast.UnaryOp):
-                yield holder, key, each.operand
+                yield Change(holder, key, each.operand, lines)
             elif isinstance(each, ast.Constant) and isinstance(each.value, bool):
-                yield holder, key, ast.Constant(not each.value)
+                yield Change(holder, key, ast.Constant(not each.value), lines)
             elif isinstance(each, ast.Constant) and isinstance(each.value, (int, float)):
-                yield holder, key, ast.Constant(each.value + 1)
+                yield Change(holder, key, ast.Constant(each.value + 1), lines)
             elif isinstance(each, ast.AugAssign) or (isinstance(each, ast.Expr) and isinstance(each.value, ast.Call)):
-                yield holder, key, ast.Pass()
+                yield Change(holder, key, ast.Pass(), lines)
             elif name == "test":
-                yield holder, key, ast.UnaryOp(ast.Not(), each)
-            yield from places(each)
+                yield Change(holder, key, ast.UnaryOp(ast.Not(), each), lines)
+            yield from places(each, lazy)
 
 
-def planted(source: str, number: int) -> tuple[str, str]:
-    """What is changed, and the changed source."""
+def planted(source: str, number: int) -> tuple[str, str, range]:
+    """What is changed, the changed source, and the ``Change.lines``."""
     tree = ast.parse(source)
-    holder, key, new = list(places(tree))[number]
+    holder, key, new, lines = list(places(tree))[number]
     before = ast.unparse(tree).splitlines()
     if isinstance(holder, list):
         holder[key] = new
@@ -95,19 +117,68 @@ def planted(source: str, number: int) -> tuple[str, str]:
         setattr(holder, key, new)
     after = ast.unparse(ast.fix_missing_locations(tree)).splitlines()
     old, changed = next((a.strip(), b.strip()) for a, b in zip(before, after, strict=False) if a != b)
-    return f"{old}  ->  {changed}", "\n".join(after)
+    return f"{old}  ->  {changed}", "\n".join(after), lines
 
 
-def survives(module: str, source: str) -> bool:
-    """Whether the tests of a module pass with this source, in a copy of the package and its tests."""
+_STARTS = {multiprocessing.process.BaseProcess.start.__code__, subprocess.Popen.__init__.__code__}
+ELSEWHERE = 0
+"""Stands for the lines that other processes run, which are not watched."""
+
+
+class Watch:
+    """A plugin of pytest: how long each test takes, and which lines of a file it runs."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.seen = str(path), dict[str, tuple[float, list[int]]]()
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
+        lines = set[int]()
+
+        def line(frame: Any, event: str, _: Any) -> Any:
+            lines.add(frame.f_lineno)
+            return line
+
+        def call(frame: Any, event: str, _: Any) -> Any:
+            if frame.f_code in _STARTS:
+                lines.add(ELSEWHERE)
+            return line if frame.f_code.co_filename == self.path else None
+
+        threading.settrace(call)
+        sys.settrace(call)
+        began = time.perf_counter()
+        try:
+            return (yield)
+        finally:
+            sys.settrace(None)
+            self.seen[item.nodeid] = time.perf_counter() - began, sorted(lines)
+
+    def pytest_sessionfinish(self) -> None:
+        Path("seen.json").write_text(json.dumps(self.seen))
+
+
+class Only:
+    """A plugin of pytest: only these tests, in this order."""
+
+    def __init__(self, tests: list[str]) -> None:
+        self.place = {name: place for place, name in enumerate(tests)}
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        items[:] = sorted((item for item in items if item.nodeid in self.place), key=lambda i: self.place[i.nodeid])
+
+
+def passes(module: str, source: str, plugin: Callable[[Path], Any], seconds: int = 600) -> tuple[bool, Any]:
+    """Whether the tests of a module pass with this source, in a copy of the package; and what ``Watch`` has seen."""
     with tempfile.TemporaryDirectory() as folder:
         for name in ("sparse_train", "callbacks", "tests", "recipes", "configs"):
             shutil.copytree(_ROOT / name, Path(folder, name), symlinks=True)
         shutil.copy(_ROOT / "pyproject.toml", folder)
-        Path(folder, "sparse_train", *module.split(".")).with_suffix(".py").write_text(source)
+        path = Path(folder, "sparse_train", *module.split(".")).with_suffix(".py")
+        path.write_text(source)
         child = os.fork()
         if not child:
-            resource.setrlimit(resource.RLIMIT_CPU, (_CPU_SECONDS, _CPU_SECONDS))
+            resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, 1)
             os.dup2(null, 2)
@@ -119,8 +190,18 @@ def survives(module: str, source: str) -> bool:
             hypothesis.settings.load_profile("mutants")
             os.environ["PYTHONPATH"] = folder  # for processes that tests start
             tests = [f"tests/{name}" for name in TESTS[module].split()]
-            os._exit(pytest.main(["-x", "-p", "no:cacheprovider", "-k", _CHOSEN.get(module, _FAST), *tests]))
-        return os.waitpid(child, 0)[1] == 0
+            args = ["-x", "-p", "no:cacheprovider", "-k", _CHOSEN.get(module, _FAST), *tests]
+            os._exit(pytest.main(args, plugins=[plugin(path)]))
+        done, seen = os.waitpid(child, 0)[1] == 0, Path(folder, "seen.json")
+        return done, json.loads(seen.read_text()) if seen.exists() else {}
+
+
+def survives(module: str, source: str, lines: range, seen: dict[str, tuple[float, list[int]]]) -> bool:
+    """Whether all tests of a module that run one of these lines pass with this source."""
+    tests = [name for name, (_, ran) in seen.items() if not lines or not {ELSEWHERE, *lines}.isdisjoint(ran)]
+    tests.sort(key=lambda name: seen[name][0])
+    limit = 30 + 3 * round(sum(seen[name][0] for name in tests))  # for a bug that never ends
+    return not tests or passes(module, source, lambda _: Only(tests), limit)[0]
 
 
 def main(seed: str = "0", start: str = "0", stop: str = "9999", *modules: str) -> None:
@@ -134,12 +215,15 @@ def main(seed: str = "0", start: str = "0", stop: str = "9999", *modules: str) -
     drawn = numbers[int(start) : int(stop)]
     print(f"{len(drawn)} of {len(numbers)} bugs", flush=True)
     tried, alive = Counter[str](), Counter[str]()
+    watched: dict[str, Any] = {}
     for name, number in drawn:
-        if not tried[name] and not survives(name, sources[name]):
-            sys.exit(f"The tests of {name} fail without a bug.")
-        said, source = planted(sources[name], number)
+        if name not in watched:
+            passed, watched[name] = passes(name, sources[name], Watch)
+            if not passed:
+                sys.exit(f"The tests of {name} fail without a bug.")
+        said, source, lines = planted(sources[name], number)
         tried[name] += 1
-        if survives(name, source):
+        if survives(name, source, lines, watched[name]):
             alive[name] += 1
             print(f"{name} {number}: {said}  ({tried.total()} tried)", flush=True)
     for name in sorted(tried):

@@ -1,10 +1,11 @@
 """Bugs planted one at a time: ``python -m tests.faults.mutants SEED START STOP MODULE ...`` says which no test notices.
 
-A bug is one change of an operator, a condition, a constant or a statement in a module of ``TESTS``. Its tests that run
-the changed line then run in a fork of this process, the shortest first, up to the first that fails: other libraries are
-imported once. They run in a copy of the package, so that processes which they start have the bug, too.
-Those from START to STOP are tried (default: all) of these modules (default: all), in an order that SEED draws. Messages
-of errors and assertions get none.
+A bug is one change of an operator, a condition, a constant or a statement. A run without a bug tells which tests run
+which lines. Those that run the changed line then run in a fork of this process, so that other libraries are imported
+once: the shortest first, up to the first that fails, or up to ``SECONDS`` in sum. They run in a copy of the package, so
+that processes which they start have the bug, too.
+Of each module, those from START to STOP are tried, in an order that SEED draws. Messages of errors and assertions get
+none.
 """
 
 import ast
@@ -20,8 +21,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,32 +31,25 @@ import pytest
 import torchdata.stateful_dataloader  # noqa: F401
 from transformers import LlamaForCausalLM  # noqa: F401
 
-TESTS = {
-    "criteria": "test_criteria.py",
-    "patterns": "test_patterns.py test_selection.py test_criteria.py",
-    "selection": "test_selection.py test_patterns.py",
-    "statistics": "test_statistics.py test_numbers.py",
-    "layers.masks": "layers/test_masks.py layers/test_sparse_linear.py",
-    "layers.functional": "layers/test_sparse_linear.py layers/test_second_derivatives.py layers/test_low_rank.py",
-    "distributions": "distributions pruning/test_layer_sparsities.py",
-    "policies": "pruning/test_regrow.py pruning/test_policies.py",
-    "pruning.update": "distributions/test_owl.py pruning/test_updater.py pruning/test_layer_sparsities.py",
-    "pruning.updater": "pruning/test_updater.py pruning/test_resuming.py pruning/test_running_norms.py",
-    "pruning.recording": "pruning/test_running_norms.py pruning/test_updater.py pruning/test_resuming.py",
-    "distributed.collectives": "ranks/test_norms.py ranks/test_failures.py ranks/test_equality.py",
-    "distributed.fsdp2": "ranks/test_failures.py::test_other_ways_to_shard_are_refused_before_the_first_step "
-    "ranks/test_features.py ranks/test_equality.py",
-    "distributed.layout": "layers/test_sparsify.py pruning/test_updater.py pruning/test_policies.py",
-    "distributed.zero": "ranks/test_features.py ranks/test_equality.py",
-}
-"""Modules of the package, and the tests that belong to them."""
-_ROOT = Path(__file__).parents[2]
+_FILES = (
+    "layers distributions pruning callbacks/test_distribution.py callbacks/test_dynamic_pruning.py "
+    "callbacks/test_run_record.py export/test_hf_folder.py export/test_verify.py oneshot/test_calibration.py "
+    "oneshot/test_first_mask.py oneshot/test_float32.py oneshot/test_prune.py test_criteria.py test_inspection.py "
+    "test_numbers.py test_patterns.py test_schedules.py test_selection.py test_solvers.py test_statistics.py"
+)
 _FAST = "not and_ranks and not sharded_engines and not compiled"  # a minute each
-_CHOSEN = {  # one launch trains all cases of an engine
-    "distributed.collectives": "",
-    "distributed.fsdp2": "not ddp and not zero1 and not zero2 and not zero3",
-    "distributed.zero": "not ddp and not fsdp2",
+TESTS = {
+    "distributed.collectives": ("ranks/test_norms.py ranks/test_failures.py ranks/test_equality.py", ""),
+    "distributed.fsdp2": (
+        "ranks/test_failures.py::test_other_ways_to_shard_are_refused_before_the_first_step "
+        "ranks/test_features.py ranks/test_equality.py",
+        "not ddp and not zero1 and not zero2 and not zero3",  # one launch trains all cases of an engine
+    ),
+    "distributed.zero": ("ranks/test_features.py ranks/test_equality.py", "not ddp and not fsdp2"),
 }
+"""Files of tests, and which tests in them, for modules that need several processes; others have ``_FILES``."""
+SECONDS = 60
+_ROOT = Path(__file__).parents[2]
 _PAIRS: list[tuple[type, type]] = [
     *((ast.Lt, ast.LtE), (ast.Gt, ast.GtE), (ast.Eq, ast.NotEq), (ast.Is, ast.IsNot), (ast.In, ast.NotIn)),
     *((ast.Add, ast.Sub), (ast.Mult, ast.Div), (ast.BitAnd, ast.BitOr), (ast.LShift, ast.RShift), (ast.And, ast.Or)),
@@ -121,61 +114,74 @@ def planted(source: str, number: int) -> tuple[str, str, range]:
 
 
 _STARTS = {multiprocessing.process.BaseProcess.start.__code__, subprocess.Popen.__init__.__code__}
-ELSEWHERE = 0
-"""Stands for the lines that other processes run, which are not watched."""
+ELSEWHERE = "in other processes"
+"""Stands for the lines that processes of a test run, which are not watched."""
+Seen = dict[str, tuple[float, list[str]]]
+"""Of each test: its seconds, and the lines of the package that it runs, as "criteria.py:12"."""
 
 
 class Watch:
-    """A plugin of pytest: how long each test takes, and which lines of a file it runs."""
+    """A plugin of pytest that writes ``Seen`` of the tests that pass."""
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.seen = str(path), dict[str, tuple[float, list[int]]]()
+    def __init__(self, package: Path) -> None:
+        self.package, self.seen, self.failed = f"{package}/", Seen(), set[str]()
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
-        lines = set[int]()
+        lines = set[str]()
 
         def line(frame: Any, event: str, _: Any) -> Any:
-            lines.add(frame.f_lineno)
+            lines.add(f"{frame.f_code.co_filename.removeprefix(self.package)}:{frame.f_lineno}")
             return line
 
         def call(frame: Any, event: str, _: Any) -> Any:
             if frame.f_code in _STARTS:
                 lines.add(ELSEWHERE)
-            return line if frame.f_code.co_filename == self.path else None
+            return line if frame.f_code.co_filename.startswith(self.package) else None
 
         threading.settrace(call)
         sys.settrace(call)
-        began = time.perf_counter()
+        began, began_wall = time.process_time(), time.perf_counter()
         try:
             return (yield)
         finally:
             sys.settrace(None)
-            self.seen[item.nodeid] = time.perf_counter() - began, sorted(lines)
+            took = time.perf_counter() - began_wall if ELSEWHERE in lines else time.process_time() - began
+            self.seen[item.nodeid] = took, sorted(lines)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            self.failed.add(report.nodeid)
 
     def pytest_sessionfinish(self) -> None:
-        Path("seen.json").write_text(json.dumps(self.seen))
+        Path("seen.json").write_text(json.dumps({n: each for n, each in self.seen.items() if n not in self.failed}))
 
 
 class Only:
-    """A plugin of pytest: only these tests, in this order."""
+    """A plugin of pytest: only these tests, in this order, up to the first that fails."""
 
     def __init__(self, tests: list[str]) -> None:
         self.place = {name: place for place, name in enumerate(tests)}
+
+    def pytest_configure(self, config: pytest.Config) -> None:
+        config.option.maxfail = 1
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         items[:] = sorted((item for item in items if item.nodeid in self.place), key=lambda i: self.place[i.nodeid])
 
 
-def passes(module: str, source: str, plugin: Callable[[Path], Any], seconds: int = 600) -> tuple[bool, Any]:
-    """Whether the tests of a module pass with this source, in a copy of the package; and what ``Watch`` has seen."""
+def passes(
+    plugin: Callable[[Path], Any], files: Iterable[str], which: str, seconds: int, module: str = "", source: str = ""
+) -> tuple[bool, Any]:
+    """Whether tests pass in a copy of the package in which a module has this source; and what ``Watch`` has seen."""
     with tempfile.TemporaryDirectory() as folder:
         for name in ("sparse_train", "callbacks", "tests", "recipes", "configs"):
             shutil.copytree(_ROOT / name, Path(folder, name), symlinks=True)
         shutil.copy(_ROOT / "pyproject.toml", folder)
-        path = Path(folder, "sparse_train", *module.split(".")).with_suffix(".py")
-        path.write_text(source)
+        package = Path(folder, "sparse_train")
+        if module:
+            (package / _file(module)).write_text(source)
         child = os.fork()
         if not child:
             resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
@@ -189,46 +195,49 @@ def passes(module: str, source: str, plugin: Callable[[Path], Any], seconds: int
             importlib.import_module("tests.conftest")  # loads another profile
             hypothesis.settings.load_profile("mutants")
             os.environ["PYTHONPATH"] = folder  # for processes that tests start
-            tests = [f"tests/{name}" for name in TESTS[module].split()]
-            args = ["-x", "-p", "no:cacheprovider", "-k", _CHOSEN.get(module, _FAST), *tests]
-            os._exit(pytest.main(args, plugins=[plugin(path)]))
+            os._exit(pytest.main(["-p", "no:cacheprovider", "-k", which, *files], plugins=[plugin(package)]))
         done, seen = os.waitpid(child, 0)[1] == 0, Path(folder, "seen.json")
         return done, json.loads(seen.read_text()) if seen.exists() else {}
 
 
-def survives(module: str, source: str, lines: range, seen: dict[str, tuple[float, list[int]]]) -> bool:
-    """Whether all tests of a module that run one of these lines pass with this source."""
-    tests = [name for name, (_, ran) in seen.items() if not lines or not {ELSEWHERE, *lines}.isdisjoint(ran)]
-    tests.sort(key=lambda name: seen[name][0])
-    limit = 30 + 3 * round(sum(seen[name][0] for name in tests))  # for a bug that never ends
-    return not tests or passes(module, source, lambda _: Only(tests), limit)[0]
+def survives(module: str, source: str, lines: range, seen: Seen, which: str) -> bool:
+    """Whether the tests that run one of these lines pass with this source."""
+    wanted = {ELSEWHERE, *(f"{_file(module)}:{line}" for line in lines)}
+    tests, sum_of_seconds = list[str](), 0.0
+    for name, (seconds, ran) in sorted(seen.items(), key=lambda item: item[1][0]):
+        if (not lines or not wanted.isdisjoint(ran)) and (not tests or sum_of_seconds + seconds <= SECONDS):
+            tests.append(name)
+            sum_of_seconds += seconds
+    files = {name.partition("::")[0]: None for name in tests}
+    limit = 30 + 3 * round(sum_of_seconds)  # for a bug that never ends
+    return not tests or passes(lambda _: Only(tests), files, which, limit, module, source)[0]
 
 
-def main(seed: str = "0", start: str = "0", stop: str = "9999", *modules: str) -> None:
+def _file(module: str) -> str:
+    return f"{module.replace('.', '/')}.py"
+
+
+def main(seed: str, start: str, stop: str, *modules: str) -> None:
     phases = [hypothesis.Phase.explicit, hypothesis.Phase.generate]  # a failure is enough, it need not be small
     hypothesis.settings.register_profile(
         "mutants", deadline=None, database=None, derandomize=True, phases=phases, max_examples=50
     )
-    sources = {name: (_ROOT / "sparse_train" / f"{name.replace('.', '/')}.py").read_text() for name in modules or TESTS}
-    numbers = [(name, n) for name, text in sources.items() for n in range(len(list(places(ast.parse(text)))))]
-    random.Random(int(seed)).shuffle(numbers)
-    drawn = numbers[int(start) : int(stop)]
-    print(f"{len(drawn)} of {len(numbers)} bugs", flush=True)
-    tried, alive = Counter[str](), Counter[str]()
-    watched: dict[str, Any] = {}
-    for name, number in drawn:
-        if name not in watched:
-            passed, watched[name] = passes(name, sources[name], Watch)
-            if not passed:
-                sys.exit(f"The tests of {name} fail without a bug.")
-        said, source, lines = planted(sources[name], number)
-        tried[name] += 1
-        if survives(name, source, lines, watched[name]):
-            alive[name] += 1
-            print(f"{name} {number}: {said}  ({tried.total()} tried)", flush=True)
-    for name in sorted(tried):
-        print(f"{name}: {tried[name] - alive[name]} of {tried[name]} noticed")
-    print(f"all: {tried.total() - alive.total()} of {tried.total()} noticed")
+    watched: dict[tuple[str, str], Seen] = {}
+    for module in modules:
+        files, which = chosen = TESTS.get(module, (_FILES, _FAST))
+        if chosen not in watched:
+            passed, watched[chosen] = passes(Watch, [f"tests/{name}" for name in files.split()], which, 1800)
+            print(f"{len(watched[chosen])} tests{'' if passed else ', without those that fail'}", flush=True)
+        source = (_ROOT / "sparse_train" / _file(module)).read_text()
+        numbers = list(range(len(list(places(ast.parse(source))))))
+        random.Random(int(seed)).shuffle(numbers)
+        drawn, alive = numbers[int(start) : int(stop)], 0
+        for number in drawn:
+            said, changed, lines = planted(source, number)
+            if survives(module, changed, lines, watched[chosen], which):
+                alive += 1
+                print(f"{module} {number}: {said}", flush=True)
+        print(f"{module}: {len(drawn) - alive} of {len(drawn)} noticed, {len(numbers)} possible", flush=True)
 
 
 if __name__ == "__main__":

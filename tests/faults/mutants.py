@@ -21,7 +21,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -171,37 +171,27 @@ class Only:
         items[:] = sorted((item for item in items if item.nodeid in self.place), key=lambda i: self.place[i.nodeid])
 
 
-def passes(
-    plugin: Callable[[Path], Any], files: Iterable[str], which: str, seconds: int, module: str = "", source: str = ""
-) -> tuple[bool, Any]:
-    """Whether tests pass in a copy of the package in which a module has this source; and what ``Watch`` has seen."""
-    with tempfile.TemporaryDirectory() as folder:
-        for name in ("sparse_train", "callbacks", "tests", "recipes", "configs"):
-            shutil.copytree(_ROOT / name, Path(folder, name), symlinks=True)
-        shutil.copy(_ROOT / "pyproject.toml", folder)
-        package = Path(folder, "sparse_train")
-        if module:
-            (package / _file(module)).write_text(source)
-        child = os.fork()
-        if not child:
-            resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, 1)
-            os.dup2(null, 2)
-            os.chdir(folder)
-            sys.path[:] = [folder, *(path for path in sys.path if path not in ("", str(_ROOT)))]
-            for name in [name for name in sys.modules if name.partition(".")[0] == "tests"]:
-                del sys.modules[name]
-            importlib.import_module("tests.conftest")  # loads another profile
-            hypothesis.settings.load_profile("mutants")
-            os.environ["PYTHONPATH"] = folder  # for processes that tests start
-            os._exit(pytest.main(["-p", "no:cacheprovider", "-k", which, *files], plugins=[plugin(package)]))
-        done, seen = os.waitpid(child, 0)[1] == 0, Path(folder, "seen.json")
-        return done, json.loads(seen.read_text()) if seen.exists() else {}
+def passes(folder: Path, plugin: Any, files: Iterable[str], which: str, seconds: int) -> bool:
+    """Whether tests pass, in a fork, with the copy of the package that is in a folder."""
+    child = os.fork()
+    if not child:
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        os.dup2(null, 2)
+        os.chdir(folder)
+        sys.path[:] = [str(folder), *(path for path in sys.path if path not in ("", str(_ROOT)))]
+        for name in [name for name in sys.modules if name.partition(".")[0] == "tests"]:
+            del sys.modules[name]
+        importlib.import_module("tests.conftest")  # loads another profile
+        hypothesis.settings.load_profile("mutants")
+        os.environ["PYTHONPATH"] = str(folder)  # for processes that tests start
+        os._exit(pytest.main(["-p", "no:cacheprovider", "-k", which, *files], plugins=[plugin]))
+    return os.waitpid(child, 0)[1] == 0
 
 
-def survives(module: str, source: str, lines: range, seen: Seen, which: str) -> bool:
-    """Whether the tests that run one of these lines pass with this source."""
+def survives(base: Path, module: str, source: str, lines: range, seen: Seen, which: str) -> bool:
+    """Whether the tests that run one of these lines pass with this source in a copy of ``base``."""
     wanted = {ELSEWHERE, *(f"{_file(module)}:{line}" for line in lines)}
     tests, sum_of_seconds = list[str](), 0.0
     for name, (seconds, ran) in sorted(seen.items(), key=lambda item: item[1][0]):
@@ -210,7 +200,12 @@ def survives(module: str, source: str, lines: range, seen: Seen, which: str) -> 
             sum_of_seconds += seconds
     files = {name.partition("::")[0]: None for name in tests}
     limit = 30 + 3 * round(sum_of_seconds)  # for a bug that never ends
-    return not tests or passes(lambda _: Only(tests), files, which, limit, module, source)[0]
+    if not tests:
+        return True
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(base, folder, symlinks=True, dirs_exist_ok=True)
+        Path(folder, "sparse_train", _file(module)).write_text(source)
+        return passes(Path(folder), Only(tests), files, which, limit)
 
 
 def _file(module: str) -> str:
@@ -223,21 +218,29 @@ def main(seed: str, start: str, stop: str, *modules: str) -> None:
         "mutants", deadline=None, database=None, derandomize=True, phases=phases, max_examples=50
     )
     watched: dict[tuple[str, str], Seen] = {}
-    for module in modules:
-        files, which = chosen = TESTS.get(module, (_FILES, _FAST))
-        if chosen not in watched:
-            passed, watched[chosen] = passes(Watch, [f"tests/{name}" for name in files.split()], which, 1800)
-            print(f"{len(watched[chosen])} tests{'' if passed else ', without those that fail'}", flush=True)
-        source = (_ROOT / "sparse_train" / _file(module)).read_text()
-        numbers = list(range(len(list(places(ast.parse(source))))))
-        random.Random(int(seed)).shuffle(numbers)
-        drawn, alive = numbers[int(start) : int(stop)], 0
-        for number in drawn:
-            said, changed, lines = planted(source, number)
-            if survives(module, changed, lines, watched[chosen], which):
-                alive += 1
-                print(f"{module} {number}: {said}", flush=True)
-        print(f"{module}: {len(drawn) - alive} of {len(drawn)} noticed, {len(numbers)} possible", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        base = Path(folder)
+        for name in ("sparse_train", "callbacks", "tests", "recipes", "configs"):
+            shutil.copytree(_ROOT / name, base / name, symlinks=True)
+        shutil.copy(_ROOT / "pyproject.toml", base)
+        sys.dont_write_bytecode = False  # most of the time of a bug was that of compiling all files
+        for module in modules:
+            files, which = chosen = TESTS.get(module, (_FILES, _FAST))
+            if chosen not in watched:
+                watch = Watch(base / "sparse_train")
+                passed = passes(base, watch, [f"tests/{name}" for name in files.split()], which, 1800)
+                watched[chosen] = json.loads((base / "seen.json").read_text())
+                print(f"{len(watched[chosen])} tests{'' if passed else ', without those that fail'}", flush=True)
+            source = (base / "sparse_train" / _file(module)).read_text()
+            numbers = list(range(len(list(places(ast.parse(source))))))
+            random.Random(int(seed)).shuffle(numbers)
+            drawn, alive = numbers[int(start) : int(stop)], 0
+            for number in drawn:
+                said, changed, lines = planted(source, number)
+                if survives(base, module, changed, lines, watched[chosen], which):
+                    alive += 1
+                    print(f"{module} {number}: {said}", flush=True)
+            print(f"{module}: {len(drawn) - alive} of {len(drawn)} noticed, {len(numbers)} possible", flush=True)
 
 
 if __name__ == "__main__":

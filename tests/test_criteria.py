@@ -42,6 +42,7 @@ def test_ria_equals_the_formula():
     for a in (0.5, 1.0):
         expected = reference.ria_scores(weight, inputs, a)
         assert torch.allclose(RIA(a).scores(LayerContext(weight, stats)).double(), expected, rtol=1e-5)
+    assert RIA() == RIA(0.5)  # as in the paper
     weight[3], weight[:, 5] = 0, 0  # an empty row and an empty column: 0, not NaN
     assert RIA().scores(LayerContext(weight, stats)).isfinite().all()
 

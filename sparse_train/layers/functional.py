@@ -43,7 +43,7 @@ class _MaskedLinear(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
         if not autocast and x.dtype != weight_OI.dtype:
             raise RuntimeError(f"input is {x.dtype} and weight is {weight_OI.dtype}; they must have the same dtype")
-        ctx.x_dtype, ctx.has_bias, ctx.device_type, ctx.dtype = x.dtype, bias_O is not None, device, dtype
+        ctx.x_dtype, ctx.device_type, ctx.dtype = x.dtype, device, dtype
         ctx.scale, ctx.straight_through = scale, straight_through
         ctx.weight_dtype, ctx.cast = weight_OI.dtype, dtype != weight_OI.dtype
         x = x.to(dtype)
@@ -76,7 +76,7 @@ class _MaskedLinear(torch.autograd.Function):
                     grad_weight_OI = masks.apply(grad_weight_OI, mask_OJ)
             if wants_a or wants_b:
                 grad_a_RI, grad_b_OR = _grad_of_factors(ctx, grad_TO, x.reshape(-1, x.shape[-1]), mask_OJ, a_RI, b_OR)
-            if ctx.has_bias and wants_bias:
+            if wants_bias:
                 grad_bias_O = grad_TO.sum(0)
         return grad_x, grad_weight_OI, None, grad_bias_O, grad_a_RI, grad_b_OR, None, None
 

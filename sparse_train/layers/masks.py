@@ -35,8 +35,6 @@ def packed_width(in_features: int) -> int:
 def pack(mask_OI: Tensor) -> Tensor:
     """Pack a bool mask (O, I) into uint8 (O, ceil(I / 8))."""
     assert mask_OI.dtype == torch.bool and mask_OI.dim() == 2, (mask_OI.dtype, mask_OI.shape)
-    if not len(mask_OI):  # the last process of many may hold no rows
-        return mask_OI.new_empty((0, packed_width(mask_OI.shape[1])), dtype=torch.uint8)
     if mask_OI.device.type == "cpu":
         return torch.from_numpy(np.packbits(mask_OI.numpy(), axis=1, bitorder="little"))
     spare = -mask_OI.shape[1] % 8

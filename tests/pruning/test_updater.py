@@ -1,5 +1,6 @@
 """``MaskUpdater`` over a run."""
 
+import time
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -39,9 +40,11 @@ from tests.reference import row_mask
 def test_dynamic_masks_change_and_stay_exact(structure, sparsity):
     model = shallow_llama()
     updater = MaskUpdater(model, structure, sparsity=sparsity, update_freq=4, total_steps=20)
+    began = time.perf_counter()
     reports = train(model, updater, 2)
     first = {name: layer.unpacked_mask() for name, layer in updater.layers.items()}
     reports += train(model, updater, 18, seed=1)
+    assert 0 < sum(report.seconds for report in reports) < time.perf_counter() - began
     assert [report.step for report in reports] == [2, 6, 10, 14, 15]
     assert all(report.flip_rate > 0 for report in reports)
     assert reports[0].initial_flip_rate == 0

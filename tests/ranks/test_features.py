@@ -156,6 +156,7 @@ def plain_loop() -> Any:
         optimizer.zero_grad()
         if report := updater.step():
             flips.append(report.flip_rate)
+            assert report.sparsity == 0.5  # zeros of all processes
             with updater.layers["model.layers.0.mlp.up_proj"].read(by_rows=True) as (own, rows):
                 assert own.shape == (32, 32)
                 assert rows == slice(32 * rank(), 32 * rank() + 32)

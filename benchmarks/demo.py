@@ -34,10 +34,11 @@ from sparse_train.data.text_blocks import TextBlocks
 from sparse_train.data.texts import PackagedWikipedia, TextSource
 from sparse_train.evaluation import PerplexityResult, evaluate_perplexity, token_ids
 from sparse_train.export import ModelCard, export_model
-from sparse_train.inspection import layer_sparsities, overall_sparsity
+from sparse_train.inspection import layer_sparsities
 from sparse_train.models.causal_lm import CausalLM
 from sparse_train.models.sources import ModelSource, PackagedSmolLM2
 from sparse_train.oneshot.first_mask import random_batches
+from sparse_train.pruning.update import sparsity_of
 from sparse_train.report import write_run_report
 from sparse_train.report.page import paragraph
 from sparse_train.report.page import table as page_table
@@ -105,7 +106,7 @@ def main(
         seconds = time.perf_counter() - since
         result = evaluate_perplexity(made, ids, window=window, max_tokens=eval_tokens, autocast=torch.bfloat16)
         layers = [layer for layer in layer_sparsities(made) if layer.name.startswith(BLOCKS)]
-        arms.append(Arm(name, result, overall_sparsity(layers), tokens, seconds))
+        arms.append(Arm(name, result, sparsity_of(layers), tokens, seconds))
         CONSOLE.print(f"{name}: held-out perplexity {result.perplexity:.2f}", highlight=False)
         return made
 

@@ -7,7 +7,7 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_warn
 
-from sparse_train.callbacks.lightning_trainer import averaging
+from sparse_train.callbacks.lightning_trainer import averaging, callbacks_of
 from sparse_train.layers.masked_layer import sparse_layers
 from sparse_train.layers.masks import FACTOR_NAMES
 from sparse_train.pruning.config import PruningConfig
@@ -15,7 +15,7 @@ from sparse_train.pruning.config import PruningConfig
 
 def check_fit(trainer: L.Trainer, pruning: L.Callback, config: PruningConfig, squash: bool) -> None:
     """Raise ValueError if the trainer or one of its callbacks does not work with ``pruning``; or warn."""
-    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    callbacks = callbacks_of(trainer)
     if not squash and isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
         raise ValueError(
             "squash=False keeps masks after fit, but the strategy trains in processes that it starts itself (spawn, "

@@ -31,6 +31,10 @@ def steps_done(trainer: L.Trainer, *, in_batch: bool = True) -> int:
     return trainer.fit_loop.epoch_loop._batches_that_stepped + in_batch
 
 
+def callbacks_of(trainer: L.Trainer) -> list[L.Callback]:
+    return trainer.callbacks  # type: ignore[attr-defined,no-any-return]
+
+
 def calibration_batches(trainer: L.Trainer, count: int) -> list[Batch] | None:
     """Random training batches, without changing the state of the loader; None if a model could not use any.
 
@@ -94,7 +98,7 @@ def masks_as_loaded(pl_module: L.LightningModule) -> Callable[[], None]:
 
 
 def averaging(trainer: L.Trainer) -> list[WeightAveraging]:
-    return [each for each in trainer.callbacks if isinstance(each, WeightAveraging)]  # type: ignore[attr-defined]
+    return [each for each in callbacks_of(trainer) if isinstance(each, WeightAveraging)]
 
 
 def mask_averages(trainer: L.Trainer, pl_module: L.LightningModule) -> None:

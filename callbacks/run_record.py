@@ -28,7 +28,7 @@ from torch import Tensor
 from sparse_train import environment
 from sparse_train.callbacks.dynamic_pruning import DynamicPruning
 from sparse_train.callbacks.evaluation import Evaluation
-from sparse_train.callbacks.lightning_trainer import steps_done
+from sparse_train.callbacks.lightning_trainer import callbacks_of, steps_done
 from sparse_train.files import write_json
 from sparse_train.pruning.updater import MaskUpdater
 from sparse_train.report.runs import METRICS, RUN_FILE, State, named, read_metrics
@@ -65,7 +65,7 @@ class RunRecord(L.Callback):
         if stage != "fit":
             return
         self._began, self.folder = 0.0, None
-        self._pruning = next((each for each in _callbacks(trainer) if isinstance(each, DynamicPruning)), None)
+        self._pruning = next((each for each in callbacks_of(trainer) if isinstance(each, DynamicPruning)), None)
         if trainer.global_step == 0 or not self._facts:  # a checkpoint, if there is one, is loaded later
             counts: dict[str, Any] = {"step": 0, "seconds": 0.0, "tokens": 0}
             self._facts, self._earlier = counts | {"states": [], "protocols": [], "about": {}}, []
@@ -157,7 +157,7 @@ class RunRecord(L.Callback):
         self._write(step)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        evaluations = [each for each in _callbacks(trainer) if isinstance(each, Evaluation)]
+        evaluations = [each for each in callbacks_of(trainer) if isinstance(each, Evaluation)]
         protocols = [result["protocol"] for each in evaluations for result in each.results]
         self._facts["protocols"] = list(dict.fromkeys([*self._facts["protocols"], *protocols]))
         self._pruning = None  # also releases the model
@@ -196,11 +196,6 @@ def _validated(trainer: L.Trainer, name: str, step: int, sparsity: float | None)
     values = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val")}
     perplexity, loss = (values.get(named(word, list(values)) or "") for word in ("perplexity", "loss"))
     return asdict(State(name, step, perplexity, loss, sparsity))
-
-
-def _callbacks(trainer: L.Trainer) -> list[L.Callback]:
-    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return callbacks
 
 
 def _csv_logger(trainer: L.Trainer) -> CSVLogger:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sparse_train.blocks import fused_experts, is_conv1d, is_linear
 from sparse_train.layers.state_dicts import folded_state_dict
 from sparse_train.patterns import detect_pattern
+from sparse_train.pruning.update import sparsity_of
 
 DTYPES_2OF4 = (torch.float16, torch.bfloat16)
 """Dtypes of weights and inputs in which this package uses 2:4 hardware."""
@@ -107,12 +108,6 @@ def _count(name: str, weight_OI: Tensor, kind: str) -> LayerSparsity:
     return LayerSparsity(name, (rows, columns), zeros, detect_pattern(nonzero_OI), weight_OI.dtype, kind)
 
 
-def overall_sparsity(layers: Sequence[LayerSparsity]) -> float:
-    """Share of zeros over all ``layers``; 0 if there are none."""
-    size = sum(layer.size for layer in layers)
-    return sum(layer.zeros for layer in layers) / size if size else 0.0
-
-
 def pruned(layers: Sequence[LayerSparsity]) -> list[LayerSparsity]:
     """Those that were pruned: with at least a twentieth of zeros, as weights rounded to 4 bits have 0.01."""
     return [layer for layer in layers if layer.pattern != "dense" and layer.sparsity >= 0.05]
@@ -124,7 +119,7 @@ def by_projection(layers: Sequence[LayerSparsity]) -> list[tuple[str, str, str, 
     for layer in layers:
         groups[layer.name.rsplit(".", 1)[-1]].append(layer)
     return [
-        (name, str(len(own)), f"{overall_sparsity(own):.4f}", ", ".join(sorted({layer.pattern for layer in own})))
+        (name, str(len(own)), f"{sparsity_of(own):.4f}", ", ".join(sorted({layer.pattern for layer in own})))
         for name, own in groups.items()
     ]
 
@@ -144,7 +139,7 @@ def summary(model: nn.Module) -> str:
     size, parameters = sum(layer.size for layer in found), sum(each.numel() for each in model.parameters())
     share = sum(layer.zeros for layer in found) / max(1, parameters)
     rows.append(
-        f"{len(found)} of {len(layers)} linear layers are pruned: {overall_sparsity(found):.4f} of their {size:,} "
+        f"{len(found)} of {len(layers)} linear layers are pruned: {sparsity_of(found):.4f} of their {size:,} "
         f"weights, {share:.4f} of all {parameters:,} parameters."
     )
     return "\n".join(rows)

@@ -16,7 +16,8 @@ def inspect(model: ModelSource | str, verify: bool = False) -> dict[str, Any]:
             (pruning.json); a difference is an error. Holds one weight at a time.
     """
     from sparse_train.cli.tables import show_inspection
-    from sparse_train.inspection import layer_sparsities, overall_sparsity
+    from sparse_train.inspection import layer_sparsities
+    from sparse_train.pruning.update import sparsity_of
 
     source = as_model_source(model, dtype="auto")
     if verify:
@@ -34,7 +35,7 @@ def inspect(model: ModelSource | str, verify: bool = False) -> dict[str, Any]:
     show_inspection(source.name, layers, model_bytes)
     return {
         "model": source.name,
-        "sparsity": overall_sparsity(layers),
+        "sparsity": sparsity_of(layers),
         "dense_bytes": sum(layer.dense_bytes for layer in layers),
         "model_bytes": model_bytes,
         "layers": [layer.as_dict() for layer in layers],

@@ -10,7 +10,8 @@ from typing import Any
 from rich import get_console
 
 from sparse_train.evaluation import ZeroShotResult
-from sparse_train.inspection import LayerSparsity, by_projection, overall_sparsity, pruned
+from sparse_train.inspection import LayerSparsity, by_projection, pruned
+from sparse_train.pruning.update import sparsity_of
 from sparse_train.report import Run, closing
 from sparse_train.terminal import print_table
 
@@ -37,7 +38,7 @@ def show_inspection(name: str, layers: Sequence[LayerSparsity], model_bytes: int
 
     def row(label: str, shape: str, own: Sequence[LayerSparsity], pattern: str, able: str) -> list[str]:
         size = sum(layer.dense_bytes for layer in own)
-        return [label, shape, str(len(own)), f"{overall_sparsity(own):.4f}", pattern, f"{size / 1e6:.2f}", able]
+        return [label, shape, str(len(own)), f"{sparsity_of(own):.4f}", pattern, f"{size / 1e6:.2f}", able]
 
     def total(label: str, own: Sequence[LayerSparsity]) -> list[str]:
         return row(label, "", own, "", f"{sum(layer.misfit_2of4 is None for layer in own)}/{len(own)}")

@@ -8,7 +8,8 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped,unused-ignore]
 
-from sparse_train.inspection import LayerSparsity, by_projection, overall_sparsity, pruned
+from sparse_train.inspection import LayerSparsity, by_projection, pruned
+from sparse_train.pruning.update import sparsity_of
 
 FILE_NAME = "README.md"
 
@@ -58,11 +59,11 @@ class ModelCard:
             pipeline_tag="text-generation",
             tags=["sparse-train", "sparse", "pruned", *patterns],
         )
-        whole = f", {overall_sparsity(layers):.4f} of all linear layers'" if len(layers) > len(found) else ""
+        whole = f", {sparsity_of(layers):.4f} of all linear layers'" if len(layers) > len(found) else ""
         made = {
             "base model": self.base_model,
             **self.made,
-            "counted sparsity": f"{overall_sparsity(found):.4f} of the {len(found)} pruned layers' weights{whole}, "
+            "counted sparsity": f"{sparsity_of(found):.4f} of the {len(found)} pruned layers' weights{whole}, "
             "counted on the weights that are written here",
             "perplexity": self.perplexity,
             "made with": ", ".join(f"{name} {version(name)}" for name in ("sparse-train", "torch", "transformers")),

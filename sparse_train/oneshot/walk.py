@@ -95,7 +95,7 @@ class OneshotReport:
     @property
     def sparsity(self) -> float:
         """Share of zeros among the targeted weights, counted on the weights."""
-        return sparsity_of(self.layers)
+        return sparsity_of(self.layers.values())
 
 
 # --- shelves ---------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ Shape suffixes: O out_features, I in_features, J packed mask bytes.
 """
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -54,7 +54,7 @@ class UpdateReport:
     @property
     def sparsity(self) -> float:
         """Share of zeros among the targeted weights, counted on the weights."""
-        return sparsity_of(self.layers)
+        return sparsity_of(self.layers.values())
 
     @property
     def flip_rate(self) -> float:
@@ -82,9 +82,10 @@ class UpdateReport:
         return sparsities | {f"layers/flip_rate/{n}": layer.flips / layer.size for n, layer in self.layers.items()}
 
 
-def sparsity_of(layers: Mapping[str, LayerUpdate]) -> float:
-    """Share of zeros over all weights of these layers."""
-    return sum(layer.zeros for layer in layers.values()) / sum(layer.size for layer in layers.values())
+def sparsity_of(layers: Iterable[Any]) -> float:
+    """Share of zeros over the weights of layers, each with ``zeros`` and ``size``; 0 if there are none."""
+    zeros, size = map(sum, zip((0, 0), *((layer.zeros, layer.size) for layer in layers), strict=True))
+    return zeros / size if size else 0.0
 
 
 @dataclass(frozen=True)

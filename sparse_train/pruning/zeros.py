@@ -62,7 +62,7 @@ def keep_zeros(model: nn.Module, targets: Sequence[str] | None = None, ignore: S
         raise ValueError(
             "No weight of the targeted layers is zero, so there is nothing to keep: prune the model first."
         )
-    return sparsity_of(measure(masked))
+    return sparsity_of(measure(masked).values())
 
 
 def masks_from_zeros(layers: Mapping[str, MaskedLayer], pattern: Pattern, sparsity: float, division: Division) -> None:
@@ -72,6 +72,7 @@ def masks_from_zeros(layers: Mapping[str, MaskedLayer], pattern: Pattern, sparsi
     sparsity is divided among layers is read from the zeros if it is not known.
     """
     dense, error = measure(layers), None
+    percent = 100 * sparsity_of(dense.values())
     try:
         if not division.known:
             for layer in layers.values():
@@ -81,7 +82,7 @@ def masks_from_zeros(layers: Mapping[str, MaskedLayer], pattern: Pattern, sparsi
         found = update_masks(layers, Rules(Magnitude(), pattern, division.at(sparsity)))
         if any(found[name].zeros != dense[name].zeros for name in layers):
             raise ValueError(
-                f"first_mask is FromZeros(), and {100 * sparsity_of(dense):.1f} % of the targeted weights are zeros, "
+                f"first_mask is FromZeros(), and {percent:.1f} % of the targeted weights are zeros, "
                 f"but not where {group_label(pattern)} at {sparsity:g} has them. {_TO_KEEP_THEM} Or make a new first "
                 "mask: first_mask=OneShot()."
             )
@@ -94,7 +95,7 @@ def masks_from_zeros(layers: Mapping[str, MaskedLayer], pattern: Pattern, sparsi
             layer.keep_all()
         raise error or ValueError("The zeros of another process do not follow the pattern: it has another model.")
     if rank() == 0:
-        _log.info("The model was pruned before: %.2f %% of the targeted weights are zeros.", 100 * sparsity_of(dense))
+        _log.info("The model was pruned before: %.2f %% of the targeted weights are zeros.", percent)
 
 
 def warn_of_filled_zeros(layers: Mapping[str, MaskedLayer]) -> None:

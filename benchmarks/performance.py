@@ -67,10 +67,7 @@ IN_ONE_PASS = (
     "a compiled loop that scores, selects and packs a row while it is in the cache, where numpy writes magnitudes, "
     "scores and a copy for the partition in passes of their own"
 )
-ONCE_A_STEP = (
-    "to mask and cast each weight once a step, and not again in backward: a second model would be held in between, and "
-    "gradient checkpointing would have to know of it"
-)
+ONCE_A_STEP = "to look up the bits of masks once a step, where several micro-batches share them"
 FEWER = (
     "sums of squares inside the product that reads the input (they are a third of it), and a masked weight that is "
     "made for the second forward, and not again for the zeros at the end"
@@ -186,7 +183,7 @@ def step(part: dict[str, Any]) -> list[str]:
     if times := part.get("masking"):
         lines = [[name, spread(each, 3)] for name, each in times.items()]
         parts += [
-            "What a re-pruned step computes beside a dense one, twice: it masks the weights of all layers, where "
+            "What a re-pruned step computes beside a dense one: it masks the weights of all layers, where "
             "autocast alone would cast them to bfloat16. Processor time of one thread:\n",
             table(["weights of all layers", "s"], lines),
         ]

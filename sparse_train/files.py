@@ -109,7 +109,8 @@ def write_json(path: Path, content: Any) -> None:
 def _raise_from(error: BaseException, out: Path) -> NoReturn:
     """Raise an error again, as OSError that names ``out`` if it could not be written."""
     cause = error.__context__ if type(error) is RuntimeError else error  # torch.save puts an error of its own on top
-    unnamed = isinstance(cause, OSError) and (cause is not error or cause.filename is None)
+    disk = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)  # and not of a network
+    unnamed = isinstance(cause, OSError) and cause.errno in disk and (cause is not error or cause.filename is None)
     if unnamed or type(error).__name__ == "SafetensorError":  # of a library that is not imported here
         raise OSError(f"{out} could not be written: {cause}") from error
     raise error

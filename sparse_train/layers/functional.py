@@ -22,8 +22,9 @@ def low_rank_sum(weight_OI: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float) ->
 class _MaskedLinear(torch.autograd.Function):
     """Holds between forward and backward what a dense layer holds, and the packed mask.
 
-    Under autocast, both hold the weight as it was cast: here, the masked one. Otherwise the masked weight is made again
-    in backward: to hold it would take a second model (under FSDP2 or ZeRO-3, the whole gathered one).
+    Under autocast, both hold the weight as it was cast: here the masked one, for each call (of a dense weight that
+    several calls share, autocast keeps one). Otherwise the masked weight is made again in backward: to hold it would
+    take a second model (under FSDP2 or ZeRO-3, the whole gathered one).
     """
 
     @staticmethod

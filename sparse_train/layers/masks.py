@@ -93,7 +93,7 @@ def fill_full(packed_OJ: Tensor, in_features: int) -> None:
 def count(packed_OJ: Tensor) -> int:
     if packed_OJ.device.type == "cpu":
         return int(np.bitwise_count(_words(packed_OJ)).sum())
-    bits_V = _byte_table(torch.uint8, packed_OJ.device).sum(1)
+    bits_V = _byte_table(torch.uint8, packed_OJ.device).sum(1, dtype=torch.int32)
     return int(bits_V[packed_OJ.int()].sum())
 
 

@@ -40,15 +40,13 @@ class DiskShelf(Shelf):
 
     Args:
         model: from ``model_without_weights``.
-        checkpoint, selection: its weights, and the targets among them.
+        checkpoint, chosen: its weights, and the targets among them.
         work: folder of finished shards, from ``unfinished``.
         device: where a loaded block computes.
     """
 
-    def __init__(
-        self, model: Any, checkpoint: WeightFiles, selection: Targets, work: Path, device: torch.device
-    ) -> None:
-        super().__init__(model, {**selection.layers, **expert_matrices(selection.experts)}, device)
+    def __init__(self, model: Any, checkpoint: WeightFiles, chosen: Targets, work: Path, device: torch.device) -> None:
+        super().__init__(model, {**chosen.layers, **expert_matrices(chosen.experts)}, device)
         self.checkpoint, self.work = checkpoint, work
         self.keep_on = torch.device("cpu")
         self._progress = _read_progress(work)

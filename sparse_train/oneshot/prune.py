@@ -56,18 +56,18 @@ def prune(
         progress: show a progress bar.
     """
     plan = Plan.of(mask_structure, sparsity, criterion, distribution)
-    selection = find_targets(model, plan.pattern, targets, ignore, experts=squash)
-    dense = [layer for layer in selection.layers.values() if not isinstance(layer, MaskedLayer)]
+    chosen = find_targets(model, plan.pattern, targets, ignore, experts=squash)
+    dense = [layer for layer in chosen.layers.values() if not isinstance(layer, MaskedLayer)]
     try:
         sparsify(model, dense)
-        masked = {name: layer for name, layer in selection.layers.items() if isinstance(layer, MaskedLayer)}
+        masked = {name: layer for name, layer in chosen.layers.items() if isinstance(layer, MaskedLayer)}
         adapted = next((name for name, layer in masked.items() if layer.has_factors), None)
         if adapted is not None and isinstance(plan.method, Solver):
             raise ValueError(
                 f"{adapted} has a mask_lora adapter, and {plan.method} would write its frozen weight. Call "
                 "merge_mask_lora(model) first."
             )
-        layers = {**masked, **expert_matrices(selection.experts)}
+        layers = {**masked, **expert_matrices(chosen.experts)}
         shelf = MemoryShelf(model, layers, together=plan.pattern.model_wide)
         with shelf.pruning_from_dense():
             report = walk(shelf, plan, batches, progress, under_autocast(autocast, shelf.device))
@@ -129,8 +129,8 @@ def prune_checkpoint(
     settings = [*map(describe, parts), *data]
     with disk.unfinished(out, settings) as work:
         model = model_folders.model_without_weights(path, checkpoint)
-        selection = find_targets(model, plan.pattern, targets, ignore, experts=True)
-        shelf = disk.DiskShelf(model, checkpoint, selection, work, torch.device(device))
+        chosen = find_targets(model, plan.pattern, targets, ignore, experts=True)
+        shelf = disk.DiskShelf(model, checkpoint, chosen, work, torch.device(device))
         shelf.load_rest()
         report = walk(shelf, plan, batches, progress, under_autocast(autocast, shelf.device))
         model_folders.write_index(work, shelf.shards)

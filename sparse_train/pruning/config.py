@@ -39,8 +39,8 @@ class OneShot(FirstMask):
     batches: int = 8
 
     def __post_init__(self) -> None:
-        if type(self.batches) is not int or self.batches < 1:
-            raise ValueError(f"OneShot.batches must be at least 1, got {self.batches!r}.")
+        if type(to_python_number(self.batches)) is not int or self.batches < 1:
+            raise ValueError(f"OneShot.batches is a whole number, at least 1, got {self.batches!r}.")
         require_type("OneShot.criterion", self.criterion, Wanda(), Criterion)
 
 

@@ -98,11 +98,9 @@ def padding_of(batch: Any, recorder: Recorder, two_texts: bool) -> Tensor | None
     parts = batch if isinstance(batch, (list, tuple)) else batch.values() if isinstance(batch, Mapping) else ()
     if any(isinstance(part, Mapping) and "attention_mask" in part for part in parts):
         recorder.misfit = recorder.misfit or "(a part of a nested batch)"
-    if not isinstance(mask, Tensor):
-        return None
-    if two_texts:
-        recorder.misfit = recorder.misfit or "(tokens of the other text, I)"
-    return None if two_texts else mask
+    if two_texts and isinstance(mask, Tensor):
+        mask, recorder.misfit = None, recorder.misfit or "(tokens of the other text, I)"
+    return mask if isinstance(mask, Tensor) else None
 
 
 def reads_two_texts(model: nn.Module, layers: Iterable[Any]) -> bool:

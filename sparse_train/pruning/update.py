@@ -82,10 +82,10 @@ class UpdateReport:
         return sparsities | {f"layers/flip_rate/{n}": layer.flips / layer.size for n, layer in self.layers.items()}
 
 
-def sparsity_of(layers: Iterable[Any]) -> float:
+def sparsity_of(layers: Collection[Any]) -> float:
     """Share of zeros over the weights of layers, each with ``zeros`` and ``size``; 0 if there are none."""
-    zeros, size = map(sum, zip((0, 0), *((layer.zeros, layer.size) for layer in layers), strict=True))
-    return zeros / size if size else 0.0
+    size = sum(layer.size for layer in layers)
+    return sum(layer.zeros for layer in layers) / size if size else 0.0
 
 
 @dataclass(frozen=True)
@@ -276,21 +276,14 @@ def _sum_counts(layers: Mapping[str, MaskedMatrix], counts: Mapping[str, list[in
     return dict(zip(counts, total.tolist(), strict=True))
 
 
-def first_misfit(
-    layers: Mapping[str, MaskedMatrix], pattern: Pattern, sparsity: Mapping[str, float], sparser: bool = False
-) -> str | None:
-    """The first layer whose mask does not follow this pattern and sparsity, over all or of each; None if all do.
-
-    With ``sparser``, groups may have more zeros.
-    """
-    # With the mask itself as the scores, the pattern selects the mask if it has the right count in every group, and
-    # drops a kept weight only from one that has too few zeros.
-    unpacked: Iterator[Tensor] = (layer.unpacked_mask() for layer in layers.values())
+def first_misfit(layers: Mapping[str, MaskedMatrix], pattern: Pattern, sparsity: Mapping[str, float]) -> str | None:
+    """The first layer whose mask does not follow this pattern and sparsity, over all or of each; None if all do."""
+    # With the mask itself as the scores, the pattern selects the mask if it has the right count in every group.
+    unpacked: Iterable[Tensor] = (layer.unpacked_mask() for layer in layers.values())
     if pattern.model_wide:
-        unpacked = iter([torch.cat([mask.reshape(1, -1) for mask in unpacked], dim=1)])
+        unpacked = [torch.cat([mask.reshape(1, -1) for mask in unpacked], dim=1)]
     for name, mask in zip(layers, unpacked, strict=False):
-        selected = pattern.mask(mask.float(), sparsity[name])
-        if not torch.equal(selected & mask if sparser else selected, mask):
+        if not torch.equal(pattern.mask(mask.float(), sparsity[name]), mask):
             return name
     return None
 

@@ -108,6 +108,7 @@ class MaskUpdater:
         """Target sparsity of the current masks; None before the first."""
         self._first_rows: dict[str, Tensor] = {}  # every 128th row of the first masks, packed
         self._restored_masks: dict[str, int] = {}  # fingerprints, until the first step after a resume
+        self._pruned: dict[str, int] = {}  # weights that masks pruned when they were last changed or checked
         self._optimizers, self.policy = Optimizers(), copy.deepcopy(self.config.policy)
         before = {id(layer) for layer in sparse_layers(model).values()}  # masked by one-shot pruning or another updater
         self.layers = mask_targets(model, self.config) if layers is None else dict(layers)
@@ -152,7 +153,7 @@ class MaskUpdater:
         self.timing = self.config.timing(total_steps, has_masks)
         self._take_layers()
         if has_masks:
-            self.sparsity = self.config.sparsity_at(0.0)
+            self.sparsity, self._pruned = self.config.sparsity_at(0.0), self._count_pruned()
             self.norms.begin_with_first_masks()
             self._keep_first_rows()
         elif self.timing.is_update(0):  # the criterion needs no activations
@@ -273,6 +274,11 @@ class MaskUpdater:
         saved, self._restored_masks = self._restored_masks, {}
         if saved:
             check_restored_masks(saved, self.layers, self.sparsity)
+            self._pruned = self._count_pruned()
+
+    def _count_pruned(self) -> dict[str, int]:
+        counts = {name: layer.size - masks.count(layer.weight_mask) for name, layer in self.layers.items()}
+        return {"the model": sum(counts.values())} if self.config.pattern.model_wide else counts
 
     def _prepare_step(self) -> None:
         update = self.timing.recorded_for(self.steps)
@@ -309,7 +315,7 @@ class MaskUpdater:
         changes = update_masks(self.layers, rules)
         self.policy.after_update()
         self.norms.fade()
-        self.sparsity, self._last_update = target, self.steps
+        self.sparsity, self._last_update, self._pruned = target, self.steps, self._count_pruned()
         return self._report(changes, began)
 
     def report(self) -> UpdateReport:
@@ -338,12 +344,12 @@ class MaskUpdater:
         check_agreement(self.layers)
         check_adapters(self._model)
         self._check_restored_masks()
-        shares = {} if self.sparsity is None else self._division.at(self.sparsity)
-        if shares and (name := first_misfit(self.layers, self.config.pattern, shares, sparser=True)) is not None:
+        now = self._count_pruned()
+        if (name := next((name for name, pruned in self._pruned.items() if now[name] < pruned), None)) is not None:
             raise ValueError(
-                f"The run is at a sparsity of {self.sparsity:g}, and the mask of {name} prunes less than "
-                f"{self.config.pattern} at {shares[name]:g}: it was replaced since the last update, such as by loading "
-                "another model. Resume from a checkpoint with masks."
+                f"The run is at a sparsity of {self.sparsity}, and the mask of {name} prunes {now[name]} weights, not "
+                f"the {self._pruned[name]} of the last update: it was replaced since, such as by loading another "
+                "model. Resume from a checkpoint with masks."
             )
         final = self.config.sparsity_at(1.0)
         if rank() == 0 and self.steps and self.sparsity != final:

@@ -85,7 +85,7 @@ def test_mistakes_are_found_at_construction(settings, message):
 
 def test_mistakes_in_a_first_mask_are_found_at_construction():
     for batches in (0, None):
-        with pytest.raises(ValueError, match=f"OneShot.batches must be at least 1, got {batches}"):
+        with pytest.raises(ValueError, match=f"OneShot.batches is a whole number, at least 1, got {batches}"):
             OneShot(batches=batches)
     with pytest.raises(ValueError, match=r"Write Magnitude\(\)"):
         OneShot(Magnitude)

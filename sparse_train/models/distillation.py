@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sparse_train.arguments import check_positive
 from sparse_train.files import reading, replacing
+from sparse_train.inspection import layer_sparsities, pruned
 from sparse_train.models.losses import TopK, distillation_loss, top_k
 from sparse_train.models.sources import ModelSource, as_model_source
 
@@ -134,6 +135,11 @@ class Distillation:
         """
         chosen = self.teacher or source
         model = chosen.load()
+        if self.teacher is None and (zeros := pruned(layer_sparsities(model))):
+            raise ValueError(
+                f"{source.name} was pruned before ({len(zeros)} of its layers), so it would teach itself. Name the "
+                "dense model as distillation.teacher."
+            )
         theirs, own = (each.config.get_text_config().vocab_size for each in (model, student))
         if theirs != own:
             raise ValueError(

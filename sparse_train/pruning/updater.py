@@ -44,6 +44,7 @@ from sparse_train.pruning.update import (
     measure,
     measure_outliers,
     shapes_of,
+    sparsity_of,
     update_masks,
 )
 from sparse_train.pruning.zeros import masks_from_zeros, warn_of_filled_zeros
@@ -386,8 +387,10 @@ class MaskUpdater:
 
     def plan(self) -> str:
         """Which layers are pruned and how far, and when masks change, in words."""
+        zeros = isinstance(self.config.first_mask, FromZeros) and self.steps == 0
         parts = (
             f"{layers_in_words(self.layers)} at {group_label(self.config.pattern)}",
+            *([f"{100 * sparsity_of(measure(self.layers).values()):.2f} % zeros before the run"] if zeros else []),
             f"final sparsity {self.config.sparsity_at(1.0):g}",
             self.timing.in_words() if self._masks_change() else "masks do not change",
         )

@@ -83,7 +83,8 @@ def masks_from_zeros(layers: Mapping[str, MaskedLayer], pattern: Pattern, sparsi
         if any(found[name].zeros != dense[name].zeros for name in layers):
             raise ValueError(
                 f"first_mask is FromZeros(), and {percent:.1f} % of the targeted weights are zeros, "
-                f"but not where {group_label(pattern)} at {sparsity:g} has them. {_TO_KEEP_THEM} Or make a new first "
+                f"but not where {group_label(pattern)} at {sparsity:g} has them. Those of unstructured SparseGPT are "
+                f'counted over layers: mask_structure=Unstructured(group="layer"). {_TO_KEEP_THEM} Or make a new first '
                 "mask: first_mask=OneShot()."
             )
     except ValueError as own:
@@ -94,8 +95,6 @@ def masks_from_zeros(layers: Mapping[str, MaskedLayer], pattern: Pattern, sparsi
         for layer in layers.values():
             layer.keep_all()
         raise error or ValueError("The zeros of another process do not follow the pattern: it has another model.")
-    if rank() == 0:
-        _log.info("The model was pruned before: %.2f %% of the targeted weights are zeros.", percent)
 
 
 def warn_of_filled_zeros(layers: Mapping[str, MaskedLayer]) -> None:

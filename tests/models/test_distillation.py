@@ -10,7 +10,7 @@ import lightning as L
 import pytest
 import torch
 
-from sparse_train import sparse_layers
+from sparse_train import Magnitude, prune, sparse_layers
 from sparse_train.callbacks import DynamicPruning
 from sparse_train.data.text_blocks import TextBlocks
 from sparse_train.data.texts import TextFiles
@@ -261,6 +261,17 @@ def test_a_teacher_that_does_not_fit_is_refused_before_the_first_step(model_fold
     module, watch = CausalLM(str(model_folder), distillation=Distillation(str(tmp_path / "other"))), Watch()
     with pytest.raises(ValueError, match="a vocab_size of 160 and the student .* one of 128"):
         fit(module, data(), watch)
+    assert not watch.metrics
+
+
+def test_a_model_that_was_pruned_before_does_not_teach_itself(data, tmp_path):
+    model = shallow_llama()
+    prune(model, mask_structure="2:4", criterion=Magnitude())
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    watch = Watch()
+    with pytest.raises(ValueError, match=r"was pruned before \(14 of its layers\), so it would teach itself"):
+        fit(CausalLM(str(tmp_path), distillation=Distillation()), data(), watch)
     assert not watch.metrics
 
 

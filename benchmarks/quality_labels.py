@@ -103,6 +103,7 @@ UNSTRUCTURED = {
 }
 TAUGHT_70 = {
     "static_70_distill": "static, no gradient to pruned weights",
+    "static_sparsegpt_70_distill": "SparseGPT's mask and weights, then static",
     "dynamic_70_distill": "re-pruned every 10 steps (the default)",
     "dynamic_dormant_70_distill": "re-pruned every 10 steps, policy Dormant",
 }
@@ -110,7 +111,6 @@ TAUGHT_70 = {
 METHODS_70 = {
     **TAUGHT_70,
     "dynamic_dormant_sparsegpt_70_distill": "SparseGPT's mask and weights, re-pruned every 10 steps, policy Dormant",
-    "static_sparsegpt_70_distill": "SparseGPT's mask and weights, then static",
     "swaps_70_distill": "swapped by evidence every 10 steps",
     "ast_70_distill": "AST: magnitude every 10 steps, decay of pruned weights 0.01",
     "srste_70_distill": "SR-STE: magnitude every step, decay of pruned weights 2e-4",

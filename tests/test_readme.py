@@ -192,7 +192,8 @@ def test_other_commands_are_known():
     """Lines of pages that no test runs: pip's and make's name what there is, and the rest is this."""
     bash = "\n".join(block.text for block in BLOCKS if block.language == "bash" and not block.mark)
     others = [line for line in bash.splitlines() if line and not line.startswith("sparse-train ")]
-    known = r"pip install|make \w|export MALLOC_|\. \.v|python (-m pytest tests|examples)/|ruff check|TASKS=|lm_eval "
+    known = r"(uv )?pip install|uv venv |make \w|export MALLOC_|\. \.v|python (-m pytest tests|examples)/|ruff check"
+    known += r"|TASKS=|lm_eval "
     assert not [line for line in others if not re.match(known, line) and line not in BENCHMARKS]
     targets = re.findall(r"^make (\w+)", bash, re.M)
     assert targets and set(targets) <= set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
@@ -283,14 +284,15 @@ def _prepare(command, options, left_behind, text_file):
     Path("my_items.jsonl").write_text(f"{question}\n" * 3)
 
 
-def _small(command, options, model_folder, text_file) -> list[str]:
+def _small(command, options, model_folder, text_file, pruned="") -> list[str]:
     """Options behind those of a page that leave its command as it is, on a tiny model and a few tokens."""
     text = json.dumps({"class_path": "TextFiles", "init_args": {split: [str(text_file)] for split in SPLITS}})
     short = ["--window=32", "--max_tokens=640"]
     if command in ("fit", "validate", "test"):
         measured = [f"--trainer.callbacks.text={text}", "--trainer.callbacks.window=32"]
+        from_zeros = [f"--model.model={pruned}", f"--model.distillation.teacher={model_folder}"]
         return [
-            f"--model.model={model_folder}",
+            *(from_zeros if "FromZeros" in options else [f"--model.model={model_folder}"]),
             f"--data.text={text}",
             "--data.block_size=32",
             "--trainer.max_steps=6",
@@ -314,7 +316,8 @@ def test_command_lines_run(line, elsewhere, left_behind, model_folder, text_file
     _prepare(command, options, left_behind, text_file)
     before = _files()
     with without_pictures() if command == "fit" and not FULL else nullcontext():
-        main([command, *options, *(() if FULL else _small(command, options, model_folder, text_file))])
+        small = () if FULL else _small(command, options, model_folder, text_file, left_behind / "model")
+        main([command, *options, *small])
     places = {"prune": ("model", "out"), "export": ("checkpoint", "out")}.get(command, ())
     out = [folder for name, folder in pairwise(options) if name in ("--out", "--export")]
     out += [folder for name, folder in zip(places, options, strict=False) if name == "out" and options[0][0] != "-"]

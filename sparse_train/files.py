@@ -89,7 +89,10 @@ def written_whole(out: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing(path: Path, ending: str = "writing") -> Iterator[Path]:
-    """A file next to ``path`` to write to, which replaces it at the end; after an error, ``path`` is unchanged."""
+    """A file next to ``path`` to write to, which replaces it at the end; after an error, ``path`` is unchanged.
+
+    Where several processes may write it at once, ``ending`` is of one of them alone.
+    """
     beside = path.with_name(f".{path.name}.{ending}")  # by default the same name, so that a leftover is overwritten
     beside.unlink(missing_ok=True)  # the name can be guessed: a link may be there
     try:

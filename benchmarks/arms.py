@@ -163,6 +163,7 @@ ARMS: dict[str, Arm] = {
     "static_sparsegpt_distill": _arm("smollm2_2of4_static", *_FROM_ZEROS, start="oneshot_sparsegpt", distil=True),
     "dynamic_sparsegpt_distill": _arm("smollm2_2of4", _SOLVED, distil=True),
     "dynamic_dormant_sparsegpt_distill": _arm("smollm2_2of4", "policy=Dormant", _SOLVED, distil=True),
+    "dynamic_from_sparsegpt_distill": _arm("smollm2_2of4", *_FROM_ZEROS, start="oneshot_sparsegpt", distil=True),
     "dynamic_dormant_stop25_distill": _arm("smollm2_2of4", "policy=Dormant", "end_step=0.25", distil=True),
     # AST (arXiv 2407.20584): magnitude from the start, a decay that rises for a quarter of the run, masks never frozen
     "ast_distill": _arm("smollm2_2of4", *_AST, distil=True),
@@ -208,6 +209,9 @@ ARMS: dict[str, Arm] = {
     ),
     "static_sparsegpt_70_distill": _arm(
         "smollm2_unstructured60", *_70, *_FROM_ZEROS, "policy=Fixed", start="oneshot_sparsegpt_70", distil=True
+    ),
+    "dynamic_from_sparsegpt_70_distill": _arm(
+        "smollm2_unstructured60", *_70, *_FROM_ZEROS, start="oneshot_sparsegpt_70", distil=True
     ),
     "lora_70_distill": _arm("smollm2_2of4_lora", *_70, distil=True),
     # low-rank, on q and v: outside the mask, where merging loses zeros, and inside it

@@ -5,7 +5,6 @@ from functools import partial
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
@@ -18,10 +17,8 @@ from sparse_train.evaluation import PerplexityResult, ZeroShotResult, evaluate_p
 from sparse_train.evaluation.perplexity import check_length
 from sparse_train.evaluation.zeroshot import check_tasks, task_names
 from sparse_train.layers.masked_layer import sparse_layers
-from sparse_train.models.sources import ModelSource, as_model_source
+from sparse_train.models.sources import AUTOCAST_OF, ModelSource, as_model_source
 from sparse_train.oneshot.first_mask import transformers_model
-
-_AUTOCAST = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
 
 
 class Evaluation(L.Callback):
@@ -110,7 +107,7 @@ class Evaluation(L.Callback):
                 "source, Hugging Face id or local folder."
             )
         common: dict[str, Any] = {
-            "autocast": _AUTOCAST.get(str(trainer.precision)),
+            "autocast": AUTOCAST_OF.get(str(trainer.precision)),
             "batch_size": self._batch_size,
             "model_name": "the model in training",
         }

@@ -61,6 +61,10 @@ def block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
     return dict(sorted(found.items(), key=lambda item: -_size(item[1])))
 
 
+def all_blocks(model: nn.Module) -> list[nn.Module]:
+    return [block for blocks in block_lists(model).values() for block in blocks]
+
+
 def _is_block(module: nn.Module) -> bool:
     composite = next(module.children(), None) is not None
     return composite and any(dimensions(parameter) >= 2 for parameter in module.parameters())

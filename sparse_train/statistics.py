@@ -161,11 +161,10 @@ class Statistics(ABC):
         """``||X_j||_2`` over all tokens seen (arXiv 2306.11695, equation 1), float32 (I,)."""
         return self.sum_squares_I.sqrt()
 
-    def norm(self) -> "ActivationNorm":
-        """The norms alone: a copy."""
-        norm = ActivationNorm(len(self.sum_squares_I), self.sums.device)
-        norm.merge_state_dict({"sum_squares": self.sum_squares_I, "tokens": self.tokens, "dropped": self.dropped})
-        return norm
+    def state_dict(self) -> dict[str, Tensor]:
+        """A copy of what an ``ActivationNorm`` counts."""
+        sums = {"sum_squares": self.sum_squares_I, "tokens": self.tokens, "dropped": self.dropped}
+        return {name: tensor.cpu().clone() for name, tensor in sums.items()}
 
     def tensors(self) -> list[Tensor]:
         """Everything counted, as tensors that can be summed over ranks in place."""
@@ -202,10 +201,6 @@ class ActivationNorm(Statistics):
         if factor != 1:
             self.sums *= factor
             self.tokens.copy_((self.tokens.double() * factor).ceil())
-
-    def state_dict(self) -> dict[str, Tensor]:
-        sums = {"sum_squares": self.sum_squares_I, "tokens": self.tokens, "dropped": self.dropped}
-        return {name: tensor.cpu().clone() for name, tensor in sums.items()}
 
     def merge_state_dict(self, state: dict[str, Tensor]) -> None:
         """Add what another one has seen; the result is the same as of one that has seen both."""

@@ -114,8 +114,8 @@ def test_the_gram_matrix_is_that_of_the_tokens_that_count(masked):
         gram.add(x, mask)
     counted_TI = x[mask.bool()] if masked else x.reshape(-1, 4)
     torch.testing.assert_close(gram.gram_II, 2 * counted_TI.t() @ counted_TI)
-    assert int(gram.tokens) == int(gram.norm().tokens) == 2 * len(counted_TI)
-    assert torch.equal(gram.norm().sum_squares_I, gram.gram_II.diagonal())
+    assert int(gram.tokens) == int(gram.state_dict()["tokens"]) == 2 * len(counted_TI)
+    assert torch.equal(gram.state_dict()["sum_squares"], gram.gram_II.diagonal())
 
 
 class Block(nn.Module):

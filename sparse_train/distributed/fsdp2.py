@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_train.blocks import block_lists
+from sparse_train.blocks import all_blocks
 from sparse_train.distributed.collectives import rank, world_size
 from sparse_train.distributed.layout import Elementwise, Layout
 
@@ -75,7 +75,6 @@ def shard_blocks(model: nn.Module, mesh: Any, *, bfloat16: bool = False) -> None
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bfloat16 else MixedPrecisionPolicy()
-    for blocks in block_lists(model).values():
-        for block in blocks:
-            fully_shard(block, mesh=mesh, mp_policy=precision)
+    for block in all_blocks(model):
+        fully_shard(block, mesh=mesh, mp_policy=precision)
     fully_shard(model, mesh=mesh, mp_policy=precision)

@@ -18,7 +18,7 @@ from sparse_train.layers import masks
 from sparse_train.layers.functional import masked_linear
 from sparse_train.layers.masks import MASK_NAME
 from sparse_train.layers.state_dicts import teach_save_pretrained
-from sparse_train.statistics import ActivationNorm, LastSums, Statistics
+from sparse_train.statistics import LastSums, Statistics
 
 FALCON_LINEAR = "transformers.models.falcon.modeling_falcon.FalconLinear"
 """A subclass of ``nn.Linear`` that computes what ``nn.Linear`` does."""
@@ -73,7 +73,8 @@ class MaskedMatrix:
     Attributes:
         weight_mask: packed mask, uint8 (O, ceil(I / 8)), see ``sparse_train.layers.masks``.
         statistics: of the input; None if nothing needs them.
-        calibration_norm: of the one-shot pruning that made the mask, until a run that starts with the mask takes it.
+        calibration_norm: state of the norm of the one-shot pruning that made the mask, until a run that starts with the
+            mask takes it.
         in_features, out_features: I and O.
         has_factors: whether a low-rank adapter is part of the weight, see ``sparse_train.layers.mask_lora``.
         rows_are_divided: whether each process holds some rows (FSDP2), which it can score and select alone.
@@ -87,7 +88,7 @@ class MaskedMatrix:
     rows_are_divided: bool = False
     weight_mask: Tensor
     statistics: Statistics | None = None
-    calibration_norm: ActivationNorm | None = None
+    calibration_norm: dict[str, Tensor] | None = None
     recorder: Recorder | None = None
     in_features: int
     out_features: int

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from sparse_train.blocks import block_lists, dimensions
+from sparse_train.blocks import all_blocks, dimensions
 from sparse_train.distributed.zero import whole_first
 from sparse_train.layers.masked_layer import sparse_layers
 from sparse_train.layers.sparsify import sparsify_like
@@ -22,7 +22,7 @@ from sparse_train.models.checkpoints import PRUNING_STATE
 from sparse_train.models.distillation import CachedTeacher, Distillation, Teacher, cast_linear
 from sparse_train.models.lora import LoRA, adapter_config
 from sparse_train.models.losses import mean_over_tokens, next_token_loss
-from sparse_train.models.sources import ModelSource, as_model_source, load_sharded
+from sparse_train.models.sources import AUTOCAST_OF, ModelSource, as_model_source, load_sharded
 
 
 class CausalLM(L.LightningModule):
@@ -111,7 +111,7 @@ class CausalLM(L.LightningModule):
     def _as_in_run(self, teacher: Any) -> Any:
         """A teacher that computes where and as the model does."""
         teacher = self.trainer.precision_plugin.convert_module(teacher).to(self.device)
-        autocast = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(str(self.trainer.precision))
+        autocast = AUTOCAST_OF.get(str(self.trainer.precision))
         if autocast is not None and next(self.model.parameters()).dtype == autocast:
             teacher = teacher.to(autocast)  # DeepSpeed casts the model and does not autocast
         elif autocast is not None:
@@ -126,7 +126,7 @@ class CausalLM(L.LightningModule):
 
     def on_fit_end(self) -> None:
         self._teacher = None  # not part of this module, so nothing else would free its memory
-        for block in _blocks(self.model):
+        for block in all_blocks(self.model):
             block._compiled_call_impl = None  # undo compile(), for export; torch has no public API for this
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
@@ -221,10 +221,6 @@ class CausalLM(L.LightningModule):
             )
 
 
-def _blocks(model: nn.Module) -> list[nn.Module]:
-    return [block for blocks in block_lists(model).values() for block in blocks]
-
-
 def _compile_blocks(model: nn.Module) -> None:
-    for block in _blocks(model):  # not the whole model: blocks are alike, so one compilation serves all of them
+    for block in all_blocks(model):  # not the whole model: blocks are alike, so one compilation serves all of them
         block.compile()

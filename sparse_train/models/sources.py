@@ -210,6 +210,8 @@ def as_model_source(model: ModelSource | str | os.PathLike[str], dtype: str = "f
 Dtype = Literal["bfloat16", "float16", "float32"]
 """Of weights that are written, by torch's name."""
 Autocast = Literal["bfloat16", "float16"]
+AUTOCAST_OF = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+"""The dtype in which forwards compute, by the precision of Lightning's trainer."""
 
 
 def torch_dtype(name: Dtype | None) -> torch.dtype | None:

@@ -283,7 +283,7 @@ def _prune_layers(
                 shelf.before_change(layer)
             layer.write_zeros()
         if layer.statistics is not None:
-            layer.calibration_norm = layer.statistics.norm()
+            layer.calibration_norm = layer.statistics.state_dict()
     _release(layers.values())
     return updates
 

@@ -147,11 +147,11 @@ class RunningNorms:
 
     def begin_with_first_masks(self) -> None:
         """Take norms that one-shot pruning has left, if it has in all layers, for a first window with its update."""
-        first = {name: norm for name, layer in self._layers.items() if (norm := layer.calibration_norm) is not None}
+        first = {n: state for n, layer in self._layers.items() if (state := layer.calibration_norm) is not None}
         own = norms_of(self._layers)
-        if self._decay and all(name in first and int(first[name].tokens) for name in own):
+        if self._decay and all(name in first and int(first[name]["tokens"]) for name in own):
             for name, norm in own.items():
-                norm.merge_state_dict(first[name].state_dict())
+                norm.merge_state_dict(first[name])
             self.fade()
 
     def record(self, wanted: bool) -> None:

@@ -67,7 +67,7 @@ def test_it_is_that_of_prune_with_its_norms_and_a_run_begins_with_it(structure, 
     assert all(torch.equal(found[name], mask) for name, mask in expected.items())
     # a masked weight that calibration computed once would hide the masks of all later updates
     assert not any("product" in vars(layer) for layer in sparse_layers(root).values())
-    norms = {name: layer.calibration_norm.norm_I.clone() for name, layer in sparse_layers(alone).items()}
+    norms = {name: layer.calibration_norm["sum_squares"].sqrt() for name, layer in sparse_layers(alone).items()}
     MaskUpdater(root, config=config, total_steps=100, outliers=outliers)
     assert all(torch.equal(kept(root.net)[name], mask) for name, mask in expected.items())
     for name, layer in sparse_layers(root.net).items():  # norm_decay is 1

@@ -8,7 +8,8 @@ What happens when, in Lightning's order:
     on_sanity_check_start,
     on_train_start            the first mask (in whichever comes first), or the state of the checkpoint
     on_train_batch_start      the recorder gets the batch's padding
-    (forward, backward)       activations are recorded in the window before an update
+    (forward)                 activations are recorded in the window before an update
+    on_before_backward        in the first step: is a weight read beside its layer's forward?
     on_before_optimizer_step  policies look at the gradients; before clipping
     (optimizer step)
     on_train_batch_end        after an optimizer step: update, log; before ModelCheckpoint and validation
@@ -104,6 +105,7 @@ class DynamicPruning(L.Callback):
         self._global_step = 0  # the trainer's when the updater last counted one: micro-batches leave it as it is
         self._metrics: dict[str, float] = {}  # of the latest update, also if an earlier process made it
         self._logged = False
+        self._looked_at_loss = False
         self._undo_loading: Callable[[], None] | None = None
         self.updater: MaskUpdater | None = None
         """The running updater; None before the run has begun."""
@@ -179,7 +181,7 @@ class DynamicPruning(L.Callback):
         rank_zero_info(f"DynamicPruning: {self.updater.plan()}.")
         self._global_step = trainer.global_step if state is None else state["global_step"]
         self._metrics = {} if state is None else state.get("metrics", {})
-        self._logged = False
+        self._logged = self._looked_at_loss = False
         lightning_trainer.mask_averages(trainer, pl_module)
         if state is None and self.updater.sparsity is not None:
             self._log_update(trainer, self.updater.report(), lightning_trainer.steps_done(trainer, in_batch=False))
@@ -192,6 +194,12 @@ class DynamicPruning(L.Callback):
     ) -> None:
         assert self.updater is not None
         self.updater.token_mask = self.token_mask(batch)
+
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
+        if not self._looked_at_loss:
+            self._looked_at_loss = True
+            assert self.updater is not None
+            self.updater.warn_of_other_readers(loss)
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer

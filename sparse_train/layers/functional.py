@@ -3,6 +3,7 @@
 Shape suffixes: T tokens, O out_features, I in_features, R rank, J packed mask bytes = ceil(I / 8).
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -99,6 +100,28 @@ def _grad_of_factors(
         sum_OI = masks.apply(grad_TO.t().mm(x_TI), mask_OJ).to(a_RI.dtype)
         grad_a_RI, grad_b_OR = b_OR.t().mm(sum_OI), sum_OI.mm(a_RI.t())
     return ctx.scale * grad_a_RI, ctx.scale * grad_b_OR
+
+
+def read_elsewhere(loss: Tensor, parameters: Iterable[Tensor]) -> set[int]:
+    """Ids of those parameters that a loss also depends on in another way than by ``masked_linear``.
+
+    From the graph of autograd. What a compiled part reads, or one that is frozen or without gradients, is not seen.
+    """
+    wanted, found = set(map(id, parameters)), set()
+    seen, nodes = set(), [loss.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        found |= {id(getattr(node, "variable", None))} & wanted
+        edges = [following for following, _ in node.next_functions]
+        if isinstance(node, _MaskedLinear._backward_cls):
+            del edges[1]  # the weight
+        elif "Compiled" in node.name():
+            edges = [each for each in edges if not hasattr(each, "variable")]
+        nodes += edges
+    return found
 
 
 def masked_linear(

@@ -18,6 +18,7 @@ from sparse_train.distributed.fsdp2 import reshard
 from sparse_train.distributions import Division, Outliers
 from sparse_train.layers import masks
 from sparse_train.layers.adapters import check_adapters
+from sparse_train.layers.functional import read_elsewhere
 from sparse_train.layers.mask_lora import check_not_divided, describe_factors
 from sparse_train.layers.masked_layer import MaskedLayer, sparse_layers
 from sparse_train.layers.sparsify import sparsify, unmask
@@ -243,6 +244,18 @@ class MaskUpdater:
         """A context in which forwards do not count in statistics, such as generation in train mode, or a pass on
         other text. A forward in eval mode, or of a frozen module, under ``no_grad`` never counts."""
         return self.norms.recorder.paused()
+
+    def warn_of_other_readers(self, loss: Tensor) -> None:
+        """Warn if a loss depends on weights of these layers also without their masks; call before a first backward."""
+        elsewhere = read_elsewhere(loss, [layer.weight for layer in self.layers.values()])
+        names = [name for name, layer in self.layers.items() if id(layer.weight) in elsewhere]
+        if names and rank() == 0:
+            _log.warning(
+                "The loss also reads the weights of %d targets, such as %s, beside their forward, where masks have no "
+                "effect. What the model computes there changes when pruned weights become zeros at the end: leave such "
+                "layers out with ignore=[%r]. Only a penalty on weights is no matter.",
+                *(len(names), names[0], names[0]),
+            )
 
     def watch(self, optimizers: Iterable[Optimizer]) -> None:
         """Pass the optimizers that train the layers, for policies and criteria that look at their state."""

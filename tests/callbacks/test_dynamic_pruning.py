@@ -341,3 +341,29 @@ def test_of_several_optimizers_all_callbacks_count_batches_as_loggers_do(tmp_pat
     assert losses == list(range(8))
     assert updates[-4:] == [2, 4, 6, 8]
     assert json.loads((record.folder / RUN_FILE).read_text())["step"] == 8
+
+
+class Autoencoder(L.LightningModule):
+    """Its decoder is the transposed weight of its encoder, if ``tied``, and then reads it beside the layer."""
+
+    def __init__(self, tied):
+        super().__init__()
+        self.encoder, self.inner, self.decoder = nn.Linear(16, 8), nn.Linear(8, 8), nn.Linear(8, 16)
+        self.tied = tied
+
+    def training_step(self, batch, _):
+        code = self.inner(self.encoder(batch[0]).relu()).relu()
+        output = nn.functional.linear(code, self.encoder.weight.t()) if self.tied else self.decoder(code)
+        return (output - batch[0]).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_weight_that_is_also_read_beside_its_layer_is_named_once(tmp_path, caplog, tied):
+    data = DataLoader(TensorDataset(torch.randn(16, 16)), batch_size=2)
+    trainer(tmp_path, DynamicPruning("2:4", update_freq=2), max_steps=4).fit(Autoencoder(tied), data)
+    named = [each.message for each in caplog.records if "beside their forward" in each.message]
+    assert len(named) == tied
+    assert not tied or ("such as encoder," in named[0] and "inner" not in named[0])

@@ -92,6 +92,8 @@ ONESHOT = {
     "oneshot_sparsegpt_70": Untrained(SparseGPT(), Unstructured("row"), 0.7),
     "oneshot_reconstructed": Untrained(variants.Reconstructed()),
     "oneshot_reconstructed_70": Untrained(variants.Reconstructed(), Unstructured("row"), 0.7),
+    "oneshot_refined": Untrained(variants.Reconstructed(SparseGPT())),
+    "oneshot_refined_70": Untrained(variants.Reconstructed(SparseGPT()), Unstructured("row"), 0.7),
     "oneshot_owl_70": Untrained(Wanda(), "unstructured", 0.7, OWL()),
 }
 _WANDA_FIRST = ("first_mask=OneShot", "first_mask.criterion=Wanda")
@@ -106,6 +108,7 @@ _SRSTE = ("criterion=Magnitude", "policy=variants.CoupledDecay", "update_freq=1"
 _FROM_ZEROS = ("first_mask=FromZeros", "--model.distillation.teacher=PackagedSmolLM2")
 _SOLVED = "--trainer.callbacks+=variants.SolvedStart"
 _RECONSTRUCTED = (_SOLVED, "--trainer.callbacks.solver=variants.Reconstructed")
+_REFINED = (*_RECONSTRUCTED, "--trainer.callbacks.solver.masks=SparseGPT")
 _SWAPS = (*_FROM_WANDA, "policy=variants.EvidenceSwaps")
 _70 = ("mask_structure=unstructured", "sparsity=0.7")
 _GRADUAL_70 = (
@@ -168,6 +171,7 @@ ARMS: dict[str, Arm] = {
     "static_sparsegpt_distill": _arm("smollm2_2of4_static", *_FROM_ZEROS, start="oneshot_sparsegpt", distil=True),
     "dynamic_sparsegpt_distill": _arm("smollm2_2of4", _SOLVED, distil=True),
     "dynamic_dormant_sparsegpt_distill": _arm("smollm2_2of4", "policy=Dormant", _SOLVED, distil=True),
+    "static_refined_distill": _arm("smollm2_2of4_static", *_REFINED, distil=True),
     "static_reconstructed_distill": _arm("smollm2_2of4_static", *_RECONSTRUCTED, distil=True),
     "dynamic_dormant_reconstructed_distill": _arm("smollm2_2of4", "policy=Dormant", *_RECONSTRUCTED, distil=True),
     "dynamic_from_sparsegpt_distill": _arm("smollm2_2of4", *_FROM_ZEROS, start="oneshot_sparsegpt", distil=True),
@@ -223,6 +227,7 @@ ARMS: dict[str, Arm] = {
     "static_reconstructed_70_distill": _arm(
         "smollm2_unstructured60", *_70, "policy=Fixed", *_RECONSTRUCTED, distil=True
     ),
+    "static_refined_70_distill": _arm("smollm2_unstructured60", *_70, "policy=Fixed", *_REFINED, distil=True),
     "dynamic_dormant_reconstructed_70_distill": _arm(
         "smollm2_unstructured60", *_70, "policy=Dormant", *_RECONSTRUCTED, distil=True
     ),

@@ -321,21 +321,26 @@ class MuonAndAdamW(Optimizer):
 
 @dataclass(frozen=True)
 class Reconstructed(Solver):
-    """Wanda's mask, and the kept weights that bring the output of the layer closest to that of the dense one.
+    """A mask, Wanda's by default, and the kept weights that bring the layer's output closest to that of the dense one.
 
     Least squares over the calibration tokens for each row, by conjugate gradients, with SparseGPT's dampening.
 
     Args:
+        masks: chooses the mask instead.
         iterations: of conjugate gradients.
         dampening_frac: share of the mean second moment that is added to each.
     """
 
+    masks: Solver | None = None
     iterations: int = 40
     dampening_frac: float = 0.01
 
     def solve(self, weight_OI: Tensor, gram_II: Tensor, pattern: Pattern, sparsity: float) -> tuple[Tensor, Tensor]:
         dense_OI = weight_OI.detach().float()
-        mask_OI = pattern.mask(dense_OI.abs() * gram_II.diagonal().sqrt(), sparsity)
+        if self.masks is None:
+            mask_OI = pattern.mask(dense_OI.abs() * gram_II.diagonal().sqrt(), sparsity)
+        else:
+            _, mask_OI = self.masks.solve(weight_OI, gram_II, pattern, sparsity)
         damping = self.dampening_frac * gram_II.diagonal().mean()
         hessian_II = gram_II + damping * torch.eye(len(gram_II), device=gram_II.device)
         own_I = hessian_II.diagonal()

@@ -2,9 +2,8 @@
 
 from dataclasses import dataclass, field
 
-import variants
-
 from sparse_train import (
+    IHT,
     OWL,
     Criterion,
     Magnitude,
@@ -90,10 +89,8 @@ ONESHOT = {
     "oneshot_sparsegpt": Untrained(SparseGPT()),
     "oneshot_wanda_70": Untrained(Wanda(), "unstructured", 0.7),
     "oneshot_sparsegpt_70": Untrained(SparseGPT(), Unstructured("row"), 0.7),
-    "oneshot_reconstructed": Untrained(variants.Reconstructed()),
-    "oneshot_reconstructed_70": Untrained(variants.Reconstructed(), Unstructured("row"), 0.7),
-    "oneshot_refined": Untrained(variants.Reconstructed(SparseGPT())),
-    "oneshot_refined_70": Untrained(variants.Reconstructed(SparseGPT()), Unstructured("row"), 0.7),
+    "oneshot_iht": Untrained(IHT()),
+    "oneshot_iht_70": Untrained(IHT(), "unstructured", 0.7),
     "oneshot_owl_70": Untrained(Wanda(), "unstructured", 0.7, OWL()),
 }
 _WANDA_FIRST = ("first_mask=OneShot", "first_mask.criterion=Wanda")
@@ -107,8 +104,7 @@ _CAST = ("criterion=Magnitude", "policy=variants.GrowingDecay", "end_step=1.0")
 _SRSTE = ("criterion=Magnitude", "policy=variants.CoupledDecay", "update_freq=1", "window=1", "end_step=1.0")
 _FROM_ZEROS = ("first_mask=FromZeros", "--model.distillation.teacher=PackagedSmolLM2")
 _SOLVED = "--trainer.callbacks+=variants.SolvedStart"
-_RECONSTRUCTED = (_SOLVED, "--trainer.callbacks.solver=variants.Reconstructed")
-_REFINED = (*_RECONSTRUCTED, "--trainer.callbacks.solver.masks=SparseGPT")
+_IHT = (_SOLVED, "--trainer.callbacks.solver=IHT")
 _SWAPS = (*_FROM_WANDA, "policy=variants.EvidenceSwaps")
 _70 = ("mask_structure=unstructured", "sparsity=0.7")
 _GRADUAL_70 = (
@@ -171,9 +167,8 @@ ARMS: dict[str, Arm] = {
     "static_sparsegpt_distill": _arm("smollm2_2of4_static", *_FROM_ZEROS, start="oneshot_sparsegpt", distil=True),
     "dynamic_sparsegpt_distill": _arm("smollm2_2of4", _SOLVED, distil=True),
     "dynamic_dormant_sparsegpt_distill": _arm("smollm2_2of4", "policy=Dormant", _SOLVED, distil=True),
-    "static_refined_distill": _arm("smollm2_2of4_static", *_REFINED, distil=True),
-    "static_reconstructed_distill": _arm("smollm2_2of4_static", *_RECONSTRUCTED, distil=True),
-    "dynamic_dormant_reconstructed_distill": _arm("smollm2_2of4", "policy=Dormant", *_RECONSTRUCTED, distil=True),
+    "static_iht_distill": _arm("smollm2_2of4_static", *_IHT, distil=True),
+    "dynamic_dormant_iht_distill": _arm("smollm2_2of4", "policy=Dormant", *_IHT, distil=True),
     "dynamic_from_sparsegpt_distill": _arm("smollm2_2of4", *_FROM_ZEROS, start="oneshot_sparsegpt", distil=True),
     "dynamic_dormant_stop25_distill": _arm("smollm2_2of4", "policy=Dormant", "end_step=0.25", distil=True),
     # AST (arXiv 2407.20584): magnitude from the start, a decay that rises for a quarter of the run, masks never frozen
@@ -224,13 +219,8 @@ ARMS: dict[str, Arm] = {
     "dynamic_from_sparsegpt_70_distill": _arm(
         "smollm2_unstructured60", *_70, *_FROM_ZEROS, start="oneshot_sparsegpt_70", distil=True
     ),
-    "static_reconstructed_70_distill": _arm(
-        "smollm2_unstructured60", *_70, "policy=Fixed", *_RECONSTRUCTED, distil=True
-    ),
-    "static_refined_70_distill": _arm("smollm2_unstructured60", *_70, "policy=Fixed", *_REFINED, distil=True),
-    "dynamic_dormant_reconstructed_70_distill": _arm(
-        "smollm2_unstructured60", *_70, "policy=Dormant", *_RECONSTRUCTED, distil=True
-    ),
+    "static_iht_70_distill": _arm("smollm2_unstructured60", *_70, "policy=Fixed", *_IHT, distil=True),
+    "dynamic_dormant_iht_70_distill": _arm("smollm2_unstructured60", *_70, "policy=Dormant", *_IHT, distil=True),
     "lora_70_distill": _arm("smollm2_2of4_lora", *_70, distil=True),
     # low-rank, on q and v: outside the mask, where merging loses zeros, and inside it
     "lora": _arm("smollm2_2of4_lora"),

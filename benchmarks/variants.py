@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
 
-from sparse_train import LayerContext, MaskPolicy, Pattern, Solver, SparseGPT, StraightThrough, Wanda, prune
+from sparse_train import LayerContext, MaskPolicy, Solver, SparseGPT, StraightThrough, Wanda, prune
 from sparse_train.callbacks import DynamicPruning
 from sparse_train.oneshot.first_mask import random_batches
 from sparse_train.policies import only_kept
@@ -317,46 +317,6 @@ class MuonAndAdamW(Optimizer):
 
 
 # --- what a run does besides -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Reconstructed(Solver):
-    """A mask, Wanda's by default, and the kept weights that bring the layer's output closest to that of the dense one.
-
-    Least squares over the calibration tokens for each row, by conjugate gradients, with SparseGPT's dampening.
-
-    Args:
-        masks: chooses the mask instead.
-        iterations: of conjugate gradients.
-        dampening_frac: share of the mean second moment that is added to each.
-    """
-
-    masks: Solver | None = None
-    iterations: int = 40
-    dampening_frac: float = 0.01
-
-    def solve(self, weight_OI: Tensor, gram_II: Tensor, pattern: Pattern, sparsity: float) -> tuple[Tensor, Tensor]:
-        dense_OI = weight_OI.detach().float()
-        if self.masks is None:
-            mask_OI = pattern.mask(dense_OI.abs() * gram_II.diagonal().sqrt(), sparsity)
-        else:
-            _, mask_OI = self.masks.solve(weight_OI, gram_II, pattern, sparsity)
-        damping = self.dampening_frac * gram_II.diagonal().mean()
-        hessian_II = gram_II + damping * torch.eye(len(gram_II), device=gram_II.device)
-        own_I = hessian_II.diagonal()
-        found_OI = torch.where(mask_OI, dense_OI, 0)
-        residual_OI = torch.where(mask_OI, (dense_OI - found_OI) @ hessian_II, 0)
-        scaled_OI = residual_OI / own_I  # preconditioned
-        towards_OI, size_O = scaled_OI, (residual_OI * scaled_OI).sum(1, keepdim=True)
-        for _ in range(self.iterations):
-            moved_OI = torch.where(mask_OI, towards_OI @ hessian_II, 0)
-            step_O = size_O / (towards_OI * moved_OI).sum(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-            found_OI = found_OI + step_O * towards_OI
-            residual_OI = residual_OI - step_O * moved_OI
-            scaled_OI = residual_OI / own_I
-            before_O, size_O = size_O, (residual_OI * scaled_OI).sum(1, keepdim=True)
-            towards_OI = scaled_OI + size_O / before_O.clamp_min(torch.finfo(torch.float32).tiny) * towards_OI
-        return torch.where(mask_OI, found_OI, dense_OI), mask_OI
 
 
 class SolvedStart(L.Callback):

@@ -23,11 +23,12 @@ if TYPE_CHECKING:
     from sparse_train.pruning.updater import MaskUpdater
     from sparse_train.pruning.zeros import keep_zeros
     from sparse_train.schedules import Constant, Cubic, Linear, Schedule
-    from sparse_train.solvers import Solver, SparseGPT
+    from sparse_train.solvers import IHT, Solver, SparseGPT
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "IHT",
     "NM",
     "OWL",
     "RIA",

@@ -1,4 +1,4 @@
-"""Methods that choose a mask and new values for the kept weights: ``Solver.solve``, and SparseGPT.
+"""Methods that choose a mask and new values for the kept weights: ``Solver.solve``, SparseGPT and IHT.
 
 Shape suffixes: O out_features, I in_features, B columns per block.
 """
@@ -23,7 +23,12 @@ class Solver(ABC):
     """The group in which "unstructured" compares weights under this solver; ``Unstructured(group=...)`` sets it."""
 
     def check_pattern(self, pattern: Pattern) -> None:
-        """Raise ValueError if the solver cannot prune to this pattern."""
+        """Raise ValueError if the solver cannot prune to this pattern: a group is at most the weights of a layer."""
+        if pattern.model_wide:
+            raise ValueError(
+                f'{type(self).__name__} cannot compare over the whole model. Use Unstructured(group="layer") or '
+                '"row", or N:M.'
+            )
 
     @abstractmethod
     def solve(self, weight_OI: Tensor, gram_II: Tensor, pattern: Pattern, sparsity: float) -> tuple[Tensor, Tensor]:
@@ -34,7 +39,7 @@ class Solver(ABC):
             gram_II: float32 or better, the sum of x x^T over the layer's inputs x (I,).
 
         Returns:
-            weight_OI: float32, kept weights updated; pruned ones have their former value, as shadow values.
+            weight_OI: float32, kept weights updated; pruned ones have a value to come back with, as shadow values.
             mask_OI: bool, True = kept.
         """
 
@@ -62,10 +67,7 @@ class SparseGPT(Solver):
             raise ValueError(f"dampening_frac must be above 0, got {self.dampening_frac}.")
 
     def check_pattern(self, pattern: Pattern) -> None:
-        if pattern.model_wide:
-            raise ValueError(
-                'SparseGPT cannot compare over the whole model. Use Unstructured(group="layer") or "row", or N:M.'
-            )
+        super().check_pattern(pattern)
         if isinstance(pattern, NM) and self.block_size % pattern.m:
             raise ValueError(f"SparseGPT needs a block_size divisible by {pattern.m}, got {self.block_size}.")
 
@@ -89,6 +91,70 @@ class SparseGPT(Solver):
             )
             work_OI[:, stop:] -= errors_OB @ factor_II[block, stop:]
         return torch.where(mask_OI, work_OI, before_OI), mask_OI
+
+
+@dataclass(frozen=True)
+class IHT(Solver):
+    """Iterative hard thresholding: Wanda's scores, measured again after the kept weights have moved.
+
+    In each round, the kept weights are fitted to the outputs of the dense layer (least squares, by conjugate
+    gradients). Each pruned weight gets the value that fits best beside them, if it alone came back (a Newton step).
+    Then all compete for the next mask by ``|w|`` times the norm of the input: of a kept weight, the root of the squared
+    error that it saves, and of a pruned one, of the error that it would save. Pruned weights keep these values, so
+    that a run that begins here compares what can be compared.
+
+    Sources: Blumensath and Davies, arXiv 0805.0510, for the iteration; for language models, Boza, arXiv 2401.02938, and
+    Meng et al., "ALPS", arXiv 2406.07831, alternate between masks and least squares by ADMM.
+
+    Args:
+        rounds: of new masks after Wanda's; fewer if the error falls no more.
+        iterations: of conjugate gradients in a round.
+        dampening_frac: share of the mean second moment of the inputs that is added to each.
+    """
+
+    rounds: int = 4
+    iterations: int = 8
+    dampening_frac: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.rounds < 0 or self.iterations < 1 or not self.dampening_frac > 0:
+            raise ValueError(f"rounds must be at least 0, iterations at least 1, dampening_frac above 0, got {self}.")
+
+    def solve(self, weight_OI: Tensor, gram_II: Tensor, pattern: Pattern, sparsity: float) -> tuple[Tensor, Tensor]:
+        dense_OI, norm_I = weight_OI.detach().float(), gram_II.diagonal().sqrt()
+        hessian_II = gram_II.clone()
+        hessian_II.diagonal().add_(self.dampening_frac * gram_II.diagonal().mean())
+        values_OI, least, found = dense_OI, torch.inf, (dense_OI, torch.ones_like(dense_OI, dtype=torch.bool))
+        for _ in range(self.rounds + 1):
+            mask_OI = pattern.mask(values_OI.abs() * norm_I, sparsity)
+            kept_OI = _fit(dense_OI, hessian_II, mask_OI, torch.where(mask_OI, values_OI, 0), self.iterations)
+            missing_OI = dense_OI - kept_OI
+            gradient_OI = missing_OI @ hessian_II
+            error = float((missing_OI * gradient_OI).sum())
+            if not error < least:
+                break
+            values_OI = kept_OI + gradient_OI / hessian_II.diagonal()
+            least, found = error, (torch.where(mask_OI, kept_OI, values_OI), mask_OI)
+        return found
+
+
+def _fit(dense_OI: Tensor, hessian_II: Tensor, mask_OI: Tensor, start_OI: Tensor, iterations: int) -> Tensor:
+    """The kept weights, and zeros, whose outputs are closest to those of the dense weights.
+
+    Conjugate gradients on all rows at once, preconditioned by the diagonal of the Hessian.
+    """
+    tiny, diagonal_I = torch.finfo(torch.float32).tiny, hessian_II.diagonal()
+    found_OI, residual_OI = start_OI, torch.where(mask_OI, (dense_OI - start_OI) @ hessian_II, 0)
+    towards_OI = residual_OI / diagonal_I
+    size_O1 = (residual_OI * towards_OI).sum(1, keepdim=True)
+    for _ in range(iterations):
+        change_OI = torch.where(mask_OI, towards_OI @ hessian_II, 0)
+        step_O1 = size_O1 / (towards_OI * change_OI).sum(1, keepdim=True).clamp_min(tiny)
+        found_OI, residual_OI = found_OI + step_O1 * towards_OI, residual_OI - step_O1 * change_OI
+        before_O1, scaled_OI = size_O1, residual_OI / diagonal_I
+        size_O1 = (residual_OI * scaled_OI).sum(1, keepdim=True)
+        towards_OI = scaled_OI + size_O1 / before_O1.clamp_min(tiny) * towards_OI
+    return found_OI
 
 
 def _inverse_factor(gram_II: Tensor, dead_I: Tensor, dampening_frac: float) -> Tensor:

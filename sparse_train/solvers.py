@@ -113,7 +113,7 @@ class IHT(Solver):
     """
 
     rounds: int = 4
-    iterations: int = 8
+    iterations: int = 5
     dampening_frac: float = 0.1
 
     def __post_init__(self) -> None:

@@ -87,3 +87,16 @@ def distillation_losses(student, teacher, labels, temperature):
             kldiv = kldiv + temperature**2 * (p * (p / q).log()).sum()
             count += 1
     return ce / count, kldiv / count
+
+
+def least_squares(weight, inputs, keep, dampening_frac):
+    """Weights, zero where ``keep`` is False, whose outputs are closest to those of ``weight``, row by row; and what
+    each pruned one would be, if it alone came back. Dampened as in SparseGPT."""
+    weight, inputs = weight.double(), inputs.double()
+    hessian = inputs.T @ inputs
+    hessian += dampening_frac * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=torch.float64)
+    fitted = torch.zeros_like(weight)
+    for row, kept in enumerate(keep):
+        fitted[row, kept] = torch.linalg.solve(hessian[kept][:, kept], hessian[kept] @ weight[row])
+    alone = (weight - fitted) @ hessian / hessian.diagonal()
+    return fitted, alone

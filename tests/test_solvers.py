@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparse_train import NM, SparseGPT, Unstructured, Wanda, prune, sparse_layers
+from sparse_train import IHT, NM, SparseGPT, Unstructured, Wanda, prune, sparse_layers
 from sparse_train.patterns import group_label
 from sparse_train.statistics import ActivationGram
 from tests import reference
@@ -34,6 +34,38 @@ def test_sparsegpt_equals_a_float64_reference(pattern, kept, group, block_size):
     assert torch.equal(solved[~mask], weight[~mask])  # shadow values
 
 
+@pytest.mark.parametrize("rounds", [0, 3])
+@pytest.mark.parametrize("pattern", [Unstructured("row"), Unstructured("layer"), NM(2, 4)], ids=str)
+def test_iht_fits_kept_weights_as_a_float64_reference_and_pruned_ones_alone(pattern, rounds):
+    weight, inputs = torch.randn(24, 64), torch.randn(300, 64) @ torch.randn(64, 64)
+    gram = gram_of(inputs)
+    values, mask = IHT(rounds=rounds, iterations=100).solve(weight, gram, pattern, 0.5)
+    if rounds == 0:
+        assert torch.equal(mask, pattern.mask(weight.abs() * gram.diagonal().sqrt(), 0.5))  # Wanda's
+    fitted, alone = reference.least_squares(weight, inputs, mask, 0.1)
+    expected = torch.where(mask, fitted, alone)
+    assert (values - expected).abs().max() < 1e-3 * expected.abs().max()
+
+
+@pytest.mark.parametrize("pattern", [Unstructured("row"), NM(2, 4)], ids=str)
+def test_iht_ends_with_a_mask_that_wandas_scores_of_its_values_do_not_change(pattern):
+    weight, inputs = torch.randn(24, 64), torch.randn(300, 64) @ torch.randn(64, 64)
+    gram = gram_of(inputs)
+    values, mask = IHT(rounds=30, iterations=50).solve(weight, gram, pattern, 0.5)
+    changed = pattern.mask(values.abs() * gram.diagonal().sqrt(), 0.5) ^ mask
+    assert changed.float().mean() < 0.01  # the last round may have been one that gains nothing
+
+
+def test_a_round_of_iht_that_does_not_gain_is_left_out():
+    weight, inputs = torch.randn(24, 64), torch.randn(300, 64) @ torch.randn(64, 64)
+    gram, errors = gram_of(inputs), []
+    for rounds in range(6):
+        values, mask = IHT(rounds=rounds, iterations=1).solve(weight, gram, NM(2, 4), 0.5)  # far from the fit
+        missing = torch.where(mask, values, 0) - weight
+        errors.append(float(((missing @ inputs.T) ** 2).sum() + 0.1 * gram.diagonal().mean() * (missing**2).sum()))
+    assert errors == sorted(errors, reverse=True)
+
+
 @pytest.mark.parametrize(("pattern", "sparsity"), [(Unstructured("row"), 0.7), (Unstructured("layer"), 0.33)], ids=str)
 def test_counts_are_exact_whatever_the_blocks(pattern, sparsity):
     weight, inputs = torch.randn(12, 90), torch.randn(200, 90)
@@ -42,16 +74,18 @@ def test_counts_are_exact_whatever_the_blocks(pattern, sparsity):
     assert ((~mask).reshape(-1, size).sum(1) == int(size * sparsity)).all()
 
 
-def test_a_dead_input_is_pruned_first_and_changes_nothing():
+@pytest.mark.parametrize("solver", [SparseGPT(), IHT()], ids=str)
+def test_a_dead_input_is_pruned_first_and_changes_nothing(solver):
     weight, inputs = torch.randn(8, 16), torch.randn(100, 16)
     inputs[:, 3] = 0
-    _, mask = SparseGPT().solve(weight, gram_of(inputs), Unstructured("row"), 0.25)
+    _, mask = solver.solve(weight, gram_of(inputs), Unstructured("row"), 0.25)
     assert not mask[:, 3].any()
 
 
-def test_fewer_tokens_than_features_still_solve():
+@pytest.mark.parametrize("solver", [SparseGPT(), IHT()], ids=str)
+def test_fewer_tokens_than_features_still_solve(solver):
     weight, inputs = torch.randn(8, 64), torch.randn(5, 64)
-    solved, mask = SparseGPT().solve(weight, gram_of(inputs), NM(2, 4), 0.5)
+    solved, mask = solver.solve(weight, gram_of(inputs), NM(2, 4), 0.5)
     assert solved.isfinite().all() and (mask.reshape(-1, 4).sum(1) == 2).all()
 
 
@@ -61,6 +95,8 @@ def test_fewer_tokens_than_features_still_solve():
         (lambda: SparseGPT(dampening_frac=0), NM(2, 4), "dampening_frac must be above 0"),
         (lambda: SparseGPT(block_size=6), NM(2, 4), "block_size divisible by 4, got 6"),
         (lambda: SparseGPT(), Unstructured("model"), "cannot compare over the whole model"),
+        (lambda: IHT(), Unstructured("model"), "cannot compare over the whole model"),
+        (lambda: IHT(iterations=0), NM(2, 4), "iterations at least 1"),
     ],
 )
 def test_errors(make, pattern, message, llama, ids):
@@ -87,20 +123,22 @@ def layer_errors(dense, pruned, ids):
 
 
 @pytest.mark.parametrize("pattern", [Unstructured("layer"), Unstructured("row"), NM(2, 4)], ids=group_label)
-def test_its_output_error_is_below_wandas(pattern, ids):
-    models = {}
-    for name, method in (("wanda", Wanda()), ("sparsegpt", SparseGPT())):
-        models[name] = tiny_llama()
-        report = prune(models[name], ids, pattern, sparsity=0.5, criterion=method)
+def test_output_errors_fall_from_wanda_to_sparsegpt_to_iht(pattern, ids):
+    errors = []
+    for method in (Wanda(), SparseGPT(), IHT()):
+        pruned = tiny_llama()
+        report = prune(pruned, ids, pattern, sparsity=0.5, criterion=method)
         assert report.sparsity == pytest.approx(0.5, abs=1e-3)
-    assert layer_errors(tiny_llama(), models["sparsegpt"], ids) < layer_errors(tiny_llama(), models["wanda"], ids)
+        errors.append(layer_errors(tiny_llama(), pruned, ids))
+    assert errors == sorted(errors, reverse=True)
 
 
-def test_pruning_twice_equals_pruning_once(llama, ids):
+@pytest.mark.parametrize("solver", [SparseGPT(), IHT()], ids=str)
+def test_pruning_twice_equals_pruning_once(solver, llama, ids):
     for structure in ("2:4", "unstructured"):
-        prune(llama, ids, structure, sparsity=0.5, criterion=SparseGPT())
+        prune(llama, ids, structure, sparsity=0.5, criterion=solver)
         once = copy.deepcopy(llama.state_dict())
-        prune(llama, ids, structure, sparsity=0.5, criterion=SparseGPT())
+        prune(llama, ids, structure, sparsity=0.5, criterion=solver)
         assert all(torch.equal(value, once[key]) for key, value in llama.state_dict().items())
 
 

@@ -171,12 +171,11 @@ def is_router(module: nn.Module) -> bool:
 
 def router_names(model: nn.Module, blocks: str) -> set[str]:
     """Linear layers of blocks that decide which experts run, or (with a single output) how much one counts."""
-    of_routers = {
-        part for module in model.get_submodule(blocks).modules() if is_router(module) for part in module.modules()
-    }
+    inside = set(model.get_submodule(blocks).modules())
+    of_routers = {part for module in inside if is_router(module) for part in module.modules()}
     found = set()
     for name, module in model.named_modules():
-        if is_linear(module):
+        if module in inside and is_linear(module):
             outputs, inputs = shape_OI(module)
             # a router has fewer outputs than inputs; the gate of a SwiGLU has as many outputs as the layer it gates
             routes = module in of_routers and outputs < inputs

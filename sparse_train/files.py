@@ -24,9 +24,6 @@ def load_plain(path: Path, *, part: bytes | None = None, mmap: bool = False) -> 
         path: an existing file.
         part: the bytes to read in its place, if ``torch.save`` wrote to a part of it.
         mmap: leave tensors on disk until they are used, where the format allows it.
-
-    Raises:
-        ValueError: reading it would call something, it is not complete, or it is of another kind.
     """
     try:
         source = path if part is None else io.BytesIO(part)
@@ -68,11 +65,7 @@ def calls(path: Path, name: str) -> str:
 
 @contextmanager
 def written_whole(out: Path) -> Iterator[Path]:
-    """A new folder to write to, which is renamed to ``out`` at the end; after an error, nothing is left of it.
-
-    Raises:
-        ValueError: ``out`` exists and is not an empty folder.
-    """
+    """A new folder to write to, which is renamed to ``out`` at the end; after an error, nothing is left of it."""
     check_free(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))

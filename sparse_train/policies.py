@@ -287,14 +287,8 @@ class Regrow(MaskPolicy):
 
 
 def regrow(scores_OI: Tensor, gain_OI: Tensor, pattern: Pattern, sparsity: float, fraction: float) -> Tensor:
-    """The next mask (O, I), with the pattern's exact counts.
-
-    Args:
-        scores_OI: of kept weights; -inf = pruned.
-        gain_OI: of growing each weight, at least 0 and finite.
-        pattern, sparsity: where zeros may be, and how many.
-        fraction: share to drop of the weights that the pattern keeps at this sparsity.
-    """
+    """The next mask (O, I), with the pattern's exact counts, from scores of kept weights (-inf = pruned) and the gain
+    of growing each weight (at least 0, finite). ``fraction`` of the weights that the pattern keeps are dropped."""
     kept_OI = pattern.mask(scores_OI, sparsity)
     group = pattern if isinstance(pattern, Unstructured) else Unstructured("row")
     density = float(kept_OI.double().mean()) * (1 - fraction)  # from the count that is kept, which N:M rounds up

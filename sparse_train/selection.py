@@ -1,6 +1,6 @@
 """Keep the highest scores of every group, exactly and fast. Among equal scores the lower index is pruned first.
 
-Shape suffixes: G groups, M members of a group.
+Shape suffixes: G groups, M members of a group, P those that are pruned.
 
 On the CPU, numpy processes the matrix in threads, in chunks of rows: at 4096 x 11008 that is more
 than ten times faster than sorting rows (``benchmarks/selection.py``). Other devices use torch.
@@ -9,9 +9,8 @@ than ten times faster than sorting rows (``benchmarks/selection.py``). Other dev
 import functools
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
@@ -26,12 +25,7 @@ _PAIRWISE = (2, 4, 8)  # M bytes are a word of numpy; above 8, a partition costs
 
 
 def keep_highest(scores_GM: Tensor, kept: int) -> Tensor:
-    """Bool mask (G, M) with exactly ``kept`` True in each row.
-
-    Args:
-        scores_GM: float32, no NaN; infinities are ordered.
-        kept: how many of each row stay, 0 to M.
-    """
+    """Bool mask (G, M) with exactly ``kept`` True in each row of float32 scores without NaN; infinities are ordered."""
     members = scores_GM.shape[1]
     assert 0 <= kept <= members, (kept, members)
     if kept in (0, members) or not len(scores_GM):  # a process may have no rows
@@ -44,8 +38,9 @@ def keep_highest(scores_GM: Tensor, kept: int) -> Tensor:
 
 def by_threshold(scores_GM: Tensor, kept: int) -> Tensor:
     """``keep_highest`` by the threshold of each row; ties at the threshold are resolved by index."""
-    with _not_deterministic():  # on some GPUs and versions its indices are not deterministic; they are not used
-        threshold_G1 = scores_GM.kthvalue(scores_GM.shape[1] - kept, dim=1, keepdim=True).values
+    # not kthvalue, which deterministic algorithms refuse on GPUs because of its indices
+    lowest_GP = scores_GM.topk(scores_GM.shape[1] - kept, dim=1, largest=False, sorted=False).values
+    threshold_G1 = lowest_GP.amax(1, keepdim=True)
     keep_GM = scores_GM > threshold_G1
     missing_G1 = kept - keep_GM.sum(1, keepdim=True)
     if missing_G1.any():
@@ -53,23 +48,6 @@ def by_threshold(scores_GM: Tensor, kept: int) -> Tensor:
         first_kept_G1 = tied_GM.sum(1, keepdim=True) - missing_G1
         keep_GM |= tied_GM & (tied_GM.cumsum(1) > first_kept_G1)
     return keep_GM
-
-
-@contextmanager
-def _not_deterministic() -> Iterator[None]:
-    """Allow operations that ``use_deterministic_algorithms`` refuses."""
-    before, warn_only = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
-    if not before:  # do not set it without need: the compiler reads the setting too
-        yield
-        return
-    torch.use_deterministic_algorithms(False)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before, warn_only=warn_only)
 
 
 def by_comparison(scores_GM: Tensor, kept: int) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sparse_train.selection import in_threads
 
-_Sums = tuple[Tensor, Tensor | int, Tensor | int]
+_Sums = tuple[Tensor, Tensor | int, Tensor | int]  # of squares (I,); tokens; dropped batches
 _PART = 2**24  # elements, 64 MiB in float32: large enough to keep a GPU busy
 _CHUNK = 128  # rows
 _WORTH_THREADS = 2**21  # elements; below this, starting threads takes longer than the work
@@ -143,12 +143,9 @@ class Statistics(ABC):
 
     @abstractmethod
     def add(self, x: Tensor, token_mask: Tensor | None = None, last: LastSums | None = None) -> None:
-        """Count one batch of inputs; a recomputed forward does not count.
+        """Count a batch of inputs (..., I) of any float dtype, but for tokens whose entry in ``token_mask`` is 0.
 
-        Args:
-            x: (..., I), any float dtype.
-            token_mask: bool or integer, an entry per token, 0 = padding; None counts every token.
-            last: sums that can be reused if another layer has read the same tensor.
+        A recomputed forward does not count. ``last`` has sums to reuse if another layer has read the same tensor.
         """
 
     @property

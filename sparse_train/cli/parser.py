@@ -138,11 +138,7 @@ def spelt_out(options: Sequence[str], positional: Sequence[str] = (), text: str 
 
 
 def shipped(path: str) -> str:
-    """``path``, or, if there is no such file, the packaged file of that name (recipes/..., configs/...).
-
-    Raises:
-        ValueError: there is neither.
-    """
+    """``path``, or, if there is no such file, the packaged file of that name (recipes/..., configs/...)."""
     if Path(path).exists() or not path.startswith(("recipes/", "configs/")):
         return path
     root = Path(str(resources.files("sparse_train")))

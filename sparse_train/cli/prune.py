@@ -16,7 +16,7 @@ from sparse_train.distributions import SparsityDistribution
 from sparse_train.environment import versions
 from sparse_train.evaluation.perplexity import check_window
 from sparse_train.export import export_model
-from sparse_train.export.card import ModelCard, oneshot_rows, write_card
+from sparse_train.export.card import ModelCard, write_card
 from sparse_train.export.hf_folder import check_written, size_of
 from sparse_train.export.verify import PRUNING_FILE
 from sparse_train.files import check_free, check_space, write_json, written_whole
@@ -130,7 +130,9 @@ def prune(
             """Write what is missing in the folder, before it gets its name."""
             data = {"text": text.name, **calibration, "autocast": autocast, "processes": world_size()}
             details.update(_details(source.name, plan, report, method, data, own_device), streaming=streaming)
-            card = ModelCard(source.name, source.hub_id, source.license, oneshot_rows(details))
+            stage, calibrated = details["stages"][0], {"calibration": details["calibration"]}
+            made = {"method": "pruned in one shot, without training", **stage, **calibrated}
+            card = ModelCard(source.name, source.hub_id, source.license, made)
             if streaming:
                 layers.extend(_pruned_layers(report, group_label(plan.pattern)))
                 check_written(written, layers, loaded)

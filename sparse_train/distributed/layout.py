@@ -16,11 +16,7 @@ Elementwise = Callable[[Tensor, Tensor], Tensor]
 
 
 class Layout(ABC):
-    """How an engine holds a parameter.
-
-    Args:
-        parameter: in any state between forwards.
-    """
+    """How an engine holds a parameter, which may be in any state between forwards."""
 
     is_sharded: ClassVar[bool] = False
     """Whether no process holds the whole parameter."""
@@ -45,13 +41,9 @@ class Layout(ABC):
 
     @abstractmethod
     def rewrite(self, function: Elementwise, keep: Tensor) -> None:
-        """Replace the values in place, in each process its part, together with the engine's masters.
+        """Replace values by ``function(values, keep)`` in place, in each process its part; ``keep`` is the whole mask.
 
-        If masters kept the old values, the next optimizer step would bring them back.
-
-        Args:
-            function: gives the new values.
-            keep: the whole mask, bool, of the parameter's shape.
+        Masters, too: if they kept the old values, the next optimizer step would bring them back.
         """
 
     def state_rows(self, state: Tensor) -> Tensor | None:

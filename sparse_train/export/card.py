@@ -94,11 +94,5 @@ def training_rows(settings: Mapping[str, Any], timing: Mapping[str, Any], steps:
     return {"method": "trained sparse", **settings, **timing, "steps": steps}
 
 
-def oneshot_rows(details: Mapping[str, Any]) -> dict[str, Any]:
-    """How one-shot pruning made a model, from its ``pruning.json``."""
-    stage, calibration = details["stages"][0], details["calibration"]
-    return {"method": "pruned in one shot, without training", **stage, "calibration": calibration}
-
-
 def _yaml(text: str) -> str:
     return f"```yaml\n{text.strip()}\n```\n"

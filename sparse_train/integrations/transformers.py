@@ -53,6 +53,10 @@ _LIGHTNING = (
     "Train on one device or with DDP (torchrun), or use Lightning with sparse_train.callbacks.DynamicPruning, which "
     "supports FSDP2, DeepSpeed and mask_lora."
 )
+_BEST = (
+    "load_best_model_at_end would bring back a checkpoint from before the final sparsity, as denser models have the "
+    "lower loss, or adapters of peft without the masks that their base had."
+)
 
 
 class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
@@ -162,11 +166,7 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
         if rank() == 0:
             print(f"SparseTrainerCallback: {self.updater.plan()}.", file=sys.stderr)  # as the Trainer prints its logs
         if args.load_best_model_at_end and self.updater.sparsity is None:
-            raise ValueError(
-                "The first mask comes from the activations of the first steps, which run dense, and "
-                "load_best_model_at_end would bring one of those back, as denser models have the lower loss. Leave it "
-                "out, or prune the model before the run: sparse_train.prune(model, batches, ..., squash=False)."
-            )
+            raise ValueError(f"{_BEST} Leave it out, or prune the model before the run (prune(..., squash=False)).")
         first = {} if self.updater.sparsity is None else self.updater.report().metrics()
         self._unlogged = first if restored is None else restored["metrics"]
 
@@ -241,18 +241,8 @@ def check_trainer(args: Any, model: nn.Module, config: PruningConfig) -> None:
             "enable_jit_checkpoint=True writes checkpoints without telling callbacks, and they would lack masks and "
             'shadow values. Leave it out, and save often: save_strategy="steps" with a small save_steps.'
         )
-    if not args.load_best_model_at_end:
-        return
-    if config.sparsity_at(0.0) != config.sparsity_at(1.0) or config.start_step != 0:
-        raise ValueError(
-            "load_best_model_at_end would bring a checkpoint back from before the final sparsity, as denser models "
-            "have the lower loss. Leave it out, or train at a constant sparsity from start_step 0."
-        )
-    if lora.is_peft(model):
-        raise ValueError(
-            "load_best_model_at_end brings the adapters of an earlier step back, but not the masks of their base. "
-            "Leave it out for models of peft."
-        )
+    if args.load_best_model_at_end and (config.sparsity_at_step_0 != config.sparsity_at(1.0) or lora.is_peft(model)):
+        raise ValueError(f"{_BEST} Leave it out, or train all weights at a constant sparsity from start_step 0.")
 
 
 def _save_base(model: Any, folder: Path) -> None:

@@ -136,19 +136,11 @@ def masked_linear(
 ) -> Tensor:
     """``F.linear(x, where(mask, weight, 0), bias)``, with a choice of gradient for pruned weights.
 
-    Args:
-        x: (..., I).
-        weight_OI: dense parameter, kept and shadow values.
-        mask_OJ: packed mask, see ``sparse_train.layers.masks``.
-        bias_O: (O,) or None.
-        factors: A (R, I) and B (O, R), both of the same dtype, of a low-rank adapter inside the mask: the weight is
-            ``W + scale * B A``, where A and B learn and W, which must be frozen, does not.
-        scale: multiplies the product of the factors.
-        straight_through: pruned weights get the gradient of their masked self (Bengio et al., arXiv 1308.3432;
-            Zhou et al., arXiv 2102.04010, section 3), or, if False, zero. Factors then learn from the gradient of the
-            whole masked sum, or, if False, from that of kept entries: the exact gradient of the loss.
-
-    Under autocast, computes in the autocast dtype, forward and backward; otherwise all dtypes must agree.
+    ``factors``, A (R, I) and B (O, R) of one dtype, are a low-rank adapter inside the mask: the weight is then
+    ``W + scale * B A``, where A and B learn and W, which must be frozen, does not. With ``straight_through``, pruned
+    weights get the gradient of their masked self (Bengio et al., arXiv 1308.3432; Zhou et al., arXiv 2102.04010,
+    section 3), and factors that of the whole masked sum; otherwise zero, and that of kept entries: the exact gradient
+    of the loss. Under autocast, computes in its dtype, forward and backward; otherwise all dtypes must agree.
     """
     a_RI, b_OR = factors or (None, None)
     output: Tensor = _MaskedLinear.apply(  # type: ignore[no-untyped-call]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_train.distributed.engines import layout_of
-from sparse_train.layers.functional import low_rank_sum, masked_linear
+from sparse_train.layers.functional import low_rank_sum
 from sparse_train.layers.masked_layer import MaskedLayer, SparseLinear, sparse_layers
 from sparse_train.layers.masks import FACTOR_NAMES
 
@@ -57,20 +57,12 @@ class MaskLoRALinear(SparseLinear):
     lora_alpha: int
 
     @property
-    def scale(self) -> float:
-        """s, the factor of the product."""
+    def scale(self) -> float:  # type: ignore[override]
         return self.lora_alpha / self.mask_lora_A.shape[0]
 
-    def product(self, x: Tensor) -> Tensor:
-        return masked_linear(
-            x,
-            self.weight,
-            self.weight_mask,
-            self.bias,
-            (self.mask_lora_A, self.mask_lora_B),
-            scale=self.scale,
-            straight_through=self.straight_through,
-        )
+    @property
+    def factors(self) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return self.mask_lora_A, self.mask_lora_B
 
     def unmasked_weight(self) -> Tensor:
         return self.summed(self.weight.detach(), self.mask_lora_A.detach(), self.mask_lora_B.detach())

@@ -11,7 +11,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sparse_train.blocks import CONV1D, class_path
 from sparse_train.distributed.engines import layout_of
 from sparse_train.distributed.layout import Elementwise, Layout
 from sparse_train.layers import masks
@@ -20,16 +19,13 @@ from sparse_train.layers.masks import MASK_NAME
 from sparse_train.layers.state_dicts import teach_save_pretrained
 from sparse_train.statistics import LastSums, Statistics
 
-FALCON_LINEAR = "transformers.models.falcon.modeling_falcon.FalconLinear"
-"""A subclass of ``nn.Linear`` that computes what ``nn.Linear`` does."""
-
 
 @dataclass
 class Recorder:
     """State that all masked layers of a model share while activations are recorded."""
 
     when: Literal["never", "training", "always"] = "never"
-    """"training" skips evaluation: forwards in eval mode with autograd off. Calibration uses "always"."""
+    """In "training", forwards in eval mode with autograd off are left out. Calibration uses "always"."""
     token_mask: Tensor | None = None
     """Which tokens of the current batch count (B, L); None = all."""
     last: LastSums = field(default_factory=LastSums)
@@ -152,6 +148,9 @@ class MaskedLayer(MaskedMatrix):
     weight: Tensor
     bias: Any
     straight_through = True
+    factors: tuple[Tensor, Tensor] | None = None
+    scale = 1.0
+    """Of the product of the factors."""
     training: bool
 
     # --- the parameter, under any engine -----------------------------------------------------------------------------
@@ -175,7 +174,7 @@ class MaskedLayer(MaskedMatrix):
 
     @contextmanager
     def read(self, by_rows: bool = False) -> Iterator[tuple[Tensor, slice]]:
-        """As ``MaskedMatrix.read``; one layer at a time, since sharded weights are gathered on entry unless by rows."""
+        """As ``MaskedMatrix.read``; sharded weights are gathered on entry, unless by rows, so enter few at a time."""
         layout, device = self.layout, self.weight_mask.device
         own = layout.own_rows() if by_rows and not self.is_transposed else None
         if own is not None:
@@ -226,7 +225,8 @@ class MaskedLayer(MaskedMatrix):
 
     def product(self, x: Tensor) -> Tensor:
         """The layer's output (..., O), without recording."""
-        return masked_linear(x, self.weight_OI, self.weight_mask, self.bias, straight_through=self.straight_through)
+        own: dict[str, Any] = {"scale": self.scale, "straight_through": self.straight_through}
+        return masked_linear(x, self.weight_OI, self.weight_mask, self.bias, self.factors, **own)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         applied = super()._apply(fn, recurse)  # type: ignore[misc]  # for .to() and the like; this has moved the mask
@@ -256,14 +256,3 @@ class SparseLinear(MaskedLayer, nn.Linear):
 def sparse_layers(model: nn.Module) -> dict[str, MaskedLayer]:
     """The masked layers of a model by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, MaskedLayer)}
-
-
-def is_plain_linear(cls: type) -> bool:
-    """Whether a class computes what ``nn.Linear`` does, so that it has a masked form, or is one."""
-    if cls is nn.Linear or issubclass(cls, MaskedLayer) or class_path(cls) in (CONV1D, FALCON_LINEAR):
-        return True
-    # fully_shard generates a class: FSDPLinear(FSDPModule, Linear)
-    first, *others = cls.__bases__
-    return (
-        first.__name__ == "FSDPModule" and first.__module__.startswith("torch.distributed.") and others == [nn.Linear]
-    )

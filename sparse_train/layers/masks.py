@@ -28,10 +28,6 @@ def masked_modules(module: nn.Module, prefix: str = "") -> dict[str, Any]:
     return {f"{prefix}{n}." if n else prefix: each for n, each in named if MASK_NAME in each._buffers}
 
 
-def packed_width(in_features: int) -> int:
-    return (in_features + 7) // 8
-
-
 def pack(mask_OI: Tensor) -> Tensor:
     """Pack a bool mask (O, I) into uint8 (O, ceil(I / 8))."""
     assert mask_OI.dtype == torch.bool and mask_OI.dim() == 2, (mask_OI.dtype, mask_OI.shape)
@@ -78,7 +74,7 @@ def apply(weight_OI: Tensor, packed_OJ: Tensor, dtype: torch.dtype | None = None
 
 def full(out_features: int, in_features: int, device: torch.device | str | None = None) -> Tensor:
     """The packed mask that keeps everything, spare bits 0."""
-    packed_OJ = torch.empty((out_features, packed_width(in_features)), dtype=torch.uint8, device=device)
+    packed_OJ = torch.empty((out_features, -(-in_features // 8)), dtype=torch.uint8, device=device)
     fill_full(packed_OJ, in_features)
     return packed_OJ
 

@@ -12,12 +12,14 @@ from sparse_train.blocks import CONV1D, class_path
 from sparse_train.distributed.fsdp2 import reshard
 from sparse_train.layers.adapters import check_adapters, note_adapters
 from sparse_train.layers.mask_lora import attach_factors
-from sparse_train.layers.masked_layer import FALCON_LINEAR, MaskedLayer, SparseLinear, sparse_layers
+from sparse_train.layers.masked_layer import MaskedLayer, SparseLinear, sparse_layers
 from sparse_train.layers.masks import FACTOR_NAMES, MASK_NAME
 from sparse_train.layers.state_dicts import EXTRA_STATE, is_mask, refusals, refuse_dense, teach_save_pretrained
 
 _log = logging.getLogger(__name__)
 
+FALCON_LINEAR = "transformers.models.falcon.modeling_falcon.FalconLinear"
+"""A subclass of ``nn.Linear`` that computes what ``nn.Linear`` does."""
 _FAST_PATH = {nn.TransformerEncoderLayer: "activation_relu_or_gelu", nn.TransformerEncoder: "use_nested_tensor"}
 """What lets torch read the weights of these modules' layers itself, kept and pruned alike, in eval mode."""
 _DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"  # torch's name; its setter would drop earlier entries
@@ -33,7 +35,7 @@ def sparsify(model: nn.Module, layers: Iterable[nn.Module]) -> None:
     """
     for layer in layers:
         if not isinstance(layer, MaskedLayer):
-            layer.__class__ = sparse_class(type(layer))  # type: ignore[arg-type]
+            layer.__class__ = sparse_class(type(layer))  # type: ignore[arg-type,assignment]
             assert isinstance(layer, MaskedLayer)
             layer.start_masking()
     if not refusals(model):
@@ -122,7 +124,8 @@ def sparsify_like(module: nn.Module, state_dict: Mapping[str, Any], prefix: str 
 
 
 @functools.cache
-def sparse_class(cls: Any) -> type:
+def sparse_class(cls: Any) -> type | None:
+    """The masked form of a class that computes what ``nn.Linear`` does; None for others."""
     if cls is nn.Linear or class_path(cls) == FALCON_LINEAR:  # FalconLinear becomes an nn.Linear after squash
         return SparseLinear
     if class_path(cls) == CONV1D:
@@ -130,8 +133,10 @@ def sparse_class(cls: Any) -> type:
 
         return SparseConv1D
     # fully_shard has created a class FSDPLinear(FSDPModule, Linear) for this module; it must stay an FSDPModule.
-    assert cls.__bases__[-1] is nn.Linear and len(cls.__bases__) == 2, cls
-    return type(f"{cls.__name__}Sparse", (cls.__bases__[0], SparseLinear), dict(cls.__dict__))
+    first, *others = cls.__bases__
+    if first.__name__ == "FSDPModule" and first.__module__.startswith("torch.distributed.") and others == [nn.Linear]:
+        return type(f"{cls.__name__}Sparse", (first, SparseLinear), dict(cls.__dict__))
+    return None
 
 
 @functools.cache

@@ -25,7 +25,8 @@ from sparse_train.blocks import (
 )
 from sparse_train.distributed.engines import layout_of
 from sparse_train.layers.adapters import check_no_dora
-from sparse_train.layers.masked_layer import is_plain_linear
+from sparse_train.layers.masked_layer import MaskedLayer
+from sparse_train.layers.sparsify import sparse_class
 from sparse_train.patterns import Pattern
 
 _log = logging.getLogger(__name__)
@@ -224,7 +225,7 @@ def check_maskable(model: nn.Module, name: str, module: nn.Module, adapters: set
                 f"no effect. Leave all of these dense with ignore=[{type(outer).__name__!r}], or build attention from "
                 "nn.Linear layers."
             )
-    if not is_plain_linear(type(module)):
+    if not isinstance(module, MaskedLayer) and sparse_class(type(module)) is None:  # type: ignore[arg-type]
         raise ValueError(
             f"{name} is a {type(module).__name__}, a subclass of nn.Linear with its own computation, which a mask "
             f"would replace. {way_out}, or load the model without it (for example not in 4 bits)."

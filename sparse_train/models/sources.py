@@ -100,7 +100,8 @@ class Pretrained(ModelSource):
         self._check_path()
         if Path(self.path).is_dir():
             return Path(self.path)
-        return Path(snapshot_download(self.path, ignore_patterns=["*.bin", "*.pth", "*.gguf", "*.h5", "*.msgpack"]))
+        others = ("*.bin", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx*", "*openvino*", "*.tflite", "*.mlpackage*")
+        return Path(snapshot_download(self.path, ignore_patterns=list(others)))
 
     def _read(self, kind: Any, **arguments: Any) -> Any:
         """``kind.from_pretrained``, for one of transformers' Auto classes."""

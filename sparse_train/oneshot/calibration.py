@@ -83,11 +83,6 @@ class CalibrationPass:
             recorder.when, recorder.token_mask, recorder.last = "never", None, LastSums()
         warn_of_padding(recorder)
 
-    def pass_on(self, block: int) -> None:
-        """Run one block, and keep its outputs for the next."""
-        self._check(block)
-        self._forwards(block, True, [None] * len(self._batches))
-
     def _forwards(self, block: int | None, keep: bool, paddings: Sequence[Tensor | None]) -> None:
         with self._context(), _masked_once(() if block is None else self._blocks[block].modules()):
             for index, batch in enumerate(self._batches):

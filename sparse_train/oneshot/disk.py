@@ -36,13 +36,9 @@ _PROGRESS, _LOCK = "progress.json", ".lock"
 
 
 class DiskShelf(Shelf):
-    """A model of which one decoder block at a time is in memory; pruned blocks are written as a file each.
+    """A model of which one decoder block at a time is in memory; pruned blocks are written as a file each, to ``work``.
 
-    Args:
-        model: from ``model_without_weights``.
-        checkpoint, chosen: its weights, and the targets among them.
-        work: folder of finished shards, from ``unfinished``.
-        device: where a loaded block computes.
+    ``model`` is from ``model_without_weights``, ``work`` from ``unfinished``; ``chosen`` are the targets.
     """
 
     def __init__(self, model: Any, checkpoint: WeightFiles, chosen: Targets, work: Path, device: torch.device) -> None:
@@ -190,9 +186,6 @@ def unfinished(out: Path, settings: Sequence[str]) -> Iterator[Path]:
     """The folder of an unfinished run next to ``out``, new or of the same settings; it becomes ``out`` at the end.
 
     Only one process can have it. After an error it is removed, unless a block is done, from which to continue.
-
-    Raises:
-        ValueError: another process has it, it is of a run with other settings, or ``out`` exists.
     """
     check_free(out)
     work = out.parent / f".{out.name}.partial"

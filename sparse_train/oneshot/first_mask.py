@@ -35,17 +35,10 @@ def set_first_mask(
 ) -> Outliers | None:
     """Set the masks that a run starts with, if ``first_mask`` is ``OneShot()``; ``MaskUpdater`` makes all others.
 
-    Args:
-        root: holds the model.
-        layers: those of the run; not all masked ones, since a copy of the model, as a reference for a loss, may have
-            masks that keep everything.
-        config: of the run.
-        batches: returns this many batches, the same ones on each rank; None if a model could not use any.
-        context: makes the one under which the run's forwards are computed.
-        progress: show a progress bar.
-
-    Returns:
-        The outliers, if one-shot pruning has measured some. After an error, the model is unchanged.
+    ``root`` holds the model. ``layers`` are those of the run and not all masked ones, since a copy of the model, as a
+    reference for a loss, may have masks that keep everything. ``batches`` returns so many, the same ones on each rank;
+    None if a model could not use any. Returns the outliers, if it has measured some. After an error, the model is
+    unchanged.
     """
     first = config.first_mask
     if not isinstance(first, OneShot):

@@ -236,7 +236,7 @@ def walk(
             else:
                 prune(block)
             if calibration is not None and plan.statistics is not None and block < shelf.last:
-                calibration.pass_on(block)
+                calibration.record({}, plan.statistics, block, keep=True)
             shelf.free(block)
         if shelf.names(None):  # such as a named lm_head: calibrated with the blocks pruned
             prune(None)
@@ -269,18 +269,16 @@ def _prune_layers(
         sum_statistics(layers.values())
         check_nothing_dropped(layers)
         fall_back(layers)
+    for layer in layers.values():
+        if isinstance(plan.method, Solver) or isinstance(layer, ExpertMatrix):
+            shelf.before_change(layer)
     if isinstance(plan.method, Solver):
         check_statistics(layers)
-        updates = {}
-        for name, layer in layers.items():
-            shelf.before_change(layer)
-            updates[name] = _solve(name, layer, plan.method, plan.pattern, sparsity[name])
+        updates = {n: _solve(n, each, plan.method, plan.pattern, sparsity[n]) for n, each in layers.items()}
     else:
         updates = update_masks(layers, Rules(plan.method, plan.pattern, sparsity))
     for layer in layers.values():
         if isinstance(layer, ExpertMatrix):
-            if not isinstance(plan.method, Solver):  # before which it was called
-                shelf.before_change(layer)
             layer.write_zeros()
         if layer.statistics is not None:
             layer.calibration_norm = layer.statistics.state_dict()

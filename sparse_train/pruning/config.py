@@ -56,7 +56,7 @@ class FromZeros(FirstMask):
 
 @dataclass(frozen=True)
 class PruningConfig:
-    """The settings of a run with re-pruning: checked here, and nowhere else.
+    """The settings of a run with re-pruning: checked here, and steps in ``timing``, when the run has a length.
 
     Args:
         mask_structure: "unstructured", "N:M" with N **kept** of every M consecutive inputs, or a ``Pattern``.

@@ -145,7 +145,7 @@ class RunningNorms:
                 "Only one of them may prune a layer; give several of them targets that do not overlap."
             )
 
-    def begin_with_first_masks(self) -> None:
+    def take_calibration_norms(self) -> None:
         """Take norms that one-shot pruning has left, if it has in all layers, for a first window with its update."""
         first = {n: state for n, layer in self._layers.items() if (state := layer.calibration_norm) is not None}
         own = norms_of(self._layers)

@@ -153,10 +153,10 @@ class MaskUpdater:
         """Begin a run: its first masks are there, are made of zeros now, or come later, from the first window."""
         has_masks = self._take_or_make_first_masks()
         self.timing = self.config.timing(total_steps, has_masks)
-        self._take_layers()
+        self._connect_layers()
         if has_masks:
             self.sparsity, self._pruned = self.config.sparsity_at(0.0), self._count_pruned()
-            self.norms.begin_with_first_masks()
+            self.norms.take_calibration_norms()
             self._keep_first_rows()
         elif self.timing.is_update(0):  # the criterion needs no activations
             self.update()
@@ -167,7 +167,7 @@ class MaskUpdater:
     def _resume(self, state: Mapping[str, Any], total_steps: int | float | None) -> None:
         check_same_settings(state["settings"], self.settings())
         check_same_layers(state["masks"], self.layers)
-        self._take_layers()
+        self._connect_layers()
         self.norms.load_state_dict(state["norms"])
         self.steps, self._last_update = operator.index(state["steps"]), operator.index(state["last_update"])
         self.sparsity = state["sparsity"]
@@ -182,7 +182,7 @@ class MaskUpdater:
         if (shares := state["layer_sparsities"]) is not None:
             self._division.final_shares = {name: shares[name] for name in self.layers}
 
-    def _take_layers(self) -> None:
+    def _connect_layers(self) -> None:
         """Connect the layers with this run: from now on they record for it, and follow its policy."""
         self.norms = RunningNorms(self.layers, self.config.criterion, self.config.norm_decay)
         frozen = frozen_linears(self._model)
@@ -274,6 +274,7 @@ class MaskUpdater:
         self._check_restored_masks()
         self.steps += 1
         warn_of_padding(self.norms.recorder)
+        # an update that is due is made if it can change masks, and otherwise only compared and reported
         report, due = None, self.timing.is_update(self.steps)
         if due and self._would_change(self.steps):
             report = self.update()
@@ -341,11 +342,12 @@ class MaskUpdater:
     def _report(self, changes: dict[str, LayerUpdate], began: float) -> UpdateReport:
         if self.sparsity is not None:
             self._keep_first_rows()
-        differing = {}
+        differing = 0.0
         for name, first_SJ in self._first_rows.items():
             now_SJ, scale = _sampled_rows(self.layers[name]), self.layers[name].out_features / len(first_SJ)
-            differing[name] = masks.count_differing(now_SJ, first_SJ.to(now_SJ.device)) * scale
-        return UpdateReport(self.steps, self.sparsity or 0.0, changes, differing, time.perf_counter() - began)
+            differing += masks.count_differing(now_SJ, first_SJ.to(now_SJ.device)) * scale
+        rate, seconds = differing / sum(layer.size for layer in self.layers.values()), time.perf_counter() - began
+        return UpdateReport(self.steps, self.sparsity or 0.0, changes, rate, seconds)
 
     def _keep_first_rows(self) -> None:
         if not self._first_rows:

@@ -29,14 +29,9 @@ def curves(
     levels: Mapping[float, str] | None = None,
     log: bool = False,
 ) -> str:
-    """Values over optimizer steps, a colour per run and a dash style per kind.
+    """Values over optimizer steps, a colour per run and a dash style per kind; ``lines`` are run, kind and points.
 
-    Args:
-        caption: under the picture.
-        lines: run, kind of value, and points.
-        label: of the vertical axis. With "%", values are shares, and the axis begins at 0.
-        levels: values to compare with, and their names; drawn as dotted horizontal lines.
-        log: whether the vertical axis is logarithmic.
+    With "%" in ``label``, values are shares, and the axis begins at 0. ``levels`` are dotted lines to compare with.
     """
     scale = 100 if "%" in label else 1
     names = list(dict.fromkeys(run for run, _, _ in lines))

@@ -25,7 +25,7 @@ class State:
     """The model at one point of a run. None = not measured."""
 
     name: str
-    """"dense" ("without masks", if it had been pruned before), "after the first mask", "at the end", or "latest"."""
+    """One of "dense" ("without masks", if it had been pruned before), "after the first mask", "at the end", latest."""
     step: int
     perplexity: float | None = None
     loss: float | None = None

@@ -7,7 +7,7 @@ from huggingface_hub import ModelCard as HubCard
 
 from sparse_train import Magnitude, MaskUpdater, __version__, prune
 from sparse_train.export import export_model
-from sparse_train.export.card import ModelCard, oneshot_rows, training_rows
+from sparse_train.export.card import ModelCard, training_rows
 from sparse_train.inspection import layer_sparsities
 from sparse_train.models.sources import PackagedSmolLM2, Pretrained
 from tests.conftest import tiny_llama, tiny_tokenizer
@@ -109,8 +109,7 @@ def test_a_run_and_one_shot_pruning_say_how_they_made_a_model(pruned):
     assert "class: Wanda" in text and "update_freq: 5\n" in text and "end_step: 30\n" in text
     stage = {"criterion": "SparseGPT()", "mask_structure": "2:4", "allocation": "OWL()"}
     calibration = {"text": "c4", "num_calibration_samples": 8, "seed": 0}
-    made = oneshot_rows({"stages": [stage], "calibration": calibration})
-    text = ModelCard(made=made).text(layer_sparsities(pruned))
+    text = ModelCard(made={**stage, "calibration": calibration}).text(layer_sparsities(pruned))
     assert "criterion: SparseGPT()\n" in text
     assert "calibration:\n  text: c4\n  num_calibration_samples: 8\n  seed: 0\n" in text
 

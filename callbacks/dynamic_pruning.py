@@ -182,7 +182,8 @@ class DynamicPruning(L.Callback):
         self._global_step = trainer.global_step if state is None else state["global_step"]
         self._metrics = {} if state is None else state.get("metrics", {})
         self._logged = self._looked_at_loss = False
-        lightning_trainer.mask_averages(trainer, pl_module)
+        solved = state is None and self.config.first_solver is not None
+        lightning_trainer.mask_averages(trainer, pl_module, weights=solved)
         if state is None and self.updater.sparsity is not None:
             self._log_update(trainer, self.updater.report(), lightning_trainer.steps_done(trainer, in_batch=False))
         self._restored = None

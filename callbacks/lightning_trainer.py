@@ -101,8 +101,8 @@ def averaging(trainer: L.Trainer) -> list[WeightAveraging]:
     return [each for each in callbacks_of(trainer) if isinstance(each, WeightAveraging)]
 
 
-def mask_averages(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-    """Give averaged models the masks of the module; call after masks have changed.
+def mask_averages(trainer: L.Trainer, pl_module: L.LightningModule, weights: bool = False) -> None:
+    """Give averaged models the masks of the module, and its weights if it has just begun; call after a change.
 
     They copy masks only together with weights, which may begin late and happen seldom. Until then they would be dense,
     or have the masks of an earlier update, in validation, in checkpoints, and at the end of training.
@@ -112,3 +112,5 @@ def mask_averages(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
             averaged = sparse_layers(callback._average_model.module)
             for name, layer in sparse_layers(pl_module).items():
                 averaged[name].weight_mask.copy_(layer.weight_mask)
+                if weights:
+                    averaged[name].weight.data.copy_(layer.weight.detach())

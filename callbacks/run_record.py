@@ -44,7 +44,8 @@ class RunRecord(L.Callback):
     ``sparse-train fit`` adds this callback. Metrics are in the ``metrics.csv`` of Lightning's ``CSVLogger``, which is
     added to a trainer that has none. With ``num_sanity_val_steps=-1``, the sanity check before training gives the
     baselines: its result is that of the first mask, and the same batches are run once more with all weights kept, for
-    the dense model. A check of fewer batches gives none, since it could not be compared with later validations.
+    the dense model (but not if a solver has made the first mask, and moved weights). A check of fewer batches gives
+    none, since it could not be compared with later validations.
 
     Checkpoints contain the record and the metrics so far, so a run that was killed and resumed, in the same folder or
     in another, has one history. Only rank 0 writes.
@@ -83,7 +84,7 @@ class RunRecord(L.Callback):
         updater = self._updater()
         masked = updater is not None and bool(updater.sparsity)
         self._add_state(trainer, "after the first mask" if masked else "dense")
-        if updater and masked:
+        if updater and masked and updater.config.first_solver is None:
             rank_zero_info("RunRecord: validating the model without masks, too, for the report.")
             masks = {layer: layer.weight_mask.clone() for layer in updater.layers.values()}
             try:

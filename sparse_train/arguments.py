@@ -38,7 +38,7 @@ def check_positive(name: str, value: int | None) -> None:
         raise ValueError(f"{name} must be at least 1, got {value}.")
 
 
-def require_type(name: str, value: T | None, example: T, base: type[Any]) -> T:
+def require_type(name: str, value: T | None, example: T, base: type[Any] | tuple[type[Any], ...]) -> T:
     """``value``, or ``example`` in place of None; ValueError if it is a class, a text, or anything but a ``base``."""
     if value is None:
         return example

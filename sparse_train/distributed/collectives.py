@@ -65,6 +65,12 @@ def sum_over_ranks(tensors: Sequence[Tensor]) -> None:
                 tensor.copy_(total.view_as(tensor))
 
 
+def take_from_rank_0(tensors: Sequence[Tensor]) -> None:
+    """Replace each tensor by that of rank 0, in place."""
+    for tensor in tensors if world_size() > 1 else ():
+        dist.broadcast(tensor, 0)
+
+
 def gather_rows(own: Tensor, rows: int) -> Tensor:
     """A whole matrix from the rows that each rank holds: equal chunks, the last ones shorter or empty; one gather."""
     padded = own.new_zeros(-(-rows // world_size()), own.shape[1])

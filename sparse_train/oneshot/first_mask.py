@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from sparse_train.distributed.collectives import rank, world_size
+from sparse_train.distributed.collectives import rank, take_from_rank_0, world_size
 from sparse_train.distributed.fsdp2 import reshard
 from sparse_train.distributions import Outliers
 from sparse_train.environment import isolated_rng
@@ -48,6 +48,8 @@ def set_first_mask(
     wanted = dense and (first.criterion is not None or config.criterion.needs_activations)
     if wanted and (found := _to_calibrate(root, layers, first.batches, batches)) is not None:
         model, own_batches = found
+        if config.first_solver is not None:
+            _check_movable(layers)
         plan = Plan(
             method=first.criterion or config.criterion,
             pattern=config.pattern,
@@ -58,13 +60,16 @@ def set_first_mask(
         shelf = MemoryShelf(model, layers, together=plan.pattern.model_wide)
         try:
             with shelf.pruning_from_dense():
-                return walk(shelf, plan, own_batches, progress, context).outliers or None
+                outliers = walk(shelf, plan, own_batches, progress, context).outliers or None
         except Exception as error:
             error.add_note(
                 "This happened while one-shot pruning made the first mask from batches of the training data. With "
                 "first_mask=FirstWindow(), it comes from the first steps; a calibration_dataloader gives others."
             )
             raise
+        if config.first_solver is not None:  # linear algebra may round differently on other hardware
+            take_from_rank_0([t for each in layers.values() for t in (each.weight.detach(), each.weight_mask)])
+        return outliers
     if first.criterion is not None:
         raise ValueError(
             f"first_mask is {first}, but no one-shot pruning makes the first mask here: it does at start_step 0, if "
@@ -75,6 +80,16 @@ def set_first_mask(
         why = f"one-shot pruning needs {_NEEDED}"
         _log.warning("The first steps run dense, and their activations give the first mask: %s.", why)
     return None
+
+
+def _check_movable(layers: Mapping[str, MaskedLayer]) -> None:
+    for name, layer in layers.items():
+        if layer.layout.has_masters or not layer.weight.requires_grad:
+            raise ValueError(
+                f"The first mask comes with other values of the kept weights, and those of {name} are frozen, or "
+                "DeepSpeed would bring the old ones back from its float32 masters. Prune the model before the run "
+                "(sparse-train prune), and begin with first_mask=FromZeros(); or use a criterion."
+            )
 
 
 def _to_calibrate(

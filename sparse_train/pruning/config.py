@@ -11,6 +11,7 @@ from sparse_train.distributions import SparsityDistribution, Uniform, check_patt
 from sparse_train.patterns import Pattern, group_label
 from sparse_train.policies import MaskPolicy, StraightThrough
 from sparse_train.schedules import ROUNDING, Cubic, Schedule, Timing, pattern_and_schedule, whole_steps
+from sparse_train.solvers import Solver
 
 
 class FirstMask:
@@ -29,19 +30,20 @@ class OneShot(FirstMask):
     why. So it does in a plain loop, where there is no data to be found: call ``prune(..., squash=False)`` before.
 
     Args:
-        criterion: scores for this mask; default: the criterion of the run. If it is given, and one-shot pruning cannot
-            make the first mask, the run raises an error.
+        criterion: scores for this mask; default: the criterion of the run. Or a ``Solver``, such as ``IHT()``, which
+            also moves the weights that it keeps, and gives pruned ones the values with which they may come back. If it
+            is given, and one-shot pruning cannot make the first mask, the run raises an error.
         batches: number of batches, over all ranks, or all if there are fewer: from the training data, or, in Lightning,
             from the loader that a data module's ``calibration_dataloader()`` returns.
     """
 
-    criterion: Criterion | None = None
+    criterion: Criterion | Solver | None = None
     batches: int = 8
 
     def __post_init__(self) -> None:
         if type(to_python_number(self.batches)) is not int or self.batches < 1:
             raise ValueError(f"OneShot.batches is a whole number, at least 1, got {self.batches!r}.")
-        require_type("OneShot.criterion", self.criterion, Wanda(), Criterion)
+        require_type("OneShot.criterion", self.criterion, Wanda(), (Criterion, Solver))
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,8 @@ class PruningConfig:
         self._set("pattern", pattern)
         self._set("resolved_schedule", schedule)
         check_pattern(self.distribution, pattern)
+        if (solver := self.first_solver) is not None:
+            solver.check_pattern(pattern)
         if self.distribution.needs_outliers and not self.criterion.needs_activations:
             raise ValueError(
                 f"{self.distribution} reads activations, and {self.criterion} does not, so that none are recorded. Use "
@@ -153,6 +157,12 @@ class PruningConfig:
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)  # the class is frozen for everyone else
+
+    @property
+    def first_solver(self) -> Solver | None:
+        """What makes the first mask, if that also moves weights."""
+        found = self.first_mask.criterion if isinstance(self.first_mask, OneShot) else None
+        return found if isinstance(found, Solver) else None
 
     @property
     def sparsity_at_step_0(self) -> float:

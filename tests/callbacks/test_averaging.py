@@ -4,7 +4,7 @@ import lightning as L
 import pytest
 import torch
 
-from sparse_train import sparse_layers
+from sparse_train import IHT, Fixed, OneShot, sparse_layers
 from sparse_train.callbacks import DynamicPruning
 from tests.callbacks.runs import InConfigureModel, InInit, loader, trainer, zeros
 
@@ -52,6 +52,20 @@ def test_an_average_that_is_older_than_the_masks_has_them_too(tmp_path, settings
     run.fit(model, loader(), loader())
     assert len(seen) >= 4 and set(seen) == {0.5}
     assert zeros(model) == 0.5
+
+
+def test_an_average_begins_with_the_weights_of_a_solved_first_mask(tmp_path):
+    averaging = L.pytorch.callbacks.EMAWeightAveraging(use_buffers=False, decay=0.5, update_starting_at_step=100)
+    model, pruning = InInit(), DynamicPruning("2:4", first_mask=OneShot(IHT()), policy=Fixed(), squash=False)
+    begun = {}
+
+    class Look(L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, *_):
+            begun.update(begun or {n: layer.masked_weight() for n, layer in sparse_layers(pl_module).items()})
+
+    trainer(tmp_path, pruning, averaging, Look(), max_steps=2).fit(model, loader())
+    averaged = sparse_layers(averaging._average_model.module)
+    assert begun and all(torch.equal(averaged[name].masked_weight(), weight) for name, weight in begun.items())
 
 
 def squashed_zeros(module):

@@ -59,8 +59,8 @@ def answer(arguments, capsys) -> str:
             "trainer.callbacks.criterion: there is no class 'Wonda'. Did you mean 'Wanda",
         ),
         (
-            [*FIT, f"{PRUNING}.first_mask=OneShot", f"{PRUNING}.first_mask.criterion=SparseGPT"],
-            "trainer.callbacks.first_mask.criterion: SparseGPT is not of the kind that is wanted.",
+            [*FIT, f"{PRUNING}.first_mask=OneShot", f"{PRUNING}.first_mask.criterion=Fixed"],
+            "trainer.callbacks.first_mask.criterion: Fixed is not of the kind that is wanted.",
         ),
         ([*FIT, "--trainer.callbacks+=Evaluaton"], "there is no class 'Evaluaton'. Did you mean 'Evaluation'"),
         ([*PRUNE, "--criterion=nowhere.Score"], "criterion: there is no class 'nowhere.Score'."),

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from sparse_train import (
+    IHT,
     OWL,
     Cubic,
     Explicit,
@@ -95,12 +96,34 @@ def test_on_the_way_to_a_sparsity_layers_have_theirs_in_proportion(ids):
     assert MaskUpdater(root, config=config, total_steps=100, outliers=outliers).sparsity == pytest.approx(0.3)
 
 
-def test_a_failure_leaves_masks_that_keep_all(ids):
+def test_a_solver_also_moves_weights_and_gives_pruned_ones_values_to_come_back_with(ids):
+    root, alone, dense = Root(), tiny_llama(), dict(tiny_llama().named_modules())
+    config, _ = begin(root, ids, "2:4", first_mask=OneShot(IHT()))
+    prune(alone, ids, "2:4", criterion=IHT())
+    pruned = dict(alone.named_modules())
+    for name, layer in sparse_layers(root.net).items():
+        keep = layer.unpacked_mask()
+        assert torch.equal(pruned[name].weight, torch.where(keep, layer.weight, 0))
+        assert not torch.equal(layer.weight[keep], dense[name].weight[keep])
+        assert not torch.equal(layer.weight[~keep], dense[name].weight[~keep])
+    assert MaskUpdater(root, config=config, total_steps=100).sparsity == 0.5
+
+
+def test_weights_that_cannot_move_are_not_solved_for(ids):
+    root = Root()
+    root.requires_grad_(False)
+    with pytest.raises(ValueError, match="q_proj are frozen"):
+        begin(root, ids, "2:4", first_mask=OneShot(IHT()))
+    assert all(layer.is_dense() for layer in sparse_layers(root).values())
+
+
+@pytest.mark.parametrize("first_mask", [OneShot(), OneShot(IHT())])
+def test_a_failure_leaves_weights_as_they_were_and_masks_that_keep_all(first_mask, ids):
     root = Root()
     root.net.model.layers[1].input_layernorm.weight.data[3] = torch.nan  # found in the second block
     before = copy.deepcopy(root.state_dict())
     with pytest.raises(ValueError, match="not finite"):
-        begin(root, ids, "2:4")
+        begin(root, ids, "2:4", first_mask=first_mask)
     after = root.state_dict()
     assert all(torch.equal(value.nan_to_num(7), after[key].nan_to_num(7)) for key, value in before.items())
     assert all(layer.is_dense() for layer in sparse_layers(root).values())

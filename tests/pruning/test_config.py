@@ -7,11 +7,13 @@ import jsonargparse
 import pytest
 
 from sparse_train import (
+    IHT,
     RIA,
     Constant,
     Cubic,
     Dormant,
     FirstWindow,
+    Fixed,
     FromZeros,
     Magnitude,
     MaskPolicy,
@@ -90,7 +92,9 @@ def test_mistakes_in_a_first_mask_are_found_at_construction():
     with pytest.raises(ValueError, match=r"Write Magnitude\(\)"):
         OneShot(Magnitude)
     with pytest.raises(ValueError, match=r"OneShot.criterion is an object such as Wanda"):
-        OneShot(SparseGPT())
+        OneShot(Fixed())
+    with pytest.raises(ValueError, match="IHT cannot compare over the whole model"):
+        PruningConfig(Unstructured("model"), 0.5, first_mask=OneShot(IHT()))
 
 
 def test_a_run_that_continues_another_has_the_same_settings():

@@ -75,8 +75,9 @@ def test_fit_export_and_resume(fit, model_folder, capsys):
     resolved = yaml.safe_load(Path("run/version_0/config.yaml").read_text())
     assert resolved["trainer"]["max_steps"] == 6
 
-    checkpoint = next(Path("run").rglob("*.ckpt"))
-    cli.main(["export", str(checkpoint), "from_checkpoint", f"--tokenizer={model_folder}"])
+    checkpoint = max(Path("run").rglob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
+    cli.main(["export", "run", "from_checkpoint", f"--tokenizer={model_folder}"])
+    assert f"{checkpoint} exported to from_checkpoint" in capsys.readouterr().out
     assert "update_freq: 2\n" in Path("from_checkpoint/README.md").read_text()
     again = AutoModelForCausalLM.from_pretrained("from_checkpoint")
     for key, value in again.state_dict().items():

@@ -164,7 +164,7 @@ class SparseTrainCLI(LightningCLI):
             text = f"{self.datamodule.text.name}, blocks of {self.datamodule.block_size}"
             perplexity = f"{found:.2f} at the last validation of the run: {text}"
         recipe = without_homes(self._parser(self.subcommand).dump(self.config.fit, skip_none=False))
-        return ModelCard(source.name, source.hub_id, source.license, made, perplexity, recipe, pruning)
+        return ModelCard(source.name, source.hub_id, source.license, made, perplexity, recipe, pruning, source.stages)
 
     def after_validate(self) -> None:
         if self.trainer.is_global_zero:

@@ -18,10 +18,9 @@ from sparse_train.evaluation.perplexity import check_window
 from sparse_train.export import export_model
 from sparse_train.export.card import ModelCard, oneshot_rows, write_card
 from sparse_train.export.hf_folder import check_written, size_of
-from sparse_train.export.verify import PRUNING_FILE
 from sparse_train.files import check_free, check_space, write_json, written_whole
 from sparse_train.inspection import LayerSparsity, layer_sparsities
-from sparse_train.model_folders import WeightFiles, copy_others, model_without_weights
+from sparse_train.model_folders import PRUNING_FILE, WeightFiles, copy_others, model_without_weights
 from sparse_train.models.sources import (
     Autocast,
     Dtype,
@@ -129,8 +128,8 @@ def prune(
         def complete(written: Path, report: OneshotReport) -> None:
             """Write what is missing in the folder, before it gets its name."""
             data = {"text": text.name, **calibration, "autocast": autocast, "processes": world_size()}
-            details.update(_details(source.name, plan, report, method, data, own_device), streaming=streaming)
-            card = ModelCard(source.name, source.hub_id, source.license, oneshot_rows(details))
+            details.update(_details(source, plan, report, method, data, own_device), streaming=streaming)
+            card = ModelCard(source.name, source.hub_id, source.license, oneshot_rows(details), stages=source.stages)
             if streaming:
                 layers.extend(_pruned_layers(report, group_label(plan.pattern)))
                 check_written(written, layers, loaded)
@@ -156,7 +155,7 @@ def prune(
 
 
 def _details(
-    model: str, plan: Plan, report: OneshotReport, method: Details, calibration: Details, device: str
+    model: ModelSource, plan: Plan, report: OneshotReport, method: Details, calibration: Details, device: str
 ) -> Details:
     """What ``pruning.json`` says, but for the time of everything."""
     stage = {
@@ -169,8 +168,8 @@ def _details(
         "ignore": method["ignore"],
     }
     return {
-        "model": model,
-        "stages": [stage],
+        "model": model.name,
+        "stages": [*model.stages, stage],
         "sparsity": report.sparsity,
         "calibration": calibration if plan.needs_data else None,
         "device": device,

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -19,6 +20,7 @@ from sparse_train.arguments import did_you_mean
 from sparse_train.distributed.collectives import rank
 from sparse_train.distributed.fsdp2 import shard_blocks
 from sparse_train.files import reading
+from sparse_train.model_folders import stages_of
 
 _log = logging.getLogger(__name__)
 _FOLDERS = "Of a checkpoint of a training run, make a folder by: sparse-train export CHECKPOINT FOLDER."
@@ -34,6 +36,8 @@ class ModelSource(ABC):
     """Its id on the Hugging Face hub, if it has one."""
     license: str | None = None
     """Its license by the hub's identifier, if it is known."""
+    stages: Sequence[Any] = ()
+    """How it was pruned before, if that is known."""
 
     @abstractmethod
     def load(self) -> Any:
@@ -66,6 +70,7 @@ class Pretrained(ModelSource):
         self.path = os.path.expanduser(self.path)  # a shell does not in --model=~/x, and nothing does in YAML
         self.name = f"{self.path}/{self.gguf_file}" if self.gguf_file else self.path
         self.hub_id = None if Path(self.path).exists() else self.path
+        self.stages = stages_of(Path(self.path))  # now: an error at the end would lose a run
 
     def load(self) -> Any:
         from transformers import AutoModelForCausalLM
@@ -123,7 +128,7 @@ class Pretrained(ModelSource):
             beside = did_you_mean(str(path), map(str, path.parent.iterdir()) if local else _classes())
             if path.is_file():
                 beside = f" {_FOLDERS} Of a GGUF file, name folder and file: --model.path and --model.gguf_file."
-            raise ValueError(f"There is no folder or class {path}.{beside} The hub is asked only for NAME or OWNER/NAME.")
+            raise ValueError(f"There is no folder or class {path}.{beside} A hub is asked only for NAME or OWNER/NAME.")
 
     def _check_whole(self, model: Any, missing: list[str], unread: list[str]) -> None:
         """Raise ValueError for weights that the checkpoint lacks; warn if the model is only a part of what it holds."""

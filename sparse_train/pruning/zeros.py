@@ -20,8 +20,8 @@ _log = logging.getLogger(__name__)
 
 _A_FEW = 0.005  # weights of 4 bits have 0.0003
 _DENSE = (
-    "first_mask is FromZeros(), and the model is dense. Prune it first (sparse-train prune MODEL FOLDER) and train what "
-    "that writes, or make the first mask here: first_mask=OneShot()."
+    "first_mask is FromZeros(), and the model is dense. Prune it first (sparse-train prune MODEL FOLDER) and train "
+    "that folder, or make the first mask here: first_mask=OneShot()."
 )
 _TO_KEEP_THEM = (
     "To train with the existing zeros, leave DynamicPruning or MaskUpdater out: call sparse_train.keep_zeros(model) "

@@ -4,6 +4,7 @@ import builtins
 import csv
 import errno
 import io
+import json
 import os
 import re
 import shutil
@@ -108,6 +109,31 @@ def test_fit_export_and_resume(fit, model_folder, capsys):
     for command, metric in (("validate", "val/perplexity"), ("test", "test/perplexity")):
         fit(*pruned, going_on, command=command)
         assert re.search(rf"^{metric}  \d+\.\d{{4}}$", capsys.readouterr().out, re.M)
+
+
+@pytest.mark.usefixtures("without_pictures")
+def test_what_was_pruned_before_is_said_with_how(fit, model_folder, text_file):
+    calibration = [f"--text={text_file}", "--num_calibration_samples=4", "--max_seq_length=32"]
+
+    def criteria(folder):
+        card = yaml.safe_load(re.search(r"```yaml\n(.*?)```", Path(folder, "README.md").read_text(), re.S)[1])
+        stages = json.loads(Path(folder, "pruning.json").read_text())["stages"]
+        assert card.get("pruned before", []) == stages[:-1]
+        return [stage["criterion"].partition("(")[0] for stage in stages]
+
+    cli.main(["prune", str(model_folder), "first", "--criterion=SparseGPT", *calibration])
+    for how in ("true", "false"):
+        again = ["--criterion=Magnitude", "--mask_structure=1:4", f"--streaming={how}"]
+        cli.main(["prune", "first", f"again_{how}", *again])
+        assert criteria(f"again_{how}") == ["SparseGPT", "Magnitude"]
+    options = ["--trainer.callbacks.first_mask=FromZeros", "--trainer.callbacks.policy=Fixed"]
+    fit("--model.model=first", "--trainer.val_check_interval=2", *options, "--export=trained")
+    assert criteria("first") == ["SparseGPT"] and criteria("trained") == ["SparseGPT", "Wanda"]
+    shutil.rmtree("first")  # the checkpoint says it, too
+    cli.main(["export", "run", "from_checkpoint"])
+    assert criteria("from_checkpoint") == ["SparseGPT", "Wanda"]
+    cli.main(["prune", "trained", "third", "--criterion=Magnitude", "--mask_structure=1:4"])
+    assert criteria("third") == ["SparseGPT", "Wanda", "Magnitude"]
 
 
 SHORT = ["--trainer.max_steps=3", "--trainer.val_check_interval=3", "--trainer.enable_checkpointing=false"]

@@ -21,6 +21,8 @@ class Solver(ABC):
 
     group: ClassVar[Group] = "row"
     """The group in which "unstructured" compares weights under this solver; ``Unstructured(group=...)`` sets it."""
+    way_out = " It prunes in one shot: prune with it first, and train the result with first_mask=FromZeros()."
+    """What is said where a ``Criterion`` is wanted, in training."""
 
     def check_pattern(self, pattern: Pattern) -> None:
         """Raise ValueError if the solver cannot prune to this pattern."""

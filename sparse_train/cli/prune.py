@@ -1,6 +1,7 @@
 """``sparse-train prune``: one model to one folder."""
 
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter as now
@@ -36,7 +37,6 @@ from sparse_train.oneshot.prune import prune_checkpoint
 from sparse_train.oneshot.walk import OneshotReport, Plan
 from sparse_train.patterns import Pattern, group_label
 from sparse_train.solvers import Solver
-from sparse_train.terminal import bars_are_seen
 
 Details = dict[str, Any]
 """Plain data about a pruning, in the end what pruning.json holds."""
@@ -111,6 +111,8 @@ def prune(
     folder, source, text, began = Path(out), as_model_source(model, dtype="auto"), text or PackagedWikipedia(), now()
     check_free(folder)
     with joined(chosen_device(device)) as own_device:
+        if rank() == 0:
+            print("reading", source.name, *(["and", text.name] if plan.needs_data else []), file=sys.stderr)
         if streaming:
             files = _files_of(source)
             loaded = model_without_weights(files, WeightFiles(files))
@@ -120,8 +122,6 @@ def prune(
         if plan.needs_data:
             check_window(loaded, max_seq_length, name="max_seq_length")
         check_space(folder, size_of(loaded, torch_dtype(dtype)))
-        if plan.needs_data and rank() == 0 and bars_are_seen():
-            print(f"reading {text.name}", file=sys.stderr)
         batches = _own_batches(source, text, calibration) if plan.needs_data else None
         details, layers = Details(), list[LayerSparsity]()
 
@@ -188,13 +188,13 @@ def _files_of(source: ModelSource) -> Path:
     return source.folder()
 
 
-def _own_batches(source: ModelSource, text: TextSource, calibration: dict[str, Any]) -> list[Batch]:
-    """The calibration data of this process."""
+def _own_batches(source: ModelSource, text: TextSource, calibration: dict[str, Any]) -> Iterator[Batch]:
+    """The calibration data of this process; text is read when the first batch is asked for, after all checks."""
     found: list[Batch] = list(calibration_batches(text, source.tokenizer(), **calibration))
     if len(found) < world_size():
         given = f"There are {len(found)} calibration batches for {world_size()} processes."
         raise ValueError(f"{given} Give a smaller batch_size, or start fewer processes.")
-    return found[rank() :: world_size()]
+    yield from found[rank() :: world_size()]
 
 
 def _pruned_layers(report: OneshotReport, label: str) -> list[LayerSparsity]:

@@ -1,6 +1,7 @@
 """LightningCLI over ``CausalLM`` and ``TextBlocks``, with a report and an export after ``fit``."""
 
 import logging
+import os
 import shutil
 import signal
 import sys
@@ -216,10 +217,9 @@ class _Logs(CSVLogger):
 
     def finalize(self, status: str) -> None:
         super().finalize(status)
-        if status == "failed" and self._experiment is not None:  # as in the first process
-            folder = Path(self.log_dir)
-            if {each.name for each in folder.iterdir()} <= {"config.yaml"}:
-                shutil.rmtree(folder)
+        # the first process has an experiment
+        if status == "failed" and self._experiment and {*os.listdir(self.log_dir)} <= {"config.yaml"}:
+            shutil.rmtree(self.log_dir)
 
 
 class WholeCheckpoints(TorchCheckpointIO):

@@ -67,13 +67,13 @@ def explain(message: str, options: Mapping[str, Any]) -> str:
     elif name := found["name"] or found["missing"]:
         own, known, owners = name.rpartition(".")[2], _classes(), re.findall(r"given class_path '([^']+)'", before)
         action = _arguments_of(owners[-1]).get(where.rpartition(".")[2]) if owners else options.get(f"--{where}")
-        kinds = tuple(_classes_in(getattr(action, "_typehint", object)))
+        parts = [hint := getattr(action, "_typehint", object), *get_args(hint)]  # of a union, and of lists in it
+        kinds = tuple(each for part in parts for each in (part, *get_args(part)) if isinstance(each, type))
         fitting = (each for each, cls in known.items() if issubclass(cls, kinds) and not inspect.isabstract(cls))
         similar = did_you_mean(own, fitting)
+        said = f"there is no class {name!r}.{similar or ' Name your own as MODULE.CLASS.'}"
         if own in known:
             said = f"{name} is not of the kind that is wanted.{getattr(known[own], 'way_out', similar)}"
-        else:
-            said = f"there is no class {name!r}.{similar or ' Name your own as MODULE.CLASS.'}"
     elif found["abstract"]:
         said = "say which class these arguments are for, by its name."
     elif found["group"]:
@@ -108,11 +108,6 @@ def _arguments_of(path: str) -> dict[str, Any]:
     parser = ArgumentParser()
     names = parser.add_class_arguments(getattr(import_module(module), owner), fail_untyped=False)
     return {name: parser._option_string_actions.get(f"--{name}") for name in names}
-
-
-def _classes_in(hint: Any) -> set[type]:
-    """The classes that a type is made of, such as those of a union or list."""
-    return {hint} if isinstance(hint, type) else set().union(*map(_classes_in, get_args(hint)))
 
 
 def _classes() -> dict[str, type]:

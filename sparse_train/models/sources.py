@@ -118,14 +118,15 @@ class Pretrained(ModelSource):
         """What helps when loading fails, beside the words of the library."""
         if Path(self.path).is_dir():
             return "" if (Path(self.path) / "config.json").is_file() else f" {_FOLDERS}"
-        return f"{did_you_mean(self.path, _classes())} There is no folder of this name, so a hub was asked."
+        return " There is no folder of this name, so a hub was asked."
 
     def _check_path(self) -> None:
         """Raise ValueError at once for what is no folder and no id of a hub, which would be asked in vain."""
         path = Path(self.path)
         local = path.parent != Path() and path.parent.is_dir()
         if not path.is_dir() and (local or not _HUB_ID.fullmatch(self.path)):
-            beside = did_you_mean(str(path), map(str, path.parent.iterdir()) if local else _classes())
+            sources = [source.__name__ for source in ModelSource.__subclasses__()]
+            beside = did_you_mean(str(path), map(str, path.parent.iterdir()) if local else sources)
             if path.is_file():
                 beside = f" {_FOLDERS} Of a GGUF file, name folder and file: --model.path and --model.gguf_file."
             raise ValueError(f"There is no folder or class {path}.{beside} A hub is asked only for NAME or OWNER/NAME.")
@@ -147,10 +148,6 @@ class Pretrained(ModelSource):
                 "%s holds a %s, and what is loaded of it is a %s: the rest (%s) is neither read nor written.",
                 *(self.path, stored, loaded, f"{unread[0]}, ..." if unread else "what is not for text"),
             )
-
-
-def _classes() -> list[str]:
-    return [source.__name__ for source in ModelSource.__subclasses__()]
 
 
 @dataclass

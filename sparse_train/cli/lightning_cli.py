@@ -1,7 +1,6 @@
 """LightningCLI over ``CausalLM`` and ``TextBlocks``, with a report and an export after ``fit``."""
 
 import logging
-import os
 import shutil
 import signal
 import sys
@@ -217,9 +216,9 @@ class _Logs(CSVLogger):
 
     def finalize(self, status: str) -> None:
         super().finalize(status)
-        # the first process has an experiment
-        if status == "failed" and self._experiment and {*os.listdir(self.log_dir)} <= {"config.yaml"}:
-            shutil.rmtree(self.log_dir)
+        left = {each.name for each in Path(self.log_dir).glob("*")}
+        if status == "failed" and self._experiment and left <= {"config.yaml"}:  # only the first process has one
+            shutil.rmtree(self.log_dir, ignore_errors=True)
 
 
 class WholeCheckpoints(TorchCheckpointIO):

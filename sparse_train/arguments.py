@@ -44,7 +44,8 @@ def require_type(name: str, value: T | None, example: T, base: type[Any] | tuple
         return example
     given: T = value
     if not isinstance(value, base):
-        way_out = f" Write {value.__name__}()." if isinstance(value, type) and issubclass(value, base) else ""
+        way_out = getattr(value, "way_out", "")
+        way_out = f" Write {value.__name__}()." if isinstance(value, type) and issubclass(value, base) else way_out
         raise ValueError(f"{name} is an object such as {example!r}, got {value!r}.{way_out}")
     return given
 

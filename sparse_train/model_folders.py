@@ -21,6 +21,8 @@ from sparse_train.files import reading, replacing, write_json
 _log = logging.getLogger(__name__)
 
 INDEX = "model.safetensors.index.json"
+PRUNING_FILE = "pruning.json"
+"""How the model was pruned, in ``stages`` of which the last is the latest, see ``export.verify``."""
 IN_MEMORY = "Load the model and use prune without streaming."
 """The way out where a folder cannot be processed block by block."""
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -76,6 +78,13 @@ def _weight_files(folder: Path) -> list[Path]:
     if strays:
         raise ValueError(f"{index} names {strays[0]}, which is outside its folder.")
     return sorted({folder / name for name in names})
+
+
+def stages_of(folder: Path) -> list[Any]:
+    """How the model in a folder was pruned so far, as far as that is recorded."""
+    file = folder / PRUNING_FILE
+    with reading(file):
+        return list(json.loads(file.read_text())["stages"]) if file.is_file() else []
 
 
 def write_index(folder: Path, shards: Iterable[str]) -> None:

@@ -21,6 +21,8 @@ class Solver(ABC):
 
     group: ClassVar[Group] = "row"
     """The group in which "unstructured" compares weights under this solver; ``Unstructured(group=...)`` sets it."""
+    way_out = " It prunes in one shot, and in a run it can make the first mask: first_mask=OneShot(SparseGPT())."
+    """What is said where the ``Criterion`` of a run is wanted."""
 
     def check_pattern(self, pattern: Pattern) -> None:
         """Raise ValueError if the solver cannot prune to this pattern: a group is at most the weights of a layer."""

@@ -268,6 +268,8 @@ def _prepare(command, options, left_behind, text_file):
     kind = {"evaluate": "model", "inspect": "model", "report": "run"}.get(command)
     for path in positional if kind else ():
         shutil.copytree(left_behind / kind, path)
+    if command == "export" and not positional[0].endswith(".ckpt"):
+        shutil.copytree(left_behind / "run", positional[0])
     checkpoints = [path for path in options if path.endswith(".ckpt")]
     for path in map(Path, checkpoints):
         path.parent.mkdir(parents=True)

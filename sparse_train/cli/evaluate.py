@@ -101,8 +101,7 @@ def evaluate(
 
 def _ids(text: TextSource, split: Split, tokenizer: Any, bos: bool) -> tuple[Any, list[int]]:
     """The tokens of a text, and those that are put in front of every window."""
-    if bars_are_seen():
-        print(f"reading {text.name}", file=sys.stderr)
+    print(f"reading {text.name}", file=sys.stderr)
     documents = text.documents(split)
     if not documents:
         raise ValueError(f"{text.name} has no text in its {split} split; give a text that has one.")

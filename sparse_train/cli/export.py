@@ -1,5 +1,6 @@
 """``sparse-train export``: the model of a training checkpoint as a Hugging Face folder."""
 
+from pathlib import Path
 from typing import Any
 
 from sparse_train.models.sources import Dtype, ModelSource, as_model_source, torch_dtype
@@ -15,7 +16,8 @@ def export(
     """Write the model of a training checkpoint as a Hugging Face folder with true zeros.
 
     Args:
-        checkpoint: file, or folder of FSDP2 or DeepSpeed, that ``sparse-train fit`` wrote.
+        checkpoint: file, or folder of FSDP2 or DeepSpeed, that ``sparse-train fit`` wrote; or the folder of a run, of
+            which the newest is taken.
         out: folder to write; must not exist.
         tokenizer: model source, Hugging Face id or folder whose tokenizer is saved with the model; default: that of
             the model that the run began with.
@@ -24,10 +26,13 @@ def export(
             and is private.
     """
     from sparse_train.export import export_checkpoint
+    from sparse_train.models.checkpoints import newest_checkpoint
 
+    if any(Path(checkpoint).rglob("*.ckpt")):  # not inside a checkpoint
+        checkpoint = str(newest_checkpoint(checkpoint))
     loaded = None if tokenizer is None else as_model_source(tokenizer).tokenizer()
     folder = export_checkpoint(checkpoint, out, loaded, dtype=torch_dtype(dtype))
-    print(f"exported to {folder}")
+    print(f"{checkpoint} exported to {folder}")
     url = None
     if push is not None:
         from huggingface_hub import HfApi

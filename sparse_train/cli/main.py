@@ -54,7 +54,7 @@ def main(args: list[str] | None = None) -> None:
         if "Union subtypes" in said:  # jsonargparse has wrapped the error of a class that it created
             from sparse_train.cli.mistakes import explain
 
-            said = explain(said, [])
+            said = explain(said, {})
         if isinstance(error, IsADirectoryError) and name in ("fit", "validate", "test"):
             said += ". A checkpoint that is a folder is read by the strategy that wrote it (docs/scaling.md)."
         if extra := _EXTRAS.get((getattr(error, "name", None) or "").partition(".")[0]):

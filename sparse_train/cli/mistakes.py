@@ -8,9 +8,10 @@ import difflib
 import inspect
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib import import_module
 from itertools import accumulate
+from typing import Any, get_args
 
 from jsonargparse import ArgumentParser
 
@@ -40,12 +41,12 @@ _CAUSE = re.compile(
 """The causes that a message can have; the leftmost is what went wrong."""
 
 
-def explain(message: str, options: Iterable[str]) -> str:
+def explain(message: str, options: Mapping[str, Any]) -> str:
     """The part of a message of jsonargparse that a user needs.
 
     Args:
         message: the argument of ``ArgumentParser.error``.
-        options: option strings of the parser, such as "--trainer.max_steps".
+        options: actions of the parser by option string, such as "--trainer.max_steps".
 
     Returns:
         The first cause in the message, the key that it is about and, if there is one, a similar name. Messages of
@@ -54,20 +55,25 @@ def explain(message: str, options: Iterable[str]) -> str:
     found = _CAUSE.search(message)
     if found is None:
         return message if len(message) < _LONG else message[:_LONG] + " ..."
-    where = ".".join(_KEY.findall(message[: found.start()]))
+    before = message[: found.start()]
+    where = ".".join(_KEY.findall(before))
     if found["option"]:
         return _no_option(found["option"].rstrip("+"), options, "--" if "nrecognized" in found[0] else "")
     if found["argument"]:
-        module, _, owner = found["owner"].rpartition(".")
-        # jsonargparse also finds the arguments that a class hands on as ``**settings``
-        accepted = ArgumentParser().add_class_arguments(getattr(import_module(module), owner), fail_untyped=False)
+        accepted = _arguments_of(found["owner"])
         name = found["argument"].rstrip("+")
         similar = did_you_mean(name.partition(".")[0], [*accepted, "init_args"]) or f" It has {', '.join(accepted)}."
-        said = f"{owner} has no argument {name!r}.{similar}"
+        said = f"{found['owner'].rpartition('.')[2]} has no argument {name!r}.{similar}"
     elif name := found["name"] or found["missing"]:
-        known, own = _classes(), name.rpartition(".")[2]
-        similar = did_you_mean(own, known) or " Name your own as MODULE.CLASS."
-        said = f"{name} is not of the kind that is wanted." if own in known else f"there is no class {name!r}.{similar}"
+        own, known, owners = name.rpartition(".")[2], _classes(), re.findall(r"given class_path '([^']+)'", before)
+        action = _arguments_of(owners[-1]).get(where.rpartition(".")[2]) if owners else options.get(f"--{where}")
+        parts = [hint := getattr(action, "_typehint", object), *get_args(hint)]  # of a union, and of lists in it
+        kinds = tuple(each for part in parts for each in (part, *get_args(part)) if isinstance(each, type))
+        fitting = (each for each, cls in known.items() if issubclass(cls, kinds) and not inspect.isabstract(cls))
+        similar = did_you_mean(own, fitting)
+        said = f"there is no class {name!r}.{similar or ' Name your own as MODULE.CLASS.'}"
+        if own in known:
+            said = f"{name} is not of the kind that is wanted.{getattr(known[own], 'way_out', similar)}"
     elif found["abstract"]:
         said = "say which class these arguments are for, by its name."
     elif found["group"]:
@@ -96,10 +102,18 @@ def _no_option(name: str, options: Iterable[str], dashes: str) -> str:
     return f"there is no {'option' if dashes else 'key'} {dashes}{name}.{similar}"
 
 
-def _classes() -> set[str]:
+def _arguments_of(path: str) -> dict[str, Any]:
+    """The actions of jsonargparse for a class's arguments, also for those that it hands on as ``**settings``."""
+    module, _, owner = path.rpartition(".")
+    parser = ArgumentParser()
+    names = parser.add_class_arguments(getattr(import_module(module), owner), fail_untyped=False)
+    return {name: parser._option_string_actions.get(f"--{name}") for name in names}
+
+
+def _classes() -> dict[str, type]:
     modules = [module for name, module in sys.modules.items() if re.match(r"sparse_train\.(?!cli|report)", name)]
-    found = {name for module in modules for name, each in vars(module).items() if inspect.isclass(each)}
-    return {name for name in found if not name.startswith("_")}
+    found = {name: each for module in modules for name, each in vars(module).items() if inspect.isclass(each)}
+    return {name: each for name, each in found.items() if not name.startswith("_")}
 
 
 def _wrong_value(types: str, value: str) -> str:

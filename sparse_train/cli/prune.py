@@ -1,6 +1,7 @@
 """``sparse-train prune``: one model to one folder."""
 
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter as now
@@ -18,10 +19,9 @@ from sparse_train.evaluation.perplexity import check_window
 from sparse_train.export import export_model
 from sparse_train.export.card import ModelCard, write_card
 from sparse_train.export.hf_folder import check_written, size_of
-from sparse_train.export.verify import PRUNING_FILE
 from sparse_train.files import check_free, check_space, write_json, written_whole
 from sparse_train.inspection import LayerSparsity, layer_sparsities
-from sparse_train.model_folders import WeightFiles, copy_others, model_without_weights
+from sparse_train.model_folders import PRUNING_FILE, WeightFiles, copy_others, model_without_weights
 from sparse_train.models.sources import (
     Autocast,
     Dtype,
@@ -37,7 +37,6 @@ from sparse_train.oneshot.prune import prune_checkpoint
 from sparse_train.oneshot.walk import OneshotReport, Plan
 from sparse_train.patterns import Pattern, group_label
 from sparse_train.solvers import Solver
-from sparse_train.terminal import bars_are_seen
 
 Details = dict[str, Any]
 """Plain data about a pruning, in the end what pruning.json holds."""
@@ -112,6 +111,8 @@ def prune(
     folder, source, text, began = Path(out), as_model_source(model, dtype="auto"), text or PackagedWikipedia(), now()
     check_free(folder)
     with joined(chosen_device(device)) as own_device:
+        if rank() == 0:
+            print("reading", source.name, *(["and", text.name] if plan.needs_data else []), file=sys.stderr)
         if streaming:
             files = _files_of(source)
             loaded = model_without_weights(files, WeightFiles(files))
@@ -121,18 +122,16 @@ def prune(
         if plan.needs_data:
             check_window(loaded, max_seq_length, name="max_seq_length")
         check_space(folder, size_of(loaded, torch_dtype(dtype)))
-        if plan.needs_data and rank() == 0 and bars_are_seen():
-            print(f"reading {text.name}", file=sys.stderr)
         batches = _own_batches(source, text, calibration) if plan.needs_data else None
         details, layers = Details(), list[LayerSparsity]()
 
         def complete(written: Path, report: OneshotReport) -> None:
             """Write what is missing in the folder, before it gets its name."""
             data = {"text": text.name, **calibration, "autocast": autocast, "processes": world_size()}
-            details.update(_details(source.name, plan, report, method, data, own_device), streaming=streaming)
-            stage, calibrated = details["stages"][0], {"calibration": details["calibration"]}
+            details.update(_details(source, plan, report, method, data, own_device), streaming=streaming)
+            stage, calibrated = details["stages"][-1], {"calibration": details["calibration"]}
             made = {"method": "pruned in one shot, without training", **stage, **calibrated}
-            card = ModelCard(source.name, source.hub_id, source.license, made)
+            card = ModelCard(source.name, source.hub_id, source.license, made, stages=source.stages)
             if streaming:
                 layers.extend(_pruned_layers(report, group_label(plan.pattern)))
                 check_written(written, layers, loaded)
@@ -158,7 +157,7 @@ def prune(
 
 
 def _details(
-    model: str, plan: Plan, report: OneshotReport, method: Details, calibration: Details, device: str
+    model: ModelSource, plan: Plan, report: OneshotReport, method: Details, calibration: Details, device: str
 ) -> Details:
     """What ``pruning.json`` says, but for the time of everything."""
     stage = {
@@ -171,8 +170,8 @@ def _details(
         "ignore": method["ignore"],
     }
     return {
-        "model": model,
-        "stages": [stage],
+        "model": model.name,
+        "stages": [*model.stages, stage],
         "sparsity": report.sparsity,
         "calibration": calibration if plan.needs_data else None,
         "device": device,
@@ -191,13 +190,13 @@ def _files_of(source: ModelSource) -> Path:
     return source.folder()
 
 
-def _own_batches(source: ModelSource, text: TextSource, calibration: dict[str, Any]) -> list[Batch]:
-    """The calibration data of this process."""
+def _own_batches(source: ModelSource, text: TextSource, calibration: dict[str, Any]) -> Iterator[Batch]:
+    """The calibration data of this process; text is read when the first batch is asked for, after all checks."""
     found: list[Batch] = list(calibration_batches(text, source.tokenizer(), **calibration))
     if len(found) < world_size():
         given = f"There are {len(found)} calibration batches for {world_size()} processes."
         raise ValueError(f"{given} Give a smaller batch_size, or start fewer processes.")
-    return found[rank() :: world_size()]
+    yield from found[rank() :: world_size()]
 
 
 def _pruned_layers(report: OneshotReport, label: str) -> list[LayerSparsity]:

@@ -18,9 +18,9 @@ from sparse_train.terminal import print_table
 
 def show_pruning(details: dict[str, Any], layers: Sequence[LayerSparsity], folder: Path) -> None:
     print(f"{details['model']} pruned to {folder}")
-    for stage in details["stages"]:
-        divided = "" if stage["distribution"] == "Uniform()" else f", {stage['distribution']}"
-        print(f"{stage['criterion']}, {stage['mask_structure']}{divided}")
+    stage = details["stages"][-1]
+    divided = "" if stage["distribution"] == "Uniform()" else f", {stage['distribution']}"
+    print(f"{stage['criterion']}, {stage['mask_structure']}{divided}")
     if data := details["calibration"]:
         size = f"{data['num_calibration_samples']} x {data['max_seq_length']} tokens"
         print(f"calibrated on {size} of {data['text']} ({data['sampling']}), seed {data['seed']}")

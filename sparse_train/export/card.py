@@ -42,6 +42,8 @@ class ModelCard:
     """YAML with which the model can be made again."""
     pruning: Mapping[str, Any] | None = None
     """What ``pruning.json`` is to say: where the zeros are to be, see ``export.verify``."""
+    stages: Sequence[Any] = ()
+    """How the base model was pruned before, as its ``pruning.json`` says."""
 
     def text(self, layers: Sequence[LayerSparsity]) -> str:
         """The card as Markdown, with the front matter that the hub reads.
@@ -62,6 +64,7 @@ class ModelCard:
         whole = f", {sparsity_of(layers):.4f} of all linear layers'" if len(layers) > len(found) else ""
         made = {
             "base model": self.base_model,
+            "pruned before": list(self.stages),
             **self.made,
             "counted sparsity": f"{sparsity_of(found):.4f} of the {len(found)} pruned layers' weights{whole}, "
             "counted on the weights that are written here",

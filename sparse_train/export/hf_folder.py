@@ -14,13 +14,13 @@ from sparse_train.blocks import numel
 from sparse_train.distributed.collectives import rank
 from sparse_train.distributed.engines import layout_of, whole_state_dict
 from sparse_train.export.card import ModelCard, training_rows, write_card
-from sparse_train.export.verify import PRUNING_FILE, compare
+from sparse_train.export.verify import compare
 from sparse_train.files import reading, write_json, written_whole
 from sparse_train.inspection import LayerSparsity, layer_sparsities
 from sparse_train.layers.masked_layer import sparse_layers
 from sparse_train.layers.sparsify import sparsify_like, squash
 from sparse_train.layers.state_dicts import folded_state_dict
-from sparse_train.model_folders import WeightFiles, names_in_model
+from sparse_train.model_folders import PRUNING_FILE, WeightFiles, names_in_model
 from sparse_train.models import lora
 from sparse_train.models.checkpoints import PRUNING_STATE, read_checkpoint
 from sparse_train.models.sources import PackagedSmolLM2, Pretrained
@@ -85,8 +85,9 @@ def export_model(
             tokenizer.save_pretrained(beside)
         write_card(beside, card, layers)
         if card.pruning is not None:
-            write_json(beside / PRUNING_FILE, card.pruning)
-            compare(card.pruning, WeightFiles(beside), base)
+            pruning = {**card.pruning, "stages": [*card.stages, *card.pruning["stages"]]}
+            write_json(beside / PRUNING_FILE, pruning)
+            compare(pruning, WeightFiles(beside), base)
     return out
 
 
@@ -221,4 +222,5 @@ def _card_of(content: Mapping[str, Any]) -> ModelCard:
             final,
             state["timing"]["end_step"],
         )
-    return ModelCard(source.get("name"), source.get("hub_id"), source.get("license"), made=made)
+    name, stages = source.get("name"), source.get("stages", ())
+    return ModelCard(name, source.get("hub_id"), source.get("license"), made=made, stages=stages)

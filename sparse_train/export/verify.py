@@ -13,16 +13,16 @@ from torch import Tensor, nn
 
 from sparse_train.blocks import fused_experts, is_conv1d
 from sparse_train.files import reading
-from sparse_train.model_folders import WeightFiles, model_without_weights, names_in_model
+from sparse_train.model_folders import PRUNING_FILE, WeightFiles, model_without_weights, names_in_model
 from sparse_train.patterns import Pattern, Unstructured, group_label, parse_word
-
-PRUNING_FILE = "pruning.json"
-"""How a model was pruned. Compared are ``mask_structure`` (as ``group_label`` writes it), ``wanted_sparsity`` and
-``distribution`` of the last of its ``stages``; and ``layers``, by name the share that the mask of a layer prunes."""
 
 
 def verify(folder: str | Path) -> dict[str, Any]:
-    """``compare`` a folder with its own ``pruning.json``; ValueError if it has none. Holds one weight at a time."""
+    """``compare`` a folder with its own ``pruning.json``; ValueError if it has none. Holds one weight at a time.
+
+    Compared are ``mask_structure`` (as ``group_label`` writes it), ``wanted_sparsity`` and ``distribution`` of the last
+    of its ``stages``; and ``layers``, by name the share that the mask of a layer prunes.
+    """
     folder = Path(folder)
     hint = " It says what zeros should be: prune, fit --export and export write it."
     with reading(folder / PRUNING_FILE, lambda: hint):

@@ -29,12 +29,12 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from sparse_train.distributed.collectives import rank
-from sparse_train.export.verify import PRUNING_FILE
 from sparse_train.files import load_plain, replacing, write_json
 from sparse_train.layers import masks
 from sparse_train.layers.masked_layer import MaskedLayer, sparse_layers
 from sparse_train.layers.masks import MASK_NAME
 from sparse_train.layers.sparsify import unmask
+from sparse_train.model_folders import PRUNING_FILE
 from sparse_train.models import lora
 from sparse_train.oneshot.first_mask import set_first_mask, training_batches
 from sparse_train.oneshot.forwards import under_autocast

@@ -83,6 +83,7 @@ def find_targets(
     if not chosen:
         linears, frozen = [name for name, module in model.named_modules() if is_linear(module)], frozen_linears(model)
         free = sorted(set(linears) - ignored - adapters - tied, key=lambda name: (name in frozen, linears.index(name)))
+        free = [name for name in free if not _misfit(model, name, pattern)]
         raise ValueError(
             f"Nothing to prune: no linear layer was targeted (targets={targets}, ignore={ignore}, {len(linears)} "
             f"nn.Linear in {type(model).__name__}, {len(frozen)} of them frozen beside others in training). A model "
@@ -95,7 +96,6 @@ def find_targets(
         if name in layers:
             check_maskable(model, name, layers[name], adapters, tied)
         pattern.check_layer(name, (shape_OI(layers[name]) if name in layers else fused[name].shape_OI)[1])
-    _log.info("Pruning %s.", layers_in_words(chosen))
     if targets is None and (blocks is not None or own_use):
         _warn_of_dense(model, blocks or "", fused, own_use)
     return Targets(layers, {name: fused[name] for name in chosen if name in fused})
@@ -127,16 +127,22 @@ def _without_blocks(model: nn.Module, pattern: Pattern, never: set[str], ignored
     # if mask_lora has been added already, it has frozen the last layer
     if found and not getattr(model.get_submodule(found[-1]), "has_factors", False):
         del found[-1]
-    if frozen and found:
-        _log.info("%d linear layers stay dense, which are frozen beside others: %s, ...", len(frozen), min(frozen))
     fitting = []
     for name in (name for name in found if name not in ignored):
-        try:
-            pattern.check_layer(name, shape_OI(model.get_submodule(name))[1])
+        if why := _misfit(model, name, pattern):
+            _log.warning("%s stays dense: %s", name, why)
+        else:
             fitting.append(name)
-        except ValueError as error:
-            _log.warning("%s stays dense: %s", name, error)
     return fitting
+
+
+def _misfit(model: nn.Module, name: str, pattern: Pattern) -> str:
+    """Why the pattern does not fit a layer; empty if it does."""
+    try:
+        pattern.check_layer(name, shape_OI(model.get_submodule(name))[1])
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def layers_in_words(layers: Iterable[str]) -> str:

@@ -195,8 +195,8 @@ class CausalLM(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # enough to build the model without its source, so that ``sparse-train export`` needs no hub
         checkpoint["model_config"] = self.model.config.to_dict()
-        source = self.source
-        checkpoint["model_source"] = {"name": source.name, "hub_id": source.hub_id, "license": source.license}
+        names = ("name", "hub_id", "license", "stages")
+        checkpoint["model_source"] = {name: getattr(self.source, name) for name in names}
         checkpoint["generation_config"] = self.model.generation_config.to_dict()
         checkpoint["adapter_config"] = adapter_config(self.model)
 

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -19,10 +20,11 @@ from sparse_train.arguments import did_you_mean
 from sparse_train.distributed.collectives import rank
 from sparse_train.distributed.fsdp2 import shard_blocks
 from sparse_train.files import reading
+from sparse_train.model_folders import stages_of
 
 _log = logging.getLogger(__name__)
 _FOLDERS = "Of a checkpoint of a training run, make a folder by: sparse-train export CHECKPOINT FOLDER."
-_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+_HUB_ID = re.compile(r"(?!Packaged\w*$)\w[\w.-]*(/\w[\w.-]*)?")  # Packaged... is a class
 
 
 class ModelSource(ABC):
@@ -34,6 +36,8 @@ class ModelSource(ABC):
     """Its id on the Hugging Face hub, if it has one."""
     license: str | None = None
     """Its license by the hub's identifier, if it is known."""
+    stages: Sequence[Any] = ()
+    """How it was pruned before, if that is known."""
 
     @abstractmethod
     def load(self) -> Any:
@@ -66,6 +70,7 @@ class Pretrained(ModelSource):
         self.path = os.path.expanduser(self.path)  # a shell does not in --model=~/x, and nothing does in YAML
         self.name = f"{self.path}/{self.gguf_file}" if self.gguf_file else self.path
         self.hub_id = None if Path(self.path).exists() else self.path
+        self.stages = stages_of(Path(self.path))  # now: an error at the end would lose a run
 
     def load(self) -> Any:
         from transformers import AutoModelForCausalLM
@@ -114,18 +119,18 @@ class Pretrained(ModelSource):
         """What helps when loading fails, beside the words of the library."""
         if Path(self.path).is_dir():
             return "" if (Path(self.path) / "config.json").is_file() else f" {_FOLDERS}"
-        sources = [source.__name__ for source in ModelSource.__subclasses__()]
-        return f"{did_you_mean(self.path, sources)} There is no folder of this name, so a hub was asked."
+        return " There is no folder of this name, so a hub was asked."
 
     def _check_path(self) -> None:
         """Raise ValueError at once for what is no folder and no id of a hub, which would be asked in vain."""
         path = Path(self.path)
         local = path.parent != Path() and path.parent.is_dir()
         if not path.is_dir() and (local or not _HUB_ID.fullmatch(self.path)):
-            beside = did_you_mean(str(path), map(str, path.parent.iterdir()) if local else [])
+            sources = [source.__name__ for source in ModelSource.__subclasses__()]
+            beside = did_you_mean(str(path), map(str, path.parent.iterdir()) if local else sources)
             if path.is_file():
                 beside = f" {_FOLDERS} Of a GGUF file, name folder and file: --model.path and --model.gguf_file."
-            raise ValueError(f"There is no folder {path}.{beside} The hub is asked only for NAME or OWNER/NAME.")
+            raise ValueError(f"There is no folder or class {path}.{beside} A hub is asked only for NAME or OWNER/NAME.")
 
     def _check_whole(self, model: Any, missing: list[str], unread: list[str]) -> None:
         """Raise ValueError for weights that the checkpoint lacks; warn if the model is only a part of what it holds."""

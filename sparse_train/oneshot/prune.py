@@ -123,13 +123,13 @@ def prune_checkpoint(
     if plan.pattern.model_wide:
         raise ValueError(f"{plan.pattern} compares over the whole model, which is never in memory here. Use prune.")
     checkpoint = model_folders.WeightFiles(path)
+    model = model_folders.model_without_weights(path, checkpoint)
+    chosen = find_targets(model, plan.pattern, targets, ignore, experts=True)
     batches = list(batches) if plan.needs_data and batches is not None else None
     parts = (plan.pattern, plan.sparsity, plan.method, plan.distribution, targets, list(ignore))
     data = f"autocast={autocast}", checkpoint.fingerprint, disk.fingerprint(batches or [])
     settings = [*map(describe, parts), *data]
     with disk.unfinished(out, settings) as work:
-        model = model_folders.model_without_weights(path, checkpoint)
-        chosen = find_targets(model, plan.pattern, targets, ignore, experts=True)
         shelf = disk.DiskShelf(model, checkpoint, chosen, work, torch.device(device))
         shelf.load_rest()
         report = walk(shelf, plan, batches, progress, under_autocast(autocast, shelf.device))

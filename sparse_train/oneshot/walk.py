@@ -207,7 +207,7 @@ def walk(
     A block is loaded, calibrated on the outputs of the block before it, pruned, run again for the next one, and freed.
     Masks are set; weights change only with a ``Solver``, and experts get their zeros. Only forwards run in ``context``.
     """
-    began, calibration = time.perf_counter(), None
+    calibration = None
     if plan.needs_data:
         if batches is None:
             raise ValueError(
@@ -216,7 +216,7 @@ def walk(
             )
         # reads the batches, which the model itself may generate, as they are asked for: before its modes are set
         calibration = CalibrationPass(shelf.model, shelf.blocks, batches, shelf.device, shelf.keep_on, context)
-    experts = {"_experts_implementation": "eager"}  # one by one
+    began, experts = time.perf_counter(), {"_experts_implementation": "eager"}  # one by one
     with inference(shelf.model, use_cache=False, **experts):  # once, since it goes through all modules
         if calibration is not None and plan.distribution.needs_outliers and not shelf.outliers:
             shelf.outliers = _measure_outliers(shelf, plan.distribution, calibration, progress)

@@ -299,6 +299,7 @@ def pruning_json(
     """What a run with these settings (``as_data``) prunes now, as ``pruning.json`` says it."""
     label, distribution = settings["mask_structure"], as_call(settings["distribution"])
     stage = {"mask_structure": label, "wanted_sparsity": sparsity or 0.0, "distribution": distribution}
+    stage |= {name: as_call(settings[name]) for name in ("criterion", "policy", "first_mask")}
     # as verify reads them: of each row, or else of the whole layer
     return {
         "stages": [stage],

@@ -19,6 +19,10 @@ from sparse_train.pruning.update import Rules, mask_shares, measure, sparsity_of
 _log = logging.getLogger(__name__)
 
 _A_FEW = 0.005  # weights of 4 bits have 0.0003
+_DENSE = (
+    "first_mask is FromZeros(), and the model is dense. Prune it first (sparse-train prune MODEL FOLDER) and train "
+    "that folder, or make the first mask here: first_mask=OneShot()."
+)
 _TO_KEEP_THEM = (
     "To train with the existing zeros, leave DynamicPruning or MaskUpdater out: call sparse_train.keep_zeros(model) "
     "before training, and squash(model) after it."
@@ -88,7 +92,7 @@ def masks_from_zeros(layers: Mapping[str, MaskedLayer], pattern: Pattern, sparsi
                 "mask: first_mask=OneShot()."
             )
     except ValueError as own:
-        error = own
+        error = own if percent > 100 * _A_FEW else ValueError(_DENSE)
     refused = torch.tensor(int(error is not None), device=next(iter(layers.values())).weight_mask.device)
     sum_over_ranks([refused])  # a process that ended alone would leave the others waiting
     if refused:

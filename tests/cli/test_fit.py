@@ -4,6 +4,7 @@ import builtins
 import csv
 import errno
 import io
+import json
 import os
 import re
 import shutil
@@ -75,8 +76,9 @@ def test_fit_export_and_resume(fit, model_folder, capsys):
     resolved = yaml.safe_load(Path("run/version_0/config.yaml").read_text())
     assert resolved["trainer"]["max_steps"] == 6
 
-    checkpoint = next(Path("run").rglob("*.ckpt"))
-    cli.main(["export", str(checkpoint), "from_checkpoint", f"--tokenizer={model_folder}"])
+    checkpoint = max(Path("run").rglob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
+    cli.main(["export", "run", "from_checkpoint", f"--tokenizer={model_folder}"])
+    assert f"{checkpoint} exported to from_checkpoint" in capsys.readouterr().out
     assert "update_freq: 2\n" in Path("from_checkpoint/README.md").read_text()
     again = AutoModelForCausalLM.from_pretrained("from_checkpoint")
     for key, value in again.state_dict().items():
@@ -107,6 +109,31 @@ def test_fit_export_and_resume(fit, model_folder, capsys):
     for command, metric in (("validate", "val/perplexity"), ("test", "test/perplexity")):
         fit(*pruned, going_on, command=command)
         assert re.search(rf"^{metric}  \d+\.\d{{4}}$", capsys.readouterr().out, re.M)
+
+
+@pytest.mark.usefixtures("without_pictures")
+def test_what_was_pruned_before_is_said_with_how(fit, model_folder, text_file):
+    calibration = [f"--text={text_file}", "--num_calibration_samples=4", "--max_seq_length=32"]
+
+    def criteria(folder):
+        card = yaml.safe_load(re.search(r"```yaml\n(.*?)```", Path(folder, "README.md").read_text(), re.S)[1])
+        stages = json.loads(Path(folder, "pruning.json").read_text())["stages"]
+        assert card.get("pruned before", []) == stages[:-1]
+        return [stage["criterion"].partition("(")[0] for stage in stages]
+
+    cli.main(["prune", str(model_folder), "first", "--criterion=SparseGPT", *calibration])
+    for how in ("true", "false"):
+        again = ["--criterion=Magnitude", "--mask_structure=1:4", f"--streaming={how}"]
+        cli.main(["prune", "first", f"again_{how}", *again])
+        assert criteria(f"again_{how}") == ["SparseGPT", "Magnitude"]
+    options = ["--trainer.callbacks.first_mask=FromZeros", "--trainer.callbacks.policy=Fixed"]
+    fit("--model.model=first", "--trainer.val_check_interval=2", *options, "--export=trained")
+    assert criteria("first") == ["SparseGPT"] and criteria("trained") == ["SparseGPT", "Wanda"]
+    shutil.rmtree("first")  # the checkpoint says it, too
+    cli.main(["export", "run", "from_checkpoint"])
+    assert criteria("from_checkpoint") == ["SparseGPT", "Wanda"]
+    cli.main(["prune", "trained", "third", "--criterion=Magnitude", "--mask_structure=1:4"])
+    assert criteria("third") == ["SparseGPT", "Wanda", "Magnitude"]
 
 
 SHORT = ["--trainer.max_steps=3", "--trainer.val_check_interval=3", "--trainer.enable_checkpointing=false"]
@@ -159,6 +186,21 @@ def test_a_place_that_cannot_be_written_is_said_before_the_run(fit, monkeypatch)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
     with pytest.raises(SystemExit, match="model needs about 0.0 GB, and 0.0 GB are free"):
         fit("--export=model", recipe="smollm2_dense")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model.model=PackagedSmolLM"], "There is no folder or class"),
+        (["--trainer.callbacks.first_mask=FromZeros"], "the model is dense"),
+        (["--trainer.callbacks.targets=[up_prj]"], "matches no layer"),
+        (["--data.block_size=100000"], "block"),
+    ],
+)
+def test_a_run_that_is_refused_leaves_no_folder(fit, options, message):
+    with pytest.raises(SystemExit, match=message):
+        fit(*options)
+    assert not list(Path().rglob("version_*"))
 
 
 def test_a_run_without_what_is_monitored_is_one_line(fit):

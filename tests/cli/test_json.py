@@ -148,7 +148,8 @@ def test_an_error_is_on_stderr_and_stdout_empty(done):
 
 @pytest.mark.parametrize("name", ["prune", "evaluate", "inspect", "export", "report"])
 def test_nothing_else_is_said(name, done):
-    assert done[name][2] == ""
+    said = {"prune": "reading .*tiny-llama and topics.txt\n", "evaluate": "reading topics.txt\n"}.get(name, "")
+    assert re.fullmatch(said, done[name][2])
 
 
 @pytest.mark.parametrize("name", ["plain", "plain_prune", "plain_fit"])

@@ -56,12 +56,16 @@ def answer(arguments, capsys) -> str:
         # classes
         (
             [*FIT, f"{PRUNING}.criterion=Wonda"],
-            "trainer.callbacks.criterion: there is no class 'Wonda'. Did you mean 'Wanda",
+            "trainer.callbacks.criterion: there is no class 'Wonda'. Did you mean 'Wanda'?",
         ),
         (
             [*FIT, f"{PRUNING}.first_mask=OneShot", f"{PRUNING}.first_mask.criterion=Fixed"],
             "trainer.callbacks.first_mask.criterion: Fixed is not of the kind that is wanted.",
         ),
+        ([*FIT, f"{PRUNING}.criterion=SparseGPT"], "can make the first mask: first_mask=OneShot(SparseGPT())"),
+        ([*PRUNE, "--criterion=Wnda"], "criterion: there is no class 'Wnda'. Did you mean 'Wanda'?"),
+        ([*PRUNE, "--criterion=Unstructured"], "criterion: Unstructured is not of the kind that is wanted."),
+        ([*PRUNE, "--text=PackagedText"], "Did you mean 'PackagedQuestions' or 'PackagedWikipedia'?"),
         ([*FIT, "--trainer.callbacks+=Evaluaton"], "there is no class 'Evaluaton'. Did you mean 'Evaluation'"),
         ([*PRUNE, "--criterion=nowhere.Score"], "criterion: there is no class 'nowhere.Score'."),
         ([*PRUNE, "--criterion=sparse_train.Wonda"], "there is no class 'sparse_train.Wonda'. Did you mean 'Wanda'"),
@@ -182,7 +186,7 @@ def test_a_package_that_is_missing_is_named_with_its_extra(model_folder, text_fi
 
 
 def test_unknown_messages_stay_as_they_are():
-    assert explain("the parser said something new", ["--model"]) == "the parser said something new"
+    assert explain("the parser said something new", {"--model": None}) == "the parser said something new"
 
 
 def test_a_recipe_that_is_no_yaml_is_named_with_the_line(tmp_path):

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 
 from sparse_train import model_folders
 from sparse_train.cli import main as cli
+from sparse_train.data.texts import TextFiles
 from sparse_train.model_folders import copy_companions
 from tests.conftest import tiny_llama, tiny_tokenizer
 
@@ -88,6 +89,17 @@ def test_samples_that_are_too_long_are_said_before_the_pruning(run, how):
     with pytest.raises(SystemExit, match="max_seq_length is 80 tokens, and GPT2LMHeadModel has 64 positions"):
         run(how, "--max_seq_length=80")
     assert [path.name for path in Path().iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("how", ["--streaming=true", "--seed=1"])
+def test_layers_that_are_not_there_are_said_before_text_is_read(run, how, monkeypatch, capsys):
+    with monkeypatch.context() as unread:
+        unread.setattr(TextFiles, "documents", lambda *_: pytest.fail("it is read"))
+        with pytest.raises(SystemExit, match="targets: 'up_prj' matches no layer"):
+            run(how, "--targets=[up_prj]")
+    assert [path.name for path in Path().iterdir()] == ["model"]
+    run(how)
+    assert "reading model and topics.txt\n" in capsys.readouterr().err
 
 
 def test_what_a_folder_holds_beside_the_model_is_kept(run, model_folder):

@@ -87,6 +87,13 @@ def test_where_nothing_is_left_no_layer_is_offered_that_was_left_out(llama):
         names(llama, ignore=["re:.*"])
 
 
+def test_where_nothing_is_left_a_layer_is_offered_that_the_pattern_fits():
+    with pytest.raises(ValueError, match=r"targets=\['1'\]"):  # 1 is the last one, and 0 has 6 inputs
+        names(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 2)))
+    with pytest.raises(ValueError, match=r"before it has run\.$"):
+        names(nn.Sequential(nn.Linear(6, 8), nn.Linear(6, 2)))
+
+
 class MyAttention(nn.Module):
     def __init__(self):
         super().__init__()

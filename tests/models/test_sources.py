@@ -84,7 +84,10 @@ def test_a_home_folder_and_a_run_are_understood(tmp_path, monkeypatch):
         check_free(Path("~/out"))
 
 
-@pytest.mark.parametrize("path", ["runs/modle", "./modle", "modle/", "a/b/c", "/nowhere/model", "~/modle", "my model"])
+@pytest.mark.parametrize(
+    "path",
+    ["runs/modle", "./modle", "modle/", "a/b/c", "/nowhere/model", "~/modle", "my model", "PackagedSmolLM", "Packaged"],
+)
 @pytest.mark.parametrize("ask", [Pretrained.load, Pretrained.tokenizer, Pretrained.folder])
 def test_a_mistyped_path_is_not_looked_up_on_the_hub(tmp_path, monkeypatch, path, ask):
     (tmp_path / "runs" / "model").mkdir(parents=True)
@@ -95,6 +98,7 @@ def test_a_mistyped_path_is_not_looked_up_on_the_hub(tmp_path, monkeypatch, path
     with pytest.raises(ValueError, match="There is no folder") as error:
         ask(Pretrained(path))
     assert ("Did you mean 'runs/model'?" in str(error.value)) == (path == "runs/modle")
+    assert ("Did you mean 'PackagedSmolLM2'?" in str(error.value)) == path.startswith("Packaged")
 
 
 @pytest.mark.parametrize("name", ["gpt2", "org/some-model_1.0"])

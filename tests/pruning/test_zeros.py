@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sparse_train import (
+    OWL,
     Cubic,
     Fixed,
     FromZeros,
@@ -83,8 +84,9 @@ def test_zeros_that_do_not_follow_the_pattern_are_no_first_mask(ids, caplog):
         MaskUpdater(model, "unstructured", 0.5, first_mask=FromZeros(), total_steps=12)
     assert not sparse_layers(model)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    with pytest.raises(ValueError, match="0.0 % of the targeted weights are zeros"):
-        MaskUpdater(tiny_llama(), "2:4", first_mask=FromZeros(), total_steps=12)
+    for structure, settings in (("2:4", {}), ("unstructured", {"sparsity": 0.5, "distribution": OWL()})):
+        with pytest.raises(ValueError, match=r"the model is dense\. Prune it first .*, or make .*OneShot\(\)\.$"):
+            MaskUpdater(tiny_llama(), structure, first_mask=FromZeros(), total_steps=12, **settings)
     MaskUpdater(tiny_llama(), "2:4", total_steps=12)
     assert not caplog.records
 

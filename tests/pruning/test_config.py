@@ -68,7 +68,7 @@ def test_the_first_sparsity_is_none_if_masks_come_later():
         ({"update_freq": 2.5}, "update_freq .* got 2.5"),
         ({"norm_decay": 1.5}, "norm_decay is the factor"),
         ({"norm_decay": None}, "norm_decay is the factor"),
-        ({"criterion": SparseGPT()}, r"such as Wanda\(\), got SparseGPT.* It prunes in one shot: "),
+        ({"criterion": SparseGPT()}, r"such as Wanda\(\), got SparseGPT.* It prunes in one shot, "),
         ({"criterion": Wanda}, r"Write Wanda\(\)"),
         ({"policy": Regrow}, r"Write Regrow\(\)"),
         ({"first_mask": FirstWindow}, r"Write FirstWindow\(\)"),

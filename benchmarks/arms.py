@@ -103,8 +103,8 @@ _AST = ("criterion=Magnitude", "policy=variants.RisingDecay", "end_step=1.0")
 _CAST = ("criterion=Magnitude", "policy=variants.GrowingDecay", "end_step=1.0")
 _SRSTE = ("criterion=Magnitude", "policy=variants.CoupledDecay", "update_freq=1", "window=1", "end_step=1.0")
 _FROM_ZEROS = ("first_mask=FromZeros", "--model.distillation.teacher=PackagedSmolLM2")
-_SOLVED = "--trainer.callbacks+=variants.SolvedStart"
-_IHT = (_SOLVED, "--trainer.callbacks.solver=IHT")
+_SOLVED = "first_mask.criterion=SparseGPT"
+_IHT = "first_mask.criterion=IHT"
 _SWAPS = (*_FROM_WANDA, "policy=variants.EvidenceSwaps")
 _70 = ("mask_structure=unstructured", "sparsity=0.7")
 _GRADUAL_70 = (
@@ -167,8 +167,8 @@ ARMS: dict[str, Arm] = {
     "static_sparsegpt_distill": _arm("smollm2_2of4_static", *_FROM_ZEROS, start="oneshot_sparsegpt", distil=True),
     "dynamic_sparsegpt_distill": _arm("smollm2_2of4", _SOLVED, distil=True),
     "dynamic_dormant_sparsegpt_distill": _arm("smollm2_2of4", "policy=Dormant", _SOLVED, distil=True),
-    "static_iht_distill": _arm("smollm2_2of4_static", *_IHT, distil=True),
-    "dynamic_dormant_iht_distill": _arm("smollm2_2of4", "policy=Dormant", *_IHT, distil=True),
+    "static_iht_distill": _arm("smollm2_2of4_static", _IHT, distil=True),
+    "dynamic_dormant_iht_distill": _arm("smollm2_2of4", "policy=Dormant", _IHT, distil=True),
     "dynamic_from_sparsegpt_distill": _arm("smollm2_2of4", *_FROM_ZEROS, start="oneshot_sparsegpt", distil=True),
     "dynamic_dormant_stop25_distill": _arm("smollm2_2of4", "policy=Dormant", "end_step=0.25", distil=True),
     # AST (arXiv 2407.20584): magnitude from the start, a decay that rises for a quarter of the run, masks never frozen
@@ -219,8 +219,8 @@ ARMS: dict[str, Arm] = {
     "dynamic_from_sparsegpt_70_distill": _arm(
         "smollm2_unstructured60", *_70, *_FROM_ZEROS, start="oneshot_sparsegpt_70", distil=True
     ),
-    "static_iht_70_distill": _arm("smollm2_unstructured60", *_70, "policy=Fixed", *_IHT, distil=True),
-    "dynamic_dormant_iht_70_distill": _arm("smollm2_unstructured60", *_70, "policy=Dormant", *_IHT, distil=True),
+    "static_iht_70_distill": _arm("smollm2_unstructured60", *_70, "policy=Fixed", _IHT, distil=True),
+    "dynamic_dormant_iht_70_distill": _arm("smollm2_unstructured60", *_70, "policy=Dormant", _IHT, distil=True),
     "lora_70_distill": _arm("smollm2_2of4_lora", *_70, distil=True),
     # low-rank, on q and v: outside the mask, where merging loses zeros, and inside it
     "lora": _arm("smollm2_2of4_lora"),

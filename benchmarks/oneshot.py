@@ -20,7 +20,7 @@ import rows
 import torch
 from jsonargparse import auto_cli
 
-from sparse_train import RIA, Magnitude, SparseGPT, Unstructured, Wanda, WandaCumulative
+from sparse_train import IHT, RIA, Magnitude, SparseGPT, Unstructured, Wanda, WandaCumulative
 from sparse_train.data.blocks import calibration_batches
 from sparse_train.data.texts import HubText, TextFiles, TextSource
 from sparse_train.evaluation import evaluate_perplexity, token_ids
@@ -39,6 +39,8 @@ METHODS: dict[str, tuple[Callable[[], Any], str]] = {
     "ria_layer": (RIA, "layer"),
     "sparsegpt": (SparseGPT, "layer"),
     "sparsegpt_row": (SparseGPT, "row"),
+    "iht": (IHT, "row"),
+    "iht_layer": (IHT, "layer"),
 }
 """By name: the method, and the group in which unstructured weights are compared."""
 

@@ -5,7 +5,14 @@ _OF_3234AED = (
     *("dynamic_window_hysteresis5", "dynamic_window_hysteresis20", "dynamic_window_noise1", "dynamic_window_noise2"),
     *("dynamic_decay_ramped", "dynamic_decay_annealed", "dynamic_distill_squarehead"),
 )
-REMOVED = {**dict.fromkeys(_OF_3234AED, "3234aed"), "dynamic_sparsegpt": "16eb108"}
+_OF_AE5305F = (
+    *("static_reconstructed_70_distill", "dynamic_dormant_reconstructed_70_distill", "static_refined_70_distill"),
+)
+REMOVED = {
+    **dict.fromkeys(_OF_3234AED, "3234aed"),
+    "dynamic_sparsegpt": "16eb108",
+    **dict.fromkeys(_OF_AE5305F, "ae5305f"),
+}
 """Arms of settings that gained nothing and were removed: only old rows are left; and the last commits that ran them."""
 
 MAIN = {
@@ -104,6 +111,8 @@ UNSTRUCTURED = {
 TAUGHT_70 = {
     "static_70_distill": "static, no gradient to pruned weights",
     "static_sparsegpt_70_distill": "SparseGPT's mask and weights, then static",
+    "static_iht_70_distill": "IHT's mask and weights, then static",
+    "dynamic_dormant_iht_70_distill": "IHT's mask and weights, re-pruned every 10 steps, policy Dormant",
     "dynamic_70_distill": "re-pruned every 10 steps (the default)",
     "dynamic_dormant_70_distill": "re-pruned every 10 steps, policy Dormant",
 }
@@ -111,6 +120,10 @@ TAUGHT_70 = {
 METHODS_70 = {
     **TAUGHT_70,
     "dynamic_dormant_sparsegpt_70_distill": "SparseGPT's mask and weights, re-pruned every 10 steps, policy Dormant",
+    "dynamic_from_sparsegpt_70_distill": "SparseGPT's zeros, re-pruned every 10 steps (the default)",
+    "static_reconstructed_70_distill": "Wanda's mask, weights by least squares, then static",
+    "dynamic_dormant_reconstructed_70_distill": "the same, re-pruned every 10 steps, policy Dormant",
+    "static_refined_70_distill": "SparseGPT's mask, weights by least squares, then static",
     "swaps_70_distill": "swapped by evidence every 10 steps",
     "ast_70_distill": "AST: magnitude every 10 steps, decay of pruned weights 0.01",
     "srste_70_distill": "SR-STE: magnitude every step, decay of pruned weights 2e-4",
@@ -128,6 +141,8 @@ TAUGHT_2OF4 = {
     "dynamic_dormant_distill": "re-pruned every 10 steps, policy Dormant",
     "dynamic_dormant_stop25_distill": "re-pruned until a quarter of the run, policy Dormant",
     "static_sparsegpt_distill": "SparseGPT's mask and weights, then static",
+    "static_iht_distill": "IHT's mask and weights, then static",
+    "dynamic_dormant_iht_distill": "IHT's mask and weights, re-pruned every 10 steps, policy Dormant",
     "dynamic_sparsegpt_distill": "SparseGPT's mask and weights, re-pruned every 10 steps (the default)",
     "dynamic_dormant_sparsegpt_distill": "SparseGPT's mask and weights, re-pruned every 10 steps, policy Dormant",
     "ast_distill": "AST: magnitude, decay of pruned weights 0.01",

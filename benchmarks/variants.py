@@ -19,9 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
 
-from sparse_train import LayerContext, MaskPolicy, Solver, SparseGPT, StraightThrough, Wanda, prune
+from sparse_train import LayerContext, MaskPolicy, StraightThrough, Wanda
 from sparse_train.callbacks import DynamicPruning
-from sparse_train.oneshot.first_mask import random_batches
 from sparse_train.policies import only_kept
 
 # --- which norms -----------------------------------------------------------------------------------------------------
@@ -317,36 +316,6 @@ class MuonAndAdamW(Optimizer):
 
 
 # --- what a run does besides -----------------------------------------------------------------------------------------
-
-
-class SolvedStart(L.Callback):
-    """The masks and kept weights of a solver at the start of a run; pruned weights hold their former values.
-
-    Zeros are counted in rows, as the patterns of the runs do, and forwards run under bfloat16 autocast, as in them.
-
-    Args:
-        solver: default: SparseGPT.
-        blocks: sequences of training text, those that calibrate the first masks of other arms.
-    """
-
-    def __init__(self, solver: Solver | None = None, blocks: int = 32) -> None:
-        self.solver, self.blocks = solver or SparseGPT(), blocks
-
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        (pruning,) = [each for each in trainer.callbacks if isinstance(each, DynamicPruning)]  # type: ignore[attr-defined]
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        size, dataset = data.batch_size, data.train_dataloader().dataset
-        model: Any = pl_module.model
-        prune(
-            model,
-            random_batches(dataset, size, None, self.blocks // size),
-            pruning.config.pattern,
-            pruning.config.sparsity,
-            criterion=self.solver,
-            autocast=torch.bfloat16,
-            squash=False,
-            progress=True,
-        )
 
 
 class DenseNorms(L.Callback):

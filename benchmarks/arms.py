@@ -220,6 +220,7 @@ ARMS: dict[str, Arm] = {
         "smollm2_unstructured60", *_70, *_FROM_ZEROS, start="oneshot_sparsegpt_70", distil=True
     ),
     "static_iht_70_distill": _arm("smollm2_unstructured60", *_70, "policy=Fixed", _IHT, distil=True),
+    "dynamic_iht_70_distill": _arm("smollm2_unstructured60", *_70, _IHT, distil=True),
     "dynamic_dormant_iht_70_distill": _arm("smollm2_unstructured60", *_70, "policy=Dormant", _IHT, distil=True),
     "lora_70_distill": _arm("smollm2_2of4_lora", *_70, distil=True),
     # low-rank, on q and v: outside the mask, where merging loses zeros, and inside it

@@ -112,6 +112,7 @@ TAUGHT_70 = {
     "static_70_distill": "static, no gradient to pruned weights",
     "static_sparsegpt_70_distill": "SparseGPT's mask and weights, then static",
     "static_iht_70_distill": "IHT's mask and weights, then static",
+    "dynamic_iht_70_distill": "IHT's mask and weights, re-pruned every 10 steps (the default)",
     "dynamic_dormant_iht_70_distill": "IHT's mask and weights, re-pruned every 10 steps, policy Dormant",
     "dynamic_70_distill": "re-pruned every 10 steps (the default)",
     "dynamic_dormant_70_distill": "re-pruned every 10 steps, policy Dormant",

@@ -18,7 +18,7 @@ MASK_NAME = "weight_mask"
 """Name of the packed mask buffer next to ``weight`` in a state dict."""
 FACTOR_NAMES = ("mask_lora_A", "mask_lora_B")
 """Names of the factors next to ``weight`` in a layer with a low-rank adapter, see ``layers.mask_lora``."""
-INTEGER_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 """The integer dtype of the same size, as which the bits of a dtype are viewed."""
 
 

@@ -18,6 +18,7 @@ from sparse_train import NM, MaskUpdater, Unstructured, prune, sparse_layers, sq
 from sparse_train.callbacks import DynamicPruning
 from sparse_train.evaluation import evaluate_perplexity
 from sparse_train.inspection import layer_sparsities
+from sparse_train.layers import masks
 from sparse_train.layers.mask_lora import MaskLoRA, add_mask_lora
 from sparse_train.layers.state_dicts import folded_state_dict
 from sparse_train.models.losses import distillation_loss, next_token_loss
@@ -98,12 +99,12 @@ def train(
         report = updater.step()
         flips += [] if report is None else [report.flip_rate, report.initial_flip_rate, report.sparsity]
     updater.finish()
-    masks = masks_of(model)
+    own = masks_of(model)
     folded = {name: value.cpu() for name, value in folded_state_dict(model).items()}
     counted = {layer.name: layer.zeros for layer in layer_sparsities(model)}
     squash(model)
     assert all(torch.equal(folded[name], value.cpu()) for name, value in model.state_dict().items())
-    return {"flips": torch.tensor(flips), "zeros": counted, **masks}
+    return {"flips": torch.tensor(flips), "zeros": counted, **own}
 
 
 class Accelerator(L.pytorch.accelerators.Accelerator):
@@ -151,9 +152,9 @@ def lightning(device: str, precision: Any = None, **settings: Any) -> dict[str, 
             run.save_checkpoint(f"{folder}/four.ckpt")
     assert run.strategy.root_device.type == device
     assert pruning.last_report is not None
-    masks = masks_of(module)
+    own = masks_of(module)
     squash(module)
-    return {"flips": torch.tensor([pruning.last_report.flip_rate]), **masks}
+    return {"flips": torch.tensor([pruning.last_report.flip_rate]), **own}
 
 
 def oneshot(device: str, kind: str = "llama", dtype: torch.dtype = torch.float32, **settings: Any) -> dict[str, Any]:
@@ -187,6 +188,22 @@ def select(device: str) -> dict[str, torch.Tensor]:
         "layer": Unstructured("layer"),
     }
     return {name: pattern.mask(scores.to(device), 0.5).cpu() for name, pattern in patterns.items()}
+
+
+def pack(device: str) -> dict[str, torch.Tensor]:
+    """Masks of any width, as parts of a longer one: packed, read back, applied, counted."""
+    generator = torch.Generator().manual_seed(0)
+    whole, weights = torch.rand(6, 60, generator=generator) < 0.5, torch.randn(6, 60, generator=generator)
+    found = {}
+    for rows, start, stop in ((6, 0, 60), (6, 0, 16), (6, 4, 20), (1, 8, 48), (1, 3, 19), (6, 7, 12), (6, 1, 2)):
+        mask, weight = (each.to(device)[:rows, start:stop] for each in (whole, weights))
+        packed = masks.pack(mask)
+        assert packed.device.type == torch.device(device).type
+        counts = torch.tensor([masks.count(packed), masks.count_differing(packed, packed.roll(1, 0))])
+        each = {"packed": packed, "read": masks.unpack(packed, stop - start), "applied": masks.apply(weight, packed)}
+        each |= {"counts": counts, "fingerprint": masks.fingerprint(packed)}
+        found |= {f"{rows} {start} {stop} {name}": value.cpu() for name, value in each.items()}
+    return found
 
 
 def losses(device: str) -> dict[str, Any]:

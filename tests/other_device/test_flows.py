@@ -130,6 +130,12 @@ def test_selection_is_that_of_the_cpu_bit_by_bit(both):
     assert differing(cpu, other) == 0
 
 
+def test_masks_of_any_width_are_those_of_the_cpu(both):
+    cpu, other = both("pack")
+    assert cpu.keys() == other.keys()
+    assert all(torch.equal(value, other[name]) for name, value in cpu.items())
+
+
 @NO_BACKENDS
 def test_the_device_refuses_tensors_of_the_cpu():
     refused = "Expected all tensors to be on the same device"

@@ -1,6 +1,7 @@
 """A run in which layers have different sparsities: what each has, that it keeps it, and where it comes from."""
 
 import itertools
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -15,9 +16,11 @@ from sparse_train import (
     Explicit,
     Fixed,
     FromZeros,
+    Linear,
     Magnitude,
     MaskUpdater,
     Pattern,
+    Schedule,
     StraightThrough,
     Uniform,
     Unstructured,
@@ -243,6 +246,23 @@ def test_a_gradual_run_reaches_the_sparsities_in_proportion(distribution, policy
     exact = updater._division.final_shares
     assert all(abs(last[name] - exact[name]) <= 1.01 / masks[0][name].shape[1] for name in last)
     assert len({round(share, 3) for share in exact.values()}) > 1
+
+
+@dataclass(frozen=True)
+class Straight(Schedule):
+    """A schedule of one's own, which is asked for nothing beyond the last update."""
+
+    def sparsity(self, progress):
+        return 0.3 + 0.3 * progress
+
+
+def test_the_end_of_a_schedule_of_ones_own_is_divided():
+    _, own = train(tiny_llama(), schedule=Straight(), distribution=EXPLICIT, criterion=Magnitude())
+    _, linear = train(
+        tiny_llama(), schedule=Linear(0.6, init_sparsity=0.3), distribution=EXPLICIT, criterion=Magnitude()
+    )
+    for found, wanted in zip(own, linear, strict=True):
+        assert all(torch.equal(mask, wanted[name]) for name, mask in found.items())
 
 
 class ByRow(Pattern):

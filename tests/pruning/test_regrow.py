@@ -348,6 +348,18 @@ def test_interrupted_equals_uninterrupted_between_the_optimizer_and_the_update()
     assert all(torch.equal(found[name], value) for name, value in whole[0].state_dict().items())
 
 
+def test_gradients_do_not_outlive_their_update():
+    model, updater, optimizer = fresh("2:4")
+    generator = torch.Generator().manual_seed(1)
+    for number in range(7):
+        assert not updater.state_dict()["policy"]
+        report = step(model, updater, optimizer, generator)
+        assert (report is not None) == (number == 3)
+    backward(model, generator)
+    with pytest.raises(ValueError, match="grows weights by their gradient, but none was seen"):
+        updater.step()
+
+
 def test_compiled_forwards_make_the_same_masks():
     def masks(compiled):
         torch.manual_seed(0)

@@ -1,5 +1,6 @@
 """``MaskUpdater`` over a run."""
 
+import copy
 import time
 from dataclasses import dataclass
 from typing import ClassVar
@@ -327,6 +328,17 @@ def test_squash_after_a_run():
     assert not any(isinstance(module, SparseLinear) for module in model.modules())
     weight = model.model.layers[0].mlp.up_proj.weight
     assert ((weight.reshape(-1, 4) == 0).sum(1) == 2).all()
+
+
+def test_what_follows_the_end_of_a_run_is_not_in_its_state(ids):
+    model = shallow_llama()
+    updater = MaskUpdater(model, "2:4", update_freq=4, window=4, total_steps=20)
+    train(model, updater, 5)
+    updater.finish()
+    before = copy.deepcopy(updater.state_dict()["norms"])
+    model(input_ids=ids[0])
+    tokens = [int(layer.statistics.tokens) for layer in updater.layers.values()]
+    assert tokens == [int(norm["tokens"]) for norm in before["norms_by_rank"][0].values()] != [0] * len(tokens)
 
 
 def test_decay_counts_the_steps_since_the_last_update():

@@ -59,6 +59,19 @@ def test_a_run_starts_with_the_zeros_of_its_model_if_it_is_told_to(ids, structur
     assert not all(torch.equal(mask, before[name]) for name, mask in run(pruned(), StraightThrough()).items())
 
 
+def test_the_plan_of_a_run_from_zeros_counts_them_until_it_has_begun(ids):
+    model = tiny_llama()
+    prune(model, ids, "2:4")
+    layers = [name for name in nonzero(model) if "down_proj" in name]
+    with torch.no_grad():
+        model.get_parameter(layers[0])[:8].zero_()
+    zeros, size = sum(int((~m).sum()) for m in nonzero(model).values()), sum(m.numel() for m in nonzero(model).values())
+    updater = MaskUpdater(model, "2:4", criterion=Magnitude(), first_mask=FromZeros(), update_freq=4, total_steps=12)
+    assert f"{100 * zeros / size:.2f} %" in updater.plan()
+    updater.step()
+    assert "%" not in updater.plan()
+
+
 def test_a_run_that_is_refused_leaves_the_layers_plain(ids):
     model = tiny_llama()
     prune(model, ids, "2:4")

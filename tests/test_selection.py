@@ -59,23 +59,6 @@ def test_minus_infinity_goes_first():
     assert selection.keep_highest(scores, 3).tolist() == [[False, True, True, True]]
 
 
-def test_a_setting_of_determinism_is_as_before(monkeypatch):
-    kthvalue, inside = torch.Tensor.kthvalue, []  # which GPUs refuse under this setting
-
-    def watched(*args, **options):
-        inside.append(torch.are_deterministic_algorithms_enabled())
-        return kthvalue(*args, **options)
-
-    monkeypatch.setattr(torch.Tensor, "kthvalue", watched)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        selection.by_threshold(torch.randn(3, 32), 16)
-        assert torch.is_deterministic_algorithms_warn_only_enabled()
-        assert inside == [False]
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
 @pytest.fixture
 def _two_threads():
     before = torch.get_num_threads()

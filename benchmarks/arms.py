@@ -168,6 +168,7 @@ ARMS: dict[str, Arm] = {
     "dynamic_sparsegpt_distill": _arm("smollm2_2of4", _SOLVED, distil=True),
     "dynamic_dormant_sparsegpt_distill": _arm("smollm2_2of4", "policy=Dormant", _SOLVED, distil=True),
     "static_iht_distill": _arm("smollm2_2of4_static", _IHT, distil=True),
+    "dynamic_iht_distill": _arm("smollm2_2of4", _IHT, distil=True),
     "dynamic_dormant_iht_distill": _arm("smollm2_2of4", "policy=Dormant", _IHT, distil=True),
     "dynamic_from_sparsegpt_distill": _arm("smollm2_2of4", *_FROM_ZEROS, start="oneshot_sparsegpt", distil=True),
     "dynamic_dormant_stop25_distill": _arm("smollm2_2of4", "policy=Dormant", "end_step=0.25", distil=True),

@@ -143,6 +143,7 @@ TAUGHT_2OF4 = {
     "dynamic_dormant_stop25_distill": "re-pruned until a quarter of the run, policy Dormant",
     "static_sparsegpt_distill": "SparseGPT's mask and weights, then static",
     "static_iht_distill": "IHT's mask and weights, then static",
+    "dynamic_iht_distill": "IHT's mask and weights, re-pruned every 10 steps (the default)",
     "dynamic_dormant_iht_distill": "IHT's mask and weights, re-pruned every 10 steps, policy Dormant",
     "dynamic_sparsegpt_distill": "SparseGPT's mask and weights, re-pruned every 10 steps (the default)",
     "dynamic_dormant_sparsegpt_distill": "SparseGPT's mask and weights, re-pruned every 10 steps, policy Dormant",

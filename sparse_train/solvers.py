@@ -125,15 +125,16 @@ class IHT(Solver):
     def solve(self, weight_OI: Tensor, gram_II: Tensor, pattern: Pattern, sparsity: float) -> tuple[Tensor, Tensor]:
         dense_OI, norm_I = weight_OI.detach().float(), gram_II.diagonal().sqrt()
         hessian_II = gram_II.clone()
-        hessian_II.diagonal().add_(self.dampening_frac * gram_II.diagonal().mean())
-        values_OI, least, found = dense_OI, torch.inf, (dense_OI, torch.ones_like(dense_OI, dtype=torch.bool))
-        for _ in range(self.rounds + 1):
+        mean = float(gram_II.diagonal().mean()) or 1.0  # 0 if all inputs are zero: then anything fits
+        hessian_II.diagonal().add_(self.dampening_frac * mean)
+        values_OI, least = dense_OI, torch.inf
+        for number in range(self.rounds + 1):
             mask_OI = pattern.mask(values_OI.abs() * norm_I, sparsity)
             kept_OI = _fit(dense_OI, hessian_II, mask_OI, torch.where(mask_OI, values_OI, 0), self.iterations)
             missing_OI = dense_OI - kept_OI
             gradient_OI = missing_OI @ hessian_II
             error = float((missing_OI * gradient_OI).sum())
-            if not error < least:
+            if number and not error < least:
                 break
             values_OI = kept_OI + gradient_OI / hessian_II.diagonal()
             least, found = error, (torch.where(mask_OI, kept_OI, values_OI), mask_OI)

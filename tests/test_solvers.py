@@ -83,6 +83,12 @@ def test_a_dead_input_is_pruned_first_and_changes_nothing(solver):
 
 
 @pytest.mark.parametrize("solver", [SparseGPT(), IHT()], ids=str)
+def test_inputs_that_are_all_zero_still_solve(solver):
+    solved, mask = solver.solve(torch.randn(8, 16), torch.zeros(16, 16), NM(2, 4), 0.5)
+    assert solved.isfinite().all() and (mask.reshape(-1, 4).sum(1) == 2).all()
+
+
+@pytest.mark.parametrize("solver", [SparseGPT(), IHT()], ids=str)
 def test_fewer_tokens_than_features_still_solve(solver):
     weight, inputs = torch.randn(8, 64), torch.randn(5, 64)
     solved, mask = solver.solve(weight, gram_of(inputs), NM(2, 4), 0.5)

@@ -53,6 +53,16 @@ def scores(suffix: str) -> dict[str, tuple[str, str]]:
     }
 
 
+BEGUN_2OF4 = {
+    "static_distill": ("Wanda, static", KEPT),
+    "static_sparsegpt_distill": ("SparseGPT, static", KEPT),
+    "static_iht_distill": ("IHT, static", MOVED),
+}
+BEGUN_70 = {
+    "static_70_distill": ("Wanda, static", KEPT),
+    "dynamic_dormant_70_distill": ("Wanda, Dormant", KEPT),
+    "dynamic_iht_70_distill": ("IHT, re-pruned", MOVED),
+}
 FIGURES = {
     "moving": [*on_both("2:4", "static", "dynamic"), *on_both("70 %", "static_70", "dynamic_70")],
     "taught": [
@@ -61,6 +71,11 @@ FIGURES = {
     ],
     "teacher": [Panel(f"2:4, {words}", WITH_OR_WITHOUT, text) for text, words in TEXTS.items()],
     "scores": [Panel("2:4", scores("")), Panel("70 %", scores("_70"))],
+    "starts": [
+        Panel(f"{target}, {words}", arms, text, tokens_a_step=512)
+        for target, arms in (("2:4", BEGUN_2OF4), ("70 %", BEGUN_70))
+        for text, words in TEXTS.items()
+    ],
     "lengths": [Panel(f"after {steps} steps", TRAINED, steps=steps) for steps in (100, 300)],
 }
 

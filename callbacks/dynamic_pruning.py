@@ -161,7 +161,11 @@ class DynamicPruning(L.Callback):
             return
         state, total_steps, outliers = self._restored, None, None
         check_built(trainer, pl_module, state is not None)
+        if pl_module.automatic_optimization:  # steps of this run only: the trainer may have run an earlier fit
+            before = trainer.global_step if state is None else 0
+            total_steps = max(1, trainer.estimated_stepping_batches - before)  # 0 if the fit is over
         if state is None:
+            self.config.timing(total_steps, has_masks=True)  # before a solver moves weights
             if isinstance(self.config.first_mask, OneShot):
                 rank_zero_info(f"DynamicPruning: preparing the first mask of {layers_in_words(self._layers)}.")
             outliers = set_first_mask(
@@ -172,9 +176,6 @@ class DynamicPruning(L.Callback):
                 trainer.precision_plugin.forward_context,
                 progress=trainer.is_global_zero and trainer.progress_bar_callback is not None,
             )
-        if pl_module.automatic_optimization:  # steps of this run only: the trainer may have run an earlier fit
-            before = trainer.global_step if state is None else 0
-            total_steps = max(1, trainer.estimated_stepping_batches - before)  # 0 if the fit is over
         self.updater = MaskUpdater(
             pl_module, config=self.config, layers=self._layers, total_steps=total_steps, outliers=outliers, state=state
         )

@@ -102,7 +102,7 @@ def averaging(trainer: L.Trainer) -> list[WeightAveraging]:
 
 
 def mask_averages(trainer: L.Trainer, pl_module: L.LightningModule, weights: bool = False) -> None:
-    """Give averaged models the masks of the module, and its weights if it has just begun; call after a change.
+    """Give averaged models the masks of the module, and with ``weights`` also those; call after they have changed.
 
     They copy masks only together with weights, which may begin late and happen seldom. Until then they would be dense,
     or have the masks of an earlier update, in validation, in checkpoints, and at the end of training.

@@ -84,7 +84,8 @@ def stages_of(folder: Path) -> list[Any]:
     """How the model in a folder was pruned so far, as far as that is recorded."""
     file = folder / PRUNING_FILE
     with reading(file):
-        return list(json.loads(file.read_text())["stages"]) if file.is_file() else []
+        found = json.loads(file.read_text()) if file.is_file() else {}
+        return list(found.get("stages") or []) if isinstance(found, dict) else []  # another tool's may be of that name
 
 
 def write_index(folder: Path, shards: Iterable[str]) -> None:

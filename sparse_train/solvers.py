@@ -21,8 +21,8 @@ class Solver(ABC):
 
     group: ClassVar[Group] = "row"
     """The group in which "unstructured" compares weights under this solver; ``Unstructured(group=...)`` sets it."""
-    way_out = " It prunes in one shot, and in a run it can make the first mask: first_mask=OneShot(SparseGPT())."
-    """What is said where the ``Criterion`` of a run is wanted."""
+    way_out = " It prunes in one shot, and in a run it can make the first mask: first_mask=OneShot(IHT())."
+    """The end of the error if a user gives a solver as the criterion of a run."""
 
     def check_pattern(self, pattern: Pattern) -> None:
         """Raise ValueError if the solver cannot prune to this pattern: a group is at most the weights of a layer."""
@@ -101,17 +101,17 @@ class IHT(Solver):
 
     In each round, the kept weights are fitted to the outputs of the dense layer (least squares, by conjugate
     gradients). Each pruned weight gets the value that fits best beside them, if it alone came back (a Newton step).
-    Then all compete for the next mask by ``|w|`` times the norm of the input: of a kept weight, the root of the squared
-    error that it saves, and of a pruned one, of the error that it would save. Pruned weights keep these values, so
-    that a run that begins here compares what can be compared.
+    Then ``|w|`` times the norm of the input scores all weights for the next mask. The square of this score is the error
+    that a kept weight saves, or that a pruned one would save. Pruned weights keep their values as shadow values, so a
+    run that begins here compares both kinds by the same measure.
 
     Sources: Blumensath and Davies, arXiv 0805.0510, for the iteration; for language models, Boza, arXiv 2401.02938, and
     Meng et al., "ALPS", arXiv 2406.07831, alternate between masks and least squares by ADMM.
 
     Args:
-        rounds: of new masks after Wanda's; fewer if the error falls no more.
+        rounds: how many masks follow Wanda's; fewer if the error no longer falls.
         iterations: of conjugate gradients in a round.
-        dampening_frac: share of the mean second moment of the inputs that is added to each.
+        dampening_frac: share of the mean diagonal of H, the inputs' second moments, that is added to the diagonal.
     """
 
     rounds: int = 4
@@ -123,7 +123,8 @@ class IHT(Solver):
             raise ValueError(f"rounds must be at least 0, iterations at least 1, dampening_frac above 0, got {self}.")
 
     def solve(self, weight_OI: Tensor, gram_II: Tensor, pattern: Pattern, sparsity: float) -> tuple[Tensor, Tensor]:
-        dense_OI, norm_I = weight_OI.detach().float(), gram_II.diagonal().sqrt()
+        dense_OI, gram_II = weight_OI.detach().float(), gram_II.float()
+        norm_I = gram_II.diagonal().sqrt()
         hessian_II = gram_II.clone()
         mean = float(gram_II.diagonal().mean()) or 1.0  # 0 if all inputs are zero: then anything fits
         hessian_II.diagonal().add_(self.dampening_frac * mean)

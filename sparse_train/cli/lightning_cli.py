@@ -1,7 +1,6 @@
 """LightningCLI over ``CausalLM`` and ``TextBlocks``, with a report and an export after ``fit``."""
 
 import logging
-import shutil
 import signal
 import sys
 from dataclasses import asdict
@@ -97,7 +96,7 @@ class SparseTrainCLI(LightningCLI):
         """Adds logs beside the checkpoints and progress that suits the terminal, unless the recipe sets others."""
         own, seen = self.config_init[self.subcommand].trainer, terminal.bars_are_seen()
         if own.logger is None:
-            kwargs["logger"] = _Logs(own.default_root_dir or _RUNS, name="")
+            kwargs["logger"] = CSVLogger(own.default_root_dir or _RUNS, name="")
         given = own.callbacks if isinstance(own.callbacks, list) else [own.callbacks] if own.callbacks else []
         if own.enable_progress_bar is None and not any(isinstance(callback, ProgressBar) for callback in given):
             bar = RichProgressBar(console_kwargs={"stderr": True}) if seen else TrainingLines()
@@ -209,16 +208,6 @@ def _checkpoint(trainer: L.Trainer, *kinds: str) -> str | None:
     """The checkpoint of the first of these kinds that the run has written."""
     paths = (getattr(callback, kind, None) for kind in kinds for callback in trainer.checkpoint_callbacks)
     return next(filter(None, paths), None)
-
-
-class _Logs(CSVLogger):
-    """Leaves no folder of a run that was refused, in which there is nothing, or its recipe alone."""
-
-    def finalize(self, status: str) -> None:
-        super().finalize(status)
-        left = {each.name for each in Path(self.log_dir).glob("*")}
-        if status == "failed" and self._experiment and left <= {"config.yaml"}:  # only the first process has one
-            shutil.rmtree(self.log_dir, ignore_errors=True)
 
 
 class WholeCheckpoints(TorchCheckpointIO):

@@ -68,7 +68,9 @@ def sum_over_ranks(tensors: Sequence[Tensor]) -> None:
 def take_from_rank_0(tensors: Sequence[Tensor]) -> None:
     """Replace each tensor by that of rank 0, in place."""
     for tensor in tensors if world_size() > 1 else ():
-        dist.broadcast(tensor, 0)
+        whole = tensor.contiguous()
+        dist.broadcast(whole, 0)
+        tensor.copy_(whole)
 
 
 def gather_rows(own: Tensor, rows: int) -> Tensor:

@@ -54,8 +54,8 @@ _LIGHTNING = (
     "supports FSDP2, DeepSpeed and mask_lora."
 )
 _BEST = (
-    "load_best_model_at_end would bring back a checkpoint from before the final sparsity, as denser models have the "
-    "lower loss, or adapters of peft without the masks that their base had."
+    "load_best_model_at_end would load an earlier checkpoint. Before the final sparsity, that is a denser model, which "
+    "has the lower loss. With peft, it holds adapters without the masks of their base."
 )
 
 
@@ -151,6 +151,7 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
         dtype = torch.float16 if args.fp16 else torch.bfloat16
         outliers = None
         if restored is None:
+            self.config.timing(state.max_steps, has_masks=True)  # before a solver moves weights
             outliers = set_first_mask(
                 model,
                 layers,

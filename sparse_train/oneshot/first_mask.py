@@ -17,6 +17,7 @@ from sparse_train.layers.masked_layer import MaskedLayer
 from sparse_train.oneshot.forwards import Batch, Context
 from sparse_train.oneshot.walk import MemoryShelf, Plan, walk
 from sparse_train.pruning.config import OneShot, PruningConfig
+from sparse_train.pruning.zeros import warn_of_filled_zeros
 
 _log = logging.getLogger(__name__)
 _NEEDED = (
@@ -36,9 +37,9 @@ def set_first_mask(
     """Set the masks that a run starts with, if ``first_mask`` is ``OneShot()``; ``MaskUpdater`` makes all others.
 
     ``root`` holds the model. ``layers`` are those of the run and not all masked ones, since a copy of the model, as a
-    reference for a loss, may have masks that keep everything. ``batches`` returns so many, the same ones on each rank;
-    None if a model could not use any. Returns the outliers, if it has measured some. After an error, the model is
-    unchanged.
+    reference for a loss, may have masks that keep everything. ``batches(count)`` returns ``count`` batches, the same on
+    each rank, or None if there are none that a model can read. Returns the outliers, if it has measured some. After an
+    error, the model is unchanged.
     """
     first = config.first_mask
     if not isinstance(first, OneShot):
@@ -50,6 +51,7 @@ def set_first_mask(
         model, own_batches = found
         if config.first_solver is not None:
             _check_movable(layers)
+            warn_of_filled_zeros(layers)  # now: a solver fills them before there is a mask
         plan = Plan(
             method=first.criterion or config.criterion,
             pattern=config.pattern,

@@ -58,7 +58,7 @@ class FromZeros(FirstMask):
 
 @dataclass(frozen=True)
 class PruningConfig:
-    """The settings of a run with re-pruning: checked here, and steps in ``timing``, when the run has a length.
+    """The settings of a run with re-pruning. Steps are checked in ``timing``, all else here.
 
     Args:
         mask_structure: "unstructured", "N:M" with N **kept** of every M consecutive inputs, or a ``Pattern``.

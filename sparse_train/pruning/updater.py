@@ -252,8 +252,8 @@ class MaskUpdater:
         if names and rank() == 0:
             _log.warning(
                 "The loss also reads the weights of %d targets, such as %s, beside their forward, where masks have no "
-                "effect. What the model computes there changes when pruned weights become zeros at the end: leave such "
-                "layers out with ignore=[%r]. Only a penalty on weights is no matter.",
+                "effect. There, the model uses pruned weights until the end of the run, and zeros after it. Leave such "
+                "layers out with ignore=[%r]. A penalty on weights does no harm.",
                 *(len(names), names[0], names[0]),
             )
 

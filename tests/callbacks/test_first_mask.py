@@ -10,10 +10,12 @@ from torch.utils.data import DataLoader
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from sparse_train import (
+    IHT,
     Explicit,
     FirstWindow,
     Fixed,
     Magnitude,
+    OneShot,
     Wanda,
     prune,
     sparse_layers,
@@ -130,3 +132,14 @@ def test_zeros_that_a_first_mask_does_not_keep_are_said(tmp_path, caplog):
     assert "The model was pruned before" in caplog.text and "that the first masks keep" in caplog.text
     fit(0.75)
     assert "pruned before" not in caplog.text  # all that was zero stays zero
+
+
+def test_steps_that_do_not_fit_are_refused_before_a_solver_moves_weights(tmp_path):
+    model = InInit()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="window must be from 1 to update_freq"):
+        trainer(tmp_path, DynamicPruning("2:4", first_mask=OneShot(IHT()), update_freq=2, window=3)).fit(
+            model, loader()
+        )
+    after = model.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())

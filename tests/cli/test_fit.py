@@ -188,21 +188,6 @@ def test_a_place_that_cannot_be_written_is_said_before_the_run(fit, monkeypatch)
         fit("--export=model", recipe="smollm2_dense")
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--model.model=PackagedSmolLM"], "There is no folder or class"),
-        (["--trainer.callbacks.first_mask=FromZeros"], "the model is dense"),
-        (["--trainer.callbacks.targets=[up_prj]"], "matches no layer"),
-        (["--data.block_size=100000"], "block"),
-    ],
-)
-def test_a_run_that_is_refused_leaves_no_folder(fit, options, message):
-    with pytest.raises(SystemExit, match=message):
-        fit(*options)
-    assert not list(Path().rglob("version_*"))
-
-
 def test_a_run_without_what_is_monitored_is_one_line(fit):
     stopping = ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val_loss"]
     with pytest.raises(SystemExit, match="Early stopping conditioned on metric `val_loss`"):

@@ -62,7 +62,7 @@ def answer(arguments, capsys) -> str:
             [*FIT, f"{PRUNING}.first_mask=OneShot", f"{PRUNING}.first_mask.criterion=Fixed"],
             "trainer.callbacks.first_mask.criterion: Fixed is not of the kind that is wanted.",
         ),
-        ([*FIT, f"{PRUNING}.criterion=SparseGPT"], "can make the first mask: first_mask=OneShot(SparseGPT())"),
+        ([*FIT, f"{PRUNING}.criterion=SparseGPT"], "can make the first mask: first_mask=OneShot(IHT())"),
         ([*PRUNE, "--criterion=Wnda"], "criterion: there is no class 'Wnda'. Did you mean 'Wanda'?"),
         ([*PRUNE, "--criterion=Unstructured"], "criterion: Unstructured is not of the kind that is wanted."),
         ([*PRUNE, "--text=PackagedText"], "Did you mean 'PackagedQuestions' or 'PackagedWikipedia'?"),

@@ -153,7 +153,7 @@ def test_lora_in_a_trainer_resumes_with_its_masks(tmp_path):
     squash(again)
     loaded, ids = PeftModel.from_pretrained(base, tmp_path / "adapter"), torch.arange(3, 19)[None]
     torch.testing.assert_close(loaded(input_ids=ids).logits, again.eval()(input_ids=ids).logits)
-    with pytest.raises(ValueError, match="adapters of peft without the masks"):
+    with pytest.raises(ValueError, match="adapters without the masks of their base"):
         run(max_steps=4, eval_strategy="steps", eval_steps=4, load_best_model_at_end=True)
 
 

@@ -20,6 +20,7 @@ MAIN = {
     "oneshot_magnitude": "one-shot magnitude",
     "oneshot_wanda": "one-shot Wanda",
     "oneshot_sparsegpt": "one-shot SparseGPT",
+    "oneshot_iht": "one-shot IHT",
     "dense": "dense, fine-tuned",
     "gradual_magnitude": "gradual magnitude: dense to step 20, 3:4 to step 50, then 2:4",
     "static": "static: Wanda's mask, no gradient to pruned weights",
@@ -95,6 +96,7 @@ SHIFT = {
 UNSTRUCTURED = {
     "oneshot_wanda_70": "one-shot Wanda, untrained",
     "oneshot_sparsegpt_70": "one-shot SparseGPT, within rows, untrained",
+    "oneshot_iht_70": "one-shot IHT, untrained",
     "oneshot_owl_70": "one-shot Wanda, divided by OWL, untrained",
     "static_70": "static, no gradient to pruned weights",
     "static_ste_70": "static, straight-through",

@@ -113,7 +113,8 @@ def methods(runs: Runs, arms: Mapping[str, str], against: str) -> str:
     for arm in sorted(best, key=lambda arm: best[arm]):
         change = "" if arm == against else f"{100 * (best[arm] / best[against] - 1):+.1f} %"
         rates = ", ".join(f"{lr:g}" for lr in sorted(tried[arm]))
-        lines.append(f"| {arms[arm]} | {arm} | {best[arm]:.2f} | {change} | {runs.lr(arm):g} | {rates} |")
+        words = f"{arms[arm]} (last run with commit {REMOVED[arm]})" if arm in REMOVED else arms[arm]
+        lines.append(f"| {words} | {arm} | {best[arm]:.2f} | {change} | {runs.lr(arm):g} | {rates} |")
     return "\n".join(lines)
 
 
@@ -280,7 +281,7 @@ def more_tables(runs: Runs) -> str:
 
 PAIRS = {
     "2:4": ("static", "dynamic"),
-    "2:4, with the dense model as teacher": ("static_distill", "dynamic_distill"),
+    "2:4, with a teacher": ("static_distill", "dynamic_distill"),
     "70 % unstructured": ("static_70", "dynamic_70"),
 }
 """Of README's table: a static mask, and re-pruning every 10 steps."""

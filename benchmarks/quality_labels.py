@@ -72,6 +72,7 @@ STARTS = {
 DISTILLATION = {
     "static": "static, no teacher",
     "static_distill": "static, untouched teacher",
+    "static_iht_distill": "static from IHT's mask and weights, untouched teacher",
     "static_distill_tuned": "static, fine-tuned teacher",
     "dynamic": "re-pruned, no teacher",
     "dynamic_distill": "re-pruned, untouched teacher",

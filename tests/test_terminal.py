@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from rich.console import Console
+from tqdm import tqdm
 
 from sparse_train import Magnitude, prune
 from sparse_train.terminal import bars_are_seen, print_table, with_bar
@@ -14,7 +15,9 @@ from tests.conftest import tiny_llama
 
 @pytest.fixture
 def terminal(monkeypatch):
-    """stderr as a terminal of 100 columns."""
+    """stderr as a terminal of 100 columns, without bars that an error in another test has left open."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
     monkeypatch.setattr("sparse_train.terminal.bars_are_seen", lambda: True)
     monkeypatch.setenv("COLUMNS", "100")
 

@@ -149,6 +149,9 @@ ARMS: dict[str, Arm] = {
     "static_from_sparsegpt": _arm("smollm2_2of4_static", "first_mask=FromZeros", start="oneshot_sparsegpt"),
     "dynamic_from_sparsegpt": _arm("smollm2_2of4", "first_mask=FromZeros", start="oneshot_sparsegpt"),
     "dynamic_from_wanda": _arm("smollm2_2of4", "first_mask=FromZeros", start="oneshot_wanda"),
+    # from IHT's mask and weights; its pruned weights have values to come back with
+    "static_iht": _arm("smollm2_2of4_static", _IHT),
+    "dynamic_iht": _arm("smollm2_2of4", _IHT),
     # distillation from the untouched model, and from the one that --teacher names
     "static_distill": _arm("smollm2_2of4_static", distil=True),
     "dynamic_distill": _arm("smollm2_2of4", distil=True),

@@ -63,11 +63,14 @@ VARIANTS = {
 STARTS = {
     "oneshot_wanda": "one-shot Wanda, untrained",
     "oneshot_sparsegpt": "one-shot SparseGPT, untrained",
+    "oneshot_iht": "one-shot IHT, untrained",
     "dynamic": "from the dense model, Wanda's first mask",
     "dynamic_sparsegpt": "from the dense model, SparseGPT's first mask and weights",
     "dynamic_from_wanda": "from one-shot Wanda",
     "static_from_sparsegpt": "from one-shot SparseGPT, fixed masks",
     "dynamic_from_sparsegpt": "from one-shot SparseGPT",
+    "static_iht": "from the dense model, IHT's first mask and weights, fixed masks",
+    "dynamic_iht": "from the dense model, IHT's first mask and weights",
 }
 DISTILLATION = {
     "static": "static, no teacher",

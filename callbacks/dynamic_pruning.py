@@ -109,6 +109,8 @@ class DynamicPruning(L.Callback):
         self._undo_loading: Callable[[], None] | None = None
         self.updater: MaskUpdater | None = None
         """The running updater; None before the run has begun."""
+        self.before_first_mask: Callable[[L.Trainer, dict[str, MaskedLayer]], None] | None = None
+        """Called with the targeted layers before one-shot pruning makes the first mask. For one fit."""
         self.last_report: UpdateReport | None = None
         """Report of the latest update of the fit, in this process; None before the first."""
         self.pruning_json: dict[str, Any] | None = None
@@ -167,6 +169,8 @@ class DynamicPruning(L.Callback):
         if state is None:
             self.config.timing(total_steps, has_masks=True)  # before a solver moves weights
             if isinstance(self.config.first_mask, OneShot):
+                if self.before_first_mask is not None:
+                    self.before_first_mask(trainer, self._layers)
                 rank_zero_info(f"DynamicPruning: preparing the first mask of {layers_in_words(self._layers)}.")
             outliers = set_first_mask(
                 pl_module,
@@ -269,6 +273,7 @@ class DynamicPruning(L.Callback):
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         lightning_trainer.forget(pl_module)
+        self.before_first_mask = None
         if self._undo_loading is not None:
             self._undo_loading()
             self._undo_loading = None

@@ -52,7 +52,8 @@ def prune(
         criterion: a ``Criterion``, or a ``Solver`` such as ``SparseGPT()``; default ``Wanda()``.
         autocast: compute calibration forwards in this dtype, such as ``torch.bfloat16``; the rest stays in float32.
         squash: leave plain linear layers with true zeros. False keeps masks and shadow values, for training; fused
-            experts, which cannot be masked in training, then stay dense.
+            experts, which cannot be masked in training, then stay dense. The shadow values of a solver make no dense
+            model: to prune again, squash first.
         progress: show a progress bar.
     """
     plan = Plan.of(mask_structure, sparsity, criterion, distribution)

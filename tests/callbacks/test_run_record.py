@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
+from sparse_train import IHT, OneShot, prune
 from sparse_train.callbacks import DynamicPruning, RunRecord
 from sparse_train.report import collect, read_metrics
 from tests.callbacks.runs import InInit, Tokens, loader
@@ -26,9 +27,9 @@ def validation_loader():
     return DataLoader(Tokens(), batch_size=2)
 
 
-def fit(folder, *, steps=12, callbacks=None, ckpt_path=None, **settings):
+def fit(folder, *, steps=12, callbacks=None, ckpt_path=None, module=None, **settings):
     """A run of ``steps`` with updates at 0, 3, 6, 9 and validations every 4 batches; returns the trained module."""
-    module = Module()
+    module = module or Module()
     pruning = DynamicPruning("2:4", update_freq=3, end_step=9)
     callbacks = [pruning, RunRecord()] if callbacks is None else callbacks
     settings = {
@@ -86,6 +87,22 @@ def test_states_before_training_are_the_dense_and_the_one_shot_model(tmp_path):
         losses = [float(model(**batch).loss) for batch in itertools.islice(validation_loader(), 3)]
     assert dense.loss == pytest.approx(sum(losses) / 3)
     assert one_shot.loss != pytest.approx(dense.loss, rel=1e-3)
+
+
+def test_the_dense_model_is_measured_before_a_solver_moves_its_weights(tmp_path):
+    fit(tmp_path / "wanda", steps=1)
+    solved = DynamicPruning("2:4", update_freq=3, first_mask=OneShot(IHT()))
+    fit(tmp_path / "iht", steps=1, callbacks=[RunRecord(), solved])  # in any order
+    dense, one_shot = collect([tmp_path / "iht"])[0].before
+    other_dense, other_one_shot = collect([tmp_path / "wanda"])[0].before
+    assert dense == other_dense and one_shot.loss != other_one_shot.loss
+
+
+def test_a_model_with_masks_has_no_dense_row(tmp_path):
+    module = Module()
+    prune(module.net, [batch["input_ids"] for batch in itertools.islice(loader(), 4)], criterion=IHT(), squash=False)
+    fit(tmp_path, steps=1, module=module)
+    assert [state.name for state in collect([tmp_path])[0].before] == ["after the first mask"]
 
 
 def test_a_part_of_the_validation_does_not_pass_for_all(tmp_path):

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers.utils import is_peft_available
 
 from sparse_train.cli import main as cli
 from sparse_train.cli.mistakes import explain
@@ -178,6 +179,7 @@ def test_debug_gives_all_of_it():
 
 
 def test_a_package_that_is_missing_is_named_with_its_extra(model_folder, text_file, monkeypatch):
+    is_peft_available()  # transformers remembers the first answer
     monkeypatch.setitem(sys.modules, "peft", None)
     Path("adapter").mkdir()
     Path("adapter/adapter_config.json").write_text("{}")

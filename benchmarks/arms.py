@@ -90,6 +90,7 @@ ONESHOT = {
     "oneshot_wanda_70": Untrained(Wanda(), "unstructured", 0.7),
     "oneshot_sparsegpt_70": Untrained(SparseGPT(), Unstructured("row"), 0.7),
     "oneshot_iht": Untrained(IHT()),
+    "oneshot_iht_damped01": Untrained(IHT(dampening_frac=0.01)),
     "oneshot_iht_70": Untrained(IHT(), "unstructured", 0.7),
     "oneshot_owl_70": Untrained(Wanda(), "unstructured", 0.7, OWL()),
 }
@@ -224,6 +225,7 @@ ARMS: dict[str, Arm] = {
     ),
     "static_iht_70_distill": _arm("smollm2_unstructured60", *_70, "policy=Fixed", _IHT, distil=True),
     "dynamic_iht_70_distill": _arm("smollm2_unstructured60", *_70, _IHT, distil=True),
+    "dynamic_memory50_iht_70_distill": _arm("smollm2_unstructured60", *_70, _IHT, "norm_decay=0.5", distil=True),
     "dynamic_dormant_iht_70_distill": _arm("smollm2_unstructured60", *_70, "policy=Dormant", _IHT, distil=True),
     "lora_70_distill": _arm("smollm2_2of4_lora", *_70, distil=True),
     # low-rank, on q and v: outside the mask, where merging loses zeros, and inside it

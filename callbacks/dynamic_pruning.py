@@ -5,8 +5,8 @@ What happens when, in Lightning's order:
     setup                     existing targets get masks that keep everything, and the adapters of mask_lora
     setup, configure_model    the same for targets that the module creates there
     (checkpoint is loaded)    finds the mask buffers; the callback's state is kept for later
-    on_sanity_check_start,
-    on_train_start            the first mask (in whichever comes first), or the state of the checkpoint
+    (sanity check)            the model as it was built
+    on_train_start            the first mask, or the state of the checkpoint
     on_train_batch_start      the recorder gets the batch's padding
     (forward)                 activations are recorded in the window before an update
     on_before_backward        in the first step: is a weight read beside its layer's forward?
@@ -52,9 +52,9 @@ class DynamicPruning(L.Callback):
         trainer = L.Trainer(max_steps=1000, callbacks=[DynamicPruning("2:4", update_freq=10)])
         trainer.fit(module, data)
 
-    Works with any LightningModule that holds ``nn.Linear`` layers. Every forward pass of the run (training, validation,
-    generation) uses the sparse model. After ``fit``, pruned weights are true zeros, so ``save_pretrained`` and
-    ``state_dict`` export a sparse model.
+    Works with any LightningModule that holds ``nn.Linear`` layers. From the first training step on, or from the first
+    mask, every forward pass (training, validation, generation) uses the sparse model. After ``fit``, pruned weights are
+    true zeros, so ``save_pretrained`` and ``state_dict`` export a sparse model.
 
     Each update logs to all loggers ``sparsity/target``, ``sparsity/actual`` (zeros counted on the weights),
     ``sparsity/flip_rate`` (share of mask entries that changed), ``sparsity/initial_flip_rate`` (share that differs from
@@ -109,8 +109,6 @@ class DynamicPruning(L.Callback):
         self._undo_loading: Callable[[], None] | None = None
         self.updater: MaskUpdater | None = None
         """The running updater; None before the run has begun."""
-        self.before_first_mask: Callable[[L.Trainer, dict[str, MaskedLayer]], None] | None = None
-        """Called with the targeted layers before one-shot pruning makes the first mask. For one fit."""
         self.last_report: UpdateReport | None = None
         """Report of the latest update of the fit, in this process; None before the first."""
         self.pruning_json: dict[str, Any] | None = None
@@ -148,17 +146,15 @@ class DynamicPruning(L.Callback):
         if self._mask_lora is not None:
             add_mask_lora(pl_module, self._mask_lora)
 
-    def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._begin(trainer, pl_module)
-
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._begin(trainer, pl_module)
+        self.begin(trainer, pl_module)
         assert self.updater is not None
         self.updater.watch(trainer.optimizers)
         # a checkpoint may have been written after the last optimizer step, before this callback saw that step
         self._advance(trainer, pl_module, in_batch=False)
 
-    def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Set the first mask, or take the state of a checkpoint; nothing if this fit has begun."""
         if self.updater is not None:
             return
         state, total_steps, outliers = self._restored, None, None
@@ -169,8 +165,6 @@ class DynamicPruning(L.Callback):
         if state is None:
             self.config.timing(total_steps, has_masks=True)  # before a solver moves weights
             if isinstance(self.config.first_mask, OneShot):
-                if self.before_first_mask is not None:
-                    self.before_first_mask(trainer, self._layers)
                 rank_zero_info(f"DynamicPruning: preparing the first mask of {layers_in_words(self._layers)}.")
             outliers = set_first_mask(
                 pl_module,
@@ -273,7 +267,6 @@ class DynamicPruning(L.Callback):
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         lightning_trainer.forget(pl_module)
-        self.before_first_mask = None
         if self._undo_loading is not None:
             self._undo_loading()
             self._undo_loading = None

@@ -31,7 +31,7 @@ from sparse_train.callbacks.evaluation import Evaluation
 from sparse_train.callbacks.lightning_trainer import callbacks_of, steps_done
 from sparse_train.distributed.fsdp2 import reshard
 from sparse_train.files import write_json
-from sparse_train.layers.masked_layer import MaskedLayer
+from sparse_train.layers.masked_layer import sparse_layers
 from sparse_train.pruning.update import measure, sparsity_of
 from sparse_train.pruning.updater import MaskUpdater
 from sparse_train.report.runs import METRICS, RUN_FILE, State, named, read_metrics
@@ -46,8 +46,8 @@ class RunRecord(L.Callback):
 
     ``sparse-train fit`` adds this callback. Metrics are in the ``metrics.csv`` of Lightning's ``CSVLogger``, which is
     added to a trainer that has none. With ``num_sanity_val_steps=-1``, the sanity check before training gives the
-    baselines: its result is that of the first mask, and before one-shot pruning makes that, the same batches are run
-    with the dense model. A check of fewer batches gives none, since it could not be compared with later validations.
+    baselines: it reads the dense model, and the same batches are run once more with the first mask. A check of fewer
+    batches gives none, since it could not be compared with later validations.
 
     Checkpoints contain the record and the metrics so far, so a run that was killed and resumed, in the same folder or
     in another, has one history. Only rank 0 writes.
@@ -69,8 +69,6 @@ class RunRecord(L.Callback):
             return
         self._began, self.folder = 0.0, None
         self._pruning = next((each for each in callbacks_of(trainer) if isinstance(each, DynamicPruning)), None)
-        if self._pruning is not None:
-            self._pruning.before_first_mask = self._validate_dense
         if trainer.global_step == 0 or not self._facts:  # a checkpoint, if there is one, is loaded later
             counts: dict[str, Any] = {"step": 0, "seconds": 0.0, "tokens": 0}
             self._facts, self._earlier = counts | {"states": [], "protocols": [], "about": {}}, []
@@ -81,25 +79,27 @@ class RunRecord(L.Callback):
         logger = None if trial else _csv_logger(trainer)
         self._logger = logger if trainer.is_global_zero else None
 
-    def _validate_dense(self, trainer: L.Trainer, layers: Mapping[str, MaskedLayer]) -> None:
-        if not trainer.sanity_checking or not all(layer.is_dense() for layer in layers.values()):
-            return
-        validation = trainer.fit_loop.epoch_loop.val_loop
-        validation.setup_data()
-        if _is_baseline(trainer):
-            rank_zero_info("RunRecord: validating the dense model, too, for the report.")
-            validation.run()  # a part of the sanity check: not logged, triggers no checkpoint
-            reshard(trainer.lightning_module)
-            sparsity = sparsity_of(measure(layers).values())
-            pruned_before = sparsity > 0.01
-            self._add_state(trainer, "without masks" if pruned_before else "dense", sparsity)
-
     def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        updater = self._updater()
-        masked = updater is not None and bool(updater.sparsity)
-        if _is_baseline(trainer) and (masked or not self._facts["states"]):
-            sparsity = updater.report().sparsity if updater and masked else None
-            self._add_state(trainer, "after the first mask" if masked else "dense", sparsity)
+        whole = trainer.num_sanity_val_batches == trainer.num_val_batches
+        if trainer.global_step > 0 or not whole:  # a second fit of this trainer: the weights are already trained
+            return
+        if self._pruning is None:
+            self._add_state(trainer, "dense", None)
+            return
+        reshard(pl_module)
+        layers = sparse_layers(pl_module)
+        zeros, is_dense = sparsity_of(measure(layers).values()), all(layer.is_dense() for layer in layers.values())
+        if is_dense:
+            pruned_before = zeros > 0.01
+            self._add_state(trainer, "without masks" if pruned_before else "dense", zeros)
+        self._pruning.begin(trainer, pl_module)
+        updater = self._pruning.updater
+        assert updater is not None
+        if updater.sparsity:
+            if is_dense:
+                rank_zero_info("RunRecord: validating the model with its first mask, too, for the report.")
+                trainer.fit_loop.epoch_loop.val_loop.run()  # still a sanity check: not logged, triggers no checkpoint
+            self._add_state(trainer, "after the first mask", updater.report().sparsity)
 
     def _add_state(self, trainer: L.Trainer, name: str, sparsity: float | None) -> None:
         self._facts["states"].append(_validated(trainer, name, 0, sparsity))
@@ -191,11 +191,6 @@ class RunRecord(L.Callback):
 
     def _updater(self) -> MaskUpdater | None:
         return None if self._pruning is None else self._pruning.updater
-
-
-def _is_baseline(trainer: L.Trainer) -> bool:
-    """Whether the sanity check reads all of the validation, before any training: an earlier fit may have trained."""
-    return trainer.global_step == 0 and trainer.num_sanity_val_batches == trainer.num_val_batches
 
 
 def _validated(trainer: L.Trainer, name: str, step: int, sparsity: float | None) -> dict[str, Any]:

@@ -20,10 +20,6 @@ from sparse_train.pruning.config import OneShot, PruningConfig
 from sparse_train.pruning.zeros import warn_of_filled_zeros
 
 _log = logging.getLogger(__name__)
-_NEEDED = (
-    "a transformers model that is not sharded, and training data that is not a stream, has no sampler of its own, "
-    "and has batches of token ids or dicts with input_ids"
-)
 
 
 def set_first_mask(
@@ -44,9 +40,15 @@ def set_first_mask(
     first = config.first_mask
     if not isinstance(first, OneShot):
         return None
-    dense = config.sparsity_at_step_0 > 0 and all(layer.is_dense() for layer in layers.values())
+    dense = all(layer.is_dense() for layer in layers.values())
+    if first.criterion is not None and not dense:
+        raise ValueError(
+            f"first_mask is {first}, and the model has masks already, with which the run would start. Leave the "
+            "criterion out of OneShot, or squash the model to begin with new masks."
+        )
     # without activations, the first update makes the same mask
-    wanted = dense and (first.criterion is not None or config.criterion.needs_activations)
+    needed = first.criterion is not None or config.criterion.needs_activations
+    wanted = dense and needed and config.sparsity_at_step_0 > 0
     if wanted and (found := _to_calibrate(root, layers, first.batches, batches)) is not None:
         model, own_batches = found
         if config.first_solver is not None:
@@ -72,14 +74,8 @@ def set_first_mask(
         if config.first_solver is not None:  # linear algebra may round differently on other hardware
             take_from_rank_0([t for each in layers.values() for t in (each.weight.detach(), each.weight_mask)])
         return outliers
-    if first.criterion is not None:
-        raise ValueError(
-            f"first_mask is {first}, but no one-shot pruning makes the first mask here: it does at start_step 0, if "
-            f"there is something to prune and there are no masks yet, and needs {_NEEDED}. Leave the criterion out of "
-            "OneShot, or prune the model before the run (sparse_train.prune)."
-        )
-    if wanted and rank() == 0:
-        why = f"one-shot pruning needs {_NEEDED}"
+    if wanted and first.criterion is None and rank() == 0:  # with a criterion, MaskUpdater raises an error
+        why = f"one-shot pruning needs {OneShot.needs}"
         _log.warning("The first steps run dense, and their activations give the first mask: %s.", why)
     return None
 

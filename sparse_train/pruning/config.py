@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, ClassVar
 
 from sparse_train.arguments import as_data, did_you_mean, require_type, to_python_number
 from sparse_train.criteria import Criterion, Wanda
@@ -39,6 +39,11 @@ class OneShot(FirstMask):
 
     criterion: Criterion | Solver | None = None
     batches: int = 8
+
+    needs: ClassVar[str] = (
+        "a transformers model that is not sharded, and training data that is not a stream, has no sampler of its own, "
+        "and has batches of token ids or dicts with input_ids, at least one for each process"
+    )
 
     def __post_init__(self) -> None:
         if type(to_python_number(self.batches)) is not int or self.batches < 1:

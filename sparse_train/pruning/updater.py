@@ -25,7 +25,7 @@ from sparse_train.layers.sparsify import sparsify, unmask
 from sparse_train.layers.targets import find_targets, layers_in_words
 from sparse_train.patterns import Pattern, group_label
 from sparse_train.policies import Optimizers
-from sparse_train.pruning.config import FromZeros, PruningConfig
+from sparse_train.pruning.config import FromZeros, OneShot, PruningConfig
 from sparse_train.pruning.recording import (
     RunningNorms,
     check_agreement,
@@ -205,6 +205,13 @@ class MaskUpdater:
                     "first_mask is None, so the model must have masks already, and none of its targets has a pruned "
                     "weight. Prune it first (prune(..., squash=False)), or let the run make its mask: "
                     "first_mask=OneShot()."
+                )
+            if isinstance(config.first_mask, OneShot) and config.first_mask.criterion is not None:
+                raise ValueError(
+                    f"first_mask is {config.first_mask}, and no one-shot pruning has made the first mask. A trainer's "
+                    f"callback does at start_step 0, if there is something to prune, and needs {OneShot.needs}. "
+                    "Elsewhere, as in a plain loop, prune the model before the run: prune(..., squash=False). Or leave "
+                    "the criterion out of OneShot."
                 )
             if first:
                 return False

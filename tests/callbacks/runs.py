@@ -98,7 +98,8 @@ class ExactAfterEveryStep(L.Callback):
         self.check(pl_module)
 
     def on_validation_start(self, trainer, pl_module):
-        self.check(pl_module)
+        if not trainer.sanity_checking:  # before the first mask
+            self.check(pl_module)
 
 
 def trainer(tmp_path, *callbacks, max_steps=12, **settings):

@@ -46,7 +46,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWa
 def test_three_lines_keep_any_module_at_2_of_4(tmp_path, module, accumulate, precision):
     model, exact = module(), ExactAfterEveryStep()
     pruning = DynamicPruning("2:4", update_freq=4)
-    run = trainer(tmp_path, pruning, exact, precision=precision, accumulate_grad_batches=accumulate, max_epochs=-1)
+    settings = {"precision": precision, "accumulate_grad_batches": accumulate, "val_check_interval": 4}
+    run = trainer(tmp_path, pruning, exact, max_epochs=-1, **settings)
     run.fit(model, loader(), DataLoader(Tokens(), batch_size=4))
     assert exact.checked > 12 * accumulate
     assert pruning.updater.steps == 12

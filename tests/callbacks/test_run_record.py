@@ -6,7 +6,7 @@ import json
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
@@ -38,13 +38,13 @@ def fit(folder, *, steps=12, callbacks=None, ckpt_path=None, module=None, **sett
         "limit_val_batches": 3,
         "val_check_interval": 4,
         "logger": CSVLogger(folder, name="", version=""),
+        "enable_progress_bar": False,
     } | settings
     trainer = L.Trainer(
         accelerator="cpu",
         log_every_n_steps=2,
         callbacks=callbacks,
         default_root_dir=folder,
-        enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
         **settings,
@@ -92,7 +92,8 @@ def test_states_before_training_are_the_dense_and_the_one_shot_model(tmp_path):
 def test_the_dense_model_is_measured_before_a_solver_moves_its_weights(tmp_path):
     fit(tmp_path / "wanda", steps=1)
     solved = DynamicPruning("2:4", update_freq=3, first_mask=OneShot(IHT()))
-    fit(tmp_path / "iht", steps=1, callbacks=[RunRecord(), solved])  # in any order
+    bar = TQDMProgressBar()  # prepares for the sanity check; in any order
+    fit(tmp_path / "iht", steps=1, callbacks=[RunRecord(), solved, bar], enable_progress_bar=True)
     dense, one_shot = collect([tmp_path / "iht"])[0].before
     other_dense, other_one_shot = collect([tmp_path / "wanda"])[0].before
     assert dense == other_dense and one_shot.loss != other_one_shot.loss
@@ -132,6 +133,7 @@ def test_recording_changes_nothing(tmp_path):
     recorded = fit(tmp_path / "a")
     without = fit(tmp_path / "b", callbacks=[DynamicPruning("2:4", update_freq=3, end_step=9)])
     assert not (tmp_path / "b" / "run.json").exists()
+    assert recorded.seen == without.seen
     for (name, a), b in zip(recorded.state_dict().items(), without.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
 

@@ -111,7 +111,7 @@ def main(
         return made
 
     def pruned() -> Any:
-        blocks = random_batches(data.train_dataloader().dataset, 4, None, 8)
+        blocks = random_batches(data.train_dataloader().dataset, 4, None, 32)
         with torch.autocast("cpu", torch.bfloat16):  # masks only: pruned weights keep their values
             prune(dense, blocks, "unstructured", sparsity=sparsity, squash=False, progress=True)
         return dense

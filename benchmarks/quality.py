@@ -31,8 +31,6 @@ from sparse_train.oneshot.prune import prune
 
 BLOCK_SIZE = 512
 """Tokens of a sequence, in all recipes."""
-CALIBRATION_BLOCKS = 32
-"""Sequences that calibrate the first mask: 8 batches of 4 by default."""
 
 
 @dataclass(frozen=True)
@@ -152,8 +150,7 @@ def _train(
     """The trained model, its flip rates, and a description of the model."""
     arm, batch_size = ARMS[name], tokens_a_step // BLOCK_SIZE
     calibrated = "mask_structure" in Path(arm.recipe).read_text() and arm.start is None
-    batches = -(-CALIBRATION_BLOCKS // batch_size)
-    first_mask = [f"{CALLBACK}.first_mask=OneShot", f"{CALLBACK}.first_mask.batches={batches}"] if calibrated else []
+    first_mask = [f"{CALLBACK}.first_mask=OneShot"] if calibrated else []
     optimizer = [f"--model.optimizer={arm.optimizer}", f"--model.optimizer.lr={lr}"] if arm.optimizer else []
     with tempfile.TemporaryDirectory() as folder:
         start = Path(folder, "start")
@@ -207,7 +204,7 @@ def _oneshot(name: str) -> Any:
     if name in ONESHOT:
         arm, data = ONESHOT[name], TextBlocks(source, PackagedWikipedia(), block_size=512, batch_size=4)
         data.setup("fit")
-        batches = random_batches(data.train_dataloader().dataset, 4, None, 8)
+        batches = random_batches(data.train_dataloader().dataset, 4, None, 32)
         with torch.autocast("cpu", torch.bfloat16):
             prune(
                 model,

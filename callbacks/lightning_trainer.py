@@ -1,7 +1,6 @@
 """What callbacks need from Lightning's trainer: its steps, batches for calibration, and when modules have layers."""
 
 import functools
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +12,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from sparse_train.environment import isolated_rng
 from sparse_train.layers.masked_layer import sparse_layers
 from sparse_train.layers.sparsify import sparsify_like, unmask
-from sparse_train.oneshot.first_mask import training_batches
+from sparse_train.oneshot.first_mask import first_samples, training_batches
 from sparse_train.oneshot.forwards import Batch
 
 # Lightning has no hook after a module has created its layers, so the last of these that the module has is wrapped once.
@@ -35,7 +34,7 @@ def callbacks_of(trainer: L.Trainer) -> list[L.Callback]:
     return trainer.callbacks  # type: ignore[attr-defined,no-any-return]
 
 
-def calibration_batches(trainer: L.Trainer, count: int) -> list[Batch] | None:
+def calibration_batches(trainer: L.Trainer, samples: int) -> list[Batch] | None:
     """Random training batches, without changing the state of the loader; None if a model could not use any.
 
     If the data module has a method ``calibration_dataloader`` that returns a loader, its first batches are used.
@@ -46,8 +45,8 @@ def calibration_batches(trainer: L.Trainer, count: int) -> list[Batch] | None:
     if own is not None:
         with isolated_rng():
             torch.manual_seed(0)  # the same batches in each process
-            return list(itertools.islice(own, count))
-    return training_batches(trainer.train_dataloader, count)
+            return first_samples(own, samples)
+    return training_batches(trainer.train_dataloader, samples)
 
 
 # --- when layers exist -----------------------------------------------------------------------------------------------

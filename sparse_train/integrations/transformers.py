@@ -156,7 +156,7 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
                 model,
                 layers,
                 self.config,
-                lambda count: training_batches(train_dataloader, count, args.per_device_train_batch_size),
+                lambda samples: training_batches(train_dataloader, samples, args.per_device_train_batch_size),
                 under_autocast(dtype if args.fp16 or args.bf16 else None, args.device),
                 progress=not args.disable_tqdm and rank() == 0,
             )

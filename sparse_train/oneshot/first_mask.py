@@ -1,6 +1,5 @@
 """The first mask of a training run, in any trainer: one-shot pruning that keeps pruned weights as shadow values."""
 
-import itertools
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -33,9 +32,9 @@ def set_first_mask(
     """Set the masks that a run starts with, if ``first_mask`` is ``OneShot()``; ``MaskUpdater`` makes all others.
 
     ``root`` holds the model. ``layers`` are those of the run and not all masked ones, since a copy of the model, as a
-    reference for a loss, may have masks that keep everything. ``batches(count)`` returns ``count`` batches, the same on
-    each rank, or None if there are none that a model can read. Returns the outliers, if it has measured some. After an
-    error, the model is unchanged.
+    reference for a loss, may have masks that keep everything. ``batches(samples)`` returns ``first_samples``, the same
+    on each rank, or None if there are none that a model can read. Returns the outliers, if it has measured some. After
+    an error, the model is unchanged.
     """
     first = config.first_mask
     if not isinstance(first, OneShot):
@@ -49,7 +48,7 @@ def set_first_mask(
     # without activations, the first update makes the same mask
     needed = first.criterion is not None or config.criterion.needs_activations
     wanted = dense and needed and config.sparsity_at_step_0 > 0
-    if wanted and (found := _to_calibrate(root, layers, first.batches, batches)) is not None:
+    if wanted and (found := _to_calibrate(root, layers, first.samples, batches)) is not None:
         model, own_batches = found
         if config.first_solver is not None:
             _check_movable(layers)
@@ -91,18 +90,18 @@ def _check_movable(layers: Mapping[str, MaskedLayer]) -> None:
 
 
 def _to_calibrate(
-    root: nn.Module, layers: Mapping[str, MaskedLayer], count: int, batches: Callable[[int], Sequence[Batch] | None]
+    root: nn.Module, layers: Mapping[str, MaskedLayer], samples: int, batches: Callable[[int], Sequence[Batch] | None]
 ) -> tuple[nn.Module, Sequence[Batch]] | None:
     """The model to prune, and this process's part of the batches; None if it cannot be pruned in one shot."""
     reshard(root)
     model, ranks = transformers_model(root, layers.values()), world_size()
     if model is None or any(layer.layout.is_sharded for layer in layers.values()):
         return None
-    found = batches(-(-count // ranks) * ranks)  # the same number for each rank
+    found = batches(samples)
     if found is None or len(found) < ranks:
         return None
-    if len(found) < count and rank() == 0:
-        _log.warning("The first mask reads %d of %d batches: the data has no more.", len(found), count)
+    if (there := sum(map(_samples_in, found))) < samples and rank() == 0:
+        _log.warning("The first mask reads %d of %d samples: the data has no more.", there, samples)
     return model, found[rank() :: ranks]
 
 
@@ -125,7 +124,7 @@ def _is(sampler: Any, *names: str) -> bool:
     return type(sampler).__module__.partition(".")[0] in _LIBRARIES and type(sampler).__name__ in names
 
 
-def training_batches(loader: Any, count: int, batch_size: int | None = None) -> list[Batch] | None:
+def training_batches(loader: Any, samples: int, batch_size: int | None = None) -> list[Batch] | None:
     """Random batches of what a training loader reads, without changing its state; None if that is not known, as of
     any but a ``DataLoader``, which accelerate may have prepared. ``batch_size`` is by default that of the loader."""
     sampler: Any = getattr(loader, "batch_sampler", None)
@@ -135,13 +134,13 @@ def training_batches(loader: Any, count: int, batch_size: int | None = None) -> 
         batch_size, sampler = batch_size or sampler.batch_size, sampler.sampler
     if not _is(sampler, *_READ_ALL):
         return None
-    return random_batches(loader.dataset, batch_size or 1, loader.collate_fn, count)
+    return random_batches(loader.dataset, batch_size or 1, loader.collate_fn, samples)
 
 
 def random_batches(
-    dataset: Dataset[Any], batch_size: int, collate_fn: Callable[[list[Any]], Any] | None, count: int
+    dataset: Dataset[Any], batch_size: int, collate_fn: Callable[[list[Any]], Any] | None, samples: int
 ) -> list[Batch] | None:
-    """Random batches of a data set, always the same; None if a model could not use any.
+    """Random batches of a data set, of so many samples, always the same; None if a model could not use any.
 
     They come from a separate loader: another iterator of the training loader would advance its generators, and the
     position of a stateful one.
@@ -151,10 +150,29 @@ def random_batches(
     generator = torch.Generator().manual_seed(0)
     own = DataLoader(dataset, batch_size=batch_size, shuffle=True, generator=generator, collate_fn=collate_fn)
     with isolated_rng():  # a data set may draw random numbers
-        batches = list(itertools.islice(own, count))
-    return batches if _usable(batches) else None
+        batches = first_samples(own, samples)
+    return batches if batches and all(map(_is_usable, batches)) else None
 
 
-def _usable(batches: Sequence[Any]) -> bool:
-    ids = [batch.get("input_ids") if isinstance(batch, Mapping) else batch for batch in batches]
-    return bool(ids) and all(isinstance(b, Tensor) and not (b.is_floating_point() or b.is_complex()) for b in ids)
+def first_samples(loader: Iterable[Batch], samples: int) -> list[Batch]:
+    """The first batches, until there are so many samples, and a batch for each process."""
+    found: list[Batch] = []
+    for batch in loader:
+        found.append(batch)
+        if len(found) >= world_size() and sum(map(_samples_in, found)) >= samples:
+            break
+    return found
+
+
+def _ids(batch: Any) -> Any:
+    return batch.get("input_ids") if isinstance(batch, Mapping) else batch
+
+
+def _samples_in(batch: Any) -> int:
+    ids = _ids(batch)
+    return len(ids) if isinstance(ids, Tensor) and ids.dim() > 1 else 1
+
+
+def _is_usable(batch: Any) -> bool:
+    ids = _ids(batch)
+    return isinstance(ids, Tensor) and not (ids.is_floating_point() or ids.is_complex())

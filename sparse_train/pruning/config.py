@@ -33,12 +33,13 @@ class OneShot(FirstMask):
         criterion: scores for this mask; default: the criterion of the run. Or a ``Solver``, such as ``IHT()``, which
             also moves the weights that it keeps, and gives pruned ones the values with which they may come back. If it
             is given, and one-shot pruning cannot make the first mask, the run raises an error.
-        batches: number of batches, over all ranks, or all if there are fewer: from the training data, or, in Lightning,
-            from the loader that a data module's ``calibration_dataloader()`` returns.
+        samples: number of sequences, over all ranks, in whole batches, or all if there are fewer: random ones of the
+            training data, or, in Lightning, the first of the loader that a data module's ``calibration_dataloader()``
+            returns.
     """
 
     criterion: Criterion | Solver | None = None
-    batches: int = 8
+    samples: int = 32
 
     needs: ClassVar[str] = (
         "a transformers model that is not sharded, and training data that is not a stream, has no sampler of its own, "
@@ -46,8 +47,8 @@ class OneShot(FirstMask):
     )
 
     def __post_init__(self) -> None:
-        if type(to_python_number(self.batches)) is not int or self.batches < 1:
-            raise ValueError(f"OneShot.batches is a whole number, at least 1, got {self.batches!r}.")
+        if type(to_python_number(self.samples)) is not int or self.samples < 1:
+            raise ValueError(f"OneShot.samples is a whole number, at least 1, got {self.samples!r}.")
         require_type("OneShot.criterion", self.criterion, Wanda(), (Criterion, Solver))
 
 

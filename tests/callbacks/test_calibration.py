@@ -111,7 +111,7 @@ class Drawing(Tokens):
 
 
 def test_calibration_on_a_data_set_takes_random_samples():
-    found = torch.cat([batch["input_ids"] for batch in random_batches(Tokens(), 2, None, 3)])
+    found = torch.cat([batch["input_ids"] for batch in random_batches(Tokens(), 2, None, 6)])
     assert not torch.equal(found, Tokens().ids[:6])
 
 
@@ -120,5 +120,5 @@ def test_reading_for_calibration_moves_no_generator():
         return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
 
     before = states()
-    assert len(random_batches(Drawing(), 2, None, 3)) == 3
+    assert len(random_batches(Drawing(), 2, None, 6)) == 3
     assert states() == before

@@ -36,7 +36,7 @@ def test_the_first_mask_is_that_of_one_shot_pruning_and_its_counts_stay(tmp_path
     start, model, callback = Start(), InInit(), pruning()
     trainer(tmp_path, start, callback).fit(model, loader())
     oneshot = shallow_llama()
-    prune(oneshot, random_batches(Tokens(), 2, None, 8), "unstructured", 0.6, distribution=OWL(owl_m=2))
+    prune(oneshot, random_batches(Tokens(), 2, None, 32), "unstructured", 0.6, distribution=OWL(owl_m=2))
     for name, mask_OI in start.masks.items():
         assert torch.equal(dict(oneshot.named_modules())[name].weight != 0, mask_OI)
     assert zeros(model.net) == zeros(oneshot)
@@ -49,7 +49,7 @@ def test_a_gradual_run_ends_at_what_the_outliers_say(tmp_path):
     trainer(tmp_path, callback, max_steps=14).fit(model, loader())
     found = {name.removeprefix("net."): share for name, share in callback.updater._division.final_shares.items()}
     oneshot = shallow_llama()
-    report = prune(oneshot, random_batches(Tokens(), 2, None, 8), "unstructured", 0.6, distribution=OWL(owl_m=2))
+    report = prune(oneshot, random_batches(Tokens(), 2, None, 32), "unstructured", 0.6, distribution=OWL(owl_m=2))
     blocks = [found[f"model.layers.{block}.self_attn.q_proj"] for block in range(2)]
     assert sorted(blocks, reverse=True) == [
         share for _, share in sorted(zip(report.outliers.values(), blocks, strict=True))

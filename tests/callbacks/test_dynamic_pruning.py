@@ -317,12 +317,12 @@ def test_the_padding_of_an_encoders_text_is_not_that_of_the_decoders(tmp_path, c
                 counted.update({name: int(layer.statistics.tokens) for name, layer in layers})
 
     trainer(tmp_path, pruning, Look(), max_steps=4).fit(Translation(), loader(padded=True))
-    assert set(counted.values()) == {(8 + 3) * 2 * 16}  # in calibration and in three steps
+    assert set(counted.values()) == {(32 + 3 * 2) * 16}  # in calibration and in three steps
     assert "does not fit a layer's input of shape (tokens of the other text, I)" in caplog.text
 
     pruning = DynamicPruning("2:4", update_freq=4, window=4, end_step=4, targets=["net.model"], squash=False)
     trainer(tmp_path, pruning, Look(), max_steps=4).fit(NextToAJudge(), loader(padded=True))
-    assert {count for name, count in counted.items() if name.startswith("net.model")} == {(8 + 3) * 2 * 12}
+    assert {count for name, count in counted.items() if name.startswith("net.model")} == {(32 + 3 * 2) * 12}
 
 
 def test_of_several_optimizers_all_callbacks_count_batches_as_loggers_do(tmp_path):

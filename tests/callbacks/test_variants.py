@@ -167,6 +167,6 @@ class TokensRemembered(L.Callback):
 @pytest.mark.parametrize(("decay", "share"), [(0.0, 0), (0.5, 0.5), (1.0, 1)])
 def test_norms_of_the_first_mask_are_the_first_that_are_remembered(tmp_path, decay, share):
     seen = TokensRemembered()
-    pruning = DynamicPruning("2:4", update_freq=4, first_mask=OneShot(batches=3), norm_decay=decay)
+    pruning = DynamicPruning("2:4", update_freq=4, first_mask=OneShot(samples=6), norm_decay=decay)
     trainer(tmp_path, seen, pruning, max_steps=5).fit(InInit(), loader())
     assert seen.tokens == {share * 3 * 2 * 16}

@@ -77,9 +77,9 @@ __all__ = [
 Arguments = dict[str, Any]
 
 
-def one_shot(method: Any = None, batches: int = 8) -> Arguments:
+def one_shot(method: Any = None, samples: int = 16) -> Arguments:
     """Arguments of a callback: the first mask from one-shot pruning by ``method``; None = the criterion of the run."""
-    return {"first_mask": OneShot(method, batches)}
+    return {"first_mask": OneShot(method, samples)}
 
 
 def first_window() -> Arguments:

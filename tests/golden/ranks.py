@@ -46,7 +46,7 @@ def _fit(engine: str, resumed: str = "", *, folder: Path) -> Outcome:
 def _train(engine: str, folder: Path, *callbacks: L.Callback, ckpt_path: Path | None = None) -> Outcome:
     module, keep = engines.Module(model()), KeepMasks()
     torch.manual_seed(api.rank())
-    pruning = api.DynamicPruning("2:4", update_freq=3)
+    pruning = api.DynamicPruning("2:4", update_freq=3, **api.one_shot())
     trainer = engines.trainer(engine, folder, pruning, *callbacks, keep, max_steps=STEPS)
     trainer.fit(module, engines.loader(), ckpt_path=ckpt_path, weights_only=False)
     return Outcome(keep.masks, api.whole_state_dict(module.model))

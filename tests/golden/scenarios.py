@@ -71,7 +71,7 @@ def fit(
         def run(*callbacks: L.Callback, ckpt_path: Path | None = None) -> Outcome:
             module, keep = Module(start()), KeepMasks()
             torch.manual_seed(0)  # adapters of mask_lora begin at random
-            pruning = api.DynamicPruning(mask_structure, sparsity, **({"update_freq": 3} | arguments))
+            pruning = api.DynamicPruning(mask_structure, sparsity, **({"update_freq": 3} | api.one_shot() | arguments))
             trainer = L.Trainer(
                 max_steps=STEPS,
                 accumulate_grad_batches=accumulate,
@@ -151,7 +151,7 @@ def transformers_trainer() -> Outcome:
             use_cpu=True,
             disable_tqdm=True,
         )
-        pruning = api.SparseTrainerCallback("2:4", update_freq=3, squash=False)
+        pruning = api.SparseTrainerCallback("2:4", update_freq=3, squash=False, **api.one_shot())
         run = Trainer(model=trained, args=settings, train_dataset=Tokens(padded=True), callbacks=[pruning])
         run.remove_callback(PrinterCallback)
         run.train()
@@ -175,7 +175,7 @@ def with_masks(family: str = "llama") -> nn.Module:
 
 def solved() -> nn.Module:
     """Pruned by a solver on the batches that a run would calibrate its first mask on."""
-    pruned, data = model(), api.random_batches(Tokens(padded=False), 2, None, 8)
+    pruned, data = model(), api.random_batches(Tokens(padded=False), 2, None, 16)
     api.prune(pruned, data, "2:4", criterion=api.SparseGPT(), squash=False)
     return pruned
 
@@ -231,7 +231,7 @@ SCENARIOS: dict[str, Scenario] = {
     "2:4, first window, resumed": lambda: fit(**api.first_window(), resumed=True),
     "50 %, first window": lambda: fit("unstructured", 0.5, **api.first_window()),
     "70 %, first window": lambda: fit("unstructured", 0.7, **api.first_window()),
-    "2:4, one-shot of 3 batches": lambda: fit(**api.one_shot(batches=3)),
+    "2:4, one-shot of 6 samples": lambda: fit(**api.one_shot(samples=6)),
     "2:4, one-shot RIA": lambda: fit(**api.one_shot(api.RIA())),
     "2:4, one-shot SparseGPT": lambda: fit(start=solved, **api.existing_masks()),
     "2:4 from zeros": lambda: fit(start=with_zeros, **api.from_zeros()),

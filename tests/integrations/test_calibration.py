@@ -71,10 +71,10 @@ def whole(data, kind=BatchSampler):
 def test_only_wrappers_that_leave_nothing_out_are_looked_into():
     data = Tokens()
     share = BatchSamplerShard(whole(data), num_processes=2, process_index=1)
-    found = training_batches(DataLoader(data, batch_sampler=share), 3, 2)
+    found = training_batches(DataLoader(data, batch_sampler=share), 6, 2)
     assert [len(batch["input_ids"]) for batch in found] == [2, 2, 2]
     rest = SkipBatchSampler(whole(data), skip_batches=5)
-    assert training_batches(DataLoader(data, batch_sampler=rest), 3, 2) is None
-    assert training_batches(DataLoader(data, batch_sampler=BatchSamplerShard(rest)), 3, 2) is None
+    assert training_batches(DataLoader(data, batch_sampler=rest), 6, 2) is None
+    assert training_batches(DataLoader(data, batch_sampler=BatchSamplerShard(rest)), 6, 2) is None
     for other in (whole(data, FirstBatches), Skipping(whole(data))):
-        assert training_batches(DataLoader(data, batch_sampler=other), 3, 2) is None
+        assert training_batches(DataLoader(data, batch_sampler=other), 6, 2) is None

@@ -159,7 +159,7 @@ def test_layers_keep_sparsities_of_their_own(tmp_path, pruned_before):
         return {n: int((m.weight == 0).sum()) for n, m in model.named_modules() if n.endswith("proj")}
 
     owl, model, first = OWL(owl_m=2), shallow_llama(), FromZeros() if pruned_before else OneShot()
-    prune(model, random_batches(Tokens(), 2, default_data_collator, 8), "unstructured", 0.6, distribution=owl)
+    prune(model, random_batches(Tokens(), 2, default_data_collator, 32), "unstructured", 0.6, distribution=owl)
     callback = SparseTrainerCallback("unstructured", 0.6, update_freq=4, distribution=owl, first_mask=first)
     run = trainer(tmp_path, callback, model=model if pruned_before else None, max_steps=9)
     run.train()

@@ -108,7 +108,7 @@ def test_masks_that_are_set_after_a_run_that_failed_are_kept(tmp_path):
     run = trainer(tmp_path, pruning(first_mask=FirstWindow()), load_best_model_at_end=True, **settings)
     with pytest.raises(ValueError, match="or prune the model before the run"):
         run.train()
-    prune(run.model, random_batches(Tokens(), 2, default_data_collator, 8), "2:4", squash=False)
+    prune(run.model, random_batches(Tokens(), 2, default_data_collator, 32), "2:4", squash=False)
     run.train()
     assert ((run.model.model.layers[0].mlp.up_proj.weight.reshape(-1, 4) == 0).sum(1) == 2).all()
 

@@ -86,9 +86,9 @@ def test_mistakes_are_found_at_construction(settings, message):
 
 
 def test_mistakes_in_a_first_mask_are_found_at_construction():
-    for batches in (0, None):
-        with pytest.raises(ValueError, match=f"OneShot.batches is a whole number, at least 1, got {batches}"):
-            OneShot(batches=batches)
+    for samples in (0, None):
+        with pytest.raises(ValueError, match=f"OneShot.samples is a whole number, at least 1, got {samples}"):
+            OneShot(samples=samples)
     with pytest.raises(ValueError, match=r"Write Magnitude\(\)"):
         OneShot(Magnitude)
     with pytest.raises(ValueError, match=r"OneShot.criterion is an object such as Wanda"):
@@ -152,7 +152,7 @@ pruning:
   first_mask:
     class_path: OneShot
     init_args:
-      batches: 3
+      samples: 3
       criterion:
         class_path: RIA
         init_args: {a: 0.25}

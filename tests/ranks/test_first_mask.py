@@ -34,8 +34,7 @@ class Start(L.Callback):
 
 def start(engine: str, folder: Path) -> Any:
     """What the run starts with, or the error with which it does not."""
-    # as many samples, in batches of 2 of each rank or of both
-    pruning = DynamicPruning("2:4", first_mask=OneShot(_RoundsByRank(), batches=8))
+    pruning = DynamicPruning("2:4", first_mask=OneShot(_RoundsByRank(), samples=16))
     seen = Start()
     try:
         engines.trainer(engine, folder, seen, pruning, max_steps=1).fit(engines.Module(), engines.loader())

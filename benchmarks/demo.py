@@ -159,7 +159,7 @@ def main(
     CONSOLE.print(
         f"{(time.perf_counter() - began) / 60:.1f} minutes. Re-pruned model: {folder / 'model'}\n"
         f"Report: {folder / 'report.html'}\nNow with your text:\n"
-        "sparse-train fit --config recipes/smollm2_owl70.yaml --text my_text.txt --export runs/mine",
+        "sparse-train fit --config recipes/smollm2_unstructured70_distill.yaml --text my_text.txt --export runs/mine",
         highlight=False,
         soft_wrap=True,
     )

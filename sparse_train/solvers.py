@@ -41,7 +41,8 @@ class Solver(ABC):
             gram_II: float32 or better, the sum of x x^T over the layer's inputs x (I,).
 
         Returns:
-            weight_OI: float32, kept weights updated; pruned ones have a value to come back with, as shadow values.
+            weight_OI: float32, kept weights updated; a pruned one has, as its shadow value, what fits best beside the
+                kept ones if it alone comes back (a Newton step).
             mask_OI: bool, True = kept.
         """
 
@@ -92,7 +93,10 @@ class SparseGPT(Solver):
                 _block_sparsity(pattern, sparsity, rows, start, stop),
             )
             work_OI[:, stop:] -= errors_OB @ factor_II[block, stop:]
-        return torch.where(mask_OI, work_OI, before_OI), mask_OI
+        hessian_II = _dampened(gram_II, self.dampening_frac)
+        missing_OI = torch.where(mask_OI, before_OI - work_OI, before_OI)
+        newton_OI = missing_OI @ hessian_II / hessian_II.diagonal()
+        return torch.where(mask_OI, work_OI, newton_OI), mask_OI
 
 
 @dataclass(frozen=True)
@@ -101,8 +105,8 @@ class IHT(Solver):
 
     In each round, the kept weights are fitted to the outputs of the dense layer (least squares, by conjugate
     gradients). Each pruned weight gets the value that fits best beside them, if it alone came back (a Newton step).
-    Then ``|w|`` times the norm of the input scores all weights for the next mask. The square of this score is the error
-    that a kept weight saves, or that a pruned one would save. Pruned weights keep their values as shadow values, so a
+    Then ``|w|`` times the norm of the input scores all weights for the next mask: but for the dampening, its square is
+    the error that a kept weight saves, or that a pruned one would save. Pruned weights keep their values as shadow values, so a
     run that begins here compares both kinds by the same measure.
 
     Sources: Blumensath and Davies, arXiv 0805.0510, for the iteration; for language models, Boza, arXiv 2401.02938, and
@@ -123,11 +127,8 @@ class IHT(Solver):
             raise ValueError(f"rounds must be at least 0, iterations at least 1, dampening_frac above 0, got {self}.")
 
     def solve(self, weight_OI: Tensor, gram_II: Tensor, pattern: Pattern, sparsity: float) -> tuple[Tensor, Tensor]:
-        dense_OI, gram_II = weight_OI.detach().float(), gram_II.float()
-        norm_I = gram_II.diagonal().sqrt()
-        hessian_II = gram_II.clone()
-        mean = float(gram_II.diagonal().mean()) or 1.0  # 0 if all inputs are zero: then anything fits
-        hessian_II.diagonal().add_(self.dampening_frac * mean)
+        dense_OI, norm_I = weight_OI.detach().float(), gram_II.diagonal().float().sqrt()
+        hessian_II = _dampened(gram_II, self.dampening_frac)
         values_OI, least = dense_OI, torch.inf
         for number in range(self.rounds + 1):
             mask_OI = pattern.mask(values_OI.abs() * norm_I, sparsity)
@@ -140,6 +141,14 @@ class IHT(Solver):
             values_OI = kept_OI + gradient_OI / hessian_II.diagonal()
             least, found = error, (torch.where(mask_OI, kept_OI, values_OI), mask_OI)
         return found
+
+
+def _dampened(gram_II: Tensor, share: float) -> Tensor:
+    """The second moments with a share of their mean diagonal added to the diagonal, float32 (I, I)."""
+    hessian_II = gram_II.float().clone()
+    mean = float(hessian_II.diagonal().mean()) or 1.0  # 0 if all inputs are zero: then anything fits
+    hessian_II.diagonal().add_(share * mean)
+    return hessian_II
 
 
 def _fit(dense_OI: Tensor, hessian_II: Tensor, mask_OI: Tensor, start_OI: Tensor, iterations: int) -> Tensor:

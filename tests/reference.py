@@ -90,13 +90,21 @@ def distillation_losses(student, teacher, labels, temperature):
 
 
 def least_squares(weight, inputs, keep, dampening_frac):
-    """Weights, zero where ``keep`` is False, whose outputs are closest to those of ``weight``, row by row; and what
-    each pruned one would be, if it alone came back. Dampened as in SparseGPT."""
-    weight, inputs = weight.double(), inputs.double()
-    hessian = inputs.T @ inputs
-    hessian += dampening_frac * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=torch.float64)
+    """Weights, zero where ``keep`` is False, whose outputs are closest to those of ``weight``, row by row."""
+    weight, hessian = weight.double(), dampened(inputs, dampening_frac)
     fitted = torch.zeros_like(weight)
     for row, kept in enumerate(keep):
         fitted[row, kept] = torch.linalg.solve(hessian[kept][:, kept], hessian[kept] @ weight[row])
-    alone = (weight - fitted) @ hessian / hessian.diagonal()
-    return fitted, alone
+    return fitted
+
+
+def alone(weight, inputs, fitted, dampening_frac):
+    """What each pruned weight would be, if it alone came back beside the fitted ones."""
+    hessian = dampened(inputs, dampening_frac)
+    return fitted + (weight.double() - fitted) @ hessian / hessian.diagonal()
+
+
+def dampened(inputs, dampening_frac):
+    """Second moments of the inputs, with a share of their mean on the diagonal."""
+    hessian = inputs.double().T @ inputs.double()
+    return hessian + dampening_frac * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=torch.float64)

@@ -71,7 +71,7 @@ def prune(
             text.
         mask_structure: "unstructured", "N:M" with N kept of every M consecutive inputs, or a pattern class.
         sparsity: share of weights that are zero; implied by N:M.
-        criterion: Wanda (default), WandaCumulative, RIA, Magnitude, or SparseGPT.
+        criterion: Wanda (default), WandaCumulative, RIA, Magnitude, SparseGPT, or IHT.
         distribution: how the sparsity is divided among layers: Uniform (default), OWL or Explicit.
         targets: layers by name, class name or "re:" expression; default: the linear layers of the decoder blocks.
         ignore: layers to leave dense.

@@ -106,8 +106,8 @@ class IHT(Solver):
     In each round, the kept weights are fitted to the outputs of the dense layer (least squares, by conjugate
     gradients). Each pruned weight gets the value that fits best beside them, if it alone came back (a Newton step).
     Then ``|w|`` times the norm of the input scores all weights for the next mask: but for the dampening, its square is
-    the error that a kept weight saves, or that a pruned one would save. Pruned weights keep their values as shadow values, so a
-    run that begins here compares both kinds by the same measure.
+    the error that a kept weight saves, or that a pruned one would save. Pruned weights keep their values as shadow
+    values, so a run that begins here compares both kinds by the same measure.
 
     Sources: Blumensath and Davies, arXiv 0805.0510, for the iteration; for language models, Boza, arXiv 2401.02938, and
     Meng et al., "ALPS", arXiv 2406.07831, alternate between masks and least squares by ADMM.

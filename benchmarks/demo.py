@@ -111,10 +111,10 @@ def main(
         return made
 
     def pruned() -> Any:
-        blocks = random_batches(data.train_dataloader().dataset, 4, None, 32)
-        with torch.autocast("cpu", torch.bfloat16):  # masks only: pruned weights keep their values
-            prune(dense, blocks, "unstructured", sparsity=sparsity, squash=False, progress=True)
-        return dense
+        found, blocks = copy.deepcopy(dense), random_batches(data.train_dataloader().dataset, 1, None, 32)
+        with torch.autocast("cpu", torch.bfloat16):
+            prune(found, blocks, "unstructured", sparsity=sparsity, progress=True)
+        return found
 
     def trained(start: Any, policy: MaskPolicy, lr: float) -> Any:
         L.seed_everything(seed, verbose=False)
@@ -143,9 +143,9 @@ def main(
 
     tokens = steps * window
     dense = measure("dense", model.load)
-    masked = measure("one-shot Wanda", pruned)
-    measure("static mask, fine-tuned", lambda: trained(copy.deepcopy(masked), Fixed(), static_lr), tokens)
-    final = measure("re-pruned, fine-tuned", lambda: trained(masked, StraightThrough(), repruned_lr), tokens)
+    measure("one-shot Wanda", pruned)
+    measure("static mask, fine-tuned", lambda: trained(copy.deepcopy(dense), Fixed(), static_lr), tokens)
+    final = measure("re-pruned, fine-tuned", lambda: trained(dense, StraightThrough(), repruned_lr), tokens)
     card = ModelCard(
         model.name, model.hub_id, model.license, {"method": "benchmarks/demo.py: re-pruned by Wanda scores"}
     )

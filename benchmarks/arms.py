@@ -91,7 +91,10 @@ ONESHOT = {
     "oneshot_sparsegpt_70": Untrained(SparseGPT(), Unstructured("row"), 0.7),
     "oneshot_iht": Untrained(IHT()),
     "oneshot_iht_damped01": Untrained(IHT(dampening_frac=0.01)),
+    "oneshot_iht_damped001": Untrained(IHT(dampening_frac=0.001)),
+    "oneshot_iht_more": Untrained(IHT(rounds=8, iterations=10, dampening_frac=0.01)),
     "oneshot_iht_70": Untrained(IHT(), "unstructured", 0.7),
+    "oneshot_iht_70_damped01": Untrained(IHT(dampening_frac=0.01), "unstructured", 0.7),
     "oneshot_owl_70": Untrained(Wanda(), "unstructured", 0.7, OWL()),
 }
 _WANDA_FIRST = ("first_mask=OneShot", "first_mask.criterion=Wanda")

@@ -90,11 +90,10 @@ ONESHOT = {
     "oneshot_wanda_70": Untrained(Wanda(), "unstructured", 0.7),
     "oneshot_sparsegpt_70": Untrained(SparseGPT(), Unstructured("row"), 0.7),
     "oneshot_iht": Untrained(IHT()),
-    "oneshot_iht_damped01": Untrained(IHT(dampening_frac=0.01)),
+    "oneshot_iht_damped10": Untrained(IHT(dampening_frac=0.1)),
     "oneshot_iht_damped001": Untrained(IHT(dampening_frac=0.001)),
-    "oneshot_iht_more": Untrained(IHT(rounds=8, iterations=10, dampening_frac=0.01)),
     "oneshot_iht_70": Untrained(IHT(), "unstructured", 0.7),
-    "oneshot_iht_70_damped01": Untrained(IHT(dampening_frac=0.01), "unstructured", 0.7),
+    "oneshot_iht_70_damped10": Untrained(IHT(dampening_frac=0.1), "unstructured", 0.7),
     "oneshot_owl_70": Untrained(Wanda(), "unstructured", 0.7, OWL()),
 }
 _WANDA_FIRST = ("first_mask=OneShot", "first_mask.criterion=Wanda")
@@ -108,7 +107,7 @@ _CAST = ("criterion=Magnitude", "policy=variants.GrowingDecay", "end_step=1.0")
 _SRSTE = ("criterion=Magnitude", "policy=variants.CoupledDecay", "update_freq=1", "window=1", "end_step=1.0")
 _FROM_ZEROS = ("first_mask=FromZeros", "--model.distillation.teacher=PackagedSmolLM2")
 _SOLVED = "first_mask.criterion=SparseGPT"
-_IHT = "first_mask.criterion=IHT"
+_IHT = ("first_mask.criterion=IHT", "first_mask.criterion.dampening_frac=0.1")  # the default when these arms were run
 _SWAPS = (*_FROM_WANDA, "policy=variants.EvidenceSwaps")
 _70 = ("mask_structure=unstructured", "sparsity=0.7")
 _GRADUAL_70 = (
@@ -154,8 +153,8 @@ ARMS: dict[str, Arm] = {
     "dynamic_from_sparsegpt": _arm("smollm2_2of4", "first_mask=FromZeros", start="oneshot_sparsegpt"),
     "dynamic_from_wanda": _arm("smollm2_2of4", "first_mask=FromZeros", start="oneshot_wanda"),
     # from IHT's mask and weights; its pruned weights have values to come back with
-    "static_iht": _arm("smollm2_2of4_static", _IHT),
-    "dynamic_iht": _arm("smollm2_2of4", _IHT),
+    "static_iht": _arm("smollm2_2of4_static", *_IHT),
+    "dynamic_iht": _arm("smollm2_2of4", *_IHT),
     # distillation from the untouched model, and from the one that --teacher names
     "static_distill": _arm("smollm2_2of4_static", distil=True),
     "dynamic_distill": _arm("smollm2_2of4", distil=True),
@@ -174,9 +173,9 @@ ARMS: dict[str, Arm] = {
     "static_sparsegpt_distill": _arm("smollm2_2of4_static", *_FROM_ZEROS, start="oneshot_sparsegpt", distil=True),
     "dynamic_sparsegpt_distill": _arm("smollm2_2of4", _SOLVED, distil=True),
     "dynamic_dormant_sparsegpt_distill": _arm("smollm2_2of4", "policy=Dormant", _SOLVED, distil=True),
-    "static_iht_distill": _arm("smollm2_2of4_static", _IHT, distil=True),
-    "dynamic_iht_distill": _arm("smollm2_2of4", _IHT, distil=True),
-    "dynamic_dormant_iht_distill": _arm("smollm2_2of4", "policy=Dormant", _IHT, distil=True),
+    "static_iht_distill": _arm("smollm2_2of4_static", *_IHT, distil=True),
+    "dynamic_iht_distill": _arm("smollm2_2of4", *_IHT, distil=True),
+    "dynamic_dormant_iht_distill": _arm("smollm2_2of4", "policy=Dormant", *_IHT, distil=True),
     "dynamic_dormant_stop25_distill": _arm("smollm2_2of4", "policy=Dormant", "end_step=0.25", distil=True),
     # AST (arXiv 2407.20584): magnitude from the start, a decay that rises for a quarter of the run, masks never frozen
     "ast_distill": _arm("smollm2_2of4", *_AST, distil=True),
@@ -226,10 +225,13 @@ ARMS: dict[str, Arm] = {
     "dynamic_from_sparsegpt_70_distill": _arm(
         "smollm2_unstructured60", *_70, *_FROM_ZEROS, start="oneshot_sparsegpt_70", distil=True
     ),
-    "static_iht_70_distill": _arm("smollm2_unstructured60", *_70, "policy=Fixed", _IHT, distil=True),
-    "dynamic_iht_70_distill": _arm("smollm2_unstructured60", *_70, _IHT, distil=True),
-    "dynamic_memory50_iht_70_distill": _arm("smollm2_unstructured60", *_70, _IHT, "norm_decay=0.5", distil=True),
-    "dynamic_dormant_iht_70_distill": _arm("smollm2_unstructured60", *_70, "policy=Dormant", _IHT, distil=True),
+    "static_iht_70_distill": _arm("smollm2_unstructured60", *_70, "policy=Fixed", *_IHT, distil=True),
+    "static_iht_damped01_70_distill": _arm(
+        "smollm2_unstructured60", *_70, "policy=Fixed", "first_mask.criterion=IHT", distil=True
+    ),
+    "dynamic_iht_70_distill": _arm("smollm2_unstructured60", *_70, *_IHT, distil=True),
+    "dynamic_memory50_iht_70_distill": _arm("smollm2_unstructured60", *_70, *_IHT, "norm_decay=0.5", distil=True),
+    "dynamic_dormant_iht_70_distill": _arm("smollm2_unstructured60", *_70, "policy=Dormant", *_IHT, distil=True),
     "lora_70_distill": _arm("smollm2_2of4_lora", *_70, distil=True),
     # low-rank, on q and v: outside the mask, where merging loses zeros, and inside it
     "lora": _arm("smollm2_2of4_lora"),

@@ -279,28 +279,39 @@ def more_tables(runs: Runs) -> str:
     return "\n".join(parts) + "\n"
 
 
-PAIRS = {
-    "2:4": ("static", "dynamic"),
-    "2:4, with a teacher": ("static_distill", "dynamic_distill"),
-    "70 % unstructured": ("static_70", "dynamic_70"),
-}
-"""Of README's table: a static mask, and re-pruning every 10 steps."""
-SHORT_PAIRS = {"70 %, with a teacher, 153,600 tokens, `Dormant`": ("static_70_distill", "dynamic_dormant_70_distill")}
-"""The same, in 300 steps of 512 tokens."""
+class Pair(NamedTuple):
+    """A row of README's table: a mask that is kept, and one that is re-pruned every 10 steps."""
+
+    target: str
+    first_mask: str
+    static: str
+    moving: str
+    tokens_a_step: int = 2048
+    steps: int = 100
+
+
+PAIRS = [
+    Pair("2:4", "Wanda", "static", "dynamic"),
+    Pair("2:4", "IHT", "static_iht", "dynamic_iht"),
+    Pair("70 %", "Wanda", "static_70", "dynamic_70"),
+    Pair("2:4, with a teacher", "Wanda", "static_distill", "dynamic_distill"),
+    Pair("2:4, with a teacher", "IHT", "static_iht_distill", "dynamic_iht_distill"),
+    Pair("70 %, with a teacher, 51,200 tokens", "Wanda", "static_70_distill", "dynamic_dormant_70_distill", 512),
+    Pair("70 %, with a teacher, 51,200 tokens", "IHT", "static_iht_70_distill", "dynamic_iht_70_distill", 512),
+]
 
 
 def headline(runs: Runs, short: Runs) -> str:
     """README's table: re-pruning against a static mask, each at its best learning rate; the lower one is bold."""
-    lines = ["| target | static mask | re-pruned | change | change on C4 |", "| --- " * 5 + "|"]
-    pairs = [(runs, 100, *pair) for pair in PAIRS.items()] + [(short, 300, *pair) for pair in SHORT_PAIRS.items()]
-    for runs, steps, words, (static, dynamic) in pairs:
-        change = runs.change(dynamic, static, steps=steps)
-        if change is None:
-            continue
-        cells = [_perplexities(runs.values(arm, "heldout", steps)) for arm in (static, dynamic)]
-        cells[change[0] < 0] = f"**{cells[change[0] < 0]}**"
-        changes = [_change(runs.change(dynamic, static, text, steps)) for text in ("heldout", "c4")]
-        lines.append(f"| {' | '.join([words, *cells, *changes])} |")
+    lines = ["| target | first mask | kept | re-pruned | change | change on C4 |", "| --- " * 6 + "|"]
+    for target, first_mask, static, moving, tokens_a_step, steps in PAIRS:
+        of_size = runs if tokens_a_step == 2048 else short
+        change = of_size.change(moving, static, steps=steps)
+        cells = [_perplexities(of_size.values(arm, "heldout", steps)) for arm in (static, moving)]
+        if change is not None:
+            cells[change[0] < 0] = f"**{cells[change[0] < 0]}**"
+        changes = [_change(of_size.change(moving, static, text, steps)) for text in ("heldout", "c4")]
+        lines.append(f"| {' | '.join([target, first_mask, *cells, *changes])} |")
     return "\n".join(lines) + "\n"
 
 

@@ -120,7 +120,7 @@ class IHT(Solver):
 
     rounds: int = 4
     iterations: int = 5
-    dampening_frac: float = 0.1
+    dampening_frac: float = 0.01
 
     def __post_init__(self) -> None:
         if self.rounds < 0 or self.iterations < 1 or not self.dampening_frac > 0:

@@ -306,12 +306,13 @@ def headline(runs: Runs, short: Runs) -> str:
     lines = ["| target | first mask | kept | re-pruned | change | change on C4 |", "| --- " * 6 + "|"]
     for target, first_mask, static, moving, tokens_a_step, steps in PAIRS:
         of_size = runs if tokens_a_step == 2048 else short
-        change = of_size.change(moving, static, steps=steps)
-        cells = [_perplexities(of_size.values(arm, "heldout", steps)) for arm in (static, moving)]
-        if change is not None:
+        means = [of_size.mean(arm, steps=steps) for arm in (static, moving)]
+        cells = ["not measured" if mean is None else f"{mean:.2f}" for mean in means]
+        change, on_c4 = (of_size.change(moving, static, text, steps) for text in ("heldout", "c4"))
+        if change is not None and on_c4 is not None:
             cells[change[0] < 0] = f"**{cells[change[0] < 0]}**"
-        changes = [_change(of_size.change(moving, static, text, steps)) for text in ("heldout", "c4")]
-        lines.append(f"| {' | '.join([target, first_mask, *cells, *changes])} |")
+        cells += ["", ""] if change is None or on_c4 is None else [_change(change), f"{on_c4[0]:+.1f} %"]
+        lines.append(f"| {' | '.join([target, first_mask, *cells])} |")
     return "\n".join(lines) + "\n"
 
 

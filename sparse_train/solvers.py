@@ -41,8 +41,7 @@ class Solver(ABC):
             gram_II: float32 or better, the sum of x x^T over the layer's inputs x (I,).
 
         Returns:
-            weight_OI: float32, kept weights updated; a pruned one has, as its shadow value, what fits best beside the
-                kept ones if it alone comes back (a Newton step).
+            weight_OI: float32, kept weights updated; pruned ones have a value to come back with, as shadow values.
             mask_OI: bool, True = kept.
         """
 
@@ -93,10 +92,7 @@ class SparseGPT(Solver):
                 _block_sparsity(pattern, sparsity, rows, start, stop),
             )
             work_OI[:, stop:] -= errors_OB @ factor_II[block, stop:]
-        hessian_II = _dampened(gram_II, self.dampening_frac)
-        missing_OI = torch.where(mask_OI, before_OI - work_OI, before_OI)
-        newton_OI = missing_OI @ hessian_II / hessian_II.diagonal()
-        return torch.where(mask_OI, work_OI, newton_OI), mask_OI
+        return torch.where(mask_OI, work_OI, before_OI), mask_OI
 
 
 @dataclass(frozen=True)

@@ -123,8 +123,10 @@ class IHT(Solver):
             raise ValueError(f"rounds must be at least 0, iterations at least 1, dampening_frac above 0, got {self}.")
 
     def solve(self, weight_OI: Tensor, gram_II: Tensor, pattern: Pattern, sparsity: float) -> tuple[Tensor, Tensor]:
-        dense_OI, norm_I = weight_OI.detach().float(), gram_II.diagonal().float().sqrt()
-        hessian_II = _dampened(gram_II, self.dampening_frac)
+        dense_OI, hessian_II = weight_OI.detach().float(), gram_II.float().clone()
+        norm_I = hessian_II.diagonal().sqrt()
+        mean = float(hessian_II.diagonal().mean()) or 1.0  # 0 if all inputs are zero: then anything fits
+        hessian_II.diagonal().add_(self.dampening_frac * mean)
         values_OI, least = dense_OI, torch.inf
         for number in range(self.rounds + 1):
             mask_OI = pattern.mask(values_OI.abs() * norm_I, sparsity)
@@ -137,14 +139,6 @@ class IHT(Solver):
             values_OI = kept_OI + gradient_OI / hessian_II.diagonal()
             least, found = error, (torch.where(mask_OI, kept_OI, values_OI), mask_OI)
         return found
-
-
-def _dampened(gram_II: Tensor, share: float) -> Tensor:
-    """The second moments with a share of their mean diagonal added to the diagonal, float32 (I, I)."""
-    hessian_II = gram_II.float().clone()
-    mean = float(hessian_II.diagonal().mean()) or 1.0  # 0 if all inputs are zero: then anything fits
-    hessian_II.diagonal().add_(share * mean)
-    return hessian_II
 
 
 def _fit(dense_OI: Tensor, hessian_II: Tensor, mask_OI: Tensor, start_OI: Tensor, iterations: int) -> Tensor:

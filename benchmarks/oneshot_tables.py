@@ -23,6 +23,7 @@ METHODS = {
     "ria": "RIA, a = 0.5, per row",
     "ria_layer": "RIA, a = 0.5, per layer (as its code does)",
     "sparsegpt": "SparseGPT",
+    "iht": "IHT",
 }
 GROUPS = {"row": "output row", "layer": "layer", "model": "model"}
 

@@ -28,6 +28,7 @@ from torch import Tensor
 from sparse_train.arguments import require_type
 from sparse_train.callbacks import lightning_trainer
 from sparse_train.callbacks.checks import check_built, check_fit
+from sparse_train.distributed.fsdp2 import reshard
 from sparse_train.layers.mask_lora import MaskLoRA, add_mask_lora, check_mask_lora
 from sparse_train.layers.masked_layer import MaskedLayer, sparse_layers
 from sparse_train.layers.sparsify import unmask
@@ -158,6 +159,7 @@ class DynamicPruning(L.Callback):
         if self.updater is not None:
             return
         state, total_steps, outliers = self._restored, None, None
+        reshard(pl_module)  # the sanity check may have gathered the root's parameters
         check_built(trainer, pl_module, state is not None)
         if pl_module.automatic_optimization:  # steps of this run only: the trainer may have run an earlier fit
             before = trainer.global_step if state is None else 0

@@ -91,7 +91,6 @@ ONESHOT = {
     "oneshot_sparsegpt_70": Untrained(SparseGPT(), Unstructured("row"), 0.7),
     "oneshot_iht": Untrained(IHT()),
     "oneshot_iht_damped10": Untrained(IHT(dampening_frac=0.1)),
-    "oneshot_iht_damped001": Untrained(IHT(dampening_frac=0.001)),
     "oneshot_iht_70": Untrained(IHT(), "unstructured", 0.7),
     "oneshot_iht_70_damped10": Untrained(IHT(dampening_frac=0.1), "unstructured", 0.7),
     "oneshot_owl_70": Untrained(Wanda(), "unstructured", 0.7, OWL()),

@@ -296,7 +296,13 @@ PAIRS = [
     Pair("70 %", "Wanda", "static_70", "dynamic_70"),
     Pair("2:4, with a teacher", "Wanda", "static_distill", "dynamic_distill"),
     Pair("2:4, with a teacher", "IHT", "static_iht_distill", "dynamic_iht_distill"),
-    Pair("70 %, with a teacher, 51,200 tokens", "Wanda", "static_70_distill", "dynamic_dormant_70_distill", 512),
+    Pair(
+        "70 %, with a teacher, 51,200 tokens",
+        "Wanda (`Dormant`)",
+        "static_70_distill",
+        "dynamic_dormant_70_distill",
+        512,
+    ),
     Pair("70 %, with a teacher, 51,200 tokens", "IHT", "static_iht_70_distill", "dynamic_iht_70_distill", 512),
 ]
 

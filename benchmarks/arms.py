@@ -186,6 +186,8 @@ ARMS: dict[str, Arm] = {
     "dynamic_frozen_norms_shift": _shifted("criterion=variants.FirstNorms"),
     "dynamic_window_shift": _shifted("norm_decay=0"),
     "dynamic_shift": _shifted(),
+    "static_iht_shift": _shifted("policy=Fixed", "first_mask.criterion=IHT"),
+    "dynamic_iht_shift": _shifted("first_mask.criterion=IHT"),
     # unstructured
     "static_70": _arm("smollm2_unstructured60", *_70, "policy=Fixed"),
     "static_ste_70": _arm("smollm2_unstructured60", *_70, "end_step=0"),

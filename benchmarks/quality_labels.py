@@ -97,6 +97,8 @@ SHIFT = {
     "dynamic_frozen_norms_shift": "re-pruned, norms of the first mask",
     "dynamic_window_shift": "re-pruned, running norms of 5 steps",
     "dynamic_shift": "re-pruned, cumulative norms (the default)",
+    "static_iht_shift": "IHT's mask and weights, then static",
+    "dynamic_iht_shift": "IHT's mask and weights, re-pruned every 10 steps (the default)",
 }
 UNSTRUCTURED = {
     "oneshot_wanda_70": "one-shot Wanda, untrained",

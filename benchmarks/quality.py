@@ -150,7 +150,8 @@ def _train(
     """The trained model, its flip rates, and a description of the model."""
     arm, batch_size = ARMS[name], tokens_a_step // BLOCK_SIZE
     calibrated = "mask_structure" in Path(arm.recipe).read_text() and arm.start is None
-    first_mask = [f"{CALLBACK}.first_mask=OneShot"] if calibrated else []
+    by_criterion = '{"class_path": "OneShot", "init_args": {"criterion": null}}'  # also where the recipe has a solver
+    first_mask = [f"{CALLBACK}.first_mask={by_criterion}"] if calibrated else []
     optimizer = [f"--model.optimizer={arm.optimizer}", f"--model.optimizer.lr={lr}"] if arm.optimizer else []
     with tempfile.TemporaryDirectory() as folder:
         start = Path(folder, "start")

@@ -27,20 +27,20 @@ class Panel(NamedTuple):
 
 
 def on_both(title: str, static: str, moved: str, tokens_a_step: int = 2048) -> list[Panel]:
-    """A static mask and one that moves, on unseen articles and on C4."""
-    arms = {static: ("static", KEPT), moved: ("re-pruned", MOVED)}
+    """A kept mask and one that moves, on unseen articles and on C4."""
+    arms = {static: ("kept", KEPT), moved: ("re-pruned", MOVED)}
     return [Panel(f"{title}, {words}", arms, text, tokens_a_step=tokens_a_step) for text, words in TEXTS.items()]
 
 
 WITH_OR_WITHOUT = {
-    "static": ("static", KEPT),
+    "static": ("kept", KEPT),
     "dynamic": ("re-pruned", MOVED),
-    "static_distill": ("static, teacher", KEPT),
+    "static_distill": ("kept, teacher", KEPT),
     "dynamic_distill": ("re-pruned, teacher", MOVED),
 }
 TRAINED = {
     "dense": ("dense", OTHER),
-    "static_distill": ("2:4, static, teacher", KEPT),
+    "static_distill": ("2:4, kept, teacher", KEPT),
     "dynamic_distill": ("2:4, re-pruned, teacher", MOVED),
 }
 
@@ -54,13 +54,14 @@ def scores(suffix: str) -> dict[str, tuple[str, str]]:
 
 
 BEGUN_2OF4 = {
-    "static_distill": ("Wanda, static", KEPT),
-    "static_sparsegpt_distill": ("SparseGPT, static", KEPT),
-    "static_iht_distill": ("IHT, static", MOVED),
+    "static_distill": ("Wanda, kept", KEPT),
+    "static_sparsegpt_distill": ("SparseGPT, kept", KEPT),
+    "static_iht_distill": ("IHT, kept", MOVED),
 }
 BEGUN_70 = {
-    "static_70_distill": ("Wanda, static", KEPT),
-    "dynamic_dormant_70_distill": ("Wanda, Dormant", KEPT),
+    "static_70_distill": ("Wanda, kept", KEPT),
+    "dynamic_dormant_70_distill": ("Wanda, re-pruned", KEPT),
+    "static_iht_70_distill": ("IHT, kept", MOVED),
     "dynamic_iht_70_distill": ("IHT, re-pruned", MOVED),
 }
 FIGURES = {

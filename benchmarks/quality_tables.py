@@ -118,70 +118,6 @@ def methods(runs: Runs, arms: Mapping[str, str], against: str) -> str:
     return "\n".join(lines)
 
 
-class Goal(NamedTuple):
-    """A goal of the project: how far ``arm`` should be below the better one of ``others``."""
-
-    words: str
-    arm: str
-    others: tuple[str, ...]
-    wanted: str
-    text: str = "heldout"
-
-
-GOALS = [
-    Goal("2:4, re-pruned against the better static arm", "dynamic", STATIC, "-3 %"),
-    Goal("the same, both with the untouched teacher", "dynamic_distill", ("static_distill",), "lower"),
-    Goal("70 %, re-pruned against the better static arm", "dynamic_70", STATIC_70, "-5 %"),
-    Goal("re-pruned, untouched teacher against none, C4", "dynamic_distill", ("dynamic",), "-10 %", "c4"),
-    Goal("re-pruned, fine-tuned teacher against none, C4", "dynamic_distill_tuned", ("dynamic",), "-10 %", "c4"),
-    Goal("re-pruned, fine-tuned teacher against none, in domain", "dynamic_distill_tuned", ("dynamic",), "not higher"),
-    Goal("static mask, untouched teacher against none, C4", "static_distill", ("static",), "-10 %", "c4"),
-    Goal("static mask, fine-tuned teacher against none, C4", "static_distill_tuned", ("static",), "-10 %", "c4"),
-    Goal("static mask, fine-tuned teacher against none, in domain", "static_distill_tuned", ("static",), "not higher"),
-    Goal("running norms against magnitude, both re-pruned", "dynamic", ("dynamic_magnitude",), "lower"),
-    Goal("running norms against those of the first mask", "dynamic", ("dynamic_frozen_norms",), "-1 %"),
-    Goal(
-        "the same, calibrated on Wikipedia, trained on Python",
-        "dynamic_shift",
-        ("dynamic_frozen_norms_shift",),
-        "more than that",
-    ),
-]
-
-
-TEACHERS = {
-    "static_distill": "static mask with the untouched teacher",
-    "dynamic_distill": "re-pruned with the untouched teacher",
-    "dynamic_distill_tuned": "re-pruned with the fine-tuned teacher",
-}
-
-
-def reached(runs: Runs) -> str:
-    """The goals of the project, and what the rows say."""
-    lines = ["| perplexity of | goal | measured (each seed) | seeds |", "| --- " * 4 + "|"]
-    for words, arm, others, wanted, text in GOALS:
-        other = runs.best(others) or others[0]
-        change = runs.change(arm, other, text)
-        star = "" if runs.has_grid(arm) and runs.has_grid(other) else " *"
-        seeds = len(change[1]) if change else 0
-        lines.append(f"| {words} | {wanted} | {_change(change) + star if change else 'not measured'} | {seeds or ''} |")
-    arms = {**MAIN, **SCORES, **VARIANTS, **STARTS, **DISTILLATION}
-    best = runs.best(arm for arm in arms if arm not in UNPRUNED and runs.has_grid(arm))
-    for steps in (100, 300):
-        change = runs.change(best, "dense", steps=steps) if best else None
-        star = "" if runs.has_grid("dense") else " *"
-        ratio = f"{1 + change[0] / 100:.2f} ({best}){star}" if change else "not measured"
-        wanted, seeds = "1.35" if steps == 300 else "", len(change[1]) if change else ""
-        words = f"the best 2:4 arm with a tuned learning rate, over dense fine-tuning, {steps} steps"
-        lines.append(f"| {words} | {wanted} | {ratio} | {seeds} |")
-        for arm, described in TEACHERS.items():
-            if change := runs.change(arm, "dense", steps=steps):
-                ratio, seeds = f"{1 + change[0] / 100:.2f}{'' if runs.has_grid(arm) else ' *'}", len(change[1])
-                words = f"{described}, over dense fine-tuning, {steps} steps"
-                lines.append(f"| {words} | {wanted} | {ratio} | {seeds} |")
-    return "\n".join(lines)
-
-
 def other_rates(runs: Runs) -> str:
     """Runs at learning rates other than those of the tables above."""
     head = ["`--arm`", "lr", "steps", "seeds", *TEXTS.values()]
@@ -210,27 +146,25 @@ def lengths(runs: Runs) -> str:
 def tables(runs: Runs, short: Runs) -> str:
     """The tables behind the findings, as Markdown; ``short`` are the runs in steps of 512 tokens."""
     parts = [
-        reached(runs),
-        "",
         "### 2:4 at equal tokens\n",
-        table(runs, MAIN, runs.best(STATIC), "the better static arm"),
+        table(runs, MAIN, runs.best(STATIC), "the better kept mask"),
         "\n### Unstructured 70 %\n",
-        table(runs, UNSTRUCTURED, runs.best(STATIC_70), "the better static arm"),
+        table(runs, UNSTRUCTURED, runs.best(STATIC_70), "the better kept mask"),
         "\n### Distillation\n",
         table(runs, DISTILLATION, "dynamic", "re-pruned, no teacher"),
         "\n### Unstructured 70 % with a teacher, after 51,200 tokens\n",
         "100 steps of 512 tokens, with the untouched dense model as teacher.\n",
-        table(short, TAUGHT_70, "static_70_distill", "the static mask"),
+        table(short, TAUGHT_70, "static_70_distill", "the kept mask"),
     ]
     for steps in (200, 300):
         parts += [f"\nAfter {steps} steps, {512 * steps:,} tokens:\n"]
-        parts += [table(short, TAUGHT_70, "static_70_distill", "the static mask", steps=steps)]
+        parts += [table(short, TAUGHT_70, "static_70_distill", "the kept mask", steps=steps)]
     parts += [
         "\nAt another learning rate:\n",
         other_rates(short),
         "\n### 2:4 with a teacher, in steps of 512 tokens\n",
-        "100 steps. Only static masks were run beyond the choice of a learning rate below, in which they are ahead.\n",
-        table(short, TAUGHT_2OF4, "static_distill", "the static mask"),
+        "100 steps. Only kept masks were run beyond the choice of a learning rate below, in which they are ahead.\n",
+        table(short, TAUGHT_2OF4, "static_distill", "the kept mask"),
         "\n### Other methods with a teacher, after 25,600 tokens\n",
         "50 steps of 512 tokens, seed 0, with the same teacher, tokens and order of data, each at the best of the "
         "learning rates that were tried. These rows also chose the rates of the two sections above.\n",
@@ -238,8 +172,6 @@ def tables(runs: Runs, short: Runs) -> str:
         methods(short, METHODS_70, "dynamic_dormant_70_distill"),
         "\n2:4:\n",
         methods(short, TAUGHT_2OF4, "static_distill"),
-        "\nAt each rate:\n",
-        tuning_table(short, [*METHODS_70, *TAUGHT_2OF4]),
         "\n### Which score decides in training\n",
         "All runs start from the same first mask, of one-shot Wanda; k = 10.\n",
         table(runs, SCORES, "dynamic_frozen_norms", "norms of the first mask"),
@@ -252,7 +184,7 @@ def tables(runs: Runs, short: Runs) -> str:
     return "\n".join(parts) + "\n"
 
 
-def more_tables(runs: Runs) -> str:
+def more_tables(runs: Runs, short: Runs) -> str:
     """The tables of docs/more_results.md: settings that gained little, other beginnings, other learning rates."""
     every = (MAIN, SCORES, VARIANTS, STARTS, DISTILLATION, SHIFT, UNSTRUCTURED, LOW_RANK, SCRATCH)
     arms = dict.fromkeys(arm for each in every for arm in each)
@@ -275,6 +207,8 @@ def more_tables(runs: Runs) -> str:
         "\n### How learning rates were chosen\n",
         "Perplexity on validation articles (first 32,768 tokens), seed 0; the best of each row is bold.\n",
         tuning_table(runs, arms),
+        "\nIn steps of 512 tokens:\n",
+        tuning_table(short, [*METHODS_70, *TAUGHT_2OF4]),
     ]
     return "\n".join(parts) + "\n"
 
@@ -308,15 +242,13 @@ PAIRS = [
 
 
 def headline(runs: Runs, short: Runs) -> str:
-    """README's table: re-pruning against a static mask, each at its best learning rate; the lower one is bold."""
+    """README's table: re-pruning against a kept mask, each at its best learning rate; held-out articles / C4."""
     lines = ["| target | first mask | kept | re-pruned | change | change on C4 |", "| --- " * 6 + "|"]
     for target, first_mask, static, moving, tokens_a_step, steps in PAIRS:
         of_size = runs if tokens_a_step == 2048 else short
-        means = [of_size.mean(arm, steps=steps) for arm in (static, moving)]
-        cells = ["not measured" if mean is None else f"{mean:.2f}" for mean in means]
+        means = [[of_size.mean(arm, text, steps) for text in ("heldout", "c4")] for arm in (static, moving)]
+        cells = ["not measured" if None in each else " / ".join(f"{mean:.2f}" for mean in each) for each in means]
         change, on_c4 = (of_size.change(moving, static, text, steps) for text in ("heldout", "c4"))
-        if change is not None and on_c4 is not None:
-            cells[change[0] < 0] = f"**{cells[change[0] < 0]}**"
         cells += ["", ""] if change is None or on_c4 is None else [_change(change), f"{on_c4[0]:+.1f} %"]
         lines.append(f"| {' | '.join([target, first_mask, *cells])} |")
     return "\n".join(lines) + "\n"
@@ -325,7 +257,7 @@ def headline(runs: Runs, short: Runs) -> str:
 def main() -> None:
     """Print or write."""
     runs, short = Runs(CSV), Runs(CSV, 512)
-    made = {PAGE: tables(runs, short), MORE: more_tables(runs), README: headline(runs, short)}
+    made = {PAGE: tables(runs, short), MORE: more_tables(runs, short), README: headline(runs, short)}
     if "--write" not in sys.argv:
         print("\n".join(made.values()))
         return

@@ -36,7 +36,7 @@ def test_the_tables_of_times_are_made_from_what_was_measured():
 def test_tables_on_training_are_made_from_the_rows():
     runs, short = (quality_tables.Runs(quality_tables.CSV, tokens_a_step) for tokens_a_step in (2048, 512))
     assert shown(quality_tables) == quality_tables.tables(runs, short).strip()
-    assert shown(quality_tables, "docs/more_results.md") == quality_tables.more_tables(runs).strip()
+    assert shown(quality_tables, "docs/more_results.md") == quality_tables.more_tables(runs, short).strip()
     assert shown(quality_tables, "README.md") == quality_tables.headline(runs, short).strip()
 
 

@@ -56,6 +56,7 @@ def fit(engine: str, folder: Path, model: Path, text: Path) -> Any:
         "--trainer.enable_model_summary=false",
         "--trainer.enable_progress_bar=false",
         "--trainer.callbacks.update_freq=2",
+        "--trainer.callbacks.first_mask=FirstWindow",
         "--model.distillation=Distillation",
         "--model.distillation.cache=answers",
         "--export=exported",

@@ -77,10 +77,14 @@ def _arm(
     return Arm(f"recipes/{recipe}.yaml", learns + own, teacher, start, text or PackagedWikipedia(), optimizer)
 
 
+def _python(*changes: str) -> Arm:
+    """Trained on Python code, and calibrated on it."""
+    return _arm("smollm2_2of4_domain", *changes, text=PythonStandardLibrary())
+
+
 def _shifted(*changes: str) -> Arm:
     """Calibrated on Wikipedia, trained on Python code."""
-    text = PythonStandardLibrary()
-    return _arm("smollm2_2of4_domain", "--data.calibration_text=PackagedWikipedia", *changes, text=text)
+    return _python("--data.calibration_text=PackagedWikipedia", *changes)
 
 
 ONESHOT = {
@@ -188,6 +192,10 @@ ARMS: dict[str, Arm] = {
     "dynamic_shift": _shifted(),
     "static_iht_shift": _shifted("policy=Fixed", "first_mask.criterion=IHT"),
     "dynamic_iht_shift": _shifted("first_mask.criterion=IHT"),
+    # the same text, calibrated on it
+    "dynamic_python": _python(),
+    "static_iht_python": _python("policy=Fixed", "first_mask.criterion=IHT"),
+    "dynamic_iht_python": _python("first_mask.criterion=IHT"),
     # unstructured
     "static_70": _arm("smollm2_unstructured60", *_70, "policy=Fixed"),
     "static_ste_70": _arm("smollm2_unstructured60", *_70, "end_step=0"),

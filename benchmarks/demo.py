@@ -37,8 +37,8 @@ from sparse_train.export import ModelCard, export_model
 from sparse_train.inspection import layer_sparsities
 from sparse_train.models.causal_lm import CausalLM
 from sparse_train.models.sources import ModelSource, PackagedSmolLM2
-from sparse_train.oneshot.first_mask import random_batches
-from sparse_train.pruning.update import sparsity_of
+from sparse_train.oneshot.batches import random_batches
+from sparse_train.pruning.counts import sparsity_of
 from sparse_train.report import write_run_report
 from sparse_train.report.page import paragraph
 from sparse_train.report.page import table as page_table

@@ -26,7 +26,7 @@ from sparse_train.data.text_blocks import TextBlocks
 from sparse_train.data.texts import PackagedWikipedia, TextFiles, TextSource
 from sparse_train.evaluation import evaluate_perplexity, token_ids
 from sparse_train.models.sources import FromScratch, PackagedSmolLM2
-from sparse_train.oneshot.first_mask import random_batches
+from sparse_train.oneshot.batches import random_batches
 from sparse_train.oneshot.prune import prune
 
 BLOCK_SIZE = 512

@@ -100,6 +100,9 @@ SHIFT = {
     "dynamic_shift": "re-pruned, cumulative norms (the default)",
     "static_iht_shift": "IHT's mask and weights, kept",
     "dynamic_iht_shift": "IHT's mask and weights, re-pruned every 10 steps (the default)",
+    "dynamic_python": "calibrated on Python, re-pruned (the default)",
+    "static_iht_python": "calibrated on Python, IHT's mask and weights, kept",
+    "dynamic_iht_python": "calibrated on Python, IHT's mask and weights, re-pruned (the default)",
 }
 UNSTRUCTURED = {
     "oneshot_wanda_70": "one-shot Wanda, untrained",

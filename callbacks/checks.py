@@ -10,11 +10,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 from sparse_train.callbacks.lightning_trainer import averaging, callbacks_of
 from sparse_train.layers.masked_layer import sparse_layers
 from sparse_train.layers.masks import FACTOR_NAMES
-from sparse_train.pruning.config import PruningConfig
+from sparse_train.pruning.updater import MaskUpdater
 
 
-def check_fit(trainer: L.Trainer, pruning: L.Callback, config: PruningConfig, squash: bool) -> None:
-    """Raise ValueError if the trainer or one of its callbacks does not work with ``pruning``; or warn."""
+def check_fit(trainer: L.Trainer, pruning: L.Callback, squash: bool) -> None:
+    """Raise ValueError if the trainer or one of its callbacks does not work with ``pruning``."""
     callbacks = callbacks_of(trainer)
     if not squash and isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
         raise ValueError(
@@ -38,9 +38,15 @@ def check_fit(trainer: L.Trainer, pruning: L.Callback, config: PruningConfig, sq
                 f"{type(callback).__name__} copies the model before DynamicPruning has given it masks. Put "
                 "DynamicPruning first in the trainer's callbacks."
             )
+
+
+def warn_of_denser_best(trainer: L.Trainer, updater: MaskUpdater) -> None:
+    """Warn if the best checkpoint may be one from before the final sparsity."""
     found = [each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)]
     best = next((each.monitor for each in found if each.monitor is not None and each.save_top_k not in (0, -1)), None)
-    if config.sparsity_at_step_0 < config.sparsity_at(1.0) and best is not None:
+    late = updater.sparsity is None and updater.timing.start_step > updater.timing.window
+    rises = updater.config.sparsity_at(0.0) < updater.config.sparsity_at(1.0)
+    if best is not None and (late or rises):
         rank_zero_warn(
             f"ModelCheckpoint keeps the checkpoints with the best {best}, and the sparsity of this run rises. "
             "Denser models have the lower loss, so the best one may be from before the final sparsity. Use the last "

@@ -6,7 +6,8 @@ What happens when, in Lightning's order:
     setup, configure_model    the same for targets that the module creates there
     (checkpoint is loaded)    finds the mask buffers; the callback's state is kept for later
     (sanity check)            the model as it was built
-    on_train_start            the first mask, or the state of the checkpoint
+    on_train_start            ``begin``: the first mask, or the state of the checkpoint. RunRecord calls it earlier, at
+                              the end of the sanity check, to validate both models
     on_train_batch_start      the recorder gets the batch's padding
     (forward)                 activations are recorded in the window before an update
     on_before_backward        in the first step: is a weight read beside its layer's forward?
@@ -27,18 +28,18 @@ from torch import Tensor
 
 from sparse_train.arguments import require_type
 from sparse_train.callbacks import lightning_trainer
-from sparse_train.callbacks.checks import check_built, check_fit
+from sparse_train.callbacks.checks import check_built, check_fit, warn_of_denser_best
 from sparse_train.distributed.fsdp2 import reshard
 from sparse_train.layers.mask_lora import MaskLoRA, add_mask_lora, check_mask_lora
 from sparse_train.layers.masked_layer import MaskedLayer, sparse_layers
 from sparse_train.layers.sparsify import unmask
 from sparse_train.layers.targets import layers_in_words
 from sparse_train.models.checkpoints import PRUNING_STATE
-from sparse_train.oneshot.first_mask import set_first_mask
+from sparse_train.oneshot.first_mask import make_first_mask
 from sparse_train.patterns import Pattern
-from sparse_train.pruning.config import OneShot, PruningConfig
+from sparse_train.pruning.config import PruningConfig
+from sparse_train.pruning.counts import UpdateReport, pruning_json
 from sparse_train.pruning.resuming import check_restored_masks, check_same_settings
-from sparse_train.pruning.update import UpdateReport, pruning_json
 from sparse_train.pruning.updater import MaskUpdater, mask_targets
 
 _NO_MASK = {f"sparsity/{name}": 0.0 for name in ("target", "actual", "flip_rate", "initial_flip_rate")}
@@ -105,7 +106,6 @@ class DynamicPruning(L.Callback):
         self._restored: dict[str, Any] | None = None  # of a checkpoint, until the run begins
         self._global_step = 0  # the trainer's when the updater last counted one: micro-batches leave it as it is
         self._metrics: dict[str, float] = {}  # of the latest update, also if an earlier process made it
-        self._logged = False
         self._looked_at_loss = False
         self._undo_loading: Callable[[], None] | None = None
         self.updater: MaskUpdater | None = None
@@ -138,7 +138,7 @@ class DynamicPruning(L.Callback):
                 # FSDP2 and DeepSpeed load only what the module has, and would silently leave masks out
                 lightning_trainer.call_when_built(pl_module, self._mask)
             return
-        check_fit(trainer, self, self.config, self._squash)
+        check_fit(trainer, self, self._squash)
         self.updater = self._restored = self.last_report = self.pruning_json = None
         lightning_trainer.call_when_built(pl_module, self._mask)
 
@@ -149,8 +149,6 @@ class DynamicPruning(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.begin(trainer, pl_module)
-        assert self.updater is not None
-        self.updater.watch(trainer.optimizers)
         # a checkpoint may have been written after the last optimizer step, before this callback saw that step
         self._advance(trainer, pl_module, in_batch=False)
 
@@ -158,31 +156,36 @@ class DynamicPruning(L.Callback):
         """Set the first mask, or take the state of a checkpoint; nothing if this fit has begun."""
         if self.updater is not None:
             return
-        state, total_steps, outliers = self._restored, None, None
+        state, total_steps = self._restored, None
         reshard(pl_module)  # the sanity check may have gathered the root's parameters
         check_built(trainer, pl_module, state is not None)
         if pl_module.automatic_optimization:  # steps of this run only: the trainer may have run an earlier fit
             before = trainer.global_step if state is None else 0
             total_steps = max(1, trainer.estimated_stepping_batches - before)  # 0 if the fit is over
-        if state is None:
-            self.config.timing(total_steps, has_masks=True)  # before a solver moves weights
-            if isinstance(self.config.first_mask, OneShot):
-                rank_zero_info(f"DynamicPruning: preparing the first mask of {layers_in_words(self._layers)}.")
-            outliers = set_first_mask(
-                pl_module,
-                self._layers,
-                self.config,
-                functools.partial(lightning_trainer.calibration_batches, trainer),
-                trainer.precision_plugin.forward_context,
-                progress=trainer.is_global_zero and trainer.progress_bar_callback is not None,
-            )
-        self.updater = MaskUpdater(
-            pl_module, config=self.config, layers=self._layers, total_steps=total_steps, outliers=outliers, state=state
+        rank_zero_info(f"DynamicPruning prunes {layers_in_words(self._layers)}.")
+        one_shot = functools.partial(
+            make_first_mask,
+            pl_module,
+            self._layers,
+            self.config,
+            functools.partial(lightning_trainer.batches_of_training, trainer),
+            trainer.precision_plugin.forward_context,
+            progress=trainer.is_global_zero and trainer.progress_bar_callback is not None,
         )
+        self.updater = MaskUpdater(
+            pl_module,
+            config=self.config,
+            layers=self._layers,
+            total_steps=total_steps,
+            optimizers=trainer.optimizers,
+            one_shot=one_shot,
+            state=state,
+        )
+        warn_of_denser_best(trainer, self.updater)
         rank_zero_info(f"DynamicPruning: {self.updater.plan()}.")
         self._global_step = trainer.global_step if state is None else state["global_step"]
         self._metrics = {} if state is None else state.get("metrics", {})
-        self._logged = self._looked_at_loss = False
+        self._looked_at_loss = False
         solved = state is None and self.config.first_solver is not None
         lightning_trainer.mask_averages(trainer, pl_module, weights=solved)
         if state is None and self.updater.sparsity is not None:
@@ -214,26 +217,22 @@ class DynamicPruning(L.Callback):
     ) -> None:
         assert self.updater is not None
         self.updater.token_mask = None
-        report = self._advance(trainer, pl_module, in_batch=True)
-        if report is None and self._logged:
-            return
+        self._advance(trainer, pl_module, in_batch=True)
         # for callbacks that monitor metrics, such as EarlyStopping, which may ask before the first update; and two of
         # them for the progress bar
         for name, value in (self._metrics or _NO_MASK).items():
             pl_module.log(name, value, logger=False, prog_bar=name in ("sparsity/actual", "sparsity/flip_rate"))
-        self._logged = True
 
-    def _advance(self, trainer: L.Trainer, pl_module: L.LightningModule, in_batch: bool) -> UpdateReport | None:
+    def _advance(self, trainer: L.Trainer, pl_module: L.LightningModule, in_batch: bool) -> None:
         # Micro-batches do not move the count of optimizer steps; a batch that steps several optimizers is one step.
         assert self.updater is not None
         if trainer.global_step == self._global_step:
-            return None
+            return
         self._global_step = trainer.global_step
         report = self.updater.step()
         if report is not None:
             lightning_trainer.mask_averages(trainer, pl_module)
             self._log_update(trainer, report, lightning_trainer.steps_done(trainer, in_batch=in_batch))
-        return report
 
     def _log_update(self, trainer: L.Trainer, report: UpdateReport, step: int) -> None:
         self.last_report, self._metrics = report, report.metrics()

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from sparse_train.arguments import check_positive
+from sparse_train.blocks import transformers_model
 from sparse_train.callbacks.lightning_trainer import steps_done
 from sparse_train.data.texts import Split, TextSource
 from sparse_train.environment import isolated_rng
@@ -18,7 +19,6 @@ from sparse_train.evaluation.perplexity import check_length
 from sparse_train.evaluation.zeroshot import check_tasks, task_names
 from sparse_train.layers.masked_layer import sparse_layers
 from sparse_train.models.sources import AUTOCAST_OF, ModelSource, as_model_source
-from sparse_train.oneshot.first_mask import transformers_model
 
 
 class Evaluation(L.Callback):

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from sparse_train.environment import isolated_rng
 from sparse_train.layers.masked_layer import sparse_layers
 from sparse_train.layers.sparsify import sparsify_like, unmask
-from sparse_train.oneshot.first_mask import first_samples, training_batches
+from sparse_train.oneshot.batches import first_samples, training_batches
 from sparse_train.oneshot.forwards import Batch
 
 # Lightning has no hook after a module has created its layers, so the last of these that the module has is wrapped once.
@@ -34,7 +34,7 @@ def callbacks_of(trainer: L.Trainer) -> list[L.Callback]:
     return trainer.callbacks  # type: ignore[attr-defined,no-any-return]
 
 
-def calibration_batches(trainer: L.Trainer, samples: int) -> list[Batch] | None:
+def batches_of_training(trainer: L.Trainer, samples: int) -> list[Batch] | None:
     """Random training batches, without changing the state of the loader; None if a model could not use any.
 
     If the data module has a method ``calibration_dataloader`` that returns a loader, its first batches are used.

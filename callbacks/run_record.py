@@ -32,7 +32,7 @@ from sparse_train.callbacks.lightning_trainer import callbacks_of, steps_done
 from sparse_train.distributed.fsdp2 import reshard
 from sparse_train.files import write_json
 from sparse_train.layers.masked_layer import sparse_layers
-from sparse_train.pruning.update import measure, sparsity_of
+from sparse_train.pruning.counts import measure, sparsity_of
 from sparse_train.pruning.updater import MaskUpdater
 from sparse_train.report.runs import METRICS, RUN_FILE, State, named, read_metrics
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from sparse_train.patterns import NM, Pattern, Unstructured
     from sparse_train.policies import Dormant, Fixed, MaskPolicy, Regrow, StraightThrough
     from sparse_train.pruning.config import FirstMask, FirstWindow, FromZeros, OneShot, PruningConfig
-    from sparse_train.pruning.update import UpdateReport
+    from sparse_train.pruning.counts import UpdateReport
     from sparse_train.pruning.updater import MaskUpdater
     from sparse_train.pruning.zeros import keep_zeros
     from sparse_train.schedules import Constant, Cubic, Linear, Schedule

@@ -48,6 +48,15 @@ def dimensions(parameter: nn.Parameter) -> int:
     return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
+def transformers_model(root: nn.Module, layers: Iterable[Any]) -> nn.Module | None:
+    """The transformers model in ``root`` that holds all of ``layers``, if there is one."""
+    wanted = set(layers)
+    for module in root.modules():
+        if any(cls.__name__ == "PreTrainedModel" for cls in type(module).__mro__) and wanted <= set(module.modules()):
+            return module
+    return None
+
+
 # --- decoder blocks --------------------------------------------------------------------------------------------------
 
 

@@ -221,7 +221,7 @@ class Division:
         self._uniform = isinstance(distribution, Uniform)
         # without blocks there will be no outliers: OWL is asked at once, and refuses
         in_blocks = any(shape.block is not None for shape in shapes.values())
-        if not self._uniform and (outliers is not None or not distribution.needs_outliers or not in_blocks):
+        if not self._uniform and (outliers or not distribution.needs_outliers or not in_blocks):
             self.divide_by(outliers or {})
 
     @property

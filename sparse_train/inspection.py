@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sparse_train.blocks import fused_experts, is_conv1d, is_linear
 from sparse_train.layers.state_dicts import folded_state_dict
 from sparse_train.patterns import detect_pattern
-from sparse_train.pruning.update import sparsity_of
+from sparse_train.pruning.counts import sparsity_of
 
 DTYPES_2OF4 = (torch.float16, torch.bfloat16)
 """Dtypes of weights and inputs in which this package uses 2:4 hardware."""

@@ -205,8 +205,6 @@ class Regrow(MaskPolicy):
             )
 
     def check(self) -> None:
-        for optimizer in self.optimizers.known:
-            _moments(optimizer)
         for name, layer in self.layers.items():
             if layer.layout.is_sharded or layer.layout.has_masters:
                 raise ValueError(
@@ -218,6 +216,8 @@ class Regrow(MaskPolicy):
                     f"{name} is frozen by mask_lora, and {self} would write into it: weights come back from zero. Use "
                     "Fixed() or StraightThrough(), or train without mask_lora."
                 )
+        for optimizer in self.optimizers.known:
+            _moments(optimizer)
 
     def before_step(self, progress: float | None) -> None:
         # arXiv 1911.11134, section 3, update schedule

@@ -129,13 +129,16 @@ class IHT(Solver):
         hessian_II.diagonal().add_(self.dampening_frac * mean)
         values_OI, least = dense_OI, torch.inf
         for number in range(self.rounds + 1):
-            mask_OI = pattern.mask(values_OI.abs() * norm_I, sparsity)
+            # zeros go before weights whose inputs are always zero: to prune again is then to prune nothing else
+            scores_OI = (values_OI.abs() * norm_I).masked_fill(values_OI == 0, -torch.inf)
+            mask_OI = pattern.mask(scores_OI, sparsity)
             kept_OI = _fit(dense_OI, hessian_II, mask_OI, torch.where(mask_OI, values_OI, 0), self.iterations)
             missing_OI = dense_OI - kept_OI
             gradient_OI = missing_OI @ hessian_II
             error = float((missing_OI * gradient_OI).sum())
             if number and not error < least:
                 break
+            # of pruned weights, what fits best; of kept ones, a step on, from which the next fit begins
             values_OI = kept_OI + gradient_OI / hessian_II.diagonal()
             least, found = error, (torch.where(mask_OI, kept_OI, values_OI), mask_OI)
         return found

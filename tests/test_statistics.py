@@ -73,7 +73,7 @@ def test_padding_does_not_count_even_where_it_is_not_finite():
     torch.testing.assert_close(norm.sum_squares_I, x[mask.bool()].square().sum(0))
     assert int(norm.tokens) == 3
     recorder = Recorder(token_mask=torch.ones(7))  # a mask of another shape says nothing about these tokens
-    assert recorder.token_mask_for(x) is None and recorder.misfit == "(2, 3, 4)"
+    assert recorder.token_mask_for(x) is None and recorder.misfit[0] == "(2, 3, 4)"
 
 
 @pytest.mark.parametrize("compiled", [False, True])

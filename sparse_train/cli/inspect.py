@@ -17,7 +17,7 @@ def inspect(model: ModelSource | str, verify: bool = False) -> dict[str, Any]:
     """
     from sparse_train.cli.tables import show_inspection
     from sparse_train.inspection import layer_sparsities
-    from sparse_train.pruning.update import sparsity_of
+    from sparse_train.pruning.counts import sparsity_of
 
     source = as_model_source(model, dtype="auto")
     if verify:

@@ -11,7 +11,7 @@ from rich import get_console
 
 from sparse_train.evaluation import ZeroShotResult
 from sparse_train.inspection import LayerSparsity, by_projection, pruned
-from sparse_train.pruning.update import sparsity_of
+from sparse_train.pruning.counts import sparsity_of
 from sparse_train.report import Run, closing
 from sparse_train.terminal import print_table
 

@@ -9,7 +9,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped,unused-ignore]
 
 from sparse_train.inspection import LayerSparsity, by_projection, pruned
-from sparse_train.pruning.update import sparsity_of
+from sparse_train.pruning.counts import sparsity_of
 
 FILE_NAME = "README.md"
 

@@ -24,8 +24,8 @@ from sparse_train.model_folders import PRUNING_FILE, WeightFiles, names_in_model
 from sparse_train.models import lora
 from sparse_train.models.checkpoints import PRUNING_STATE, read_checkpoint
 from sparse_train.models.sources import PackagedSmolLM2, Pretrained
+from sparse_train.pruning.counts import pruning_json
 from sparse_train.pruning.resuming import check_restored_masks
-from sparse_train.pruning.update import pruning_json
 
 _log = logging.getLogger(__name__)
 

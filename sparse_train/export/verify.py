@@ -60,7 +60,7 @@ def compare(pruning: Mapping[str, Any], checkpoint: WeightFiles, model: nn.Modul
     wrong, size, found, expected, rounding = [], 0, 0, 0, 0.0
     for name, weight_OI in _weights(checkpoint, model, shares):
         nonzero_OI = weight_OI != 0
-        # with itself as the scores, as in first_misfit: a pattern drops a weight only if a group has too few zeros
+        # with itself as the scores, as in misfitting_layer: a pattern drops a weight only if a group has too few zeros
         keep_OI = pattern.mask(nonzero_OI.float(), shares[name])
         own, zeros, missing = (int(each.sum()) for each in (~keep_OI, ~nonzero_OI, nonzero_OI & ~keep_OI))
         if missing:

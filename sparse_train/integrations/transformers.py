@@ -36,13 +36,14 @@ from sparse_train.layers.masks import MASK_NAME
 from sparse_train.layers.sparsify import unmask
 from sparse_train.model_folders import PRUNING_FILE
 from sparse_train.models import lora
-from sparse_train.oneshot.first_mask import set_first_mask, training_batches
+from sparse_train.oneshot.batches import training_batches
+from sparse_train.oneshot.first_mask import make_first_mask
 from sparse_train.oneshot.forwards import under_autocast
 from sparse_train.patterns import Pattern
 from sparse_train.policies import MaskPolicy
 from sparse_train.pruning.config import PruningConfig
+from sparse_train.pruning.counts import pruning_json
 from sparse_train.pruning.resuming import check_same_layers
-from sparse_train.pruning.update import pruning_json
 from sparse_train.pruning.updater import MaskUpdater, mask_targets
 
 _log = logging.getLogger(__name__)
@@ -149,21 +150,24 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
             assert self._resumed is not None, "a run that does not begin at step 0 has been resumed"
             restored = restore_state(self._resumed, layers, state.global_step)
         dtype = torch.float16 if args.fp16 else torch.bfloat16
-        outliers = None
-        if restored is None:
-            self.config.timing(state.max_steps, has_masks=True)  # before a solver moves weights
-            outliers = set_first_mask(
-                model,
-                layers,
-                self.config,
-                lambda samples: training_batches(train_dataloader, samples, args.per_device_train_batch_size),
-                under_autocast(dtype if args.fp16 or args.bf16 else None, args.device),
-                progress=not args.disable_tqdm and rank() == 0,
-            )
-        self.updater = MaskUpdater(
-            model, config=self.config, layers=layers, total_steps=state.max_steps, outliers=outliers, state=restored
+        one_shot = functools.partial(
+            make_first_mask,
+            model,
+            layers,
+            self.config,
+            lambda samples: training_batches(train_dataloader, samples, args.per_device_train_batch_size),
+            under_autocast(dtype if args.fp16 or args.bf16 else None, args.device),
+            progress=not args.disable_tqdm and rank() == 0,
         )
-        self.updater.watch([optimizer])
+        self.updater = MaskUpdater(
+            model,
+            config=self.config,
+            layers=layers,
+            total_steps=state.max_steps,
+            optimizers=[optimizer],
+            one_shot=one_shot,
+            state=restored,
+        )
         if rank() == 0:
             print(f"SparseTrainerCallback: {self.updater.plan()}.", file=sys.stderr)  # as the Trainer prints its logs
         if args.load_best_model_at_end and self.updater.sparsity is None:
@@ -242,7 +246,8 @@ def check_trainer(args: Any, model: nn.Module, config: PruningConfig) -> None:
             "enable_jit_checkpoint=True writes checkpoints without telling callbacks, and they would lack masks and "
             'shadow values. Leave it out, and save often: save_strategy="steps" with a small save_steps.'
         )
-    if args.load_best_model_at_end and (config.sparsity_at_step_0 != config.sparsity_at(1.0) or lora.is_peft(model)):
+    rises = config.sparsity_at(0.0) != config.sparsity_at(1.0)
+    if args.load_best_model_at_end and (rises or lora.is_peft(model)):
         raise ValueError(f"{_BEST} Leave it out, or train all weights at a constant sparsity from start_step 0.")
 
 

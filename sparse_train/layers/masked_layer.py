@@ -30,8 +30,8 @@ class Recorder:
     """Which tokens of the current batch count (B, L); None = all."""
     last: LastSums = field(default_factory=LastSums)
     """Reused by layers that read the same tensor."""
-    misfit: str | None = None
-    """What the token mask does not fit, a shape or more words, for a single warning."""
+    misfit: tuple[str, Tensor] | None = None
+    """What a token mask does not fit, a shape or more words, and that mask, for a single warning."""
     warned: bool = False
     is_paused: bool = False
 
@@ -47,7 +47,7 @@ class Recorder:
             return None
         # an entry for every token of (B, L, I) or (B * L, I)
         if mask.shape != x.shape[:-1] and (x.dim() != 2 or mask.numel() != len(x)):
-            self.misfit = self.misfit or f"{tuple(x.shape)}"
+            self.misfit = self.misfit or (f"{tuple(x.shape)}", mask)
             return None
         if mask.device != x.device:
             mask = self.token_mask = mask.to(x.device)

@@ -72,9 +72,10 @@ class CalibrationPass:
         recorder, experts = self._recorder, [layer for layer in layers.values() if isinstance(layer, ExpertMatrix)]
         attach(layers.values(), recorder, statistics)
         two_texts = reads_two_texts(self._model, layers.values())
-        paddings = [padding_of(batch, recorder, two_texts) for batch in self._batches]
-        if experts and not all(mask is None or bool(mask.all()) for mask in paddings):
-            recorder.misfit = "(tokens that are routed to experts, I)"
+        found = [padding_of(batch, recorder, two_texts) for batch in self._batches]
+        paddings = [None if mask is None or bool(mask.all()) else mask for mask in found]  # of ones: no padding
+        if experts and (padded := [mask for mask in paddings if mask is not None]):
+            recorder.misfit = "(tokens that are routed to experts, I)", padded[0]
         recorder.when = "always"
         try:
             with ExpertRecorder(experts) if experts else nullcontext():

@@ -25,7 +25,7 @@ from sparse_train.model_folders import IN_MEMORY, WeightFiles, names_in_model
 from sparse_train.oneshot.experts import expert_matrices
 from sparse_train.oneshot.forwards import Batch
 from sparse_train.oneshot.walk import Shelf
-from sparse_train.pruning.update import LayerUpdate
+from sparse_train.pruning.counts import LayerUpdate
 
 _log = logging.getLogger(__name__)
 

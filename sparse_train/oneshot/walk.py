@@ -27,8 +27,9 @@ from sparse_train.oneshot.calibration import WAY_OUT, CalibrationPass
 from sparse_train.oneshot.experts import ExpertMatrix, fall_back
 from sparse_train.oneshot.forwards import Batch, Context, inference
 from sparse_train.patterns import Pattern, parse_pattern
+from sparse_train.pruning.counts import LayerUpdate, sparsity_of
 from sparse_train.pruning.recording import check_nothing_dropped, check_statistics, sum_statistics
-from sparse_train.pruning.update import LayerUpdate, Rules, outlier_share, replace_mask, sparsity_of, update_masks
+from sparse_train.pruning.update import Rules, outlier_share, replace_mask, update_masks
 from sparse_train.solvers import Solver
 from sparse_train.statistics import ActivationGram, ActivationNorm, Statistics, in_float32
 from sparse_train.terminal import with_bar
@@ -224,7 +225,7 @@ def walk(
         division = Division(plan.distribution, shelf.shapes, plan.pattern, final, shelf.outliers)
         sparsity = division.at(plan.sparsity)
 
-        def prune(block: int | None) -> None:
+        def prune_block(block: int | None) -> None:
             layers = shelf.load(block)
             if layers and calibration is not None and plan.statistics is not None:
                 calibration.record(layers, plan.statistics, block)
@@ -234,12 +235,12 @@ def walk(
             if shelf.is_done(block):
                 shelf.load(block)
             else:
-                prune(block)
+                prune_block(block)
             if calibration is not None and plan.statistics is not None and block < shelf.last:
                 calibration.record({}, plan.statistics, block, keep=True)
             shelf.free(block)
         if shelf.names(None):  # such as a named lm_head: calibrated with the blocks pruned
-            prune(None)
+            prune_block(None)
         forwards = 0.0 if calibration is None else calibration.seconds
         return OneshotReport(shelf.updates, forwards, time.perf_counter() - began - forwards, shelf.outliers)
 
@@ -293,9 +294,9 @@ def _solve(name: str, layer: MaskedMatrix, solver: Solver, pattern: Pattern, spa
             weight_OI, mask_OI = solver.solve(layer.weight_OI, layer.statistics.gram_II, pattern, sparsity)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-    if not bool(weight_OI.isfinite().all()):
-        raise ValueError(f"{name}: the solved weights are not finite; a larger dampening_frac makes it more stable.")
     layer.weight_OI.copy_(weight_OI)
+    if not bool(layer.weight_OI.isfinite().all()):  # as they are stored, in 16 bits perhaps
+        raise ValueError(f"{name}: the solved weights are not finite; a larger dampening_frac makes it more stable.")
     keep_OJ = masks.pack(mask_OI)
     return replace_mask(layer, keep_OJ, masks.count(masks.pack(layer.weight_OI != 0) & keep_OJ))
 

@@ -17,7 +17,7 @@ from sparse_train.solvers import Solver
 class FirstMask:
     """Where the first mask of a run comes from, if the model has none.
 
-    Layers that are masked already, as ``prune(..., squash=False)`` leaves them, begin with their masks in any case.
+    Layers that are masked already, as ``prune(..., squash=False)`` leaves them, begin with their masks.
     """
 
 
@@ -27,7 +27,8 @@ class OneShot(FirstMask):
 
     It needs a transformers model that is not sharded, batches that are dicts or tensors of token ids, and data that is
     neither a stream nor read by a sampler of its own. Otherwise the mask comes from the first window, and the log says
-    why. So it does in a plain loop, where there is no data to be found: call ``prune(..., squash=False)`` before.
+    why. So it does in a plain loop, where there is no data to be found (call ``prune(..., squash=False)`` before), and
+    if ``start_step`` is above 0.
 
     Args:
         criterion: scores for this mask; default: the criterion of the run. Or a ``Solver``, such as ``IHT()``, which
@@ -79,8 +80,8 @@ class PruningConfig:
         targets: list of layers by name, class name, or "re:" regular expression. Default: the linear layers of the
             decoder blocks; in a model without such blocks, all but the last. See ``layers.targets.find_targets``.
         ignore: list of layers to leave dense, in the same forms.
-        start_step: first update; int = steps, float = share of the run. If the first mask needs activations and there
-            is none yet, it comes at the earliest ``window`` steps into the run; until then the model is dense.
+        start_step: first update; int = steps, float = share of the run. Without masks before it, and with a criterion
+            that reads activations, it is not before step ``window``; until then the model is dense.
         end_step: the step after which masks are frozen; int = steps, float = share of the run. With manual
             optimization, both must be whole numbers; a batch in which any optimizer steps counts as one step.
         window: steps before an update over which activations are recorded; float = share of ``update_freq``.
@@ -169,11 +170,6 @@ class PruningConfig:
         """What makes the first mask, if that also moves weights."""
         found = self.first_mask.criterion if isinstance(self.first_mask, OneShot) else None
         return found if isinstance(found, Solver) else None
-
-    @property
-    def sparsity_at_step_0(self) -> float:
-        """Sparsity of the masks at step 0."""
-        return self.sparsity_at(0.0) if self.start_step == 0 else 0.0
 
     def sparsity_at(self, progress: float) -> float:
         """Sparsity of the schedule at ``progress``, always as a Python number."""

@@ -96,10 +96,12 @@ def padding_of(batch: Any, recorder: Recorder, two_texts: bool) -> Tensor | None
     """
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     parts = batch if isinstance(batch, (list, tuple)) else batch.values() if isinstance(batch, Mapping) else ()
-    if any(isinstance(part, Mapping) and "attention_mask" in part for part in parts):
-        recorder.misfit = recorder.misfit or "(a part of a nested batch)"
+    for part in parts:
+        if isinstance(part, Mapping) and isinstance(part.get("attention_mask"), Tensor):
+            recorder.misfit = recorder.misfit or ("(a part of a nested batch)", part["attention_mask"])
     if two_texts and isinstance(mask, Tensor):
-        mask, recorder.misfit = None, recorder.misfit or "(tokens of the other text, I)"
+        recorder.misfit = recorder.misfit or ("(tokens of the other text, I)", mask)
+        return None
     return mask if isinstance(mask, Tensor) else None
 
 
@@ -111,14 +113,17 @@ def reads_two_texts(model: nn.Module, layers: Iterable[Any]) -> bool:
 
 
 def warn_of_padding(recorder: Recorder) -> None:
-    """Warn once that a token mask did not fit an input, so that padding counts in its statistics."""
-    if recorder.misfit is not None and not recorder.warned:
+    """Warn once that a token mask did not fit an input, so that padding, if there was any, counts in its statistics."""
+    if recorder.misfit is None or recorder.warned:
+        return
+    (shape, mask), recorder.misfit = recorder.misfit, None
+    if not bool(mask.all()):
         recorder.warned = True
         _log.warning(
             "The batch's attention_mask does not fit a layer's input of shape %s, so padding counts in its activation "
             "statistics. Override DynamicPruning.token_mask, or set MaskUpdater.token_mask, to say which tokens count; "
             "in one-shot pruning calibrate on samples without padding.",
-            recorder.misfit,
+            shape,
         )
 
 

@@ -6,81 +6,26 @@ Shape suffixes: O out_features, I in_features, J packed mask bytes.
 """
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sparse_train.arguments import as_call
 from sparse_train.blocks import decoder_blocks
 from sparse_train.criteria import Criterion, LayerContext, Wanda
-from sparse_train.distributed.collectives import gather_rows, rank, sum_over_ranks
+from sparse_train.distributed.collectives import gather_rows
 from sparse_train.distributions import LayerShape, Shapes
 from sparse_train.layers import masks
 from sparse_train.layers.masked_layer import MaskedLayer, MaskedMatrix
-from sparse_train.patterns import Pattern, Unstructured, share_of
+from sparse_train.patterns import Pattern
 from sparse_train.policies import MaskPolicy, Optimizers, StraightThrough
+from sparse_train.pruning.counts import LayerUpdate, sum_counts
 from sparse_train.pruning.recording import check_statistics
 from sparse_train.selection import in_threads, row_chunks
-
-
-@dataclass(frozen=True)
-class LayerUpdate:
-    """What an update did to one layer; counts of weights."""
-
-    size: int
-    zeros: int
-    """Zeros counted on the masked weights, including kept weights that happen to be zero."""
-    flips: int
-    """Mask entries that changed."""
-
-
-@dataclass(frozen=True)
-class UpdateReport:
-    """What an update did."""
-
-    step: int
-    target_sparsity: float
-    layers: Mapping[str, LayerUpdate] = field(repr=False)
-    initial_flip_rate: float
-    """Share of mask entries that differ from the first mask, measured on every 128th row, at least four of a layer."""
-    seconds: float
-
-    @property
-    def sparsity(self) -> float:
-        """Share of zeros among the targeted weights, counted on the weights."""
-        return sparsity_of(self.layers.values())
-
-    @property
-    def flip_rate(self) -> float:
-        """Share of mask entries that this update changed; for the first mask, the share that it prunes."""
-        return sum(layer.flips for layer in self.layers.values()) / sum(layer.size for layer in self.layers.values())
-
-    def metrics(self) -> dict[str, float]:
-        """The metrics for loggers, by name."""
-        return {
-            "sparsity/target": self.target_sparsity,
-            "sparsity/actual": self.sparsity,
-            "sparsity/flip_rate": self.flip_rate,
-            "sparsity/initial_flip_rate": self.initial_flip_rate,
-            "sparsity/update_seconds": self.seconds,
-        }
-
-    def layer_metrics(self) -> dict[str, float]:
-        """The metrics of each layer, by name."""
-        sparsities = {f"layers/sparsity/{name}": layer.zeros / layer.size for name, layer in self.layers.items()}
-        return sparsities | {f"layers/flip_rate/{n}": layer.flips / layer.size for n, layer in self.layers.items()}
-
-
-def sparsity_of(layers: Collection[Any]) -> float:
-    """Share of zeros over the weights of layers, each with ``zeros`` and ``size``; 0 if there are none."""
-    size = sum(layer.size for layer in layers)
-    return sum(layer.zeros for layer in layers) / size if size else 0.0
 
 
 @dataclass(frozen=True)
@@ -89,7 +34,7 @@ class Rules:
 
     criterion: Criterion
     pattern: Pattern
-    sparsity: Mapping[str, float]
+    shares: Mapping[str, float]
     """The sparsity of each layer, in each of its groups."""
     policy: MaskPolicy = field(default_factory=StraightThrough)
     """The default selects by the scores alone, as one-shot pruning does."""
@@ -122,7 +67,7 @@ def update_masks(layers: Mapping[str, MaskedMatrix], rules: Rules) -> dict[str, 
     else:
         chosen = {name: choice for some in _portions(layers, rules) for name, choice in _choose(some, rules).items()}
     if rules.by_rows:
-        counts = _sum_counts(layers, {name: [each.nonzero, each.bad] for name, each in chosen.items()})
+        counts = sum_counts(layers, {name: [each.nonzero, each.bad] for name, each in chosen.items()})
         chosen = {name: _Choice(chosen[name].keep_OJ, *own) for name, own in counts.items()}
     for name, choice in chosen.items():
         if choice.bad:
@@ -169,7 +114,7 @@ def _choose(layers: Mapping[str, MaskedMatrix], rules: Rules) -> dict[str, _Choi
         nonzero_OJ = masks.pack(nonzero_OI)
         if not finite:
             return _Choice(nonzero_OJ, 0, 1)  # no mask: update_masks raises before it reads one
-        keep_OI = rules.policy.select(scores_OI, [context.name], rules.pattern, rules.sparsity[context.name])
+        keep_OI = rules.policy.select(scores_OI, [context.name], rules.pattern, rules.shares[context.name])
         keep_OJ = masks.pack(keep_OI)
         return _Choice(keep_OJ, masks.count(keep_OJ & nonzero_OJ), 0)
 
@@ -200,7 +145,7 @@ def _choose_model_wide(layers: Mapping[str, MaskedMatrix], rules: Rules) -> dict
     if any(bad.values()):  # no masks, as in _choose
         return {name: _Choice(nonzero[0], 0, own) for name, own in bad.items()}
     row = torch.cat([scores_OI.reshape(1, -1) for scores_OI in scores], dim=1)
-    mask = rules.policy.select(row, layers, rules.pattern, rules.sparsity[next(iter(layers))])
+    mask = rules.policy.select(row, layers, rules.pattern, rules.shares[next(iter(layers))])
     parts = mask.split([scores_OI.numel() for scores_OI in scores], dim=1)
     keep = [masks.pack(part.view_as(scores_OI)) for part, scores_OI in zip(parts, scores, strict=True)]
     named = zip(layers, keep, nonzero, strict=True)
@@ -241,70 +186,6 @@ def _score(layer: LayerContext, rules: Rules) -> tuple[Tensor, Tensor, bool]:
     if rules.policy.regrowth == "from zero":
         nonzero_OI &= layer.keep_OI
     return rules.policy.scores(scores_OI, layer), nonzero_OI, finite
-
-
-# --- counts ----------------------------------------------------------------------------------------------------------
-
-
-def measure(layers: Mapping[str, MaskedMatrix]) -> dict[str, LayerUpdate]:
-    """Count the zeros of masked layers, without changing anything; if rows are sharded, with one reduce."""
-    counts = {}
-    for name, layer in layers.items():
-        with layer.read(by_rows=True) as (weight_OI, rows):
-            counts[name] = [masks.count(masks.pack(weight_OI.bool()) & layer.weight_mask[rows])]
-    nonzero = {name: number for name, (number,) in _sum_counts(layers, counts).items()}
-    return {name: LayerUpdate(layer.size, layer.size - nonzero[name], 0) for name, layer in layers.items()}
-
-
-def _sum_counts(layers: Mapping[str, MaskedMatrix], counts: Mapping[str, list[int]]) -> Mapping[str, list[int]]:
-    """Counts of each layer over all processes; of layers that are not sharded, all of them have counted the same."""
-    sharded = {name: layer.rows_are_divided for name, layer in layers.items()}
-    if not any(sharded.values()):
-        return counts
-    mine = [each if sharded[name] or rank() == 0 else [0] * len(each) for name, each in counts.items()]
-    total = torch.tensor(mine, dtype=torch.int64, device=next(iter(layers.values())).weight_mask.device)
-    sum_over_ranks([total])
-    return dict(zip(counts, total.tolist(), strict=True))
-
-
-def first_misfit(layers: Mapping[str, MaskedMatrix], pattern: Pattern, sparsity: Mapping[str, float]) -> str | None:
-    """The first layer whose mask does not follow this pattern and sparsity, over all or of each; None if all do."""
-    # With the mask itself as the scores, the pattern selects the mask if it has the right count in every group.
-    unpacked: Iterable[Tensor] = (layer.unpacked_mask() for layer in layers.values())
-    if pattern.model_wide:
-        unpacked = [torch.cat([mask.reshape(1, -1) for mask in unpacked], dim=1)]
-    for name, mask in zip(layers, unpacked, strict=False):
-        if not torch.equal(pattern.mask(mask.float(), sparsity[name]), mask):
-            return name
-    return None
-
-
-def mask_shares(layers: Mapping[str, MaskedMatrix], pattern: Pattern) -> dict[str, float]:
-    """By layer, the sparsity at which the pattern prunes as many weights as the mask does."""
-    shares = {}
-    for name, layer in layers.items():
-        pruned = layer.size - masks.count(layer.weight_mask)
-        if isinstance(pattern, Unstructured) and pattern.group == "row":
-            # zeros that a model has had before pruning make some rows sparser than the pattern
-            shares[name] = int((~layer.unpacked_mask()).sum(1).min()) / layer.in_features
-        else:  # a user-defined pattern may round down
-            exact = isinstance(pattern, Unstructured)
-            shares[name] = pruned / layer.size if exact else share_of(pruned, layer.size)
-    return shares
-
-
-def pruning_json(
-    settings: Mapping[str, Any], sparsity: float | None, layers: Mapping[str, MaskedLayer]
-) -> dict[str, Any]:
-    """What a run with these settings (``as_data``) prunes now, as ``pruning.json`` says it."""
-    label, distribution = settings["mask_structure"], as_call(settings["distribution"])
-    stage = {"mask_structure": label, "wanted_sparsity": sparsity or 0.0, "distribution": distribution}
-    stage |= {name: as_call(settings[name]) for name in ("criterion", "policy", "first_mask")}
-    # as verify reads them: of each row, or else of the whole layer
-    return {
-        "stages": [stage],
-        "layers": mask_shares(layers, Unstructured("row" if label == "unstructured" else "layer")),
-    }
 
 
 # --- for distributions -----------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import copy
 import logging
 import operator
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sparse_train.arguments import describe
 from sparse_train.blocks import frozen_linears
 from sparse_train.distributed.collectives import rank
 from sparse_train.distributed.fsdp2 import reshard
@@ -25,7 +26,8 @@ from sparse_train.layers.sparsify import sparsify, unmask
 from sparse_train.layers.targets import find_targets, layers_in_words
 from sparse_train.patterns import Pattern, group_label
 from sparse_train.policies import Optimizers
-from sparse_train.pruning.config import FromZeros, OneShot, PruningConfig
+from sparse_train.pruning.config import FirstWindow, FromZeros, OneShot, PruningConfig
+from sparse_train.pruning.counts import LayerUpdate, UpdateReport, mask_shares, measure, misfitting_layer, sparsity_of
 from sparse_train.pruning.recording import (
     RunningNorms,
     check_agreement,
@@ -36,18 +38,7 @@ from sparse_train.pruning.recording import (
     warn_of_padding,
 )
 from sparse_train.pruning.resuming import check_restored_masks, check_same_layers, check_same_settings
-from sparse_train.pruning.update import (
-    LayerUpdate,
-    Rules,
-    UpdateReport,
-    first_misfit,
-    mask_shares,
-    measure,
-    measure_outliers,
-    shapes_of,
-    sparsity_of,
-    update_masks,
-)
+from sparse_train.pruning.update import Rules, measure_outliers, shapes_of, update_masks
 from sparse_train.pruning.zeros import masks_from_zeros, warn_of_filled_zeros
 from sparse_train.schedules import Timing
 
@@ -80,6 +71,9 @@ class MaskUpdater:
         config: the settings as one object, instead.
         layers: the masked layers to prune, by name, instead of those that ``targets`` and ``ignore`` choose.
         total_steps: optimizer steps of the run; needed if steps are given as a share of it.
+        optimizers: those that train the layers, for policies and criteria that look at their state.
+        one_shot: carries out ``OneShot``, if the run begins so, and returns outliers; None if it cannot. Trainers'
+            callbacks give ``make_first_mask``; without it, the first update makes the first masks.
         outliers: ``OneshotReport.outliers`` of the pruning that made the first masks, for a distribution that needs
             them. Default: measured with the first masks; or masks that exist tell.
         state: ``state_dict`` of the run to resume; the model must have that run's masks, or load them later. Update
@@ -99,6 +93,8 @@ class MaskUpdater:
         config: PruningConfig | None = None,
         layers: Mapping[str, MaskedLayer] | None = None,
         total_steps: int | float | None = None,
+        optimizers: Iterable[Optimizer] = (),
+        one_shot: Callable[[], Outliers | None] | None = None,
         outliers: Outliers | None = None,
         state: Mapping[str, Any] | None = None,
         **settings: Any,
@@ -108,16 +104,20 @@ class MaskUpdater:
         self.steps = self._last_update = 0
         self.sparsity: float | None = None
         """Target sparsity of the current masks; None before the first."""
+        self.first_mask = describe(self.config.first_mask)
+        """Where the first masks came from, in words: the setting is only what was asked for."""
         self._first_rows: dict[str, Tensor] = {}  # every 128th row of the first masks, packed
         self._restored_masks: dict[str, int] = {}  # fingerprints, until the first step after a resume
         self._pruned: dict[str, int] = {}  # weights that masks pruned when they were last changed or checked
         self._optimizers, self.policy = Optimizers(), copy.deepcopy(self.config.policy)
+        for optimizer in optimizers:
+            self._optimizers.add(optimizer)
         before = {id(layer) for layer in sparse_layers(model).values()}  # masked by one-shot pruning or another updater
         self.layers = mask_targets(model, self.config) if layers is None else dict(layers)
         try:
             self._look_at_layers(outliers)
             if state is None:
-                self._start(total_steps)
+                self._start(total_steps, one_shot)
             else:
                 try:
                     self._resume(state, total_steps)
@@ -149,9 +149,10 @@ class MaskUpdater:
         self.policy.begin(self.layers, self._optimizers, config.update_freq)
         self.policy.check()
 
-    def _start(self, total_steps: int | float | None) -> None:
-        """Begin a run: its first masks are there, are made of zeros now, or come later, from the first window."""
-        has_masks = self._take_or_make_first_masks()
+    def _start(self, total_steps: int | float | None, one_shot: Callable[[], Outliers | None] | None) -> None:
+        """Begin a run: its first masks are there, are made now, or come from the first update."""
+        self.timing = self.config.timing(total_steps, has_masks=True)
+        has_masks = self._begin_with_masks(one_shot)
         self.timing = self.config.timing(total_steps, has_masks)
         self._connect_layers()
         if has_masks:
@@ -169,6 +170,7 @@ class MaskUpdater:
         check_same_layers(state["masks"], self.layers)
         self._connect_layers()
         self.norms.load_state_dict(state["norms"])
+        self.first_mask = str(state["settings"]["first_mask"])
         self.steps, self._last_update = operator.index(state["steps"]), operator.index(state["last_update"])
         self.sparsity = state["sparsity"]
         # of the whole run, including the part that is done
@@ -189,44 +191,65 @@ class MaskUpdater:
         for name, layer in self.layers.items():
             layer.straight_through, layer.frozen = self.policy.straight_through, name in frozen
 
-    def _take_or_make_first_masks(self) -> bool:
-        """Make masks of zeros, or check those that were set before; False if the run has none yet.
+    def _begin_with_masks(self, one_shot: Callable[[], Outliers | None] | None) -> bool:
+        """Decide, here alone, where the first masks come from, and make them; False if the first update is to.
 
-        The callbacks carry ``OneShot`` out before this; a plain loop calls ``prune(..., squash=False)``. If nothing is
-        to be pruned yet, masks that keep everything are right.
+        All that can be refused without the masks has been checked, since a solver moves weights.
         """
-        config, first = self.config, self.config.sparsity_at(0.0)
-        if all(layer.is_dense() for layer in self.layers.values()):
-            if isinstance(config.first_mask, FromZeros):
-                masks_from_zeros(self.layers, config.pattern, first, self._division)
-                return True
-            if config.first_mask is None:
+        config, first, sparsity = self.config, self.config.first_mask, self.config.sparsity_at(0.0)
+        criterion = first.criterion if isinstance(first, OneShot) else None
+        if not all(layer.is_dense() for layer in self.layers.values()):
+            if criterion is not None:
                 raise ValueError(
-                    "first_mask is None, so the model must have masks already, and none of its targets has a pruned "
-                    "weight. Prune it first (prune(..., squash=False)), or let the run make its mask: "
-                    "first_mask=OneShot()."
+                    f"first_mask is {first}, and the model has masks already, with which the run would start. Leave "
+                    "the criterion out of OneShot, or squash the model to begin with new masks."
                 )
-            if isinstance(config.first_mask, OneShot) and config.first_mask.criterion is not None:
-                raise ValueError(
-                    f"first_mask is {config.first_mask}, and no one-shot pruning has made the first mask. A trainer's "
-                    f"callback does at start_step 0, if there is something to prune, and needs {OneShot.needs}. "
-                    "Elsewhere, as in a plain loop, prune the model before the run: prune(..., squash=False). Or leave "
-                    "the criterion out of OneShot."
-                )
-            if first:
-                return False
-        if not self._division.known:
-            self._division.take_from_masks(mask_shares(self.layers, config.pattern), first)
-        shares = self._division.at(first)
-        if (name := first_misfit(self.layers, config.pattern, shares)) is not None:
+            self._check_masks(sparsity)
+            self.first_mask = "the model had masks"
+            return True
+        if isinstance(first, FromZeros):
+            masks_from_zeros(self.layers, config.pattern, sparsity, self._division)
+            return True
+        if first is None:
             raise ValueError(
-                f"The model has masks already, and those of {name} are not {config.pattern} at a sparsity of "
-                f"{shares[name]:g}, which this run starts with (if layers are to differ, give it the distribution, "
-                "too). Squash the model first to begin with new masks; to resume a run, pass its state "
+                "first_mask is None, so the model must have masks already, and none of its targets has a pruned "
+                "weight. Prune it first (prune(..., squash=False)), or let the run make its mask: "
+                "first_mask=OneShot()."
+            )
+        # without activations, the first update makes the same mask
+        needed = criterion is not None or config.criterion.needs_activations
+        if isinstance(first, OneShot) and needed and sparsity and self.timing.start_step == 0 and one_shot is not None:
+            outliers = one_shot()
+            if outliers is not None:
+                if not self._division.known:
+                    self._division.divide_by(outliers)
+                return True
+            if criterion is None and rank() == 0:
+                why = f"one-shot pruning needs {OneShot.needs}"
+                _log.warning("The first steps run dense, and their activations give the first mask: %s.", why)
+        if criterion is not None:
+            raise ValueError(
+                f"first_mask is {first}, and no one-shot pruning has made the first mask. A trainer's "
+                f"callback does at start_step 0, if there is something to prune, and needs {OneShot.needs}. "
+                "Elsewhere, as in a plain loop, prune the model before the run: prune(..., squash=False). Or leave "
+                "the criterion out of OneShot."
+            )
+        self.first_mask = describe(FirstWindow()) if sparsity and needed else "by the first update"
+        return not sparsity  # masks that keep everything are right
+
+    def _check_masks(self, sparsity: float) -> None:
+        """Raise ValueError if masks that were there before the run are not those of its first sparsity."""
+        if not self._division.known:
+            self._division.take_from_masks(mask_shares(self.layers, self.config.pattern), sparsity)
+        shares = self._division.at(sparsity)
+        if (name := misfitting_layer(self.layers, self.config.pattern, shares)) is not None:
+            raise ValueError(
+                f"The model has masks already, and those of {name} are not {group_label(self.config.pattern)} at a "
+                f"sparsity of {shares[name]:g}, which this run starts with (if layers are to differ, give it the "
+                "distribution, too). Squash the model first to begin with new masks; to resume a run, pass its state "
                 "(MaskUpdater(..., state=...)); to train with these masks unchanged, leave updater or callback "
                 "out, and squash the model at the end."
             )
-        return True
 
     # --- in each step ------------------------------------------------------------------------------------------------
 
@@ -263,12 +286,6 @@ class MaskUpdater:
                 "layers out with ignore=[%r]. A penalty on weights does no harm.",
                 *(len(names), names[0], names[0]),
             )
-
-    def watch(self, optimizers: Iterable[Optimizer]) -> None:
-        """Pass the optimizers that train the layers, for policies and criteria that look at their state."""
-        for optimizer in optimizers:
-            self._optimizers.add(optimizer)
-        self.policy.check()
 
     def before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Call after backward, before clipping and ``optimizer.step()``, for policies that look at gradients."""
@@ -311,7 +328,7 @@ class MaskUpdater:
     def _would_change(self, step: int) -> bool:
         if self.sparsity is None or self.policy.regrowth != "never":
             return True
-        return self.config.sparsity_at(self.timing.progress(step)) != self.sparsity
+        return self.config.sparsity_at(self.timing.progress(step)) > self.sparsity
 
     def _masks_change(self) -> bool:
         """Whether an update of the run can change masks."""
@@ -405,11 +422,11 @@ class MaskUpdater:
     def settings(self) -> dict[str, Any]:
         """The settings as data. A run and one that continues it share all but targets, ignore and first_mask."""
         self._factors = describe_factors(self.layers) or self._factors  # after a merge, those from before
-        return {**self.config.as_data(), "mask_lora": self._factors}
+        return {**self.config.as_data(), "first_mask": self.first_mask, "mask_lora": self._factors}
 
     def plan(self) -> str:
         """Which layers are pruned and how far, and when masks change, in words."""
-        zeros = isinstance(self.config.first_mask, FromZeros) and self.steps == 0
+        zeros = self.first_mask == describe(FromZeros()) and self.steps == 0
         parts = (
             f"{layers_in_words(self.layers)} at {group_label(self.config.pattern)}",
             *([f"{100 * sparsity_of(measure(self.layers).values()):.2f} % zeros before the run"] if zeros else []),

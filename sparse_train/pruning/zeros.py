@@ -14,7 +14,8 @@ from sparse_train.layers.masked_layer import MaskedLayer, sparse_layers
 from sparse_train.layers.sparsify import sparsify, unmask
 from sparse_train.layers.targets import find_targets
 from sparse_train.patterns import Pattern, Unstructured, group_label
-from sparse_train.pruning.update import Rules, mask_shares, measure, sparsity_of, update_masks
+from sparse_train.pruning.counts import mask_shares, measure, sparsity_of
+from sparse_train.pruning.update import Rules, update_masks
 
 _log = logging.getLogger(__name__)
 
@@ -105,13 +106,13 @@ def warn_of_filled_zeros(layers: Mapping[str, MaskedLayer]) -> None:
     """Warn if the masks of layers keep zeros of a model that was pruned before, so that training fills them."""
     counts = measure(layers)
     kept = {name: masks.count(layer.weight_mask) for name, layer in layers.items()}
-    # new layers may begin at zero
+    # zeros that the mask keeps; a layer of zeros alone is new, such as LoRA's B
     filled = sum(each.zeros - each.size + kept[n] for n, each in counts.items() if each.zeros < each.size)
     share = filled / sum(each.size for each in counts.values())
     if share > _A_FEW and rank() == 0:
         _log.warning(
             "The model was pruned before: %.1f %% of its weights are zeros that the first masks keep, so training "
-            "fills them. A run that starts at step 0 masks zeros that follow its pattern with first_mask=FromZeros(). "
+            "fills them. A run masks zeros that follow its pattern with first_mask=FromZeros(). "
             "%s",
             100 * share,
             _TO_KEEP_THEM,

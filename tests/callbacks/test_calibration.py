@@ -10,7 +10,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler,
 
 from sparse_train import FirstWindow
 from sparse_train.callbacks import DynamicPruning
-from sparse_train.oneshot.first_mask import random_batches
+from sparse_train.oneshot.batches import random_batches
 from tests.callbacks.runs import InInit, Tokens, loader, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")

@@ -13,7 +13,7 @@ from sparse_train import (
     sparse_layers,
 )
 from sparse_train.callbacks import DynamicPruning
-from sparse_train.oneshot.first_mask import random_batches
+from sparse_train.oneshot.batches import random_batches
 from tests.callbacks.runs import InInit, Interrupt, Tokens, loader, trainer
 from tests.callbacks.test_first_mask import Start
 from tests.conftest import shallow_llama

@@ -180,7 +180,7 @@ def test_a_mask_that_does_not_fit_warns_once(tmp_path, caplog):
 
     pruning = DynamicPruning("2:4", update_freq=4)
     with caplog.at_level(logging.WARNING):
-        trainer(tmp_path, pruning).fit(Flattens(), loader())
+        trainer(tmp_path, pruning).fit(Flattens(), loader(padded=True))
     assert caplog.text.count("does not fit a layer's input of shape (2, 16)") == 1
 
 

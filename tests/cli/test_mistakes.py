@@ -109,7 +109,7 @@ def test_on_the_command_line(arguments, said, capsys):
             "smollm2_2of4",
             "  init_args:\n        mask",
             "  init_arg:\n        mask",
-            "'init_arg.mask_structure'. Did you mean 'init_args'",
+            "has no argument 'init_arg.first_mask.init_args.criterion'. Did you mean 'init_args'",
         ),
         ("smollm2_2of4", "class_path: Dynamic", "clas_path: Dynamic", "or by a mapping with class_path and init_args."),
         ("smollm2_2of4", "seed_everything: 0", "txt: x", "there is no key txt. Did you mean 'data.text'"),

@@ -33,7 +33,7 @@ from sparse_train.callbacks import DynamicPruning
 from sparse_train.distributed.collectives import rank
 from sparse_train.distributed.engines import whole_state_dict
 from sparse_train.integrations.transformers import SparseTrainerCallback
-from sparse_train.oneshot.first_mask import random_batches
+from sparse_train.oneshot.batches import random_batches
 from sparse_train.oneshot.prune import prune_checkpoint
 
 __all__ = [

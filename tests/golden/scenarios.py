@@ -107,19 +107,18 @@ def loop(
     """A plain loop with ``MaskUpdater``, in one go or with a second updater and optimizer from the middle on."""
     arguments = {"update_freq": 3, "total_steps": STEPS} | arguments
     trained = start()
-    updater = api.MaskUpdater(trained, mask_structure, sparsity, **arguments)
     optimizer = torch.optim.AdamW(trained.parameters(), lr=3e-3, weight_decay=0.1)
-    updater.watch([optimizer])
+    updater = api.MaskUpdater(trained, mask_structure, sparsity, optimizers=[optimizer], **arguments)
     data = Tokens(padded=True)
     for step in range(STEPS):
         if resumed and step == MIDDLE:
             states = trained.state_dict(), optimizer.state_dict(), updater.state_dict()
             trained = start()
-            updater = api.MaskUpdater(trained, mask_structure, sparsity, state=states[2], **arguments)
-            trained.load_state_dict(states[0])
             optimizer = torch.optim.AdamW(trained.parameters(), lr=3e-3, weight_decay=0.1)
+            given = {"optimizers": [optimizer], "state": states[2]}
+            updater = api.MaskUpdater(trained, mask_structure, sparsity, **given, **arguments)
+            trained.load_state_dict(states[0])
             optimizer.load_state_dict(states[1])
-            updater.watch([optimizer])
         batch = torch.utils.data.default_collate([data[2 * step], data[2 * step + 1]])
         updater.token_mask = batch["attention_mask"]
         trained(**batch).loss.backward()

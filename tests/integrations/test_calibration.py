@@ -2,10 +2,10 @@
 
 import pytest
 from accelerate.data_loader import BatchSamplerShard, SkipBatchSampler
-from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, SubsetRandomSampler
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, SubsetRandomSampler
 from transformers import Trainer, TrainingArguments, default_data_collator
 
-from sparse_train.oneshot.first_mask import training_batches
+from sparse_train.oneshot.batches import training_batches
 from tests.conftest import shallow_llama
 from tests.integrations.runs import Tokens, pruning, trainer
 
@@ -76,5 +76,6 @@ def test_only_wrappers_that_leave_nothing_out_are_looked_into():
     rest = SkipBatchSampler(whole(data), skip_batches=5)
     assert training_batches(DataLoader(data, batch_sampler=rest), 6, 2) is None
     assert training_batches(DataLoader(data, batch_sampler=BatchSamplerShard(rest)), 6, 2) is None
+    assert training_batches(DataLoader(data, sampler=RandomSampler(range(3))), 6, 2) is None
     for other in (whole(data, FirstBatches), Skipping(whole(data))):
         assert training_batches(DataLoader(data, batch_sampler=other), 6, 2) is None

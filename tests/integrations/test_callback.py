@@ -22,7 +22,7 @@ from sparse_train import (
     sparse_layers,
 )
 from sparse_train.integrations.transformers import SparseTrainerCallback
-from sparse_train.oneshot.first_mask import random_batches
+from sparse_train.oneshot.batches import random_batches
 from tests.conftest import shallow_llama
 from tests.integrations.runs import Tokens, pruning, trainer
 from tests.pruning.test_policies import Moments

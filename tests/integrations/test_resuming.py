@@ -14,7 +14,7 @@ from transformers import (
 from sparse_train import FirstWindow, Magnitude, keep_zeros, prune, sparse_layers, squash
 from sparse_train.integrations import transformers as integration
 from sparse_train.integrations.transformers import STATE_FILE
-from sparse_train.oneshot.first_mask import random_batches
+from sparse_train.oneshot.batches import random_batches
 from tests.conftest import shallow_llama
 from tests.integrations.runs import Tokens, pruning, trainer
 

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import logging
+from functools import partial
 
 import pytest
 import torch
@@ -20,12 +21,13 @@ from sparse_train import (
     MaskUpdater,
     OneShot,
     PruningConfig,
+    StraightThrough,
     Unstructured,
     Wanda,
     prune,
     sparse_layers,
 )
-from sparse_train.oneshot.first_mask import set_first_mask
+from sparse_train.oneshot.first_mask import make_first_mask
 from sparse_train.pruning.updater import mask_targets
 from tests.conftest import VOCABULARY, tiny_llama
 
@@ -39,10 +41,12 @@ class Root(nn.Module):
         self.other = nn.Linear(4, 4)
 
 
-def begin(root, ids, *args, context=contextlib.nullcontext, **settings):
+def begin(root, ids, *args, context=contextlib.nullcontext, layers=None, **settings):
+    """A run as the callbacks begin it."""
     config = PruningConfig(*args, **settings)
-    layers = mask_targets(root, config)
-    return config, set_first_mask(root, layers, config, lambda count: ids[:count], context, False)
+    layers = layers or mask_targets(root, config)
+    one_shot = partial(make_first_mask, root, layers, config, lambda count: ids and ids[:count], context, False)
+    return MaskUpdater(root, config=config, layers=layers, total_steps=100, one_shot=one_shot)
 
 
 def kept(model):
@@ -60,17 +64,15 @@ CASES = [
 @pytest.mark.parametrize(("structure", "sparsity", "how"), CASES, ids=["2:4", "OWL", "by name", "model"])
 def test_it_is_that_of_prune_with_its_norms_and_a_run_begins_with_it(structure, sparsity, how, ids):
     root, alone = Root(), tiny_llama()
-    config, outliers = begin(root, ids, structure, sparsity, **how)
-    report = prune(alone, ids, structure, sparsity, squash=False, **how)
-    assert (outliers or {}) == report.outliers
+    prune(alone, ids, structure, sparsity, squash=False, **how)
+    norms = {name: layer.calibration_norm["sum_squares"].sqrt() for name, layer in sparse_layers(alone).items()}
+    updater = begin(root, ids, structure, sparsity, **how)
+    assert updater.first_mask == updater.settings()["first_mask"] == "OneShot(criterion=None, samples=32)"
     expected, found = kept(alone), kept(root.net)
     assert expected.keys() == found.keys()
     assert all(torch.equal(found[name], mask) for name, mask in expected.items())
     # a masked weight that calibration computed once would hide the masks of all later updates
     assert not any("product" in vars(layer) for layer in sparse_layers(root).values())
-    norms = {name: layer.calibration_norm["sum_squares"].sqrt() for name, layer in sparse_layers(alone).items()}
-    MaskUpdater(root, config=config, total_steps=100, outliers=outliers)
-    assert all(torch.equal(kept(root.net)[name], mask) for name, mask in expected.items())
     for name, layer in sparse_layers(root.net).items():  # norm_decay is 1
         assert torch.equal(layer.statistics.norm_I, norms[name])
         assert layer.calibration_norm is None  # a second run of these layers has norms of its own
@@ -88,17 +90,24 @@ def test_under_the_autocast_of_a_run_it_is_that_of_prune_under_autocast(ids):
 
 def test_on_the_way_to_a_sparsity_layers_have_theirs_in_proportion(ids):
     root = Root()
-    config, outliers = begin(root, ids, "unstructured", schedule=Cubic(0.6, 0.3), distribution=OWL(owl_m=2.0))
-    assert outliers
+    updater = begin(root, ids, "unstructured", schedule=Cubic(0.6, 0.3), distribution=OWL(owl_m=2.0))
     masks = kept(root.net).values()
     pruned = sum(int((~mask).sum()) for mask in masks) / sum(mask.numel() for mask in masks)
     assert 0 <= pruned - 0.3 < 1 / 32  # rows of 32 prune up to one more
-    assert MaskUpdater(root, config=config, total_steps=100, outliers=outliers).sparsity == pytest.approx(0.3)
+    assert updater.sparsity == pytest.approx(0.3)
+
+
+def test_a_first_sparsity_that_rounds_to_nothing_is_a_first_mask_all_the_same(ids):
+    root = Root()
+    updater = begin(root, ids, "2:4", schedule=Cubic(0.5, 0.1), first_mask=OneShot(IHT()))  # 4:4
+    assert all(layer.is_dense() for layer in updater.layers.values())
+    assert (updater.sparsity, updater.timing.start_step) == (0.1, 0)
+    assert all(int(layer.statistics.tokens) for layer in updater.layers.values())
 
 
 def test_a_solver_also_moves_weights_and_gives_pruned_ones_values_to_come_back_with(ids):
     root, alone, dense = Root(), tiny_llama(), dict(tiny_llama().named_modules())
-    config, _ = begin(root, ids, "2:4", first_mask=OneShot(IHT()))
+    updater = begin(root, ids, "2:4", first_mask=OneShot(IHT()))
     prune(alone, ids, "2:4", criterion=IHT())
     pruned = dict(alone.named_modules())
     for name, layer in sparse_layers(root.net).items():
@@ -106,7 +115,17 @@ def test_a_solver_also_moves_weights_and_gives_pruned_ones_values_to_come_back_w
         assert torch.equal(pruned[name].weight, torch.where(keep, layer.weight, 0))
         assert not torch.equal(layer.weight[keep], dense[name].weight[keep])
         assert not torch.equal(layer.weight[~keep], dense[name].weight[~keep])
-    assert MaskUpdater(root, config=config, total_steps=100).sparsity == 0.5
+    assert updater.sparsity == 0.5
+
+
+def test_settings_are_checked_before_a_solver_moves_weights(ids):
+    root = Root().bfloat16()
+    before = copy.deepcopy(root.state_dict())
+    with pytest.raises(ValueError, match="srste_decay"):
+        begin(root, ids, "2:4", first_mask=OneShot(IHT()), policy=StraightThrough(srste_decay=1e-9))
+    with pytest.raises(ValueError, match="end_step"):
+        begin(root, ids, "2:4", first_mask=OneShot(IHT()), start_step=0, end_step=-1)
+    assert all(torch.equal(root.state_dict()[key], value) for key, value in before.items())
 
 
 def test_weights_that_cannot_move_are_not_solved_for(ids):
@@ -131,21 +150,24 @@ def test_a_failure_leaves_weights_as_they_were_and_masks_that_keep_all(first_mas
 
 @pytest.mark.parametrize(
     "settings",
-    [
-        {"first_mask": FirstWindow()},
-        {"first_mask": FromZeros()},
-        {"first_mask": None},
-        {"start_step": 4},
-        {"criterion": Magnitude()},  # the first update does the same without data
-    ],
+    [{"first_mask": FirstWindow()}, {"start_step": 4}, {"schedule": Cubic(0.5)}],
 )
-def test_masks_that_are_made_elsewhere_keep_all_here(settings, ids, caplog):
+def test_where_later_steps_make_the_mask_it_keeps_all_until_then(settings, ids, caplog):
     caplog.set_level(logging.INFO)
     root = Root()
-    assert begin(root, ids, "2:4", **settings)[1] is None
+    updater = begin(root, ids, "2:4", **settings)
     assert len(sparse_layers(root)) == 21
     assert all(layer.is_dense() for layer in sparse_layers(root).values())
+    assert updater.first_mask in ("FirstWindow()", "by the first update")
     assert "run dense" not in caplog.text
+
+
+def test_a_share_of_the_run_that_is_less_than_a_step_is_step_0(ids):
+    assert begin(Root(), ids, "2:4", start_step=0.001).sparsity == 0.5
+
+
+def test_without_activations_the_first_update_makes_the_mask_without_data():
+    assert begin(Root(), None, "2:4", criterion=Magnitude()).sparsity == 0.5
 
 
 def test_existing_masks_stay(ids, caplog):
@@ -153,11 +175,15 @@ def test_existing_masks_stay(ids, caplog):
     root = Root()
     prune(root.net, ids, "4:8", squash=False)
     before = kept(root)
-    assert begin(root, ids, "2:4")[1] is None
-    assert all(torch.equal(mask, before[name]) for name, mask in kept(root).items())
+    for first_mask in (OneShot(), FirstWindow(), FromZeros(), None):
+        assert begin(root, ids, "4:8", first_mask=first_mask).first_mask == "the model had masks"
+    with pytest.raises(
+        ValueError, match="those of net.model.layers.0.self_attn.q_proj are not 2:4 at a sparsity of 0.5"
+    ):
+        begin(root, ids, "2:4")
     with pytest.raises(ValueError, match="the model has masks already"):
-        begin(root, ids, "2:4", first_mask=OneShot(Wanda()))
-    begin(root, ids, "2:4", first_mask=FirstWindow())
+        begin(root, ids, "4:8", first_mask=OneShot(Wanda()))
+    assert all(torch.equal(mask, before[name]) for name, mask in kept(root).items())
     assert "run dense" not in caplog.text
 
 
@@ -173,13 +199,9 @@ def test_without_a_model_or_data_the_first_steps_run_dense_unless_a_criterion_is
     criterion, make, batches, caplog
 ):
     caplog.set_level(logging.INFO)
-    config = PruningConfig("2:4", first_mask=OneShot(criterion))
-    root = make()
-    layers = mask_targets(root, config)
-    assert set_first_mask(root, layers, config, lambda count: batches, contextlib.nullcontext, False) is None
-    expected = pytest.raises(ValueError, match="leave the criterion out of OneShot")  # also in a plain loop
+    expected = pytest.raises(ValueError, match="leave the criterion out of OneShot")
     with contextlib.nullcontext() if criterion is None else expected:
-        MaskUpdater(root, config=config, layers=layers, total_steps=20)
+        assert begin(make(), batches, "2:4", first_mask=OneShot(criterion)).first_mask == "FirstWindow()"
     assert ("The first steps run dense" in caplog.text) == (criterion is None)
 
 
@@ -193,9 +215,21 @@ def test_an_error_of_a_batch_is_raised_as_it_is_and_says_where_it_comes_from():
 
 def test_a_copy_of_the_model_as_a_reference_stays_dense(ids):
     root = Root()
-    config = PruningConfig("2:4")
-    layers = mask_targets(root, config)
+    layers = mask_targets(root, PruningConfig("2:4"))
     root.reference = copy.deepcopy(root.net).requires_grad_(False)  # with masks that keep all
-    set_first_mask(root, layers, config, lambda count: ids[:count], contextlib.nullcontext, False)
+    begin(root, ids, "2:4", layers=layers)
     assert all(layer.is_dense() for layer in sparse_layers(root.reference).values())
     assert not any(layer.is_dense() for layer in sparse_layers(root.net).values())
+
+
+def test_a_plain_loop_is_told_that_it_has_to_prune_itself():
+    with pytest.raises(ValueError, match=r"in a plain loop, prune the model before the run"):
+        MaskUpdater(Root(), "2:4", first_mask=OneShot(IHT()), total_steps=20)
+    assert MaskUpdater(Root(), "2:4", total_steps=20).first_mask == "FirstWindow()"
+
+
+def test_outliers_of_a_pruning_that_measured_none_are_none(ids):
+    root = Root()
+    report = prune(root.net, ids, "unstructured", 0.5, squash=False)
+    settings = {"distribution": OWL(owl_m=2.0), "total_steps": 100, "outliers": report.outliers}
+    assert MaskUpdater(root, "unstructured", 0.5, **settings).sparsity == 0.5  # divided as the masks are

@@ -7,6 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, T5Config, T5ForCondit
 from transformers.pytorch_utils import Conv1D
 
 from sparse_train import (
+    IHT,
     NM,
     OWL,
     Magnitude,
@@ -338,7 +339,7 @@ def test_padding_that_cannot_be_told_apart_is_said(caplog, ids):
         def forward(self, x, attention_mask):
             return self.b(self.a(x.transpose(0, 1)))
 
-    prune(Flat(), [{"x": torch.randn(2, 3, 8), "attention_mask": torch.ones(2, 3)}], "2:4")
+    prune(Flat(), [{"x": torch.randn(2, 3, 8), "attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]])}], "2:4")
     assert "does not fit a layer's input of shape (3, 2, 8)" in caplog.text
 
 
@@ -355,7 +356,7 @@ def test_padding_does_not_count_where_tokens_are_flattened(architecture, ids, ca
     assert "padding counts" not in caplog.text
 
 
-@pytest.mark.parametrize("method", [Wanda(), SparseGPT()])
+@pytest.mark.parametrize("method", [Wanda(), SparseGPT(), IHT()])
 @pytest.mark.parametrize("structure", ["2:4", "unstructured"])
 def test_twice_is_once_where_inputs_die(method, structure):
     for seed in range(3):

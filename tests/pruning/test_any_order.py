@@ -34,9 +34,8 @@ class Training:
         self.begin(state)
 
     def begin(self, state=None, **changes):
-        self.updater = MaskUpdater(self.model, **self.arguments | changes, state=state)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.02, weight_decay=0.1)
-        self.updater.watch([self.optimizer])
+        self.updater = MaskUpdater(self.model, **self.arguments | changes, optimizers=[self.optimizer], state=state)
 
     def step(self, x):
         self.model(x).pow(2).mean().backward()

@@ -37,7 +37,6 @@ def test_defaults():
     found = PruningConfig()
     assert (found.pattern, found.resolved_schedule) == (NM(2, 4), Constant(0.5))
     assert (found.criterion, found.policy, found.first_mask) == (Wanda(), StraightThrough(), OneShot())
-    assert found.sparsity_at_step_0 == 0.5
     assert PruningConfig(criterion=None, policy=None, distribution=None) == found
 
 
@@ -54,11 +53,6 @@ def test_all_that_drive_a_run_take_the_settings_and_know_no_others(driver, llama
     for both in ({"update_freq": 5}, {"update_freq": 10}, {"mask_structure": "2:4"}):
         with pytest.raises(ValueError, match="config or settings, not both"):
             driver(**more, config=config, **both)
-
-
-def test_the_first_sparsity_is_none_if_masks_come_later():
-    assert PruningConfig(schedule=Cubic(0.5)).sparsity_at_step_0 == 0.0
-    assert PruningConfig(start_step=10).sparsity_at_step_0 == 0.0
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,8 @@ from sparse_train import (
     squash,
 )
 from sparse_train.distributions import Division
-from sparse_train.pruning.update import mask_shares, shapes_of
+from sparse_train.pruning.counts import mask_shares
+from sparse_train.pruning.update import shapes_of
 from tests.conftest import VOCABULARY, tiny_llama
 from tests.distributions.test_owl import papers_outlier_ratio, papers_sparsities
 

@@ -208,9 +208,8 @@ class ByMomentum(MaskPolicy):
 def test_a_policy_of_a_users_own_is_told_everything_and_resumes():
     model, given = shallow_llama(), ByMomentum()
     settings = {"policy": given, "criterion": Magnitude(), "update_freq": 2, "total_steps": 8, "end_step": 6}
-    updater = MaskUpdater(model, "2:4", **settings)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    updater.watch([optimizer])
+    updater = MaskUpdater(model, "2:4", optimizers=[optimizer], **settings)
     for _ in range(2):
         ids = torch.randint(3, VOCABULARY, (2, 16))
         model(input_ids=ids, labels=ids).loss.backward()
@@ -230,9 +229,9 @@ def test_a_policy_of_a_users_own_is_told_everything_and_resumes():
 
 def test_a_criterion_sees_what_the_optimizer_remembers():
     model, seen = shallow_llama(), []
-    updater = MaskUpdater(model, "2:4", criterion=Moments(seen), update_freq=2, total_steps=8)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    updater.watch([optimizer])
+    settings = {"criterion": Moments(seen), "update_freq": 2, "total_steps": 8}
+    updater = MaskUpdater(model, "2:4", optimizers=[optimizer], **settings)
     train(model, updater, 2, optimizer)
     first, second = seen[:14], seen[14:]
     assert all(momentum is None for _, momentum in first) and len(second) == 14

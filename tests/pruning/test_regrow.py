@@ -99,9 +99,9 @@ def fresh(structure="unstructured", optimizer=None, model=None, **changes):
         model, list(torch.randint(3, VOCABULARY, (2, 2, 16))), structure, sparsity=changes.get("sparsity"), squash=False
     )
     arguments = {"policy": Regrow(), "update_freq": 4, "total_steps": 20, "end_step": 1.0, "norm_decay": 0.0} | changes
-    updater = MaskUpdater(model, structure, **arguments)
-    make = optimizer or (lambda parameters: AdamW(parameters, lr=3e-3))
-    return model, updater, make(model.parameters())
+    made = (optimizer or (lambda parameters: AdamW(parameters, lr=3e-3)))(model.parameters())
+    known = [made] if "state" in changes else []  # otherwise before_optimizer_step tells
+    return model, MaskUpdater(model, structure, optimizers=known, **arguments), made
 
 
 def backward(model, generator, scale=1.0, count=2):
@@ -341,7 +341,6 @@ def test_interrupted_equals_uninterrupted_between_the_optimizer_and_the_update()
     resumed = fresh(state=copy.deepcopy(whole[1].state_dict()))
     for at in (0, 2):
         resumed[at].load_state_dict(copy.deepcopy(whole[at].state_dict()))
-    resumed[1].watch([resumed[2]])
     go_on(*whole)
     go_on(*resumed)
     found = resumed[0].state_dict()

@@ -28,7 +28,7 @@ from sparse_train import (
 from sparse_train.layers.masked_layer import Recorder, SparseLinear
 from sparse_train.layers.sparsify import sparsify
 from sparse_train.pruning.update import Rules, update_masks
-from sparse_train.schedules import Cubic, Linear
+from sparse_train.schedules import Cubic, Linear, Schedule
 from sparse_train.statistics import ActivationNorm
 from tests.conftest import VOCABULARY, shallow_llama
 from tests.pruning.loops import equal, snapshot, train
@@ -189,6 +189,21 @@ def test_fixed_with_a_rising_schedule_only_loses_weights(criterion):
             pruned[name] = now
     assert rates == sorted(rates)
     assert rates[0] < 0.6 < rates[-1]
+
+
+class Falling(Schedule):
+    def sparsity(self, progress):
+        return 0.75 - 0.25 * progress
+
+
+def test_fixed_brings_nothing_back_where_a_users_schedule_falls():
+    model = shallow_llama()
+    updater = MaskUpdater(
+        model, "unstructured", schedule=Falling(), policy=Fixed(), criterion=Magnitude(), update_freq=2, total_steps=20
+    )
+    before = {name: layer.weight_mask.clone() for name, layer in updater.layers.items()}
+    assert all(report.flip_rate == 0 for report in train(model, updater, 20))
+    assert all(torch.equal(layer.weight_mask, before[name]) for name, layer in updater.layers.items())
 
 
 def test_a_rising_n_of_m_schedule_steps_through_kept_counts():
@@ -389,11 +404,12 @@ def test_an_error_in_the_middle_changes_no_mask_and_no_kept_weight():
 def test_padding_that_cannot_be_told_apart_is_said_once(caplog):
     model = shallow_llama()
     updater = MaskUpdater(model, "2:4", update_freq=2, window=1.0, total_steps=20)
-    for _ in range(3):
-        updater.token_mask = torch.ones(5)
+    for step in range(4):
+        updater.token_mask = torch.ones(5) if step == 0 else torch.tensor([1, 1, 1, 1, 0])
         batch = torch.randint(3, VOCABULARY, (2, 16))
         model(input_ids=batch, labels=batch).loss.backward()
         updater.step()
+        assert step or not caplog.text  # without padding, there is nothing to tell apart
     assert caplog.text.count("does not fit a layer's input of shape (2, 16, 32)") == 1
 
 

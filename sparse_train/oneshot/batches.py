@@ -1,0 +1,78 @@
+"""Batches of training data for calibration, read without a trace in the training."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from sparse_train.distributed.collectives import world_size
+from sparse_train.environment import isolated_rng
+from sparse_train.oneshot.forwards import Batch
+
+_LIBRARIES = ("torch", "torchdata", "accelerate", "transformers")  # by name, because they may be absent
+_READ_ALL = {"SequentialSampler", "RandomSampler", "DistributedSampler", "StatefulDistributedSampler"}
+_READ_ALL |= {"SeedableRandomSampler", "LengthGroupedSampler", "BatchRebalanceSampler"}
+
+
+def _is(sampler: Any, *names: str) -> bool:
+    """Whether the class is exactly one of these: a subclass may leave validation data out."""
+    return type(sampler).__module__.partition(".")[0] in _LIBRARIES and type(sampler).__name__ in names
+
+
+def training_batches(loader: Any, samples: int, batch_size: int | None = None) -> list[Batch] | None:
+    """Random batches of what a training loader reads, without changing its state; None if that is not known, as of
+    any but a ``DataLoader``, which accelerate may have prepared. ``batch_size`` is by default that of the loader."""
+    sampler: Any = getattr(loader, "batch_sampler", None)
+    if _is(sampler, "BatchSamplerShard"):
+        sampler = sampler.batch_sampler
+    if _is(sampler, "BatchSampler"):
+        batch_size, sampler = batch_size or sampler.batch_size, sampler.sampler
+    if not _is(sampler, *_READ_ALL):
+        return None
+    source = getattr(sampler, "data_source", getattr(sampler, "dataset", loader.dataset))
+    if len(source) != len(loader.dataset):
+        return None
+    return random_batches(loader.dataset, batch_size or 1, loader.collate_fn, samples)
+
+
+def random_batches(
+    dataset: Dataset[Any], batch_size: int, collate_fn: Callable[[list[Any]], Any] | None, samples: int
+) -> list[Batch] | None:
+    """Random batches of a data set, of so many samples, always the same; None if a model could not use any.
+
+    They come from a separate loader: another iterator of the training loader would advance its generators, and the
+    position of a stateful one.
+    """
+    if isinstance(dataset, IterableDataset):
+        return None  # reading a stream would take its first batches from training
+    generator = torch.Generator().manual_seed(0)
+    own = DataLoader(dataset, batch_size=batch_size, shuffle=True, generator=generator, collate_fn=collate_fn)
+    with isolated_rng():  # a data set may draw random numbers
+        batches = first_samples(own, samples)
+    return batches if batches and all(map(_is_usable, batches)) else None
+
+
+def first_samples(loader: Iterable[Batch], samples: int) -> list[Batch]:
+    """The first batches, until there are so many samples, and a batch for each process."""
+    found: list[Batch] = []
+    for batch in loader:
+        found.append(batch)
+        if len(found) >= world_size() and sum(map(samples_in, found)) >= samples:
+            break
+    return found
+
+
+def _ids(batch: Any) -> Any:
+    return batch.get("input_ids") if isinstance(batch, Mapping) else batch
+
+
+def samples_in(batch: Any) -> int:
+    ids = _ids(batch)
+    return len(ids) if isinstance(ids, Tensor) and ids.dim() > 1 else 1
+
+
+def _is_usable(batch: Any) -> bool:
+    ids = _ids(batch)
+    return isinstance(ids, Tensor) and not (ids.is_floating_point() or ids.is_complex())

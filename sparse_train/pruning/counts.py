@@ -1,0 +1,132 @@
+"""Counts of zeros and mask entries: what an update did, and what masks prune.
+
+Shape suffixes: O out_features, I in_features, J packed mask bytes.
+"""
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_train.arguments import as_call
+from sparse_train.distributed.collectives import rank, sum_over_ranks
+from sparse_train.layers import masks
+from sparse_train.layers.masked_layer import MaskedLayer, MaskedMatrix
+from sparse_train.patterns import Pattern, Unstructured, share_of
+
+
+@dataclass(frozen=True)
+class LayerUpdate:
+    """What an update did to one layer; counts of weights."""
+
+    size: int
+    zeros: int
+    """Zeros counted on the masked weights, including kept weights that happen to be zero."""
+    flips: int
+    """Mask entries that changed."""
+
+
+@dataclass(frozen=True)
+class UpdateReport:
+    """What an update did."""
+
+    step: int
+    target_sparsity: float
+    layers: Mapping[str, LayerUpdate] = field(repr=False)
+    initial_flip_rate: float
+    """Share of mask entries that differ from the first mask, measured on every 128th row, at least four of a layer."""
+    seconds: float
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros among the targeted weights, counted on the weights."""
+        return sparsity_of(self.layers.values())
+
+    @property
+    def flip_rate(self) -> float:
+        """Share of mask entries that this update changed; 0 in a report without an update."""
+        return sum(layer.flips for layer in self.layers.values()) / sum(layer.size for layer in self.layers.values())
+
+    def metrics(self) -> dict[str, float]:
+        """The metrics for loggers, by name."""
+        return {
+            "sparsity/target": self.target_sparsity,
+            "sparsity/actual": self.sparsity,
+            "sparsity/flip_rate": self.flip_rate,
+            "sparsity/initial_flip_rate": self.initial_flip_rate,
+            "sparsity/update_seconds": self.seconds,
+        }
+
+    def layer_metrics(self) -> dict[str, float]:
+        """The metrics of each layer, by name."""
+        sparsities = {f"layers/sparsity/{name}": layer.zeros / layer.size for name, layer in self.layers.items()}
+        return sparsities | {f"layers/flip_rate/{n}": layer.flips / layer.size for n, layer in self.layers.items()}
+
+
+def sparsity_of(layers: Collection[Any]) -> float:
+    """Share of zeros over the weights of layers, each with ``zeros`` and ``size``; 0 if there are none."""
+    size = sum(layer.size for layer in layers)
+    return sum(layer.zeros for layer in layers) / size if size else 0.0
+
+
+def measure(layers: Mapping[str, MaskedMatrix]) -> dict[str, LayerUpdate]:
+    """Count the zeros of masked layers, without changing anything; if rows are sharded, with one reduce."""
+    counts = {}
+    for name, layer in layers.items():
+        with layer.read(by_rows=True) as (weight_OI, rows):
+            counts[name] = [masks.count(masks.pack(weight_OI.bool()) & layer.weight_mask[rows])]
+    nonzero = {name: number for name, (number,) in sum_counts(layers, counts).items()}
+    return {name: LayerUpdate(layer.size, layer.size - nonzero[name], 0) for name, layer in layers.items()}
+
+
+def sum_counts(layers: Mapping[str, MaskedMatrix], counts: Mapping[str, list[int]]) -> Mapping[str, list[int]]:
+    """Counts of each layer over all processes; of layers that are not sharded, all of them have counted the same."""
+    sharded = {name: layer.rows_are_divided for name, layer in layers.items()}
+    if not any(sharded.values()):
+        return counts
+    mine = [each if sharded[name] or rank() == 0 else [0] * len(each) for name, each in counts.items()]
+    total = torch.tensor(mine, dtype=torch.int64, device=next(iter(layers.values())).weight_mask.device)
+    sum_over_ranks([total])
+    return dict(zip(counts, total.tolist(), strict=True))
+
+
+def misfitting_layer(layers: Mapping[str, MaskedMatrix], pattern: Pattern, sparsity: Mapping[str, float]) -> str | None:
+    """The first layer whose mask does not follow this pattern and sparsity, over all or of each; None if all do."""
+    # With the mask itself as the scores, the pattern selects the mask if it has the right count in every group.
+    unpacked: Iterable[Tensor] = (layer.unpacked_mask() for layer in layers.values())
+    if pattern.model_wide:
+        unpacked = [torch.cat([mask.reshape(1, -1) for mask in unpacked], dim=1)]
+    for name, mask in zip(layers, unpacked, strict=False):
+        if not torch.equal(pattern.mask(mask.float(), sparsity[name]), mask):
+            return name
+    return None
+
+
+def mask_shares(layers: Mapping[str, MaskedMatrix], pattern: Pattern) -> dict[str, float]:
+    """By layer, the sparsity at which the pattern prunes as many weights as the mask does."""
+    shares = {}
+    for name, layer in layers.items():
+        pruned = layer.size - masks.count(layer.weight_mask)
+        if isinstance(pattern, Unstructured) and pattern.group == "row":
+            # zeros that a model has had before pruning make some rows sparser than the pattern
+            shares[name] = int((~layer.unpacked_mask()).sum(1).min()) / layer.in_features
+        else:  # a user-defined pattern may round down
+            exact = isinstance(pattern, Unstructured)
+            shares[name] = pruned / layer.size if exact else share_of(pruned, layer.size)
+    return shares
+
+
+def pruning_json(
+    settings: Mapping[str, Any], sparsity: float | None, layers: Mapping[str, MaskedLayer]
+) -> dict[str, Any]:
+    """What a run with these settings (``as_data``) prunes now, as ``pruning.json`` says it."""
+    label, distribution = settings["mask_structure"], as_call(settings["distribution"])
+    stage = {"mask_structure": label, "wanted_sparsity": sparsity or 0.0, "distribution": distribution}
+    stage |= {name: as_call(settings[name]) for name in ("criterion", "policy", "first_mask")}
+    # as verify reads them: of each row, or else of the whole layer
+    return {
+        "stages": [stage],
+        "layers": mask_shares(layers, Unstructured("row" if label == "unstructured" else "layer")),
+    }

@@ -94,15 +94,15 @@ DISTILLATION = {
     "dynamic_window_distill": "re-pruned, norms of 5 steps, untouched teacher",
 }
 SHIFT = {
-    "static_shift": "kept",
-    "dynamic_frozen_norms_shift": "re-pruned, norms of the first mask",
-    "dynamic_window_shift": "re-pruned, running norms of 5 steps",
-    "dynamic_shift": "re-pruned, cumulative norms (the default)",
+    "static_shift": "Wanda's mask, kept",
+    "dynamic_frozen_norms_shift": "Wanda's mask, re-pruned, norms of the first mask",
+    "dynamic_window_shift": "Wanda's mask, re-pruned, running norms of 5 steps",
+    "dynamic_shift": "Wanda's mask, re-pruned, cumulative norms (the default)",
     "static_iht_shift": "IHT's mask and weights, kept",
-    "dynamic_iht_shift": "IHT's mask and weights, re-pruned every 10 steps (the default)",
-    "dynamic_python": "calibrated on Python, re-pruned (the default)",
-    "static_iht_python": "calibrated on Python, IHT's mask and weights, kept",
-    "dynamic_iht_python": "calibrated on Python, IHT's mask and weights, re-pruned (the default)",
+    "dynamic_iht_shift": "IHT's mask and weights, re-pruned",
+    "dynamic_python": "calibrated on Python: Wanda's mask, re-pruned",
+    "static_iht_python": "calibrated on Python: IHT's mask and weights, kept",
+    "dynamic_iht_python": "calibrated on Python: IHT's mask and weights, re-pruned",
 }
 UNSTRUCTURED = {
     "oneshot_wanda_70": "one-shot Wanda, untrained",

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from sparse_train.callbacks.lightning_trainer import averaging, callbacks_of
 from sparse_train.layers.masked_layer import sparse_layers
 from sparse_train.layers.masks import FACTOR_NAMES
-from sparse_train.pruning.updater import MaskUpdater
+from sparse_train.pruning.updater import BY_UPDATE, MaskUpdater
 
 
 def check_fit(trainer: L.Trainer, pruning: L.Callback, squash: bool) -> None:
@@ -44,7 +44,8 @@ def warn_of_denser_best(trainer: L.Trainer, updater: MaskUpdater) -> None:
     """Warn if the best checkpoint may be one from before the final sparsity."""
     found = [each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)]
     best = next((each.monitor for each in found if each.monitor is not None and each.save_top_k not in (0, -1)), None)
-    late = updater.sparsity is None and updater.timing.start_step > updater.timing.window
+    soon = updater.timing.window if updater.config.criterion.needs_activations else 0
+    late = updater.first_mask == BY_UPDATE and updater.timing.start_step > soon
     rises = updater.config.sparsity_at(0.0) < updater.config.sparsity_at(1.0)
     if best is not None and (late or rises):
         rank_zero_warn(

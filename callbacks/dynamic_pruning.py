@@ -33,7 +33,6 @@ from sparse_train.distributed.fsdp2 import reshard
 from sparse_train.layers.mask_lora import MaskLoRA, add_mask_lora, check_mask_lora
 from sparse_train.layers.masked_layer import MaskedLayer, sparse_layers
 from sparse_train.layers.sparsify import unmask
-from sparse_train.layers.targets import layers_in_words
 from sparse_train.models.checkpoints import PRUNING_STATE
 from sparse_train.oneshot.first_mask import make_first_mask
 from sparse_train.patterns import Pattern
@@ -106,7 +105,7 @@ class DynamicPruning(L.Callback):
         self._restored: dict[str, Any] | None = None  # of a checkpoint, until the run begins
         self._global_step = 0  # the trainer's when the updater last counted one: micro-batches leave it as it is
         self._metrics: dict[str, float] = {}  # of the latest update, also if an earlier process made it
-        self._looked_at_loss = False
+        self._logged = self._looked_at_loss = False
         self._undo_loading: Callable[[], None] | None = None
         self.updater: MaskUpdater | None = None
         """The running updater; None before the run has begun."""
@@ -162,7 +161,6 @@ class DynamicPruning(L.Callback):
         if pl_module.automatic_optimization:  # steps of this run only: the trainer may have run an earlier fit
             before = trainer.global_step if state is None else 0
             total_steps = max(1, trainer.estimated_stepping_batches - before)  # 0 if the fit is over
-        rank_zero_info(f"DynamicPruning prunes {layers_in_words(self._layers)}.")
         one_shot = functools.partial(
             make_first_mask,
             pl_module,
@@ -170,6 +168,7 @@ class DynamicPruning(L.Callback):
             self.config,
             functools.partial(lightning_trainer.batches_of_training, trainer),
             trainer.precision_plugin.forward_context,
+            lambda what: rank_zero_info(f"DynamicPruning: {what}."),
             progress=trainer.is_global_zero and trainer.progress_bar_callback is not None,
         )
         self.updater = MaskUpdater(
@@ -185,7 +184,7 @@ class DynamicPruning(L.Callback):
         rank_zero_info(f"DynamicPruning: {self.updater.plan()}.")
         self._global_step = trainer.global_step if state is None else state["global_step"]
         self._metrics = {} if state is None else state.get("metrics", {})
-        self._looked_at_loss = False
+        self._logged = self._looked_at_loss = False
         solved = state is None and self.config.first_solver is not None
         lightning_trainer.mask_averages(trainer, pl_module, weights=solved)
         if state is None and self.updater.sparsity is not None:
@@ -217,22 +216,26 @@ class DynamicPruning(L.Callback):
     ) -> None:
         assert self.updater is not None
         self.updater.token_mask = None
-        self._advance(trainer, pl_module, in_batch=True)
+        report = self._advance(trainer, pl_module, in_batch=True)
+        if report is None and self._logged:
+            return  # each value would be a copy to the device
         # for callbacks that monitor metrics, such as EarlyStopping, which may ask before the first update; and two of
         # them for the progress bar
         for name, value in (self._metrics or _NO_MASK).items():
             pl_module.log(name, value, logger=False, prog_bar=name in ("sparsity/actual", "sparsity/flip_rate"))
+        self._logged = True
 
-    def _advance(self, trainer: L.Trainer, pl_module: L.LightningModule, in_batch: bool) -> None:
+    def _advance(self, trainer: L.Trainer, pl_module: L.LightningModule, in_batch: bool) -> UpdateReport | None:
         # Micro-batches do not move the count of optimizer steps; a batch that steps several optimizers is one step.
         assert self.updater is not None
         if trainer.global_step == self._global_step:
-            return
+            return None
         self._global_step = trainer.global_step
         report = self.updater.step()
         if report is not None:
             lightning_trainer.mask_averages(trainer, pl_module)
             self._log_update(trainer, report, lightning_trainer.steps_done(trainer, in_batch=in_batch))
+        return report
 
     def _log_update(self, trainer: L.Trainer, report: UpdateReport, step: int) -> None:
         self.last_report, self._metrics = report, report.metrics()

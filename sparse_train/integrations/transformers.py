@@ -157,6 +157,7 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
             self.config,
             lambda samples: training_batches(train_dataloader, samples, args.per_device_train_batch_size),
             under_autocast(dtype if args.fp16 or args.bf16 else None, args.device),
+            _say,
             progress=not args.disable_tqdm and rank() == 0,
         )
         self.updater = MaskUpdater(
@@ -168,8 +169,7 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
             one_shot=one_shot,
             state=restored,
         )
-        if rank() == 0:
-            print(f"SparseTrainerCallback: {self.updater.plan()}.", file=sys.stderr)  # as the Trainer prints its logs
+        _say(self.updater.plan())
         if args.load_best_model_at_end and self.updater.sparsity is None:
             raise ValueError(f"{_BEST} Leave it out, or prune the model before the run (prune(..., squash=False)).")
         first = {} if self.updater.sparsity is None else self.updater.report().metrics()
@@ -226,6 +226,11 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
             self._write_pruning(Path(args.output_dir))  # where save_model() puts the model
         if self._squash:
             unmask(model)
+
+
+def _say(what: str) -> None:
+    if rank() == 0:
+        print(f"SparseTrainerCallback: {what}.", file=sys.stderr)  # as the Trainer prints its logs
 
 
 def check_trainer(args: Any, model: nn.Module, config: PruningConfig) -> None:

@@ -53,6 +53,11 @@ class Recorder:
             mask = self.token_mask = mask.to(x.device)
         return mask
 
+    def note_misfit(self, shape: str, mask: Tensor) -> None:
+        """Remember a token mask that does not fit, rather one with padding than one of ones."""
+        if self.misfit is None or bool(self.misfit[1].all()):
+            self.misfit = shape, mask
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Inside this context, nothing is recorded."""

@@ -7,14 +7,15 @@ from torch import nn
 
 from sparse_train.blocks import transformers_model
 from sparse_train.distributed.collectives import rank, take_from_rank_0, world_size
-from sparse_train.distributed.fsdp2 import reshard
 from sparse_train.distributions import Outliers
+from sparse_train.layers import masks
 from sparse_train.layers.masked_layer import MaskedLayer
+from sparse_train.layers.targets import layers_in_words
 from sparse_train.oneshot.batches import samples_in
 from sparse_train.oneshot.forwards import Batch, Context
 from sparse_train.oneshot.walk import MemoryShelf, Plan, walk
 from sparse_train.pruning.config import OneShot, PruningConfig
-from sparse_train.pruning.zeros import warn_of_filled_zeros
+from sparse_train.pruning.zeros import warn_of_filled
 
 _log = logging.getLogger(__name__)
 
@@ -25,18 +26,18 @@ def make_first_mask(
     config: PruningConfig,
     batches: Callable[[int], Sequence[Batch] | None],
     context: Context,
+    say: Callable[[str], None],
     progress: bool,
 ) -> Outliers | None:
     """Carry out ``OneShot``: what callbacks give ``MaskUpdater``, which calls it if the run begins so.
 
     Masks of ``layers``, of a model in ``root``, are set, and weights too if a solver makes them. ``batches(samples)``
-    returns ``first_samples``, the same on each rank, or None if there are none that a model can read. Returns what
-    ``walk`` has measured for the distribution; None, and all is as before, if ``OneShot.needs`` are not met. After an
-    error, the model is unchanged.
+    returns ``first_samples``, the same on each rank, or None if there are none that a model can read. ``say`` gets a
+    line for the log before it takes long. Returns what ``walk`` has measured for the distribution; None, and all is as
+    before, if ``OneShot.needs`` are not met. After an error, the model is unchanged.
     """
     first = config.first_mask
     assert isinstance(first, OneShot)
-    reshard(root)
     model, ranks = transformers_model(root, layers.values()), world_size()
     if model is None or any(layer.layout.is_sharded for layer in layers.values()):
         return None
@@ -45,9 +46,11 @@ def make_first_mask(
         return None
     if (there := sum(map(samples_in, found))) < first.samples and rank() == 0:
         _log.warning("The first mask reads %d of %d samples: the data has no more.", there, first.samples)
+    zeros = {}
     if config.first_solver is not None:
         _check_movable(layers)
-        warn_of_filled_zeros(layers)  # now: a solver fills them before there is a mask
+        zeros = {name: masks.pack(layer.weight_OI == 0) for name, layer in layers.items()}
+    say(f"one-shot pruning makes the first mask of {layers_in_words(layers)}")
     plan = Plan(
         method=first.criterion or config.criterion,
         pattern=config.pattern,
@@ -67,6 +70,7 @@ def make_first_mask(
         raise
     if config.first_solver is not None:  # linear algebra may round differently on other hardware
         take_from_rank_0([t for each in layers.values() for t in (each.weight.detach(), each.weight_mask)])
+        warn_of_filled(layers, {n: masks.count(zero_OJ & layers[n].weight_mask) for n, zero_OJ in zeros.items()})
     return outliers
 
 

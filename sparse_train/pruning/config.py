@@ -80,8 +80,8 @@ class PruningConfig:
         targets: list of layers by name, class name, or "re:" regular expression. Default: the linear layers of the
             decoder blocks; in a model without such blocks, all but the last. See ``layers.targets.find_targets``.
         ignore: list of layers to leave dense, in the same forms.
-        start_step: first update; int = steps, float = share of the run. Without masks before it, and with a criterion
-            that reads activations, it is not before step ``window``; until then the model is dense.
+        start_step: first update; int = steps, float = share of the run. If there are no masks yet and the criterion
+            reads activations, it comes at step ``window`` at the earliest; until then the model is dense.
         end_step: the step after which masks are frozen; int = steps, float = share of the run. With manual
             optimization, both must be whole numbers; a batch in which any optimizer steps counts as one step.
         window: steps before an update over which activations are recorded; float = share of ``update_freq``.

@@ -98,9 +98,9 @@ def padding_of(batch: Any, recorder: Recorder, two_texts: bool) -> Tensor | None
     parts = batch if isinstance(batch, (list, tuple)) else batch.values() if isinstance(batch, Mapping) else ()
     for part in parts:
         if isinstance(part, Mapping) and isinstance(part.get("attention_mask"), Tensor):
-            recorder.misfit = recorder.misfit or ("(a part of a nested batch)", part["attention_mask"])
+            recorder.note_misfit("(a part of a nested batch)", part["attention_mask"])
     if two_texts and isinstance(mask, Tensor):
-        recorder.misfit = recorder.misfit or ("(tokens of the other text, I)", mask)
+        recorder.note_misfit("(tokens of the other text, I)", mask)
         return None
     return mask if isinstance(mask, Tensor) else None
 

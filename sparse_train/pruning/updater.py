@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sparse_train.arguments import describe
+from sparse_train.arguments import as_call, as_data
 from sparse_train.blocks import frozen_linears
 from sparse_train.distributed.collectives import rank
 from sparse_train.distributed.fsdp2 import reshard
@@ -26,7 +26,7 @@ from sparse_train.layers.sparsify import sparsify, unmask
 from sparse_train.layers.targets import find_targets, layers_in_words
 from sparse_train.patterns import Pattern, group_label
 from sparse_train.policies import Optimizers
-from sparse_train.pruning.config import FirstWindow, FromZeros, OneShot, PruningConfig
+from sparse_train.pruning.config import FromZeros, OneShot, PruningConfig
 from sparse_train.pruning.counts import LayerUpdate, UpdateReport, mask_shares, measure, misfitting_layer, sparsity_of
 from sparse_train.pruning.recording import (
     RunningNorms,
@@ -39,10 +39,13 @@ from sparse_train.pruning.recording import (
 )
 from sparse_train.pruning.resuming import check_restored_masks, check_same_layers, check_same_settings
 from sparse_train.pruning.update import Rules, measure_outliers, shapes_of, update_masks
-from sparse_train.pruning.zeros import masks_from_zeros, warn_of_filled_zeros
+from sparse_train.pruning.zeros import kept_zeros, masks_from_zeros, warn_of_filled
 from sparse_train.schedules import Timing
 
 _log = logging.getLogger(__name__)
+
+BY_UPDATE = "made by the first update"
+"""``first_mask`` of a run whose first masks are not there before its first update."""
 
 
 def mask_targets(model: nn.Module, config: PruningConfig) -> dict[str, MaskedLayer]:
@@ -71,9 +74,11 @@ class MaskUpdater:
         config: the settings as one object, instead.
         layers: the masked layers to prune, by name, instead of those that ``targets`` and ``ignore`` choose.
         total_steps: optimizer steps of the run; needed if steps are given as a share of it.
-        optimizers: those that train the layers, for policies and criteria that look at their state.
-        one_shot: carries out ``OneShot``, if the run begins so, and returns outliers; None if it cannot. Trainers'
-            callbacks give ``make_first_mask``; without it, the first update makes the first masks.
+        optimizers: those that train the layers, for policies and criteria that look at their state. One that is made
+            later is known from its first ``before_optimizer_step`` on.
+        one_shot: makes the first masks by one-shot pruning, as callbacks have it (``make_first_mask``). Called at most
+            once, after all checks. It returns outliers, {} if none were measured, or None if it could not; without it,
+            the first update makes the first masks.
         outliers: ``OneshotReport.outliers`` of the pruning that made the first masks, for a distribution that needs
             them. Default: measured with the first masks; or masks that exist tell.
         state: ``state_dict`` of the run to resume; the model must have that run's masks, or load them later. Update
@@ -104,7 +109,7 @@ class MaskUpdater:
         self.steps = self._last_update = 0
         self.sparsity: float | None = None
         """Target sparsity of the current masks; None before the first."""
-        self.first_mask = describe(self.config.first_mask)
+        self.first_mask = as_call(as_data(self.config.first_mask))
         """Where the first masks came from, in words: the setting is only what was asked for."""
         self._first_rows: dict[str, Tensor] = {}  # every 128th row of the first masks, packed
         self._restored_masks: dict[str, int] = {}  # fingerprints, until the first step after a resume
@@ -153,7 +158,8 @@ class MaskUpdater:
         """Begin a run: its first masks are there, are made now, or come from the first update."""
         self.timing = self.config.timing(total_steps, has_masks=True)
         has_masks = self._begin_with_masks(one_shot)
-        self.timing = self.config.timing(total_steps, has_masks)
+        if not has_masks:
+            self.timing = self.config.timing(total_steps, has_masks=False)
         self._connect_layers()
         if has_masks:
             self.sparsity, self._pruned = self.config.sparsity_at(0.0), self._count_pruned()
@@ -161,7 +167,7 @@ class MaskUpdater:
             self._keep_first_rows()
         elif self.timing.is_update(0):  # the criterion needs no activations
             self.update()
-        warn_of_filled_zeros(self.layers)
+        warn_of_filled(self.layers, kept_zeros(self.layers))
         if not (self.config.criterion.needs_activations and self._masks_change()):
             self.norms.probe()
 
@@ -170,7 +176,7 @@ class MaskUpdater:
         check_same_layers(state["masks"], self.layers)
         self._connect_layers()
         self.norms.load_state_dict(state["norms"])
-        self.first_mask = str(state["settings"]["first_mask"])
+        self.first_mask = as_call(state["settings"]["first_mask"])
         self.steps, self._last_update = operator.index(state["steps"]), operator.index(state["last_update"])
         self.sparsity = state["sparsity"]
         # of the whole run, including the part that is done
@@ -194,15 +200,15 @@ class MaskUpdater:
     def _begin_with_masks(self, one_shot: Callable[[], Outliers | None] | None) -> bool:
         """Decide, here alone, where the first masks come from, and make them; False if the first update is to.
 
-        All that can be refused without the masks has been checked, since a solver moves weights.
+        Called after all other checks, because a solver moves weights.
         """
         config, first, sparsity = self.config, self.config.first_mask, self.config.sparsity_at(0.0)
         criterion = first.criterion if isinstance(first, OneShot) else None
         if not all(layer.is_dense() for layer in self.layers.values()):
             if criterion is not None:
                 raise ValueError(
-                    f"first_mask is {first}, and the model has masks already, with which the run would start. Leave "
-                    "the criterion out of OneShot, or squash the model to begin with new masks."
+                    f"first_mask is {first}, and the model has masks already. To start with those, write "
+                    "first_mask=None; to begin with new ones, squash the model first."
                 )
             self._check_masks(sparsity)
             self.first_mask = "the model had masks"
@@ -234,7 +240,7 @@ class MaskUpdater:
                 "Elsewhere, as in a plain loop, prune the model before the run: prune(..., squash=False). Or leave "
                 "the criterion out of OneShot."
             )
-        self.first_mask = describe(FirstWindow()) if sparsity and needed else "by the first update"
+        self.first_mask = BY_UPDATE
         return not sparsity  # masks that keep everything are right
 
     def _check_masks(self, sparsity: float) -> None:
@@ -392,7 +398,7 @@ class MaskUpdater:
                 "model. Resume from a checkpoint with masks."
             )
         final = self.config.sparsity_at(1.0)
-        if rank() == 0 and self.steps and self.sparsity != final:
+        if rank() == 0 and self.steps and (self.sparsity or 0.0) < final:
             _log.warning(
                 "The run ended after %d steps, before its masks reached the final sparsity of %g: they are at %g. "
                 "end_step is %d.",
@@ -426,7 +432,7 @@ class MaskUpdater:
 
     def plan(self) -> str:
         """Which layers are pruned and how far, and when masks change, in words."""
-        zeros = self.first_mask == describe(FromZeros()) and self.steps == 0
+        zeros = self.first_mask == as_call(as_data(FromZeros())) and self.steps == 0
         parts = (
             f"{layers_in_words(self.layers)} at {group_label(self.config.pattern)}",
             *([f"{100 * sparsity_of(measure(self.layers).values()):.2f} % zeros before the run"] if zeros else []),

@@ -102,18 +102,23 @@ def masks_from_zeros(layers: Mapping[str, MaskedLayer], pattern: Pattern, sparsi
         raise error or ValueError("The zeros of another process do not follow the pattern: it has another model.")
 
 
-def warn_of_filled_zeros(layers: Mapping[str, MaskedLayer]) -> None:
-    """Warn if the masks of layers keep zeros of a model that was pruned before, so that training fills them."""
-    counts = measure(layers)
+def kept_zeros(layers: Mapping[str, MaskedLayer]) -> dict[str, int]:
+    """By layer, the number of zeros that its mask keeps."""
     kept = {name: masks.count(layer.weight_mask) for name, layer in layers.items()}
-    # zeros that the mask keeps; a layer of zeros alone is new, such as LoRA's B
-    filled = sum(each.zeros - each.size + kept[n] for n, each in counts.items() if each.zeros < each.size)
-    share = filled / sum(each.size for each in counts.values())
+    return {name: each.zeros - each.size + kept[name] for name, each in measure(layers).items()}
+
+
+def warn_of_filled(layers: Mapping[str, MaskedLayer], kept: Mapping[str, int]) -> None:
+    """Warn if the masks of layers keep zeros of a model that was pruned before (``kept_zeros``): training fills them.
+
+    A layer of zeros alone is new, such as LoRA's B.
+    """
+    filled = sum(zeros for name, zeros in kept.items() if zeros < layers[name].size)
+    share = filled / sum(layer.size for layer in layers.values())
     if share > _A_FEW and rank() == 0:
         _log.warning(
             "The model was pruned before: %.1f %% of its weights are zeros that the first masks keep, so training "
-            "fills them. A run masks zeros that follow its pattern with first_mask=FromZeros(). "
-            "%s",
+            "fills them. A run masks zeros that follow its pattern with first_mask=FromZeros(). %s",
             100 * share,
             _TO_KEEP_THEM,
         )

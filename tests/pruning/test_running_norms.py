@@ -8,6 +8,8 @@ from torch import nn
 
 from sparse_train import MaskUpdater, Wanda, prune
 from sparse_train.distributed.collectives import rank, world_size
+from sparse_train.layers.masked_layer import Recorder
+from sparse_train.pruning.recording import padding_of, warn_of_padding
 from sparse_train.statistics import ActivationNorm
 from tests.conftest import VOCABULARY, shallow_llama
 from tests.ranks import launch
@@ -188,3 +190,11 @@ def test_a_target_left_out_from_the_first_mask_on_is_named(caplog):
     model(torch.randn(3, 8)).square().mean().backward()
     assert updater.step() is not None
     assert "such as b: masks there use the norms of" in caplog.text
+
+
+def test_padding_of_a_later_batch_is_told_where_the_first_has_none(caplog):
+    recorder = Recorder()
+    for mask in (torch.ones(2, 4), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])):
+        assert padding_of({"attention_mask": mask}, recorder, two_texts=True) is None
+    warn_of_padding(recorder)
+    assert "padding counts" in caplog.text

@@ -32,6 +32,7 @@ from sparse_train.callbacks.lightning_trainer import callbacks_of, steps_done
 from sparse_train.distributed.fsdp2 import reshard
 from sparse_train.files import write_json
 from sparse_train.layers.masked_layer import sparse_layers
+from sparse_train.patterns import PRUNED
 from sparse_train.pruning.counts import measure, sparsity_of
 from sparse_train.pruning.updater import MaskUpdater
 from sparse_train.report.runs import METRICS, RUN_FILE, State, named, read_metrics
@@ -90,8 +91,7 @@ class RunRecord(L.Callback):
         layers = sparse_layers(pl_module)
         zeros, is_dense = sparsity_of(measure(layers).values()), all(layer.is_dense() for layer in layers.values())
         if is_dense:
-            pruned_before = zeros > 0.01
-            self._add_state(trainer, "without masks" if pruned_before else "dense", zeros)
+            self._add_state(trainer, "without masks" if zeros > PRUNED else "dense", zeros)
         self._pruning.begin(trainer, pl_module)
         updater = self._pruning.updater
         assert updater is not None

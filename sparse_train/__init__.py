@@ -87,7 +87,7 @@ if not TYPE_CHECKING:  # type checkers read the imports above
         "patterns",
         "policies",
         "pruning.config",
-        "pruning.update",
+        "pruning.counts",
         "pruning.updater",
         "pruning.zeros",
         "schedules",

@@ -9,7 +9,6 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 from sparse_train.arguments import check_sparsity, did_you_mean
 from sparse_train.patterns import NM, Pattern, Unstructured, share_of
@@ -40,15 +39,14 @@ Shares = Mapping[str, float]
 class SparsityDistribution(ABC):
     """Divides the sparsity of a model among its targeted layers."""
 
-    needs_outliers: ClassVar[bool] = False
-    """Whether ``sparsities`` reads ``outliers``, which need a dense pass over the calibration data before pruning."""
-    owl_m: float = 5.0
-    """Scores above this multiple of their mean are outliers."""
+    outliers_above: float | None = None
+    """If ``sparsities`` reads ``outliers``, which takes a dense pass over the calibration data before pruning: scores
+    above this multiple of their mean are outliers."""
 
     @abstractmethod
     def sparsities(self, shapes: Shapes, sparsity: float, outliers: Outliers) -> dict[str, float]:
         """The sparsity of each layer. Over all weights it is ``sparsity``, before rounding to counts. ``outliers`` is
-        empty unless ``needs_outliers``."""
+        empty unless ``outliers_above`` is set."""
 
 
 def mean_sparsity(shapes: Shapes, sparsities: Shares) -> float:
@@ -126,7 +124,10 @@ class OWL(SparsityDistribution):
 
     owl_m: float = 5.0
     owl_lmbda: float = 0.08
-    needs_outliers: ClassVar[bool] = True
+
+    @property
+    def outliers_above(self) -> float:  # type: ignore[override]
+        return self.owl_m
 
     def __post_init__(self) -> None:
         if not 0 < self.owl_m < math.inf:
@@ -221,7 +222,7 @@ class Division:
         self._uniform = isinstance(distribution, Uniform)
         # without blocks there will be no outliers: OWL is asked at once, and refuses
         in_blocks = any(shape.block is not None for shape in shapes.values())
-        if not self._uniform and (outliers or not distribution.needs_outliers or not in_blocks):
+        if not self._uniform and (outliers or distribution.outliers_above is None or not in_blocks):
             self.divide_by(outliers or {})
 
     @property

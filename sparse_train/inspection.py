@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sparse_train.blocks import fused_experts, is_conv1d, is_linear
 from sparse_train.layers.state_dicts import folded_state_dict
-from sparse_train.patterns import detect_pattern
+from sparse_train.patterns import PRUNED, detect_pattern
 from sparse_train.pruning.counts import sparsity_of
 
 DTYPES_2OF4 = (torch.float16, torch.bfloat16)
@@ -109,8 +109,8 @@ def _count(name: str, weight_OI: Tensor, kind: str) -> LayerSparsity:
 
 
 def pruned(layers: Sequence[LayerSparsity]) -> list[LayerSparsity]:
-    """Those that were pruned: with at least a twentieth of zeros, as weights rounded to 4 bits have 0.01."""
-    return [layer for layer in layers if layer.pattern != "dense" and layer.sparsity >= 0.05]
+    """Those that were pruned."""
+    return [layer for layer in layers if layer.sparsity > PRUNED]
 
 
 def by_projection(layers: Sequence[LayerSparsity]) -> list[tuple[str, str, str, str]]:

@@ -151,6 +151,10 @@ def group_label(pattern: Pattern) -> str:
     return describe(pattern)
 
 
+PRUNED = 0.02
+"""A matrix, or a model, with a larger share of zeros was pruned before: dense ones of 4 bits have up to 0.01."""
+
+
 def detect_pattern(nonzero_OI: Tensor) -> str:
     """The tightest common pattern that the zeros of a weight follow, such as "2:4"; or "unstructured", or "dense"."""
     if bool(nonzero_OI.all()):

@@ -27,7 +27,7 @@ from sparse_train.distributed.engines import layout_of
 from sparse_train.layers.adapters import check_no_dora
 from sparse_train.layers.masked_layer import MaskedLayer
 from sparse_train.layers.sparsify import sparse_class
-from sparse_train.patterns import Pattern
+from sparse_train.patterns import PRUNED, Pattern
 
 _log = logging.getLogger(__name__)
 _ROUTERS = 0.01  # warn if routers have a larger share of the parameters: those of known models have less
@@ -212,7 +212,7 @@ def _has_zeros(parameter: nn.Parameter) -> bool:
     if parameter.is_meta or not parameter.numel() or not parameter.requires_grad:
         return False
     part = parameter.detach()[:1]
-    return int(part.count_nonzero()) < 0.99 * part.numel()
+    return int(part.count_nonzero()) < (1 - PRUNED) * part.numel()
 
 
 # --- what a mask can reach -------------------------------------------------------------------------------------------

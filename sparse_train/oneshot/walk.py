@@ -78,7 +78,7 @@ class Plan:
 
     @property
     def needs_data(self) -> bool:
-        return self.statistics is not None or self.distribution.needs_outliers
+        return self.statistics is not None or self.distribution.outliers_above is not None
 
 
 @dataclass(frozen=True)
@@ -219,8 +219,9 @@ def walk(
         calibration = CalibrationPass(shelf.model, shelf.blocks, batches, shelf.device, shelf.keep_on, context)
     began, experts = time.perf_counter(), {"_experts_implementation": "eager"}  # one by one
     with inference(shelf.model, use_cache=False, **experts):  # once, since it goes through all modules
-        if calibration is not None and plan.distribution.needs_outliers and not shelf.outliers:
-            shelf.outliers = _measure_outliers(shelf, plan.distribution, calibration, progress)
+        above = plan.distribution.outliers_above
+        if calibration is not None and above is not None and not shelf.outliers:
+            shelf.outliers = _measure_outliers(shelf, above, calibration, progress)
         final = plan.sparsity if plan.final is None else plan.final
         division = Division(plan.distribution, shelf.shapes, plan.pattern, final, shelf.outliers)
         sparsity = division.at(plan.sparsity)
@@ -245,9 +246,7 @@ def walk(
         return OneshotReport(shelf.updates, forwards, time.perf_counter() - began - forwards, shelf.outliers)
 
 
-def _measure_outliers(
-    shelf: Shelf, distribution: SparsityDistribution, calibration: CalibrationPass, progress: bool
-) -> dict[int, float]:
+def _measure_outliers(shelf: Shelf, above: float, calibration: CalibrationPass, progress: bool) -> dict[int, float]:
     """The share of outliers of each block, from a walk over dense blocks."""
     found = {}
     for block in with_bar(range(shelf.last + 1), "measuring outliers", shown=progress):
@@ -255,7 +254,7 @@ def _measure_outliers(
         calibration.record(layers, ActivationNorm, block, keep=block < shelf.last)
         if layers:
             sum_statistics(layers.values())
-            found[block] = outlier_share(layers.values(), distribution.owl_m)
+            found[block] = outlier_share(layers.values(), above)
         _release(layers.values())
         shelf.free(block)
     return found

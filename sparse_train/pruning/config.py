@@ -134,7 +134,7 @@ class PruningConfig:
         check_pattern(self.distribution, pattern)
         if (solver := self.first_solver) is not None:
             solver.check_pattern(pattern)
-        if self.distribution.needs_outliers and not self.criterion.needs_activations:
+        if self.distribution.outliers_above is not None and not self.criterion.needs_activations:
             raise ValueError(
                 f"{self.distribution} reads activations, and {self.criterion} does not, so that none are recorded. Use "
                 "Wanda(), or Explicit."

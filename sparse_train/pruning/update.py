@@ -9,7 +9,6 @@ import math
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
 
 import numpy as np
 import torch
@@ -109,19 +108,21 @@ def _portions(layers: Mapping[str, MaskedMatrix], rules: Rules) -> Iterator[dict
 def _choose(layers: Mapping[str, MaskedMatrix], rules: Rules) -> dict[str, _Choice]:
     """The masks of layers, each for itself. By rows, each process chooses in those that it holds, and counts those."""
 
-    def choose(context: LayerContext) -> _Choice:
-        scores_OI, nonzero_OI, finite = _score(context, rules)
+    def choose(chunk: LayerContext) -> _Choice:
+        scores_OI, nonzero_OI, finite = _score(chunk, rules)
         nonzero_OJ = masks.pack(nonzero_OI)
         if not finite:
             return _Choice(nonzero_OJ, 0, 1)  # no mask: update_masks raises before it reads one
-        keep_OI = rules.policy.select(scores_OI, [context.name], rules.pattern, rules.shares[context.name])
+        keep_OI = rules.policy.select(scores_OI, [chunk.name], rules.pattern, rules.shares[chunk.name])
         keep_OJ = masks.pack(keep_OI)
         return _Choice(keep_OJ, masks.count(keep_OJ & nonzero_OJ), 0)
 
+    found: dict[str, list[_Choice]] = {name: [] for name in layers}
     with ExitStack() as stack:
-        contexts = {name: stack.enter_context(_contexts(name, layer, rules)) for name, layer in layers.items()}
-        choices = iter(in_threads(choose, [chunk for chunks in contexts.values() for chunk in chunks]))
-    return {name: _join(layers[name], list(islice(choices, len(chunks))), rules) for name, chunks in contexts.items()}
+        chunks = [each for n, layer in layers.items() for each in stack.enter_context(_chunks(n, layer, rules))]
+        for chunk, choice in zip(chunks, in_threads(choose, chunks), strict=True):
+            found[chunk.name].append(choice)
+    return {name: _join(layers[name], choices, rules) for name, choices in found.items()}
 
 
 def _join(layer: MaskedMatrix, choices: list[_Choice], rules: Rules) -> _Choice:
@@ -137,8 +138,8 @@ def _choose_model_wide(layers: Mapping[str, MaskedMatrix], rules: Rules) -> dict
     """The masks of layers that are compared with each other."""
     scores, nonzero, bad = [], [], {}
     for name, layer in layers.items():
-        with _contexts(name, layer, rules) as (context,):
-            scores_OI, nonzero_OI, finite = _score(context, rules)
+        with _chunks(name, layer, rules) as (whole,):
+            scores_OI, nonzero_OI, finite = _score(whole, rules)
         scores.append(scores_OI)
         nonzero.append(masks.pack(nonzero_OI))
         bad[name] = int(not finite)
@@ -153,7 +154,7 @@ def _choose_model_wide(layers: Mapping[str, MaskedMatrix], rules: Rules) -> dict
 
 
 @contextmanager
-def _contexts(name: str, layer: MaskedMatrix, rules: Rules) -> Iterator[list[LayerContext]]:
+def _chunks(name: str, layer: MaskedMatrix, rules: Rules) -> Iterator[list[LayerContext]]:
     """A layer as criterion and policy see it: by rows, those of this process, in chunks that stay in the cache."""
     stats = layer.statistics if rules.criterion.needs_activations else None
     state = rules.optimizers.state_of(layer, rules.by_rows) if isinstance(layer, MaskedLayer) else {}
@@ -198,15 +199,15 @@ def shapes_of(model: nn.Module, layers: Mapping[str, MaskedMatrix]) -> Shapes:
     return {n: LayerShape(block_of.get(id(m)), m.out_features, m.in_features) for n, m in layers.items()}
 
 
-def measure_outliers(shapes: Shapes, layers: Mapping[str, MaskedMatrix], owl_m: float) -> dict[int, float]:
+def measure_outliers(shapes: Shapes, layers: Mapping[str, MaskedMatrix], above: float) -> dict[int, float]:
     """``outlier_share`` of each decoder block."""
     blocks = sorted({shape.block for shape in shapes.values() if shape.block is not None})
     inside = {block: [layers[name] for name, shape in shapes.items() if shape.block == block] for block in blocks}
-    return {block: outlier_share(own, owl_m) for block, own in inside.items()}
+    return {block: outlier_share(own, above) for block, own in inside.items()}
 
 
-def outlier_share(layers: Collection[MaskedMatrix], owl_m: float) -> float:
-    """The share of a block's Wanda scores above ``owl_m`` times their mean, over all weights of its dense layers.
+def outlier_share(layers: Collection[MaskedMatrix], above: float) -> float:
+    """The share of a block's Wanda scores above this multiple of their mean, over all weights of its dense layers.
 
     Scores are computed twice, so that only those of one layer are held at a time.
     """
@@ -220,4 +221,4 @@ def outlier_share(layers: Collection[MaskedMatrix], owl_m: float) -> float:
     total = sum(float(scores_OI.sum(dtype=torch.float64)) for scores_OI in each_scores())
     if not math.isfinite(total):
         raise ValueError(f"The sum of a block's scores is {total}: its weights or its inputs are infinite or NaN.")
-    return sum(int((scores_OI > owl_m * total / size).sum()) for scores_OI in each_scores()) / size
+    return sum(int((scores_OI > above * total / size).sum()) for scores_OI in each_scores()) / size

@@ -355,7 +355,9 @@ class MaskUpdater:
         self.policy.before_update(0 if self.sparsity is None else self.steps - self._last_update)
         if target and not self._division.known:
             check_statistics(self.layers)
-            self._division.divide_by(measure_outliers(self._shapes, self.layers, config.distribution.owl_m))
+            above = config.distribution.outliers_above
+            assert above is not None, "a division that waits has outliers to wait for"
+            self._division.divide_by(measure_outliers(self._shapes, self.layers, above))
         rules = Rules(config.criterion, config.pattern, self._division.at(target), self.policy, self._optimizers)
         changes = update_masks(self.layers, rules)
         self.policy.after_update()

@@ -95,7 +95,7 @@ def test_owl_needs_blocks_and_sensible_numbers():
     for wrong in ({"owl_m": 0}, {"owl_m": float("nan")}, {"owl_lmbda": -0.1}, {"owl_lmbda": 1}):
         with pytest.raises(ValueError, match=f"{next(iter(wrong))} .*got"):
             OWL(**wrong)
-    assert OWL.needs_outliers and not any(cls.needs_outliers for cls in (Uniform, Explicit))
+    assert OWL(owl_m=3).outliers_above == 3 and Uniform().outliers_above is None is Explicit({}).outliers_above
 
 
 def matrices(weights):

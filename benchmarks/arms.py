@@ -1,6 +1,7 @@
 """The arms of ``benchmarks/quality.py``: each is a recipe with changes."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from sparse_train import (
     IHT,
@@ -61,6 +62,14 @@ class Arm:
     start: str | None = None
     text: TextSource = field(default_factory=PackagedWikipedia)
     optimizer: str | None = None
+
+    def options(self) -> list[str]:
+        """Those of ``sparse-train fit``. The run's criterion makes the first mask unless the arm changes that, whatever
+        the recipe says: a row can be rerun after the recipe has got a better default."""
+        by_criterion = f'{CALLBACK}.first_mask={{"class_path": "OneShot", "init_args": {{"criterion": null}}}}'
+        prunes = "mask_structure" in Path(self.recipe).read_text() and self.start is None
+        # before the changes, which may add another callback
+        return [f"--config={self.recipe}", *([by_criterion] if prunes else []), *self.changes]
 
 
 def _arm(

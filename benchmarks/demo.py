@@ -62,7 +62,7 @@ class Arm:
 def main(
     steps: int = 100,
     sparsity: float = 0.7,
-    static_lr: float = 5e-4,
+    kept_lr: float = 5e-4,
     repruned_lr: float = 2e-4,
     update_freq: int = 5,
     seed: int = 0,
@@ -77,7 +77,7 @@ def main(
     Args:
         steps: optimizer steps of each training, of one window each.
         sparsity: share of zeros in each output row of the decoder blocks' linear layers.
-        static_lr: peak learning rate with the static mask. Of 2e-4 and 5e-4, the best on validation articles; 1e-3 was
+        kept_lr: peak learning rate with the kept mask. Of 2e-4 and 5e-4, the best on validation articles; 1e-3 was
             far behind after half of the steps.
         repruned_lr: peak learning rate with re-pruning. Of 2e-4 and 5e-4, the best on validation articles.
         update_freq: optimizer steps between two updates.
@@ -129,7 +129,7 @@ def main(
             check_val_every_n_epoch=None,
             num_sanity_val_steps=-1,
             log_every_n_steps=1,
-            logger=CSVLogger(folder, name="", version="static" if isinstance(policy, Fixed) else "repruned"),
+            logger=CSVLogger(folder, name="", version="kept" if isinstance(policy, Fixed) else "repruned"),
             callbacks=[
                 DynamicPruning("unstructured", sparsity=sparsity, update_freq=update_freq, policy=policy),
                 RunRecord(),
@@ -144,7 +144,7 @@ def main(
     tokens = steps * window
     dense = measure("dense", model.load)
     measure("one-shot Wanda", pruned)
-    measure("static mask, fine-tuned", lambda: trained(copy.deepcopy(dense), Fixed(), static_lr), tokens)
+    measure("kept mask, fine-tuned", lambda: trained(copy.deepcopy(dense), Fixed(), kept_lr), tokens)
     final = measure("re-pruned, fine-tuned", lambda: trained(dense, StraightThrough(), repruned_lr), tokens)
     card = ModelCard(
         model.name, model.hub_id, model.license, {"method": "benchmarks/demo.py: re-pruned by Wanda scores"}
@@ -183,7 +183,7 @@ def _write(folder: Path, arms: list[Arm], setting: str) -> None:
     CONSOLE.print(setting, highlight=False)
     notes = f"Table: held-out articles, {arms[0].result.protocol}. Curves: validation articles."
     page = write_run_report(
-        [folder / "static", folder / "repruned"],
+        [folder / "kept", folder / "repruned"],
         folder,
         title="sparse-train demo",
         lead=[page_table(columns, rows), paragraph(setting), paragraph(notes)],

@@ -18,7 +18,7 @@ from typing import Any
 
 import rows
 import torch
-from arms import ARMS, CALLBACK, ONESHOT
+from arms import ARMS, ONESHOT
 from jsonargparse import auto_cli
 
 from sparse_train.cli import lightning_cli
@@ -149,9 +149,6 @@ def _train(
 ) -> tuple[Any, dict[str, float], str]:
     """The trained model, its flip rates, and a description of the model."""
     arm, batch_size = ARMS[name], tokens_a_step // BLOCK_SIZE
-    calibrated = "mask_structure" in Path(arm.recipe).read_text() and arm.start is None
-    by_criterion = '{"class_path": "OneShot", "init_args": {"criterion": null}}'  # also where the recipe has a solver
-    first_mask = [f"{CALLBACK}.first_mask={by_criterion}"] if calibrated else []
     optimizer = [f"--model.optimizer={arm.optimizer}", f"--model.optimizer.lr={lr}"] if arm.optimizer else []
     with tempfile.TemporaryDirectory() as folder:
         start = Path(folder, "start")
@@ -161,9 +158,7 @@ def _train(
         cli = lightning_cli.run(
             [
                 "fit",
-                f"--config={arm.recipe}",
-                *first_mask,  # before the changes, which may add another callback
-                *arm.changes,
+                *arm.options(),
                 *([] if arm.start is None else [f"--model.model={start}"]),
                 *([] if teacher is None else [f"--model.distillation.teacher={teacher}"]),
                 *([] if export is None else [f"--export={export}"]),

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sparse_train import NM, OWL, Cubic, Magnitude, MaskLoRA, Regrow, SparseGPT, Wanda
+from sparse_train import NM, OWL, Cubic, Magnitude, MaskLoRA, OneShot, Regrow, SparseGPT, Wanda
 from sparse_train.callbacks import DynamicPruning, Evaluation
 from sparse_train.cli import lightning_cli
 from sparse_train.cli.evaluate import evaluate
@@ -191,6 +191,7 @@ def test_every_variant_of_updates_can_be_named():
 
 def test_arms_of_the_benchmark_are_runs_of_their_own(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.chdir(ROOT)
     arms = runpy.run_path(str(ROOT / "benchmarks" / "arms.py"))["ARMS"]
     settings, parsed = {}, set()
     for name, arm in sorted(arms.items(), key=lambda item: -len(item[1].changes)):
@@ -202,7 +203,10 @@ def test_arms_of_the_benchmark_are_runs_of_their_own(monkeypatch):
             continue
         parsed |= options
         teacher = ["--model.distillation.teacher=folder"] if arm.teacher else []
-        cli = parse_fit(f"--config={ROOT / arm.recipe}", *arm.changes, *teacher)
+        cli = parse_fit(*arm.options(), *teacher)
+        pruning = [each for each in cli.trainer.callbacks if isinstance(each, DynamicPruning)]
+        if not arm.start and not any("first_mask" in change for change in arm.changes):
+            assert all(each.config.first_mask == OneShot() for each in pruning), name  # though the recipe may have IHT
         distillation = cli.model.distillation
         named = arm.teacher or "--model.distillation.teacher=PackagedSmolLM2" in arm.changes
         assert (distillation is not None and distillation.teacher is not None) == named

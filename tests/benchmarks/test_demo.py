@@ -34,7 +34,7 @@ def test_the_whole_job(model_folder, text_file, tmp_path, monkeypatch, capsys, l
     options = {"steps": 12, "eval_tokens": 256, "window": 32, "sparsity": 0.5, "out": str(out)}
     demo["main"](model=Pretrained(str(model_folder)), text=text, **options)
     rows = {row["arm"]: row for row in csv.DictReader((out / "table.csv").open())}
-    assert list(rows) == ["dense", "one-shot Wanda", "static mask, fine-tuned", "re-pruned, fine-tuned"]
+    assert list(rows) == ["dense", "one-shot Wanda", "kept mask, fine-tuned", "re-pruned, fine-tuned"]
     for name, row in rows.items():
         assert float(row["perplexity"]) > 1
         assert float(row["sparsity"]) == (0 if name == "dense" else 0.5)
@@ -43,7 +43,7 @@ def test_the_whole_job(model_folder, text_file, tmp_path, monkeypatch, capsys, l
     assert len({row["perplexity"] for row in rows.values()}) == 4
     model = AutoModelForCausalLM.from_pretrained(out / "model")
     assert ((model.model.layers[0].mlp.up_proj.weight == 0).float().mean(1) == 0.5).all()
-    metrics = {name: read_metrics(out / name / "metrics.csv") for name in ("static", "repruned")}
+    metrics = {name: read_metrics(out / name / "metrics.csv") for name in ("kept", "repruned")}
     for name, logged in metrics.items():  # both start with the one-shot mask; only one of them moves
         assert next(row["sparsity/actual"] for row in logged if "sparsity/actual" in row) == 0.5
         flips = [row["sparsity/flip_rate"] for row in logged if "sparsity/flip_rate" in row]

@@ -1,6 +1,6 @@
 """Running sums over the inputs of layers: ``ActivationNorm`` for scores, ``ActivationGram`` for solvers.
 
-Shape suffixes: T tokens, I in_features.
+Shape suffixes: T tokens, I in_features, C tokens of a chunk.
 """
 
 import functools
@@ -55,14 +55,18 @@ def sum_of_squares(x_TI: Tensor) -> Tensor:
     """
     if x_TI.device.type != "cpu" or x_TI.dtype == torch.float64:
         return x_TI.float().square().sum(0)
-    threads = torch.get_num_threads()
-    if threads == 1 or x_TI.numel() < _WORTH_THREADS:
-        return torch.from_numpy(_sum_of_squares(x_TI.float().numpy()))
-    parts = x_TI.split(-(-len(x_TI) // threads))
-    return torch.from_numpy(sum(in_threads(lambda part: _sum_of_squares(part.float().numpy()), parts)))
+    if x_TI.numel() < _WORTH_THREADS:
+        return torch.from_numpy(_sum_of_squares(x_TI.float()))
+    parts = x_TI.split(-(-len(x_TI) // torch.get_num_threads()))
+    return torch.from_numpy(sum(in_threads(_sum_of_squares, parts)))
 
 
-def _sum_of_squares(x: np.ndarray) -> np.ndarray:
+def _sum_of_squares(x_TI: Tensor) -> np.ndarray:
+    if x_TI.dtype != torch.float32:  # each chunk is converted in the cache: twice as fast, and the same sums
+        held_CI = torch.empty(_CHUNK, x_TI.shape[1])
+        converted = (held_CI[: len(chunk_CI)].copy_(chunk_CI).numpy() for chunk_CI in x_TI.split(_CHUNK))
+        return sum(np.einsum("ti,ti->i", chunk, chunk) for chunk in converted)  # type: ignore[no-any-return]
+    x = x_TI.numpy()
     whole = len(x) // _CHUNK * _CHUNK
     chunks = x[:whole].reshape(-1, _CHUNK, x.shape[1])
     found: np.ndarray = np.einsum("cti,cti->ci", chunks, chunks).sum(0)

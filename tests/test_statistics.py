@@ -65,6 +65,20 @@ def test_sums_are_float32_whatever_comes_in(dtype):
     torch.testing.assert_close(norm.sum_squares_I.double(), x.double().square().sum(0), rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_large_inputs_are_converted_in_parts_to_the_same_sums(monkeypatch, dtype, threads):
+    x = torch.randn(1001, 7).to(dtype)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        monkeypatch.setattr(statistics, "_WORTH_THREADS", 0)
+        assert torch.equal(statistics.sum_of_squares(x), statistics.sum_of_squares(x.float()))
+        torch.testing.assert_close(norm_of(x).sum_squares_I.double(), x.double().square().sum(0), rtol=1e-6, atol=0)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_padding_does_not_count_even_where_it_is_not_finite():
     x = torch.randn(2, 3, 4)
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]])

@@ -21,7 +21,7 @@ import torch
 from jsonargparse import auto_cli
 
 from sparse_train import IHT, RIA, Magnitude, SparseGPT, Unstructured, Wanda, WandaCumulative
-from sparse_train.data.blocks import calibration_batches
+from sparse_train.data.packing import calibration_batches
 from sparse_train.data.texts import HubText, TextFiles, TextSource
 from sparse_train.evaluation import evaluate_perplexity, token_ids
 from sparse_train.models.sources import PackagedSmolLM2

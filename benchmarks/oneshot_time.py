@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from sparse_train import Wanda
-from sparse_train.data.blocks import calibration_batches
+from sparse_train.data.packing import calibration_batches
 from sparse_train.data.texts import PackagedWikipedia, TextFiles
 from sparse_train.models.sources import PackagedSmolLM2
 from sparse_train.oneshot.prune import prune

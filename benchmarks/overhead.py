@@ -38,7 +38,7 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
 from sparse_train import NM, MaskUpdater, sparse_layers, statistics
-from sparse_train.data.blocks import blocks_of
+from sparse_train.data.packing import blocks_of
 from sparse_train.data.texts import PackagedWikipedia
 from sparse_train.environment import peak_bytes
 from sparse_train.layers import masks

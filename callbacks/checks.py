@@ -45,7 +45,7 @@ def warn_of_denser_best(trainer: L.Trainer, updater: MaskUpdater) -> None:
     found = [each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)]
     best = next((each.monitor for each in found if each.monitor is not None and each.save_top_k not in (0, -1)), None)
     soon = updater.timing.window if updater.config.criterion.needs_activations else 0
-    late = updater.first_mask == BY_UPDATE and updater.timing.start_step > soon
+    late = updater.origin == BY_UPDATE and updater.timing.start_step > soon
     rises = updater.config.sparsity_at(0.0) < updater.config.sparsity_at(1.0)
     if best is not None and (late or rises):
         rank_zero_warn(

@@ -6,8 +6,8 @@ What happens when, in Lightning's order:
     setup, configure_model    the same for targets that the module creates there
     (checkpoint is loaded)    finds the mask buffers; the callback's state is kept for later
     (sanity check)            the model as it was built
-    on_train_start            ``begin``: the first mask, or the state of the checkpoint. RunRecord calls it earlier, at
-                              the end of the sanity check, to validate both models
+    on_sanity_check_end       the first mask, or the state of the checkpoint, so that RunRecord can validate both models
+    on_train_start            the same, if there was no sanity check
     on_train_batch_start      the recorder gets the batch's padding
     (forward)                 activations are recorded in the window before an update
     on_before_backward        in the first step: is a weight read beside its layer's forward?
@@ -146,12 +146,15 @@ class DynamicPruning(L.Callback):
         if self._mask_lora is not None:
             add_mask_lora(pl_module, self._mask_lora)
 
+    def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._begin(trainer, pl_module)
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.begin(trainer, pl_module)
+        self._begin(trainer, pl_module)
         # a checkpoint may have been written after the last optimizer step, before this callback saw that step
         self._advance(trainer, pl_module, in_batch=False)
 
-    def begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Set the first mask, or take the state of a checkpoint; nothing if this fit has begun."""
         if self.updater is not None:
             return

@@ -9,8 +9,8 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleD
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
+from sparse_train.architecture import transformers_model
 from sparse_train.arguments import check_positive
-from sparse_train.blocks import transformers_model
 from sparse_train.callbacks.lightning_trainer import steps_done
 from sparse_train.data.texts import Split, TextSource
 from sparse_train.environment import isolated_rng

@@ -29,7 +29,6 @@ from sparse_train import environment
 from sparse_train.callbacks.dynamic_pruning import DynamicPruning
 from sparse_train.callbacks.evaluation import Evaluation
 from sparse_train.callbacks.lightning_trainer import callbacks_of, steps_done
-from sparse_train.distributed.fsdp2 import reshard
 from sparse_train.files import write_json
 from sparse_train.layers.masked_layer import sparse_layers
 from sparse_train.patterns import PRUNED
@@ -46,9 +45,10 @@ class RunRecord(L.Callback):
         trainer = L.Trainer(callbacks=[DynamicPruning("2:4"), RunRecord()])
 
     ``sparse-train fit`` adds this callback. Metrics are in the ``metrics.csv`` of Lightning's ``CSVLogger``, which is
-    added to a trainer that has none. With ``num_sanity_val_steps=-1``, the sanity check before training gives the
-    baselines: it reads the dense model, and the same batches are run once more with the first mask. A check of fewer
-    batches gives none, since it could not be compared with later validations.
+    added to a trainer that has none. With ``num_sanity_val_steps=-1``,
+    the sanity check before training gives the baselines: it reads the dense model, and the same batches are run once
+    more with the first mask. A check of fewer batches gives none, since it could not be compared with later
+    validations.
 
     Checkpoints contain the record and the metrics so far, so a run that was killed and resumed, in the same folder or
     in another, has one history. Only rank 0 writes.
@@ -62,6 +62,8 @@ class RunRecord(L.Callback):
         self._logger: CSVLogger | None = None
         self._pruning: DynamicPruning | None = None
         self._began = self._counted = 0.0
+        self._was_dense = True  # before the first mask
+        self._zeros: float | None = None  # then
 
     # --- before training ---------------------------------------------------------------------------------------------
 
@@ -80,23 +82,21 @@ class RunRecord(L.Callback):
         logger = None if trial else _csv_logger(trainer)
         self._logger = logger if trainer.is_global_zero else None
 
+    def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        layers = sparse_layers(pl_module)
+        self._was_dense = all(layer.is_dense() for layer in layers.values())
+        self._zeros = sparsity_of(measure(layers).values()) if layers else None
+
     def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         whole = trainer.num_sanity_val_batches == trainer.num_val_batches
         if trainer.global_step > 0 or not whole:  # a second fit of this trainer: the weights are already trained
             return
-        if self._pruning is None:
-            self._add_state(trainer, "dense", None)
-            return
-        reshard(pl_module)
-        layers = sparse_layers(pl_module)
-        zeros, is_dense = sparsity_of(measure(layers).values()), all(layer.is_dense() for layer in layers.values())
-        if is_dense:
-            self._add_state(trainer, "without masks" if zeros > PRUNED else "dense", zeros)
-        self._pruning.begin(trainer, pl_module)
-        updater = self._pruning.updater
-        assert updater is not None
-        if updater.sparsity:
-            if is_dense:
+        if self._was_dense:
+            self._add_state(trainer, "without masks" if (self._zeros or 0) > PRUNED else "dense", self._zeros)
+        if self._pruning is not None:
+            self._pruning.on_sanity_check_end(trainer, pl_module)  # now, if it comes later in the list
+        if (updater := self._updater()) is not None and updater.sparsity:
+            if self._was_dense:
                 rank_zero_info("RunRecord: validating the model with its first mask, too, for the report.")
                 trainer.fit_loop.epoch_loop.val_loop.run()  # still a sanity check: not logged, triggers no checkpoint
             self._add_state(trainer, "after the first mask", updater.report().sparsity)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_train.blocks import fused_experts, is_conv1d, is_linear
+from sparse_train.architecture import fused_experts, is_conv1d, is_linear
 from sparse_train.layers.state_dicts import folded_state_dict
 from sparse_train.patterns import PRUNED, detect_pattern
 from sparse_train.pruning.counts import sparsity_of

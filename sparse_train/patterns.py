@@ -151,7 +151,7 @@ def group_label(pattern: Pattern) -> str:
     return describe(pattern)
 
 
-PRUNED = 0.02
+PRUNED = 0.03
 """A matrix, or a model, with a larger share of zeros was pruned before: dense ones of 4 bits have up to 0.01."""
 
 

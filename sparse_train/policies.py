@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from sparse_train.blocks import class_path
+from sparse_train.architecture import class_path
 from sparse_train.criteria import LayerContext
 from sparse_train.layers import masks
 from sparse_train.layers.masked_layer import MaskedLayer

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ORDER = [  # those of one line know nothing of each other
     ["arguments", "environment", "files", "terminal"],
-    ["selection", "blocks", "model_folders"],
+    ["selection", "architecture", "model_folders"],
     ["patterns", "statistics", "distributed"],
     ["schedules", "solvers", "distributions", "layers"],
     ["criteria"],

@@ -3,7 +3,7 @@
 import sys
 from typing import Any
 
-from sparse_train.data.blocks import beginning
+from sparse_train.data.packing import beginning
 from sparse_train.data.texts import PackagedWikipedia, Split, TextSource
 from sparse_train.evaluation import evaluate_perplexity, evaluate_zero_shot, token_ids
 from sparse_train.evaluation.perplexity import check_length

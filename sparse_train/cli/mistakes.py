@@ -89,7 +89,7 @@ def explain(message: str, options: Mapping[str, Any]) -> str:
 
 def _no_option(name: str, options: Iterable[str], dashes: str) -> str:
     if dashes and not name.startswith("-"):
-        return f"unexpected argument {name!r}."
+        return f"unexpected argument {name!r}.{' A recipe is given by --config.' if name.endswith('.yaml') else ''}"
     keys = [option.lstrip("-").split(".") for option in options if not option.endswith((".help", "+"))]
     known = [".".join(key[: depth + 1]) for key in keys for depth in range(len(key))]
     beginnings = accumulate(name.lstrip("-").split("."), "{}.{}".format)
@@ -98,6 +98,7 @@ def _no_option(name: str, options: Iterable[str], dashes: str) -> str:
     close = difflib.get_close_matches(name.rpartition(".")[2], lasts, n=1)
     section = name.rpartition(".")[0]
     beside = {last for parent, _, last in (key.rpartition(".") for key in known) if parent == section}
+    beside -= {"h", "help", "print_shtab"}
     similar = f" Did you mean {dashes + lasts[close[0]]!r}?" if close else f" There are {', '.join(sorted(beside))}."
     return f"there is no {'option' if dashes else 'key'} {dashes}{name}.{similar}"
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from sparse_train.arguments import describe
 from sparse_train.cli.tables import show_pruning
 from sparse_train.criteria import Criterion
-from sparse_train.data.blocks import calibration_batches
+from sparse_train.data.packing import calibration_batches
 from sparse_train.data.texts import PackagedWikipedia, TextSource
 from sparse_train.distributed.collectives import joined, rank, world_size
 from sparse_train.distributions import SparsityDistribution
@@ -76,7 +76,7 @@ def prune(
         targets: layers by name, class name or "re:" expression; default: the linear layers of the decoder blocks.
         ignore: layers to leave dense.
         dtype: of the written weights; default: that of the model.
-        num_calibration_samples: number of samples of text.
+        num_calibration_samples: number of samples of text; all, with a warning, if there are fewer.
         max_seq_length: tokens per sample.
         sampling: "packed" cuts joined documents into samples; "documents" uses a random part of one long document for
             each sample, as in the Wanda paper.
@@ -192,7 +192,8 @@ def _files_of(source: ModelSource) -> Path:
 
 def _own_batches(source: ModelSource, text: TextSource, calibration: dict[str, Any]) -> Iterator[Batch]:
     """The calibration data of this process; text is read when the first batch is asked for, after all checks."""
-    found: list[Batch] = list(calibration_batches(text, source.tokenizer(), **calibration))
+    found = calibration_batches(text, source.tokenizer(), **calibration)
+    calibration["num_calibration_samples"] = sum(len(batch["input_ids"]) for batch in found)  # there may be fewer
     if len(found) < world_size():
         given = f"There are {len(found)} calibration batches for {world_size()} processes."
         raise ValueError(f"{given} Give a smaller batch_size, or start fewer processes.")

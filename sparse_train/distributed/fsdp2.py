@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_train.blocks import all_blocks
+from sparse_train.architecture import all_blocks
 from sparse_train.distributed.collectives import rank, world_size
 from sparse_train.distributed.layout import Elementwise, Layout
 

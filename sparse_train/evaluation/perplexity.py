@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_train.arguments import check_positive
-from sparse_train.data.blocks import beginning
+from sparse_train.data.packing import beginning
 from sparse_train.data.texts import only_texts
 from sparse_train.environment import isolated_rng
 from sparse_train.models.losses import IGNORED, mean_over_tokens, next_token_loss

@@ -2,16 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import yaml  # type: ignore[import-untyped,unused-ignore]
 
+from sparse_train.environment import versions
 from sparse_train.inspection import LayerSparsity, by_projection, pruned
 from sparse_train.pruning.counts import sparsity_of
 
 FILE_NAME = "README.md"
+_MAKERS = ("sparse-train", "torch", "transformers")
 
 _LIMITS = """
 ## What it is not
@@ -69,7 +70,7 @@ class ModelCard:
             "counted sparsity": f"{sparsity_of(found):.4f} of the {len(found)} pruned layers' weights{whole}, "
             "counted on the weights that are written here",
             "perplexity": self.perplexity,
-            "made with": ", ".join(f"{name} {version(name)}" for name in ("sparse-train", "torch", "transformers")),
+            "made with": ", ".join(f"{name} {each}" for name, each in versions().items() if name in _MAKERS),
         }
         known = {name: value for name, value in made.items() if value not in (None, [])}
         parts = [

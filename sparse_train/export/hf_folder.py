@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from sparse_train.blocks import numel
+from sparse_train.architecture import numel
 from sparse_train.distributed.collectives import rank
 from sparse_train.distributed.engines import layout_of, whole_state_dict
 from sparse_train.export.card import ModelCard, training_rows, write_card

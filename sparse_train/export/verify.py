@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sparse_train.blocks import fused_experts, is_conv1d
+from sparse_train.architecture import fused_experts, is_conv1d
 from sparse_train.files import reading
 from sparse_train.model_folders import PRUNING_FILE, WeightFiles, model_without_weights, names_in_model
 from sparse_train.patterns import Pattern, Unstructured, group_label, parse_word

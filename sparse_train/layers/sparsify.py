@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparse_train.blocks import CONV1D, class_path
+from sparse_train.architecture import CONV1D, class_path
 from sparse_train.distributed.fsdp2 import reshard
 from sparse_train.layers.adapters import check_adapters, note_adapters
 from sparse_train.layers.mask_lora import attach_factors

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_train.blocks import is_conv1d
+from sparse_train.architecture import is_conv1d
 from sparse_train.distributed.engines import layout_of
 from sparse_train.layers import masks
 from sparse_train.layers.adapters import check_adapters

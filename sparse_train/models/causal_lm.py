@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from sparse_train.blocks import all_blocks, dimensions
+from sparse_train.architecture import all_blocks, dimensions
 from sparse_train.distributed.zero import whole_first
 from sparse_train.layers.masked_layer import sparse_layers
 from sparse_train.layers.sparsify import sparsify_like

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from sparse_train.distributed.collectives import world_size
 from sparse_train.environment import isolated_rng
@@ -29,10 +29,10 @@ def training_batches(loader: Any, samples: int, batch_size: int | None = None) -
         sampler = sampler.batch_sampler
     if _is(sampler, "BatchSampler"):
         batch_size, sampler = batch_size or sampler.batch_size, sampler.sampler
-    if not _is(sampler, *_READ_ALL):
-        return None
-    source = getattr(sampler, "data_source", getattr(sampler, "dataset", loader.dataset))
-    if len(source) != len(loader.dataset):
+    if _is(sampler, "SubsetRandomSampler"):
+        return random_batches(Subset(loader.dataset, sampler.indices), batch_size or 1, loader.collate_fn, samples)
+    source = getattr(sampler, "data_source", getattr(sampler, "dataset", getattr(loader, "dataset", ())))
+    if not _is(sampler, *_READ_ALL) or len(source) != len(loader.dataset):
         return None
     return random_batches(loader.dataset, batch_size or 1, loader.collate_fn, samples)
 

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 
-from sparse_train.blocks import fused_experts
+from sparse_train.architecture import fused_experts
 from sparse_train.files import check_free, replacing, write_json
 from sparse_train.layers.masked_layer import MaskedLayer, MaskedMatrix
 from sparse_train.layers.sparsify import sparsify, unmask

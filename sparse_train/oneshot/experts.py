@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from sparse_train.blocks import FusedExperts
+from sparse_train.architecture import FusedExperts
 from sparse_train.layers import masks
 from sparse_train.layers.masked_layer import MaskedMatrix
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import nn
 
-from sparse_train.blocks import transformers_model
+from sparse_train.architecture import transformers_model
 from sparse_train.distributed.collectives import rank, take_from_rank_0, world_size
 from sparse_train.distributions import Outliers
 from sparse_train.layers import masks

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparse_train.architecture import decoder_blocks, shape_OI
 from sparse_train.arguments import require_type
-from sparse_train.blocks import decoder_blocks, shape_OI
 from sparse_train.criteria import Criterion, Wanda
 from sparse_train.distributions import (
     Division,

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sparse_train.blocks import decoder_blocks
+from sparse_train.architecture import decoder_blocks
 from sparse_train.criteria import Criterion, LayerContext, Wanda
 from sparse_train.distributed.collectives import gather_rows
 from sparse_train.distributions import LayerShape, Shapes

@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sparse_train.architecture import frozen_linears
 from sparse_train.arguments import as_call, as_data
-from sparse_train.blocks import frozen_linears
 from sparse_train.distributed.collectives import rank
 from sparse_train.distributed.fsdp2 import reshard
 from sparse_train.distributions import Division, Outliers
@@ -45,7 +45,7 @@ from sparse_train.schedules import Timing
 _log = logging.getLogger(__name__)
 
 BY_UPDATE = "made by the first update"
-"""``first_mask`` of a run whose first masks are not there before its first update."""
+"""``origin`` of a run whose first masks are not there before its first update."""
 
 
 def mask_targets(model: nn.Module, config: PruningConfig) -> dict[str, MaskedLayer]:
@@ -109,7 +109,7 @@ class MaskUpdater:
         self.steps = self._last_update = 0
         self.sparsity: float | None = None
         """Target sparsity of the current masks; None before the first."""
-        self.first_mask = as_call(as_data(self.config.first_mask))
+        self.origin = as_call(as_data(self.config.first_mask))
         """Where the first masks came from, in words: the setting is only what was asked for."""
         self._first_rows: dict[str, Tensor] = {}  # every 128th row of the first masks, packed
         self._restored_masks: dict[str, int] = {}  # fingerprints, until the first step after a resume
@@ -176,7 +176,7 @@ class MaskUpdater:
         check_same_layers(state["masks"], self.layers)
         self._connect_layers()
         self.norms.load_state_dict(state["norms"])
-        self.first_mask = as_call(state["settings"]["first_mask"])
+        self.origin = as_call(state["settings"]["first_mask"])
         self.steps, self._last_update = operator.index(state["steps"]), operator.index(state["last_update"])
         self.sparsity = state["sparsity"]
         # of the whole run, including the part that is done
@@ -211,7 +211,7 @@ class MaskUpdater:
                     "first_mask=None; to begin with new ones, squash the model first."
                 )
             self._check_masks(sparsity)
-            self.first_mask = "the model had masks"
+            self.origin = "the model had masks"
             return True
         if isinstance(first, FromZeros):
             masks_from_zeros(self.layers, config.pattern, sparsity, self._division)
@@ -240,7 +240,7 @@ class MaskUpdater:
                 "Elsewhere, as in a plain loop, prune the model before the run: prune(..., squash=False). Or leave "
                 "the criterion out of OneShot."
             )
-        self.first_mask = BY_UPDATE
+        self.origin = BY_UPDATE
         return not sparsity  # masks that keep everything are right
 
     def _check_masks(self, sparsity: float) -> None:
@@ -430,11 +430,11 @@ class MaskUpdater:
     def settings(self) -> dict[str, Any]:
         """The settings as data. A run and one that continues it share all but targets, ignore and first_mask."""
         self._factors = describe_factors(self.layers) or self._factors  # after a merge, those from before
-        return {**self.config.as_data(), "first_mask": self.first_mask, "mask_lora": self._factors}
+        return {**self.config.as_data(), "first_mask": self.origin, "mask_lora": self._factors}
 
     def plan(self) -> str:
         """Which layers are pruned and how far, and when masks change, in words."""
-        zeros = self.first_mask == as_call(as_data(FromZeros())) and self.steps == 0
+        zeros = self.origin == as_call(as_data(FromZeros())) and self.steps == 0
         parts = (
             f"{layers_in_words(self.layers)} at {group_label(self.config.pattern)}",
             *([f"{100 * sparsity_of(measure(self.layers).values()):.2f} % zeros before the run"] if zeros else []),

@@ -11,13 +11,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from sparse_train import FirstWindow
 from sparse_train.callbacks import DynamicPruning
 from sparse_train.cli import main as cli
-from sparse_train.data.blocks import blocks_of, calibration_batches, encoded
+from sparse_train.data.packing import blocks_of, calibration_batches, encoded
 from sparse_train.data.text_blocks import TextBlocks
 from sparse_train.data.texts import TextSource
 from sparse_train.models.causal_lm import CausalLM
 from sparse_train.models.sources import PackagedSmolLM2, Pretrained
 from tests.conftest import tiny_llama, tiny_tokenizer
-from tests.data.test_blocks import quiet_trainer
+from tests.data.test_packing import quiet_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 

@@ -67,7 +67,7 @@ def test_it_is_that_of_prune_with_its_norms_and_a_run_begins_with_it(structure, 
     prune(alone, ids, structure, sparsity, squash=False, **how)
     norms = {name: layer.calibration_norm["sum_squares"].sqrt() for name, layer in sparse_layers(alone).items()}
     updater = begin(root, ids, structure, sparsity, **how)
-    assert updater.first_mask == updater.settings()["first_mask"] == "OneShot(criterion=None, samples=32)"
+    assert updater.origin == updater.settings()["first_mask"] == "OneShot(criterion=None, samples=32)"
     expected, found = kept(alone), kept(root.net)
     assert expected.keys() == found.keys()
     assert all(torch.equal(found[name], mask) for name, mask in expected.items())
@@ -158,7 +158,7 @@ def test_where_later_steps_make_the_mask_it_keeps_all_until_then(settings, ids, 
     updater = begin(root, ids, "2:4", **settings)
     assert len(sparse_layers(root)) == 21
     assert all(layer.is_dense() for layer in sparse_layers(root).values())
-    assert updater.first_mask == "made by the first update"
+    assert updater.origin == "made by the first update"
     assert "run dense" not in caplog.text
 
 
@@ -176,7 +176,7 @@ def test_existing_masks_stay(ids, caplog):
     prune(root.net, ids, "4:8", squash=False)
     before = kept(root)
     for first_mask in (OneShot(), FirstWindow(), FromZeros(), None):
-        assert begin(root, ids, "4:8", first_mask=first_mask).first_mask == "the model had masks"
+        assert begin(root, ids, "4:8", first_mask=first_mask).origin == "the model had masks"
     with pytest.raises(
         ValueError, match="those of net.model.layers.0.self_attn.q_proj are not 2:4 at a sparsity of 0.5"
     ):
@@ -201,7 +201,7 @@ def test_without_a_model_or_data_the_first_steps_run_dense_unless_a_criterion_is
     caplog.set_level(logging.INFO)
     expected = pytest.raises(ValueError, match="leave the criterion out of OneShot")
     with contextlib.nullcontext() if criterion is None else expected:
-        assert begin(make(), batches, "2:4", first_mask=OneShot(criterion)).first_mask == "made by the first update"
+        assert begin(make(), batches, "2:4", first_mask=OneShot(criterion)).origin == "made by the first update"
     assert ("The first steps run dense" in caplog.text) == (criterion is None)
 
 
@@ -225,7 +225,7 @@ def test_a_copy_of_the_model_as_a_reference_stays_dense(ids):
 def test_a_plain_loop_is_told_that_it_has_to_prune_itself():
     with pytest.raises(ValueError, match=r"in a plain loop, prune the model before the run"):
         MaskUpdater(Root(), "2:4", first_mask=OneShot(IHT()), total_steps=20)
-    assert MaskUpdater(Root(), "2:4", total_steps=20).first_mask == "made by the first update"
+    assert MaskUpdater(Root(), "2:4", total_steps=20).origin == "made by the first update"
 
 
 def test_outliers_of_a_pruning_that_measured_none_are_none(ids):
@@ -240,7 +240,7 @@ class Mine(Wanda):
 
 
 def test_where_a_mask_came_from_is_the_same_words_in_each_process(ids):
-    first = [begin(Root(), ids, "2:4", first_mask=OneShot(Mine())).first_mask for _ in range(2)]
+    first = [begin(Root(), ids, "2:4", first_mask=OneShot(Mine())).origin for _ in range(2)]
     assert first == ["OneShot(criterion=Mine(), samples=32)"] * 2
 
 

@@ -20,7 +20,7 @@ from sparse_train import (
     sparse_layers,
     squash,
 )
-from sparse_train.blocks import block_lists
+from sparse_train.architecture import block_lists
 from sparse_train.layers.state_dicts import folded_state_dict
 from tests.conftest import VOCABULARY, tiny_llama
 from tests.reference import nm_mask, row_mask

@@ -127,7 +127,7 @@ def calibration_batches(
 
     Args:
         text, tokenizer: the text, and how it is tokenised.
-        num_calibration_samples: number of samples.
+        num_calibration_samples: number of samples; all, with a warning, if there are fewer.
         max_seq_length: L, tokens per sample.
         batch_size: samples per batch.
         seed: of the choice of samples.
@@ -148,11 +148,14 @@ def calibration_batches(
         samples = list(blocks.select(order.tolist()).remove_columns("labels"))
         if all(sample["attention_mask"].all() for sample in samples):  # only conversations are padded
             samples = [{"input_ids": sample["input_ids"]} for sample in samples]
-    if len(samples) < num_calibration_samples:
+    if not samples:
         raise ValueError(
-            f"The training split of {text.name} gives {len(samples)} calibration samples of {max_seq_length} tokens, "
-            f"fewer than num_calibration_samples={num_calibration_samples}. Give more text, or ask for less."
+            f"The training split of {text.name} gives no calibration sample of {max_seq_length} tokens. Give more "
+            "text, or a smaller max_seq_length."
         )
+    if len(samples) < num_calibration_samples:
+        found = f"{len(samples)} calibration samples of {max_seq_length} tokens"
+        _log.warning("The training split of %s gives %s, not %d.", text.name, found, num_calibration_samples)
     return [default_collate(samples[start : start + batch_size]) for start in range(0, len(samples), batch_size)]
 
 

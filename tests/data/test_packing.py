@@ -1,11 +1,13 @@
 """Documents as blocks of tokens, in the order that a seed decides, and the batches that calibrate a pruning."""
 
+from types import SimpleNamespace
+
 import lightning as L
 import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 
-from sparse_train.data.blocks import beginning, blocks_of, calibration_batches
+from sparse_train.data.packing import beginning, blocks_of, calibration_batches
 from sparse_train.data.text_blocks import TextBlocks
 from sparse_train.data.texts import TextFiles, TextSource
 from tests.conftest import tiny_tokenizer
@@ -177,12 +179,25 @@ def test_a_resumed_run_gets_the_next_batch_and_the_same_next_epochs(model_folder
         assert first.sums + run(Seen(), ckpt_path=first.path, weights_only=False) == whole
 
 
-def test_too_little_text_and_bad_sizes(model_folder):
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_no_block_is_measured_twice_by_several_processes(model_folder, text_file, ranks):
+    data = TextBlocks(str(model_folder), TextFiles(validation=[str(text_file)]), 8, 2, max_validation_blocks=7)
+    data.trainer = SimpleNamespace(world_size=ranks, validating=True)
+    data.setup("validate")
+    blocks = data.val_dataloader().dataset
+    assert len(blocks) % ranks == 0  # Lightning's sampler would fill up with blocks that are there already
+    assert blocks["input_ids"][:7].tolist() == data._blocks["validation"]["input_ids"][:7].tolist()
+    assert all((row["labels"] == -100).all() for row in list(blocks)[7:])
+
+
+def test_too_little_text_and_bad_sizes(model_folder, caplog):
     blocks = TextBlocks(str(model_folder), Short(), block_size=8, batch_size=4)
     with pytest.raises(ValueError, match="training split of short texts gives 1 blocks of 8 tokens, fewer than one"):
         blocks.setup("fit")
-    with pytest.raises(ValueError, match="gives 1 calibration samples of 8 tokens, fewer than num_cal"):
-        calibration_batches(Short(), tiny_tokenizer(), max_seq_length=8)
+    assert len(calibration_batches(Short(), tiny_tokenizer(), max_seq_length=8)) == 1
+    assert "gives 1 calibration samples of 8 tokens, not 32" in caplog.text
+    with pytest.raises(ValueError, match="gives no calibration sample of 800 tokens"):
+        calibration_batches(Short(), tiny_tokenizer(), max_seq_length=800)
     with pytest.raises(ValueError, match="block_size must be at least 2"):
         TextBlocks(str(model_folder), block_size=1)
 

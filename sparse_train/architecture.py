@@ -202,4 +202,7 @@ def read_directly(model: nn.Module) -> set[str]:
         for inner, module in outer.named_modules(prefix=name)
         if is_linear(module)
     }
-    return found | {name for name, module in model.named_modules() if name.endswith(".dt_proj") and is_linear(module)}
+    # mixers of Mamba: kernels for training read all that comes after the first projection
+    mixers = [(name, module) for name, module in model.named_modules() if "A_log" in module._parameters]
+    inside = ((f"{name}.{own}", part) for name, mixer in mixers for own, part in mixer.named_children())
+    return found | {name for name, part in inside if is_linear(part) and not name.endswith(".in_proj")}

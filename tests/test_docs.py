@@ -6,12 +6,13 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 
-from sparse_train import MaskUpdater
+from sparse_train import MaskUpdater, PruningConfig
 from tests.conftest import VOCABULARY, tiny_llama
 
 ROOT = Path(__file__).parent.parent
@@ -175,3 +176,14 @@ def test_the_choice_rests_on_measured_numbers():
     assert len(chosen) >= 15
     measured = (DOCS / "results.md").read_text() + (DOCS / "more_results.md").read_text()
     assert chosen <= set(numbers.findall(measured))
+
+
+def test_the_table_of_settings_has_all_of_them_with_their_defaults():
+    page = (DOCS / "settings.md").read_text()
+    rows = page.partition("\n| setting ")[2].partition("\n\n")[0]
+    table = dict(re.findall(r"^\| `(\w+)` \| `([^`]*)` \|", rows, re.M))
+    config = PruningConfig()
+    own = {each.name: getattr(config, each.name) for each in fields(config) if each.init}
+    plain = {name: value is None or isinstance(value, (str, int, float, tuple)) for name, value in own.items()}
+    calls = {name: repr(value) if plain[name] else f"{type(value).__name__}()" for name, value in own.items()}
+    assert table == {name: call.replace("'", '"') for name, call in calls.items()}

@@ -11,7 +11,6 @@ def export(
     out: str,
     tokenizer: ModelSource | str | None = None,
     dtype: Dtype | None = None,
-    push: str | None = None,
 ) -> dict[str, Any]:
     """Write the model of a training checkpoint as a Hugging Face folder with true zeros.
 
@@ -22,8 +21,6 @@ def export(
         tokenizer: model source, Hugging Face id or folder whose tokenizer is saved with the model; default: that of
             the model that the run began with.
         dtype: of the written weights; default: that of the files that the run began with.
-        push: repository of the Hugging Face hub (OWNER/NAME) to upload the folder to; if there is none, it is created,
-            and is private.
     """
     from sparse_train.export import export_checkpoint
     from sparse_train.models.checkpoints import newest_checkpoint
@@ -33,15 +30,4 @@ def export(
     loaded = None if tokenizer is None else as_model_source(tokenizer).tokenizer()
     folder = export_checkpoint(checkpoint, out, loaded, dtype=torch_dtype(dtype))
     print(f"{checkpoint} exported to {folder}")
-    url = None
-    if push is not None:
-        from huggingface_hub import HfApi
-
-        try:
-            url = HfApi().create_repo(push, private=True, exist_ok=True)
-            HfApi().upload_folder(repo_id=url.repo_id, folder_path=folder)
-        except Exception as error:  # of the hub, the network, or the name
-            later = f"{folder} is complete and not uploaded. To do that: hf upload {push} {folder} --private"
-            raise OSError(f"{error}\n{later}") from error
-        print(f"uploaded to {url}")
-    return {"out": str(folder), "checkpoint": checkpoint, "url": url}
+    return {"out": str(folder), "checkpoint": checkpoint}

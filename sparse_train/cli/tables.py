@@ -30,7 +30,7 @@ def show_pruning(details: dict[str, Any], layers: Sequence[LayerSparsity], folde
 
 
 def show_inspection(name: str, layers: Sequence[LayerSparsity], model_bytes: int) -> None:
-    """Sparsity and size of layers, and whether their zeros and shape fit 2:4 hardware; then what their dtype means.
+    """Sparsity and size of layers, and whether their zeros and shape fit 2:4 hardware; then why pruned ones do not.
 
     Layers of different blocks that are alike share a row. ``model_bytes`` are those of all parameters, each counted
     once.
@@ -43,17 +43,17 @@ def show_inspection(name: str, layers: Sequence[LayerSparsity], model_bytes: int
     def total(label: str, own: Sequence[LayerSparsity]) -> list[str]:
         return row(label, "", own, "", f"{sum(layer.misfit_2of4 is None for layer in own)}/{len(own)}")
 
+    found = pruned(layers)
     alike, reasons = defaultdict[Any, list[LayerSparsity]](list), defaultdict[str, list[str]](list)
     for layer in layers:
         able = "no" if layer.misfit_2of4 else "yes"
         alike[re.sub(r"\.\d+\.", ".*.", layer.name), layer.shape, layer.pattern, able].append(layer)
-        if why_not := layer.why_not_2of4:
+        if (why_not := layer.why_not_2of4) and layer in found:
             reasons[f"does not fit 2:4, {why_not}" if layer.misfit_2of4 else f"fits 2:4; {why_not}"].append(layer.name)
     rows = [
         row(name if len(own) > 1 else own[0].name, " x ".join(map(str, shape)), own, pattern, able)
         for (name, shape, pattern, able), own in alike.items()
     ]
-    found = pruned(layers)
     if 0 < len(found) < len(layers):
         rows.append(total("pruned layers", found))
     rows += [total("all linear layers", layers), ["the whole model", "", "", "", "", f"{model_bytes / 1e6:.2f}", ""]]

@@ -42,8 +42,8 @@ def check_fit(trainer: L.Trainer, pruning: L.Callback, squash: bool) -> None:
 
 def warn_of_denser_best(trainer: L.Trainer, updater: MaskUpdater) -> None:
     """Warn if the best checkpoint may be one from before the final sparsity."""
-    found = [each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)]
-    best = next((each.monitor for each in found if each.monitor is not None and each.save_top_k not in (0, -1)), None)
+    keeping = [each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)]
+    best = next((each.monitor for each in keeping if each.monitor and each.save_top_k not in (0, -1)), None)
     soon = updater.timing.window if updater.config.criterion.needs_activations else 0
     late = updater.origin == BY_UPDATE and updater.timing.start_step > soon
     rises = updater.config.sparsity_at(0.0) < updater.config.sparsity_at(1.0)

@@ -148,16 +148,17 @@ class Evaluation(L.Callback):
                 self._measure(trainer, pl_module, kind, steps_done(trainer, in_batch=False))
 
     def _measure(self, trainer: L.Trainer, pl_module: L.LightningModule, kind: str, step: int) -> dict[str, float]:
-        found: tuple[dict[str, float], str] = {}, ""
+        measured: tuple[dict[str, float], str] = {}, ""
         if trainer.is_global_zero:
             result = self._measure_by[kind](_model(pl_module))
-            found = result.metrics, result.protocol
+            measured = result.metrics, result.protocol
             for logger in trainer.loggers:  # directly: evaluations need not coincide with log_every_n_steps
                 logger.log_metrics(result.metrics, step=step)
             if kind not in self._measured:
                 rank_zero_info(f"Evaluation: {result.protocol}")
         self._measured[kind] = trainer.global_step
-        metrics, protocol = trainer.strategy.broadcast(found)  # a metric that stops the run must stop it on every rank
+        # a metric that stops the run must stop it on every rank
+        metrics, protocol = trainer.strategy.broadcast(measured)
         self.results.append({"step": step, "metrics": metrics, "protocol": protocol})
         return metrics
 

@@ -98,8 +98,8 @@ if not TYPE_CHECKING:  # type checkers read the imports above
         """The object of a public name, from the first module that has it."""
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        found = (vars(import_module(f"{__name__}.{module}")) for module in _MODULES)
-        globals()[name] = value = next(names[name] for names in found if name in names)
+        modules = (vars(import_module(f"{__name__}.{module}")) for module in _MODULES)
+        globals()[name] = value = next(names[name] for names in modules if name in names)
         return value
 
     def __dir__() -> list[str]:

@@ -62,12 +62,12 @@ def transformers_model(root: nn.Module, layers: Iterable[Any]) -> nn.Module | No
 
 def block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
     """The outermost ``nn.ModuleList``s of composite modules, by name, largest first; for any architecture."""
-    found: dict[str, nn.ModuleList] = {}
+    lists: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
-        inside = any(name.startswith(f"{outer}.") for outer in found)
+        inside = any(name.startswith(f"{outer}.") for outer in lists)
         if isinstance(module, nn.ModuleList) and len(module) and not inside and all(map(_is_block, module)):
-            found[name] = module
-    return dict(sorted(found.items(), key=lambda item: -_size(item[1])))
+            lists[name] = module
+    return dict(sorted(lists.items(), key=lambda item: -_size(item[1])))
 
 
 def all_blocks(model: nn.Module) -> list[nn.Module]:
@@ -88,15 +88,15 @@ def unambiguous_blocks(model: nn.Module) -> str | None:
 
     Frozen blocks beside layers in training are those of a teacher or a reference, and do not count.
     """
-    found, adapted = block_lists(model), _with_adapters(model)
-    trained = {name: blocks for name, blocks in found.items() if _trains(blocks) or name.startswith(adapted)}
+    lists, adapted = block_lists(model), _with_adapters(model)
+    trained = {name: blocks for name, blocks in lists.items() if _trains(blocks) or name.startswith(adapted)}
     if not trained and any(is_linear(module) and _trains(module) for module in model.modules()):
         return None
-    found = trained or found
-    if not found:
+    lists = trained or lists
+    if not lists:
         return None
-    first, *others = found
-    rivals = [name for name in others if 10 * _size(found[name]) > _size(found[first])]
+    first, *others = lists
+    rivals = [name for name in others if 10 * _size(lists[name]) > _size(lists[first])]
     if rivals:
         raise ValueError(
             f"The model has several lists of blocks ({', '.join([first, *rivals])}), and it is not clear which are "
@@ -124,8 +124,8 @@ def frozen_linears(model: nn.Module) -> set[str]:
 
 def _with_adapters(model: nn.Module) -> tuple[str, ...]:
     """Beginnings of the names in models of peft that are in training."""
-    found = ((name, module) for name, module in model.named_modules() if hasattr(module, "peft_config"))
-    return tuple(f"{name}." if name else "" for name, module in found if _trains(module))
+    wrapped = ((name, module) for name, module in model.named_modules() if hasattr(module, "peft_config"))
+    return tuple(f"{name}." if name else "" for name, module in wrapped if _trains(module))
 
 
 def _trains(module: nn.Module) -> bool:
@@ -135,12 +135,12 @@ def _trains(module: nn.Module) -> bool:
 def decoder_blocks(model: nn.Module, layers: Iterable[Any]) -> list[nn.Module]:
     """The list of blocks that holds most of ``layers``, which are modules of the model; empty if none holds any."""
     wanted, most = set(map(id, layers)), 0
-    found: list[nn.Module] = []
+    chosen: list[nn.Module] = []
     for blocks in block_lists(model).values():
         held = sum(id(module) in wanted for block in blocks for module in block.modules())
         if held > most:
-            found, most = list(blocks), held
-    return found
+            chosen, most = list(blocks), held
+    return chosen
 
 
 # --- experts ---------------------------------------------------------------------------------------------------------
@@ -163,13 +163,13 @@ class FusedExperts:
 
 def fused_experts(model: nn.Module) -> dict[str, FusedExperts]:
     """Three-dimensional parameters, as transformers stores experts; their modules say whether they are transposed."""
-    found = {}
+    experts = {}
     for name, module in model.named_modules():
         for own, parameter in module.named_parameters(recurse=False):
             # experts' modules in transformers say how weights are stored; in others, three dimensions mean nothing
             if dimensions(parameter) == 3 and "bias" not in own and hasattr(module, "is_transposed"):
-                found[f"{name}.{own}"] = FusedExperts(parameter, bool(module.is_transposed))
-    return found
+                experts[f"{name}.{own}"] = FusedExperts(parameter, bool(module.is_transposed))
+    return experts
 
 
 def is_router(module: nn.Module) -> bool:
@@ -182,20 +182,20 @@ def router_names(model: nn.Module, blocks: str) -> set[str]:
     """Linear layers of blocks that decide which experts run, or (with a single output) how much one counts."""
     inside = set(model.get_submodule(blocks).modules())
     of_routers = {part for module in inside if is_router(module) for part in module.modules()}
-    found = set()
+    routers = set()
     for name, module in model.named_modules():
         if module in inside and is_linear(module):
             outputs, inputs = shape_OI(module)
             # a router has fewer outputs than inputs; the gate of a SwiGLU has as many outputs as the layer it gates
             routes = module in of_routers and outputs < inputs
             if routes or "router" in name.rpartition(".")[2] or outputs == 1:
-                found.add(name)
-    return found
+                routers.add(name)
+    return routers
 
 
 def read_directly(model: nn.Module) -> set[str]:
     """Linear layers whose weight the module around them reads, so that a mask has no effect: in attention, Mamba."""
-    found = {
+    in_attention = {
         inner
         for name, outer in model.named_modules()
         if isinstance(outer, nn.MultiheadAttention)
@@ -205,4 +205,4 @@ def read_directly(model: nn.Module) -> set[str]:
     # mixers of Mamba: kernels for training read all that comes after the first projection
     mixers = [(name, module) for name, module in model.named_modules() if "A_log" in module._parameters]
     inside = ((f"{name}.{own}", part) for name, mixer in mixers for own, part in mixer.named_children())
-    return found | {name for name, part in inside if is_linear(part) and not name.endswith(".in_proj")}
+    return in_attention | {name for name, part in inside if is_linear(part) and not name.endswith(".in_proj")}

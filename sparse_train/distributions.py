@@ -77,15 +77,15 @@ class Explicit(SparsityDistribution):
             check_sparsity(f"The sparsity of {target!r}", value)
 
     def sparsities(self, shapes: Shapes, sparsity: float, outliers: Outliers) -> dict[str, float]:
-        found: dict[str, float] = {}
+        named: dict[str, float] = {}
         for target, value in self.layers.items():
             hits = named_by(target, shapes)
             if not hits:
                 raise ValueError(f"{target!r} is not the name of a targeted layer.{similar_layers(target, shapes)}")
-            found |= dict.fromkeys(hits, value)
+            named |= dict.fromkeys(hits, value)
         total = sum(shape.size for shape in shapes.values())
-        share = mean_sparsity(shapes, found)
-        unnamed = sum(shape.size for name, shape in shapes.items() if name not in found)
+        share = mean_sparsity(shapes, named)
+        unnamed = sum(shape.size for name, shape in shapes.items() if name not in named)
         rest = (sparsity - share) * total / max(1, unnamed)
         if not (-1e-12 <= rest < 1 if unnamed else abs(sparsity - share) <= _AGREEMENT):
             others = f"the others would need a sparsity of {rest:.4g}" if unnamed else "there are no others"
@@ -93,7 +93,7 @@ class Explicit(SparsityDistribution):
                 f"A sparsity of {sparsity:g} cannot be met: the named layers' zeros are {share:.4g} of all weights, "
                 f"and {others}. Change the sparsity or those of the named layers."
             )
-        return {name: found.get(name, max(0.0, rest)) for name in shapes}
+        return {name: named.get(name, max(0.0, rest)) for name in shapes}
 
 
 @dataclass(frozen=True)
@@ -135,14 +135,14 @@ class OWL(SparsityDistribution):
             return dict.fromkeys(shapes, sparsity)
         scaled = {block: 2 * (outliers[block] - low) / (high - low) for block in sizes}  # in units of owl_lmbda
         mean = sum(scaled[block] * size for block, size in sizes.items()) / sum(sizes.values())
-        found = {block: sparsity - self.owl_lmbda * (scaled[block] - mean) for block in sizes}
-        if min(found.values()) < -1e-12 or max(found.values()) >= 1:
+        by_block = {block: sparsity - self.owl_lmbda * (scaled[block] - mean) for block in sizes}
+        if min(by_block.values()) < -1e-12 or max(by_block.values()) >= 1:
             raise ValueError(
                 f"owl_lmbda={self.owl_lmbda:g} at a sparsity of {sparsity:g} would give blocks sparsities from "
-                f"{min(found.values()):.4g} to {max(found.values()):.4g}, which must be at least 0 and below 1. Make "
-                "owl_lmbda smaller."
+                f"{min(by_block.values()):.4g} to {max(by_block.values()):.4g}, which must be at least 0 and below 1. "
+                "Make owl_lmbda smaller."
             )
-        return {n: sparsity if s.block is None else max(0.0, found[s.block]) for n, s in shapes.items()}
+        return {n: sparsity if s.block is None else max(0.0, by_block[s.block]) for n, s in shapes.items()}
 
 
 # --- whole counts ----------------------------------------------------------------------------------------------------
@@ -171,12 +171,12 @@ def round_up(shapes: Shapes, sparsities: Shares, pattern: Pattern) -> dict[str, 
     """
     if not isinstance(pattern, Unstructured):
         return dict(sparsities)
-    found = {}
+    rounded = {}
     for name, sparsity in sparsities.items():
         members = shapes[name].columns if pattern.group == "row" else shapes[name].size
         count = min(math.ceil(members * sparsity - _ROUNDING), members - 1)  # something stays
-        found[name] = share_of(count, members)
-    return found
+        rounded[name] = share_of(count, members)
+    return rounded
 
 
 # --- over a run ------------------------------------------------------------------------------------------------------

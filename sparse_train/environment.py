@@ -21,13 +21,13 @@ _CPUINFO, _STATUS = Path("/proc/cpuinfo"), Path("/proc/self/status")
 
 def versions() -> dict[str, str]:
     """Versions of Python and of those installed packages that matter for a result."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
-            found[package] = metadata.version(package)
+            installed[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return found | {"torch": str(torch.__version__)}  # with the kind of build
+    return installed | {"torch": str(torch.__version__)}  # with the kind of build
 
 
 def machine() -> dict[str, Any]:
@@ -36,7 +36,7 @@ def machine() -> dict[str, Any]:
     if _CPUINFO.exists():
         names = re.findall(r"^model name\s*: (.*)", _CPUINFO.read_text(), re.MULTILINE)
         processor = names[0] if names else processor
-    found: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "system": f"{platform.system()} {platform.machine()}",
         "processor": processor,
         "cores": os.cpu_count(),
@@ -44,8 +44,8 @@ def machine() -> dict[str, Any]:
         "memory": f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.1f} GiB",
     }
     if torch.cuda.is_available():
-        found["accelerators"] = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return found
+        facts["accelerators"] = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return facts
 
 
 def peak_bytes() -> int:

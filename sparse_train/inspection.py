@@ -90,15 +90,15 @@ def layer_sparsities(model: nn.Module, state: Mapping[str, Any] | None = None) -
     ``state`` is its whole state dict, if ``model`` is sharded or is written in another dtype; default: its own.
     """
     state = folded_state_dict(model, state)
-    found = []
+    counted = []
     for name, module in model.named_modules():
         if is_linear(module):
             weight = state.get(f"{name}.weight".removeprefix("."), module.weight)  # parametrized layers compute theirs
-            found.append(_count(name, weight.t() if is_conv1d(module) else weight, type(module).__name__))
+            counted.append(_count(name, weight.t() if is_conv1d(module) else weight, type(module).__name__))
     for name, experts in fused_experts(model).items():
         matrices_EOI = state[name].mT if experts.transposed else state[name]
-        found.append(_count(name, matrices_EOI.flatten(0, 1), "experts"))
-    return found
+        counted.append(_count(name, matrices_EOI.flatten(0, 1), "experts"))
+    return counted
 
 
 def _count(name: str, weight_OI: Tensor, kind: str) -> LayerSparsity:
@@ -134,12 +134,12 @@ def summary(model: nn.Module) -> str:
     All numbers are counted on the weights, as the forward uses them.
     """
     layers = layer_sparsities(model)
-    found = pruned(layers)
-    rows = [f"{name:16}{count:>4}  {sparsity}  {patterns}" for name, count, sparsity, patterns in by_projection(found)]
-    size, parameters = sum(layer.size for layer in found), sum(each.numel() for each in model.parameters())
-    share = sum(layer.zeros for layer in found) / max(1, parameters)
+    sparse = pruned(layers)
+    rows = [f"{name:16}{count:>4}  {sparsity}  {patterns}" for name, count, sparsity, patterns in by_projection(sparse)]
+    size, parameters = sum(layer.size for layer in sparse), sum(each.numel() for each in model.parameters())
+    share = sum(layer.zeros for layer in sparse) / max(1, parameters)
     rows.append(
-        f"{len(found)} of {len(layers)} linear layers are pruned: {sparsity_of(found):.4f} of their {size:,} "
+        f"{len(sparse)} of {len(layers)} linear layers are pruned: {sparsity_of(sparse):.4f} of their {size:,} "
         f"weights, {share:.4f} of all {parameters:,} parameters."
     )
     return "\n".join(rows)

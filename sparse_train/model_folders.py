@@ -51,16 +51,16 @@ class WeightFiles:
 
     def read(self, keys: Iterable[str]) -> dict[str, Tensor]:
         """These tensors, copied to memory, so that changes to them do not reach the files."""
-        wanted, found = set(keys), dict[str, Tensor]()
+        wanted, tensors = set(keys), dict[str, Tensor]()
         for file in {self.files[key]: None for key in wanted}:
             with safe_open(file, framework="pt") as opened:
-                found |= {k: opened.get_tensor(k).clone() for k in opened.keys() if k in wanted}  # noqa: SIM118
-        return found
+                tensors |= {k: opened.get_tensor(k).clone() for k in opened.keys() if k in wanted}  # noqa: SIM118
+        return tensors
 
     def dtype(self) -> torch.dtype:
         """The float dtype of most tensors, for configurations that do not say it."""
-        found = Counter(_FLOATS[name] for name in self.dtypes.values() if name in _FLOATS)
-        return found.most_common(1)[0][0] if found else torch.float32
+        counts = Counter(_FLOATS[name] for name in self.dtypes.values() if name in _FLOATS)
+        return counts.most_common(1)[0][0] if counts else torch.float32
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -84,8 +84,9 @@ def stages_of(folder: Path) -> list[Any]:
     """How the model in a folder was pruned so far, as far as that is recorded."""
     file = folder / PRUNING_FILE
     with reading(file):
-        found = json.loads(file.read_text()) if file.is_file() else {}
-        return list(found.get("stages") or []) if isinstance(found, dict) else []  # another tool's may be of that name
+        content = json.loads(file.read_text()) if file.is_file() else {}
+        # another tool's file may be of that name
+        return list(content.get("stages") or []) if isinstance(content, dict) else []
 
 
 def write_index(folder: Path, shards: Iterable[str]) -> None:
@@ -155,11 +156,11 @@ def names_in_model(model: Any, keys: Iterable[str], *, converted: bool = True) -
 
     mapping, state = get_model_conversion_mapping(model), model.state_dict()
     parts = [[each for each in mapping if isinstance(each, kind)] for kind in (WeightRenaming, WeightConverter)]
-    found = {}
+    names = {}
     for key in sorted(keys, key=dot_natural_key):  # as in loading: some renamings apply after others only
         name, converter = rename_source_key(key, *parts, model.base_model_prefix, state)
         if name not in state and key in state:  # stored under its name already
             name, converter = key, None
         if converted or converter is None:
-            found[key] = name
-    return found
+            names[key] = name
+    return names

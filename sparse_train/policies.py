@@ -35,15 +35,15 @@ class Optimizers:
 
     def state_of(self, layer: MaskedLayer, by_rows: bool = False) -> dict[str, Tensor]:
         """What is held for a layer's weights, such as Adam's moments (O, I); of a sharded one, only ``by_rows``."""
-        layout, found = layer.layout, {}
+        layout, held = layer.layout, {}
         if not layout.is_sharded or (by_rows and not layer.is_transposed):
             for optimizer in self.known:
                 for name, value in optimizer.state.get(layer.weight, {}).items():
                     if isinstance(value, Tensor) and value.shape == layer.weight.shape:
                         rows = layout.state_rows(value)
                         if rows is not None:
-                            found[name] = layer.turned(rows)
-        return found
+                            held[name] = layer.turned(rows)
+        return held
 
 
 def only_kept(scores: Tensor, keep: Tensor) -> Tensor:

@@ -140,8 +140,8 @@ class IHT(Solver):
                 break
             # of pruned weights, what fits best; of kept ones, a step on, from which the next fit begins
             values_OI = kept_OI + gradient_OI / hessian_II.diagonal()
-            least, found = error, (torch.where(mask_OI, kept_OI, values_OI), mask_OI)
-        return found
+            least, best = error, (torch.where(mask_OI, kept_OI, values_OI), mask_OI)
+        return best
 
 
 def _fit(dense_OI: Tensor, hessian_II: Tensor, mask_OI: Tensor, start_OI: Tensor, iterations: int) -> Tensor:
@@ -179,8 +179,8 @@ def _inverse_factor(gram_II: Tensor, dead_I: Tensor, dampening_frac: float) -> T
             inverse_II = torch.cholesky_inverse(factor_II)
             factor_II, info = torch.linalg.cholesky_ex(inverse_II, upper=True)
             if int(info) == 0:
-                found: Tensor = factor_II.float()
-                return found
+                result: Tensor = factor_II.float()
+                return result
         damping *= 10  # with few samples, rounding in float32 can make the matrix indefinite
     raise ValueError(
         f"SparseGPT: the matrix of second moments has no Cholesky factor at dampening_frac={dampening_frac}. Give more "

@@ -69,9 +69,9 @@ def _sum_of_squares(x_TI: Tensor) -> np.ndarray:
     x = x_TI.numpy()
     whole = len(x) // _CHUNK * _CHUNK
     chunks = x[:whole].reshape(-1, _CHUNK, x.shape[1])
-    found: np.ndarray = np.einsum("cti,cti->ci", chunks, chunks).sum(0)
-    found += np.einsum("ti,ti->i", x[whole:], x[whole:])
-    return found
+    total: np.ndarray = np.einsum("cti,cti->ci", chunks, chunks).sum(0)
+    total += np.einsum("ti,ti->i", x[whole:], x[whole:])
+    return total
 
 
 @torch.library.custom_op("sparse_train::accumulate", mutates_args=("sum_squares_I", "tokens", "dropped"))

@@ -74,7 +74,7 @@ def evaluate(
         "autocast": torch_dtype(autocast),
         "model_name": source.name if adapter is None else f"{source.name} with {adapter}",
     }
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     if "perplexity" in names:
         perplexity = evaluate_perplexity(
             loaded,
@@ -89,14 +89,14 @@ def evaluate(
             progress=True,  # a line a minute where bars are not seen
             **common,
         )
-        found["perplexity"] = perplexity.as_dict()
+        results["perplexity"] = perplexity.as_dict()
         print(perplexity.line(), flush=True)  # now: a task may fail
     if zero_shot:
         common |= {"task_data": task_data, "limit": limit, "progress": bars_are_seen()}
         accuracy = evaluate_zero_shot(loaded, reader.tokenizer(), zero_shot, **common)
-        found["zero_shot"] = accuracy.as_dict()
+        results["zero_shot"] = accuracy.as_dict()
         show_zero_shot(accuracy)
-    return dict(found["perplexity"]) if tasks is None else found
+    return dict(results["perplexity"]) if tasks is None else results
 
 
 def _ids(text: TextSource, split: Split, tokenizer: Any, bos: bool) -> tuple[Any, list[int]]:

@@ -25,10 +25,10 @@ def inspect(model: ModelSource | str, verify: bool = False) -> dict[str, Any]:
             raise ValueError(f"verify reads a folder or a hub model with safetensors, not {source.name}.")
         from sparse_train.export.verify import verify as verify_folder
 
-        found = verify_folder(source.folder())
-        print(f"{source.name}: every group of its {found['layers']} pruned layers has the zeros that it should have.")
-        print(f"sparsity {found['sparsity']:.6f}; {found['zeros_kept']} zeros more than asked for")
-        return {"model": source.name, **found}
+        counted = verify_folder(source.folder())
+        print(f"{source.name}: every group of its {counted['layers']} pruned layers has the zeros that it should have.")
+        print(f"sparsity {counted['sparsity']:.6f}; {counted['zeros_kept']} zeros more than asked for")
+        return {"model": source.name, **counted}
     loaded = source.load()
     layers = layer_sparsities(loaded)
     model_bytes = sum(parameter.numel() * parameter.dtype.itemsize for parameter in loaded.parameters())

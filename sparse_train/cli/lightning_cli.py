@@ -135,7 +135,7 @@ class SparseTrainCLI(LightningCLI):
     def _report(self, out: str | None) -> dict[str, Any]:
         """Write the report of the run. Returns the results, for JSON."""
         checkpoint = _checkpoint(self.trainer, "best_model_path", "last_model_path")
-        found: dict[str, Any] = {"export": out, "report": None, "checkpoint": checkpoint}
+        results: dict[str, Any] = {"export": out, "report": None, "checkpoint": checkpoint}
         if not (out or checkpoint or self.config.fit.ckpt_path) and self.trainer.checkpoint_callbacks:
             _log.warning(
                 "The run ended before its first checkpoint, so the trained model is not kept. Give --export FOLDER, or "
@@ -143,9 +143,9 @@ class SparseTrainCLI(LightningCLI):
             )
         folder = self.trainer_defaults["callbacks"].folder
         if folder is not None:
-            found["report"] = str(write_run_report([folder]))
-            found |= headline(collect([folder])[0])
-        return found
+            results["report"] = str(write_run_report([folder]))
+            results |= headline(collect([folder])[0])
+        return results
 
     def _card(self) -> ModelCard:
         source, made, pruning = self.model.source, {"method": "trained without re-pruning"}, None
@@ -159,10 +159,10 @@ class SparseTrainCLI(LightningCLI):
         if (distillation := self.model.distillation) is not None:
             teacher = distillation.teacher
             made["teacher"] = f"{source.name}, dense" if teacher is None else teacher.name
-        found, perplexity = self.trainer.callback_metrics.get("val/perplexity"), None
-        if found is not None:
+        measured, perplexity = self.trainer.callback_metrics.get("val/perplexity"), None
+        if measured is not None:
             text = f"{self.datamodule.text.name}, blocks of {self.datamodule.block_size}"
-            perplexity = f"{found:.2f} at the last validation of the run: {text}"
+            perplexity = f"{measured:.2f} at the last validation of the run: {text}"
         recipe = without_homes(self._parser(self.subcommand).dump(self.config.fit, skip_none=False))
         return ModelCard(source.name, source.hub_id, source.license, made, perplexity, recipe, pruning, source.stages)
 

@@ -68,13 +68,13 @@ def run(name: str, options: list[str], debug: bool = False) -> None:
     quiet_libraries()
     with nothing_on_stdout() if as_json else nullcontext():
         if name in ("fit", "validate", "test"):
-            found = _fit(name, options, debug)
+            result = _fit(name, options, debug)
         else:
             from sparse_train.cli.parser import call
 
-            found = call(name, getattr(import_module(f"sparse_train.cli.{name}"), name), options, debug)
-    if as_json and found is not None:  # None in all processes except the first
-        print(dumps(found))
+            result = call(name, getattr(import_module(f"sparse_train.cli.{name}"), name), options, debug)
+    if as_json and result is not None:  # None in all processes except the first
+        print(dumps(result))
 
 
 def _fit(command: str, options: list[str], debug: bool) -> dict[str, Any] | None:

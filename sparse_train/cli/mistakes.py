@@ -52,19 +52,19 @@ def explain(message: str, options: Mapping[str, Any]) -> str:
         The first cause in the message, the key that it is about and, if there is one, a similar name. Messages of
         another form are returned unchanged.
     """
-    found = _CAUSE.search(message)
-    if found is None:
+    cause = _CAUSE.search(message)
+    if cause is None:
         return message if len(message) < _LONG else message[:_LONG] + " ..."
-    before = message[: found.start()]
+    before = message[: cause.start()]
     where = ".".join(_KEY.findall(before))
-    if found["option"]:
-        return _no_option(found["option"].rstrip("+"), options, "--" if "nrecognized" in found[0] else "")
-    if found["argument"]:
-        accepted = _arguments_of(found["owner"])
-        name = found["argument"].rstrip("+")
+    if cause["option"]:
+        return _no_option(cause["option"].rstrip("+"), options, "--" if "nrecognized" in cause[0] else "")
+    if cause["argument"]:
+        accepted = _arguments_of(cause["owner"])
+        name = cause["argument"].rstrip("+")
         similar = did_you_mean(name.partition(".")[0], [*accepted, "init_args"]) or f" It has {', '.join(accepted)}."
-        said = f"{found['owner'].rpartition('.')[2]} has no argument {name!r}.{similar}"
-    elif name := found["name"] or found["missing"]:
+        said = f"{cause['owner'].rpartition('.')[2]} has no argument {name!r}.{similar}"
+    elif name := cause["name"] or cause["missing"]:
         own, known, owners = name.rpartition(".")[2], _classes(), re.findall(r"given class_path '([^']+)'", before)
         action = _arguments_of(owners[-1]).get(where.rpartition(".")[2]) if owners else options.get(f"--{where}")
         parts = [hint := getattr(action, "_typehint", object), *get_args(hint)]  # of a union, and of lists in it
@@ -74,16 +74,16 @@ def explain(message: str, options: Mapping[str, Any]) -> str:
         said = f"there is no class {name!r}.{similar or ' Name your own as MODULE.CLASS.'}"
         if own in known:
             said = f"{name} is not of the kind that is wanted.{getattr(known[own], 'way_out', similar)}"
-    elif found["abstract"]:
+    elif cause["abstract"]:
         said = "say which class these arguments are for, by its name."
-    elif found["group"]:
-        said = f"takes a YAML file, got {found['group']!r}. Its keys are also options, such as --{where}.KEY."
-    elif said_so := found["required"] or found["own"]:
+    elif cause["group"]:
+        said = f"takes a YAML file, got {cause['group']!r}. Its keys are also options, such as --{where}.KEY."
+    elif said_so := cause["required"] or cause["own"]:
         said = said_so
-    elif "None" in (found["value"], found["given"]):
+    elif "None" in (cause["value"], cause["given"]):
         return f"{where} must be given, by --{where} or in a --config."
     else:
-        said = _wrong_value(found["type"] or found["types"], found["value"] or found["given"] or "")
+        said = _wrong_value(cause["type"] or cause["types"], cause["value"] or cause["given"] or "")
     return f"{where}: {said}" if where else said
 
 
@@ -113,8 +113,8 @@ def _arguments_of(path: str) -> dict[str, Any]:
 
 def _classes() -> dict[str, type]:
     modules = [module for name, module in sys.modules.items() if re.match(r"sparse_train\.(?!cli|report)", name)]
-    found = {name: each for module in modules for name, each in vars(module).items() if inspect.isclass(each)}
-    return {name: each for name, each in found.items() if not name.startswith("_")}
+    classes = {name: each for module in modules for name, each in vars(module).items() if inspect.isclass(each)}
+    return {name: each for name, each in classes.items() if not name.startswith("_")}
 
 
 def _wrong_value(types: str, value: str) -> str:

@@ -114,7 +114,7 @@ def spelt_out(options: Sequence[str], positional: Sequence[str] = (), text: str 
     first, *rest = groups
     if positional == ["runs"]:
         positional = ["runs+"] * len(first)
-    found = [f"--{name}={word}" for name, word in zip(positional, first, strict=False)] + first[len(positional) :]
+    spelt = [f"--{name}={word}" for name, word in zip(positional, first, strict=False)] + first[len(positional) :]
     for option, *words in rest:
         name, equals, value = option.partition("=")
         values = [value, *words] if equals else words
@@ -123,18 +123,18 @@ def spelt_out(options: Sequence[str], positional: Sequence[str] = (), text: str 
             if Path(path).is_file():  # the parser's own error would name no file
                 with reading(path):
                     _load_with_n_of_m(Path(path).read_text())
-            found += [f"{name}={path}", *values[1:]]
+            spelt += [f"{name}={path}", *values[1:]]
         elif name == "--text" and values:
             if all(map(_is_path, values)):
                 files = [str(file) for each in values for file in _files(Path(each))]
                 arguments = dict.fromkeys(splits or ("train", "validation", "test"), files)
                 values = [json.dumps({"class_path": "TextFiles", "init_args": arguments})]
-            found += [f"{text}={values[0]}", *values[1:]]
+            spelt += [f"{text}={values[0]}", *values[1:]]
         elif name in _FLAGS and not values:
-            found.append(f"{name}=true")
+            spelt.append(f"{name}=true")
         else:
-            found += [option, *words]
-    return found
+            spelt += [option, *words]
+    return spelt
 
 
 def shipped(path: str) -> str:
@@ -157,7 +157,7 @@ def _is_path(value: str) -> bool:
 
 def _files(path: Path) -> list[Path]:
     """The text files that a path of ``--text`` means, for a folder all .txt and .jsonl in it."""
-    found = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix in (".txt", ".jsonl"))
-    if not found:
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix in (".txt", ".jsonl"))
+    if not files:
         raise ValueError(f"There is no text at {path}. Give files, or a folder that has .txt or .jsonl files.")
-    return found
+    return files

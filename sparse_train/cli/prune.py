@@ -192,20 +192,20 @@ def _files_of(source: ModelSource) -> Path:
 
 def _own_batches(source: ModelSource, text: TextSource, calibration: dict[str, Any]) -> Iterator[Batch]:
     """The calibration data of this process; text is read when the first batch is asked for, after all checks."""
-    found = calibration_batches(text, source.tokenizer(), **calibration)
-    calibration["num_calibration_samples"] = sum(len(batch["input_ids"]) for batch in found)  # there may be fewer
-    if len(found) < world_size():
-        given = f"There are {len(found)} calibration batches for {world_size()} processes."
+    batches = calibration_batches(text, source.tokenizer(), **calibration)
+    calibration["num_calibration_samples"] = sum(len(batch["input_ids"]) for batch in batches)  # there may be fewer
+    if len(batches) < world_size():
+        given = f"There are {len(batches)} calibration batches for {world_size()} processes."
         raise ValueError(f"{given} Give a smaller batch_size, or start fewer processes.")
-    yield from found[rank() :: world_size()]
+    yield from batches[rank() :: world_size()]
 
 
 def _pruned_layers(report: OneshotReport, label: str) -> list[LayerSparsity]:
     """The layers of a model that was never in memory; fused experts, name[0], name[1], ..., are one."""
-    found: dict[str, LayerSparsity] = {}
+    layers: dict[str, LayerSparsity] = {}
     for name, update in report.layers.items():
         whole = name.partition("[")[0]
-        so_far = found.get(whole, LayerSparsity(whole, (1, 0), 0, label))
+        so_far = layers.get(whole, LayerSparsity(whole, (1, 0), 0, label))
         size, zeros = so_far.shape[1] + update.size, so_far.zeros + update.zeros
-        found[whole] = replace(so_far, shape=(1, size), zeros=zeros)
-    return list(found.values())
+        layers[whole] = replace(so_far, shape=(1, size), zeros=zeros)
+    return list(layers.values())

@@ -27,9 +27,9 @@ def nothing_on_stdout() -> Iterator[None]:
         os.close(kept)
 
 
-def dumps(found: Any) -> str:
+def dumps(result: Any) -> str:
     """JSON on one line; NaN and infinity, which JSON does not have, become null."""
-    return json.dumps(json.loads(json.dumps(found), parse_constant=lambda _: None))
+    return json.dumps(json.loads(json.dumps(result), parse_constant=lambda _: None))
 
 
 _LOGGERS = ("lightning.pytorch.utilities.rank_zero", "DeepSpeed")

@@ -43,19 +43,19 @@ def show_inspection(name: str, layers: Sequence[LayerSparsity], model_bytes: int
     def total(label: str, own: Sequence[LayerSparsity]) -> list[str]:
         return row(label, "", own, "", f"{sum(layer.misfit_2of4 is None for layer in own)}/{len(own)}")
 
-    found = pruned(layers)
+    sparse = pruned(layers)
     alike, reasons = defaultdict[Any, list[LayerSparsity]](list), defaultdict[str, list[str]](list)
     for layer in layers:
         able = "no" if layer.misfit_2of4 else "yes"
         alike[re.sub(r"\.\d+\.", ".*.", layer.name), layer.shape, layer.pattern, able].append(layer)
-        if (why_not := layer.why_not_2of4) and layer in found:
+        if (why_not := layer.why_not_2of4) and layer in sparse:
             reasons[f"does not fit 2:4, {why_not}" if layer.misfit_2of4 else f"fits 2:4; {why_not}"].append(layer.name)
     rows = [
         row(name if len(own) > 1 else own[0].name, " x ".join(map(str, shape)), own, pattern, able)
         for (name, shape, pattern, able), own in alike.items()
     ]
-    if 0 < len(found) < len(layers):
-        rows.append(total("pruned layers", found))
+    if 0 < len(sparse) < len(layers):
+        rows.append(total("pruned layers", sparse))
     rows += [total("all linear layers", layers), ["the whole model", "", "", "", "", f"{model_bytes / 1e6:.2f}", ""]]
     print_table([name, "shape", "layers", "sparsity", "pattern", "MB", "fits 2:4"], rows, words=(0, 1, 4))
     for reason, names in reasons.items():

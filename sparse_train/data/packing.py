@@ -154,8 +154,10 @@ def calibration_batches(
             "text, or a smaller max_seq_length."
         )
     if len(samples) < num_calibration_samples:
-        found = f"{len(samples)} calibration samples of {max_seq_length} tokens"
-        _log.warning("The training split of %s gives %s, not %d.", text.name, found, num_calibration_samples)
+        _log.warning(
+            "The training split of %s gives %d calibration samples of %d tokens, not %d.",
+            *(text.name, len(samples), max_seq_length, num_calibration_samples),
+        )
     return [default_collate(samples[start : start + batch_size]) for start in range(0, len(samples), batch_size)]
 
 
@@ -190,8 +192,8 @@ def encoded(conversations: Sequence[Conversation], tokenizer: Any) -> list[tuple
             )
     if marked:
         settings = {"return_dict": True, "return_assistant_tokens_mask": True}
-        found = [tokenizer.apply_chat_template(conversation, **settings) for conversation in conversations]
-        pairs = [(each["input_ids"], each["assistant_masks"]) for each in found]
+        written = [tokenizer.apply_chat_template(conversation, **settings) for conversation in conversations]
+        pairs = [(each["input_ids"], each["assistant_masks"]) for each in written]
         return [(ids, [i if own else IGNORED for i, own in zip(ids, mask, strict=True)]) for ids, mask in pairs]
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     ends = tuple(special | set(tokenizer.all_special_tokens))

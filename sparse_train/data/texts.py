@@ -74,12 +74,12 @@ class PackagedQuestions(TextSource):
     name = f"Questions about {PackagedWikipedia.name}"
 
     def documents(self, split: Split) -> list[Conversation]:
-        found: list[Conversation] = []
+        conversations: list[Conversation] = []
         for title, answer in PackagedWikipedia().articles(split):
             # not the bytes that decide the split; otherwise each split would have only some of the wordings
             question = _QUESTIONS[hashlib.sha256(title.encode()).digest()[4] % len(_QUESTIONS)].format(title=title)
-            found.append([{"role": "user", "content": question}, {"role": "assistant", "content": answer}])
-        return found
+            conversations.append([{"role": "user", "content": question}, {"role": "assistant", "content": answer}])
+        return conversations
 
 
 @dataclass
@@ -95,12 +95,12 @@ class PythonStandardLibrary(TextSource):
     def documents(self, split: Split) -> list[str]:
         root = Path(sysconfig.get_paths()["stdlib"])
         names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
-        found = []
+        sources = []
         for name in names:
             if _is_library(name) and split_of(name) == split:
                 with tokenize.open(root / name) as file:  # in the encoding that the file declares
-                    found.append(file.read())
-        return found
+                    sources.append(file.read())
+        return sources
 
 
 def _is_library(name: str) -> bool:
@@ -198,7 +198,7 @@ class TextFiles(TextSource):
 
 def _column(rows: Iterable[Any], column: str, name: str) -> list[Any]:
     """The values of one column; ValueError if one of them is neither text nor a conversation."""
-    found = []
+    values = []
     for number, row in enumerate(rows, 1):
         value = row.get(column) if isinstance(row, Mapping) else None
         if not isinstance(value, (str, list)):
@@ -207,8 +207,8 @@ def _column(rows: Iterable[Any], column: str, name: str) -> list[Any]:
                 f"{name}, document {number}: {column!r} is to hold a text, or the messages of a conversation, and the "
                 f"document is {str(row)[:80]}.{similar} Name another column, or leave such documents out."
             )
-        found.append(value)
-    return found
+        values.append(value)
+    return values
 
 
 def only_texts(documents: list[Any]) -> list[str]:

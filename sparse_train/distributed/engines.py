@@ -25,11 +25,11 @@ def whole_state_dict(model: nn.Module) -> dict[str, Tensor]:
     It gathers one tensor at a time, so no device holds more than its shard and one tensor.
     """
     reshard(model)
-    found: dict[int, Tensor] = {}  # tied parameters stay tied
+    gathered: dict[int, Tensor] = {}  # tied parameters stay tied
     state = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in found:
+        if id(tensor) not in gathered:
             with layout_of(tensor).gathered() as whole:
-                found[id(tensor)] = whole.detach().cpu().clone() if rank() == 0 else whole.new_empty(0)
-        state[name] = found[id(tensor)]
+                gathered[id(tensor)] = whole.detach().cpu().clone() if rank() == 0 else whole.new_empty(0)
+        state[name] = gathered[id(tensor)]
     return state if rank() == 0 else {}

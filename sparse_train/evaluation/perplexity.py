@@ -91,8 +91,8 @@ def check_length(ids: Tensor, window: int, max_tokens: int | None = None) -> Ten
         raise ValueError(f"window must be at least 2 tokens, got {window}: the first one has no loss.")
     ids = ids[:max_tokens]
     if len(ids) < window:
-        found = f"The text has {len(ids)} tokens, fewer than one window of {window}"
-        raise ValueError(f"{found}. Use a smaller window, or a split with more text.")
+        said = f"The text has {len(ids)} tokens, fewer than one window of {window}"
+        raise ValueError(f"{said}. Use a smaller window, or a split with more text.")
     return ids
 
 
@@ -106,12 +106,12 @@ def check_window(model: nn.Module, window: int, prefix: int = 0, name: str = "wi
     positions = getattr(config and config.get_text_config(), "max_position_embeddings", None)
     if positions is None or window + prefix <= positions:
         return
-    found = f"{name} is {window} tokens{f' after {prefix} in front of each' if prefix else ''}, and "
-    found += f"{type(model).__name__} has {positions} positions"
+    said = f"{name} is {window} tokens{f' after {prefix} in front of each' if prefix else ''}, and "
+    said += f"{type(model).__name__} has {positions} positions"
     embeddings = [path for path, module in model.named_modules() if isinstance(module, nn.Embedding)]
     if any(re.search(r"position[^.]*$|\bwpe$", path) for path in embeddings):
-        raise ValueError(f"{found}. Use {name}={positions - prefix}.")
-    _log.warning("%s: it was not made for windows of this length.", found)
+        raise ValueError(f"{said}. Use {name}={positions - prefix}.")
+    _log.warning("%s: it was not made for windows of this length.", said)
 
 
 def evaluate_perplexity(

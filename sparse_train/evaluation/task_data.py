@@ -22,13 +22,13 @@ _FIELDS |= {"rte": ("premise", "hypothesis"), "winogrande": ("continuation", "co
 
 def task_file(folder: str | Path, task: str) -> Path:
     """The file of a task: ``TASK.jsonl``, or a sample of its items, named with their number: ``TASK1000.jsonl``."""
-    found = sorted(path for path in Path(folder).glob(f"{task}*.jsonl") if re.fullmatch(rf"{task}\d*", path.stem))
-    if len(found) != 1:
+    files = sorted(path for path in Path(folder).glob(f"{task}*.jsonl") if re.fullmatch(rf"{task}\d*", path.stem))
+    if len(files) != 1:
         raise ValueError(
             f"{task} expects its items in one file, {folder}/{task}.jsonl or a sample of N of them, {task}N.jsonl, and "
-            f"there is {' and '.join(path.name for path in found) or 'none'}. Its format: docs/evaluation.md."
+            f"there is {' and '.join(path.name for path in files) or 'none'}. Its format: docs/evaluation.md."
         )
-    return found[0]
+    return files[0]
 
 
 def read(folder: str | Path, task: str) -> list[dict[str, Any]]:

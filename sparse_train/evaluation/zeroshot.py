@@ -94,15 +94,15 @@ class ZeroShotResult:
     @property
     def metrics(self) -> dict[str, float]:
         """For loggers: each task, and the mean if there are several."""
-        found = {f"zero_shot/{task.task}": task.accuracy for task in self.tasks}
-        return found | ({"zero_shot/mean": self.mean} if len(found) > 1 else {})
+        accuracies = {f"zero_shot/{task.task}": task.accuracy for task in self.tasks}
+        return accuracies | ({"zero_shot/mean": self.mean} if len(accuracies) > 1 else {})
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        found = {"mean": self.mean, "mean_stderr": self.mean_stderr, **asdict(self)}
-        for task in found["tasks"]:
+        content = {"mean": self.mean, "mean_stderr": self.mean_stderr, **asdict(self)}
+        for task in content["tasks"]:
             del task["items"]
-        return found
+        return content
 
 
 def evaluate_zero_shot(
@@ -163,12 +163,12 @@ def evaluate_zero_shot(
             task.set_fewshot_seed(DEFAULT_OTHER_SEED)
         # standard errors of accuracies have a closed form; two bootstrap draws for others, which are not reported
         try:
-            found = evaluate(lm=lm, task_dict=loaded, limit=limit, log_samples=True, bootstrap_iters=2)
+            report = evaluate(lm=lm, task_dict=loaded, limit=limit, log_samples=True, bootstrap_iters=2)
         except AssertionError as error:  # most say nothing
             likely = f"most likely an answer alone has more than the {lm.max_length} tokens that the model reads"
             raise ValueError(f"lm-eval stopped at one of its checks: {str(error) or likely}.") from error
     return ZeroShotResult(
-        tasks=tuple(_accuracy(name, found["results"][name], found["samples"].get(name, [])) for name in reported),
+        tasks=tuple(_accuracy(name, report["results"][name], report["samples"].get(name, [])) for name in reported),
         model=model_name,
         data=_data(names, task_data),
         num_fewshot=0,
@@ -206,11 +206,11 @@ def _load_tasks(names: Sequence[str], task_data: str | Path | None) -> tuple[dic
             close = did_you_mean(name, {*manager.task_index, "wanda7", "perplexity"})
             raise ValueError(f"lm-eval has no task {name!r}.{close} lm_eval ls tasks shows all.")
         with reading(name, lambda: " Without a hub, --task_data has the items of wanda7 (docs/evaluation.md)."):
-            found = manager.load([name])
-        group = found["groups"].get(name)
-        reported += [name] if group is not None and group.has_aggregation else found["tasks"]
+            named = manager.load([name])
+        group = named["groups"].get(name)
+        reported += [name] if group is not None and group.has_aggregation else named["tasks"]
         for kind, own in loaded.items():
-            own |= found[kind]
+            own |= named[kind]
     for name, task in loaded["tasks"].items():
         if not set(_METRICS) & set(task.aggregation()):
             raise ValueError(
@@ -229,19 +229,19 @@ def _task_manager(task_data: str | None, others: bool) -> Any:
     return TaskManager(include_defaults=others, **(own if task_data is not None else {}))
 
 
-def _accuracy(name: str, found: dict[str, Any], samples: list[dict[str, Any]]) -> TaskAccuracy:
+def _accuracy(name: str, report: dict[str, Any], samples: list[dict[str, Any]]) -> TaskAccuracy:
     """From lm-eval's report, ``{"acc,none": 0.5, "acc_stderr,none": 0.1, "sample_len": 26, ...}``, and its samples."""
-    keys = [key for key in found if "," in key and "_stderr," not in key]
+    keys = [key for key in report if "," in key and "_stderr," not in key]
     chosen = next(key for metric in _METRICS for key in keys if key.startswith(f"{metric},"))
     metric, _, pipeline = chosen.partition(",")
-    stderr = found.get(f"{metric}_stderr,{pipeline}")
+    stderr = report.get(f"{metric}_stderr,{pipeline}")
     return TaskAccuracy(
         task=name,
-        accuracy=float(found[chosen]),
+        accuracy=float(report[chosen]),
         stderr=float(stderr) if isinstance(stderr, (int, float)) else None,
-        n=int(found["sample_len"]),
+        n=int(report["sample_len"]),
         metric=chosen.removesuffix(",none"),
-        others={key.removesuffix(",none"): float(found[key]) for key in keys if key != chosen},
+        others={key.removesuffix(",none"): float(report[key]) for key in keys if key != chosen},
         items=tuple(float(sample[metric]) for sample in samples if sample["filter"] == pipeline),
     )
 

@@ -53,8 +53,8 @@ class ModelCard:
         """
         from huggingface_hub import ModelCardData
 
-        found = pruned(layers)
-        patterns = sorted({layer.pattern for layer in found})
+        sparse = pruned(layers)
+        patterns = sorted({layer.pattern for layer in sparse})
         front = ModelCardData(
             base_model=self.hub_id,
             library_name="transformers",
@@ -62,12 +62,12 @@ class ModelCard:
             pipeline_tag="text-generation",
             tags=["sparse-train", "sparse", "pruned", *patterns],
         )
-        whole = f", {sparsity_of(layers):.4f} of all linear layers'" if len(layers) > len(found) else ""
+        whole = f", {sparsity_of(layers):.4f} of all linear layers'" if len(layers) > len(sparse) else ""
         made = {
             "base model": self.base_model,
             "pruned before": list(self.stages),
             **self.made,
-            "counted sparsity": f"{sparsity_of(found):.4f} of the {len(found)} pruned layers' weights{whole}, "
+            "counted sparsity": f"{sparsity_of(sparse):.4f} of the {len(sparse)} pruned layers' weights{whole}, "
             "counted on the weights that are written here",
             "perplexity": self.perplexity,
             "made with": ", ".join(f"{name} {each}" for name, each in versions().items() if name in _MAKERS),

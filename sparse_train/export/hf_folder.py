@@ -127,16 +127,16 @@ def _narrower_dtype_of_files(model: Any) -> torch.dtype | None:
 
 def _in_dtype(state: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """A state dict with its float tensors in ``dtype``; tied weights stay tied."""
-    found, converted = dict(state), {}
+    written, converted = dict(state), {}
     for name, tensor in state.items():
         if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.dtype != dtype:
             place = (tensor.data_ptr(), tensor.shape)  # save_pretrained recognises tied weights by their memory
             if place not in converted:
                 converted[place] = tensor.to(dtype)
-            found[name] = converted[place]
-            if not found[name].isfinite().all() and tensor.isfinite().all():
+            written[name] = converted[place]
+            if not written[name].isfinite().all() and tensor.isfinite().all():
                 raise ValueError(f"{name} has weights that are too large for {dtype}. Export with dtype=torch.float32.")
-    return found
+    return written
 
 
 def _save_adapter(model: Any, folder: Path, state: Any, base: Path) -> None:

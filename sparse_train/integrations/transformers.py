@@ -356,8 +356,8 @@ def _around(method: str) -> Callable[[Any], Any]:
 
         @functools.wraps(original)
         def patched(self: Any, *args: Any, **kwargs: Any) -> Any:
-            found = [each for each in self.callback_handler.callbacks if isinstance(each, SparseTrainerCallback)]
-            return around(found, original, self, *args, **kwargs)
+            callbacks = [each for each in self.callback_handler.callbacks if isinstance(each, SparseTrainerCallback)]
+            return around(callbacks, original, self, *args, **kwargs)
 
         setattr(Trainer, method, patched)
         return around
@@ -366,40 +366,40 @@ def _around(method: str) -> Callable[[Any], Any]:
 
 
 @_around("train")
-def _train(found: Any, train: Any, self: Any, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+def _train(callbacks: Any, train: Any, self: Any, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
     # the Trainer tells its callbacks which step it resumes, but not from which folder
-    if len(found) > 1:
+    if len(callbacks) > 1:
         raise ValueError(
-            f"The Trainer has {len(found)} SparseTrainerCallbacks, and can use one: they would write the same file. "
-            "For several patterns in one model, use several MaskUpdater in a callback of your own or in a custom loop."
+            f"The Trainer has {len(callbacks)} SparseTrainerCallbacks, and can use one: they would write the same "
+            "file. For several patterns in one model, use several MaskUpdater in a callback or loop of your own."
         )
     folder = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
-    if found and folder:
+    if callbacks and folder:
         check_complete(Path(folder))
     elif folder and (Path(folder) / STATE_FILE).exists():
         raise ValueError(
             f"{folder} is of a sparse run, and the Trainer has no SparseTrainerCallback, without which training would "
             "fill its zeros. Add the callback."
         )
-    for callback in found:
+    for callback in callbacks:
         callback._resumed = Path(folder) if folder else None
     return train(self, resume_from_checkpoint, *args, **kwargs)
 
 
 @_around("log")
-def _log_with_metrics(found: Any, log: Any, self: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> Any:
+def _log_with_metrics(callbacks: Any, log: Any, self: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> Any:
     # Reporters (TensorBoard, W&B) come before a user's callbacks, so that nothing added in on_log would reach them.
     # Rows of evaluations stay unchanged: ``evaluate`` returns them, and the Trainer writes them into model cards.
     if "loss" in logs or "train_loss" in logs:
-        for callback in found:
+        for callback in callbacks:
             logs.update(callback._unlogged)
             callback._unlogged = {}
     return log(self, logs, *args, **kwargs)
 
 
 @_around("_save_checkpoint")
-def _save_with_state(found: Any, save: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+def _save_with_state(callbacks: Any, save: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     # in on_save it would be too late: the Trainer has deleted older checkpoints by then, and may have begun to upload
-    for callback in found:
+    for callback in callbacks:
         callback.save_state(self.args, self.state)
     return save(self, *args, **kwargs)

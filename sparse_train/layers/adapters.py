@@ -28,10 +28,10 @@ def check_adapters(model: nn.Module) -> None:
 
 def note_adapters(model: nn.Module) -> dict[int, nn.Module]:
     """The adapters by the ids of their base layers; masked ones remember that they have been wrapped."""
-    found = {id(module.base_layer): module for module in model.modules() if "base_layer" in module._modules}
+    adapters = {id(module.base_layer): module for module in model.modules() if "base_layer" in module._modules}
     for layer in masked_modules(model).values():
-        layer.had_adapter = layer.had_adapter or id(layer) in found
-    return found
+        layer.had_adapter = layer.had_adapter or id(layer) in adapters
+    return adapters
 
 
 def check_no_dora(adapter: nn.Module) -> None:

@@ -107,21 +107,21 @@ def read_elsewhere(loss: Tensor, parameters: Iterable[Tensor]) -> set[int]:
 
     From the graph of autograd. What a compiled part reads, or one that is frozen or without gradients, is not seen.
     """
-    wanted, found = set(map(id, parameters)), set()
+    wanted, elsewhere = set(map(id, parameters)), set()
     seen, nodes = set(), [loss.grad_fn]
     while nodes:
         node = nodes.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        found |= {id(getattr(node, "variable", None))} & wanted
+        elsewhere |= {id(getattr(node, "variable", None))} & wanted
         edges = [following for following, _ in node.next_functions]
         if isinstance(node, _MaskedLinear._backward_cls):
             del edges[1]  # the weight
         elif "Compiled" in node.name():
             edges = [each for each in edges if not hasattr(each, "variable")]
         nodes += edges
-    return found
+    return elsewhere
 
 
 def masked_linear(

@@ -100,8 +100,8 @@ def described(layer: MaskLoRALinear) -> str:
 
 def describe_factors(layers: Mapping[str, MaskedLayer]) -> str | None:
     """The adapters of masked layers in words, for checkpoints and model cards; None if there are none."""
-    found = [described(layer) for layer in layers.values() if isinstance(layer, MaskLoRALinear)]
-    return f"{', '.join(sorted(set(found)))} on {len(found)} of {len(layers)} layers" if found else None
+    adapted = [described(layer) for layer in layers.values() if isinstance(layer, MaskLoRALinear)]
+    return f"{', '.join(sorted(set(adapted)))} on {len(adapted)} of {len(layers)} layers" if adapted else None
 
 
 def add_mask_lora(model: nn.Module, lora: MaskLoRA | None = None) -> list[nn.Parameter]:
@@ -193,11 +193,11 @@ def attach_factors(layer: MaskedLayer, rank: int, lora_alpha: int) -> None:
 def _wanted(model: nn.Module, lora: MaskLoRA) -> dict[str, MaskedLayer]:
     layers, wanted = sparse_layers(model), lora.target_modules
     texts = [wanted] if isinstance(wanted, str) else wanted
-    found = [list(layers) if text == "all-linear" else named_by(text, layers) for text in texts]
-    if not found or not all(found):
+    by_text = [list(layers) if text == "all-linear" else named_by(text, layers) for text in texts]
+    if not by_text or not all(by_text):
         known = sorted({name.rpartition(".")[2] for name in layers})
         raise ValueError(
             f"mask_lora puts adapters inside masks, and no masked layer is named like one of {lora.target_modules}: "
             f"they are {known}. In a loop of your own, build the MaskUpdater first, or prune with squash=False."
         )
-    return {name: layers[name] for names in found for name in names}
+    return {name: layers[name] for names in by_text for name in names}

@@ -61,18 +61,18 @@ def folded_state_dict(
 
 
 def _masks_for(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    found = {key: value for key, value in state.items() if is_mask(key)}
+    by_key = {key: value for key, value in state.items() if is_mask(key)}
     for name, layer in masked_modules(model).items():
         weight, mask = f"{name}weight", f"{name}{MASK_NAME}"
-        if weight not in state or mask in found:
+        if weight not in state or mask in by_key:
             continue
         if state[weight].shape != layer.weight.shape or layout_of(layer.weight).is_sharded:
             raise ValueError(
                 f"The state dict has {weight} and not {mask}, and the model's own mask does not fit it, so pruned "
                 "weights cannot be told from kept ones. Use a state dict with masks, such as model.state_dict()."
             )
-        found[mask] = layer.weight_mask.to(state[weight].device)
-    return found
+        by_key[mask] = layer.weight_mask.to(state[weight].device)
+    return by_key
 
 
 def teach_save_pretrained() -> None:

@@ -115,20 +115,20 @@ def _in_blocks(model: nn.Module, blocks: str, fused: Mapping[str, FusedExperts],
             "layers.",
             *(len(dense), min(dense), 100 * share),
         )
-    found = [name for name, module in model.named_modules() if is_linear(module) and module in inside]
-    found += [name for name in fused if name.startswith(f"{blocks}.")]
-    return [name for name in found if name not in routers]
+    linears = [name for name, module in model.named_modules() if is_linear(module) and module in inside]
+    linears += [name for name in fused if name.startswith(f"{blocks}.")]
+    return [name for name in linears if name not in routers]
 
 
 def _without_blocks(model: nn.Module, pattern: Pattern, never: set[str], ignored: set[str]) -> list[str]:
     """All linear layers but the last one, those that are frozen beside others, and those that the pattern misfits."""
     frozen = frozen_linears(model)
-    found = [name for name, module in model.named_modules() if is_linear(module) and name not in never | frozen]
+    linears = [name for name, module in model.named_modules() if is_linear(module) and name not in never | frozen]
     # if mask_lora has been added already, it has frozen the last layer
-    if found and not getattr(model.get_submodule(found[-1]), "has_factors", False):
-        del found[-1]
+    if linears and not getattr(model.get_submodule(linears[-1]), "has_factors", False):
+        del linears[-1]
     fitting = []
-    for name in (name for name in found if name not in ignored):
+    for name in (name for name in linears if name not in ignored):
         if why := _misfit(model, name, pattern):
             _log.warning("%s stays dense: %s", name, why)
         else:
@@ -176,20 +176,20 @@ def _match(model: nn.Module, patterns: Sequence[str], argument: str, fused: Mapp
 
 def _warn_of_dense(model: nn.Module, blocks: str, fused: Mapping[str, FusedExperts], own_use: set[str]) -> None:
     """Warn of weights of the blocks that no mask can reach."""
-    found: dict[str, nn.Parameter] = {}
+    dense: dict[str, nn.Parameter] = {}
     for name, module in model.get_submodule(blocks).named_modules(prefix=blocks):
         if name in own_use or not (is_linear(module) or is_router(module) or isinstance(module, nn.Embedding)):
             own = dict(module.named_parameters(prefix=name, recurse=False))
-            found |= {full: each for full, each in own.items() if dimensions(each) >= 2 and full not in fused}
-    if not found:
+            dense |= {full: each for full, each in own.items() if dimensions(each) >= 2 and full not in fused}
+    if not dense:
         return
     _log.warning(
         "%d weights cannot be masked and stay dense (%.1f %% of the model's parameters): %s",
-        len(found),
-        100 * sum(map(numel, found.values())) / sum(map(numel, model.parameters())),
-        ", ".join(list(found)[:3]) + (", ..." if len(found) > 3 else ""),
+        len(dense),
+        100 * sum(map(numel, dense.values())) / sum(map(numel, model.parameters())),
+        ", ".join(list(dense)[:3]) + (", ..." if len(dense) > 3 else ""),
     )
-    sparse = [name for name, parameter in found.items() if dimensions(parameter) == 3 and _has_zeros(parameter)]
+    sparse = [name for name, parameter in dense.items() if dimensions(parameter) == 3 and _has_zeros(parameter)]
     if sparse:
         _log.warning(
             "%s has zeros, as left by one-shot pruning, but no mask that would keep them: training fills them. "

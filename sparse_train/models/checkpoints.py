@@ -33,9 +33,9 @@ def read_checkpoint(checkpoint: str | Path) -> dict[str, Any]:
     """
     path = Path(checkpoint)
     if path.is_file():
-        found = load_plain(path, mmap=True)
-        if isinstance(found, dict) and "state_dict" in found:
-            return found
+        loaded = load_plain(path, mmap=True)
+        if isinstance(loaded, dict) and "state_dict" in loaded:
+            return loaded
         raise ValueError(
             f"{path} is not a checkpoint of a training run, which has a state_dict. If it is part of a checkpoint "
             "folder, give that folder."
@@ -96,10 +96,10 @@ def newest_checkpoint(folder: str | Path) -> Path:
     Raises:
         ValueError: there is none.
     """
-    found = list(Path(folder).rglob("*.ckpt"))
-    if not found:
+    checkpoints = list(Path(folder).rglob("*.ckpt"))
+    if not checkpoints:
         raise ValueError(f"There is no last checkpoint: {folder} (trainer.default_root_dir) has no *.ckpt inside.")
-    return max(found, key=lambda path: path.stat().st_mtime_ns)
+    return max(checkpoints, key=lambda path: path.stat().st_mtime_ns)
 
 
 def check_runs_no_code(checkpoint: str | Path) -> None:
@@ -109,8 +109,8 @@ def check_runs_no_code(checkpoint: str | Path) -> None:
     """
     path = Path(checkpoint)
     if path.is_file():
-        found = load_plain(path, mmap=True)
-        if not isinstance(found, dict) or not all(isinstance(found.get(key), kind) for key, kind in _FORM.items()):
+        loaded = load_plain(path, mmap=True)
+        if not isinstance(loaded, dict) or not all(isinstance(loaded.get(key), kind) for key, kind in _FORM.items()):
             raise ValueError(f"{path} is not a checkpoint of a training run: Lightning did not write it.")
     for file in sorted(path.rglob("*.pt")):
         with torch.serialization.safe_globals(_deepspeed_classes()):
@@ -180,10 +180,10 @@ def _read_fsdp2(path: Path) -> dict[str, Tensor]:
     from torch.distributed.checkpoint.state_dict_loader import load
 
     prefix = "state_dict."
-    found = _read_fsdp2_metadata(path).state_dict_metadata
+    entries = _read_fsdp2_metadata(path).state_dict_metadata
     weights = {  # without the optimizer's state, which is twice as large
         key: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for key, entry in found.items()
+        for key, entry in entries.items()
         if key.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
     }
     load(weights, storage_reader=FileSystemReader(path), no_dist=True)

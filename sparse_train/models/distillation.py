@@ -161,11 +161,11 @@ class Distillation:
 
 def digest(model: nn.Module) -> str:
     """Of the names and bytes of all weights."""
-    found = hashlib.sha256()
+    sha256 = hashlib.sha256()
     for name, weight in model.state_dict().items():
-        found.update(name.encode())
-        found.update(weight.cpu().flatten().view(torch.uint8).numpy())
-    return found.hexdigest()
+        sha256.update(name.encode())
+        sha256.update(weight.cpu().flatten().view(torch.uint8).numpy())
+    return sha256.hexdigest()
 
 
 def cast_linear(model: nn.Module, dtype: torch.dtype) -> None:

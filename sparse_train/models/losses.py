@@ -82,12 +82,12 @@ def distillation_loss(
 
 def top_k(logits_BLV: Tensor, k: int, temperature: float = 1.0) -> TopK:
     """The K = min(k, V) most likely tokens of each position, with log-probabilities in float32 at a temperature."""
-    logits_TV, found = logits_BLV.flatten(0, 1), []
+    logits_TV, chunks = logits_BLV.flatten(0, 1), []
     for chunk in _chunks(None, logits_TV):
         log_p_CV = F.log_softmax(logits_TV[chunk].float() / temperature, dim=-1)
         log_p_CK, ids_CK = log_p_CV.topk(min(k, log_p_CV.shape[1]))
-        found.append((ids_CK.int(), log_p_CK, log_p_CV.exp_().scatter_(1, ids_CK, 0).sum(1).log()))
-    return TopK(*(torch.cat(part).unflatten(0, logits_BLV.shape[:2]) for part in zip(*found, strict=True)))
+        chunks.append((ids_CK.int(), log_p_CK, log_p_CV.exp_().scatter_(1, ids_CK, 0).sum(1).log()))
+    return TopK(*(torch.cat(part).unflatten(0, logits_BLV.shape[:2]) for part in zip(*chunks, strict=True)))
 
 
 def mean_over_tokens(device: torch.device, *, sync: bool = True) -> "MeanMetric":

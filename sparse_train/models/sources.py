@@ -75,7 +75,7 @@ class Pretrained(ModelSource):
     def load(self) -> Any:
         from transformers import AutoModelForCausalLM
 
-        model, found = self._read(
+        model, info = self._read(
             AutoModelForCausalLM,
             dtype=self.dtype,
             attn_implementation=self.attn_implementation,
@@ -90,7 +90,7 @@ class Pretrained(ModelSource):
             model.config.__dict__.pop("quantization_config", None)
             model.hf_quantizer, model.is_quantized = None, False
         else:
-            self._check_whole(model, sorted(found["missing_keys"]), sorted(found["unexpected_keys"]))
+            self._check_whole(model, sorted(info["missing_keys"]), sorted(info["unexpected_keys"]))
         return model
 
     def tokenizer(self) -> Any:

@@ -56,12 +56,12 @@ def random_batches(
 
 def first_samples(loader: Iterable[Batch], samples: int) -> list[Batch]:
     """The first batches, until there are so many samples, and a batch for each process."""
-    found: list[Batch] = []
+    batches: list[Batch] = []
     for batch in loader:
-        found.append(batch)
-        if len(found) >= world_size() and sum(map(samples_in, found)) >= samples:
+        batches.append(batch)
+        if len(batches) >= world_size() and sum(map(samples_in, batches)) >= samples:
             break
-    return found
+    return batches
 
 
 def _ids(batch: Any) -> Any:

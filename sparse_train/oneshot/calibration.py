@@ -72,8 +72,8 @@ class CalibrationPass:
         recorder, experts = self._recorder, [layer for layer in layers.values() if isinstance(layer, ExpertMatrix)]
         attach(layers.values(), recorder, statistics)
         two_texts = reads_two_texts(self._model, layers.values())
-        found = [padding_of(batch, recorder, two_texts) for batch in self._batches]
-        paddings = [None if mask is None or bool(mask.all()) else mask for mask in found]  # of ones: no padding
+        given = [padding_of(batch, recorder, two_texts) for batch in self._batches]
+        paddings = [None if mask is None or bool(mask.all()) else mask for mask in given]  # of ones: no padding
         if experts and (padded := [mask for mask in paddings if mask is not None]):
             recorder.misfit = "(tokens that are routed to experts, I)", padded[0]
         recorder.when = "always"

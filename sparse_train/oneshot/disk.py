@@ -223,15 +223,15 @@ def unfinished(out: Path, settings: Sequence[str]) -> Iterator[Path]:
 
 def _read_progress(work: Path) -> dict[str, Any]:
     path = work / _PROGRESS
-    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"settings": [], "updates": {}}
-    return found
+    progress: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"settings": [], "updates": {}}
+    return progress
 
 
 def fingerprint(batches: Iterable[Batch]) -> str:
     """Identifies calibration data, so that an unfinished run continues on the same."""
-    found = 0
+    crc = 0
     for batch in batches:
         named = batch if isinstance(batch, Mapping) else {"input_ids": batch}
         tensors = {name: each.cpu().contiguous().clone() for name, each in named.items() if isinstance(each, Tensor)}
-        found = zlib.crc32(save(tensors), found)
-    return f"calibration data {found}"
+        crc = zlib.crc32(save(tensors), crc)
+    return f"calibration data {crc}"

@@ -41,10 +41,10 @@ def make_first_mask(
     model, ranks = transformers_model(root, layers.values()), world_size()
     if model is None or any(layer.layout.is_sharded for layer in layers.values()):
         return None
-    found = batches(first.samples)
-    if found is None or len(found) < ranks:
+    samples = batches(first.samples)
+    if samples is None or len(samples) < ranks:
         return None
-    if (there := sum(map(samples_in, found))) < first.samples and rank() == 0:
+    if (there := sum(map(samples_in, samples))) < first.samples and rank() == 0:
         _log.warning("The first mask reads %d of %d samples: the data has no more.", there, first.samples)
     zeros = {}
     if config.first_solver is not None:
@@ -61,7 +61,7 @@ def make_first_mask(
     shelf = MemoryShelf(model, layers, together=plan.pattern.model_wide)
     try:
         with shelf.pruning_from_dense():
-            outliers = walk(shelf, plan, found[rank() :: ranks], progress, context).outliers
+            outliers = walk(shelf, plan, samples[rank() :: ranks], progress, context).outliers
     except Exception as error:
         error.add_note(
             "This happened while one-shot pruning made the first mask from batches of the training data. With "

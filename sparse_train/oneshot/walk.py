@@ -125,14 +125,14 @@ class Shelf(ABC):
             for part in (*block.modules(), *block.parameters()):
                 places.setdefault(id(part), []).append(index)
         for name, each in targets.items():
-            found = places.get(id(parts[name]), [])
-            if len(found) > 1:
+            inside = places.get(id(parts[name]), [])
+            if len(inside) > 1:
                 raise ValueError(
-                    f"{name} is part of blocks {found[0]} and {found[1]}, and each would prune it for itself. Leave it "
-                    f"out with ignore=[{name!r}]. {WAY_OUT}"
+                    f"{name} is part of blocks {inside[0]} and {inside[1]}, and each would prune it for itself. Leave "
+                    f"it out with ignore=[{name!r}]. {WAY_OUT}"
                 )
             size_OI = each.experts.shape_OI if isinstance(each, ExpertMatrix) else shape_OI(each)
-            self.shapes[name] = LayerShape(found[0] if found else None, *size_OI)
+            self.shapes[name] = LayerShape(inside[0] if inside else None, *size_OI)
 
     @property
     def last(self) -> int:
@@ -248,16 +248,16 @@ def walk(
 
 def _measure_outliers(shelf: Shelf, above: float, calibration: CalibrationPass, progress: bool) -> dict[int, float]:
     """The share of outliers of each block, from a walk over dense blocks."""
-    found = {}
+    shares = {}
     for block in with_bar(range(shelf.last + 1), "measuring outliers", shown=progress):
         layers = shelf.load(block)
         calibration.record(layers, ActivationNorm, block, keep=block < shelf.last)
         if layers:
             sum_statistics(layers.values())
-            found[block] = outlier_share(layers.values(), above)
+            shares[block] = outlier_share(layers.values(), above)
         _release(layers.values())
         shelf.free(block)
-    return found
+    return shares
 
 
 @torch.no_grad()

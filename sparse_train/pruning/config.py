@@ -168,8 +168,8 @@ class PruningConfig:
     @property
     def first_solver(self) -> Solver | None:
         """What makes the first mask, if that also moves weights."""
-        found = self.first_mask.criterion if isinstance(self.first_mask, OneShot) else None
-        return found if isinstance(found, Solver) else None
+        criterion = self.first_mask.criterion if isinstance(self.first_mask, OneShot) else None
+        return criterion if isinstance(criterion, Solver) else None
 
     def sparsity_at(self, progress: float) -> float:
         """Sparsity of the schedule at ``progress``, always as a Python number."""
@@ -207,5 +207,5 @@ class PruningConfig:
 
     def as_data(self) -> dict[str, Any]:
         """The settings as plain data, for checkpoints, cards and reports; parts name their class."""
-        found = {each.name: as_data(getattr(self, each.name)) for each in fields(self) if each.init}
-        return {**found, "mask_structure": group_label(self.pattern), "sparsity": self.sparsity_at(1.0)}
+        settings = {each.name: as_data(getattr(self, each.name)) for each in fields(self) if each.init}
+        return {**settings, "mask_structure": group_label(self.pattern), "sparsity": self.sparsity_at(1.0)}

@@ -34,8 +34,8 @@ def norms_of(layers: Mapping[str, MaskedMatrix]) -> dict[str, ActivationNorm]:
 
 def sum_statistics(layers: Iterable[MaskedMatrix]) -> None:
     """Sum the statistics of layers over ranks, in place."""
-    found = [layer.statistics for layer in layers if layer.statistics is not None]
-    sum_over_ranks([tensor for statistics in found for tensor in statistics.tensors()])
+    recorded = [layer.statistics for layer in layers if layer.statistics is not None]
+    sum_over_ranks([tensor for statistics in recorded for tensor in statistics.tensors()])
 
 
 def check_agreement(layers: Mapping[str, MaskedMatrix]) -> None:
@@ -108,8 +108,9 @@ def padding_of(batch: Any, recorder: Recorder, two_texts: bool) -> Tensor | None
 def reads_two_texts(model: nn.Module, layers: Iterable[Any]) -> bool:
     """Whether any of ``layers`` is part of an encoder-decoder model, whose batches have a mask for one of two texts."""
     wanted = set(layers)
-    found = (m for m in model.modules() if getattr(getattr(m, "config", None), "is_encoder_decoder", False) is True)
-    return any(wanted & set(module.modules()) for module in found)
+    configs = ((module, getattr(module, "config", None)) for module in model.modules())
+    two_texts = (module for module, config in configs if getattr(config, "is_encoder_decoder", False) is True)
+    return any(wanted & set(module.modules()) for module in two_texts)
 
 
 def warn_of_padding(recorder: Recorder) -> None:

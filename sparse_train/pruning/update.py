@@ -117,12 +117,12 @@ def _choose(layers: Mapping[str, MaskedMatrix], rules: Rules) -> dict[str, _Choi
         keep_OJ = masks.pack(keep_OI)
         return _Choice(keep_OJ, masks.count(keep_OJ & nonzero_OJ), 0)
 
-    found: dict[str, list[_Choice]] = {name: [] for name in layers}
+    chosen: dict[str, list[_Choice]] = {name: [] for name in layers}
     with ExitStack() as stack:
         chunks = [each for n, layer in layers.items() for each in stack.enter_context(_chunks(n, layer, rules))]
         for chunk, choice in zip(chunks, in_threads(choose, chunks), strict=True):
-            found[chunk.name].append(choice)
-    return {name: _join(layers[name], choices, rules) for name, choices in found.items()}
+            chosen[chunk.name].append(choice)
+    return {name: _join(layers[name], choices, rules) for name, choices in chosen.items()}
 
 
 def _join(layer: MaskedMatrix, choices: list[_Choice], rules: Rules) -> _Choice:

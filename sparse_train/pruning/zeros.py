@@ -83,8 +83,8 @@ def masks_from_zeros(layers: Mapping[str, MaskedLayer], pattern: Pattern, sparsi
                 _mask_zeros(layer)
             division.take_from_masks(mask_shares(layers, pattern), sparsity)
         # by magnitude, masks prune zeros first: if the zeros follow the pattern, nothing else
-        found = update_masks(layers, Rules(Magnitude(), pattern, division.at(sparsity)))
-        if any(found[name].zeros != dense[name].zeros for name in layers):
+        updates = update_masks(layers, Rules(Magnitude(), pattern, division.at(sparsity)))
+        if any(updates[name].zeros != dense[name].zeros for name in layers):
             raise ValueError(
                 f"first_mask is FromZeros(), and {percent:.1f} % of the targeted weights are zeros, "
                 f"but not where {group_label(pattern)} at {sparsity:g} has them. Those of unstructured SparseGPT are "

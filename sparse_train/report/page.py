@@ -149,10 +149,10 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1)
 
 def _side_by_side(runs: Sequence[Run], facts: Callable[[Run], Mapping[str, str]]) -> str:
     """A row per fact and a column per run; facts that no run has are left out."""
-    found = [facts(run) for run in runs]
-    names = dict.fromkeys(name for each in found for name, text in each.items() if text)
+    by_run = [facts(run) for run in runs]
+    names = dict.fromkeys(name for each in by_run for name, text in each.items() if text)
     columns = ["", *(run.name for run in runs)] if len(runs) > 1 else ["", "value"]
-    return table(columns, [[name, *(each.get(name, "") for each in found)] for name in names], words=len(columns))
+    return table(columns, [[name, *(each.get(name, "") for each in by_run)] for name in names], words=len(columns))
 
 
 def _of(run: Run, runs: Sequence[Run]) -> str:

@@ -116,8 +116,8 @@ def headline(run: Run) -> dict[str, Any]:
 
 def named(word: str, names: Sequence[str]) -> str | None:
     """The first name that is ``word`` behind its stage ("val/loss", rather than its term "val/loss_ce"), or has it."""
-    found = [name for name in names if word in name]
-    return next((name for name in found if name.rpartition("/")[2] == word), found[0] if found else None)
+    having = [name for name in names if word in name]
+    return next((name for name in having if name.rpartition("/")[2] == word), having[0] if having else None)
 
 
 def _number(value: float | None, form: str) -> str:
@@ -134,26 +134,26 @@ def collect(folders: Sequence[str | Path]) -> list[Run]:
     """
     if not folders:
         raise ValueError("There is no run to report. Name the folder of one, such as runs/smollm2_2of4/version_0.")
-    found = [_find(Path(folder)) for folder in folders]
-    paths = [folder.resolve() for folder in found]
+    parts = [_find(Path(folder)) for folder in folders]
+    paths = [folder.resolve() for folder in parts]
     names = [(path.parent if path.name.startswith("version_") else path).name for path in paths]
     if len(set(names)) < len(names):
-        names = [str(folder) for folder in found]
-    return [_read(folder, name) for folder, name in zip(found, names, strict=True)]
+        names = [str(folder) for folder in parts]
+    return [_read(folder, name) for folder, name in zip(parts, names, strict=True)]
 
 
 def _find(folder: Path) -> Path:
     records = [folder / RUN_FILE] if (folder / RUN_FILE).exists() else sorted(folder.glob(f"**/{RUN_FILE}"))
     parts = {record.parent: _history(record) for record in records}
-    found = [part for part, own in parts.items() if not any(_continues(each, own) for each in parts.values())]
-    if len(found) > 1:
-        raise ValueError(f"{folder} holds {len(found)} runs: {', '.join(map(str, found))}. Name those to report.")
-    if not found:
+    runs = [part for part, own in parts.items() if not any(_continues(each, own) for each in parts.values())]
+    if len(runs) > 1:
+        raise ValueError(f"{folder} holds {len(runs)} runs: {', '.join(map(str, runs))}. Name those to report.")
+    if not runs:
         raise ValueError(
             f"{folder} has no {RUN_FILE}: no run was recorded there. sparse-train fit writes one into the folder of "
             "its logger (such as version_0); your own trainer does with the callback sparse_train.callbacks.RunRecord."
         )
-    return found[0]
+    return runs[0]
 
 
 def _history(record: Path) -> tuple[Path, str, list[int]]:

@@ -242,41 +242,16 @@ PAIRS = [
 
 
 def headline(runs: Runs, short: Runs) -> str:
-    """README's table: re-pruning against a kept mask, each at its best learning rate, and both at one of the two."""
-    columns = ["target", "first mask", "kept", "re-pruned", "change", "change on C4", "both at one rate"]
-    lines = [f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
+    """README's table: re-pruning against a kept mask, each at its best learning rate; held-out articles / C4."""
+    lines = ["| target | first mask | kept | re-pruned | change | change on C4 |", "| --- " * 6 + "|"]
     for target, first_mask, static, moving, tokens_a_step, steps in PAIRS:
         of_size = runs if tokens_a_step == 2048 else short
         means = [[of_size.mean(arm, text, steps) for text in ("heldout", "c4")] for arm in (static, moving)]
         cells = ["not measured" if None in each else " / ".join(f"{mean:.2f}" for mean in each) for each in means]
         change, on_c4 = (of_size.change(moving, static, text, steps) for text in ("heldout", "c4"))
-        cells += ["", ""] if change is None or on_c4 is None else [_change(change), f"{on_c4[0]:+.1f} %"]
-        cells.append(_at_one_rate(of_size, static, moving, steps))
+        cells += ["", ""] if change is None or on_c4 is None else [_change(change), _change(on_c4)]
         lines.append(f"| {' | '.join([target, first_mask, *cells])} |")
     return "\n".join(lines) + "\n"
-
-
-def _at_one_rate(runs: Runs, static: str, moving: str, steps: int) -> str:
-    """The change on held-out articles / C4 if both have the rate of one of them; "" where that was not run."""
-    kept, repruned = runs.reported(static, steps), runs.reported(moving, steps)
-    rates = [{float(row["lr"]) for row in own.values()} for own in (kept, repruned)]
-    if not all(rates):
-        return ""
-    if rates[0] != rates[1]:
-        others = runs.at_other_rates()
-        kept_too, repruned_too = others.get((static, steps, *rates[1])), others.get((moving, steps, *rates[0]))
-        if kept_too:
-            kept = kept_too
-        elif repruned_too:
-            repruned = repruned_too
-        else:
-            return ""
-    seeds = sorted(kept.keys() & repruned.keys())
-    means = [
-        statistics.mean(100 * (float(repruned[seed][text]) / float(kept[seed][text]) - 1) for seed in seeds)
-        for text in ("heldout", "c4")
-    ]
-    return " / ".join(f"{mean:+.1f} %" for mean in means) + (" (one seed)" if len(seeds) == 1 else "")
 
 
 def main() -> None:

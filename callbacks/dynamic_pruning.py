@@ -6,8 +6,8 @@ What happens when, in Lightning's order:
     setup, configure_model    the same for targets that the module creates there
     (checkpoint is loaded)    finds the mask buffers; the callback's state is kept for later
     (sanity check)            the model as it was built
-    on_sanity_check_end       the first mask, or the state of the checkpoint, so that RunRecord can validate both models
-    on_train_start            the same, if there was no sanity check
+    on_sanity_check_end       the first mask, so that RunRecord can validate both models
+    on_train_start            the first mask, if there was no sanity check, or the state of the checkpoint
     on_train_batch_start      the recorder gets the batch's padding
     (forward)                 activations are recorded in the window before an update
     on_before_backward        in the first step: is a weight read beside its layer's forward?
@@ -147,7 +147,8 @@ class DynamicPruning(L.Callback):
             add_mask_lora(pl_module, self._mask_lora)
 
     def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._begin(trainer, pl_module)
+        if trainer.global_step == 0 and 0 not in (trainer.max_steps, trainer.max_epochs):  # otherwise, is there a step?
+            self._begin(trainer, pl_module)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._begin(trainer, pl_module)

@@ -3,6 +3,8 @@
 Shape suffixes: E experts, O out_features, I in_features.
 """
 
+import functools
+import inspect
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -202,7 +204,16 @@ def read_directly(model: nn.Module) -> set[str]:
         for inner, module in outer.named_modules(prefix=name)
         if is_linear(module)
     }
-    # mixers of Mamba: kernels for training read all that comes after the first projection
-    mixers = [(name, module) for name, module in model.named_modules() if "A_log" in module._parameters]
-    inside = ((f"{name}.{own}", part) for name, mixer in mixers for own, part in mixer.named_children())
-    return in_attention | {name for name, part in inside if is_linear(part) and not name.endswith(".in_proj")}
+    # mixers of Mamba and its kin give weights to kernels, some of them in training alone; others call all their layers
+    mixers = {name: module for name, module in model.named_modules() if "A_log" in module._parameters}
+    sources = {name: "".join(map(_source, type(mixer).__mro__)) for name, mixer in mixers.items()}
+    inside = [(name, own) for name, mixer in mixers.items() for own, part in mixer.named_children() if is_linear(part)]
+    return in_attention | {f"{name}.{own}" for name, own in inside if f"self.{own}.weight" in sources[name]}
+
+
+@functools.cache
+def _source(cls: type) -> str:
+    try:
+        return inspect.getsource(cls)
+    except (OSError, TypeError):  # a class that was made at run time, as by FSDP2
+        return ""

@@ -5,7 +5,7 @@ An object becomes data (``as_data``) or a call (``describe``), and data a call (
 
 import difflib
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar
 
@@ -83,27 +83,6 @@ def did_you_mean(word: str, candidates: Iterable[str]) -> str:
     known = {each.lower(): each for each in candidates}
     close = [known[each] for each in difflib.get_close_matches(word.lower(), known, n=3, cutoff=0.5)]
     return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
-
-
-def named_by(text: str, layers: Collection[str]) -> list[str]:
-    """The layers, of these names, that a text means: by "re:" and a regular expression, matched from the start of the
-    name; or by the name of a layer, or of a module around it: the whole name, or, if there is none of that name, a part
-    of it between dots, such as "q_proj" or "layers.0"."""
-    if text.startswith("re:"):
-        try:
-            return [name for name in layers if re.match(text[3:], name)]
-        except re.error as error:
-            raise ValueError(f"{text!r} is not a regular expression: {error}.") from error
-    plain = {name: name.partition("[")[0] for name in layers}  # without the number of a fused expert
-    whole = [name for name in layers if name == text or f"{plain[name]}.".startswith(f"{text}.")]
-    return whole or [name for name in layers if f".{text}." in f".{plain[name]}."]
-
-
-def similar_layers(text: str, layers: Iterable[str]) -> str:
-    """ " Did you mean ...?" for a text that ``named_by`` does not know."""
-    names = list(layers)
-    lasts = sorted({name.partition("[")[0].rpartition(".")[2] for name in names})
-    return did_you_mean(text.removeprefix("re:").strip(".*$"), [*lasts, *names])
 
 
 def leave_out(names: Iterable[str]) -> str:

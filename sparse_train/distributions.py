@@ -4,12 +4,13 @@ Shape suffixes: O out_features, I in_features.
 """
 
 import math
+import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from sparse_train.arguments import check_sparsity, named_by, similar_layers
+from sparse_train.arguments import check_sparsity, did_you_mean
 from sparse_train.patterns import NM, Pattern, Unstructured, share_of
 
 _AGREEMENT = 1e-3  # allowed difference from the mean of the layers' sparsities, which are written with few digits
@@ -66,8 +67,9 @@ class Explicit(SparsityDistribution):
     """Sparsities by name; layers that are not named share what is left of the model-wide sparsity.
 
     Args:
-        layers: sparsity by the names of layers or of modules around them, whole ("model.layers.0") or in part
-            ("down_proj"), or by "re:" expressions, see ``arguments.named_by``. If several match, the last one counts.
+        layers: sparsity by target: a layer's full name, the name of a module around it ("model.layers.0"), the last
+            part or parts of its name ("down_proj", "mlp.down_proj"), or "re:" and a regular expression matched from
+            the start of the name. If several match, the last one counts.
     """
 
     layers: dict[str, float]
@@ -79,9 +81,13 @@ class Explicit(SparsityDistribution):
     def sparsities(self, shapes: Shapes, sparsity: float, outliers: Outliers) -> dict[str, float]:
         named: dict[str, float] = {}
         for target, value in self.layers.items():
-            hits = named_by(target, shapes)
+            if target.startswith("re:"):
+                hits = [name for name in shapes if re.match(target[3:], name)]
+            else:
+                hits = [name for name in shapes if target in _heads_and_tails(name)]
             if not hits:
-                raise ValueError(f"{target!r} is not the name of a targeted layer.{similar_layers(target, shapes)}")
+                parts = sorted({part for name in shapes for part in _heads_and_tails(name)})
+                raise ValueError(f"{target!r} is not the name of a targeted layer." + did_you_mean(target, parts))
             named |= dict.fromkeys(hits, value)
         total = sum(shape.size for shape in shapes.values())
         share = mean_sparsity(shapes, named)
@@ -94,6 +100,13 @@ class Explicit(SparsityDistribution):
                 f"and {others}. Change the sparsity or those of the named layers."
             )
         return {name: named.get(name, max(0.0, rest)) for name in shapes}
+
+
+def _heads_and_tails(name: str) -> list[str]:
+    """The names that match a layer: its full name, and for each dot in it the part before and the part after."""
+    parts = name.partition("[")[0].split(".")  # the number of a fused expert is not part of its layer's name
+    cuts = range(1, len(parts))
+    return [name, ".".join(parts), *(".".join(parts[:i]) for i in cuts), *(".".join(parts[i:]) for i in cuts)]
 
 
 @dataclass(frozen=True)

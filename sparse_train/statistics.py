@@ -63,7 +63,7 @@ def sum_of_squares(x_TI: Tensor) -> Tensor:
 
 def _sum_of_squares(x_TI: Tensor) -> np.ndarray:
     if x_TI.dtype != torch.float32:  # each chunk is converted in the cache: twice as fast, and the same sums
-        held_CI = torch.empty(_CHUNK, x_TI.shape[1])
+        held_CI = torch.empty(_CHUNK, x_TI.shape[1], dtype=torch.float32)
         converted = (held_CI[: len(chunk_CI)].copy_(chunk_CI).numpy() for chunk_CI in x_TI.split(_CHUNK))
         return sum(np.einsum("ti,ti->i", chunk, chunk) for chunk in converted)  # type: ignore[no-any-return]
     x = x_TI.numpy()

@@ -71,12 +71,14 @@ def test_large_inputs_are_converted_in_parts_to_the_same_sums(monkeypatch, dtype
     x = torch.randn(1001, 7).to(dtype)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
+    torch.set_default_dtype(dtype)  # as true half precision in Lightning does
     try:
         monkeypatch.setattr(statistics, "_WORTH_THREADS", 0)
         assert torch.equal(statistics.sum_of_squares(x), statistics.sum_of_squares(x.float()))
         torch.testing.assert_close(norm_of(x).sum_squares_I.double(), x.double().square().sum(0), rtol=1e-6, atol=0)
     finally:
         torch.set_num_threads(before)
+        torch.set_default_dtype(torch.float32)
 
 
 def test_padding_does_not_count_even_where_it_is_not_finite():

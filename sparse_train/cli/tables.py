@@ -11,6 +11,7 @@ from rich import get_console
 
 from sparse_train.evaluation import ZeroShotResult
 from sparse_train.inspection import LayerSparsity, by_projection, pruned
+from sparse_train.patterns import PRUNED
 from sparse_train.pruning.counts import sparsity_of
 from sparse_train.report import Run, closing
 from sparse_train.terminal import print_table
@@ -48,7 +49,7 @@ def show_inspection(name: str, layers: Sequence[LayerSparsity], model_bytes: int
     for layer in layers:
         able = "no" if layer.misfit_2of4 else "yes"
         alike[re.sub(r"\.\d+\.", ".*.", layer.name), layer.shape, layer.pattern, able].append(layer)
-        if (why_not := layer.why_not_2of4) and layer in sparse:
+        if (why_not := layer.why_not_2of4) and layer.sparsity > PRUNED:
             reasons[f"does not fit 2:4, {why_not}" if layer.misfit_2of4 else f"fits 2:4; {why_not}"].append(layer.name)
     rows = [
         row(name if len(own) > 1 else own[0].name, " x ".join(map(str, shape)), own, pattern, able)

@@ -155,8 +155,8 @@ def calibration_batches(
         )
     if len(samples) < num_calibration_samples:
         _log.warning(
-            "The training split of %s gives %d calibration samples of %d tokens, not %d.",
-            *(text.name, len(samples), max_seq_length, num_calibration_samples),
+            "%d samples were asked for, and the training split of %s gives %d calibration samples of %d tokens.",
+            *(num_calibration_samples, text.name, len(samples), max_seq_length),
         )
     return [default_collate(samples[start : start + batch_size]) for start in range(0, len(samples), batch_size)]
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from datasets import Dataset, concatenate_datasets
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
@@ -15,7 +14,6 @@ from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
 from sparse_train.data.packing import blocks_of
 from sparse_train.data.texts import PackagedWikipedia, Split, TextSource
-from sparse_train.models.losses import IGNORED
 from sparse_train.models.sources import ModelSource, as_model_source
 
 
@@ -23,8 +21,8 @@ class TextBlocks(L.LightningDataModule):
     """Batches of ``{"input_ids", "attention_mask", "labels"}``, each (B, L).
 
     Documents become blocks of ``block_size`` tokens as ``data.packing.blocks_of`` says. The rest at the end of a split
-    is dropped in training and padded in evaluation. The training loader is stateful: a run resumed in the middle of an
-    epoch continues with the next batch.
+    is dropped in training and padded in evaluation. Several processes read equally many blocks each, and leave out the
+    rest. The training loader is stateful: a run resumed in the middle of an epoch continues with the next batch.
 
     Args:
         tokenizer: a model source, or a Hugging Face id or folder with a tokenizer.
@@ -126,9 +124,7 @@ class TextBlocks(L.LightningDataModule):
             blocks = blocks.select(range(min(most, len(blocks))))
         if not len(blocks) and (split == "test" or (self.trainer is not None and self.trainer.validating)):
             raise ValueError(f"{self.text.name} has no text in its {split} split; give a text that has one.")
-        if not len(blocks):
-            return []
-        # all processes read equally many; Lightning would read blocks twice for that, and these have nothing to predict
-        blank = {**blocks[:1], "labels": torch.full((1, self.block_size), IGNORED)}
-        blanks = [Dataset.from_dict(blank).with_format("torch")] * (-len(blocks) % self._ranks)
-        return DataLoader(concatenate_datasets([blocks, *blanks]), batch_size=self.batch_size)
+        if len(blocks) > self._ranks:
+            # all processes read equally many: Lightning would read blocks twice for that
+            blocks = blocks.select(range(len(blocks) - len(blocks) % self._ranks))
+        return DataLoader(blocks, batch_size=self.batch_size) if len(blocks) else []

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sparse_train.arguments import named_by
 from sparse_train.distributed.engines import layout_of
 from sparse_train.layers.functional import low_rank_sum
 from sparse_train.layers.masked_layer import MaskedLayer, SparseLinear, sparse_layers
@@ -33,8 +32,8 @@ class MaskLoRA:
     Args:
         r: rank.
         lora_alpha: the product is multiplied by ``lora_alpha / r``.
-        target_modules: names of masked layers, whole or in part, as in peft; "all-linear" = all masked layers. Masked
-            layers that have no adapter stay frozen.
+        target_modules: last part of the names of masked layers, or several, as in peft; "all-linear" = all masked
+            layers. Masked layers that have no adapter stay frozen.
     """
 
     r: int = 8
@@ -192,12 +191,13 @@ def attach_factors(layer: MaskedLayer, rank: int, lora_alpha: int) -> None:
 
 def _wanted(model: nn.Module, lora: MaskLoRA) -> dict[str, MaskedLayer]:
     layers, wanted = sparse_layers(model), lora.target_modules
-    texts = [wanted] if isinstance(wanted, str) else wanted
-    by_text = [list(layers) if text == "all-linear" else named_by(text, layers) for text in texts]
-    if not by_text or not all(by_text):
+    parts = [wanted] if isinstance(wanted, str) else wanted
+    ends = [""] if wanted == "all-linear" else [f".{part}" for part in parts]
+    by_end = [{name: layer for name, layer in layers.items() if f".{name}".endswith(end)} for end in ends]
+    if not by_end or not all(by_end):
         known = sorted({name.rpartition(".")[2] for name in layers})
         raise ValueError(
             f"mask_lora puts adapters inside masks, and no masked layer is named like one of {lora.target_modules}: "
             f"they are {known}. In a loop of your own, build the MaskUpdater first, or prune with squash=False."
         )
-    return {name: layers[name] for names in by_text for name in names}
+    return {name: layer for own in by_end for name, layer in own.items()}

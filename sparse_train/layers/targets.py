@@ -2,6 +2,7 @@
 
 import logging
 import posixpath
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from sparse_train.architecture import (
     shape_OI,
     unambiguous_blocks,
 )
-from sparse_train.arguments import named_by, similar_layers
+from sparse_train.arguments import did_you_mean
 from sparse_train.distributed.engines import layout_of
 from sparse_train.layers.adapters import check_no_dora
 from sparse_train.layers.masked_layer import MaskedLayer
@@ -54,12 +55,11 @@ def find_targets(
     Args:
         model: any module; nothing is changed.
         pattern: must fit the layers.
-        targets: names of layers or of modules around them, whole or in part ("q_proj"), class names such as "Linear",
-            or "re:" and a regular expression matched from the start of the name (as in llm-compressor), see
-            ``arguments.named_by``. Default: the linear layers of the decoder blocks except routers and gates of
-            experts; in a model without blocks, all linear layers except the last one and those with tied weights. Left
-            out are layers whose weight another module reads (``read_directly``) and, where something is trained, frozen
-            blocks and layers beside it: those of a teacher.
+        targets: names of modules, class names such as "Linear", or "re:" and a regular expression matched from the
+            start of the name (as in llm-compressor). Default: the linear layers of the decoder blocks except routers
+            and gates of experts; in a model without blocks, all linear layers except the last one and those with tied
+            weights. Left out are layers whose weight another module reads (``read_directly``) and, where something is
+            trained, frozen blocks and layers beside it: those of a teacher.
         ignore: layers to leave out, in the same three forms.
         experts: choose fused experts too (one-shot pruning); otherwise they count as weights that cannot be pruned.
 
@@ -161,14 +161,24 @@ def _match(model: nn.Module, patterns: Sequence[str], argument: str, fused: Mapp
     layers = [*(name for name, module in modules.items() if is_linear(module)), *fused]
     matched: set[str] = set()
     for text in patterns:
-        by_class = {name for name, module in modules.items() if text in {cls.__name__ for cls in type(module).__mro__}}
-        names = {*named_by(text, layers), *(n for n in layers if any(f"{n}.".startswith(f"{c}.") for c in by_class))}
-        names |= set(fused) if text == "Linear" else set()  # an expert is also a linear map
-        if argument == "ignore" or not text.startswith("re:"):  # what other tools ignore may be an embedding
-            names = names or by_class or set(named_by(text, modules))
+        if text.startswith("re:"):
+            try:
+                # expressions from other tools may match embeddings; one that matches nothing at all is a mistake
+                names = {name for name in layers if re.match(text[3:], name)} or {
+                    name for name in modules if argument == "ignore" and re.match(text[3:], name)
+                }
+            except re.error as error:
+                raise ValueError(f"{argument}: {text!r} is not a regular expression: {error}.") from error
+        else:
+            hits = {n for n, m in modules.items() if n == text or text in {cls.__name__ for cls in type(m).__mro__}}
+            hits |= set(fused) if text == "Linear" else {text} & set(fused)  # an expert is also a linear map
+            names = {n for n in layers if any(n == hit or n.startswith(f"{hit}.") for hit in hits)} or hits
         if not names:
+            ends = sorted({f"re:.*{name.rpartition('.')[2]}" for name in layers})
+            meant = did_you_mean(f"re:.*{text.removeprefix('re:').strip('.*$')}", [*ends, *layers])
             raise ValueError(
-                f"{argument}: {text!r} matches no layer of {type(model).__name__}.{similar_layers(text, layers)}"
+                f"{argument}: {text!r} matches no layer of {type(model).__name__}. Names are matched from their "
+                f"start; for their end write 're:.*q_proj$'.{meant}"
             )
         matched |= names
     return [name for name in [*modules, *fused] if name in matched]
@@ -189,7 +199,7 @@ def _warn_of_dense(model: nn.Module, blocks: str, fused: Mapping[str, FusedExper
         100 * sum(map(numel, dense.values())) / sum(map(numel, model.parameters())),
         ", ".join(list(dense)[:3]) + (", ..." if len(dense) > 3 else ""),
     )
-    sparse = [name for name, parameter in dense.items() if dimensions(parameter) == 3 and _has_zeros(parameter)]
+    sparse = [name for name, parameter in dense.items() if not name.endswith(".A_log") and _has_zeros(parameter)]
     if sparse:
         _log.warning(
             "%s has zeros, as left by one-shot pruning, but no mask that would keep them: training fills them. "
@@ -213,6 +223,14 @@ def check_maskable(model: nn.Module, name: str, module: nn.Module, adapters: set
     way_out = f"Leave it dense with ignore=[{name!r}]"
     if not is_linear(module):
         raise ValueError(f"{name} is a {type(module).__name__}; only nn.Linear layers can be masked. {way_out}.")
+    parts = name.split(".")
+    for outer in (model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts))):
+        if isinstance(outer, nn.MultiheadAttention):
+            raise ValueError(
+                f"{name} is inside a {type(outer).__name__}, which reads the weight itself, so that a mask would have "
+                f"no effect. Leave all of these dense with ignore=[{type(outer).__name__!r}], or build attention from "
+                "nn.Linear layers."
+            )
     if not isinstance(module, MaskedLayer) and sparse_class(type(module)) is None:  # type: ignore[arg-type]
         raise ValueError(
             f"{name} is a {type(module).__name__}, a subclass of nn.Linear with its own computation, which a mask "

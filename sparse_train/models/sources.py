@@ -96,9 +96,6 @@ class Pretrained(ModelSource):
     def tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
-        names, folder = ("*token*", "vocab*", "*.model"), Path(self.path)
-        if folder.is_dir() and not self.gguf_file and not any(file for name in names for file in folder.glob(name)):
-            raise ValueError(f"{self.path} has no tokenizer. Write that of its model there: tokenizer.save_pretrained.")
         return self._read(AutoTokenizer)
 
     def folder(self) -> Path:

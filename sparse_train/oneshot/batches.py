@@ -29,7 +29,7 @@ def training_batches(loader: Any, samples: int, batch_size: int | None = None) -
         sampler = sampler.batch_sampler
     if _is(sampler, "BatchSampler"):
         batch_size, sampler = batch_size or sampler.batch_size, sampler.sampler
-    if _is(sampler, "SubsetRandomSampler"):
+    if _is(sampler, "SubsetRandomSampler") and world_size() == 1:  # each process may have another subset
         return random_batches(Subset(loader.dataset, sampler.indices), batch_size or 1, loader.collate_fn, samples)
     source = getattr(sampler, "data_source", getattr(sampler, "dataset", getattr(loader, "dataset", ())))
     if not _is(sampler, *_READ_ALL) or len(source) != len(loader.dataset):

@@ -13,12 +13,13 @@ from sparse_train.layers import masks
 from sparse_train.layers.masked_layer import MaskedLayer, sparse_layers
 from sparse_train.layers.sparsify import sparsify, unmask
 from sparse_train.layers.targets import find_targets
-from sparse_train.patterns import PRUNED, Pattern, Unstructured, group_label
+from sparse_train.patterns import Pattern, Unstructured, group_label
 from sparse_train.pruning.counts import mask_shares, measure, sparsity_of
 from sparse_train.pruning.update import Rules, update_masks
 
 _log = logging.getLogger(__name__)
 
+_A_FEW = 0.005  # masks prune zeros first, so they keep few of a dense model's
 _DENSE = (
     "first_mask is FromZeros(), and the model is dense. Prune it first (sparse-train prune MODEL FOLDER) and train "
     "that folder, or make the first mask here: first_mask=OneShot()."
@@ -92,7 +93,7 @@ def masks_from_zeros(layers: Mapping[str, MaskedLayer], pattern: Pattern, sparsi
                 "mask: first_mask=OneShot()."
             )
     except ValueError as own:
-        error = own if percent > 100 * PRUNED else ValueError(_DENSE)
+        error = own if percent > 100 * _A_FEW else ValueError(_DENSE)
     refused = torch.tensor(int(error is not None), device=next(iter(layers.values())).weight_mask.device)
     sum_over_ranks([refused])  # a process that ended alone would leave the others waiting
     if refused:
@@ -114,7 +115,7 @@ def warn_of_filled(layers: Mapping[str, MaskedLayer], kept: Mapping[str, int]) -
     """
     filled = sum(zeros for name, zeros in kept.items() if zeros < layers[name].size)
     share = filled / sum(layer.size for layer in layers.values())
-    if share > PRUNED and rank() == 0:
+    if share > _A_FEW and rank() == 0:
         _log.warning(
             "The model was pruned before: %.1f %% of its weights are zeros that the first masks keep, so training "
             "fills them. A run masks zeros that follow its pattern with first_mask=FromZeros(). %s",

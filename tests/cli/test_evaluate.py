@@ -33,7 +33,7 @@ def test_evaluate_on_tasks(model_folder, text, capsys):
 def test_a_folder_without_a_tokenizer_takes_that_of_another(model_folder, text, capsys):
     shallow_llama().save_pretrained("bare")
     options = [f"--text={text}", "--window=32", "--max_tokens=640", "--json"]
-    with pytest.raises(SystemExit, match="bare has no tokenizer"):
+    with pytest.raises(SystemExit, match="Cannot load 'bare'.*okenizer"):
         cli.main(["evaluate", "bare", *options])
     cli.main(["evaluate", "bare", f"--tokenizer={model_folder}", *options])
     bare = json.loads(capsys.readouterr().out)

@@ -185,9 +185,7 @@ def test_no_block_is_measured_twice_by_several_processes(model_folder, text_file
     data.trainer = SimpleNamespace(world_size=ranks, validating=True)
     data.setup("validate")
     blocks = data.val_dataloader().dataset
-    assert len(blocks) % ranks == 0  # Lightning's sampler would fill up with blocks that are there already
-    assert blocks["input_ids"][:7].tolist() == data._blocks["validation"]["input_ids"][:7].tolist()
-    assert all((row["labels"] == -100).all() for row in list(blocks)[7:])
+    assert len(blocks) == 7 - 7 % ranks  # Lightning's sampler would fill up with blocks that are there already
 
 
 def test_too_little_text_and_bad_sizes(model_folder, caplog):
@@ -195,7 +193,7 @@ def test_too_little_text_and_bad_sizes(model_folder, caplog):
     with pytest.raises(ValueError, match="training split of short texts gives 1 blocks of 8 tokens, fewer than one"):
         blocks.setup("fit")
     assert len(calibration_batches(Short(), tiny_tokenizer(), max_seq_length=8)) == 1
-    assert "gives 1 calibration samples of 8 tokens, not 32" in caplog.text
+    assert "32 samples were asked for, and the training split of short texts gives 1 calibration" in caplog.text
     with pytest.raises(ValueError, match="gives no calibration sample of 800 tokens"):
         calibration_batches(Short(), tiny_tokenizer(), max_seq_length=800)
     with pytest.raises(ValueError, match="block_size must be at least 2"):

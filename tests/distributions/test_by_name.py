@@ -63,9 +63,10 @@ def test_explicit_with_every_layer_named():
         ({"up_proj": 0.1}, 0.9, "named layers' zeros are 0.0375 of all weights.*need a sparsity of 1.38"),
         ({"model": 0.5}, 0.502, "0.502 cannot be met.*0.5 of all weights, and there are no others"),
         ({"up_prj": 0.5}, 0.5, "'up_prj' is not the name of a targeted layer. Did you mean .*'up_proj'"),
+        ({"layers.0": 0.5}, 0.5, "'layers.0' is not the name of a targeted layer. Did you mean .*'model.layers.0'"),
+        ({"mlp": 0.5}, 0.5, "'mlp' is not the name"),
         ({"roj": 0.5}, 0.5, "'roj' is not the name"),
         ({"re:layers": 0.5}, 0.5, "'re:layers' is not the name"),
-        ({"re:(": 0.5}, 0.5, "'re:.' is not a regular expression"),
     ],
 )
 def test_explicit_refuses(layers, sparsity, message):

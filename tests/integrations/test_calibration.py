@@ -2,7 +2,7 @@
 
 import pytest
 from accelerate.data_loader import BatchSamplerShard, SkipBatchSampler
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, SubsetRandomSampler
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, SequentialSampler
 from transformers import Trainer, TrainingArguments, default_data_collator
 
 from sparse_train.oneshot.batches import training_batches
@@ -12,9 +12,19 @@ from tests.integrations.runs import Tokens, pruning, trainer
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
 
+class Four(Sampler):
+    """Of a user's own."""
+
+    def __iter__(self):
+        return iter(range(4))
+
+    def __len__(self):
+        return 4
+
+
 class FirstHalf(Trainer):
     def _get_train_sampler(self, *args, **kwargs):
-        return SubsetRandomSampler(range(4))
+        return Four()
 
 
 class OwnLoader(Trainer):

@@ -231,13 +231,14 @@ PAIRS = [
     Pair("2:4, with a teacher", "Wanda", "static_distill", "dynamic_distill"),
     Pair("2:4, with a teacher", "IHT", "static_iht_distill", "dynamic_iht_distill"),
     Pair(
-        "70 %, with a teacher, 51,200 tokens",
+        "70 %, with a teacher, 153,600 tokens",
         "Wanda (`Dormant`)",
         "static_70_distill",
         "dynamic_dormant_70_distill",
         512,
+        300,
     ),
-    Pair("70 %, with a teacher, 51,200 tokens", "IHT", "static_iht_70_distill", "dynamic_iht_70_distill", 512),
+    Pair("70 %, with a teacher, 153,600 tokens", "IHT", "static_iht_70_distill", "dynamic_iht_70_distill", 512, 300),
 ]
 
 

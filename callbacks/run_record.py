@@ -45,10 +45,9 @@ class RunRecord(L.Callback):
         trainer = L.Trainer(callbacks=[DynamicPruning("2:4"), RunRecord()])
 
     ``sparse-train fit`` adds this callback. Metrics are in the ``metrics.csv`` of Lightning's ``CSVLogger``, which is
-    added to a trainer that has none. With ``num_sanity_val_steps=-1``,
-    the sanity check before training gives the baselines: it reads the dense model, and the same batches are run once
-    more with the first mask. A check of fewer batches gives none, since it could not be compared with later
-    validations.
+    added to a trainer that has none. With ``num_sanity_val_steps=-1``, the sanity check before training gives the
+    baselines: it reads the dense model, and the same batches are run once more with the first mask. A check of fewer
+    batches gives none, since it could not be compared with later validations.
 
     Checkpoints contain the record and the metrics so far, so a run that was killed and resumed, in the same folder or
     in another, has one history. Only rank 0 writes.
@@ -62,8 +61,8 @@ class RunRecord(L.Callback):
         self._logger: CSVLogger | None = None
         self._pruning: DynamicPruning | None = None
         self._began = self._counted = 0.0
-        self._was_dense = True  # before the first mask
-        self._zeros: float | None = None  # then
+        self._was_dense = True
+        self._zeros: float | None = None  # both before the first mask
 
     # --- before training ---------------------------------------------------------------------------------------------
 

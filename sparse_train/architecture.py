@@ -7,6 +7,7 @@ import functools
 import inspect
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -206,14 +207,17 @@ def read_directly(model: nn.Module) -> set[str]:
     }
     # mixers of Mamba and its kin give weights to kernels, some of them in training alone; others call all their layers
     mixers = {name: module for name, module in model.named_modules() if "A_log" in module._parameters}
-    sources = {name: "".join(map(_source, type(mixer).__mro__)) for name, mixer in mixers.items()}
+    sources = {name: _own_source(type(mixer)) for name, mixer in mixers.items()}
     inside = [(name, own) for name, mixer in mixers.items() for own, part in mixer.named_children() if is_linear(part)]
-    return in_attention | {f"{name}.{own}" for name, own in inside if f"self.{own}.weight" in sources[name]}
+    # without any source, each of them may be read
+    return in_attention | {f"{n}.{own}" for n, own in inside if not sources[n] or f"self.{own}.weight" in sources[n]}
 
 
 @functools.cache
-def _source(cls: type) -> str:
-    try:
-        return inspect.getsource(cls)
-    except (OSError, TypeError):  # a class that was made at run time, as by FSDP2
-        return ""
+def _own_source(cls: Any) -> str:
+    """The code of a module's classes, as far as it is known: some are made at run time, as by FSDP2."""
+    sources = []
+    for each in cls.__mro__[: cls.__mro__.index(nn.Module)]:
+        with suppress(OSError, TypeError):
+            sources.append(inspect.getsource(each))
+    return "".join(sources)

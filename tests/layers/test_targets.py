@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from sparse_train import prune
-from sparse_train.architecture import block_lists
+from sparse_train.architecture import block_lists, read_directly
 from sparse_train.layers.sparsify import sparsify, squash
 from sparse_train.layers.targets import find_targets
 from sparse_train.patterns import NM, Unstructured
@@ -403,6 +403,9 @@ class DeltaNet(Mixer):
 def test_of_mixers_only_weights_that_they_read_stay_dense():
     model = nn.ModuleDict({"layers": nn.ModuleList([Mixer(), DeltaNet()])})
     assert names(model) == ["layers.0.in_proj", "layers.1.in_proj", "layers.1.gate_proj"]  # DeltaNet is a Mixer
+    unknown = type("Unknown", (nn.Module,), {})()  # its code is in no file
+    unknown.proj, unknown.A_log = nn.Linear(8, 8), nn.Parameter(torch.zeros(8, 2))
+    assert read_directly(nn.Sequential(unknown)) == {"0.proj"}
 
 
 def test_weights_that_kernels_of_a_mamba_block_read_stay_dense(caplog):

@@ -207,7 +207,7 @@ def read_directly(model: nn.Module) -> set[str]:
     }
     # mixers of Mamba and its kin give weights to kernels, some of them in training alone; others call all their layers
     mixers = {name: module for name, module in model.named_modules() if "A_log" in module._parameters}
-    sources = {name: _own_source(type(mixer)) for name, mixer in mixers.items()}
+    sources = {name: _own_source(mixer.__class__) for name, mixer in mixers.items()}
     inside = [(name, own) for name, mixer in mixers.items() for own, part in mixer.named_children() if is_linear(part)]
     # without any source, each of them may be read
     return in_attention | {f"{n}.{own}" for n, own in inside if not sources[n] or f"self.{own}.weight" in sources[n]}

@@ -187,6 +187,8 @@ ARMS: dict[str, Arm] = {
     "dynamic_dormant_sparsegpt_distill": _arm("smollm2_2of4", "policy=Dormant", _SOLVED, distil=True),
     "static_iht_distill": _arm("smollm2_2of4_static", *_IHT, distil=True),
     "dynamic_iht_distill": _arm("smollm2_2of4", *_IHT, distil=True),
+    "static_iht_damped01_distill": _arm("smollm2_2of4_static", "first_mask.criterion=IHT", distil=True),
+    "dynamic_iht_damped01_distill": _arm("smollm2_2of4", "first_mask.criterion=IHT", distil=True),
     "dynamic_dormant_iht_distill": _arm("smollm2_2of4", "policy=Dormant", *_IHT, distil=True),
     "dynamic_dormant_stop25_distill": _arm("smollm2_2of4", "policy=Dormant", "end_step=0.25", distil=True),
     # AST (arXiv 2407.20584): magnitude from the start, a decay that rises for a quarter of the run, masks never frozen

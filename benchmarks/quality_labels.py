@@ -160,6 +160,8 @@ TAUGHT_2OF4 = {
     "static_sparsegpt_distill": "SparseGPT's mask and weights, kept",
     "static_iht_distill": "IHT's mask and weights, kept",
     "dynamic_iht_distill": "IHT's mask and weights, re-pruned every 10 steps (the default)",
+    "static_iht_damped01_distill": "IHT's mask and weights with dampening_frac 0.01, kept",
+    "dynamic_iht_damped01_distill": "IHT's mask and weights with dampening_frac 0.01, re-pruned (the default)",
     "dynamic_dormant_iht_distill": "IHT's mask and weights, re-pruned every 10 steps, policy Dormant",
     "dynamic_sparsegpt_distill": "SparseGPT's mask and weights, re-pruned every 10 steps (the default)",
     "dynamic_dormant_sparsegpt_distill": "SparseGPT's mask and weights, re-pruned every 10 steps, policy Dormant",

@@ -8,10 +8,11 @@
 
 An arm appends seven rows to benchmarks/zeroshot.csv, one per task, with the answer to each item. An arm that is already
 there is not run again, so the command resumes after an interruption. Items come from the hub unless --task_data names a
-folder with the files that docs/evaluation.md describes.
+folder with the files that zeroshot_data.py describes.
 """
 
 import re
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +22,13 @@ import rows
 import torch
 import yaml
 from jsonargparse import auto_cli
+from zeroshot_data import read, task_file, write_tasks
 
 from sparse_train import Magnitude, SparseGPT, Wanda
 from sparse_train.cli.tables import show_zero_shot
 from sparse_train.data.packing import calibration_batches
 from sparse_train.data.texts import PackagedWikipedia, TextFiles, TextSource
 from sparse_train.evaluation import WANDA7, ZeroShotResult, evaluate_zero_shot
-from sparse_train.evaluation.task_data import read, task_file
 from sparse_train.evaluation.zeroshot import check_tasks
 from sparse_train.export.card import FILE_NAME as CARD
 from sparse_train.models.sources import PackagedSmolLM2, Pretrained
@@ -111,7 +112,9 @@ def main(
     chosen = [name for name in ARMS if name not in TRAINED or name in folders] if arm == "all" else [arm]
     if missing := [name for name in ("static", "dynamic") if arm == "all" and name not in folders]:
         print(f"left out: {', '.join(missing)}. Their folders come from benchmarks/quality.py --export.")
-    check_tasks(WANDA7, task_data, progress=True)
+    definitions = tempfile.TemporaryDirectory()
+    tasks = list(WANDA7) if task_data is None else write_tasks(task_data, Path(definitions.name))
+    check_tasks(tasks, progress=True)
     text: TextSource = TextFiles(train=[calibration]) if calibration else PackagedWikipedia()
     data = {task: _items_of(task, task_data) for task in WANDA7}
     for name in chosen:
@@ -141,7 +144,7 @@ def main(
         result = evaluate_zero_shot(
             loaded,
             tokenizer,
-            task_data=task_data,
+            tasks,
             limit=limit,
             batch_size=batch_size,
             model_name=f"{PackagedSmolLM2.name}, {name}",

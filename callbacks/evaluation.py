@@ -26,7 +26,7 @@ class Evaluation(L.Callback):
 
     ::
 
-        Evaluation(PackagedWikipedia(), every_n_steps=100, tasks="wanda7", task_data="data/zeroshot", limit=200)
+        Evaluation(PackagedWikipedia(), every_n_steps=100, tasks="wanda7", limit=200)
 
     Logs ``evaluation/perplexity`` every ``every_n_steps`` optimizer steps and at the end; ``zero_shot/TASK`` (accuracy,
     0 to 1) and, if there are several tasks, ``zero_shot/mean`` every ``tasks_every_n_steps`` steps and at the end. A
@@ -42,7 +42,6 @@ class Evaluation(L.Callback):
         max_tokens: use only the first tokens of the text.
         tasks: zero-shot tasks, a list or a comma-separated text; see ``evaluate_zero_shot``. None = no tasks.
         tasks_every_n_steps: optimizer steps between zero-shot evaluations; None = only at the end.
-        task_data: folder with the items of wanda7's tasks; None = from the hub.
         limit: use only the first items of each task, during training and at the end.
         batch_size: windows, or zero-shot requests, per forward pass.
         tokenizer: the model's tokenizer: a model source, Hugging Face id or local folder. Default: that of
@@ -63,7 +62,6 @@ class Evaluation(L.Callback):
         max_tokens: int | None = None,
         tasks: str | Sequence[str] | None = None,
         tasks_every_n_steps: int | None = None,
-        task_data: str | None = None,
         limit: int | None = None,
         batch_size: int = 4,
         tokenizer: ModelSource | str | None = None,
@@ -74,7 +72,7 @@ class Evaluation(L.Callback):
         for name, count in counts.items():
             check_positive(name, count)
         self._text, self._split, self._window, self._max_tokens = text, split, window, max_tokens
-        self._tasks, self._task_data, self._limit = task_names(tasks) if tasks else [], task_data, limit
+        self._tasks, self._limit = task_names(tasks) if tasks else [], limit
         self._batch_size, self._source = batch_size, None if tokenizer is None else as_model_source(tokenizer)
         every = {"perplexity": (text is not None, every_n_steps), "zero_shot": (bool(tasks), tasks_every_n_steps)}
         self._every = {kind: steps for kind, (wanted, steps) in every.items() if wanted}
@@ -125,8 +123,8 @@ class Evaluation(L.Callback):
                     **common,
                 )
             if self._tasks:
-                check_tasks(self._tasks, self._task_data)
-                own = {"tasks": self._tasks, "task_data": self._task_data, "limit": self._limit, **common}
+                check_tasks(self._tasks)
+                own = {"tasks": self._tasks, "limit": self._limit, **common}
                 self._measure_by["zero_shot"] = partial(evaluate_zero_shot, tokenizer=tokenizer, **own)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -28,7 +28,6 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 from sparse_train import Criterion, Magnitude, MaskUpdater, prune
 from sparse_train.cli.commands import COMMANDS
 from sparse_train.cli.main import main, run
-from sparse_train.evaluation import WANDA7
 from tests.conftest import VOCABULARY, shallow_llama, tiny_llama, without_pictures
 from tests.test_recipes import BASE, WithoutObjects, lightning_cli
 
@@ -276,14 +275,8 @@ def _prepare(command, options, left_behind, text_file):
         shutil.copy(next(left_behind.rglob("*.ckpt")), path)
     for name in ("my_text.txt", "held_out.txt"):
         shutil.copy(text_file, name)
-    items = [line for block in BLOCKS if block.language == "json" for line in block.text.splitlines()]
-    question, rte, winogrande = items
-    passage = json.dumps({"query": "Passage: A ruler.\nQuestion: is it long?", "choices": ["no", "yes"], "gold": 1})
-    Path("data/zeroshot").mkdir(parents=True)
-    for task in WANDA7:
-        item = {"rte": rte, "winogrande": winogrande, "boolq": passage}.get(task, question)
-        Path(f"data/zeroshot/{task}.jsonl").write_text(f"{item}\n" * 3)
-    Path("my_items.jsonl").write_text(f"{question}\n" * 3)
+    question = {"query": "Question: What measures length?", "choices": ["a scale", "a ruler"], "gold": 1}
+    Path("my_items.jsonl").write_text(f"{json.dumps(question)}\n" * 3)
 
 
 def _small(command, options, model_folder, text_file, pruned="") -> list[str]:
@@ -306,7 +299,7 @@ def _small(command, options, model_folder, text_file, pruned="") -> list[str]:
     if command == "prune":
         own_text = () if "--text" in options else (f"--text={text}",)
         return [f"--model={model_folder}", *own_text, "--num_calibration_samples=4", "--max_seq_length=32"]
-    if command == "evaluate" and not {"--task_data", "my_task.yaml"} & {*options}:
+    if command == "evaluate" and "my_task.yaml" not in options:
         return [*short, *(() if "--text" in options else (f"--text={text}",))]
     return []
 

@@ -267,7 +267,6 @@ def test_evaluation_joins_a_recipe_by_its_name():
         "--trainer.callbacks.text=PackagedWikipedia",
         "--trainer.callbacks.every_n_steps=20",
         "--trainer.callbacks.tasks=boolq,rte",
-        "--trainer.callbacks.task_data=folder",
     )
     evaluation = next(c for c in cli.trainer.callbacks if isinstance(c, Evaluation))
     assert evaluation._text == PackagedWikipedia()

@@ -16,7 +16,6 @@ from sparse_train.terminal import bars_are_seen
 def evaluate(
     model: ModelSource | str,
     tasks: str | None = None,
-    task_data: str | None = None,
     tokenizer: ModelSource | str | None = None,
     adapter: str | None = None,
     limit: int | None = None,
@@ -36,7 +35,6 @@ def evaluate(
         model: Hugging Face id or local folder, whose weights keep their dtype; or a model source.
         tasks: what to measure, separated by commas: perplexity, wanda7 (the seven zero-shot tasks of the Wanda paper),
             or any task of lm-eval, by its name or in a file of your own (TASK.yaml); default: perplexity.
-        task_data: folder with JSONL files of wanda7's items, see docs/evaluation.md; default: from the hub.
         tokenizer: model source, Hugging Face id or folder with the tokenizer; default: that of the model.
         adapter: folder of an adapter of peft that is added to the model.
         limit: use only the first items of each zero-shot task.
@@ -58,7 +56,7 @@ def evaluate(
     names = ["perplexity"] if tasks is None else task_names(tasks)
     zero_shot = [name for name in names if name != "perplexity"]
     if zero_shot:
-        check_tasks(zero_shot, task_data, progress=bars_are_seen())
+        check_tasks(zero_shot, progress=bars_are_seen())
     source = as_model_source(model, dtype="auto")
     reader = source if tokenizer is None else as_model_source(tokenizer)
     text = text or PackagedWikipedia()
@@ -92,7 +90,7 @@ def evaluate(
         results["perplexity"] = perplexity.as_dict()
         print(perplexity.line(), flush=True)  # now: a task may fail
     if zero_shot:
-        common |= {"task_data": task_data, "limit": limit, "progress": bars_are_seen()}
+        common |= {"limit": limit, "progress": bars_are_seen()}
         accuracy = evaluate_zero_shot(loaded, reader.tokenizer(), zero_shot, **common)
         results["zero_shot"] = accuracy.as_dict()
         show_zero_shot(accuracy)

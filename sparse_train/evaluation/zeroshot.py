@@ -16,7 +16,6 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,9 +25,10 @@ from torch import nn
 from sparse_train.arguments import check_positive, did_you_mean
 from sparse_train.environment import isolated_rng
 from sparse_train.evaluation.perplexity import computed_in, undisturbed
-from sparse_train.evaluation.task_data import TASKS_FOLDER, WANDA7, task_file
 from sparse_train.files import reading
 
+WANDA7 = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
+"""The tasks of arXiv 2306.11695, section 4, in the order of its tables, by their names in lm-eval."""
 _METRICS = ("acc", "acc_norm", "exact_match")
 """Metrics that count as accuracy; the first one that a task reports is used."""
 
@@ -110,7 +110,6 @@ def evaluate_zero_shot(
     tokenizer: Any,
     tasks: Sequence[str] = ("wanda7",),
     *,
-    task_data: str | Path | None = None,
     limit: int | None = None,
     batch_size: int = 4,
     model_name: str = "model",
@@ -126,7 +125,6 @@ def evaluate_zero_shot(
         tokenizer: its tokenizer.
         tasks: names of lm-eval's tasks, groups or tags, or files of one's own in its format (``TASK.yaml``); "wanda7"
             stands for the seven tasks of the Wanda paper.
-        task_data: folder with the items of those seven in JSONL files, see docs/evaluation.md; None = from the hub.
         limit: use only the first items of each task.
         batch_size: requests per forward pass.
         model_name: for the protocol.
@@ -157,7 +155,7 @@ def evaluate_zero_shot(
             mixed_precision_dtype=autocast,
             softmax_dtype=torch.float32,  # in bfloat16, sums of different choices can become equal
         )
-        loaded, reported = _load_tasks(names, task_data)
+        loaded, reported = _load_tasks(names)
         for task in loaded["tasks"].values():
             task.set_config("num_fewshot", 0)
             task.set_fewshot_seed(DEFAULT_OTHER_SEED)
@@ -170,7 +168,7 @@ def evaluate_zero_shot(
     return ZeroShotResult(
         tasks=tuple(_accuracy(name, report["results"][name], report["samples"].get(name, [])) for name in reported),
         model=model_name,
-        data=_data(names, task_data),
+        data=", ".join(dict.fromkeys(name if _is_file(name) else "lm-eval's data sets" for name in names)),
         num_fewshot=0,
         limit=limit,
         max_length=lm.max_length,
@@ -189,23 +187,22 @@ def task_names(tasks: str | Sequence[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def check_tasks(names: Sequence[str], task_data: str | Path | None = None, *, progress: bool = False) -> None:
+def check_tasks(names: Sequence[str], *, progress: bool = False) -> None:
     """Check before a long run that ``evaluate_zero_shot`` can load its tasks; downloads them from the hub."""
     with isolated_rng(), _quiet(progress):
-        _load_tasks(names, task_data)
+        _load_tasks(names)
 
 
-def _load_tasks(names: Sequence[str], task_data: str | Path | None) -> tuple[dict[str, Any], list[str]]:
+def _load_tasks(names: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     """lm-eval's tasks, and what it reports of them: tasks, those of tags, and groups with a common mean."""
-    others = any(not _is_file(name) and (task_data is None or name not in WANDA7) for name in names)
-    manager = _task_manager(None if task_data is None else str(task_data), others)
+    manager = _task_manager(not all(map(_is_file, names)))
     loaded: dict[str, dict[str, Any]] = {"tasks": {}, "groups": {}}
     reported: list[str] = []
     for name in names:
         if name not in manager.task_index and not _is_file(name):
             close = did_you_mean(name, {*manager.task_index, "wanda7", "perplexity"})
             raise ValueError(f"lm-eval has no task {name!r}.{close} lm_eval ls tasks shows all.")
-        with reading(name, lambda: " Without a hub, --task_data has the items of wanda7 (docs/evaluation.md)."):
+        with reading(name, lambda: " Without a hub, a task needs a file of its own (docs/evaluation.md)."):
             named = manager.load([name])
         group = named["groups"].get(name)
         reported += [name] if group is not None and group.has_aggregation else named["tasks"]
@@ -221,12 +218,11 @@ def _load_tasks(names: Sequence[str], task_data: str | Path | None) -> tuple[dic
 
 
 @cache  # lm-eval has more than ten thousand definitions, and reading them takes ten seconds
-def _task_manager(task_data: str | None, others: bool) -> Any:
-    """The tasks of lm-eval, if ``others`` are wanted; in front of them, those that read the folder ``task_data``."""
+def _task_manager(stock: bool) -> Any:
+    """Loads tasks from files and, if they are wanted, lm-eval's own by name."""
     from lm_eval.tasks import TaskManager
 
-    own = {"include_path": str(TASKS_FOLDER), "metadata": {"task_data": task_data}}
-    return TaskManager(include_defaults=others, **(own if task_data is not None else {}))
+    return TaskManager(include_defaults=stock)
 
 
 def _accuracy(name: str, report: dict[str, Any], samples: list[dict[str, Any]]) -> TaskAccuracy:
@@ -248,17 +244,6 @@ def _accuracy(name: str, report: dict[str, Any], samples: list[dict[str, Any]]) 
 
 def _is_file(name: str) -> bool:
     return name.endswith(".yaml")
-
-
-def _data(names: Sequence[str], task_data: str | Path | None) -> str:
-    """Where the items of tasks come from: files, or the data sets of lm-eval's own definitions."""
-
-    def source(name: str) -> str:
-        if task_data is not None and name in WANDA7:
-            return str(task_file(task_data, name))
-        return name if _is_file(name) else "lm-eval's data sets"
-
-    return ", ".join(dict.fromkeys(map(source, names)))
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """``benchmarks/zeroshot.py`` on a tiny model, and the table that its rows give."""
 
 import csv
+import json
 import re
 import sys
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from lm_eval.tasks import TaskManager
 
 from sparse_train.data.texts import TextFiles
 from sparse_train.evaluation import WANDA7
@@ -15,15 +17,46 @@ from sparse_train.export import export_model
 from sparse_train.export.card import ModelCard
 from sparse_train.models.sources import ModelSource
 from tests.conftest import tiny_llama, tiny_tokenizer
-from tests.evaluation.test_zeroshot import ITEMS, write
+from tests.evaluation.tasks import ARC, hub  # noqa: F401  (a fixture)
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import zeroshot
 import zeroshot_tables
+from zeroshot_data import read, write_tasks
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 RECIPE = "seed_everything: 3\ntrainer:\n  max_steps: 20\nmodel:\n  lr: 0.0005\n"
+
+ITEMS = {
+    "boolq": {
+        "query": "Passage: Ice -- Ice is frozen water.\nIt floats.\nQuestion: does ice float?",
+        "choices": ["no", "yes"],
+        "gold": 1,
+    },
+    "rte": {"premise": "Ann sold her car.", "hypothesis": "Ann had a car.", "gold": 0},
+    "hellaswag": {
+        "query": "Home and Garden: How to mend a roof. Climb up. Take a ladder. Then",
+        "choices": [" Nail the shingles down.", "climb down", "paint it. Use red.", "call a friend."],
+        "gold": 2,
+    },
+    "winogrande": {
+        "context_options": ["The cat fled the dog as the cat", "The cat fled the dog as the dog"],
+        "continuation": "was big.",
+        "gold": 1,
+    },
+    "arc_easy": {"query": "Question: What measures length?", "choices": ARC["text"], "gold": 1},
+    "arc_challenge": {"query": "Question: What measures time?", "choices": ARC["text"], "gold": 3},
+    "openbookqa": {"query": "A thing that measures mass is", "choices": ARC["text"], "gold": 0},
+}
+"""The items of ``HUB`` as files have them."""
+
+
+def write(folder, **tasks):
+    folder.mkdir(exist_ok=True)
+    for task, items in tasks.items():
+        (folder / f"{task}.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    return folder
 
 
 @dataclass
@@ -40,7 +73,7 @@ class Tiny(ModelSource):
 @pytest.fixture
 def measure(tmp_path, monkeypatch, text_file):
     """Runs the command, and gives the rows there are."""
-    data = write(tmp_path / "data", **{task: [ITEMS[task][1]] * 3 for task in WANDA7})
+    data = write(tmp_path / "data", **{task: [ITEMS[task]] * 3 for task in WANDA7})
     monkeypatch.setattr(zeroshot, "PackagedSmolLM2", Tiny)
     monkeypatch.setattr(zeroshot, "PackagedWikipedia", lambda: TextFiles(train=[str(text_file)]))
     out = tmp_path / "zeroshot.csv"
@@ -118,3 +151,57 @@ def test_errors_against_plain_formulas(tmp_path):
     assert differences["mean"][0] == pytest.approx(found["mean"][0] - zeroshot_tables.accuracies(rows_b)["mean"][0])
     error = sum(differences[task][1] ** 2 for task in WANDA7) ** 0.5 / 7
     assert differences["mean"][1] == pytest.approx(error, rel=1e-12)
+
+
+# --- items from files
+
+
+@pytest.mark.parametrize("name", WANDA7)
+def test_local_items_are_asked_and_scored_as_lm_evals_own(name, hub, tmp_path):  # noqa: F811
+    stock = hub.load([name])["tasks"][name]
+    files = write_tasks(write(tmp_path, **{task: [ITEMS[task]] for task in WANDA7}), tmp_path)
+    ours = TaskManager(include_defaults=False).load(files)["tasks"][name]
+    for task in (stock, ours):
+        task.set_config("num_fewshot", 0)
+        task.build_all_requests(limit=None, rank=0, world_size=1)
+    arguments = [instance.args for instance in stock.instances]
+    assert [instance.args for instance in ours.instances] == arguments
+    assert len(arguments) >= 2
+    assert {instance.request_type for instance in ours.instances} == {"loglikelihood"}
+    for winner in range(len(arguments)):
+        likelihoods = [(-3.0 if i == winner else -20.0 - i, False) for i in range(len(arguments))]
+        scores = stock.process_results(stock.eval_docs[0], likelihoods)
+        assert ours.process_results(ours.eval_docs[0], likelihoods) == scores
+        assert scores["acc"] == (winner == ITEMS[name]["gold"])
+    assert ours.VERSION == stock.VERSION
+    assert ours.aggregation() == stock.aggregation()
+
+
+@pytest.mark.parametrize(
+    ("task", "line", "message"),
+    [
+        ("rte", '{"premise": "a", "hypothesis": "b", "gold": 2}', "item 1 is to have premise, hypothesis and gold"),
+        ("rte", '{"premise": "a", "hypothesis": "b", "gold": true}', "'gold': True"),
+        ("rte", '{"premise": "a", "hypothesis": "", "gold": 0}', "'hypothesis': ''"),
+        ("arc_easy", '{"query": "a", "choices": ["b"], "gold": 0}', "item 1"),
+        ("arc_easy", '{"query": "a", "choices": "bc", "gold": 0}', "item 1"),
+    ],
+)
+def test_items_that_lm_eval_would_count_as_wrong_answers(task, line, message, tmp_path):
+    (tmp_path / f"{task}.jsonl").write_text(line)
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path, task)
+
+
+def test_a_line_separator_in_a_text_is_no_new_line(tmp_path):
+    item = {"premise": "a\u2028b", "hypothesis": "c", "gold": 0}
+    (tmp_path / "rte.jsonl").write_text(json.dumps(item, ensure_ascii=False), encoding="utf-8")
+    assert read(tmp_path, "rte") == [item]
+
+
+def test_files_that_are_missing(tmp_path):
+    folder = write(tmp_path, rte5=[ITEMS["rte"]], rte7=[ITEMS["rte"]])
+    with pytest.raises(ValueError, match=r"openbookqa expects its items in .*openbookqa.jsonl .*there is none"):
+        read(folder, "openbookqa")
+    with pytest.raises(ValueError, match=r"rte expects its items in one file.*rte5.jsonl and rte7.jsonl"):
+        read(folder, "rte")

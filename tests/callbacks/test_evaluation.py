@@ -1,4 +1,3 @@
-import json
 import logging
 import os
 import random
@@ -21,6 +20,7 @@ from sparse_train.models.sources import Pretrained
 from sparse_train.report import collect, headline, read_metrics, write_run_report
 from tests.callbacks.runs import InInit, loader
 from tests.conftest import shallow_llama, tiny_tokenizer
+from tests.evaluation.tasks import task_file
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -37,14 +37,8 @@ class Module(InInit):
 
 
 @pytest.fixture
-def task_data(tmp_path):
-    chance = random.Random(0)
-    items = [
-        {"premise": chance.choice("abc") * 4, "hypothesis": chance.choice("def") * 3, "gold": chance.randrange(2)}
-        for _ in range(8)
-    ]
-    (tmp_path / "rte.jsonl").write_text("".join(f"{json.dumps(item)}\n" for item in items))
-    return str(tmp_path)
+def task(tmp_path):
+    return task_file(tmp_path)
 
 
 def fit(*callbacks, module=None, steps=6, **options):
@@ -64,16 +58,15 @@ def fit(*callbacks, module=None, steps=6, **options):
     return module
 
 
-def test_a_run_with_evaluation_is_bit_for_bit_one_without(model_folder, text_file, task_data, tmp_path):
+def test_a_run_with_evaluation_is_bit_for_bit_one_without(model_folder, text_file, task, tmp_path):
     text = TextFiles(validation=[str(text_file)])
     evaluation = Evaluation(
         text,
         every_n_steps=1,
         window=32,
         max_tokens=320,
-        tasks="rte",
+        tasks=task,
         tasks_every_n_steps=2,
-        task_data=task_data,
         tokenizer=str(model_folder),
     )
     states, chance = [], []
@@ -94,13 +87,13 @@ def test_a_run_with_evaluation_is_bit_for_bit_one_without(model_folder, text_fil
     perplexities = [(row["step"], row["evaluation/perplexity"]) for row in rows if "evaluation/perplexity" in row]
     assert [step for step, _ in perplexities] == [1, 2, 3, 4, 5, 6]
     assert len({value for _, value in perplexities}) == 6
-    assert [row["step"] for row in rows if "zero_shot/rte" in row] == [2, 4, 6]
+    assert [row["step"] for row in rows if "zero_shot/mine" in row] == [2, 4, 6]
     assert not any("zero_shot/mean" in row for row in rows)  # there is one task
     # the last ones are those of the finished model, its masks on
     ids = token_ids(text.documents("validation"), tiny_tokenizer())
     assert perplexities[-1][1] == evaluate_perplexity(module.net, ids, window=32, max_tokens=320).perplexity
-    found = evaluate_zero_shot(module.net, tiny_tokenizer(), ["rte"], task_data=task_data)
-    assert rows[-1]["zero_shot/rte"] == found.tasks[0].accuracy
+    found = evaluate_zero_shot(module.net, tiny_tokenizer(), [task])
+    assert rows[-1]["zero_shot/mine"] == found.tasks[0].accuracy
 
 
 def _tensors(state, prefix="updater"):
@@ -111,14 +104,13 @@ def _tensors(state, prefix="updater"):
     return {key: value for name, entry in entries for key, value in _tensors(entry, f"{prefix}.{name}").items()}
 
 
-def test_at_the_end_only(model_folder, text_file, task_data, tmp_path, caplog):
+def test_at_the_end_only(model_folder, text_file, task, tmp_path, caplog):
     evaluation = Evaluation(
         TextFiles(test=[str(text_file)]),
         split="test",
         window=16,
         max_tokens=160,
-        tasks=["rte"],
-        task_data=task_data,
+        tasks=[task],
         limit=3,
         tokenizer=Pretrained(str(model_folder)),
     )
@@ -127,7 +119,7 @@ def test_at_the_end_only(model_folder, text_file, task_data, tmp_path, caplog):
         fit(evaluation, steps=3, precision="bf16-mixed", logger=CSVLogger(tmp_path, name="logs", version=""))
     rows = read_metrics(tmp_path / "logs" / "metrics.csv")
     assert [row["step"] for row in rows if "evaluation/perplexity" in row] == [3]
-    assert [row["step"] for row in rows if "zero_shot/rte" in row] == [3]
+    assert [row["step"] for row in rows if "zero_shot/mine" in row] == [3]
     assert f"tokenizer of {model_folder}" in caplog.text
     for said in ("150 tokens scored, windows of 16", "the first 3 items of each task", "computed in bfloat16"):
         assert said in caplog.text
@@ -156,13 +148,13 @@ def test_under_ddp(model_folder, text_file, tmp_path, monkeypatch):
     assert [row["step"] for row in rows if "evaluation/perplexity" in row] == [1, 2]
 
 
-def test_measuring_asks_nothing_of_other_processes(task_data, tmp_path, monkeypatch):
+def test_measuring_asks_nothing_of_other_processes(task, tmp_path, monkeypatch):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         for name in ("barrier", "all_gather", "all_reduce", "broadcast"):
             monkeypatch.setattr(torch.distributed, name, lambda *_, **__: pytest.fail("waits for the others"))
         evaluate_perplexity(shallow_llama(), torch.arange(3, 67), window=16)
-        evaluate_zero_shot(shallow_llama(), tiny_tokenizer(), ["rte"], task_data=task_data)
+        evaluate_zero_shot(shallow_llama(), tiny_tokenizer(), [task])
     finally:
         torch.distributed.destroy_process_group()
 
@@ -234,7 +226,7 @@ def test_mistakes_before_the_first_step(model_folder, tmp_path):
         (Evaluation(TextFiles()), "does not know the tokenizer of Module"),
         (Evaluation(TextFiles(), tokenizer=folder), "TextFiles has no files"),
         (Evaluation(TextFiles(test=[folder + "/config.json"]), tokenizer=folder), "fewer than one window of 512"),
-        (Evaluation(tasks="rte", task_data=str(tmp_path), tokenizer=folder), "rte expects its items in"),
+        (Evaluation(tasks="absent.yaml", tokenizer=folder), "Cannot load 'absent.yaml'"),
     ]:
         module = Module()
         with pytest.raises(ValueError, match=message):

@@ -7,7 +7,8 @@
 Same model (SmolLM2-135M-Instruct, dequantised from Q4_1, or --model), same batches, bfloat16 autocast, AdamW of
 CausalLM, gradients clipped. The kinds of step take turns in one process, in an order that rotates, so that disturbances
 of the machine affect all of them. A round gives each ratio once; their medians and quartiles are printed. The update is
-timed apart, every step, and counted 1/k times; of k steps, half record their inputs, as by default. ModelPruning prunes
+timed apart, every step, and counted 1/k times; of k steps, half record their inputs, as by default. A second dense step
+in each round says how much of a ratio is the machine. ModelPruning prunes
 half of each layer by magnitude, without rewinding; its update is timed on weights that it has made permanent before.
 Peak memory is the resident memory of processes of their own, which take three steps of one kind.
 """
@@ -271,6 +272,7 @@ def main(
     kinds: dict[str, Callable[[dict[str, torch.Tensor]], None]] = {
         "dense": dense.step,
         "re-pruned": sparse.step,
+        "dense, again": dense.step,  # how far the machine alone makes steps differ
         "re-pruned, not recorded": unrecorded,
         "ModelPruning": field.step,
         "distilled": lambda batch: dense.step(batch, teacher),

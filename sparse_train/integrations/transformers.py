@@ -5,7 +5,8 @@ What happens when, in the Trainer's order:
     on_init_end       targets get masks that keep everything: before the optimizer, and before a checkpoint is loaded
     (model is loaded) a checkpoint's zeros become masks
     on_train_begin    the first mask, or masks, shadow values and state of the checkpoint
-    (forward)         the recorder gets the batch's padding; activations are recorded in the window before an update
+    (training_step)   the recorder gets the batch's padding
+    (forward)         or that of its own arguments; activations are recorded in the window before an update
     on_step_end       after an optimizer step: update; before log, evaluation and checkpoint
     (checkpoint)      what a model with zeros does not hold is written first, next to it
     on_train_end      after the last checkpoint and loading the best one: the base of adapters is saved; squash
@@ -113,7 +114,7 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
         """The running updater; None before the run has begun."""
 
     def token_mask(self, inputs: Mapping[str, Any]) -> Tensor | None:
-        """Which tokens of a forward's keyword arguments count in activation statistics, (B, L), 0 = padding."""
+        """Which tokens of a batch, or of a forward's keyword arguments, count in statistics, (B, L), 0 = padding."""
         assert self.updater is not None
         return self.updater.padding_of(inputs)
 
@@ -178,8 +179,8 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
     # --- in training -------------------------------------------------------------------------------------------------
 
     def _before_forward(self, model: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        if self.updater is not None:
-            self.updater.token_mask = self.token_mask(keywords)
+        if self.updater is not None and (mask := self.token_mask(keywords)) is not None:
+            self.updater.token_mask = mask
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         assert self.updater is not None
@@ -214,8 +215,12 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
         if self._saved_step != state.global_step:
             self.save_state(args, state)  # a Trainer that saves checkpoints in its own way
 
-    def on_train_end(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: Any, state: Any, control: Any, *, model: nn.Module, optimizer: Any, **kwargs: Any
+    ) -> None:
         assert self.updater is not None
+        if callable(getattr(optimizer, "eval", None)):  # a schedule-free one moves weights there: before they are zeros
+            optimizer.eval()
         self.updater.finish()
         for hook in self._hooks:
             hook.remove()
@@ -260,7 +265,7 @@ def _save_base(model: Any, folder: Path) -> None:
     """Write the sparse model below adapters of peft, since ``save_model`` writes adapters alone."""
     try:
         model.get_base_model().save_pretrained(folder, state_dict=lora.base_of(model)[0])
-    except (ValueError, OSError) as error:  # the adapter can still be saved
+    except Exception as error:  # whatever it is, the adapter can still be saved
         _log.error("The sparse model below the adapter was not saved, and save_model does not save it: %s", error)
     else:
         _log.warning("save_model writes the adapter alone. The sparse model that it belongs to is in %s.", folder)
@@ -384,6 +389,15 @@ def _train(callbacks: Any, train: Any, self: Any, resume_from_checkpoint: Any = 
     for callback in callbacks:
         callback._resumed = Path(folder) if folder else None
     return train(self, resume_from_checkpoint, *args, **kwargs)
+
+
+@_around("training_step")
+def _with_padding(callbacks: Any, step: Any, self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    # a loss of one's own may give the model, or a part of it, the batch's mask in another way than by its name
+    for callback in callbacks:
+        if callback.updater is not None:
+            callback.updater.token_mask = callback.token_mask(inputs)
+    return step(self, model, inputs, *args, **kwargs)
 
 
 @_around("log")

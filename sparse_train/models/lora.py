@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sparse_train.inspection import LayerSparsity, layer_sparsities
@@ -90,25 +91,29 @@ def active_config(model: Any) -> Any:
 
 def bare(name: str) -> str:
     """The name that a module or weight of a ``PeftModel`` has in the model that peft has put inside its own."""
-    return re.sub(r"\.base_layer\b", "", name.removeprefix("base_model.model."))
+    own = name.removeprefix("base_model.model.")
+    return re.sub(r"\.(token_adapter\.base_layer|base_layer|original_module)\b", "", own)
 
 
 def base_of(model: Any, state: Mapping[str, Tensor] | None = None) -> tuple[dict[str, Tensor], list[LayerSparsity]]:
     """The state dict of a peft model's base, masks folded in, with the names of the bare model; and its layers.
 
-    ``state`` is the model's whole state dict, if it is sharded.
+    ``state`` is the model's whole state dict, if it is sharded. Raises ValueError if an adapter of another kind holds a
+    weight of the base under a name that is not known here.
     """
     base = model.get_base_model()
     own = None if state is None else {name.removeprefix("base_model.model."): value for name, value in state.items()}
     adapters = tuple(f"{name}." for name in adapter_names(base))
-
-    if copied := next((name for name, _ in base.named_modules() if name.endswith(".modules_to_save")), None):
+    with torch.device("meta"):
+        wanted = type(base)(base.config).state_dict()
+    folded = folded_state_dict(base, own).items()
+    weights = {bare(name): value for name, value in folded if bare(name) in wanted}
+    if lost := sorted(wanted.keys() - weights.keys()):
         raise ValueError(
-            f"The adapter holds a copy of a whole module ({copied}, peft's modules_to_save), which is not "
-            "exported. Leave modules_to_save out, or save the model yourself: model.save_pretrained."
+            f"{lost[0]} has another name inside this adapter, and the folder of the base would lack it. Take the "
+            "adapter away (model.unload()), squash the model, and save it."
         )
-    folded = folded_state_dict(base, own)
-    return {bare(name): value for name, value in folded.items() if not name.startswith(adapters)}, [
+    return weights, [
         replace(layer, name=bare(layer.name))
         for layer in layer_sparsities(base, own)
         if not f"{layer.name}.".startswith(adapters)

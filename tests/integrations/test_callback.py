@@ -23,7 +23,7 @@ from sparse_train import (
 )
 from sparse_train.integrations.transformers import SparseTrainerCallback
 from sparse_train.oneshot.batches import random_batches
-from tests.conftest import shallow_llama
+from tests.conftest import VOCABULARY, shallow_llama
 from tests.integrations.runs import Tokens, pruning, trainer
 from tests.pruning.test_policies import Moments
 
@@ -72,7 +72,8 @@ def test_masks_are_those_of_a_plain_loop_on_the_same_batches(tmp_path, padded):
         tmp_path, pruning, data=Tokens(padded), gradient_accumulation_steps=2, max_steps=8, optim="sgd", max_grad_norm=0
     )
     run.train()
-    assert len(seen) == 16
+    assert len(seen) == 32  # a batch, and the forward that gets it
+    seen = seen[1::2]
 
     model = shallow_llama()
     updater = MaskUpdater(model, "2:4", update_freq=4, total_steps=8)
@@ -100,6 +101,57 @@ def test_padding_changes_masks(tmp_path):
         run.train()
         found.append({name: layer.weight_mask for name, layer in sparse_layers(run.model).items()})
     assert any(not torch.equal(mask, found[1][name]) for name, mask in found[0].items())
+
+
+def by_position(model, inputs):
+    return model(inputs["input_ids"], inputs["attention_mask"], labels=inputs["labels"]).loss
+
+
+def on_the_body(model, inputs):
+    hidden = model.model(inputs["input_ids"], inputs["attention_mask"]).last_hidden_state
+    return model.loss_function(model.lm_head(hidden), inputs["labels"], VOCABULARY)
+
+
+@pytest.mark.parametrize("loss", [by_position, on_the_body])
+def test_padding_does_not_count_however_a_loss_hands_it_on(tmp_path, loss):
+    tokens = []
+
+    class Looks(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            tokens.append({int(layer.statistics.tokens) for layer in pruning.updater.layers.values()})
+
+    pruning = SparseTrainerCallback("2:4", update_freq=10, first_mask=FirstWindow())
+    run = trainer(tmp_path, pruning, Looks(), data=Tokens(padded=5), max_steps=3)
+    run.compute_loss = lambda model, inputs, **_: loss(model, inputs)
+    run.train()
+    assert tokens[:2] == [{2 * 11}, {4 * 11}]
+
+
+class ScheduleFree(torch.optim.SGD):
+    """Trains at other weights than those that it means, as schedule-free optimizers do."""
+
+    away = 0.0
+
+    def train(self):
+        self._move(0.1)
+
+    def eval(self):
+        self._move(0.0)
+
+    @torch.no_grad()
+    def _move(self, to):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.add_(to - self.away)
+        self.away = to
+
+
+def test_a_schedule_free_optimizer_leaves_zeros_at_the_end(tmp_path):
+    run = trainer(tmp_path, SparseTrainerCallback("2:4", update_freq=2), max_steps=6)
+    run.optimizer = ScheduleFree(run.model.parameters(), lr=1e-3)
+    run.train()
+    run.evaluate(run.train_dataset)
+    assert ((run.model.model.layers[0].mlp.up_proj.weight.reshape(-1, 4) == 0).sum(1) == 2).all()
 
 
 def test_the_best_model_comes_back_sparse(tmp_path):

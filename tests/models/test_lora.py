@@ -90,10 +90,33 @@ def test_export_before_masks_are_folded_writes_zeros_too(tmp_path):
     base = AutoModelForCausalLM.from_pretrained(export_model(model, None, tmp_path / "out"))
     assert is_2of4(base.model.layers[0].self_attn.q_proj.weight)
     assert is_2of4(base.model.layers[0].mlp.up_proj.weight)
-    copied = get_peft_model(shallow_llama(), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
-    with pytest.raises(ValueError, match="modules_to_save"):
-        export_model(copied, None, tmp_path / "copied")
-    assert not (tmp_path / "copied").exists()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("more", [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [5, 6]}])
+def test_what_else_an_adapter_of_peft_wraps_is_in_the_base_under_its_own_name(tmp_path, ids, more, tied):
+    model = get_peft_model(
+        shallow_llama(tie_word_embeddings=tied), LoraConfig(r=2, target_modules=["q_proj"], **more)
+    ).eval()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    prune(model, criterion=Magnitude())
+    out = export_model(model, None, tmp_path / "out")
+    base = AutoModelForCausalLM.from_pretrained(out).eval()
+    with model.disable_adapter():
+        assert torch.equal(base(input_ids=ids[0]).logits, model(input_ids=ids[0]).logits)
+    again = PeftModel.from_pretrained(base, out / "adapter").eval()
+    torch.testing.assert_close(again(input_ids=ids[0]).logits, model(input_ids=ids[0]).logits)
+
+
+def test_a_base_that_would_lack_a_weight_is_an_error(tmp_path):
+    model = get_peft_model(shallow_llama(), LoraConfig(r=2, target_modules=["q_proj"]))
+    base = model.get_base_model()
+    base.lm_head = torch.nn.Sequential(base.lm_head)
+    with pytest.raises(ValueError, match=r"lm_head\.weight has another name"):
+        export_model(model, None, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_trained_adapter_is_loaded_to_go_on_with_or_to_evaluate(tmp_path, sparse_folder, text_file, capsys, ids):

@@ -7,7 +7,18 @@ import numpy as np
 import pytest
 import torch
 
-from sparse_train import Dormant, Fixed, Magnitude, MaskUpdater, Unstructured, prune, sparse_layers, squash
+from sparse_train import (
+    Dormant,
+    Fixed,
+    Magnitude,
+    MaskUpdater,
+    Unstructured,
+    add_mask_lora,
+    prune,
+    sparse_layers,
+    sparsify_like,
+    squash,
+)
 from sparse_train.schedules import Linear
 from tests.conftest import VOCABULARY, shallow_llama
 from tests.pruning.loops import equal, snapshot, train
@@ -33,6 +44,25 @@ def test_interrupted_equals_uninterrupted(caplog):
     for (name, a), (_, b) in zip(model.state_dict().items(), other.state_dict().items(), strict=True):
         assert torch.equal(a, b), name
     assert resumed.state_dict()["first_rows"].keys() == updater.state_dict()["first_rows"].keys()
+
+
+def test_an_interrupted_loop_with_mask_lora_goes_on():
+    model = shallow_llama()
+    updater = MaskUpdater(model, "2:4", update_freq=4, total_steps=20)
+    optimizer = torch.optim.AdamW(add_mask_lora(model), lr=3e-3)
+    train(model, updater, 5, optimizer, seed=1)
+    saved = copy.deepcopy((model.state_dict(), updater.state_dict(), optimizer.state_dict()))
+    train(model, updater, 9, optimizer, seed=2)
+
+    other = shallow_llama()
+    sparsify_like(other, saved[0])
+    resumed = MaskUpdater(other, "2:4", update_freq=4, total_steps=20, state=saved[1])
+    other.load_state_dict(saved[0])
+    second = torch.optim.AdamW(add_mask_lora(other), lr=3e-3)
+    second.load_state_dict(saved[2])
+    train(other, resumed, 9, second, seed=2)
+    for (name, a), (_, b) in zip(model.state_dict().items(), other.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
 
 
 def test_an_updater_that_fails_leaves_another_ones_layers_alone():

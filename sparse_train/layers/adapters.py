@@ -2,7 +2,7 @@
 
 peft merges by writing ``W + BA`` into the base layer's weight. If that layer is masked, the mask prunes the sum, and
 the model is no longer the one that was trained, ``mask * W + BA``. DoRA computes with the norms of all weights. Rare
-kinds that multiply the weight in their own forward (HRA, MiSS with "bat", PEANuT) are not found.
+kinds that multiply the weight in their own forward (HRA, HiRA, MiSS with "bat", PEANuT, SuperTuning) are not found.
 """
 
 from torch import nn

@@ -86,7 +86,7 @@ def test_a_resumed_run_logs_what_the_checkpoint_had_not_logged(tmp_path):
 
 
 def test_the_patches_of_the_trainer_can_be_taken_back(monkeypatch):
-    patched = Trainer.train, Trainer.log, Trainer._save_checkpoint
+    patched = Trainer.train, Trainer.training_step, Trainer.log, Trainer._save_checkpoint
     for each in patched:
         monkeypatch.setattr(Trainer, each.__name__, each.__wrapped__)
     assert not any(hasattr(getattr(Trainer, each.__name__), "__wrapped__") for each in patched)

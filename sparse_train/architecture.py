@@ -136,11 +136,11 @@ def _trains(module: nn.Module) -> bool:
 
 
 def decoder_blocks(model: nn.Module, layers: Iterable[Any]) -> list[nn.Module]:
-    """The list of blocks that holds most of ``layers``, which are modules of the model; empty if none holds any."""
+    """The list of blocks that holds most of ``layers``, modules or parameters of the model; empty if none holds any."""
     wanted, most = set(map(id, layers)), 0
     chosen: list[nn.Module] = []
     for blocks in block_lists(model).values():
-        held = sum(id(module) in wanted for block in blocks for module in block.modules())
+        held = sum(id(part) in wanted for block in blocks for part in (*block.modules(), *block.parameters()))
         if held > most:
             chosen, most = list(blocks), held
     return chosen

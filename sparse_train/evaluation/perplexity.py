@@ -103,7 +103,7 @@ def check_window(model: nn.Module, window: int, prefix: int = 0, name: str = "wi
     model are not looked at; ``name`` is that of the user's argument.
     """
     config = getattr(model, "config", None)
-    positions = getattr(config and config.get_text_config(), "max_position_embeddings", None)
+    positions = getattr(getattr(config, "get_text_config", lambda: config)(), "max_position_embeddings", None)
     if positions is None or window + prefix <= positions:
         return
     said = f"{name} is {window} tokens{f' after {prefix} in front of each' if prefix else ''}, and "

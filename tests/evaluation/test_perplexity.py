@@ -1,4 +1,5 @@
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -130,6 +131,22 @@ def test_ids_of_another_tokenizer_are_refused():
 def test_conversations_have_no_perplexity():
     with pytest.raises(ValueError, match="plain texts, and the documents are conversations"):
         token_ids([[{"role": "user", "content": "Hi"}]], None)
+
+
+def test_a_model_of_ones_own_may_have_a_config_of_its_own():
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.config = tiny_llama(), SimpleNamespace(n_layer=2)
+
+        def forward(self, **inputs):
+            return self.inner(**inputs)
+
+    model, ids = Model(), torch.randint(3, VOCABULARY, (70,))
+    assert (
+        evaluate_perplexity(model, ids, window=8).perplexity
+        == evaluate_perplexity(model.inner, ids, window=8).perplexity
+    )
 
 
 def test_windows_longer_than_the_model_was_made_for(caplog):

@@ -155,6 +155,19 @@ def test_experts_can_be_named_ignored_and_are_left_to_training(ids, caplog):
     assert "experts.gate_up_proj has zeros, as left by one-shot pruning" in caplog.text
 
 
+def test_experts_alone_are_pruned_block_by_block(ids):
+    """The second block's experts see what the pruned experts of the first one give."""
+    alone, given = tiny_moe("mixtral"), tiny_moe("mixtral")
+    given.load_state_dict(alone.state_dict())
+    prune(alone, ids, "2:4", ignore=["re:.*self_attn"])
+    first, second = (f"model.layers.{i}.mlp.experts" for i in (0, 1))
+    prune(given, ids, "2:4", targets=[f"re:{first}"])
+    prune(given, ids, "2:4", targets=[f"re:{second}"])
+    for (name, a), (_, b) in zip(alone.named_parameters(), given.named_parameters(), strict=True):
+        assert torch.equal(a == 0, b == 0), name
+    assert (alone.get_parameter(f"{second}.down_proj") == 0).any()
+
+
 def test_linear_as_a_class_means_experts_too_and_other_parameters_never(ids):
     model = tiny_moe("mixtral")
     assert len(find_targets(model, NM(2, 4), ["Linear"], ["lm_head"], experts=True).experts) == 4

@@ -32,7 +32,7 @@ from sparse_train.callbacks.checks import check_built, check_fit, warn_of_denser
 from sparse_train.distributed.fsdp2 import reshard
 from sparse_train.layers.mask_lora import MaskLoRA, add_mask_lora, check_mask_lora
 from sparse_train.layers.masked_layer import MaskedLayer, sparse_layers
-from sparse_train.layers.sparsify import unmask
+from sparse_train.layers.sparsify import squash_layers
 from sparse_train.models.checkpoints import PRUNING_STATE
 from sparse_train.oneshot.first_mask import make_first_mask
 from sparse_train.patterns import Pattern
@@ -165,7 +165,7 @@ class DynamicPruning(L.Callback):
         if pl_module.automatic_optimization:  # steps of this run only: the trainer may have run an earlier fit
             before = trainer.global_step if state is None else 0
             total_steps = max(1, trainer.estimated_stepping_batches - before)  # 0 if the fit is over
-        one_shot = functools.partial(
+        first_mask = functools.partial(
             make_first_mask,
             pl_module,
             self._layers,
@@ -181,13 +181,13 @@ class DynamicPruning(L.Callback):
             layers=self._layers,
             total_steps=total_steps,
             optimizers=trainer.optimizers,
-            one_shot=one_shot,
+            make_first_mask=first_mask,
             state=state,
         )
         warn_of_denser_best(trainer, self.updater)
         rank_zero_info(f"DynamicPruning: {self.updater.plan()}.")
         self._global_step = trainer.global_step if state is None else state["global_step"]
-        self._metrics = {} if state is None else state.get("metrics", {})
+        self._metrics = {} if state is None else state["metrics"]
         self._logged = self._looked_at_loss = False
         solved = state is None and self.config.first_solver is not None
         lightning_trainer.mask_averages(trainer, pl_module, weights=solved)
@@ -266,7 +266,7 @@ class DynamicPruning(L.Callback):
         else:
             rank_zero_warn("The run had no step, so nothing was pruned.")
         if self._squash:
-            unmask(pl_module)  # squash without its checks, which finish() has made
+            squash_layers(pl_module)  # squash without its checks, which finish() has made
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         if self.updater is None:

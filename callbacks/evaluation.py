@@ -68,9 +68,9 @@ class Evaluation(L.Callback):
     ) -> None:
         if text is None and not tasks:
             raise ValueError("Evaluation needs something to measure: a text for perplexity, or tasks, such as wanda7.")
-        counts = {"every_n_steps": every_n_steps, "tasks_every_n_steps": tasks_every_n_steps, "limit": limit}
-        for name, count in counts.items():
-            check_positive(name, count)
+        check_positive("every_n_steps", every_n_steps)
+        check_positive("tasks_every_n_steps", tasks_every_n_steps)
+        check_positive("limit", limit)
         self._text, self._split, self._window, self._max_tokens = text, split, window, max_tokens
         self._tasks, self._limit = task_names(tasks) if tasks else [], limit
         self._batch_size, self._source = batch_size, None if tokenizer is None else as_model_source(tokenizer)

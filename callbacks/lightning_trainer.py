@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from sparse_train.environment import isolated_rng
 from sparse_train.layers.masked_layer import sparse_layers
-from sparse_train.layers.sparsify import sparsify_like, unmask
+from sparse_train.layers.sparsify import sparsify_like, squash_layers
 from sparse_train.oneshot.batches import first_samples, training_batches
 from sparse_train.oneshot.forwards import Batch
 
@@ -31,7 +31,7 @@ def steps_done(trainer: L.Trainer, *, in_batch: bool = True) -> int:
 
 
 def callbacks_of(trainer: L.Trainer) -> list[L.Callback]:
-    return trainer.callbacks  # type: ignore[attr-defined,no-any-return]
+    return trainer.callbacks  # type: ignore[attr-defined]
 
 
 def batches_of_training(trainer: L.Trainer, samples: int) -> list[Batch] | None:
@@ -40,8 +40,7 @@ def batches_of_training(trainer: L.Trainer, samples: int) -> list[Batch] | None:
     If the data module has a method ``calibration_dataloader`` that returns a loader, its first batches are used.
     """
     trainer.fit_loop.setup_data()
-    ask = getattr(getattr(trainer, "datamodule", None), "calibration_dataloader", None)
-    own = ask() if ask is not None else None
+    own = getattr(getattr(trainer, "datamodule", None), "calibration_dataloader", lambda: None)()
     if own is not None:
         with isolated_rng():
             torch.manual_seed(0)  # the same batches in each process
@@ -88,7 +87,7 @@ def masks_as_loaded(pl_module: L.LightningModule) -> Callable[[], None]:
     def end() -> None:
         hook.remove()
         if was_dense and sparse_layers(pl_module):
-            unmask(pl_module)
+            squash_layers(pl_module)
 
     return end
 

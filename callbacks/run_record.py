@@ -12,7 +12,6 @@ import os
 import re
 import time
 import warnings
-from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,6 +30,7 @@ from sparse_train.callbacks.evaluation import Evaluation
 from sparse_train.callbacks.lightning_trainer import callbacks_of, steps_done
 from sparse_train.files import write_json
 from sparse_train.layers.masked_layer import sparse_layers
+from sparse_train.oneshot.forwards import ids_of
 from sparse_train.patterns import PRUNED
 from sparse_train.pruning.counts import measure, sparsity_of
 from sparse_train.pruning.updater import MaskUpdater
@@ -224,5 +224,5 @@ class _Metrics(CSVLogger):
 
 def _tokens(batch: Any) -> int:
     """Tokens of a batch, including padding; 0 if it is not a batch of token ids."""
-    ids = batch.get("input_ids") if isinstance(batch, Mapping) else batch
+    ids = ids_of(batch)
     return ids.numel() if isinstance(ids, Tensor) and ids.dim() == 2 and not ids.is_floating_point() else 0

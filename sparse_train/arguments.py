@@ -42,12 +42,11 @@ def require_type(name: str, value: T | None, example: T, base: type[Any] | tuple
     """``value``, or ``example`` in place of None; ValueError if it is a class, a text, or anything but a ``base``."""
     if value is None:
         return example
-    given: T = value
     if not isinstance(value, base):
         way_out = getattr(value, "way_out", "")
         way_out = f" Write {value.__name__}()." if isinstance(value, type) and issubclass(value, base) else way_out
         raise ValueError(f"{name} is an object such as {example!r}, got {value!r}.{way_out}")
-    return given
+    return value
 
 
 def describe(part: Any) -> str:
@@ -76,6 +75,14 @@ def as_call(data: Any) -> str:
         return str(data)
     arguments = ", ".join(f"{name}={as_call(value)}" for name, value in data.items() if name != "class")
     return f"{data['class']}({arguments})"
+
+
+def expression(text: str) -> re.Pattern[str]:
+    """The regular expression behind "re:"; ValueError if it is none."""
+    try:
+        return re.compile(text.removeprefix("re:"))
+    except re.error as error:
+        raise ValueError(f"{text!r} is not a regular expression: {error}.") from error
 
 
 def did_you_mean(word: str, candidates: Iterable[str]) -> str:

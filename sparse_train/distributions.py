@@ -4,13 +4,12 @@ Shape suffixes: O out_features, I in_features.
 """
 
 import math
-import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from sparse_train.arguments import check_sparsity, did_you_mean
+from sparse_train.arguments import check_sparsity, did_you_mean, expression
 from sparse_train.patterns import NM, Pattern, Unstructured, share_of
 
 _AGREEMENT = 1e-3  # allowed difference from the mean of the layers' sparsities, which are written with few digits
@@ -82,7 +81,7 @@ class Explicit(SparsityDistribution):
         named: dict[str, float] = {}
         for target, value in self.layers.items():
             if target.startswith("re:"):
-                hits = [name for name in shapes if re.match(target[3:], name)]
+                hits = list(filter(expression(target).match, shapes))
             else:
                 hits = [name for name in shapes if target in _heads_and_tails(name)]
             if not hits:

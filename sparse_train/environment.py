@@ -4,10 +4,8 @@ import os
 import platform
 import random
 import re
-import resource
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,29 +14,23 @@ import numpy as np
 import torch
 
 _PACKAGES = ("sparse-train", "torch", "lightning", "transformers", "datasets", "numpy", "deepspeed", "peft")
-_CPUINFO, _STATUS = Path("/proc/cpuinfo"), Path("/proc/self/status")
 
 
 def versions() -> dict[str, str]:
     """Versions of Python and of those installed packages that matter for a result."""
     installed = {"python": platform.python_version()}
     for package in _PACKAGES:
-        try:
+        with suppress(metadata.PackageNotFoundError):
             installed[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
     return installed | {"torch": str(torch.__version__)}  # with the kind of build
 
 
 def machine() -> dict[str, Any]:
     """System, processor, cores, torch threads, memory, and names of accelerators."""
-    processor = platform.processor()
-    if _CPUINFO.exists():
-        names = re.findall(r"^model name\s*: (.*)", _CPUINFO.read_text(), re.MULTILINE)
-        processor = names[0] if names else processor
+    names = re.findall(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     facts: dict[str, Any] = {
         "system": f"{platform.system()} {platform.machine()}",
-        "processor": processor,
+        "processor": names[0] if names else platform.processor(),  # not all kinds of processor have this line
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory": f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.1f} GiB",
@@ -50,11 +42,8 @@ def machine() -> dict[str, Any]:
 
 def peak_bytes() -> int:
     """Peak resident memory of this process."""
-    if _STATUS.exists():
-        line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, others kibibytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024
 
 
 @contextmanager

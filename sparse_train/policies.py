@@ -5,7 +5,7 @@ Shape suffixes: O out_features, I in_features, J packed mask bytes.
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -191,18 +191,15 @@ class Regrow(MaskPolicy):
     """
 
     drop_fraction: float = 0.3
-    fraction: float = field(default=0.0, init=False, repr=False, compare=False)
-    """Share of kept weights that the update after the running step will drop; 0 = no gradients are needed."""
-    gradients: dict[str, Tensor | None] = field(default_factory=dict, init=False, repr=False, compare=False)
-    """Gradients of the running step, in the layout of the parameter; None = there was none, or not finite."""
-
     regrowth: ClassVar[Literal["from zero"]] = "from zero"
 
     def __post_init__(self) -> None:
         if not 0 < self.drop_fraction <= 1:
-            raise ValueError(
-                f"drop_fraction is the share of kept weights that change, in (0, 1]: {self.drop_fraction}."
-            )
+            raise ValueError(f"drop_fraction is the share of kept weights to change, in (0, 1]: {self.drop_fraction}.")
+        self.fraction = 0.0
+        """Share of kept weights that the update after the running step will drop; 0 = no gradients are needed."""
+        self.gradients: dict[str, Tensor | None] = {}
+        """Gradients of the running step, in the layout of the parameter; None = there was none, or not finite."""
 
     def check(self) -> None:
         for name, layer in self.layers.items():

@@ -56,9 +56,7 @@ class Ramp(Schedule):
         check_sparsity("init_sparsity", self.init_sparsity)
         check_sparsity("final_sparsity", self.final_sparsity)
         if self.init_sparsity > self.final_sparsity:
-            raise ValueError(
-                f"Sparsity rises: init_sparsity ({self.init_sparsity}) must not be above {self.final_sparsity}."
-            )
+            raise ValueError(f"Sparsity rises: init_sparsity ({self.init_sparsity}) is above {self.final_sparsity}.")
         if not 0 < self.ramp <= 1:
             raise ValueError(f"ramp is the share of the way on which sparsity rises, in (0, 1], got {self.ramp}.")
 

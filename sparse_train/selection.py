@@ -127,8 +127,7 @@ def _ordered_integers(scores: _Array) -> _Array:
     if bits.min() >= 0:
         return bits
     bits = (scores + np.float32(0)).view(np.int32)  # turns -0.0 into 0.0, which is equal
-    ordered: _Array = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return ordered
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 def _comparison_chunk(scores: _Array, keep: _Array, kept: int) -> None:

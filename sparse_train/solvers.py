@@ -83,14 +83,8 @@ class SparseGPT(Solver):
         for start in range(0, inputs, self.block_size):
             stop = min(start + self.block_size, inputs)
             block = slice(start, stop)
-            errors_OB = _prune_block(
-                work_OI[:, block],
-                mask_OI[:, block],
-                factor_II[block, block],
-                diagonal_I[block],
-                pattern,
-                _block_sparsity(pattern, sparsity, rows, start, stop),
-            )
+            own = work_OI[:, block], mask_OI[:, block], factor_II[block, block], diagonal_I[block]
+            errors_OB = _prune_block(*own, pattern, _block_sparsity(pattern, sparsity, rows, start, stop))
             work_OI[:, stop:] -= errors_OB @ factor_II[block, stop:]
         return torch.where(mask_OI, work_OI, before_OI), mask_OI
 
@@ -179,8 +173,7 @@ def _inverse_factor(gram_II: Tensor, dead_I: Tensor, dampening_frac: float) -> T
             inverse_II = torch.cholesky_inverse(factor_II)
             factor_II, info = torch.linalg.cholesky_ex(inverse_II, upper=True)
             if int(info) == 0:
-                result: Tensor = factor_II.float()
-                return result
+                return factor_II.float()
         damping *= 10  # with few samples, rounding in float32 can make the matrix indefinite
     raise ValueError(
         f"SparseGPT: the matrix of second moments has no Cholesky factor at dampening_frac={dampening_frac}. Give more "

@@ -1,4 +1,4 @@
-"""Running sums over the inputs of layers: ``ActivationNorm`` for scores, ``ActivationGram`` for solvers.
+"""Running sums over the inputs of layers: ``ActivationNorm`` for scores, ``ActivationGram`` for solvers; what counts.
 
 Shape suffixes: T tokens, I in_features, C tokens of a chunk.
 """
@@ -8,7 +8,8 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -65,11 +66,11 @@ def _sum_of_squares(x_TI: Tensor) -> np.ndarray:
     if x_TI.dtype != torch.float32:  # each chunk is converted in the cache: twice as fast, and the same sums
         held_CI = torch.empty(_CHUNK, x_TI.shape[1], dtype=torch.float32)
         converted = (held_CI[: len(chunk_CI)].copy_(chunk_CI).numpy() for chunk_CI in x_TI.split(_CHUNK))
-        return sum(np.einsum("ti,ti->i", chunk, chunk) for chunk in converted)  # type: ignore[no-any-return]
+        return sum(np.einsum("ti,ti->i", chunk, chunk) for chunk in converted)
     x = x_TI.numpy()
     whole = len(x) // _CHUNK * _CHUNK
     chunks = x[:whole].reshape(-1, _CHUNK, x.shape[1])
-    total: np.ndarray = np.einsum("cti,cti->ci", chunks, chunks).sum(0)
+    total = np.einsum("cti,cti->ci", chunks, chunks).sum(0)
     total += np.einsum("ti,ti->i", x[whole:], x[whole:])
     return total
 
@@ -117,12 +118,59 @@ class LastSums:
             self._sums = batch_sums(x.detach(), token_mask)
         return self._sums
 
-    # Copies and pickles of a model start without the sums of a finished forward.
-    def __deepcopy__(self, memo: dict[int, Any]) -> "LastSums":
-        return LastSums()
-
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[Any, ...]:  # copies and pickles of a model start without sums of a finished forward
         return LastSums, ()
+
+
+# --- which inputs count ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Recorder:
+    """State that all masked layers of a model share while activations are recorded."""
+
+    when: Literal["never", "training", "always"] = "never"
+    """In "training", forwards in eval mode with autograd off are left out. Calibration uses "always"."""
+    token_mask: Tensor | None = None
+    """Which tokens of the current batch count (B, L); None = all."""
+    last: LastSums = field(default_factory=LastSums)
+    """Reused by layers that read the same tensor."""
+    misfit: tuple[str, Tensor] | None = None
+    """What a token mask does not fit, a shape or more words, and that mask, for a single warning."""
+    warned: bool = False
+    is_paused: bool = False
+
+    def wants(self, training: bool) -> bool:
+        """Whether a forward of a layer in this mode is recorded."""
+        in_training = self.when == "training" and (training or torch.is_grad_enabled())
+        return not self.is_paused and (in_training or self.when == "always")
+
+    def token_mask_for(self, x: Tensor) -> Tensor | None:
+        """The token mask of an input (..., I); None if there is none, or if it does not fit."""
+        mask = self.token_mask
+        if mask is None:
+            return None
+        # an entry for every token of (B, L, I) or (B * L, I)
+        if mask.shape != x.shape[:-1] and (x.dim() != 2 or mask.numel() != len(x)):
+            self.misfit = self.misfit or (f"{tuple(x.shape)}", mask)
+            return None
+        if mask.device != x.device:
+            mask = self.token_mask = mask.to(x.device)
+        return mask
+
+    def note_misfit(self, shape: str, mask: Tensor) -> None:
+        """Remember a token mask that does not fit, rather one with padding than one of ones."""
+        if self.misfit is None or bool(self.misfit[1].all()):
+            self.misfit = shape, mask
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside this context, nothing is recorded."""
+        before, self.is_paused = self.is_paused, True
+        try:
+            yield
+        finally:
+            self.is_paused = before
 
 
 # --- running sums ----------------------------------------------------------------------------------------------------
@@ -153,9 +201,9 @@ class Statistics(ABC):
         """
 
     @property
-    @abstractmethod
     def sum_squares_I(self) -> Tensor:
         """Sum of squares of each feature, float32 (I,)."""
+        return self.sums
 
     @property
     def norm_I(self) -> Tensor:
@@ -184,10 +232,6 @@ class ActivationNorm(Statistics):
     """Sum of squares of each input feature over the tokens seen, and the number of tokens."""
 
     dimensions = 1
-
-    @property
-    def sum_squares_I(self) -> Tensor:
-        return self.sums
 
     @torch.no_grad()
     def add(self, x: Tensor, token_mask: Tensor | None = None, last: LastSums | None = None) -> None:

@@ -3,6 +3,7 @@
 import sys
 from typing import Any
 
+from sparse_train.cli.tables import show_zero_shot
 from sparse_train.data.packing import beginning
 from sparse_train.data.texts import PackagedWikipedia, Split, TextSource
 from sparse_train.evaluation import evaluate_perplexity, evaluate_zero_shot, token_ids
@@ -50,8 +51,6 @@ def evaluate(
         autocast: compute in this dtype, such as "bfloat16"; the loss stays float32.
         device: where to compute, such as "cpu" or "cuda"; default: a GPU if there is one.
     """
-    from sparse_train.cli.tables import show_zero_shot
-
     device = chosen_device(device)
     names = ["perplexity"] if tasks is None else task_names(tasks)
     zero_shot = [name for name in names if name != "perplexity"]

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from sparse_train.export import export_checkpoint
+from sparse_train.models.checkpoints import newest_checkpoint
 from sparse_train.models.sources import Dtype, ModelSource, as_model_source, torch_dtype
 
 
@@ -22,9 +24,6 @@ def export(
             the model that the run began with.
         dtype: of the written weights; default: that of the files that the run began with.
     """
-    from sparse_train.export import export_checkpoint
-    from sparse_train.models.checkpoints import newest_checkpoint
-
     if any(Path(checkpoint).rglob("*.ckpt")):  # not inside a checkpoint
         checkpoint = str(newest_checkpoint(checkpoint))
     loaded = None if tokenizer is None else as_model_source(tokenizer).tokenizer()

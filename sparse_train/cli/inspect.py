@@ -2,7 +2,11 @@
 
 from typing import Any
 
+from sparse_train.cli.tables import show_inspection
+from sparse_train.export.verify import verify as verify_folder
+from sparse_train.inspection import layer_sparsities
 from sparse_train.models.sources import ModelSource, Pretrained, as_model_source
+from sparse_train.pruning.counts import sparsity_of
 
 
 def inspect(model: ModelSource | str, verify: bool = False) -> dict[str, Any]:
@@ -15,16 +19,10 @@ def inspect(model: ModelSource | str, verify: bool = False) -> dict[str, Any]:
         verify: instead, compare the zeros of the files, group by group, with how the folder says that it was pruned
             (pruning.json); a difference is an error. Holds one weight at a time.
     """
-    from sparse_train.cli.tables import show_inspection
-    from sparse_train.inspection import layer_sparsities
-    from sparse_train.pruning.counts import sparsity_of
-
     source = as_model_source(model, dtype="auto")
     if verify:
         if not isinstance(source, Pretrained):
             raise ValueError(f"verify reads a folder or a hub model with safetensors, not {source.name}.")
-        from sparse_train.export.verify import verify as verify_folder
-
         counted = verify_folder(source.folder())
         print(f"{source.name}: every group of its {counted['layers']} pruned layers has the zeros that it should have.")
         print(f"sparsity {counted['sparsity']:.6f}; {counted['zeros_kept']} zeros more than asked for")

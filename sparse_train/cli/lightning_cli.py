@@ -4,6 +4,7 @@ import logging
 import signal
 import sys
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,7 +19,6 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from sparse_train import terminal
 from sparse_train.callbacks import DynamicPruning, RunRecord
 from sparse_train.cli.parser import Parser, parser_arguments, shipped, spelt_out
-from sparse_train.cli.tables import show_run
 from sparse_train.data.text_blocks import TextBlocks
 from sparse_train.export import ModelCard, export_model
 from sparse_train.export.card import training_rows
@@ -27,7 +27,7 @@ from sparse_train.files import check_free, check_space, replacing
 from sparse_train.models.causal_lm import CausalLM
 from sparse_train.models.checkpoints import check_runs_no_code, newest_checkpoint
 from sparse_train.models.sources import Dtype, torch_dtype
-from sparse_train.report import collect, headline, write_run_report
+from sparse_train.report import Run, closing, collect, headline, write_run_report
 from sparse_train.report.runs import without_homes
 
 _log = logging.getLogger(__name__)
@@ -194,6 +194,14 @@ def run(args: list[str], cli: type[SparseTrainCLI] = SparseTrainCLI, debug: bool
     except SIGTERMException:  # its own exit status is that of a finished run
         print(f"sparse-train {command}: ended by SIGTERM, before the run was complete.", file=sys.stderr)
         sys.exit(128 + signal.SIGTERM)
+
+
+def show_run(run: Run) -> None:
+    """The model before training and at the end, as the report of a run begins."""
+    terminal.print_table(*closing([run]))
+    took = timedelta(seconds=round(run.facts["seconds"]))
+    *_, peak = (value for name, value in run.facts["about"].items() if name.startswith("peak memory"))
+    print(f"{took} of training, peak memory {peak:.2f} GiB")
 
 
 def _say_how_to_go_on(trainer: L.Trainer, pl_module: L.LightningModule, error: BaseException) -> None:

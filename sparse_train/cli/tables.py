@@ -3,7 +3,6 @@
 import re
 from collections import defaultdict
 from collections.abc import Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from sparse_train.evaluation import ZeroShotResult
 from sparse_train.inspection import LayerSparsity, by_projection, pruned
 from sparse_train.patterns import PRUNED
 from sparse_train.pruning.counts import sparsity_of
-from sparse_train.report import Run, closing
 from sparse_train.terminal import print_table
 
 
@@ -64,16 +62,7 @@ def show_inspection(name: str, layers: Sequence[LayerSparsity], model_bytes: int
         get_console().print(f"{reason}: {some}", soft_wrap=True, highlight=False, markup=False)
 
 
-def show_run(run: Run) -> None:
-    """The model before training and at the end, as the report of a run begins."""
-    print_table(*closing([run]))
-    took = timedelta(seconds=round(run.facts["seconds"]))
-    *_, peak = (value for name, value in run.facts["about"].items() if name.startswith("peak memory"))
-    print(f"{took} of training, peak memory {peak:.2f} GiB")
-
-
 def show_zero_shot(result: ZeroShotResult) -> None:
-
     def percent(share: float | None) -> str:
         return "" if share is None else f"{100 * share:.2f}"
 

@@ -139,9 +139,8 @@ def calibration_batches(
     check_positive("batch_size", batch_size)
     documents, generator = text.documents("train"), torch.Generator().manual_seed(seed)
     if sampling == "documents":
-        samples = list(
-            islice(_parts(only_texts(documents), tokenizer, max_seq_length, generator), num_calibration_samples)
-        )
+        parts = _parts(only_texts(documents), tokenizer, max_seq_length, generator)
+        samples = list(islice(parts, num_calibration_samples))
     else:
         blocks = blocks_of(documents, tokenizer, max_seq_length)
         order = torch.randperm(len(blocks), generator=generator)[:num_calibration_samples]
@@ -182,7 +181,6 @@ def encoded(conversations: Sequence[Conversation], tokenizer: Any) -> list[tuple
     the turn. A token that begins before this part has no loss, nor has a message of the assistant at the start of a
     conversation.
     """
-    marked = _GENERATION.search(tokenizer.get_chat_template())
     for number, conversation in enumerate(conversations):
         # a template would write nothing for what is not there
         if not all("role" in message and isinstance(message.get("content"), str) for message in conversation):
@@ -190,7 +188,7 @@ def encoded(conversations: Sequence[Conversation], tokenizer: Any) -> list[tuple
                 'A conversation is a list of {"role": ..., "content": TEXT} (for ShareGPT, rename "from" and "value"). '
                 f"Number {number} (from 0) is {str(conversation)[:200]}."
             )
-    if marked:
+    if _GENERATION.search(tokenizer.get_chat_template()):
         settings = {"return_dict": True, "return_assistant_tokens_mask": True}
         written = [tokenizer.apply_chat_template(conversation, **settings) for conversation in conversations]
         pairs = [(each["input_ids"], each["assistant_masks"]) for each in written]
@@ -210,8 +208,7 @@ def _written(conversation: Conversation, tokenizer: Any, ends: tuple[str, ...]) 
     """The text of a conversation, and where the assistant's words begin and end in it."""
 
     def write(messages: Conversation, **arguments: Any) -> str:
-        text: str = tokenizer.apply_chat_template(messages, tokenize=False, **arguments)
-        return text
+        return tokenizer.apply_chat_template(messages, tokenize=False, **arguments)
 
     whole, spans = write(conversation), []
     for index, message in enumerate(conversation):

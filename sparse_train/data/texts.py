@@ -175,8 +175,7 @@ class TextFiles(TextSource):
     def documents(self, split: Split) -> list[Any]:
         if not self.name:
             raise ValueError("TextFiles has no files: give train, validation or test, each a list of paths.")
-        paths = {"train": self.train, "validation": self.validation, "test": self.test}[split]
-        return [document for path in paths for document in self._read(Path(path))]
+        return [document for path in getattr(self, split) for document in self._read(Path(path))]
 
     def _read(self, path: Path) -> list[Any]:
         kind = path.suffix.lower()

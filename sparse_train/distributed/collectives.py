@@ -37,9 +37,7 @@ def joined(device: str) -> Iterator[str]:
         yield device
         return
     if device not in ("cpu", "cuda"):
-        raise ValueError(
-            f"Each process uses its own GPU, so under torchrun device must be cpu or cuda, got {device!r}."
-        )
+        raise ValueError(f"Each process uses its own GPU, so under torchrun device is cpu or cuda, got {device!r}.")
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)

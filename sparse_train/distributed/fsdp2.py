@@ -41,8 +41,7 @@ class FSDP2(Layout):
         own.copy_(function(own, keep[rows].to(own.device)))
 
     def state_rows(self, state: Any) -> Tensor | None:
-        local: Tensor | None = state.to_local() if self.holds(state) else None
-        return local
+        return state.to_local() if self.holds(state) else None
 
     def check(self, name: str) -> None:
         placements, processes = self.parameter.placements, self.parameter.device_mesh.size()

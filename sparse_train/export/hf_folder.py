@@ -213,14 +213,10 @@ def _card_of(content: Mapping[str, Any]) -> ModelCard:
     """From what ``CausalLM`` and ``DynamicPruning`` have stored; warns if the sparsity was still rising."""
     source, state = content.get("model_source", {}), content.get("callbacks", {}).get(PRUNING_STATE)
     made = training_rows(state["settings"], state["timing"], state["steps"]) if state else {}
-    final = made.get("sparsity")
-    if state and isinstance(final, float) and (state["sparsity"] or 0.0) < final:
+    if state and (state["sparsity"] or 0.0) < made["sparsity"]:
         _log.warning(
             "The checkpoint was written after %d steps, at a sparsity of %g: it rises to %g until step %d.",
-            state["steps"],
-            state["sparsity"] or 0.0,
-            final,
-            state["timing"]["end_step"],
+            *(state["steps"], state["sparsity"] or 0.0, made["sparsity"], state["timing"]["end_step"]),
         )
     name, stages = source.get("name"), source.get("stages", ())
     return ModelCard(name, source.get("hub_id"), source.get("license"), made=made, stages=stages)

@@ -34,7 +34,7 @@ from sparse_train.files import load_plain, replacing, write_json
 from sparse_train.layers import masks
 from sparse_train.layers.masked_layer import MaskedLayer, sparse_layers
 from sparse_train.layers.masks import MASK_NAME
-from sparse_train.layers.sparsify import unmask
+from sparse_train.layers.sparsify import squash_layers
 from sparse_train.model_folders import PRUNING_FILE
 from sparse_train.models import lora
 from sparse_train.oneshot.batches import training_batches
@@ -151,7 +151,7 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
             assert self._resumed is not None, "a run that does not begin at step 0 has been resumed"
             restored = restore_state(self._resumed, layers, state.global_step)
         dtype = torch.float16 if args.fp16 else torch.bfloat16
-        one_shot = functools.partial(
+        first_mask = functools.partial(
             make_first_mask,
             model,
             layers,
@@ -167,14 +167,14 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
             layers=layers,
             total_steps=state.max_steps,
             optimizers=[optimizer],
-            one_shot=one_shot,
+            make_first_mask=first_mask,
             state=restored,
         )
         _say(self.updater.plan())
         if args.load_best_model_at_end and self.updater.sparsity is None:
             raise ValueError(f"{_BEST} Leave it out, or prune the model before the run (prune(..., squash=False)).")
-        first = {} if self.updater.sparsity is None else self.updater.report().metrics()
-        self._unlogged = first if restored is None else restored["metrics"]
+        begins_masked = restored is None and self.updater.sparsity is not None
+        self._unlogged = self.updater.report().metrics() if begins_masked else (restored or {}).get("metrics", {})
 
     # --- in training -------------------------------------------------------------------------------------------------
 
@@ -224,13 +224,12 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
         self.updater.finish()
         for hook in self._hooks:
             hook.remove()
-        self._hooks = []
         if lora.is_peft(model) and args.should_save:
             _save_base(model, Path(args.output_dir) / "base")
         elif args.should_save:
             self._write_pruning(Path(args.output_dir))  # where save_model() puts the model
         if self._squash:
-            unmask(model)
+            squash_layers(model)
 
 
 def _say(what: str) -> None:
@@ -343,8 +342,7 @@ def restore_state(folder: Path, layers: Mapping[str, MaskedLayer], step: int) ->
     for name, layer in layers.items():
         layer.weight_mask.copy_(saved[name]["mask"])
         layer.weight_OI[~layer.unpacked_mask()] = saved[name]["shadow"].to(layer.weight_OI)
-    state: dict[str, Any] = content["updater"]
-    return state
+    return dict(content["updater"])
 
 
 # --- what the callback API lacks -------------------------------------------------------------------------------------

@@ -130,7 +130,6 @@ def masked_linear(
     mask_OJ: Tensor,
     bias_O: Tensor | None = None,
     factors: tuple[Tensor, Tensor] | None = None,
-    *,
     scale: float = 1.0,
     straight_through: bool = True,
 ) -> Tensor:
@@ -143,7 +142,4 @@ def masked_linear(
     of the loss. Under autocast, computes in its dtype, forward and backward; otherwise all dtypes must agree.
     """
     a_RI, b_OR = factors or (None, None)
-    output: Tensor = _MaskedLinear.apply(  # type: ignore[no-untyped-call]
-        x, weight_OI, mask_OJ, bias_O, a_RI, b_OR, scale, straight_through
-    )
-    return output
+    return _MaskedLinear.apply(x, weight_OI, mask_OJ, bias_O, a_RI, b_OR, scale, straight_through)  # type: ignore[no-untyped-call]

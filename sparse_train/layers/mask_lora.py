@@ -52,8 +52,8 @@ class MaskLoRALinear(SparseLinear):
     """
 
     has_factors = True
-    mask_lora_A: Tensor
-    mask_lora_B: Tensor
+    mask_lora_A: nn.Parameter
+    mask_lora_B: nn.Parameter
     lora_alpha: int
 
     @property
@@ -61,7 +61,7 @@ class MaskLoRALinear(SparseLinear):
         return self.lora_alpha / self.mask_lora_A.shape[0]
 
     @property
-    def factors(self) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def factors(self) -> tuple[nn.Parameter, nn.Parameter]:  # type: ignore[override]
         return self.mask_lora_A, self.mask_lora_B
 
     def unmasked_weight(self) -> Tensor:
@@ -79,9 +79,8 @@ class MaskLoRALinear(SparseLinear):
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        if FACTOR_NAMES[0] in self._parameters:
-            nn.init.kaiming_uniform_(self.mask_lora_A, a=math.sqrt(5))  # as in peft
-            nn.init.zeros_(self.mask_lora_B)
+        nn.init.kaiming_uniform_(self.mask_lora_A, a=math.sqrt(5))  # as in peft
+        nn.init.zeros_(self.mask_lora_B)
 
     def get_extra_state(self) -> Tensor:  # accelerate and safetensors save tensors alone
         return torch.tensor(self.lora_alpha)
@@ -132,8 +131,7 @@ def add_mask_lora(model: nn.Module, lora: MaskLoRA | None = None) -> list[nn.Par
     for layer in _wanted(model, lora).values():
         if not layer.has_factors:
             attach_factors(layer, lora.r, lora.lora_alpha)
-    adapted = [layer for layer in sparse_layers(model).values() if layer.has_factors]
-    factors = [getattr(layer, name) for layer in adapted for name in FACTOR_NAMES]
+    factors = [factor for layer in sparse_layers(model).values() for factor in layer.factors or ()]
     for factor in factors:
         factor.requires_grad_(True)
     return factors
@@ -142,16 +140,15 @@ def add_mask_lora(model: nn.Module, lora: MaskLoRA | None = None) -> list[nn.Par
 def check_mask_lora(model: nn.Module, lora: MaskLoRA) -> None:
     """Raise the ValueErrors of ``add_mask_lora``, without changing anything."""
     for name, layer in _wanted(model, lora).items():
-        if isinstance(layer, MaskLoRALinear):
-            if (layer.mask_lora_A.shape[0], layer.lora_alpha) != (lora.r, lora.lora_alpha):
-                raise ValueError(
-                    f"{name} has an adapter already ({described(layer)}), and {lora} asks for another. Use the same, "
-                    "such as that of the checkpoint, or call merge_mask_lora(model) first."
-                )
-            continue
-        check_not_divided(name, layer)
-        if type(layer) is not SparseLinear:
-            raise ValueError(f"{name} is a {type(layer).__name__}; mask_lora adapts nn.Linear layers. Leave it out.")
+        if not isinstance(layer, MaskLoRALinear):
+            check_not_divided(name, layer)
+            if type(layer) is not SparseLinear:
+                raise ValueError(f"{name} is a {type(layer).__name__}; mask_lora adapts nn.Linear. Leave it out.")
+        elif (layer.mask_lora_A.shape[0], layer.lora_alpha) != (lora.r, lora.lora_alpha):
+            raise ValueError(
+                f"{name} has an adapter already ({described(layer)}), and {lora} asks for another. Use the same, such "
+                "as that of the checkpoint, or call merge_mask_lora(model) first."
+            )
 
 
 def merge_mask_lora(model: nn.Module) -> None:
@@ -165,8 +162,8 @@ def merge_mask_lora(model: nn.Module) -> None:
 
 def check_not_divided(name: str, layer: MaskedLayer) -> None:
     """Raise ValueError if an engine divides the weight of a layer, or the factors of its adapter."""
-    held = [layout_of(getattr(layer, each)) for each in ("weight", *(FACTOR_NAMES if layer.has_factors else ()))]
-    if any(layout.is_sharded for layout in held) or (layer.has_factors and held[1].has_masters):
+    weight, *factors = (layout_of(each) for each in (layer.weight, *(layer.factors or ())))
+    if weight.is_sharded or any(each.is_sharded or each.has_masters for each in factors):
         raise ValueError(
             f"{name} has a mask_lora adapter, and its parameters are divided among processes (FSDP2, DeepSpeed), where "
             "the sum of the two cannot be masked. Train in one process or with DDP, or without mask_lora."
@@ -183,9 +180,9 @@ def attach_factors(layer: MaskedLayer, rank: int, lora_alpha: int) -> None:
     layer.requires_grad_(False)
     for name, shape in zip(FACTOR_NAMES, shapes, strict=True):
         layer.register_parameter(name, nn.Parameter(torch.zeros(shape, dtype=dtype, device=weight.device)))
-    nn.init.kaiming_uniform_(layer.get_parameter(FACTOR_NAMES[0]), a=math.sqrt(5))
     layer.__class__ = MaskLoRALinear
     assert isinstance(layer, MaskLoRALinear)
+    nn.init.kaiming_uniform_(layer.mask_lora_A, a=math.sqrt(5))
     layer.lora_alpha = lora_alpha
 
 

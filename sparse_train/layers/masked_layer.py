@@ -5,8 +5,7 @@ Shape suffixes: O out_features, I in_features, J packed mask bytes = ceil(I / 8)
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,55 +16,7 @@ from sparse_train.layers import masks
 from sparse_train.layers.functional import masked_linear
 from sparse_train.layers.masks import MASK_NAME
 from sparse_train.layers.state_dicts import teach_save_pretrained
-from sparse_train.statistics import LastSums, Statistics
-
-
-@dataclass
-class Recorder:
-    """State that all masked layers of a model share while activations are recorded."""
-
-    when: Literal["never", "training", "always"] = "never"
-    """In "training", forwards in eval mode with autograd off are left out. Calibration uses "always"."""
-    token_mask: Tensor | None = None
-    """Which tokens of the current batch count (B, L); None = all."""
-    last: LastSums = field(default_factory=LastSums)
-    """Reused by layers that read the same tensor."""
-    misfit: tuple[str, Tensor] | None = None
-    """What a token mask does not fit, a shape or more words, and that mask, for a single warning."""
-    warned: bool = False
-    is_paused: bool = False
-
-    def wants(self, training: bool) -> bool:
-        """Whether a forward of a layer in this mode is recorded."""
-        in_training = self.when == "training" and (training or torch.is_grad_enabled())
-        return not self.is_paused and (in_training or self.when == "always")
-
-    def token_mask_for(self, x: Tensor) -> Tensor | None:
-        """The token mask of an input (..., I); None if there is none, or if it does not fit."""
-        mask = self.token_mask
-        if mask is None:
-            return None
-        # an entry for every token of (B, L, I) or (B * L, I)
-        if mask.shape != x.shape[:-1] and (x.dim() != 2 or mask.numel() != len(x)):
-            self.misfit = self.misfit or (f"{tuple(x.shape)}", mask)
-            return None
-        if mask.device != x.device:
-            mask = self.token_mask = mask.to(x.device)
-        return mask
-
-    def note_misfit(self, shape: str, mask: Tensor) -> None:
-        """Remember a token mask that does not fit, rather one with padding than one of ones."""
-        if self.misfit is None or bool(self.misfit[1].all()):
-            self.misfit = shape, mask
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Inside this context, nothing is recorded."""
-        before, self.is_paused = self.is_paused, True
-        try:
-            yield
-        finally:
-            self.is_paused = before
+from sparse_train.statistics import Recorder, Statistics
 
 
 class MaskedMatrix:
@@ -123,8 +74,12 @@ class MaskedMatrix:
         """The bool mask (O, I), True = kept."""
         return masks.unpack(self.weight_mask, self.in_features)
 
+    def pruned(self) -> int:
+        """The number of weights that the mask prunes."""
+        return self.size - masks.count(self.weight_mask)
+
     def is_dense(self) -> bool:
-        return masks.count(self.weight_mask) == self.size
+        return self.pruned() == 0
 
     def keep_all(self) -> None:
         masks.fill_full(self.weight_mask, self.in_features)
@@ -153,7 +108,7 @@ class MaskedLayer(MaskedMatrix):
     weight: Tensor
     bias: Any
     straight_through = True
-    factors: tuple[Tensor, Tensor] | None = None
+    factors: tuple[nn.Parameter, nn.Parameter] | None = None
     scale = 1.0
     """Of the product of the factors."""
     training: bool
@@ -230,8 +185,8 @@ class MaskedLayer(MaskedMatrix):
 
     def product(self, x: Tensor) -> Tensor:
         """The layer's output (..., O), without recording."""
-        own: dict[str, Any] = {"scale": self.scale, "straight_through": self.straight_through}
-        return masked_linear(x, self.weight_OI, self.weight_mask, self.bias, self.factors, **own)
+        own = self.factors, self.scale, self.straight_through
+        return masked_linear(x, self.weight_OI, self.weight_mask, self.bias, *own)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         applied = super()._apply(fn, recurse)  # type: ignore[misc]  # for .to() and the like; this has moved the mask

@@ -61,14 +61,14 @@ def squash(model: nn.Module) -> None:
             len(layers),
         )
     check_adapters(model)
-    unmask(model)
+    squash_layers(model)
 
 
 @torch.no_grad()
-def unmask(model: nn.Module, only: Iterable[MaskedLayer] | None = None) -> None:
+def squash_layers(model: nn.Module, only: Iterable[MaskedLayer] | None = None) -> None:
     """``squash`` without its checks, and for some layers only (default: all)."""
     reshard(model)
-    for layer in sparse_layers(model).values() if only is None else list(only):
+    for layer in sparse_layers(model).values() if only is None else only:
         layer.merge()
         layer.write_zeros()
         layer.stop_masking()
@@ -89,7 +89,7 @@ def _keep_from_ddp(model: nn.Module) -> None:
     """
     names = [".".join(filter(None, (name, MASK_NAME))) for name in sparse_layers(model)]
     others = [name for name in getattr(model, _DDP_IGNORES, ()) if not is_mask(name)]
-    if names or others or hasattr(model, _DDP_IGNORES):
+    if names or hasattr(model, _DDP_IGNORES):
         setattr(model, _DDP_IGNORES, [*others, *names])
 
 
@@ -142,5 +142,5 @@ def sparse_class(cls: Any) -> type | None:
 @functools.cache
 def dense_class(cls: Any) -> type:
     if cls.__bases__[-1] is not SparseLinear:
-        return cls.dense  # type: ignore[no-any-return]
+        return cls.dense
     return type(cls.__name__.removesuffix("Sparse"), (cls.__bases__[0], nn.Linear), dict(cls.__dict__))

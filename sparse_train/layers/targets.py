@@ -2,10 +2,9 @@
 
 import logging
 import posixpath
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -22,7 +21,7 @@ from sparse_train.architecture import (
     shape_OI,
     unambiguous_blocks,
 )
-from sparse_train.arguments import did_you_mean
+from sparse_train.arguments import did_you_mean, expression
 from sparse_train.distributed.engines import layout_of
 from sparse_train.layers.adapters import check_no_dora
 from sparse_train.layers.masked_layer import MaskedLayer
@@ -37,7 +36,7 @@ _ROUTERS = 0.01  # warn if routers have a larger share of the parameters: those 
 class Targets:
     layers: dict[str, nn.Module]
     """Targets by name, in the model's order: ``nn.Linear`` or transformers' ``Conv1D``."""
-    experts: dict[str, FusedExperts] = field(default_factory=dict)
+    experts: dict[str, FusedExperts]
     """Fused experts of Mixture-of-Experts blocks by parameter name. One-shot pruning can prune them;
     masks in training cannot."""
 
@@ -162,13 +161,10 @@ def _match(model: nn.Module, patterns: Sequence[str], argument: str, fused: Mapp
     matched: set[str] = set()
     for text in patterns:
         if text.startswith("re:"):
-            try:
+            names = set(filter(expression(text).match, layers))
+            if argument == "ignore" and not names:
                 # expressions from other tools may match embeddings; one that matches nothing at all is a mistake
-                names = {name for name in layers if re.match(text[3:], name)} or {
-                    name for name in modules if argument == "ignore" and re.match(text[3:], name)
-                }
-            except re.error as error:
-                raise ValueError(f"{argument}: {text!r} is not a regular expression: {error}.") from error
+                names = set(filter(expression(text).match, modules))
         else:
             hits = {n for n, m in modules.items() if n == text or text in {cls.__name__ for cls in type(m).__mro__}}
             hits |= set(fused) if text == "Linear" else {text} & set(fused)  # an expert is also a linear map

@@ -87,7 +87,7 @@ def load_from_checkpoint(cls: type[_Module], checkpoint: str | Path, **arguments
         loaded: Any = cls.load_from_checkpoint(path, weights_only=True, **arguments)  # type: ignore[attr-defined]
     if of_sparse_run and not sparse_layers(loaded):
         raise ValueError(f"{path} is of a sparse run and holds no masks, so the module would be dense.")
-    return loaded  # type: ignore[no-any-return]
+    return loaded
 
 
 def newest_checkpoint(folder: str | Path) -> Path:

@@ -33,8 +33,7 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, **inputs: Tensor) -> Tensor:
-        logits_BLV: Tensor = self.model(use_cache=False, **inputs).logits
-        return logits_BLV
+        return self.model(use_cache=False, **inputs).logits
 
 
 class CachedTeacher:
@@ -149,9 +148,8 @@ class Distillation:
         if self.cache is None:
             return Teacher(prepared(model))
         key = f"{digest(model)[:16]}-{precision}-temperature{self.temperature:g}-top{self.top_k}"
-        return CachedTeacher(
-            Path(self.cache).expanduser() / key, lambda: Teacher(prepared(chosen.load())), self.top_k, self.temperature
-        )
+        folder = Path(self.cache).expanduser() / key
+        return CachedTeacher(folder, lambda: Teacher(prepared(chosen.load())), self.top_k, self.temperature)
 
     def loss(self, student_BLV: Tensor, teacher_BLV: Tensor | TopK, labels_BL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``distillation_loss`` with these weights and this temperature."""

@@ -158,8 +158,7 @@ def _log_probs(log_q_CV: Tensor, temperature: float, *teacher_C: Tensor) -> Tens
 
 def _chunked_sums(terms: Callable[..., Any], tokens_N: Tensor | None, *operands_T: Tensor) -> Tensor:
     """The sums of ``terms`` (S,) over the rows ``tokens_N`` (None = all); the first of them can be trained on."""
-    sums_S: Tensor = _ChunkedSums.apply(terms, tokens_N, *operands_T)  # type: ignore[no-untyped-call]
-    return sums_S
+    return _ChunkedSums.apply(terms, tokens_N, *operands_T)  # type: ignore[no-untyped-call]
 
 
 class _ChunkedSums(torch.autograd.Function):
@@ -176,9 +175,8 @@ class _ChunkedSums(torch.autograd.Function):
         grad_TV = torch.zeros_like(logits_TV) if wants_grad else None
         sums = []
         for chunk in _chunks(tokens_N, logits_TV):
-            sums_S, grad_CV = terms(
-                logits_TV[chunk].float(), *(each[chunk] for each in others_T), wants_grad=wants_grad
-            )
+            others_C = (each[chunk] for each in others_T)
+            sums_S, grad_CV = terms(logits_TV[chunk].float(), *others_C, wants_grad=wants_grad)
             sums.append(sums_S)
             if grad_TV is not None:
                 grad_TV[chunk] = grad_CV.to(grad_TV.dtype)

@@ -1,6 +1,6 @@
 """Batches of training data for calibration, read without a trace in the training."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from sparse_train.distributed.collectives import world_size
 from sparse_train.environment import isolated_rng
-from sparse_train.oneshot.forwards import Batch
+from sparse_train.oneshot.forwards import Batch, ids_of
 
 _LIBRARIES = ("torch", "torchdata", "accelerate", "transformers")  # by name, because they may be absent
 _READ_ALL = {"SequentialSampler", "RandomSampler", "DistributedSampler", "StatefulDistributedSampler"}
@@ -64,15 +64,11 @@ def first_samples(loader: Iterable[Batch], samples: int) -> list[Batch]:
     return batches
 
 
-def _ids(batch: Any) -> Any:
-    return batch.get("input_ids") if isinstance(batch, Mapping) else batch
-
-
 def samples_in(batch: Any) -> int:
-    ids = _ids(batch)
+    ids = ids_of(batch)
     return len(ids) if isinstance(ids, Tensor) and ids.dim() > 1 else 1
 
 
 def _is_usable(batch: Any) -> bool:
-    ids = _ids(batch)
+    ids = ids_of(batch)
     return isinstance(ids, Tensor) and not (ids.is_floating_point() or ids.is_complex())

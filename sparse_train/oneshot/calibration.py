@@ -8,6 +8,7 @@ own code then passes block i its other inputs (masks, position embeddings), and 
 import functools
 import inspect
 import logging
+import operator
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -19,11 +20,11 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sparse_train.layers import masks
-from sparse_train.layers.masked_layer import MaskedLayer, MaskedMatrix, Recorder
+from sparse_train.layers.masked_layer import MaskedLayer, MaskedMatrix
 from sparse_train.oneshot.experts import ExpertMatrix, ExpertRecorder
-from sparse_train.oneshot.forwards import Batch, Context, Stop, answering, call, check_ids, one_sample
+from sparse_train.oneshot.forwards import Batch, Context, Stop, answering, call, check_ids, ids_of, one_sample
 from sparse_train.pruning.recording import attach, padding_of, reads_two_texts, warn_of_padding
-from sparse_train.statistics import LastSums, Statistics
+from sparse_train.statistics import LastSums, Recorder, Statistics
 
 _log = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ class CalibrationPass:
         batches: Iterable[Batch],
         device: torch.device,
         keep_on: torch.device,
-        context: Context = nullcontext,
+        context: Context,
     ) -> None:
         self._model, self._blocks, self._device, self._keep_on, self._context = model, blocks, device, keep_on, context
         many = hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")
@@ -89,10 +90,7 @@ class CalibrationPass:
             for index, batch in enumerate(self._batches):
                 began = time.perf_counter()
                 self._recorder.token_mask = paddings[index]
-                if block is None:
-                    output = call(self._model, batch)
-                else:
-                    output = self._at_block(block, index, lambda forward, *args, **kwargs: forward(*args, **kwargs))
+                output = call(self._model, batch) if block is None else self._at_block(block, index, operator.call)
                 if self._device.type == "cuda":
                     torch.cuda.synchronize(self._device)  # otherwise the time is counted where the result is needed
                 self.seconds += time.perf_counter() - began
@@ -231,7 +229,7 @@ def _prepared(batch: Batch, model: nn.Module, device: torch.device) -> Batch:
         batch = batch.to(device)
     else:
         raise ValueError(f"{what} a {type(batch).__name__}.")
-    ids = batch.get("input_ids") if isinstance(batch, Mapping) else batch
+    ids = ids_of(batch)
     if config is not None and isinstance(ids, Tensor) and ids.dim() < 2:
         raise ValueError(
             f"{what} ids of shape {tuple(ids.shape)}: one sample. Put a batch dimension in front "

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from sparse_train.architecture import fused_experts
 from sparse_train.files import check_free, replacing, write_json
 from sparse_train.layers.masked_layer import MaskedLayer, MaskedMatrix
-from sparse_train.layers.sparsify import sparsify, unmask
+from sparse_train.layers.sparsify import sparsify, squash_layers
 from sparse_train.layers.targets import Targets
 from sparse_train.model_folders import IN_MEMORY, WeightFiles, names_in_model
 from sparse_train.oneshot.experts import expert_matrices
@@ -96,11 +96,11 @@ class DiskShelf(Shelf):
         super().finish(block, updates)
         done = {name: asdict(update) for name, update in self.updates.items()}
         write_json(self.work / _PROGRESS, {**self._progress, "outliers": self.outliers, "updates": done})
-        unmask(self.blocks[block])
+        squash_layers(self.blocks[block])
         _write_shard(self._shard(block), self._tensors(block))
 
     def free(self, block: int) -> None:
-        unmask(self.blocks[block])
+        squash_layers(self.blocks[block])
         _move_weights(self.blocks[block], torch.device("meta"))
 
     def load_rest(self) -> None:
@@ -109,7 +109,7 @@ class DiskShelf(Shelf):
         of_head = tuple(f"{name}." for name, module in self.model.named_modules() if module is head)
         unneeded = () if head is not None and head.weight is embeddings.weight else of_head
         tensors = self.checkpoint.read(self._rest)
-        _write_shard(self.work / self.shards[-1], tensors)
+        _write_shard(self._shard(-1), tensors)
         self._put({key: value for key, value in tensors.items() if not self._names[key].startswith(unneeded)})
         others = (f"{self._prefix}.", *of_head)
         self._check_loaded((n, p) for n, p in self.model.named_parameters() if not n.startswith(others))
@@ -223,8 +223,7 @@ def unfinished(out: Path, settings: Sequence[str]) -> Iterator[Path]:
 
 def _read_progress(work: Path) -> dict[str, Any]:
     path = work / _PROGRESS
-    progress: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"settings": [], "updates": {}}
-    return progress
+    return json.loads(path.read_text()) if path.is_file() else {"settings": [], "updates": {}}
 
 
 def fingerprint(batches: Iterable[Batch]) -> str:

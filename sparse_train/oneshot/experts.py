@@ -94,8 +94,8 @@ class ExpertRecorder(TorchFunctionMode):
 
 
 def _add(matrix: ExpertMatrix, x: Tensor) -> None:
-    if matrix.statistics is not None:
-        matrix.statistics.add(x)
+    assert matrix.statistics is not None, "a recorder is only active while its matrices record"
+    matrix.statistics.add(x)
 
 
 def _place(weight: Tensor) -> tuple[int, int]:

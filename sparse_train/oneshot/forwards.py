@@ -28,6 +28,10 @@ class Stop(Exception):
         self.value = value
 
 
+def ids_of(batch: Any) -> Any:
+    return batch.get("input_ids") if isinstance(batch, Mapping) else batch
+
+
 def call(model: nn.Module, batch: Batch) -> Any:
     return model(**batch) if isinstance(batch, Mapping) else model(batch)
 

@@ -11,7 +11,7 @@ from sparse_train.arguments import describe
 from sparse_train.distributed.collectives import rank
 from sparse_train.distributions import SparsityDistribution
 from sparse_train.layers.masked_layer import MaskedLayer
-from sparse_train.layers.sparsify import sparsify, unmask
+from sparse_train.layers.sparsify import sparsify, squash_layers
 from sparse_train.layers.targets import find_targets
 from sparse_train.oneshot.experts import expert_matrices
 from sparse_train.oneshot.forwards import Batch, under_autocast
@@ -73,7 +73,8 @@ def prune(
         with shelf.pruning_from_dense():
             report = walk(shelf, plan, batches, progress, under_autocast(autocast, shelf.device))
     except BaseException:
-        unmask(model, [layer for layer in dense if isinstance(layer, MaskedLayer)])  # whose masks keep everything
+        # their masks keep everything again
+        squash_layers(model, [layer for layer in dense if isinstance(layer, MaskedLayer)])
         raise
     if rank() == 0 and (empty := [name for name, layer in report.layers.items() if layer.zeros == layer.size]):
         _log.warning(
@@ -82,7 +83,7 @@ def prune(
             *(len(empty), empty[0]),
         )
     if squash:
-        unmask(model, masked.values())
+        squash_layers(model, masked.values())
     return report
 
 

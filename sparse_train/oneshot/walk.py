@@ -3,7 +3,7 @@
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,9 +59,7 @@ class Plan:
         distribution: SparsityDistribution | None,
     ) -> "Plan":
         """The plan of what users write; Wanda and Uniform by default. Raises ValueError for what cannot be combined."""
-        method = (
-            criterion if isinstance(criterion, Solver) else require_type("criterion", criterion, Wanda(), Criterion)
-        )
+        method: Any = require_type("criterion", criterion, Wanda(), (Criterion, Solver))
         distribution = require_type("distribution", distribution, Uniform(), SparsityDistribution)
         pattern, sparsity = parse_pattern(mask_structure, sparsity, method.group)
         check_pattern(distribution, pattern)
@@ -165,7 +163,7 @@ class Shelf(ABC):
 class MemoryShelf(Shelf):
     """A model in memory, and its masked layers and experts."""
 
-    def __init__(self, model: nn.Module, layers: Mapping[str, Any], together: bool = False) -> None:
+    def __init__(self, model: nn.Module, layers: Mapping[str, Any], together: bool) -> None:
         super().__init__(model, layers, next(model.parameters()).device, together)
         self._layers: Mapping[str, MaskedMatrix] = layers
         self._weights: list[tuple[MaskedMatrix, Tensor]] = []
@@ -200,9 +198,7 @@ class MemoryShelf(Shelf):
 # --- the walk --------------------------------------------------------------------------------------------------------
 
 
-def walk(
-    shelf: Shelf, plan: Plan, batches: Iterable[Batch] | None, progress: bool = False, context: Context = nullcontext
-) -> OneshotReport:
+def walk(shelf: Shelf, plan: Plan, batches: Iterable[Batch] | None, progress: bool, context: Context) -> OneshotReport:
     """Prune the targets of a shelf: those in blocks one block after the other, then the others, all together.
 
     A block is loaded, calibrated on the outputs of the block before it, pruned, run again for the next one, and freed.

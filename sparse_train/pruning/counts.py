@@ -108,13 +108,13 @@ def mask_shares(layers: Mapping[str, MaskedMatrix], pattern: Pattern) -> dict[st
     """By layer, the sparsity at which the pattern prunes as many weights as the mask does."""
     shares = {}
     for name, layer in layers.items():
-        pruned = layer.size - masks.count(layer.weight_mask)
-        if isinstance(pattern, Unstructured) and pattern.group == "row":
+        if not isinstance(pattern, Unstructured):  # a user-defined pattern may round down
+            shares[name] = share_of(layer.pruned(), layer.size)
+        elif pattern.group == "row":
             # zeros that a model has had before pruning make some rows sparser than the pattern
             shares[name] = int((~layer.unpacked_mask()).sum(1).min()) / layer.in_features
-        else:  # a user-defined pattern may round down
-            exact = isinstance(pattern, Unstructured)
-            shares[name] = pruned / layer.size if exact else share_of(pruned, layer.size)
+        else:
+            shares[name] = layer.pruned() / layer.size
     return shares
 
 

@@ -12,8 +12,8 @@ from sparse_train.arguments import leave_out
 from sparse_train.criteria import Criterion
 from sparse_train.distributed.collectives import gather_objects, rank, sum_over_ranks, world_size
 from sparse_train.layers import masks
-from sparse_train.layers.masked_layer import MaskedLayer, MaskedMatrix, Recorder
-from sparse_train.statistics import ActivationNorm, LastSums, Statistics
+from sparse_train.layers.masked_layer import MaskedLayer, MaskedMatrix
+from sparse_train.statistics import ActivationNorm, LastSums, Recorder, Statistics
 
 _log = logging.getLogger(__name__)
 
@@ -94,9 +94,9 @@ def padding_of(batch: Any, recorder: Recorder, two_texts: bool) -> Tensor | None
 
     An encoder-decoder model reads ``two_texts``, and the mask is one of them; so may one inside a nested batch be.
     """
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    parts = batch if isinstance(batch, (list, tuple)) else batch.values() if isinstance(batch, Mapping) else ()
-    for part in parts:
+    named = batch if isinstance(batch, Mapping) else {}
+    mask = named.get("attention_mask")
+    for part in batch if isinstance(batch, (list, tuple)) else named.values():
         if isinstance(part, Mapping) and isinstance(part.get("attention_mask"), Tensor):
             recorder.note_misfit("(a part of a nested batch)", part["attention_mask"])
     if two_texts and isinstance(mask, Tensor):
@@ -216,14 +216,11 @@ class RunningNorms:
         several times.
         """
         norms = norms_of(self._layers)
-        for norm in norms.values():
-            if self._decay:
-                norm.fade(self._decay)
-            else:
-                norm.reset()
         if self._decay:
+            for norm in norms.values():
+                norm.fade(self._decay)
             self._tokens = {name: int(norm.tokens) for name, norm in norms.items()}
-        if rank() != 0:
+        if not self._decay or rank() != 0:
             for norm in norms.values():
                 norm.reset()
 

@@ -41,7 +41,8 @@ class Rules:
 
     @property
     def by_rows(self) -> bool:
-        """Whether rows can be chosen without the others: those of a process (FSDP2), and block by block."""
+        """Whether rows can be chosen without the others. Where this is so, a process chooses in the rows that it holds
+        (``rows_are_divided``, FSDP2) and gathers the masks, and a CPU chooses chunk by chunk."""
         return self.criterion.rowwise and self.pattern.rowwise and self.policy.rowwise
 
 

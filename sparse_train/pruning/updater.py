@@ -22,7 +22,7 @@ from sparse_train.layers.adapters import check_adapters
 from sparse_train.layers.functional import read_elsewhere
 from sparse_train.layers.mask_lora import check_not_divided, describe_factors
 from sparse_train.layers.masked_layer import MaskedLayer, sparse_layers
-from sparse_train.layers.sparsify import sparsify, unmask
+from sparse_train.layers.sparsify import sparsify, squash_layers
 from sparse_train.layers.targets import find_targets, layers_in_words
 from sparse_train.patterns import Pattern, group_label
 from sparse_train.policies import Optimizers
@@ -76,9 +76,9 @@ class MaskUpdater:
         total_steps: optimizer steps of the run; needed if steps are given as a share of it.
         optimizers: those that train the layers, for policies and criteria that look at their state. One that is made
             later is known from its first ``before_optimizer_step`` on.
-        one_shot: makes the first masks by one-shot pruning, as callbacks have it (``make_first_mask``). Called at most
-            once, after all checks. It returns outliers, {} if none were measured, or None if it could not; without it,
-            the first update makes the first masks.
+        make_first_mask: that of ``oneshot.first_mask``, as callbacks have it. Called at most once, after all checks. It
+            returns outliers, {} if none were measured, or None if it could not; without it, the first update makes the
+            first masks.
         outliers: ``OneshotReport.outliers`` of the pruning that made the first masks, for a distribution that needs
             them. Default: measured with the first masks; or masks that exist tell.
         state: ``state_dict`` of the run to resume; the model must have that run's masks, or load them later. Update
@@ -99,7 +99,7 @@ class MaskUpdater:
         layers: Mapping[str, MaskedLayer] | None = None,
         total_steps: int | float | None = None,
         optimizers: Iterable[Optimizer] = (),
-        one_shot: Callable[[], Outliers | None] | None = None,
+        make_first_mask: Callable[[], Outliers | None] | None = None,
         outliers: Outliers | None = None,
         state: Mapping[str, Any] | None = None,
         **settings: Any,
@@ -122,7 +122,7 @@ class MaskUpdater:
         try:
             self._look_at_layers(outliers)
             if state is None:
-                self._start(total_steps, one_shot)
+                self._start(total_steps, make_first_mask)
             else:
                 try:
                     self._resume(state, total_steps)
@@ -137,7 +137,7 @@ class MaskUpdater:
             new = [layer for layer in self.layers.values() if id(layer) not in before]
             for layer in new:
                 layer.keep_all()  # a mask that is there already would be folded into the weights
-            unmask(model, new)
+            squash_layers(model, new)
             raise
 
     def _look_at_layers(self, outliers: Outliers | None) -> None:
@@ -154,10 +154,10 @@ class MaskUpdater:
         self.policy.begin(self.layers, self._optimizers, config.update_freq)
         self.policy.check()
 
-    def _start(self, total_steps: int | float | None, one_shot: Callable[[], Outliers | None] | None) -> None:
+    def _start(self, total_steps: int | float | None, make_first_mask: Callable[[], Outliers | None] | None) -> None:
         """Begin a run: its first masks are there, are made now, or come from the first update."""
         self.timing = self.config.timing(total_steps, has_masks=True)
-        has_masks = self._begin_with_masks(one_shot)
+        has_masks = self._begin_with_masks(make_first_mask)
         if not has_masks:
             self.timing = self.config.timing(total_steps, has_masks=False)
         self._connect_layers()
@@ -197,7 +197,7 @@ class MaskUpdater:
         for name, layer in self.layers.items():
             layer.straight_through, layer.frozen = self.policy.straight_through, name in frozen
 
-    def _begin_with_masks(self, one_shot: Callable[[], Outliers | None] | None) -> bool:
+    def _begin_with_masks(self, make_first_mask: Callable[[], Outliers | None] | None) -> bool:
         """Decide, here alone, where the first masks come from, and make them; False if the first update is to.
 
         Called after all other checks, because a solver moves weights.
@@ -224,8 +224,9 @@ class MaskUpdater:
             )
         # without activations, the first update makes the same mask
         needed = criterion is not None or config.criterion.needs_activations
-        if isinstance(first, OneShot) and needed and sparsity and self.timing.start_step == 0 and one_shot is not None:
-            outliers = one_shot()
+        one_shot = isinstance(first, OneShot) and needed and sparsity and self.timing.start_step == 0
+        if one_shot and make_first_mask is not None:
+            outliers = make_first_mask()
             if outliers is not None:
                 if not self._division.known:
                     self._division.divide_by(outliers)
@@ -269,11 +270,7 @@ class MaskUpdater:
         self.norms.recorder.token_mask = mask
 
     def padding_of(self, batch: Any) -> Tensor | None:
-        """What trainers set ``token_mask`` to by default: ``batch["attention_mask"]``, if there is one.
-
-        None for an encoder-decoder model, which reads two texts: the mask belongs to one of them. Warns once that the
-        padding of both counts. The same for a mask inside a nested batch: it is not known which inputs it is for.
-        """
+        """What trainers set ``token_mask`` to by default, see ``recording.padding_of``."""
         return padding_of(batch, self.norms.recorder, self._two_texts)
 
     def paused(self) -> AbstractContextManager[None]:
@@ -322,7 +319,7 @@ class MaskUpdater:
             self._pruned = self._count_pruned()
 
     def _count_pruned(self) -> dict[str, int]:
-        counts = {name: layer.size - masks.count(layer.weight_mask) for name, layer in self.layers.items()}
+        counts = {name: layer.pruned() for name, layer in self.layers.items()}
         return {"the model": sum(counts.values())} if self.config.pattern.model_wide else counts
 
     def _prepare_step(self) -> None:

@@ -9,9 +9,8 @@ from torch import nn
 from sparse_train.criteria import Magnitude
 from sparse_train.distributed.collectives import rank, sum_over_ranks
 from sparse_train.distributions import Division
-from sparse_train.layers import masks
 from sparse_train.layers.masked_layer import MaskedLayer, sparse_layers
-from sparse_train.layers.sparsify import sparsify, unmask
+from sparse_train.layers.sparsify import sparsify, squash_layers
 from sparse_train.layers.targets import find_targets
 from sparse_train.patterns import Pattern, Unstructured, group_label
 from sparse_train.pruning.counts import mask_shares, measure, sparsity_of
@@ -63,10 +62,8 @@ def keep_zeros(model: nn.Module, targets: Sequence[str] | None = None, ignore: S
         layer.straight_through = False
         _mask_zeros(layer)
     if all(layer.is_dense() for layer in masked.values()):
-        unmask(model)
-        raise ValueError(
-            "No weight of the targeted layers is zero, so there is nothing to keep: prune the model first."
-        )
+        squash_layers(model)
+        raise ValueError("No weight of the targeted layers is zero, so there is nothing to keep: prune the model.")
     return sparsity_of(measure(masked).values())
 
 
@@ -104,8 +101,7 @@ def masks_from_zeros(layers: Mapping[str, MaskedLayer], pattern: Pattern, sparsi
 
 def kept_zeros(layers: Mapping[str, MaskedLayer]) -> dict[str, int]:
     """By layer, the number of zeros that its mask keeps."""
-    kept = {name: masks.count(layer.weight_mask) for name, layer in layers.items()}
-    return {name: each.zeros - each.size + kept[name] for name, each in measure(layers).items()}
+    return {name: each.zeros - layers[name].pruned() for name, each in measure(layers).items()}
 
 
 def warn_of_filled(layers: Mapping[str, MaskedLayer], kept: Mapping[str, int]) -> None:

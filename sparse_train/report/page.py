@@ -32,7 +32,15 @@ def write_run_report(
         out = runs[0].folder if len(runs) == 1 else "report"
     title = title or f"Sparse training: {runs[0].name if len(runs) == 1 else f'{len(runs)} runs'}"
     parts = [*lead, *_summary(runs)]
-    for heading, blocks in sections(runs).items():
+    recipes = [f"{paragraph(run.name)}<pre>{html.escape(run.recipe.strip())}</pre>" for run in runs if run.recipe]
+    sections = {
+        "Perplexity and loss": _learning(runs),
+        "Evaluation": _evaluation(runs),
+        "Masks": _masks(runs),
+        "Time, settings and machine": [_side_by_side(runs, _costs), paragraph(_COSTS)],
+        "Recipe": recipes,
+    }
+    for heading, blocks in sections.items():
         if any(blocks):
             parts += [f"<h2>{heading}</h2>", *filter(None, blocks)]
     path = Path(out) / "report.html"
@@ -41,18 +49,6 @@ def write_run_report(
         page = Template(_TEMPLATE.read_text(encoding="utf-8"))
         beside.write_text(page.substitute(title=html.escape(title), body="\n".join(parts)), encoding="utf-8")
     return path
-
-
-def sections(runs: Sequence[Run]) -> dict[str, Sequence[str]]:
-    """The sections of the page, by title; parts of them may be empty."""
-    recipes = [f"{paragraph(run.name)}<pre>{html.escape(run.recipe.strip())}</pre>" for run in runs if run.recipe]
-    return {
-        "Perplexity and loss": _learning(runs),
-        "Evaluation": _evaluation(runs),
-        "Masks": _masks(runs),
-        "Time, settings and machine": [_side_by_side(runs, _costs), paragraph(_COSTS)],
-        "Recipe": recipes,
-    }
 
 
 # --- results ---------------------------------------------------------------------------------------------------------

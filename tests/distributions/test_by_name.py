@@ -67,6 +67,7 @@ def test_explicit_with_every_layer_named():
         ({"mlp": 0.5}, 0.5, "'mlp' is not the name"),
         ({"roj": 0.5}, 0.5, "'roj' is not the name"),
         ({"re:layers": 0.5}, 0.5, "'re:layers' is not the name"),
+        ({"re:(": 0.5}, 0.5, r"'re:\(' is not a regular expression"),
     ],
 )
 def test_explicit_refuses(layers, sparsity, message):

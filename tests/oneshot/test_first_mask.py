@@ -45,8 +45,8 @@ def begin(root, ids, *args, context=contextlib.nullcontext, layers=None, **setti
     """A run as the callbacks begin it."""
     config = PruningConfig(*args, **settings)
     layers = layers or mask_targets(root, config)
-    one_shot = partial(make_first_mask, root, layers, config, lambda count: ids and ids[:count], context, print, False)
-    return MaskUpdater(root, config=config, layers=layers, total_steps=100, one_shot=one_shot)
+    making = partial(make_first_mask, root, layers, config, lambda count: ids and ids[:count], context, print, False)
+    return MaskUpdater(root, config=config, layers=layers, total_steps=100, make_first_mask=making)
 
 
 def kept(model):

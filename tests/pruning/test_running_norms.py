@@ -8,9 +8,8 @@ from torch import nn
 
 from sparse_train import MaskUpdater, Wanda, prune
 from sparse_train.distributed.collectives import rank, world_size
-from sparse_train.layers.masked_layer import Recorder
 from sparse_train.pruning.recording import padding_of, warn_of_padding
-from sparse_train.statistics import ActivationNorm
+from sparse_train.statistics import ActivationNorm, Recorder
 from tests.conftest import VOCABULARY, shallow_llama
 from tests.ranks import launch
 

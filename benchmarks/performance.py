@@ -171,6 +171,8 @@ def step(part: dict[str, Any]) -> list[str]:
     ]
     parts = ["## A training step\n", machine(part), f"{part['model']}, 2:4, {len(found['dense'])} rounds:\n"]
     parts.append(table(["what", "s", "against the dense step of its round"], lines))
+    means = [f"{ratio:.3f} ± {error:.3f} at k = {k}" for k in STEPS for ratio, error in [rows.mean_of_a_run(found, k)]]
+    parts.append(f"In means over all rounds, against all dense steps, a re-pruned one takes {' and '.join(means)}.\n")
     if part["peaks"]:
         dense, (peak, count) = part["peaks"]["dense"][0], part["peaks"]["re-pruned"]
         lines = [[n, f"{b / 2**20:.0f}", f"{b / dense:.3f}x"] for n, (b, _) in part["peaks"].items()]

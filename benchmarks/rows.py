@@ -2,11 +2,12 @@
 
 import csv
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
-from statistics import median
+from statistics import mean, median, stdev
 from typing import Any
 
 LOAD = os.getloadavg()[0]
@@ -57,6 +58,14 @@ def steps_of_a_run(found: Mapping[str, list[float]], k: int) -> list[float]:
 def ratio_of_a_run(found: Mapping[str, list[float]], k: int) -> float:
     """The median over rounds of a re-pruned step, with its share of an update, against the dense one."""
     return median(own / dense for own, dense in zip(steps_of_a_run(found, k), found["dense"], strict=True))
+
+
+def mean_of_a_run(found: Mapping[str, list[float]], k: int) -> tuple[float, float]:
+    """The mean over rounds of such a step against the mean of all dense steps, and its standard error."""
+    own, dense = steps_of_a_run(found, k), found["dense"] + found["dense, again"]
+    errors = [stdev(times) / len(times) ** 0.5 / mean(times) for times in (own, dense)]
+    ratio = mean(own) / mean(dense)
+    return ratio, ratio * math.hypot(*errors)
 
 
 def show(page: Path, begin: str, end: str, made: str) -> None:

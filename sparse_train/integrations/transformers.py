@@ -107,6 +107,7 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
             )
         self._squash = squash
         self._hooks: list[Any] = []
+        self._padding: Tensor | None = None  # of the batch of the running step
         self._unlogged: dict[str, float] = {}
         self._resumed: Path | None = None
         self._saved_step: int | None = None  # of the last checkpoint
@@ -114,7 +115,7 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
         """The running updater; None before the run has begun."""
 
     def token_mask(self, inputs: Mapping[str, Any]) -> Tensor | None:
-        """Which tokens of a batch, or of a forward's keyword arguments, count in statistics, (B, L), 0 = padding."""
+        """Which tokens of a forward's keyword arguments count in activation statistics, (B, L), 0 = padding."""
         assert self.updater is not None
         return self.updater.padding_of(inputs)
 
@@ -179,8 +180,9 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
     # --- in training -------------------------------------------------------------------------------------------------
 
     def _before_forward(self, model: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        if self.updater is not None and (mask := self.token_mask(keywords)) is not None:
-            self.updater.token_mask = mask
+        if self.updater is not None:
+            mask = self.token_mask(keywords)
+            self.updater.token_mask = self._padding if mask is None and "attention_mask" not in keywords else mask
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         assert self.updater is not None
@@ -265,7 +267,9 @@ def _save_base(model: Any, folder: Path) -> None:
     try:
         model.get_base_model().save_pretrained(folder, state_dict=lora.base_of(model)[0])
     except Exception as error:  # whatever it is, the adapter can still be saved
-        _log.error("The sparse model below the adapter was not saved, and save_model does not save it: %s", error)
+        foreseen = isinstance(error, (ValueError, OSError))
+        what = "The sparse model below the adapter was not saved, and save_model does not save it: %s"
+        _log.error(what, error, exc_info=not foreseen)
     else:
         _log.warning("save_model writes the adapter alone. The sparse model that it belongs to is in %s.", folder)
 
@@ -392,10 +396,14 @@ def _train(callbacks: Any, train: Any, self: Any, resume_from_checkpoint: Any = 
 @_around("training_step")
 def _with_padding(callbacks: Any, step: Any, self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
     # a loss of one's own may give the model, or a part of it, the batch's mask in another way than by its name
-    for callback in callbacks:
-        if callback.updater is not None:
-            callback.updater.token_mask = callback.token_mask(inputs)
-    return step(self, model, inputs, *args, **kwargs)
+    running = [callback for callback in callbacks if callback.updater is not None]
+    for callback in running:
+        callback.updater.token_mask = callback._padding = callback.updater.padding_of(inputs)
+    try:
+        return step(self, model, inputs, *args, **kwargs)
+    finally:
+        for callback in running:
+            callback.updater.token_mask = callback._padding = None
 
 
 @_around("log")

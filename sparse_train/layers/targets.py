@@ -257,13 +257,14 @@ def check_maskable(model: nn.Module, name: str, module: nn.Module, adapters: set
 
 def adapter_names(model: nn.Module) -> set[str]:
     """All modules inside the adapter layers of peft's tuner layers (lora_A, lora_B, ...)."""
+    modules = dict(model.named_modules(remove_duplicate=False))  # of tied layers, both have the same one
     prefixes = [
         f"{name}.{part}" if name else part
-        for name, module in model.named_modules()
-        for part in getattr(module, "adapter_layer_names", ())
+        for name, module in modules.items()
+        for part in (*getattr(module, "adapter_layer_names", ()), *getattr(module, "other_param_names", ()))
         if isinstance(part, str)
     ]
-    return {n for n, _ in model.named_modules() if any(n == p or n.startswith(f"{p}.") for p in prefixes)}
+    return {n for n in modules if any(n == p or n.startswith(f"{p}.") for p in prefixes)}
 
 
 def tied_names(model: nn.Module) -> set[str]:

@@ -104,20 +104,27 @@ def base_of(model: Any, state: Mapping[str, Tensor] | None = None) -> tuple[dict
     base = model.get_base_model()
     own = None if state is None else {name.removeprefix("base_model.model."): value for name, value in state.items()}
     adapters = tuple(f"{name}." for name in adapter_names(base))
-    with torch.device("meta"):
-        wanted = type(base)(base.config).state_dict()
-    folded = folded_state_dict(base, own).items()
-    weights = {bare(name): value for name, value in folded if bare(name) in wanted}
-    if lost := sorted(wanted.keys() - weights.keys()):
+    folded = folded_state_dict(base, own)
+    weights = {bare(name): value for name, value in folded.items() if not name.startswith(adapters)}
+    if lost := sorted(_names_of_a_new(base) - weights.keys()):
         raise ValueError(
-            f"{lost[0]} has another name inside this adapter, and the folder of the base would lack it. Take the "
-            "adapter away (model.unload()), squash the model, and save it."
+            f"The folder of the base would lack {lost[0]}: it has another name inside this adapter, or the model is no "
+            "longer that of its configuration. Take the adapter away (model.unload()), squash the model, and save it."
         )
     return weights, [
         replace(layer, name=bare(layer.name))
         for layer in layer_sparsities(base, own)
         if not f"{layer.name}.".startswith(adapters)
     ]
+
+
+def _names_of_a_new(base: Any) -> set[str]:
+    """The weights of a model with this configuration; none if more than that is needed to make one."""
+    try:
+        with torch.device("meta"):
+            return set(type(base)(base.config).state_dict())
+    except Exception:  # code of a model that is not in transformers may do anything
+        return set()
 
 
 def card_row(model: Any) -> str:

@@ -1,4 +1,6 @@
-"""Running sums over the inputs of layers: ``ActivationNorm`` for scores, ``ActivationGram`` for solvers; what counts.
+"""Running sums over the inputs of layers: ``ActivationNorm`` for scores, ``ActivationGram`` for solvers.
+
+Which inputs count, all masked layers of a model read from one ``Recorder``.
 
 Shape suffixes: T tokens, I in_features, C tokens of a chunk.
 """

@@ -185,8 +185,9 @@ class MaskedLayer(MaskedMatrix):
 
     def product(self, x: Tensor) -> Tensor:
         """The layer's output (..., O), without recording."""
-        own = self.factors, self.scale, self.straight_through
-        return masked_linear(x, self.weight_OI, self.weight_mask, self.bias, *own)
+        return masked_linear(
+            x, self.weight_OI, self.weight_mask, self.bias, self.factors, self.scale, self.straight_through
+        )
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         applied = super()._apply(fn, recurse)  # type: ignore[misc]  # for .to() and the like; this has moved the mask

@@ -270,7 +270,11 @@ class MaskUpdater:
         self.norms.recorder.token_mask = mask
 
     def padding_of(self, batch: Any) -> Tensor | None:
-        """What trainers set ``token_mask`` to by default, see ``recording.padding_of``."""
+        """What trainers set ``token_mask`` to by default: ``batch["attention_mask"]``, if there is one.
+
+        None, with one warning that padding counts, where it is not known which inputs a mask is for: in an
+        encoder-decoder model, which reads two texts, and inside a nested batch.
+        """
         return padding_of(batch, self.norms.recorder, self._two_texts)
 
     def paused(self) -> AbstractContextManager[None]:

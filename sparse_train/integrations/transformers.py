@@ -10,12 +10,9 @@ What happens when, in the Trainer's order:
     on_step_end       after an optimizer step: update; before log, evaluation and checkpoint
     (checkpoint)      what a model with zeros does not hold is written first, next to it
     on_train_end      after the last checkpoint and loading the best one: the base of adapters is saved; squash
-
-Shape suffixes: O out_features, I in_features, J packed mask bytes.
 """
 
 import functools
-import json
 import logging
 import os
 import sys
@@ -26,14 +23,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from sparse_train.distributed.collectives import rank
-from sparse_train.files import load_plain, replacing, write_json
-from sparse_train.layers import masks
-from sparse_train.layers.masked_layer import MaskedLayer, sparse_layers
-from sparse_train.layers.masks import MASK_NAME
+from sparse_train.files import write_json
+from sparse_train.integrations.trainer_checkpoints import (
+    STATE_FILE,
+    check_complete,
+    restore_state,
+    write_state,
+    zeros_to_masks,
+)
+from sparse_train.layers.masked_layer import MaskedLayer
 from sparse_train.layers.sparsify import squash_layers
 from sparse_train.model_folders import PRUNING_FILE
 from sparse_train.models import lora
@@ -44,13 +45,10 @@ from sparse_train.patterns import Pattern
 from sparse_train.policies import MaskPolicy
 from sparse_train.pruning.config import PruningConfig
 from sparse_train.pruning.counts import pruning_json
-from sparse_train.pruning.resuming import check_same_layers
 from sparse_train.pruning.updater import MaskUpdater, mask_targets
 
 _log = logging.getLogger(__name__)
 
-STATE_FILE = "sparse_training_state.pt"
-"""What a checkpoint with true zeros lacks: masks, shadow values of pruned weights, and the updater's state."""
 _LIGHTNING = (
     "Train on one device or with DDP (torchrun), or use Lightning with sparse_train.callbacks.DynamicPruning, which "
     "supports FSDP2, DeepSpeed and mask_lora."
@@ -128,7 +126,7 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
     def _prepare(self, model: nn.Module) -> dict[str, MaskedLayer]:
         for hook in self._hooks:
             hook.remove()
-        loading = model.register_load_state_dict_pre_hook(_zeros_to_masks)
+        loading = model.register_load_state_dict_pre_hook(zeros_to_masks)
         before: Any = model._load_state_dict_pre_hooks
         before.move_to_end(loading.id, last=False)  # must run before the hook that refuses dense state dicts
         self._hooks = [loading, model.register_forward_pre_hook(self._before_forward, with_kwargs=True)]
@@ -200,11 +198,8 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
             return  # such a run is not resumed
         updater_state = {**self.updater.state_dict(), "metrics": self._unlogged}  # norms of all ranks
         if args.should_save:
-            layers = {name: _shadow(layer) for name, layer in self.updater.layers.items()}
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            folder.mkdir(parents=True, exist_ok=True)
-            with replacing(folder / STATE_FILE) as temporary:
-                torch.save({"layers": layers, "updater": updater_state}, temporary)
+            write_state(folder, self.updater.layers, updater_state)
             self._write_pruning(folder)
 
     def _write_pruning(self, folder: Path) -> None:
@@ -272,81 +267,6 @@ def _save_base(model: Any, folder: Path) -> None:
         _log.error(what, error, exc_info=not foreseen)
     else:
         _log.warning("save_model writes the adapter alone. The sparse model that it belongs to is in %s.", folder)
-
-
-# --- checkpoints -----------------------------------------------------------------------------------------------------
-
-
-def _zeros_to_masks(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-    """Add the masks to a state dict that ``save_pretrained`` has written, or to a shard of it."""
-    for name, layer in sparse_layers(module).items():
-        weight, mask = (f"{prefix}{name}.{suffix}" for suffix in ("weight", MASK_NAME))
-        if weight in state_dict and mask not in state_dict:
-            state_dict[mask] = masks.pack(layer.turned(state_dict[weight]) != 0)
-
-
-def _shadow(layer: MaskedLayer) -> dict[str, Tensor]:
-    return {
-        "mask": layer.weight_mask.cpu(),
-        "shadow": layer.weight_OI.detach()[~layer.unpacked_mask()].cpu(),
-        "fingerprint": _fingerprint(layer.masked_weight()).cpu(),
-    }
-
-
-def _fingerprint(weight_OI: Tensor) -> Tensor:
-    return masks.fingerprint(weight_OI.view(torch.uint8))
-
-
-def check_complete(folder: Path) -> None:
-    """Raise ValueError for a checkpoint folder that was not written to its end, or has lost files since.
-
-    Without the files of optimizer, schedule or random numbers, the Trainer would go on to another result.
-    """
-    if (folder / TRAINER_STATE_NAME).is_file() and not (folder / STATE_FILE).is_file():
-        raise ValueError(
-            f"There is no {STATE_FILE} in {folder}, so there is no sparse run to resume: the checkpoint was "
-            "written without SparseTrainerCallback, or with save_only_model. Load it as a model and start a new run."
-        )
-    missing = [name for name in ("optimizer.*", "scheduler.pt", "rng_state*.pth") if not any(folder.glob(name))]
-    try:
-        json.loads((folder / TRAINER_STATE_NAME).read_text())  # which the Trainer writes last
-    except (OSError, ValueError):
-        missing.append(TRAINER_STATE_NAME)
-    if missing:
-        raise ValueError(
-            f"{folder} is not complete: {', '.join(missing)} missing or cut off. The run was stopped while it wrote, "
-            "or files were lost. Resume from an earlier checkpoint."
-        )
-
-
-@torch.no_grad()
-def restore_state(folder: Path, layers: Mapping[str, MaskedLayer], step: int) -> dict[str, Any]:
-    """Restore the masks and shadow values of layers whose kept weights come from a checkpoint at this step.
-
-    Returns the updater's state. Raises ValueError, and changes nothing, if the kept weights or the step are not those
-    of the checkpoint that it was written for.
-    """
-    path = folder / STATE_FILE
-    content: dict[str, Any] = load_plain(path)
-    saved: dict[str, dict[str, Tensor]] = content["layers"]
-    check_same_layers(saved, layers)
-    if content["updater"]["steps"] != step:
-        raise ValueError(
-            f"{path} was written after {content['updater']['steps']} steps, and the checkpoint after {step}: they do "
-            "not belong together."
-        )
-    for name, layer in layers.items():
-        mask_OJ = saved[name]["mask"].to(layer.weight_mask.device)
-        kept_OI = masks.apply(layer.weight_OI.detach(), mask_OJ)
-        if not torch.equal(_fingerprint(kept_OI).cpu(), saved[name]["fingerprint"]):
-            raise ValueError(
-                f"{path} does not belong to the weights that were loaded: {name} differs. Resume from an unchanged "
-                "checkpoint folder."
-            )
-    for name, layer in layers.items():
-        layer.weight_mask.copy_(saved[name]["mask"])
-        layer.weight_OI[~layer.unpacked_mask()] = saved[name]["shadow"].to(layer.weight_OI)
-    return dict(content["updater"])
 
 
 # --- what the callback API lacks -------------------------------------------------------------------------------------

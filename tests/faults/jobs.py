@@ -11,7 +11,7 @@ import torch
 from transformers import TrainerCallback
 
 from sparse_train.cli.main import main
-from sparse_train.integrations.transformers import STATE_FILE
+from sparse_train.integrations.trainer_checkpoints import STATE_FILE
 from tests.conftest import tiny_llama, tiny_tokenizer, without_pictures
 from tests.faults.harness import Job, Start
 from tests.integrations.runs import pruning, trainer

@@ -12,8 +12,8 @@ from transformers import (
 )
 
 from sparse_train import FirstWindow, Magnitude, keep_zeros, prune, sparse_layers, squash
-from sparse_train.integrations import transformers as integration
-from sparse_train.integrations.transformers import STATE_FILE
+from sparse_train.integrations import trainer_checkpoints
+from sparse_train.integrations.trainer_checkpoints import STATE_FILE
 from sparse_train.oneshot.batches import random_batches
 from tests.conftest import shallow_llama
 from tests.integrations.runs import Tokens, pruning, trainer
@@ -114,7 +114,7 @@ def test_masks_that_are_set_after_a_run_that_failed_are_kept(tmp_path):
 
 
 def test_an_older_checkpoint_stays_until_the_next_one_is_whole(tmp_path, monkeypatch):
-    replacing, written = integration.replacing, []
+    replacing, written = trainer_checkpoints.replacing, []
 
     def fills_the_disk(path):
         if "checkpoint-8" in str(path):
@@ -122,7 +122,7 @@ def test_an_older_checkpoint_stays_until_the_next_one_is_whole(tmp_path, monkeyp
         written.append(path)
         return replacing(path)
 
-    monkeypatch.setattr(integration, "replacing", fills_the_disk)
+    monkeypatch.setattr(trainer_checkpoints, "replacing", fills_the_disk)
     settings = {"save_strategy": "steps", "save_steps": 4, "save_total_limit": 1}
     with pytest.raises(OSError, match="No space left"):
         trainer(tmp_path, pruning(), **settings).train()

@@ -1,7 +1,5 @@
 """Running sums over the inputs of layers: ``ActivationNorm`` for scores, ``ActivationGram`` for solvers.
 
-Which inputs count, all masked layers of a model read from one ``Recorder``.
-
 Shape suffixes: T tokens, I in_features, C tokens of a chunk.
 """
 
@@ -10,8 +8,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -122,57 +119,6 @@ class LastSums:
 
     def __reduce__(self) -> tuple[Any, ...]:  # copies and pickles of a model start without sums of a finished forward
         return LastSums, ()
-
-
-# --- which inputs count ----------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Recorder:
-    """State that all masked layers of a model share while activations are recorded."""
-
-    when: Literal["never", "training", "always"] = "never"
-    """In "training", forwards in eval mode with autograd off are left out. Calibration uses "always"."""
-    token_mask: Tensor | None = None
-    """Which tokens of the current batch count (B, L); None = all."""
-    last: LastSums = field(default_factory=LastSums)
-    """Reused by layers that read the same tensor."""
-    misfit: tuple[str, Tensor] | None = None
-    """What a token mask does not fit, a shape or more words, and that mask, for a single warning."""
-    warned: bool = False
-    is_paused: bool = False
-
-    def wants(self, training: bool) -> bool:
-        """Whether a forward of a layer in this mode is recorded."""
-        in_training = self.when == "training" and (training or torch.is_grad_enabled())
-        return not self.is_paused and (in_training or self.when == "always")
-
-    def token_mask_for(self, x: Tensor) -> Tensor | None:
-        """The token mask of an input (..., I); None if there is none, or if it does not fit."""
-        mask = self.token_mask
-        if mask is None:
-            return None
-        # an entry for every token of (B, L, I) or (B * L, I)
-        if mask.shape != x.shape[:-1] and (x.dim() != 2 or mask.numel() != len(x)):
-            self.misfit = self.misfit or (f"{tuple(x.shape)}", mask)
-            return None
-        if mask.device != x.device:
-            mask = self.token_mask = mask.to(x.device)
-        return mask
-
-    def note_misfit(self, shape: str, mask: Tensor) -> None:
-        """Remember a token mask that does not fit, rather one with padding than one of ones."""
-        if self.misfit is None or bool(self.misfit[1].all()):
-            self.misfit = shape, mask
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Inside this context, nothing is recorded."""
-        before, self.is_paused = self.is_paused, True
-        try:
-            yield
-        finally:
-            self.is_paused = before
 
 
 # --- running sums ----------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ ORDER = [  # those of one line know nothing of each other
     ["arguments", "environment", "files", "terminal"],
     ["selection", "architecture", "model_folders"],
     ["patterns", "statistics", "distributed"],
+    ["recorder"],
     ["schedules", "solvers", "distributions", "layers"],
     ["criteria"],
     ["policies"],

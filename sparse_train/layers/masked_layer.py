@@ -16,7 +16,8 @@ from sparse_train.layers import masks
 from sparse_train.layers.functional import masked_linear
 from sparse_train.layers.masks import MASK_NAME
 from sparse_train.layers.state_dicts import teach_save_pretrained
-from sparse_train.statistics import Recorder, Statistics
+from sparse_train.recorder import Recorder
+from sparse_train.statistics import Statistics
 
 
 class MaskedMatrix:

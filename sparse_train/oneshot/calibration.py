@@ -23,8 +23,9 @@ from sparse_train.layers import masks
 from sparse_train.layers.masked_layer import MaskedLayer, MaskedMatrix
 from sparse_train.oneshot.experts import ExpertMatrix, ExpertRecorder
 from sparse_train.oneshot.forwards import Batch, Context, Stop, answering, call, check_ids, ids_of, one_sample
-from sparse_train.pruning.recording import attach, padding_of, reads_two_texts, warn_of_padding
-from sparse_train.statistics import LastSums, Recorder, Statistics
+from sparse_train.pruning.recording import attach
+from sparse_train.recorder import Recorder, reads_two_texts
+from sparse_train.statistics import LastSums, Statistics
 
 _log = logging.getLogger(__name__)
 
@@ -72,8 +73,8 @@ class CalibrationPass:
         self._check(block)
         recorder, experts = self._recorder, [layer for layer in layers.values() if isinstance(layer, ExpertMatrix)]
         attach(layers.values(), recorder, statistics)
-        two_texts = reads_two_texts(self._model, layers.values())
-        given = [padding_of(batch, recorder, two_texts) for batch in self._batches]
+        recorder.two_texts = reads_two_texts(self._model, layers.values())
+        given = [recorder.padding_of(batch) for batch in self._batches]
         paddings = [None if mask is None or bool(mask.all()) else mask for mask in given]  # of ones: no padding
         if experts and (padded := [mask for mask in paddings if mask is not None]):
             recorder.misfit = "(tokens that are routed to experts, I)", padded[0]
@@ -83,7 +84,7 @@ class CalibrationPass:
                 self._forwards(block, keep, paddings)
         finally:
             recorder.when, recorder.token_mask, recorder.last = "never", None, LastSums()
-        warn_of_padding(recorder)
+        recorder.warn_of_padding()
 
     def _forwards(self, block: int | None, keep: bool, paddings: Sequence[Tensor | None]) -> None:
         with self._context(), _masked_once(() if block is None else self._blocks[block].modules()):

@@ -6,14 +6,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparse_train.arguments import leave_out
 from sparse_train.criteria import Criterion
 from sparse_train.distributed.collectives import gather_objects, rank, sum_over_ranks, world_size
 from sparse_train.layers import masks
 from sparse_train.layers.masked_layer import MaskedLayer, MaskedMatrix
-from sparse_train.statistics import ActivationNorm, LastSums, Recorder, Statistics
+from sparse_train.recorder import Recorder
+from sparse_train.statistics import ActivationNorm, LastSums, Statistics
 
 _log = logging.getLogger(__name__)
 
@@ -87,45 +88,6 @@ def not_finite(where: str) -> ValueError:
         f"{where}: the input activations are not finite, so Wanda scores cannot be computed; masks were not changed. "
         "Look for NaN in the data, a learning rate that is too high, or an overflow of float16."
     )
-
-
-def padding_of(batch: Any, recorder: Recorder, two_texts: bool) -> Tensor | None:
-    """``batch["attention_mask"]``; None, and a note for a warning, if it is not known which inputs it is for.
-
-    An encoder-decoder model reads ``two_texts``, and the mask is one of them; so may one inside a nested batch be.
-    """
-    named = batch if isinstance(batch, Mapping) else {}
-    mask = named.get("attention_mask")
-    for part in batch if isinstance(batch, (list, tuple)) else named.values():
-        if isinstance(part, Mapping) and isinstance(part.get("attention_mask"), Tensor):
-            recorder.note_misfit("(a part of a nested batch)", part["attention_mask"])
-    if two_texts and isinstance(mask, Tensor):
-        recorder.note_misfit("(tokens of the other text, I)", mask)
-        return None
-    return mask if isinstance(mask, Tensor) else None
-
-
-def reads_two_texts(model: nn.Module, layers: Iterable[Any]) -> bool:
-    """Whether any of ``layers`` is part of an encoder-decoder model, whose batches have a mask for one of two texts."""
-    wanted = set(layers)
-    configs = ((module, getattr(module, "config", None)) for module in model.modules())
-    two_texts = (module for module, config in configs if getattr(config, "is_encoder_decoder", False) is True)
-    return any(wanted & set(module.modules()) for module in two_texts)
-
-
-def warn_of_padding(recorder: Recorder) -> None:
-    """Warn once that a token mask did not fit an input, so that padding, if there was any, counts in its statistics."""
-    if recorder.misfit is None or recorder.warned:
-        return
-    (shape, mask), recorder.misfit = recorder.misfit, None
-    if not bool(mask.all()):
-        recorder.warned = True
-        _log.warning(
-            "The batch's attention_mask does not fit a layer's input of shape %s, so padding counts in its activation "
-            "statistics. Override DynamicPruning.token_mask, or set MaskUpdater.token_mask, to say which tokens count; "
-            "in one-shot pruning calibrate on samples without padding.",
-            shape,
-        )
 
 
 # --- over a run ------------------------------------------------------------------------------------------------------

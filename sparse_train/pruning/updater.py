@@ -32,14 +32,12 @@ from sparse_train.pruning.recording import (
     RunningNorms,
     check_agreement,
     check_statistics,
-    padding_of,
-    reads_two_texts,
     sum_statistics,
-    warn_of_padding,
 )
 from sparse_train.pruning.resuming import check_restored_masks, check_same_layers, check_same_settings
 from sparse_train.pruning.update import Rules, measure_outliers, shapes_of, update_masks
 from sparse_train.pruning.zeros import kept_zeros, masks_from_zeros, warn_of_filled
+from sparse_train.recorder import reads_two_texts
 from sparse_train.schedules import Timing
 
 _log = logging.getLogger(__name__)
@@ -148,7 +146,6 @@ class MaskUpdater:
                 check_not_divided(name, layer)
         self._factors = describe_factors(self.layers)
         self._shapes = shapes_of(self._model, self.layers)
-        self._two_texts = reads_two_texts(self._model, self.layers.values())
         final = config.sparsity_at(1.0)
         self._division = Division(config.distribution, self._shapes, config.pattern, final, outliers)
         self.policy.begin(self.layers, self._optimizers, config.update_freq)
@@ -193,6 +190,7 @@ class MaskUpdater:
     def _connect_layers(self) -> None:
         """Connect the layers with this run: from now on they record for it, and follow its policy."""
         self.norms = RunningNorms(self.layers, self.config.criterion, self.config.norm_decay)
+        self.norms.recorder.two_texts = reads_two_texts(self._model, self.layers.values())
         frozen = frozen_linears(self._model)
         for name, layer in self.layers.items():
             layer.straight_through, layer.frozen = self.policy.straight_through, name in frozen
@@ -275,7 +273,7 @@ class MaskUpdater:
         None, with one warning that padding counts, where it is not known which inputs a mask is for: in an
         encoder-decoder model, which reads two texts, and inside a nested batch.
         """
-        return padding_of(batch, self.norms.recorder, self._two_texts)
+        return self.norms.recorder.padding_of(batch)
 
     def paused(self) -> AbstractContextManager[None]:
         """A context in which forwards do not count in statistics, such as generation in train mode, or a pass on
@@ -304,7 +302,7 @@ class MaskUpdater:
         self.norms.warn_of_unreached()
         self._check_restored_masks()
         self.steps += 1
-        warn_of_padding(self.norms.recorder)
+        self.norms.recorder.warn_of_padding()
         # an update that is due is made if it can change masks, and otherwise only compared and reported
         report, due = None, self.timing.is_update(self.steps)
         if due and self._would_change(self.steps):

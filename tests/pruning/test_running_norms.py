@@ -8,8 +8,8 @@ from torch import nn
 
 from sparse_train import MaskUpdater, Wanda, prune
 from sparse_train.distributed.collectives import rank, world_size
-from sparse_train.pruning.recording import padding_of, warn_of_padding
-from sparse_train.statistics import ActivationNorm, Recorder
+from sparse_train.recorder import Recorder
+from sparse_train.statistics import ActivationNorm
 from tests.conftest import VOCABULARY, shallow_llama
 from tests.ranks import launch
 
@@ -192,8 +192,8 @@ def test_a_target_left_out_from_the_first_mask_on_is_named(caplog):
 
 
 def test_padding_of_a_later_batch_is_told_where_the_first_has_none(caplog):
-    recorder = Recorder()
+    recorder = Recorder(two_texts=True)
     for mask in (torch.ones(2, 4), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])):
-        assert padding_of({"attention_mask": mask}, recorder, two_texts=True) is None
-    warn_of_padding(recorder)
+        assert recorder.padding_of({"attention_mask": mask}) is None
+    recorder.warn_of_padding()
     assert "padding counts" in caplog.text

@@ -28,8 +28,9 @@ from sparse_train import (
 from sparse_train.layers.masked_layer import SparseLinear
 from sparse_train.layers.sparsify import sparsify
 from sparse_train.pruning.update import Rules, update_masks
+from sparse_train.recorder import Recorder
 from sparse_train.schedules import Cubic, Linear, Schedule
-from sparse_train.statistics import ActivationNorm, Recorder
+from sparse_train.statistics import ActivationNorm
 from tests.conftest import VOCABULARY, shallow_llama
 from tests.pruning.loops import equal, snapshot, train
 from tests.reference import row_mask

@@ -188,6 +188,9 @@ ARMS: dict[str, Arm] = {
     "static_iht_distill": _arm("smollm2_2of4_static", *_IHT, distil=True),
     "dynamic_iht_distill": _arm("smollm2_2of4", *_IHT, distil=True),
     "static_iht_damped01_distill": _arm("smollm2_2of4_static", "first_mask.criterion=IHT", distil=True),
+    "static_iht_damped100_distill": _arm(
+        "smollm2_2of4_static", "first_mask.criterion=IHT", "first_mask.criterion.dampening_frac=1.0", distil=True
+    ),
     "dynamic_iht_damped01_distill": _arm("smollm2_2of4", "first_mask.criterion=IHT", distil=True),
     "static_iht_kl_distill": _arm("smollm2_2of4_static", "first_mask.criterion=IHT", *_KL_ALONE, distil=True),
     "dynamic_iht_kl_distill": _arm("smollm2_2of4", "first_mask.criterion=IHT", *_KL_ALONE, distil=True),

@@ -1,6 +1,7 @@
 """LightningCLI over ``CausalLM`` and ``TextBlocks``, with a report and an export after ``fit``."""
 
 import logging
+import re
 import signal
 import sys
 from dataclasses import asdict
@@ -109,12 +110,24 @@ class SparseTrainCLI(LightningCLI):
         return trainer
 
     def before_fit(self) -> None:
+        self._check_that_pruning_is_left()
         self.trainer.callbacks.append(LambdaCallback(on_exception=_say_how_to_go_on))  # type: ignore[attr-defined]
         if out := self.config.fit.export:
             check_free(Path(out))
             dtype = torch_dtype(self.config.fit.dtype)  # the size is known when there is a model
             in_time = LambdaCallback(on_fit_start=lambda *_: check_space(Path(out), size_of(self.model.model, dtype)))
             self.trainer.callbacks.append(in_time)  # type: ignore[attr-defined]
+
+    def _check_that_pruning_is_left(self) -> None:
+        """Raise ValueError if a later list of callbacks has taken the place of a recipe's: the run would be dense."""
+        given, recipes = self.config_init.fit.trainer.callbacks, map(Path, self.config.fit.config or ())
+        if given and not any(isinstance(each, DynamicPruning) for each in self.trainer.callbacks):  # type: ignore[attr-defined]
+            for recipe in recipes:
+                if re.search(r"^[^#]*DynamicPruning", recipe.read_text(), re.MULTILINE):
+                    raise ValueError(
+                        f"{recipe} has DynamicPruning in trainer.callbacks, and a later list has taken its place, so "
+                        "the run would be dense. trainer.callbacks+ adds to a list instead."
+                    )
 
     def after_fit(self) -> None:
         out = self.config.fit.export

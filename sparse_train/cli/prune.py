@@ -21,7 +21,7 @@ from sparse_train.export.card import ModelCard, write_card
 from sparse_train.export.hf_folder import check_written, size_of
 from sparse_train.files import check_free, check_space, write_json, written_whole
 from sparse_train.inspection import LayerSparsity, layer_sparsities
-from sparse_train.model_folders import PRUNING_FILE, WeightFiles, copy_others, model_without_weights
+from sparse_train.model_folders import PRUNING_FILE, WeightFiles, model_without_weights
 from sparse_train.models.sources import (
     Autocast,
     Dtype,
@@ -139,8 +139,6 @@ def prune(
             else:
                 layers.extend(layer_sparsities(loaded))
                 export_model(loaded, source.tokenizer(), written, card, dtype=torch_dtype(dtype))
-                if isinstance(source, Pretrained):
-                    copy_others(Path(source.path), written)
             details["seconds"]["all"] = now() - began
             write_json(written / PRUNING_FILE, details)
 

@@ -20,7 +20,7 @@ from sparse_train.inspection import LayerSparsity, layer_sparsities
 from sparse_train.layers.masked_layer import sparse_layers
 from sparse_train.layers.sparsify import sparsify_like, squash
 from sparse_train.layers.state_dicts import folded_state_dict
-from sparse_train.model_folders import PRUNING_FILE, WeightFiles, names_in_model
+from sparse_train.model_folders import PRUNING_FILE, WeightFiles, copy_others, names_in_model
 from sparse_train.models import lora
 from sparse_train.models.checkpoints import PRUNING_STATE, read_checkpoint
 from sparse_train.models.sources import PackagedSmolLM2, Pretrained
@@ -83,6 +83,8 @@ def export_model(
             config.save_pretrained(beside)
         if tokenizer is not None:
             tokenizer.save_pretrained(beside)
+        if base.name_or_path and Path(base.name_or_path).is_dir():
+            copy_others(Path(base.name_or_path), beside)
         write_card(beside, card, layers)
         if card.pruning is not None:
             pruning = {**card.pruning, "stages": [*card.stages, *card.pruning["stages"]]}

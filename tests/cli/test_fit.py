@@ -177,6 +177,14 @@ def test_a_model_that_is_not_kept_is_said(fit, caplog):
     assert "not kept" not in caplog.text
 
 
+def test_callbacks_that_take_the_place_of_pruning_are_refused(fit):
+    Path("own.yaml").write_text("trainer: {callbacks: [{class_path: ModelCheckpoint}]}")
+    with pytest.raises(
+        SystemExit, match=r"smollm2_2of4.yaml has DynamicPruning in trainer.callbacks, and a later list"
+    ):
+        fit("--config=own.yaml")
+
+
 def test_a_place_that_cannot_be_written_is_said_before_the_run(fit, monkeypatch):
     monkeypatch.setattr(CausalLM, "training_step", lambda *args: pytest.fail("it trains"))
     Path("file").write_text("")

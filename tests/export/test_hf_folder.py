@@ -24,6 +24,7 @@ def bfloat16_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stored") / "model"
     tiny_llama().bfloat16().save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
+    (folder / "LICENSE").write_text("terms")
     return folder
 
 
@@ -41,6 +42,7 @@ def test_a_model_is_written_in_the_dtype_of_its_files_or_another(bfloat16_folder
     for asked, dtype in ((None, torch.bfloat16), (torch.float16, torch.float16), (torch.float32, torch.float32)):
         out = export_model(model, None, tmp_path / str(dtype), dtype=asked)
         assert dtypes(out) == {dtype}
+        assert (out / "LICENSE").read_text() == "terms"
         assert "lm_head.weight" not in load_file(out / "model.safetensors")  # still tied
         loaded = AutoModelForCausalLM.from_pretrained(out, dtype="auto")
         weight = loaded.model.layers[0].mlp.up_proj.weight

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import Dataset
+from transformers import RwkvConfig, RwkvForCausalLM
 
 from sparse_train import SparseGPT, Unstructured, prune, sparse_layers
 from tests.conftest import tiny_llama
@@ -34,6 +35,15 @@ def test_blocks_that_do_not_run_one_after_the_other_are_refused():
     with pytest.raises(ValueError, match="do not run one after the other"):
         prune(Backwards(), [torch.randn(2, 8)], "2:4")
     prune(Backwards(), [torch.randn(2, 8)], Unstructured("model"), sparsity=0.5)
+
+
+def test_a_model_that_rescales_its_weights_in_eval_mode_is_refused():
+    config = RwkvConfig(vocab_size=32, hidden_size=16, num_hidden_layers=3, context_length=8, rescale_every=2)
+    model, ids = RwkvForCausalLM(config), torch.arange(16).view(2, 8)
+    with pytest.raises(ValueError, match=r"changes its own weights in eval mode.*rescale_every = 0"):
+        prune(model, [ids], "2:4")
+    config.rescale_every = 0
+    assert prune(RwkvForCausalLM(config), [ids], "2:4").sparsity == 0.5
 
 
 class InPlace(nn.Module):

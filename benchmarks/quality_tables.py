@@ -164,6 +164,8 @@ def tables(runs: Runs, short: Runs) -> str:
         "\n### 2:4 with a teacher, in steps of 512 tokens\n",
         "100 steps. Only kept masks were run beyond the choice of a learning rate below, in which they are ahead.\n",
         table(short, TAUGHT_2OF4, "static_distill", "the kept mask"),
+        "\nAfter 400 steps, 204,800 tokens:\n",
+        table(short, TAUGHT_2OF4, "static_iht_distill", "IHT's mask, kept", steps=400),
         "\n### Other methods with a teacher, after 25,600 tokens\n",
         "50 steps of 512 tokens, seed 0, with the same teacher, tokens and order of data, each at the best of the "
         "learning rates that were tried. These rows also chose the rates of the two sections above.\n",

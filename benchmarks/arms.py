@@ -122,8 +122,6 @@ _SOLVED = "first_mask.criterion=SparseGPT"
 _IHT = ("first_mask.criterion=IHT", "first_mask.criterion.dampening_frac=0.1")  # the default when these arms were run
 _SWAPS = (*_FROM_WANDA, "policy=variants.EvidenceSwaps")
 _70 = ("mask_structure=unstructured", "sparsity=0.7")
-_80 = ("mask_structure=unstructured", "sparsity=0.8", "first_mask.criterion=IHT")
-_KL_ALONE = ("--model.distillation.hardness_ce=0", "--model.distillation.hardness_kldiv=1")
 _GRADUAL_70 = (
     *("mask_structure=unstructured", "criterion=Magnitude", "policy=Fixed", "end_step=0.5"),
     *("sparsity=0.7", "schedule=Cubic", "schedule.final_sparsity=0.7"),
@@ -173,7 +171,9 @@ ARMS: dict[str, Arm] = {
     "static_distill": _arm("smollm2_2of4_static", distil=True),
     "dynamic_distill": _arm("smollm2_2of4", distil=True),
     "dynamic_window_distill": _arm("smollm2_2of4", "norm_decay=0", distil=True),
-    "dynamic_distill_kl": _arm("smollm2_2of4", *_KL_ALONE, distil=True),
+    "dynamic_distill_kl": _arm(
+        "smollm2_2of4", "--model.distillation.hardness_ce=0", "--model.distillation.hardness_kldiv=1", distil=True
+    ),
     "static_distill_tuned": _arm("smollm2_2of4_static", teacher=True),
     "dynamic_distill_tuned": _arm("smollm2_2of4", teacher=True),
     # another optimizer
@@ -192,8 +192,6 @@ ARMS: dict[str, Arm] = {
         "smollm2_2of4_static", "first_mask.criterion=IHT", "first_mask.criterion.dampening_frac=1.0", distil=True
     ),
     "dynamic_iht_damped01_distill": _arm("smollm2_2of4", "first_mask.criterion=IHT", distil=True),
-    "static_iht_kl_distill": _arm("smollm2_2of4_static", "first_mask.criterion=IHT", *_KL_ALONE, distil=True),
-    "dynamic_iht_kl_distill": _arm("smollm2_2of4", "first_mask.criterion=IHT", *_KL_ALONE, distil=True),
     "dynamic_dormant_iht_distill": _arm("smollm2_2of4", "policy=Dormant", *_IHT, distil=True),
     "dynamic_dormant_stop25_distill": _arm("smollm2_2of4", "policy=Dormant", "end_step=0.25", distil=True),
     # AST (arXiv 2407.20584): magnitude from the start, a decay that rises for a quarter of the run, masks never frozen
@@ -257,8 +255,6 @@ ARMS: dict[str, Arm] = {
     "dynamic_iht_70_distill": _arm("smollm2_unstructured60", *_70, *_IHT, distil=True),
     "dynamic_memory50_iht_70_distill": _arm("smollm2_unstructured60", *_70, *_IHT, "norm_decay=0.5", distil=True),
     "dynamic_dormant_iht_70_distill": _arm("smollm2_unstructured60", *_70, "policy=Dormant", *_IHT, distil=True),
-    "static_iht_80_distill": _arm("smollm2_unstructured60", *_80, "policy=Fixed", distil=True),
-    "dynamic_iht_80_distill": _arm("smollm2_unstructured60", *_80, distil=True),
     "lora_70_distill": _arm("smollm2_2of4_lora", *_70, distil=True),
     # low-rank, on q and v: outside the mask, where merging loses zeros, and inside it
     "lora": _arm("smollm2_2of4_lora"),

@@ -163,7 +163,6 @@ TAUGHT_2OF4 = {
     "dynamic_iht_distill": "IHT's mask and weights, re-pruned every 10 steps (the default)",
     "static_iht_damped01_distill": "IHT's mask and weights with dampening_frac 0.01, kept",
     "static_iht_damped100_distill": "IHT's mask and weights with dampening_frac 1, kept",
-    "static_iht_kl_distill": "IHT's mask and weights with dampening_frac 0.01, kept, KL alone",
     "dynamic_iht_damped01_distill": "IHT's mask and weights with dampening_frac 0.01, re-pruned (the default)",
     "dynamic_dormant_iht_distill": "IHT's mask and weights, re-pruned every 10 steps, policy Dormant",
     "dynamic_sparsegpt_distill": "SparseGPT's mask and weights, re-pruned every 10 steps (the default)",

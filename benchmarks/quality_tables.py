@@ -162,7 +162,7 @@ def tables(runs: Runs, short: Runs) -> str:
         "\nAt another learning rate:\n",
         other_rates(short),
         "\n### 2:4 with a teacher, in steps of 512 tokens\n",
-        "100 steps. Only kept masks were run beyond the choice of a learning rate below, in which they are ahead.\n",
+        "After 100 steps, of kept masks alone, which are ahead in the choice of a learning rate below:\n",
         table(short, TAUGHT_2OF4, "static_distill", "the kept mask"),
         "\nAfter 400 steps, 204,800 tokens:\n",
         table(short, TAUGHT_2OF4, "static_iht_distill", "IHT's mask, kept", steps=400),

@@ -1,7 +1,6 @@
 """LightningCLI over ``CausalLM`` and ``TextBlocks``, with a report and an export after ``fit``."""
 
 import logging
-import re
 import signal
 import sys
 from dataclasses import asdict
@@ -11,6 +10,7 @@ from typing import Any, NoReturn
 
 import lightning as L
 import torch
+import yaml  # type: ignore[import-untyped,unused-ignore]
 from lightning.pytorch.callbacks import LambdaCallback, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
@@ -120,14 +120,17 @@ class SparseTrainCLI(LightningCLI):
 
     def _check_that_pruning_is_left(self) -> None:
         """Raise ValueError if a later list of callbacks has taken the place of a recipe's: the run would be dense."""
-        given, recipes = self.config_init.fit.trainer.callbacks, map(Path, self.config.fit.config or ())
-        if given and not any(isinstance(each, DynamicPruning) for each in self.trainer.callbacks):  # type: ignore[attr-defined]
-            for recipe in recipes:
-                if re.search(r"^[^#]*DynamicPruning", recipe.read_text(), re.MULTILINE):
-                    raise ValueError(
-                        f"{recipe} has DynamicPruning in trainer.callbacks, and a later list has taken its place, so "
-                        "the run would be dense. trainer.callbacks+ adds to a list instead."
-                    )
+        used: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        if not self.config_init.fit.trainer.callbacks or any(isinstance(each, DynamicPruning) for each in used):
+            return
+        for recipe in filter(None, self.config.fit.config or ()):  # None: YAML that is no file
+            keys = yaml.safe_load(Path(recipe).read_text()) or {}
+            callbacks = (keys.get("trainer") or {}).get("callbacks")
+            if "DynamicPruning" in str(callbacks):
+                raise ValueError(
+                    f"{recipe} has DynamicPruning in trainer.callbacks, and a later list has taken its place, so "
+                    "the run would be dense. trainer.callbacks+ adds to a list instead."
+                )
 
     def after_fit(self) -> None:
         out = self.config.fit.export

@@ -59,6 +59,12 @@ class CalibrationPass:
         self._batches = [_prepared(batch, model, device) for batch in given]
         if not self._batches:
             raise ValueError("There is no calibration data: the iterable of batches is empty.")
+        rescales = getattr(getattr(model, "config", None), "rescale_every", 0)
+        if rescales or any(getattr(module, "layers_are_rescaled", False) for module in model.modules()):
+            raise ValueError(
+                f"{type(model).__name__} divides its weights in eval mode, and would be saved divided. Load it again, "
+                "and set model.config.rescale_every = 0 before any forward."
+            )
         self._recorder = Recorder()
         self._kept: list[Any] = [None] * len(self._batches)
         self._in_order: set[int] = set()
@@ -70,7 +76,6 @@ class CalibrationPass:
     ) -> None:
         """Give layers fresh statistics, and record one forward per batch: of one block, on the kept outputs of the
         block before it, or (None) of the whole model. ``keep`` keeps the outputs for the next block."""
-        before = _versions(self._model)
         self._check(block)
         recorder, experts = self._recorder, [layer for layer in layers.values() if isinstance(layer, ExpertMatrix)]
         attach(layers.values(), recorder, statistics)
@@ -86,12 +91,6 @@ class CalibrationPass:
         finally:
             recorder.when, recorder.token_mask, recorder.last = "never", None, LastSums()
         recorder.warn_of_padding()
-        if changed := sorted(name for name, _ in _versions(self._model) - before):
-            raise ValueError(
-                f"{type(self._model).__name__} changes its own weights in eval mode, such as {changed[0]}, so what is "
-                "pruned would not be what is saved. Load it again and turn that off: in RWKV, by "
-                "model.config.rescale_every = 0."
-            )
 
     def _forwards(self, block: int | None, keep: bool, paddings: Sequence[Tensor | None]) -> None:
         with self._context(), _masked_once(() if block is None else self._blocks[block].modules()):
@@ -210,11 +209,6 @@ def _masked_once(modules: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for layer in layers:
             del layer.__dict__["product"]
-
-
-def _versions(model: nn.Module) -> set[tuple[str, int]]:
-    """Parameters by name, with what counts their changes in place."""
-    return {(name, each._version) for name, each in model.named_parameters() if not each.is_inference()}
 
 
 def _tensors(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Tensor]:

@@ -59,12 +59,6 @@ class CalibrationPass:
         self._batches = [_prepared(batch, model, device) for batch in given]
         if not self._batches:
             raise ValueError("There is no calibration data: the iterable of batches is empty.")
-        rescales = getattr(getattr(model, "config", None), "rescale_every", 0)
-        if rescales or any(getattr(module, "layers_are_rescaled", False) for module in model.modules()):
-            raise ValueError(
-                f"{type(model).__name__} divides its weights in eval mode, and would be saved divided. Load it again, "
-                "and set model.config.rescale_every = 0 before any forward."
-            )
         self._recorder = Recorder()
         self._kept: list[Any] = [None] * len(self._batches)
         self._in_order: set[int] = set()

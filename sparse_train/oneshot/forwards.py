@@ -56,6 +56,19 @@ def inference(model: nn.Module, **wanted: Any) -> Iterator[None]:
             setattr(config, key, value)
 
 
+def check_not_rescaled(model: nn.Module) -> None:
+    """Raise ValueError for RWKV with ``rescale_every``: in eval mode it divides its weights, and stays divided.
+
+    A run is not hit: the next forward in train mode multiplies them again.
+    """
+    rescales = getattr(getattr(model, "config", None), "rescale_every", 0)
+    if rescales or any(getattr(module, "layers_are_rescaled", False) for module in model.modules()):
+        raise ValueError(
+            f"{type(model).__name__} divides its weights in eval mode, and would be saved divided. Load it again, with "
+            "rescale_every = 0 in its configuration."
+        )
+
+
 @contextmanager
 def answering(blocks: Iterable[nn.Module], answer: Callable[..., Any]) -> Iterator[None]:
     """Inside, block ``i`` returns ``answer(i, its own forward, *args, **kwargs)``."""

@@ -14,7 +14,7 @@ from sparse_train.layers.masked_layer import MaskedLayer
 from sparse_train.layers.sparsify import sparsify, squash_layers
 from sparse_train.layers.targets import find_targets
 from sparse_train.oneshot.experts import expert_matrices
-from sparse_train.oneshot.forwards import Batch, under_autocast
+from sparse_train.oneshot.forwards import Batch, check_not_rescaled, under_autocast
 from sparse_train.oneshot.walk import MemoryShelf, Method, OneshotReport, Plan, walk
 from sparse_train.patterns import Pattern
 from sparse_train.solvers import Solver
@@ -57,6 +57,8 @@ def prune(
         progress: show a progress bar.
     """
     plan = Plan.of(mask_structure, sparsity, criterion, distribution)
+    if plan.needs_data:
+        check_not_rescaled(model)
     chosen = find_targets(model, plan.pattern, targets, ignore, experts=squash)
     dense = [layer for layer in chosen.layers.values() if not isinstance(layer, MaskedLayer)]
     try:
@@ -126,6 +128,8 @@ def prune_checkpoint(
         raise ValueError(f"{plan.pattern} compares over the whole model, which is never in memory here. Use prune.")
     checkpoint = model_folders.WeightFiles(path)
     model = model_folders.model_without_weights(path, checkpoint)
+    if plan.needs_data:
+        check_not_rescaled(model)
     chosen = find_targets(model, plan.pattern, targets, ignore, experts=True)
     batches = list(batches) if plan.needs_data and batches is not None else None
     parts = (plan.pattern, plan.sparsity, plan.method, plan.distribution, targets, list(ignore))

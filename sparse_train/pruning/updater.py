@@ -28,12 +28,7 @@ from sparse_train.patterns import Pattern, group_label
 from sparse_train.policies import Optimizers
 from sparse_train.pruning.config import FromZeros, OneShot, PruningConfig
 from sparse_train.pruning.counts import LayerUpdate, UpdateReport, mask_shares, measure, misfitting_layer, sparsity_of
-from sparse_train.pruning.recording import (
-    RunningNorms,
-    check_agreement,
-    check_statistics,
-    sum_statistics,
-)
+from sparse_train.pruning.recording import RunningNorms, check_agreement, check_statistics, sum_statistics
 from sparse_train.pruning.resuming import check_restored_masks, check_same_layers, check_same_settings
 from sparse_train.pruning.update import Rules, measure_outliers, shapes_of, update_masks
 from sparse_train.pruning.zeros import kept_zeros, masks_from_zeros, warn_of_filled

@@ -18,8 +18,6 @@ from sparse_train import (
 )
 from sparse_train.data.texts import PackagedWikipedia, PythonStandardLibrary, TextSource
 
-CALLBACK = "--trainer.callbacks"
-"""Prefix of the arguments of ``DynamicPruning``, the last callback of the recipes."""
 _DISTILLATION = [
     "--model.distillation=Distillation",
     "--model.distillation.hardness_ce=0.33",
@@ -66,9 +64,8 @@ class Arm:
     def options(self) -> list[str]:
         """Those of ``sparse-train fit``. The run's criterion makes the first mask unless the arm changes that, whatever
         the recipe says: a row can be rerun after the recipe has got a better default."""
-        by_criterion = f'{CALLBACK}.first_mask={{"class_path": "OneShot", "init_args": {{"criterion": null}}}}'
+        by_criterion = '--pruning.first_mask={"class_path": "OneShot", "init_args": {"criterion": null}}'
         prunes = "mask_structure" in Path(self.recipe).read_text() and self.start is None
-        # before the changes, which may add another callback
         return [f"--config={self.recipe}", *([by_criterion] if prunes else []), *self.changes]
 
 
@@ -81,7 +78,7 @@ def _arm(
     text: TextSource | None = None,
     optimizer: str | None = None,
 ) -> Arm:
-    own = [change if change.startswith("--") else f"{CALLBACK}.{change}" for change in changes]
+    own = [change if change.startswith("--") else f"--pruning.{change}" for change in changes]
     learns = _DISTILLATION if distil or teacher else []
     return Arm(f"recipes/{recipe}.yaml", learns + own, teacher, start, text or PackagedWikipedia(), optimizer)
 

@@ -2,7 +2,7 @@
 
 They are not in the package: these runs show if they should be.
 
-    --trainer.callbacks.policy=variants.EvidenceSwaps
+    --pruning.policy=variants.EvidenceSwaps
 
 Shape suffixes: O out_features, I in_features, J packed mask bytes, G groups of weights that are compared, M weights of
 a group, P pairs of a pruned and a kept weight of a group.

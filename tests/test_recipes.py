@@ -161,10 +161,10 @@ def test_the_small_ways_to_name_things():
         f"--config={BASE}",
         "--trainer.max_steps=50",
         "--model.model=org/some-model",
-        "--trainer.callbacks.criterion=Magnitude",
-        "--trainer.callbacks.mask_structure=1:4",
-        "--trainer.callbacks.schedule=Cubic",
-        "--trainer.callbacks.schedule.final_sparsity=0.75",
+        "--pruning.criterion=Magnitude",
+        "--pruning.mask_structure=1:4",
+        "--pruning.schedule=Cubic",
+        "--pruning.schedule.final_sparsity=0.75",
     )
     assert cli.trainer.max_steps == 50
     assert cli.model.source == Pretrained("org/some-model") == cli.datamodule.tokenizer_source
@@ -175,7 +175,7 @@ def test_the_small_ways_to_name_things():
 
 
 def test_every_variant_of_updates_can_be_named():
-    pruning = "--trainer.callbacks"
+    pruning = "--pruning"
     cli = parse_fit(
         f"--config={BASE}",
         *(f"{pruning}.mask_structure=unstructured", f"{pruning}.sparsity=0.7", f"{pruning}.norm_decay=0.9"),
@@ -243,7 +243,7 @@ def test_low_rank_recipes_are_the_papers_and_can_be_changed():
     ):
         module = parse_fit(recipe, *changes).model
         assert (module.source, module.lora) == (model, LoRA(rank, 16, 0.05, ["q_proj", "v_proj"]))
-    recipe, given = ROOT / "recipes" / "smollm2_2of4_mask_lora.yaml", "--trainer.callbacks.mask_lora"
+    recipe, given = ROOT / "recipes" / "smollm2_2of4_mask_lora.yaml", "--pruning.mask_lora"
     for changes, expected in (
         ([], MaskLoRA(8, 16, ["q_proj", "v_proj"])),
         ([f"{given}.r=4", f"{given}.target_modules=all-linear"], MaskLoRA(4, 16, "all-linear")),

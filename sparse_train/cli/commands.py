@@ -48,9 +48,8 @@ Everything of a run is in recipes; options change a recipe, and have its keys.
   --text FILE [FILE ...]        text to train on: .txt and .jsonl files, or folders of them
   --data.block_size N           tokens per block
   --data.batch_size N           blocks per batch
-  --trainer.callbacks.mask_structure N:M, or unstructured with --...sparsity SHARE
-  --trainer.callbacks.update_freq K
-                                steps between mask updates
+  --pruning.mask_structure N:M, or unstructured with --pruning.sparsity SHARE
+  --pruning.update_freq K       steps between mask updates
   --trainer.max_steps N         length of the run, in optimizer steps
   --trainer.default_root_dir FOLDER
                                 where the run writes its checkpoints, logs and report

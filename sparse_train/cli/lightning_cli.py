@@ -10,7 +10,6 @@ from typing import Any, NoReturn
 
 import lightning as L
 import torch
-import yaml  # type: ignore[import-untyped,unused-ignore]
 from lightning.pytorch.callbacks import LambdaCallback, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
@@ -59,6 +58,8 @@ class SparseTrainCLI(LightningCLI):
         """Lightning's, with the page of its trainer last in help."""
         parser.add_lightning_class_args(CausalLM, "model")
         parser.add_lightning_class_args(TextBlocks, "data")
+        # not an entry of trainer.callbacks, which a later list would take out of the run without a word
+        parser.add_argument("--pruning", type=DynamicPruning | None, default=None, help="null: dense")
         parser.add_lightning_class_args(self.trainer_class, "trainer")
         # the sanity check reads the whole validation text: it gives the report's dense and one-shot rows
         parser.set_defaults({"trainer.num_sanity_val_steps": -1})
@@ -95,13 +96,17 @@ class SparseTrainCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Adds logs beside the checkpoints and progress that suits the terminal, unless the recipe sets others."""
-        own, seen = self.config_init[self.subcommand].trainer, terminal.bars_are_seen()
+        options, seen = self.config_init[self.subcommand], terminal.bars_are_seen()
+        own = options.trainer
         if own.logger is None:
             kwargs["logger"] = CSVLogger(own.default_root_dir or _RUNS, name="")
         given = own.callbacks if isinstance(own.callbacks, list) else [own.callbacks] if own.callbacks else []
+        if any(isinstance(callback, DynamicPruning) for callback in given):
+            raise ValueError("DynamicPruning is in trainer.callbacks. Its arguments are the key pruning of a recipe.")
+        callbacks = [*filter(None, [options.pruning]), *given]
         if own.enable_progress_bar is None and not any(isinstance(callback, ProgressBar) for callback in given):
-            bar = RichProgressBar(console_kwargs={"stderr": True}) if seen else TrainingLines()
-            kwargs["callbacks"] = [*given, bar]
+            callbacks.append(RichProgressBar(console_kwargs={"stderr": True}) if seen else TrainingLines())
+        kwargs["callbacks"] = callbacks
         if own.enable_model_summary is None:
             kwargs["enable_model_summary"] = sys.stdout.isatty()
         trainer = super().instantiate_trainer(**kwargs)
@@ -110,27 +115,12 @@ class SparseTrainCLI(LightningCLI):
         return trainer
 
     def before_fit(self) -> None:
-        self._check_that_pruning_is_left()
         self.trainer.callbacks.append(LambdaCallback(on_exception=_say_how_to_go_on))  # type: ignore[attr-defined]
         if out := self.config.fit.export:
             check_free(Path(out))
             dtype = torch_dtype(self.config.fit.dtype)  # the size is known when there is a model
             in_time = LambdaCallback(on_fit_start=lambda *_: check_space(Path(out), size_of(self.model.model, dtype)))
             self.trainer.callbacks.append(in_time)  # type: ignore[attr-defined]
-
-    def _check_that_pruning_is_left(self) -> None:
-        """Raise ValueError if a later list of callbacks has taken the place of a recipe's: the run would be dense."""
-        used: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
-        if not self.config_init.fit.trainer.callbacks or any(isinstance(each, DynamicPruning) for each in used):
-            return
-        for recipe in filter(None, self.config.fit.config or ()):  # None: YAML that is no file
-            keys = yaml.safe_load(Path(recipe).read_text()) or {}
-            callbacks = (keys.get("trainer") or {}).get("callbacks")
-            if "DynamicPruning" in str(callbacks):
-                raise ValueError(
-                    f"{recipe} has DynamicPruning in trainer.callbacks, and a later list has taken its place, so "
-                    "the run would be dense. trainer.callbacks+ adds to a list instead."
-                )
 
     def after_fit(self) -> None:
         out = self.config.fit.export

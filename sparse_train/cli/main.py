@@ -85,7 +85,7 @@ def _fit(command: str, options: list[str], debug: bool) -> dict[str, Any] | None
     if options[-2:] == ["--help", "all"]:
         options = ["--help"]
     elif options[-2:] == ["--help", "pruning"]:
-        options = ["--trainer.callbacks.help", "DynamicPruning"]
+        options = ["--pruning.help"]
     from sparse_train.cli.lightning_cli import run as run_lightning
 
     return run_lightning([command, *options], debug=debug).result

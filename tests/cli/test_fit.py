@@ -60,7 +60,7 @@ def test_fit_export_and_resume(fit, model_folder, capsys):
         "--trainer.enable_model_summary=false",
         "--trainer.enable_progress_bar=false",
     ]
-    pruned = [*options, "--trainer.callbacks.update_freq=2"]
+    pruned = [*options, "--pruning.update_freq=2"]
     fit(*pruned, "--export=exported")
     assert "exported to exported" in capsys.readouterr().out
     model = AutoModelForCausalLM.from_pretrained("exported")
@@ -101,7 +101,7 @@ def test_fit_export_and_resume(fit, model_folder, capsys):
         cli.main(["inspect", folder, "--verify"])
     assert capsys.readouterr().out.count("every group of its 14 pruned layers has the zeros") == 4
     with pytest.raises(SystemExit, match="The checkpoint was written with mask_structure"):
-        fit(*pruned, "--trainer.callbacks.mask_structure=1:4", going_on, "--export=other/model")
+        fit(*pruned, "--pruning.mask_structure=1:4", going_on, "--export=other/model")
     assert not Path("other/model").exists()
     with pytest.raises(SystemExit, match="this run has no DynamicPruning callback"):
         fit(*options, going_on, recipe="smollm2_dense")
@@ -126,7 +126,7 @@ def test_what_was_pruned_before_is_said_with_how(fit, model_folder, text_file):
         again = ["--criterion=Magnitude", "--mask_structure=1:4", f"--streaming={how}"]
         cli.main(["prune", "first", f"again_{how}", *again])
         assert criteria(f"again_{how}") == ["SparseGPT", "Magnitude"]
-    options = ["--trainer.callbacks.first_mask=FromZeros", "--trainer.callbacks.policy=Fixed"]
+    options = ["--pruning.first_mask=FromZeros", "--pruning.policy=Fixed"]
     fit("--model.model=first", "--trainer.val_check_interval=2", *options, "--export=trained")
     assert criteria("first") == ["SparseGPT"] and criteria("trained") == ["SparseGPT", "Wanda"]
     shutil.rmtree("first")  # the checkpoint says it, too
@@ -177,11 +177,13 @@ def test_a_model_that_is_not_kept_is_said(fit, caplog):
     assert "not kept" not in caplog.text
 
 
-def test_callbacks_that_take_the_place_of_pruning_are_refused(fit):
+@pytest.mark.usefixtures("without_pictures")
+def test_a_list_of_callbacks_leaves_pruning_in_its_place(fit):
     Path("own.yaml").write_text("trainer: {callbacks: [{class_path: ModelCheckpoint}]}")
-    with pytest.raises(
-        SystemExit, match=r"smollm2_2of4.yaml has DynamicPruning in trainer.callbacks, and a later list"
-    ):
+    fit("--config=own.yaml", "--export=model")
+    cli.main(["inspect", "--verify", "model"])
+    Path("own.yaml").write_text("trainer: {callbacks: [{class_path: DynamicPruning}]}")
+    with pytest.raises(SystemExit, match="DynamicPruning is in trainer.callbacks. Its arguments are the key pruning"):
         fit("--config=own.yaml")
 
 

@@ -57,8 +57,8 @@ def commands(model, text):
         "--trainer.max_steps=4",
         "--trainer.val_check_interval=2",
         "--trainer.default_root_dir=run",
-        "--trainer.callbacks.update_freq=2",
-        "--trainer.callbacks.first_mask.criterion=Wanda",
+        "--pruning.update_freq=2",
+        "--pruning.first_mask.criterion=Wanda",
     ]
     checkpoint = "run/version_0/checkpoints/epoch=0-step=4.ckpt"
     return {

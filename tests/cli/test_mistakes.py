@@ -13,7 +13,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 ROOT = Path(__file__).parents[2]
 FIT = ["fit", "--config", "recipes/smollm2_2of4.yaml"]
 PRUNE = ["prune", "--model", "x", "--out", "y"]
-PRUNING = "--trainer.callbacks"
+PRUNING = "--pruning"
 
 
 @pytest.fixture(autouse=True)
@@ -47,21 +47,21 @@ def answer(arguments, capsys) -> str:
         (["fit", "--max_steps", "4"], "there is no option --max_steps. Did you mean '--trainer.max_steps'?"),
         (["evaluate", "x", "y"], "unexpected argument 'y'."),
         # arguments of classes
-        ([*FIT, f"{PRUNING}.update_frq=5"], "trainer.callbacks: DynamicPruning has no argument 'update_frq'. Did you"),
+        ([*FIT, f"{PRUNING}.update_frq=5"], "pruning: DynamicPruning has no argument 'update_frq'. Did you"),
         (
             [*FIT, f"{PRUNING}.schedule=Cubic", f"{PRUNING}.schedule.final_sparsty=1"],
-            "trainer.callbacks.schedule: Cubic has no argument 'final_sparsty'. Did you mean 'final_sparsity'",
+            "pruning.schedule: Cubic has no argument 'final_sparsty'. Did you mean 'final_sparsity'",
         ),
         ([*PRUNE, "--criterion=RIA", "--criterion.alpha=1"], "criterion: RIA has no argument 'alpha'. It has a."),
         ([*PRUNE, "--criterion.a", "1"], "criterion: say which class these arguments are for, by its name."),
         # classes
         (
             [*FIT, f"{PRUNING}.criterion=Wonda"],
-            "trainer.callbacks.criterion: there is no class 'Wonda'. Did you mean 'Wanda'?",
+            "pruning.criterion: there is no class 'Wonda'. Did you mean 'Wanda'?",
         ),
         (
             [*FIT, f"{PRUNING}.first_mask=OneShot", f"{PRUNING}.first_mask.criterion=Fixed"],
-            "trainer.callbacks.first_mask.criterion: Fixed is not of the kind that is wanted.",
+            "pruning.first_mask.criterion: Fixed is not of the kind that is wanted.",
         ),
         ([*FIT, f"{PRUNING}.criterion=SparseGPT"], "can make the first mask: first_mask=OneShot(IHT())"),
         ([*PRUNE, "--criterion=Wnda"], "criterion: there is no class 'Wnda'. Did you mean 'Wanda'?"),
@@ -71,7 +71,7 @@ def answer(arguments, capsys) -> str:
         ([*PRUNE, "--criterion=nowhere.Score"], "criterion: there is no class 'nowhere.Score'."),
         ([*PRUNE, "--criterion=sparse_train.Wonda"], "there is no class 'sparse_train.Wonda'. Did you mean 'Wanda'"),
         # values
-        ([*FIT, f"{PRUNING}.end_step=late"], "trainer.callbacks.end_step: takes int or float, got 'late'."),
+        ([*FIT, f"{PRUNING}.end_step=late"], "pruning.end_step: takes int or float, got 'late'."),
         ([*FIT, "--trainer.precision=bf17"], ", bf16, got 'bf17'. Did you mean 'bf16'?"),
         ([*PRUNE, "--sampling=packd"], "sampling: takes one of packed, documents, got 'packd'. Did you mean 'packed'?"),
         (["evaluate", "x", "--bos="], "bos: takes bool, got ''."),
@@ -107,11 +107,11 @@ def test_on_the_command_line(arguments, said, capsys):
         ),
         (
             "smollm2_2of4",
-            "  init_args:\n        mask",
-            "  init_arg:\n        mask",
-            "has no argument 'init_arg.first_mask.init_args.criterion'. Did you mean 'init_args'",
+            "    init_args:",
+            "    init_arg:",
+            "pruning.first_mask: OneShot has no argument 'init_arg.criterion'. Did you mean 'init_args'",
         ),
-        ("smollm2_2of4", "class_path: Dynamic", "clas_path: Dynamic", "or by a mapping with class_path and init_args."),
+        ("smollm2_2of4", "class_path: One", "clas_path: One", "or by a mapping with class_path and init_args."),
         ("smollm2_2of4", "seed_everything: 0", "txt: x", "there is no key txt. Did you mean 'data.text'"),
         ("oneshot_owl_60", "OWL", "OWLs", "distribution: there is no class 'OWLs'. Did you mean 'OWL'?"),
     ],

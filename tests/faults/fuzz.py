@@ -50,10 +50,11 @@ OPTIONS = {
             f"--trainer.{name}"
             for name in ("log_every_n_steps", "limit_val_batches", "devices", "strategy", "callbacks")
         ),
+        "--pruning",
         *(f"--trainer.{name}" for name in ("max_epochs", "gradient_clip_val", "max_time", "check_val_every_n_epoch")),
-        *(f"--trainer.callbacks.init_args.{name}" for name in ("mask_structure", "sparsity", "update_freq", "policy")),
-        *(f"--trainer.callbacks.init_args.{name}" for name in ("schedule", "start_step", "end_step", "window")),
-        *(f"--trainer.callbacks.init_args.{name}" for name in ("norm_decay", "targets", "ignore", "first_mask")),
+        *(f"--pruning.{name}" for name in ("mask_structure", "sparsity", "update_freq", "policy")),
+        *(f"--pruning.{name}" for name in ("schedule", "start_step", "end_step", "window")),
+        *(f"--pruning.{name}" for name in ("norm_decay", "targets", "ignore", "first_mask")),
         *("--model.lr", "--model.warmup_steps", "--model.distillation", "--model.model", "--data.text", "--ckpt_path"),
         *("--data.block_size", "--data.batch_size", "--data.hold_out", "--seed_everything", "--export", "--config"),
     ],

@@ -38,7 +38,7 @@ def jobs(shared: Path, short: bool = False) -> dict[str, Job]:
         *(f"--model.model={model}", f"--data.text={files}", "--data.block_size=32", "--data.batch_size=2"),
         *("--data.max_validation_blocks=2", f"--trainer.max_steps={STEPS}", "--trainer.val_check_interval=12"),
         "--trainer.default_root_dir=run",
-        *("--trainer.callbacks.update_freq=4", "--trainer.callbacks+=ModelCheckpoint"),
+        *("--pruning.update_freq=4", "--trainer.callbacks+=ModelCheckpoint"),
         *("--trainer.callbacks.every_n_train_steps=2", "--export=out"),
     ]
     prune = [

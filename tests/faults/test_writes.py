@@ -35,7 +35,7 @@ def fit(model_folder, text_file):
         *("fit", "--config=recipes/smollm2_2of4.yaml", "--config=configs/precision/float32.yaml"),
         *(f"--model.model={model_folder}", f"--data.text={files}", "--data.block_size=32", "--data.batch_size=2"),
         *("--data.max_validation_blocks=2", "--trainer.max_steps=4", "--trainer.default_root_dir=run"),
-        *("--trainer.val_check_interval=4", "--trainer.num_sanity_val_steps=0", "--trainer.callbacks.update_freq=2"),
+        *("--trainer.val_check_interval=4", "--trainer.num_sanity_val_steps=0", "--pruning.update_freq=2"),
         *("--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.every_n_train_steps=4", "--export=out"),
     ]
 

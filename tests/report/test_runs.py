@@ -101,7 +101,7 @@ def root(tmp_path_factory, model_folder, text_file):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         patch.setattr("sys.argv", ["sparse-train"])
-        fit(root, "smollm2_2of4", model_folder, text_file, "--trainer.callbacks.update_freq=2")
+        fit(root, "smollm2_2of4", model_folder, text_file, "--pruning.update_freq=2")
         fit(root, "smollm2_dense", model_folder, text_file)
     return root
 

@@ -77,12 +77,22 @@ def as_call(data: Any) -> str:
     return f"{data['class']}({arguments})"
 
 
-def expression(text: str) -> re.Pattern[str]:
-    """The regular expression behind "re:"; ValueError if it is none."""
+def named(text: str, names: Iterable[str]) -> list[str]:
+    """Those of the names, with dots, that a user means by a text.
+
+    It is a name or a part of it between dots ("down_proj", "mlp.down_proj", "model.layers.0", "self_attn"), or "re:"
+    and a regular expression matched from the start (as in llm-compressor); ValueError if that is none.
+    """
+    if not text.startswith("re:"):
+        return [name for name in names if _between_dots(text) in _between_dots(name)]
     try:
-        return re.compile(text.removeprefix("re:"))
+        return list(filter(re.compile(text.removeprefix("re:")).match, names))
     except re.error as error:
         raise ValueError(f"{text!r} is not a regular expression: {error}.") from error
+
+
+def _between_dots(name: str) -> str:
+    return f".{name}.".replace("[", ".[")  # the number of a fused expert is a part of its own
 
 
 def did_you_mean(word: str, candidates: Iterable[str]) -> str:
@@ -94,5 +104,5 @@ def did_you_mean(word: str, candidates: Iterable[str]) -> str:
 
 def leave_out(names: Iterable[str]) -> str:
     """How to leave out layers, and all others with the same last names."""
-    kinds = "|".join(re.escape(kind) for kind in dict.fromkeys(name.rpartition(".")[2] for name in names))
-    return rf"One expression leaves out all that are named alike: ignore=['re:(.*\.)?({kinds})$']."
+    kinds = dict.fromkeys(name.rpartition(".")[2] for name in names)
+    return f"All that are named alike are left out by ignore={list(kinds)}."

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from sparse_train.arguments import check_sparsity, did_you_mean, expression
+from sparse_train.arguments import check_sparsity, did_you_mean, named
 from sparse_train.patterns import NM, Pattern, Unstructured, share_of
 
 _AGREEMENT = 1e-3  # allowed difference from the mean of the layers' sparsities, which are written with few digits
@@ -66,9 +66,9 @@ class Explicit(SparsityDistribution):
     """Sparsities by name; layers that are not named share what is left of the model-wide sparsity.
 
     Args:
-        layers: sparsity by target: a layer's full name, the name of a module around it ("model.layers.0"), the last
-            part or parts of its name ("down_proj", "mlp.down_proj"), or "re:" and a regular expression matched from
-            the start of the name. If several match, the last one counts.
+        layers: sparsity by target: a layer's name, a part of it between dots ("down_proj", "mlp.down_proj",
+            "model.layers.0"), or "re:" and a regular expression matched from the start of the name. If several match,
+            the last one counts.
     """
 
     layers: dict[str, float]
@@ -78,19 +78,16 @@ class Explicit(SparsityDistribution):
             check_sparsity(f"The sparsity of {target!r}", value)
 
     def sparsities(self, shapes: Shapes, sparsity: float, outliers: Outliers) -> dict[str, float]:
-        named: dict[str, float] = {}
+        given: dict[str, float] = {}
         for target, value in self.layers.items():
-            if target.startswith("re:"):
-                hits = list(filter(expression(target).match, shapes))
-            else:
-                hits = [name for name in shapes if target in _heads_and_tails(name)]
+            hits = named(target, shapes)
             if not hits:
-                parts = sorted({part for name in shapes for part in _heads_and_tails(name)})
+                parts = sorted({part for name in shapes for part in (name, *name.split("."))})
                 raise ValueError(f"{target!r} is not the name of a targeted layer." + did_you_mean(target, parts))
-            named |= dict.fromkeys(hits, value)
+            given |= dict.fromkeys(hits, value)
         total = sum(shape.size for shape in shapes.values())
-        share = mean_sparsity(shapes, named)
-        unnamed = sum(shape.size for name, shape in shapes.items() if name not in named)
+        share = mean_sparsity(shapes, given)
+        unnamed = sum(shape.size for name, shape in shapes.items() if name not in given)
         rest = (sparsity - share) * total / max(1, unnamed)
         if not (-1e-12 <= rest < 1 if unnamed else abs(sparsity - share) <= _AGREEMENT):
             others = f"the others would need a sparsity of {rest:.4g}" if unnamed else "there are no others"
@@ -98,14 +95,7 @@ class Explicit(SparsityDistribution):
                 f"A sparsity of {sparsity:g} cannot be met: the named layers' zeros are {share:.4g} of all weights, "
                 f"and {others}. Change the sparsity or those of the named layers."
             )
-        return {name: named.get(name, max(0.0, rest)) for name in shapes}
-
-
-def _heads_and_tails(name: str) -> list[str]:
-    """The names that match a layer: its full name, and for each dot in it the part before and the part after."""
-    parts = name.partition("[")[0].split(".")  # the number of a fused expert is not part of its layer's name
-    cuts = range(1, len(parts))
-    return [name, ".".join(parts), *(".".join(parts[:i]) for i in cuts), *(".".join(parts[i:]) for i in cuts)]
+        return {name: given.get(name, max(0.0, rest)) for name in shapes}
 
 
 @dataclass(frozen=True)

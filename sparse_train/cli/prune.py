@@ -73,7 +73,7 @@ def prune(
         sparsity: share of weights that are zero; implied by N:M.
         criterion: Wanda (default), WandaCumulative, RIA, Magnitude, SparseGPT, or IHT.
         distribution: how the sparsity is divided among layers: Uniform (default), OWL or Explicit.
-        targets: layers by name, class name or "re:" expression; default: the linear layers of the decoder blocks.
+        targets: layers by name, part of a name, class or "re:" expression; default: those of the decoder blocks.
         ignore: layers to leave dense.
         dtype: of the written weights; default: that of the model.
         num_calibration_samples: number of samples of text; all, with a warning, if there are fewer.

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from sparse_train.arguments import named
 from sparse_train.distributed.engines import layout_of
 from sparse_train.layers.functional import low_rank_sum
 from sparse_train.layers.masked_layer import MaskedLayer, SparseLinear, sparse_layers
@@ -32,7 +33,7 @@ class MaskLoRA:
     Args:
         r: rank.
         lora_alpha: the product is multiplied by ``lora_alpha / r``.
-        target_modules: last part of the names of masked layers, or several, as in peft; "all-linear" = all masked
+        target_modules: parts of the names of masked layers, as in peft, and ``targets``; "all-linear" = all masked
             layers. Masked layers that have no adapter stay frozen.
     """
 
@@ -189,12 +190,11 @@ def attach_factors(layer: MaskedLayer, rank: int, lora_alpha: int) -> None:
 def _wanted(model: nn.Module, lora: MaskLoRA) -> dict[str, MaskedLayer]:
     layers, wanted = sparse_layers(model), lora.target_modules
     parts = [wanted] if isinstance(wanted, str) else wanted
-    ends = [""] if wanted == "all-linear" else [f".{part}" for part in parts]
-    by_end = [{name: layer for name, layer in layers.items() if f".{name}".endswith(end)} for end in ends]
-    if not by_end or not all(by_end):
+    found = [list(layers)] if wanted == "all-linear" else [named(part, layers) for part in parts]
+    if not found or not all(found):
         known = sorted({name.rpartition(".")[2] for name in layers})
         raise ValueError(
             f"mask_lora puts adapters inside masks, and no masked layer is named like one of {lora.target_modules}: "
             f"they are {known}. In a loop of your own, build the MaskUpdater first, or prune with squash=False."
         )
-    return {name: layer for own in by_end for name, layer in own.items()}
+    return {name: layers[name] for names in found for name in names}

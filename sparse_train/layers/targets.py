@@ -21,7 +21,7 @@ from sparse_train.architecture import (
     shape_OI,
     unambiguous_blocks,
 )
-from sparse_train.arguments import did_you_mean, expression
+from sparse_train.arguments import did_you_mean, named
 from sparse_train.distributed.engines import layout_of
 from sparse_train.layers.adapters import check_no_dora
 from sparse_train.layers.masked_layer import MaskedLayer
@@ -54,12 +54,13 @@ def find_targets(
     Args:
         model: any module; nothing is changed.
         pattern: must fit the layers.
-        targets: names of modules, class names such as "Linear", or "re:" and a regular expression matched from the
-            start of the name (as in llm-compressor). Default: the linear layers of the decoder blocks except routers
-            and gates of experts; in a model without blocks, all linear layers except the last one and those with tied
+        targets: names of layers or modules, parts of names between dots ("q_proj", "self_attn"), class names such as
+            "Linear", or "re:" and a regular expression matched from the start of the name (as in llm-compressor).
+            Default: the linear layers of the decoder blocks except routers and gates of experts; in a model without
+            blocks, all linear layers except the last one and those with tied
             weights. Left out are layers whose weight another module reads (``read_directly``) and, where something is
             trained, frozen blocks and layers beside it: those of a teacher.
-        ignore: layers to leave out, in the same three forms.
+        ignore: layers to leave out, in the same forms.
         experts: choose fused experts too (one-shot pruning); otherwise they count as weights that cannot be pruned.
 
     Raises:
@@ -160,22 +161,15 @@ def _match(model: nn.Module, patterns: Sequence[str], argument: str, fused: Mapp
     layers = [*(name for name, module in modules.items() if is_linear(module)), *fused]
     matched: set[str] = set()
     for text in patterns:
-        if text.startswith("re:"):
-            names = set(filter(expression(text).match, layers))
-            if argument == "ignore" and not names:
-                # expressions from other tools may match embeddings; one that matches nothing at all is a mistake
-                names = set(filter(expression(text).match, modules))
-        else:
-            hits = {n for n, m in modules.items() if n == text or text in {cls.__name__ for cls in type(m).__mro__}}
-            hits |= set(fused) if text == "Linear" else {text} & set(fused)  # an expert is also a linear map
-            names = {n for n in layers if any(n == hit or n.startswith(f"{hit}.") for hit in hits)} or hits
+        of_class = [n for n, m in modules.items() if text in {cls.__name__ for cls in type(m).__mro__}]
+        of_class += fused if text == "Linear" else ()  # an expert is also a linear map
+        names = {*named(text, layers), *(n for n in layers if any(f"{n}.".startswith(f"{hit}.") for hit in of_class))}
+        # what matches embeddings leaves out nothing; what matches nothing at all is a mistake
+        names = names or {*named(text, modules), *of_class}
         if not names:
-            ends = sorted({f"re:.*{name.rpartition('.')[2]}" for name in layers})
-            meant = did_you_mean(f"re:.*{text.removeprefix('re:').strip('.*$')}", [*ends, *layers])
-            raise ValueError(
-                f"{argument}: {text!r} matches no layer of {type(model).__name__}. Names are matched from their "
-                f"start; for their end write 're:.*q_proj$'.{meant}"
-            )
+            parts = {part for name in layers for part in (name, *name.split("."))}
+            meant = did_you_mean(text.removeprefix("re:").strip(".*$"), sorted(parts))
+            raise ValueError(f"{argument}: {text!r} matches no layer of {type(model).__name__}.{meant}")
         matched |= names
     return [name for name in [*modules, *fused] if name in matched]
 

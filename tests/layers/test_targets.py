@@ -54,6 +54,8 @@ def test_names_classes_and_expressions(llama):
     assert len(names(llama, targets=["LlamaMLP"])) == 9
     assert len(names(llama, targets=["model.layers.0"])) == 7
     assert len(names(llama, ignore=["re:.*down_proj", "model.layers.0"])) == 2 * 6
+    assert names(llama, targets=["q_proj"]) == [f"model.layers.{block}.self_attn.q_proj" for block in range(3)]
+    assert len(names(llama, targets=["self_attn", "mlp.up_proj"], ignore=["layers.1"])) == 2 * 5
     assert len(names(llama, targets=["Linear"], ignore=["lm_head"])) == 21
 
 
@@ -74,11 +76,12 @@ def test_a_module_under_two_names_shares_nothing(llama):
     [
         ({"targets": ["query_proj"]}, "q_proj"),
         ({"targets": ["*q_proj"]}, "q_proj"),
-        ({"ignore": ["donw_proj"]}, "down_proj"),
+        ({"targets": ["proj"]}, ""),
+        ({"ignore": ["re:.*donw_proj$"]}, "down_proj"),
     ],
 )
 def test_a_mistyped_part_of_a_name_is_told_what_it_may_have_meant(llama, arguments, kind):
-    with pytest.raises(ValueError, match=r"Did you mean 're:\.\*" + kind):
+    with pytest.raises(ValueError, match=f"Did you mean .*'{kind}"):
         names(llama, **arguments)
 
 
@@ -179,7 +182,7 @@ class FalconLinear(nn.Linear):  # the name of a class of transformers, and nothi
         (
             tiny_llama(intermediate_size=30),
             {},
-            r"by 4.*\(down_proj\)",
+            r"by 4.*ignore=.'down_proj'.",
         ),
         (tiny_llama(), {"targets": ["lm_head"]}, "shares its weight"),
     ],
@@ -305,12 +308,11 @@ def test_peft_adapters_are_never_targets(llama):
         find_targets(model, PATTERN, targets=[adapter])
 
 
-def test_the_expression_that_an_error_offers_leaves_out_what_does_not_fit_and_no_more():
+def test_the_name_that_an_error_offers_leaves_out_what_does_not_fit_and_no_more():
     model = tiny_llama(intermediate_size=30)
     with pytest.raises(ValueError, match="needs in_features divisible by 4") as error:
         find_targets(model, PATTERN)
-    offered = re.search(r"ignore=\['(re:.*)'\]\.$", str(error.value))[1]
-    chosen = names(model, ignore=[offered])
+    chosen = names(model, ignore=[re.search(r"ignore=\['(.*)'\]\.$", str(error.value))[1]])
     assert len(chosen) == 3 * 6
     assert not any(name.endswith("down_proj") for name in chosen)
 
@@ -335,7 +337,7 @@ def test_routers_and_gates_of_experts_stay_dense_unless_they_are_named():
     model.layers = nn.ModuleList([Mixture(), Mixture()])
     assert names(model) == ["layers.0.gate_proj", "layers.1.gate_proj"]
     assert len(names(model, targets=["Linear"])) == 8
-    with pytest.raises(ValueError, match=r"Did you mean 're:\.\*router"):
+    with pytest.raises(ValueError, match="Did you mean 'router'"):
         names(model, targets=["re:.*ruoter$"])
 
 
@@ -371,7 +373,7 @@ def test_falcons_linear_layers_are_linear_layers(ids):
 
 def test_an_expression_that_leaves_out_what_is_never_pruned_is_no_mistake(llama):
     assert names(llama, ignore=["re:.*lm_head", "re:.*embed_tokens"]) == names(llama)
-    with pytest.raises(ValueError, match="'re:.*embed_tokens' matches no layer"):
+    with pytest.raises(ValueError, match="embed_tokens is a Embedding; only nn.Linear layers can be masked"):
         find_targets(llama, PATTERN, targets=["re:.*embed_tokens"])
     with pytest.raises(ValueError, match="'re:.*emded_tokens' matches no layer"):
         find_targets(llama, PATTERN, ignore=["re:.*emded_tokens"])

@@ -197,11 +197,9 @@ def test_layers_that_no_token_reaches_are_named_together():
 
     model = nn.Sequential(nn.Linear(8, 8), nn.ModuleList([Reads(), Reads()]))
     model.forward = lambda x: model[1][1](model[1][0](model[0](x)))
-    with pytest.raises(
-        ValueError, match=r"1.0.dt_in is a target.*the same is true of 1 more.*\(dt_in\|x_in\)"
-    ) as error:
+    with pytest.raises(ValueError, match=r"1.0.dt_in is a target.*the same is true of 1 more") as error:
         prune(model, [torch.randn(2, 8)], "2:4")
-    prune(model, [torch.randn(2, 8)], "2:4", ignore=[re.search(r"ignore=\['(re:.*)'\]", str(error.value))[1]])
+    prune(model, [torch.randn(2, 8)], "2:4", ignore=re.search(r"ignore=\['(.*)'\]", str(error.value))[1].split("', '"))
 
 
 def test_what_could_not_be_told_is_said(caplog):

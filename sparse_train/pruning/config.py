@@ -77,8 +77,9 @@ class PruningConfig:
         distribution: how the final sparsity is divided among layers, such as ``OWL()``; on the way to it, layers have
             a lower one in proportion. If the model has masks or zeros already, ``OWL`` keeps their division.
             "unstructured" only.
-        targets: list of layers by name, class name, or "re:" regular expression. Default: the linear layers of the
-            decoder blocks; in a model without such blocks, all but the last. See ``layers.targets.find_targets``.
+        targets: list of layers by name, part of a name ("q_proj"), class name, or "re:" regular expression. Default:
+            those of the decoder blocks; in a model without such blocks, all but the last. See
+            ``layers.targets.find_targets``.
         ignore: list of layers to leave dense, in the same forms.
         start_step: first update; int = steps, float = share of the run. If there are no masks yet and the criterion
             reads activations, it comes at step ``window`` at the earliest; until then the model is dense.

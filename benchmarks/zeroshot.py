@@ -25,7 +25,7 @@ from jsonargparse import auto_cli
 from zeroshot_data import read, task_file, write_tasks
 
 from sparse_train import Magnitude, SparseGPT, Wanda
-from sparse_train.cli.tables import show_zero_shot
+from sparse_train.cli.evaluate import show_zero_shot
 from sparse_train.data.packing import calibration_batches
 from sparse_train.data.texts import PackagedWikipedia, TextFiles, TextSource
 from sparse_train.evaluation import WANDA7, ZeroShotResult, evaluate_zero_shot

@@ -1,4 +1,4 @@
-"""The door of ``DynamicPruning``: what it cannot be combined with, refused before a run begins."""
+"""What ``DynamicPruning`` cannot be combined with: refused, or warned of, before a run begins."""
 
 import lightning as L
 import torch

@@ -30,6 +30,7 @@ from sparse_train.arguments import require_type
 from sparse_train.callbacks import lightning_trainer
 from sparse_train.callbacks.checks import check_built, check_fit, warn_of_denser_best
 from sparse_train.distributed.fsdp2 import reshard
+from sparse_train.export.verify import pruning_json
 from sparse_train.layers.mask_lora import MaskLoRA, add_mask_lora, check_mask_lora
 from sparse_train.layers.masked_layer import MaskedLayer, sparse_layers
 from sparse_train.layers.sparsify import squash_layers
@@ -37,7 +38,7 @@ from sparse_train.models.checkpoints import PRUNING_STATE
 from sparse_train.oneshot.first_mask import make_first_mask
 from sparse_train.patterns import Pattern
 from sparse_train.pruning.config import PruningConfig
-from sparse_train.pruning.counts import UpdateReport, pruning_json
+from sparse_train.pruning.counts import UpdateReport
 from sparse_train.pruning.resuming import check_restored_masks, check_same_settings
 from sparse_train.pruning.updater import MaskUpdater, mask_targets
 

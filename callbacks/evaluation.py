@@ -15,10 +15,11 @@ from sparse_train.callbacks.lightning_trainer import steps_done
 from sparse_train.data.texts import Split, TextSource
 from sparse_train.environment import isolated_rng
 from sparse_train.evaluation import PerplexityResult, ZeroShotResult, evaluate_perplexity, evaluate_zero_shot, token_ids
-from sparse_train.evaluation.perplexity import check_length
+from sparse_train.evaluation.perplexity import check_length, check_window
 from sparse_train.evaluation.zeroshot import check_tasks, task_names
 from sparse_train.layers.masked_layer import sparse_layers
 from sparse_train.models.sources import AUTOCAST_OF, ModelSource, as_model_source
+from sparse_train.oneshot.forwards import check_ids
 
 
 class Evaluation(L.Callback):
@@ -71,6 +72,7 @@ class Evaluation(L.Callback):
         check_positive("every_n_steps", every_n_steps)
         check_positive("tasks_every_n_steps", tasks_every_n_steps)
         check_positive("limit", limit)
+        check_positive("batch_size", batch_size)
         self._text, self._split, self._window, self._max_tokens = text, split, window, max_tokens
         self._tasks, self._limit = task_names(tasks) if tasks else [], limit
         self._batch_size, self._source = batch_size, None if tokenizer is None else as_model_source(tokenizer)
@@ -97,7 +99,7 @@ class Evaluation(L.Callback):
         self._measured, self.results = {}, []
         if not trainer.is_global_zero:
             return
-        _model(pl_module)  # raises if there is none
+        model = _model(pl_module)  # what would fail when it is measured, perhaps after the last step, fails here
         source = self._source or getattr(pl_module, "source", None)
         if not isinstance(source, ModelSource):
             raise ValueError(
@@ -113,9 +115,12 @@ class Evaluation(L.Callback):
             tokenizer = source.tokenizer()
             if (text := self._text) is not None:
                 ids = token_ids(text.documents(self._split), tokenizer, text.separator)
+                ids = check_length(ids, self._window, self._max_tokens)
+                check_window(model, self._window)
+                check_ids(model, ids)
                 self._measure_by["perplexity"] = partial(
                     evaluate_perplexity,
-                    ids=check_length(ids, self._window, self._max_tokens),
+                    ids=ids,
                     window=self._window,
                     data_name=text.name,
                     split=self._split,

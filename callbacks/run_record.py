@@ -93,7 +93,7 @@ class RunRecord(L.Callback):
         if self._was_dense:
             self._add_state(trainer, "without masks" if (self._zeros or 0) > PRUNED else "dense", self._zeros)
         if self._pruning is not None:
-            self._pruning.on_sanity_check_end(trainer, pl_module)  # now, if it comes later in the list
+            self._pruning.on_sanity_check_end(trainer, pl_module)  # it does nothing when Lightning calls it, too
         if (updater := self._updater()) is not None and updater.sparsity:
             if self._was_dense:
                 rank_zero_info("RunRecord: validating the model with its first mask, too, for the report.")

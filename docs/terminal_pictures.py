@@ -15,7 +15,7 @@ from rich._export_format import CONSOLE_SVG_FORMAT
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparse_train import Magnitude, prune
-from sparse_train.cli.tables import show_inspection
+from sparse_train.cli.inspect import show_inspection
 from sparse_train.inspection import layer_sparsities
 
 PICTURE = Path(__file__).parent / "pictures" / "inspect.svg"

@@ -5,7 +5,7 @@ An object becomes data (``as_data``) or a call (``describe``), and data a call (
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar
 
@@ -77,14 +77,16 @@ def as_call(data: Any) -> str:
     return f"{data['class']}({arguments})"
 
 
-def named(text: str, names: Iterable[str]) -> list[str]:
+def named(text: str, names: Collection[str]) -> list[str]:
     """Those of the names, with dots, that a user means by a text.
 
-    It is a name or a part of it between dots ("down_proj", "mlp.down_proj", "model.layers.0", "self_attn"), or "re:"
-    and a regular expression matched from the start (as in llm-compressor); ValueError if that is none.
+    It is a name or the beginning of one ("model.layers.0"); if it is neither, a part between dots ("down_proj",
+    "mlp.down_proj", "self_attn"): "model.layers" is not "teacher.model.layers", too. Or it is "re:" and a regular
+    expression matched from the start (as in llm-compressor); ValueError if that is none.
     """
     if not text.startswith("re:"):
-        return [name for name in names if _between_dots(text) in _between_dots(name)]
+        whole = [name for name in names if _between_dots(name).startswith(_between_dots(text))]
+        return whole or [name for name in names if _between_dots(text) in _between_dots(name)]
     try:
         return list(filter(re.compile(text.removeprefix("re:")).match, names))
     except re.error as error:
@@ -104,5 +106,6 @@ def did_you_mean(word: str, candidates: Iterable[str]) -> str:
 
 def leave_out(names: Iterable[str]) -> str:
     """How to leave out layers, and all others with the same last names."""
-    kinds = dict.fromkeys(name.rpartition(".")[2] for name in names)
+    lasts = {name: name.rpartition(".")[2] for name in names}
+    kinds = dict.fromkeys(name if last.isdigit() else last for name, last in lasts.items())  # "0" says nothing
     return f"All that are named alike are left out by ignore={list(kinds)}."

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sparse_train.arguments import check_sparsity, did_you_mean, named
-from sparse_train.patterns import NM, Pattern, Unstructured, share_of
+from sparse_train.patterns import NM, Pattern, Unstructured, sparsity_for
 
 _AGREEMENT = 1e-3  # allowed difference from the mean of the layers' sparsities, which are written with few digits
 
@@ -31,7 +31,7 @@ Shapes = Mapping[str, LayerShape]
 """The targeted layers by name."""
 Outliers = Mapping[int, float]
 """``outlier_share`` of each decoder block that has a targeted layer, by the block's index."""
-Shares = Mapping[str, float]
+Sparsities = Mapping[str, float]
 """The sparsity of each layer."""
 
 
@@ -39,8 +39,8 @@ class SparsityDistribution(ABC):
     """Divides the sparsity of a model among its targeted layers."""
 
     outliers_above: float | None = None
-    """If ``sparsities`` reads ``outliers``, which takes a dense pass over the calibration data before pruning: scores
-    above this multiple of their mean are outliers."""
+    """Scores above this multiple of their mean are outliers; None if ``sparsities`` reads no ``outliers``. To measure
+    them takes a dense pass over the calibration data before pruning."""
 
     @abstractmethod
     def sparsities(self, shapes: Shapes, sparsity: float, outliers: Outliers) -> dict[str, float]:
@@ -48,7 +48,7 @@ class SparsityDistribution(ABC):
         empty unless ``outliers_above`` is set."""
 
 
-def mean_sparsity(shapes: Shapes, sparsities: Shares) -> float:
+def mean_sparsity(shapes: Shapes, sparsities: Sparsities) -> float:
     """Over all weights; layers without a sparsity keep everything."""
     return sum(shapes[n].size * s for n, s in sparsities.items()) / sum(shape.size for shape in shapes.values())
 
@@ -149,7 +149,7 @@ class OWL(SparsityDistribution):
 
 # --- whole counts ----------------------------------------------------------------------------------------------------
 
-_ROUNDING = 1e-6  # of a count: differences below this are float rounding
+_WHOLE = 1e-6  # of a count: differences below this are float rounding
 
 
 def check_pattern(distribution: SparsityDistribution, pattern: Pattern) -> None:
@@ -165,19 +165,19 @@ def check_pattern(distribution: SparsityDistribution, pattern: Pattern) -> None:
     )
 
 
-def round_up(shapes: Shapes, sparsities: Shares, pattern: Pattern) -> dict[str, float]:
+def round_up(shapes: Shapes, sparsities: Sparsities, pattern: Pattern) -> dict[str, float]:
     """Round sparsities up to whole counts: each group prunes at most one weight more, and keeps at least one.
 
     Returns:
-        The ``share_of`` each count. A user-defined pattern rounds by its own rules, and gets the sparsities unchanged.
+        The ``sparsity_for`` each count; unchanged for a user-defined pattern, which rounds by its own rules.
     """
     if not isinstance(pattern, Unstructured):
         return dict(sparsities)
     rounded = {}
     for name, sparsity in sparsities.items():
         members = shapes[name].columns if pattern.group == "row" else shapes[name].size
-        count = min(math.ceil(members * sparsity - _ROUNDING), members - 1)  # something stays
-        rounded[name] = share_of(count, members)
+        count = min(math.ceil(members * sparsity - _WHOLE), members - 1)  # something stays
+        rounded[name] = sparsity_for(count, members)
     return rounded
 
 
@@ -206,7 +206,7 @@ class Division:
         outliers: Outliers | None = None,
     ) -> None:
         self._distribution, self._shapes, self._pattern, self._final = distribution, shapes, pattern, final
-        self.final_shares: dict[str, float] | None = None
+        self.final_sparsities: dict[str, float] | None = None
         """The sparsity of each layer at the end; None if all are equal, or not known before the first masks."""
         self._uniform = isinstance(distribution, Uniform)
         # without blocks there will be no outliers: OWL is asked at once, and refuses
@@ -217,34 +217,34 @@ class Division:
     @property
     def known(self) -> bool:
         """False if the division has to wait for outliers, or for masks."""
-        return self._uniform or self.final_shares is not None
+        return self._uniform or self.final_sparsities is not None
 
     def divide_by(self, outliers: Outliers) -> None:
-        self.final_shares = self._distribution.sparsities(self._shapes, self._final, outliers)
+        self.final_sparsities = self._distribution.sparsities(self._shapes, self._final, outliers)
 
     def at(self, sparsity: float) -> dict[str, float]:
         """The sparsity of each layer when that of the model is this."""
         if self._uniform or sparsity == 0:
             return dict.fromkeys(self._shapes, sparsity)
-        assert self.final_shares is not None, "the division is not known yet"
+        assert self.final_sparsities is not None, "the division is not known yet"
         if sparsity > self._final:
             raise ValueError(
                 f"The final sparsity, {self._final:g}, is what is divided: {sparsity:g} must not be above it."
             )
         # at the final sparsity, the factor is exactly 1
-        shares = {name: value * (sparsity / self._final) for name, value in self.final_shares.items()}
-        return round_up(self._shapes, shares, self._pattern)
+        sparsities = {name: value * (sparsity / self._final) for name, value in self.final_sparsities.items()}
+        return round_up(self._shapes, sparsities, self._pattern)
 
-    def take_from_masks(self, shares: Shares, sparsity: float) -> None:
-        """Take over the division that masks have (``mask_shares``); the run must start at its final sparsity."""
+    def take_from_masks(self, sparsities: Sparsities, sparsity: float) -> None:
+        """Take over the division that masks have (``mask_sparsities``); the run must start at its final sparsity."""
         if not sparsity:
             return
-        mean = mean_sparsity(self._shapes, shares)
+        mean = mean_sparsity(self._shapes, sparsities)
         rounding = 1 / min(shape.columns for shape in self._shapes.values())  # rows prune whole counts
         if abs(mean - sparsity) > max(_NEAR, rounding) or sparsity != self._final:
             raise ValueError(
                 f"The masks of the model are at a sparsity of {mean:.4g}, and this run starts at {sparsity:g} and ends "
                 f"at {self._final:g}. Start at the final sparsity, which they must have; or give MaskUpdater the "
-                "outliers (OneshotReport.outliers); or squash the model first, to begin with new masks."
+                "outliers (OneShotReport.outliers); or squash the model first, to begin with new masks."
             )
-        self.final_shares = dict(shares)
+        self.final_sparsities = dict(sparsities)

@@ -35,7 +35,7 @@ def load_plain(path: Path, *, part: bytes | None = None, mmap: bool = False) -> 
         if (isinstance(error, (OSError, MemoryError)) and not cut_off) or "memory" in str(error):
             raise
         if named := re.search(r"GLOBAL (\S+)", str(error)):
-            raise ValueError(calls(path, named[1])) from error
+            raise ValueError(untrusted(path, named[1])) from error
         reason = str(error).rpartition("WeightsUnpickler error:")[2].strip().split("\n")[0].split(". ")[0]
         raise ValueError(
             f"{path} is not a checkpoint of a training run, or is not complete ({reason or 'it ends too early'})."
@@ -54,7 +54,7 @@ def reading(path: Path | str, hint: Callable[[], str] = str) -> Iterator[None]:
         raise ValueError(f"Cannot load {str(path)!r}.{hint()} {' '.join(said.split())[:500]}") from error
 
 
-def calls(path: Path, name: str) -> str:
+def untrusted(path: Path, name: str) -> str:
     """The message for a file that would have to be trusted."""
     return (
         f"{path} holds more than tensors and plain values: reading it would call {name}, and such a call can run any "

@@ -108,7 +108,7 @@ def _count(name: str, weight_OI: Tensor, kind: str) -> LayerSparsity:
     return LayerSparsity(name, (rows, columns), zeros, detect_pattern(nonzero_OI), weight_OI.dtype, kind)
 
 
-def pruned(layers: Sequence[LayerSparsity]) -> list[LayerSparsity]:
+def pruned_layers(layers: Sequence[LayerSparsity]) -> list[LayerSparsity]:
     """Those that were pruned."""
     return [layer for layer in layers if layer.sparsity > PRUNED]
 
@@ -134,7 +134,7 @@ def summary(model: nn.Module) -> str:
     All numbers are counted on the weights, as the forward uses them.
     """
     layers = layer_sparsities(model)
-    sparse = pruned(layers)
+    sparse = pruned_layers(layers)
     rows = [f"{name:16}{count:>4}  {sparsity}  {patterns}" for name, count, sparsity, patterns in by_projection(sparse)]
     size, parameters = sum(layer.size for layer in sparse), sum(each.numel() for each in model.parameters())
     share = sum(layer.zeros for layer in sparse) / max(1, parameters)

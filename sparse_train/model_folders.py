@@ -110,10 +110,14 @@ def copy_others(source: Path, out: Path) -> None:
 
 
 def copy_companions(source: Path, out: Path) -> None:
-    """Copy the other files next to the weights: configuration and tokenizer, with all its chat templates."""
+    """Copy the other files next to the weights: configuration and tokenizer, with all its chat templates.
+
+    Not ``PRUNING_FILE``: it says how the source was pruned, and the copy has other zeros.
+    """
     for file in [*source.iterdir(), *source.glob("additional_chat_templates/*")]:
         weights = file.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
-        if not weights and not file.name.startswith(".") and not file.name.endswith(".index.json"):
+        left_out = weights or file.name == PRUNING_FILE or file.name.endswith(".index.json")
+        if not left_out and not file.name.startswith("."):
             _copy(file, source, out)
 
 
@@ -147,9 +151,10 @@ def model_without_weights(path: Path, checkpoint: WeightFiles) -> Any:
 
 
 def names_in_model(model: Any, keys: Iterable[str], *, converted: bool = True) -> dict[str, str]:
-    """By key of a checkpoint, the name that its tensor has in a transformers model.
+    """For each key of a checkpoint, the name of that tensor in a transformers model.
 
-    With ``converted``, also tensors that transformers splits or fuses, by the first of what they become part of.
+    A tensor that transformers splits or fuses in loading has several names, of which the first is given; without
+    ``converted``, it is left out.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key

@@ -104,7 +104,7 @@ class Unstructured(Pattern):
         return keep_highest(grouped, members - int(members * sparsity)).view_as(scores_OI)
 
 
-def share_of(count: int, members: int) -> float:
+def sparsity_for(count: int, members: int) -> float:
     """The sparsity at which exactly ``count`` of a group are pruned: half a weight more, which ``int`` drops again."""
     return min((count + 0.5) / members, 1.0) if count else 0.0
 

@@ -12,7 +12,7 @@ from sparse_train.arguments import check_sparsity, to_python_number
 from sparse_train.patterns import Group, Pattern, parse_pattern
 
 ROUNDING = 1e-9
-"""0.58 * 100 is 57.99999999999999: shares are meant in decimals."""
+"""Added before a share of steps is rounded down: 0.58 * 100 is 57.99999999999999, and means 58."""
 
 
 class Schedule(ABC):

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sparse_train.patterns import NM, Group, Pattern, share_of
+from sparse_train.patterns import NM, Group, Pattern, sparsity_for
 
 _log = logging.getLogger(__name__)
 
@@ -65,8 +65,8 @@ class SparseGPT(Solver):
     group: ClassVar[Group] = "layer"
 
     def __post_init__(self) -> None:
-        if not self.dampening_frac > 0:
-            raise ValueError(f"dampening_frac must be above 0, got {self.dampening_frac}.")
+        if self.block_size < 1 or not self.dampening_frac > 0:
+            raise ValueError(f"block_size must be at least 1, dampening_frac above 0, got {self}.")
 
     def check_pattern(self, pattern: Pattern) -> None:
         super().check_pattern(pattern)
@@ -188,7 +188,7 @@ def _block_sparsity(pattern: Pattern, sparsity: float, rows: int, start: int, st
     per_column = rows if getattr(pattern, "group", "row") == "layer" else 1
     members = per_column * (stop - start)
     count = int(per_column * stop * sparsity) - int(per_column * start * sparsity)
-    return share_of(count, members)
+    return sparsity_for(count, members)
 
 
 def _prune_block(

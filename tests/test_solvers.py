@@ -100,7 +100,8 @@ def test_fewer_tokens_than_features_still_solve(solver):
 @pytest.mark.parametrize(
     ("make", "pattern", "message"),
     [
-        (lambda: SparseGPT(dampening_frac=0), NM(2, 4), "dampening_frac must be above 0"),
+        (lambda: SparseGPT(dampening_frac=0), NM(2, 4), "dampening_frac above 0"),
+        (lambda: SparseGPT(block_size=-128), NM(2, 4), "block_size must be at least 1"),
         (lambda: SparseGPT(block_size=6), NM(2, 4), "block_size divisible by 4, got 6"),
         (lambda: SparseGPT(), Unstructured("model"), "cannot compare over the whole model"),
         (lambda: IHT(), Unstructured("model"), "cannot compare over the whole model"),

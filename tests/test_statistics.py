@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sparse_train import statistics
 from sparse_train.layers.sparsify import sparsify
-from sparse_train.pruning.recording import attach
+from sparse_train.pruning.norms import attach
 from sparse_train.recorder import Recorder
 from sparse_train.statistics import ActivationGram, ActivationNorm, LastSums
 from tests.conftest import VOCABULARY, tiny_llama

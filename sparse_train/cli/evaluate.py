@@ -3,15 +3,14 @@
 import sys
 from typing import Any
 
-from sparse_train.cli.tables import show_zero_shot
 from sparse_train.data.packing import beginning
 from sparse_train.data.texts import PackagedWikipedia, Split, TextSource
-from sparse_train.evaluation import evaluate_perplexity, evaluate_zero_shot, token_ids
+from sparse_train.evaluation import ZeroShotResult, evaluate_perplexity, evaluate_zero_shot, token_ids
 from sparse_train.evaluation.perplexity import check_length
 from sparse_train.evaluation.zeroshot import check_tasks, task_names
 from sparse_train.models.lora import LoRA
 from sparse_train.models.sources import Autocast, ModelSource, as_model_source, chosen_device, torch_dtype
-from sparse_train.terminal import bars_are_seen
+from sparse_train.terminal import bars_are_seen, print_table
 
 
 def evaluate(
@@ -104,3 +103,15 @@ def _ids(text: TextSource, split: Split, tokenizer: Any, bos: bool) -> tuple[Any
         raise ValueError(f"{text.name} has no text in its {split} split; give a text that has one.")
     prefix = beginning(tokenizer) if bos else []
     return token_ids(documents, tokenizer, text.separator)[len(prefix) :], prefix  # the text begins with it, too
+
+
+def show_zero_shot(result: ZeroShotResult) -> None:
+    def percent(share: float | None) -> str:
+        return "" if share is None else f"{100 * share:.2f}"
+
+    rows = [[row.task, percent(row.accuracy), percent(row.stderr), str(row.n), row.metric] for row in result.tasks]
+    if len(rows) > 1:
+        items = str(sum(row.n for row in result.tasks))
+        rows.append([f"mean of {len(rows)}", percent(result.mean), percent(result.mean_stderr), items, ""])
+    print_table(["task", "accuracy, %", "standard error", "items", "metric"], rows, words=(0, 4))
+    print(result.protocol)

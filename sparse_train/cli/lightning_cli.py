@@ -147,7 +147,7 @@ class SparseTrainCLI(LightningCLI):
                 "The run ended before its first checkpoint, so the trained model is not kept. Give --export FOLDER, or "
                 "write checkpoints earlier (trainer.val_check_interval, or every_n_train_steps of ModelCheckpoint)."
             )
-        folder = self.trainer_defaults["callbacks"].folder
+        folder = next(each.folder for each in self.trainer.callbacks if isinstance(each, RunRecord))  # type: ignore[attr-defined]
         if folder is not None:
             results["report"] = str(write_run_report([folder]))
             results |= headline(collect([folder])[0])

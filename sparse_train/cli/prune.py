@@ -1,14 +1,13 @@
 """``sparse-train prune``: one model to one folder."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter as now
 from typing import Any, Literal
 
 from sparse_train.arguments import describe
-from sparse_train.cli.tables import show_pruning
 from sparse_train.criteria import Criterion
 from sparse_train.data.packing import calibration_batches
 from sparse_train.data.texts import PackagedWikipedia, TextSource
@@ -20,7 +19,7 @@ from sparse_train.export import export_model
 from sparse_train.export.card import ModelCard, write_card
 from sparse_train.export.hf_folder import check_written, size_of
 from sparse_train.files import check_free, check_space, write_json, written_whole
-from sparse_train.inspection import LayerSparsity, layer_sparsities
+from sparse_train.inspection import LayerSparsity, by_projection, layer_sparsities, pruned_layers
 from sparse_train.model_folders import PRUNING_FILE, WeightFiles, model_without_weights
 from sparse_train.models.sources import (
     Autocast,
@@ -34,9 +33,10 @@ from sparse_train.models.sources import (
 from sparse_train.oneshot.forwards import Batch
 from sparse_train.oneshot.prune import prune as prune_model
 from sparse_train.oneshot.prune import prune_checkpoint
-from sparse_train.oneshot.walk import OneshotReport, Plan
+from sparse_train.oneshot.walk import OneShotReport, Plan
 from sparse_train.patterns import Pattern, group_label
 from sparse_train.solvers import Solver
+from sparse_train.terminal import print_table
 
 Details = dict[str, Any]
 """Plain data about a pruning, in the end what pruning.json holds."""
@@ -125,7 +125,7 @@ def prune(
         batches = _own_batches(source, text, calibration) if plan.needs_data else None
         details, layers = Details(), list[LayerSparsity]()
 
-        def complete(written: Path, report: OneshotReport) -> None:
+        def complete(written: Path, report: OneShotReport) -> None:
             """Write what is missing in the folder, before it gets its name."""
             data = {"text": text.name, **calibration, "autocast": autocast, "processes": world_size()}
             details.update(_details(source, plan, report, method, data, own_device), streaming=streaming)
@@ -155,7 +155,7 @@ def prune(
 
 
 def _details(
-    model: ModelSource, plan: Plan, report: OneshotReport, method: Details, calibration: Details, device: str
+    model: ModelSource, plan: Plan, report: OneShotReport, method: Details, calibration: Details, device: str
 ) -> Details:
     """What ``pruning.json`` says, but for the time of everything."""
     stage = {
@@ -189,7 +189,8 @@ def _files_of(source: ModelSource) -> Path:
 
 
 def _own_batches(source: ModelSource, text: TextSource, calibration: dict[str, Any]) -> Iterator[Batch]:
-    """The calibration data of this process; text is read when the first batch is asked for, after all checks."""
+    """The calibration data of this process. Text is read when the first batch is asked for, after all checks; only then
+    is ``calibration["num_calibration_samples"]`` set to the number that there was."""
     batches = calibration_batches(text, source.tokenizer(), **calibration)
     calibration["num_calibration_samples"] = sum(len(batch["input_ids"]) for batch in batches)  # there may be fewer
     if len(batches) < world_size():
@@ -198,7 +199,7 @@ def _own_batches(source: ModelSource, text: TextSource, calibration: dict[str, A
     yield from batches[rank() :: world_size()]
 
 
-def _pruned_layers(report: OneshotReport, label: str) -> list[LayerSparsity]:
+def _pruned_layers(report: OneShotReport, label: str) -> list[LayerSparsity]:
     """The layers of a model that was never in memory; fused experts, name[0], name[1], ..., are one."""
     layers: dict[str, LayerSparsity] = {}
     for name, update in report.layers.items():
@@ -207,3 +208,16 @@ def _pruned_layers(report: OneshotReport, label: str) -> list[LayerSparsity]:
         size, zeros = so_far.shape[1] + update.size, so_far.zeros + update.zeros
         layers[whole] = replace(so_far, shape=(1, size), zeros=zeros)
     return list(layers.values())
+
+
+def show_pruning(details: Details, layers: Sequence[LayerSparsity], folder: Path) -> None:
+    print(f"{details['model']} pruned to {folder}")
+    stage = details["stages"][-1]
+    divided = "" if stage["distribution"] == "Uniform()" else f", {stage['distribution']}"
+    print(f"{stage['criterion']}, {stage['mask_structure']}{divided}")
+    if data := details["calibration"]:
+        size = f"{data['num_calibration_samples']} x {data['max_seq_length']} tokens"
+        print(f"calibrated on {size} of {data['text']} ({data['sampling']}), seed {data['seed']}")
+    seconds = ", ".join(f"{name} {value:.1f} s" for name, value in details["seconds"].items())
+    print(f"sparsity of the targeted weights {details['sparsity']:.6f}; {seconds}, on {details['device']}")
+    print_table(["projection", "layers", "sparsity", "pattern"], by_projection(pruned_layers(layers)), words=(0, 3))

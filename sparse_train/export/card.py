@@ -8,7 +8,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped,unused-ignore]
 
 from sparse_train.environment import versions
-from sparse_train.inspection import LayerSparsity, by_projection, pruned
+from sparse_train.inspection import LayerSparsity, by_projection, pruned_layers
 from sparse_train.pruning.counts import sparsity_of
 
 FILE_NAME = "README.md"
@@ -53,7 +53,7 @@ class ModelCard:
         """
         from huggingface_hub import ModelCardData
 
-        sparse = pruned(layers)
+        sparse = pruned_layers(layers)
         patterns = sorted({layer.pattern for layer in sparse})
         front = ModelCardData(
             base_model=self.hub_id,

@@ -14,7 +14,7 @@ from sparse_train.architecture import numel
 from sparse_train.distributed.collectives import rank
 from sparse_train.distributed.engines import layout_of, whole_state_dict
 from sparse_train.export.card import ModelCard, training_rows, write_card
-from sparse_train.export.verify import compare
+from sparse_train.export.verify import compare, pruning_json
 from sparse_train.files import reading, write_json, written_whole
 from sparse_train.inspection import LayerSparsity, layer_sparsities
 from sparse_train.layers.masked_layer import sparse_layers
@@ -24,7 +24,6 @@ from sparse_train.model_folders import PRUNING_FILE, WeightFiles, copy_others, n
 from sparse_train.models import lora
 from sparse_train.models.checkpoints import PRUNING_STATE, read_checkpoint
 from sparse_train.models.sources import PackagedSmolLM2, Pretrained
-from sparse_train.pruning.counts import pruning_json
 from sparse_train.pruning.resuming import check_restored_masks
 
 _log = logging.getLogger(__name__)

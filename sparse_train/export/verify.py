@@ -1,4 +1,4 @@
-"""The zeros of a folder, counted on its files, against the pruning that the folder records.
+"""``pruning.json``: what a run pruned; and the zeros of a folder, counted on its files, against it.
 
 Shape suffixes: O out_features, I in_features.
 """
@@ -12,9 +12,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from sparse_train.architecture import fused_experts, is_conv1d
+from sparse_train.arguments import as_call
 from sparse_train.files import reading
+from sparse_train.layers.masked_layer import MaskedLayer
 from sparse_train.model_folders import PRUNING_FILE, WeightFiles, model_without_weights, names_in_model
 from sparse_train.patterns import Pattern, Unstructured, group_label, parse_word
+from sparse_train.pruning.counts import mask_sparsities
 
 
 def verify(folder: str | Path) -> dict[str, Any]:
@@ -30,6 +33,20 @@ def verify(folder: str | Path) -> dict[str, Any]:
         _expected(pruning)
     checkpoint = WeightFiles(folder)
     return compare(pruning, checkpoint, model_without_weights(folder, checkpoint))
+
+
+def pruning_json(
+    settings: Mapping[str, Any], sparsity: float | None, layers: Mapping[str, MaskedLayer]
+) -> dict[str, Any]:
+    """What a run with these settings (``as_data``) prunes now, as ``pruning.json`` says it."""
+    label, distribution = settings["mask_structure"], as_call(settings["distribution"])
+    stage = {"mask_structure": label, "wanted_sparsity": sparsity or 0.0, "distribution": distribution}
+    stage |= {name: as_call(settings[name]) for name in ("criterion", "policy", "first_mask")}
+    # as verify reads them: of each row, or else of the whole layer
+    return {
+        "stages": [stage],
+        "layers": mask_sparsities(layers, Unstructured("row" if label == "unstructured" else "layer")),
+    }
 
 
 def _expected(pruning: Mapping[str, Any]) -> tuple[Pattern, dict[str, float], float | None]:

@@ -26,6 +26,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from sparse_train.distributed.collectives import rank
+from sparse_train.export.verify import pruning_json
 from sparse_train.files import write_json
 from sparse_train.integrations.trainer_checkpoints import (
     STATE_FILE,
@@ -44,7 +45,6 @@ from sparse_train.oneshot.forwards import under_autocast
 from sparse_train.patterns import Pattern
 from sparse_train.policies import MaskPolicy
 from sparse_train.pruning.config import PruningConfig
-from sparse_train.pruning.counts import pruning_json
 from sparse_train.pruning.updater import MaskUpdater, mask_targets
 
 _log = logging.getLogger(__name__)

@@ -26,8 +26,8 @@ class MaskedMatrix:
     Attributes:
         weight_mask: packed mask, uint8 (O, ceil(I / 8)), see ``sparse_train.layers.masks``.
         statistics: of the input; None if nothing needs them.
-        calibration_norm: state of the norm of the one-shot pruning that made the mask, until a run that starts with the
-            mask takes it.
+        calibration_norm: state of the ``ActivationNorm`` with which one-shot pruning made the mask. A run that starts
+            with the mask takes it over, and counts it as its first window.
         in_features, out_features: I and O.
         has_factors: whether a low-rank adapter is part of the weight, see ``sparse_train.layers.mask_lora``.
         rows_are_divided: whether each process holds some rows (FSDP2), which it can score and select alone.
@@ -185,7 +185,8 @@ class MaskedLayer(MaskedMatrix):
         return self.product(x)
 
     def product(self, x: Tensor) -> Tensor:
-        """The layer's output (..., O), without recording."""
+        """The layer's output (..., O), without recording. Calibration replaces this method on the instance
+        (``oneshot.calibration._masked_once``), to mask the weight once and not in each forward."""
         return masked_linear(
             x, self.weight_OI, self.weight_mask, self.bias, self.factors, self.scale, self.straight_through
         )

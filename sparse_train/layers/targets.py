@@ -57,9 +57,9 @@ def find_targets(
         targets: names of layers or modules, parts of names between dots ("q_proj", "self_attn"), class names such as
             "Linear", or "re:" and a regular expression matched from the start of the name (as in llm-compressor).
             Default: the linear layers of the decoder blocks except routers and gates of experts; in a model without
-            blocks, all linear layers except the last one and those with tied
-            weights. Left out are layers whose weight another module reads (``read_directly``) and, where something is
-            trained, frozen blocks and layers beside it: those of a teacher.
+            blocks, all linear layers except the last one and those with tied weights. The default leaves out layers
+            whose weight another module reads (``read_directly``) and, where something is trained, frozen blocks and
+            layers beside it: those of a teacher.
         ignore: layers to leave out, in the same forms.
         experts: choose fused experts too (one-shot pruning); otherwise they count as weights that cannot be pruned.
 
@@ -159,11 +159,15 @@ def _match(model: nn.Module, patterns: Sequence[str], argument: str, fused: Mapp
         raise ValueError(f"{argument} is a list of names, got {patterns!r}; write [{patterns or ''!r}].")
     modules = dict(model.named_modules())
     layers = [*(name for name, module in modules.items() if is_linear(module)), *fused]
+    frozen = frozen_linears(model) if argument == "targets" else set()
+    free = [name for name in layers if name not in frozen]
     matched: set[str] = set()
     for text in patterns:
         of_class = [n for n, m in modules.items() if text in {cls.__name__ for cls in type(m).__mro__}]
         of_class += fused if text == "Linear" else ()  # an expert is also a linear map
-        names = {*named(text, layers), *(n for n in layers if any(f"{n}.".startswith(f"{hit}.") for hit in of_class))}
+        # layers of a teacher only if no other is named so
+        names = {*(named(text, free) or named(text, layers))}
+        names |= {n for n in layers if any(f"{n}.".startswith(f"{hit}.") for hit in of_class)}
         # what matches embeddings leaves out nothing; what matches nothing at all is a mistake
         names = names or {*named(text, modules), *of_class}
         if not names:

@@ -9,7 +9,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from sparse_train.files import calls, load_plain, reading
+from sparse_train.files import load_plain, reading, untrusted
 from sparse_train.layers.masked_layer import sparse_layers
 from sparse_train.layers.masks import MASK_NAME
 from sparse_train.layers.sparsify import sparsify_like
@@ -132,7 +132,7 @@ class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if not is_dtype and name not in _IN_METADATA.get(module, ()):
-            raise ValueError(calls(Path(_FSDP2_METADATA), f"{module}.{name}"))
+            raise ValueError(untrusted(Path(_FSDP2_METADATA), f"{module}.{name}"))
         return super().find_class(module, name)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sparse_train.arguments import check_positive
 from sparse_train.files import reading, replacing
-from sparse_train.inspection import layer_sparsities, pruned
+from sparse_train.inspection import layer_sparsities, pruned_layers
 from sparse_train.models.losses import TopK, distillation_loss, top_k
 from sparse_train.models.sources import ModelSource, as_model_source
 
@@ -37,7 +37,7 @@ class Teacher:
 
 
 class CachedTeacher:
-    """What a teacher said about each block of tokens, in a folder; only for blocks that are not there it is asked.
+    """A teacher's outputs for blocks of tokens, kept in a folder; the teacher computes only those that are not there.
 
     A block's file of safetensors is named by its content, so that the order of blocks, the batch size and the number of
     processes may change, and several runs may share a folder. It holds a ``TopK``, its log-probabilities in float16:
@@ -134,7 +134,7 @@ class Distillation:
         """
         chosen = self.teacher or source
         model = chosen.load()
-        if self.teacher is None and (zeros := pruned(layer_sparsities(model))):
+        if self.teacher is None and (zeros := pruned_layers(layer_sparsities(model))):
             raise ValueError(
                 f"{source.name} was pruned before ({len(zeros)} of its layers), so it would teach itself. Name the "
                 "dense model as distillation.teacher."

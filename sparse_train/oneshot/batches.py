@@ -40,7 +40,8 @@ def training_batches(loader: Any, samples: int, batch_size: int | None = None) -
 def random_batches(
     dataset: Dataset[Any], batch_size: int, collate_fn: Callable[[list[Any]], Any] | None, samples: int
 ) -> list[Batch] | None:
-    """Random batches of a data set, of so many samples, always the same; None if a model could not use any.
+    """Random batches of a data set, with at least ``samples`` samples, the same at each call; None if a model could not
+    use them.
 
     They come from a separate loader: another iterator of the training loader would advance its generators, and the
     position of a stateful one.
@@ -55,7 +56,7 @@ def random_batches(
 
 
 def first_samples(loader: Iterable[Batch], samples: int) -> list[Batch]:
-    """The first batches, until there are so many samples, and a batch for each process."""
+    """The first batches, as many as hold ``samples`` samples, and at least one for each process."""
     batches: list[Batch] = []
     for batch in loader:
         batches.append(batch)

@@ -22,8 +22,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from sparse_train.layers import masks
 from sparse_train.layers.masked_layer import MaskedLayer, MaskedMatrix
 from sparse_train.oneshot.experts import ExpertMatrix, ExpertRecorder
-from sparse_train.oneshot.forwards import Batch, Context, Stop, answering, call, check_ids, ids_of, one_sample
-from sparse_train.pruning.recording import attach
+from sparse_train.oneshot.forwards import Batch, ForwardContext, Stop, answering, call, check_ids, ids_of, one_sample
+from sparse_train.pruning.norms import attach
 from sparse_train.recorder import Recorder, reads_two_texts
 from sparse_train.statistics import LastSums, Statistics
 
@@ -51,7 +51,7 @@ class CalibrationPass:
         batches: Iterable[Batch],
         device: torch.device,
         keep_on: torch.device,
-        context: Context,
+        context: ForwardContext,
     ) -> None:
         self._model, self._blocks, self._device, self._keep_on, self._context = model, blocks, device, keep_on, context
         many = hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")

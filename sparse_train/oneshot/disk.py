@@ -1,4 +1,4 @@
-"""``DiskShelf``: one-shot pruning from folder to folder, with one block in memory; and runs that go on after a stop."""
+"""``DiskStore``: one-shot pruning from folder to folder, with one block in memory; and runs that go on after a stop."""
 
 import fcntl
 import json
@@ -24,7 +24,7 @@ from sparse_train.layers.targets import Targets
 from sparse_train.model_folders import IN_MEMORY, WeightFiles, names_in_model
 from sparse_train.oneshot.experts import expert_matrices
 from sparse_train.oneshot.forwards import Batch
-from sparse_train.oneshot.walk import Shelf
+from sparse_train.oneshot.walk import BlockStore
 from sparse_train.pruning.counts import LayerUpdate
 
 _log = logging.getLogger(__name__)
@@ -32,10 +32,10 @@ _log = logging.getLogger(__name__)
 _PROGRESS, _LOCK = "progress.json", ".lock"
 
 
-# --- the shelf -------------------------------------------------------------------------------------------------------
+# --- the store -------------------------------------------------------------------------------------------------------
 
 
-class DiskShelf(Shelf):
+class DiskStore(BlockStore):
     """A model of which one decoder block at a time is in memory; pruned blocks are written as a file each, to ``work``.
 
     ``model`` is from ``model_without_weights``, ``work`` from ``unfinished``; ``chosen`` are the targets.

@@ -12,8 +12,8 @@ from sparse_train.layers import masks
 from sparse_train.layers.masked_layer import MaskedLayer
 from sparse_train.layers.targets import layers_in_words
 from sparse_train.oneshot.batches import samples_in
-from sparse_train.oneshot.forwards import Batch, Context
-from sparse_train.oneshot.walk import MemoryShelf, Plan, walk
+from sparse_train.oneshot.forwards import Batch, ForwardContext
+from sparse_train.oneshot.walk import MemoryStore, Plan, walk
 from sparse_train.pruning.config import OneShot, PruningConfig
 from sparse_train.pruning.zeros import warn_of_filled
 
@@ -25,7 +25,7 @@ def make_first_mask(
     layers: Mapping[str, MaskedLayer],
     config: PruningConfig,
     batches: Callable[[int], Sequence[Batch] | None],
-    context: Context,
+    context: ForwardContext,
     say: Callable[[str], None],
     progress: bool,
 ) -> Outliers | None:
@@ -58,10 +58,10 @@ def make_first_mask(
         distribution=config.distribution,
         final=config.sparsity_at(1.0),
     )
-    shelf = MemoryShelf(model, layers, together=plan.pattern.model_wide)
+    store = MemoryStore(model, layers, together=plan.pattern.model_wide)
     try:
-        with shelf.pruning_from_dense():
-            outliers = walk(shelf, plan, samples[rank() :: ranks], progress, context).outliers
+        with store.pruning_from_dense():
+            outliers = walk(store, plan, samples[rank() :: ranks], progress, context).outliers
     except Exception as error:
         error.add_note(
             "This happened while one-shot pruning made the first mask from batches of the training data. With "

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 Batch = Tensor | Mapping[str, Any]
 """Token ids (B, L), or the model's keyword arguments."""
-Context = Callable[[], AbstractContextManager[Any]]
+ForwardContext = Callable[[], AbstractContextManager[Any]]
 """Makes the context under which forwards are computed, anew each time: autocast keeps casts of weights until it ends,
 and weights change between blocks."""
 
 
-def under_autocast(dtype: torch.dtype | None, device: torch.device) -> Context:
+def under_autocast(dtype: torch.dtype | None, device: torch.device) -> ForwardContext:
     """Forwards in ``dtype``, or (None) as they are."""
     return nullcontext if dtype is None else functools.partial(torch.autocast, device.type, dtype)
 

@@ -15,7 +15,7 @@ from sparse_train.layers.sparsify import sparsify, squash_layers
 from sparse_train.layers.targets import find_targets
 from sparse_train.oneshot.experts import expert_matrices
 from sparse_train.oneshot.forwards import Batch, check_not_rescaled, under_autocast
-from sparse_train.oneshot.walk import MemoryShelf, Method, OneshotReport, Plan, walk
+from sparse_train.oneshot.walk import MemoryStore, Method, OneShotReport, Plan, walk
 from sparse_train.patterns import Pattern
 from sparse_train.solvers import Solver
 
@@ -35,7 +35,7 @@ def prune(
     autocast: torch.dtype | None = None,
     squash: bool = True,
     progress: bool = False,
-) -> OneshotReport:
+) -> OneShotReport:
     """Prune a model in one shot, in place.
 
     Decoder blocks are calibrated one after the other, each on the outputs of the blocks before it, which are already
@@ -71,9 +71,9 @@ def prune(
                 "merge_mask_lora(model) first."
             )
         layers = {**masked, **expert_matrices(chosen.experts)}
-        shelf = MemoryShelf(model, layers, together=plan.pattern.model_wide)
-        with shelf.pruning_from_dense():
-            report = walk(shelf, plan, batches, progress, under_autocast(autocast, shelf.device))
+        store = MemoryStore(model, layers, together=plan.pattern.model_wide)
+        with store.pruning_from_dense():
+            report = walk(store, plan, batches, progress, under_autocast(autocast, store.device))
     except BaseException:
         # their masks keep everything again
         squash_layers(model, [layer for layer in dense if isinstance(layer, MaskedLayer)])
@@ -103,8 +103,8 @@ def prune_checkpoint(
     autocast: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     progress: bool = False,
-    complete: Callable[[Path, OneshotReport], None] | None = None,
-) -> OneshotReport:
+    complete: Callable[[Path, OneShotReport], None] | None = None,
+) -> OneShotReport:
     """Prune a checkpoint of a decoder-only transformers model; the result is the same as that of ``prune``.
 
     Memory holds one decoder block, the embeddings, and the activations between two blocks.
@@ -136,10 +136,10 @@ def prune_checkpoint(
     data = f"autocast={autocast}", checkpoint.fingerprint, disk.fingerprint(batches or [])
     settings = [*map(describe, parts), *data]
     with disk.unfinished(out, settings) as work:
-        shelf = disk.DiskShelf(model, checkpoint, chosen, work, torch.device(device))
-        shelf.load_rest()
-        report = walk(shelf, plan, batches, progress, under_autocast(autocast, shelf.device))
-        model_folders.write_index(work, shelf.shards)
+        store = disk.DiskStore(model, checkpoint, chosen, work, torch.device(device))
+        store.load_rest()
+        report = walk(store, plan, batches, progress, under_autocast(autocast, store.device))
+        model_folders.write_index(work, store.shards)
         model_folders.copy_companions(path, work)
         if complete is not None:
             complete(work, report)

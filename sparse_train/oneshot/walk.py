@@ -1,4 +1,4 @@
-"""``walk``: one-shot pruning, one decoder block after the other, from the ``Shelf`` that holds the blocks."""
+"""``walk``: one-shot pruning, one decoder block after the other, from the ``BlockStore`` that holds the blocks."""
 
 import time
 from abc import ABC, abstractmethod
@@ -25,10 +25,10 @@ from sparse_train.layers import masks
 from sparse_train.layers.masked_layer import MaskedMatrix
 from sparse_train.oneshot.calibration import WAY_OUT, CalibrationPass
 from sparse_train.oneshot.experts import ExpertMatrix, fall_back
-from sparse_train.oneshot.forwards import Batch, Context, inference
+from sparse_train.oneshot.forwards import Batch, ForwardContext, inference
 from sparse_train.patterns import Pattern, parse_pattern
 from sparse_train.pruning.counts import LayerUpdate, sparsity_of
-from sparse_train.pruning.recording import check_nothing_dropped, check_statistics, sum_statistics
+from sparse_train.pruning.norms import check_nothing_dropped, check_statistics, sum_statistics
 from sparse_train.pruning.update import Rules, outlier_share, replace_mask, update_masks
 from sparse_train.solvers import Solver
 from sparse_train.statistics import ActivationGram, ActivationNorm, Statistics, in_float32
@@ -80,7 +80,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class OneshotReport:
+class OneShotReport:
     """What one-shot pruning did."""
 
     layers: Mapping[str, LayerUpdate] = field(repr=False)
@@ -97,10 +97,10 @@ class OneshotReport:
         return sparsity_of(self.layers.values())
 
 
-# --- shelves ---------------------------------------------------------------------------------------------------------
+# --- stores ---------------------------------------------------------------------------------------------------------
 
 
-class Shelf(ABC):
+class BlockStore(ABC):
     """Holds the decoder blocks of a model, in memory or on disk, and what is known of those that are done.
 
     If ``together``, all targets are calibrated in one pass of the model, as if it had no blocks.
@@ -160,7 +160,7 @@ class Shelf(ABC):
         self.updates |= updates
 
 
-class MemoryShelf(Shelf):
+class MemoryStore(BlockStore):
     """A model in memory, and its masked layers and experts."""
 
     def __init__(self, model: nn.Module, layers: Mapping[str, Any], together: bool) -> None:
@@ -198,8 +198,10 @@ class MemoryShelf(Shelf):
 # --- the walk --------------------------------------------------------------------------------------------------------
 
 
-def walk(shelf: Shelf, plan: Plan, batches: Iterable[Batch] | None, progress: bool, context: Context) -> OneshotReport:
-    """Prune the targets of a shelf: those in blocks one block after the other, then the others, all together.
+def walk(
+    store: BlockStore, plan: Plan, batches: Iterable[Batch] | None, progress: bool, context: ForwardContext
+) -> OneShotReport:
+    """Prune the targets of a store: those in blocks one block after the other, then the others, all together.
 
     A block is loaded, calibrated on the outputs of the block before it, pruned, run again for the next one, and freed.
     Masks are set; weights change only with a ``Solver``, and experts get their zeros. Only forwards run in ``context``.
@@ -212,53 +214,55 @@ def walk(shelf: Shelf, plan: Plan, batches: Iterable[Batch] | None, progress: bo
                 "tensors (B, L) or of dicts of model inputs (in a recipe: a data section). Magnitude() needs none."
             )
         # reads the batches, which the model itself may generate, as they are asked for: before its modes are set
-        calibration = CalibrationPass(shelf.model, shelf.blocks, batches, shelf.device, shelf.keep_on, context)
+        calibration = CalibrationPass(store.model, store.blocks, batches, store.device, store.keep_on, context)
     began, experts = time.perf_counter(), {"_experts_implementation": "eager"}  # one by one
-    with inference(shelf.model, use_cache=False, **experts):  # once, since it goes through all modules
+    with inference(store.model, use_cache=False, **experts):  # once, since it goes through all modules
         above = plan.distribution.outliers_above
-        if calibration is not None and above is not None and not shelf.outliers:
-            shelf.outliers = _measure_outliers(shelf, above, calibration, progress)
+        if calibration is not None and above is not None and not store.outliers:
+            store.outliers = _walk_for_outliers(store, above, calibration, progress)
         final = plan.sparsity if plan.final is None else plan.final
-        division = Division(plan.distribution, shelf.shapes, plan.pattern, final, shelf.outliers)
+        division = Division(plan.distribution, store.shapes, plan.pattern, final, store.outliers)
         sparsity = division.at(plan.sparsity)
 
         def prune_block(block: int | None) -> None:
-            layers = shelf.load(block)
+            layers = store.load(block)
             if layers and calibration is not None and plan.statistics is not None:
                 calibration.record(layers, plan.statistics, block)
-            shelf.finish(block, _prune_layers(layers, plan, sparsity, shelf) if layers else {})
+            store.finish(block, _prune_layers(layers, plan, sparsity, store) if layers else {})
 
-        for block in with_bar(range(len(shelf.blocks)), "pruning", shown=progress and calibration is not None):
-            if shelf.is_done(block):
-                shelf.load(block)
+        for block in with_bar(range(len(store.blocks)), "pruning", shown=progress and calibration is not None):
+            if store.is_done(block):
+                store.load(block)
             else:
                 prune_block(block)
-            if calibration is not None and plan.statistics is not None and block < shelf.last:
+            if calibration is not None and plan.statistics is not None and block < store.last:
                 calibration.record({}, plan.statistics, block, keep=True)
-            shelf.free(block)
-        if shelf.names(None):  # such as a named lm_head: calibrated with the blocks pruned
+            store.free(block)
+        if store.names(None):  # such as a named lm_head: calibrated with the blocks pruned
             prune_block(None)
         forwards = 0.0 if calibration is None else calibration.seconds
-        return OneshotReport(shelf.updates, forwards, time.perf_counter() - began - forwards, shelf.outliers)
+        return OneShotReport(store.updates, forwards, time.perf_counter() - began - forwards, store.outliers)
 
 
-def _measure_outliers(shelf: Shelf, above: float, calibration: CalibrationPass, progress: bool) -> dict[int, float]:
+def _walk_for_outliers(
+    store: BlockStore, above: float, calibration: CalibrationPass, progress: bool
+) -> dict[int, float]:
     """The share of outliers of each block, from a walk over dense blocks."""
     shares = {}
-    for block in with_bar(range(shelf.last + 1), "measuring outliers", shown=progress):
-        layers = shelf.load(block)
-        calibration.record(layers, ActivationNorm, block, keep=block < shelf.last)
+    for block in with_bar(range(store.last + 1), "measuring outliers", shown=progress):
+        layers = store.load(block)
+        calibration.record(layers, ActivationNorm, block, keep=block < store.last)
         if layers:
             sum_statistics(layers.values())
             shares[block] = outlier_share(layers.values(), above)
         _release(layers.values())
-        shelf.free(block)
+        store.free(block)
     return shares
 
 
 @torch.no_grad()
 def _prune_layers(
-    layers: Mapping[str, MaskedMatrix], plan: Plan, sparsity: Mapping[str, float], shelf: Shelf
+    layers: Mapping[str, MaskedMatrix], plan: Plan, sparsity: Mapping[str, float], store: BlockStore
 ) -> dict[str, LayerUpdate]:
     """Set the masks of calibrated layers, and their weights if the method is a ``Solver``, and write experts' zeros."""
     if plan.statistics is not None:
@@ -267,7 +271,7 @@ def _prune_layers(
         fall_back(layers)
     for layer in layers.values():
         if isinstance(plan.method, Solver) or isinstance(layer, ExpertMatrix):
-            shelf.before_change(layer)
+            store.before_change(layer)
     if isinstance(plan.method, Solver):
         check_statistics(layers)
         updates = {n: _solve(n, each, plan.method, plan.pattern, sparsity[n]) for n, each in layers.items()}

@@ -10,16 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_train.arguments import as_call
-from sparse_train.distributed.collectives import rank, sum_over_ranks
+from sparse_train.distributed.collectives import rank, sum_over_ranks, world_size
 from sparse_train.layers import masks
-from sparse_train.layers.masked_layer import MaskedLayer, MaskedMatrix
-from sparse_train.patterns import Pattern, Unstructured, share_of
+from sparse_train.layers.masked_layer import MaskedMatrix
+from sparse_train.patterns import Pattern, Unstructured, sparsity_for
 
 
 @dataclass(frozen=True)
 class LayerUpdate:
-    """What an update did to one layer; counts of weights."""
+    """What an update did to one layer, or, with 0 flips, what ``measure`` counted; numbers of weights."""
 
     size: int
     zeros: int
@@ -92,6 +91,23 @@ def sum_counts(layers: Mapping[str, MaskedMatrix], counts: Mapping[str, list[int
     return dict(zip(counts, total.tolist(), strict=True))
 
 
+def check_agreement(layers: Mapping[str, MaskedMatrix]) -> None:
+    """Raise ValueError, on every rank, if ranks hold different masks; one small reduce."""
+    if world_size() == 1:
+        return
+    # a row for each mask: its fingerprint as zeros and ones; ranks agree on a bit if its sum is 0 or all
+    bits = torch.stack([masks.fingerprint(layer.weight_mask) for layer in layers.values()]).long()
+    sum_over_ranks([bits])
+    differing = ((bits > 0) & (bits < world_size())).any(1).tolist()
+    for name, differs in zip(layers, differing, strict=True):
+        if differs:
+            raise ValueError(
+                f"{name}: the masks of the {world_size()} processes are not the same, so they have been training "
+                "different models since the last update. Masks were changed in one of them, or its memory is faulty; "
+                "resume from a checkpoint, and leave masks to the updates."
+            )
+
+
 def misfitting_layer(layers: Mapping[str, MaskedMatrix], pattern: Pattern, sparsity: Mapping[str, float]) -> str | None:
     """The first layer whose mask does not follow this pattern and sparsity, over all or of each; None if all do."""
     # With the mask itself as the scores, the pattern selects the mask if it has the right count in every group.
@@ -104,29 +120,15 @@ def misfitting_layer(layers: Mapping[str, MaskedMatrix], pattern: Pattern, spars
     return None
 
 
-def mask_shares(layers: Mapping[str, MaskedMatrix], pattern: Pattern) -> dict[str, float]:
+def mask_sparsities(layers: Mapping[str, MaskedMatrix], pattern: Pattern) -> dict[str, float]:
     """By layer, the sparsity at which the pattern prunes as many weights as the mask does."""
-    shares = {}
+    sparsities = {}
     for name, layer in layers.items():
         if not isinstance(pattern, Unstructured):  # a user-defined pattern may round down
-            shares[name] = share_of(layer.pruned(), layer.size)
+            sparsities[name] = sparsity_for(layer.pruned(), layer.size)
         elif pattern.group == "row":
             # zeros that a model has had before pruning make some rows sparser than the pattern
-            shares[name] = int((~layer.unpacked_mask()).sum(1).min()) / layer.in_features
+            sparsities[name] = int((~layer.unpacked_mask()).sum(1).min()) / layer.in_features
         else:
-            shares[name] = layer.pruned() / layer.size
-    return shares
-
-
-def pruning_json(
-    settings: Mapping[str, Any], sparsity: float | None, layers: Mapping[str, MaskedLayer]
-) -> dict[str, Any]:
-    """What a run with these settings (``as_data``) prunes now, as ``pruning.json`` says it."""
-    label, distribution = settings["mask_structure"], as_call(settings["distribution"])
-    stage = {"mask_structure": label, "wanted_sparsity": sparsity or 0.0, "distribution": distribution}
-    stage |= {name: as_call(settings[name]) for name in ("criterion", "policy", "first_mask")}
-    # as verify reads them: of each row, or else of the whole layer
-    return {
-        "stages": [stage],
-        "layers": mask_shares(layers, Unstructured("row" if label == "unstructured" else "layer")),
-    }
+            sparsities[name] = layer.pruned() / layer.size
+    return sparsities

@@ -23,7 +23,7 @@ from sparse_train.layers.masked_layer import MaskedLayer, MaskedMatrix
 from sparse_train.patterns import Pattern
 from sparse_train.policies import MaskPolicy, Optimizers, StraightThrough
 from sparse_train.pruning.counts import LayerUpdate, sum_counts
-from sparse_train.pruning.recording import check_statistics
+from sparse_train.pruning.norms import check_statistics
 from sparse_train.selection import in_threads, row_chunks
 
 
@@ -33,7 +33,7 @@ class Rules:
 
     criterion: Criterion
     pattern: Pattern
-    shares: Mapping[str, float]
+    sparsities: Mapping[str, float]
     """The sparsity of each layer, in each of its groups."""
     policy: MaskPolicy = field(default_factory=StraightThrough)
     """The default selects by the scores alone, as one-shot pruning does."""
@@ -114,7 +114,7 @@ def _choose(layers: Mapping[str, MaskedMatrix], rules: Rules) -> dict[str, _Choi
         nonzero_OJ = masks.pack(nonzero_OI)
         if not finite:
             return _Choice(nonzero_OJ, 0, 1)  # no mask: update_masks raises before it reads one
-        keep_OI = rules.policy.select(scores_OI, [chunk.name], rules.pattern, rules.shares[chunk.name])
+        keep_OI = rules.policy.select(scores_OI, [chunk.name], rules.pattern, rules.sparsities[chunk.name])
         keep_OJ = masks.pack(keep_OI)
         return _Choice(keep_OJ, masks.count(keep_OJ & nonzero_OJ), 0)
 
@@ -147,7 +147,7 @@ def _choose_model_wide(layers: Mapping[str, MaskedMatrix], rules: Rules) -> dict
     if any(bad.values()):  # no masks, as in _choose
         return {name: _Choice(nonzero[0], 0, own) for name, own in bad.items()}
     row = torch.cat([scores_OI.reshape(1, -1) for scores_OI in scores], dim=1)
-    mask = rules.policy.select(row, layers, rules.pattern, rules.shares[next(iter(layers))])
+    mask = rules.policy.select(row, layers, rules.pattern, rules.sparsities[next(iter(layers))])
     parts = mask.split([scores_OI.numel() for scores_OI in scores], dim=1)
     keep = [masks.pack(part.view_as(scores_OI)) for part, scores_OI in zip(parts, scores, strict=True)]
     named = zip(layers, keep, nonzero, strict=True)

@@ -27,11 +27,19 @@ from sparse_train.layers.targets import find_targets, layers_in_words
 from sparse_train.patterns import Pattern, group_label
 from sparse_train.policies import Optimizers
 from sparse_train.pruning.config import FromZeros, OneShot, PruningConfig
-from sparse_train.pruning.counts import LayerUpdate, UpdateReport, mask_shares, measure, misfitting_layer, sparsity_of
-from sparse_train.pruning.recording import RunningNorms, check_agreement, check_statistics, sum_statistics
+from sparse_train.pruning.counts import (
+    LayerUpdate,
+    UpdateReport,
+    check_agreement,
+    mask_sparsities,
+    measure,
+    misfitting_layer,
+    sparsity_of,
+)
+from sparse_train.pruning.norms import RunningNorms, check_statistics, sum_statistics
 from sparse_train.pruning.resuming import check_restored_masks, check_same_layers, check_same_settings
 from sparse_train.pruning.update import Rules, measure_outliers, shapes_of, update_masks
-from sparse_train.pruning.zeros import kept_zeros, masks_from_zeros, warn_of_filled
+from sparse_train.pruning.zeros import masks_from_zeros, unmasked_zeros, warn_of_filled
 from sparse_train.recorder import reads_two_texts
 from sparse_train.schedules import Timing
 
@@ -69,10 +77,10 @@ class MaskUpdater:
         total_steps: optimizer steps of the run; needed if steps are given as a share of it.
         optimizers: those that train the layers, for policies and criteria that look at their state. One that is made
             later is known from its first ``before_optimizer_step`` on.
-        make_first_mask: that of ``oneshot.first_mask``, as callbacks have it. Called at most once, after all checks. It
-            returns outliers, {} if none were measured, or None if it could not; without it, the first update makes the
-            first masks.
-        outliers: ``OneshotReport.outliers`` of the pruning that made the first masks, for a distribution that needs
+        make_first_mask: sets the masks of ``layers`` in place, by one-shot pruning, and returns the outliers that this
+            measured, perhaps none ({}); None if it could not, and the first update is to make the masks, as without it.
+            Called at most once, after all checks. Callbacks give ``oneshot.first_mask.make_first_mask``.
+        outliers: ``OneShotReport.outliers`` of the pruning that made the first masks, for a distribution that needs
             them. Default: measured with the first masks; or masks that exist tell.
         state: ``state_dict`` of the run to resume; the model must have that run's masks, or load them later. Update
             steps stay those of the interrupted run, even if the resumed one is longer.
@@ -113,7 +121,7 @@ class MaskUpdater:
         before = {id(layer) for layer in sparse_layers(model).values()}  # masked by one-shot pruning or another updater
         self.layers = mask_targets(model, self.config) if layers is None else dict(layers)
         try:
-            self._look_at_layers(outliers)
+            self._set_up(outliers)
             if state is None:
                 self._start(total_steps, make_first_mask)
             else:
@@ -133,7 +141,7 @@ class MaskUpdater:
             squash_layers(model, new)
             raise
 
-    def _look_at_layers(self, outliers: Outliers | None) -> None:
+    def _set_up(self, outliers: Outliers | None) -> None:
         """Keep what the run needs to know of its layers, which stay as they are; ValueError if settings do not fit."""
         config = self.config
         for name, layer in self.layers.items():
@@ -148,6 +156,7 @@ class MaskUpdater:
 
     def _start(self, total_steps: int | float | None, make_first_mask: Callable[[], Outliers | None] | None) -> None:
         """Begin a run: its first masks are there, are made now, or come from the first update."""
+        # checked before a solver moves weights; the first update is later if it has to make the masks
         self.timing = self.config.timing(total_steps, has_masks=True)
         has_masks = self._begin_with_masks(make_first_mask)
         if not has_masks:
@@ -159,7 +168,7 @@ class MaskUpdater:
             self._keep_first_rows()
         elif self.timing.is_update(0):  # the criterion needs no activations
             self.update()
-        warn_of_filled(self.layers, kept_zeros(self.layers))
+        warn_of_filled(self.layers, unmasked_zeros(self.layers))
         if not (self.config.criterion.needs_activations and self._masks_change()):
             self.norms.probe()
 
@@ -179,8 +188,8 @@ class MaskUpdater:
         device = next(iter(self.layers.values())).weight_mask.device
         self._first_rows = {name: rows_SJ.to(device) for name, rows_SJ in state["first_rows"].items()}
         self._restored_masks = dict(state["masks"])
-        if (shares := state["layer_sparsities"]) is not None:
-            self._division.final_shares = {name: shares[name] for name in self.layers}
+        if (sparsities := state["layer_sparsities"]) is not None:
+            self._division.final_sparsities = {name: sparsities[name] for name in self.layers}
 
     def _connect_layers(self) -> None:
         """Connect the layers with this run: from now on they record for it, and follow its policy."""
@@ -240,12 +249,12 @@ class MaskUpdater:
     def _check_masks(self, sparsity: float) -> None:
         """Raise ValueError if masks that were there before the run are not those of its first sparsity."""
         if not self._division.known:
-            self._division.take_from_masks(mask_shares(self.layers, self.config.pattern), sparsity)
-        shares = self._division.at(sparsity)
-        if (name := misfitting_layer(self.layers, self.config.pattern, shares)) is not None:
+            self._division.take_from_masks(mask_sparsities(self.layers, self.config.pattern), sparsity)
+        sparsities = self._division.at(sparsity)
+        if (name := misfitting_layer(self.layers, self.config.pattern, sparsities)) is not None:
             raise ValueError(
                 f"The model has masks already, and those of {name} are not {group_label(self.config.pattern)} at a "
-                f"sparsity of {shares[name]:g}, which this run starts with (if layers are to differ, give it the "
+                f"sparsity of {sparsities[name]:g}, which this run starts with (if layers are to differ, give it the "
                 "distribution, too). Squash the model first to begin with new masks; to resume a run, pass its state "
                 "(MaskUpdater(..., state=...)); to train with these masks unchanged, leave updater or callback "
                 "out, and squash the model at the end."
@@ -418,7 +427,7 @@ class MaskUpdater:
             "policy": self.policy.state_dict(),
             "masks": {name: masks.fingerprint_number(layer.weight_mask) for name, layer in self.layers.items()},
             "first_rows": {name: rows_SJ.cpu() for name, rows_SJ in self._first_rows.items()},
-            "layer_sparsities": self._division.final_shares,
+            "layer_sparsities": self._division.final_sparsities,
         }
 
     def settings(self) -> dict[str, Any]:

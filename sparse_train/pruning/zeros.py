@@ -13,7 +13,7 @@ from sparse_train.layers.masked_layer import MaskedLayer, sparse_layers
 from sparse_train.layers.sparsify import sparsify, squash_layers
 from sparse_train.layers.targets import find_targets
 from sparse_train.patterns import Pattern, Unstructured, group_label
-from sparse_train.pruning.counts import mask_shares, measure, sparsity_of
+from sparse_train.pruning.counts import mask_sparsities, measure, sparsity_of
 from sparse_train.pruning.update import Rules, update_masks
 
 _log = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ def masks_from_zeros(layers: Mapping[str, MaskedLayer], pattern: Pattern, sparsi
         if not division.known:
             for layer in layers.values():
                 _mask_zeros(layer)
-            division.take_from_masks(mask_shares(layers, pattern), sparsity)
+            division.take_from_masks(mask_sparsities(layers, pattern), sparsity)
         # by magnitude, masks prune zeros first: if the zeros follow the pattern, nothing else
         updates = update_masks(layers, Rules(Magnitude(), pattern, division.at(sparsity)))
         if any(updates[name].zeros != dense[name].zeros for name in layers):
@@ -99,13 +99,13 @@ def masks_from_zeros(layers: Mapping[str, MaskedLayer], pattern: Pattern, sparsi
         raise error or ValueError("The zeros of another process do not follow the pattern: it has another model.")
 
 
-def kept_zeros(layers: Mapping[str, MaskedLayer]) -> dict[str, int]:
+def unmasked_zeros(layers: Mapping[str, MaskedLayer]) -> dict[str, int]:
     """By layer, the number of zeros that its mask keeps."""
     return {name: each.zeros - layers[name].pruned() for name, each in measure(layers).items()}
 
 
 def warn_of_filled(layers: Mapping[str, MaskedLayer], kept: Mapping[str, int]) -> None:
-    """Warn if the masks of layers keep zeros of a model that was pruned before (``kept_zeros``): training fills them.
+    """Warn if masks keep zeros of a model that was pruned before (``unmasked_zeros``): training fills them.
 
     A layer of zeros alone is new, such as LoRA's B.
     """

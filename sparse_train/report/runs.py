@@ -115,7 +115,8 @@ def headline(run: Run) -> dict[str, Any]:
 
 
 def named(word: str, names: Sequence[str]) -> str | None:
-    """The first name that is ``word`` behind its stage ("val/loss", rather than its term "val/loss_ce"), or has it."""
+    """The first name that is ``word`` after its stage ("val/loss"); if there is none, the first that contains it
+    ("val/loss_ce")."""
     having = [name for name in names if word in name]
     return next((name for name in having if name.rpartition("/")[2] == word), having[0] if having else None)
 

@@ -47,7 +47,7 @@ def test_a_gradual_run_ends_at_what_the_outliers_say(tmp_path):
     """Not at what the rounded first masks say, of which rows have one pruned weight or two."""
     model, callback = InInit(), pruning(sparsity=None, schedule=Cubic(0.6, init_sparsity=0.05), end_step=10)
     trainer(tmp_path, callback, max_steps=14).fit(model, loader())
-    found = {name.removeprefix("net."): share for name, share in callback.updater._division.final_shares.items()}
+    found = {name.removeprefix("net."): share for name, share in callback.updater._division.final_sparsities.items()}
     oneshot = shallow_llama()
     report = prune(oneshot, random_batches(Tokens(), 2, None, 32), "unstructured", 0.6, distribution=OWL(owl_m=2))
     blocks = [found[f"model.layers.{block}.self_attn.q_proj"] for block in range(2)]

@@ -12,10 +12,9 @@ from sparse_train.callbacks import DynamicPruning
 from sparse_train.cli.main import main
 from sparse_train.export import ModelCard, export_checkpoint, export_model
 from sparse_train.export.hf_folder import renamed
-from sparse_train.export.verify import verify
+from sparse_train.export.verify import pruning_json, verify
 from sparse_train.model_folders import PRUNING_FILE, WeightFiles
 from sparse_train.models.causal_lm import CausalLM
-from sparse_train.pruning.counts import pruning_json
 from tests.callbacks.runs import loader, trainer
 from tests.conftest import tiny_gemma3, tiny_llama, tiny_tokenizer
 from tests.integrations import runs

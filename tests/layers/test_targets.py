@@ -59,6 +59,16 @@ def test_names_classes_and_expressions(llama):
     assert len(names(llama, targets=["Linear"], ignore=["lm_head"])) == 21
 
 
+def test_names_are_those_of_the_student(llama):
+    pair = nn.ModuleDict({"model": llama.model, "teacher": tiny_llama()})
+    assert len(names(pair, targets=["q_proj"])) == 6
+    assert len(names(pair, targets=["model.layers"])) == 21  # a whole name is no part of another
+    pair.teacher.requires_grad_(False)
+    for given in (["q_proj", "k_proj"], ["re:.*[qk]_proj"], ["model.layers"]):
+        assert all(name.startswith("model.") for name in names(pair, targets=given))
+    assert len(names(pair, targets=["teacher.model.layers"])) == 21
+
+
 def test_a_module_under_two_names_shares_nothing(llama):
     root = nn.Module()
     root.net, root.backbone, root.blocks = llama, llama.model, llama.model.layers

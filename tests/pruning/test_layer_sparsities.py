@@ -30,7 +30,7 @@ from sparse_train import (
     squash,
 )
 from sparse_train.distributions import Division
-from sparse_train.pruning.counts import mask_shares
+from sparse_train.pruning.counts import mask_sparsities
 from sparse_train.pruning.update import shapes_of
 from tests.conftest import VOCABULARY, tiny_llama
 from tests.distributions.test_owl import papers_outlier_ratio, papers_sparsities
@@ -83,7 +83,7 @@ def divides(what):
 def test_by_hand():
     model, layers = layers_of([(2, 10), (2, 10), (1, 40)])
     by_layer = division(model, layers, Explicit({"layer0": 0.8, "layer1": 0.2}), Unstructured(), 0.5)
-    assert by_layer.final_shares == pytest.approx({"layer0": 0.8, "layer1": 0.2, "layer2": 0.5})
+    assert by_layer.final_sparsities == pytest.approx({"layer0": 0.8, "layer1": 0.2, "layer2": 0.5})
     count = {name: int(value * layers[name].in_features) for name, value in by_layer.at(0.5).items()}
     assert count == {"layer0": 8, "layer1": 2, "layer2": 20}
     count = {name: int(value * layers[name].in_features) for name, value in by_layer.at(0.25).items()}
@@ -123,14 +123,14 @@ def test_read_from_masks_it_is_what_they_have(group):
     for name, layer in layers.items():
         layer.set_mask(pattern.mask(torch.rand(layer.out_features, layer.in_features), made.at(0.6)[name]))
     read = division(model, layers, OWL(), pattern, 0.6)
-    read.take_from_masks(mask_shares(layers, pattern), 0.6)
+    read.take_from_masks(mask_sparsities(layers, pattern), 0.6)
     assert read.at(0.6) == made.at(0.6)
     other = division(model, layers, OWL(), pattern, 0.6)
     with pytest.raises(ValueError, match=r"at a sparsity of 0\.\d+, and this run starts at 0\.4"):
-        other.take_from_masks(mask_shares(layers, pattern), 0.4)
+        other.take_from_masks(mask_sparsities(layers, pattern), 0.4)
     rising = division(model, layers, OWL(), pattern, 0.9)
     with pytest.raises(ValueError, match=r"starts at 0\.6 and ends at 0\.9\. Start at the final sparsity"):
-        rising.take_from_masks(mask_shares(layers, pattern), 0.6)
+        rising.take_from_masks(mask_sparsities(layers, pattern), 0.6)
     assert not rising.known
 
 
@@ -182,7 +182,7 @@ def test_owl_divides_by_the_outliers_of_the_first_window():
     assert len(set(ratios)) == 3
     found = [1 - pruned_by_row(updater.layers[f"model.layers.{b}.self_attn.q_proj"]) / 32 for b in range(3)]
     np.testing.assert_allclose(found, 1 - wanted, atol=1 / 32)
-    exact = [updater._division.final_shares[f"model.layers.{block}.self_attn.q_proj"] for block in range(3)]
+    exact = [updater._division.final_sparsities[f"model.layers.{block}.self_attn.q_proj"] for block in range(3)]
     np.testing.assert_allclose(exact, wanted, atol=1e-9)
 
 
@@ -244,7 +244,7 @@ def test_a_gradual_run_reaches_the_sparsities_in_proportion(distribution, policy
     size = sum(mask.numel() for mask in masks[0].values())
     assert 0 <= sum(counts[-1].values()) / size - 0.6 < 1 / 32  # of 32 inputs or more, rows prune up to one more
     last = {name: count / masks[0][name].numel() for name, count in counts[-1].items()}
-    exact = updater._division.final_shares
+    exact = updater._division.final_sparsities
     assert all(abs(last[name] - exact[name]) <= 1.01 / masks[0][name].shape[1] for name in last)
     assert len({round(share, 3) for share in exact.values()}) > 1
 
@@ -315,5 +315,5 @@ def test_outliers_that_are_given_are_not_measured_again():
     ids = torch.randint(3, VOCABULARY, (2, 16))
     model(input_ids=ids, labels=ids).loss.backward()
     updater.step()
-    found = [updater._division.final_shares[f"model.layers.{block}.mlp.up_proj"] for block in range(3)]
+    found = [updater._division.final_sparsities[f"model.layers.{block}.mlp.up_proj"] for block in range(3)]
     assert found == pytest.approx([0.52, 0.6, 0.68])

@@ -5,13 +5,11 @@ import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sparse_train.arguments import leave_out
 from sparse_train.criteria import Criterion
 from sparse_train.distributed.collectives import gather_objects, rank, sum_over_ranks, world_size
-from sparse_train.layers import masks
 from sparse_train.layers.masked_layer import MaskedLayer, MaskedMatrix
 from sparse_train.recorder import Recorder
 from sparse_train.statistics import ActivationNorm, LastSums, Statistics
@@ -37,23 +35,6 @@ def sum_statistics(layers: Iterable[MaskedMatrix]) -> None:
     """Sum the statistics of layers over ranks, in place."""
     recorded = [layer.statistics for layer in layers if layer.statistics is not None]
     sum_over_ranks([tensor for statistics in recorded for tensor in statistics.tensors()])
-
-
-def check_agreement(layers: Mapping[str, MaskedMatrix]) -> None:
-    """Raise ValueError, on every rank, if ranks hold different masks; one small reduce."""
-    if world_size() == 1:
-        return
-    # a row for each mask: its fingerprint as zeros and ones; ranks agree on a bit if its sum is 0 or all
-    bits = torch.stack([masks.fingerprint(layer.weight_mask) for layer in layers.values()]).long()
-    sum_over_ranks([bits])
-    differing = ((bits > 0) & (bits < world_size())).any(1).tolist()
-    for name, differs in zip(layers, differing, strict=True):
-        if differs:
-            raise ValueError(
-                f"{name}: the masks of the {world_size()} processes are not the same, so they have been training "
-                "different models since the last update. Masks were changed in one of them, or its memory is faulty; "
-                "resume from a checkpoint, and leave masks to the updates."
-            )
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------

@@ -80,13 +80,15 @@ def as_call(data: Any) -> str:
 def named(text: str, names: Collection[str]) -> list[str]:
     """Those of the names, with dots, that a user means by a text.
 
-    It is a name or the beginning of one ("model.layers.0"); if it is neither, a part between dots ("down_proj",
-    "mlp.down_proj", "self_attn"): "model.layers" is not "teacher.model.layers", too. Or it is "re:" and a regular
-    expression matched from the start (as in llm-compressor); ValueError if that is none.
+    It is a name or the beginning of one ("model.layers.0"), or else a part between dots ("down_proj", "self_attn",
+    "mlp.down_proj"): "model.layers" is not "teacher.model.layers", too. A last name alone ("fc") is all that are named
+    so, as in peft. Or it is "re:" and a regular expression matched from the start (as in llm-compressor); ValueError if
+    that is none.
     """
     if not text.startswith("re:"):
-        whole = [name for name in names if _between_dots(name).startswith(_between_dots(text))]
-        return whole or [name for name in names if _between_dots(text) in _between_dots(name)]
+        begun = [name for name in names if _between_dots(name).startswith(_between_dots(text))]
+        is_last = text in names and text.isidentifier()  # "0", of a Sequential, is one layer
+        return begun if begun and not is_last else [n for n in names if _between_dots(text) in _between_dots(n)]
     try:
         return list(filter(re.compile(text.removeprefix("re:")).match, names))
     except re.error as error:
@@ -106,6 +108,6 @@ def did_you_mean(word: str, candidates: Iterable[str]) -> str:
 
 def leave_out(names: Iterable[str]) -> str:
     """How to leave out layers, and all others with the same last names."""
-    lasts = {name: name.rpartition(".")[2] for name in names}
+    lasts = {name: name.removesuffix(".base_layer").rpartition(".")[2] for name in names}  # peft's layer in its own
     kinds = dict.fromkeys(name if last.isdigit() else last for name, last in lasts.items())  # "0" says nothing
     return f"All that are named alike are left out by ignore={list(kinds)}."

@@ -1,4 +1,4 @@
-"""Numbers of numpy and torch mean the same wherever they are given."""
+"""Numbers of numpy and torch mean the same wherever they are given; names are those that a user means."""
 
 import math
 
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from sparse_train import Constant, Magnitude, MaskUpdater, prune
-from sparse_train.arguments import to_python_number
+from sparse_train.arguments import leave_out, named, to_python_number
 
 
 def test_numbers_become_those_of_python_and_other_things_stay():
@@ -38,3 +38,9 @@ def test_one_shot_and_in_training_it_is_the_same_count(number):
         updater = MaskUpdater(model, "unstructured", criterion=Magnitude(), targets=["0"], total_steps=9, **given)
         assert type(updater.sparsity) is float
         assert int((updater.layers["0"].masked_weight() == 0).sum()) == count
+
+
+def test_what_is_left_out_is_named_by_its_last_name_and_not_by_a_number_or_peft():
+    names = ["a.q_proj", "b.q_proj", "a.down_proj.base_layer", "net.0"]
+    assert leave_out(names).endswith("ignore=['q_proj', 'down_proj', 'net.0'].")
+    assert {name for text in ("q_proj", "down_proj", "net.0") for name in named(text, names)} == {*names}

@@ -62,7 +62,10 @@ def explain(message: str, options: Mapping[str, Any]) -> str:
     if cause["argument"]:
         accepted = _arguments_of(cause["owner"])
         name = cause["argument"].rstrip("+")
-        similar = did_you_mean(name.partition(".")[0], [*accepted, "init_args"]) or f" It has {', '.join(accepted)}."
+        similar = did_you_mean(name.partition(".")[0], [*accepted, "init_args"])
+        similar = similar or (f" It has {', '.join(accepted)}." if accepted else "")
+        if cause["owner"].endswith(".Callback"):  # recipes had DynamicPruning in trainer.callbacks
+            similar = f" Name a callback before; DynamicPruning's arguments are options such as --pruning.{name}."
         said = f"{cause['owner'].rpartition('.')[2]} has no argument {name!r}.{similar}"
     elif name := cause["name"] or cause["missing"]:
         own, known, owners = name.rpartition(".")[2], _classes(), re.findall(r"given class_path '([^']+)'", before)
@@ -72,7 +75,9 @@ def explain(message: str, options: Mapping[str, Any]) -> str:
         fitting = (each for each, cls in known.items() if issubclass(cls, kinds) and not inspect.isabstract(cls))
         similar = did_you_mean(own, fitting)
         said = f"there is no class {name!r}.{similar or ' Name your own as MODULE.CLASS.'}"
-        if own in known:
+        if name.endswith((".yaml", ".yml")):
+            said = f"there is no file {name}."
+        elif own in known:
             said = f"{name} is not of the kind that is wanted.{getattr(known[own], 'way_out', similar)}"
     elif cause["abstract"]:
         said = "say which class these arguments are for, by its name."

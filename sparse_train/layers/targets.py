@@ -5,6 +5,7 @@ import posixpath
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from torch import nn
 
@@ -80,8 +81,15 @@ def find_targets(
     else:
         chosen = _without_blocks(model, pattern, adapters | tied | own_use, ignored)
     chosen = [name for name in chosen if name not in ignored]
+    frozen = frozen_linears(model)
+    if targets is not None and (resting := [name for name in chosen if name in frozen]) and len(resting) < len(chosen):
+        _log.warning(
+            "%d of the layers that targets names, such as %s, are frozen beside others in training, as those of a "
+            "teacher are, and are pruned, too. ignore=[%r] leaves them out.",
+            *(len(resting), resting[0], resting[0].partition(".")[0]),
+        )
     if not chosen:
-        linears, frozen = [name for name, module in model.named_modules() if is_linear(module)], frozen_linears(model)
+        linears = [name for name, module in model.named_modules() if is_linear(module)]
         free = sorted(set(linears) - ignored - adapters - tied, key=lambda name: (name in frozen, linears.index(name)))
         free = [name for name in free if not _misfit(model, name, pattern)]
         raise ValueError(
@@ -159,15 +167,15 @@ def _match(model: nn.Module, patterns: Sequence[str], argument: str, fused: Mapp
         raise ValueError(f"{argument} is a list of names, got {patterns!r}; write [{patterns or ''!r}].")
     modules = dict(model.named_modules())
     layers = [*(name for name, module in modules.items() if is_linear(module)), *fused]
-    frozen = frozen_linears(model) if argument == "targets" else set()
-    free = [name for name in layers if name not in frozen]
     matched: set[str] = set()
     for text in patterns:
         of_class = [n for n, m in modules.items() if text in {cls.__name__ for cls in type(m).__mro__}]
         of_class += fused if text == "Linear" else ()  # an expert is also a linear map
-        # layers of a teacher only if no other is named so
-        names = {*(named(text, free) or named(text, layers))}
-        names |= {n for n in layers if any(f"{n}.".startswith(f"{hit}.") for hit in of_class)}
+        hits = {*of_class, *(named(text, modules) if text.startswith("re:") else ())}  # "re:.*mlp$" ends at a module
+        names = {
+            *named(text, layers),
+            *(n for n in layers if not hits.isdisjoint(accumulate(n.split("."), "{}.{}".format))),
+        }
         # what matches embeddings leaves out nothing; what matches nothing at all is a mistake
         names = names or {*named(text, modules), *of_class}
         if not names:
@@ -216,7 +224,9 @@ def check_maskable(model: nn.Module, name: str, module: nn.Module, adapters: set
     """Refuse modules whose forward would ignore the mask, or whose mask would also affect other modules."""
     way_out = f"Leave it dense with ignore=[{name!r}]"
     if not is_linear(module):
-        raise ValueError(f"{name} is a {type(module).__name__}; only nn.Linear layers can be masked. {way_out}.")
+        raise ValueError(
+            f"{name} is a {type(module).__name__}; only nn.Linear layers can be masked. Take it out of targets."
+        )
     parts = name.split(".")
     for outer in (model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts))):
         if isinstance(outer, nn.MultiheadAttention):

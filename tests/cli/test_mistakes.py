@@ -54,6 +54,9 @@ def answer(arguments, capsys) -> str:
         ),
         ([*PRUNE, "--criterion=RIA", "--criterion.alpha=1"], "criterion: RIA has no argument 'alpha'. It has a."),
         ([*PRUNE, "--criterion.a", "1"], "criterion: say which class these arguments are for, by its name."),
+        ([*FIT, "--trainer.callbacks.update_freq=5"], "arguments are options such as --pruning.update_freq."),
+        ([*FIT, f"{PRUNING}.first_mask=FromZeros", f"{PRUNING}.first_mask.x=1"], "FromZeros has no argument 'x'."),
+        ([*FIT, f"{PRUNING}=nowhere.yaml"], "pruning: there is no file nowhere.yaml."),
         # classes
         (
             [*FIT, f"{PRUNING}.criterion=Wonda"],

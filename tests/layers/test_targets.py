@@ -59,14 +59,34 @@ def test_names_classes_and_expressions(llama):
     assert len(names(llama, targets=["Linear"], ignore=["lm_head"])) == 21
 
 
-def test_names_are_those_of_the_student(llama):
+def test_a_teacher_is_only_named_with_a_warning(llama, caplog):
     pair = nn.ModuleDict({"model": llama.model, "teacher": tiny_llama()})
     assert len(names(pair, targets=["q_proj"])) == 6
     assert len(names(pair, targets=["model.layers"])) == 21  # a whole name is no part of another
     pair.teacher.requires_grad_(False)
-    for given in (["q_proj", "k_proj"], ["re:.*[qk]_proj"], ["model.layers"]):
-        assert all(name.startswith("model.") for name in names(pair, targets=given))
-    assert len(names(pair, targets=["teacher.model.layers"])) == 21
+    assert len(names(pair, targets=["model.layers"])) == 21 and not caplog.text
+    assert len(names(pair, targets=["teacher.model.layers"])) == 21 and not caplog.text
+    assert len(names(pair, targets=["q_proj"], ignore=["teacher"])) == 3 and not caplog.text
+    for given in (["q_proj"], ["re:.*q_proj"]):
+        caplog.clear()
+        assert len(names(pair, targets=given)) == 6
+        assert "3 of the layers that targets names, such as teacher.model.layers.0" in caplog.text
+        assert "ignore=['teacher'] leaves them out" in caplog.text
+
+
+def test_a_last_name_is_all_layers_of_that_name_as_in_peft():
+    model = nn.Sequential()
+    model.fc, model.out, model.blocks = nn.Linear(8, 8), nn.Linear(8, 8), nn.ModuleList([nn.Sequential()])
+    model.blocks[0].fc, model.blocks[0].out = nn.Linear(8, 8), nn.Linear(8, 8)
+    assert names(model, targets=["fc"]) == ["fc", "blocks.0.fc"]
+    assert names(model, targets=["blocks.0.fc"]) == ["blocks.0.fc"]
+    assert names(model, targets=["Linear"], ignore=["out"]) == ["fc", "blocks.0.fc"]
+    assert names(nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8))), targets=["0"]) == ["0"]
+
+
+def test_an_expression_may_end_at_a_module(llama):
+    assert len(names(llama, targets=["re:.*mlp$"])) == 9
+    assert len(names(llama, ignore=["re:.*self_attn$"])) == 9
 
 
 def test_a_module_under_two_names_shares_nothing(llama):
@@ -383,7 +403,7 @@ def test_falcons_linear_layers_are_linear_layers(ids):
 
 def test_an_expression_that_leaves_out_what_is_never_pruned_is_no_mistake(llama):
     assert names(llama, ignore=["re:.*lm_head", "re:.*embed_tokens"]) == names(llama)
-    with pytest.raises(ValueError, match="embed_tokens is a Embedding; only nn.Linear layers can be masked"):
+    with pytest.raises(ValueError, match="embed_tokens is a Embedding; only nn.Linear layers can be masked. Take"):
         find_targets(llama, PATTERN, targets=["re:.*embed_tokens"])
     with pytest.raises(ValueError, match="'re:.*emded_tokens' matches no layer"):
         find_targets(llama, PATTERN, ignore=["re:.*emded_tokens"])

@@ -142,6 +142,14 @@ def lengths(runs: Runs) -> str:
     return "\n".join(lines) if len(lines) > 2 else "Not measured yet."
 
 
+def longer(short: Runs, arms: dict[str, str], baseline: str, word: str, *steps: int) -> list[str]:
+    """A table for each length, in steps of 512 tokens."""
+    parts = []
+    for each in steps:
+        parts += [f"\nAfter {each:,} steps, {512 * each:,} tokens:\n", table(short, arms, baseline, word, steps=each)]
+    return parts
+
+
 def tables(runs: Runs, short: Runs) -> str:
     """The tables behind the findings, as Markdown; ``short`` are the runs in steps of 512 tokens."""
     parts = [
@@ -154,18 +162,13 @@ def tables(runs: Runs, short: Runs) -> str:
         "\n### Unstructured 70 % with a teacher, after 51,200 tokens\n",
         "100 steps of 512 tokens, with the untouched dense model as teacher.\n",
         table(short, TAUGHT_70, "static_70_distill", "the kept mask"),
-    ]
-    for steps in (200, 300):
-        parts += [f"\nAfter {steps} steps, {512 * steps:,} tokens:\n"]
-        parts += [table(short, TAUGHT_70, "static_70_distill", "the kept mask", steps=steps)]
-    parts += [
+        *longer(short, TAUGHT_70, "static_70_distill", "the kept mask", 200, 300),
         "\nAt another learning rate:\n",
         other_rates(short),
         "\n### 2:4 with a teacher, in steps of 512 tokens\n",
         "After 100 steps, of kept masks alone, which are ahead in the choice of a learning rate below:\n",
         table(short, TAUGHT_2OF4, "static_distill", "the kept mask"),
-        "\nAfter 400 steps, 204,800 tokens:\n",
-        table(short, TAUGHT_2OF4, "static_iht_distill", "IHT's mask, kept", steps=400),
+        *longer(short, TAUGHT_2OF4, "static_iht_distill", "IHT's mask, kept", 400, 1200),
         "\n### Other methods with a teacher, after 25,600 tokens\n",
         "50 steps of 512 tokens, seed 0, with the same teacher, tokens and order of data, each at the best of the "
         "learning rates that were tried. These rows also chose the rates of the two sections above.\n",

@@ -72,6 +72,7 @@ class DynamicPruning(L.Callback):
 
     Args:
         mask_structure: "unstructured", "N:M" with N kept of every M consecutive inputs ("2:4"), or a ``Pattern``.
+            Default: "2:4", unless ``config`` is given.
         sparsity: share of targeted weights that are zero; implied by N:M and by ``schedule``.
         settings: those of a ``PruningConfig``, where they are explained.
         config: the settings as one object, instead.

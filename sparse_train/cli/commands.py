@@ -50,6 +50,8 @@ Everything of a run is in recipes; options change a recipe, and have its keys.
   --data.batch_size N           blocks per batch
   --pruning.mask_structure N:M, or unstructured with --pruning.sparsity SHARE
   --pruning.update_freq K       steps between mask updates
+  --pruning.ignore+ NAME        a layer, or a part of names, to leave dense; --pruning.targets+ NAME: to prune
+  --pruning null                a dense run
   --trainer.max_steps N         length of the run, in optimizer steps
   --trainer.default_root_dir FOLDER
                                 where the run writes its checkpoints, logs and report

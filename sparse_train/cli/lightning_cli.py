@@ -59,7 +59,8 @@ class SparseTrainCLI(LightningCLI):
         parser.add_lightning_class_args(CausalLM, "model")
         parser.add_lightning_class_args(TextBlocks, "data")
         # not an entry of trainer.callbacks, which a later list would take out of the run without a word
-        parser.add_argument("--pruning", type=DynamicPruning | None, default=None, help="null: dense", sub_configs=True)
+        about = "a YAML file with arguments of DynamicPruning, which --help pruning lists; null: a dense run"
+        parser.add_argument("--pruning", type=DynamicPruning | None, default=None, help=about, sub_configs=True)
         parser.add_lightning_class_args(self.trainer_class, "trainer")
         # the sanity check reads the whole validation text: it gives the report's dense and one-shot rows
         parser.set_defaults({"trainer.num_sanity_val_steps": -1})

@@ -17,6 +17,7 @@ from jsonargparse import ArgumentParser
 
 from sparse_train.arguments import did_you_mean
 
+_FILES = "Files are given by --text FILE, or in a recipe by TextFiles with train: [FILE]."
 _LONG = 4000  # characters; a longer text is the content of a file, or of a model
 _KEY = re.compile(r'Parser key "([^"]+)"')
 _CAUSE = re.compile(
@@ -28,12 +29,13 @@ _CAUSE = re.compile(
     | Problem\ with\ given\ class_path\ '(?P<missing>[^']+)':\s+(?:No\ module\ named|module\ '\S+'\ has\ no\ attr)
     | (?P<required>the\ following\ arguments\ are\ required:\ .*|Requirement\ '.*|Neither\ `\w+`\ nor\ .*)
     | Unable\ to\ load\ config\ '(?P<group>[^']+)'
+    | Expected\ a\ path\ but\ (?P<text>\S+\.(?:txt|jsonl))\ either
     | Expected\ an?\ (?P<type>\S.*)\.\ Got\ value:\ (?P<value>.*)
     | Subtypes:\ \[(?P<types>.*)\]\s+Errors:\n
       (?:\s*(?:-\ Expected\ (?!a\ dot|an\ inst)|-\ Not\ a\ valid|Subclass\ types|-\ a\ class|-\ a\ dict).*\n)+?
       \s*Given\ value\ type:\ .*\s+Given\ value:\ (?P<given>.*)
     | Union\ subtypes(?:.*\n)+?  # a ValueError of a class that was being created, which is listed among others
-      \s*-\ (?!Expected|Not\ a\ valid|Problem|Does\ not|Import\ path|Parser\ key|a\ class|a\ dict)
+      \s*-\ (?!Expected|Not\ a\ valid|Problem|Does\ not|Import\ path|Unexpected\ import|Parser\ key|a\ class|a\ dict)
       (?P<own>[^\n]+(?:\n(?!\s*-\ |\s*Given\ value).*)*)
     """,
     re.VERBOSE,
@@ -74,13 +76,18 @@ def explain(message: str, options: Mapping[str, Any]) -> str:
         kinds = tuple(each for part in parts for each in (part, *get_args(part)) if isinstance(each, type))
         fitting = (each for each, cls in known.items() if issubclass(cls, kinds) and not inspect.isabstract(cls))
         similar = did_you_mean(own, fitting)
-        said = f"there is no class {name!r}.{similar or ' Name your own as MODULE.CLASS.'}"
+        other = _FILES if where == "data.text" else "Name your own as MODULE.CLASS."
+        said = f"there is no class {name!r}.{similar or f' {other}'}"
         if name.endswith((".yaml", ".yml")):
             said = f"there is no file {name}."
+        elif where == "pruning":
+            said = "takes null or a YAML file; its arguments are options, such as --pruning.mask_structure."
         elif own in known:
             said = f"{name} is not of the kind that is wanted.{getattr(known[own], 'way_out', similar)}"
     elif cause["abstract"]:
         said = "say which class these arguments are for, by its name."
+    elif cause["text"]:
+        said = f"takes a class. {_FILES}"
     elif cause["group"]:
         said = f"takes a YAML file, got {cause['group']!r}. Its keys are also options, such as --{where}.KEY."
     elif said_so := cause["required"] or cause["own"]:
@@ -95,7 +102,10 @@ def explain(message: str, options: Mapping[str, Any]) -> str:
 def _no_option(name: str, options: Iterable[str], dashes: str) -> str:
     if dashes and not name.startswith("-"):
         return f"unexpected argument {name!r}.{' A recipe is given by --config.' if name.endswith('.yaml') else ''}"
-    keys = [option.lstrip("-").split(".") for option in options if not option.endswith((".help", "+"))]
+    options = [option for option in options if option.startswith("--") and not option.endswith((".help", "+"))]
+    if "--pruning" in options:  # its arguments are those of a class, and no options of the parser
+        options += [f"--pruning.{each}" for each in _arguments_of("sparse_train.callbacks.DynamicPruning")]
+    keys = [option.removeprefix("--").split(".") for option in options]
     known = [".".join(key[: depth + 1]) for key in keys for depth in range(len(key))]
     beginnings = accumulate(name.lstrip("-").split("."), "{}.{}".format)
     name = next((each for each in beginnings if each not in known), name)  # the shortest that does not exist
@@ -127,7 +137,7 @@ def _wrong_value(types: str, value: str) -> str:
     choices = [choice for literal in literals for choice in re.findall(r"'([^']*)'", literal)]
     plain = re.sub(r"<class '([^']+)'>", r"\1", types).replace(", NoneType", "")
     takes = f"one of {', '.join(choices)}" if choices else plain.replace(", ", " or ")
-    if "Sequence[" in types and not value.startswith("["):
+    if re.search(r"\b(Sequence|list)\b", types) and not value.startswith("["):
         return f"takes a list, such as [{value}], got {value!r}."
     way_out = " A class is given by its name, or by a mapping with class_path and init_args." if "{" in value else ""
     return f"takes {takes}, got {value!r}.{did_you_mean(value, choices) or way_out}"

@@ -49,7 +49,8 @@ class Parser(ArgumentParser):
         parser: Parser = getattr(ex, "subcommand_parser", None) or self
         command = parser.prog.replace(" [options]", "")
         said = explain(message, parser._option_string_actions)
-        sys.stderr.write(f"{command}: {said}\n{command} {parser.help_option} lists all options.\n")
+        option = "--help pruning" if said.startswith("pruning") else parser.help_option
+        sys.stderr.write(f"{command}: {said}\n{command} {option} lists all options.\n")
         sys.exit(2)
 
 

@@ -124,8 +124,9 @@ def refuse_dense(module: nn.Module, state_dict: dict[str, Any], prefix: str, *ar
     elif bare:
         raise ValueError(
             f"The model is sparsified, but this checkpoint holds no masks (no {next(iter(bare))}{MASK_NAME}), as if it "
-            "was saved from a dense or a squashed model. To start sparse training from it, load it into the model "
-            "before sparsifying, and leave ckpt_path out; to continue a sparse run, use a checkpoint that it wrote."
+            "was saved from a dense or a squashed model, or by a run with other targets. To start sparse training from "
+            "it, load it into the model before sparsifying, and leave ckpt_path out; to continue a sparse run, use a "
+            "checkpoint that it wrote."
         )
 
 

@@ -208,16 +208,23 @@ class CausalLM(L.LightningModule):
                 "those of the checkpoint. If this is another model, name a checkpoint of it (--ckpt_path FILE)."
             )
         # outside a sparse run (validate, load_from_checkpoint) the model is not sparsified yet
-        before, in_fit = len(sparse_layers(self)), self._trainer and self._trainer.state.fn == TrainerFn.FITTING
+        before, in_fit = sparse_layers(self), self._trainer and self._trainer.state.fn == TrainerFn.FITTING
         if "state_dict" in checkpoint:
             sparsify_like(self, checkpoint["state_dict"])
-            without_callback = in_fit and len(sparse_layers(self)) > before
+            new = sparse_layers(self).keys() - before.keys()
+            if in_fit and new and before:
+                raise ValueError(
+                    f"The checkpoint has masks of {min(new)}, which is no target of this run. Resume with the same "
+                    "targets and ignore, or begin a new run without the checkpoint."
+                )
+            without_callback = in_fit and bool(new)
         else:  # FSDP2 and DeepSpeed have already loaded the weights, without the masks
             without_callback = not before and checkpoint.get("callbacks", {}).get(PRUNING_STATE)
         if without_callback:
             raise ValueError(
-                "The checkpoint is of a sparse run, and this run has no DynamicPruning callback: its masks would be "
-                "lost, or never change. Add the callback, or export the checkpoint (sparse-train export) first."
+                "The checkpoint is of a sparse run, and this run has no DynamicPruning callback (in a recipe, no "
+                "pruning): its masks would be lost, or never change. Add it, or export the checkpoint (sparse-train "
+                "export) first."
             )
 
 

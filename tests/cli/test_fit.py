@@ -105,6 +105,8 @@ def test_fit_export_and_resume(fit, model_folder, capsys):
     assert not Path("other/model").exists()
     with pytest.raises(SystemExit, match="this run has no DynamicPruning callback"):
         fit(*options, going_on, recipe="smollm2_dense")
+    with pytest.raises(SystemExit, match="The checkpoint has masks of .*_proj, which is no target of this run"):
+        fit(*pruned, "--pruning.ignore+=self_attn", going_on)
 
     for command, metric in (("validate", "val/perplexity"), ("test", "test/perplexity")):
         fit(*pruned, going_on, command=command)

@@ -28,8 +28,10 @@ def answer(arguments, capsys) -> str:
     assert error.value.code == 2
     said, way_out = capsys.readouterr().err.splitlines()  # two lines, whatever was wrong
     command = f"sparse-train {arguments[0]} --help"
-    assert way_out == f"{command}{' all' if arguments[0] in ('fit', 'validate') else ''} lists all options."
-    return said.removeprefix(f"sparse-train {arguments[0]}: ")
+    said = said.removeprefix(f"sparse-train {arguments[0]}: ")
+    page = " pruning" if said.startswith("pruning") else " all" if arguments[0] in ("fit", "validate") else ""
+    assert way_out == f"{command}{page} lists all options."
+    return said
 
 
 @pytest.mark.parametrize(
@@ -45,6 +47,7 @@ def answer(arguments, capsys) -> str:
         (["validate", "--ckpt", "x"], "there is no option --ckpt. Did you mean '--ckpt_path'"),
         (["evaluate", "x", "--windw", "3"], "there is no option --windw. Did you mean '--window'"),
         (["fit", "--max_steps", "4"], "there is no option --max_steps. Did you mean '--trainer.max_steps'?"),
+        (["fit", "--update_freq", "4"], "there is no option --update_freq. Did you mean '--pruning.update_freq'?"),
         (["evaluate", "x", "y"], "unexpected argument 'y'."),
         # arguments of classes
         ([*FIT, f"{PRUNING}.update_frq=5"], "pruning: DynamicPruning has no argument 'update_frq'. Did you"),
@@ -57,6 +60,8 @@ def answer(arguments, capsys) -> str:
         ([*FIT, "--trainer.callbacks.update_freq=5"], "arguments are options such as --pruning.update_freq."),
         ([*FIT, f"{PRUNING}.first_mask=FromZeros", f"{PRUNING}.first_mask.x=1"], "FromZeros has no argument 'x'."),
         ([*FIT, f"{PRUNING}=nowhere.yaml"], "pruning: there is no file nowhere.yaml."),
+        ([*FIT, f"{PRUNING}=1:4"], "its arguments are options, such as --pruning.mask_structure."),
+        ([*FIT, f"{PRUNING}.ignore=mlp"], "pruning.ignore: takes a list, such as [mlp], got 'mlp'."),
         # classes
         (
             [*FIT, f"{PRUNING}.criterion=Wonda"],
@@ -79,6 +84,7 @@ def answer(arguments, capsys) -> str:
         ([*PRUNE, "--sampling=packd"], "sampling: takes one of packed, documents, got 'packd'. Did you mean 'packed'?"),
         (["evaluate", "x", "--bos="], "bos: takes bool, got ''."),
         ([*PRUNE, "--ignore=[a"], "ignore: takes list, got '[a'."),
+        ([*PRUNE, "--ignore=a"], "ignore: takes a list, such as [a], got 'a'."),
         (
             ["fit", "--model", "x"],
             "model: takes a YAML file, got 'x'. Its keys are also options, such as --model.KEY.",
@@ -124,6 +130,14 @@ def test_in_a_recipe(recipe, right, wrong, said, capsys):
     command = "fit" if "\ntrainer:" in text else "prune"
     Path("own.yaml").write_text(replaced_outside_comments(text, right, wrong))
     assert said in answer([command, "--config", "own.yaml"], capsys)
+
+
+@pytest.mark.parametrize("text", ["* is no YAML", "A sentence, which is YAML."])
+def test_a_file_of_text_is_no_class(text, capsys):
+    Path("mine.txt").write_text(text)
+    said = answer([*FIT, "--data.text=mine.txt"], capsys)
+    assert said.startswith("data.text: ")
+    assert said.endswith(". Files are given by --text FILE, or in a recipe by TextFiles with train: [FILE].")
 
 
 def replaced_outside_comments(text, right, wrong):

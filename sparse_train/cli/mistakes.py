@@ -80,7 +80,7 @@ def explain(message: str, options: Mapping[str, Any]) -> str:
         said = f"there is no class {name!r}.{similar or f' {other}'}"
         if name.endswith((".yaml", ".yml")):
             said = f"there is no file {name}."
-        elif where == "pruning":
+        elif where == "pruning" and not similar and "." not in name:
             said = "takes null or a YAML file; its arguments are options, such as --pruning.mask_structure."
         elif own in known:
             said = f"{name} is not of the kind that is wanted.{getattr(known[own], 'way_out', similar)}"

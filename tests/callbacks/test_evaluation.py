@@ -19,8 +19,9 @@ from sparse_train.models.causal_lm import CausalLM
 from sparse_train.models.sources import Pretrained
 from sparse_train.report import collect, headline, read_metrics, write_run_report
 from tests.callbacks.runs import InInit, loader
-from tests.conftest import shallow_llama, tiny_tokenizer
+from tests.conftest import shallow_llama, tiny_llama, tiny_tokenizer
 from tests.evaluation.tasks import task_file
+from tests.oneshot.test_prune import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -209,6 +210,7 @@ def test_sharded_models_are_refused(strategy):
     ("arguments", "message"),
     [
         ({}, "something to measure"),
+        ({"tasks": "rte", "batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"tasks": "rte", "limit": 0}, "limit must be at least 1, got 0"),
         ({"tasks": "rte", "tasks_every_n_steps": 0}, "tasks_every_n_steps must be at least 1"),
         ({"text": TextFiles(), "every_n_steps": -1}, "every_n_steps must be at least 1, got -1"),
@@ -218,6 +220,17 @@ def test_sharded_models_are_refused(strategy):
 def test_mistakes_at_construction(arguments, message):
     with pytest.raises(ValueError, match=message):
         Evaluation(**arguments)
+
+
+def test_what_would_fail_after_the_last_step_fails_before_the_first(model_folder, text_file):
+    measured = {"text": TextFiles(validation=[str(text_file)]), "tokenizer": str(model_folder)}
+    short, few = Module(), Module()
+    short.net = tiny("gpt2")  # which has 64 positions
+    few.net = tiny_llama(vocab_size=8)
+    for module, window, message in ((short, 65, "has 64 positions"), (few, 16, "Token ids go from")):
+        with pytest.raises(ValueError, match=message):
+            fit(Evaluation(window=window, **measured), module=module)
+        assert not module.seen
 
 
 def test_mistakes_before_the_first_step(model_folder, tmp_path):

@@ -60,6 +60,11 @@ def answer(arguments, capsys) -> str:
         ([*FIT, "--trainer.callbacks.update_freq=5"], "arguments are options such as --pruning.update_freq."),
         ([*FIT, f"{PRUNING}.first_mask=FromZeros", f"{PRUNING}.first_mask.x=1"], "FromZeros has no argument 'x'."),
         ([*FIT, f"{PRUNING}=nowhere.yaml"], "pruning: there is no file nowhere.yaml."),
+        (
+            [*FIT, f"{PRUNING}=mine.Pruning"],
+            "there is no class 'mine.Pruning'. Did you mean",
+        ),
+        ([*FIT, f"{PRUNING}=DynamicPrunning"], "there is no class 'DynamicPrunning'. Did you mean 'DynamicPruning'?"),
         ([*FIT, f"{PRUNING}=1:4"], "its arguments are options, such as --pruning.mask_structure."),
         ([*FIT, f"{PRUNING}.ignore=mlp"], "pruning.ignore: takes a list, such as [mlp], got 'mlp'."),
         # classes

@@ -438,3 +438,10 @@ def test_the_links_of_the_hubs_cache_are(tmp_path):
     (source / "config.json").symlink_to(Path("../../blobs/456"))
     copy_companions(source, out)
     assert (out / "config.json").read_text() == "{}"
+
+
+def test_how_the_source_was_pruned_does_not_go_with_other_zeros(tmp_path, ids):
+    save(tiny("llama"), tmp_path / "dense")
+    (tmp_path / "dense" / "pruning.json").write_text("{}")
+    prune_checkpoint(tmp_path / "dense", tmp_path / "sparse", ids, "2:4")
+    assert (tmp_path / "sparse" / "config.json").exists() and not (tmp_path / "sparse" / "pruning.json").exists()

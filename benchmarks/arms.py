@@ -117,6 +117,7 @@ _SRSTE = ("criterion=Magnitude", "policy=variants.CoupledDecay", "update_freq=1"
 _FROM_ZEROS = ("first_mask=FromZeros", "--model.distillation.teacher=PackagedSmolLM2")
 _SOLVED = "first_mask.criterion=SparseGPT"
 _IHT = ("first_mask.criterion=IHT", "first_mask.criterion.dampening_frac=0.1")  # the default when these arms were run
+_KL = ("--model.distillation.hardness_ce=0", "--model.distillation.hardness_kldiv=1")
 _SWAPS = (*_FROM_WANDA, "policy=variants.EvidenceSwaps")
 _70 = ("mask_structure=unstructured", "sparsity=0.7")
 _GRADUAL_70 = (
@@ -168,9 +169,7 @@ ARMS: dict[str, Arm] = {
     "static_distill": _arm("smollm2_2of4_static", distil=True),
     "dynamic_distill": _arm("smollm2_2of4", distil=True),
     "dynamic_window_distill": _arm("smollm2_2of4", "norm_decay=0", distil=True),
-    "dynamic_distill_kl": _arm(
-        "smollm2_2of4", "--model.distillation.hardness_ce=0", "--model.distillation.hardness_kldiv=1", distil=True
-    ),
+    "dynamic_distill_kl": _arm("smollm2_2of4", *_KL, distil=True),
     "static_distill_tuned": _arm("smollm2_2of4_static", teacher=True),
     "dynamic_distill_tuned": _arm("smollm2_2of4", teacher=True),
     # another optimizer
@@ -188,6 +187,8 @@ ARMS: dict[str, Arm] = {
     "static_iht_damped100_distill": _arm(
         "smollm2_2of4_static", "first_mask.criterion=IHT", "first_mask.criterion.dampening_frac=1.0", distil=True
     ),
+    "static_iht_128_distill": _arm("smollm2_2of4_static", *_IHT, "first_mask.samples=128", distil=True),
+    "static_iht_distill_kl": _arm("smollm2_2of4_static", *_IHT, *_KL, distil=True),
     "dynamic_iht_damped01_distill": _arm("smollm2_2of4", "first_mask.criterion=IHT", distil=True),
     "dynamic_dormant_iht_distill": _arm("smollm2_2of4", "policy=Dormant", *_IHT, distil=True),
     "dynamic_dormant_stop25_distill": _arm("smollm2_2of4", "policy=Dormant", "end_step=0.25", distil=True),

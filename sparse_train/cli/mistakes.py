@@ -74,7 +74,7 @@ def explain(message: str, options: Mapping[str, Any]) -> str:
         action = _arguments_of(owners[-1]).get(where.rpartition(".")[2]) if owners else options.get(f"--{where}")
         parts = [hint := getattr(action, "_typehint", object), *get_args(hint)]  # of a union, and of lists in it
         kinds = tuple(each for part in parts for each in (part, *get_args(part)) if isinstance(each, type))
-        fitting = (each for each, cls in known.items() if issubclass(cls, kinds) and not inspect.isabstract(cls))
+        fitting = [each for each, cls in known.items() if issubclass(cls, kinds) and not inspect.isabstract(cls)]
         similar = did_you_mean(own, fitting)
         other = _FILES if where == "data.text" else "Name your own as MODULE.CLASS."
         said = f"there is no class {name!r}.{similar or f' {other}'}"
@@ -83,7 +83,7 @@ def explain(message: str, options: Mapping[str, Any]) -> str:
         elif where == "pruning" and not similar and "." not in name:
             said = "takes null or a YAML file; its arguments are options, such as --pruning.mask_structure."
         elif own in known:
-            said = f"{name} is not of the kind that is wanted.{getattr(known[own], 'way_out', similar)}"
+            said = f"{name} is none of {', '.join(sorted(fitting))}.{getattr(known[own], 'way_out', similar)}"
     elif cause["abstract"]:
         said = "say which class these arguments are for, by its name."
     elif cause["text"]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import nn
 
 from sparse_train.architecture import transformers_model
+from sparse_train.arguments import describe
 from sparse_train.distributed.collectives import rank, take_from_rank_0, world_size
 from sparse_train.distributions import Outliers
 from sparse_train.layers import masks
@@ -50,7 +51,6 @@ def make_first_mask(
     if config.first_solver is not None:
         _check_movable(layers)
         zeros = {name: masks.pack(layer.weight_OI == 0) for name, layer in layers.items()}
-    say(f"one-shot pruning makes the first mask of {layers_in_words(layers)}")
     plan = Plan(
         method=first.criterion or config.criterion,
         pattern=config.pattern,
@@ -58,6 +58,7 @@ def make_first_mask(
         distribution=config.distribution,
         final=config.sparsity_at(1.0),
     )
+    say(f"{describe(plan.method)} makes the first mask of {layers_in_words(layers)}")
     store = MemoryStore(model, layers, together=plan.pattern.model_wide)
     try:
         with store.pruning_from_dense():

@@ -437,12 +437,16 @@ class MaskUpdater:
 
     def plan(self) -> str:
         """Which layers are pruned and how far, and when masks change, in words."""
+        final = self.config.sparsity_at(1.0)
         zeros = self.origin == as_call(as_data(FromZeros())) and self.steps == 0
+        when = self.timing.in_words() if self._masks_change() else "masks do not change"
+        if self.sparsity is None and self.policy.regrowth == "never" and self.config.sparsity_at(0.0) == final:
+            when = f"masks are made at step {self.timing.start_step}, and kept"
         parts = (
             f"{layers_in_words(self.layers)} at {group_label(self.config.pattern)}",
             *([f"{100 * sparsity_of(measure(self.layers).values()):.2f} % zeros before the run"] if zeros else []),
-            f"final sparsity {self.config.sparsity_at(1.0):g}",
-            self.timing.in_words() if self._masks_change() else "masks do not change",
+            f"final sparsity {final:g}",
+            when,
         )
         return "; ".join(parts)
 

@@ -82,10 +82,12 @@ def masks_from_zeros(layers: Mapping[str, MaskedLayer], pattern: Pattern, sparsi
             division.take_from_masks(mask_sparsities(layers, pattern), sparsity)
         # by magnitude, masks prune zeros first: if the zeros follow the pattern, nothing else
         updates = update_masks(layers, Rules(Magnitude(), pattern, division.at(sparsity)))
-        if any(updates[name].zeros != dense[name].zeros for name in layers):
+        misfits = [name for name in layers if updates[name].zeros != dense[name].zeros]
+        if misfits:
             raise ValueError(
-                f"first_mask is FromZeros(), and {percent:.1f} % of the targeted weights are zeros, "
-                f"but not where {group_label(pattern)} at {sparsity:g} has them. Those of unstructured SparseGPT are "
+                f"first_mask is FromZeros(), and {percent:.1f} % of the targeted weights are zeros, but in "
+                f"{len(misfits)} of {len(layers)} layers, such as {misfits[0]}, not where {group_label(pattern)} at "
+                f"{sparsity:g} has them. Leave such layers out (ignore). Those of unstructured SparseGPT are "
                 f'counted over layers: mask_structure=Unstructured(group="layer"). {_TO_KEEP_THEM} Or make a new first '
                 "mask: first_mask=OneShot()."
             )

@@ -74,11 +74,11 @@ def answer(arguments, capsys) -> str:
         ),
         (
             [*FIT, f"{PRUNING}.first_mask=OneShot", f"{PRUNING}.first_mask.criterion=Fixed"],
-            "pruning.first_mask.criterion: Fixed is not of the kind that is wanted.",
+            "pruning.first_mask.criterion: Fixed is none of IHT, Magnitude, RIA, SparseGPT, Wanda",
         ),
         ([*FIT, f"{PRUNING}.criterion=SparseGPT"], "can make the first mask: first_mask=OneShot(IHT())"),
         ([*PRUNE, "--criterion=Wnda"], "criterion: there is no class 'Wnda'. Did you mean 'Wanda'?"),
-        ([*PRUNE, "--criterion=Unstructured"], "criterion: Unstructured is not of the kind that is wanted."),
+        ([*PRUNE, "--criterion=Unstructured"], "criterion: Unstructured is none of IHT, Magnitude, RIA, SparseGPT, Wanda"),
         ([*PRUNE, "--text=PackagedText"], "Did you mean 'PackagedQuestions' or 'PackagedWikipedia'?"),
         ([*FIT, "--trainer.callbacks+=Evaluaton"], "there is no class 'Evaluaton'. Did you mean 'Evaluation'"),
         ([*PRUNE, "--criterion=nowhere.Score"], "criterion: there is no class 'nowhere.Score'."),

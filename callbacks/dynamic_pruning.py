@@ -23,6 +23,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
@@ -291,6 +292,9 @@ class DynamicPruning(L.Callback):
         return {**self.updater.state_dict(), "global_step": self._global_step, "metrics": metrics}
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.updater = self._restored = None  # also after a tuner has trained a little and restores
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
         if self._mask_lora is not None:
             check_mask_lora(pl_module, self._mask_lora)  # compares with the adapters of the checkpoint
         elif any(layer.has_factors for layer in sparse_layers(pl_module).values()):
@@ -298,7 +302,6 @@ class DynamicPruning(L.Callback):
                 "The checkpoint was written with mask_lora, and this run has none, so it would train other weights. "
                 "Give DynamicPruning the mask_lora that it had, or export the checkpoint and start from that."
             )
-        self.updater = self._restored = None  # also after a tuner has trained a little and restores
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict or None

@@ -66,7 +66,9 @@ def explain(message: str, options: Mapping[str, Any]) -> str:
         name = cause["argument"].rstrip("+")
         similar = did_you_mean(name.partition(".")[0], [*accepted, "init_args"])
         similar = similar or (f" It has {', '.join(accepted)}." if accepted else "")
-        if cause["owner"].endswith(".Callback"):  # recipes had DynamicPruning in trainer.callbacks
+        if name == "class_path":
+            similar = " Beside class_path, arguments are below init_args."
+        elif cause["owner"].endswith(".Callback"):  # recipes had DynamicPruning in trainer.callbacks
             similar = f" Name a callback before; DynamicPruning's arguments are options such as --pruning.{name}."
         said = f"{cause['owner'].rpartition('.')[2]} has no argument {name!r}.{similar}"
     elif name := cause["name"] or cause["missing"]:
@@ -78,14 +80,16 @@ def explain(message: str, options: Mapping[str, Any]) -> str:
         similar = did_you_mean(own, fitting)
         other = _FILES if where == "data.text" else "Name your own as MODULE.CLASS."
         said = f"there is no class {name!r}.{similar or f' {other}'}"
-        if name.endswith((".yaml", ".yml")):
+        if name == "None":
+            said = "takes null in a YAML file only."
+        elif name.endswith((".yaml", ".yml")):
             said = f"there is no file {name}."
         elif where == "pruning" and not similar and "." not in name:
             said = "takes null or a YAML file; its arguments are options, such as --pruning.mask_structure."
         elif own in known:
             said = f"{name} is none of {', '.join(sorted(fitting))}.{getattr(known[own], 'way_out', similar)}"
     elif cause["abstract"]:
-        said = "say which class these arguments are for, by its name."
+        said = "say which class these arguments are for, by its name. Beside class_path, they are below init_args."
     elif cause["text"]:
         said = f"takes a class. {_FILES}"
     elif cause["group"]:

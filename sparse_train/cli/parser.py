@@ -99,6 +99,7 @@ def spelt_out(options: Sequence[str], positional: Sequence[str] = (), text: str 
     """Options in which arguments have names, packaged recipes have paths, and files of text are a ``TextFiles``.
 
     ``model out --text a.txt notes/`` becomes ``--model=model --out=out --text={"class_path": "TextFiles", ...}``.
+    Recipes come first, wherever they stand: options change recipes, and for the parser, what comes later wins.
 
     Args:
         options: a command line.
@@ -115,6 +116,7 @@ def spelt_out(options: Sequence[str], positional: Sequence[str] = (), text: str 
     first, *rest = groups
     if positional == ["runs"]:
         positional = ["runs+"] * len(first)
+    recipes: list[str] = []
     spelt = [f"--{name}={word}" for name, word in zip(positional, first, strict=False)] + first[len(positional) :]
     for option, *words in rest:
         name, equals, value = option.partition("=")
@@ -124,7 +126,8 @@ def spelt_out(options: Sequence[str], positional: Sequence[str] = (), text: str 
             if Path(path).is_file():  # the parser's own error would name no file
                 with reading(path):
                     _load_with_n_of_m(Path(path).read_text())
-            spelt += [f"{name}={path}", *values[1:]]
+            recipes.append(f"{name}={path}")
+            spelt += values[1:]
         elif name == "--text" and values:
             if all(map(_is_path, values)):
                 files = [str(file) for each in values for file in _files(Path(each))]
@@ -135,7 +138,7 @@ def spelt_out(options: Sequence[str], positional: Sequence[str] = (), text: str 
             spelt.append(f"{name}=true")
         else:
             spelt += [option, *words]
-    return spelt
+    return recipes + spelt
 
 
 def shipped(path: str) -> str:

@@ -3,7 +3,7 @@
 import logging
 import posixpath
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -82,11 +82,13 @@ def find_targets(
         chosen = _without_blocks(model, pattern, adapters | tied | own_use, ignored)
     chosen = [name for name in chosen if name not in ignored]
     frozen = frozen_linears(model)
-    if targets is not None and (resting := [name for name in chosen if name in frozen]) and len(resting) < len(chosen):
+    resting, trained = ([name for name in chosen if (name in frozen) == rests] for rests in (True, False))
+    if targets is not None and resting and trained:
+        outer = accumulate(resting[0].split("."), "{}.{}".format)
         _log.warning(
             "%d of the layers that targets names, such as %s, are frozen beside others in training, as those of a "
             "teacher are, and are pruned, too. ignore=[%r] leaves them out.",
-            *(len(resting), resting[0], resting[0].partition(".")[0]),
+            *(len(resting), resting[0], next(name for name in outer if not named(name, trained))),
         )
     if not chosen:
         linears = [name for name, module in model.named_modules() if is_linear(module)]
@@ -169,21 +171,22 @@ def _match(model: nn.Module, patterns: Sequence[str], argument: str, fused: Mapp
     layers = [*(name for name, module in modules.items() if is_linear(module)), *fused]
     matched: set[str] = set()
     for text in patterns:
-        of_class = [n for n, m in modules.items() if text in {cls.__name__ for cls in type(m).__mro__}]
-        of_class += fused if text == "Linear" else ()  # an expert is also a linear map
-        hits = {*of_class, *(named(text, modules) if text.startswith("re:") else ())}  # "re:.*mlp$" ends at a module
-        names = {
-            *named(text, layers),
-            *(n for n in layers if not hits.isdisjoint(accumulate(n.split("."), "{}.{}".format))),
-        }
-        # what matches embeddings leaves out nothing; what matches nothing at all is a mistake
-        names = names or {*named(text, modules), *of_class}
-        if not names:
+        of_class = {n for n, m in modules.items() if text in {cls.__name__ for cls in type(m).__mro__}}
+        of_class |= {*fused} if text == "Linear" else set()  # an expert is also a linear map
+        names = {*named(text, layers), *_inside(of_class, layers)}
+        # what matches embeddings leaves out nothing; what matches nothing, or only modules around layers, is a mistake
+        others = set() if names else {*named(text, modules), *of_class}
+        if not (names or others) or _inside(others, layers):
             parts = {part for name in layers for part in (name, *name.split("."))}
             meant = did_you_mean(text.removeprefix("re:").strip(".*$"), sorted(parts))
             raise ValueError(f"{argument}: {text!r} matches no layer of {type(model).__name__}.{meant}")
-        matched |= names
+        matched |= names or others
     return [name for name in [*modules, *fused] if name in matched]
+
+
+def _inside(outer: Collection[str], layers: Iterable[str]) -> list[str]:
+    """The layers that are one of these modules, or inside one."""
+    return [name for name in layers if not {*outer}.isdisjoint(accumulate(name.split("."), "{}.{}".format))]
 
 
 def _warn_of_dense(model: nn.Module, blocks: str, fused: Mapping[str, FusedExperts], own_use: set[str]) -> None:

@@ -158,7 +158,8 @@ class PruningConfig:
         require_type("config", config, cls(), cls)
         if config is None:
             return cls("2:4" if mask_structure is None else mask_structure, sparsity, **settings)
-        by_default = len(settings) == len(names) - 2 and cls(**settings) == cls()  # as the command line gives them
+        # as the command line gives them: all, and lists for tuples
+        by_default = len(settings) == len(names) - 2 and cls(**settings).as_data() == cls().as_data()
         if mask_structure is not None or sparsity is not None or (settings and not by_default):
             raise ValueError("Give config or settings, not both: write the settings into the config.")
         return config

@@ -78,7 +78,10 @@ def answer(arguments, capsys) -> str:
         ),
         ([*FIT, f"{PRUNING}.criterion=SparseGPT"], "can make the first mask: first_mask=OneShot(IHT())"),
         ([*PRUNE, "--criterion=Wnda"], "criterion: there is no class 'Wnda'. Did you mean 'Wanda'?"),
-        ([*PRUNE, "--criterion=Unstructured"], "criterion: Unstructured is none of IHT, Magnitude, RIA, SparseGPT, Wanda"),
+        (
+            [*PRUNE, "--criterion=Unstructured"],
+            "criterion: Unstructured is none of IHT, Magnitude, RIA, SparseGPT, Wanda",
+        ),
         ([*PRUNE, "--text=PackagedText"], "Did you mean 'PackagedQuestions' or 'PackagedWikipedia'?"),
         ([*FIT, "--trainer.callbacks+=Evaluaton"], "there is no class 'Evaluaton'. Did you mean 'Evaluation'"),
         ([*PRUNE, "--criterion=nowhere.Score"], "criterion: there is no class 'nowhere.Score'."),

@@ -46,6 +46,14 @@ def test_streaming_gives_the_same_model(run, capsys):
     assert sorted(path.name for path in Path().iterdir()) == ["model", "streamed", "whole"]
 
 
+def test_what_stands_before_a_recipe_changes_it_too(model_folder, text_file):
+    recipe = "model: nowhere\nout: theirs\ncriterion: Magnitude\nmask_structure: 1:4\n"
+    Path("recipe.yaml").write_text(recipe)
+    cli.main(["prune", model_folder, "out", "--mask_structure", "2:4", "--config", "recipe.yaml"])
+    (stage,) = json.loads(Path("out", "pruning.json").read_text())["stages"]
+    assert (stage["criterion"], stage["mask_structure"]) == ("Magnitude()", "2:4") and not Path("theirs").exists()
+
+
 def test_streamed_files_that_are_dense_are_told(run, monkeypatch):
     def forgets(source, out):
         copy_companions(source, out)

@@ -72,6 +72,8 @@ def test_a_teacher_is_only_named_with_a_warning(llama, caplog):
         assert len(names(pair, targets=given)) == 6
         assert "3 of the layers that targets names, such as teacher.model.layers.0" in caplog.text
         assert "ignore=['teacher'] leaves them out" in caplog.text
+    names(nn.ModuleDict({"model": pair}), targets=["q_proj"])
+    assert "ignore=['model.teacher'] leaves them out" in caplog.text
 
 
 def test_a_last_name_is_all_layers_of_that_name_as_in_peft():
@@ -84,9 +86,14 @@ def test_a_last_name_is_all_layers_of_that_name_as_in_peft():
     assert names(nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8))), targets=["0"]) == ["0"]
 
 
-def test_an_expression_may_end_at_a_module(llama):
-    assert len(names(llama, targets=["re:.*mlp$"])) == 9
-    assert len(names(llama, ignore=["re:.*self_attn$"])) == 9
+def test_an_expression_is_for_names_of_layers_alone(llama):
+    """Or what excludes a layer would match the module around it, and take the layer, too."""
+    kept = r"re:model\.layers\.(?!0\.)"
+    assert len(names(llama, targets=[kept])) == 2 * 7 and len(names(llama, ignore=[kept])) == 7
+    assert len(names(llama, targets=["re:.*layers.*(?<!down_proj)$"])) == 3 * 6
+    for argument in ("targets", "ignore"):
+        with pytest.raises(ValueError, match=r"mlp\$' matches no layer of LlamaForCausalLM\. Did you mean 'mlp'"):
+            names(llama, **{argument: ["re:.*mlp$"]})
 
 
 def test_a_module_under_two_names_shares_nothing(llama):

@@ -112,6 +112,8 @@ UNSTRUCTURED = {
     "oneshot_iht_70_damped10": "one-shot IHT with dampening_frac 0.1, untrained",
     "oneshot_owl_70": "one-shot Wanda, divided by OWL, untrained",
     "static_70": "kept, no gradient to pruned weights",
+    "static_iht_70": "IHT's mask and weights, kept",
+    "dynamic_iht_70": "IHT's mask and weights, re-pruned every 10 steps",
     "static_ste_70": "kept, straight-through",
     "dynamic_70": "re-pruned every 10 steps (the default)",
     "static_owl_70": "kept, divided by OWL",
@@ -153,6 +155,11 @@ METHODS_70 = {
     "lora_70_distill": "LoRA, r 8 on q and v, on a frozen model at 70 %",
 }
 """The methods of the field in that setting."""
+TAUGHT_80 = {
+    "static_iht_80_distill": "IHT's mask and weights, kept",
+    "dynamic_iht_80_distill": "IHT's mask and weights, re-pruned every 10 steps (the default)",
+}
+"""The same at 80 %."""
 TAUGHT_2OF4 = {
     "static_distill": "kept, no gradient to pruned weights",
     "dynamic_distill": "re-pruned every 10 steps (the default)",
@@ -163,6 +170,8 @@ TAUGHT_2OF4 = {
     "dynamic_iht_distill": "IHT's mask and weights, re-pruned every 10 steps (the default)",
     "static_iht_damped01_distill": "IHT's mask and weights with dampening_frac 0.01, kept",
     "static_iht_damped100_distill": "IHT's mask and weights with dampening_frac 1, kept",
+    "static_iht_128_distill": "IHT's mask and weights from 128 sequences instead of 32, kept",
+    "static_iht_distill_kl": "IHT's mask and weights, kept, no cross-entropy",
     "dynamic_iht_damped01_distill": "IHT's mask and weights with dampening_frac 0.01, re-pruned (the default)",
     "dynamic_dormant_iht_distill": "IHT's mask and weights, re-pruned every 10 steps, policy Dormant",
     "dynamic_sparsegpt_distill": "SparseGPT's mask and weights, re-pruned every 10 steps (the default)",

@@ -90,7 +90,8 @@ def named(text: str, names: Collection[str]) -> list[str]:
         is_last = text in names and text.isidentifier()  # "0", of a Sequential, is one layer
         return begun if begun and not is_last else [n for n in names if _between_dots(text) in _between_dots(n)]
     try:
-        return list(filter(re.compile(text.removeprefix("re:")).match, names))
+        matches, own = re.compile(text.removeprefix("re:")).match, "base_layer" in text  # of peft, in its wrapper
+        return [name for name in names if matches(name if own else name.removesuffix(".base_layer"))]
     except re.error as error:
         raise ValueError(f"{text!r} is not a regular expression: {error}.") from error
 

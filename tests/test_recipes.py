@@ -95,6 +95,14 @@ def test_the_recipe_for_eight_gpus(overlay, strategy):
     )
 
 
+def test_the_settings_of_a_run_as_one_object(tmp_path):
+    recipe = tmp_path / "own.yaml"
+    recipe.write_text("pruning:\n  config:\n    update_freq: 7\n    mask_structure: 1:4\n")
+    cli = parse_fit(f"--config={ROOT / 'recipes' / 'smollm2_dense.yaml'}", f"--config={recipe}")
+    (pruning,) = (each for each in cli.trainer.callbacks if isinstance(each, DynamicPruning))
+    assert pruning.config.update_freq == 7 and pruning.config.pattern == NM(1, 4)
+
+
 def test_recipes_of_other_texts():
     for name, text in (("instruct", PackagedQuestions()), ("domain", PythonStandardLibrary())):
         cli = parse_fit(f"--config={ROOT / 'recipes' / f'smollm2_2of4_{name}.yaml'}")

@@ -81,7 +81,7 @@ def explain(message: str, options: Mapping[str, Any]) -> str:
         other = _FILES if where == "data.text" else "Name your own as MODULE.CLASS."
         said = f"there is no class {name!r}.{similar or f' {other}'}"
         if name == "None":
-            said = "takes null in a YAML file only."
+            said = "takes null and not None; an argument of a class only in a YAML file."
         elif name.endswith((".yaml", ".yml")):
             said = f"there is no file {name}."
         elif where == "pruning" and not similar and "." not in name:

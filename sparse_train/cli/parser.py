@@ -114,8 +114,8 @@ def spelt_out(options: Sequence[str], positional: Sequence[str] = (), text: str 
         of_flag = groups[-1][:1] and groups[-1][0] in _FLAGS and word not in ("true", "false")
         groups[0 if of_flag else -1].append(word)
     first, *rest = groups
-    if positional == ["runs"]:
-        positional = ["runs+"] * len(first)
+    if positional == ["runs"] and first:
+        first = [json.dumps(first)]
     recipes: list[str] = []
     spelt = [f"--{name}={word}" for name, word in zip(positional, first, strict=False)] + first[len(positional) :]
     for option, *words in rest:
@@ -126,8 +126,7 @@ def spelt_out(options: Sequence[str], positional: Sequence[str] = (), text: str 
             if Path(path).is_file():  # the parser's own error would name no file
                 with reading(path):
                     _load_with_n_of_m(Path(path).read_text())
-            recipes.append(f"{name}={path}")
-            spelt += values[1:]
+            recipes += [f"{name}={path}", *values[1:]]
         elif name == "--text" and values:
             if all(map(_is_path, values)):
                 files = [str(file) for each in values for file in _files(Path(each))]

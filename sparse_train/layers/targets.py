@@ -3,7 +3,7 @@
 import logging
 import posixpath
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -84,11 +84,11 @@ def find_targets(
     frozen = frozen_linears(model)
     resting, trained = ([name for name in chosen if (name in frozen) == rests] for rests in (True, False))
     if targets is not None and resting and trained:
-        outer = accumulate(resting[0].split("."), "{}.{}".format)
+        outer = _outer(resting[0])
         _log.warning(
             "%d of the layers that targets names, such as %s, are frozen beside others in training, as those of a "
             "teacher are, and are pruned, too. ignore=[%r] leaves them out.",
-            *(len(resting), resting[0], next(name for name in outer if not named(name, trained))),
+            *(len(resting), resting[0], next(each for each in outer if not _around(each, trained))),
         )
     if not chosen:
         linears = [name for name, module in model.named_modules() if is_linear(module)]
@@ -173,20 +173,26 @@ def _match(model: nn.Module, patterns: Sequence[str], argument: str, fused: Mapp
     for text in patterns:
         of_class = {n for n, m in modules.items() if text in {cls.__name__ for cls in type(m).__mro__}}
         of_class |= {*fused} if text == "Linear" else set()  # an expert is also a linear map
-        names = {*named(text, layers), *_inside(of_class, layers)}
+        names = {*named(text, layers), *(name for name in layers if not of_class.isdisjoint(_outer(name)))}
         # what matches embeddings leaves out nothing; what matches nothing, or only modules around layers, is a mistake
         others = set() if names else {*named(text, modules), *of_class}
-        if not (names or others) or _inside(others, layers):
+        if not (names or others) or any(_around(each, layers) for each in others):
             parts = {part for name in layers for part in (name, *name.split("."))}
             meant = did_you_mean(text.removeprefix("re:").strip(".*$"), sorted(parts))
-            raise ValueError(f"{argument}: {text!r} matches no layer of {type(model).__name__}.{meant}")
+            whole = " An expression is for the names of layers, not of modules around them." if others else ""
+            raise ValueError(f"{argument}: {text!r} matches no layer of {type(model).__name__}.{whole}{meant}")
         matched |= names or others
     return [name for name in [*modules, *fused] if name in matched]
 
 
-def _inside(outer: Collection[str], layers: Iterable[str]) -> list[str]:
-    """The layers that are one of these modules, or inside one."""
-    return [name for name in layers if not {*outer}.isdisjoint(accumulate(name.split("."), "{}.{}".format))]
+def _outer(name: str) -> Iterable[str]:
+    """The modules around a layer, from the outermost, and itself."""
+    return accumulate(name.split("."), "{}.{}".format)
+
+
+def _around(name: str, layers: Iterable[str]) -> bool:
+    """Whether a module is one of these layers, or around one."""
+    return not name or any(f"{layer}.".startswith(f"{name}.") for layer in layers)  # "" is the model itself
 
 
 def _warn_of_dense(model: nn.Module, blocks: str, fused: Mapping[str, FusedExperts], own_use: set[str]) -> None:

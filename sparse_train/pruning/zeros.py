@@ -87,7 +87,7 @@ def masks_from_zeros(layers: Mapping[str, MaskedLayer], pattern: Pattern, sparsi
             raise ValueError(
                 f"first_mask is FromZeros(), and {percent:.1f} % of the targeted weights are zeros, but in "
                 f"{len(misfits)} of {len(layers)} layers, such as {misfits[0]}, not where {group_label(pattern)} at "
-                f"{sparsity:g} has them. Leave such layers out (ignore). Those of unstructured SparseGPT are "
+                f"{sparsity:g} has them. Those of unstructured SparseGPT are "
                 f'counted over layers: mask_structure=Unstructured(group="layer"). {_TO_KEEP_THEM} Or make a new first '
                 "mask: first_mask=OneShot()."
             )

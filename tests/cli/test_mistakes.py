@@ -77,6 +77,7 @@ def answer(arguments, capsys) -> str:
             "pruning.first_mask.criterion: Fixed is none of IHT, Magnitude, RIA, SparseGPT, Wanda",
         ),
         ([*FIT, f"{PRUNING}.criterion=SparseGPT"], "can make the first mask: first_mask=OneShot(IHT())"),
+        ([*FIT, f"{PRUNING}.first_mask=OneShot", f"{PRUNING}.first_mask.criterion=null"], "only in a YAML file"),
         ([*PRUNE, "--criterion=Wnda"], "criterion: there is no class 'Wnda'. Did you mean 'Wanda'?"),
         (
             [*PRUNE, "--criterion=Unstructured"],

@@ -6,6 +6,7 @@ import torch
 from sparse_train import (
     OWL,
     Cubic,
+    FirstWindow,
     Fixed,
     FromZeros,
     Magnitude,
@@ -70,6 +71,8 @@ def test_the_plan_of_a_run_from_zeros_counts_them_until_it_has_begun(ids):
     assert f"{100 * zeros / size:.2f} %" in updater.plan()
     updater.step()
     assert "%" not in updater.plan()
+    kept = MaskUpdater(tiny_llama(), "2:4", first_mask=FirstWindow(), policy=Fixed(), update_freq=4, total_steps=12)
+    assert "masks are made at step 2, and kept" in kept.plan()
 
 
 def test_a_run_that_is_refused_leaves_the_layers_plain(ids):

@@ -38,6 +38,7 @@ CSV, README = ROOT / "benchmarks" / "quality.csv", ROOT / "README.md"
 PAGE, MORE = ROOT / "docs" / "results.md", ROOT / "docs" / "more_results.md"
 PICTURES = ROOT / "docs" / "pictures"
 BEGIN, END = "<!-- quality -->", "<!-- /quality -->"
+BEGIN_MASKS, END_MASKS = "<!-- first masks -->", "<!-- /first masks -->"
 TEXTS = {"heldout": "held-out articles", "wikitext2": "WikiText-2", "c4": "C4"}
 STATIC = ("static", "static_ste")
 STATIC_70 = ("static_70", "static_ste_70")
@@ -250,6 +251,45 @@ PAIRS = [
 ]
 
 
+class Start(NamedTuple):
+    """A row of the first finding's table: arms that begin with the mask of Wanda, SparseGPT and IHT; "" = none."""
+
+    setting: str
+    arms: tuple[str, str, str]
+    tokens_a_step: int = 2048
+    steps: int = 100
+
+
+_KEPT_70 = ("static_70_distill", "static_sparsegpt_70_distill", "static_iht_70_distill")
+FIRST_MASKS = [
+    Start("2:4, untrained", ("oneshot_wanda", "oneshot_sparsegpt", "oneshot_iht")),
+    Start("2:4, kept", ("static", "", "static_iht")),
+    Start("2:4, re-pruned", ("dynamic", "dynamic_sparsegpt", "dynamic_iht")),
+    Start("2:4 with a teacher, kept", ("static_distill", "static_sparsegpt_distill", "static_iht_distill"), 512),
+    Start("2:4 with a teacher, kept", ("static_distill", "", "static_iht_distill")),
+    Start("2:4 with a teacher, re-pruned", ("dynamic_distill", "", "dynamic_iht_distill")),
+    Start("70 %, untrained", ("oneshot_wanda_70", "oneshot_sparsegpt_70", "oneshot_iht_70")),
+    Start("70 %, kept", ("static_70", "", "static_iht_70")),
+    Start("70 %, re-pruned", ("dynamic_70", "", "dynamic_iht_70")),
+    Start("70 % with a teacher, kept", _KEPT_70, 512, 300),
+    Start("70 % with a teacher, re-pruned", ("dynamic_dormant_70_distill", "", "dynamic_iht_70_distill"), 512, 300),
+]
+
+
+def first_masks(runs: Runs, short: Runs) -> str:
+    """Perplexity on held-out articles / C4 by what made the first mask, each arm at its best learning rate."""
+    lines = ["| | tokens | Wanda | SparseGPT | IHT |", "| --- " * 5 + "|"]
+    for setting, arms, tokens_a_step, steps in FIRST_MASKS:
+        of_size = runs if tokens_a_step == 2048 else short
+        tokens = 0 if arms[0].startswith("oneshot") else tokens_a_step * steps
+        cells = [setting, f"{tokens:,}"]
+        for arm in arms:
+            means = [of_size.mean(arm, text, steps) for text in ("heldout", "c4")]
+            cells.append("" if None in means else " / ".join(f"{mean:.2f}" for mean in means))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def headline(runs: Runs, short: Runs) -> str:
     """README's table: re-pruning against a kept mask, each at its best learning rate; held-out articles / C4."""
     lines = ["| target | first mask | kept | re-pruned | change | change on C4 |", "| --- " * 6 + "|"]
@@ -268,11 +308,12 @@ def main() -> None:
     runs, short = Runs(CSV), Runs(CSV, 512)
     made = {PAGE: tables(runs, short), MORE: more_tables(runs, short), README: headline(runs, short)}
     if "--write" not in sys.argv:
-        print("\n".join(made.values()))
+        print("\n".join([*made.values(), first_masks(runs, short)]))
         return
     draw({2048: runs, 512: short}, PICTURES)
     for page, shown in made.items():
         rows.show(page, BEGIN, END, shown)
+    rows.show(PAGE, BEGIN_MASKS, END_MASKS, first_masks(runs, short))
 
 
 if __name__ == "__main__":

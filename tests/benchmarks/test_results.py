@@ -38,6 +38,9 @@ def test_tables_on_training_are_made_from_the_rows():
     assert shown(quality_tables) == quality_tables.tables(runs, short).strip()
     assert shown(quality_tables, "docs/more_results.md") == quality_tables.more_tables(runs, short).strip()
     assert shown(quality_tables, "README.md") == quality_tables.headline(runs, short).strip()
+    begin, end = quality_tables.BEGIN_MASKS, quality_tables.END_MASKS
+    finding = (ROOT / "docs/results.md").read_text().partition(begin)[2].partition(end)[0]
+    assert finding.strip() == quality_tables.first_masks(runs, short).strip()
 
 
 def test_every_arm_has_a_place_in_a_table():

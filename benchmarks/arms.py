@@ -120,7 +120,6 @@ _IHT = ("first_mask.criterion=IHT", "first_mask.criterion.dampening_frac=0.1")  
 _KL = ("--model.distillation.hardness_ce=0", "--model.distillation.hardness_kldiv=1")
 _SWAPS = (*_FROM_WANDA, "policy=variants.EvidenceSwaps")
 _70 = ("mask_structure=unstructured", "sparsity=0.7")
-_80 = ("mask_structure=unstructured", "sparsity=0.8")
 _GRADUAL_70 = (
     *("mask_structure=unstructured", "criterion=Magnitude", "policy=Fixed", "end_step=0.5"),
     *("sparsity=0.7", "schedule=Cubic", "schedule.final_sparsity=0.7"),
@@ -256,8 +255,6 @@ ARMS: dict[str, Arm] = {
     "dynamic_iht_70_distill": _arm("smollm2_unstructured60", *_70, *_IHT, distil=True),
     "dynamic_memory50_iht_70_distill": _arm("smollm2_unstructured60", *_70, *_IHT, "norm_decay=0.5", distil=True),
     "dynamic_dormant_iht_70_distill": _arm("smollm2_unstructured60", *_70, "policy=Dormant", *_IHT, distil=True),
-    "static_iht_80_distill": _arm("smollm2_unstructured60", *_80, "policy=Fixed", *_IHT, distil=True),
-    "dynamic_iht_80_distill": _arm("smollm2_unstructured60", *_80, *_IHT, distil=True),
     "lora_70_distill": _arm("smollm2_2of4_lora", *_70, distil=True),
     # low-rank, on q and v: outside the mask, where merging loses zeros, and inside it
     "lora": _arm("smollm2_2of4_lora"),

@@ -155,11 +155,6 @@ METHODS_70 = {
     "lora_70_distill": "LoRA, r 8 on q and v, on a frozen model at 70 %",
 }
 """The methods of the field in that setting."""
-TAUGHT_80 = {
-    "static_iht_80_distill": "IHT's mask and weights, kept",
-    "dynamic_iht_80_distill": "IHT's mask and weights, re-pruned every 10 steps (the default)",
-}
-"""The same at 80 %."""
 TAUGHT_2OF4 = {
     "static_distill": "kept, no gradient to pruned weights",
     "dynamic_distill": "re-pruned every 10 steps (the default)",

@@ -26,7 +26,6 @@ from quality_labels import (
     STARTS,
     TAUGHT_2OF4,
     TAUGHT_70,
-    TAUGHT_80,
     UNSTRUCTURED,
     VARIANTS,
 )
@@ -167,8 +166,6 @@ def tables(runs: Runs, short: Runs) -> str:
         *longer(short, TAUGHT_70, "static_70_distill", "the kept mask", 200, 300),
         "\nAt another learning rate:\n",
         other_rates(short),
-        "\n### Unstructured 80 % with a teacher, after 51,200 tokens\n",
-        table(short, TAUGHT_80, "static_iht_80_distill", "the kept mask"),
         "\n### 2:4 with a teacher, in steps of 512 tokens\n",
         "After 100 steps, of kept masks alone, which are ahead in the choice of a learning rate below:\n",
         table(short, TAUGHT_2OF4, "static_distill", "the kept mask"),
@@ -237,6 +234,7 @@ PAIRS = [
     Pair("2:4", "Wanda", "static", "dynamic"),
     Pair("2:4", "IHT", "static_iht", "dynamic_iht"),
     Pair("70 %", "Wanda", "static_70", "dynamic_70"),
+    Pair("70 %", "IHT", "static_iht_70", "dynamic_iht_70"),
     Pair("2:4, with a teacher", "Wanda", "static_distill", "dynamic_distill"),
     Pair("2:4, with a teacher", "IHT", "static_iht_distill", "dynamic_iht_distill"),
     Pair(

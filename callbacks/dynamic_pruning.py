@@ -295,6 +295,8 @@ class DynamicPruning(L.Callback):
         self.updater = self._restored = None  # also after a tuner has trained a little and restores
         if trainer.state.fn != TrainerFn.FITTING:
             return
+        if checkpoint.get("optimizer_states") == []:  # Lightning would go on with a new optimizer
+            raise ValueError("The checkpoint has no state of an optimizer, so it cannot be resumed.")
         if self._mask_lora is not None:
             check_mask_lora(pl_module, self._mask_lora)  # compares with the adapters of the checkpoint
         elif any(layer.has_factors for layer in sparse_layers(pl_module).values()):

@@ -41,7 +41,7 @@ class WeightFiles:
         """Where each tensor is, in the order of the files."""
         self.dtypes: dict[str, str] = {}
         """Of each tensor, in the words of safetensors."""
-        files = _weight_files(self.folder)
+        files = weight_files(self.folder)
         for file in files:
             with reading(file), safe_open(file, framework="pt") as opened:
                 for key in opened.keys():  # noqa: SIM118  (not a dict)
@@ -63,7 +63,8 @@ class WeightFiles:
         return counts.most_common(1)[0][0] if counts else torch.float32
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """The files with the weights; ValueError if there are none of safetensors, or if an index names others outside."""
     index, single = folder / INDEX, folder / "model.safetensors"
     if single.is_file():  # if there are both, transformers reads this one
         return [single]

@@ -20,7 +20,7 @@ from sparse_train.arguments import did_you_mean
 from sparse_train.distributed.collectives import rank
 from sparse_train.distributed.fsdp2 import shard_blocks
 from sparse_train.files import reading
-from sparse_train.model_folders import stages_of
+from sparse_train.model_folders import INDEX, stages_of, weight_files
 
 _log = logging.getLogger(__name__)
 _FOLDERS = "Of a checkpoint of a training run, make a folder by: sparse-train export CHECKPOINT FOLDER."
@@ -122,7 +122,9 @@ class Pretrained(ModelSource):
         return " There is no folder of this name, so a hub was asked."
 
     def _check_path(self) -> None:
-        """Raise ValueError at once for what is no folder and no id of a hub, which would be asked in vain."""
+        """Raise ValueError at once for what is no folder, and no model that a hub knows or that was loaded before."""
+        from huggingface_hub import model_info, try_to_load_from_cache
+
         path = Path(self.path)
         local = path.parent != Path() and path.parent.is_dir()
         if not path.is_dir() and (local or not _HUB_ID.fullmatch(self.path)):
@@ -131,6 +133,11 @@ class Pretrained(ModelSource):
             if path.is_file():
                 beside = f" {_FOLDERS} Of a GGUF file, name folder and file: --model.path and --model.gguf_file."
             raise ValueError(f"There is no folder or class {path}.{beside} A hub is asked only for NAME or OWNER/NAME.")
+        if (path / INDEX).is_file():
+            weight_files(path)  # transformers would follow an index out of the folder
+        elif not path.is_dir() and try_to_load_from_cache(self.path, self.gguf_file or "config.json") is None:
+            with reading(self.path, self._hint):  # once: where no hub can be reached, transformers tries 12 times
+                model_info(self.path, timeout=10)
 
     def _check_whole(self, model: Any, missing: list[str], unread: list[str]) -> None:
         """Raise ValueError for weights that the checkpoint lacks; warn if the model is only a part of what it holds."""

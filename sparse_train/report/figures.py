@@ -18,6 +18,7 @@ _INK = "#123456"
 """Replaced by the colour of the page's text."""
 _COLOURED = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color")
 _STYLE: Any = {**dict.fromkeys(_COLOURED, _INK), "font.size": 9, "axes.titlesize": 9.5, "svg.fonttype": "none"}
+_STYLE["text.parse_math"] = False  # names of runs may have dollars
 
 
 @rc_context(_STYLE)

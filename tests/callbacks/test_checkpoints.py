@@ -419,6 +419,19 @@ def test_a_checkpoint_without_masks_does_not_end_dense(tmp_path, at):
         again.fit(DropsFrozen(), loader(), ckpt_path=path, weights_only=False)
 
 
+def test_a_checkpoint_without_its_optimizer_is_not_resumed_by_a_new_one(tmp_path):
+    path = tmp_path / "middle.ckpt"
+    with pytest.raises(SystemExit):
+        trainer(tmp_path, DynamicPruning("2:4", update_freq=4), Interrupt(6, path)).fit(InInit(), loader())
+    content = torch.load(path, weights_only=False)
+    content["optimizer_states"] = []
+    torch.save(content, path)
+    with pytest.raises(ValueError, match="no state of an optimizer"):
+        trainer(tmp_path, DynamicPruning("2:4", update_freq=4)).fit(
+            InInit(), loader(), ckpt_path=path, weights_only=False
+        )
+
+
 def test_a_checkpoint_whose_masks_keep_everything_does_not_end_dense(tmp_path):
     path = tmp_path / "middle.ckpt"
     with pytest.raises(SystemExit):

@@ -152,6 +152,22 @@ def test_statistics_under_accumulation_padding_and_gradient_checkpointing(tmp_pa
     assert set(counted) == {3 * 2 * 2 * 12}
 
 
+class EverySecondHasNoMask(InInit):
+    """The batches it gets have no ``attention_mask`` at odd steps."""
+
+    def transfer_batch_to_device(self, batch, device, dataloader_idx):
+        if self.trainer.global_step % 2:
+            del batch["attention_mask"]
+        return batch
+
+
+def test_the_padding_of_a_batch_is_not_that_of_the_next(tmp_path):
+    pruning = DynamicPruning("2:4", update_freq=100, window=1.0, end_step=200, norm_decay=0.0, squash=False)
+    trainer(tmp_path, pruning, max_steps=4, max_epochs=-1).fit(EverySecondHasNoMask(), loader(padded=True))
+    counted = {int(each["tokens"]) for each in pruning.state_dict()["norms"]["norms_by_rank"][0].values()}
+    assert counted == {2 * 2 * 12 + 2 * 2 * 16}
+
+
 def test_mistakes_that_need_the_model_are_found_before_the_first_step(tmp_path):
     for arguments, message in [
         ({"targets": ["no_such_layer"]}, "matches no layer"),

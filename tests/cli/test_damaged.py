@@ -51,7 +51,7 @@ def changed(**changes):
 
 DAMAGES = [
     *((INDEX, lambda _, text=text: text) for text in (b"", b"[]", b"{}", b"\xff\xfe")),
-    *((INDEX, changed(weight_map=value)) for value in ([], {"a": 3}, {"a": "nowhere.safetensors"})),
+    *((INDEX, changed(weight_map=value)) for value in ([], {"a": 3}, {"a": "nowhere.safetensors"}, {"a": "/etc/x"})),
     *((SHARD, lambda whole, end=end: whole[:end]) for end in (0, 50, -10)),
     *((SHARD, with_header(text)) for text in (b"[]", entry(dtype="X9"), entry(shape=[-1]))),
     (SHARD, with_header(entry(shape=[10**9], data_offsets=[0, 4 * 10**9]))),
@@ -136,6 +136,14 @@ PARTS = [
 def test_exports_of_checkpoints(part, checkpoint):
     torch.save(replaced(checkpoint, *part), "bad.ckpt")
     refused("export", "bad.ckpt", "out")
+    assert not os.path.exists("out")
+
+
+def test_weights_that_are_not_numbers_are_not_exported(checkpoint):
+    state = checkpoint["state_dict"]
+    torch.save(replaced(checkpoint, "state_dict", NAME, state[NAME] * float("nan")), "bad.ckpt")
+    with pytest.raises(SystemExit, match=f"{NAME.removeprefix('model.').removesuffix('.weight')} has weights .* NaN"):
+        main(["export", "bad.ckpt", "out"])
     assert not os.path.exists("out")
 
 

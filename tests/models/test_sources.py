@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText, LlamaForSequenceClassification
@@ -104,8 +105,21 @@ def test_a_mistyped_path_is_not_looked_up_on_the_hub(tmp_path, monkeypatch, path
 @pytest.mark.parametrize("name", ["gpt2", "org/some-model_1.0"])
 def test_an_id_is_looked_up_on_the_hub(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=f"Cannot load '{name}'. .*couldn't find"):  # tests are offline
+    with pytest.raises(ValueError, match=f"Cannot load '{name}'. .*a hub was asked. .*[Oo]ffline mode"):  # as tests are
         Pretrained(name).tokenizer()
+
+
+@pytest.mark.parametrize("ask", [Pretrained.load, Pretrained.tokenizer, Pretrained.folder])
+def test_a_hub_that_cannot_be_reached_is_not_waited_for(tmp_path, monkeypatch, ask):
+    def refuse(*_, **__):
+        raise OSError("there is no network here")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("socket.getaddrinfo", refuse)
+    monkeypatch.setattr("time.sleep", lambda _: pytest.fail("waited"))
+    with pytest.raises(ValueError, match=r"Cannot load 'nomodel'. There is no folder of this name, so a hub was asked"):
+        ask(Pretrained("nomodel"))
 
 
 def test_what_is_no_source_is_told_at_once(model_folder, tmp_path):

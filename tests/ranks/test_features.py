@@ -3,6 +3,7 @@
 In each run sparsity is exact after every step, and statistics hold each token once.
 """
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -223,3 +224,31 @@ def odd_shapes() -> list[float]:
 
 def test_any_shape_can_be_sharded():
     assert launch.run(odd_shapes) == [[0.5, 0.5, 0.5]] * 2
+
+
+class Tied(Plain):
+    """Its loss reads the weight of one layer also beside the layer's forward."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        first = self.net.blocks[0][0]
+        hidden = first(self.net.embed(batch["input_ids"]))
+        return super().training_step(batch, batch_idx) + nn.functional.linear(hidden, first.weight.t()).square().mean()
+
+
+def warnings_of(engine: str, folder: Path, kind: type[Plain]) -> list[str]:
+    found: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: found.append(record.getMessage())
+    logging.getLogger("sparse_train").addHandler(handler)
+    pruning = DynamicPruning("2:4", update_freq=2, first_mask=FirstWindow())
+    engines.trainer(engine, folder, pruning, max_steps=2).fit(kind("__init__"), engines.loader())
+    logging.getLogger("sparse_train").removeHandler(handler)
+    return [each for each in found if "beside their forward" in each]
+
+
+def test_a_weight_that_is_also_read_beside_its_layer_is_named_once(tmp_path):
+    cases = [(engine, tmp_path, kind) for engine in ("ddp", "zero2") for kind in (Tied, Plain)]
+    for (engine, _, kind), (first, second) in launch.each(warnings_of, cases).items():
+        assert len(first) == (kind is Tied), engine
+        assert kind is Plain or ("such as net.blocks.0.0," in first[0] and "1 targets" in first[0])
+        assert not second

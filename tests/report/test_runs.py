@@ -231,6 +231,11 @@ def test_what_a_run_says_is_text_and_no_markup(sparse, facts, tmp_path):
     assert all(f"<script>{word}" in page.text for word in ("fact", "value", "protocol", "metric", "recipe"))
 
 
+def test_dollars_in_the_names_of_runs_are_no_formula(facts, rows, tmp_path):
+    runs = [leave(tmp_path / name, facts, rows) for name in (r"a$\x$b", "c")]
+    assert r"a$\x$b" in Page(write_run_report(runs, tmp_path)).text
+
+
 def test_a_script_puts_its_own_table_first(sparse, tmp_path):
     page = Page(write_run_report([sparse], tmp_path, title="A & B", lead=[paragraph("measured <here>")]))
     assert page.text.count("A & B") == 2

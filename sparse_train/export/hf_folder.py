@@ -178,8 +178,7 @@ def export_checkpoint(
         config = AutoConfig.for_model(settings.pop("model_type"), **settings)
         state = {k.removeprefix("model."): v for k, v in content["state_dict"].items() if k.startswith("model.")}
         model = AutoModelForCausalLM.from_config(config)
-        if content.get("generation_config"):
-            model.generation_config = GenerationConfig.from_dict(content["generation_config"])
+        model.generation_config = GenerationConfig.from_dict(content["generation_config"])
         if content.get("adapter_config"):
             model = lora.wrap(model, content["adapter_config"])
         sparsify_like(model, state)

@@ -247,7 +247,7 @@ def check_trainer(args: Any, model: nn.Module, config: PruningConfig) -> None:
             "auto_find_batch_size begins the run again where memory runs out, but not with the masks and weights that "
             "it had. Leave it out, and set a smaller per_device_train_batch_size."
         )
-    if getattr(args, "enable_jit_checkpoint", False):  # not in all versions
+    if args.enable_jit_checkpoint:
         raise ValueError(
             "enable_jit_checkpoint=True writes checkpoints without telling callbacks, and they would lack masks and "
             'shadow values. Leave it out, and save often: save_strategy="steps" with a small save_steps.'

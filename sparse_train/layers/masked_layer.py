@@ -212,8 +212,7 @@ class SparseLinear(MaskedLayer, nn.Linear):
     def reset_parameters(self) -> None:
         # Also called after ``to_empty`` of a layer created on the meta device, when the buffer's bytes are garbage.
         super().reset_parameters()
-        if MASK_NAME in self._buffers:
-            self.keep_all()
+        self.keep_all()
 
 
 def sparse_layers(model: nn.Module) -> dict[str, MaskedLayer]:

@@ -69,6 +69,7 @@ def find_targets(
             ``check_maskable``) or does not fit the pattern.
     """
     adapters, tied, own_use = adapter_names(model), tied_names(model), read_directly(model)
+    frozen = frozen_linears(model)
     fused = fused_experts(model) if experts else {}
     ignored = set(_match(model, ignore, "ignore", fused))
     blocks = unambiguous_blocks(model) if targets is None else None
@@ -79,9 +80,8 @@ def find_targets(
     elif blocks is not None:
         chosen = [name for name in _in_blocks(model, blocks, fused, ignored) if name not in adapters | own_use]
     else:
-        chosen = _without_blocks(model, pattern, adapters | tied | own_use, ignored)
+        chosen = _without_blocks(model, pattern, adapters | tied | own_use | frozen, ignored)
     chosen = [name for name in chosen if name not in ignored]
-    frozen = frozen_linears(model)
     resting, trained = ([name for name in chosen if (name in frozen) == rests] for rests in (True, False))
     if targets is not None and resting and trained:
         outer = _outer(resting[0])
@@ -131,9 +131,8 @@ def _in_blocks(model: nn.Module, blocks: str, fused: Mapping[str, FusedExperts],
 
 
 def _without_blocks(model: nn.Module, pattern: Pattern, never: set[str], ignored: set[str]) -> list[str]:
-    """All linear layers but the last one, those that are frozen beside others, and those that the pattern misfits."""
-    frozen = frozen_linears(model)
-    linears = [name for name, module in model.named_modules() if is_linear(module) and name not in never | frozen]
+    """All linear layers but the last one, those in ``never``, and those that the pattern misfits."""
+    linears = [name for name, module in model.named_modules() if is_linear(module) and name not in never]
     # if mask_lora has been added already, it has frozen the last layer
     if linears and not getattr(model.get_submodule(linears[-1]), "has_factors", False):
         del linears[-1]

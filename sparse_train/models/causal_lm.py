@@ -211,13 +211,7 @@ class CausalLM(L.LightningModule):
         before, in_fit = sparse_layers(self), self._trainer and self._trainer.state.fn == TrainerFn.FITTING
         if "state_dict" in checkpoint:
             sparsify_like(self, checkpoint["state_dict"])
-            new = sparse_layers(self).keys() - before.keys()
-            if in_fit and new and before:
-                raise ValueError(
-                    f"The checkpoint has masks of {min(new)}, which is no target of this run. Resume with the same "
-                    "targets and ignore, or begin a new run without the checkpoint."
-                )
-            without_callback = in_fit and bool(new)
+            without_callback = in_fit and not before and bool(sparse_layers(self))
         else:  # FSDP2 and DeepSpeed have already loaded the weights, without the masks
             without_callback = not before and checkpoint.get("callbacks", {}).get(PRUNING_STATE)
         if without_callback:

@@ -130,8 +130,6 @@ class DiskStore(BlockStore):
         from transformers.modeling_utils import LoadStateDictConfig
         from transformers.utils import logging as transformers_logging
 
-        if not tensors:
-            return
         shown = transformers_logging.is_progress_bar_enabled()
         transformers_logging.disable_progress_bar()
         try:

@@ -103,6 +103,7 @@ def checkpoint():
         "state_dict": model.state_dict(),
         "callbacks": {"DynamicPruning": updater.state_dict()},
         "model_config": model["model"].config.to_dict(),
+        "generation_config": model["model"].generation_config.to_dict(),
     }
 
 

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from sparse_train import Explicit, FirstWindow, Magnitude, prune
@@ -27,7 +27,7 @@ STAGE = {"mask_structure": "2:4", "wanted_sparsity": 0.5, "distribution": "Unifo
 def change(folder, key, change_OI):
     """Change a weight of a folder in place."""
     file = WeightFiles(folder).files[key]
-    state = load_file(file)
+    state = load(file.read_bytes())
     change_OI(state[key])
     save_file(state, file, metadata={"format": "pt"})
 

@@ -457,5 +457,3 @@ def test_weights_that_kernels_of_a_mamba_block_read_stay_dense(caplog):
     report = prune(model, list(torch.randint(3, 128, (2, 2, 16))), "unstructured", 0.5)
     assert {name.rpartition(".")[2] for name in report.layers} == {"in_proj"}
     assert "stay dense" in caplog.text and "as left by one-shot pruning" not in caplog.text
-    with pytest.raises(ValueError, match="no token reached it"):  # asked for by name
-        prune(model, list(torch.randint(3, 128, (2, 2, 16))), "unstructured", 0.5, targets=["re:.*dt_proj"])

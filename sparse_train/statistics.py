@@ -107,13 +107,20 @@ class LastSums:
         self._version = 0
         self._token_mask: Tensor | None = None
         self._sums: _Sums | None = None
+        self.gram: tuple[ActivationGram, object] | None = None
+        """What has added up this tensor, and its history before."""
+
+    def look_at(self, x: Tensor, token_mask: Tensor | None) -> None:
+        """Forget all if this is another tensor than the last one."""
+        version = 0 if x.is_inference() else x._version  # a tensor that was changed in place is another input
+        if self._x() is not x or self._version != version or self._token_mask is not token_mask:
+            self._x, self._version, self._token_mask = weakref.ref(x), version, token_mask
+            self._sums = self.gram = None
 
     def of(self, x: Tensor, token_mask: Tensor | None) -> _Sums:
         """``batch_sums(x, token_mask)``, computed once as long as the tensor lives and is not changed."""
-        version = 0 if x.is_inference() else x._version  # a tensor that was changed in place is another input
-        same = self._x() is x and self._version == version and self._token_mask is token_mask
-        if self._sums is None or not same:
-            self._x, self._version, self._token_mask = weakref.ref(x), version, token_mask
+        self.look_at(x, token_mask)
+        if self._sums is None:
             self._sums = batch_sums(x.detach(), token_mask)
         return self._sums
 
@@ -208,6 +215,8 @@ class ActivationGram(Statistics):
     """
 
     dimensions = 2
+    _history: object = None
+    """The same for two that have added the same tensors."""
 
     @property
     def gram_II(self) -> Tensor:
@@ -219,12 +228,26 @@ class ActivationGram(Statistics):
         return self.gram_II.diagonal()
 
     def add(self, x: Tensor, token_mask: Tensor | None = None, last: LastSums | None = None) -> None:
+        last = last or LastSums()
+        last.look_at(x, token_mask)
+        before = self._history
+        if last.gram is not None and last.gram[1] is before:  # it had the same sum before, so it has the next one
+            other = last.gram[0]
+            self.gram_II.copy_(other.gram_II)
+            self.tokens.copy_(other.tokens)
+            self._history = other._history
+            return
+        self._history, last.gram = object(), (self, before)
         x_TI = x.detach().reshape(-1, x.shape[-1]).float()
         if token_mask is not None:
             x_TI = x_TI[token_mask.reshape(-1).bool()]
         with in_float32(x_TI.device.type):
             self.gram_II.addmm_(x_TI.t(), x_TI)
         self.tokens += len(x_TI)
+
+    def reset(self) -> None:
+        super().reset()
+        self._history = None
 
 
 # --- precision -------------------------------------------------------------------------------------------------------

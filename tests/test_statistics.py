@@ -1,4 +1,5 @@
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -232,3 +233,26 @@ def test_sums_of_an_input_do_not_keep_it_alive_nor_outlive_it():
     del x
     assert gone() is None
     assert last.of(torch.zeros(2, 3), None)[0].tolist() == [0, 0, 0]
+
+
+def test_second_moments_of_one_tensor_are_added_up_once_and_only_where_histories_agree(monkeypatch):
+    q, k, late, alone = (ActivationGram(6) for _ in range(4))
+    last, products = LastSums(), []
+    monkeypatch.setattr(statistics, "in_float32", lambda kind: products.append(kind) or nullcontext())
+    mask = torch.tensor([[True] * 3 + [False]] * 2)
+    inputs = [torch.randn(2, 4, 6) for _ in range(3)]
+    for number, x in enumerate(inputs):
+        for gram in (q, k, late) if number else (q, k):
+            gram.add(x, mask, last)
+    assert len(products) == 1 + 2 * 2
+    inputs[-1].mul_(2)  # changed in place: another input
+    q.add(inputs[-1], mask, last)
+    k.add(inputs[-1], None, last)  # another mask
+    assert len(products) == 7
+    for x in inputs[:-1]:
+        alone.add(x, mask)
+    alone.add(inputs[-1] / 2, mask)
+    alone.add(inputs[-1], mask)
+    assert torch.equal(q.gram_II, alone.gram_II) and int(q.tokens) == int(alone.tokens) == 24
+    assert int(k.tokens) == 26 and int(late.tokens) == 12
+    assert not torch.equal(q.gram_II, k.gram_II)

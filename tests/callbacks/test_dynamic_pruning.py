@@ -214,6 +214,9 @@ def test_a_run_that_ends_before_its_schedule_says_so(tmp_path, caplog):
     pruning = DynamicPruning("unstructured", schedule=Cubic(0.7), end_step=1000, update_freq=4)
     trainer(tmp_path, pruning).fit(model, loader())
     assert "before its masks reached the final sparsity of 0.7" in caplog.text
+    caplog.clear()
+    trainer(tmp_path, DynamicPruning("unstructured", schedule=Cubic(0.7), update_freq=4)).fit(InInit(), loader())
+    assert "The run ended" not in caplog.text
 
 
 class TwoOptimizers(InInit):

@@ -62,6 +62,7 @@ def test_explicit_with_every_layer_named():
     [
         ({"up_proj": 0.9}, 0.3, "named layers' zeros are 0.3375 of all weights.*need a sparsity of -0.06"),
         ({"up_proj": 0.1}, 0.9, "named layers' zeros are 0.0375 of all weights.*need a sparsity of 1.38"),
+        ({"model.layers.0": 0.0}, 0.5, "need a sparsity of 1"),
         ({"model": 0.5}, 0.502, "0.502 cannot be met.*0.5 of all weights, and there are no others"),
         ({"up_prj": 0.5}, 0.5, "'up_prj' is not the name of a targeted layer. Did you mean .*'up_proj'"),
         ({"roj": 0.5}, 0.5, "'roj' is not the name"),

@@ -9,6 +9,7 @@ from sparse_train import Magnitude, MaskUpdater, prune, sparse_layers, squash
 from sparse_train.callbacks import DynamicPruning
 from sparse_train.export import export_model
 from sparse_train.integrations.transformers import SparseTrainerCallback
+from sparse_train.layers.sparsify import sparsify
 from tests.callbacks.runs import ExactAfterEveryStep, Tokens
 from tests.callbacks.runs import trainer as lightning_trainer
 from tests.conftest import shallow_llama, tiny_llama
@@ -95,6 +96,15 @@ def test_an_adapter_merged_into_masked_layers_is_found_before_anything_is_writte
     merged = model.merge_and_unload()
     torch.testing.assert_close(merged(input_ids=ids[0]).logits, expected, rtol=1e-4, atol=1e-4)  # what was trained
     assert merged.model.layers[0].self_attn.q_proj.weight.count_nonzero() > 0.9 * 32 * 32  # and dense
+
+
+def test_an_adapter_that_was_there_at_the_first_mask_and_is_merged_and_gone_is_found():
+    model = with_adapters(tiny_llama())
+    layer = model.get_submodule(Q).base_layer
+    sparsify(model, [layer])
+    layer.set_mask(torch.arange(32) % 2 == torch.zeros(32, 1))
+    with pytest.raises(ValueError, match="merged into a masked layer"):
+        squash(model.merge_and_unload())
 
 
 def test_an_adapter_that_is_merged_and_gone_in_the_middle_of_a_run_stops_it(ids):

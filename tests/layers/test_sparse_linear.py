@@ -7,9 +7,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from sparse_train import MaskUpdater
 from sparse_train.layers import masks
 from sparse_train.layers.functional import masked_linear
-from sparse_train.layers.sparsify import sparsify
+from sparse_train.layers.sparsify import sparsify, squash
 
 
 def sparse_linear(in_features=12, out_features=6, bias=True, dtype=torch.float32):
@@ -157,6 +158,17 @@ def test_made_on_meta_then_emptied_and_reset_keeps_everything():
     layer.weight_mask.fill_(77)
     layer.reset_parameters()
     assert torch.equal(layer.weight_mask, masks.full(6, 20))
+
+
+def test_nothing_of_a_run_stays_after_squash():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    before = [set(vars(layer)) for layer in model]
+    updater = MaskUpdater(model, "2:4", targets=["Linear"], update_freq=2, total_steps=4)
+    for _ in range(4):
+        model(torch.randn(3, 8)).sum().backward()
+        updater.step()
+    squash(model)
+    assert [set(vars(layer)) for layer in model] == before
 
 
 def test_empty_batch_and_frozen_weight():

@@ -3,7 +3,7 @@ import copy
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sparse_train.layers.masked_layer import sparse_layers
 from sparse_train.layers.sparsify import sparsify, squash
@@ -25,6 +25,9 @@ def test_save_pretrained_of_a_sparsified_model_writes_zeros(tmp_path):
         name = "model.layers.0.mlp.up_proj"
         assert int((loaded.get_submodule(name).weight == 0).sum()) > 900
         assert torch.equal(variant.get_submodule(name).weight, shadow[name])
+    taught = PreTrainedModel.save_pretrained
+    sparsify(model, [])
+    assert PreTrainedModel.save_pretrained is taught  # once, and not once for each model
     squash(model)
     model.save_pretrained(tmp_path / "squashed")
 
@@ -116,9 +119,14 @@ def test_what_a_masked_model_has_saved_can_be_loaded_into_it(tmp_path):
         assert torch.equal(layer.weight, saved[f"{name}.weight"]) and torch.equal(layer.weight_mask, before[name])
 
 
-def test_what_has_zeros_elsewhere_is_refused():
+def test_what_has_zeros_elsewhere_or_another_shape_is_refused():
     with pytest.raises(ValueError, match="holds no masks"):
         masked_llama().load_state_dict(folded_state_dict(masked_llama()))
+    model = masked_llama()
+    saved = folded_state_dict(model)
+    saved["model.layers.0.mlp.up_proj.weight"] = torch.zeros(3, 3)
+    with pytest.raises(ValueError, match="holds no masks"):
+        model.load_state_dict(saved)
 
 
 def test_a_layer_under_two_names_is_completed_under_both():

@@ -128,3 +128,8 @@ def test_outlier_share_equals_the_papers_code(owl_m):
 def test_outlier_share_refuses_infinities(wrong):
     with pytest.raises(ValueError, match="infinite or NaN"):
         outlier_share(matrices([torch.ones(2, 2), torch.tensor([[1.0, wrong]])]), 5.0)
+
+
+def test_a_block_may_stay_dense():
+    shapes = {f"{block}.fc": LayerShape(block, 4, 8) for block in range(2)}
+    assert OWL(owl_lmbda=0.25).sparsities(shapes, 0.25, {0: 0.0, 1: 1.0}) == {"0.fc": 0.5, "1.fc": 0.0}

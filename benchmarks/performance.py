@@ -75,7 +75,7 @@ FEWER = (
     "sums of squares inside the product that reads the input (they are a third of it), and a masked weight that is "
     "made for the second forward, and not again for the zeros at the end"
 )
-IN_16_BITS = "forwards in bfloat16 (`autocast`, the next line), which none of the others was run with"
+IN_16_BITS = "forwards in bfloat16: the next line"
 
 
 class Number(NamedTuple):
@@ -132,10 +132,11 @@ def numbers(parts: dict[str, Any]) -> list[Number]:
         pruning = ratios(without[plain], without["Wanda, ours"])
         found.append(Number("one-shot without forwards: plain procedure / Wanda, ours", 8, pruning, FEWER))
         for method, slow, limit in pairs:
-            for ending, closes in {"": IN_16_BITS, ", autocast": FEWER}.items():  # the others are in float32
-                own = f"{method}, ours{ending}"
+            for ending, closes in {"": IN_16_BITS, ", autocast": FEWER}.items():
+                own, said = f"{method}, ours{ending}", f"one-shot: {slow} / {method}, ours"
+                said += " with forwards in bfloat16, the other in float32" if ending else ", both in float32"
                 if slow in whole:
-                    found.append(Number(f"one-shot: {slow} / {own}", limit, ratios(whole[slow], whole[own]), closes))
+                    found.append(Number(said, limit, ratios(whole[slow], whole[own]), closes))
     if part := parts.get("start"):
         for (name, times), limit in zip(part["seconds"].items(), (0.5, 2), strict=True):
             found.append(Number(f"`{name}`", limit, times, at_most=True, unit=" s"))

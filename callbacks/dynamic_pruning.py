@@ -296,7 +296,10 @@ class DynamicPruning(L.Callback):
         if trainer.state.fn != TrainerFn.FITTING:
             return
         if checkpoint.get("optimizer_states") == []:  # Lightning would go on with a new optimizer
-            raise ValueError("The checkpoint has no state of an optimizer, so it cannot be resumed.")
+            raise ValueError(
+                "The checkpoint has no state of an optimizer, so a run cannot continue from it. Load its weights "
+                "(sparse_train.load_from_checkpoint), and fit without ckpt_path."
+            )
         if self._mask_lora is not None:
             check_mask_lora(pl_module, self._mask_lora)  # compares with the adapters of the checkpoint
         elif any(layer.has_factors for layer in sparse_layers(pl_module).values()):

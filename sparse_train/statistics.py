@@ -107,8 +107,8 @@ class LastSums:
         self._version = 0
         self._token_mask: Tensor | None = None
         self._sums: _Sums | None = None
-        self.gram: tuple[ActivationGram, object] | None = None
-        """What has added up this tensor, and its history before."""
+        self.gram: tuple[ActivationGram, object, object] | None = None
+        """What has added up this tensor, and its history before and after."""
 
     def look_at(self, x: Tensor, token_mask: Tensor | None) -> None:
         """Forget all if this is another tensor than the last one."""
@@ -216,7 +216,7 @@ class ActivationGram(Statistics):
 
     dimensions = 2
     _history: object = None
-    """The same for two that have added the same tensors."""
+    """The same for two that have added the same tensors. Until then, nothing else may change the sums but ``reset``."""
 
     @property
     def gram_II(self) -> Tensor:
@@ -230,14 +230,15 @@ class ActivationGram(Statistics):
     def add(self, x: Tensor, token_mask: Tensor | None = None, last: LastSums | None = None) -> None:
         last = last or LastSums()
         last.look_at(x, token_mask)
-        before = self._history
-        if last.gram is not None and last.gram[1] is before:  # it had the same sum before, so it has the next one
-            other = last.gram[0]
-            self.gram_II.copy_(other.gram_II)
-            self.tokens.copy_(other.tokens)
-            self._history = other._history
-            return
-        self._history, last.gram = object(), (self, before)
+        if last.gram is not None:
+            other, before, after = last.gram
+            if self._history is before and other._history is after:  # with the same sums before, they have the same now
+                self.gram_II.copy_(other.gram_II)
+                self.tokens.copy_(other.tokens)
+                self._history = after
+                return
+        before, self._history = self._history, object()
+        last.gram = self, before, self._history
         x_TI = x.detach().reshape(-1, x.shape[-1]).float()
         if token_mask is not None:
             x_TI = x_TI[token_mask.reshape(-1).bool()]
@@ -247,7 +248,7 @@ class ActivationGram(Statistics):
 
     def reset(self) -> None:
         super().reset()
-        self._history = None
+        self._history = object()
 
 
 # --- precision -------------------------------------------------------------------------------------------------------

@@ -52,8 +52,8 @@ def export_model(
             loaded from, if it has 16 bits and the model more, as in training; otherwise weights stay as they are.
 
     Raises:
-        ValueError: ``out`` exists and is not an empty folder, weights are too large for ``dtype``, or the files do not
-            hold the zeros of the model, or of the run (``card.pruning``).
+        ValueError: ``out`` exists and is not an empty folder, weights are not finite or too large for ``dtype``, or the
+            files do not hold the zeros of the model, or of the run (``card.pruning``).
     """
     out = Path(out)
     sharded = any(layout_of(parameter).is_sharded for parameter in model.parameters())
@@ -63,6 +63,9 @@ def export_model(
     card, dtype = card or ModelCard(), dtype or _narrower_dtype_of_files(model)
     if any(layer.has_factors for layer in sparse_layers(model).values()):
         state = folded_state_dict(model, state)  # before the conversion: factors are summed in their own precision
+    for name, tensor in state.items():
+        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"{name} has weights that are infinite or NaN. Did the loss diverge?")
     written = state if dtype is None else _in_dtype(state, dtype)
     with written_whole(out) as beside:
         # layers first: save_pretrained takes tied names out of the state dict
@@ -135,7 +138,7 @@ def _in_dtype(state: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
             if place not in converted:
                 converted[place] = tensor.to(dtype)
             written[name] = converted[place]
-            if not written[name].isfinite().all() and tensor.isfinite().all():
+            if not written[name].isfinite().all():
                 raise ValueError(f"{name} has weights that are too large for {dtype}. Export with dtype=torch.float32.")
     return written
 
@@ -178,7 +181,8 @@ def export_checkpoint(
         config = AutoConfig.for_model(settings.pop("model_type"), **settings)
         state = {k.removeprefix("model."): v for k, v in content["state_dict"].items() if k.startswith("model.")}
         model = AutoModelForCausalLM.from_config(config)
-        model.generation_config = GenerationConfig.from_dict(content["generation_config"])
+        if content.get("generation_config"):
+            model.generation_config = GenerationConfig.from_dict(content["generation_config"])
         if content.get("adapter_config"):
             model = lora.wrap(model, content["adapter_config"])
         sparsify_like(model, state)

@@ -8,6 +8,7 @@ import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -122,8 +123,9 @@ class Pretrained(ModelSource):
         return " There is no folder of this name, so a hub was asked."
 
     def _check_path(self) -> None:
-        """Raise ValueError at once for what is no folder, and no model that a hub knows or that was loaded before."""
+        """Raise ValueError at once for what is no folder, and no id of a hub that can be reached."""
         from huggingface_hub import model_info, try_to_load_from_cache
+        from huggingface_hub.errors import HfHubHTTPError
 
         path = Path(self.path)
         local = path.parent != Path() and path.parent.is_dir()
@@ -135,9 +137,10 @@ class Pretrained(ModelSource):
             raise ValueError(f"There is no folder or class {path}.{beside} A hub is asked only for NAME or OWNER/NAME.")
         if (path / INDEX).is_file():
             weight_files(path)  # transformers would follow an index out of the folder
-        elif not path.is_dir() and try_to_load_from_cache(self.path, self.gguf_file or "config.json") is None:
-            with reading(self.path, self._hint):  # once: where no hub can be reached, transformers tries 12 times
-                model_info(self.path, timeout=10)
+        elif not path.is_dir():
+            with reading(self.path, self._hint), suppress(HfHubHTTPError):  # for any answer, transformers goes on
+                if try_to_load_from_cache(self.path, self.gguf_file or "config.json") is None:
+                    model_info(self.path, timeout=10)  # once: where no hub can be reached, transformers tries 12 times
 
     def _check_whole(self, model: Any, missing: list[str], unread: list[str]) -> None:
         """Raise ValueError for weights that the checkpoint lacks; warn if the model is only a part of what it holds."""

@@ -58,7 +58,9 @@ class CalibrationPass:
         context: ForwardContext,
     ) -> None:
         self._model, self._blocks, self._device, self._keep_on, self._context = model, blocks, device, keep_on, context
-        self._batches = [_prepared(batch, model, device) for batch in batches]
+        many = hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")
+        given: Any = batches if many else [batches]  # such as a tokenizer, which is refused
+        self._batches = [_prepared(batch, model, device) for batch in given]
         if not self._batches:
             raise ValueError("There is no calibration data: the iterable of batches is empty.")
         self._recorder = Recorder()

@@ -287,6 +287,7 @@ def test_keeping_the_training_state(llama, ids):
     [
         (None, "needs calibration data: pass batches"),
         ([], "There is no calibration data"),
+        (object(), "This has a object"),
         (["text"], "Calibration data is a list, .* This has a str"),
         ([torch.tensor([3, 4, 5])], r"has ids of shape \(3,\): one sample. Put a batch dimension in front"),
         (torch.tensor([3, 4]), r"has ids of shape \(\): one sample"),

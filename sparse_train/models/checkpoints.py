@@ -98,7 +98,10 @@ def newest_checkpoint(folder: str | Path) -> Path:
     """
     checkpoints = list(Path(folder).rglob("*.ckpt"))
     if not checkpoints:
-        raise ValueError(f"There is no last checkpoint: {folder} (trainer.default_root_dir) has no *.ckpt inside.")
+        raise ValueError(
+            f"There is no last checkpoint: {folder} (trainer.default_root_dir) has no *.ckpt inside. To begin "
+            "anew, leave out ckpt_path."
+        )
     return max(checkpoints, key=lambda path: path.stat().st_mtime_ns)
 
 

@@ -1,4 +1,5 @@
 import copy
+import inspect
 
 import pytest
 import torch
@@ -100,6 +101,14 @@ def test_a_dense_state_dict_is_refused_with_a_way_out():
     model = masked_llama()
     with pytest.raises(ValueError, match="no model.layers.0.mlp.up_proj.weight_mask"):
         model.load_state_dict(state, strict=False)
+
+
+def test_sparsify_alone_teaches_save_pretrained(tmp_path, monkeypatch):
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", inspect.unwrap(PreTrainedModel.save_pretrained))
+    model = masked_llama()
+    model.save_pretrained(tmp_path)
+    weight = AutoModelForCausalLM.from_pretrained(tmp_path).model.layers[0].mlp.up_proj.weight
+    assert torch.equal(weight, model.model.layers[0].mlp.up_proj.masked_weight())
 
 
 def test_averaged_parameters_without_masks_are_saved_with_those_of_the_model(tmp_path):

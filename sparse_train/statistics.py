@@ -216,7 +216,7 @@ class ActivationGram(Statistics):
 
     dimensions = 2
     _history: object = None
-    """The same for two that have added the same tensors. Until then, nothing else may change the sums but ``reset``."""
+    """Two of one history have the same sums. While a ``LastSums`` is used, only ``add`` and ``reset`` change sums."""
 
     @property
     def gram_II(self) -> Tensor:
@@ -232,7 +232,7 @@ class ActivationGram(Statistics):
         last.look_at(x, token_mask)
         if last.gram is not None:
             other, before, after = last.gram
-            if self._history is before and other._history is after:  # with the same sums before, they have the same now
+            if self._history is before and other._history is after:  # they had the same sums before
                 self.gram_II.copy_(other.gram_II)
                 self.tokens.copy_(other.tokens)
                 self._history = after

@@ -27,7 +27,7 @@ def verify(folder: str | Path) -> dict[str, Any]:
     of its ``stages``; and ``layers``, by name the share that the mask of a layer prunes.
     """
     folder = Path(folder)
-    hint = " It says what zeros should be: prune, fit --export and export write it. Without it, inspect counts them."
+    hint = " It says what zeros should be: prune, fit --export and export write it. Plain inspect needs none."
     with reading(folder / PRUNING_FILE, lambda: hint):
         pruning = json.loads((folder / PRUNING_FILE).read_text())
         _expected(pruning)

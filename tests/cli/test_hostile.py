@@ -1,5 +1,6 @@
 """Checkpoints from strangers: a command in one is never run, whatever reads it."""
 
+import json
 import os
 import pickle
 from pathlib import Path
@@ -10,7 +11,9 @@ import torch.distributed.checkpoint as dcp
 
 from sparse_train.cli.main import main
 from sparse_train.files import replacing, written_whole
+from sparse_train.model_folders import INDEX
 from sparse_train.models.checkpoints import check_runs_no_code, read_checkpoint
+from tests.conftest import tiny_llama
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("elsewhere")]
 RAN = Path("ran")  # what the command leaves
@@ -110,6 +113,15 @@ def test_checkpoints_of_engines_are_looked_at_before_the_engine_reads_them(write
 def test_what_torch_writes_of_a_distributed_checkpoint_is_read():
     plain_fsdp2(Path("x.ckpt"))
     assert torch.equal(read_checkpoint("x.ckpt")["state_dict"]["w"], torch.arange(3.0))
+
+
+def test_an_index_does_not_lead_out_of_its_folder():
+    model = tiny_llama(num_hidden_layers=1)
+    model.save_pretrained("private")
+    model.config.save_pretrained("x.ckpt")
+    inside = dict.fromkeys(model.state_dict(), "../private/model.safetensors")
+    Path("x.ckpt", INDEX).write_text(json.dumps({"metadata": {}, "weight_map": inside}))
+    assert "which is outside its folder" in refused(["inspect", "x.ckpt"])
 
 
 def test_a_link_where_something_is_written_is_not_followed():

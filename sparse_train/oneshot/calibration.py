@@ -85,16 +85,22 @@ class CalibrationPass:
         recorder.when = "always"
         try:
             with ExpertRecorder(experts) if experts else nullcontext():
-                self._forwards(block, keep, paddings)
+                # which experts read depends on the batch, so that no read is known to be the last
+                self._forwards(block, keep, paddings, () if keep or experts else tuple(layers.values()))
         finally:
             recorder.when, recorder.token_mask, recorder.last = "never", None, LastSums()
         recorder.warn_of_padding()
 
-    def _forwards(self, block: int | None, keep: bool, paddings: Sequence[Tensor | None]) -> None:
+    def _forwards(
+        self, block: int | None, keep: bool, paddings: Sequence[Tensor | None], readers: Sequence[Any]
+    ) -> None:
+        """``readers``: the layers that record, if nothing else is wanted of a forward."""
         with self._context(), _masked_once(() if block is None else self._blocks[block].modules()):
+            reads = _Reads(() if block is None else readers)
             for index, batch in enumerate(self._batches):
                 began = time.perf_counter()
                 self._recorder.token_mask = paddings[index]
+                reads.begin()
                 output = call(self._model, batch) if block is None else self._at_block(block, index, operator.call)
                 if self._device.type == "cuda":
                     torch.cuda.synchronize(self._device)  # otherwise the time is counted where the result is needed
@@ -209,6 +215,29 @@ def _masked_once(modules: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for layer in layers:
             del layer.__dict__["product"]
+
+
+class _Reads:
+    """Ends a forward (``Stop``) when each of some layers has read its input: the last of their products is not needed.
+
+    Only if each has read once in the forward before. Used inside ``_masked_once``, which restores the layers.
+    """
+
+    def __init__(self, layers: Sequence[Any]) -> None:
+        self._all, self._order, self._ends = set(layers), list[Any](), False
+        for layer in layers:
+            layer.__dict__["product"] = functools.partial(self._product, layer, layer.product)
+
+    def begin(self) -> None:
+        """Called before each forward."""
+        self._ends = len(self._order) == len(self._all) and set(self._order) == self._all
+        self._order = []
+
+    def _product(self, layer: Any, product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        self._order.append(layer)
+        if self._ends and set(self._order) == self._all:
+            raise Stop(None)
+        return product(x)
 
 
 def _tensors(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Tensor]:

@@ -108,6 +108,55 @@ def test_blocks_may_write_into_their_input():
         assert torch.equal(block.linear.weight, reference.linear.weight)
 
 
+class Reader(nn.Module):
+    """Reads with its layers in an order that depends on the batch: [[0, 1], [1, 0, 1]] in the first and the second."""
+
+    def __init__(self, orders):
+        super().__init__()
+        self.orders, self.products = iter(orders), []
+        self.layers = nn.ModuleList([nn.Linear(8, 8) for _ in range(2)])
+
+    def forward(self, x):
+        for index in next(self.orders):
+            x = self.layers[index](x)
+            self.products.append(index)
+        return x
+
+
+class OneReader(nn.Module):
+    def __init__(self, orders):
+        super().__init__()
+        self.blocks = nn.ModuleList([Reader(orders)])
+
+    def forward(self, x):
+        return self.blocks[0](x)
+
+
+@pytest.mark.parametrize(
+    ("orders", "computed"),
+    [
+        ([[0, 1], [0, 1], [1, 0]], [0, 1, 0, 1]),  # all have read: the last product is not needed
+        ([[0, 1, 1], [0, 1, 1], [0, 1, 1]], [0, 1, 1] * 3),
+        ([[0], [0, 1], [0]], [0, 0, 1, 0]),
+    ],
+    ids=["once", "twice", "sometimes"],
+)
+def test_a_forward_ends_only_when_every_layer_has_read_all_that_it_reads(orders, computed):
+    # the check of block order is the first forward
+    model, batches = OneReader([orders[0], *orders]), [torch.randn(4, 8) for _ in orders]
+    dense, block = copy.deepcopy(model.blocks[0].layers), model.blocks[0]
+    prune(model, batches, "2:4")
+    assert block.products[len(orders[0]) :] == computed
+    squares = torch.zeros(2, 8, dtype=torch.float64)
+    for x, order in zip(batches, orders, strict=True):
+        for index in order:
+            squares[index] += x.double().square().sum(0)
+            x = dense[index](x).detach()
+    for layer, before, squares_I in zip(block.layers, dense, squares, strict=True):
+        mask_OI = nm_mask(before.weight.detach().abs().double() * squares_I.sqrt(), 2, 4)
+        assert torch.equal(layer.weight, before.weight * mask_OI)
+
+
 def test_blocks_that_take_more_of_each_other_than_the_output_are_refused():
     class Sideways(Blocks):
         def forward(self, x):

@@ -118,6 +118,7 @@ _FROM_ZEROS = ("first_mask=FromZeros", "--model.distillation.teacher=PackagedSmo
 _SOLVED = "first_mask.criterion=SparseGPT"
 _IHT = ("first_mask.criterion=IHT", "first_mask.criterion.dampening_frac=0.1")  # the default when these arms were run
 _KL = ("--model.distillation.hardness_ce=0", "--model.distillation.hardness_kldiv=1")
+_T1 = "--model.distillation.temperature=1"
 _EVEN = ("--model.distillation.hardness_ce=0.5", "--model.distillation.hardness_kldiv=0.5")
 _SWAPS = (*_FROM_WANDA, "policy=variants.EvidenceSwaps")
 _70 = ("mask_structure=unstructured", "sparsity=0.7")
@@ -190,7 +191,9 @@ ARMS: dict[str, Arm] = {
     ),
     "static_iht_128_distill": _arm("smollm2_2of4_static", *_IHT, "first_mask.samples=128", distil=True),
     "static_iht_distill_kl": _arm("smollm2_2of4_static", *_IHT, *_KL, distil=True),
-    "static_iht_distill_t1": _arm("smollm2_2of4_static", *_IHT, "--model.distillation.temperature=1", distil=True),
+    "static_iht_distill_t1": _arm("smollm2_2of4_static", *_IHT, _T1, distil=True),
+    "dynamic_iht_distill_t1": _arm("smollm2_2of4", *_IHT, _T1, distil=True),
+    "static_distill_t1": _arm("smollm2_2of4_static", _T1, distil=True),
     "static_iht_distill_even": _arm("smollm2_2of4_static", *_IHT, *_EVEN, distil=True),
     "static_iht_distill_betas99": _arm("smollm2_2of4_static", *_IHT, "--model.betas=[0.9,0.99]", distil=True),
     "dynamic_iht_damped01_distill": _arm("smollm2_2of4", "first_mask.criterion=IHT", distil=True),

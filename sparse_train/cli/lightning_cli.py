@@ -31,8 +31,8 @@ from sparse_train.report import Run, closing, collect, headline, write_run_repor
 from sparse_train.report.runs import without_homes
 
 _log = logging.getLogger(__name__)
-_SPLITS = {"fit": ("train",), "validate": ("validation",), "test": ("test",)}
-"""The split that the files of ``--text`` are, by command."""
+_SPLITS = {"fit": ("train",), "validate": ("validation",), "test": ("test",), "predict": ("train",)}
+"""The split that the files of ``--text`` are, by Lightning's command."""
 _RUNS = "lightning_logs"
 """Where a run without ``default_root_dir`` writes."""
 
@@ -108,6 +108,8 @@ class SparseTrainCLI(LightningCLI):
         if own.enable_progress_bar is None and not any(isinstance(callback, ProgressBar) for callback in given):
             callbacks.append(RichProgressBar(console_kwargs={"stderr": True}) if seen else TrainingLines())
         kwargs["callbacks"] = callbacks
+        if self.subcommand == "predict" and own.limit_predict_batches is None and own.max_steps > 0:
+            kwargs["limit_predict_batches"] = own.max_steps * own.accumulate_grad_batches  # those of the run
         if own.enable_model_summary is None:
             kwargs["enable_model_summary"] = sys.stdout.isatty()
         trainer = super().instantiate_trainer(**kwargs)
@@ -181,10 +183,20 @@ class SparseTrainCLI(LightningCLI):
 
     after_test = after_validate
 
+    def after_predict(self) -> None:
+        if self.trainer.is_global_zero:
+            folder = self.model.teacher_cache().folder
+            self.result = {"folder": str(folder), "blocks": sum(1 for _ in folder.glob("*.safetensors"))}
+            print(f"{self.result['blocks']} blocks of tokens in {folder}")
+
 
 def run(args: list[str], cli: type[SparseTrainCLI] = SparseTrainCLI, debug: bool = False) -> SparseTrainCLI:
-    """Parse ``args`` (``["fit", "--config", ...]``), create the objects that they name, and run them."""
-    command, *options = args
+    """Parse ``args`` (``["fit", "--config", ...]``), create the objects that they name, and run them.
+
+    ``cache-teacher`` is Lightning's ``predict``, in which the teacher reads the batches of training.
+    """
+    name, *options = args
+    command = "predict" if name == "cache-teacher" else name
     try:
         return cli(
             CausalLM,
@@ -196,10 +208,10 @@ def run(args: list[str], cli: type[SparseTrainCLI] = SparseTrainCLI, debug: bool
             auto_configure_optimizers=False,
             parser_class=_Parser,
             parser_kwargs={"prog": "sparse-train", "allow_abbrev": False, "exit_on_error": not debug}
-            | {command: parser_arguments(command, debug)},
+            | {command: parser_arguments(name, debug)},
         )
     except SIGTERMException:  # its own exit status is that of a finished run
-        print(f"sparse-train {command}: ended by SIGTERM, before the run was complete.", file=sys.stderr)
+        print(f"sparse-train {name}: ended by SIGTERM, before the run was complete.", file=sys.stderr)
         sys.exit(128 + signal.SIGTERM)
 
 
@@ -270,6 +282,11 @@ class TrainingLines(ProgressBar):
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._say(trainer)
             self._steps.refresh()
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._batches = terminal.lines("teacher", total=sum(trainer.num_predict_batches), disable=self.disabled)
+
+    on_predict_batch_end = on_validation_batch_end
 
     def _say(self, trainer: L.Trainer) -> None:
         metrics = (f"{name} {float(value):.4g}" for name, value in trainer.progress_bar_metrics.items())

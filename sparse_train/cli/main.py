@@ -1,7 +1,7 @@
 """Entry point of ``sparse-train``.
 
 The function of a command is in the module of the same name beside this one, and is imported when it is called: a help
-page should not wait for Lightning. ``fit``, ``validate`` and ``test`` share ``sparse_train.cli.lightning_cli``.
+page should not wait for Lightning. Those that read a recipe (``OF_RECIPES``) share ``sparse_train.cli.lightning_cli``.
 """
 
 import signal
@@ -15,6 +15,7 @@ from sparse_train.arguments import did_you_mean
 from sparse_train.cli.commands import COMMANDS, USAGE, USAGE_OF_FIT
 from sparse_train.cli.streams import dumps, nothing_on_stdout, quiet_libraries
 
+OF_RECIPES = ("fit", "validate", "test", "cache-teacher")
 _EXTRAS = {"accelerate": "trainer", "deepspeed": "deepspeed", "gguf": "gguf", "lm_eval": "eval", "peft": "peft"}
 """Packages that ``pip install sparse-train`` leaves out, and the extra that has them."""
 
@@ -55,7 +56,7 @@ def main(args: list[str] | None = None) -> None:
             from sparse_train.cli.mistakes import explain
 
             said = explain(said, {})
-        if isinstance(error, IsADirectoryError) and name in ("fit", "validate", "test"):
+        if isinstance(error, IsADirectoryError) and name in OF_RECIPES:
             said += ". A checkpoint that is a folder is read by the strategy that wrote it (docs/scaling.md)."
         if extra := _EXTRAS.get((getattr(error, "name", None) or "").partition(".")[0]):
             said += f". In the clone, install it: pip install '.[{extra}]'."
@@ -67,8 +68,8 @@ def run(name: str, options: list[str], debug: bool = False) -> None:
     as_json, options = "--json" in options, [option for option in options if option != "--json"]
     quiet_libraries()
     with nothing_on_stdout() if as_json else nullcontext():
-        if name in ("fit", "validate", "test"):
-            result = _fit(name, options, debug)
+        if name in OF_RECIPES:
+            result = _of_recipe(name, options, debug)
         else:
             from sparse_train.cli.parser import call
 
@@ -77,8 +78,8 @@ def run(name: str, options: list[str], debug: bool = False) -> None:
         print(dumps(result))
 
 
-def _fit(command: str, options: list[str], debug: bool) -> dict[str, Any] | None:
-    """Run ``fit``, ``validate`` or ``test``, and return its result for JSON; or print their help."""
+def _of_recipe(command: str, options: list[str], debug: bool) -> dict[str, Any] | None:
+    """Run a command of ``OF_RECIPES``, and return its result for JSON; or print its help."""
     if options[-1:] in (["--help"], ["-h"]):
         print(USAGE_OF_FIT.format(command=command, example=COMMANDS[command].example), end="")
         return None

@@ -47,7 +47,7 @@ class Parser(ArgumentParser):
         if not self.exit_on_error:
             super().error(message, ex)
         parser: Parser = getattr(ex, "subcommand_parser", None) or self
-        command = parser.prog.replace(" [options]", "")
+        command = " ".join((parser.usage or parser.prog).split()[:2])  # Lightning has another name for cache-teacher
         said = explain(message, parser._option_string_actions)
         option = "--help pruning" if said.startswith("pruning") else parser.help_option
         sys.stderr.write(f"{command}: {said}\n{command} {option} lists all options.\n")

@@ -65,7 +65,7 @@ class TextBlocks(L.LightningDataModule):
     def setup(self, stage: str) -> None:
         measured: Split = "test" if stage == "test" else "validation"
         self._add(measured)
-        if stage == "fit":
+        if stage in ("fit", "predict"):
             self._add("train")
         if measured == "validation" and not len(self._blocks["validation"]) and self.hold_out:
             self._add("train")
@@ -111,6 +111,8 @@ class TextBlocks(L.LightningDataModule):
         # Its order depends only on seed and epoch, so that epochs after a resumed one are also the same.
         sampler = StatefulDistributedSampler(blocks, self._ranks, rank, shuffle=True, seed=self.seed, drop_last=True)
         return StatefulDataLoader(blocks, batch_size=self.batch_size, sampler=sampler, drop_last=True)
+
+    predict_dataloader = train_dataloader  # what a teacher is asked, see ``CausalLM.predict_step``
 
     def val_dataloader(self) -> Any:
         return self._measured("validation", self.max_validation_blocks)

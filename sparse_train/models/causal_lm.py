@@ -160,6 +160,24 @@ class CausalLM(L.LightningModule):
     on_test_epoch_start, test_step = on_validation_epoch_start, validation_step
     on_test_epoch_end = on_validation_epoch_end
 
+    def on_predict_start(self) -> None:
+        self.teacher_cache()
+
+    def teacher_cache(self) -> CachedTeacher:
+        """The teacher's outputs that are kept. Raises ValueError if the run keeps none."""
+        teacher = self._load_teacher()
+        if not isinstance(teacher, CachedTeacher):
+            raise ValueError(
+                "The run keeps no outputs of a teacher. Name a folder for them (--model.distillation.cache FOLDER), in "
+                "a recipe with distillation."
+            )
+        return teacher
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> int:
+        """Ask the teacher alone, so that runs that share its cache find its answers; returns the number of tokens."""
+        self.teacher_cache()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        return batch["input_ids"].numel()
+
     def configure_optimizers(self) -> Any:
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         if self._optimizer is not None:

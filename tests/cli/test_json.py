@@ -60,11 +60,13 @@ def commands(model, text):
         "--pruning.update_freq=2",
         "--pruning.first_mask.criterion=Wanda",
     ]
+    taught = ["--model.distillation=Distillation", "--model.distillation.cache=answers"]
     checkpoint = "run/version_0/checkpoints/epoch=0-step=4.ckpt"
     return {
         "fit": ["fit", *run, "--export=exported", "--json"],
         "test": ["test", *run, f"--ckpt_path={checkpoint}", "--json"],
         "validate": ["validate", *run, f"--ckpt_path={checkpoint}", "--json"],
+        "cache-teacher": ["cache-teacher", *run, *taught, "--json"],
         "report": ["report", "run/version_0", "--json"],
         "export": ["export", checkpoint, "again", f"--tokenizer={model}", "--json"],
         "prune": ["prune", f"--model={model}", *small, "--out=pruned", "--json"],
@@ -114,7 +116,7 @@ def documented():
     return names
 
 
-@pytest.mark.parametrize("name", ["fit", "report", "export", "prune", "inspect"])
+@pytest.mark.parametrize("name", ["fit", "cache-teacher", "report", "export", "prune", "inspect"])
 def test_names_are_those_of_the_page(name, done):
     names, result = documented(), found(done, name)
     expected = names[name]
@@ -139,6 +141,10 @@ def test_fit_says_what_came_out(done):
     assert 0 < result["initial_flip_rate"] < 1
     assert result["perplexity"] == pytest.approx(found(done, "validate")["val/perplexity"], rel=1e-3)
     assert found(done, "report")["runs"][0] == {key: result[key] for key in documented()["in `runs`"]}
+
+
+def test_a_teacher_is_asked_what_a_run_will_read(done):
+    assert found(done, "cache-teacher")["blocks"] == 4 * 4
 
 
 def test_an_error_is_on_stderr_and_stdout_empty(done):

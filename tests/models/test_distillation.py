@@ -336,6 +336,18 @@ def test_what_was_asked_in_an_interrupted_run_is_not_asked_again(model_folder, d
     assert len(asked) == 2
 
 
+def test_a_cache_that_is_filled_before_serves_the_run(model_folder, data, tmp_path, monkeypatch):
+    text, distillation = data(), Distillation(cache=str(tmp_path / "cache"), top_k=8)
+    trainer = L.Trainer(accelerator="cpu", logger=False, limit_predict_batches=6, precision="bf16-mixed")
+    trainer.predict(CausalLM(str(model_folder), distillation=distillation), datamodule=text)
+    filled = cached_run(model_folder, data, tmp_path, monkeypatch)
+    assert not filled[1]
+    shutil.rmtree(tmp_path / "cache")
+    assert cached_run(model_folder, data, tmp_path, monkeypatch)[0] == filled[0]
+    with pytest.raises(ValueError, match="keeps no outputs of a teacher"):
+        trainer.predict(CausalLM(str(model_folder), distillation=Distillation()), datamodule=text)
+
+
 def test_with_all_tokens_a_cache_changes_nothing(model_folder, data, tmp_path, monkeypatch):
     cached, _, _ = cached_run(model_folder, data, tmp_path, monkeypatch, "32-true", top_k=128)
     module, watch = CausalLM(str(model_folder), lr=1e-2, distillation=Distillation()), Watch()

@@ -9,6 +9,7 @@ end is of a random Llama: of 8 billion weights on eight GPUs (FSDP2), of 1 billi
 
 import copy
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -34,9 +35,11 @@ SHAPES_OI = [(4096, 4096), (14336, 4096), (4096, 14336)]
 """Of a Llama-3.1-8B."""
 
 
-def shell(*arguments: str) -> str:
+def shell(*arguments: str, **environment: str) -> str:
     """The output of one of this project's commands; an error with its last lines if it fails."""
-    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True
+    )
     if done.returncode:
         raise RuntimeError(
             f"{' '.join(arguments)}: exit status {done.returncode}\n{(done.stdout + done.stderr)[-2000:]}"
@@ -71,7 +74,7 @@ def compress(layer: nn.Linear) -> None:
 
 
 def tests(device: str, small: bool) -> str:
-    return shell("-m", "pytest", "-m", "gpu", "-q").strip().splitlines()[-1]
+    return shell("-m", "pytest", "-m", "gpu", "-q", DS_ACCELERATOR="cuda").strip().splitlines()[-1]
 
 
 def selection(device: str, small: bool) -> str:

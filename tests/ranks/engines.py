@@ -1,4 +1,4 @@
-"""Trainers for each engine, on the CPU, and a small language model in a module for them."""
+"""Trainers for each engine, and a small language model in a module for them."""
 
 from pathlib import Path
 from typing import Any
@@ -34,15 +34,17 @@ class CPUDeepSpeed(DeepSpeedStrategy):
         return torch.device("cpu", self.local_rank)
 
 
-def strategy(engine: str, **settings: Any) -> Any:
+def strategy(engine: str, accelerator: str = "cpu", **settings: Any) -> Any:
     """The Lightning strategy of an engine."""
+    backend = "gloo" if accelerator == "cpu" else "nccl"
     if engine == "fsdp2":
         return ModelParallelStrategy(world_size(), tensor_parallel_size=1, **settings)
     if engine.startswith("zero"):
         # DeepSpeed has a list of optimizers that it knows, and torch's AdamW on CPU is not on it
         settings = {"stage": int(engine[-1]), "zero_allow_untested_optimizer": True} | settings
-        return CPUDeepSpeed(process_group_backend="gloo", logging_batch_size_per_gpu=1, **settings)
-    return DDPStrategy(process_group_backend="gloo", **settings) if engine == "ddp" else "auto"
+        of_engine = CPUDeepSpeed if accelerator == "cpu" else DeepSpeedStrategy
+        return of_engine(process_group_backend=backend, logging_batch_size_per_gpu=1, **settings)
+    return DDPStrategy(process_group_backend=backend, **settings) if engine == "ddp" else "auto"
 
 
 class Tokens(Dataset):
@@ -92,12 +94,19 @@ class Module(L.LightningModule):
         return self.optimizer(self.parameters(), lr=self.lr)
 
 
-def trainer(engine: str, folder: Path, *callbacks: L.Callback, max_steps: int = STEPS, **settings: Any) -> L.Trainer:
-    """A quiet trainer on the CPU with as many processes as the group has."""
+def trainer(
+    engine: str,
+    folder: Path,
+    *callbacks: L.Callback,
+    max_steps: int = STEPS,
+    accelerator: str = "cpu",
+    **settings: Any,
+) -> L.Trainer:
+    """A quiet trainer with as many processes as the group has."""
     settings = {"logger": False, "enable_checkpointing": False} | settings
     return L.Trainer(
-        accelerator="cpu",
-        strategy=settings.pop("strategy", None) or strategy(engine),
+        accelerator=accelerator,
+        strategy=settings.pop("strategy", None) or strategy(engine, accelerator),
         devices=world_size(),
         max_steps=max_steps,
         callbacks=list(callbacks),

@@ -32,7 +32,13 @@ class RankFailed(Exception):
 
 
 def run(
-    function: Any, *args: Any, ranks: int = 2, survivors: bool = False, timeout: float = TIMEOUT, **kwargs: Any
+    function: Any,
+    *args: Any,
+    ranks: int = 2,
+    survivors: bool = False,
+    timeout: float = TIMEOUT,
+    backend: str = "gloo",
+    **kwargs: Any,
 ) -> list[Any]:
     """``function(*args, **kwargs)`` in ``ranks`` processes; its results in their order, or only the ``survivors``'.
 
@@ -48,6 +54,7 @@ def run(
                     functools.partial(function, *args, **kwargs),
                     rank,
                     ranks,
+                    backend,
                     f"{folder}/store",
                     results,
                     not survivors,
@@ -88,14 +95,14 @@ def _collect(processes: list[Any], results: Any, survivors: bool, deadline: floa
     return [found[rank] for rank in sorted(found)]
 
 
-def _work(work: Any, rank: int, ranks: int, store: str, results: Any, wait: bool) -> None:
+def _work(work: Any, rank: int, ranks: int, backend: str, store: str, results: Any, wait: bool) -> None:
     os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "RANK": str(rank), "WORLD_SIZE": str(ranks)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo"}
     torch.set_num_threads(1)
     torch.manual_seed(0)
     try:
         if ranks > 1:
-            dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+            dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=ranks)
         value = work()
         if ranks > 1 and wait:
             dist.barrier()  # nobody leaves while another still talks to it

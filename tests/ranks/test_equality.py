@@ -1,6 +1,7 @@
 """Same seed, same global batch: every engine on two processes makes the masks and the weights of one process alone."""
 
 import functools
+import os
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -80,24 +81,30 @@ class Watch(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         if trainer.global_step in UPDATES:
             layers = sparse_layers(pl_module.model)
-            self.masks[trainer.global_step] = {name: layer.weight_mask.clone() for name, layer in layers.items()}
+            self.masks[trainer.global_step] = {
+                name: layer.weight_mask.to("cpu", copy=True) for name, layer in layers.items()
+            }
             self.sparsities[trainer.global_step] = self.pruning.updater.report().sparsity
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.weights = {n: w for n, w in whole_state_dict(pl_module.model).items() if w.is_floating_point()}
+        self.weights = {n: w for n, w in on_cpu(pl_module.model).items() if w.is_floating_point()}
 
 
 # ZeRO-3 adds gradients in another order, with masks or without; AdamW makes much of the last bit of a small one.
 OPTIMIZERS = dict.fromkeys(engines.ENGINES, (torch.optim.AdamW, 0.003)) | {"zero3": (torch.optim.SGD, 0.01)}
 
 
-def train(engine: str, method: str, folder: Path, optimizer: Any) -> tuple[Any, ...]:
+def on_cpu(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.cpu() for name, tensor in whole_state_dict(model).items()}
+
+
+def train(engine: str, method: str, folder: Path, optimizer: Any, accelerator: str = "cpu") -> tuple[Any, ...]:
     pruning = DynamicPruning(update_freq=3, window=2, first_mask=FirstWindow(), **METHODS[method])
     watch = Watch(pruning)
     module = engines.Module(None, *optimizer)
-    trainer = engines.trainer(engine, folder, pruning, watch, accumulate_grad_batches=2 // world_size())
-    trainer.fit(module, engines.loader())
-    return watch.masks, watch.sparsities, watch.weights, whole_state_dict(module.model)
+    settings = {"accelerator": accelerator, "accumulate_grad_batches": 2 // world_size()}
+    engines.trainer(engine, folder, pruning, watch, **settings).fit(module, engines.loader())
+    return watch.masks, watch.sparsities, watch.weights, on_cpu(module.model)
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +153,23 @@ def test_two_processes_equal_one(trained, engine, method):
         assert changed[0] == changed[1] == 0 < changed[2]
     else:
         assert all(changed[:-1])  # masks did move; at the last update Regrow drops nothing any more
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("engine", engines.ENGINES)
+def test_two_gpus_make_the_masks_of_one_process_on_the_cpu(tmp_path, engine):
+    """ZeRO with DS_ACCELERATOR=cuda, as benchmarks/gpu.py sets it."""
+    if engine.startswith("zero") and os.environ["DS_ACCELERATOR"] != "cuda":
+        pytest.skip("DeepSpeed was told to use the CPU")
+    case = "cumulative norms", tmp_path, OPTIMIZERS[engine]
+    masks, sparsities, _, _ = launch.alone(train, "auto", *case)
+    for found in launch.run(train, engine, *case, "cuda", backend="cpu:gloo,cuda:nccl"):
+        assert found[1] == sparsities
+        for step, theirs in masks.items():
+            flipped = sum(count_differing(found[0][step][name], mask) for name, mask in theirs.items())
+            size = sum(8 * mask.numel() for mask in theirs.values())
+            assert flipped < 0.002 * size, step  # near-ties: sums are rounded in another order
 
 
 def compare(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], tolerance: float) -> None:

@@ -36,9 +36,14 @@ SHAPES_OI = [(4096, 4096), (14336, 4096), (4096, 14336)]
 
 
 def shell(*arguments: str, **environment: str) -> str:
-    """The output of one of this project's commands; an error with its last lines if it fails."""
+    """The output of one of this project's commands; an error with its last lines if it fails, or hangs."""
     done = subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=2 * 3600,
     )
     if done.returncode:
         raise RuntimeError(

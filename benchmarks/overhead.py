@@ -277,6 +277,7 @@ def main(
         "ModelPruning": field.step,
         "distilled": lambda batch: dense.step(batch, teacher),
         "cached teacher": lambda batch: dense.step(batch, cache),
+        "re-pruned, distilled": lambda batch: sparse.step(batch, teacher),
     }
     found: dict[str, list[float]] = {name: [] for name in (*kinds, "update", "update of ModelPruning")}
     for i, batch in enumerate(batches):

@@ -4,6 +4,7 @@ Shape suffixes: B batch, L sequence length, K tokens kept of the vocabulary.
 """
 
 import hashlib
+import json
 import math
 import uuid
 from collections.abc import Callable
@@ -19,6 +20,9 @@ from sparse_train.files import reading, replacing
 from sparse_train.inspection import layer_sparsities, pruned_layers
 from sparse_train.models.losses import TopK, distillation_loss, top_k
 from sparse_train.models.sources import ModelSource, as_model_source
+
+_NOT_COMPUTED = ("_name_or_path", "transformers_version", "architectures", "use_cache")
+"""Entries of a configuration that do not change what a model says."""
 
 
 class Teacher:
@@ -157,9 +161,10 @@ class Distillation:
         return distillation_loss(student_BLV, teacher_BLV, labels_BL, self.temperature, *hardness)
 
 
-def digest(model: nn.Module) -> str:
-    """Of the names and bytes of all weights."""
-    sha256 = hashlib.sha256()
+def digest(model: Any) -> str:
+    """Of the names and bytes of all weights, and of the configuration, without what says where it is from."""
+    config = {key: value for key, value in model.config.to_dict().items() if key not in _NOT_COMPUTED}
+    sha256 = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, weight in model.state_dict().items():
         sha256.update(name.encode())
         sha256.update(weight.cpu().flatten().view(torch.uint8).numpy())

@@ -100,7 +100,7 @@ class CalibrationPass:
             for index, batch in enumerate(self._batches):
                 began = time.perf_counter()
                 self._recorder.token_mask = paddings[index]
-                reads.begin()
+                reads.begin(batch)
                 output = call(self._model, batch) if block is None else self._at_block(block, index, operator.call)
                 if self._device.type == "cuda":
                     torch.cuda.synchronize(self._device)  # otherwise the time is counted where the result is needed
@@ -220,18 +220,21 @@ def _masked_once(modules: Iterable[nn.Module]) -> Iterator[None]:
 class _Reads:
     """Ends a forward (``Stop``) when each of some layers has read its input: the last of their products is not needed.
 
-    Only if each has read once in the forward before. Used inside ``_masked_once``, which restores the layers.
+    Only if each has read once in the forward before, on a batch of the same shape: how often a layer reads may depend
+    on that. Used inside ``_masked_once``, which restores the layers.
     """
 
     def __init__(self, layers: Sequence[Any]) -> None:
         self._all, self._order, self._ends = set(layers), list[Any](), False
+        self._shapes: list[Any] = []
         for layer in layers:
             layer.__dict__["product"] = functools.partial(self._product, layer, layer.product)
 
-    def begin(self) -> None:
+    def begin(self, batch: Batch) -> None:
         """Called before each forward."""
-        self._ends = len(self._order) == len(self._all) and set(self._order) == self._all
-        self._order = []
+        shapes = [each.shape for each in tree_leaves(batch) if isinstance(each, Tensor)]
+        once = len(self._order) == len(self._all) and set(self._order) == self._all
+        self._ends, self._shapes, self._order = once and shapes == self._shapes, shapes, []
 
     def _product(self, layer: Any, product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         self._order.append(layer)

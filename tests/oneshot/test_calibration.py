@@ -138,12 +138,14 @@ class OneReader(nn.Module):
         ([[0, 1], [0, 1], [1, 0]], [0, 1, 0, 1]),  # all have read: the last product is not needed
         ([[0, 1, 1], [0, 1, 1], [0, 1, 1]], [0, 1, 1] * 3),
         ([[0], [0, 1], [0]], [0, 0, 1, 0]),
+        ([[0, 1], [0, 1, 0, 1], [0, 1, 0, 1]], [0, 1] * 5),
     ],
-    ids=["once", "twice", "sometimes"],
+    ids=["once", "twice", "sometimes", "in parts"],
 )
 def test_a_forward_ends_only_when_every_layer_has_read_all_that_it_reads(orders, computed):
     # the check of block order is the first forward
-    model, batches = OneReader([orders[0], *orders]), [torch.randn(4, 8) for _ in orders]
+    sizes = [4 * max(1, len(order) // 2) for order in orders]  # longer batches are read in two parts
+    model, batches = OneReader([orders[0], *orders]), [torch.randn(size, 8) for size in sizes]
     dense, block = copy.deepcopy(model.blocks[0].layers), model.blocks[0]
     prune(model, batches, "2:4")
     assert block.products[len(orders[0]) :] == computed

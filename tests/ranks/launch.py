@@ -101,6 +101,8 @@ def _work(work: Any, rank: int, ranks: int, backend: str, store: str, results: A
     torch.set_num_threads(1)
     torch.manual_seed(0)
     try:
+        if backend == "nccl":
+            torch.cuda.set_device(rank)
         if ranks > 1:
             dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=ranks)
         value = work()

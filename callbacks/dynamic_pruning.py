@@ -188,7 +188,7 @@ class DynamicPruning(L.Callback):
             state=state,
         )
         warn_of_denser_best(trainer, self.updater)
-        rank_zero_info(f"DynamicPruning: {self.updater.plan()}.")
+        rank_zero_info(f"DynamicPruning: {self.updater.in_words()}.")
         self._global_step = trainer.global_step if state is None else state["global_step"]
         self._metrics = {} if state is None else state["metrics"]
         self._logged = self._looked_at_loss = False

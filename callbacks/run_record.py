@@ -34,7 +34,7 @@ from sparse_train.oneshot.forwards import ids_of
 from sparse_train.patterns import PRUNED
 from sparse_train.pruning.counts import measure, sparsity_of
 from sparse_train.pruning.updater import MaskUpdater
-from sparse_train.report.runs import METRICS, RUN_FILE, State, named, read_metrics
+from sparse_train.report.runs import METRICS, RUN_FILE, State, metric_named, read_metrics
 
 
 class RunRecord(L.Callback):
@@ -195,7 +195,7 @@ class RunRecord(L.Callback):
 def _validated(trainer: L.Trainer, name: str, step: int, sparsity: float | None) -> dict[str, Any]:
     """The state with the perplexity and loss of the validation that has just ended."""
     values = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val")}
-    perplexity, loss = (values.get(named(word, list(values)) or "") for word in ("perplexity", "loss"))
+    perplexity, loss = (values.get(metric_named(word, list(values)) or "") for word in ("perplexity", "loss"))
     return asdict(State(name, step, perplexity, loss, sparsity))
 
 

@@ -248,15 +248,11 @@ class Regrow(MaskPolicy):
             )
 
     def select(self, scores: Tensor, names: Iterable[str], pattern: Pattern, sparsity: float) -> Tensor:
-        gains = [gain.reshape(-1) for name in names if (gain := self._gain(name)) is not None]
-        gain = torch.cat(gains) if gains else scores.new_empty(0)
-        if gain.numel() < scores.numel():  # nothing is known about one of the layers that are compared
+        known = [(self.layers[name], gradient) for name in names if (gradient := self.gradients.get(name)) is not None]
+        gains = [layer.turned(gradient).float().abs().reshape(-1) for layer, gradient in known]
+        if not self.fraction or sum(map(len, gains)) < scores.numel():  # of one of the compared layers none is known
             return pattern.mask(scores, sparsity)
-        return regrow(scores, gain.view_as(scores), pattern, sparsity, self.fraction)
-
-    def _gain(self, name: str) -> Tensor | None:
-        gradient = self.gradients.get(name) if self.fraction else None
-        return None if gradient is None else self.layers[name].turned(gradient).float().abs()
+        return regrow(scores, torch.cat(gains).view_as(scores), pattern, sparsity, self.fraction)
 
     @torch.no_grad()
     def after_update(self) -> None:

@@ -87,14 +87,11 @@ def pattern_and_schedule(
     mask_structure: str | Pattern, sparsity: float | None, schedule: Schedule | None, group: Group = "row"
 ) -> tuple[Pattern, Schedule]:
     """Pattern and schedule from what users write; ValueError if they contradict each other."""
-    if schedule is None:
-        pattern, sparsity = parse_pattern(mask_structure, sparsity, group)
-        return pattern, Constant(sparsity)
-    final = to_python_number(schedule.sparsity(1.0))
-    if sparsity is not None and to_python_number(sparsity) != final:
+    final = sparsity if schedule is None else to_python_number(schedule.sparsity(1.0))
+    if schedule is not None and sparsity is not None and to_python_number(sparsity) != final:
         raise ValueError(f"sparsity={sparsity} is in conflict with the schedule, which ends at {final}: give one.")
-    pattern, _ = parse_pattern(mask_structure, final, group)
-    return pattern, schedule
+    pattern, final = parse_pattern(mask_structure, final, group)
+    return pattern, schedule or Constant(final)
 
 
 # --- steps -----------------------------------------------------------------------------------------------------------

@@ -95,12 +95,12 @@ def in_threads(function: Callable[[Any], T], parts: Sequence[Any]) -> list[T]:
 def _pool(threads: int) -> ThreadPoolExecutor:
     pool, all_started = ThreadPoolExecutor(threads, "sparse_train", _start), threading.Barrier(threads, timeout=60)
     list(pool.map(lambda _: all_started.wait(), range(threads)))
-    torch.set_num_threads(threads)  # their 1 is theirs alone, except that threads to come would have it too
+    torch.set_num_threads(threads)  # the pool's 1 has also become the number of threads to come
     return pool
 
 
 def _start() -> None:
-    torch.get_num_threads()  # a thread takes over the process's number when it asks first, even after it has set one
+    torch.get_num_threads()  # first: a thread's first question would undo what it has set
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
 

@@ -26,8 +26,9 @@ _WORTH_THREADS = 2**21  # elements; below this, starting threads takes longer th
 
 
 def batch_sums(x: Tensor, token_mask: Tensor | None) -> _Sums:
-    """What one batch (..., I) adds to an ``ActivationNorm``: sum of squares, float32 (I,); number of tokens and of
-    dropped batches. A batch that is not finite adds only 1, to the last. See ``Statistics.add``."""
+    """What one batch (..., I) adds to an ``ActivationNorm``: sum of squares, float32 (I,); tokens; dropped batches.
+
+    A batch that is not finite adds 0, 0 and 1."""
     x_TI = x.reshape(-1, x.shape[-1])
     kept_T = None if token_mask is None else token_mask.reshape(-1).bool()
     if kept_T is not None and kept_T.device.type == "cpu" and kept_T.all():
@@ -152,7 +153,7 @@ class Statistics(ABC):
     def add(self, x: Tensor, token_mask: Tensor | None = None, last: LastSums | None = None) -> None:
         """Count a batch of inputs (..., I) of any float dtype, but for tokens whose entry in ``token_mask`` is 0.
 
-        A recomputed forward does not count. ``last`` has sums to reuse if another layer has read the same tensor.
+        ``last`` has sums to reuse if another layer has read the same tensor.
         """
 
     @property
@@ -184,7 +185,10 @@ class Statistics(ABC):
 
 
 class ActivationNorm(Statistics):
-    """Sum of squares of each input feature over the tokens seen, and the number of tokens."""
+    """Sum of squares of each input feature over the tokens seen, and the number of tokens.
+
+    Leaves out a forward that is recomputed in backward, and batches that are not finite.
+    """
 
     dimensions = 1
 
@@ -211,12 +215,13 @@ class ActivationNorm(Statistics):
 class ActivationGram(Statistics):
     """Sum of ``x x^T`` over the tokens seen: second moments of the input, for methods that move weights.
 
-    Only for calibration: takes I * I floats, does not detect recomputed forwards, and drops nothing.
+    Only for calibration: takes I * I floats, and counts all that it is given.
     """
 
     dimensions = 2
     _history: object = None
-    """Two of one history have the same sums. While a ``LastSums`` is used, only ``add`` and ``reset`` change sums."""
+    """Grams with the same object have the same sums: ``add`` and ``reset`` replace it. So if another gram had this
+    one's history, and has just added the same tensor, its sums are copied."""
 
     @property
     def gram_II(self) -> Tensor:
@@ -232,7 +237,7 @@ class ActivationGram(Statistics):
         last.look_at(x, token_mask)
         if last.gram is not None:
             other, before, after = last.gram
-            if self._history is before and other._history is after:  # they had the same sums before
+            if self._history is before and other._history is after:
                 self.gram_II.copy_(other.gram_II)
                 self.tokens.copy_(other.tokens)
                 self._history = after

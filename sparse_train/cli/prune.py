@@ -174,6 +174,7 @@ def _details(
         "calibration": calibration if plan.needs_data else None,
         "device": device,
         "seconds": {"forwards": report.forward_seconds, "pruning": report.pruning_seconds},
+        # masks began full: what flipped is pruned
         "layers": {name: update.flips / update.size for name, update in report.layers.items()},
         "versions": versions(),
     }

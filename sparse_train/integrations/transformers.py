@@ -169,7 +169,7 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
             make_first_mask=first_mask,
             state=restored,
         )
-        _say(self.updater.plan())
+        _say(self.updater.in_words())
         if args.load_best_model_at_end and self.updater.sparsity is None:
             raise ValueError(f"{_BEST} Leave it out, or prune the model before the run (prune(..., squash=False)).")
         begins_masked = restored is None and self.updater.sparsity is not None

@@ -186,7 +186,7 @@ class MaskedLayer(MaskedMatrix):
 
     def product(self, x: Tensor) -> Tensor:
         """The layer's output (..., O), without recording. Calibration replaces this method on the instance
-        (``oneshot.calibration._masked_once``), to mask the weight once and not in each forward."""
+        (``oneshot.calibration``), to mask the weight once, and to end a forward early."""
         return masked_linear(
             x, self.weight_OI, self.weight_mask, self.bias, self.factors, self.scale, self.straight_through
         )

@@ -41,7 +41,7 @@ def next_token_loss(logits_BLV: Tensor, labels_BL: Tensor) -> tuple[Tensor, Tens
     """
     labels_T = _shifted(labels_BL)
     tokens = (labels_T != IGNORED).sum()
-    (loss,) = _chunked_sums(_text, None, logits_BLV.flatten(0, 1), labels_T)
+    (loss,) = _ChunkedSums.apply(_text, None, logits_BLV.flatten(0, 1), labels_T)  # type: ignore[no-untyped-call]
     return loss / tokens.clamp(min=1), tokens
 
 
@@ -76,7 +76,8 @@ def distillation_loss(
     parts = teacher_BLV if isinstance(teacher_BLV, TopK) else (teacher_BLV,)
     terms = partial(_distilled, temperature=temperature, hardness=(hardness_ce, hardness_kldiv))
     operands_T = student_BLV.flatten(0, 1), labels_T, *(part.flatten(0, 1) for part in parts)
-    total, ce, kldiv = _chunked_sums(terms, tokens_N, *operands_T) / max(1, len(tokens_N))
+    sums_S = _ChunkedSums.apply(terms, tokens_N, *operands_T)  # type: ignore[no-untyped-call]
+    total, ce, kldiv = sums_S / max(1, len(tokens_N))
     return total, ce.detach(), kldiv.detach()
 
 
@@ -156,13 +157,10 @@ def _log_probs(log_q_CV: Tensor, temperature: float, *teacher_C: Tensor) -> Tens
     return (log_q_CV + (log_rest_C - others_C.log())[:, None]).scatter_(1, ids_CK, log_p_CK.float())
 
 
-def _chunked_sums(terms: Callable[..., Any], tokens_N: Tensor | None, *operands_T: Tensor) -> Tensor:
-    """The sums of ``terms`` (S,) over the rows ``tokens_N`` (None = all); the first of them can be trained on."""
-    return _ChunkedSums.apply(terms, tokens_N, *operands_T)  # type: ignore[no-untyped-call]
-
-
 class _ChunkedSums(torch.autograd.Function):
-    """Computes the gradient in forward, where softmax is at hand; it holds that, in the logits' dtype, and no operand.
+    """The sums of ``terms`` (S,) over the rows ``tokens_N`` (None = all); the first of them can be trained on.
+
+    Computes the gradient in forward, where softmax is at hand; it holds that, in the logits' dtype, and no operand.
 
     The gradient is held without the factor that backward brings (1 / tokens, a scale of the loss), so that it does not
     underflow in float16.

@@ -1,12 +1,9 @@
 """Calibration: run batches through a model, block by block, so that each block sees the outputs of pruned blocks.
 
-This does not depend on the architecture; blocks must run one after the other, once each, which is checked. To run block
-i alone, the whole model is called, with blocks 0 to i - 1 answering with the cached output of block i - 1. The model's
-own code then passes block i its other inputs (masks, position embeddings), and the call is cut off after block i.
-
-For block 2: blocks 0 and 1 do not run, and answer with the kept output of block 1. Block 2 gets that from the model's
-own code, runs, and raises ``Stop`` with its output, which is kept for block 3. That it makes no difference what block 0
-answers is checked once, with another answer of the same shape (``_check``).
+To run block 2, the whole model is called. Blocks 0 and 1 do not run: block 1 answers with its kept output, and block 0
+with anything of that shape. The model's own code gives block 2 its other inputs (masks, position embeddings). Block 2
+runs, and raises ``Stop`` with its output, which is kept for block 3. This does not depend on the architecture. That
+blocks run in order, once each, and take nothing else of earlier ones, is checked (``_check``).
 """
 
 import functools
@@ -120,8 +117,6 @@ class CalibrationPass:
         kept = _moved(self._kept[index], self._device) if block else None
         others = tree_map_only(Tensor, change, kept)
 
-        # in place of block ``number``: the block that is asked for runs, and ends the call with what it gives; the one
-        # before it answers with its kept output, and those before that with any of the same shape
         def answer(number: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             called.append(number)
             assert called == list(range(number + 1)), called  # as in the sample that was checked

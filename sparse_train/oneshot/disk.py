@@ -45,9 +45,9 @@ class DiskStore(BlockStore):
         super().__init__(model, {**chosen.layers, **expert_matrices(chosen.experts)}, device)
         self.checkpoint, self.work = checkpoint, work
         self.keep_on = torch.device("cpu")
-        self._progress = _read_progress(work)
-        self.outliers = {int(block): share for block, share in self._progress["outliers"].items()}
-        self.updates = {name: LayerUpdate(**each) for name, each in self._progress["updates"].items()}
+        self._done = _read_record(work)
+        self.outliers = {int(block): share for block, share in self._done["outliers"].items()}
+        self.updates = {name: LayerUpdate(**each) for name, each in self._done["updates"].items()}
         narrow = any(dtype.startswith("F8") for dtype in checkpoint.dtypes.values())
         if narrow or getattr(model.config, "quantization_config", None) is not None:
             raise ValueError(
@@ -95,7 +95,7 @@ class DiskStore(BlockStore):
         assert block is not None
         super().finish(block, updates)
         done = {name: asdict(update) for name, update in self.updates.items()}
-        write_json(self.work / _PROGRESS, {**self._progress, "outliers": self.outliers, "updates": done})
+        write_json(self.work / _PROGRESS, {**self._done, "outliers": self.outliers, "updates": done})
         squash_layers(self.blocks[block])
         _write_shard(self._shard(block), self._tensors(block))
 
@@ -195,7 +195,7 @@ def unfinished(out: Path, settings: Sequence[str]) -> Iterator[Path]:
             raise ValueError(
                 f"Another process is writing {work}. Wait until it has finished, or choose another folder."
             ) from error
-        progress = _read_progress(work)
+        progress = _read_record(work)
         if not progress["updates"]:  # of any run that finished no block
             for shard in work.glob("model-*.safetensors"):
                 shard.unlink()
@@ -209,7 +209,7 @@ def unfinished(out: Path, settings: Sequence[str]) -> Iterator[Path]:
         try:
             yield work
         except BaseException:  # Ctrl-C too
-            if not _read_progress(work)["updates"]:
+            if not _read_record(work)["updates"]:
                 shutil.rmtree(work)
             raise
         if out.exists():
@@ -219,12 +219,12 @@ def unfinished(out: Path, settings: Sequence[str]) -> Iterator[Path]:
             (out / name).unlink()
 
 
-def _read_progress(work: Path) -> dict[str, Any]:
+def _read_record(work: Path) -> dict[str, Any]:
     path = work / _PROGRESS
     return json.loads(path.read_text()) if path.is_file() else {"settings": [], "updates": {}}
 
 
-def fingerprint(batches: Iterable[Batch]) -> str:
+def data_checksum(batches: Iterable[Batch]) -> str:
     """Identifies calibration data, so that an unfinished run continues on the same."""
     crc = 0
     for batch in batches:

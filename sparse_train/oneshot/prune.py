@@ -133,7 +133,7 @@ def prune_checkpoint(
     chosen = find_targets(model, plan.pattern, targets, ignore, experts=True)
     batches = list(batches) if plan.needs_data and batches is not None else None
     parts = (plan.pattern, plan.sparsity, plan.method, plan.distribution, targets, list(ignore))
-    data = f"autocast={autocast}", checkpoint.fingerprint, disk.fingerprint(batches or [])
+    data = f"autocast={autocast}", checkpoint.fingerprint, disk.data_checksum(batches or [])
     settings = [*map(describe, parts), *data]
     with disk.unfinished(out, settings) as work:
         store = disk.DiskStore(model, checkpoint, chosen, work, torch.device(device))

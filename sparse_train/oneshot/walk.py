@@ -222,13 +222,13 @@ def walk(
             store.outliers = _walk_for_outliers(store, above, calibration, progress)
         final = plan.sparsity if plan.final is None else plan.final
         division = Division(plan.distribution, store.shapes, plan.pattern, final, store.outliers)
-        sparsity = division.at(plan.sparsity)
+        sparsities = division.at(plan.sparsity)
 
         def prune_block(block: int | None) -> None:
             layers = store.load(block)
             if layers and calibration is not None and plan.statistics is not None:
                 calibration.record(layers, plan.statistics, block)
-            store.finish(block, _prune_layers(layers, plan, sparsity, store) if layers else {})
+            store.finish(block, _prune_layers(layers, plan, sparsities, store) if layers else {})
 
         for block in with_bar(range(len(store.blocks)), "pruning", shown=progress and calibration is not None):
             if store.is_done(block):
@@ -262,7 +262,7 @@ def _walk_for_outliers(
 
 @torch.no_grad()
 def _prune_layers(
-    layers: Mapping[str, MaskedMatrix], plan: Plan, sparsity: Mapping[str, float], store: BlockStore
+    layers: Mapping[str, MaskedMatrix], plan: Plan, sparsities: Mapping[str, float], store: BlockStore
 ) -> dict[str, LayerUpdate]:
     """Set the masks of calibrated layers, and their weights if the method is a ``Solver``, and write experts' zeros."""
     if plan.statistics is not None:
@@ -274,9 +274,9 @@ def _prune_layers(
             store.before_change(layer)
     if isinstance(plan.method, Solver):
         check_statistics(layers)
-        updates = {n: _solve(n, each, plan.method, plan.pattern, sparsity[n]) for n, each in layers.items()}
+        updates = {n: _solve(n, each, plan.method, plan.pattern, sparsities[n]) for n, each in layers.items()}
     else:
-        updates = update_masks(layers, Rules(plan.method, plan.pattern, sparsity))
+        updates = update_masks(layers, Rules(plan.method, plan.pattern, sparsities))
     for layer in layers.values():
         if isinstance(layer, ExpertMatrix):
             layer.write_zeros()

@@ -108,14 +108,16 @@ def check_agreement(layers: Mapping[str, MaskedMatrix]) -> None:
             )
 
 
-def misfitting_layer(layers: Mapping[str, MaskedMatrix], pattern: Pattern, sparsity: Mapping[str, float]) -> str | None:
-    """The first layer whose mask does not follow this pattern and sparsity, over all or of each; None if all do."""
+def misfitting_layer(
+    layers: Mapping[str, MaskedMatrix], pattern: Pattern, sparsities: Mapping[str, float]
+) -> str | None:
+    """The first layer whose mask does not follow this pattern and its sparsity; None if all do."""
     # With the mask itself as the scores, the pattern selects the mask if it has the right count in every group.
     unpacked: Iterable[Tensor] = (layer.unpacked_mask() for layer in layers.values())
     if pattern.model_wide:
         unpacked = [torch.cat([mask.reshape(1, -1) for mask in unpacked], dim=1)]
     for name, mask in zip(layers, unpacked, strict=False):
-        if not torch.equal(pattern.mask(mask.float(), sparsity[name]), mask):
+        if not torch.equal(pattern.mask(mask.float(), sparsities[name]), mask):
             return name
     return None
 

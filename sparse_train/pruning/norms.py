@@ -24,10 +24,6 @@ def attach(layers: Iterable[MaskedMatrix], recorder: Recorder, statistics: type[
         layer.statistics = None if statistics is None else statistics(layer.in_features, layer.weight_mask.device)
 
 
-def norms_of(layers: Mapping[str, MaskedMatrix]) -> dict[str, ActivationNorm]:
-    return {name: layer.statistics for name, layer in layers.items() if isinstance(layer.statistics, ActivationNorm)}
-
-
 # --- over ranks ------------------------------------------------------------------------------------------------------
 
 
@@ -85,6 +81,10 @@ class RunningNorms:
         self._tokens: dict[str, int] = {}  # after the last update
         self._warned = self._probing = False
 
+    def _norms(self) -> dict[str, ActivationNorm]:
+        own = self._layers.items()
+        return {name: each.statistics for name, each in own if isinstance(each.statistics, ActivationNorm)}
+
     def check_attached(self) -> None:
         """Raise ValueError if layers now record for another run, or are no longer masked."""
         lost = [n for n, layer in self._layers.items() if getattr(layer, "recorder", None) is not self.recorder]
@@ -97,7 +97,7 @@ class RunningNorms:
     def take_calibration_norms(self) -> None:
         """Take norms that one-shot pruning has left, if it has in all layers, for a first window with its update."""
         first = {n: state for n, layer in self._layers.items() if (state := layer.calibration_norm) is not None}
-        own = norms_of(self._layers)
+        own = self._norms()
         if self._decay and all(name in first and int(first[name]["tokens"]) for name in own):
             for name, norm in own.items():
                 norm.merge_state_dict(first[name])
@@ -118,7 +118,7 @@ class RunningNorms:
         if not self._probing:
             return
         self._probing = False
-        unreached = [name for name, norm in norms_of(self._layers).items() if not int(norm.tokens)]
+        unreached = [name for name, norm in self._norms().items() if not int(norm.tokens)]
         attach(self._layers.values(), self.recorder, ActivationNorm if self._needs_norms else None)
         if unreached and rank() == 0:
             _log.warning(
@@ -131,7 +131,7 @@ class RunningNorms:
     def check_new_tokens(self) -> None:
         """Warn of targets that have nothing new since ``fade``, or whose inputs were sometimes not finite; raise
         ValueError if none was, and nothing is remembered."""
-        norms = norms_of(self._layers)
+        norms = self._norms()
         tokens = {name: int(norm.tokens) for name, norm in norms.items()}
         dropped = [name for name, norm in norms.items() if int(norm.dropped)]
         for name in dropped:
@@ -158,7 +158,7 @@ class RunningNorms:
         Every rank holds the sum over ranks now. All but rank 0 begin again at zero, or the next sum would count it
         several times.
         """
-        norms = norms_of(self._layers)
+        norms = self._norms()
         if self._decay:
             for norm in norms.values():
                 norm.fade(self._decay)
@@ -169,14 +169,14 @@ class RunningNorms:
 
     def state_dict(self) -> dict[str, Any]:
         """The state of all ranks; all of them must call."""
-        own = {name: norm.state_dict() for name, norm in norms_of(self._layers).items()}
+        own = {name: norm.state_dict() for name, norm in self._norms().items()}
         return {"norms_by_rank": gather_objects(own), "tokens": self._tokens}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Each rank gets its own norms back; if the number of ranks has changed, rank 0 gets their sum."""
         by_rank: Sequence[Mapping[str, dict[str, Tensor]]] = state["norms_by_rank"]
         self._tokens = {name: operator.index(tokens) for name, tokens in state["tokens"].items()}
-        own, same_ranks = norms_of(self._layers), len(by_rank) == world_size()
+        own, same_ranks = self._norms(), len(by_rank) == world_size()
         for norm in own.values():
             norm.reset()
         for process, saved in enumerate(by_rank):

@@ -39,7 +39,7 @@ from sparse_train.pruning.counts import (
 from sparse_train.pruning.norms import RunningNorms, check_statistics, sum_statistics
 from sparse_train.pruning.resuming import check_restored_masks, check_same_layers, check_same_settings
 from sparse_train.pruning.update import Rules, measure_outliers, shapes_of, update_masks
-from sparse_train.pruning.zeros import masks_from_zeros, unmasked_zeros, warn_of_filled
+from sparse_train.pruning.zeros import masks_from_zeros, warn_of_filled
 from sparse_train.recorder import reads_two_texts
 from sparse_train.schedules import Timing
 
@@ -77,9 +77,9 @@ class MaskUpdater:
         total_steps: optimizer steps of the run; needed if steps are given as a share of it.
         optimizers: those that train the layers, for policies and criteria that look at their state. One that is made
             later is known from its first ``before_optimizer_step`` on.
-        make_first_mask: sets the masks of ``layers`` in place, by one-shot pruning, and returns the outliers that this
-            measured, perhaps none ({}); None if it could not, and the first update is to make the masks, as without it.
-            Called at most once, after all checks. Callbacks give ``oneshot.first_mask.make_first_mask``.
+        make_first_mask: makes the first masks in place, by one-shot pruning, after all checks. Returns the outliers
+            that it measured ({} = none); None if it could not, and the first update makes the masks. Callbacks give
+            ``oneshot.first_mask.make_first_mask``.
         outliers: ``OneShotReport.outliers`` of the pruning that made the first masks, for a distribution that needs
             them. Default: measured with the first masks; or masks that exist tell.
         state: ``state_dict`` of the run to resume; the model must have that run's masks, or load them later. Update
@@ -168,7 +168,7 @@ class MaskUpdater:
             self._keep_first_rows()
         elif self.timing.is_update(0):  # the criterion needs no activations
             self.update()
-        warn_of_filled(self.layers, unmasked_zeros(self.layers))
+        warn_of_filled(self.layers)
         if not (self.config.criterion.needs_activations and self._masks_change()):
             self.norms.probe()
 
@@ -435,7 +435,7 @@ class MaskUpdater:
         self._factors = describe_factors(self.layers) or self._factors  # after a merge, those from before
         return {**self.config.as_data(), "first_mask": self.origin, "mask_lora": self._factors}
 
-    def plan(self) -> str:
+    def in_words(self) -> str:
         """Which layers are pruned and how far, and when masks change, in words."""
         final = self.config.sparsity_at(1.0)
         zeros = self.origin == as_call(as_data(FromZeros())) and self.steps == 0

@@ -101,16 +101,12 @@ def masks_from_zeros(layers: Mapping[str, MaskedLayer], pattern: Pattern, sparsi
         raise error or ValueError("The zeros of another process do not follow the pattern: it has another model.")
 
 
-def unmasked_zeros(layers: Mapping[str, MaskedLayer]) -> dict[str, int]:
-    """By layer, the number of zeros that its mask keeps."""
-    return {name: each.zeros - layers[name].pruned() for name, each in measure(layers).items()}
+def warn_of_filled(layers: Mapping[str, MaskedLayer], kept: Mapping[str, int] | None = None) -> None:
+    """Warn if masks keep zeros of a model that was pruned before: training fills them.
 
-
-def warn_of_filled(layers: Mapping[str, MaskedLayer], kept: Mapping[str, int]) -> None:
-    """Warn if masks keep zeros of a model that was pruned before (``unmasked_zeros``): training fills them.
-
-    A layer of zeros alone is new, such as LoRA's B.
+    ``kept`` is their number by layer, counted here if not given. A layer of zeros alone is new, such as LoRA's B.
     """
+    kept = kept or {name: each.zeros - layers[name].pruned() for name, each in measure(layers).items()}
     filled = sum(zeros for name, zeros in kept.items() if zeros < layers[name].size)
     share = filled / sum(layer.size for layer in layers.values())
     if share > _A_FEW and rank() == 0:

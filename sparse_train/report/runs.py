@@ -60,12 +60,12 @@ class Run:
         return self.curves.get(name or "", [])
 
     def training_loss(self) -> Points:
-        return self.curve(named("loss", [n for n in self.curves if not n.startswith(("val", "test", *_OWN))]))
+        return self.curve(metric_named("loss", [n for n in self.curves if not n.startswith(("val", "test", *_OWN))]))
 
     def validation(self, word: str) -> Points:
         """Perplexity or loss in validation, from the first mask on."""
         before = [(state.step, value) for state in self.before if (value := getattr(state, word)) is not None]
-        return [*before[-1:], *self.curve(named(word, [name for name in self.curves if name.startswith("val")]))]
+        return [*before[-1:], *self.curve(metric_named(word, [name for name in self.curves if name.startswith("val")]))]
 
     def evaluations(self) -> dict[str, tuple[int, float]]:
         """The last step and value of what ``Evaluation`` callbacks measured, by metric."""
@@ -114,7 +114,7 @@ def headline(run: Run) -> dict[str, Any]:
     }
 
 
-def named(word: str, names: Sequence[str]) -> str | None:
+def metric_named(word: str, names: Sequence[str]) -> str | None:
     """The first name that is ``word`` after its stage ("val/loss"); if there is none, the first that contains it
     ("val/loss_ce")."""
     having = [name for name in names if word in name]

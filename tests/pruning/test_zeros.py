@@ -68,11 +68,11 @@ def test_the_plan_of_a_run_from_zeros_counts_them_until_it_has_begun(ids):
         model.get_parameter(layers[0])[:8].zero_()
     zeros, size = sum(int((~m).sum()) for m in nonzero(model).values()), sum(m.numel() for m in nonzero(model).values())
     updater = MaskUpdater(model, "2:4", criterion=Magnitude(), first_mask=FromZeros(), update_freq=4, total_steps=12)
-    assert f"{100 * zeros / size:.2f} %" in updater.plan()
+    assert f"{100 * zeros / size:.2f} %" in updater.in_words()
     updater.step()
-    assert "%" not in updater.plan()
+    assert "%" not in updater.in_words()
     kept = MaskUpdater(tiny_llama(), "2:4", first_mask=FirstWindow(), policy=Fixed(), update_freq=4, total_steps=12)
-    assert "masks are made at step 2, and kept" in kept.plan()
+    assert "masks are made at step 2, and kept" in kept.in_words()
 
 
 def test_a_run_that_is_refused_leaves_the_layers_plain(ids):

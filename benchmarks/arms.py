@@ -193,6 +193,7 @@ ARMS: dict[str, Arm] = {
     "static_iht_distill_kl": _arm("smollm2_2of4_static", *_IHT, *_KL, distil=True),
     "static_iht_distill_t1": _arm("smollm2_2of4_static", *_IHT, _T1, distil=True),
     "dynamic_iht_distill_t1": _arm("smollm2_2of4", *_IHT, _T1, distil=True),
+    "dynamic_distill_t1": _arm("smollm2_2of4", _T1, distil=True),
     "static_distill_t1": _arm("smollm2_2of4_static", _T1, distil=True),
     "static_iht_distill_even": _arm("smollm2_2of4_static", *_IHT, *_EVEN, distil=True),
     "static_iht_distill_betas99": _arm("smollm2_2of4_static", *_IHT, "--model.betas=[0.9,0.99]", distil=True),

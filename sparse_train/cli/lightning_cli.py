@@ -184,6 +184,7 @@ class SparseTrainCLI(LightningCLI):
     after_test = after_validate
 
     def after_predict(self) -> None:
+        self.trainer.strategy.barrier()  # until the others have written theirs
         if self.trainer.is_global_zero:
             folder = self.model.teacher_cache().folder
             self.result = {"folder": str(folder), "blocks": sum(1 for _ in folder.glob("*.safetensors"))}

@@ -170,12 +170,9 @@ class DynamicPruning(L.Callback):
             total_steps = max(1, trainer.estimated_stepping_batches - before)  # 0 if the fit is over
         first_mask = functools.partial(
             make_first_mask,
-            pl_module,
-            self._layers,
-            self.config,
-            functools.partial(lightning_trainer.batches_of_training, trainer),
-            trainer.precision_plugin.forward_context,
-            lambda what: rank_zero_info(f"DynamicPruning: {what}."),
+            batches=functools.partial(lightning_trainer.batches_of_training, trainer),
+            context=trainer.precision_plugin.forward_context,
+            say=lambda what: rank_zero_info(f"DynamicPruning: {what}."),
             progress=trainer.is_global_zero and trainer.progress_bar_callback is not None,
         )
         self.updater = MaskUpdater(

@@ -152,12 +152,9 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
         dtype = torch.float16 if args.fp16 else torch.bfloat16
         first_mask = functools.partial(
             make_first_mask,
-            model,
-            layers,
-            self.config,
-            lambda samples: training_batches(train_dataloader, samples, args.per_device_train_batch_size),
-            under_autocast(dtype if args.fp16 or args.bf16 else None, args.device),
-            _say,
+            batches=lambda samples: training_batches(train_dataloader, samples, args.per_device_train_batch_size),
+            context=under_autocast(dtype if args.fp16 or args.bf16 else None, args.device),
+            say=_say,
             progress=not args.disable_tqdm and rank() == 0,
         )
         self.updater = MaskUpdater(

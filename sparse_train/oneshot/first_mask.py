@@ -25,12 +25,13 @@ def make_first_mask(
     root: nn.Module,
     layers: Mapping[str, MaskedLayer],
     config: PruningConfig,
+    *,
     batches: Callable[[int], Sequence[Batch] | None],
     context: ForwardContext,
     say: Callable[[str], None],
     progress: bool,
 ) -> Outliers | None:
-    """Carry out ``OneShot``: what callbacks give ``MaskUpdater``, which calls it if the run begins so.
+    """Carry out ``OneShot``: a ``FirstMaker`` once a trainer's callback has given the rest.
 
     Masks of ``layers``, of a model in ``root``, are set, and weights too if a solver makes them. ``batches(samples)``
     returns ``first_samples``, the same on each rank, or None if there are none that a model can read. ``say`` gets a

@@ -45,6 +45,10 @@ from sparse_train.schedules import Timing
 
 _log = logging.getLogger(__name__)
 
+FirstMaker = Callable[[nn.Module, Mapping[str, MaskedLayer], PruningConfig], Outliers | None]
+"""Makes the first masks of a model's layers in place, by one-shot pruning. Returns the outliers that it measured ({} =
+none); None if it could not, and all is as before."""
+
 BY_UPDATE = "made by the first update"
 """``origin`` of a run whose first masks are not there before its first update."""
 
@@ -77,9 +81,8 @@ class MaskUpdater:
         total_steps: optimizer steps of the run; needed if steps are given as a share of it.
         optimizers: those that train the layers, for policies and criteria that look at their state. One that is made
             later is known from its first ``before_optimizer_step`` on.
-        make_first_mask: makes the first masks in place, by one-shot pruning, after all checks. Returns the outliers
-            that it measured ({} = none); None if it could not, and the first update makes the masks. Callbacks give
-            ``oneshot.first_mask.make_first_mask``.
+        make_first_mask: called after all checks, if the run begins with one-shot pruning; callbacks give
+            ``oneshot.first_mask.make_first_mask``. Where it is None or returns None, the first update makes the masks.
         outliers: ``OneShotReport.outliers`` of the pruning that made the first masks, for a distribution that needs
             them. Default: measured with the first masks; or masks that exist tell.
         state: ``state_dict`` of the run to resume; the model must have that run's masks, or load them later. Update
@@ -100,7 +103,7 @@ class MaskUpdater:
         layers: Mapping[str, MaskedLayer] | None = None,
         total_steps: int | float | None = None,
         optimizers: Iterable[Optimizer] = (),
-        make_first_mask: Callable[[], Outliers | None] | None = None,
+        make_first_mask: FirstMaker | None = None,
         outliers: Outliers | None = None,
         state: Mapping[str, Any] | None = None,
         **settings: Any,
@@ -154,7 +157,7 @@ class MaskUpdater:
         self.policy.begin(self.layers, self._optimizers, config.update_freq)
         self.policy.check()
 
-    def _start(self, total_steps: int | float | None, make_first_mask: Callable[[], Outliers | None] | None) -> None:
+    def _start(self, total_steps: int | float | None, make_first_mask: FirstMaker | None) -> None:
         """Begin a run: its first masks are there, are made now, or come from the first update."""
         # checked before a solver moves weights; the first update is later if it has to make the masks
         self.timing = self.config.timing(total_steps, has_masks=True)
@@ -199,7 +202,7 @@ class MaskUpdater:
         for name, layer in self.layers.items():
             layer.straight_through, layer.frozen = self.policy.straight_through, name in frozen
 
-    def _begin_with_masks(self, make_first_mask: Callable[[], Outliers | None] | None) -> bool:
+    def _begin_with_masks(self, make_first_mask: FirstMaker | None) -> bool:
         """Decide, here alone, where the first masks come from, and make them; False if the first update is to.
 
         Called after all other checks, because a solver moves weights.
@@ -228,7 +231,7 @@ class MaskUpdater:
         needed = criterion is not None or config.criterion.needs_activations
         one_shot = isinstance(first, OneShot) and needed and sparsity and self.timing.start_step == 0
         if one_shot and make_first_mask is not None:
-            outliers = make_first_mask()
+            outliers = make_first_mask(self._model, self.layers, config)
             if outliers is not None:
                 if not self._division.known:
                     self._division.divide_by(outliers)

@@ -45,7 +45,9 @@ def begin(root, ids, *args, context=contextlib.nullcontext, layers=None, **setti
     """A run as the callbacks begin it."""
     config = PruningConfig(*args, **settings)
     layers = layers or mask_targets(root, config)
-    making = partial(make_first_mask, root, layers, config, lambda count: ids and ids[:count], context, print, False)
+    making = partial(
+        make_first_mask, batches=lambda count: ids and ids[:count], context=context, say=print, progress=False
+    )
     return MaskUpdater(root, config=config, layers=layers, total_steps=100, make_first_mask=making)
 
 

@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 
 from sparse_train import Criterion, Magnitude, MaskUpdater, prune
 from sparse_train.cli.commands import COMMANDS
-from sparse_train.cli.main import main, run
+from sparse_train.cli.main import OF_RECIPES, main, run
 from tests.conftest import VOCABULARY, shallow_llama, tiny_llama, without_pictures
 from tests.test_recipes import BASE, WithoutObjects, lightning_cli
 
@@ -205,7 +205,7 @@ def test_command_lines_that_cannot_run_here_parse(line, elsewhere, monkeypatch):
     for name in ("my_text.txt", "held_out.txt"):
         Path(name).write_text("")
     _, command, *options = shlex.split(line)
-    if command in ("fit", "validate", "test"):
+    if command in OF_RECIPES:
         options = [option for option in options if option != "--json"]  # which main reads
         lightning_cli.run([command, *options], WithoutObjects)
         return
@@ -283,7 +283,7 @@ def _small(command, options, model_folder, text_file, pruned="") -> list[str]:
     """Options behind those of a page that leave its command as it is, on a tiny model and a few tokens."""
     text = json.dumps({"class_path": "TextFiles", "init_args": {split: [str(text_file)] for split in SPLITS}})
     short = ["--window=32", "--max_tokens=640"]
-    if command in ("fit", "validate", "test"):
+    if command in OF_RECIPES:
         measured = [f"--trainer.callbacks.text={text}", "--trainer.callbacks.window=32"]
         from_zeros = [f"--model.model={pruned}", f"--model.distillation.teacher={model_folder}"]
         return [

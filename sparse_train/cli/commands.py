@@ -16,7 +16,7 @@ COMMANDS = {
     "validate": Command("perplexity of a training run", f"sparse-train validate {_RUN} --ckpt_path runs/x/last.ckpt"),
     "test": Command("the same on held-out text", f"sparse-train test {_RUN} --ckpt_path runs/x/last.ckpt"),
     "cache-teacher": Command(
-        "a teacher's outputs, for runs to read",
+        "a teacher's outputs, for runs",
         "sparse-train cache-teacher --config recipes/smollm2_2of4_distill.yaml --model.distillation.cache runs/teacher",
     ),
     "prune": Command("one-shot pruning", "sparse-train prune PackagedSmolLM2 runs/wanda"),

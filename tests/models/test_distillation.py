@@ -15,7 +15,7 @@ from sparse_train.callbacks import DynamicPruning
 from sparse_train.data.text_blocks import TextBlocks
 from sparse_train.data.texts import TextFiles
 from sparse_train.models.causal_lm import CausalLM
-from sparse_train.models.distillation import CachedTeacher, Distillation, Teacher, cast_linear
+from sparse_train.models.distillation import CachedTeacher, Distillation, Teacher, cast_linear, digest
 from sparse_train.models.losses import top_k
 from sparse_train.models.sources import Pretrained
 from tests.conftest import shallow_llama, tiny_tokenizer
@@ -346,6 +346,17 @@ def test_a_cache_that_is_filled_before_serves_the_run(model_folder, data, tmp_pa
     assert cached_run(model_folder, data, tmp_path, monkeypatch)[0] == filled[0]
     with pytest.raises(ValueError, match="keeps no outputs of a teacher"):
         trainer.predict(CausalLM(str(model_folder), distillation=Distillation()), datamodule=text)
+
+
+def test_teachers_of_one_cache_have_the_same_weights_and_compute_alike():
+    teacher = shallow_llama()
+    moved, other, trained = (copy.deepcopy(teacher) for _ in range(3))
+    moved.config._name_or_path, moved.config.use_cache = "elsewhere", False
+    other.config.rms_norm_eps = 0.1
+    with torch.no_grad():
+        next(trained.parameters())[0, 0] += 1
+    assert digest(moved) == digest(teacher)
+    assert len({digest(each) for each in (teacher, other, trained)}) == 3
 
 
 def test_with_all_tokens_a_cache_changes_nothing(model_folder, data, tmp_path, monkeypatch):

@@ -7,7 +7,8 @@ Every arm starts from the same model and, for a given seed, uses the same batche
 pattern start from the same first mask, except those that prune gradually. With --tuning, a run is evaluated only on
 validation articles; such rows, with seeds that are not reported, decide learning rates and variants. Other runs are
 evaluated once at their end, on held-out articles and the given files. Rows are appended to benchmarks/quality.csv as
-runs finish. A row that already exists is not run again, so a list of commands resumes after an interruption.
+runs finish. A row that already exists is not run again, so a list of commands resumes after an interruption. With
+--checkpoints, an interrupted run of hours goes on as well.
 """
 
 import tempfile
@@ -70,6 +71,7 @@ def main(
     c4: str | None = None,
     teacher: str | None = None,
     export: str | None = None,
+    checkpoints: str | None = None,
     out: str = "benchmarks/quality.csv",
 ) -> None:
     """Run one arm and append its row.
@@ -87,6 +89,8 @@ def main(
         teacher: folder of the model from which the arms named "tuned" learn: dense_seedN_STEPS, as written by --arm
             dense --seed N --steps STEPS --export, with the same seed and number of steps.
         export: folder for the trained model.
+        checkpoints: folder where the run saves itself every 50 steps. The same command goes on from there; at its end,
+            the checkpoint is removed.
         out: CSV file.
     """
     known = ["none", *ONESHOT, *ARMS]
@@ -112,7 +116,7 @@ def main(
         return
     began = time.perf_counter()
     if arm in ARMS:
-        model, flips, name = _train(arm, seed, steps, lr, tokens_a_step, teacher, export)
+        model, flips, name = _train(arm, seed, steps, lr, tokens_a_step, teacher, export, checkpoints)
     else:
         model, flips, name = _oneshot(arm), {}, None
     if done:
@@ -141,15 +145,35 @@ def main(
         **numbers,
     )
     rows.append(path, row)
+    if checkpoints is not None:
+        _checkpoint(checkpoints, arm, seed, steps, lr, tokens_a_step).unlink(missing_ok=True)
     print(f"{row} {time.perf_counter() - began:.0f} s")
 
 
 def _train(
-    name: str, seed: int, steps: int, lr: float, tokens_a_step: int, teacher: str | None, export: str | None
+    name: str,
+    seed: int,
+    steps: int,
+    lr: float,
+    tokens_a_step: int,
+    teacher: str | None,
+    export: str | None,
+    checkpoints: str | None,
 ) -> tuple[Any, dict[str, float], str]:
     """The trained model, its flip rates, and a description of the model."""
     arm, batch_size = ARMS[name], tokens_a_step // BLOCK_SIZE
     optimizer = [f"--model.optimizer={arm.optimizer}", f"--model.optimizer.lr={lr}"] if arm.optimizer else []
+    saving = ["--trainer.enable_checkpointing=false"]
+    if checkpoints is not None:
+        file = _checkpoint(checkpoints, name, seed, steps, lr, tokens_a_step)
+        saving = [
+            "--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint",
+            f"--trainer.callbacks.dirpath={file.parent}",
+            f"--trainer.callbacks.filename={file.stem}",
+            "--trainer.callbacks.every_n_train_steps=50",
+            "--trainer.callbacks.enable_version_counter=false",
+            *([f"--ckpt_path={file}"] if file.exists() else []),
+        ]
     with tempfile.TemporaryDirectory() as folder:
         start = Path(folder, "start")
         if arm.start is not None:
@@ -171,7 +195,7 @@ def _train(
                 f"--trainer.max_steps={steps}",
                 f"--trainer.default_root_dir={folder}",
                 "--trainer.gradient_clip_val=1.0",
-                "--trainer.enable_checkpointing=false",
+                *saving,
                 "--trainer.limit_val_batches=0",
                 "--trainer.num_sanity_val_steps=0",
             ]
@@ -179,6 +203,10 @@ def _train(
         logged = [row for file in Path(folder).rglob("metrics.csv") for row in rows.read(file)]
     source = cli.model.source
     return cli.model.model, flips(logged), source.name if isinstance(source, FromScratch) else PackagedSmolLM2.name
+
+
+def _checkpoint(folder: str, arm: str, seed: int, steps: int, lr: float, tokens_a_step: int) -> Path:
+    return Path(folder).absolute() / f"{arm}_seed{seed}_{steps}x{tokens_a_step}_lr{lr}.ckpt"
 
 
 def flips(logged: list[dict[str, str]]) -> dict[str, float]:

@@ -135,6 +135,7 @@ ARMS: dict[str, Arm] = {
     "dynamic": _arm("smollm2_2of4"),
     "dynamic_k50": _arm("smollm2_2of4", "update_freq=50"),
     "dynamic_k1": _arm("smollm2_2of4", "update_freq=1", "window=1"),
+    "dynamic_k1_stop100": _arm("smollm2_2of4", "update_freq=1", "window=1", "end_step=1.0"),
     "gradual_magnitude": _arm("smollm2_2of4", *_GRADUAL),
     # which score, from the same first mask
     "dynamic_magnitude": _arm("smollm2_2of4", *_FROM_WANDA),

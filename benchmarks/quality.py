@@ -89,8 +89,8 @@ def main(
         teacher: folder of the model from which the arms named "tuned" learn: dense_seedN_STEPS, as written by --arm
             dense --seed N --steps STEPS --export, with the same seed and number of steps.
         export: folder for the trained model.
-        checkpoints: folder where the run saves itself every 50 steps. The same command goes on from there; at its end,
-            the checkpoint is removed.
+        checkpoints: folder where the run saves itself every 50 steps. The same command goes on from there. Not for arms
+            of ``variants.py``, whose state is in no checkpoint.
         out: CSV file.
     """
     known = ["none", *ONESHOT, *ARMS]
@@ -105,6 +105,8 @@ def main(
     alike = f"dense_seed{seed}_{steps * tokens_a_step // Row.tokens_a_step}"
     if teacher is not None and Path(teacher).name != alike:
         raise SystemExit(f"The teacher must have seen the same tokens: --teacher must name {alike}.")
+    if checkpoints is not None and arm in ARMS and any("variants." in option for option in ARMS[arm].options()):
+        raise SystemExit(f"{arm} has a state that no checkpoint holds: leave --checkpoints out.")
     path = Path(out)
     given = {"heldout": "", "wikitext2": wikitext, "c4": c4}
     wanted = [] if tuning else [name for name, text in given.items() if text is not None]
@@ -116,7 +118,9 @@ def main(
         return
     began = time.perf_counter()
     if arm in ARMS:
-        model, flips, name = _train(arm, seed, steps, lr, tokens_a_step, teacher, export, checkpoints)
+        file = f"{arm}_seed{seed}_{steps}x{tokens_a_step}_lr{lr}.ckpt"
+        checkpoint = None if checkpoints is None else Path(checkpoints).absolute() / file
+        model, flips, name = _train(arm, seed, steps, lr, tokens_a_step, teacher, export, checkpoint)
     else:
         model, flips, name = _oneshot(arm), {}, None
     if done:
@@ -145,8 +149,6 @@ def main(
         **numbers,
     )
     rows.append(path, row)
-    if checkpoints is not None:
-        _checkpoint(checkpoints, arm, seed, steps, lr, tokens_a_step).unlink(missing_ok=True)
     print(f"{row} {time.perf_counter() - began:.0f} s")
 
 
@@ -158,21 +160,20 @@ def _train(
     tokens_a_step: int,
     teacher: str | None,
     export: str | None,
-    checkpoints: str | None,
+    checkpoint: Path | None,
 ) -> tuple[Any, dict[str, float], str]:
     """The trained model, its flip rates, and a description of the model."""
     arm, batch_size = ARMS[name], tokens_a_step // BLOCK_SIZE
     optimizer = [f"--model.optimizer={arm.optimizer}", f"--model.optimizer.lr={lr}"] if arm.optimizer else []
     saving = ["--trainer.enable_checkpointing=false"]
-    if checkpoints is not None:
-        file = _checkpoint(checkpoints, name, seed, steps, lr, tokens_a_step)
+    if checkpoint is not None:
         saving = [
             "--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint",
-            f"--trainer.callbacks.dirpath={file.parent}",
-            f"--trainer.callbacks.filename={file.stem}",
+            f"--trainer.callbacks.dirpath={checkpoint.parent}",
+            f"--trainer.callbacks.filename={checkpoint.stem}",
             "--trainer.callbacks.every_n_train_steps=50",
             "--trainer.callbacks.enable_version_counter=false",
-            *([f"--ckpt_path={file}"] if file.exists() else []),
+            *([f"--ckpt_path={checkpoint}"] if checkpoint.exists() else []),
         ]
     with tempfile.TemporaryDirectory() as folder:
         start = Path(folder, "start")
@@ -203,10 +204,6 @@ def _train(
         logged = [row for file in Path(folder).rglob("metrics.csv") for row in rows.read(file)]
     source = cli.model.source
     return cli.model.model, flips(logged), source.name if isinstance(source, FromScratch) else PackagedSmolLM2.name
-
-
-def _checkpoint(folder: str, arm: str, seed: int, steps: int, lr: float, tokens_a_step: int) -> Path:
-    return Path(folder).absolute() / f"{arm}_seed{seed}_{steps}x{tokens_a_step}_lr{lr}.ckpt"
 
 
 def flips(logged: list[dict[str, str]]) -> dict[str, float]:

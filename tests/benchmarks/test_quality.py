@@ -20,7 +20,7 @@ def trained(monkeypatch):
     """The calls of training, which is replaced; perplexities are 1, 2, ... in the order in which they are asked for."""
     calls, texts = [], []
 
-    def train(arm, seed, steps, lr, tokens_a_step, teacher, export):
+    def train(arm, seed, steps, lr, tokens_a_step, teacher, export, checkpoint):
         calls.append((arm, seed, steps, lr, tokens_a_step))
         if export is not None:
             Path(export).mkdir()
@@ -93,6 +93,7 @@ def test_an_export_that_is_missing_is_made_without_another_row(tmp_path, trained
             "must name dense_seed0_100",
         ),
         ({"arm": "dynamic", "tokens_a_step": 700}, "multiple of 512, got 700"),
+        ({"arm": "dynamic_frozen_norms", "checkpoints": "saved"}, "a state that no checkpoint holds"),
     ],
 )
 def test_what_is_not_to_be_run(tmp_path, trained, arguments, message):

@@ -7,7 +7,6 @@ from sparse_train import (
     IHT,
     OWL,
     Criterion,
-    Magnitude,
     Pattern,
     Solver,
     SparseGPT,
@@ -51,7 +50,6 @@ class Arm:
         teacher: whether it learns from the model that --teacher names.
         start: one of ``ONESHOT``: the arm starts from its pruned model, with zeros; default: the dense model.
         text: the text to train on; its validation and test articles, or files, are used for evaluation.
-        optimizer: another one than AdamW.
     """
 
     recipe: str
@@ -59,7 +57,6 @@ class Arm:
     teacher: bool = False
     start: str | None = None
     text: TextSource = field(default_factory=PackagedWikipedia)
-    optimizer: str | None = None
 
     def options(self) -> list[str]:
         """Those of ``sparse-train fit``. The run's criterion makes the first mask unless the arm changes that, whatever
@@ -76,11 +73,10 @@ def _arm(
     distil: bool = False,
     start: str | None = None,
     text: TextSource | None = None,
-    optimizer: str | None = None,
 ) -> Arm:
     own = [change if change.startswith("--") else f"--pruning.{change}" for change in changes]
     learns = _DISTILLATION if distil or teacher else []
-    return Arm(f"recipes/{recipe}.yaml", learns + own, teacher, start, text or PackagedWikipedia(), optimizer)
+    return Arm(f"recipes/{recipe}.yaml", learns + own, teacher, start, text or PackagedWikipedia())
 
 
 def _python(*changes: str) -> Arm:
@@ -95,7 +91,6 @@ def _shifted(*changes: str) -> Arm:
 
 ONESHOT = {
     "oneshot_wanda": Untrained(Wanda()),
-    "oneshot_magnitude": Untrained(Magnitude()),
     "oneshot_sparsegpt": Untrained(SparseGPT()),
     "oneshot_wanda_70": Untrained(Wanda(), "unstructured", 0.7),
     "oneshot_sparsegpt_70": Untrained(SparseGPT(), Unstructured("row"), 0.7),
@@ -139,32 +134,19 @@ ARMS: dict[str, Arm] = {
     "gradual_magnitude": _arm("smollm2_2of4", *_GRADUAL),
     # which score, from the same first mask
     "dynamic_magnitude": _arm("smollm2_2of4", *_FROM_WANDA),
-    "dynamic_ria": _arm("smollm2_2of4", "criterion=RIA", *_WANDA_FIRST),
     "dynamic_frozen_norms": _arm("smollm2_2of4", "criterion=variants.FirstNorms"),
     "dynamic_window": _arm("smollm2_2of4", "norm_decay=0"),
-    "dynamic_memory50": _arm("smollm2_2of4", "norm_decay=0.5"),
     "dynamic_memory90": _arm("smollm2_2of4", "norm_decay=0.9"),
     "dynamic_dense_norms": _arm("smollm2_2of4", "window=1", "--trainer.callbacks+=variants.DenseNorms"),
     # decay of shadow values, and when updates stop
     "dynamic_decay": _arm("smollm2_2of4", "policy=StraightThrough", "policy.srste_decay=0.01"),
     "dynamic_decay2": _arm("smollm2_2of4", "policy=StraightThrough", "policy.srste_decay=0.02"),
     "dynamic_decay_coupled": _arm("smollm2_2of4", "policy=variants.CoupledDecay"),
-    "dynamic_decay_coupled_large": _arm("smollm2_2of4", "policy=variants.CoupledDecay", "policy.rate=0.01"),
     "dynamic_stop50": _arm("smollm2_2of4", "end_step=0.5"),
     "dynamic_stop100": _arm("smollm2_2of4", "end_step=1.0"),
     # no gradient to pruned weights, which come back with their former value
     "dynamic_dormant": _arm("smollm2_2of4", "policy=Dormant"),
     "dynamic_dormant_distill": _arm("smollm2_2of4", "policy=Dormant", distil=True),
-    "dynamic_dormant_distill_tuned": _arm("smollm2_2of4", "policy=Dormant", teacher=True),
-    # a gradient to pruned weights, which move less far than kept ones
-    "dynamic_slow_shadows": _arm("smollm2_2of4", "policy=variants.SlowShadows"),
-    "dynamic_slow_shadows_distill": _arm("smollm2_2of4", "policy=variants.SlowShadows", distil=True),
-    # weights come back by their gradient
-    "regrow": _arm("smollm2_2of4", "policy=Regrow"),
-    # from a model that was pruned before: its pruned weights are zeros, not their former values
-    "static_from_sparsegpt": _arm("smollm2_2of4_static", "first_mask=FromZeros", start="oneshot_sparsegpt"),
-    "dynamic_from_sparsegpt": _arm("smollm2_2of4", "first_mask=FromZeros", start="oneshot_sparsegpt"),
-    "dynamic_from_wanda": _arm("smollm2_2of4", "first_mask=FromZeros", start="oneshot_wanda"),
     # from IHT's mask and weights; its pruned weights have values to come back with
     "static_iht": _arm("smollm2_2of4_static", *_IHT),
     "dynamic_iht": _arm("smollm2_2of4", *_IHT),
@@ -172,18 +154,12 @@ ARMS: dict[str, Arm] = {
     "static_distill": _arm("smollm2_2of4_static", distil=True),
     "dynamic_distill": _arm("smollm2_2of4", distil=True),
     "dynamic_window_distill": _arm("smollm2_2of4", "norm_decay=0", distil=True),
-    "dynamic_distill_kl": _arm("smollm2_2of4", *_KL, distil=True),
     "static_distill_tuned": _arm("smollm2_2of4_static", teacher=True),
     "dynamic_distill_tuned": _arm("smollm2_2of4", teacher=True),
-    # another optimizer
-    "muon_static_distill": _arm("smollm2_2of4_static", distil=True, optimizer="variants.MuonAndAdamW"),
     # weights swap places by what the optimizer's moments say of them
     "swaps_distill": _arm("smollm2_2of4", *_SWAPS, distil=True),
-    "swaps_k40_distill": _arm("smollm2_2of4", *_SWAPS, "update_freq=40", distil=True),
     # a better start: SparseGPT's mask and weights; masks that move only early
     "static_sparsegpt_distill": _arm("smollm2_2of4_static", *_FROM_ZEROS, start="oneshot_sparsegpt", distil=True),
-    "dynamic_sparsegpt_distill": _arm("smollm2_2of4", _SOLVED, distil=True),
-    "dynamic_dormant_sparsegpt_distill": _arm("smollm2_2of4", "policy=Dormant", _SOLVED, distil=True),
     "static_iht_distill": _arm("smollm2_2of4_static", *_IHT, distil=True),
     "dynamic_iht_distill": _arm("smollm2_2of4", *_IHT, distil=True),
     "static_iht_damped01_distill": _arm("smollm2_2of4_static", "first_mask.criterion=IHT", distil=True),
@@ -209,7 +185,6 @@ ARMS: dict[str, Arm] = {
     # trained on another text than the first mask was calibrated on
     "static_shift": _shifted("policy=Fixed"),
     "dynamic_frozen_norms_shift": _shifted("criterion=variants.FirstNorms"),
-    "dynamic_window_shift": _shifted("norm_decay=0"),
     "dynamic_shift": _shifted(),
     "static_iht_shift": _shifted("policy=Fixed", "first_mask.criterion=IHT"),
     "dynamic_iht_shift": _shifted("first_mask.criterion=IHT"),
@@ -219,9 +194,7 @@ ARMS: dict[str, Arm] = {
     "dynamic_iht_python": _python("first_mask.criterion=IHT"),
     # unstructured
     "static_70": _arm("smollm2_unstructured60", *_70, "policy=Fixed"),
-    "static_ste_70": _arm("smollm2_unstructured60", *_70, "end_step=0"),
     "dynamic_70": _arm("smollm2_unstructured60", *_70),
-    "dynamic_window_70": _arm("smollm2_unstructured60", *_70, "norm_decay=0"),
     "dynamic_frozen_norms_70": _arm("smollm2_unstructured60", *_70, "criterion=variants.FirstNorms"),
     "dynamic_magnitude_70": _arm("smollm2_unstructured60", *_70, *_FROM_WANDA),
     "dynamic_k50_70": _arm("smollm2_unstructured60", *_70, "update_freq=50"),
@@ -231,7 +204,6 @@ ARMS: dict[str, Arm] = {
     "dynamic_owl_70": _arm("smollm2_unstructured60", *_70, "distribution=OWL"),
     "static_iht_70": _arm("smollm2_unstructured60", *_70, "policy=Fixed", *_IHT),
     "dynamic_iht_70": _arm("smollm2_unstructured60", *_70, *_IHT),
-    "regrow_70": _arm("smollm2_unstructured60", *_70, "policy=Regrow"),
     "static_70_distill": _arm("smollm2_unstructured60", *_70, "policy=Fixed", distil=True),
     "dynamic_70_distill": _arm("smollm2_unstructured60", *_70, distil=True),
     "dynamic_dormant_70_distill": _arm("smollm2_unstructured60", *_70, "policy=Dormant", distil=True),
@@ -245,7 +217,6 @@ ARMS: dict[str, Arm] = {
     # other methods at 70 %, with the same teacher: AST, CAST, SR-STE (arXiv 2102.04010: magnitude at each step),
     # gradual magnitude, SparseGPT's mask and weights, LoRA on a pruned model
     "ast_70_distill": _arm("smollm2_unstructured60", *_70, *_AST, distil=True),
-    "cast_70_distill": _arm("smollm2_unstructured60", *_70, *_CAST, distil=True),
     "srste_70_distill": _arm("smollm2_unstructured60", *_70, *_SRSTE, distil=True),
     "gradual_magnitude_70_distill": _arm("smollm2_unstructured60", *_GRADUAL_70, distil=True),
     "dynamic_dormant_sparsegpt_70_distill": _arm(
@@ -272,10 +243,8 @@ ARMS: dict[str, Arm] = {
     # low-rank, on q and v: outside the mask, where merging loses zeros, and inside it
     "lora": _arm("smollm2_2of4_lora"),
     "mask_lora": _arm("smollm2_2of4_mask_lora"),
-    "mask_lora_fixed": _arm("smollm2_2of4_mask_lora", "policy=Fixed"),
     # from scratch: smoke runs
     "scratch_dense": _arm("pretrain_llama_dense"),
     "scratch_2of4": _arm("pretrain_llama_2of4"),
-    "scratch_2of4_fixed": _arm("pretrain_llama_2of4", "policy=Fixed"),
     "scratch_unstructured50": _arm("pretrain_llama_2of4", "mask_structure=unstructured"),
 }

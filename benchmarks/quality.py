@@ -164,7 +164,6 @@ def _train(
 ) -> tuple[Any, dict[str, float], str]:
     """The trained model, its flip rates, and a description of the model."""
     arm, batch_size = ARMS[name], tokens_a_step // BLOCK_SIZE
-    optimizer = [f"--model.optimizer={arm.optimizer}", f"--model.optimizer.lr={lr}"] if arm.optimizer else []
     saving = ["--trainer.enable_checkpointing=false"]
     if checkpoint is not None:
         saving = [
@@ -191,7 +190,6 @@ def _train(
                 f"--data.seed={seed}",
                 f"--data.batch_size={batch_size}",
                 f"--model.lr={lr}",
-                *optimizer,
                 "--model.compile_blocks=true",
                 f"--trainer.max_steps={steps}",
                 f"--trainer.default_root_dir={folder}",

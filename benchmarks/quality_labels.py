@@ -1,23 +1,22 @@
 """The names of arms in the tables of ``quality_tables.py``: one dict per table, with the arms of ``arms.py``."""
 
-_OF_3234AED = (
-    *("dynamic_hysteresis5", "dynamic_hysteresis20", "dynamic_noise1"),
-    *("dynamic_window_hysteresis5", "dynamic_window_hysteresis20", "dynamic_window_noise1", "dynamic_window_noise2"),
-    *("dynamic_decay_ramped", "dynamic_decay_annealed", "dynamic_distill_squarehead"),
-)
-_OF_AE5305F = (
-    *("static_reconstructed_70_distill", "dynamic_dormant_reconstructed_70_distill", "static_refined_70_distill"),
-)
-REMOVED = {
-    **dict.fromkeys(_OF_3234AED, "3234aed"),
-    "dynamic_sparsegpt": "16eb108",
-    **dict.fromkeys(_OF_AE5305F, "ae5305f"),
+_LAST_RUN = {
+    "3234aed": (
+        *("dynamic_hysteresis5", "dynamic_noise1", "dynamic_decay_ramped", "dynamic_decay_annealed"),
+        "dynamic_distill_squarehead",
+    ),
+    "16eb108": ("dynamic_sparsegpt",),
+    "ae5305f": (
+        *("static_reconstructed_70_distill", "dynamic_dormant_reconstructed_70_distill"),
+        "static_refined_70_distill",
+    ),
+    "1d9b7e5": ("dynamic_slow_shadows_distill", "muon_static_distill"),
 }
+REMOVED = {arm: commit for commit, arms in _LAST_RUN.items() for arm in arms}
 """Arms of settings that gained nothing and were removed: only old rows are left; and the last commits that ran them."""
 
 MAIN = {
     "none": "dense, untrained",
-    "oneshot_magnitude": "one-shot magnitude",
     "oneshot_wanda": "one-shot Wanda",
     "oneshot_sparsegpt": "one-shot SparseGPT",
     "oneshot_iht": "one-shot IHT",
@@ -30,13 +29,12 @@ MAIN = {
     "dynamic_k50": "re-pruned every 50 steps, on norms of 25 steps each",
     "dynamic": "re-pruned every 10 steps (the default)",
     "dynamic_k1": "re-pruned every step",
+    "dynamic_k1_stop100": "re-pruned every step until the end",
 }
 SCORES = {
     "dynamic_magnitude": "magnitude",
-    "dynamic_ria": "RIA, running norms, cumulative",
     "dynamic_frozen_norms": "Wanda, norms of the first mask",
     "dynamic_window": "Wanda, running norms of 5 steps",
-    "dynamic_memory50": "Wanda, running norms, exponential, 0.5 per update",
     "dynamic_memory90": "Wanda, running norms, exponential, 0.9 per update",
     "dynamic": "Wanda, running norms, cumulative (the default)",
     "dynamic_dense_norms": "Wanda, norms of dense forwards, refreshed before each update, cumulative",
@@ -44,23 +42,15 @@ SCORES = {
 VARIANTS = {
     "dynamic": "the default",
     "dynamic_hysteresis5": "hysteresis 5 %",
-    "dynamic_hysteresis20": "hysteresis 20 %",
     "dynamic_noise1": "a margin of 1 standard error",
-    "dynamic_window_hysteresis5": "norms of 5 steps, hysteresis 5 %",
-    "dynamic_window_hysteresis20": "norms of 5 steps, hysteresis 20 %",
-    "dynamic_window_noise1": "norms of 5 steps, a margin of 1 standard error",
-    "dynamic_window_noise2": "norms of 5 steps, a margin of 2 standard errors",
     "dynamic_decay": "decay of pruned weights 0.01, constant",
     "dynamic_decay2": "decay of pruned weights 0.02, constant",
     "dynamic_decay_ramped": "decay of pruned weights 0.01, ramped",
     "dynamic_decay_annealed": "decay of pruned weights 0.01, ramped and annealed",
     "dynamic_decay_coupled": "decay of pruned weights in the gradient, 2e-4, as in SR-STE",
-    "dynamic_decay_coupled_large": "decay of pruned weights in the gradient, 0.01",
     "dynamic_stop50": "updates until 50 % of the run",
     "dynamic_stop100": "updates until the end",
     "dynamic_dormant": "policy Dormant",
-    "dynamic_slow_shadows": "pruned weights move by 0.4 of the optimizer's steps",
-    "regrow": "Regrow: back by the gradient",
 }
 STARTS = {
     "oneshot_wanda": "one-shot Wanda, untrained",
@@ -69,9 +59,6 @@ STARTS = {
     "oneshot_iht_damped10": "one-shot IHT with dampening_frac 0.1, untrained",
     "dynamic": "from the dense model, Wanda's first mask",
     "dynamic_sparsegpt": "from the dense model, SparseGPT's first mask and weights",
-    "dynamic_from_wanda": "from one-shot Wanda",
-    "static_from_sparsegpt": "from one-shot SparseGPT, kept",
-    "dynamic_from_sparsegpt": "from one-shot SparseGPT",
 }
 DISTILLATION = {
     "static": "kept, no teacher",
@@ -84,12 +71,9 @@ DISTILLATION = {
     "dynamic_distill": "re-pruned, untouched teacher",
     "dynamic_distill_tuned": "re-pruned, fine-tuned teacher",
     "dynamic_dormant_distill": "re-pruned, Dormant, untouched teacher",
-    "dynamic_dormant_distill_tuned": "re-pruned, Dormant, fine-tuned teacher",
     "dynamic_slow_shadows_distill": "re-pruned, pruned weights move by 0.4 of the steps, untouched teacher",
     "swaps_distill": "swapped by evidence every 10 steps, untouched teacher",
-    "swaps_k40_distill": "swapped by evidence every 40 steps, untouched teacher",
     "ast_distill": "AST: magnitude, decay of pruned weights 0.01, untouched teacher",
-    "dynamic_distill_kl": "re-pruned, untouched teacher, no cross-entropy",
     "dynamic_distill_squarehead": "re-pruned, untouched teacher, with SquareHead",
     "dynamic_window": "re-pruned, norms of 5 steps, no teacher",
     "dynamic_window_distill": "re-pruned, norms of 5 steps, untouched teacher",
@@ -97,7 +81,6 @@ DISTILLATION = {
 SHIFT = {
     "static_shift": "Wanda's mask, kept",
     "dynamic_frozen_norms_shift": "Wanda's mask, re-pruned, norms of the first mask",
-    "dynamic_window_shift": "Wanda's mask, re-pruned, running norms of 5 steps",
     "dynamic_shift": "Wanda's mask, re-pruned, cumulative norms (the default)",
     "static_iht_shift": "IHT's mask and weights, kept",
     "dynamic_iht_shift": "IHT's mask and weights, re-pruned",
@@ -114,15 +97,12 @@ UNSTRUCTURED = {
     "static_70": "kept, no gradient to pruned weights",
     "static_iht_70": "IHT's mask and weights, kept",
     "dynamic_iht_70": "IHT's mask and weights, re-pruned every 10 steps",
-    "static_ste_70": "kept, straight-through",
     "dynamic_70": "re-pruned every 10 steps (the default)",
     "static_owl_70": "kept, divided by OWL",
     "dynamic_owl_70": "re-pruned every 10 steps, divided by OWL",
     "dynamic_k50_70": "re-pruned every 50 steps",
-    "dynamic_window_70": "re-pruned every 10 steps, running norms of 5 steps",
     "dynamic_frozen_norms_70": "re-pruned every 10 steps, norms of the first mask",
     "dynamic_magnitude_70": "re-pruned every 10 steps, magnitude",
-    "regrow_70": "Regrow: gradient",
     "gradual_magnitude_70": "gradual magnitude: from dense to 70 % until step 50",
 }
 TAUGHT_70 = {
@@ -153,7 +133,6 @@ METHODS_70 = {
     "regrow5_70_distill": "Regrow, 5 % at first",
     "rigl_70_distill": "RigL: dropped by magnitude, grown by gradient, 30 % at first",
     "gradual_magnitude_70_distill": "gradual magnitude: from dense to 70 % until step 25",
-    "cast_70_distill": "CAST without scales, decay 3",
     "lora_70_distill": "LoRA, r 8 on q and v, on a frozen model at 70 %",
 }
 """The methods of the field in that setting."""
@@ -177,8 +156,6 @@ TAUGHT_2OF4 = {
     "dynamic_distill_t1": "re-pruned every 10 steps (the default), temperature 1",
     "dynamic_iht_damped01_distill": "IHT's mask and weights with dampening_frac 0.01, re-pruned (the default)",
     "dynamic_dormant_iht_distill": "IHT's mask and weights, re-pruned every 10 steps, policy Dormant",
-    "dynamic_sparsegpt_distill": "SparseGPT's mask and weights, re-pruned every 10 steps (the default)",
-    "dynamic_dormant_sparsegpt_distill": "SparseGPT's mask and weights, re-pruned every 10 steps, policy Dormant",
     "ast_distill": "AST: magnitude, decay of pruned weights 0.01",
     "muon_static_distill": "kept, Muon instead of AdamW",
     "cast_distill": "CAST without scales, decay 3",
@@ -189,19 +166,13 @@ LOW_RANK = {
     "oneshot_wanda": "none: one-shot Wanda",
     "lora": "LoRA on a frozen 2:4 base (not sparse after merging)",
     "mask_lora": "mask_lora, re-pruned, straight-through gradient",
-    "mask_lora_fixed": "mask_lora, kept",
     "static": "full, kept",
     "dynamic": "full, re-pruned",
 }
 SCRATCH = {
     "scratch_dense": "dense",
     "scratch_2of4": "through 3:4 to 2:4, re-pruned",
-    "scratch_2of4_fixed": "through 3:4 to 2:4, pruned weights do not come back",
     "scratch_unstructured50": "to 50 % unstructured, re-pruned",
 }
-LENGTHS = (
-    *("dense", "static", "dynamic", "static_distill", "dynamic_distill", "dynamic_distill_tuned"),
-    "dynamic_magnitude",
-    "dynamic_sparsegpt",
-)
+LENGTHS = ("dense", "static_distill", "static_iht_distill", "dynamic_distill", "dynamic_distill_tuned")
 """Arms whose longer runs are shown next to those of 100 steps."""

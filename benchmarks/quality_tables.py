@@ -39,8 +39,6 @@ PICTURES = ROOT / "docs" / "pictures"
 BEGIN, END = "<!-- quality -->", "<!-- /quality -->"
 BEGIN_MASKS, END_MASKS = "<!-- first masks -->", "<!-- /first masks -->"
 TEXTS = {"heldout": "held-out articles", "wikitext2": "WikiText-2", "c4": "C4"}
-STATIC = ("static", "static_ste")
-STATIC_70 = ("static_70", "static_ste_70")
 
 
 def _perplexities(values: dict[int, float]) -> str:
@@ -60,31 +58,29 @@ def _change(change: tuple[float, list[float]] | None) -> str:
     return f"{mean:+.1f} % ({shown})" if len(each) > 1 else f"{mean:+.1f} %"
 
 
-def _first_to_last(found: dict[int, dict[str, str]], key: str, digits: int) -> str:
-    """The values of the first seed that has them, in percent."""
-    row = next((row for row in found.values() if row[f"first_{key}"]), None)
-    return " to ".join(f"{100 * float(row[f'{end}_{key}']):.{digits}f} %" for end in ("first", "last")) if row else ""
+def _first_to_last(found: dict[int, dict[str, str]]) -> str:
+    """The flip rates of the first seed that has them, in percent."""
+    row = next((row for row in found.values() if row["first_flip_rate"]), None)
+    return " to ".join(f"{100 * float(row[f'{end}_flip_rate']):.2f} %" for end in ("first", "last")) if row else ""
 
 
 def table(runs: Runs, arms: dict[str, str], against: str | None, label: str, steps: int = 100) -> str:
     """Perplexities of arms on all texts, and the paired change against one of them on held-out articles."""
     name = f"held-out against {label}" if against else ""
-    halved = any(row["first_flip_agreement"] for arm in arms for row in runs.reported(arm, steps).values())
     head = ["arm", "`--arm`", "lr", "seeds", *TEXTS.values(), "flip rate, first to last"]
-    head += [*(["of these, not noise"] if halved else []), *([name] if name else [])]
+    head += [name] if name else []
     lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
     for arm, words in arms.items():
         found = runs.reported(arm, steps)
         if not found:
             continue
         row = next(iter(found.values()))
-        lr = "" if row["steps"] == "0" else f"{float(row['lr']):g}" + ("" if runs.has_grid(arm) else " *")
+        lr = "" if row["steps"] == "0" else f"{float(row['lr']):g}" + ("" if runs.has_grid(arm, steps) else " *")
         words += f" (last run with commit {REMOVED[arm]})" if arm in REMOVED else ""
         cells = [words, arm, lr, ", ".join(map(str, sorted(found)))]
         cells += [_perplexities(runs.values(arm, text, steps)) for text in TEXTS]
         rises = arm.startswith(("gradual", "scratch"))  # their flips are mostly pruning
-        cells += ["" if rises else _first_to_last(found, "flip_rate", 2)]
-        cells += [_first_to_last(found, "flip_agreement", 0)] if halved else []
+        cells += ["" if rises else _first_to_last(found)]
         if against:
             cells.append(
                 "" if arm == against or row["steps"] == "0" else _change(runs.change(arm, against, steps=steps))
@@ -130,14 +126,15 @@ def other_rates(runs: Runs) -> str:
 
 
 def lengths(runs: Runs) -> str:
-    """Perplexity on held-out articles after other numbers of steps, at the learning rates of the runs of 100 steps."""
-    steps = (100, 300)
+    """Perplexity on held-out articles after other numbers of steps of 2048 tokens."""
+    steps = [n for n in (100, 300, 1000) if any(runs.values(arm, "heldout", n) for arm in LENGTHS)]
     head = ["`--arm`", *(f"{n} steps" for n in steps), *(f"over dense, {n} steps" for n in steps)]
     lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
     for arm in LENGTHS:
-        if runs.values(arm, "heldout", 300):
+        if any(runs.values(arm, "heldout", n) for n in steps[1:]):
             over = [runs.change(arm, "dense", steps=n) if arm != "dense" else None for n in steps]
-            cells = [_perplexities(runs.values(arm, "heldout", n)) for n in steps]
+            values = [runs.values(arm, "heldout", n) for n in steps]
+            cells = [_perplexities(each) if each else "" for each in values]
             cells += [f"{1 + each[0] / 100:.2f}" if each else "" for each in over]
             lines.append(f"| {arm} | {' | '.join(cells)} |")
     return "\n".join(lines) if len(lines) > 2 else "Not measured yet."
@@ -155,21 +152,21 @@ def tables(runs: Runs, short: Runs) -> str:
     """The tables behind the findings, as Markdown; ``short`` are the runs in steps of 512 tokens."""
     parts = [
         "### 2:4 at equal tokens\n",
-        table(runs, MAIN, runs.best(STATIC), "the better kept mask"),
+        table(runs, MAIN, "static", "the kept mask"),
         "\n### Unstructured 70 %\n",
-        table(runs, UNSTRUCTURED, runs.best(STATIC_70), "the better kept mask"),
+        table(runs, UNSTRUCTURED, "static_70", "the kept mask"),
         "\n### Distillation\n",
         table(runs, DISTILLATION, "dynamic", "re-pruned, no teacher"),
         "\n### Unstructured 70 % with a teacher, after 51,200 tokens\n",
         "100 steps of 512 tokens, with the untouched dense model as teacher.\n",
         table(short, TAUGHT_70, "static_70_distill", "the kept mask"),
         *longer(short, TAUGHT_70, "static_70_distill", "the kept mask", 200, 300),
-        "\nAt another learning rate:\n",
-        other_rates(short),
         "\n### 2:4 with a teacher, in steps of 512 tokens\n",
         "After 100 steps, of kept masks alone, which are ahead in the choice of a learning rate below:\n",
         table(short, TAUGHT_2OF4, "static_distill", "the kept mask"),
         *longer(short, TAUGHT_2OF4, "static_iht_distill", "IHT's mask, kept", 400, 1200),
+        "\nRuns of both sections at other learning rates:\n",
+        other_rates(short),
         "\n### Other methods with a teacher, after 25,600 tokens\n",
         "50 steps of 512 tokens, seed 0, with the same teacher, tokens and order of data, each at the best of the "
         "learning rates that were tried. These rows also chose the rates of the two sections above.\n",

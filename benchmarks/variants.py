@@ -1,4 +1,4 @@
-"""A criterion, policies of masks, callbacks and an optimizer that some arms use.
+"""A criterion, policies of masks and a callback that some arms use.
 
 They are not in the package: these runs show if they should be.
 
@@ -10,13 +10,13 @@ a group, P pairs of a pruned and a kept weight of a group.
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import lightning as L
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Adam, AdamW, Optimizer
 
 from sparse_train import LayerContext, MaskPolicy, StraightThrough, Wanda
@@ -121,41 +121,6 @@ class GrowingDecay(MaskPolicy):
         self._pruned = {name: ~layer.unpacked_mask() for name, layer in self.layers.items()}
         for layer in self.layers.values() if self._progress < 1 else ():
             layer.keep_all()
-
-
-@dataclass
-class SlowShadows(MaskPolicy):
-    """Pruned weights move by a share of what the optimizer moves them, kept weights by all of it.
-
-    Between ``StraightThrough`` (a share of 1) and ``Dormant`` (0). A scaled gradient would not do it, because Adam
-    divides its scale out.
-
-    Args:
-        share: of an optimizer's change of a pruned weight that stays.
-    """
-
-    share: float = 0.4
-    _before: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
-
-    straight_through: ClassVar[bool] = True
-    regrowth: ClassVar[Literal["by score"]] = "by score"
-
-    def before_optimizer_step(self, optimizer: Optimizer) -> None:
-        self._before = {name: layer.weight_OI.detach().clone() for name, layer in self.layers.items()}
-
-    def before_update(self, steps: int) -> None:
-        self._shorten()
-
-    def before_step(self, progress: float | None) -> None:
-        self._shorten()  # of a step without an update
-
-    @torch.no_grad()
-    def _shorten(self) -> None:
-        for name, before_OI in self._before.items():
-            layer = self.layers[name]
-            slow_OI = torch.lerp(before_OI, layer.weight_OI, self.share)
-            layer.weight_OI.copy_(torch.where(layer.unpacked_mask(), layer.weight_OI, slow_OI))
-        self._before = {}
 
 
 @dataclass
@@ -272,47 +237,6 @@ def _pairs(layer: LayerContext, group_size: int) -> tuple[Tensor, Tensor, Tensor
     gain_GP, back_GP = gain_OI.view(-1, size).topk(pairs)
     cost_GP, gone_GP = cost_OI.view(-1, size).topk(pairs, largest=False)
     return gain_GP / cost_GP.clamp_min(tiny), back_GP, gone_GP
-
-
-# --- how weights learn -----------------------------------------------------------------------------------------------
-
-
-class MuonAndAdamW(Optimizer):
-    """Muon for the matrices of decoder blocks, AdamW for embeddings and norms, as one optimizer.
-
-    Its rate is AdamW's: Muon's updates are scaled to the root mean square of AdamW's. Pruned weights move too, as the
-    update of a matrix is dense even if its gradient has zeros; a mask ignores them. A resumed run would lose its state.
-
-    Args:
-        params: a matrix with ten times more rows than columns is an embedding.
-        lr: of both.
-        betas: of AdamW.
-        momentum: of Muon.
-    """
-
-    def __init__(
-        self,
-        params: Iterable[nn.Parameter],
-        lr: float,
-        betas: tuple[float, float] = (0.9, 0.95),
-        momentum: float = 0.95,
-    ) -> None:
-        from torch.optim import Muon  # of torch 2.9 on
-
-        every = list(params)
-        matrices = [p for p in every if p.ndim == 2 and p.shape[0] < 10 * p.shape[1]]
-        chosen = {id(p) for p in matrices}
-        rest = [p for p in every if id(p) not in chosen]
-        muon = Muon(matrices, lr, weight_decay=0.0, momentum=momentum, adjust_lr_fn="match_rms_adamw")
-        self._parts = [muon, AdamW(rest, lr, betas, weight_decay=0.0)]
-        super().__init__(every, {"lr": lr})
-        self.param_groups = [group for part in self._parts for group in part.param_groups]
-
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        loss = None if closure is None else closure()
-        for part in self._parts:
-            part.step()
-        return loss
 
 
 # --- what a run does besides -----------------------------------------------------------------------------------------

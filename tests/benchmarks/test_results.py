@@ -13,6 +13,7 @@ import oneshot_tables  # noqa: E402
 import performance  # noqa: E402
 import quality_labels  # noqa: E402
 import quality_tables  # noqa: E402
+import rows  # noqa: E402
 import zeroshot_tables  # noqa: E402
 
 
@@ -44,17 +45,23 @@ def test_tables_on_training_are_made_from_the_rows():
 
 
 def test_every_arm_has_a_place_in_a_table():
-    tables = [each for name, each in vars(quality_labels).items() if name.isupper() and isinstance(each, dict)]
+    tables = [each for name, each in vars(quality_labels).items() if name[0].isupper() and isinstance(each, dict)]
     labelled = {arm for table in tables for arm in table}
     assert labelled == {"none", *arms.ARMS, *arms.ONESHOT, *quality_labels.REMOVED}
     assert not arms.ARMS.keys() & set(quality_labels.REMOVED)
 
 
+def test_every_row_is_on_a_page():
+    pages = "".join((ROOT / page).read_text() for page in ("docs/results.md", "docs/more_results.md"))
+    found = [row["validation" if row["tuning"] == "True" else "heldout"] for row in rows.read(quality_tables.CSV)]
+    assert not [each for each in found if f"{float(each):.2f}" not in pages]
+
+
 def test_runs_with_other_sizes_of_a_step_are_apart(tmp_path):
     columns = "arm,seed,steps,lr,tuning,validation,heldout,wikitext2,c4,sparsity,tokens_a_step"
-    rows = ["dynamic,1,100,0.1,False,9,9,9,9,0.5,2048", "dynamic,1,100,0.1,False,8,8,8,8,0.5,512"]
+    lines = ["dynamic,1,100,0.1,False,9,9,9,9,0.5,2048", "dynamic,1,100,0.1,False,8,8,8,8,0.5,512"]
     path = tmp_path / "rows.csv"
-    path.write_text("\n".join([columns, *rows]) + "\n")
+    path.write_text("\n".join([columns, *lines]) + "\n")
     assert quality_tables.Runs(path).values("dynamic", "heldout") == {1: 9.0}
     assert quality_tables.Runs(path, 512).values("dynamic", "heldout") == {1: 8.0}
 
@@ -62,7 +69,7 @@ def test_runs_with_other_sizes_of_a_step_are_apart(tmp_path):
 def test_an_arm_is_reported_at_its_best_learning_rate_and_on_seeds_that_chose_nothing(tmp_path):
     columns = "arm,seed,steps,lr,tuning,validation,heldout,wikitext2,c4,sparsity,"
     columns += "first_flip_rate,last_flip_rate,first_flip_agreement,last_flip_agreement"
-    rows = [
+    lines = [
         "dynamic,0,50,0.1,True,30,,,,0.5,0.02,0.01,,",
         "dynamic,0,50,0.2,True,20,,,,0.5,0.02,0.01,,",
         "dynamic,0,50,0.3,True,25,,,,0.5,0.02,0.01,,",
@@ -74,19 +81,20 @@ def test_an_arm_is_reported_at_its_best_learning_rate_and_on_seeds_that_chose_no
         "static,1,100,0.3,False,1,1,1,,0.5,,,,",
         "static,1,100,0.2,False,20,20,40,,0.5,,,,",
         "static,2,100,0.2,False,20,20,40,,0.5,,,,",
+        "static,2,100,0.2,False,20,20,40,8,0.5,,,,",  # again, for a text that it lacked
     ]
     path = tmp_path / "rows.csv"
-    path.write_text("\n".join([columns, *rows]) + "\n")
+    path.write_text("\n".join([columns, *lines]) + "\n")
     runs = quality_tables.Runs(path)
     assert runs.lr("dynamic") == 0.2 and runs.lr("static") is None
-    assert runs.has_grid("dynamic") and not runs.has_grid("static")
+    assert runs.has_grid("dynamic") and runs.has_grid("static")
     assert runs.values("dynamic", "heldout") == {1: 18.0, 2: 22.0}
     assert runs.values("dynamic", "c4") == {}
     mean, paired = runs.change("dynamic", "static")
     assert mean == pytest.approx(0) and paired == pytest.approx([-10, 10])
     made = quality_tables.table(runs, {"static": "kept", "dynamic": "moved", "dense": "no"}, "static", "static")
     assert "| moved | dynamic | 0.2 | 1, 2 | 20.00 (18.00, 22.00) | 40.00 (36.00, 44.00) | not measured |" in made
-    assert "2.00 % to 1.00 % | +0.0 % (-10.0, +10.0) |" in made and "| kept | static | 0.2 * |" in made
+    assert "2.00 % to 1.00 % | +0.0 % (-10.0, +10.0) |" in made and "| kept | static | 0.2 |" in made
     assert "| no |" not in made
     made = quality_tables.other_rates(runs)
     assert "| dynamic | 0.1 | 100 | 1 | 9.00 | 9.00 | 9.00 |" in made

@@ -20,9 +20,9 @@ from variants import (
     CoupledDecay,
     DenseNorms,
     EvidenceSwaps,
+    FirstNorms,
     GrowingDecay,
     RisingDecay,
-    SlowShadows,
     least_ratio,
     swapped,
 )
@@ -33,6 +33,15 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWa
 class Module(InInit):
     def forward(self, **batch):
         return self.net(**batch)
+
+
+def test_first_norms_are_those_of_a_layers_first_scores():
+    criterion, weight_OI = FirstNorms(), torch.ones(2, 3)
+    first_I, later_I = torch.tensor([1.0, 2, 3]), torch.tensor([9.0, 9, 9])
+    for norm_I in (first_I, later_I):
+        scores_OI = criterion.scores(LayerContext(weight_OI, norm_I, name="one"))
+    assert torch.equal(scores_OI, first_I.expand(2, 3))
+    assert torch.equal(criterion.scores(LayerContext(weight_OI, later_I, name="two")), later_I.expand(2, 3))
 
 
 def test_norms_of_dense_forwards_are_those_of_the_model_without_masks(tmp_path):
@@ -138,36 +147,6 @@ def test_rising_decay_rises_and_then_stays(tmp_path):
     assert shrunk[::2] == [1, 1, 1, 1]
     assert shrunk[1::2] == pytest.approx([0.95**2, 0.9**2, 0.9**2, 0.9**2], abs=1e-3)
     assert policy == RisingDecay(full_decay=0.1, ramp=0.5)  # the run works on a copy
-
-
-def test_slow_shadows_move_by_a_share_of_the_optimizers_step_and_kept_weights_by_all(tmp_path):
-    pruning, compared = DynamicPruning("2:4", update_freq=4, policy=SlowShadows(0.25)), []
-
-    class Plain(L.Callback):
-        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-            self.before = {name: layer.weight_OI.detach().clone() for name, layer in pruning.updater.layers.items()}
-            self.gradients = {name: layer.weight_OI.grad.clone() for name, layer in pruning.updater.layers.items()}
-
-        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            (rate,) = {group["lr"] for group in optimizer_of(trainer).param_groups}
-            for name, layer in pruning.updater.layers.items():
-                if batch_idx == 3:  # masks change after this step
-                    continue
-                share_OI = torch.where(layer.unpacked_mask(), 1.0, 0.25)
-                expected_OI = self.before[name] - rate * share_OI * self.gradients[name]
-                torch.testing.assert_close(layer.weight_OI, expected_OI)
-                compared.append((expected_OI - self.before[name])[~layer.unpacked_mask()].any())
-
-    class Descent(Module):
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.parameters(), lr=0.1)
-
-    def optimizer_of(trainer):
-        (optimizer,) = trainer.optimizers
-        return optimizer
-
-    trainer(tmp_path, pruning, Plain(), max_steps=6).fit(Descent(), loader())
-    assert len(compared) == 5 * len(pruning.updater.layers) and all(compared)
 
 
 def swaps(structure="2:4", sparsity=None, **arguments):

@@ -11,6 +11,7 @@ import torch
 from sparse_train import Fixed, LayerContext, Magnitude, OneShot, Wanda
 from sparse_train.callbacks import DynamicPruning
 from sparse_train.layers import masks
+from sparse_train.statistics import ActivationNorm
 from tests.callbacks.runs import InInit, loader, trainer
 from tests.conftest import shallow_llama
 
@@ -36,12 +37,15 @@ class Module(InInit):
 
 
 def test_first_norms_are_those_of_a_layers_first_scores():
-    criterion, weight_OI = FirstNorms(), torch.ones(2, 3)
-    first_I, later_I = torch.tensor([1.0, 2, 3]), torch.tensor([9.0, 9, 9])
-    for norm_I in (first_I, later_I):
-        scores_OI = criterion.scores(LayerContext(weight_OI, norm_I, name="one"))
-    assert torch.equal(scores_OI, first_I.expand(2, 3))
-    assert torch.equal(criterion.scores(LayerContext(weight_OI, later_I, name="two")), later_I.expand(2, 3))
+    criterion, stats = FirstNorms(), ActivationNorm(3)
+    stats.add(torch.tensor([[1.0, 2, 3]]))
+
+    def score(name):
+        return criterion.scores(LayerContext(torch.ones(2, 3), stats, name)).tolist()
+
+    first = score("one")
+    stats.add(torch.tensor([[9.0, 9, 9]]))
+    assert score("one") == first == [[1, 2, 3]] * 2 and score("two") != first
 
 
 def test_norms_of_dense_forwards_are_those_of_the_model_without_masks(tmp_path):

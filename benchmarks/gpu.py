@@ -21,6 +21,7 @@ from statistics import median
 from typing import Any
 
 import performance
+import rows
 import torch
 from jsonargparse import auto_cli
 from overhead import BLOCK_SIZE, Student
@@ -116,7 +117,7 @@ def memory(device: str, small: bool) -> str:
                 updater.step()
         lines.append([name, f"{torch.cuda.max_memory_allocated() / 2**20:.0f}"])
         del student, updater
-    return performance.table(["run", "MiB"], lines)
+    return rows.table(["run", "MiB"], lines)
 
 
 def products(device: str, small: bool) -> str:
@@ -133,7 +134,7 @@ def products(device: str, small: bool) -> str:
                 taken = [milliseconds(lambda of=of, x=x_TI: of(x), device) for of in (layer, sparse)]  # type: ignore[misc]
             shape = f"{out_features} x {in_features}"
             lines.append([shape, str(tokens), *(f"{each:.3f}" for each in taken), f"{taken[0] / taken[1]:.2f}"])
-    return performance.table(["layer", "tokens", "dense, ms", "2:4, ms", "dense / 2:4"], lines)
+    return rows.table(["layer", "tokens", "dense, ms", "2:4, ms", "dense / 2:4"], lines)
 
 
 def generation(device: str, small: bool) -> str:
@@ -147,7 +148,7 @@ def generation(device: str, small: bool) -> str:
                 compress(layer)
         run = lambda: model.generate(ids, max_new_tokens=64, min_new_tokens=64, do_sample=False, pad_token_id=0)  # noqa: E731
         lines.append([name, f"{8 * 64 / (milliseconds(run, device, rounds=3) / 1000):.0f}"])
-    return performance.table(["weights", "new tokens a second"], lines)
+    return rows.table(["weights", "new tokens a second"], lines)
 
 
 def run(device: str, small: bool) -> str:

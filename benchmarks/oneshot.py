@@ -33,14 +33,11 @@ METHODS: dict[str, tuple[Callable[[], Any], str]] = {
     "magnitude_model": (Magnitude, "model"),
     "wanda": (Wanda, "row"),
     "wanda_layer": (Wanda, "layer"),
-    "wanda_model": (Wanda, "model"),
     "wanda_variant": (WandaCumulative, "layer"),
     "ria": (RIA, "row"),
     "ria_layer": (RIA, "layer"),
     "sparsegpt": (SparseGPT, "layer"),
-    "sparsegpt_row": (SparseGPT, "row"),
     "iht": (IHT, "row"),
-    "iht_layer": (IHT, "layer"),
 }
 """By name: the method, and the group in which unstructured weights are compared."""
 
@@ -108,7 +105,7 @@ def main(
     path = Path(out)
     name = f"{PackagedSmolLM2.name}, {weights} weights"
     wanted = {"method": method, "structure": structure, "seed": seed, "samples": samples, "length": length}
-    wanted |= {"model": name, "autocast": autocast or ""}
+    wanted |= {"window": window, "model": name, "autocast": autocast or ""}
     for row in rows.read(path):
         same = all(row[key] == str(value) for key, value in wanted.items())
         if same and sparsity in (None, round(float(row["sparsity"]), 3)):

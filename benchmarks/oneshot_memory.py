@@ -118,8 +118,7 @@ def main(
         shutil.rmtree(place)
     found = {"method": method, "tokens": f"{SAMPLES} x {LENGTH}", "blocks": blocks, "checkpoint": size}
     found |= {"before": before, "peak": peak, "seconds": seconds, "forwards": forwards, "pruning": pruning}
-    rows.record(out, "streaming", found)
-    print(performance.streamed(found))
+    print("\n".join(performance.streaming(rows.record(out, "streaming", found))))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ python benchmarks/oneshot_tables.py --write     # put them into docs/results.md
 """
 
 import statistics
-import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -32,12 +31,14 @@ def tables(path: Path = CSV) -> str:
     """All tables, as Markdown."""
     everything = rows.read(path)
     measured = [row for row in everything if row["model"].endswith("bfloat16 weights")]
+    if len({(row["window"], row["tokens"]) for row in measured}) > 1:
+        raise ValueError(f"{path} has rows of several windows or numbers of tokens: not one table.")
     found: dict[tuple[str, str, int], dict[int, float]] = defaultdict(dict)
     for row in measured:
         samples = int(row["samples"])
         found[row["method"], row["structure"], samples][int(row["seed"])] = float(row["perplexity"])
     parts = [_methods(found, measured), _groups(found), _samples(found), _precisions(everything)]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return "\n".join(part for part in parts if part)
 
 
 def _cell(values: dict[int, float] | None) -> str:
@@ -51,34 +52,30 @@ def _cell(values: dict[int, float] | None) -> str:
 
 def _methods(found: dict[tuple[str, str, int], dict[int, float]], measured: list[dict[str, str]]) -> str:
     dense = next(float(row["perplexity"]) for row in measured if row["method"] == "dense")
-    lines = [f"| method | {' | '.join(STRUCTURES.values())} |", "| --- " * 4 + "|", f"| dense | {dense:.2f} | | |"]
+    lines = [["dense", f"{dense:.2f}", "", ""]]
     for method, label in METHODS.items():
         samples = 0 if method.startswith("magnitude") else 64
         cells = [_cell(found.get((method, structure, samples))) for structure in STRUCTURES]
-        if method in (
-            "magnitude_layer",
-            "ria_layer",
-            "wanda_variant",
-        ):  # N:M has groups of its own
+        if method in ("magnitude_layer", "ria_layer", "wanda_variant"):  # N:M has groups of its own
             cells[1:] = ["as Wanda" if method == "wanda_variant" else "as per row"] * 2
-        lines.append(f"| {label} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append([label, *cells])
+    return rows.table(["method", *STRUCTURES.values()], lines)
 
 
 def _groups(found: dict[tuple[str, str, int], dict[int, float]]) -> str:
-    lines = [f"| 50 %, compared within | {' | '.join(GROUPS.values())} |", "| --- " * 4 + "|"]
+    lines = []
     for method, samples in (("magnitude", 0), ("wanda", 64)):
         names = [method if group == "row" else f"{method}_{group}" for group in GROUPS]
         cells = [_cell(found.get((name, "unstructured", samples))) for name in names]
-        lines.append(f"| {method} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append([method, *cells])
+    return rows.table(["50 %, compared within", *GROUPS.values()], lines)
 
 
 def _samples(found: dict[tuple[str, str, int], dict[int, float]]) -> str:
     counts = sorted(samples for method, structure, samples in found if (method, structure) == ("wanda", "unstructured"))
     cells = [_cell({0: found["wanda", "unstructured", count][0]}) for count in counts]
-    head = f"| Wanda at 50 %, calibration samples (seed 0) | {' | '.join(map(str, counts))} |"
-    return "\n".join([head, "| --- " * (len(counts) + 1) + "|", f"| perplexity | {' | '.join(cells)} |"])
+    head = ["Wanda at 50 %, calibration samples (seed 0)", *map(str, counts)]
+    return rows.table(head, [["perplexity", *cells]])
 
 
 def _precisions(everything: list[dict[str, str]]) -> str:
@@ -87,23 +84,14 @@ def _precisions(everything: list[dict[str, str]]) -> str:
     for row in everything:
         if row["model"].endswith("float32 weights"):
             found[row["structure"], row["autocast"]][int(row["seed"])] = float(row["perplexity"])
-    head = "| Wanda on float32 weights | calibrated in float32 | calibrated in bfloat16 | change, each seed |"
-    lines = [head, "| --- " * 4 + "|"]
+    lines = []
     for structure in dict.fromkeys(structure for structure, _ in found):
         plain, cast = found[structure, ""], found[structure, "bfloat16"]
         changes = [f"{100 * (cast[seed] / plain[seed] - 1):+.2f} %" for seed in sorted(plain.keys() & cast.keys())]
-        lines.append(f"| {STRUCTURES[structure]} | {_cell(plain)} | {_cell(cast)} | {', '.join(changes)} |")
-    return "\n".join(lines) if found else ""
-
-
-def main() -> None:
-    """Print or write."""
-    made = tables()
-    if "--write" not in sys.argv:
-        print(made)
-        return
-    rows.show(PAGE, BEGIN, END, made)
+        lines.append([STRUCTURES[structure], _cell(plain), _cell(cast), ", ".join(changes)])
+    head = ["Wanda on float32 weights", "calibrated in float32", "calibrated in bfloat16", "change, each seed"]
+    return rows.table(head, lines) if found else ""
 
 
 if __name__ == "__main__":
-    main()
+    rows.print_or_write(tables(), PAGE, BEGIN, END)

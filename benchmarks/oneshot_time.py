@@ -24,11 +24,11 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
+import performance
 import rows
 import torch
 from jsonargparse import auto_cli
-from rich.console import Console
-from rich.table import Table
+from selection import reference_groups, reference_rows
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -49,15 +49,6 @@ class Times:
     forward: float = 0.0
     """Time without statistics."""
     statistics: float = 0.0
-
-    @property
-    def selection(self) -> float:
-        """Scores, selection and writing zeros, and everything else that is neither forward nor statistics."""
-        return self.whole - self.forward - self.statistics
-
-    @property
-    def pruning(self) -> float:
-        return self.whole - self.forward
 
 
 class Clock:
@@ -109,22 +100,14 @@ def first_inputs(model: Any, samples: list[Tensor]) -> tuple[Tensor, dict[str, A
     return torch.cat(caught), rest
 
 
-def plain_selection(scores_OI: Tensor, structure: str) -> Tensor:
-    """Which weights are pruned: half of each row by a sort, or N of each M by a loop over groups of columns."""
-    pruned = torch.zeros_like(scores_OI, dtype=torch.bool)
-    if structure == "unstructured":
-        order_OI = torch.sort(scores_OI, dim=-1, stable=True)[1]
-        return pruned.scatter_(1, order_OI[:, : scores_OI.shape[1] // 2], True)
-    kept, group = map(int, structure.split(":"))
-    for start in range(0, scores_OI.shape[1], group):
-        part = scores_OI[:, start : start + group].float()
-        pruned.scatter_(1, start + torch.topk(part, group - kept, dim=1, largest=False)[1], True)
-    return pruned
-
-
 @torch.no_grad()
 def plain(model: Any, samples: list[Tensor], structure: str) -> Times:
     """Prune with Wanda as published, block by block."""
+    pruned, _, group = structure.partition(":")
+    if group:
+        select = partial(reference_groups, pruned_in_group=int(group) - int(pruned), group=int(group))
+    else:
+        select = partial(reference_rows, sparsity=0.5)
     forward, statistics, whole = Clock(), Clock(), Clock()
     with whole:
         with forward:
@@ -142,7 +125,7 @@ def plain(model: Any, samples: list[Tensor], structure: str) -> Times:
             for layer, norm in zip(linears, norms, strict=True):
                 weight_OI = layer.weight.data
                 scores_OI = weight_OI.abs() * norm.mean_I.reshape(1, -1).sqrt()
-                weight_OI[plain_selection(scores_OI, structure)] = 0
+                weight_OI[~select(scores_OI)] = 0
             with forward:
                 for number in range(len(samples)):
                     outputs[number] = block(inputs[number][None], **rest)[0]
@@ -208,40 +191,7 @@ def llm_compressor(model: Any, samples: list[Tensor], structure: str, tokenizer:
     return Times(whole.seconds, math.nan, math.nan)
 
 
-def differing_masks(model: Any, other: Any) -> list[float]:
-    """Share of weights that are zero in one model only, block by block."""
-    shares = []
-    for blocks in zip(model.model.layers, other.model.layers, strict=True):
-        kept = [[m.weight != 0 for m in block.modules() if isinstance(m, nn.Linear)] for block in blocks]
-        differing = sum(int((a != b).sum()) for a, b in zip(*kept, strict=True))
-        shares.append(differing / sum(a.numel() for a in kept[0]))
-    return shares
-
-
 PLAIN, OURS = "Wanda, plain procedure", "Wanda, ours"
-COLUMNS = ("statistics", "selection", "pruning", "forward", "whole")
-
-
-def table_of(title: str, best: dict[str, Times]) -> Table:
-    headers = ("statistics", "scores, selection, zeros", "pruning itself (sum of both)", "forwards", "whole")
-    table = Table("seconds", *headers, title=title, caption_justify="left")
-    for name, times in best.items():
-        table.add_row(name, *(f"{getattr(times, column):.2f}" for column in COLUMNS))
-    table.add_section()
-    for name, times in list(best.items())[1:]:
-        table.add_row(f"plain / {name}", *(f"{getattr(best[PLAIN], c) / getattr(times, c):.2f}" for c in COLUMNS))
-    return table
-
-
-def notes(differing: list[float]) -> str:
-    same = next((index for index, share in enumerate(differing) if share), len(differing))
-    return (
-        f"Masks of plain and ours: {sum(differing) / len(differing):.2e} of the weights differ, none in the first "
-        f"{same} of {len(differing)} blocks: means and sums round differently, and a near-tie changes later blocks.\n"
-        "The paper's ratio of SparseGPT to Wanda (arXiv 2306.11695, Table 4, LLaMA-7B: 203.1 s / 0.54 s = 376, not "
-        "checked against the PDF) is for the metrics only, without forwards and their hooks: compare the column "
-        "scores, selection, zeros. Others report 322 s / 55 s = 5.9 for the whole pipeline (LLaMA-7B, H100)."
-    )
 
 
 def main(
@@ -262,7 +212,7 @@ def main(
         length: tokens per sample.
         batch_size: samples per forward pass for ours; the plain procedure uses one.
         calibration: file with calibration text; default: the packaged Wikipedia.
-        rounds: runs of each, alternating; the shortest whole run counts.
+        rounds: runs of each, alternating.
         sparsegpt: also time SparseGPT.
         out: JSON file for the seconds.
     """
@@ -285,18 +235,12 @@ def main(
             runs["SparseGPT, llm-compressor"] = partial(theirs, method=SparseGPT())
     plain(source.load(), single[:1], structure)  # warm up libraries and the allocator
     taken: dict[str, list[Times]] = {name: [] for name in runs}
-    pruned = {}
     for _ in range(rounds):
         for name, run in runs.items():
-            pruned[name] = source.load().eval()
-            taken[name].append(run(pruned[name]))
-    best = {name: min(each, key=lambda times: times.whole) for name, each in taken.items()}
+            taken[name].append(run(source.load().eval()))
     title = f"{structure}, {samples} x {length} tokens of {text.name}, batches of {batch_size}; {source.name}"
-    console = Console(width=140)
-    console.print(table_of(f"{title}, float32, {torch.get_num_threads()} threads", best))
-    console.print(notes(differing_masks(pruned[PLAIN], pruned[OURS])), highlight=False)
     found = {n: [{k: s for k, s in asdict(t).items() if s == s} for t in each] for n, each in taken.items()}  # no NaN
-    rows.record(out, "oneshot", {"title": title, "seconds": found})
+    print("\n".join(performance.oneshot(rows.record(out, "oneshot", {"title": title, "seconds": found}))))
 
 
 if __name__ == "__main__":

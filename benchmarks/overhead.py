@@ -28,14 +28,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from statistics import median, quantiles
 from typing import Any
 
+import performance
 import rows
 import torch
 from jsonargparse import auto_cli
-from rich.console import Console
-from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
 from sparse_train import NM, MaskUpdater, sparse_layers, statistics
@@ -48,7 +46,6 @@ from sparse_train.models.distillation import CachedTeacher, Distillation, Teache
 from sparse_train.models.losses import next_token_loss
 from sparse_train.models.sources import PackagedSmolLM2, as_model_source
 
-FREQUENCIES = (1, 10)
 MEASURED = ("dense", "re-pruned", "ModelPruning")
 """Kinds of run whose peak memory is measured."""
 BLOCK_SIZE = 512
@@ -301,27 +298,9 @@ def main(
     used = peaks(model, batch_size) if memory and device == "cpu" else {}
     tokens = f"{source.name}, {batch_size} x {BLOCK_SIZE} tokens, bfloat16 autocast"
     told = {"model": tokens, "seconds": found, "masking": masked, "profile": profiles, "peaks": used}
-    rows.record(out, "step", told)
     if device == "cpu":
         rows.record(out, "start", {"seconds": starts()})
-    cores = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    where = torch.cuda.get_device_name() if device == "cuda" else cores
-    title = f"{tokens}, {where}, torch {torch.__version__}"
-    table = Table("step", "seconds, median", "against dense, median", "quartiles", title=title)
-    shown = {name: found[name] for name in kinds}
-    shown |= {f"re-pruned, k = {k}": rows.steps_of_a_run(found, k) for k in FREQUENCIES}
-    for name, times in shown.items():
-        ratios = [own / of_dense for own, of_dense in zip(times, found["dense"], strict=True)]
-        low, _, high = quantiles(ratios, n=4)
-        table.add_row(name, f"{median(times):.3f}", f"{median(ratios):.3f}", f"{low:.3f} to {high:.3f}")
-    for name in ("update", "update of ModelPruning"):
-        table.add_row(f"{name}, alone", f"{median(found[name]):.3f}", "", "")
-    Console(width=120).print(table)
-    for name, times in masked.items():
-        print(f"{name}, weights of all layers: {median(times):.3f} s of one thread")
-    for kind, (peak, count) in used.items():
-        more = f", {(peak - used['dense'][0]) / count:.3f} byte more for each targeted weight" if count else ""
-        print(f"peak memory, {kind}: {peak / 2**20:.0f} MiB, {peak / used['dense'][0]:.3f}x dense{more}")
+    print("\n".join(performance.step(rows.record(out, "step", told))))
     for name, off in zip(
         ("loss", "KL", "gradient at the logits"),
         zip(*(differences(sparse, batch, teacher, cache) for batch in batches), strict=True),

@@ -10,10 +10,8 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any, NamedTuple
 
-import matplotlib
 import rows
 import scaling
-from matplotlib import pyplot as plt
 
 ROOT = Path(__file__).parent.parent
 JSON, PAGE = ROOT / "benchmarks" / "performance.json", ROOT / "docs" / "performance.md"
@@ -26,10 +24,6 @@ STEPS = {10: 1.02, 1: 1.08}
 """By k, what a re-pruned step may take at most, against a dense one."""
 WANTED_PEAK, WANTED_BYTES = 1.02, 0.13
 Ways = dict[str, list[float]]
-
-
-def table(head: list[str], lines: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines)) + "\n"
 
 
 def spread(values: list[float], digits: int) -> str:
@@ -60,7 +54,7 @@ def against(found: dict[str, Ways], base: str, head: str) -> str:
         for pattern, ways in found.items()
         for name, times in ways.items()
     ]
-    return table(["pattern", "way", "ms", head], lines)
+    return rows.table(["pattern", "way", "ms", head], lines)
 
 
 IN_ONE_PASS = (
@@ -158,7 +152,7 @@ def selection(part: dict[str, Any]) -> list[str]:
         parts += [
             f"An update of the layers of a LLaMA-7B ({whole['weights'] / 1e9:.1f} G random float32 weights). One block "
             f"of {BLOCKS_7B} is in memory, and is timed:\n",
-            table(["pattern", f"s, times {BLOCKS_7B}", "wanted"], lines),
+            rows.table(["pattern", f"s, times {BLOCKS_7B}", "wanted"], lines),
         ]
     return parts
 
@@ -175,7 +169,7 @@ def step(part: dict[str, Any]) -> list[str]:
         for name, key in (("an update", "update"), ("an update of ModelPruning", "update of ModelPruning"))
     ]
     parts = ["## A training step\n", machine(part), f"{part['model']}, 2:4, {len(found['dense'])} rounds:\n"]
-    parts.append(table(["what", "s", "against the dense step of its round"], lines))
+    parts.append(rows.table(["what", "s", "against the dense step of its round"], lines))
     means = [f"{ratio:.3f} ± {error:.3f} at k = {k}" for k in STEPS for ratio, error in [rows.mean_of_a_run(found, k)]]
     parts.append(f"In means over all rounds, against all dense steps, a re-pruned one takes {' and '.join(means)}.\n")
     if part["peaks"]:
@@ -184,7 +178,7 @@ def step(part: dict[str, Any]) -> list[str]:
         allowed = (WANTED_PEAK * dense + WANTED_BYTES * count) / dense
         parts += [
             "Peak resident memory of a process (`VmHWM`) that takes three such steps, with an update after each:\n",
-            table(["run", "MiB", "against dense"], lines),
+            rows.table(["run", "MiB", "against dense"], lines),
             f"Wanted: {WANTED_PEAK}x and {WANTED_BYTES} byte for each of {count / 1e6:.0f} M targeted weights, which "
             f"is {allowed:.3f}x; the re-pruned run has {(peak - dense) / count:+.2f} byte a targeted weight.\n",
         ]
@@ -193,7 +187,7 @@ def step(part: dict[str, Any]) -> list[str]:
         parts += [
             "What a re-pruned step computes beside a dense one: it masks the weights of all layers, where "
             "autocast alone would cast them to bfloat16. Processor time of one thread:\n",
-            table(["weights of all layers", "s"], lines),
+            rows.table(["weights of all layers", "s"], lines),
         ]
     profiles = part.get("profile", {})
     lines = [
@@ -206,7 +200,7 @@ def step(part: dict[str, Any]) -> list[str]:
         parts += [
             "Where the time goes, by own time, one run of each: operators by `torch.profiler`, which does not see "
             "numpy; the sums of squares in a recorded step, and an update, by `cProfile` in one thread:\n",
-            table(["of", "operator or function", "calls", "share"], lines),
+            rows.table(["of", "operator or function", "calls", "share"], lines),
             f"All of them together, and the time on the clock: {'; '.join(summed)}.\n",
         ]
     return parts
@@ -226,7 +220,7 @@ def oneshot(part: dict[str, Any]) -> list[str]:
         lines.append([name, *cells, spread(whole, 1), spread(ratios(of_plain, whole), 2)])
     without = "without forwards, with statistics"
     head = ["what", "forwards, s", "statistics, s", f"{without}, s", "plain / this", "whole, s", "plain / this"]
-    return ["## One-shot pruning\n", machine(part), f"{part['title']}, float32 weights:\n", table(head, lines)]
+    return ["## One-shot pruning\n", machine(part), f"{part['title']}, float32 weights:\n", rows.table(head, lines)]
 
 
 def streaming(part: dict[str, Any]) -> list[str]:
@@ -241,7 +235,7 @@ def streamed(part: dict[str, Any]) -> str:
     return (
         f"{part['method']}, 2:4, {part['tokens']} tokens; a Llama of {part['checkpoint'] / 2**30:.2f} GiB of random "
         f"float32 weights in {part['blocks']} blocks. Peak resident memory above that of the interpreter:\n\n"
-        + table([*head, "rest: disk, s"], [[f"{cell:.0f}" for cell in (*cells, rest)]])
+        + rows.table([*head, "rest: disk, s"], [[f"{cell:.0f}" for cell in (*cells, rest)]])
     )
 
 
@@ -263,7 +257,7 @@ def growth(part: dict[str, Any]) -> list[str]:
         f"{base['width']} wide, {base['blocks']} blocks, {base['tokens']} tokens a step; "
         f"{len(base['seconds']['dense'])} rounds. Against the dense step:\n",
         "![Cost of re-pruning against width, blocks, tokens, k and processes](pictures/growth.svg)\n",
-        table(["width", "blocks", "tokens", "dense step, s", "an update, ms", "k = 10", "k = 1"], lines),
+        rows.table(["width", "blocks", "tokens", "dense step, s", "an update, ms", "k = 10", "k = 1"], lines),
         "The panel on the right is computed, not measured: what a process receives at an update of a Llama-3.1-8B, by "
         "the formulas of [scaling](scaling.md).\n",
     ]
@@ -277,7 +271,11 @@ def middle(sizes: list[dict[str, Any]]) -> dict[str, Any]:
 
 def draw_growth(part: dict[str, Any], out: Path) -> None:
     """How much longer a re-pruned step takes than a dense one, against each number that grows."""
+    import matplotlib
+
     matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
     matplotlib.rcParams["svg.hashsalt"] = "growth"
     base, ks = middle(part["sizes"]), (1, 2, 5, 10, 20, 50, 100)
     figure, (*all_axes, computed) = plt.subplots(1, 5, figsize=(13.5, 2.6), layout="constrained")
@@ -329,7 +327,7 @@ def tables(path: Path = JSON) -> str:
     made = {"selection": selection, "step": step, "growth": growth, "oneshot": oneshot, "streaming": streaming}
     lines = [
         "## Wanted, and measured\n",
-        table(["what", "wanted", "measured", "what would close it"], [each.line() for each in numbers(parts)]),
+        rows.table(["what", "wanted", "measured", "what would close it"], [each.line() for each in numbers(parts)]),
     ]
     lines += [line for name, show in made.items() if name in parts for line in show(parts[name])]
     lines += [f"Not measured yet: {name}.\n" for name in made if name not in parts]
@@ -337,9 +335,6 @@ def tables(path: Path = JSON) -> str:
 
 
 if __name__ == "__main__":
-    if "--write" in sys.argv:
-        rows.show(PAGE, BEGIN, END, tables())
-        if part := json.loads(JSON.read_text()).get("growth"):
-            draw_growth(part, PICTURE)
-    else:
-        print(tables())
+    rows.print_or_write(tables(), PAGE, BEGIN, END)
+    if "--write" in sys.argv and (part := json.loads(JSON.read_text()).get("growth")):
+        draw_growth(part, PICTURE)

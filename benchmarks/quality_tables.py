@@ -64,20 +64,23 @@ def _first_to_last(found: dict[int, dict[str, str]]) -> str:
     return " to ".join(f"{100 * float(row[f'{end}_flip_rate']):.2f} %" for end in ("first", "last")) if row else ""
 
 
+def _label(arms: Mapping[str, str], arm: str) -> str:
+    return f"{arms[arm]} (last run with commit {REMOVED[arm]})" if arm in REMOVED else arms[arm]
+
+
 def table(runs: Runs, arms: dict[str, str], against: str | None, label: str, steps: int = 100) -> str:
     """Perplexities of arms on all texts, and the paired change against one of them on held-out articles."""
     name = f"held-out against {label}" if against else ""
     head = ["arm", "`--arm`", "lr", "seeds", *TEXTS.values(), "flip rate, first to last"]
     head += [name] if name else []
-    lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
-    for arm, words in arms.items():
+    lines = []
+    for arm in arms:
         found = runs.reported(arm, steps)
         if not found:
             continue
         row = next(iter(found.values()))
         lr = "" if row["steps"] == "0" else f"{float(row['lr']):g}" + ("" if runs.has_grid(arm, steps) else " *")
-        words += f" (last run with commit {REMOVED[arm]})" if arm in REMOVED else ""
-        cells = [words, arm, lr, ", ".join(map(str, sorted(found)))]
+        cells = [_label(arms, arm), arm, lr, ", ".join(map(str, sorted(found)))]
         cells += [_perplexities(runs.values(arm, text, steps)) for text in TEXTS]
         rises = arm.startswith(("gradual", "scratch"))  # their flips are mostly pruning
         cells += ["" if rises else _first_to_last(found)]
@@ -85,66 +88,65 @@ def table(runs: Runs, arms: dict[str, str], against: str | None, label: str, ste
             cells.append(
                 "" if arm == against or row["steps"] == "0" else _change(runs.change(arm, against, steps=steps))
             )
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) if len(lines) > 2 else "Not measured yet."
+        lines.append(cells)
+    return rows.table(head, lines)
 
 
 def tuning_table(runs: Runs, arms: Iterable[str]) -> str:
     """Validation perplexity of arms at every learning rate that was tried."""
     tried = {arm: runs.tuning(arm) for arm in arms if runs.tuning(arm)}
     rates = sorted({lr for each in tried.values() for lr in each})
-    lines = [f"| `--arm` | {' | '.join(f'{lr:g}' for lr in rates)} |", "| --- " * (len(rates) + 1) + "|"]
+    lines = []
     for arm, each in tried.items():
         cells = [f"{float(each[lr]['validation']):.2f}" if lr in each else "" for lr in rates]
         cells = [f"**{cell}**" if lr == runs.lr(arm) else cell for lr, cell in zip(rates, cells, strict=True)]
-        lines.append(f"| {arm} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append([arm, *cells])
+    return rows.table(["`--arm`", *(f"{lr:g}" for lr in rates)], lines)
 
 
 def methods(runs: Runs, arms: Mapping[str, str], against: str) -> str:
     """Validation perplexity of arms at the best learning rate that was tried, from the lowest on."""
     tried = {arm: tuned for arm in arms if (tuned := runs.tuning(arm))}
     best = {arm: min(float(row["validation"]) for row in tuned.values()) for arm, tuned in tried.items()}
-    lines = [f"| method | `--arm` | validation articles | against {against} | lr | tried |", "| --- " * 6 + "|"]
+    lines = []
     for arm in sorted(best, key=lambda arm: best[arm]):
         change = "" if arm == against else f"{100 * (best[arm] / best[against] - 1):+.1f} %"
         rates = ", ".join(f"{lr:g}" for lr in sorted(tried[arm]))
-        words = f"{arms[arm]} (last run with commit {REMOVED[arm]})" if arm in REMOVED else arms[arm]
-        lines.append(f"| {words} | {arm} | {best[arm]:.2f} | {change} | {runs.lr(arm):g} | {rates} |")
-    return "\n".join(lines)
+        lines.append([_label(arms, arm), arm, f"{best[arm]:.2f}", change, f"{runs.lr(arm):g}", rates])
+    return rows.table(["method", "`--arm`", "validation articles", f"against {against}", "lr", "tried"], lines)
 
 
 def other_rates(runs: Runs) -> str:
     """Runs at learning rates other than those of the tables above."""
     head = ["`--arm`", "lr", "steps", "seeds", *TEXTS.values()]
-    lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
+    lines = []
     for (arm, steps, lr), found in sorted(runs.at_other_rates().items()):
         values = [{seed: float(row[text]) for seed, row in found.items() if row[text]} for text in TEXTS]
         cells = [arm, f"{lr:g}", str(steps), ", ".join(map(str, sorted(found))), *map(_perplexities, values)]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) if len(lines) > 2 else "None."
+        lines.append(cells)
+    return rows.table(head, lines)
 
 
 def lengths(runs: Runs) -> str:
     """Perplexity on held-out articles after other numbers of steps of 2048 tokens."""
     steps = [n for n in (100, 300, 1000) if any(runs.values(arm, "heldout", n) for arm in LENGTHS)]
     head = ["`--arm`", *(f"{n} steps" for n in steps), *(f"over dense, {n} steps" for n in steps)]
-    lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
+    lines = []
     for arm in LENGTHS:
         if any(runs.values(arm, "heldout", n) for n in steps[1:]):
             over = [runs.change(arm, "dense", steps=n) if arm != "dense" else None for n in steps]
             values = [runs.values(arm, "heldout", n) for n in steps]
             cells = [_perplexities(each) if each else "" for each in values]
             cells += [f"{1 + each[0] / 100:.2f}" if each else "" for each in over]
-            lines.append(f"| {arm} | {' | '.join(cells)} |")
-    return "\n".join(lines) if len(lines) > 2 else "Not measured yet."
+            lines.append([arm, *cells])
+    return rows.table(head, lines)
 
 
 def longer(short: Runs, arms: dict[str, str], baseline: str, word: str, *steps: int) -> list[str]:
     """A table for each length, in steps of 512 tokens."""
     parts = []
     for each in steps:
-        parts += [f"\nAfter {each:,} steps, {512 * each:,} tokens:\n", table(short, arms, baseline, word, steps=each)]
+        parts += [f"After {each:,} steps, {512 * each:,} tokens:\n", table(short, arms, baseline, word, steps=each)]
     return parts
 
 
@@ -153,38 +155,38 @@ def tables(runs: Runs, short: Runs) -> str:
     parts = [
         "### 2:4 at equal tokens\n",
         table(runs, MAIN, "static", "the kept mask"),
-        "\n### Unstructured 70 %\n",
+        "### Unstructured 70 %\n",
         table(runs, UNSTRUCTURED, "static_70", "the kept mask"),
-        "\n### Distillation\n",
+        "### Distillation\n",
         table(runs, DISTILLATION, "dynamic", "re-pruned, no teacher"),
-        "\n### Unstructured 70 % with a teacher, after 51,200 tokens\n",
+        "### Unstructured 70 % with a teacher, after 51,200 tokens\n",
         "100 steps of 512 tokens, with the untouched dense model as teacher.\n",
         table(short, TAUGHT_70, "static_70_distill", "the kept mask"),
         *longer(short, TAUGHT_70, "static_70_distill", "the kept mask", 200, 300),
-        "\n### 2:4 with a teacher, in steps of 512 tokens\n",
-        "After 100 steps, of kept masks alone, which are ahead in the choice of a learning rate below:\n",
+        "### 2:4 with a teacher, in steps of 512 tokens\n",
+        "After 100 steps, of kept masks alone:\n",
         table(short, TAUGHT_2OF4, "static_distill", "the kept mask"),
         *longer(short, TAUGHT_2OF4, "static_iht_distill", "IHT's mask, kept", 400, 1200),
-        "\nRuns of both sections at other learning rates:\n",
+        "Runs of both sections at other learning rates:\n",
         other_rates(short),
-        "\n### Other methods with a teacher, after 25,600 tokens\n",
+        "### Other methods with a teacher, after 25,600 tokens\n",
         "50 steps of 512 tokens, seed 0, with the same teacher, tokens and order of data, each at the best of the "
-        "learning rates that were tried. These rows also chose the rates of the two sections above.\n",
+        "learning rates that were tried.\n",
         "70 % unstructured:\n",
         methods(short, METHODS_70, "dynamic_dormant_70_distill"),
-        "\n2:4:\n",
+        "2:4:\n",
         methods(short, TAUGHT_2OF4, "static_distill"),
-        "\n### Which score decides in training\n",
+        "### Which score decides in training\n",
         "All runs start from the same first mask, of one-shot Wanda; k = 10.\n",
         table(runs, SCORES, "dynamic_frozen_norms", "norms of the first mask"),
-        "\n### Training on another text than the first mask\n",
+        "### Training on another text than the first mask\n",
         "Trained on the Python standard library, and calibrated on Wikipedia unless an arm says Python; held-out is "
         "held-out source code.\n",
         table(runs, SHIFT, "static_shift", "Wanda's mask, kept"),
-        "\n### Longer runs\n",
+        "### Longer runs\n",
         lengths(runs),
     ]
-    return "\n".join(parts) + "\n"
+    return "\n".join(parts)
 
 
 def more_tables(runs: Runs, short: Runs) -> str:
@@ -195,25 +197,25 @@ def more_tables(runs: Runs, short: Runs) -> str:
         "### Margins, decay, when to stop\n",
         "Each arm is the default with one change, which is its name.\n",
         table(runs, VARIANTS, "dynamic", "the default"),
-        "\n### From a model that was pruned before\n",
+        "### From a model that was pruned before\n",
         "The pruned weights of such a model are zeros; the other arms still hold their former values.\n",
         table(runs, STARTS, "dynamic", "from the dense model"),
-        "\n### Fine-tuning a pruned model: low-rank and full\n",
+        "### Fine-tuning a pruned model: low-rank and full\n",
         "r 8 on q and v, as in the paper's Table 6.\n",
         table(runs, LOW_RANK, None, ""),
-        "\n### From scratch\n",
+        "### From scratch\n",
         "A Llama of 17 million weights on 614,400 tokens: smoke runs that show that it works, not how good it is.\n",
         table(runs, SCRATCH, "scratch_dense", "dense", steps=300),
-        "\n### At other learning rates\n",
+        "### At other learning rates\n",
         "Runs of arms that the tables show at another learning rate.\n",
         other_rates(runs),
-        "\n### How learning rates were chosen\n",
+        "### How learning rates were chosen\n",
         "Perplexity on validation articles (first 32,768 tokens), seed 0; the best of each row is bold.\n",
         tuning_table(runs, arms),
-        "\nIn steps of 512 tokens:\n",
+        "In steps of 512 tokens:\n",
         tuning_table(short, [*METHODS_70, *TAUGHT_2OF4]),
     ]
-    return "\n".join(parts) + "\n"
+    return "\n".join(parts)
 
 
 class Pair(NamedTuple):
@@ -273,7 +275,7 @@ FIRST_MASKS = [
 
 def first_masks(runs: Runs, short: Runs) -> str:
     """Perplexity on held-out articles / C4 by what made the first mask, each arm at its best learning rate."""
-    lines = ["| | tokens | Wanda | SparseGPT | IHT |", "| --- " * 5 + "|"]
+    lines = []
     for setting, arms, tokens_a_step, steps in FIRST_MASKS:
         of_size = runs if tokens_a_step == 2048 else short
         tokens = 0 if arms[0].startswith("oneshot") else tokens_a_step * steps
@@ -281,21 +283,21 @@ def first_masks(runs: Runs, short: Runs) -> str:
         for arm in arms:
             means = [of_size.mean(arm, text, steps) for text in ("heldout", "c4")]
             cells.append("" if None in means else " / ".join(f"{mean:.2f}" for mean in means))
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        lines.append(cells)
+    return rows.table(["", "tokens", "Wanda", "SparseGPT", "IHT"], lines)
 
 
 def headline(runs: Runs, short: Runs) -> str:
     """README's table: re-pruning against a kept mask, each at its best learning rate; held-out articles / C4."""
-    lines = ["| target | first mask | kept | re-pruned | change | change on C4 |", "| --- " * 6 + "|"]
+    lines = []
     for target, first_mask, static, moving, tokens_a_step, steps in PAIRS:
         of_size = runs if tokens_a_step == 2048 else short
         means = [[of_size.mean(arm, text, steps) for text in ("heldout", "c4")] for arm in (static, moving)]
         cells = ["not measured" if None in each else " / ".join(f"{mean:.2f}" for mean in each) for each in means]
         change, on_c4 = (of_size.change(moving, static, text, steps) for text in ("heldout", "c4"))
         cells += ["", ""] if change is None or on_c4 is None else [_change(change), _change(on_c4)]
-        lines.append(f"| {' | '.join([target, first_mask, *cells])} |")
-    return "\n".join(lines) + "\n"
+        lines.append([target, first_mask, *cells])
+    return rows.table(["target", "first mask", "kept", "re-pruned", "change", "change on C4"], lines)
 
 
 def main() -> None:

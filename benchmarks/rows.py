@@ -4,7 +4,8 @@ import csv
 import json
 import math
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from statistics import mean, median, stdev
@@ -34,17 +35,19 @@ def append(path: Path, row: Any) -> None:
         writer.writerow(asdict(row))
 
 
-def record(path: str | None, name: str, found: Mapping[str, Any]) -> None:
-    """Put what a benchmark has measured into a JSON file, if one is named, with the machine; its other parts stay."""
+def record(path: str | None, name: str, found: Mapping[str, Any]) -> dict[str, Any]:
+    """What a benchmark has measured, with the machine; also put into a JSON file, if one is named, whose other parts
+    stay."""
     from sparse_train.environment import machine, versions
 
-    if path is None:
-        return
-    file = Path(path)
-    parts = json.loads(file.read_text()) if file.exists() else {}
     where = {"load": round(LOAD, 1), **machine(), "torch": versions()["torch"]}
-    parts[name] = {"machine": where, **found}
-    file.write_text(json.dumps(parts, indent=1) + "\n")
+    part = {"machine": where, **found}
+    if path is not None:
+        file = Path(path)
+        parts = json.loads(file.read_text()) if file.exists() else {}
+        parts[name] = part
+        file.write_text(json.dumps(parts, indent=1) + "\n")
+    return part
 
 
 def steps_of_a_run(found: Mapping[str, list[float]], k: int) -> list[float]:
@@ -66,6 +69,19 @@ def mean_of_a_run(found: Mapping[str, list[float]], k: int) -> tuple[float, floa
     errors = [stdev(times) / len(times) ** 0.5 / mean(times) for times in (own, dense)]
     ratio = mean(own) / mean(dense)
     return ratio, ratio * math.hypot(*errors)
+
+
+def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """In Markdown."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines)) + "\n"
+
+
+def print_or_write(made: str, page: Path, begin: str, end: str) -> None:
+    """What the modules of tables do: print, or with --write show on a page."""
+    if "--write" in sys.argv:
+        show(page, begin, end, made)
+    else:
+        print(made)
 
 
 def show(page: Path, begin: str, end: str, made: str) -> None:

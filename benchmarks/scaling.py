@@ -7,10 +7,11 @@ Letters: O out_features, I in_features, J = ceil(I / 8) packed mask bytes per ro
 """
 
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import rows
 
 PAGE = Path(__file__).parent.parent / "docs" / "scaling.md"
 BEGIN, END = "<!-- scaling -->", "<!-- /scaling -->"
@@ -102,10 +103,10 @@ SETUPS = [
 
 def tables() -> str:
     """All tables, as Markdown."""
-    rows: dict[str, list[str]] = {}
+    lines: dict[str, list[str]] = {}
 
     def row(label: str, value: str) -> None:
-        rows.setdefault(label, []).append(value)
+        lines.setdefault(label, []).append(value)
 
     for s in SETUPS:
         kept = kept_bytes(s.layers, s.blocks)
@@ -134,13 +135,8 @@ def tables() -> str:
         row("k for updates below 1 % of the time", f"{math.ceil(100 * fsdp2 / step)}")
         row("an update under ZeRO-3, estimate", f"{1e3 * zero3:.0f} ms")
         row("k for updates below 1 % of the time, ZeRO-3", f"{math.ceil(100 * zero3 / step)}")
-    head = f"| | {' | '.join(s.name for s in SETUPS)} |\n|{' --- |' * (len(SETUPS) + 1)}\n"
-    return head + "\n".join(f"| {label} | {' | '.join(values)} |" for label, values in rows.items())
+    return rows.table(["", *(s.name for s in SETUPS)], [[label, *values] for label, values in lines.items()])
 
 
 if __name__ == "__main__":
-    if "--write" in sys.argv:
-        before, _, rest = PAGE.read_text().partition(BEGIN)
-        PAGE.write_text(f"{before}{BEGIN}\n{tables()}\n{END}{rest.partition(END)[2]}")
-    else:
-        print(tables())
+    rows.print_or_write(tables(), PAGE, BEGIN, END)

@@ -12,14 +12,12 @@ scores and selects.
 import time
 from collections.abc import Callable
 from functools import partial
-from statistics import median
 from typing import Any
 
+import performance
 import rows
 import torch
 from jsonargparse import auto_cli
-from rich.console import Console
-from rich.table import Table
 from scaling import llama_block
 from torch import Tensor, nn
 
@@ -139,8 +137,6 @@ def main(
             "a copy of the weights": weight_OI.clone,
         }
         updates[name], _ = in_turns(steps, rounds)
-    show(f"selection, {shape}, float32", selection)
-    show(f"an update of one layer, {shape}, float32", updates)
     found: dict[str, Any] = {"shape": shape, "selection": selection, "update": updates}
     if model_7b:
         block = masked_block([(each.out_features, each.in_features) for each in llama_block(4096, 11008, 4096)], device)
@@ -148,19 +144,7 @@ def main(
         ways["a copy of the weights"] = lambda: [layer.weight.clone() for layer in block.values()]
         times, _ = in_turns(ways, 2)
         found["model_7b"] = {"weights": BLOCKS_7B * sum(layer.size for layer in block.values()), "block": times}
-        for name, each in times.items():
-            print(f"LLaMA-7B, {name}: {BLOCKS_7B * median(each):.1f} s for {BLOCKS_7B} blocks")
-    rows.record(out, "selection", found)
-
-
-def show(title: str, found: dict[str, dict[str, list[float]]]) -> None:
-    table = Table("pattern", "way", "ms, median", "lowest to highest", "reference / this", title=title)
-    for pattern, ways in found.items():
-        for name, times in ways.items():
-            ratio = median(ways["reference"]) / median(times)
-            spread = f"{1000 * min(times):.0f} to {1000 * max(times):.0f}"
-            table.add_row(pattern, name, f"{1000 * median(times):.0f}", spread, f"{ratio:.1f}")
-    Console(width=120).print(table)
+    print("\n".join(performance.selection(rows.record(out, "selection", found))))
 
 
 if __name__ == "__main__":

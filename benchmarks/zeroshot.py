@@ -1,10 +1,10 @@
 """Zero-shot accuracy of dense, one-shot and trained 2:4 models: the paper's Table 2 on a small model.
 
-    python benchmarks/quality.py --arm static --seed 1 --lr 5e-4 --export runs/static
-    python benchmarks/quality.py --arm dynamic --seed 1 --lr 2e-4 --export runs/dynamic
-    python benchmarks/zeroshot.py --static runs/static --dynamic runs/dynamic --limit 100      # all of the table
-    python benchmarks/zeroshot.py --arm wanda --limit 100 --task_data DIR --calibration C4_SAMPLE.jsonl
-    python benchmarks/zeroshot.py --arm static --model runs/static --limit 100
+    python benchmarks/quality.py --arm static --seed 2 --lr 5e-4 --export runs/static
+    python benchmarks/quality.py --arm dynamic --seed 2 --lr 2e-4 --export runs/dynamic
+    python benchmarks/zeroshot.py --static runs/static --dynamic runs/dynamic --limit 50       # all of the table
+    python benchmarks/zeroshot.py --arm wanda --limit 50 --task_data DIR --calibration C4_SAMPLE.jsonl
+    python benchmarks/zeroshot.py --arm static --model runs/static --limit 50
 
 An arm appends seven rows to benchmarks/zeroshot.csv, one per task, with the answer to each item. An arm that is already
 there is not run again, so the command resumes after an interruption. Items come from the hub unless --task_data names a
@@ -31,11 +31,13 @@ from sparse_train.data.texts import PackagedWikipedia, TextFiles, TextSource
 from sparse_train.evaluation import WANDA7, ZeroShotResult, evaluate_zero_shot
 from sparse_train.evaluation.zeroshot import check_tasks
 from sparse_train.export.card import FILE_NAME as CARD
+from sparse_train.inspection import layer_sparsities
 from sparse_train.models.sources import PackagedSmolLM2, Pretrained
 from sparse_train.oneshot.prune import prune
+from sparse_train.pruning.counts import sparsity_of
 
 ONESHOT = {"magnitude": Magnitude, "sparsegpt": SparseGPT, "wanda": Wanda}
-TRAINED = ("static", "static_ste", "dynamic", "dense_tuned", "distilled")
+TRAINED = ("static", "dynamic")
 ARMS = ("dense", *ONESHOT, *TRAINED)
 
 
@@ -73,9 +75,6 @@ def main(
     model: str | None = None,
     static: str | None = None,
     dynamic: str | None = None,
-    static_ste: str | None = None,
-    dense_tuned: str | None = None,
-    distilled: str | None = None,
     calibration: str | None = None,
     samples: int = 64,
     length: int = 1024,
@@ -86,12 +85,12 @@ def main(
     """Measure one arm, or all arms, and append their rows.
 
     Args:
-        arm: "dense"; magnitude, sparsegpt or wanda, one-shot at 2:4; or static, static_ste, dynamic, dense_tuned or
-            distilled, a trained model. "all": the first four, and the trained ones whose folder is given.
+        arm: "dense"; magnitude, sparsegpt or wanda, one-shot at 2:4; or static or dynamic, a trained model. "all": the
+            first four, and the trained ones whose folder is given.
         task_data: folder with JSONL files of the items; default: from the hub.
         limit: use only the first items of each task; default: all.
         model: folder of the trained model of one --arm, as written by benchmarks/quality.py --export.
-        static, static_ste, dynamic, dense_tuned, distilled: the same, for the trained arms of "all".
+        static, dynamic: the same, for the trained arms of "all".
         calibration: file with calibration text; default: the packaged Wikipedia text.
         samples: number of calibration samples.
         length: tokens per sample.
@@ -99,8 +98,7 @@ def main(
         batch_size: requests per forward pass.
         out: CSV file.
     """
-    given = zip(TRAINED, (static, static_ste, dynamic, dense_tuned, distilled), strict=True)
-    folders = {name: folder for name, folder in given if folder is not None}
+    folders = {name: folder for name, folder in (("static", static), ("dynamic", dynamic)) if folder is not None}
     if arm not in ("all", *ARMS):
         raise SystemExit(f"--arm is all or one of {', '.join(ARMS)}, got {arm!r}.")
     if model is not None:
@@ -110,7 +108,7 @@ def main(
     if arm in TRAINED and arm not in folders:
         raise SystemExit(f"--arm {arm} needs the folder of a trained model: --model FOLDER.")
     chosen = [name for name in ARMS if name not in TRAINED or name in folders] if arm == "all" else [arm]
-    if missing := [name for name in ("static", "dynamic") if arm == "all" and name not in folders]:
+    if missing := [name for name in TRAINED if arm == "all" and name not in folders]:
         print(f"left out: {', '.join(missing)}. Their folders come from benchmarks/quality.py --export.")
     definitions = tempfile.TemporaryDirectory()
     tasks = list(WANDA7) if task_data is None else write_tasks(task_data, Path(definitions.name))
@@ -151,7 +149,8 @@ def main(
             autocast=torch.bfloat16,
             progress=True,
         )
-        for row in _rows(result, data, sparsity=_sparsity(loaded), **about):
+        layers = [layer for layer in layer_sparsities(loaded) if layer.name.startswith("model.layers.")]
+        for row in _rows(result, data, sparsity=sparsity_of(layers), **about):
             rows.append(Path(out), row)
         show_zero_shot(result)
         print(f"{name}: {time.perf_counter() - began:.0f} s", flush=True)
@@ -204,11 +203,6 @@ def _run_of(folder: Path) -> dict[str, Any]:
         "steps": int(recipe["trainer"]["max_steps"]),
         "lr": float(recipe["model"]["lr"]),
     }
-
-
-def _sparsity(model: torch.nn.Module) -> float:
-    weights = [weight for name, weight in model.named_parameters() if "proj" in name]
-    return sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
 
 
 if __name__ == "__main__":

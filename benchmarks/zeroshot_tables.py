@@ -10,7 +10,6 @@ model, with its own row.
 
 import math
 import statistics
-import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -25,10 +24,7 @@ ARMS = {
     "sparsegpt": "SparseGPT, one-shot",
     "wanda": "Wanda, one-shot",
     "static": "static Wanda mask",
-    "static_ste": "static Wanda mask, straight-through",
     "dynamic": "re-pruned",
-    "dense_tuned": "dense",
-    "distilled": "distilled",
 }
 TASKS = {
     "boolq": "BoolQ",
@@ -62,7 +58,7 @@ def tables(path: Path = CSV) -> str:
                 f"{path} has {row['task']} from {row['data']} and {data[way][row['task']]}: not one table."
             )
     parts = [_table(way, models, data[way]) for way, models in found.items()]
-    return "\n\n".join(parts or ["Not measured yet."]) + "\n"
+    return "\n".join(parts or ["Not measured yet.\n"])
 
 
 def paired(first: Model, second: Model) -> dict[str, Value]:
@@ -101,8 +97,7 @@ def _table(way: tuple[str, ...], models: dict[tuple[str, ...], Model], data: dic
         f"{model}; {asked}; {shots} examples in the prompt; `{metric}`, percent ± standard error over items; items: "
         f"{'; '.join(dict.fromkeys(data.values()))}; {protocol}. Pruned models are 2:4, unless a sparsity is given."
     )
-    lines = [f"| model | {' | '.join(TASKS.values())} | mean |", "| --- " * (len(TASKS) + 2) + "|"]
-    lines.append(_line("random choice", {**{t: (v, None) for t, v in GUESSING.items()}, **_chance()}))
+    lines = [_line("random choice", {**{t: (v, None) for t, v in GUESSING.items()}, **_chance()})]
     lines += [_line(_label(run, whole[run]["boolq"]["sparsity"]), accuracies(whole[run])) for run in ordered]
     for run in ordered:
         for other in ordered:
@@ -112,7 +107,7 @@ def _table(way: tuple[str, ...], models: dict[tuple[str, ...], Model], data: dic
                 )
                 label += f"and {other[3]}, paired"
                 lines.append(_line(label, paired(whole[run], whole[other]), signed=True))
-    return f"{head}\n\n" + "\n".join(lines)
+    return f"{head}\n\n" + rows.table(["model", *TASKS.values(), "mean"], lines)
 
 
 def _chance() -> dict[str, Value]:
@@ -128,8 +123,8 @@ def _label(run: tuple[str, ...], sparsity: str) -> str:
     return f"{ARMS[arm]}{trained}{calibrated}{sparse}"
 
 
-def _line(label: str, values: dict[str, Value], *, signed: bool = False) -> str:
-    return f"| {label} | {' | '.join(_cell(values[name], signed) for name in (*TASKS, 'mean'))} |"
+def _line(label: str, values: dict[str, Value], *, signed: bool = False) -> list[str]:
+    return [label, *(_cell(values[name], signed) for name in (*TASKS, "mean"))]
 
 
 def _cell(value: Value, signed: bool) -> str:
@@ -138,14 +133,5 @@ def _cell(value: Value, signed: bool) -> str:
     return shown if error is None else f"{shown} ± {error:.1f}"
 
 
-def main() -> None:
-    """Print or write."""
-    made = tables()
-    if "--write" not in sys.argv:
-        print(made)
-        return
-    rows.show(PAGE, BEGIN, END, made)
-
-
 if __name__ == "__main__":
-    main()
+    rows.print_or_write(tables(), PAGE, BEGIN, END)

@@ -99,4 +99,4 @@ def test_an_arm_is_reported_at_its_best_learning_rate_and_on_seeds_that_chose_no
     made = quality_tables.other_rates(runs)
     assert "| dynamic | 0.1 | 100 | 1 | 9.00 | 9.00 | 9.00 |" in made
     assert "| static | 0.1 | 100 | 1, 2 | 10.00 (10.00, 10.00) |" in made and "| static | 0.3 | 100 | 1 |" in made
-    assert made.count("\n") == 4  # and not the reported ones, nor those of seeds that chose a rate
+    assert made.count("\n") == 5  # and not the reported ones, nor those of seeds that chose a rate

@@ -122,6 +122,9 @@ _GRADUAL_70 = (
     *("sparsity=0.7", "schedule=Cubic", "schedule.final_sparsity=0.7"),
 )
 
+# Names: static = a mask that is kept, dynamic = one that is re-pruned; 2:4, or _70 = 70 % unstructured; _distill = with
+# the dense model as teacher, _distill_tuned = with one that was fine-tuned; first mask by Wanda, or _iht, _sparsegpt;
+# IHT's dampening_frac is 0.1, or _damped01 = 0.01 (as in the arms on Python code), _damped100 = 1.
 ARMS: dict[str, Arm] = {
     "dense": _arm("smollm2_dense"),
     # 2:4: static, re-pruned (every 10 steps, cumulative norms: the defaults), gradual

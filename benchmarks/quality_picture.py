@@ -64,7 +64,15 @@ BEGUN_70 = {
     "static_iht_70_distill": ("IHT, kept", MOVED),
     "dynamic_iht_70_distill": ("IHT, re-pruned", MOVED),
 }
+SHIFTED = {
+    "static_shift": ("Wanda, kept", KEPT),
+    "dynamic_shift": ("Wanda, re-pruned", MOVED),
+    "static_iht_shift": ("IHT, kept", KEPT),
+    "dynamic_iht_shift": ("IHT, re-pruned", MOVED),
+}
+FIT = {"static_iht_python": ("IHT, kept", KEPT), "dynamic_iht_python": ("IHT, re-pruned", MOVED)}
 FIGURES = {
+    "shift": [Panel("calibrated on Wikipedia", SHIFTED), Panel("calibrated on Python code", FIT)],
     "moving": [*on_both("2:4", "static", "dynamic"), *on_both("70 %", "static_70", "dynamic_70")],
     "taught": [
         *on_both("2:4", "static_distill", "dynamic_distill"),
@@ -77,7 +85,10 @@ FIGURES = {
         for target, arms in (("2:4", BEGUN_2OF4), ("70 %", BEGUN_70))
         for text, words in TEXTS.items()
     ],
-    "lengths": [Panel(f"after {steps} steps", TRAINED, steps=steps) for steps in (100, 300)],
+    "lengths": [
+        Panel("after 100 steps", {**TRAINED, "static_iht_distill": ("2:4 from IHT, kept, teacher", KEPT)}),
+        Panel("after 300 steps", TRAINED, steps=300),
+    ],
 }
 
 

@@ -141,6 +141,9 @@ ARMS: dict[str, Arm] = {
     "dynamic_window": _arm("smollm2_2of4", "norm_decay=0"),
     "dynamic_memory90": _arm("smollm2_2of4", "norm_decay=0.9"),
     "dynamic_dense_norms": _arm("smollm2_2of4", "window=1", "--trainer.callbacks+=variants.DenseNorms"),
+    "dynamic_dense_norms_stop100": _arm(
+        "smollm2_2of4", "window=1", "end_step=1.0", "--trainer.callbacks+=variants.DenseNorms"
+    ),
     # decay of shadow values, and when updates stop
     "dynamic_decay": _arm("smollm2_2of4", "policy=StraightThrough", "policy.srste_decay=0.01"),
     "dynamic_decay2": _arm("smollm2_2of4", "policy=StraightThrough", "policy.srste_decay=0.02"),

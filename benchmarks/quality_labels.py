@@ -38,6 +38,7 @@ SCORES = {
     "dynamic_memory90": "Wanda, running norms, exponential, 0.9 per update",
     "dynamic": "Wanda, running norms, cumulative (the default)",
     "dynamic_dense_norms": "Wanda, norms of dense forwards, refreshed before each update, cumulative",
+    "dynamic_dense_norms_stop100": "Wanda, norms of dense forwards, updates until the end",
 }
 VARIANTS = {
     "dynamic": "the default",

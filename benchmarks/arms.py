@@ -115,7 +115,6 @@ _IHT = ("first_mask.criterion=IHT", "first_mask.criterion.dampening_frac=0.1")  
 _KL = ("--model.distillation.hardness_ce=0", "--model.distillation.hardness_kldiv=1")
 _T1 = "--model.distillation.temperature=1"
 _EVEN = ("--model.distillation.hardness_ce=0.5", "--model.distillation.hardness_kldiv=0.5")
-_SWAPS = (*_FROM_WANDA, "policy=variants.EvidenceSwaps")
 _70 = ("mask_structure=unstructured", "sparsity=0.7")
 _GRADUAL_70 = (
     *("mask_structure=unstructured", "criterion=Magnitude", "policy=Fixed", "end_step=0.5"),
@@ -162,8 +161,6 @@ ARMS: dict[str, Arm] = {
     "dynamic_window_distill": _arm("smollm2_2of4", "norm_decay=0", distil=True),
     "static_distill_tuned": _arm("smollm2_2of4_static", teacher=True),
     "dynamic_distill_tuned": _arm("smollm2_2of4", teacher=True),
-    # weights swap places by what the optimizer's moments say of them
-    "swaps_distill": _arm("smollm2_2of4", *_SWAPS, distil=True),
     # a better start: SparseGPT's mask and weights; masks that move only early
     "static_sparsegpt_distill": _arm("smollm2_2of4_static", *_FROM_ZEROS, start="oneshot_sparsegpt", distil=True),
     "static_iht_distill": _arm("smollm2_2of4_static", *_IHT, distil=True),
@@ -213,7 +210,6 @@ ARMS: dict[str, Arm] = {
     "static_70_distill": _arm("smollm2_unstructured60", *_70, "policy=Fixed", distil=True),
     "dynamic_70_distill": _arm("smollm2_unstructured60", *_70, distil=True),
     "dynamic_dormant_70_distill": _arm("smollm2_unstructured60", *_70, "policy=Dormant", distil=True),
-    "swaps_70_distill": _arm("smollm2_unstructured60", *_70, *_SWAPS, "policy.group_size=0", distil=True),
     "regrow_70_distill": _arm("smollm2_unstructured60", *_70, "policy=Regrow", distil=True),
     "regrow5_70_distill": _arm(
         "smollm2_unstructured60", *_70, "policy=Regrow", "policy.drop_fraction=0.05", distil=True

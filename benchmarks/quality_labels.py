@@ -11,6 +11,7 @@ _LAST_RUN = {
         "static_refined_70_distill",
     ),
     "1d9b7e5": ("dynamic_slow_shadows_distill", "muon_static_distill"),
+    "c77b8f7": ("swaps_distill", "swaps_70_distill"),
 }
 REMOVED = {arm: commit for commit, arms in _LAST_RUN.items() for arm in arms}
 """Arms of settings that gained nothing and were removed: only old rows are left; and the last commits that ran them."""

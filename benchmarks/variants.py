@@ -2,13 +2,11 @@
 
 They are not in the package: these runs show if they should be.
 
-    --pruning.policy=variants.EvidenceSwaps
+    --pruning.policy=variants.GrowingDecay
 
-Shape suffixes: O out_features, I in_features, J packed mask bytes, G groups of weights that are compared, M weights of
-a group, P pairs of a pruned and a kept weight of a group.
+Shape suffixes: O out_features, I in_features.
 """
 
-import math
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,11 +15,10 @@ from typing import Any, ClassVar, Literal
 import lightning as L
 import torch
 from torch import Tensor
-from torch.optim import Adam, AdamW, Optimizer
+from torch.optim import Optimizer
 
 from sparse_train import LayerContext, MaskPolicy, StraightThrough, Wanda
 from sparse_train.callbacks import DynamicPruning
-from sparse_train.policies import only_kept
 
 # --- which norms -----------------------------------------------------------------------------------------------------
 
@@ -121,122 +118,6 @@ class GrowingDecay(MaskPolicy):
         self._pruned = {name: ~layer.unpacked_mask() for name, layer in self.layers.items()}
         for layer in self.layers.values() if self._progress < 1 else ():
             layer.keep_all()
-
-
-@dataclass
-class EvidenceSwaps(MaskPolicy):
-    """Pruned weights stay at zero, gather evidence in the optimizer's moments, and swap places with kept ones.
-
-    For N:M or rows, whole weights in every process, and Adam or AdamW. Pruned weights get the straight-through
-    gradient, but only in their moments m and v: it does not count when gradients are clipped, and does not move them.
-    Until the first swap, kept weights train as with ``Fixed``.
-
-    At an update, the pruned weights of a group, from the largest ``m^2 / v`` down, are paired with its kept weights,
-    from the smallest ``v w^2`` up. With v for the curvature, the kept one costs about ``v w^2 / 2``, and the pruned one
-    gains in proportion to ``m^2 / v``. Of all pairs of the model, those with the largest ratio of gain and cost are
-    swapped. A weight comes back at zero, with its moments. The scores of the criterion decide nothing but what the
-    schedule asks for.
-
-    Args:
-        share: of mask entries that flip in a first swap; falls along a cosine to 0 at the last update.
-        group_size: M of the pattern N:M; 0 = a row.
-    """
-
-    share: float = 0.01
-    group_size: int = 4
-    _flips: float = field(default=0.0, init=False, repr=False, compare=False)  # share of the update after this step
-    _least: float = field(default=math.inf, init=False, repr=False, compare=False)  # ratio of a pair that is swapped
-    # gradients of pruned weights, from backward to the end of the step, and Adam's betas
-    _pruned: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
-    _betas: tuple[float, float] = field(default=(0.0, 0.0), init=False, repr=False, compare=False)
-
-    straight_through: ClassVar[bool] = True
-    regrowth: ClassVar[Literal["from zero"]] = "from zero"
-
-    def check(self) -> None:
-        for optimizer in self.optimizers.known:
-            assert isinstance(optimizer, (Adam, AdamW)), "reads the moments of Adam"
-        for name, layer in self.layers.items():
-            assert not layer.layout.is_sharded, f"{name} is sharded"
-
-    @torch.no_grad()
-    def before_step(self, progress: float | None) -> None:
-        self._flips = 0.0 if progress is None else self.share / 2 * (1 + math.cos(math.pi * progress))
-        self._hold_still()
-
-    @torch.no_grad()
-    def before_optimizer_step(self, optimizer: Optimizer) -> None:
-        (self._betas,) = {group["betas"] for group in optimizer.param_groups}
-        for name, layer in self.layers.items():
-            gradient_OI = layer.weight_OI.grad
-            assert gradient_OI is not None
-            self._pruned[name] = torch.where(layer.unpacked_mask(), 0, gradient_OI)
-            gradient_OI -= self._pruned[name]
-
-    def _hold_still(self) -> None:
-        """Set pruned weights to zero; after a step, add their gradients to their moments, where Adam has seen 0."""
-        for layer in self.layers.values():
-            layer.write_zeros()
-        beta1, beta2 = self._betas
-        for name, pruned_OI in self._pruned.items():
-            moments = self.optimizers.state_of(self.layers[name])
-            moments["exp_avg"].add_(pruned_OI, alpha=1 - beta1)
-            moments["exp_avg_sq"].addcmul_(pruned_OI, pruned_OI, value=1 - beta2)
-        self._pruned = {}
-
-    @torch.no_grad()
-    def before_update(self, steps: int) -> None:
-        self._hold_still()  # with the masks of the step; those that are chosen now follow in ``before_step``
-        contexts = [
-            LayerContext(
-                layer.weight_OI.detach(),
-                name=name,
-                mask_OJ=layer.weight_mask,
-                optimizer_state=self.optimizers.state_of(layer),
-            )
-            for name, layer in self.layers.items()
-        ]
-        wanted = int(self._flips * sum(layer.size for layer in self.layers.values()) / 2)
-        self._least = least_ratio(contexts, self.group_size, wanted)
-
-    def scores(self, scores_OI: Tensor, layer: LayerContext) -> Tensor:
-        keep_OI = layer.keep_OI if self._least == math.inf else swapped(layer, self.group_size, self._least)
-        return only_kept(scores_OI, keep_OI)
-
-
-def least_ratio(layers: list[LayerContext], group_size: int, wanted: int) -> float:
-    """The ratio of gain and cost from which on the best ``wanted`` pairs of all layers are swapped.
-
-    At most one pair per eight weights of a group, or one pair, is looked at. Infinite if none is wanted.
-    """
-    if not wanted:
-        return math.inf
-    every_P = torch.cat([_pairs(layer, group_size)[0].flatten() for layer in layers])
-    return float(every_P.kthvalue(max(1, len(every_P) - wanted + 1)).values)
-
-
-def swapped(layer: LayerContext, group_size: int, least: float) -> Tensor:
-    """The mask (O, I) after a swap of all pairs with at least this ratio."""
-    ratio_GP, back_GP, gone_GP = _pairs(layer, group_size)
-    chosen_GP = ratio_GP >= least
-    keep_GM = layer.keep_OI.view(len(ratio_GP), -1)
-    keep_GM.scatter_(1, back_GP, chosen_GP).scatter_(1, gone_GP, ~chosen_GP)
-    return keep_GM.view(layer.weight_OI.shape)
-
-
-def _pairs(layer: LayerContext, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Gain over cost of each pair (G, P), and the places in the group of its pruned and its kept weight."""
-    m_OI, v_OI = layer.optimizer_state["exp_avg"], layer.optimizer_state["exp_avg_sq"]
-    tiny = torch.finfo(v_OI.dtype).tiny
-    keep_OI = layer.keep_OI
-    gain_OI = torch.where(keep_OI, -torch.inf, m_OI.square() / v_OI.clamp_min(tiny))
-    cost_OI = torch.where(keep_OI, v_OI * layer.weight_OI.square(), torch.inf)
-    size = group_size or keep_OI.shape[1]
-    kept = int(keep_OI.view(-1, size)[0].sum())
-    pairs = min(max(1, size // 8), kept, size - kept)
-    gain_GP, back_GP = gain_OI.view(-1, size).topk(pairs)
-    cost_GP, gone_GP = cost_OI.view(-1, size).topk(pairs, largest=False)
-    return gain_GP / cost_GP.clamp_min(tiny), back_GP, gone_GP
 
 
 # --- what a run does besides -----------------------------------------------------------------------------------------

@@ -119,7 +119,7 @@ def test_flips_are_those_of_updates():
     assert quality.flips([{"step": "0", "train/loss": "1"}]) == {}
 
 
-@pytest.mark.parametrize(("arm", "tokens_a_step"), [("static", 2048), ("swaps_distill", 512), ("dense", 1024)])
+@pytest.mark.parametrize(("arm", "tokens_a_step"), [("static", 2048), ("ast_distill", 512), ("dense", 1024)])
 def test_the_size_of_a_step_changes_neither_sequences_nor_what_calibrates(monkeypatch, arm, tokens_a_step):
     given = {}
 

@@ -1,6 +1,5 @@
 """What arms of the benchmark try beside the package does what their tables say."""
 
-import math
 import sys
 from pathlib import Path
 
@@ -8,9 +7,8 @@ import lightning as L
 import pytest
 import torch
 
-from sparse_train import Fixed, LayerContext, Magnitude, OneShot, Wanda
+from sparse_train import LayerContext, Magnitude
 from sparse_train.callbacks import DynamicPruning
-from sparse_train.layers import masks
 from sparse_train.statistics import ActivationNorm
 from tests.callbacks.runs import InInit, loader, trainer
 from tests.conftest import shallow_llama
@@ -20,12 +18,9 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from variants import (
     CoupledDecay,
     DenseNorms,
-    EvidenceSwaps,
     FirstNorms,
     GrowingDecay,
     RisingDecay,
-    least_ratio,
-    swapped,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -151,77 +146,3 @@ def test_rising_decay_rises_and_then_stays(tmp_path):
     assert shrunk[::2] == [1, 1, 1, 1]
     assert shrunk[1::2] == pytest.approx([0.95**2, 0.9**2, 0.9**2, 0.9**2], abs=1e-3)
     assert policy == RisingDecay(full_decay=0.1, ramp=0.5)  # the run works on a copy
-
-
-def swaps(structure="2:4", sparsity=None, **arguments):
-    return DynamicPruning(
-        structure,
-        sparsity,
-        criterion=Magnitude(),
-        first_mask=OneShot(Wanda()),
-        policy=EvidenceSwaps(share=0.1, group_size=4 if structure == "2:4" else 0),
-        **arguments,
-    )
-
-
-def test_until_the_first_swap_kept_weights_train_as_with_a_static_mask(tmp_path):
-    trained = []
-    for pruning in (DynamicPruning("2:4", update_freq=4, policy=Fixed()), swaps(update_freq=4)):
-        moments = {}
-
-        class Look(L.Callback):
-            def on_train_end(self, trainer, pl_module, pruning=pruning, moments=moments):
-                for name, layer in pruning.updater.layers.items():
-                    moments[name] = trainer.optimizers[0].state[layer.weight]["exp_avg"][~layer.unpacked_mask()]
-
-        module = Module()
-        trainer(tmp_path, pruning, Look(), max_steps=3, gradient_clip_val=0.01).fit(module, loader())
-        trained.append((module.state_dict(), moments))
-    (static, without), (still, evidence) = trained
-    for name, value in static.items():
-        assert torch.equal(value, still[name]), name
-    assert not any(each.any() for each in without.values()) and all(each.all() for each in evidence.values())
-
-
-@pytest.mark.parametrize("structure", [("2:4",), ("unstructured", 0.7)])
-def test_swaps_keep_the_pattern_and_weights_come_back_at_zero(tmp_path, structure):
-    pruning, flips = swaps(*structure, update_freq=2), []
-
-    class Look(L.Callback):
-        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            self.before = {name: layer.unpacked_mask() for name, layer in pruning.updater.layers.items()}
-
-        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            flipped = total = 0
-            for name, layer in pruning.updater.layers.items():
-                mask_OI = layer.unpacked_mask()
-                assert torch.equal(mask_OI.sum(1), self.before[name].sum(1))
-                if structure == ("2:4",):
-                    assert (mask_OI.view(-1, 4).sum(1) == 2).all()
-                assert not layer.weight_OI[~mask_OI | ~self.before[name]].any()
-                flipped, total = flipped + int((mask_OI ^ self.before[name]).sum()), total + mask_OI.numel()
-            flips.append(flipped / total)
-            if pruning.last_report is not None and pruning.last_report.step == batch_idx + 1:
-                assert pruning.last_report.flip_rate == flips[-1]
-
-    trainer(tmp_path, pruning, Look(), max_steps=12).fit(Module(), loader())
-    shares = [0.05 * (1 + math.cos(math.pi * step / 9)) for step in (2, 4, 6, 8)]  # until step 9, 75 % of 12
-    assert flips[1::2] == pytest.approx([*shares, 0, 0], abs=1e-4)
-    assert not any(flips[::2])
-
-
-def test_the_pairs_with_the_most_evidence_for_the_least_cost_are_swapped():
-    keep_OI = torch.tensor([[True, True, False, False, True, False, True, False]])
-    m_OI = torch.tensor([[0.0, 0.0, 5.0, 1.0, 0.0, 9.0, 0.0, 2.0]])
-    v_OI = torch.tensor([[1.0, 1.0, 1.0, 1.0, 1.0, 9.0, 1.0, 1.0]])  # of the second group, 9 / 3 is the best evidence
-    layer = LayerContext(
-        torch.tensor([[3.0, 1.0, 0.0, 0.0, 2.0, 0.0, 4.0, 0.0]]),
-        mask_OJ=masks.pack(keep_OI),
-        optimizer_state={"exp_avg": m_OI, "exp_avg_sq": v_OI},
-    )
-    assert torch.equal(swapped(layer, 4, least_ratio([layer], 4, 0)), keep_OI)
-    once = least_ratio([layer], 4, 1)
-    assert once == 25  # 25 / 1 in the first group, 9 / 4 in the second
-    assert swapped(layer, 4, once).tolist() == [[True, False, True, False, True, False, True, False]]
-    both = least_ratio([layer], 4, 2)
-    assert swapped(layer, 4, both).tolist() == [[True, False, True, False, False, True, True, False]]

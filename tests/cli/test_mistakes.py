@@ -127,7 +127,7 @@ def test_on_the_command_line(arguments, said, capsys):
             "smollm2_2of4",
             "OneShot\n    init_args:",
             "OneShot\n    init_arg:",
-            "pruning.first_mask: OneShot has no argument 'init_arg.criterion.init_args.dampening_frac'. Did you mean 'init_args'",
+            "OneShot has no argument 'init_arg.criterion.init_args.dampening_frac'. Did you mean 'init_args'",
         ),
         ("smollm2_2of4", "class_path: One", "clas_path: One", "or by a mapping with class_path and init_args."),
         ("smollm2_2of4", "seed_everything: 0", "txt: x", "there is no key txt. Did you mean 'data.text'"),

@@ -9,7 +9,7 @@ set -u
 declare -A tried
 while :; do
     next=
-    while IFS= read -r line; do
+    while IFS= read -r line || [[ -n $line ]]; do
         line=${line%%#*}
         [[ -n ${line// /} && -z ${tried[$line]:-} ]] && next=$line && break
     done < "$1"

@@ -168,7 +168,7 @@ class DynamicPruning(L.Callback):
         if pl_module.automatic_optimization:  # steps of this run only: the trainer may have run an earlier fit
             before = trainer.global_step if state is None else 0
             total_steps = max(1, trainer.estimated_stepping_batches - before)  # 0 if the fit is over
-        first_mask = functools.partial(
+        first_maker = functools.partial(
             make_first_mask,
             batches=functools.partial(lightning_trainer.batches_of_training, trainer),
             context=trainer.precision_plugin.forward_context,
@@ -181,7 +181,7 @@ class DynamicPruning(L.Callback):
             layers=self._layers,
             total_steps=total_steps,
             optimizers=trainer.optimizers,
-            make_first_mask=first_mask,
+            make_first_mask=first_maker,
             state=state,
         )
         warn_of_denser_best(trainer, self.updater)

@@ -1,6 +1,7 @@
 """What a weight is worth: ``Criterion.scores``; larger = keep.
 
-Shape suffixes: O out_features (under FSDP2, the rows that a process holds), I in_features, J packed mask bytes.
+Shape suffixes: O out_features (under FSDP2, the rows that a process holds; in ``rowwise`` criteria, maybe a part of the
+rows), I in_features, J packed mask bytes.
 """
 
 from abc import ABC, abstractmethod
@@ -29,7 +30,8 @@ class LayerContext:
     """The packed mask so far; None for a criterion alone."""
     optimizer_state: Mapping[str, Tensor] = field(default_factory=dict)
     """What the optimizer holds for these weights, such as Adam's ``exp_avg`` (O, I); empty before the first step,
-    outside training, and for engines that hold it in another shape (DeepSpeed)."""
+    outside training, for engines that hold it in another shape (DeepSpeed), and for a sharded weight (FSDP2) unless
+    criterion, pattern and policy are all ``rowwise``."""
 
     @property
     def norm_I(self) -> Tensor:

@@ -19,7 +19,8 @@ class Recorder:
     """State that all masked layers of a model share while activations are recorded."""
 
     when: Literal["never", "training", "always"] = "never"
-    """In "training", forwards in eval mode with autograd off are left out. Calibration uses "always"."""
+    """In "training", forwards in eval mode, or of a frozen module, with autograd off are left out. Calibration uses
+    "always"."""
     token_mask: Tensor | None = None
     """Which tokens of the current batch count (B, L); None = all."""
     last: LastSums = field(default_factory=LastSums)

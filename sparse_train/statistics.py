@@ -146,8 +146,8 @@ class Statistics(ABC):
         self.tokens = torch.zeros((), dtype=torch.int64, device=device)
         """Tokens counted."""
         self.dropped = torch.zeros_like(self.tokens)
-        """Forwards since the last ``fade`` or ``reset`` that were left out because an input was not finite, as in a
-        step that overflows float16 and that a loss scaler then skips."""
+        """Forwards since the last ``fade`` or ``reset`` that an ``ActivationNorm`` left out because an input was not
+        finite, as in a step that overflows float16 and that a loss scaler then skips."""
 
     @abstractmethod
     def add(self, x: Tensor, token_mask: Tensor | None = None, last: LastSums | None = None) -> None:
@@ -167,7 +167,7 @@ class Statistics(ABC):
         return self.sum_squares_I.sqrt()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """A copy of what an ``ActivationNorm`` counts."""
+        """A copy of the norms and counts, which ``ActivationNorm.merge_state_dict`` adds; of a gram, its diagonal."""
         sums = {"sum_squares": self.sum_squares_I, "tokens": self.tokens, "dropped": self.dropped}
         return {name: tensor.cpu().clone() for name, tensor in sums.items()}
 

@@ -150,7 +150,7 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
             assert self._resumed is not None, "a run that does not begin at step 0 has been resumed"
             restored = restore_state(self._resumed, layers, state.global_step)
         dtype = torch.float16 if args.fp16 else torch.bfloat16
-        first_mask = functools.partial(
+        first_maker = functools.partial(
             make_first_mask,
             batches=lambda samples: training_batches(train_dataloader, samples, args.per_device_train_batch_size),
             context=under_autocast(dtype if args.fp16 or args.bf16 else None, args.device),
@@ -163,7 +163,7 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
             layers=layers,
             total_steps=state.max_steps,
             optimizers=[optimizer],
-            make_first_mask=first_mask,
+            make_first_mask=first_maker,
             state=restored,
         )
         _say(self.updater.in_words())

@@ -203,9 +203,10 @@ class MaskUpdater:
             layer.straight_through, layer.frozen = self.policy.straight_through, name in frozen
 
     def _begin_with_masks(self, make_first_mask: FirstMaker | None) -> bool:
-        """Decide, here alone, where the first masks come from, and make them; False if the first update is to.
+        """Decide, here alone, where the first masks come from, and make them; False if the first update has to.
 
-        Called after all other checks, because a solver moves weights.
+        At sparsity 0, masks that keep everything are right until then. Called after all other checks, because a solver
+        moves weights.
         """
         config, first, sparsity = self.config, self.config.first_mask, self.config.sparsity_at(0.0)
         criterion = first.criterion if isinstance(first, OneShot) else None
@@ -247,7 +248,7 @@ class MaskUpdater:
                 "the criterion out of OneShot."
             )
         self.origin = BY_UPDATE
-        return not sparsity  # masks that keep everything are right
+        return not sparsity
 
     def _check_masks(self, sparsity: float) -> None:
         """Raise ValueError if masks that were there before the run are not those of its first sparsity."""

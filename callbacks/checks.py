@@ -7,15 +7,14 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_warn
 
-from sparse_train.callbacks.lightning_trainer import averaging, callbacks_of
+from sparse_train.callbacks.lightning_trainer import averaging
 from sparse_train.layers.masked_layer import sparse_layers
 from sparse_train.layers.masks import FACTOR_NAMES
 from sparse_train.pruning.updater import BY_UPDATE, MaskUpdater
 
 
-def check_fit(trainer: L.Trainer, pruning: L.Callback, squash: bool) -> None:
-    """Raise ValueError if the trainer or one of its callbacks does not work with ``pruning``."""
-    callbacks = callbacks_of(trainer)
+def check_fit(trainer: L.Trainer, squash: bool) -> None:
+    """Raise ValueError if the trainer or one of its callbacks does not work with pruning."""
     if not squash and isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
         raise ValueError(
             "squash=False keeps masks after fit, but the strategy trains in processes that it starts itself (spawn, "
@@ -32,11 +31,6 @@ def check_fit(trainer: L.Trainer, pruning: L.Callback, squash: bool) -> None:
             raise ValueError(
                 f"{type(callback).__name__} would average the bytes of the masks. Give it use_buffers=False: weights "
                 "are averaged, and the averaged model has the masks of the model in training."
-            )
-        if callbacks.index(callback) < callbacks.index(pruning):
-            raise ValueError(
-                f"{type(callback).__name__} copies the model before DynamicPruning has given it masks. Put "
-                "DynamicPruning first in the trainer's callbacks."
             )
 
 

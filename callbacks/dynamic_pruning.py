@@ -25,6 +25,7 @@ import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from sparse_train.arguments import require_type
@@ -34,6 +35,7 @@ from sparse_train.distributed.fsdp2 import reshard
 from sparse_train.export.verify import pruning_json
 from sparse_train.layers.mask_lora import MaskLoRA, add_mask_lora, check_mask_lora
 from sparse_train.layers.masked_layer import MaskedLayer, sparse_layers
+from sparse_train.layers.masks import MASK_NAME
 from sparse_train.layers.sparsify import squash_layers
 from sparse_train.models.checkpoints import PRUNING_STATE
 from sparse_train.oneshot.first_mask import make_first_mask
@@ -42,6 +44,7 @@ from sparse_train.pruning.config import PruningConfig
 from sparse_train.pruning.counts import UpdateReport
 from sparse_train.pruning.resuming import check_restored_masks, check_same_settings
 from sparse_train.pruning.updater import MaskUpdater, mask_targets
+from sparse_train.recorder import Recorder
 
 _NO_MASK = {f"sparsity/{name}": 0.0 for name in ("target", "actual", "flip_rate", "initial_flip_rate")}
 """Logged before the first mask. Not counted on the weights: with sharded weights that would cost communication."""
@@ -127,25 +130,26 @@ class DynamicPruning(L.Callback):
         Override it for batches that mark padding in another way than by ``batch["attention_mask"]``. An encoder-decoder
         model reads two texts, and that mask belongs to one of them, so that by default all tokens of both count.
         """
-        assert self.updater is not None
-        return self.updater.padding_of(batch)
+        return (self.updater or Recorder()).padding_of(batch)  # the first mask is made before there is an updater
 
     # --- before training ---------------------------------------------------------------------------------------------
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        mask = functools.partial(self._mask, trainer)
         if stage != "fit":
             # evaluates the module unchanged, or a checkpoint: of a sparse run, with masks, or of a dense one
             self._undo_loading = lightning_trainer.masks_as_loaded(pl_module)
             if trainer.strategy.restore_checkpoint_after_setup:
                 # FSDP2 and DeepSpeed load only what the module has, and would silently leave masks out
-                lightning_trainer.call_when_built(pl_module, self._mask)
+                lightning_trainer.call_when_built(pl_module, mask)
             return
-        check_fit(trainer, self, self._squash)
+        check_fit(trainer, self._squash)
         self.updater = self._restored = self.last_report = self.pruning_json = None
-        lightning_trainer.call_when_built(pl_module, self._mask)
+        lightning_trainer.call_when_built(pl_module, mask)
 
-    def _mask(self, pl_module: L.LightningModule) -> None:
+    def _mask(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._layers = mask_targets(pl_module, self.config)
+        lightning_trainer.sparsify_averages(trainer, self._layers)
         if self._mask_lora is not None:
             add_mask_lora(pl_module, self._mask_lora)
 
@@ -174,6 +178,7 @@ class DynamicPruning(L.Callback):
             context=trainer.precision_plugin.forward_context,
             say=lambda what: rank_zero_info(f"DynamicPruning: {what}."),
             progress=trainer.is_global_zero and trainer.progress_bar_callback is not None,
+            token_mask=self.token_mask if is_overridden("token_mask", self, DynamicPruning) else None,
         )
         self.updater = MaskUpdater(
             pl_module,
@@ -200,6 +205,7 @@ class DynamicPruning(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        self._begin(trainer, pl_module)  # again, if a tuner has trained a little and restored the run
         assert self.updater is not None
         self.updater.token_mask = self.token_mask(batch)
 
@@ -234,8 +240,8 @@ class DynamicPruning(L.Callback):
         assert self.updater is not None
         if trainer.global_step == self._global_step:
             return None
-        self._global_step = trainer.global_step
         report = self.updater.step()
+        self._global_step = trainer.global_step
         if report is not None:
             lightning_trainer.mask_averages(trainer, pl_module)
             self._log_update(trainer, report, lightning_trainer.steps_done(trainer, in_batch=in_batch))
@@ -269,8 +275,6 @@ class DynamicPruning(L.Callback):
             squash_layers(pl_module)  # squash without its checks, which finish() has made
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        if self.updater is None:
-            self._restored = None  # of a checkpoint that this run could not resume
         self.teardown(trainer, pl_module, "")  # Lightning calls none after an exception
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -291,6 +295,16 @@ class DynamicPruning(L.Callback):
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self.updater = self._restored = None  # also after a tuner has trained a little and restores
         if trainer.state.fn != TrainerFn.FITTING:
+            state, weights = checkpoint.get("callbacks", {}).get(PRUNING_STATE), checkpoint.get("state_dict")
+            if (
+                state
+                and weights
+                and (gone := [name for name in state["masks"] if f"{name}.{MASK_NAME}" not in weights])
+            ):
+                raise ValueError(
+                    f"The checkpoint was written in a sparse run, and has no mask of {gone[0]} (on_save_checkpoint may "
+                    "have left it out), so that other weights would be evaluated. Evaluate the exported model instead."
+                )
             return
         if checkpoint.get("optimizer_states") == []:  # Lightning would go on with a new optimizer
             raise ValueError(

@@ -1,7 +1,7 @@
 """What callbacks need from Lightning's trainer: its steps, batches for calibration, and when modules have layers."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import lightning as L
@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from sparse_train.environment import isolated_rng
 from sparse_train.layers.masked_layer import sparse_layers
-from sparse_train.layers.sparsify import sparsify_like, squash_layers
+from sparse_train.layers.sparsify import sparsify, sparsify_like, squash_layers
 from sparse_train.oneshot.batches import first_samples, training_batches
 from sparse_train.oneshot.forwards import Batch
 
@@ -35,17 +35,20 @@ def callbacks_of(trainer: L.Trainer) -> list[L.Callback]:
 
 
 def batches_of_training(trainer: L.Trainer, samples: int) -> list[Batch] | None:
-    """Random training batches, without changing the state of the loader; None if a model could not use any.
+    """Random training batches, as ``training_step`` gets them, without changing the state of the loader; None if a
+    model could not use any.
 
     If the data module has a method ``calibration_dataloader`` that returns a loader, its first batches are used.
     """
     trainer.fit_loop.setup_data()
     own = getattr(getattr(trainer, "datamodule", None), "calibration_dataloader", lambda: None)()
-    if own is not None:
-        with isolated_rng():
-            torch.manual_seed(0)  # the same batches in each process
-            return first_samples(own, samples)
-    return training_batches(trainer.train_dataloader, samples)
+    with isolated_rng():
+        torch.manual_seed(0)  # the same batches in each process
+        batches = training_batches(trainer.train_dataloader, samples) if own is None else first_samples(own, samples)
+        if batches is None:
+            return None
+        before = trainer.lightning_module._on_before_batch_transfer
+        return [trainer.strategy.batch_to_device(before(batch)) for batch in batches]
 
 
 # --- when layers exist -----------------------------------------------------------------------------------------------
@@ -97,6 +100,14 @@ def masks_as_loaded(pl_module: L.LightningModule) -> Callable[[], None]:
 
 def averaging(trainer: L.Trainer) -> list[WeightAveraging]:
     return [each for each in callbacks_of(trainer) if isinstance(each, WeightAveraging)]
+
+
+def sparsify_averages(trainer: L.Trainer, names: Iterable[str]) -> None:
+    """Give averaged models that were copied before the module had masked layers such layers, too."""
+    for callback in averaging(trainer):
+        if callback._average_model is not None:
+            modules = dict(callback._average_model.module.named_modules())
+            sparsify(callback._average_model.module, [modules[name] for name in names if name in modules])
 
 
 def mask_averages(trainer: L.Trainer, pl_module: L.LightningModule, weights: bool = False) -> None:

@@ -46,6 +46,7 @@ from sparse_train.patterns import Pattern
 from sparse_train.policies import MaskPolicy
 from sparse_train.pruning.config import PruningConfig
 from sparse_train.pruning.updater import MaskUpdater, mask_targets
+from sparse_train.recorder import Recorder
 
 _log = logging.getLogger(__name__)
 
@@ -114,8 +115,7 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
 
     def token_mask(self, inputs: Mapping[str, Any]) -> Tensor | None:
         """Which tokens of a forward's keyword arguments count in activation statistics, (B, L), 0 = padding."""
-        assert self.updater is not None
-        return self.updater.padding_of(inputs)
+        return (self.updater or Recorder()).padding_of(inputs)  # the first mask is made before there is an updater
 
     # --- before training ---------------------------------------------------------------------------------------------
 
@@ -156,6 +156,7 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
             context=under_autocast(dtype if args.fp16 or args.bf16 else None, args.device),
             say=_say,
             progress=not args.disable_tqdm and rank() == 0,
+            token_mask=None if type(self).token_mask is SparseTrainerCallback.token_mask else self.token_mask,
         )
         self.updater = MaskUpdater(
             model,
@@ -248,6 +249,11 @@ def check_trainer(args: Any, model: nn.Module, config: PruningConfig) -> None:
         raise ValueError(
             "enable_jit_checkpoint=True writes checkpoints without telling callbacks, and they would lack masks and "
             'shadow values. Leave it out, and save often: save_strategy="steps" with a small save_steps.'
+        )
+    if beside := [each for each in ("use_vllm", "sync_ref_model") if getattr(args, each, False)]:  # of TRL
+        raise ValueError(
+            f"{beside[0]}=True copies the model's weights without the masks, so that another model would generate, or "
+            "be the reference, than the one in training. Leave it out."
         )
     rises = config.sparsity_at(0.0) != config.sparsity_at(1.0)
     if args.load_best_model_at_end and (rises or lora.is_peft(model)):

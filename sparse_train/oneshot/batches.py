@@ -30,26 +30,37 @@ def training_batches(loader: Any, samples: int, batch_size: int | None = None) -
     if _is(sampler, "BatchSampler"):
         batch_size, sampler = batch_size or sampler.batch_size, sampler.sampler
     if _is(sampler, "SubsetRandomSampler") and world_size() == 1:  # each process may have another subset
-        return random_batches(Subset(loader.dataset, sampler.indices), batch_size or 1, loader.collate_fn, samples)
+        return random_batches(
+            Subset(loader.dataset, sampler.indices), batch_size or 1, loader.collate_fn, samples, loader
+        )
     source = getattr(sampler, "data_source", getattr(sampler, "dataset", getattr(loader, "dataset", ())))
     if not _is(sampler, *_READ_ALL) or len(source) != len(loader.dataset):
         return None
-    return random_batches(loader.dataset, batch_size or 1, loader.collate_fn, samples)
+    return random_batches(loader.dataset, batch_size or 1, loader.collate_fn, samples, loader)
 
 
 def random_batches(
-    dataset: Dataset[Any], batch_size: int, collate_fn: Callable[[list[Any]], Any] | None, samples: int
+    dataset: Dataset[Any],
+    batch_size: int,
+    collate_fn: Callable[[list[Any]], Any] | None,
+    samples: int,
+    like: DataLoader[Any] | None = None,
 ) -> list[Batch] | None:
     """Random batches of a data set, with at least ``samples`` samples, the same at each call; None if a model could not
     use them.
 
     They come from a separate loader: another iterator of the training loader would advance its generators, and the
-    position of a stateful one.
+    position of a stateful one. If a loader that it is ``like`` has workers, one of these reads the data set here, too:
+    it may open its files, and be filled, in workers alone.
     """
     if isinstance(dataset, IterableDataset):
         return None  # reading a stream would take its first batches from training
     generator = torch.Generator().manual_seed(0)
-    own = DataLoader(dataset, batch_size=batch_size, shuffle=True, generator=generator, collate_fn=collate_fn)
+    workers: dict[str, Any] = {}
+    if like is not None and like.num_workers:
+        workers["num_workers"], workers["worker_init_fn"] = 1, like.worker_init_fn
+        workers["multiprocessing_context"] = like.multiprocessing_context
+    own = DataLoader(dataset, batch_size, shuffle=True, generator=generator, collate_fn=collate_fn, **workers)
     with isolated_rng():  # a data set may draw random numbers
         batches = first_samples(own, samples)
     return batches if batches and all(map(_is_usable, batches)) else None

@@ -23,7 +23,17 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from sparse_train.layers import masks
 from sparse_train.layers.masked_layer import MaskedLayer, MaskedMatrix
 from sparse_train.oneshot.experts import ExpertMatrix, ExpertRecorder
-from sparse_train.oneshot.forwards import Batch, ForwardContext, Stop, answering, call, check_ids, ids_of, one_sample
+from sparse_train.oneshot.forwards import (
+    Batch,
+    ForwardContext,
+    Stop,
+    TokenMask,
+    answering,
+    call,
+    check_ids,
+    ids_of,
+    one_sample,
+)
 from sparse_train.pruning.norms import attach
 from sparse_train.recorder import Recorder, reads_two_texts
 from sparse_train.statistics import LastSums, Statistics
@@ -40,7 +50,8 @@ _MISSING = (LookupError, AttributeError, TypeError)  # raised by code that finds
 class CalibrationPass:
     """Runs calibration batches through a model or through one block of it at a time, recording activations.
 
-    ``labels`` of batches are dropped, and an ``attention_mask`` (B, L) marks padding. ``keep_on`` is the device where
+    ``labels`` of batches are dropped, and an ``attention_mask`` (B, L) marks padding, or else what ``token_mask`` makes
+    of a batch. ``keep_on`` is the device where
     the outputs of a block are kept for the next one, in their own dtype. Forwards are computed under ``context``, and
     the caller has put the model under ``inference``.
     """
@@ -53,11 +64,14 @@ class CalibrationPass:
         device: torch.device,
         keep_on: torch.device,
         context: ForwardContext,
+        token_mask: TokenMask | None = None,
     ) -> None:
         self._model, self._blocks, self._device, self._keep_on, self._context = model, blocks, device, keep_on, context
         many = hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")
         given: Any = batches if many else [batches]  # such as a tokenizer, which is refused
-        self._batches = [_prepared(batch, model, device) for batch in given]
+        pairs = [(_prepared(batch, model, device), token_mask and token_mask(batch)) for batch in given]
+        self._batches, token_masks = [batch for batch, _ in pairs], [mask for _, mask in pairs]
+        self._token_masks = None if token_mask is None else token_masks
         if not self._batches:
             raise ValueError("There is no calibration data: the iterable of batches is empty.")
         self._recorder = Recorder()
@@ -75,7 +89,7 @@ class CalibrationPass:
         recorder, experts = self._recorder, [layer for layer in layers.values() if isinstance(layer, ExpertMatrix)]
         attach(layers.values(), recorder, statistics)
         recorder.two_texts = reads_two_texts(self._model, layers.values())
-        given = [recorder.padding_of(batch) for batch in self._batches]
+        given = self._token_masks or [recorder.padding_of(batch) for batch in self._batches]
         paddings = [None if mask is None or bool(mask.all()) else mask for mask in given]  # of ones: no padding
         if experts and (padded := [mask for mask in paddings if mask is not None]):
             recorder.misfit = "(tokens that are routed to experts, I)", padded[0]

@@ -13,7 +13,7 @@ from sparse_train.layers import masks
 from sparse_train.layers.masked_layer import MaskedLayer
 from sparse_train.layers.targets import layers_in_words
 from sparse_train.oneshot.batches import samples_in
-from sparse_train.oneshot.forwards import Batch, ForwardContext
+from sparse_train.oneshot.forwards import Batch, ForwardContext, TokenMask
 from sparse_train.oneshot.walk import MemoryStore, Plan, walk
 from sparse_train.pruning.config import OneShot, PruningConfig
 from sparse_train.pruning.zeros import warn_of_filled
@@ -30,12 +30,14 @@ def make_first_mask(
     context: ForwardContext,
     say: Callable[[str], None],
     progress: bool,
+    token_mask: TokenMask | None = None,
 ) -> Outliers | None:
     """Carry out ``OneShot``: a ``FirstMaker`` once a trainer's callback has given the rest.
 
     Masks of ``layers``, of a model in ``root``, are set, and weights too if a solver makes them. ``batches(samples)``
     returns ``first_samples``, the same on each rank, or None if there are none that a model can read. ``say`` gets a
-    line for the log before it takes long. Returns what ``walk`` has measured for the distribution; None, and all is as
+    line for the log before it takes long. ``token_mask`` says which tokens of a batch count, by default those that its
+    ``attention_mask`` names. Returns what ``walk`` has measured for the distribution; None, and all is as
     before, if ``OneShot.needs`` are not met. After an error, the model is unchanged.
     """
     first = config.first_mask
@@ -63,7 +65,7 @@ def make_first_mask(
     store = MemoryStore(model, layers, together=plan.pattern.model_wide)
     try:
         with store.pruning_from_dense():
-            outliers = walk(store, plan, samples[rank() :: ranks], progress, context).outliers
+            outliers = walk(store, plan, samples[rank() :: ranks], progress, context, token_mask).outliers
     except Exception as error:
         error.add_note(
             "This happened while one-shot pruning made the first mask from batches of the training data. With "

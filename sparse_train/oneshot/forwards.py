@@ -13,6 +13,8 @@ Batch = Tensor | Mapping[str, Any]
 ForwardContext = Callable[[], AbstractContextManager[Any]]
 """Makes the context under which forwards are computed, anew each time: autocast keeps casts of weights until it ends,
 and weights change between blocks."""
+TokenMask = Callable[[Any], Tensor | None]
+"""Which tokens of a batch count, (B, L), 0 = padding; None = all."""
 
 
 def under_autocast(dtype: torch.dtype | None, device: torch.device) -> ForwardContext:

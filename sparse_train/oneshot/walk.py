@@ -25,7 +25,7 @@ from sparse_train.layers import masks
 from sparse_train.layers.masked_layer import MaskedMatrix
 from sparse_train.oneshot.calibration import WAY_OUT, CalibrationPass
 from sparse_train.oneshot.experts import ExpertMatrix, fall_back
-from sparse_train.oneshot.forwards import Batch, ForwardContext, inference
+from sparse_train.oneshot.forwards import Batch, ForwardContext, TokenMask, inference
 from sparse_train.patterns import Pattern, parse_pattern
 from sparse_train.pruning.counts import LayerUpdate, sparsity_of
 from sparse_train.pruning.norms import check_nothing_dropped, check_statistics, sum_statistics
@@ -199,7 +199,12 @@ class MemoryStore(BlockStore):
 
 
 def walk(
-    store: BlockStore, plan: Plan, batches: Iterable[Batch] | None, progress: bool, context: ForwardContext
+    store: BlockStore,
+    plan: Plan,
+    batches: Iterable[Batch] | None,
+    progress: bool,
+    context: ForwardContext,
+    token_mask: TokenMask | None = None,
 ) -> OneShotReport:
     """Prune the targets of a store: those in blocks one block after the other, then the others, all together.
 
@@ -214,7 +219,9 @@ def walk(
                 "tensors (B, L) or of dicts of model inputs (in a recipe: a data section). Magnitude() needs none."
             )
         # reads the batches, which the model itself may generate, as they are asked for: before its modes are set
-        calibration = CalibrationPass(store.model, store.blocks, batches, store.device, store.keep_on, context)
+        calibration = CalibrationPass(
+            store.model, store.blocks, batches, store.device, store.keep_on, context, token_mask
+        )
     began, experts = time.perf_counter(), {"_experts_implementation": "eager"}  # one by one
     with inference(store.model, use_cache=False, **experts):  # once, since it goes through all modules
         above = plan.distribution.outliers_above

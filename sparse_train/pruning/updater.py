@@ -314,7 +314,11 @@ class MaskUpdater:
         # an update that is due is made if it can change masks, and otherwise only compared and reported
         report, due = None, self.timing.is_update(self.steps)
         if due and self._would_change(self.steps):
-            report = self.update()
+            try:
+                report = self.update()
+            except BaseException:  # a checkpoint that is written now makes the update when it is resumed
+                self.steps -= 1
+                raise
         elif self.timing.is_compared(self.steps):
             check_agreement(self.layers)
             report = self.report() if due else None

@@ -6,12 +6,14 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler, SubsetRandomSampler
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler, SubsetRandomSampler, get_worker_info
 
 from sparse_train import FirstWindow
 from sparse_train.callbacks import DynamicPruning
 from sparse_train.oneshot.batches import random_batches
+from sparse_train.recorder import Recorder
 from tests.callbacks.runs import InInit, Tokens, loader, trainer
+from tests.callbacks.test_first_mask import Start
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
@@ -100,6 +102,72 @@ def test_its_random_numbers_are_its_own(tmp_path):
 def test_a_loader_that_no_model_could_take_is_refused(tmp_path):
     with pytest.raises(ValueError, match="Calibration data is .* This has a list"):
         first_update(tmp_path, With([[1, 2]]))
+
+
+class Unmarked(Tokens):
+    """Padding is 0 among the ids, and no mask says so."""
+
+    def __getitem__(self, i):
+        return {"input_ids": self.ids[i] * self.mask[i], "labels": self.ids[i]}
+
+
+class Marked(Unmarked):
+    def __getitem__(self, i):
+        return {**super().__getitem__(i), "attention_mask": self.mask[i]}
+
+
+class CountsIds(DynamicPruning):
+    def token_mask(self, batch):
+        assert super().token_mask(batch) is None
+        return batch["input_ids"] != 0
+
+
+class MarksOnTransfer(InInit):
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return {**batch, "attention_mask": (batch["input_ids"] != 0).long()}
+
+
+def test_the_first_mask_counts_the_tokens_that_training_counts(tmp_path):
+    def first_mask(data, pruning=DynamicPruning, module=InInit):
+        callback, start = pruning("2:4", update_freq=4, squash=False), Start()
+        trainer(tmp_path, callback, start, max_steps=1).fit(module(), DataLoader(data, batch_size=2))
+        return torch.cat([mask.flatten() for mask in start.masks.values()])
+
+    marked = first_mask(Marked(padded=True))
+    assert not torch.equal(first_mask(Unmarked(padded=True)), marked)
+    assert torch.equal(first_mask(Unmarked(padded=True), module=MarksOnTransfer), marked)
+
+
+def test_an_own_token_mask_holds_for_the_first_mask(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(Recorder, "token_mask_for", lambda self, x: seen.append(self.token_mask) or self.token_mask)
+    trainer(tmp_path, CountsIds("2:4", update_freq=4), max_steps=1).fit(
+        InInit(), DataLoader(Unmarked(padded=True), batch_size=2)
+    )
+    assert seen and all(mask.shape == (2, 16) and mask.sum() == 24 for mask in seen)
+
+
+class FilledInWorkers(Tokens):
+    def __init__(self):
+        super().__init__()
+        self.kept, self.ids = self.ids, None
+
+    def __getitem__(self, i):
+        return {"input_ids": self.ids[i], "labels": self.ids[i]}
+
+    def __len__(self):
+        return 40
+
+
+def fill(_):
+    data = get_worker_info().dataset
+    data.ids = data.kept
+
+
+def test_a_data_set_that_workers_read_is_read_by_a_worker(tmp_path):
+    """Here it would have no ids; one that opens a file when it is first read would share it with the workers."""
+    data = DataLoader(FilledInWorkers(), batch_size=2, shuffle=True, num_workers=2, worker_init_fn=fill)
+    assert first_update(tmp_path, data) == 0
 
 
 class Drawing(Tokens):

@@ -289,6 +289,27 @@ def test_a_checkpoint_written_on_an_exception_loses_no_update(tmp_path):
     )
 
 
+def test_a_resume_that_is_refused_leaves_the_state_in_the_checkpoint(tmp_path):
+    """Of a run that writes the checkpoint that it was resumed from, whenever it fails."""
+
+    class Fails(L.Callback):
+        def on_train_batch_end(self, trainer, *args):
+            if trainer.global_step == 6:
+                raise RuntimeError("out of memory")
+
+    def run(update_freq, *others, **settings):
+        saving = L.pytorch.callbacks.OnExceptionCheckpoint(tmp_path, "only")
+        callbacks = (DynamicPruning("2:4", update_freq=update_freq), saving, *others)
+        trainer(tmp_path, *callbacks, enable_checkpointing=True).fit(InInit(), loader(), **settings)
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run(4, Fails())
+    resumed = {"ckpt_path": tmp_path / "only.ckpt", "weights_only": False}
+    with pytest.raises(ValueError, match="update_freq"):
+        run(5, **resumed)
+    run(4, **resumed)
+
+
 def test_a_validation_that_fails_leaves_no_masks_either(tmp_path):
     class Fails(InInit):
         def validation_step(self, batch, _):
@@ -417,6 +438,15 @@ def test_a_checkpoint_without_masks_does_not_end_dense(tmp_path, at):
     again = trainer(tmp_path, DynamicPruning("2:4", update_freq=4))
     with pytest.raises(ValueError, match="no masks|is not the one it had"):
         again.fit(DropsFrozen(), loader(), ckpt_path=path, weights_only=False)
+
+
+def test_a_checkpoint_without_masks_is_not_evaluated_with_other_weights(tmp_path):
+    path = tmp_path / "middle.ckpt"
+    with pytest.raises(SystemExit):
+        trainer(tmp_path, DynamicPruning("2:4"), Interrupt(6, path)).fit(DropsFrozen(), loader())
+    run = trainer(tmp_path, DynamicPruning("2:4"))
+    with pytest.raises(ValueError, match="has no mask of net.*Evaluate the exported model"):
+        run.validate(DropsFrozen(), DataLoader(Tokens(), batch_size=4), ckpt_path=path, weights_only=False)
 
 
 def test_a_checkpoint_without_its_optimizer_is_not_resumed_by_a_new_one(tmp_path):

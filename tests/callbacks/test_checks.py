@@ -67,9 +67,9 @@ def test_a_best_checkpoint_that_may_be_a_denser_one_is_said(tmp_path, recwarn):
 
 
 def test_flat_shards_are_refused():
-    flat, pruning = SimpleNamespace(strategy=FSDPStrategy(), callbacks=[]), DynamicPruning("2:4")
+    flat = SimpleNamespace(strategy=FSDPStrategy(), callbacks=[])
     with pytest.raises(ValueError, match='strategy="fsdp" is FSDP1.*ModelParallelStrategy'):
-        check_fit(flat, pruning, squash=True)
+        check_fit(flat, squash=True)
 
 
 def test_masks_that_processes_would_not_bring_back_are_refused(tmp_path):

@@ -255,6 +255,31 @@ def test_a_learning_rate_finder_in_front_changes_nothing(tmp_path):
     assert zeros(model) == 0.5
 
 
+def test_a_learning_rate_finder_within_the_run_changes_nothing(tmp_path):
+    class Finder(L.pytorch.callbacks.LearningRateFinder):
+        """As in Lightning's guide to fine-tuning."""
+
+        def on_fit_start(self, *_):
+            pass
+
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 1:
+                self.lr_find(trainer, pl_module)
+
+    class WithRate(InInit):
+        lr = 1e-3
+
+    def run(*callbacks):
+        pruning, module = DynamicPruning("2:4", update_freq=4), WithRate()
+        data = DataLoader(Tokens(), batch_size=4)
+        trainer(tmp_path, pruning, *callbacks, max_steps=-1, max_epochs=2).fit(module, data)
+        assert pruning.updater.steps == 20
+        return module.state_dict().values()
+
+    found = run(Finder(num_training_steps=4, update_attr=False))
+    assert all(torch.equal(a, b) for a, b in zip(run(), found, strict=True))
+
+
 def test_metrics_can_be_monitored(tmp_path):
     run = trainer(tmp_path, DynamicPruning("2:4", update_freq=4))
     run.fit(InInit(), loader())

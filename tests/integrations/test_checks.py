@@ -33,6 +33,14 @@ def test_a_run_that_would_begin_again_is_refused(tmp_path):
         trainer(tmp_path, pruning(), auto_find_batch_size=True)
 
 
+@pytest.mark.parametrize("option", ["use_vllm", "sync_ref_model"])
+def test_copies_of_the_weights_without_their_masks_are_refused(tmp_path, option):
+    run = trainer(tmp_path)
+    setattr(run.args, option, True)  # of TRL's arguments
+    with pytest.raises(ValueError, match=f"{option}=True copies the model's weights without the masks"):
+        pruning().on_init_end(run.args, run.state, run.control, model=run.model)
+
+
 def test_a_second_callback_is_refused(tmp_path):
     run = trainer(tmp_path, pruning(targets=["re:.*self_attn.*"]))
     run.add_callback(pruning(targets=["re:.*mlp.*"]))

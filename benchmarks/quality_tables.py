@@ -130,11 +130,12 @@ def other_rates(runs: Runs) -> str:
 def lengths(runs: Runs) -> str:
     """Perplexity on held-out articles after other numbers of steps of 2048 tokens."""
     steps = [n for n in (100, 300, 1000) if any(runs.values(arm, "heldout", n) for arm in LENGTHS)]
-    head = ["`--arm`", *(f"{n} steps" for n in steps), *(f"over dense, {n} steps" for n in steps)]
+    compared = [n for n in steps if runs.values("dense", "heldout", n)]
+    head = ["`--arm`", *(f"{n} steps" for n in steps), *(f"over dense, {n} steps" for n in compared)]
     lines = []
     for arm in LENGTHS:
         if any(runs.values(arm, "heldout", n) for n in steps[1:]):
-            over = [runs.change(arm, "dense", steps=n) if arm != "dense" else None for n in steps]
+            over = [runs.change(arm, "dense", steps=n) if arm != "dense" else None for n in compared]
             values = [runs.values(arm, "heldout", n) for n in steps]
             cells = [_perplexities(each) if each else "" for each in values]
             cells += [f"{1 + each[0] / 100:.2f}" if each else "" for each in over]

@@ -295,12 +295,9 @@ class DynamicPruning(L.Callback):
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self.updater = self._restored = None  # also after a tuner has trained a little and restores
         if trainer.state.fn != TrainerFn.FITTING:
-            state, weights = checkpoint.get("callbacks", {}).get(PRUNING_STATE), checkpoint.get("state_dict")
-            if (
-                state
-                and weights
-                and (gone := [name for name in state["masks"] if f"{name}.{MASK_NAME}" not in weights])
-            ):
+            state, weights = checkpoint.get("callbacks", {}).get(PRUNING_STATE), checkpoint.get("state_dict", {})
+            masked = state["masks"] if state and weights else ()  # sharded checkpoints hold their weights elsewhere
+            if gone := [name for name in masked if f"{name}.{MASK_NAME}" not in weights]:
                 raise ValueError(
                     f"The checkpoint was written in a sparse run, and has no mask of {gone[0]} (on_save_checkpoint may "
                     "have left it out), so that other weights would be evaluated. Evaluate the exported model instead."

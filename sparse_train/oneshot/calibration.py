@@ -50,10 +50,9 @@ _MISSING = (LookupError, AttributeError, TypeError)  # raised by code that finds
 class CalibrationPass:
     """Runs calibration batches through a model or through one block of it at a time, recording activations.
 
-    ``labels`` of batches are dropped, and an ``attention_mask`` (B, L) marks padding, or else what ``token_mask`` makes
-    of a batch. ``keep_on`` is the device where
-    the outputs of a block are kept for the next one, in their own dtype. Forwards are computed under ``context``, and
-    the caller has put the model under ``inference``.
+    ``labels`` of batches are dropped. ``token_mask``, or by default the ``attention_mask`` (B, L) of a batch, says
+    which tokens count. ``keep_on`` is the device where the outputs of a block are kept for the next one, in their own
+    dtype. Forwards are computed under ``context``, and the caller has put the model under ``inference``.
     """
 
     def __init__(
@@ -69,9 +68,12 @@ class CalibrationPass:
         self._model, self._blocks, self._device, self._keep_on, self._context = model, blocks, device, keep_on, context
         many = hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")
         given: Any = batches if many else [batches]  # such as a tokenizer, which is refused
-        pairs = [(_prepared(batch, model, device), token_mask and token_mask(batch)) for batch in given]
-        self._batches, token_masks = [batch for batch, _ in pairs], [mask for _, mask in pairs]
-        self._token_masks = None if token_mask is None else token_masks
+        self._batches: list[Batch] = []
+        self._token_masks: list[Tensor | None] = []  # of each batch; none if attention_mask says which tokens count
+        for batch in given:
+            self._batches.append(_prepared(batch, model, device))
+            if token_mask is not None:
+                self._token_masks.append(token_mask(batch))
         if not self._batches:
             raise ValueError("There is no calibration data: the iterable of batches is empty.")
         self._recorder = Recorder()

@@ -37,8 +37,8 @@ def make_first_mask(
     Masks of ``layers``, of a model in ``root``, are set, and weights too if a solver makes them. ``batches(samples)``
     returns ``first_samples``, the same on each rank, or None if there are none that a model can read. ``say`` gets a
     line for the log before it takes long. ``token_mask`` says which tokens of a batch count, by default those that its
-    ``attention_mask`` names. Returns what ``walk`` has measured for the distribution; None, and all is as
-    before, if ``OneShot.needs`` are not met. After an error, the model is unchanged.
+    ``attention_mask`` names. Returns what ``walk`` has measured for the distribution; None, and all is as before, if
+    ``OneShot.needs`` are not met. After an error, the model is unchanged.
     """
     first = config.first_mask
     assert isinstance(first, OneShot)

@@ -128,8 +128,8 @@ class MarksOnTransfer(InInit):
 
 
 def test_the_first_mask_counts_the_tokens_that_training_counts(tmp_path):
-    def first_mask(data, pruning=DynamicPruning, module=InInit):
-        callback, start = pruning("2:4", update_freq=4, squash=False), Start()
+    def first_mask(data, module=InInit):
+        callback, start = DynamicPruning("2:4", update_freq=4, squash=False), Start()
         trainer(tmp_path, callback, start, max_steps=1).fit(module(), DataLoader(data, batch_size=2))
         return torch.cat([mask.flatten() for mask in start.masks.values()])
 

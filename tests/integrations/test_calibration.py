@@ -1,11 +1,14 @@
 """Which data a first mask reads."""
 
 import pytest
+import torch
 from accelerate.data_loader import BatchSamplerShard, SkipBatchSampler
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, SequentialSampler
 from transformers import Trainer, TrainingArguments, default_data_collator
 
+from sparse_train.integrations.transformers import SparseTrainerCallback
 from sparse_train.oneshot.batches import training_batches
+from sparse_train.recorder import Recorder
 from tests.conftest import shallow_llama
 from tests.integrations.runs import Tokens, pruning, trainer
 
@@ -89,3 +92,23 @@ def test_only_wrappers_that_leave_nothing_out_are_looked_into():
     assert training_batches(DataLoader(data, sampler=RandomSampler(range(3))), 6, 2) is None
     for other in (whole(data, FirstBatches), Skipping(whole(data))):
         assert training_batches(DataLoader(data, batch_sampler=other), 6, 2) is None
+
+
+class CountsTwelve(SparseTrainerCallback):
+    """Of each sequence, the first 12 tokens of 16 count."""
+
+    def token_mask(self, inputs):
+        return torch.arange(16).lt(12).expand(inputs["input_ids"].shape)
+
+
+def test_an_own_token_mask_holds_for_the_first_mask_and_in_training(tmp_path, monkeypatch):
+    callback, seen = CountsTwelve("2:4", update_freq=4), {False: [], True: []}
+
+    def watched(self, x):
+        seen[callback.updater is not None].append(self.token_mask)
+        return self.token_mask
+
+    monkeypatch.setattr(Recorder, "token_mask_for", watched)
+    trainer(tmp_path, callback, max_steps=4).train()
+    for masks in seen.values():
+        assert masks and all(mask.sum() == 12 * len(mask) for mask in masks)

@@ -77,6 +77,7 @@ DISTILLATION = {
     "swaps_distill": "swapped by evidence every 10 steps, untouched teacher",
     "ast_distill": "AST: magnitude, decay of pruned weights 0.01, untouched teacher",
     "dynamic_distill_squarehead": "re-pruned, untouched teacher, with SquareHead",
+    "dynamic_by_loss_distill": "re-pruned: of each update, the part with the lowest loss, untouched teacher",
     "dynamic_window": "re-pruned, norms of 5 steps, no teacher",
     "dynamic_window_distill": "re-pruned, norms of 5 steps, untouched teacher",
 }

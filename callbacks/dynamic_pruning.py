@@ -171,7 +171,7 @@ class DynamicPruning(L.Callback):
         check_built(trainer, pl_module, state is not None)
         if pl_module.automatic_optimization:  # steps of this run only: the trainer may have run an earlier fit
             before = trainer.global_step if state is None else 0
-            total_steps = max(1, trainer.estimated_stepping_batches - before)  # 0 if the fit is over
+            total_steps = max(1, lightning_trainer.total_steps(trainer) - before)  # 0 if the fit is over
         first_maker = functools.partial(
             make_first_mask,
             batches=functools.partial(lightning_trainer.batches_of_training, trainer),

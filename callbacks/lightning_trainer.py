@@ -1,12 +1,13 @@
 """What callbacks need from Lightning's trainer: its steps, batches for calibration, and when modules have layers."""
 
 import functools
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, WeightAveraging
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from sparse_train.environment import isolated_rng
@@ -28,6 +29,21 @@ def steps_done(trainer: L.Trainer, *, in_batch: bool = True) -> int:
     if trainer.lightning_module.automatic_optimization:
         return trainer.global_step
     return trainer.fit_loop.epoch_loop._batches_that_stepped + in_batch
+
+
+def total_steps(trainer: L.Trainer) -> float:
+    """Optimizer steps of a fit, infinite if its end is not known.
+
+    Lightning's estimate is -1 for a stream that only max_epochs ends, and does not see a callback that accumulates
+    batches by epochs.
+    """
+    estimate = trainer.estimated_stepping_batches
+    batches, epochs = trainer.num_training_batches, trainer.max_epochs
+    for each in callbacks_of(trainer):
+        if isinstance(each, GradientAccumulationScheduler) and math.isfinite(batches) and epochs not in (None, -1):
+            steps = sum(math.ceil(batches / each.get_accumulate_grad_batches(epoch)) for epoch in range(epochs))
+            return steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
+    return estimate if estimate >= 0 else math.inf
 
 
 def callbacks_of(trainer: L.Trainer) -> list[L.Callback]:

@@ -197,7 +197,7 @@ class CausalLM(L.LightningModule):
 
     def _warmup_and_decay(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
         last = self.trainer.estimated_stepping_batches
-        if not math.isfinite(last):
+        if not 0 <= last < math.inf:  # -1: a stream that only max_epochs ends
             raise ValueError("The learning rate decays over the whole run, so the run needs an end: set max_steps.")
         # an earlier fit of the same trainer still counts its steps
         total = last - (self.trainer.global_step if self.trainer.ckpt_path is None else 0)

@@ -8,7 +8,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from transformers import T5Config, T5ForConditionalGeneration
@@ -104,6 +104,27 @@ def test_a_stream_is_not_read_for_calibration(tmp_path):
     trainer(tmp_path, DynamicPruning("2:4", update_freq=4)).fit(model, DataLoader(Stream(), batch_size=2))
     expected = [Tokens().ids[i : i + 2].sum().item() for i in range(0, 24, 2)]
     assert model.seen == expected
+
+
+def test_a_stream_that_only_max_epochs_ends_has_no_known_length(tmp_path):
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(Tokens())
+
+    data = DataLoader(Stream(), batch_size=2)
+    with pytest.raises(ValueError, match="is a share of the run, whose length is not known"):
+        trainer(tmp_path, DynamicPruning("2:4"), max_steps=-1, max_epochs=1).fit(InInit(), data)
+    callback = DynamicPruning("2:4", update_freq=4, end_step=12)
+    trainer(tmp_path, callback, max_steps=-1, max_epochs=1).fit(InInit(), data)
+    assert callback.updater.timing.end_step == 12
+
+
+@pytest.mark.parametrize(("max_steps", "steps"), [(-1, 20 + 3 + 3), (22, 22)])
+def test_accumulation_that_changes_by_epochs_counts_in_shares_of_the_run(tmp_path, max_steps, steps):
+    callback, accumulate = DynamicPruning("2:4", update_freq=2), GradientAccumulationScheduler({1: 8})
+    run = trainer(tmp_path, callback, accumulate, max_steps=max_steps, max_epochs=3)
+    run.fit(InInit(), loader())
+    assert (run.global_step, callback.updater.timing.end_step) == (steps, int(0.75 * steps))
 
 
 def test_a_later_start_trains_dense_until_then(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from lightning.pytorch.cli import LightningArgumentParser
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import AutoModelForCausalLM
 
 from sparse_train import Cubic, sparse_layers
@@ -31,6 +31,11 @@ def data(model_folder, text_file):
         batch_size=4,
         max_validation_blocks=6,
     )
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter([{"input_ids": torch.ones(4, dtype=torch.long)}])
 
 
 def fit(module, data, *callbacks, ckpt_path=None, **settings):
@@ -190,6 +195,8 @@ def test_mistakes(model_folder, data):
         CausalLM(str(model_folder), warmup=1.5)
     with pytest.raises(ValueError, match="the run needs an end: set max_steps"):
         fit(CausalLM(str(model_folder)), data, max_steps=-1, max_epochs=-1)
+    with pytest.raises(ValueError, match="the run needs an end: set max_steps"):
+        fit(CausalLM(str(model_folder)), DataLoader(Stream()), max_steps=-1, max_epochs=1)
 
 
 def test_compiled_blocks_train_the_same_model_and_are_plain_again_afterwards(model_folder, data, monkeypatch):

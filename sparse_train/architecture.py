@@ -190,8 +190,10 @@ def router_names(model: nn.Module, blocks: str) -> set[str]:
         if module in inside and is_linear(module):
             outputs, inputs = shape_OI(module)
             # a router has fewer outputs than inputs; the gate of a SwiGLU has as many outputs as the layer it gates
-            routes = module in of_routers and outputs < inputs
-            if routes or "router" in name.rpartition(".")[2] or outputs == 1:
+            parent, _, own = name.rpartition(".")
+            beside_experts = own == "gate" and hasattr(model.get_submodule(parent), "experts")
+            routes = (module in of_routers or beside_experts) and outputs < inputs
+            if routes or "router" in own or outputs == 1:
                 routers.add(name)
     return routers
 

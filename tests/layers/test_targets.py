@@ -373,6 +373,22 @@ class Mixture(nn.Module):
         self.gate_proj = nn.Linear(8, 8)
 
 
+class OwnMixture(nn.Module):
+    """Its router is a linear layer with a name that others also use."""
+
+    def __init__(self, experts=True):
+        super().__init__()
+        self.gate = nn.Linear(8, 4)
+        if experts:
+            self.experts = nn.ModuleList([nn.Linear(8, 8)])
+
+
+def test_a_gate_beside_experts_is_a_router():
+    model = nn.Module()
+    model.layers = nn.ModuleList([OwnMixture(), OwnMixture(experts=False)])
+    assert names(model) == ["layers.0.experts.0", "layers.1.gate"]
+
+
 def test_routers_and_gates_of_experts_stay_dense_unless_they_are_named():
     model = nn.Module()
     model.layers = nn.ModuleList([Mixture(), Mixture()])

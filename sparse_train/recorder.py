@@ -23,6 +23,8 @@ class Recorder:
     "always"."""
     token_mask: Tensor | None = None
     """Which tokens of the current batch count (B, L); None = all."""
+    told: bool = False
+    """Whether ``token_mask`` is set from outside; if not, ``read_padding`` sets it."""
     last: LastSums = field(default_factory=LastSums)
     """Reused by layers that read the same tensor."""
     two_texts: bool = False
@@ -54,6 +56,11 @@ class Recorder:
         """Remember a token mask that does not fit, rather one with padding than one of ones."""
         if self.misfit is None or bool(self.misfit[1].all()):
             self.misfit = shape, mask
+
+    def read_padding(self, model: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        """A pre-hook of a model's forward: padding is what its argument ``attention_mask`` says."""
+        if not self.told:
+            self.token_mask = self.padding_of(keywords)
 
     def padding_of(self, batch: Any) -> Tensor | None:
         """``batch["attention_mask"]``; None, and a note for a warning, if it is not known which inputs it is for: in a

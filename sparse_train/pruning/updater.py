@@ -137,6 +137,8 @@ class MaskUpdater:
             self._prepare_step()
             for layer in self.layers.values():
                 layer.calibration_norm = None  # this run has taken it, or has norms of its own
+            # of the recorder, which a copy of the model copies with its layers
+            self._padding = model.register_forward_pre_hook(self.norms.recorder.read_padding, with_kwargs=True)
         except BaseException:
             new = [layer for layer in self.layers.values() if id(layer) not in before]
             for layer in new:
@@ -268,12 +270,15 @@ class MaskUpdater:
 
     @property
     def token_mask(self) -> Tensor | None:
-        """Which tokens of the current batch count, (B, L) bool or integer, 0 = padding; None = all."""
+        """Which tokens of the current batch count, (B, L) bool or integer, 0 = padding; None = all.
+
+        Until it is first set, it follows the keyword argument ``attention_mask`` of the model's forwards.
+        """
         return self.norms.recorder.token_mask
 
     @token_mask.setter
     def token_mask(self, mask: Tensor | None) -> None:
-        self.norms.recorder.token_mask = mask
+        self.norms.recorder.told, self.norms.recorder.token_mask = True, mask
 
     def padding_of(self, batch: Any) -> Tensor | None:
         """What trainers set ``token_mask`` to by default: ``batch["attention_mask"]``, if there is one.
@@ -400,6 +405,7 @@ class MaskUpdater:
         """Call once before ``squash``: stops recording, and makes last checks; warns if the masks are not at the final
         sparsity."""
         self.norms.record(False)
+        self._padding.remove()
         check_agreement(self.layers)
         check_adapters(self._model)
         self._check_restored_masks()

@@ -415,6 +415,32 @@ def test_padding_that_cannot_be_told_apart_is_said_once(caplog):
     assert caplog.text.count("does not fit a layer's input of shape (2, 16, 32)") == 1
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_padding_that_a_forward_is_told_of_does_not_count(compiled):
+    model = shallow_llama()
+    updater = MaskUpdater(model, "2:4", update_freq=10, window=1.0, total_steps=20)
+    forward = torch.compile(model, backend="aot_eager") if compiled else model
+    ids, mask = torch.randint(3, VOCABULARY, (2, 16)), torch.ones(2, 16, dtype=torch.long)
+
+    def counted(**inputs):
+        before = int(updater.layers["model.layers.0.mlp.up_proj"].statistics.tokens)
+        forward(input_ids=ids, **inputs).logits.sum().backward()
+        updater.step()
+        return int(updater.layers["model.layers.0.mlp.up_proj"].statistics.tokens) - before
+
+    mask[1, 4:] = 0
+    assert [counted(attention_mask=mask), counted(), counted(attention_mask=mask)] == [20, 32, 20]
+    copied = copy.deepcopy(model)
+    copied(input_ids=ids, attention_mask=mask)
+    assert updater.norms.recorder.token_mask is not None
+    updater.token_mask = torch.ones(2, 16)  # from now on, what the loop says
+    assert [counted(attention_mask=mask), counted()] == [32, 32]
+    updater.token_mask = None
+    assert counted(attention_mask=mask) == 32
+    updater.finish()
+    assert not model._forward_pre_hooks
+
+
 def test_a_run_may_end_at_a_sparsity_of_less_than_a_weight_per_group():
     model = shallow_llama()
     updater = MaskUpdater(model, "2:4", schedule=Cubic(0.5), update_freq=2, total_steps=40)

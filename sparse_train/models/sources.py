@@ -133,7 +133,7 @@ class Pretrained(ModelSource):
             sources = [source.__name__ for source in ModelSource.__subclasses__()]
             beside = did_you_mean(str(path), map(str, path.parent.iterdir()) if local else sources)
             if path.is_file():
-                beside = f" {_FOLDERS} Of a GGUF file, name folder and file: --model.path and --model.gguf_file."
+                beside = f" {_FOLDERS} Of a GGUF file, name the folder as path and the file as gguf_file."
             raise ValueError(f"There is no folder or class {path}.{beside} A hub is asked only for NAME or OWNER/NAME.")
         if (path / INDEX).is_file():
             weight_files(path)  # transformers would follow an index out of the folder

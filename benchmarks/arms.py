@@ -158,8 +158,6 @@ ARMS: dict[str, Arm] = {
     # distillation from the untouched model, and from the one that --teacher names
     "static_distill": _arm("smollm2_2of4_static", distil=True),
     "dynamic_distill": _arm("smollm2_2of4", distil=True),
-    # proposed by score, accepted by the loss of recent batches
-    "dynamic_by_loss_distill": _arm("smollm2_2of4", "--trainer.callbacks+=variants.AcceptedByLoss", distil=True),
     "dynamic_window_distill": _arm("smollm2_2of4", "norm_decay=0", distil=True),
     "static_distill_tuned": _arm("smollm2_2of4_static", teacher=True),
     "dynamic_distill_tuned": _arm("smollm2_2of4", teacher=True),

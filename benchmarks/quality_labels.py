@@ -12,6 +12,7 @@ _LAST_RUN = {
     ),
     "1d9b7e5": ("dynamic_slow_shadows_distill", "muon_static_distill"),
     "c77b8f7": ("swaps_distill", "swaps_70_distill"),
+    "1e56c16": ("dynamic_by_loss_distill",),
 }
 REMOVED = {arm: commit for commit, arms in _LAST_RUN.items() for arm in arms}
 """Arms of settings that gained nothing and were removed: only old rows are left; and the last commits that ran them."""
@@ -77,7 +78,7 @@ DISTILLATION = {
     "swaps_distill": "swapped by evidence every 10 steps, untouched teacher",
     "ast_distill": "AST: magnitude, decay of pruned weights 0.01, untouched teacher",
     "dynamic_distill_squarehead": "re-pruned, untouched teacher, with SquareHead",
-    "dynamic_by_loss_distill": "re-pruned: of each update, the part with the lowest loss, untouched teacher",
+    "dynamic_by_loss_distill": "accepted by loss, which was nothing (flips: proposed), untouched teacher",
     "dynamic_window": "re-pruned, norms of 5 steps, no teacher",
     "dynamic_window_distill": "re-pruned, norms of 5 steps, untouched teacher",
 }

@@ -4,7 +4,7 @@ They are not in the package: these runs show if they should be.
 
     --pruning.policy=variants.GrowingDecay
 
-Shape suffixes: O out_features, I in_features, J packed mask bytes, G groups of four weights.
+Shape suffixes: O out_features, I in_features.
 """
 
 from collections import deque
@@ -19,10 +19,6 @@ from torch.optim import Optimizer
 
 from sparse_train import LayerContext, MaskPolicy, StraightThrough, Wanda
 from sparse_train.callbacks import DynamicPruning
-from sparse_train.layers import masks
-from sparse_train.layers.masked_layer import MaskedLayer
-from sparse_train.models.causal_lm import CausalLM
-from sparse_train.pruning.updater import MaskUpdater
 
 # --- which norms -----------------------------------------------------------------------------------------------------
 
@@ -146,8 +142,9 @@ class DenseNorms(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self._last.append(batch)
-        updater = _updater(trainer)
-        recorder, layers = updater.norms.recorder, updater.layers
+        (pruning,) = [each for each in trainer.callbacks if isinstance(each, DynamicPruning)]  # type: ignore[attr-defined]
+        assert pruning.updater is not None
+        recorder, layers = pruning.updater.norms.recorder, pruning.updater.layers
         if recorder.when == "never":
             return
         before = {name: layer.weight_mask.clone() for name, layer in layers.items()}
@@ -161,79 +158,3 @@ class DenseNorms(L.Callback):
         for name, layer in layers.items():
             layer.weight_mask.copy_(before[name])
         recorder.when, recorder.token_mask = "never", batch["attention_mask"]
-
-
-class AcceptedByLoss(L.Callback):
-    """Of the groups of four in which an update changes the mask, those are changed with which recent batches have the
-    lowest loss.
-
-    Must come after ``DynamicPruning`` with 2:4, cumulative norms and a teacher. In each layer, changed groups are
-    ordered by the ratio of Wanda's scores that the new and the old mask keep. Tried are ``shares`` of them, the largest
-    ratios first, and the share with the lowest loss of the run is what the update changes. The flip rates that the run
-    logs are those of what was proposed.
-
-    Args:
-        batches: the last ones that the run has trained on.
-        shares: of changed groups; with 0.0, an update may change nothing.
-    """
-
-    def __init__(self, batches: int = 2, shares: tuple[float, ...] = (0.0, 0.125, 0.25, 0.5, 1.0)) -> None:
-        self.shares = shares
-        self.accepted: list[float] = []
-        """The share that each update has changed."""
-        self._last: deque[Mapping[str, Tensor]] = deque(maxlen=batches)
-        self._before: dict[str, Tensor] = {}
-
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        self._last.append(batch)
-        self._before = {name: layer.weight_mask.clone() for name, layer in _updater(trainer).layers.items()}
-
-    @torch.no_grad()
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        layers = _updater(trainer).layers
-        if all(torch.equal(layer.weight_mask, self._before[name]) for name, layer in layers.items()):
-            return
-        proposed = {name: layer.weight_mask.clone() for name, layer in layers.items()}
-        losses = {}
-        # eager, because compiled blocks would be compiled again for this
-        with torch.compiler.set_stance("force_eager"), trainer.precision_plugin.forward_context():
-            for share in self.shares:
-                for name, layer in layers.items():
-                    layer.weight_mask.copy_(partly(layer, self._before[name], proposed[name], share))
-                losses[share] = sum(float(_loss(pl_module, each)) for each in self._last)
-        self.accepted.append(min(losses, key=losses.__getitem__))
-        print(f"accepted {self.accepted[-1]} of", {share: round(loss, 4) for share, loss in losses.items()}, flush=True)
-        for name, layer in layers.items():
-            layer.weight_mask.copy_(partly(layer, self._before[name], proposed[name], self.accepted[-1]))
-
-
-def partly(layer: MaskedLayer, before_OJ: Tensor, proposed_OJ: Tensor, share: float) -> Tensor:
-    """The mask (O, J) before, and as proposed in this share of the groups of four that differ: those in which the
-    proposed one keeps the most of Wanda's scores, relative to the one before."""
-    before_OI, proposed_OI = (masks.unpack(each, layer.in_features) for each in (before_OJ, proposed_OJ))
-    differs_G = (before_OI != proposed_OI).view(-1, 4).any(1)
-    taken = int(share * int(differs_G.sum()))
-    scores_OI = layer.weight_OI.abs() * layer.statistics.sum_squares_I.sqrt().float()  # type: ignore[union-attr]
-    kept_now_G, kept_G = ((scores_OI * each).view(-1, 4).sum(1) for each in (before_OI, proposed_OI))
-    ratio_G = torch.where(differs_G, kept_G / kept_now_G.clamp_min(torch.finfo(torch.float32).tiny), -torch.inf)
-    chosen_G = torch.zeros_like(differs_G).scatter_(0, ratio_G.topk(taken).indices, True)
-    return masks.pack(torch.where(chosen_G[:, None], proposed_OI.view(-1, 4), before_OI.view(-1, 4)).view_as(before_OI))
-
-
-def _loss(module: L.LightningModule, batch: Mapping[str, Tensor]) -> Tensor:
-    """The loss of a training step with a teacher, which is not logged."""
-    assert isinstance(module, CausalLM)
-    teacher, distillation = module._load_teacher(), module.distillation
-    assert teacher is not None and distillation is not None
-    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-    return distillation.loss(module(**inputs).logits, teacher(**inputs), batch["labels"])[0]
-
-
-def _updater(trainer: L.Trainer) -> MaskUpdater:
-    (pruning,) = [each for each in trainer.callbacks if isinstance(each, DynamicPruning)]  # type: ignore[attr-defined]
-    assert pruning.updater is not None
-    return pruning.updater

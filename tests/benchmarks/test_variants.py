@@ -7,24 +7,20 @@ import lightning as L
 import pytest
 import torch
 
-from sparse_train import LayerContext, Magnitude, sparse_layers, sparsify
+from sparse_train import LayerContext, Magnitude
 from sparse_train.callbacks import DynamicPruning
-from sparse_train.layers import masks
 from sparse_train.statistics import ActivationNorm
 from tests.callbacks.runs import InInit, loader, trainer
 from tests.conftest import shallow_llama
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-import variants
 from variants import (
-    AcceptedByLoss,
     CoupledDecay,
     DenseNorms,
     FirstNorms,
     GrowingDecay,
     RisingDecay,
-    partly,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -82,45 +78,6 @@ def test_norms_of_dense_forwards_are_those_of_the_model_without_masks(tmp_path):
 
     trainer(tmp_path, pruning, dense, Compare(), max_steps=12).fit(Module(), loader())
     assert seen == [3, 7]
-
-
-def test_a_part_of_an_update_is_the_groups_that_gain_most():
-    model = torch.nn.Sequential(torch.nn.Linear(16, 2, bias=False))
-    model[0].weight.data = torch.tensor([[9.0, 1, 5, 8], [2, 1, 1, 1], [1, 1, 1, 6], [4, 4, 7, 7]] * 2).view(2, 16)
-    sparsify(model, model)
-    (layer,) = sparse_layers(model).values()
-    layer.statistics = ActivationNorm(16)
-    layer.statistics.add(torch.ones(1, 16))
-
-    def packed(groups):
-        return masks.pack(torch.tensor(groups, dtype=torch.bool).view(2, 16))
-
-    before = packed([[1, 1, 0, 0]] * 8)  # keeps 10, 3, 2, 8 of each row
-    proposed = packed([[1, 0, 0, 1], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]] * 2)  # 17, the same, 7, 14
-    half = packed([[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]] * 2)
-    assert torch.equal(partly(layer, before, proposed, 0.0), before)
-    assert torch.equal(partly(layer, before, proposed, 0.7), half)
-    assert torch.equal(partly(layer, before, proposed, 1.0), proposed)
-
-
-@pytest.mark.parametrize(("wanted", "accepted"), [("few", 0.0), ("many", 1.0)])
-def test_an_update_changes_what_has_the_lowest_loss(wanted, accepted, tmp_path, monkeypatch):
-    pruning, by_loss = DynamicPruning("2:4", update_freq=4), AcceptedByLoss()
-    seen = []
-
-    def flipped(module, batch):
-        differs = [(layer.weight_mask != by_loss._before[n]).sum() for n, layer in pruning.updater.layers.items()]
-        return sum(differs) * (1 if wanted == "few" else -1)
-
-    class Watch(L.Callback):
-        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            layers = pruning.updater.layers
-            seen.append(any((layer.weight_mask != by_loss._before[n]).any() for n, layer in layers.items()))
-
-    monkeypatch.setattr(variants, "_loss", flipped)
-    trainer(tmp_path, pruning, by_loss, Watch(), max_steps=12).fit(Module(), loader())
-    assert by_loss.accepted[:2] == [accepted] * 2
-    assert any(seen) == (wanted == "many")
 
 
 def test_growing_decay_runs_dense_and_shrinks_what_would_be_pruned(tmp_path):

@@ -164,6 +164,7 @@ ARMS: dict[str, Arm] = {
     # a better start: SparseGPT's mask and weights; masks that move only early
     "static_sparsegpt_distill": _arm("smollm2_2of4_static", *_FROM_ZEROS, start="oneshot_sparsegpt", distil=True),
     "static_iht_distill": _arm("smollm2_2of4_static", *_IHT, distil=True),
+    "static_iht_ste_distill": _arm("smollm2_2of4", "end_step=0", *_IHT, distil=True),
     "dynamic_iht_distill": _arm("smollm2_2of4", *_IHT, distil=True),
     "static_iht_damped01_distill": _arm("smollm2_2of4_static", "first_mask.criterion=IHT", distil=True),
     "static_iht_damped100_distill": _arm(

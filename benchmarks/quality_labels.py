@@ -68,6 +68,7 @@ DISTILLATION = {
     "static_distill": "kept, untouched teacher",
     "static_iht_distill": "IHT's mask and weights, kept, untouched teacher",
     "static_iht_damped01_distill": "the same, IHT with dampening_frac 0.01",
+    "static_iht_ste_distill": "IHT's mask and weights, kept, straight-through, untouched teacher",
     "dynamic_iht_distill": "IHT's mask and weights, re-pruned, untouched teacher",
     "static_distill_tuned": "kept, fine-tuned teacher",
     "dynamic": "re-pruned, no teacher",

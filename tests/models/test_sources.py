@@ -127,7 +127,7 @@ def test_what_is_no_source_is_told_at_once(model_folder, tmp_path):
     assert as_model_source(model_folder) == Pretrained(str(model_folder))  # a Path
     with pytest.raises(TypeError, match="not LlamaForCausalLM"):
         as_model_source(tiny_llama())
-    for name, way_out in (("last.ckpt", "sparse-train export"), ("m.gguf", "--model.gguf_file")):
+    for name, way_out in (("last.ckpt", "sparse-train export"), ("m.gguf", "gguf_file")):
         (tmp_path / name).write_text("")
         for ask in (Pretrained.load, Pretrained.tokenizer, Pretrained.folder):
             with pytest.raises(ValueError, match=f"There is no folder .*{name}.*{way_out}"):

@@ -116,7 +116,7 @@ TAUGHT_70 = {
     "static_iht_70_distill": "IHT's mask and weights, kept",
     "static_iht_damped01_70_distill": "IHT's mask and weights with dampening_frac 0.01, kept",
     "dynamic_iht_70_distill": "IHT's mask and weights, re-pruned every 10 steps (the default)",
-    "static_iht_70_distill_t1": "IHT's mask and weights with dampening_frac 0.01, kept, temperature 1",
+    "static_iht_70_distill_t1": "IHT's mask and weights, kept, temperature 1",
     "dynamic_iht_70_distill_t1": "the same, re-pruned (the default)",
     "dynamic_memory50_iht_70_distill": "IHT's mask and weights, re-pruned, norms exponential, 0.5 per update",
     "dynamic_dormant_iht_70_distill": "IHT's mask and weights, re-pruned every 10 steps, policy Dormant",

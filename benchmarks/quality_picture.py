@@ -99,7 +99,8 @@ def draw(runs: dict[int, Runs], folder: Path) -> None:
         size = (11, 0.42 * len(panels[0].arms) + 0.8)
         figure, all_axes = plt.subplots(1, len(panels), figsize=size, sharex=one_text)
         for axes, panel in zip(all_axes, panels, strict=True):
-            bars(axes, panel, runs[panel.tokens_a_step])
+            of_size = runs[panel.tokens_a_step]
+            bars(axes, panel, of_size.at(2e-4) if name == "scores" else of_size)
         figure.set_layout_engine("constrained")
         figure.savefig(folder / f"finding_{name}.svg", metadata={"Date": None})
         plt.close(figure)

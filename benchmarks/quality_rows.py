@@ -5,6 +5,7 @@ lower on the validation articles of these runs. Short tuning runs on other seeds
 chosen on other texts.
 """
 
+import copy
 import statistics
 from collections import defaultdict
 from pathlib import Path
@@ -28,6 +29,15 @@ class Runs:
         key = ("arm", "seed", "steps", "lr", "tuning")
         self._rows = list({tuple(row[name] for name in key): row for row in found}.values())
         self._chosen_on = {row["seed"] for row in self._rows if row["tuning"] == "True"}
+
+    def at(self, lr: float) -> "Runs":
+        """Without runs at other rates of arms that were run at this one: to compare settings at one rate."""
+        runs = copy.copy(self)
+        final = [row for row in self._rows if row["tuning"] == "False"]
+        there = {row["arm"] for row in final if float(row["lr"]) == lr}
+        others = [row for row in final if row["arm"] in there and float(row["lr"]) != lr]
+        runs._rows = [row for row in self._rows if row not in others]
+        return runs
 
     def tuning(self, arm: str) -> dict[float, dict[str, str]]:
         """The tuning row of each learning rate that was tried."""

@@ -246,8 +246,8 @@ class MaskUpdater:
             raise ValueError(
                 f"first_mask is {first}, and no one-shot pruning has made the first mask. A trainer's "
                 f"callback does at start_step 0, if there is something to prune, and needs {OneShot.needs}. "
-                "Elsewhere, as in a plain loop, prune the model before the run: prune(..., squash=False). Or leave "
-                "the criterion out of OneShot."
+                "Elsewhere, as in a plain loop, prune the model before the run: prune(..., squash=False). Or let the "
+                "first steps make it, by the run's criterion: first_mask=FirstWindow()."
             )
         self.origin = BY_UPDATE
         return not sparsity

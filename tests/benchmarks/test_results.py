@@ -100,3 +100,6 @@ def test_an_arm_is_reported_at_its_best_learning_rate_and_on_seeds_that_chose_no
     assert "| dynamic | 0.1 | 100 | 1 | 9.00 | 9.00 | 9.00 |" in made
     assert "| static | 0.1 | 100 | 1, 2 | 10.00 (10.00, 10.00) |" in made and "| static | 0.3 | 100 | 1 |" in made
     assert made.count("\n") == 5  # and not the reported ones, nor those of seeds that chose a rate
+    at = runs.at(0.1)
+    assert at.values("dynamic", "heldout") == {1: 9.0} and at.values("static", "heldout") == {1: 10.0, 2: 10.0}
+    assert at.lr("dynamic") == 0.2 and runs.at(0.3).values("dynamic", "heldout") == {1: 18.0, 2: 22.0}

@@ -201,7 +201,7 @@ def test_without_a_model_or_data_the_first_steps_run_dense_unless_a_criterion_is
     criterion, make, batches, caplog
 ):
     caplog.set_level(logging.INFO)
-    expected = pytest.raises(ValueError, match="leave the criterion out of OneShot")
+    expected = pytest.raises(ValueError, match="first_mask=FirstWindow")
     with contextlib.nullcontext() if criterion is None else expected:
         assert begin(make(), batches, "2:4", first_mask=OneShot(criterion)).origin == "made by the first update"
     assert ("The first steps run dense" in caplog.text) == (criterion is None)

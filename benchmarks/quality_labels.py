@@ -32,6 +32,7 @@ MAIN = {
     "dynamic": "re-pruned every 10 steps (the default)",
     "dynamic_k1": "re-pruned every step",
     "dynamic_k1_stop100": "re-pruned every step until the end",
+    "dynamic_dense_norms_stop100": "re-pruned every 10 steps until the end, on norms of dense forwards",
 }
 SCORES = {
     "dynamic_magnitude": "magnitude",
@@ -155,6 +156,9 @@ TAUGHT_2OF4 = {
     "static_iht_distill_kl": "IHT's mask and weights, kept, no cross-entropy",
     "static_iht_distill_even": "IHT's mask and weights, kept, as much cross-entropy as divergence",
     "static_iht_distill_betas99": "IHT's mask and weights, kept, AdamW's second beta 0.99",
+    "static_iht_distill_warmup0": "IHT's mask and weights, kept, no warm-up",
+    "static_iht_distill_warmup20": "IHT's mask and weights, kept, warm-up for 20 % of the run",
+    "static_iht_distill_wd10": "IHT's mask and weights, kept, weight decay 0.1",
     "static_iht_distill_t1": "IHT's mask and weights, kept, temperature 1",
     "dynamic_iht_distill_t1": "IHT's mask and weights, re-pruned every 10 steps (the default), temperature 1",
     "static_distill_t1": "kept, temperature 1",

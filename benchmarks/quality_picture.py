@@ -1,6 +1,7 @@
 """The pictures of docs/results.md, one for each finding: a bar is a mean, a dot is a seed."""
 
 import statistics
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -92,7 +93,7 @@ FIGURES = {
 }
 
 
-def draw(runs: dict[int, Runs], folder: Path) -> None:
+def draw(runs: Mapping[int, Runs], folder: Path) -> None:
     """Write each picture as ``finding_NAME.svg``; ``runs`` are those of each size of a step."""
     for name, panels in FIGURES.items():
         one_text = len({panel.text for panel in panels}) == 1

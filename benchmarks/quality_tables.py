@@ -39,6 +39,13 @@ PICTURES = ROOT / "docs" / "pictures"
 BEGIN, END = "<!-- quality -->", "<!-- /quality -->"
 BEGIN_MASKS, END_MASKS = "<!-- first masks -->", "<!-- /first masks -->"
 TEXTS = {"heldout": "held-out articles", "wikitext2": "WikiText-2", "c4": "C4"}
+Sizes = Mapping[int, Runs]
+"""The runs of each size of a step, in tokens."""
+
+
+def by_size() -> Sizes:
+    """The committed runs."""
+    return {size: Runs(CSV, size) for size in (512, 1024, 2048)}
 
 
 def _perplexities(values: dict[int, float]) -> str:
@@ -143,16 +150,18 @@ def lengths(runs: Runs) -> str:
     return rows.table(head, lines)
 
 
-def longer(short: Runs, arms: dict[str, str], baseline: str, word: str, *steps: int) -> list[str]:
-    """A table for each length, in steps of 512 tokens."""
+def longer(runs: Sizes, arms: dict[str, str], baseline: str, word: str, *steps: int, size: int = 512) -> list[str]:
+    """A table for each length."""
     parts = []
     for each in steps:
-        parts += [f"After {each:,} steps, {512 * each:,} tokens:\n", table(short, arms, baseline, word, steps=each)]
+        words = f"{each:,} steps" if size == 512 else f"{each:,} steps of {size:,} tokens"
+        parts += [f"After {words}, {size * each:,} tokens:\n", table(runs[size], arms, baseline, word, steps=each)]
     return parts
 
 
-def tables(runs: Runs, short: Runs) -> str:
-    """The tables behind the findings, as Markdown; ``short`` are the runs in steps of 512 tokens."""
+def tables(sizes: Sizes) -> str:
+    """The tables behind the findings, as Markdown."""
+    runs, short = sizes[2048], sizes[512]
     parts = [
         "### 2:4 at equal tokens\n",
         table(runs, MAIN, "static", "the kept mask"),
@@ -163,11 +172,11 @@ def tables(runs: Runs, short: Runs) -> str:
         "### Unstructured 70 % with a teacher, after 51,200 tokens\n",
         "100 steps of 512 tokens, with the untouched dense model as teacher.\n",
         table(short, TAUGHT_70, "static_70_distill", "the kept mask"),
-        *longer(short, TAUGHT_70, "static_70_distill", "the kept mask", 200, 300),
+        *longer(sizes, TAUGHT_70, "static_70_distill", "the kept mask", 200, 300),
         "### 2:4 with a teacher, in steps of 512 tokens\n",
         "After 100 steps, of kept masks alone:\n",
         table(short, TAUGHT_2OF4, "static_distill", "the kept mask"),
-        *longer(short, TAUGHT_2OF4, "static_iht_distill", "IHT's mask, kept", 400, 1200),
+        *longer(sizes, TAUGHT_2OF4, "static_iht_distill", "IHT's mask, kept", 400, 1200),
         "Runs of both sections at other learning rates:\n",
         other_rates(short),
         "### Other methods with a teacher, after 25,600 tokens\n",
@@ -191,8 +200,9 @@ def tables(runs: Runs, short: Runs) -> str:
     return "\n".join(parts)
 
 
-def more_tables(runs: Runs, short: Runs) -> str:
+def more_tables(sizes: Sizes) -> str:
     """The tables of docs/more_results.md: settings that gained little, other beginnings, other learning rates."""
+    runs, short = sizes[2048], sizes[512]
     every = (MAIN, SCORES, VARIANTS, STARTS, DISTILLATION, SHIFT, UNSTRUCTURED, LOW_RANK, SCRATCH)
     arms = dict.fromkeys(arm for each in every for arm in each)
     parts = [
@@ -276,11 +286,11 @@ FIRST_MASKS = [
 ]
 
 
-def first_masks(runs: Runs, short: Runs) -> str:
+def first_masks(sizes: Sizes) -> str:
     """Perplexity on held-out articles / C4 by what made the first mask, each arm at its best learning rate."""
     lines = []
     for setting, arms, tokens_a_step, steps in FIRST_MASKS:
-        of_size = runs if tokens_a_step == 2048 else short
+        of_size = sizes[tokens_a_step]
         tokens = 0 if arms[0].startswith("oneshot") else tokens_a_step * steps
         cells = [setting, f"{tokens:,}"]
         for arm in arms:
@@ -290,11 +300,11 @@ def first_masks(runs: Runs, short: Runs) -> str:
     return rows.table(["", "tokens", "Wanda", "SparseGPT", "IHT"], lines)
 
 
-def headline(runs: Runs, short: Runs) -> str:
+def headline(sizes: Sizes) -> str:
     """README's table: re-pruning against a kept mask, each at its best learning rate; held-out articles / C4."""
     lines = []
     for target, first_mask, static, moving, tokens_a_step, steps in PAIRS:
-        of_size = runs if tokens_a_step == 2048 else short
+        of_size = sizes[tokens_a_step]
         means = [[of_size.mean(arm, text, steps) for text in ("heldout", "c4")] for arm in (static, moving)]
         cells = ["not measured" if None in each else " / ".join(f"{mean:.2f}" for mean in each) for each in means]
         change, on_c4 = (of_size.change(moving, static, text, steps) for text in ("heldout", "c4"))
@@ -305,15 +315,15 @@ def headline(runs: Runs, short: Runs) -> str:
 
 def main() -> None:
     """Print or write."""
-    runs, short = Runs(CSV), Runs(CSV, 512)
-    made = {PAGE: tables(runs, short), MORE: more_tables(runs, short), README: headline(runs, short)}
+    sizes = by_size()
+    made = {PAGE: tables(sizes), MORE: more_tables(sizes), README: headline(sizes)}
     if "--write" not in sys.argv:
-        print("\n".join([*made.values(), first_masks(runs, short)]))
+        print("\n".join([*made.values(), first_masks(sizes)]))
         return
-    draw({2048: runs, 512: short}, PICTURES)
+    draw(sizes, PICTURES)
     for page, shown in made.items():
         rows.show(page, BEGIN, END, shown)
-    rows.show(PAGE, BEGIN_MASKS, END_MASKS, first_masks(runs, short))
+    rows.show(PAGE, BEGIN_MASKS, END_MASKS, first_masks(sizes))
 
 
 if __name__ == "__main__":

@@ -18,10 +18,10 @@ INTRODUCTION = """\
 
 A recipe describes a whole run. `--config` finds these files from any folder. It may be given several times, and later
 files win, so give an overlay after its recipe. `pruning` has the arguments of `DynamicPruning`; without it, or with
-`--pruning null`, a run is dense (after it, `--pruning.KEY` begins with the defaults). A list of other callbacks takes
-the place of the one before; `--trainer.callbacks+` adds to it. Options override keys (`--trainer.max_steps 50`),
-wherever they stand, and `--print_config` prints all of them. Measured numbers are in the head comment of a recipe. Copy
-a file to make your own.
+`--pruning null`, a run is dense (a later `--pruning.KEY` then starts from the default settings). A list of other
+callbacks takes the place of the one before; `--trainer.callbacks+` adds to it. Options override keys
+(`--trainer.max_steps 50`), wherever they stand, and `--print_config` prints all of them. Measured numbers are in the head
+comment of a recipe. Copy a file to make your own.
 """
 OVERLAYS = {
     "model": "Overlays: models",

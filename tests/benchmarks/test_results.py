@@ -35,13 +35,13 @@ def test_the_tables_of_times_are_made_from_what_was_measured():
 
 
 def test_tables_on_training_are_made_from_the_rows():
-    runs, short = (quality_tables.Runs(quality_tables.CSV, tokens_a_step) for tokens_a_step in (2048, 512))
-    assert shown(quality_tables) == quality_tables.tables(runs, short).strip()
-    assert shown(quality_tables, "docs/more_results.md") == quality_tables.more_tables(runs, short).strip()
-    assert shown(quality_tables, "README.md") == quality_tables.headline(runs, short).strip()
+    sizes = quality_tables.by_size()
+    assert shown(quality_tables) == quality_tables.tables(sizes).strip()
+    assert shown(quality_tables, "docs/more_results.md") == quality_tables.more_tables(sizes).strip()
+    assert shown(quality_tables, "README.md") == quality_tables.headline(sizes).strip()
     begin, end = quality_tables.BEGIN_MASKS, quality_tables.END_MASKS
     finding = (ROOT / "docs/results.md").read_text().partition(begin)[2].partition(end)[0]
-    assert finding.strip() == quality_tables.first_masks(runs, short).strip()
+    assert finding.strip() == quality_tables.first_masks(sizes).strip()
 
 
 def test_every_arm_has_a_place_in_a_table():

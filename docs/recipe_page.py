@@ -20,8 +20,8 @@ A recipe describes a whole run. `--config` finds these files from any folder. It
 files win, so give an overlay after its recipe. `pruning` has the arguments of `DynamicPruning`; without it, or with
 `--pruning null`, a run is dense (a later `--pruning.KEY` then starts from the default settings). A list of other
 callbacks takes the place of the one before; `--trainer.callbacks+` adds to it. Options override keys
-(`--trainer.max_steps 50`), wherever they stand, and `--print_config` prints all of them. Measured numbers are in the head
-comment of a recipe. Copy a file to make your own.
+(`--trainer.max_steps 50`), wherever they stand, and `--print_config` prints all of them. Measured numbers are in the
+head comment of a recipe. Copy a file to make your own.
 """
 OVERLAYS = {
     "model": "Overlays: models",

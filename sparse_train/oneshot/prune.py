@@ -39,7 +39,7 @@ def prune(
     """Prune a model in one shot, in place.
 
     Decoder blocks are calibrated one after the other, each on the outputs of the blocks before it, which are already
-    pruned (arXiv 2306.11695, section 3; SparseGPT does the same). Modules without a list of blocks, and patterns such as
+    pruned (arXiv 2306.11695, section 3; SparseGPT does the same). Modules without a list of blocks, and
     ``Unstructured(group="model")``, are calibrated in one pass with dense activations. A failure leaves the model
     unchanged; for that, a ``Solver`` and fused experts keep the original values in main memory until the end
     (``prune_checkpoint`` does not).

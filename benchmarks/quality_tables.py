@@ -177,6 +177,7 @@ def tables(sizes: Sizes) -> str:
         "After 100 steps, of kept masks alone:\n",
         table(short, TAUGHT_2OF4, "static_distill", "the kept mask"),
         *longer(sizes, TAUGHT_2OF4, "static_iht_distill", "IHT's mask, kept", 400, 1200),
+        *longer(sizes, TAUGHT_2OF4, "static_iht_distill", "IHT's mask, kept", 200, size=1024),
         "Runs of both sections at other learning rates:\n",
         other_rates(short),
         "### Other methods with a teacher, after 25,600 tokens\n",

@@ -214,7 +214,8 @@ class SparseTrainerCallback(TrainerCallback):  # type: ignore[misc]
         self, args: Any, state: Any, control: Any, *, model: nn.Module, optimizer: Any, **kwargs: Any
     ) -> None:
         assert self.updater is not None
-        if callable(getattr(optimizer, "eval", None)):  # a schedule-free one moves weights there: before they are zeros
+        best = args.load_best_model_at_end and state.best_model_checkpoint  # is loaded already, and not to be moved
+        if not best and callable(getattr(optimizer, "eval", None)):  # a schedule-free one moves weights: before zeros
             optimizer.eval()
         self.updater.finish()
         for hook in self._hooks:

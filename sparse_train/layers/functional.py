@@ -57,7 +57,9 @@ class _MaskedLinear(torch.autograd.Function):
             ctx.save_for_backward(
                 x if trained else None, held_OI if ctx.needs_input_grad[0] else None, mask_OJ, a_RI, b_OR
             )
-            return F.linear(x, masked_OI, None if bias_O is None else bias_O.to(dtype))
+            product = F.linear(x, masked_OI, None if bias_O is None else bias_O.to(dtype))
+            # with a bias it may be a view, which autograd would not let the caller change in place (ReLU(inplace=True))
+            return torch.ops.aten._unsafe_view(product, product.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

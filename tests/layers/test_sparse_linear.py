@@ -179,3 +179,10 @@ def test_empty_batch_and_frozen_weight():
     layer(x).sum().backward()
     assert layer.weight.grad is None
     assert x.grad is not None
+
+
+@pytest.mark.parametrize("shape", [(4, 16), (2, 4, 16)])
+def test_the_output_can_be_changed_in_place_as_that_of_a_dense_layer(shape):
+    layer, _ = sparse_linear(16)
+    nn.ReLU(inplace=True)(layer(torch.randn(shape))).sum().backward()
+    assert layer.weight.grad is not None

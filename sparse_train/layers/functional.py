@@ -59,7 +59,7 @@ class _MaskedLinear(torch.autograd.Function):
             )
             product = F.linear(x, masked_OI, None if bias_O is None else bias_O.to(dtype))
             # with a bias it may be a view, which autograd would not let the caller change in place (ReLU(inplace=True))
-            return torch.ops.aten._unsafe_view(product, product.shape)
+            return product if product.is_nested else torch.ops.aten._unsafe_view(product, product.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

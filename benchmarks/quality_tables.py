@@ -164,8 +164,7 @@ def tables(sizes: Sizes) -> str:
     runs, short = sizes[2048], sizes[512]
     parts = [
         "### 2:4 at equal tokens\n",
-        "Where rates differ, a part of a change is the rate's: at one rate, straight-through is level with the kept "
-        "mask (5e-4), and re-pruning every 50, 10 and 1 steps ends 0.7, 4.6 and 5.1 % below it (2e-4).\n",
+        "Where rates differ, a part of a change is the rate's: [by rate](choosing.md#which-learning-rate).\n",
         table(runs, MAIN, "static", "the kept mask"),
         "### Unstructured 70 %\n",
         table(runs, UNSTRUCTURED, "static_70", "the kept mask"),

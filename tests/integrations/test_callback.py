@@ -153,7 +153,13 @@ def test_a_schedule_free_optimizer_leaves_zeros_at_the_end(tmp_path):
     assert ((run.model.model.layers[0].mlp.up_proj.weight.reshape(-1, 4) == 0).sum(1) == 2).all()
 
 
-def test_the_best_model_comes_back_sparse(tmp_path):
+class StopsBetweenEvaluations(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == 10
+
+
+@pytest.mark.parametrize("schedule_free", [False, True])
+def test_the_best_model_comes_back_sparse(tmp_path, schedule_free):
     settings = {
         "save_strategy": "steps",
         "save_steps": 3,
@@ -163,11 +169,14 @@ def test_the_best_model_comes_back_sparse(tmp_path):
         "metric_for_best_model": "loss",
         "greater_is_better": True,  # the worst: not the last
     }
-    run = trainer(tmp_path, pruning(), **settings)
+    run = trainer(tmp_path, pruning(), *([StopsBetweenEvaluations()] if schedule_free else []), **settings)
+    if schedule_free:
+        run.optimizer = ScheduleFree(run.model.parameters(), lr=1e-3)
     run.train()
-    assert run.state.best_global_step < 12
+    last_step = 9 if schedule_free else 12
+    assert run.state.best_global_step < last_step
     stored = AutoModelForCausalLM.from_pretrained(run.state.best_model_checkpoint).state_dict()
-    last = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-12").state_dict()
+    last = AutoModelForCausalLM.from_pretrained(tmp_path / f"checkpoint-{last_step}").state_dict()
     name = "model.layers.0.mlp.up_proj.weight"
     assert not torch.equal(stored[name] != 0, last[name] != 0)
     for key, value in run.model.state_dict().items():

@@ -9,7 +9,7 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleD
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
-from sparse_train.architecture import transformers_model
+from sparse_train.architecture import transformers_models
 from sparse_train.arguments import check_positive
 from sparse_train.callbacks.lightning_trainer import steps_done
 from sparse_train.data.texts import Split, TextSource
@@ -167,7 +167,7 @@ class Evaluation(L.Callback):
 
 
 def _model(pl_module: L.LightningModule) -> nn.Module:
-    model = transformers_model(pl_module, sparse_layers(pl_module).values())
+    model = next(iter(transformers_models(pl_module, sparse_layers(pl_module).values())), None)
     if model is None:
         raise ValueError(
             f"Evaluation needs a transformers model that holds all masked layers, and {type(pl_module).__name__} has "

@@ -51,13 +51,11 @@ def dimensions(parameter: nn.Parameter) -> int:
     return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def transformers_model(root: nn.Module, layers: Iterable[Any]) -> nn.Module | None:
-    """The transformers model in ``root`` that holds all of ``layers``, if there is one."""
+def transformers_models(root: nn.Module, layers: Iterable[Any]) -> list[nn.Module]:
+    """The transformers models in ``root`` that hold all of ``layers``, the outermost first."""
     wanted = set(layers)
-    for module in root.modules():
-        if any(cls.__name__ == "PreTrainedModel" for cls in type(module).__mro__) and wanted <= set(module.modules()):
-            return module
-    return None
+    pretrained = (each for each in root.modules() if any(c.__name__ == "PreTrainedModel" for c in type(each).__mro__))
+    return [module for module in pretrained if wanted <= set(module.modules())]
 
 
 # --- decoder blocks --------------------------------------------------------------------------------------------------

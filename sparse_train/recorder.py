@@ -19,8 +19,10 @@ class Recorder:
     """State that all masked layers of a model share while activations are recorded."""
 
     when: Literal["never", "training", "always"] = "never"
-    """In "training", forwards in eval mode, or of a frozen module, with autograd off are left out. Calibration uses
-    "always"."""
+    """In "training", forwards with autograd off are left out. Calibration uses "always"."""
+    enters_with_autograd: bool = True
+    """Whether autograd was on when the running forward entered the model. In a layer it can be off although the model
+    trains: reentrant checkpointing turns it off for the first forward, the one that counts."""
     token_mask: Tensor | None = None
     """Which tokens of the current batch count (B, L); None = all."""
     told: bool = False
@@ -36,8 +38,12 @@ class Recorder:
 
     def wants(self, training: bool) -> bool:
         """Whether a forward of a layer in this mode is recorded."""
-        in_training = self.when == "training" and (training or torch.is_grad_enabled())
-        return not self.is_paused and (in_training or self.when == "always")
+        trains = torch.is_grad_enabled() or (training and self.enters_with_autograd)
+        return not self.is_paused and (self.when == "always" or (self.when == "training" and trains))
+
+    def enter(self, model: nn.Module, positional: tuple[Any, ...]) -> None:
+        """A pre-hook of a model's forward: text generated in train mode is not trained on."""
+        self.enters_with_autograd = torch.is_grad_enabled()
 
     def token_mask_for(self, x: Tensor) -> Tensor | None:
         """The token mask of an input (..., I); None if there is none, or if it does not fit."""

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import nn
 
-from sparse_train.architecture import transformers_model
+from sparse_train.architecture import transformers_models
 from sparse_train.arguments import describe
 from sparse_train.distributed.collectives import rank, take_from_rank_0, world_size
 from sparse_train.distributions import Outliers
@@ -42,7 +42,7 @@ def make_first_mask(
     """
     first = config.first_mask
     assert isinstance(first, OneShot)
-    model, ranks = transformers_model(root, layers.values()), world_size()
+    model, ranks = next(iter(transformers_models(root, layers.values())), None), world_size()
     if model is None or any(layer.layout.is_sharded for layer in layers.values()):
         return None
     samples = batches(first.samples)

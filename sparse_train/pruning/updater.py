@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sparse_train.architecture import frozen_linears
+from sparse_train.architecture import frozen_linears, transformers_models
 from sparse_train.arguments import as_call, as_data
 from sparse_train.distributed.collectives import rank
 from sparse_train.distributed.fsdp2 import reshard
@@ -138,7 +138,10 @@ class MaskUpdater:
             for layer in self.layers.values():
                 layer.calibration_norm = None  # this run has taken it, or has norms of its own
             # of the recorder, which a copy of the model copies with its layers
-            self._padding = model.register_forward_pre_hook(self.norms.recorder.read_padding, with_kwargs=True)
+            recorder = self.norms.recorder
+            self._hooks = [model.register_forward_pre_hook(recorder.read_padding, with_kwargs=True)]
+            within = transformers_models(model, self.layers.values())
+            self._hooks += [each.register_forward_pre_hook(recorder.enter) for each in within]
         except BaseException:
             new = [layer for layer in self.layers.values() if id(layer) not in before]
             for layer in new:
@@ -289,8 +292,8 @@ class MaskUpdater:
         return self.norms.recorder.padding_of(batch)
 
     def paused(self) -> AbstractContextManager[None]:
-        """A context in which forwards do not count in statistics, such as generation in train mode, or a pass on
-        other text. A forward in eval mode, or of a frozen module, under ``no_grad`` never counts."""
+        """A context in which forwards do not count in statistics, such as a pass on other text. A forward of a
+        transformers model under ``no_grad``, as in generation, never counts; of another module, none in eval mode."""
         return self.norms.recorder.paused()
 
     def warn_of_other_readers(self, loss: Tensor) -> None:
@@ -405,7 +408,8 @@ class MaskUpdater:
         """Call once before ``squash``: stops recording, and makes last checks; warns if the masks are not at the final
         sparsity."""
         self.norms.record(False)
-        self._padding.remove()
+        for hook in self._hooks:
+            hook.remove()
         check_agreement(self.layers)
         check_adapters(self._model)
         self._check_restored_masks()

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from sparse_train import (
@@ -236,12 +237,26 @@ def test_what_runs_while_paused_does_not_count(ids):
     tokens = [int(layer.statistics.tokens) for layer in updater.layers.values()]
     with updater.paused():
         model(input_ids=ids[1])
-        with torch.no_grad():
-            model.generate(ids[1], max_new_tokens=4, pad_token_id=0)  # in train mode, as it is
-    assert model.training
     assert [int(layer.statistics.tokens) for layer in updater.layers.values()] == tokens
     model(input_ids=ids[2])
     assert all(int(layer.statistics.tokens) == 2 * tokens[0] for layer in updater.layers.values())
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_text_that_is_generated_in_train_mode_does_not_count(ids, adapters, use_reentrant):
+    llama = shallow_llama()
+    llama.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    llama.enable_input_require_grads()
+    model = get_peft_model(llama, LoraConfig(target_modules=["q_proj"])) if adapters else llama
+    updater = MaskUpdater(model, "2:4", update_freq=4, window=4, total_steps=20)
+    model.train()
+    for step in range(1, 3):
+        with torch.no_grad():
+            model.generate(input_ids=ids[0], max_new_tokens=4, pad_token_id=0, use_cache=False)
+        assert model.training
+        model(input_ids=ids[step], use_cache=False).logits.sum().backward()
+        assert {int(layer.statistics.tokens) for layer in updater.layers.values()} == {step * ids[step].numel()}
 
 
 def test_a_pause_outlasts_a_step_that_starts_recording():

@@ -30,14 +30,16 @@ class Untrained:
     """An arm without training, calibrated on the same batches as the first mask of the trained arms.
 
     Args:
-        method: criterion or solver.
+        method: criterion or solver; None leaves the model dense.
         mask_structure, sparsity, distribution: see ``sparse_train.prune``.
+        permuted: whether channels are put in another order before, see ``permutation.py``.
     """
 
-    method: Criterion | Solver
+    method: Criterion | Solver | None
     mask_structure: str | Pattern = "2:4"
     sparsity: float | None = None
     distribution: SparsityDistribution = field(default_factory=Uniform)
+    permuted: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Arm:
         recipe: in recipes/.
         changes: arguments after it.
         teacher: whether it learns from the model that --teacher names.
-        start: one of ``ONESHOT``: the arm starts from its pruned model, with zeros; default: the dense model.
+        start: one of ``ONESHOT``: the arm starts from its model, pruned or permuted; default: the dense model.
         text: the text to train on; its validation and test articles, or files, are used for evaluation.
     """
 
@@ -62,7 +64,7 @@ class Arm:
         """Those of ``sparse-train fit``. The run's criterion makes the first mask unless the arm changes that, whatever
         the recipe says: a row can be rerun after the recipe has got a better default."""
         by_criterion = '--pruning.first_mask={"class_path": "OneShot", "init_args": {"criterion": null}}'
-        prunes = "mask_structure" in Path(self.recipe).read_text() and self.start is None
+        prunes = "mask_structure" in Path(self.recipe).read_text() and self.start in (None, "permuted")
         return [f"--config={self.recipe}", *([by_criterion] if prunes else []), *self.changes]
 
 
@@ -98,6 +100,9 @@ ONESHOT = {
     "oneshot_iht_damped10": Untrained(IHT(dampening_frac=0.1)),
     "oneshot_iht_70": Untrained(IHT(), "unstructured", 0.7),
     "oneshot_iht_70_damped10": Untrained(IHT(dampening_frac=0.1), "unstructured", 0.7),
+    "permuted": Untrained(None, permuted=True),
+    "oneshot_wanda_permuted": Untrained(Wanda(), permuted=True),
+    "oneshot_iht_permuted_damped10": Untrained(IHT(dampening_frac=0.1), permuted=True),
     "oneshot_owl_70": Untrained(Wanda(), "unstructured", 0.7, OWL()),
 }
 _WANDA_FIRST = ("first_mask=OneShot", "first_mask.criterion=Wanda")
@@ -109,7 +114,8 @@ _GRADUAL = (
 _AST = ("criterion=Magnitude", "policy=variants.RisingDecay", "end_step=1.0")
 _CAST = ("criterion=Magnitude", "policy=variants.GrowingDecay", "end_step=1.0")
 _SRSTE = ("criterion=Magnitude", "policy=variants.CoupledDecay", "update_freq=1", "window=1", "end_step=1.0")
-_FROM_ZEROS = ("first_mask=FromZeros", "--model.distillation.teacher=PackagedSmolLM2")
+_OF_DENSE = "--model.distillation.teacher=PackagedSmolLM2"
+_FROM_ZEROS = ("first_mask=FromZeros", _OF_DENSE)
 _SOLVED = "first_mask.criterion=SparseGPT"
 _IHT = ("first_mask.criterion=IHT", "first_mask.criterion.dampening_frac=0.1")  # the default when these arms were run
 _KL = ("--model.distillation.hardness_ce=0", "--model.distillation.hardness_kldiv=1")
@@ -171,6 +177,7 @@ ARMS: dict[str, Arm] = {
         "smollm2_2of4_static", "first_mask.criterion=IHT", "first_mask.criterion.dampening_frac=1.0", distil=True
     ),
     "static_iht_128_distill": _arm("smollm2_2of4_static", *_IHT, "first_mask.samples=128", distil=True),
+    "static_iht_permuted_distill": _arm("smollm2_2of4_static", *_IHT, _OF_DENSE, start="permuted", distil=True),
     "static_iht_distill_kl": _arm("smollm2_2of4_static", *_IHT, *_KL, distil=True),
     "static_iht_distill_t1": _arm("smollm2_2of4_static", *_IHT, _T1, distil=True),
     "dynamic_iht_distill_t1": _arm("smollm2_2of4", *_IHT, _T1, distil=True),

@@ -21,6 +21,7 @@ import rows
 import torch
 from arms import ARMS, ONESHOT
 from jsonargparse import auto_cli
+from permutation import input_norms, permute
 
 from sparse_train.cli import lightning_cli
 from sparse_train.data.text_blocks import TextBlocks
@@ -217,14 +218,18 @@ def flips(logged: list[dict[str, str]]) -> dict[str, float]:
 
 
 def _oneshot(name: str) -> Any:
-    """The model pruned like the first mask of trained arms: on the same random batches, under the same autocast."""
+    """The model pruned or permuted, on the random batches of trained arms' first masks, under the same autocast."""
     source = PackagedSmolLM2()
     model = source.load()
-    if name in ONESHOT:
-        arm, data = ONESHOT[name], TextBlocks(source, PackagedWikipedia(), block_size=512, batch_size=4)
-        data.setup("fit")
-        batches = random_batches(data.train_dataloader().dataset, 4, None, 32)
-        with torch.autocast("cpu", torch.bfloat16):
+    if name not in ONESHOT:
+        return model
+    arm, data = ONESHOT[name], TextBlocks(source, PackagedWikipedia(), block_size=512, batch_size=4)
+    data.setup("fit")
+    batches = random_batches(data.train_dataloader().dataset, 4, None, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        if arm.permuted:
+            permute(model, input_norms(model, batches))
+        if arm.method is not None:
             prune(
                 model,
                 batches,

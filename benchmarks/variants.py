@@ -150,6 +150,7 @@ class DenseNorms(L.Callback):
         before = {name: layer.weight_mask.clone() for name, layer in layers.items()}
         for layer in layers.values():
             layer.keep_all()
+        recorder.when = "always"  # also with autograd off
         # eager, because compiled blocks would be compiled again for this
         with torch.no_grad(), torch.compiler.set_stance("force_eager"), trainer.precision_plugin.forward_context():
             for each in self._last:

@@ -6,6 +6,10 @@ assignment, one place of all groups at a time, with Wanda's scores as shares of 
 Zhang et al., ICLR 2024, "Plug-and-Play"). Free to move are the channels of the residual stream, one order for the
 whole model, of each MLP, and of each value head. Queries and keys are bound by their rotation.
 
+Sums are rounded differently with other numbers of threads, and assignments follow: orders differ, and keep about as
+much (one-shot IHT at 2:4 on validation articles: 38.02 and 38.06). The order behind the row of
+``static_iht_permuted_distill`` is such a one, of two threads and an earlier form of this script.
+
 The result is a plain checkpoint. It is an arm of ``quality.py``, not a part of the package.
 
 Shape suffixes: R rows, C channels, G groups.

@@ -61,11 +61,16 @@ STARTS = {
     "oneshot_sparsegpt": "one-shot SparseGPT, untrained",
     "oneshot_iht": "one-shot IHT, untrained",
     "oneshot_iht_damped10": "one-shot IHT with dampening_frac 0.1, untrained",
-    "permuted": "dense, channels in another order, untrained",
-    "oneshot_wanda_permuted": "one-shot Wanda, channels in another order, untrained",
-    "oneshot_iht_permuted_damped10": "one-shot IHT with dampening_frac 0.1, channels in another order, untrained",
     "dynamic": "from the dense model, Wanda's first mask",
     "dynamic_sparsegpt": "from the dense model, SparseGPT's first mask and weights",
+}
+ORDERS = {
+    "none": "dense",
+    "permuted": "dense, permuted",
+    "oneshot_wanda": "one-shot Wanda",
+    "oneshot_wanda_permuted": "one-shot Wanda, permuted",
+    "oneshot_iht_damped10": "one-shot IHT with dampening_frac 0.1",
+    "oneshot_iht_permuted_damped10": "one-shot IHT with dampening_frac 0.1, permuted",
 }
 DISTILLATION = {
     "static": "kept, no teacher",
@@ -156,7 +161,7 @@ TAUGHT_2OF4 = {
     "static_iht_damped01_distill": "IHT's mask and weights with dampening_frac 0.01, kept",
     "static_iht_damped100_distill": "IHT's mask and weights with dampening_frac 1, kept",
     "static_iht_128_distill": "IHT's mask and weights from 128 sequences instead of 32, kept",
-    "static_iht_permuted_distill": "IHT's mask and weights, kept, channels in another order before",
+    "static_iht_permuted_distill": "IHT's mask and weights, kept, channels permuted before",
     "static_iht_distill_kl": "IHT's mask and weights, kept, no cross-entropy",
     "static_iht_distill_even": "IHT's mask and weights, kept, as much cross-entropy as divergence",
     "static_iht_distill_betas99": "IHT's mask and weights, kept, AdamW's second beta 0.99",

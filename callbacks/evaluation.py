@@ -167,10 +167,10 @@ class Evaluation(L.Callback):
 
 
 def _model(pl_module: L.LightningModule) -> nn.Module:
-    model = next(iter(transformers_models(pl_module, sparse_layers(pl_module).values())), None)
-    if model is None:
+    models = transformers_models(pl_module, sparse_layers(pl_module).values())
+    if not models:
         raise ValueError(
             f"Evaluation needs a transformers model that holds all masked layers, and {type(pl_module).__name__} has "
             "none. Leave Evaluation out, and measure in validation_step."
         )
-    return model
+    return models[0]

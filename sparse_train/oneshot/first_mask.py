@@ -42,8 +42,8 @@ def make_first_mask(
     """
     first = config.first_mask
     assert isinstance(first, OneShot)
-    model, ranks = next(iter(transformers_models(root, layers.values())), None), world_size()
-    if model is None or any(layer.layout.is_sharded for layer in layers.values()):
+    models, ranks = transformers_models(root, layers.values()), world_size()
+    if not models or any(layer.layout.is_sharded for layer in layers.values()):
         return None
     samples = batches(first.samples)
     if samples is None or len(samples) < ranks:
@@ -62,7 +62,7 @@ def make_first_mask(
         final=config.sparsity_at(1.0),
     )
     say(f"{describe(plan.method)} makes the first mask of {layers_in_words(layers)}")
-    store = MemoryStore(model, layers, together=plan.pattern.model_wide)
+    store = MemoryStore(models[0], layers, together=plan.pattern.model_wide)
     try:
         with store.pruning_from_dense():
             outliers = walk(store, plan, samples[rank() :: ranks], progress, context, token_mask).outliers

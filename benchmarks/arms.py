@@ -32,7 +32,7 @@ class Untrained:
     Args:
         method: criterion or solver; None leaves the model dense.
         mask_structure, sparsity, distribution: see ``sparse_train.prune``.
-        permuted: whether channels are put in another order before, see ``permutation.py``.
+        permuted: whether channels are put in another order before, see ``sparse_train.permute``.
     """
 
     method: Criterion | Solver | None
@@ -161,6 +161,9 @@ ARMS: dict[str, Arm] = {
     # from IHT's mask and weights; its pruned weights have values to come back with
     "static_iht": _arm("smollm2_2of4_static", *_IHT),
     "dynamic_iht": _arm("smollm2_2of4", *_IHT),
+    # channels permuted before
+    "static_permuted": _arm("smollm2_2of4_static", start="permuted"),
+    "dynamic_permuted": _arm("smollm2_2of4", start="permuted"),
     # distillation from the untouched model, and from the one that --teacher names
     "static_distill": _arm("smollm2_2of4_static", distil=True),
     "dynamic_distill": _arm("smollm2_2of4", distil=True),
@@ -178,6 +181,9 @@ ARMS: dict[str, Arm] = {
     ),
     "static_iht_128_distill": _arm("smollm2_2of4_static", *_IHT, "first_mask.samples=128", distil=True),
     "static_iht_permuted_distill": _arm("smollm2_2of4_static", *_IHT, _OF_DENSE, start="permuted", distil=True),
+    "static_iht_128_permuted_distill": _arm(
+        "smollm2_2of4_static", *_IHT, "first_mask.samples=128", _OF_DENSE, start="permuted", distil=True
+    ),
     "static_iht_distill_kl": _arm("smollm2_2of4_static", *_IHT, *_KL, distil=True),
     "static_iht_distill_t1": _arm("smollm2_2of4_static", *_IHT, _T1, distil=True),
     "dynamic_iht_distill_t1": _arm("smollm2_2of4", *_IHT, _T1, distil=True),

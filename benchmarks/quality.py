@@ -21,7 +21,6 @@ import rows
 import torch
 from arms import ARMS, ONESHOT
 from jsonargparse import auto_cli
-from permutation import input_norms, permute
 
 from sparse_train.cli import lightning_cli
 from sparse_train.data.text_blocks import TextBlocks
@@ -29,6 +28,7 @@ from sparse_train.data.texts import PackagedWikipedia, TextFiles, TextSource
 from sparse_train.evaluation import evaluate_perplexity, token_ids
 from sparse_train.models.sources import FromScratch, PackagedSmolLM2
 from sparse_train.oneshot.batches import random_batches
+from sparse_train.oneshot.permutation import permute
 from sparse_train.oneshot.prune import prune
 
 BLOCK_SIZE = 512
@@ -228,7 +228,7 @@ def _oneshot(name: str) -> Any:
     batches = random_batches(data.train_dataloader().dataset, 4, None, 32)
     with torch.autocast("cpu", torch.bfloat16):
         if arm.permuted:
-            permute(model, input_norms(model, batches))
+            permute(model, batches, autocast=torch.bfloat16)
         if arm.method is not None:
             prune(
                 model,

@@ -72,6 +72,12 @@ ORDERS = {
     "oneshot_iht_damped10": "one-shot IHT with dampening_frac 0.1",
     "oneshot_iht_permuted_damped10": "one-shot IHT with dampening_frac 0.1, permuted",
 }
+PERMUTED = {
+    "static": "kept",
+    "static_permuted": "kept, channels permuted before",
+    "dynamic": "re-pruned every 10 steps",
+    "dynamic_permuted": "re-pruned every 10 steps, channels permuted before",
+}
 DISTILLATION = {
     "static": "kept, no teacher",
     "static_distill": "kept, untouched teacher",
@@ -162,6 +168,7 @@ TAUGHT_2OF4 = {
     "static_iht_damped100_distill": "IHT's mask and weights with dampening_frac 1, kept",
     "static_iht_128_distill": "IHT's mask and weights from 128 sequences instead of 32, kept",
     "static_iht_permuted_distill": "IHT's mask and weights, kept, channels permuted before",
+    "static_iht_128_permuted_distill": "IHT's mask and weights from 128 sequences, kept, channels permuted before",
     "static_iht_distill_kl": "IHT's mask and weights, kept, no cross-entropy",
     "static_iht_distill_even": "IHT's mask and weights, kept, as much cross-entropy as divergence",
     "static_iht_distill_betas99": "IHT's mask and weights, kept, AdamW's second beta 0.99",

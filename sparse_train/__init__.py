@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from sparse_train.layers.masked_layer import SparseLinear, sparse_layers
     from sparse_train.layers.sparsify import sparsify, sparsify_like, squash
     from sparse_train.models.checkpoints import load_from_checkpoint
+    from sparse_train.oneshot.permutation import permute
     from sparse_train.oneshot.prune import prune
     from sparse_train.patterns import NM, Pattern, Unstructured
     from sparse_train.policies import Dormant, Fixed, MaskPolicy, Regrow, StraightThrough
@@ -66,6 +67,7 @@ __all__ = [
     "keep_zeros",
     "load_from_checkpoint",
     "merge_mask_lora",
+    "permute",
     "prune",
     "sparse_layers",
     "sparsify",
@@ -83,6 +85,7 @@ if not TYPE_CHECKING:  # type checkers read the imports above
         "layers.masked_layer",
         "layers.sparsify",
         "models.checkpoints",
+        "oneshot.permutation",
         "oneshot.prune",
         "patterns",
         "policies",

@@ -296,7 +296,7 @@ def _small(command, options, model_folder, text_file, pruned="") -> list[str]:
             "--trainer.enable_model_summary=false",
             *(measured if "Evaluation" in options else ()),
         ]
-    if command == "prune":
+    if command in ("prune", "permute"):
         own_text = () if "--text" in options else (f"--text={text}",)
         return [f"--model={model_folder}", *own_text, "--num_calibration_samples=4", "--max_seq_length=32"]
     if command == "evaluate" and "my_task.yaml" not in options:
@@ -313,7 +313,7 @@ def test_command_lines_run(line, elsewhere, left_behind, model_folder, text_file
     with without_pictures() if command == "fit" and not FULL else nullcontext():
         small = () if FULL else _small(command, options, model_folder, text_file, left_behind / "model")
         main([command, *options, *small])
-    places = {"prune": ("model", "out"), "export": ("checkpoint", "out")}.get(command, ())
+    places = {"prune": ("model", "out"), "permute": ("model", "out"), "export": ("checkpoint", "out")}.get(command, ())
     out = [folder for name, folder in pairwise(options) if name in ("--out", "--export")]
     out += [folder for name, folder in zip(places, options, strict=False) if name == "out" and options[0][0] != "-"]
     assert all(any(Path(folder) in path.parents for path in _files() - before) for folder in out)

@@ -19,6 +19,7 @@ COMMANDS = {
         "a teacher's outputs, for runs",
         "sparse-train cache-teacher --config recipes/smollm2_2of4_distill.yaml --model.distillation.cache runs/teacher",
     ),
+    "permute": Command("channels in an order for N:M", "sparse-train permute PackagedSmolLM2 runs/permuted"),
     "prune": Command("one-shot pruning", "sparse-train prune PackagedSmolLM2 runs/wanda"),
     "evaluate": Command("perplexity, zero-shot accuracy", "sparse-train evaluate runs/oneshot_wanda_2of4"),
     "export": Command(

@@ -71,7 +71,7 @@ class CalibrationPass:
         self._batches: list[Batch] = []
         self._token_masks: list[Tensor | None] = []  # of each batch; none if attention_mask says which tokens count
         for batch in given:
-            self._batches.append(_prepared(batch, model, device))
+            self._batches.append(prepared(batch, model, device))
             if token_mask is not None:
                 self._token_masks.append(token_mask(batch))
         if not self._batches:
@@ -267,7 +267,7 @@ def _moved(value: Any, device: torch.device) -> Any:
     return tree_map_only(Tensor, lambda tensor: tensor.detach().to(device), value)
 
 
-def _prepared(batch: Batch, model: nn.Module, device: torch.device) -> Batch:
+def prepared(batch: Batch, model: nn.Module, device: torch.device) -> Batch:
     """A batch as the model is called with it, on the device."""
     config = getattr(model, "config", None)
     what = "Calibration data is a list, or the like, of tensors of token ids (B, L) or dicts of model inputs. This has"

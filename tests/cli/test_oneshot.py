@@ -28,6 +28,19 @@ def prune(model_folder, text, out, *options):
     )
 
 
+def test_a_permuted_model_is_pruned_like_any_other(model_folder, text, capsys):
+    small = [f"--text={text}", "--num_calibration_samples=4", "--max_seq_length=32"]
+    cli.main(["permute", str(model_folder), "permuted", *small, "--json"])
+    result = json.loads(capsys.readouterr().out)
+    assert result["kept"] > result["kept_before"]
+    dense, permuted = (AutoModelForCausalLM.from_pretrained(each).eval() for each in (model_folder, "permuted"))
+    ids = torch.arange(3, 40)[None]
+    torch.testing.assert_close(permuted(ids).logits, dense(ids).logits, rtol=1e-3, atol=1e-4)
+    assert "channels permuted for 2:4" in Path("permuted/README.md").read_text()
+    prune("permuted", text, "pruned")
+    assert "sparsity of the targeted weights 0.5000" in capsys.readouterr().out
+
+
 def test_prune_evaluate_and_inspect(model_folder, text, capsys):
     prune(model_folder, text, "pruned")  # the recipe is found although the folder here has no recipes/
     assert "sparsity of the targeted weights 0.5000" in capsys.readouterr().out

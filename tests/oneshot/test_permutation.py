@@ -102,6 +102,20 @@ def test_padding_does_not_count():
     assert all(torch.equal(orders[0][name], orders[1][name]) for name in orders[0])
 
 
+def test_norms_of_inputs_count():
+    """What a norm multiplies by and the next weights divide by, in exact powers of two, changes no Wanda score."""
+    plain, rescaled = tiny_llama().eval(), tiny_llama().eval()
+    gains = 2.0 ** torch.randint(-3, 4, (32,), generator=torch.Generator().manual_seed(1))
+    for block in rescaled.model.layers:
+        block.post_attention_layernorm.weight.data *= gains
+        for layer in (block.mlp.gate_proj, block.mlp.up_proj):
+            layer.weight.data /= gains
+    permute(plain, batches())
+    permute(rescaled, batches())
+    for ours, theirs in zip(plain.model.layers, rescaled.model.layers, strict=True):
+        assert torch.equal(ours.self_attn.q_proj.weight, theirs.self_attn.q_proj.weight)
+
+
 @pytest.mark.parametrize("broken", ["gain", "interrupt"])
 def test_a_failure_leaves_the_model_as_it_was(broken, monkeypatch):
     model = tiny_llama().eval()

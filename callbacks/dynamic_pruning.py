@@ -272,7 +272,7 @@ class DynamicPruning(L.Callback):
         else:
             rank_zero_warn("The run had no step, so nothing was pruned.")
         if self._squash:
-            squash_layers(pl_module)  # squash without its checks, which finish() has made
+            squash_layers(pl_module)  # squash without its checks: masks have just been checked, or there are none
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self.teardown(trainer, pl_module, "")  # Lightning calls none after an exception

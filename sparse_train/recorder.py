@@ -19,8 +19,8 @@ class Recorder:
     """State that all masked layers of a model share while activations are recorded."""
 
     when: Literal["never", "training", "always"] = "never"
-    """In "training", forwards with autograd off are left out, but not in train mode of a module that ``enter`` does not
-    hear of. Calibration uses "always"."""
+    """In "training", forwards with autograd on count; in train mode, those that entered the model with it on count, or
+    all of a model that ``enter`` does not hear of. Calibration uses "always"."""
     enters_with_autograd: bool = True
     """Whether autograd was on when the running forward entered the model. In a layer it can be off although the model
     trains: reentrant checkpointing turns it off for the first forward, the one that counts."""

@@ -139,7 +139,7 @@ class Statistics(ABC):
     """
 
     dimensions: ClassVar[int]
-    """Of ``sums``, each of the layer's inputs."""
+    """Of ``sums``: 1 = (I,), 2 = (I, I)."""
 
     def __init__(self, in_features: int, device: torch.device | str | None = None) -> None:
         self.sums = torch.zeros((in_features,) * self.dimensions, dtype=torch.float32, device=device)
@@ -215,7 +215,7 @@ class ActivationNorm(Statistics):
 class ActivationGram(Statistics):
     """Sum of ``x x^T`` over the tokens seen: second moments of the input, for methods that move weights.
 
-    Only for calibration: takes I * I floats, and counts all that it is given.
+    Only for calibration: takes I * I floats, and counts every forward, also one that is not finite or computed again.
     """
 
     dimensions = 2

@@ -65,5 +65,5 @@ def permute(
     card = ModelCard(source.name, source.hub_id, source.license, made, stages=source.stages)
     export_model(loaded, tokenizer, folder, card)
     print(f"{source.name} permuted to {folder}")
-    print(f"{mask_structure} keeps {kept.after:.4f} of Wanda's scores; {kept.before:.4f} in the order before")
+    print(f"{mask_structure} keeps {kept.after:.4f} of a row's Wanda scores; {kept.before:.4f} in the order before")
     return {"out": out, "kept": kept.after, "kept_before": kept.before}

@@ -30,9 +30,8 @@ from sparse_train.oneshot.forwards import (
     TokenMask,
     answering,
     call,
-    check_ids,
-    ids_of,
     one_sample,
+    prepared,
 )
 from sparse_train.pruning.norms import attach
 from sparse_train.recorder import Recorder, reads_two_texts
@@ -265,26 +264,3 @@ def _reordered(tensor: Tensor) -> Tensor:
 
 def _moved(value: Any, device: torch.device) -> Any:
     return tree_map_only(Tensor, lambda tensor: tensor.detach().to(device), value)
-
-
-def prepared(batch: Batch, model: nn.Module, device: torch.device) -> Batch:
-    """A batch as the model is called with it, on the device."""
-    config = getattr(model, "config", None)
-    what = "Calibration data is a list, or the like, of tensors of token ids (B, L) or dicts of model inputs. This has"
-    if isinstance(batch, Mapping):
-        needs_labels = getattr(config, "is_encoder_decoder", False)  # which makes inputs of them; no loss is needed
-        named = {key: value for key, value in batch.items() if key != "labels" or needs_labels}
-        batch = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in named.items()}
-    elif isinstance(batch, Tensor):
-        batch = batch.to(device)
-    else:
-        raise ValueError(f"{what} a {type(batch).__name__}.")
-    ids = ids_of(batch)
-    if config is not None and isinstance(ids, Tensor) and ids.dim() < 2:
-        raise ValueError(
-            f"{what} ids of shape {tuple(ids.shape)}: one sample. Put a batch dimension in front "
-            "(ids[None]), or use a DataLoader."
-        )
-    if isinstance(ids, Tensor) and not ids.is_floating_point():
-        check_ids(model, ids)
-    return batch

@@ -108,3 +108,26 @@ def check_ids(model: nn.Module, ids: Tensor) -> None:
             f"Token ids go from {int(ids.min())} to {int(ids.max())}, and {type(model).__name__} has embeddings for 0 "
             f"to {known - 1}. Are they from the tokenizer of another model?"
         )
+
+
+def prepared(batch: Batch, model: nn.Module, device: torch.device) -> Batch:
+    """A batch as the model is called with it, on the device."""
+    config = getattr(model, "config", None)
+    what = "Calibration data is a list, or the like, of tensors of token ids (B, L) or dicts of model inputs. This has"
+    if isinstance(batch, Mapping):
+        needs_labels = getattr(config, "is_encoder_decoder", False)  # which makes inputs of them; no loss is needed
+        named = {key: value for key, value in batch.items() if key != "labels" or needs_labels}
+        batch = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in named.items()}
+    elif isinstance(batch, Tensor):
+        batch = batch.to(device)
+    else:
+        raise ValueError(f"{what} a {type(batch).__name__}.")
+    ids = ids_of(batch)
+    if config is not None and isinstance(ids, Tensor) and ids.dim() < 2:
+        raise ValueError(
+            f"{what} ids of shape {tuple(ids.shape)}: one sample. Put a batch dimension in front "
+            "(ids[None]), or use a DataLoader."
+        )
+    if isinstance(ids, Tensor) and not ids.is_floating_point():
+        check_ids(model, ids)
+    return batch

@@ -10,51 +10,40 @@ Shape suffixes: R rows, C channels, G groups of M channels.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from sparse_train.architecture import unambiguous_blocks
 from sparse_train.layers.masked_layer import MaskedLayer
-from sparse_train.oneshot.calibration import prepared
-from sparse_train.oneshot.forwards import Batch, ForwardContext, call, inference, one_sample, under_autocast
-from sparse_train.patterns import NM, Pattern, parse_word
+from sparse_train.oneshot.forwards import Batch, ForwardContext, call, inference, one_sample, prepared, under_autocast
+from sparse_train.patterns import NM, PRUNED, Pattern, parse_word
 from sparse_train.terminal import with_bar
 
 _ROUNDS = 6
 """Each exchanges all places once. Most channels stand still after three."""
-_ROWS = 256
-"""Of each 1536 rows that read the residual stream, those that decide its order."""
+_ROWS = 6
+"""One of so many rows that read the residual stream helps to decide its order."""
 _AT_ONCE = int(3e7)
 """Elements of a temporary tensor."""
 _LAYERS = (*(f"self_attn.{each}_proj" for each in "qkvo"), *(f"mlp.{each}_proj" for each in ("gate", "up", "down")))
 
 
-@dataclass(frozen=True)
-class Permutation:
-    """What a permutation has gained: the share of Wanda's scores that N:M keeps, before and after."""
+class KeptShares(NamedTuple):
+    """The share of a row's Wanda scores that N:M keeps, before and after: the mean of the rows that decided."""
 
     before: float
     after: float
 
 
-@dataclass(frozen=True)
-class _Channels:
-    """Channels that are reordered together.
-
-    Attributes:
-        scores_RC: those of weights that read them, as shares of their row.
-        places: tensors in which they stand, each with its dimension.
-    """
+class _Channels(NamedTuple):
+    """Channels that are reordered together."""
 
     scores_RC: Tensor
+    """Wanda's scores of weights that read them, as shares of their row."""
     places: list[tuple[Tensor, int]]
-
-    def reorder(self, order_C: Tensor) -> None:
-        for tensor, dim in self.places:
-            tensor.copy_(tensor.index_select(dim, order_C))
+    """Tensors in which they stand, each with its dimension."""
 
 
 @torch.no_grad()
@@ -65,7 +54,7 @@ def permute(
     *,
     autocast: torch.dtype | None = None,
     progress: bool = False,
-) -> Permutation:
+) -> KeptShares:
     """Reorder the channels of a dense model in place, before its first mask.
 
     The result is an ordinary checkpoint of the same architecture. A failure leaves the model unchanged.
@@ -74,11 +63,12 @@ def permute(
         model: of transformers, with the layers of a Llama: ``self_attn.{q,k,v,o}_proj``, ``mlp.{gate,up,down}_proj``.
         batches: calibration data, see ``prune``.
         mask_structure: "N:M", that of the mask to come.
-        autocast: computes forwards in this dtype.
+        autocast: computes calibration forwards in this dtype.
         progress: show a progress bar.
 
     Raises:
-        ValueError: another pattern or architecture, or outputs have changed: other parameters know the order as well.
+        ValueError: another pattern or architecture, zeros of an earlier pruning, or changed outputs, as where a
+            parameter that a Llama has not stands in an order of its own.
     """
     pattern = parse_word(mask_structure, "row")
     if not isinstance(pattern, NM):
@@ -88,7 +78,7 @@ def permute(
     if not given:
         raise ValueError("There is no calibration data: the iterable of batches is empty.")
     context = under_autocast(autocast, model.device)
-    done: list[tuple[_Channels, Tensor]] = []
+    done: list[tuple[Tensor, int, Tensor]] = []
     kept_before = kept_after = total = 0.0
     with inference(model, use_cache=False):
         norms = _input_norms(model, given, context)
@@ -99,10 +89,11 @@ def permute(
                 kept_before += kept(channels.scores_RC, pattern)
                 kept_after += kept(channels.scores_RC[:, order_C], pattern)
                 total += float(channels.scores_RC.sum())
-                channels.reorder(order_C)
-                done.append((channels, order_C))
+                for tensor, dim in channels.places:
+                    tensor.copy_(tensor.index_select(dim, order_C))
+                    done.append((tensor, dim, order_C))
             difference = (call(model, one_sample(given[0])).logits - expected).norm() / expected.norm()
-            # norms compute in float32 in any model; far more than rounding makes, far less than one tensor left out
+            # far above rounding, which is float32's in norms even of a float64 model, and below one tensor left out
             if not difference < max(torch.finfo(expected.dtype).eps, torch.finfo(torch.float32).eps) ** 0.5:
                 raise ValueError(
                     f"With its channels permuted, the outputs of {type(model).__name__} change by "
@@ -110,10 +101,10 @@ def permute(
                     "is."
                 )
         except BaseException:
-            for channels, order_C in reversed(done):
-                channels.reorder(order_C.argsort())
+            for tensor, dim, order_C in reversed(done):
+                tensor.copy_(tensor.index_select(dim, order_C.argsort()))
             raise
-    return Permutation(kept_before / total, kept_after / total)
+    return KeptShares(kept_before / total, kept_after / total)
 
 
 # --- one order --------------------------------------------------------------------------------------------------------
@@ -169,10 +160,26 @@ def _decoder(model: Any, pattern: NM) -> Any:
             "Channels can be permuted in models with the plain linear layers of a Llama. The blocks of "
             f"{type(model).__name__} have no {unknown} of that kind. Prune it as it is."
         )
+    inside = {id(each) for part in (decoder, *_tables(model)) for each in part.parameters()}
+    if outside := next((name for name, each in model.named_parameters() if id(each) not in inside), None):
+        # such as what writes features of pictures into the residual stream
+        raise ValueError(
+            f"Channels can be permuted in a decoder alone. {type(model).__name__} has {outside} beside it. Prune it as "
+            "it is."
+        )
+    zeros = [int((layer.weight == 0).sum()) / layer.weight.numel() for _, layer in layers]
+    if max(zeros) > PRUNED:
+        raise ValueError(
+            f"{max(zeros):.0%} of a layer are zeros, which would leave their groups. Permute before pruning."
+        )
     for own, layer in layers:
         pattern.check_layer(own, layer.in_features)
     pattern.check_layer("a value head", blocks[0].self_attn.head_dim)
     return decoder
+
+
+def _tables(model: Any) -> tuple[nn.Module, nn.Module]:
+    return model.get_input_embeddings(), model.get_output_embeddings()
 
 
 def _is_plain(layer: Any) -> bool:
@@ -186,7 +193,7 @@ def _at(module: Any, name: str) -> Any:
 
 
 def _all_channels(model: Any, decoder: Any, norms: Mapping[nn.Module, Tensor], progress: bool) -> Iterator[_Channels]:
-    """Those of each block, then those of the residual stream. Each is reordered before the next one is asked for."""
+    """Those of each block, then those of the residual stream; one at a time, to hold one set of scores."""
 
     def shares(layer: nn.Linear) -> Tensor:
         scores_RC = layer.weight.abs() * norms[layer]
@@ -210,14 +217,14 @@ def _all_channels(model: Any, decoder: Any, norms: Mapping[nn.Module, Tensor], p
     for block in decoder.layers:
         attention, mlp = block.self_attn, block.mlp
         for layer in (attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj):
-            rows = torch.randperm(len(layer.weight), generator=sampled)[: max(8, _ROWS * len(layer.weight) // 1536)]
+            rows = torch.randperm(len(layer.weight), generator=sampled)[: max(8, len(layer.weight) // _ROWS)]
             scores.append(shares(layer)[rows.to(layer.weight.device)])
             places.append((layer.weight, 1))
         places += [*_outputs(attention.o_proj), *_outputs(mlp.down_proj)]
     norms_of = [child for module in (decoder, *decoder.layers) for child in module.children()]
     places += [(each, 0) for module in norms_of for each in module.parameters(recurse=False) if each.dim() == 1]
-    tables = {id(each.weight): each.weight for each in (model.get_input_embeddings(), model.get_output_embeddings())}
-    places += [(each, 1) for each in tables.values()]  # one if they are tied
+    tables = {id(each.weight): each.weight for each in _tables(model)}  # one if they are tied
+    places += [(each, 1) for each in tables.values()]
     yield _Channels(torch.cat(scores), places)
 
 

@@ -345,12 +345,14 @@ class MaskUpdater:
         return {"the model": sum(counts.values())} if self.config.pattern.model_wide else counts
 
     def _prepare_step(self) -> None:
+        """Tell the policy about the coming step, and record in it if an update will read its activations."""
         update = self.timing.recorded_for(self.steps)
         follows = self.sparsity is not None and self.timing.is_update(self.steps + 1)
         self.policy.before_step(self.timing.progress(self.steps + 1) if follows else None)
         self.norms.record(update is not None and self._would_change(update))
 
     def _would_change(self, step: int) -> bool:
+        """Whether an update at ``step`` can change masks: weights come back, or more of them go."""
         if self.sparsity is None or self.policy.regrowth != "never":
             return True
         return self.config.sparsity_at(self.timing.progress(step)) > self.sparsity

@@ -24,6 +24,8 @@ _LIMITS = """
 - Not a sparse checkpoint for vLLM or compressed-tensors, which no longer load those. They load it as a dense model.
 """
 
+_ZEROS = "Pruned weights are exact zeros in ordinary layers. N:M counts N kept of every M consecutive inputs."
+
 
 @dataclass(frozen=True)
 class ModelCard:
@@ -60,15 +62,18 @@ class ModelCard:
             library_name="transformers",
             license=self.license,
             pipeline_tag="text-generation",
-            tags=["sparse-train", "sparse", "pruned", *patterns],
+            tags=["sparse-train", *(["sparse", "pruned", *patterns] if sparse else [])],
         )
         whole = f", {sparsity_of(layers):.4f} of all linear layers'" if len(layers) > len(sparse) else ""
+        counted = (
+            f"{sparsity_of(sparse):.4f} of the {len(sparse)} pruned layers' weights{whole}, "
+            "counted on the weights that are written here"
+        )
         made = {
             "base model": self.base_model,
             "pruned before": list(self.stages),
             **self.made,
-            "counted sparsity": f"{sparsity_of(sparse):.4f} of the {len(sparse)} pruned layers' weights{whole}, "
-            "counted on the weights that are written here",
+            "counted sparsity": counted if sparse else None,
             "perplexity": self.perplexity,
             "made with": ", ".join(f"{name} {each}" for name, each in versions().items() if name in _MAKERS),
         }
@@ -77,12 +82,11 @@ class ModelCard:
             f"---\n{front.to_yaml()}\n---\n",
             f"# {self.base_model or 'A language model'}, {', '.join(patterns) or 'dense'}\n",
             _yaml(yaml.safe_dump(known, sort_keys=False, allow_unicode=True, width=120)),
-            "Plain `AutoModelForCausalLM.from_pretrained` reads it: pruned weights are exact zeros in ordinary layers. "
-            "N:M counts N kept of every M consecutive inputs.\n",
+            f"Plain `AutoModelForCausalLM.from_pretrained` reads it. {_ZEROS if sparse else ''}\n",
             "## By projection\n",
             "| projection | layers | sparsity | pattern |\n| --- | --- | --- | --- |",
             *(f"| {' | '.join(row)} |" for row in by_projection(layers)),
-            _LIMITS,
+            *([_LIMITS] if sparse else []),
         ]
         if self.recipe:
             parts += ["## Recipe\n", _yaml(self.recipe)]

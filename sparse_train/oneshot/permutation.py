@@ -28,6 +28,8 @@ _ROWS = 6
 _AT_ONCE = int(3e7)
 """Elements of a temporary tensor."""
 _LAYERS = (*(f"self_attn.{each}_proj" for each in "qkvo"), *(f"mlp.{each}_proj" for each in ("gate", "up", "down")))
+_NORMS_OF_QUERIES = ("q_norm", "k_norm", "query_layernorm", "key_layernorm")
+_WAY_OUT = "Prune it as it is."
 
 
 class KeptShares(NamedTuple):
@@ -67,8 +69,8 @@ def permute(
         progress: show a progress bar.
 
     Raises:
-        ValueError: another pattern or architecture, zeros of an earlier pruning, or changed outputs, as where a
-            parameter that a Llama has not stands in an order of its own.
+        ValueError: another pattern or architecture, parameters that a Llama has not, zeros of an earlier pruning,
+            or outputs that change.
     """
     pattern = parse_word(mask_structure, "row")
     if not isinstance(pattern, NM):
@@ -84,7 +86,7 @@ def permute(
         norms = _input_norms(model, given, context)
         expected = call(model, one_sample(given[0])).logits
         try:
-            for channels in _all_channels(model, decoder, norms, progress):
+            for channels in _all_channels(model, decoder, norms, pattern, progress):
                 order_C = better_order(channels.scores_RC, pattern)
                 kept_before += kept(channels.scores_RC, pattern)
                 kept_after += kept(channels.scores_RC[:, order_C], pattern)
@@ -92,13 +94,13 @@ def permute(
                 for tensor, dim in channels.places:
                     tensor.copy_(tensor.index_select(dim, order_C))
                     done.append((tensor, dim, order_C))
-            difference = (call(model, one_sample(given[0])).logits - expected).norm() / expected.norm()
+            found = call(model, one_sample(given[0])).logits
+            difference = (found.float() - expected.float()).norm() / expected.float().norm()
             # far above rounding, which is float32's in norms even of a float64 model, and below one tensor left out
             if not difference < max(torch.finfo(expected.dtype).eps, torch.finfo(torch.float32).eps) ** 0.5:
                 raise ValueError(
                     f"With its channels permuted, the outputs of {type(model).__name__} change by "
-                    f"{float(difference):.2g} of their norm, so it has parameters that a Llama has not. Prune it as it "
-                    "is."
+                    f"{float(difference):.2g} of their norm, so it computes more than a Llama does. {_WAY_OUT}"
                 )
         except BaseException:
             for tensor, dim, order_C in reversed(done):
@@ -149,37 +151,41 @@ def better_order(scores_RC: Tensor, pattern: NM) -> Tensor:
 
 
 def _decoder(model: Any, pattern: NM) -> Any:
-    """The module that holds the blocks; ValueError unless they have the plain linear layers of a Llama's."""
+    """The module that holds the blocks; ValueError if the model has a parameter that a Llama has not."""
+    if getattr(model, "get_output_embeddings", lambda: None)() is None:
+        raise ValueError(f"permute takes a causal language model of transformers, not a {type(model).__name__}.")
     name = unambiguous_blocks(model) or ""
     decoder = model.get_submodule(name.rpartition(".")[0])
     blocks = list(decoder.layers) if name.endswith("layers") else []
     layers = [(own, _at(block, own)) for block in blocks for own in _LAYERS]
-    unknown = next((own for own, each in layers if not _is_plain(each)), None if blocks else _LAYERS[0])
-    if unknown:
+    missing = next((own for own, each in layers if not _is_plain(each)), None if blocks else _LAYERS[0])
+    if missing:
         raise ValueError(
             "Channels can be permuted in models with the plain linear layers of a Llama. The blocks of "
-            f"{type(model).__name__} have no {unknown} of that kind. Prune it as it is."
+            f"{type(model).__name__} have no {missing} of that kind. {_WAY_OUT}"
         )
-    inside = {id(each) for part in (decoder, *_tables(model)) for each in part.parameters()}
-    if outside := next((name for name, each in model.named_parameters() if id(each) not in inside), None):
-        # such as what writes features of pictures into the residual stream
-        raise ValueError(
-            f"Channels can be permuted in a decoder alone. {type(model).__name__} has {outside} beside it. Prune it as "
-            "it is."
-        )
-    zeros = [int((layer.weight == 0).sum()) / layer.weight.numel() for _, layer in layers]
-    if max(zeros) > PRUNED:
-        raise ValueError(
-            f"{max(zeros):.0%} of a layer are zeros, which would leave their groups. Permute before pruning."
-        )
+    queries = [_at(block, f"self_attn.{own}") for block in blocks for own in _NORMS_OF_QUERIES]
+    modules = [*_tables(model), *(layer for _, layer in layers), *(each for each in queries if each is not None)]
+    known = {id(each) for module in modules for each in module.parameters()} | set(map(id, _norms(decoder)))
+    if unknown := next((name for name, each in model.named_parameters() if id(each) not in known), None):
+        raise ValueError(f"{type(model).__name__} has {unknown}, and a Llama has nothing of the kind. {_WAY_OUT}")
+    zeros = sum(int((layer.weight == 0).sum()) for _, layer in layers)
+    if zeros > PRUNED * sum(layer.weight.numel() for _, layer in layers):
+        raise ValueError("The model is pruned already, and its zeros would leave their groups. Permute before pruning.")
     for own, layer in layers:
         pattern.check_layer(own, layer.in_features)
-    pattern.check_layer("a value head", blocks[0].self_attn.head_dim)
     return decoder
 
 
 def _tables(model: Any) -> tuple[nn.Module, nn.Module]:
     return model.get_input_embeddings(), model.get_output_embeddings()
+
+
+def _norms(decoder: Any) -> list[nn.Parameter]:
+    """Vectors over the residual stream."""
+    children = [child for module in (decoder, *decoder.layers) for child in module.children()]
+    width = decoder.layers[0].self_attn.q_proj.in_features
+    return [each for child in children for each in child.parameters(recurse=False) if each.shape == (width,)]
 
 
 def _is_plain(layer: Any) -> bool:
@@ -192,7 +198,9 @@ def _at(module: Any, name: str) -> Any:
     return module
 
 
-def _all_channels(model: Any, decoder: Any, norms: Mapping[nn.Module, Tensor], progress: bool) -> Iterator[_Channels]:
+def _all_channels(
+    model: Any, decoder: Any, norms: Mapping[nn.Module, Tensor], pattern: NM, progress: bool
+) -> Iterator[_Channels]:
     """Those of each block, then those of the residual stream; one at a time, to hold one set of scores."""
 
     def shares(layer: nn.Linear) -> Tensor:
@@ -207,7 +215,7 @@ def _all_channels(model: Any, decoder: Any, norms: Mapping[nn.Module, Tensor], p
         size, scores = attention.head_dim, shares(attention.o_proj).split(attention.head_dim, dim=1)
         read = attention.o_proj.weight.split(size, dim=1)
         repeats = len(read) // (attention.v_proj.out_features // size)
-        for head, first in enumerate(range(0, len(read), repeats)):
+        for head, first in enumerate(range(0, len(read), repeats) if size % pattern.m == 0 else ()):
             queries = slice(first, first + repeats)
             values = [(each[head * size : (head + 1) * size], 0) for each, _ in _outputs(attention.v_proj)]
             yield _Channels(torch.cat(scores[queries]), [*((each, 1) for each in read[queries]), *values])
@@ -221,8 +229,7 @@ def _all_channels(model: Any, decoder: Any, norms: Mapping[nn.Module, Tensor], p
             scores.append(shares(layer)[rows.to(layer.weight.device)])
             places.append((layer.weight, 1))
         places += [*_outputs(attention.o_proj), *_outputs(mlp.down_proj)]
-    norms_of = [child for module in (decoder, *decoder.layers) for child in module.children()]
-    places += [(each, 0) for module in norms_of for each in module.parameters(recurse=False) if each.dim() == 1]
+    places += [(each, 0) for each in _norms(decoder)]
     tables = {id(each.weight): each.weight for each in _tables(model)}  # one if they are tied
     places += [(each, 1) for each in tables.values()]
     yield _Channels(torch.cat(scores), places)

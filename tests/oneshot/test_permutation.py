@@ -90,6 +90,16 @@ def test_more_is_kept_in_each_kind_of_layer():
     assert errors[1] < errors[0]
 
 
+def test_heads_that_groups_do_not_divide_stay_as_they_are():
+    model = tiny_llama().eval()
+    before = weights(model)
+    permute(model, batches(), "8:16")  # heads have 8 channels
+    after = weights(model)
+    name = "model.layers.0.self_attn.v_proj.weight"
+    assert torch.equal(after[name].sort().values, before[name].sort().values)  # rows where they were
+    assert not torch.equal(after[name], before[name])
+
+
 def test_padding_does_not_count():
     """Norms of the tokens alone, whatever is in the padding."""
     orders = []
@@ -122,7 +132,7 @@ def test_a_failure_leaves_the_model_as_it_was(broken, monkeypatch):
     if broken == "gain":  # a parameter that knows the order, and that permute does not know
         gain = torch.linspace(0.99, 1.01, 32)
         model.model.layers[1].register_forward_pre_hook(lambda _, args: (args[0] * gain, *args[1:]))
-    before, expected = weights(model), (ValueError, "parameters that a Llama has not")
+    before, expected = weights(model), (ValueError, "computes more than a Llama")
     if broken == "memory":  # in the middle of a set of channels
         count, real = itertools.count(), torch.Tensor.index_select
 
@@ -147,6 +157,12 @@ def test_what_cannot_be_permuted_is_refused():
         permute(tiny_llama(), batches(), "unstructured")
     with pytest.raises(ValueError, match="vision_tower"):  # whose features would keep their order
         permute(tiny_gemma3(), batches())
+    scaled = tiny_llama()
+    scaled.model.layers[1].mlp.register_parameter("scale", torch.nn.Parameter(torch.ones(64)))
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.scale"):
+        permute(scaled, batches())
+    with pytest.raises(ValueError, match="not a LlamaModel"):
+        permute(tiny_llama().model, batches())
     pruned = tiny_llama()
     prune(pruned, criterion=Magnitude())
     with pytest.raises(ValueError, match="Permute before pruning"):

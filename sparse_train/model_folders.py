@@ -82,7 +82,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def stages_of(folder: Path) -> list[Any]:
-    """How the model in a folder was pruned so far, as far as that is recorded."""
+    """How the model in a folder was permuted and pruned so far, as far as that is recorded."""
     file = folder / PRUNING_FILE
     with reading(file):
         content = json.loads(file.read_text()) if file.is_file() else {}

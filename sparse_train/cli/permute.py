@@ -10,7 +10,8 @@ from sparse_train.evaluation.perplexity import check_window
 from sparse_train.export import export_model
 from sparse_train.export.card import ModelCard
 from sparse_train.export.hf_folder import size_of
-from sparse_train.files import check_free, check_space
+from sparse_train.files import check_free, check_space, write_json, written_whole
+from sparse_train.model_folders import PRUNING_FILE
 from sparse_train.models.sources import Autocast, ModelSource, as_model_source, chosen_device, torch_dtype
 from sparse_train.oneshot import permutation
 
@@ -61,9 +62,11 @@ def permute(
     tokenizer = source.tokenizer()
     batches = calibration_batches(text, tokenizer, **calibration)
     kept = permutation.permute(loaded, batches, mask_structure, autocast=torch_dtype(autocast), progress=True)
-    made = {"method": f"channels permuted for {mask_structure}", "calibration": {"text": text.name, **calibration}}
-    card = ModelCard(source.name, source.hub_id, source.license, made, stages=source.stages)
-    export_model(loaded, tokenizer, folder, card)
+    stage = {"channels permuted for": mask_structure, "calibration": {"text": text.name, **calibration}}
+    card = ModelCard(source.name, source.hub_id, source.license, stage, stages=source.stages)
+    with written_whole(folder) as beside:
+        export_model(loaded, tokenizer, beside, card)
+        write_json(beside / PRUNING_FILE, {"model": source.name, "stages": [*source.stages, stage]})
     print(f"{source.name} permuted to {folder}")
     print(f"{mask_structure} keeps {kept.after:.4f} of a row's Wanda scores; {kept.before:.4f} in the order before")
     return {"out": out, "kept": kept.after, "kept_before": kept.before}

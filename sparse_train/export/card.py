@@ -24,7 +24,7 @@ _LIMITS = """
 - Not a sparse checkpoint for vLLM or compressed-tensors, which no longer load those. They load it as a dense model.
 """
 
-_ZEROS = "Pruned weights are exact zeros in ordinary layers. N:M counts N kept of every M consecutive inputs."
+_ZEROS = "Pruned weights are exact zeros in ordinary layers. N:M counts N kept of every M consecutive inputs.\n"
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class ModelCard:
     pruning: Mapping[str, Any] | None = None
     """What ``pruning.json`` is to say: where the zeros are to be, see ``export.verify``."""
     stages: Sequence[Any] = ()
-    """How the base model was pruned before, as its ``pruning.json`` says."""
+    """How the base model was permuted or pruned before, as its ``pruning.json`` says."""
 
     def text(self, layers: Sequence[LayerSparsity]) -> str:
         """The card as Markdown, with the front matter that the hub reads.
@@ -71,7 +71,7 @@ class ModelCard:
         )
         made = {
             "base model": self.base_model,
-            "pruned before": list(self.stages),
+            "made before": list(self.stages),
             **self.made,
             "counted sparsity": counted if sparse else None,
             "perplexity": self.perplexity,
@@ -82,7 +82,8 @@ class ModelCard:
             f"---\n{front.to_yaml()}\n---\n",
             f"# {self.base_model or 'A language model'}, {', '.join(patterns) or 'dense'}\n",
             _yaml(yaml.safe_dump(known, sort_keys=False, allow_unicode=True, width=120)),
-            f"Plain `AutoModelForCausalLM.from_pretrained` reads it. {_ZEROS if sparse else ''}\n",
+            "Plain `AutoModelForCausalLM.from_pretrained` reads it.\n",
+            *([_ZEROS] if sparse else []),
             "## By projection\n",
             "| projection | layers | sparsity | pattern |\n| --- | --- | --- | --- |",
             *(f"| {' | '.join(row)} |" for row in by_projection(layers)),

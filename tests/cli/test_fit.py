@@ -120,7 +120,7 @@ def test_what_was_pruned_before_is_said_with_how(fit, model_folder, text_file):
     def criteria(folder):
         card = yaml.safe_load(re.search(r"```yaml\n(.*?)```", Path(folder, "README.md").read_text(), re.S)[1])
         stages = json.loads(Path(folder, "pruning.json").read_text())["stages"]
-        assert card.get("pruned before", []) == stages[:-1]
+        assert card.get("made before", []) == stages[:-1]
         return [stage["criterion"].partition("(")[0] for stage in stages]
 
     cli.main(["prune", str(model_folder), "first", "--criterion=SparseGPT", *calibration])

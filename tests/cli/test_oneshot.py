@@ -37,9 +37,12 @@ def test_a_permuted_model_is_pruned_like_any_other(model_folder, text, capsys):
     ids = torch.arange(3, 40)[None]
     torch.testing.assert_close(permuted(ids).logits, dense(ids).logits, rtol=1e-3, atol=1e-4)
     card = Path("permuted/README.md").read_text()
-    assert "channels permuted for 2:4" in card and "pruned" not in card
+    assert "channels permuted for: '2:4'" in card and "pruned" not in card
     prune("permuted", text, "pruned")
     assert "sparsity of the targeted weights 0.5000" in capsys.readouterr().out
+    assert "channels permuted for: '2:4'" in Path("pruned/README.md").read_text()
+    first, second = json.loads(Path("pruned/pruning.json").read_text())["stages"]
+    assert first["channels permuted for"] == second["mask_structure"] == "2:4"
 
 
 def test_prune_evaluate_and_inspect(model_folder, text, capsys):

@@ -157,6 +157,7 @@ METHODS_70 = {
 }
 """The methods of the field in that setting."""
 TAUGHT_2OF4 = {
+    "static": "kept, no gradient to pruned weights, no teacher",
     "static_distill": "kept, no gradient to pruned weights",
     "dynamic_distill": "re-pruned every 10 steps (the default)",
     "dynamic_dormant_distill": "re-pruned every 10 steps, policy Dormant",

@@ -243,7 +243,7 @@ def walk(
             else:
                 prune_block(block)
             if calibration is not None and plan.statistics is not None and block < store.last:
-                calibration.record({}, plan.statistics, block, keep=True)
+                calibration.record({}, plan.statistics, block, keep=True)  # the outputs of the pruned block
             store.free(block)
         if store.names(None):  # such as a named lm_head: calibrated with the blocks pruned
             prune_block(None)

@@ -84,7 +84,7 @@ def permute(
     kept_before = kept_after = total = 0.0
     with inference(model, use_cache=False):
         norms = _input_norms(model, given, context)
-        expected = call(model, one_sample(given[0])).logits
+        expected = _logits(model, given[0])
         try:
             for channels in _all_channels(model, decoder, norms, pattern, progress):
                 order_C = better_order(channels.scores_RC, pattern)
@@ -94,7 +94,7 @@ def permute(
                 for tensor, dim in channels.places:
                     tensor.copy_(tensor.index_select(dim, order_C))
                     done.append((tensor, dim, order_C))
-            found = call(model, one_sample(given[0])).logits
+            found = _logits(model, given[0])
             difference = (found.float() - expected.float()).norm() / expected.float().norm()
             # far above rounding, which is float32's in norms even of a float64 model, and below one tensor left out
             if not difference < max(torch.finfo(expected.dtype).eps, torch.finfo(torch.float32).eps) ** 0.5:
@@ -106,7 +106,16 @@ def permute(
             for tensor, dim, order_C in reversed(done):
                 tensor.copy_(tensor.index_select(dim, order_C.argsort()))
             raise
+        finally:
+            torch.clear_autocast_cache()  # an autocast around this call has casts of the former weights
     return KeptShares(kept_before / total, kept_after / total)
+
+
+def _logits(model: Any, batch: Batch) -> Tensor:
+    """Those of one sample, in the model's own dtype."""
+    with torch.autocast(model.device.type, enabled=False):
+        logits: Tensor = call(model, one_sample(batch)).logits
+    return logits
 
 
 # --- one order --------------------------------------------------------------------------------------------------------

@@ -70,6 +70,15 @@ def test_a_permuted_model_computes_the_same(name):
     }
 
 
+def test_an_autocast_around_it_sees_the_new_weights():
+    model, ids = tiny_llama().eval(), batches()[0]["input_ids"]
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(input_ids=ids).logits  # casts of weights are kept until autocast ends
+        permute(model, batches())
+        found = model(input_ids=ids).logits
+    assert (found - expected).norm() < 0.05 * expected.norm()
+
+
 def test_more_is_kept_in_each_kind_of_layer():
     plain, permuted = tiny_llama().eval(), tiny_llama().eval()
     permute(permuted, batches())

@@ -18,7 +18,7 @@ import json, os, sys, traceback
 from sparse_train.cli import main as cli
 from sparse_train.cli.streams import quiet_libraries
 quiet_libraries()  # as main does, before it imports them
-import sparse_train.cli.lightning_cli, sparse_train.cli.prune, sparse_train.cli.evaluate
+import sparse_train.cli.lightning_cli, sparse_train.cli.prune, sparse_train.cli.permute, sparse_train.cli.evaluate
 from sparse_train.report import page
 import transformers.utils.logging, datasets
 
@@ -69,6 +69,7 @@ def commands(model, text):
         "cache-teacher": ["cache-teacher", *run, *taught, "--json"],
         "report": ["report", "run/version_0", "--json"],
         "export": ["export", checkpoint, "again", f"--tokenizer={model}", "--json"],
+        "permute": ["permute", f"--model={model}", *small, "--out=permuted", "--json"],
         "prune": ["prune", f"--model={model}", *small, "--out=pruned", "--json"],
         "evaluate": ["evaluate", "pruned", f"--text={text}", *windows, "--json"],
         "inspect": ["inspect", "--json", "pruned"],
@@ -116,7 +117,7 @@ def documented():
     return names
 
 
-@pytest.mark.parametrize("name", ["fit", "cache-teacher", "report", "export", "prune", "inspect"])
+@pytest.mark.parametrize("name", ["fit", "cache-teacher", "report", "export", "permute", "prune", "inspect"])
 def test_names_are_those_of_the_page(name, done):
     names, result = documented(), found(done, name)
     expected = names[name]

@@ -161,9 +161,6 @@ ARMS: dict[str, Arm] = {
     # from IHT's mask and weights; its pruned weights have values to come back with
     "static_iht": _arm("smollm2_2of4_static", *_IHT),
     "dynamic_iht": _arm("smollm2_2of4", *_IHT),
-    # channels permuted before
-    "static_permuted": _arm("smollm2_2of4_static", start="permuted"),
-    "dynamic_permuted": _arm("smollm2_2of4", start="permuted"),
     # distillation from the untouched model, and from the one that --teacher names
     "static_distill": _arm("smollm2_2of4_static", distil=True),
     "dynamic_distill": _arm("smollm2_2of4", distil=True),

@@ -72,12 +72,6 @@ ORDERS = {
     "oneshot_iht_damped10": "one-shot IHT with dampening_frac 0.1",
     "oneshot_iht_permuted_damped10": "one-shot IHT with dampening_frac 0.1, permuted",
 }
-PERMUTED = {
-    "static": "kept",
-    "static_permuted": "kept, channels permuted before",
-    "dynamic": "re-pruned every 10 steps",
-    "dynamic_permuted": "re-pruned every 10 steps, channels permuted before",
-}
 DISTILLATION = {
     "static": "kept, no teacher",
     "static_distill": "kept, untouched teacher",

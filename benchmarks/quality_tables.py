@@ -20,7 +20,6 @@ from quality_labels import (
     MAIN,
     METHODS_70,
     ORDERS,
-    PERMUTED,
     REMOVED,
     SCORES,
     SCRATCH,
@@ -207,7 +206,7 @@ def tables(sizes: Sizes) -> str:
 def more_tables(sizes: Sizes) -> str:
     """The tables of docs/more_results.md: settings that gained little, other beginnings, other learning rates."""
     runs, short = sizes[2048], sizes[512]
-    every = (MAIN, SCORES, VARIANTS, STARTS, PERMUTED, DISTILLATION, SHIFT, UNSTRUCTURED, LOW_RANK, SCRATCH)
+    every = (MAIN, SCORES, VARIANTS, STARTS, DISTILLATION, SHIFT, UNSTRUCTURED, LOW_RANK, SCRATCH)
     arms = dict.fromkeys(arm for each in every for arm in each)
     parts = [
         "### Margins, decay, when to stop\n",
@@ -219,8 +218,6 @@ def more_tables(sizes: Sizes) -> str:
         table(runs, STARTS, "dynamic", "from the dense model"),
         "### Permuted channels, untrained\n",
         table(runs, ORDERS, None, ""),
-        "### Permuted channels, trained without a teacher, 2:4\n",
-        table(runs, PERMUTED, "static", "kept, as the channels were"),
         "### Fine-tuning a pruned model: low-rank and full\n",
         "r 8 on q and v, as in the paper's Table 6.\n",
         table(runs, LOW_RANK, None, ""),

@@ -22,7 +22,7 @@ from sparse_train.patterns import NM, PRUNED, Pattern, parse_word
 from sparse_train.terminal import with_bar
 
 _ROUNDS = 6
-"""Each exchanges all places once. Most channels stand still after three."""
+"""At most. Each exchanges all places once."""
 _ROWS = 6
 """One of so many rows that read the residual stream helps to decide its order."""
 _AT_ONCE = int(3e7)

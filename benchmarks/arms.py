@@ -103,6 +103,9 @@ ONESHOT = {
     "permuted": Untrained(None, permuted=True),
     "oneshot_wanda_permuted": Untrained(Wanda(), permuted=True),
     "oneshot_iht_permuted_damped10": Untrained(IHT(dampening_frac=0.1), permuted=True),
+    "oneshot_iht_asymmetric": Untrained(IHT(dampening_frac=0.1, asymmetric=True)),
+    "oneshot_iht_asymmetric_70": Untrained(IHT(dampening_frac=0.1, asymmetric=True), "unstructured", 0.7),
+    "oneshot_iht_asymmetric_permuted": Untrained(IHT(dampening_frac=0.1, asymmetric=True), permuted=True),
     "oneshot_owl_70": Untrained(Wanda(), "unstructured", 0.7, OWL()),
 }
 _WANDA_FIRST = ("first_mask=OneShot", "first_mask.criterion=Wanda")
@@ -118,6 +121,7 @@ _OF_DENSE = "--model.distillation.teacher=PackagedSmolLM2"
 _FROM_ZEROS = ("first_mask=FromZeros", _OF_DENSE)
 _SOLVED = "first_mask.criterion=SparseGPT"
 _IHT = ("first_mask.criterion=IHT", "first_mask.criterion.dampening_frac=0.1")  # the default when these arms were run
+_ASYMMETRIC = (*_IHT, "first_mask.criterion.asymmetric=true")
 _KL = ("--model.distillation.hardness_ce=0", "--model.distillation.hardness_kldiv=1")
 _T1 = "--model.distillation.temperature=1"
 _EVEN = ("--model.distillation.hardness_ce=0.5", "--model.distillation.hardness_kldiv=0.5")
@@ -178,6 +182,10 @@ ARMS: dict[str, Arm] = {
     ),
     "static_iht_128_distill": _arm("smollm2_2of4_static", *_IHT, "first_mask.samples=128", distil=True),
     "static_iht_permuted_distill": _arm("smollm2_2of4_static", *_IHT, _OF_DENSE, start="permuted", distil=True),
+    "static_iht_asymmetric_distill": _arm("smollm2_2of4_static", *_ASYMMETRIC, distil=True),
+    "static_iht_asymmetric_permuted_distill": _arm(
+        "smollm2_2of4_static", *_ASYMMETRIC, _OF_DENSE, start="permuted", distil=True
+    ),
     "static_iht_128_permuted_distill": _arm(
         "smollm2_2of4_static", *_IHT, "first_mask.samples=128", _OF_DENSE, start="permuted", distil=True
     ),

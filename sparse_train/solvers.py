@@ -21,6 +21,10 @@ class Solver(ABC):
 
     group: ClassVar[Group] = "row"
     """The group in which "unstructured" compares weights under this solver; ``Unstructured(group=...)`` sets it."""
+    asymmetric: bool = False
+    """Whether layers are fitted to what the dense model computes, see ``sparse_train.oneshot.asymmetric``."""
+    dampening_frac: float
+    """Share of the mean diagonal of the inputs' second moments that is added to the diagonal."""
     way_out = " It prunes in one shot, and in a run it can make the first mask: first_mask=OneShot(IHT())."
     """The end of the error if a user gives a solver as the criterion of a run."""
 
@@ -106,11 +110,14 @@ class IHT(Solver):
         rounds: how many masks follow Wanda's; fewer if the error no longer falls.
         iterations: of conjugate gradients in a round.
         dampening_frac: share of the mean diagonal of H, the inputs' second moments, that is added to the diagonal.
+        asymmetric: fit each layer to what the dense model computes in its place, so that it makes up for what earlier
+            layers have lost, and not to its own dense outputs. Takes about twice as long.
     """
 
     rounds: int = 4
     iterations: int = 5
     dampening_frac: float = 0.01
+    asymmetric: bool = False
 
     def __post_init__(self) -> None:
         if self.rounds < 0 or self.iterations < 1 or not self.dampening_frac > 0:
@@ -136,6 +143,21 @@ class IHT(Solver):
             values_OI = kept_OI + gradient_OI / hessian_II.diagonal()
             least, best = error, (torch.where(mask_OI, kept_OI, values_OI), mask_OI)
         return best
+
+
+def fitted(weight_OI: Tensor, gram_II: Tensor, missing_OI: Tensor, dampening_frac: float) -> Tensor:
+    """Dense weights that make up for what outputs miss: V, float32 (O, I), with the least ``||V x - W x - m||^2`` over
+    the inputs x, and their outputs' m, plus the dampening times ``||V - W||^2``.
+
+    Args:
+        weight_OI: W.
+        gram_II: sum of x x^T.
+        missing_OI: sum of m x^T.
+        dampening_frac: share of the mean diagonal of ``gram_II``.
+    """
+    hessian_II = gram_II.float().clone()
+    hessian_II.diagonal().add_(dampening_frac * (float(hessian_II.diagonal().mean()) or 1.0))
+    return weight_OI.float() + torch.linalg.solve(hessian_II, missing_OI, left=False)
 
 
 def _fit(dense_OI: Tensor, hessian_II: Tensor, mask_OI: Tensor, start_OI: Tensor, iterations: int) -> Tensor:

@@ -3,16 +3,17 @@
 To run block 2, the whole model is called. Blocks 0 and 1 do not run: block 1 answers with its kept output, and block 0
 with anything of that shape. The model's own code gives block 2 its other inputs (masks, position embeddings). Block 2
 runs, and raises ``Stop`` with its output, which is kept for block 3. This does not depend on the architecture. That
-blocks run in order, once each, and take nothing else of earlier ones, is checked (``_check``).
+blocks run in order, once each, and take nothing else of earlier ones, is checked (``check``).
 """
 
+import copy
 import functools
 import inspect
 import logging
 import operator
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -64,7 +65,7 @@ class CalibrationPass:
         context: ForwardContext,
         token_mask: TokenMask | None = None,
     ) -> None:
-        self._model, self._blocks, self._device, self._keep_on, self._context = model, blocks, device, keep_on, context
+        self._model, self.blocks, self._device, self._keep_on, self._context = model, blocks, device, keep_on, context
         many = hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")
         given: Any = batches if many else [batches]  # such as a tokenizer, which is refused
         self._batches: list[Batch] = []
@@ -78,20 +79,27 @@ class CalibrationPass:
         self._recorder = Recorder()
         self._kept: list[Any] = [None] * len(self._batches)
         self._in_order: set[int] = set()
+        self.weights: Mapping[MaskedLayer, Tensor] = {}
+        """Of layers that compute with others than their masked ones."""
         self.seconds = 0.0
         """Time spent in forward passes."""
+
+    def twin(self) -> "CalibrationPass":
+        """Another pass of the same batches, which keeps outputs of its own."""
+        other = copy.copy(self)
+        other._kept, other.seconds = [None] * len(self._batches), 0.0
+        return other
 
     def record(
         self, layers: Mapping[str, MaskedMatrix], statistics: type[Statistics], block: int | None, *, keep: bool = False
     ) -> None:
         """Give layers fresh statistics, and record one forward per batch: of one block, on the kept outputs of the
         block before it, or (None) of the whole model. ``keep`` keeps the outputs for the next block."""
-        self._check(block)
+        self.check(block)
         recorder, experts = self._recorder, [layer for layer in layers.values() if isinstance(layer, ExpertMatrix)]
         attach(layers.values(), recorder, statistics)
         recorder.two_texts = reads_two_texts(self._model, layers.values())
-        given = self._token_masks or [recorder.padding_of(batch) for batch in self._batches]
-        paddings = [None if mask is None or bool(mask.all()) else mask for mask in given]  # of ones: no padding
+        paddings = self.paddings()
         if experts and (padded := [mask for mask in paddings if mask is not None]):
             recorder.misfit = "(tokens that are routed to experts, I)", padded[0]
         recorder.when = "always"
@@ -103,11 +111,26 @@ class CalibrationPass:
             recorder.when, recorder.token_mask, recorder.last = "never", None, LastSums()
         recorder.warn_of_padding()
 
+    def paddings(self) -> list[Tensor | None]:
+        """The token mask of each batch; None = all tokens count."""
+        given = self._token_masks or [self._recorder.padding_of(batch) for batch in self._batches]
+        return [None if mask is None or bool(mask.all()) else mask for mask in given]
+
+    def forward(self, block: int, index: int, watched: AbstractContextManager[Any]) -> Any:
+        """The output of one block for one batch; ``watched`` is entered once the layers have their products."""
+        began = time.perf_counter()
+        with self._context(), _masked_once(self.blocks[block].modules(), self.weights), watched:
+            output = self._at_block(block, index, operator.call)
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)  # otherwise the time is counted where the result is needed
+        self.seconds += time.perf_counter() - began
+        return output
+
     def _forwards(
         self, block: int | None, keep: bool, paddings: Sequence[Tensor | None], readers: Sequence[Any]
     ) -> None:
         """``readers``: the layers that record, if nothing else is wanted of a forward."""
-        with self._context(), _masked_once(() if block is None else self._blocks[block].modules()):
+        with self._context(), _masked_once(() if block is None else self.blocks[block].modules(), self.weights):
             reads = _Reads(() if block is None else readers)
             for index, batch in enumerate(self._batches):
                 began = time.perf_counter()
@@ -141,7 +164,7 @@ class CalibrationPass:
             return tree_map_only(Tensor, Tensor.clone, kept) if number == block - 1 else others
 
         try:
-            with answering(self._blocks[: block + 1], answer):
+            with answering(self.blocks[: block + 1], answer):
                 call(self._model, self._batches[index])
         except Stop as stop:
             return stop.value
@@ -152,7 +175,7 @@ class CalibrationPass:
             "its layers cannot be calibrated. Are these the blocks that the model runs?"
         )
 
-    def _check(self, block: int | None) -> None:
+    def check(self, block: int | None) -> None:
         """Before a block runs for the first time: raise ValueError if blocks do not run one after the other."""
         if block is None or block in self._in_order:
             return
@@ -183,11 +206,11 @@ class CalibrationPass:
         if "logits_to_keep" in inspect.signature(model.forward).parameters:
             model = functools.partial(model, logits_to_keep=1)  # of a large head, all take longer than a block
         try:
-            with answering(self._blocks, answer):
+            with answering(self.blocks, answer):
                 call(model, one_sample(self._batches[0]))
         except (*_MISSING, RuntimeError) as error:  # if a block itself fails, it will raise when its turn comes
             # otherwise it failed before the blocks, as it will again; or after them: a head that is not loaded yet
-            if called and called != list(range(len(self._blocks))):
+            if called and called != list(range(len(self.blocks))):
                 why = f"{type(error).__name__}: {error}"
                 _log.warning(
                     "Whether the blocks of %s run once each could not be told (%s); in a model that loops over them, "
@@ -209,14 +232,15 @@ class CalibrationPass:
 
 
 @contextmanager
-def _masked_once(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Inside, weights stay as they are, so masked layers mask and cast them once, and not in every forward."""
+def _masked_once(modules: Iterable[nn.Module], weights: Mapping[MaskedLayer, Tensor]) -> Iterator[None]:
+    """Inside, weights stay as they are, so masked layers mask and cast them once, and not in every forward. Layers in
+    ``weights`` compute with those (O, I)."""
     layers = [module for module in modules if isinstance(module, MaskedLayer)]
     for layer in layers:
         weight_OI, device = layer.unmasked_weight(), layer.weight_mask.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_OI.dtype
-        if layer.is_dense():
-            weight_OI = weight_OI.to(dtype).contiguous()
+        if layer in weights or layer.is_dense():
+            weight_OI = weights.get(layer, weight_OI).to(dtype).contiguous()
         else:
             weight_OI = masks.apply(weight_OI, layer.weight_mask, dtype)
         layer.__dict__["product"] = functools.partial(F.linear, weight=weight_OI, bias=layer.bias)

@@ -78,11 +78,10 @@ class DiskStore(BlockStore):
 
     def load(self, block: int | None) -> dict[str, MaskedMatrix]:
         assert block is not None
-        done = self.is_done(block)
-        self._put(load_file(self._shard(block)) if done else self.checkpoint.read(self._keys[block]))
-        self._check_loaded((f"{self._prefix}.{block}.{n}", p) for n, p in self.blocks[block].named_parameters())
-        if done:
+        if self.is_done(block):
+            self._put(load_file(self._shard(block)))
             return {}
+        self.load_dense(block)
         own = [name.partition("[")[0] for name in self.names(block)]
         modules = dict(self.model.named_modules())
         sparsify(self.blocks[block], [modules[name] for name in own if name in modules])
@@ -90,6 +89,10 @@ class DiskStore(BlockStore):
         experts = {name: each for name, each in fused_experts(self.model).items() if name in own}
         masked = {name: layer for name in own if isinstance(layer := modules.get(name), MaskedLayer)}
         return {**masked, **expert_matrices(experts)}
+
+    def load_dense(self, block: int) -> None:
+        self._put(self.checkpoint.read(self._keys[block]))
+        self._check_loaded((f"{self._prefix}.{block}.{n}", p) for n, p in self.blocks[block].named_parameters())
 
     def finish(self, block: int | None, updates: Mapping[str, LayerUpdate]) -> None:
         assert block is not None

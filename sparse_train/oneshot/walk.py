@@ -23,6 +23,7 @@ from sparse_train.distributions import (
 )
 from sparse_train.layers import masks
 from sparse_train.layers.masked_layer import MaskedMatrix
+from sparse_train.oneshot.asymmetric import AsymmetricPass
 from sparse_train.oneshot.calibration import WAY_OUT, CalibrationPass
 from sparse_train.oneshot.experts import ExpertMatrix, fall_back
 from sparse_train.oneshot.forwards import Batch, ForwardContext, TokenMask, inference
@@ -30,8 +31,8 @@ from sparse_train.patterns import Pattern, parse_pattern
 from sparse_train.pruning.counts import LayerUpdate, sparsity_of
 from sparse_train.pruning.norms import check_nothing_dropped, check_statistics, sum_statistics
 from sparse_train.pruning.update import Rules, outlier_share, replace_mask, update_masks
-from sparse_train.solvers import Solver
-from sparse_train.statistics import ActivationGram, ActivationNorm, Statistics, in_float32
+from sparse_train.solvers import Solver, fitted
+from sparse_train.statistics import ActivationGram, ActivationNorm, AsymmetricGram, Statistics, in_float32
 from sparse_train.terminal import with_bar
 
 Method = Criterion | Solver
@@ -145,6 +146,10 @@ class BlockStore(ABC):
     def load(self, block: int | None) -> dict[str, MaskedMatrix]:
         """Bring a block to memory, and give its targets masks that keep everything; returns those, by name."""
 
+    def load_dense(self, block: int) -> None:
+        """Bring a block that is done to memory, as it was before."""
+        raise AssertionError(f"{type(self).__name__} goes on with no earlier run")
+
     def free(self, block: int) -> None:
         """Release the memory of a block."""
 
@@ -222,6 +227,14 @@ def walk(
         calibration = CalibrationPass(
             store.model, store.blocks, batches, store.device, store.keep_on, context, token_mask
         )
+    asymmetric = None
+    if calibration is not None and isinstance(plan.method, Solver) and plan.method.asymmetric:
+        if not store.blocks:
+            raise ValueError(
+                f"{plan.method} makes up for what earlier blocks have lost, and here nothing is pruned block by block. "
+                "Leave asymmetric out."
+            )
+        asymmetric = AsymmetricPass(calibration)
     began, experts = time.perf_counter(), {"_experts_implementation": "eager"}  # one by one
     with inference(store.model, use_cache=False, **experts):  # once, since it goes through all modules
         above = plan.distribution.outliers_above
@@ -232,22 +245,31 @@ def walk(
         sparsities = division.at(plan.sparsity)
 
         def prune_block(block: int | None) -> None:
-            layers = store.load(block)
-            if layers and calibration is not None and plan.statistics is not None:
+            layers, updates = store.load(block), dict[str, LayerUpdate]()
+            stages: Iterable[dict[str, MaskedMatrix]] = [layers] if layers else []
+            if asymmetric is not None and block is not None:
+                stages = asymmetric.stages(block, layers, keep=block < store.last)
+            elif layers and calibration is not None and plan.statistics is not None:
                 calibration.record(layers, plan.statistics, block)
-            store.finish(block, _prune_layers(layers, plan, sparsities, store) if layers else {})
+            for stage in stages:
+                updates |= _prune_layers(stage, plan, sparsities, store)
+            store.finish(block, {name: updates[name] for name in layers})
 
         for block in with_bar(range(len(store.blocks)), "pruning", shown=progress and calibration is not None):
-            if store.is_done(block):
-                store.load(block)
-            else:
+            if not store.is_done(block):
                 prune_block(block)
+            else:
+                if asymmetric is not None and block < store.last:
+                    store.load_dense(block)
+                    asymmetric.keep_outputs(block)
+                store.load(block)
             if calibration is not None and plan.statistics is not None and block < store.last:
                 calibration.record({}, plan.statistics, block, keep=True)  # the outputs of the pruned block
             store.free(block)
         if store.names(None):  # such as a named lm_head: calibrated with the blocks pruned
             prune_block(None)
         forwards = 0.0 if calibration is None else calibration.seconds
+        forwards += 0.0 if asymmetric is None else asymmetric.seconds
         return OneShotReport(store.updates, forwards, time.perf_counter() - began - forwards, store.outliers)
 
 
@@ -294,10 +316,13 @@ def _prune_layers(
 
 
 def _solve(name: str, layer: MaskedMatrix, solver: Solver, pattern: Pattern, sparsity: float) -> LayerUpdate:
-    assert isinstance(layer.statistics, ActivationGram)
+    seen, weight_OI = layer.statistics, layer.weight_OI
+    assert isinstance(seen, ActivationGram)
     try:
-        with in_float32(layer.weight_OI.device.type):
-            weight_OI, mask_OI = solver.solve(layer.weight_OI, layer.statistics.gram_II, pattern, sparsity)
+        with in_float32(weight_OI.device.type):
+            if isinstance(seen, AsymmetricGram):
+                weight_OI = fitted(weight_OI, seen.gram_II, seen.missing_OI, solver.dampening_frac)
+            weight_OI, mask_OI = solver.solve(weight_OI, seen.gram_II, pattern, sparsity)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
     layer.weight_OI.copy_(weight_OI)

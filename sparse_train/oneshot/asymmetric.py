@@ -1,0 +1,190 @@
+"""Asymmetric calibration: layers are fitted to what the dense model computes in their place.
+
+A solver fits a layer to its dense weights, on inputs that come from pruned layers. So what those have lost stays lost.
+Here two models run side by side, the dense one and the pruned one, each on its own activations. A layer's output should
+be that of the dense model; and a layer whose output is added to the residual stream should also add what the stream of
+the pruned model lacks there. Layers of a block are pruned in the order in which they read, each on what the layers
+before it now compute; layers that read the same tensor (q, k, v) are one stage.
+
+Which layers write to the stream is seen in a forward: the sum of the stream and their output is what a later module of
+the block reads, or what the block returns. If something lies between (a norm, a factor), they only get the first part.
+
+Source of the first part: Li et al., "GPTAQ", arXiv 2504.02692.
+
+Shape suffixes: T tokens, O out_features, I in_features, H features of the residual stream.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparse_train.layers.masked_layer import MaskedLayer, MaskedMatrix
+from sparse_train.oneshot.calibration import CalibrationPass
+from sparse_train.oneshot.forwards import Stop
+from sparse_train.statistics import ActivationGram, AsymmetricGram, LastSums, in_float32
+
+_WAY_OUT = "Calibrate it with asymmetric=False."
+_Product = Callable[[Tensor], Tensor]
+
+
+@dataclass
+class _Stage:
+    """Layers that read the same tensor."""
+
+    layers: dict[str, MaskedLayer]
+    stream_at: dict[MaskedLayer, nn.Module]
+    """Of layers that write to the residual stream: the module whose input the stream is before that."""
+
+
+class AsymmetricPass:
+    """Calibrates blocks on the activations of two models; ``pruned`` runs the one that is being pruned."""
+
+    def __init__(self, pruned: CalibrationPass) -> None:
+        self._pruned, self._dense = pruned, pruned.twin()
+
+    def stages(
+        self, block: int, targets: Mapping[str, MaskedMatrix], *, keep: bool
+    ) -> Iterator[dict[str, MaskedMatrix]]:
+        """The targets of a dense block, a stage at a time, with statistics; prune each before the next is asked for.
+
+        ``keep`` keeps the outputs of the dense block for the next one.
+        """
+        layers = {name: layer for name, layer in targets.items() if isinstance(layer, MaskedLayer)}
+        if len(layers) < len(targets):
+            other = next(name for name in targets if name not in layers)
+            raise ValueError(f"{other} is one of fused experts, which get other tokens after pruning. {_WAY_OUT}")
+        self._dense.weights = {layer: layer.weight_OI.detach().clone() for layer in layers.values()}
+        self._pruned.check(block)
+        for stage in _stages(self._dense, block, layers):
+            self._record(block, stage)
+            yield dict(stage.layers)
+        if keep:
+            self.keep_outputs(block)
+        self._dense.weights = {}
+
+    def keep_outputs(self, block: int) -> None:
+        """Keep the outputs of a dense block for the next one."""
+        self._dense.record({}, ActivationGram, block, keep=True)
+
+    @property
+    def seconds(self) -> float:
+        """Time in forwards of the dense model."""
+        return self._dense.seconds
+
+    @torch.no_grad()
+    def _record(self, block: int, stage: _Stage) -> None:
+        for layer in stage.layers.values():
+            layer.statistics = AsymmetricGram(layer.out_features, layer.in_features, layer.weight_mask.device)
+        for index, mask in enumerate(self._pruned.paddings()):
+            dense, last = _read(self._dense, block, index, stage), LastSums()
+            pruned = _read(self._pruned, block, index, stage)
+            for name, layer in stage.layers.items():
+                x, x_dense = pruned[layer], dense[layer]
+                if x.shape != x_dense.shape:
+                    raise ValueError(
+                        f"{name} reads {tuple(x_dense.shape)} in the dense model and {tuple(x.shape)} in the pruned "
+                        f"one, so their tokens cannot be compared. {_WAY_OUT}"
+                    )
+                assert isinstance(layer.statistics, AsymmetricGram)
+                layer.statistics.add(x, mask, last)
+                with in_float32(x.device.type):
+                    missing_TO = F.linear(_rows(x_dense, mask) - _rows(x, mask), layer.weight_OI.float())
+                    if (at := stage.stream_at.get(layer)) is not None:
+                        missing_TO += _rows(dense[at], mask) - _rows(pruned[at], mask)
+                    layer.statistics.missing_OI.addmm_(missing_TO.t(), _rows(x, mask))
+
+
+def _rows(x: Tensor, token_mask: Tensor | None) -> Tensor:
+    """The tokens that count, float32."""
+    x_TI = x.reshape(-1, x.shape[-1]).float()
+    return x_TI if token_mask is None else x_TI[token_mask.reshape(-1).bool()]
+
+
+# --- forwards --------------------------------------------------------------------------------------------------------
+
+
+def _read(calibration: CalibrationPass, block: int, index: int, stage: _Stage) -> dict[Any, Tensor]:
+    """What the layers of a stage read, and the stream before those that write to it; the forward ends there."""
+    found: dict[Any, Tensor] = {}
+
+    def product(layer: MaskedLayer, own: _Product, x: Tensor) -> Tensor:
+        found[layer] = x
+        if found.keys() >= set(stage.layers.values()):
+            raise Stop(None)
+        return own(x)
+
+    def entered(module: nn.Module, x: Tensor) -> None:
+        found.setdefault(module, x.clone())  # it may be added to in place
+
+    calibration.forward(block, index, _watching(stage.layers.values(), product, stage.stream_at.values(), entered))
+    return found
+
+
+def _stages(calibration: CalibrationPass, block: int, layers: Mapping[str, MaskedLayer]) -> list[_Stage]:
+    """Which layers read together, in order, and which write to the residual stream: from the forward of a batch."""
+    stages: list[_Stage] = []
+    names = {layer: name for name, layer in layers.items()}
+    read: list[Tensor] = []
+    written: list[tuple[MaskedLayer, Tensor]] = []  # outputs that may yet be added to the stream
+    stream: list[tuple[nn.Module, Tensor]] = []  # as the module has read it
+
+    def product(layer: MaskedLayer, own: _Product, x: Tensor) -> Tensor:
+        if any(layer in stage.layers.values() for stage in stages):
+            raise ValueError(f"{names[layer]} reads more than once in a forward. {_WAY_OUT}")
+        if not read or read[-1] is not x:
+            stages.append(_Stage({}, {}))
+            read.append(x)
+        stages[-1].layers[names[layer]] = layer
+        output = own(x)
+        written.append((layer, output.clone()))
+        return output
+
+    def entered(module: nn.Module, x: Tensor) -> None:
+        if not stream:
+            stream.append((module, x.clone()))
+        for layer, output in written:
+            at, before = stream[-1]
+            if output.shape == x.shape == before.shape and torch.equal(before + output, x):
+                next(stage for stage in stages if layer in stage.layers.values()).stream_at[layer] = at
+                stream.append((module, x.clone()))
+                written.clear()
+                break
+
+    root = calibration.blocks[block]
+    output = calibration.forward(block, 0, _watching(layers.values(), product, root.modules(), entered))
+    entered(root, output[0] if isinstance(output, tuple) else output)
+    if unread := [name for name in layers if not any(name in stage.layers for stage in stages)]:
+        raise ValueError(f"{unread[0]} reads nothing of the first batch. {_WAY_OUT}")
+    return stages
+
+
+@contextmanager
+def _watching(
+    layers: Iterable[MaskedLayer],
+    product: Callable[[MaskedLayer, _Product, Tensor], Tensor],
+    modules: Iterable[nn.Module],
+    entered: Callable[[nn.Module, Tensor], None],
+) -> Iterator[None]:
+    """Inside, layers compute ``product(layer, their own, x)``, and modules call ``entered`` with their first tensor."""
+
+    def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+        for each in (*args, *kwargs.values()):
+            if isinstance(each, Tensor) and each.is_floating_point():
+                return entered(module, each)
+        return None
+
+    with ExitStack() as stack:
+        for layer in layers:
+            own = layer.product
+            layer.__dict__["product"] = functools.partial(product, layer, own)
+            stack.callback(layer.__dict__.__setitem__, "product", own)
+        for module in set(modules):
+            handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+            stack.callback(handle.remove)
+        yield

@@ -100,9 +100,13 @@ class AsymmetricPass:
                     layer.statistics.missing_OI.addmm_(missing_TO.t(), _rows(x, mask))
 
 
+def _flat(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
 def _rows(x: Tensor, token_mask: Tensor | None) -> Tensor:
     """The tokens that count, float32."""
-    x_TI = x.reshape(-1, x.shape[-1]).float()
+    x_TI = _flat(x).float()
     return x_TI if token_mask is None else x_TI[token_mask.reshape(-1).bool()]
 
 
@@ -142,17 +146,18 @@ def _stages(calibration: CalibrationPass, block: int, layers: Mapping[str, Maske
             read.append(x)
         stages[-1].layers[names[layer]] = layer
         output = own(x)
-        written.append((layer, output.clone()))
+        written.append((layer, _flat(output).clone()))
         return output
 
     def entered(module: nn.Module, x: Tensor) -> None:
+        now = _flat(x).clone()
         if not stream:
-            stream.append((module, x.clone()))
+            stream.append((module, now))
         for layer, output in written:
             at, before = stream[-1]
-            if output.shape == x.shape == before.shape and torch.equal(before + output, x):
+            if output.shape == now.shape == before.shape and torch.equal(before + output, now):
                 next(stage for stage in stages if layer in stage.layers.values()).stream_at[layer] = at
-                stream.append((module, x.clone()))
+                stream.append((module, now))
                 written.clear()
                 break
 

@@ -104,8 +104,6 @@ ONESHOT = {
     "oneshot_wanda_permuted": Untrained(Wanda(), permuted=True),
     "oneshot_iht_permuted_damped10": Untrained(IHT(dampening_frac=0.1), permuted=True),
     "oneshot_iht_asymmetric": Untrained(IHT(dampening_frac=0.1, asymmetric=True)),
-    "oneshot_iht_asymmetric_70": Untrained(IHT(dampening_frac=0.1, asymmetric=True), "unstructured", 0.7),
-    "oneshot_iht_asymmetric_permuted": Untrained(IHT(dampening_frac=0.1, asymmetric=True), permuted=True),
     "oneshot_owl_70": Untrained(Wanda(), "unstructured", 0.7, OWL()),
 }
 _WANDA_FIRST = ("first_mask=OneShot", "first_mask.criterion=Wanda")
@@ -183,9 +181,6 @@ ARMS: dict[str, Arm] = {
     "static_iht_128_distill": _arm("smollm2_2of4_static", *_IHT, "first_mask.samples=128", distil=True),
     "static_iht_permuted_distill": _arm("smollm2_2of4_static", *_IHT, _OF_DENSE, start="permuted", distil=True),
     "static_iht_asymmetric_distill": _arm("smollm2_2of4_static", *_ASYMMETRIC, distil=True),
-    "static_iht_asymmetric_permuted_distill": _arm(
-        "smollm2_2of4_static", *_ASYMMETRIC, _OF_DENSE, start="permuted", distil=True
-    ),
     "static_iht_128_permuted_distill": _arm(
         "smollm2_2of4_static", *_IHT, "first_mask.samples=128", _OF_DENSE, start="permuted", distil=True
     ),

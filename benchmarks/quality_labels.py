@@ -71,8 +71,6 @@ ORDERS = {
     "oneshot_wanda_permuted": "one-shot Wanda, permuted",
     "oneshot_iht_damped10": "one-shot IHT with dampening_frac 0.1",
     "oneshot_iht_asymmetric": "one-shot IHT, asymmetric, with dampening_frac 0.1",
-    "oneshot_iht_asymmetric_70": "one-shot IHT, asymmetric, with dampening_frac 0.1",
-    "oneshot_iht_asymmetric_permuted": "one-shot IHT, asymmetric, with dampening_frac 0.1, permuted",
     "oneshot_iht_permuted_damped10": "one-shot IHT with dampening_frac 0.1, permuted",
 }
 DISTILLATION = {
@@ -167,7 +165,6 @@ TAUGHT_2OF4 = {
     "static_iht_128_distill": "IHT's mask and weights from 128 sequences instead of 32, kept",
     "static_iht_permuted_distill": "IHT's mask and weights, kept, channels permuted before",
     "static_iht_asymmetric_distill": "asymmetric IHT's mask and weights, kept",
-    "static_iht_asymmetric_permuted_distill": "asymmetric IHT's mask and weights, kept, channels permuted before",
     "static_iht_128_permuted_distill": "IHT's mask and weights from 128 sequences, kept, channels permuted before",
     "static_iht_distill_kl": "IHT's mask and weights, kept, no cross-entropy",
     "static_iht_distill_even": "IHT's mask and weights, kept, as much cross-entropy as divergence",

@@ -61,6 +61,7 @@ STARTS = {
     "oneshot_sparsegpt": "one-shot SparseGPT, untrained",
     "oneshot_iht": "one-shot IHT, untrained",
     "oneshot_iht_damped10": "one-shot IHT with dampening_frac 0.1, untrained",
+    "oneshot_iht_asymmetric": "one-shot IHT, asymmetric, with dampening_frac 0.1, untrained",
     "dynamic": "from the dense model, Wanda's first mask",
     "dynamic_sparsegpt": "from the dense model, SparseGPT's first mask and weights",
 }
@@ -70,7 +71,6 @@ ORDERS = {
     "oneshot_wanda": "one-shot Wanda",
     "oneshot_wanda_permuted": "one-shot Wanda, permuted",
     "oneshot_iht_damped10": "one-shot IHT with dampening_frac 0.1",
-    "oneshot_iht_asymmetric": "one-shot IHT, asymmetric, with dampening_frac 0.1",
     "oneshot_iht_permuted_damped10": "one-shot IHT with dampening_frac 0.1, permuted",
 }
 DISTILLATION = {

@@ -146,7 +146,7 @@ class IHT(Solver):
         return best
 
 
-def fitted(weight_OI: Tensor, gram_II: Tensor, missing_OI: Tensor, dampening_frac: float) -> Tensor:
+def asymmetric_target(weight_OI: Tensor, gram_II: Tensor, missing_OI: Tensor, dampening_frac: float) -> Tensor:
     """Dense weights that make up for what outputs miss: V, float32 (O, I), with the least ``||V x - W x - m||^2`` over
     the inputs x, and their outputs' m, plus the dampening times ``||V - W||^2``.
 

@@ -11,11 +11,12 @@ the block reads, or what the block returns. If something lies between (a norm, a
 
 Source of the first part: Li et al., "GPTAQ", arXiv 2504.02692.
 
-Shape suffixes: T tokens, O out_features, I in_features, H features of the residual stream.
+Shape suffixes: T tokens, O out_features, I in_features.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,8 @@ from sparse_train.layers.masked_layer import MaskedLayer, MaskedMatrix
 from sparse_train.oneshot.calibration import CalibrationPass
 from sparse_train.oneshot.forwards import Stop
 from sparse_train.statistics import ActivationGram, AsymmetricGram, LastSums, in_float32
+
+_log = logging.getLogger(__name__)
 
 _WAY_OUT = "Calibrate it with asymmetric=False."
 _Product = Callable[[Tensor], Tensor]
@@ -61,8 +64,14 @@ class AsymmetricPass:
             raise ValueError(f"{other} is one of fused experts, which get other tokens after pruning. {_WAY_OUT}")
         self._dense.weights = {layer: layer.weight_OI.detach().clone() for layer in layers.values()}
         self._pruned.check(block)
-        for stage in _stages(self._dense, block, layers):
-            self._record(block, stage)
+        stages = _stages(self._dense, block, layers)
+        if block == 0 and not any(stage.stream_at for stage in stages):
+            _log.warning(
+                "No layer of the first block adds its output to the residual stream as it is (a norm or a factor may "
+                "lie between), so what the stream lacks of the dense model's is made up for only in part."
+            )
+        for stage in stages:
+            self._record(block, stage, self._pruned.paddings(layers.values()))
             yield dict(stage.layers)
         if keep:
             self.keep_outputs(block)
@@ -78,20 +87,23 @@ class AsymmetricPass:
         return self._dense.seconds
 
     @torch.no_grad()
-    def _record(self, block: int, stage: _Stage) -> None:
+    def _record(self, block: int, stage: _Stage, paddings: Sequence[Tensor | None]) -> None:
         for layer in stage.layers.values():
             layer.statistics = AsymmetricGram(layer.out_features, layer.in_features, layer.weight_mask.device)
-        for index, mask in enumerate(self._pruned.paddings()):
-            dense, last = _read(self._dense, block, index, stage), LastSums()
-            pruned = _read(self._pruned, block, index, stage)
+        for index, padding in enumerate(paddings):
+            dense, pruned, last = (
+                *(_read(each, block, index, stage) for each in (self._dense, self._pruned)),
+                LastSums(),
+            )
             for name, layer in stage.layers.items():
-                x, x_dense = pruned[layer], dense[layer]
-                if x.shape != x_dense.shape:
+                x, x_dense = pruned.get(layer), dense.get(layer)
+                if x is None or x_dense is None or x.shape != x_dense.shape:
                     raise ValueError(
-                        f"{name} reads {tuple(x_dense.shape)} in the dense model and {tuple(x.shape)} in the pruned "
-                        f"one, so their tokens cannot be compared. {_WAY_OUT}"
+                        f"{name} gets other tokens in the pruned model than in the dense one, so what it reads cannot "
+                        f"be compared. {_WAY_OUT}"
                     )
                 assert isinstance(layer.statistics, AsymmetricGram)
+                mask = self._pruned.token_mask_for(x, padding)
                 layer.statistics.add(x, mask, last)
                 with in_float32(x.device.type):
                     missing_TO = F.linear(_rows(x_dense, mask) - _rows(x, mask), layer.weight_OI.float())

@@ -98,8 +98,7 @@ class CalibrationPass:
         self.check(block)
         recorder, experts = self._recorder, [layer for layer in layers.values() if isinstance(layer, ExpertMatrix)]
         attach(layers.values(), recorder, statistics)
-        recorder.two_texts = reads_two_texts(self._model, layers.values())
-        paddings = self.paddings()
+        paddings = self.paddings(layers.values())
         if experts and (padded := [mask for mask in paddings if mask is not None]):
             recorder.misfit = "(tokens that are routed to experts, I)", padded[0]
         recorder.when = "always"
@@ -111,10 +110,18 @@ class CalibrationPass:
             recorder.when, recorder.token_mask, recorder.last = "never", None, LastSums()
         recorder.warn_of_padding()
 
-    def paddings(self) -> list[Tensor | None]:
-        """The token mask of each batch; None = all tokens count."""
+    def paddings(self, layers: Iterable[MaskedMatrix]) -> list[Tensor | None]:
+        """Which tokens of each batch count in these layers (B, L); None = all."""
+        self._recorder.two_texts = reads_two_texts(self._model, layers)
         given = self._token_masks or [self._recorder.padding_of(batch) for batch in self._batches]
         return [None if mask is None or bool(mask.all()) else mask for mask in given]
+
+    def token_mask_for(self, x: Tensor, padding: Tensor | None) -> Tensor | None:
+        """The ``padding`` of a batch for an input; None, and a warning once, if it does not fit."""
+        self._recorder.token_mask = padding
+        mask, self._recorder.token_mask = self._recorder.token_mask_for(x), None
+        self._recorder.warn_of_padding()
+        return mask
 
     def forward(self, block: int, index: int, watched: AbstractContextManager[Any]) -> Any:
         """The output of one block for one batch; ``watched`` is entered once the layers have their products."""

@@ -31,7 +31,7 @@ from sparse_train.patterns import Pattern, parse_pattern
 from sparse_train.pruning.counts import LayerUpdate, sparsity_of
 from sparse_train.pruning.norms import check_nothing_dropped, check_statistics, sum_statistics
 from sparse_train.pruning.update import Rules, outlier_share, replace_mask, update_masks
-from sparse_train.solvers import Solver, fitted
+from sparse_train.solvers import Solver, asymmetric_target
 from sparse_train.statistics import ActivationGram, ActivationNorm, AsymmetricGram, Statistics, in_float32
 from sparse_train.terminal import with_bar
 
@@ -321,7 +321,7 @@ def _solve(name: str, layer: MaskedMatrix, solver: Solver, pattern: Pattern, spa
     try:
         with in_float32(weight_OI.device.type):
             if isinstance(seen, AsymmetricGram):
-                weight_OI = fitted(weight_OI, seen.gram_II, seen.missing_OI, solver.dampening_frac)
+                weight_OI = asymmetric_target(weight_OI, seen.gram_II, seen.missing_OI, solver.dampening_frac)
             weight_OI, mask_OI = solver.solve(weight_OI, seen.gram_II, pattern, sparsity)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error

@@ -6,14 +6,15 @@ import re
 import pytest
 import torch
 from torch import nn
+from transformers import BartConfig, BartForConditionalGeneration
 
 from sparse_train import IHT, NM, prune
 from sparse_train.oneshot import asymmetric, walk
 from sparse_train.oneshot.prune import prune_checkpoint
 from sparse_train.patterns import Unstructured
-from sparse_train.solvers import fitted
+from sparse_train.solvers import asymmetric_target
 from tests import reference
-from tests.conftest import tiny_llama
+from tests.conftest import VOCABULARY, tiny_llama
 from tests.oneshot.test_disk import assert_equal, save
 from tests.oneshot.test_experts import tiny_moe
 from tests.oneshot.test_prune import tiny
@@ -84,9 +85,9 @@ def test_a_pruned_llama_equals_one_that_was_pruned_the_long_way(many):
         assert (own[name] - others[name]).norm() < 0.05 * others[name].norm(), name
 
 
-def test_fitted_weights_equal_a_float64_solution():
+def test_target_weights_equal_a_float64_solution():
     weight, inputs, missing = torch.randn(24, 64), torch.randn(300, 64), torch.randn(300, 24)
-    found = fitted(weight, inputs.T @ inputs, missing.T @ inputs, 0.1)
+    found = asymmetric_target(weight, inputs.T @ inputs, missing.T @ inputs, 0.1)
     hessian = reference.dampened(inputs, 0.1)
     wanted = inputs.double() @ weight.double().T + missing.double()
     towards = weight.double() @ (hessian - inputs.double().T @ inputs.double())
@@ -94,6 +95,7 @@ def test_fitted_weights_equal_a_float64_solution():
     assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
+HEADS = {"ffn_dim": 64, "attention_heads": 4}
 WRITERS = {
     "llama": {"self_attn.o_proj", "mlp.down_proj"},
     "qwen3": {"self_attn.o_proj", "mlp.down_proj"},
@@ -106,7 +108,9 @@ WRITERS = {
 
 
 @pytest.mark.parametrize("family", WRITERS)
-def test_outputs_are_closer_to_the_dense_ones_and_layers_that_write_to_the_stream_are_seen(family, many, monkeypatch):
+def test_outputs_are_closer_to_the_dense_ones_and_layers_that_write_to_the_stream_are_seen(
+    family, many, monkeypatch, caplog
+):
     dense, real, stages = tiny(family), asymmetric._stages, []
 
     def seen(*args):
@@ -120,6 +124,7 @@ def test_outputs_are_closer_to_the_dense_ones_and_layers_that_write_to_the_strea
     assert error(model, dense, many) < 0.95 * error(other, dense, many)
     writers = {name for stage in stages for name, layer in stage.layers.items() if layer in stage.stream_at}
     assert {re.split(r"\.\d+\.", name)[1] for name in writers} == WRITERS[family]
+    assert ("only in part" in caplog.text) == (not writers)
 
 
 def test_padding_does_not_count(many):
@@ -132,6 +137,18 @@ def test_padding_does_not_count(many):
     prune(padded, batches, Unstructured("row"), 0.5, criterion=SOLVER)
     for (name, a), b in zip(model.state_dict().items(), padded.state_dict().values(), strict=True):
         assert (a - b).norm() < 0.05 * a.norm(), name
+
+
+def test_padding_of_another_text_is_not_taken_for_that_of_a_decoder(ids, caplog):
+    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 2, "vocab_size": VOCABULARY, "dropout": 0.0}
+    heads = {f"{part}_{what}": size for part in ("encoder", "decoder") for what, size in HEADS.items()}
+    model = BartForConditionalGeneration(BartConfig(**sizes, **heads)).eval()
+    masks = torch.ones(2, 16).long()
+    masks[:, 8:] = 0  # of the encoder's text
+    batches = [{"input_ids": each, "attention_mask": masks, "decoder_input_ids": each} for each in ids]
+    how = {"mask_structure": "2:4", "targets": ["re:.*decoder.layers.*fc"]}
+    prune(model, batches, criterion=SOLVER, **how)
+    assert "attention_mask does not fit" in caplog.text
 
 
 def test_a_killed_run_from_disk_goes_on_and_equals_one_in_memory(tmp_path, ids, monkeypatch):
@@ -180,5 +197,16 @@ def test_models_whose_tokens_cannot_be_compared_are_refused(ids):
     mlp.forward = lambda x: forward(forward(x))
     with pytest.raises(ValueError, match=r"model.layers.1.mlp.gate_proj reads more than once"):
         prune(model, ids, criterion=SOLVER)
+    routed = tiny_llama()
+    expert = routed.model.layers[1].mlp.forward
+
+    def some(x):  # tokens are chosen by what they are, as a router does
+        chosen, out = x[..., 0] > 0, torch.zeros_like(x)
+        out[chosen] = expert(x[chosen])
+        return out
+
+    routed.model.layers[1].mlp.forward = some
+    with pytest.raises(ValueError, match="gate_proj gets other tokens in the pruned model"):
+        prune(routed, ids, criterion=SOLVER)
     with pytest.raises(ValueError, match="nothing is pruned block by block"):
         prune(nn.Sequential(nn.Linear(8, 8)), [torch.randn(4, 8)], targets=["0"], criterion=SOLVER)

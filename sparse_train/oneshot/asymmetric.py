@@ -2,14 +2,14 @@
 
 A solver fits a layer to its dense weights, on inputs that come from pruned layers. So what those have lost stays lost.
 Here two models run side by side, the dense one and the pruned one, each on its own activations. A layer's output should
-be that of the dense model; and a layer whose output is added to the residual stream should also add what the stream of
-the pruned model lacks there. Layers of a block are pruned in the order in which they read, each on what the layers
-before it now compute; layers that read the same tensor (q, k, v) are one stage.
+be (1) what the dense model outputs in its place. (2) If it is added to the residual stream, it should also add what the
+stream of the pruned model lacks there. Layers of a block are pruned in the order in which they read, each on what the
+layers before it now compute; layers that read the same tensor (q, k, v) are one stage.
 
 Which layers write to the stream is seen in a forward: the sum of the stream and their output is what a later module of
-the block reads, or what the block returns. If something lies between (a norm, a factor), they only get the first part.
+the block reads, or what the block returns. If something lies between (a norm, a factor), they only get (1).
 
-Source of the first part: Li et al., "GPTAQ", arXiv 2504.02692.
+Source of (1): Li et al., "GPTAQ", arXiv 2504.02692. (2) is this project's own.
 
 Shape suffixes: T tokens, O out_features, I in_features.
 """
@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from sparse_train.layers.masked_layer import MaskedLayer, MaskedMatrix
 from sparse_train.oneshot.calibration import CalibrationPass
 from sparse_train.oneshot.forwards import Stop
-from sparse_train.statistics import ActivationGram, AsymmetricGram, LastSums, in_float32
+from sparse_train.statistics import AsymmetricGram, LastSums, in_float32
 
 _log = logging.getLogger(__name__)
 
@@ -63,23 +63,24 @@ class AsymmetricPass:
             other = next(name for name in targets if name not in layers)
             raise ValueError(f"{other} is one of fused experts, which get other tokens after pruning. {_WAY_OUT}")
         self._dense.weights = {layer: layer.weight_OI.detach().clone() for layer in layers.values()}
-        self._pruned.check(block)
-        stages = _stages(self._dense, block, layers)
-        if block == 0 and not any(stage.stream_at for stage in stages):
-            _log.warning(
-                "No layer of the first block adds its output to the residual stream as it is (a norm or a factor may "
-                "lie between), so what the stream lacks of the dense model's is made up for only in part."
-            )
-        for stage in stages:
-            self._record(block, stage, self._pruned.paddings(layers.values()))
-            yield dict(stage.layers)
+        if layers:
+            self._pruned.check(block)
+            stages = _stages(self._dense, block, layers)
+            if block == 0 and not any(stage.stream_at for stage in stages):
+                _log.warning(
+                    "No target of the first block adds its output to the residual stream as it is (a norm or a factor "
+                    "may lie between), so what the stream lacks of the dense model's is made up for only in part."
+                )
+            for stage in stages:
+                self._record(block, stage, self._pruned.token_masks(layers.values()))
+                yield dict(stage.layers)
         if keep:
             self.keep_outputs(block)
         self._dense.weights = {}
 
     def keep_outputs(self, block: int) -> None:
         """Keep the outputs of a dense block for the next one."""
-        self._dense.record({}, ActivationGram, block, keep=True)
+        self._dense.keep_outputs(block)
 
     @property
     def seconds(self) -> float:
@@ -87,10 +88,10 @@ class AsymmetricPass:
         return self._dense.seconds
 
     @torch.no_grad()
-    def _record(self, block: int, stage: _Stage, paddings: Sequence[Tensor | None]) -> None:
+    def _record(self, block: int, stage: _Stage, token_masks: Sequence[Tensor | None]) -> None:
         for layer in stage.layers.values():
             layer.statistics = AsymmetricGram(layer.out_features, layer.in_features, layer.weight_mask.device)
-        for index, padding in enumerate(paddings):
+        for index, token_mask in enumerate(token_masks):
             dense, pruned, last = (
                 *(_read(each, block, index, stage) for each in (self._dense, self._pruned)),
                 LastSums(),
@@ -103,7 +104,7 @@ class AsymmetricPass:
                         f"be compared. {_WAY_OUT}"
                     )
                 assert isinstance(layer.statistics, AsymmetricGram)
-                mask = self._pruned.token_mask_for(x, padding)
+                mask = self._pruned.token_mask_for(x, token_mask)
                 layer.statistics.add(x, mask, last)
                 with in_float32(x.device.type):
                     missing_TO = F.linear(_rows(x_dense, mask) - _rows(x, mask), layer.weight_OI.float())
@@ -120,6 +121,10 @@ def _rows(x: Tensor, token_mask: Tensor | None) -> Tensor:
     """The tokens that count, float32."""
     x_TI = _flat(x).float()
     return x_TI if token_mask is None else x_TI[token_mask.reshape(-1).bool()]
+
+
+def _is_sum(before: Tensor, output: Tensor, now: Tensor) -> bool:
+    return output.shape == now.shape and torch.equal(before + output, now)
 
 
 # --- forwards --------------------------------------------------------------------------------------------------------
@@ -148,7 +153,7 @@ def _stages(calibration: CalibrationPass, block: int, layers: Mapping[str, Maske
     names = {layer: name for name, layer in layers.items()}
     read: list[Tensor] = []
     written: list[tuple[MaskedLayer, Tensor]] = []  # outputs that may yet be added to the stream
-    stream: list[tuple[nn.Module, Tensor]] = []  # as the module has read it
+    seen: list[tuple[nn.Module, Tensor]] = []  # what modules have read: the stream among it, as it was then
 
     def product(layer: MaskedLayer, own: _Product, x: Tensor) -> Tensor:
         if any(layer in stage.layers.values() for stage in stages):
@@ -163,15 +168,15 @@ def _stages(calibration: CalibrationPass, block: int, layers: Mapping[str, Maske
 
     def entered(module: nn.Module, x: Tensor) -> None:
         now = _flat(x).clone()
-        if not stream:
-            stream.append((module, now))
+        if seen and (now.shape != seen[0][1].shape or torch.equal(now, seen[-1][1])):
+            return
         for layer, output in written:
-            at, before = stream[-1]
-            if output.shape == now.shape == before.shape and torch.equal(before + output, now):
+            at = next((at for at, before in seen if _is_sum(before, output, now)), None)
+            if at is not None:
                 next(stage for stage in stages if layer in stage.layers.values()).stream_at[layer] = at
-                stream.append((module, now))
                 written.clear()
                 break
+        seen.append((module, now))
 
     root = calibration.blocks[block]
     output = calibration.forward(block, 0, _watching(layers.values(), product, root.modules(), entered))

@@ -36,7 +36,7 @@ from sparse_train.oneshot.forwards import (
 )
 from sparse_train.pruning.norms import attach
 from sparse_train.recorder import Recorder, reads_two_texts
-from sparse_train.statistics import LastSums, Statistics
+from sparse_train.statistics import ActivationNorm, LastSums, Statistics
 
 _log = logging.getLogger(__name__)
 
@@ -98,27 +98,31 @@ class CalibrationPass:
         self.check(block)
         recorder, experts = self._recorder, [layer for layer in layers.values() if isinstance(layer, ExpertMatrix)]
         attach(layers.values(), recorder, statistics)
-        paddings = self.paddings(layers.values())
-        if experts and (padded := [mask for mask in paddings if mask is not None]):
+        token_masks = self.token_masks(layers.values())
+        if experts and (padded := [mask for mask in token_masks if mask is not None]):
             recorder.misfit = "(tokens that are routed to experts, I)", padded[0]
         recorder.when = "always"
         try:
             with ExpertRecorder(experts) if experts else nullcontext():
                 # which experts read depends on the batch, so that no read is known to be the last
-                self._forwards(block, keep, paddings, () if keep or experts else tuple(layers.values()))
+                self._forwards(block, keep, token_masks, () if keep or experts else tuple(layers.values()))
         finally:
             recorder.when, recorder.token_mask, recorder.last = "never", None, LastSums()
         recorder.warn_of_padding()
 
-    def paddings(self, layers: Iterable[MaskedMatrix]) -> list[Tensor | None]:
+    def keep_outputs(self, block: int) -> None:
+        """Run a block, and keep its outputs for the next one."""
+        self.record({}, ActivationNorm, block, keep=True)
+
+    def token_masks(self, layers: Iterable[MaskedMatrix]) -> list[Tensor | None]:
         """Which tokens of each batch count in these layers (B, L); None = all."""
         self._recorder.two_texts = reads_two_texts(self._model, layers)
         given = self._token_masks or [self._recorder.padding_of(batch) for batch in self._batches]
         return [None if mask is None or bool(mask.all()) else mask for mask in given]
 
-    def token_mask_for(self, x: Tensor, padding: Tensor | None) -> Tensor | None:
-        """The ``padding`` of a batch for an input; None, and a warning once, if it does not fit."""
-        self._recorder.token_mask = padding
+    def token_mask_for(self, x: Tensor, token_mask: Tensor | None) -> Tensor | None:
+        """The ``token_mask`` of a batch for an input; None, and a warning once, if it does not fit."""
+        self._recorder.token_mask = token_mask
         mask, self._recorder.token_mask = self._recorder.token_mask_for(x), None
         self._recorder.warn_of_padding()
         return mask
@@ -134,14 +138,14 @@ class CalibrationPass:
         return output
 
     def _forwards(
-        self, block: int | None, keep: bool, paddings: Sequence[Tensor | None], readers: Sequence[Any]
+        self, block: int | None, keep: bool, token_masks: Sequence[Tensor | None], readers: Sequence[Any]
     ) -> None:
         """``readers``: the layers that record, if nothing else is wanted of a forward."""
         with self._context(), _masked_once(() if block is None else self.blocks[block].modules(), self.weights):
             reads = _Reads(() if block is None else readers)
             for index, batch in enumerate(self._batches):
                 began = time.perf_counter()
-                self._recorder.token_mask = paddings[index]
+                self._recorder.token_mask = token_masks[index]
                 reads.begin(batch)
                 output = call(self._model, batch) if block is None else self._at_block(block, index, operator.call)
                 if self._device.type == "cuda":

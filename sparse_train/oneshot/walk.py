@@ -264,7 +264,7 @@ def walk(
                     asymmetric.keep_outputs(block)
                 store.load(block)
             if calibration is not None and plan.statistics is not None and block < store.last:
-                calibration.record({}, plan.statistics, block, keep=True)  # the outputs of the pruned block
+                calibration.keep_outputs(block)
             store.free(block)
         if store.names(None):  # such as a named lm_head: calibrated with the blocks pruned
             prune_block(None)

@@ -107,24 +107,52 @@ WRITERS = {
 }
 
 
-@pytest.mark.parametrize("family", WRITERS)
-def test_outputs_are_closer_to_the_dense_ones_and_layers_that_write_to_the_stream_are_seen(
-    family, many, monkeypatch, caplog
-):
-    dense, real, stages = tiny(family), asymmetric._stages, []
+@pytest.fixture
+def writers(monkeypatch):
+    """Names, without block numbers, of the layers that were seen to write to the residual stream."""
+    found, real = set(), asymmetric._stages
 
     def seen(*args):
-        stages.extend(found := real(*args))
-        return found
+        stages = real(*args)
+        found.update(
+            re.split(r"\.\d+\.", name)[1]
+            for each in stages
+            for name in each.layers
+            if each.layers[name] in each.stream_at
+        )
+        return stages
 
     monkeypatch.setattr(asymmetric, "_stages", seen)
+    return found
+
+
+@pytest.mark.parametrize("family", WRITERS)
+def test_outputs_are_closer_to_the_dense_ones_and_layers_that_write_to_the_stream_are_seen(
+    family, many, writers, caplog
+):
+    dense = tiny(family)
     model, other = copy.deepcopy(dense), copy.deepcopy(dense)
     prune(model, many, "2:4", criterion=SOLVER)
     prune(other, many, "2:4", criterion=IHT(dampening_frac=0.1, iterations=100))
     assert error(model, dense, many) < 0.95 * error(other, dense, many)
-    writers = {name for stage in stages for name, layer in stage.layers.items() if layer in stage.stream_at}
-    assert {re.split(r"\.\d+\.", name)[1] for name in writers} == WRITERS[family]
+    assert writers == WRITERS[family]
     assert ("only in part" in caplog.text) == (not writers)
+
+
+def test_layers_that_stay_dense_may_write_to_the_stream_between_those_that_are_pruned(many, writers):
+    prune(tiny("llama"), many, "2:4", criterion=SOLVER, ignore=["lm_head", "o_proj"])
+    assert writers == {"mlp.down_proj"}
+
+
+@pytest.mark.parametrize("block", [0, 1])
+def test_blocks_without_targets_stay_dense(block, many):
+    model = tiny("llama")
+    before = copy.deepcopy(model)
+    prune(model, many, "2:4", criterion=SOLVER, targets=[f"model.layers.{block}"])
+    for number, (own, other) in enumerate(zip(model.model.layers, before.model.layers, strict=True)):
+        for name, weight in own.named_parameters():
+            changes = number == block and "proj" in name
+            assert torch.equal(weight, other.get_parameter(name)) != changes, name
 
 
 def test_padding_does_not_count(many):

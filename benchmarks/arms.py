@@ -104,6 +104,7 @@ ONESHOT = {
     "oneshot_wanda_permuted": Untrained(Wanda(), permuted=True),
     "oneshot_iht_permuted_damped10": Untrained(IHT(dampening_frac=0.1), permuted=True),
     "oneshot_iht_asymmetric": Untrained(IHT(dampening_frac=0.1, asymmetric=True)),
+    "oneshot_iht_70_asymmetric": Untrained(IHT(dampening_frac=0.1, asymmetric=True), "unstructured", 0.7),
     "oneshot_owl_70": Untrained(Wanda(), "unstructured", 0.7, OWL()),
 }
 _WANDA_FIRST = ("first_mask=OneShot", "first_mask.criterion=Wanda")

@@ -13,6 +13,7 @@ float16.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,6 +39,7 @@ METHODS: dict[str, tuple[Callable[[], Any], str]] = {
     "ria_layer": (RIA, "layer"),
     "sparsegpt": (SparseGPT, "layer"),
     "iht": (IHT, "row"),
+    "iht_asymmetric": (partial(IHT, dampening_frac=0.1, asymmetric=True), "row"),
 }
 """By name: the method, and the group in which unstructured weights are compared."""
 

@@ -23,6 +23,7 @@ METHODS = {
     "ria_layer": "RIA, a = 0.5, per layer (as its code does)",
     "sparsegpt": "SparseGPT",
     "iht": "IHT",
+    "iht_asymmetric": "IHT, asymmetric, with dampening_frac 0.1",
 }
 GROUPS = {"row": "output row", "layer": "layer", "model": "model"}
 

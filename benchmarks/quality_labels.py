@@ -108,6 +108,7 @@ UNSTRUCTURED = {
     "oneshot_sparsegpt_70": "one-shot SparseGPT, within rows, untrained",
     "oneshot_iht_70": "one-shot IHT, untrained",
     "oneshot_iht_70_damped10": "one-shot IHT with dampening_frac 0.1, untrained",
+    "oneshot_iht_70_asymmetric": "one-shot IHT, asymmetric, with dampening_frac 0.1, untrained",
     "oneshot_owl_70": "one-shot Wanda, divided by OWL, untrained",
     "static_70": "kept, no gradient to pruned weights",
     "static_iht_70": "IHT's mask and weights, kept",

@@ -129,6 +129,12 @@ def test_on_the_command_line(arguments, said, capsys):
             "OneShot\n    init_arg:",
             "OneShot has no argument 'init_arg.criterion.init_args.dampening_frac'. Did you mean 'init_args'",
         ),
+        (
+            "smollm2_2of4",
+            "dampening_frac:",
+            "dampening:",
+            "first_mask.criterion: IHT has no argument 'dampening'. Did you mean 'dampening_frac'",
+        ),
         ("smollm2_2of4", "class_path: One", "clas_path: One", "or by a mapping with class_path and init_args."),
         ("smollm2_2of4", "seed_everything: 0", "txt: x", "there is no key txt. Did you mean 'data.text'"),
         ("oneshot_owl_60", "OWL", "OWLs", "distribution: there is no class 'OWLs'. Did you mean 'OWL'?"),

@@ -111,8 +111,8 @@ class IHT(Solver):
         iterations: of conjugate gradients in a round.
         dampening_frac: share of the mean diagonal of H, the inputs' second moments, that is added to the diagonal.
         asymmetric: fit each layer to what the dense model computes in its place, so that it makes up for what earlier
-            layers have lost, and not to its own dense outputs. Takes several times as long. Not before a training,
-            which ends worse after it (docs/oneshot.md).
+            layers have lost, and not to its own dense outputs. Takes several times as long. Leave it out before a
+            training: at 2:4 with a teacher, that ended worse after it (docs/oneshot.md).
     """
 
     rounds: int = 4

@@ -77,7 +77,7 @@ def explain(message: str, options: Mapping[str, Any]) -> str:
         parts = [hint := getattr(action, "_typehint", object), *get_args(hint)]  # of a union, and of lists in it
         kinds = tuple(each for part in parts for each in (part, *get_args(part)) if isinstance(each, type))
         fitting = [each for each, cls in known.items() if issubclass(cls, kinds) and not inspect.isabstract(cls)]
-        if own in fitting:  # of another member of the union, whose complaint is the cause
+        if own in fitting and name in (own, f"sparse_train.{own}"):  # the class fits another member of the union
             return explain(message[: cause.start()] + message[cause.end() :], options)
         similar = did_you_mean(own, fitting)
         other = _FILES if where == "data.text" else "Name your own as MODULE.CLASS."

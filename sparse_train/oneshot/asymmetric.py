@@ -68,8 +68,9 @@ class AsymmetricPass:
             stages = _stages(self._dense, block, layers)
             if block == 0 and not any(stage.stream_at for stage in stages):
                 _log.warning(
-                    "No target of the first block adds its output to the residual stream as it is (a norm or a factor "
-                    "may lie between), so what the stream lacks of the dense model's is made up for only in part."
+                    "No target of the first block adds its output to the residual stream as it is (the layer that "
+                    "does may be no target; a norm, a factor or another output may lie between), so what the stream "
+                    "lacks of the dense model's is made up for only in part."
                 )
             for stage in stages:
                 self._record(block, stage, self._pruned.token_masks(layers.values()))
@@ -167,7 +168,7 @@ def _stages(calibration: CalibrationPass, block: int, layers: Mapping[str, Maske
         return output
 
     def entered(module: nn.Module, x: Tensor) -> None:
-        now = _flat(x).clone()
+        now = _flat(x)
         if seen and (now.shape != seen[0][1].shape or torch.equal(now, seen[-1][1])):
             return
         for layer, output in written:
@@ -176,7 +177,7 @@ def _stages(calibration: CalibrationPass, block: int, layers: Mapping[str, Maske
                 next(stage for stage in stages if layer in stage.layers.values()).stream_at[layer] = at
                 written.clear()
                 break
-        seen.append((module, now))
+        seen.append((module, now.clone()))
 
     root = calibration.blocks[block]
     output = calibration.forward(block, 0, _watching(layers.values(), product, root.modules(), entered))

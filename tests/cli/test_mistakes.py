@@ -55,6 +55,7 @@ def answer(arguments, capsys) -> str:
             [*FIT, f"{PRUNING}.schedule=Cubic", f"{PRUNING}.schedule.final_sparsty=1"],
             "pruning.schedule: Cubic has no argument 'final_sparsty'. Did you mean 'final_sparsity'",
         ),
+        ([*PRUNE, "--criterion=mypkg.Wanda"], "criterion: mypkg.Wanda is none of IHT,"),
         ([*PRUNE, "--criterion=RIA", "--criterion.alpha=1"], "criterion: RIA has no argument 'alpha'. It has a."),
         ([*PRUNE, "--criterion.a", "1"], "criterion: say which class these arguments are for, by its name."),
         ([*FIT, "--trainer.callbacks.update_freq=5"], "arguments are options such as --pruning.update_freq."),

@@ -254,6 +254,7 @@ ARMS: dict[str, Arm] = {
     ),
     "static_iht_70_distill_t1": _arm("smollm2_unstructured60", *_70, "policy=Fixed", *_IHT, _T1, distil=True),
     "dynamic_iht_70_distill_t1": _arm("smollm2_unstructured60", *_70, *_IHT, _T1, distil=True),
+    "static_iht_asymmetric_70_distill": _arm("smollm2_unstructured60", *_70, "policy=Fixed", *_ASYMMETRIC, distil=True),
     "dynamic_iht_70_distill": _arm("smollm2_unstructured60", *_70, *_IHT, distil=True),
     "dynamic_memory50_iht_70_distill": _arm("smollm2_unstructured60", *_70, *_IHT, "norm_decay=0.5", distil=True),
     "dynamic_dormant_iht_70_distill": _arm("smollm2_unstructured60", *_70, "policy=Dormant", *_IHT, distil=True),

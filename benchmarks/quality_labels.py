@@ -125,6 +125,7 @@ TAUGHT_70 = {
     "static_70_distill": "kept, no gradient to pruned weights",
     "static_sparsegpt_70_distill": "SparseGPT's mask and weights, kept",
     "static_iht_70_distill": "IHT's mask and weights, kept",
+    "static_iht_asymmetric_70_distill": "asymmetric IHT's mask and weights, kept",
     "static_iht_damped01_70_distill": "IHT's mask and weights with dampening_frac 0.01, kept",
     "dynamic_iht_70_distill": "IHT's mask and weights, re-pruned every 10 steps (the default)",
     "static_iht_70_distill_t1": "IHT's mask and weights, kept, temperature 1",

@@ -121,6 +121,8 @@ _FROM_ZEROS = ("first_mask=FromZeros", _OF_DENSE)
 _SOLVED = "first_mask.criterion=SparseGPT"
 _IHT = ("first_mask.criterion=IHT", "first_mask.criterion.dampening_frac=0.1")  # the default when these arms were run
 _ASYMMETRIC = (*_IHT, "first_mask.criterion.asymmetric=true")
+_128_PERMUTED = (*_IHT, "first_mask.samples=128", _OF_DENSE)
+_BETAS99 = "--model.betas=[0.9,0.99]"
 _KL = ("--model.distillation.hardness_ce=0", "--model.distillation.hardness_kldiv=1")
 _T1 = "--model.distillation.temperature=1"
 _EVEN = ("--model.distillation.hardness_ce=0.5", "--model.distillation.hardness_kldiv=0.5")
@@ -182,8 +184,9 @@ ARMS: dict[str, Arm] = {
     "static_iht_128_distill": _arm("smollm2_2of4_static", *_IHT, "first_mask.samples=128", distil=True),
     "static_iht_permuted_distill": _arm("smollm2_2of4_static", *_IHT, _OF_DENSE, start="permuted", distil=True),
     "static_iht_asymmetric_distill": _arm("smollm2_2of4_static", *_ASYMMETRIC, distil=True),
-    "static_iht_128_permuted_distill": _arm(
-        "smollm2_2of4_static", *_IHT, "first_mask.samples=128", _OF_DENSE, start="permuted", distil=True
+    "static_iht_128_permuted_distill": _arm("smollm2_2of4_static", *_128_PERMUTED, start="permuted", distil=True),
+    "static_iht_128_permuted_distill_betas99": _arm(
+        "smollm2_2of4_static", *_128_PERMUTED, _BETAS99, start="permuted", distil=True
     ),
     "static_iht_distill_kl": _arm("smollm2_2of4_static", *_IHT, *_KL, distil=True),
     "static_iht_distill_t1": _arm("smollm2_2of4_static", *_IHT, _T1, distil=True),
@@ -191,7 +194,7 @@ ARMS: dict[str, Arm] = {
     "dynamic_distill_t1": _arm("smollm2_2of4", _T1, distil=True),
     "static_distill_t1": _arm("smollm2_2of4_static", _T1, distil=True),
     "static_iht_distill_even": _arm("smollm2_2of4_static", *_IHT, *_EVEN, distil=True),
-    "static_iht_distill_betas99": _arm("smollm2_2of4_static", *_IHT, "--model.betas=[0.9,0.99]", distil=True),
+    "static_iht_distill_betas99": _arm("smollm2_2of4_static", *_IHT, _BETAS99, distil=True),
     "static_iht_distill_warmup0": _arm("smollm2_2of4_static", *_IHT, "--model.warmup=0", distil=True),
     "static_iht_distill_warmup20": _arm("smollm2_2of4_static", *_IHT, "--model.warmup=0.2", distil=True),
     "static_iht_distill_wd10": _arm("smollm2_2of4_static", *_IHT, "--model.weight_decay=0.1", distil=True),

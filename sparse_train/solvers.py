@@ -125,19 +125,17 @@ class IHT(Solver):
             raise ValueError(f"rounds must be at least 0, iterations at least 1, dampening_frac above 0, got {self}.")
 
     def solve(self, weight_OI: Tensor, gram_II: Tensor, pattern: Pattern, sparsity: float) -> tuple[Tensor, Tensor]:
-        dense_OI, hessian_II = weight_OI.detach().float(), gram_II.float().clone()
-        norm_I = hessian_II.diagonal().sqrt()
-        mean = float(hessian_II.diagonal().mean()) or 1.0  # 0 if all inputs are zero: then anything fits
-        hessian_II.diagonal().add_(self.dampening_frac * mean)
+        dense_OI, norm_I = weight_OI.detach().float(), gram_II.float().diagonal().sqrt()
+        hessian_II = dampened(gram_II, self.dampening_frac)
         values_OI, least = dense_OI, torch.inf
         for number in range(self.rounds + 1):
             # zeros go before weights whose inputs are always zero: to prune again is then to prune nothing else
             scores_OI = (values_OI.abs() * norm_I).masked_fill(values_OI == 0, -torch.inf)
             mask_OI = pattern.mask(scores_OI, sparsity)
             kept_OI = _fit(dense_OI, hessian_II, mask_OI, torch.where(mask_OI, values_OI, 0), self.iterations)
-            missing_OI = dense_OI - kept_OI
-            gradient_OI = missing_OI @ hessian_II
-            error = float((missing_OI * gradient_OI).sum())
+            lost_OI = dense_OI - kept_OI
+            gradient_OI = lost_OI @ hessian_II
+            error = float((lost_OI * gradient_OI).sum())
             if number and not error < least:
                 break
             # of pruned weights, what fits best; of kept ones, a step on, from which the next fit begins
@@ -146,19 +144,12 @@ class IHT(Solver):
         return best
 
 
-def asymmetric_target(weight_OI: Tensor, gram_II: Tensor, missing_OI: Tensor, dampening_frac: float) -> Tensor:
-    """Dense weights that make up for what outputs miss: V, float32 (O, I), with the least ``||V x - W x - m||^2`` over
-    the inputs x, and their outputs' m, plus the dampening times ``||V - W||^2``.
-
-    Args:
-        weight_OI: W.
-        gram_II: sum of x x^T.
-        missing_OI: sum of m x^T.
-        dampening_frac: share of the mean diagonal of ``gram_II``.
-    """
+def dampened(gram_II: Tensor, dampening_frac: float) -> Tensor:
+    """A float32 copy of second moments, with a share of their mean diagonal added to the diagonal."""
     hessian_II = gram_II.float().clone()
-    hessian_II.diagonal().add_(dampening_frac * (float(hessian_II.diagonal().mean()) or 1.0))
-    return weight_OI.float() + torch.linalg.solve(hessian_II, missing_OI, left=False)
+    mean = float(hessian_II.diagonal().mean()) or 1.0  # 0 if all inputs are zero: then anything fits
+    hessian_II.diagonal().add_(dampening_frac * mean)
+    return hessian_II
 
 
 def _fit(dense_OI: Tensor, hessian_II: Tensor, mask_OI: Tensor, start_OI: Tensor, iterations: int) -> Tensor:

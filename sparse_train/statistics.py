@@ -256,18 +256,6 @@ class ActivationGram(Statistics):
         self._history = object()
 
 
-class AsymmetricGram(ActivationGram):
-    """Second moments of the input, and its products with what the layer's output lacks of the dense model."""
-
-    def __init__(self, out_features: int, in_features: int, device: torch.device | str | None = None) -> None:
-        super().__init__(in_features, device)
-        self.missing_OI = torch.zeros(out_features, in_features, dtype=torch.float32, device=device)
-        """Sum of ``m x^T``: an input x would have to give the output ``W x + m``, with the dense weights W."""
-
-    def tensors(self) -> list[Tensor]:
-        return [*super().tensors(), self.missing_OI]
-
-
 # --- precision -------------------------------------------------------------------------------------------------------
 
 

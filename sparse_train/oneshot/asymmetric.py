@@ -28,12 +28,31 @@ from torch.nn import functional as F
 from sparse_train.layers.masked_layer import MaskedLayer, MaskedMatrix
 from sparse_train.oneshot.calibration import CalibrationPass
 from sparse_train.oneshot.forwards import Stop
-from sparse_train.statistics import AsymmetricGram, LastSums, in_float32
+from sparse_train.solvers import dampened
+from sparse_train.statistics import ActivationGram, LastSums, in_float32
 
 _log = logging.getLogger(__name__)
 
 _WAY_OUT = "Calibrate it with asymmetric=False."
 _Product = Callable[[Tensor], Tensor]
+
+
+class AsymmetricGram(ActivationGram):
+    """Second moments of the input, and its products with what the layer's output lacks of the dense model."""
+
+    def __init__(self, out_features: int, in_features: int, device: torch.device | str | None = None) -> None:
+        super().__init__(in_features, device)
+        self.missing_OI = torch.zeros(out_features, in_features, dtype=torch.float32, device=device)
+        """Sum of ``m x^T``: an input x would have to give the output ``W x + m``, with the dense weights W."""
+
+    def tensors(self) -> list[Tensor]:
+        return [*super().tensors(), self.missing_OI]
+
+    def target(self, weight_OI: Tensor, dampening_frac: float) -> Tensor:
+        """Dense weights V that make up for what outputs miss, float32 (O, I): of the least ``||V x - W x - m||^2`` over
+        the inputs, plus the dampening times ``||V - W||^2``, with the dense weights W = ``weight_OI``."""
+        hessian_II = dampened(self.gram_II, dampening_frac)
+        return weight_OI.float() + torch.linalg.solve(hessian_II, self.missing_OI, left=False)
 
 
 @dataclass

@@ -23,7 +23,7 @@ from sparse_train.distributions import (
 )
 from sparse_train.layers import masks
 from sparse_train.layers.masked_layer import MaskedMatrix
-from sparse_train.oneshot.asymmetric import AsymmetricPass
+from sparse_train.oneshot.asymmetric import AsymmetricGram, AsymmetricPass
 from sparse_train.oneshot.calibration import WAY_OUT, CalibrationPass
 from sparse_train.oneshot.experts import ExpertMatrix, fall_back
 from sparse_train.oneshot.forwards import Batch, ForwardContext, TokenMask, inference
@@ -31,8 +31,8 @@ from sparse_train.patterns import Pattern, parse_pattern
 from sparse_train.pruning.counts import LayerUpdate, sparsity_of
 from sparse_train.pruning.norms import check_nothing_dropped, check_statistics, sum_statistics
 from sparse_train.pruning.update import Rules, outlier_share, replace_mask, update_masks
-from sparse_train.solvers import Solver, asymmetric_target
-from sparse_train.statistics import ActivationGram, ActivationNorm, AsymmetricGram, Statistics, in_float32
+from sparse_train.solvers import Solver
+from sparse_train.statistics import ActivationGram, ActivationNorm, Statistics, in_float32
 from sparse_train.terminal import with_bar
 
 Method = Criterion | Solver
@@ -321,7 +321,7 @@ def _solve(name: str, layer: MaskedMatrix, solver: Solver, pattern: Pattern, spa
     try:
         with in_float32(weight_OI.device.type):
             if isinstance(seen, AsymmetricGram):
-                weight_OI = asymmetric_target(weight_OI, seen.gram_II, seen.missing_OI, solver.dampening_frac)
+                weight_OI = seen.target(weight_OI, solver.dampening_frac)
             weight_OI, mask_OI = solver.solve(weight_OI, seen.gram_II, pattern, sparsity)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error

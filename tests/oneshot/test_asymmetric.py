@@ -12,7 +12,6 @@ from sparse_train import IHT, NM, prune
 from sparse_train.oneshot import asymmetric, walk
 from sparse_train.oneshot.prune import prune_checkpoint
 from sparse_train.patterns import Unstructured
-from sparse_train.solvers import asymmetric_target
 from tests import reference
 from tests.conftest import VOCABULARY, tiny_llama
 from tests.oneshot.test_disk import assert_equal, save
@@ -87,7 +86,10 @@ def test_a_pruned_llama_equals_one_that_was_pruned_the_long_way(many):
 
 def test_target_weights_equal_a_float64_solution():
     weight, inputs, missing = torch.randn(24, 64), torch.randn(300, 64), torch.randn(300, 24)
-    found = asymmetric_target(weight, inputs.T @ inputs, missing.T @ inputs, 0.1)
+    gram = asymmetric.AsymmetricGram(24, 64)
+    gram.add(inputs)
+    gram.missing_OI += missing.T @ inputs
+    found = gram.target(weight, 0.1)
     hessian = reference.dampened(inputs, 0.1)
     wanted = inputs.double() @ weight.double().T + missing.double()
     towards = weight.double() @ (hessian - inputs.double().T @ inputs.double())

@@ -168,6 +168,9 @@ TAUGHT_2OF4 = {
     "static_iht_permuted_distill": "IHT's mask and weights, kept, channels permuted before",
     "static_iht_asymmetric_distill": "asymmetric IHT's mask and weights, kept",
     "static_iht_128_permuted_distill": "IHT's mask and weights from 128 sequences, kept, channels permuted before",
+    "static_iht_128_permuted_distill_betas99": (
+        "IHT's mask and weights from 128 sequences, kept, channels permuted before, AdamW's second beta 0.99"
+    ),
     "static_iht_distill_kl": "IHT's mask and weights, kept, no cross-entropy",
     "static_iht_distill_even": "IHT's mask and weights, kept, as much cross-entropy as divergence",
     "static_iht_distill_betas99": "IHT's mask and weights, kept, AdamW's second beta 0.99",

@@ -109,10 +109,8 @@ ONESHOT = {
 }
 _WANDA_FIRST = ("first_mask=OneShot", "first_mask.criterion=Wanda")
 _FROM_WANDA = ("criterion=Magnitude", *_WANDA_FIRST)
-_GRADUAL = (
-    *("criterion=Magnitude", "policy=Fixed", "schedule=Cubic", "schedule.final_sparsity=0.5"),
-    "end_step=0.5",  # N:M rounds down, so 2:4 is only reached at the end of the schedule
-)
+_CUBIC = ("criterion=Magnitude", "policy=Fixed", "schedule=Cubic", "end_step=0.5")
+_GRADUAL = (*_CUBIC, "schedule.final_sparsity=0.5")  # N:M rounds down: 2:4 is only reached at the schedule's end
 _AST = ("criterion=Magnitude", "policy=variants.RisingDecay", "end_step=1.0")
 _CAST = ("criterion=Magnitude", "policy=variants.GrowingDecay", "end_step=1.0")
 _SRSTE = ("criterion=Magnitude", "policy=variants.CoupledDecay", "update_freq=1", "window=1", "end_step=1.0")
@@ -127,10 +125,7 @@ _KL = ("--model.distillation.hardness_ce=0", "--model.distillation.hardness_kldi
 _T1 = "--model.distillation.temperature=1"
 _EVEN = ("--model.distillation.hardness_ce=0.5", "--model.distillation.hardness_kldiv=0.5")
 _70 = ("mask_structure=unstructured", "sparsity=0.7")
-_GRADUAL_70 = (
-    *("mask_structure=unstructured", "criterion=Magnitude", "policy=Fixed", "end_step=0.5"),
-    *("sparsity=0.7", "schedule=Cubic", "schedule.final_sparsity=0.7"),
-)
+_GRADUAL_70 = (*_CUBIC, "schedule.final_sparsity=0.7")
 
 # Names: static = a mask that is kept, dynamic = one that is re-pruned; 2:4, or _70 = 70 % unstructured; _distill = with
 # the dense model as teacher, _distill_tuned = with one that was fine-tuned; first mask by Wanda, or _iht, _sparsegpt;
@@ -217,50 +212,46 @@ ARMS: dict[str, Arm] = {
     "static_iht_python": _python("policy=Fixed", "first_mask.criterion=IHT"),
     "dynamic_iht_python": _python("first_mask.criterion=IHT"),
     # unstructured
-    "static_70": _arm("smollm2_unstructured60", *_70, "policy=Fixed"),
-    "dynamic_70": _arm("smollm2_unstructured60", *_70),
-    "dynamic_frozen_norms_70": _arm("smollm2_unstructured60", *_70, "criterion=variants.FirstNorms"),
-    "dynamic_magnitude_70": _arm("smollm2_unstructured60", *_70, *_FROM_WANDA),
-    "dynamic_k50_70": _arm("smollm2_unstructured60", *_70, "update_freq=50"),
-    "gradual_magnitude_70": _arm("smollm2_unstructured60", *_GRADUAL_70),
+    "static_70": _arm("smollm2_unstructured70", "policy=Fixed"),
+    "dynamic_70": _arm("smollm2_unstructured70"),
+    "dynamic_frozen_norms_70": _arm("smollm2_unstructured70", "criterion=variants.FirstNorms"),
+    "dynamic_magnitude_70": _arm("smollm2_unstructured70", *_FROM_WANDA),
+    "dynamic_k50_70": _arm("smollm2_unstructured70", "update_freq=50"),
+    "gradual_magnitude_70": _arm("smollm2_unstructured70", *_GRADUAL_70),
     # layers of different sparsities
-    "static_owl_70": _arm("smollm2_unstructured60", *_70, "distribution=OWL", "policy=Fixed"),
-    "dynamic_owl_70": _arm("smollm2_unstructured60", *_70, "distribution=OWL"),
-    "static_iht_70": _arm("smollm2_unstructured60", *_70, "policy=Fixed", *_IHT),
-    "dynamic_iht_70": _arm("smollm2_unstructured60", *_70, *_IHT),
-    "static_70_distill": _arm("smollm2_unstructured60", *_70, "policy=Fixed", distil=True),
-    "dynamic_70_distill": _arm("smollm2_unstructured60", *_70, distil=True),
-    "dynamic_dormant_70_distill": _arm("smollm2_unstructured60", *_70, "policy=Dormant", distil=True),
-    "regrow_70_distill": _arm("smollm2_unstructured60", *_70, "policy=Regrow", distil=True),
-    "regrow5_70_distill": _arm(
-        "smollm2_unstructured60", *_70, "policy=Regrow", "policy.drop_fraction=0.05", distil=True
-    ),
+    "static_owl_70": _arm("smollm2_unstructured70", "distribution=OWL", "policy=Fixed"),
+    "dynamic_owl_70": _arm("smollm2_unstructured70", "distribution=OWL"),
+    "static_iht_70": _arm("smollm2_unstructured70", "policy=Fixed", *_IHT),
+    "dynamic_iht_70": _arm("smollm2_unstructured70", *_IHT),
+    "static_70_distill": _arm("smollm2_unstructured70", "policy=Fixed", distil=True),
+    "dynamic_70_distill": _arm("smollm2_unstructured70", distil=True),
+    "dynamic_dormant_70_distill": _arm("smollm2_unstructured70", "policy=Dormant", distil=True),
+    "regrow_70_distill": _arm("smollm2_unstructured70", "policy=Regrow", distil=True),
+    "regrow5_70_distill": _arm("smollm2_unstructured70", "policy=Regrow", "policy.drop_fraction=0.05", distil=True),
     # RigL (arXiv 1911.11134), from Wanda's first mask
-    "rigl_70_distill": _arm("smollm2_unstructured60", *_70, *_FROM_WANDA, "policy=Regrow", distil=True),
+    "rigl_70_distill": _arm("smollm2_unstructured70", *_FROM_WANDA, "policy=Regrow", distil=True),
     # other methods at 70 %, with the same teacher: AST, CAST, SR-STE (arXiv 2102.04010: magnitude at each step),
     # gradual magnitude, SparseGPT's mask and weights, LoRA on a pruned model
-    "ast_70_distill": _arm("smollm2_unstructured60", *_70, *_AST, distil=True),
-    "srste_70_distill": _arm("smollm2_unstructured60", *_70, *_SRSTE, distil=True),
-    "gradual_magnitude_70_distill": _arm("smollm2_unstructured60", *_GRADUAL_70, distil=True),
-    "dynamic_dormant_sparsegpt_70_distill": _arm(
-        "smollm2_unstructured60", *_70, "policy=Dormant", _SOLVED, distil=True
-    ),
+    "ast_70_distill": _arm("smollm2_unstructured70", *_AST, distil=True),
+    "srste_70_distill": _arm("smollm2_unstructured70", *_SRSTE, distil=True),
+    "gradual_magnitude_70_distill": _arm("smollm2_unstructured70", *_GRADUAL_70, distil=True),
+    "dynamic_dormant_sparsegpt_70_distill": _arm("smollm2_unstructured70", "policy=Dormant", _SOLVED, distil=True),
     "static_sparsegpt_70_distill": _arm(
-        "smollm2_unstructured60", *_70, *_FROM_ZEROS, "policy=Fixed", start="oneshot_sparsegpt_70", distil=True
+        "smollm2_unstructured70", *_FROM_ZEROS, "policy=Fixed", start="oneshot_sparsegpt_70", distil=True
     ),
     "dynamic_from_sparsegpt_70_distill": _arm(
-        "smollm2_unstructured60", *_70, *_FROM_ZEROS, start="oneshot_sparsegpt_70", distil=True
+        "smollm2_unstructured70", *_FROM_ZEROS, start="oneshot_sparsegpt_70", distil=True
     ),
-    "static_iht_70_distill": _arm("smollm2_unstructured60", *_70, "policy=Fixed", *_IHT, distil=True),
+    "static_iht_70_distill": _arm("smollm2_unstructured70", "policy=Fixed", *_IHT, distil=True),
     "static_iht_damped01_70_distill": _arm(
-        "smollm2_unstructured60", *_70, "policy=Fixed", "first_mask.criterion=IHT", distil=True
+        "smollm2_unstructured70", "policy=Fixed", "first_mask.criterion=IHT", distil=True
     ),
-    "static_iht_70_distill_t1": _arm("smollm2_unstructured60", *_70, "policy=Fixed", *_IHT, _T1, distil=True),
-    "dynamic_iht_70_distill_t1": _arm("smollm2_unstructured60", *_70, *_IHT, _T1, distil=True),
-    "static_iht_asymmetric_70_distill": _arm("smollm2_unstructured60", *_70, "policy=Fixed", *_ASYMMETRIC, distil=True),
-    "dynamic_iht_70_distill": _arm("smollm2_unstructured60", *_70, *_IHT, distil=True),
-    "dynamic_memory50_iht_70_distill": _arm("smollm2_unstructured60", *_70, *_IHT, "norm_decay=0.5", distil=True),
-    "dynamic_dormant_iht_70_distill": _arm("smollm2_unstructured60", *_70, "policy=Dormant", *_IHT, distil=True),
+    "static_iht_70_distill_t1": _arm("smollm2_unstructured70", "policy=Fixed", *_IHT, _T1, distil=True),
+    "dynamic_iht_70_distill_t1": _arm("smollm2_unstructured70", *_IHT, _T1, distil=True),
+    "static_iht_asymmetric_70_distill": _arm("smollm2_unstructured70", "policy=Fixed", *_ASYMMETRIC, distil=True),
+    "dynamic_iht_70_distill": _arm("smollm2_unstructured70", *_IHT, distil=True),
+    "dynamic_memory50_iht_70_distill": _arm("smollm2_unstructured70", *_IHT, "norm_decay=0.5", distil=True),
+    "dynamic_dormant_iht_70_distill": _arm("smollm2_unstructured70", "policy=Dormant", *_IHT, distil=True),
     "lora_70_distill": _arm("smollm2_2of4_lora", *_70, distil=True),
     # low-rank, on q and v: outside the mask, where merging loses zeros, and inside it
     "lora": _arm("smollm2_2of4_lora"),

@@ -56,7 +56,7 @@ def test_there_are_recipes_for_what_the_readme_promises():
         "smollm2_2of4_instruct",
         "smollm2_2of4_domain",
         "smollm2_owl70",
-        "smollm2_unstructured60",
+        "smollm2_unstructured70",
         "smollm2_gradual70",
         "pretrain_llama_2of4",
         "llama31_8b_2of4",
